@@ -1,0 +1,1 @@
+"""Public benchmarks: each module is one `fedpeft bench` command."""

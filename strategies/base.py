@@ -1,0 +1,317 @@
+"""The round, once, for every strategy; and what a strategy is.
+
+A strategy subclasses Flower's `Strategy`, so it runs in any Flower app. A concrete one is a file that says what clients
+train (`trains`), what stays with them (`keeps`), and how updates become the next global adapter (`aggregate`, pure).
+Whatever it keeps between rounds is in `ServerState`, plain data, so that checkpoint and resume need no code of its own.
+
+    >>> from fedpeft.strategies.fedit import FedIT
+    >>> FedIT().trains, FedIT().needs.value
+    (('A', 'B', 'head'), 'sum')
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedpeft import lowrank, seeds
+from fedpeft.errors import RunError
+from fedpeft.state import AdapterState
+from fedpeft.strategies import wire
+
+log = logging.getLogger("fedpeft")
+
+
+class Needs(Enum):
+    """SUM: only the weighted sum of updates (secure aggregation is possible). INDIVIDUAL: each update in the clear."""
+
+    SUM = "sum"
+    INDIVIDUAL = "individual"
+
+
+class RoundFailed(RunError):
+    """Too few good replies; the message names every client that failed and why."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's checked reply: what it uploaded, its weight (> 0) and its metrics."""
+
+    client: str
+    weight: float
+    adapter: AdapterState
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server knows between rounds: the global adapter, and the strategy's own tensors and numbers (JSON-ready)."""
+
+    adapter: AdapterState
+    round: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> ServerState:
+        """A copy whose adapter has these tensors, each in the dtype that it had before (new ones in float32)."""
+        old = self.adapter.tensors
+        cast = {key: value.to(old[key].dtype if key in old else torch.float32).contiguous() for key, value in tensors.items()}
+        return replace(self, adapter=self.adapter.replace(cast))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rounds are run: numbers of `run` in the config. `clients` is how many nodes must have joined before round 1."""
+
+    rounds: int
+    seed: int = 0
+    clients: int | None = None
+    clients_per_round: int | None = None
+    deadline_s: float | None = None
+    quorum: float = 0.5
+    max_update_norm: float | None = None
+    evaluate_every: int = 1
+    evaluate_clients: bool = False
+
+
+class FederatedStrategy(Strategy):
+    """Base of all strategies. Class attributes declare; `aggregate` computes.
+
+    Attributes:
+        paper: where the method comes from.
+        needs: whether the server must see individual updates.
+        trains: roles that clients train.
+        keeps: roles that stay with each client (personalised parts).
+        adapter: registered adapter that the strategy works on.
+        unequal_ranks: whether clients may have ranks below the server's.
+        changes_base: whether it moves the frozen base (the exported adapter then has a higher rank).
+        fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate state
+            over rounds (server optimizers, SCAFFOLD) needs it.
+    """
+
+    paper: ClassVar[str] = ""
+    needs: ClassVar[Needs] = Needs.SUM
+    trains: tuple[str, ...] = ("A", "B", "head")
+    keeps: tuple[str, ...] = ()
+    adapter: str = "lora"
+    unequal_ranks: bool = False
+    changes_base: bool = False
+    fixed_basis: bool = True
+    wraps: ClassVar[bool] = False
+
+    weighting: str = "examples"
+    client_ranks: dict[str, int] | None = None
+    transport: str = "dense"
+
+    # What a strategy defines ---------------------------------------------------------------------------------------
+
+    def initial(self, adapter: AdapterState, seed: int) -> ServerState:
+        """The state before round 1 from a fresh adapter (A random, B zero); a function of its arguments only."""
+        return ServerState(adapter)
+
+    def before_round(self, server: ServerState) -> ServerState:
+        """Change of representation before a broadcast (FedSVD's refactorisation); the function computed stays the same."""
+        return server
+
+    def trained(self, server: ServerState) -> tuple[str, ...]:
+        """Roles trained in the round about to start."""
+        return self.trains
+
+    def broadcast(self, server: ServerState, client: str) -> AdapterState:
+        """What this client receives. Trained roles that it does not keep must be among them."""
+        return server.adapter.without(self.keeps)
+
+    def uploads(self, server: ServerState) -> tuple[str, ...]:
+        """Roles sent back: what is trained and not kept."""
+        return tuple(role for role in self.trained(server) if role not in self.keeps)
+
+    def task(self, server: ServerState) -> dict[str, Any]:
+        """What the client is told beside tensors (JSON-ready)."""
+        return {"trains": list(self.trained(server)), "uploads": list(self.uploads(server)), "keeps": list(self.keeps)}
+
+    def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
+        """The next state from checked updates, sorted by client name. Pure."""
+        return server.with_tensors(self.average(updates))
+
+    @staticmethod
+    def average(updates: list[Update], roles: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Weighted mean of every uploaded tensor (of these roles), in float64."""
+        weights = [update.weight for update in updates]
+        first = updates[0].adapter
+        keys = first.tensors if roles is None else first.select(roles).tensors
+        return {key: lowrank.mean([update.adapter[key] for update in updates], weights) for key in keys}
+
+    # The round -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        grid: Grid,
+        server: ServerState,
+        rules: Rules,
+        *,
+        codec: wire.Codec = wire.PACKED,
+        evaluate: Callable[[ServerState], dict[str, float]] | None = None,
+        record: Callable[[dict[str, Any]], None] = lambda event: None,
+        after_round: Callable[[ServerState], None] = lambda server: None,
+    ) -> ServerState:
+        """Run rounds from `server.round` + 1 to `rules.rounds`.
+
+        Args:
+            codec: how states become messages; a stock Flower app speaks another than ours.
+            evaluate: metrics of the global model; called every `rules.evaluate_every` rounds and after the last.
+            record: receives one JSON-ready event at a time.
+            after_round: receives the state of every complete round (checkpoints).
+
+        Raises:
+            RoundFailed: fewer than quorum x asked good replies.
+            RunError: too few clients joined.
+        """
+        roster = codec.roster(grid, rules.clients)
+        while server.round < rules.rounds:
+            number = server.round + 1
+            # 1. Choose clients, by stable name.
+            chosen = choose(sorted(roster), rules, number)
+            # 2. Plan what each receives and trains.
+            server = self.before_round(server)
+            sent = {client: self.broadcast(server, client) for client in chosen}
+            task = {**self.task(server), "round": number}
+            # 3. Send.  4. Wait until all answered, or the deadline.
+            contents = {roster[client]: codec.content(sent[client], task) for client in chosen}
+            replies = wire.ask(grid, "train", contents, rules.deadline_s)
+            # 5. Check every reply; quarantine the bad ones.
+            updates, bad = self.check(server, sent, {client: replies[roster[client]] for client in chosen}, rules, codec)
+            for client, reason in bad.items():
+                log.warning("round %d: %s quarantined: %s", number, client, reason)
+                record({"event": "quarantine", "round": number, "client": client, "reason": reason})
+            needed = max(1, math.ceil(rules.quorum * len(chosen)))
+            if len(updates) < needed:
+                reasons = "; ".join(f"{client}: {reason}" for client, reason in bad.items())
+                raise RoundFailed(f"round {number}: {len(updates)} good replies of {len(chosen)}, run.quorum={rules.quorum} needs {needed}. "
+                                  f"{reasons}")
+            # 6. Aggregate.  7. The new strategy state.
+            server = replace(self.aggregate(server, updates), round=number)
+            # 8. Evaluate, record, checkpoint.
+            event: dict[str, Any] = {"event": "round", "round": number, "clients": [update.client for update in updates],
+                                     "quarantined": bad, **wire.traffic(sent, [update.adapter for update in updates]), **mean_metrics(updates)}
+            if number % rules.evaluate_every == 0 or number == rules.rounds:
+                if rules.evaluate_clients:
+                    event |= self.evaluate_clients(grid, server, roster, rules, record)
+                if evaluate is not None:
+                    event |= evaluate(server)
+            record(event)
+            after_round(server)
+        return server
+
+    def check(self, server: ServerState, sent: dict[str, AdapterState], replies: dict[str, Message | None],
+              rules: Rules, codec: wire.Codec = wire.PACKED) -> tuple[list[Update], dict[str, str]]:
+        """Good updates sorted by client name, and the reason for each bad one."""
+        updates, bad = [], {}
+        for client in sorted(sent):
+            try:
+                adapter, metrics = codec.read(replies[client], sent[client], self.uploads(server), server.round + 1)
+            except wire.BadReply as error:
+                bad[client] = str(error)
+                continue
+            moved = adapter.distance(sent[client])
+            if rules.max_update_norm is not None and moved > rules.max_update_norm:
+                bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={rules.max_update_norm:g}"
+                continue
+            weight = metrics.pop("num-examples") if self.weighting == "examples" else 1.0
+            updates.append(Update(client, weight, adapter, metrics))
+        return updates, bad
+
+    def evaluate_clients(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
+                         record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+        """Every client evaluates its own model on its own held-out records; the means are weighted by records."""
+        task = {**self.task(server), "round": server.round}
+        contents = {roster[client]: wire.PACKED.content(self.broadcast(server, client), task) for client in sorted(roster)}
+        replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
+        results = {}
+        for client in sorted(roster):
+            try:
+                results[client] = wire.metrics(replies[roster[client]])
+            except wire.BadReply as error:
+                record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})
+        total = sum(result["num-examples"] for result in results.values())
+        if not total:
+            return {}
+        record({"event": "clients_evaluated", "round": server.round, "clients": results})
+        return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
+                for key in ("accuracy", "loss")}
+
+    # Flower's Strategy API -----------------------------------------------------------------------------------------
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
+              train_config: ConfigRecord | None = None, evaluate_config: ConfigRecord | None = None,
+              evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None) -> Result:
+        """Run in a stock Flower app: `initial_arrays` is a peft state dict, clients answer with the same names.
+
+        Nodes are named by their node id. Entries of `train_config` are sent along: `seed`, `clients-per-round` and
+        `min-available-nodes` also steer the choice of clients.
+        """
+        if self.changes_base or self.keeps:
+            raise RunError(f"{type(self).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
+                           "Use fedpeft's client app.")
+        self.transport = "dense"
+        config = dict(train_config or {})
+        codec, adapter = wire.Named.of(initial_arrays, config)
+        rules = Rules(rounds=num_rounds, seed=int(config.get("seed", 0)), clients=int(config.get("min-available-nodes", 2)),
+                      clients_per_round=config.get("clients-per-round"), deadline_s=timeout)
+        result = Result()
+
+        def arrays(server: ServerState) -> ArrayRecord:
+            return codec.arrays(self.before_round(server).adapter)
+
+        def evaluate(server: ServerState) -> dict[str, float]:
+            metrics = evaluate_fn(server.round, arrays(server)) if evaluate_fn else None
+            if metrics is not None:
+                result.evaluate_metrics_serverapp[server.round] = metrics
+            return {}
+
+        def record(event: dict[str, Any]) -> None:
+            if event["event"] == "round" and "train_loss" in event:
+                result.train_metrics_clientapp[event["round"]] = MetricRecord({"train_loss": event["train_loss"]})
+
+        server = self.initial(adapter, rules.seed)
+        evaluate(server)
+        result.arrays = arrays(self.run(grid, server, rules, codec=codec, evaluate=evaluate, record=record))
+        return result
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        raise RunError("fedpeft strategies run their own round: call start(), or run().")
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        raise RunError("fedpeft strategies run their own round: call start(), or run().")
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        log.info("%s: clients train %s, needs %s", type(self).__name__, ", ".join(self.trains), self.needs.value)
+
+
+def choose(names: list[str], rules: Rules, number: int) -> list[str]:
+    """The clients of a round: a seeded draw without replacement that does not depend on the order or ids of nodes."""
+    count = min(rules.clients_per_round or len(names), len(names))
+    order = seeds.numpy_generator(rules.seed, "round", number, "choose").permutation(len(names))
+    return sorted(names[index] for index in order[:count])
+
+
+def mean_metrics(updates: list[Update]) -> dict[str, float]:
+    """Means over clients of the metrics that all of them sent, weighted like the updates."""
+    shared = set.intersection(*(set(update.metrics) for update in updates)) if updates else set()
+    total = sum(update.weight for update in updates)
+    return {key: sum(update.metrics[key] * update.weight for update in updates) / total for key in sorted(shared)}

@@ -1,0 +1,72 @@
+"""From the `strategy` section of a config to strategy objects, and the combinations that are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedpeft import registry
+from fedpeft.config import Config, method
+from fedpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from fedpeft.strategies.base import FederatedStrategy
+
+
+def build(config: Config) -> FederatedStrategy:
+    """The strategy of a config, its wrappers around it, its client ranks and weighting set."""
+    section = config.strategy
+    strategy = named(section.name, section.options, "strategy")
+    for entry in section.wrap:
+        name, options = _entry(entry)
+        if not registry.load("strategies", name, "strategy.wrap").wraps:
+            raise InputError(f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
+                             f"Wrappers: {', '.join(wrappers())}.")
+        strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
+    strategy.weighting = section.weighting
+    if config.adapter.client_ranks:
+        ranks = config.adapter.client_ranks
+        strategy.client_ranks = {client_name(index): ranks[index % len(ranks)] for index in range(config.data.clients)}
+    return strategy
+
+
+def named(name: str, options: dict[str, Any], key: str, inner: FederatedStrategy | None = None) -> FederatedStrategy:
+    """A registered strategy by name; a wrapper without `inner` goes around FedIT."""
+    cls = registry.load("strategies", name, f"{key}.name")
+    if cls.wraps:
+        return method("strategies", name, options, key, inner=inner or named("fedit", {}, key))
+    return method("strategies", name, options, key)
+
+
+def wrappers() -> list[str]:
+    return [name for name in registry.names("strategies") if registry.load("strategies", name).wraps]
+
+
+def client_name(index: int) -> str:
+    return f"client-{index:03d}"
+
+
+def check(config: Config) -> None:
+    """Refuse what a strategy cannot do, before anything is loaded."""
+    strategy = build(config)
+    name = config.strategy.name
+    if strategy.adapter != config.adapter.name:
+        raise InputError(f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
+                         f"Set adapter.name={strategy.adapter}.")
+    if config.adapter.client_ranks and not strategy.unequal_ranks:
+        able = [other for other in registry.names("strategies") if registry.load("strategies", other).unequal_ranks]
+        raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: strategy {name} needs equal ranks. "
+                         f"Strategies for unequal ranks: {', '.join(able)}.")
+    if strategy.keeps and config.data.holdout == 0:
+        raise InputError(f"strategy.name={name} leaves {', '.join(strategy.keeps)} with each client, so there is no single global model: "
+                         "it is evaluated on the clients. Set data.holdout (for example 0.2).")
+    if config.model.dtype != "float32" and strategy.changes_base:
+        raise InputError(f"strategy.name={name} changes the base weights; model.dtype={config.model.dtype} would round its changes away. "
+                         "Set model.dtype=float32.")
+
+
+def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+        return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+    raise InputError(f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: {', '.join(wrappers())}.")

@@ -1,0 +1,45 @@
+"""FFA-LoRA: freeze A, train and average B. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024.
+
+    A_k = A_0 for all clients and rounds,   B_0 = 0,   B <- sum_k p_k B_k
+
+Exact: sum_k p_k B_k A_0 = (sum_k p_k B_k) A_0. With `init: orthonormal` the rows of A_0 are an orthonormal basis of the
+Kaiming draw's row space: the control that FedSVD has to beat (with SGD the two follow the same path of products).
+
+Deviations: the papers freeze the classification head; here `adapter.train_head` decides, and a trained head is averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedpeft import lowrank
+from fedpeft.config import option
+from fedpeft.state import AdapterState
+from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.strategies.frozen import require_shared
+
+
+class FFALoRA(FederatedStrategy):
+    """Train and average B only; A is one frozen random draw."""
+
+    paper = "Sun et al. 2024, arXiv 2403.12313"
+    needs = Needs.SUM
+    trains = ("B", "head")
+
+    @dataclass
+    class Config:
+        init: str = option("kaiming", "rows of the frozen A: peft's draw, or an orthonormal basis of its row space",
+                           choices=("kaiming", "orthonormal"))
+        transport: str = option("seed", "send A to the clients, or let them draw it from the run's seed (its hash is checked)",
+                                choices=("seed", "dense"))
+
+    def __init__(self, init: str = "kaiming", transport: str = "seed") -> None:
+        self.init, self.transport = init, transport
+
+    def initial(self, adapter: AdapterState, seed: int) -> ServerState:
+        if self.init == "kaiming":
+            return ServerState(adapter)
+        return ServerState(adapter.replace({f"{site}/A": orthonormal_rows(adapter[f"{site}/A"]) for site in adapter.lora_sites()}))
+
+    def broadcast(self, server: ServerState, client: str) -> AdapterState:
+        return server.adapter if self.transport == "dense" else server.adapter.without(("A",))

@@ -1,0 +1,233 @@
+"""Adapter states as Flower messages, and the checks that every reply passes before it may be aggregated.
+
+What crosses the wire, each way: one ArrayRecord (ours: a single packed array; a stock Flower app: an array per tensor), one
+ConfigRecord (ours: the manifest and the task as JSON), and on the way back one MetricRecord with `num-examples`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.errors import RunError
+from fedpeft.state import AdapterState, Site, StateMismatch, pack, unpack
+
+POLL_S = 0.05
+JOIN_DEADLINE_S = 120.0
+
+
+class BadReply(ValueError):
+    """A reply that may not be aggregated, with the reason."""
+
+
+class Codec(Protocol):
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]: ...
+    def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict: ...
+    def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
+             number: int) -> tuple[AdapterState, dict[str, float]]: ...
+
+
+class Packed:
+    """fedpeft's client app: one packed array, clients known by the name that they answer to a query."""
+
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
+        """Client name -> node id, once `expected` nodes have joined."""
+        nodes = joined(grid, expected)
+        names = {}
+        for node, reply in ask(grid, "query", {node: RecordDict() for node in nodes}, JOIN_DEADLINE_S).items():
+            reason = failure(reply)
+            if reason:
+                raise RunError(f"node {node} does not tell its name: {reason}")
+            names[str(reply.content["identity"]["name"])] = node
+        if len(names) < len(nodes):
+            raise RunError(f"{len(nodes)} nodes have only {len(names)} different names: {sorted(names)}.")
+        return names
+
+    def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict:
+        flat, manifest = pack(adapter)
+        return RecordDict({"arrays": ArrayRecord({"adapter": Array(flat)}),
+                           "config": ConfigRecord({"manifest": manifest, "task": json.dumps(task)})})
+
+    @staticmethod
+    def open(content: RecordDict) -> tuple[AdapterState, dict[str, Any]]:
+        """Adapter and task of a message: what the client calls."""
+        config = content["config"]
+        return unpack(content["arrays"]["adapter"].numpy(), str(config["manifest"])), json.loads(str(config["task"]))
+
+    def reply(self, adapter: AdapterState, metrics: dict[str, float], number: int) -> RecordDict:
+        content = self.content(adapter, {"round": number})
+        content["metrics"] = MetricRecord(metrics)
+        return content
+
+    def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
+             number: int) -> tuple[AdapterState, dict[str, float]]:
+        """The upload and the metrics of a good reply.
+
+        Raises:
+            BadReply: error, missing, extra or misshapen tensors, NaN or inf, weight not positive and finite, stale round.
+        """
+        values = metrics(reply)
+        try:
+            adapter, task = self.open(reply.content)
+        except (StateMismatch, KeyError, ValueError, TypeError) as error:
+            raise BadReply(f"unreadable arrays: {error}") from error
+        if task.get("round") != number:
+            raise BadReply(f"stale: an update of round {task.get('round')}, not {number}")
+        return checked(AdapterState(adapter.tensors, sent.sites), sent.select(uploads)), values
+
+
+@dataclass(frozen=True)
+class Named:
+    """A stock Flower app: an array per tensor under peft's names; nodes are named by their id.
+
+    A reply may hold frozen tensors too, if they came back as they were sent.
+    """
+
+    names: dict[str, str]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, arrays: ArrayRecord, config: dict[str, Any]) -> tuple[Named, AdapterState]:
+        """The codec and the adapter of a peft state dict. What is not a LoRA factor is taken as head.
+
+        Raises:
+            RunError: there is no LoRA factor in it, or a factor misses its partner.
+        """
+        names, tensors, sites = {}, {}, {}
+        for name, array in arrays.items():
+            site, role = named_site(name)
+            names[f"{site}/{role}"] = name
+            tensors[f"{site}/{role}"] = torch.from_numpy(array.numpy())
+        for key in tensors:
+            site, _, role = key.rpartition("/")
+            if role in ("A", "B"):
+                if f"{site}/A" not in tensors or f"{site}/B" not in tensors:
+                    raise RunError(f"initial_arrays: {names[key]} has no partner; both LoRA factors of a module are needed.")
+                sites[site] = Site("lora", (tensors[f"{site}/B"].shape[0], tensors[f"{site}/A"].shape[1]))
+            else:
+                sites[site] = Site("head")
+        if not any(site.kind == "lora" for site in sites.values()):
+            raise RunError(f"initial_arrays: no lora_A / lora_B weights among {', '.join(list(names.values())[:3])}...")
+        return cls(names, config), AdapterState(tensors, sites)
+
+    def arrays(self, adapter: AdapterState) -> ArrayRecord:
+        return ArrayRecord({name: Array(adapter[key].numpy()) for key, name in self.names.items()})
+
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
+        return {str(node): node for node in joined(grid, expected)}
+
+    def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict:
+        config = {**self.config, "server-round": task["round"], "trains": task["trains"]}
+        return RecordDict({"arrays": self.arrays(adapter), "config": ConfigRecord(config)})
+
+    def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
+             number: int) -> tuple[AdapterState, dict[str, float]]:
+        values = metrics(reply)
+        keys = {name: key for key, name in self.names.items()}
+        tensors = {}
+        for record in reply.content.array_records.values():
+            for name, array in record.items():
+                if name not in keys:
+                    raise BadReply(f"unexpected array {name}")
+                tensors[keys[name]] = torch.from_numpy(array.numpy())
+        adapter = AdapterState(tensors, sent.sites)
+        wanted = sent.select(uploads)
+        for key, value in tensors.items():
+            if key not in wanted and not torch.equal(value, sent[key]):
+                raise BadReply(f"{self.names[key]} was trained, but clients train only {', '.join(uploads)} in this round")
+        return checked(AdapterState({key: value for key, value in tensors.items() if key in wanted}, adapter.sites), wanted), values
+
+
+PACKED = Packed()
+
+
+def named_site(name: str) -> tuple[str, str]:
+    """Site and role of a peft parameter name.
+
+    >>> named_site("base_model.model.vit.q_proj.lora_A.default.weight")
+    ('vit.q_proj', 'A')
+    """
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part not in ("default", "modules_to_save")]
+    if len(parts) > 2 and parts[-2] in ("lora_A", "lora_B"):
+        return ".".join(parts[:-2]), parts[-2][-1]
+    return ".".join(parts[:-1]), parts[-1]
+
+
+def joined(grid: Grid, expected: int | None) -> list[int]:
+    """Ids of the nodes, once at least `expected` (or one) have joined."""
+    until = time.monotonic() + JOIN_DEADLINE_S
+    while len(nodes := sorted(grid.get_node_ids())) < (expected or 1):
+        if time.monotonic() > until:
+            raise RunError(f"{len(nodes)} of {expected or 1} clients joined within {JOIN_DEADLINE_S:g} s.")
+        time.sleep(POLL_S)
+    return nodes
+
+
+def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: float | None) -> dict[int, Message | None]:
+    """Send one message a node and wait until all have answered, or the deadline. No answer is None.
+
+    Replies are matched by message id: Flower reports a dead node's error from another node's id.
+    """
+    messages = [Message(content, node, kind) for node, content in contents.items()]
+    waiting = {sent: node for sent, node in zip(grid.push_messages(messages), contents, strict=True) if sent}
+    replies: dict[int, Message | None] = dict.fromkeys(contents)
+    until = math.inf if deadline_s is None else time.monotonic() + deadline_s
+    while waiting:
+        arrived = list(grid.pull_messages(list(waiting)))
+        for reply in arrived:
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                replies[node] = reply
+        if time.monotonic() > until:
+            break
+        if waiting and not arrived:
+            time.sleep(POLL_S)
+    return replies
+
+
+def failure(reply: Message | None) -> str | None:
+    """Why there is no content, or None."""
+    if reply is None:
+        return "no reply before the deadline"
+    if reply.has_error():
+        return f"client error: {reply.error.reason}"
+    return None
+
+
+def metrics(reply: Message | None) -> dict[str, float]:
+    """The MetricRecord's scalars, `num-examples` checked to be positive and finite."""
+    reason = failure(reply)
+    if reason:
+        raise BadReply(reason)
+    values = {key: float(value) for record in reply.content.metric_records.values() for key, value in record.items()
+              if isinstance(value, int | float)}
+    count = values.get("num-examples")
+    if count is None:
+        raise BadReply("no num-examples in the reply")
+    if not (math.isfinite(count) and count > 0):
+        raise BadReply(f"num-examples is {count}, not positive and finite")
+    return values
+
+
+def checked(adapter: AdapterState, wanted: AdapterState) -> AdapterState:
+    """`adapter` itself if it has exactly the tensors of `wanted`, all finite."""
+    try:
+        wanted.require_same_form(adapter, "update")
+    except StateMismatch as error:
+        raise BadReply(str(error)) from error
+    for key, value in adapter.tensors.items():
+        if not torch.isfinite(value).all():
+            raise BadReply(f"{key} has NaN or inf")
+    return adapter
+
+
+def traffic(sent: dict[str, AdapterState], received: list[AdapterState]) -> dict[str, int]:
+    """Payload bytes of a round: tensors down and up."""
+    return {"bytes_down": sum(state.nbytes for state in sent.values()), "bytes_up": sum(state.nbytes for state in received)}
