@@ -115,6 +115,7 @@ class RunConfig:
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last round is always evaluated", low=1)
+    baselines: bool = option(True, "also fit logistic regressions on frozen features and on pixels or words, for the table")
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
     deadline_s: float | None = option(None, "seconds that a round waits for replies; needs worker processes or ray", above=0)
     quorum: float = option(0.5, "share of the asked clients whose good replies a round needs", above=0, high=1)
@@ -189,6 +190,24 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
+def parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """`key=value` strings as a mapping; values are read as YAML.
+
+    >>> parse_overrides(["run.rounds=5", "strategy.wrap=[median]"])
+    {'run.rounds': 5, 'strategy.wrap': ['median']}
+    """
+    pairs = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
+        try:
+            pairs[key.strip()] = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]
+        except Exception as error:  # OmegaConf and PyYAML errors share no base
+            raise InputError(f"{key}: cannot read the value '{value}': {error}") from error
+    return pairs
+
+
 def options_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     """Option name (as users write it) -> dataclass field of a registered class's `Config`.
 
@@ -219,9 +238,8 @@ def check(config: Config) -> None:
         run.workers = 1
     if adapter.client_ranks is not None and not all(1 <= rank <= adapter.r for rank in adapter.client_ranks):
         raise InputError(f"adapter.client_ranks={adapter.client_ranks}: every rank must be between 1 and adapter.r={adapter.r}.")
-    from fedpeft.strategies import build
-
-    build.check(config)
+    for name in registry.names("checks"):
+        registry.load("checks", name)(config)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -248,10 +266,7 @@ def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], overrides: list[str] | dict[str, Any]) -> None:
-    if isinstance(overrides, dict):
-        pairs = list(overrides.items())
-    else:
-        pairs = [_split_override(text) for text in overrides]
+    pairs = list((overrides if isinstance(overrides, dict) else parse_overrides(overrides)).items())
     for path in METHOD_SECTIONS:  # a new name first: it drops the options of the method it replaces
         for key, value in pairs:
             if key in (path, f"{path}.name") and isinstance(value, str):
@@ -266,16 +281,6 @@ def _apply(tree: dict[str, Any], overrides: list[str] | dict[str, Any]) -> None:
             if not isinstance(node, dict):
                 raise InputError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a section.")
         node[last] = value
-
-
-def _split_override(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
-    try:
-        return key.strip(), OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]
-    except Exception as error:  # OmegaConf and PyYAML errors share no base
-        raise InputError(f"{key}: cannot read the value '{value}': {error}") from error
 
 
 def _rename(tree: dict[str, Any], path: str, name: str) -> None:
@@ -335,8 +340,10 @@ def _method_options(owner: Any, given: dict[str, Any], path: str, also: list[str
 
 def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     """The value converted to the field's type and checked against its bounds."""
-    if "." not in item.name and isinstance(value, bool) and item.type in ("int", "float", "int | None", "float | None"):
+    if isinstance(value, bool) and item.type in ("int", "float", "int | None", "float | None"):
         raise InputError(f"{key}: {value!r} is not a valid {item.type}.")
+    if isinstance(value, int) and item.type in ("float", "float | None"):
+        value = float(value)
     try:
         node: DictConfig = OmegaConf.structured(cls)
         node[item.name] = value

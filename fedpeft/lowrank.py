@@ -41,15 +41,37 @@ def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     QA, RA = torch.linalg.qr(A.double().T)
     U, S, Vt = torch.linalg.svd(RB @ RA.T, full_matrices=False)
     U, Vt = QB @ U, Vt @ QA.T
-    rows = torch.arange(Vt.shape[0])
-    sign = torch.where(Vt[rows, Vt.abs().argmax(dim=1)] < 0, -1.0, 1.0).double()
+    sign = row_signs(Vt)
     return U * sign, S, Vt * sign[:, None]
 
 
-def refactor(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with orthonormal rows in A and all singular values in B."""
-    U, S, Vt = svd(B, A)
-    return U * S, Vt
+def refactor(B: Tensor, A: Tensor, split: str = "us") -> tuple[Tensor, Tensor]:
+    """The same product in the same shapes, with B = U S and the orthonormal rows of A = Vt.
+
+    Where B A has a rank below r, the further rows of A are orthonormal too, inside the row space of A. (Only where r > n
+    they are zero: there are no r orthonormal rows.) `split="sqrt"` gives B = U sqrt(S), A = sqrt(S) Vt instead.
+    """
+    QB, RB = torch.linalg.qr(B.double())
+    QA, RA = torch.linalg.qr(A.double().T)
+    U, S, Vt = torch.linalg.svd(RB @ RA.T, full_matrices=True)
+    U, Vt = QB @ U, Vt @ QA.T
+    sign = row_signs(Vt)
+    r, count = A.shape[0], S.numel()
+    newB, newA = B.new_zeros(B.shape, dtype=torch.float64), A.new_zeros(A.shape, dtype=torch.float64)
+    newA[: Vt.shape[0]] = Vt * sign[:, None]
+    newB[:, :count] = U[:, :count] * S * sign[:count]
+    if split == "sqrt":
+        root = torch.zeros(r, dtype=torch.float64)
+        root[:count] = S.sqrt()
+        newA *= root[:, None]
+        newB[:, :count] = U[:, :count] * S.sqrt() * sign[:count]
+    return newB, newA
+
+
+def row_signs(rows: Tensor) -> Tensor:
+    """+1 or -1 for each row, the sign of its largest entry: the convention that makes an SVD's signs unique."""
+    index = torch.arange(rows.shape[0])
+    return torch.where(rows[index, rows.abs().argmax(dim=1)] < 0, -1.0, 1.0).double()
 
 
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:

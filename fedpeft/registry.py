@@ -46,6 +46,9 @@ TABLES: dict[str, dict[str, str]] = {
         "digits": "fedpeft.data.digits:Digits",
         "docstrings": "fedpeft.data.docstrings:Docstrings",
     },
+    "checks": {
+        "strategy": "fedpeft.strategies.build:check",
+    },
     "partitioners": {
         "iid": "fedpeft.data.partition:IID",
         "dirichlet": "fedpeft.data.partition:Dirichlet",

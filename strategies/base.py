@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -25,6 +26,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedpeft import lowrank, seeds
+from fedpeft.adapters.flat import flat
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
 from fedpeft.strategies import wire
@@ -45,12 +47,16 @@ class RoundFailed(RunError):
 
 @dataclass(frozen=True)
 class Update:
-    """One client's checked reply: what it uploaded, its weight (> 0) and its metrics."""
+    """One client's checked reply: what it uploaded, its weight (> 0) and its metrics.
+
+    `count` is how many clients it stands for: more than one after a robust statistic has merged their updates.
+    """
 
     client: str
     weight: float
     adapter: AdapterState
     metrics: dict[str, float] = field(default_factory=dict)
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,20 +103,24 @@ class FederatedStrategy(Strategy):
         changes_base: whether it moves the frozen base (the exported adapter then has a higher rank).
         fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate state
             over rounds (server optimizers, SCAFFOLD) needs it.
+        needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be
+            aggregated together with the adapter that they started from.
     """
 
     paper: ClassVar[str] = ""
-    needs: ClassVar[Needs] = Needs.SUM
+    needs: Needs = Needs.SUM
     trains: tuple[str, ...] = ("A", "B", "head")
     keeps: tuple[str, ...] = ()
     adapter: str = "lora"
     unequal_ranks: bool = False
     changes_base: bool = False
     fixed_basis: bool = True
+    needs_start: bool = False
     wraps: ClassVar[bool] = False
 
     weighting: str = "examples"
     client_ranks: dict[str, int] | None = None
+    population: int | None = None
     transport: str = "dense"
 
     # What a strategy defines ---------------------------------------------------------------------------------------
@@ -141,7 +151,11 @@ class FederatedStrategy(Strategy):
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         """The next state from checked updates, sorted by client name. Pure."""
-        return server.with_tensors(self.average(updates))
+        return server.with_tensors(self.average(same_scale(server, updates), self.uploads(server)))
+
+    def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
+        """One aggregation of finished adapters, and notes for the user; what it adds to the base is folded into the factors."""
+        return flat(self.aggregate(server, updates).adapter), []
 
     @staticmethod
     def average(updates: list[Update], roles: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -178,7 +192,7 @@ class FederatedStrategy(Strategy):
         """
         roster = codec.roster(grid, rules.clients)
         while server.round < rules.rounds:
-            number = server.round + 1
+            number, begun = server.round + 1, time.monotonic()
             # 1. Choose clients, by stable name.
             chosen = choose(sorted(roster), rules, number)
             # 2. Plan what each receives and trains.
@@ -208,7 +222,7 @@ class FederatedStrategy(Strategy):
                     event |= self.evaluate_clients(grid, server, roster, rules, record)
                 if evaluate is not None:
                     event |= evaluate(server)
-            record(event)
+            record({**event, "seconds": round(time.monotonic() - begun, 3)})
             after_round(server)
         return server
 
@@ -222,7 +236,7 @@ class FederatedStrategy(Strategy):
             except wire.BadReply as error:
                 bad[client] = str(error)
                 continue
-            moved = adapter.distance(sent[client])
+            moved = adapter.without(("control",)).distance(sent[client])
             if rules.max_update_norm is not None and moved > rules.max_update_norm:
                 bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={rules.max_update_norm:g}"
                 continue
@@ -301,6 +315,21 @@ class FederatedStrategy(Strategy):
 
     def summary(self) -> None:
         log.info("%s: clients train %s, needs %s", type(self).__name__, ", ".join(self.trains), self.needs.value)
+
+
+def same_scale(server: ServerState, updates: list[Update]) -> list[Update]:
+    """Updates that all use the server's scaling s: where client k's is s_k, s_k / s goes on its R, else B, else A."""
+    return [_rescaled(server.adapter, update) for update in updates]
+
+
+def _rescaled(like: AdapterState, update: Update) -> Update:
+    tensors = dict(update.adapter.tensors)
+    for site in like.lora_sites():
+        ratio = update.adapter.sites[site].scaling / like.sites[site].scaling
+        key = next((f"{site}/{role}" for role in ("R", "B", "A") if f"{site}/{role}" in tensors), None)
+        if key is not None and ratio != 1:
+            tensors[key] = tensors[key].double() * ratio
+    return replace(update, adapter=AdapterState(tensors, like.sites))
 
 
 def choose(names: list[str], rules: Rules, number: int) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft import registry
 from fedpeft.config import Config, method
+from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def build(config: Config) -> FederatedStrategy:
                              f"Wrappers: {', '.join(wrappers())}.")
         strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
     strategy.weighting = section.weighting
+    strategy.population = config.data.clients
     if config.adapter.client_ranks:
         ranks = config.adapter.client_ranks
         strategy.client_ranks = {client_name(index): ranks[index % len(ranks)] for index in range(config.data.clients)}
@@ -39,10 +41,6 @@ def named(name: str, options: dict[str, Any], key: str, inner: FederatedStrategy
 
 def wrappers() -> list[str]:
     return [name for name in registry.names("strategies") if registry.load("strategies", name).wraps]
-
-
-def client_name(index: int) -> str:
-    return f"client-{index:03d}"
 
 
 def check(config: Config) -> None:

@@ -5,18 +5,22 @@
 Exact: sum_k p_k B_k A_0 = (sum_k p_k B_k) A_0. With `init: orthonormal` the rows of A_0 are an orthonormal basis of the
 Kaiming draw's row space: the control that FedSVD has to beat (with SGD the two follow the same path of products).
 
-Deviations: the papers freeze the classification head; here `adapter.train_head` decides, and a trained head is averaged.
+Deviations: the paper freezes the classification head; here `adapter.train_head` decides, and a trained head is averaged.
+
+    >>> from fedpeft.strategies.ffa_lora import FFALoRA
+    >>> FFALoRA().trains
+    ('B', 'head')
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-from fedpeft import lowrank
 from fedpeft.config import option
 from fedpeft.state import AdapterState
+from fedpeft.strategies import frozen
 from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
-from fedpeft.strategies.frozen import require_shared
 
 
 class FFALoRA(FederatedStrategy):
@@ -37,9 +41,15 @@ class FFALoRA(FederatedStrategy):
         self.init, self.transport = init, transport
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
-        if self.init == "kaiming":
-            return ServerState(adapter)
-        return ServerState(adapter.replace({f"{site}/A": orthonormal_rows(adapter[f"{site}/A"]) for site in adapter.lora_sites()}))
+        return ServerState(frozen.orthonormal(adapter) if self.init == "orthonormal" else adapter)
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
         return server.adapter if self.transport == "dense" else server.adapter.without(("A",))
+
+    def task(self, server: ServerState) -> dict[str, Any]:
+        task = super().task(server)
+        return task if self.transport == "dense" else {**task, "static": frozen.static(server.adapter, ("A",))}
+
+    def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
+        frozen.require_shared(server, updates, "ffa_lora")
+        return super().offline(server, updates)

@@ -175,17 +175,27 @@ def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: floa
 
     Replies are matched by message id: Flower reports a dead node's error from another node's id.
     """
-    messages = [Message(content, node, kind) for node, content in contents.items()]
-    waiting = {sent: node for sent, node in zip(grid.push_messages(messages), contents, strict=True) if sent}
+    sent: dict[str, int] = {}
+    for node, content in contents.items():
+        sent |= dict.fromkeys(grid.push_messages([Message(content, node, kind)]), node)
     replies: dict[int, Message | None] = dict.fromkeys(contents)
+    for reply in collect(grid, list(sent), deadline_s):
+        replies[sent[reply.metadata.reply_to_message_id]] = reply
+    return replies
+
+
+def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Message]:
+    """Replies to these messages, until all are there or the deadline; a grid that can is told to give up on the rest."""
+    waiting, replies = list(names), []
     until = math.inf if deadline_s is None else time.monotonic() + deadline_s
     while waiting:
-        arrived = list(grid.pull_messages(list(waiting)))
-        for reply in arrived:
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                replies[node] = reply
-        if time.monotonic() > until:
+        arrived = [reply for reply in grid.pull_messages(waiting) if reply.metadata.reply_to_message_id in waiting]
+        replies += arrived
+        answered = {reply.metadata.reply_to_message_id for reply in arrived}
+        waiting = [name for name in waiting if name not in answered]
+        if waiting and time.monotonic() > until:
+            if hasattr(grid, "cancel"):
+                grid.cancel(waiting)
             break
         if waiting and not arrived:
             time.sleep(POLL_S)

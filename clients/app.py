@@ -1,0 +1,125 @@
+"""The Flower ClientApp: unpack, train, pack. The same app runs in this process, in worker processes, under Ray, at a site.
+
+    query     -> {"name"}
+    train     adapter, task -> update, {"num-examples", "train_loss"}
+    evaluate  adapter, task -> {"num-examples", "accuracy", "loss"} on the client's held-out records
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from torch import Tensor
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.store import Store
+from fedpeft.clients.train import CONTROL, evaluate, new_control, train
+from fedpeft.config import Config
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import RunError
+from fedpeft.state import AdapterState
+from fedpeft.strategies.wire import PACKED
+
+
+@dataclass
+class Local:
+    """What one process holds: the base model once, and the data of the clients that it runs.
+
+    Attributes:
+        initial: the strategy's round-0 adapter, drawn from the public seed.
+        train_data, holdout: by client name.
+    """
+
+    config: Config
+    model: Adapted
+    initial: AdapterState
+    train_data: dict[str, Encoded]
+    holdout: dict[str, Encoded]
+    store: Store
+
+    def compose(self, client: str, received: AdapterState, task: dict[str, Any], before: int) -> tuple[AdapterState, dict[str, Tensor]]:
+        """The adapter a client starts from: round-0 values, what was sent, what it kept. And its kept tensors.
+
+        Raises:
+            RunError: what it drew from the seed is not what the server has.
+        """
+        static = task.get("static")
+        if static and self.initial.select(static["roles"]).sha256() != static["sha256"]:
+            raise RunError(f"roles {', '.join(static['roles'])} drawn from run.seed={self.config.run.seed} differ from the server's "
+                           "(another torch or transformers version?). Set strategy.transport=dense.")
+        kept = self.store.load(client, before)
+        tensors = {key: value for key, value in received.tensors.items() if ":" not in key and received.role(key) != "M"}
+        for key, core in received.select(("M",)).tensors.items():
+            A = f"{key.removesuffix('/M')}/A"
+            tensors[A] = (core.double() @ self.initial[A].double()).to(self.initial[A].dtype)
+        tensors |= {key: value for key, value in kept.items() if ":" not in key}
+        return self.initial.replace(tensors), kept
+
+    def train(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
+        """One round at one client; its kept state is written last."""
+        number, data = int(task["round"]), self.data(self.train_data, client)
+        start, kept = self.compose(client, received, task, before=number)
+        self.model.write(start)
+        control, corrections = received.select(("control",)).tensors, None
+        own = {key: kept.get(key, torch.zeros_like(value)) for key, value in control.items()}
+        if control:
+            corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
+        seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
+        steps, loss = train(self.model, data, task["trains"], self.config.client, seed, prox_mu=float(task.get("prox_mu", 0.0)),
+                            control=corrections)
+        after = self.model.read(start.select(task["trains"]))
+        if after.distance(start) == 0:
+            raise RunError(f"no trained tensor moved in {steps} steps; check client.lr and the adapter.")
+        update = after.select(task["uploads"])
+        keep = after.select(task["keeps"]).tensors
+        if control:
+            lr = self.config.client.lr
+            before = {f"{CONTROL}{key}": value for key, value in start.tensors.items()}
+            ended = {f"{CONTROL}{key}": value for key, value in after.tensors.items()}
+            new = new_control(own, control, before, ended, steps, lr)
+            update = update.replace({key: new[key] - own[key] for key in new})
+            keep = {**keep, **new}
+        if keep:
+            self.store.save(client, number, keep)
+        return update, {"num-examples": float(len(data)), "train_loss": loss}
+
+    def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
+        data = self.data(self.holdout, client)
+        start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
+        self.model.write(start)
+        return evaluate(self.model, data)
+
+    def data(self, table: dict[str, Encoded], client: str) -> Encoded:
+        if client not in table or len(table[client]) == 0:
+            raise RunError(f"{client} has no records here.")
+        return table[client]
+
+
+def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods: list[Mod] | None = None) -> ClientApp:
+    """The ClientApp. `local` is called in the process that trains, once a message: cache it there."""
+    app = ClientApp()
+
+    @app.query()
+    def identify(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"identity": ConfigRecord({"name": name(context)})}), reply_to=message)
+
+    @app.train(mods=mods or [])
+    def fit(message: Message, context: Context) -> Message:
+        received, task = PACKED.open(message.content)
+        update, metrics = local().train(name(context), received, task)
+        return Message(PACKED.reply(update, metrics, int(task["round"])), reply_to=message)
+
+    @app.evaluate()
+    def score(message: Message, context: Context) -> Message:
+        received, task = PACKED.open(message.content)
+        metrics = local().evaluate(name(context), received, task)
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+    return app

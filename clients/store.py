@@ -1,0 +1,44 @@
+"""What a client keeps between rounds (personal factors, control variates), on its own disk, one file a round.
+
+A file is named by the round that wrote it and written whole or not at all, so that a run resumed at round t reads what
+was true before round t, whatever a killed process had begun.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedpeft.files import write_tensors
+
+
+class Store:
+    """Client state below one folder.
+
+    Args:
+        root: folder of the run; each client has a folder below it.
+        history: rounds back for which a resume may ask.
+    """
+
+    def __init__(self, root: Path, history: int) -> None:
+        self.root, self.history = root, history
+
+    def load(self, client: str, before: int) -> dict[str, Tensor]:
+        """The newest state written before round `before`; empty if there is none."""
+        versions = [number for number in self._versions(client) if number < before]
+        return load_file(self._file(client, max(versions))) if versions else {}
+
+    def save(self, client: str, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write the state after round `number`, and drop what no resume can ask for."""
+        write_tensors(self._file(client, number), tensors)
+        old = [version for version in self._versions(client) if version < number - self.history]
+        for version in old[:-1]:
+            self._file(client, version).unlink(missing_ok=True)
+
+    def _file(self, client: str, number: int) -> Path:
+        return self.root / client / f"round-{number:06d}.safetensors"
+
+    def _versions(self, client: str) -> list[int]:
+        return sorted(int(path.stem.removeprefix("round-")) for path in (self.root / client).glob("round-*.safetensors"))

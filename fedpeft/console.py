@@ -1,0 +1,155 @@
+"""What commands print: tables for people, JSON for programs, errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Print a command's result, as JSON or by `show`."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    else:
+        show(result)
+
+
+def fail(message: str) -> None:
+    err.print("error:", style="bold red", end=" ")
+    err.print(message, markup=False, soft_wrap=True)
+
+
+class Progress:
+    """A progress bar over rounds, fed with a run's events; one line a round where there is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.task: Any = None
+        self.rounds = 0
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and err.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)
+            self.bar.start()
+            self.task = self.bar.add_task("loading model and data", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        if event["event"] == "start":
+            self.rounds = event["rounds"]
+            text = f"{event['strategy']}, {event['clients']} clients, {event['trainable_parameters']:,} parameters each"
+        elif event["event"] == "round":
+            accuracy = event.get("accuracy", event.get("client_accuracy"))
+            text = f"round {event['round']}: {len(event['clients'])} clients"
+            text += f", train loss {event['train_loss']:.3f}" if "train_loss" in event else ""
+            text += f", accuracy {accuracy:.1%}" if accuracy is not None else ""
+        else:
+            return
+        if self.bar:
+            self.bar.update(self.task, description=text, completed=event.get("round", 0), total=self.rounds or None)
+        else:
+            err.print(text, markup=False)
+
+
+def run_result(summary: dict[str, Any]) -> None:
+    table = Table(title=f"{summary['strategy']} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    table.add_column("loss", justify="right")
+    for name, row in (("no adaptation (round 0)", summary.get("baseline")), ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
+                      ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
+                      ("federated, best round", summary.get("best")), ("federated, final", summary.get("final"))):
+        if row and row.get("accuracy") is not None:
+            loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
+            table.add_row(name, f"{row['accuracy']:.1%}", loss, style="bold" if name.endswith("final") else None)
+    out.print(table)
+    out.print(f"evaluated on {summary['evaluated_on']}; the logistic regressions see all clients' data pooled", style="dim")
+    out.print(f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} s, "
+              f"{summary['trainable_parameters']:,} trained parameters a client")
+    for entry in summary["quarantined"]:
+        out.print(f"quarantined in round {entry['round']}: {entry['client']}: {entry['reason']}", style="yellow", markup=False)
+    for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
+        out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
+
+
+def _row(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
+    value = (summary.get("baselines") or {}).get(key)
+    return None if value is None else {"accuracy": value}
+
+
+def aggregate_result(result: dict[str, Any]) -> None:
+    out.print(f"{result['strategy']}: {result['adapters']} adapters, {result['sites']} modules, rank {result['rank']}")
+    for note in result["notes"]:
+        out.print(note, style="yellow", markup=False)
+    out.print(result["out"], markup=False, soft_wrap=True)
+
+
+def listing(tables: dict[str, Any]) -> None:
+    for name, rows in tables.items():
+        table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("name", style="bold")
+        table.add_column("what it is")
+        for row in rows:
+            table.add_row(row["name"], row.get("summary", ""))
+        out.print(table)
+        out.print()
+
+
+def entry(result: dict[str, Any]) -> None:
+    out.print(f"{result['name']} ({result['table']})", style="bold")
+    for key in ("summary", "paper", "needs", "path"):
+        if result.get(key):
+            out.print(f"{key}: {result[key]}", markup=False)
+    for line in result.get("notes", []):
+        out.print(line, markup=False)
+    if result.get("options"):
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("option", "default", "allowed", "meaning"):
+            table.add_column(column)
+        for row in result["options"]:
+            table.add_row(row["name"], str(row["default"]), row["allowed"], row["help"])
+        out.print(table)
+    if result.get("description"):
+        out.print()
+        out.print(result["description"], markup=False)
+
+
+def valid(result: dict[str, Any]) -> None:
+    import yaml
+
+    out.print(yaml.safe_dump(result["config"], sort_keys=False), markup=False, end="")
+    out.print("valid", style="bold green")
+
+
+def comparison(result: dict[str, Any]) -> None:
+    rows = result["runs"]
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    out.print(table)
+    out.print(result["report"], markup=False, soft_wrap=True)
+
+
+def pairs(result: dict[str, Any]) -> None:
+    for key, value in result.items():
+        out.print(f"{key}: {value}", markup=False, soft_wrap=True)

@@ -1,0 +1,167 @@
+"""Splits of training records over clients.
+
+Each partitioner turns labels (or a natural column) into one sorted index array per client, disjoint, from a derived seed.
+
+Written in numpy rather than with flwr-datasets' partitioners: its IidPartitioner takes contiguous blocks
+(flower#4919), its DirichletPartitioner deals each class out in file order, so that a file sorted by date or author gives
+clients more skew than alpha says, and gives up after ten draws; importing it costs seconds at every start. On records that
+were shuffled first, `Dirichlet` here gives exactly the clients of its DirichletPartitioner (a test holds that).
+
+Papers: Dirichlet label skew, Yurochkin et al. 2019 (arXiv:1905.12022) and Hsu et al. 2019 (arXiv:1909.06335); shards,
+McMahan et al. 2017 (arXiv:1602.05629).
+
+    >>> import numpy as np
+    >>> parts = IID().split(np.array([0, 0, 0, 1, 1, 1]), {}, clients=2, seed=0)
+    >>> sorted(np.concatenate(parts).tolist())
+    [0, 1, 2, 3, 4, 5]
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedpeft import seeds
+from fedpeft.config import option
+from fedpeft.errors import InputError
+
+log = logging.getLogger("fedpeft")
+
+TRIES = 100
+
+
+class Partitioner(Protocol):
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        """Sorted, disjoint index arrays, one per client.
+
+        Args:
+            labels: int64 [N].
+            columns: natural columns by name, each [N].
+
+        Raises:
+            InputError: the split is impossible; the message has the numbers.
+        """
+
+
+class IID:
+    """Shuffled, equal sizes (they differ by one record at most)."""
+
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        _require(len(labels), clients, 1)
+        order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
+        return [np.sort(part) for part in np.array_split(order, clients)]
+
+
+class Dirichlet:
+    """Label skew: the shares of each class over clients are one draw from a symmetric Dirichlet distribution."""
+
+    @dataclass
+    class Config:
+        alpha: float = option(0.5, "concentration; small is skewed, large is near iid", above=0)
+        min_examples: int = option(8, "every client gets at least this many records; the shares are drawn again until it does",
+                                   low=1)
+
+    def __init__(self, alpha: float = 0.5, min_examples: int = 8) -> None:
+        self.alpha = alpha
+        self.min_examples = min_examples
+
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        _require(len(labels), clients, self.min_examples)
+        order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
+        rng = seeds.numpy_generator(seed, "partition", "shares")
+        classes = [order[labels[order] == label] for label in np.unique(labels)]
+        best = 0
+        for _ in range(TRIES):
+            dealt = [self._deal(members, clients, rng) for members in classes]
+            parts = [np.sort(np.concatenate(shares)) for shares in zip(*dealt, strict=True)]
+            smallest = min(len(part) for part in parts)
+            if smallest >= self.min_examples:
+                return parts
+            best = max(best, smallest)
+        raise InputError(f"data.partition: in {TRIES} Dirichlet draws with alpha={self.alpha:g}, {len(labels)} records over {clients} "
+                         f"clients never gave every client min_examples={self.min_examples} (the smallest had {best} at best). Lower "
+                         "data.partition.min_examples or data.clients, or raise data.partition.alpha.")
+
+    def _deal(self, members: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        shares = rng.dirichlet(np.full(clients, self.alpha))
+        return np.split(members, (np.cumsum(shares) * len(members)).astype(int)[:-1])
+
+
+class Column:
+    """A natural column says who owns a record: the largest groups become the clients, the largest first."""
+
+    @dataclass
+    class Config:
+        column: str = option("", "the column, for example maintainer, author or hospital")
+        min_examples: int = option(1, "groups with fewer records are no clients", low=1)
+
+    def __init__(self, column: str = "", min_examples: int = 1) -> None:
+        self.column = column
+        self.min_examples = min_examples
+
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        if self.column not in columns:
+            raise InputError(f"data.partition.column: '{self.column}' is no column of the data. Natural columns: "
+                             f"{', '.join(columns) or 'none'}.")
+        _, group, sizes = np.unique(columns[self.column], return_inverse=True, return_counts=True)
+        ranked = [int(g) for g in np.argsort(-sizes, kind="stable") if sizes[g] >= self.min_examples]
+        if len(ranked) < clients:
+            raise InputError(f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
+                             f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all). Set data.clients to at "
+                             f"most {len(ranked)}.")
+        parts = [np.flatnonzero(group == g) for g in ranked[:clients]]
+        left_out = len(labels) - sum(len(part) for part in parts)
+        if left_out:
+            log.warning("partition by column %s: %d of %d records are in the %d groups that are left out", self.column, left_out,
+                        len(labels), len(sizes) - clients)
+        return parts
+
+
+class Shards:
+    """Records sorted by label and cut into equal shards; each client gets a few, so it sees a few classes only."""
+
+    @dataclass
+    class Config:
+        shards_per_client: int = option(2, "shards that a client gets; few shards, few classes", low=1)
+
+    def __init__(self, shards_per_client: int = 2) -> None:
+        self.shards_per_client = shards_per_client
+
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        _require(len(labels), clients, self.shards_per_client)
+        order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]
+        shards = np.array_split(order, clients * self.shards_per_client)
+        dealt = seeds.numpy_generator(seed, "partition", "shares").permutation(len(shards)).reshape(clients, -1)
+        return [np.sort(np.concatenate([shards[index] for index in hand])) for hand in dealt]
+
+
+class Quantity:
+    """Quantity skew: sizes from a Dirichlet distribution, records dealt at random."""
+
+    @dataclass
+    class Config:
+        alpha: float = option(1.0, "concentration of the sizes; small is skewed, large is equal", above=0)
+        min_examples: int = option(8, "every client gets this many records before the rest is divided", low=1)
+
+    def __init__(self, alpha: float = 1.0, min_examples: int = 8) -> None:
+        self.alpha = alpha
+        self.min_examples = min_examples
+
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        _require(len(labels), clients, self.min_examples)
+        order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
+        shares = seeds.numpy_generator(seed, "partition", "shares").dirichlet(np.full(clients, self.alpha))
+        rest = len(labels) - clients * self.min_examples
+        ends = (np.cumsum(shares) * rest).astype(int) + self.min_examples * np.arange(1, clients + 1)
+        return [np.sort(part) for part in np.split(order, ends[:-1])]
+
+
+def _require(records: int, clients: int, least: int) -> None:
+    if clients * least > records:
+        raise InputError(f"data.clients={clients}: at least {least} records each need {clients * least}, the training set has {records}. "
+                         f"{records // least} clients are possible.")

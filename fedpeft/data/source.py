@@ -1,0 +1,190 @@
+"""Labelled records from an embedded or prepared data set, a file, a folder or a hub id; training and test set.
+
+    >>> from fedpeft.config import DataConfig
+    >>> train, test = load(DataConfig(source="digits", limit=100), "image-classification", seed=0)
+    >>> train.inputs.shape, len(test), test.label_names[3]
+    ((100, 8, 8, 1), 100, '3')
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpeft import registry, seeds
+from fedpeft.config import DataConfig
+from fedpeft.data import prepare, tables
+from fedpeft.errors import InputError
+
+KINDS = {"image-classification": "image", "sequence-classification": "text", "causal-lm": "text"}
+
+
+@dataclass(frozen=True)
+class Records:
+    """Raw labelled records before any tokenizer or image processor.
+
+    Attributes:
+        inputs: N texts, or images [N, H, W, C], uint8 or float32 in [0, 1].
+        labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
+        columns: natural columns (strings or numbers), each [N].
+        kind: "text" or "image".
+    """
+
+    inputs: list[str] | np.ndarray
+    labels: np.ndarray
+    label_names: list[str]
+    columns: dict[str, np.ndarray]
+    kind: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Records:
+        """The records with these numbers, in this order."""
+        inputs = self.inputs[indices] if isinstance(self.inputs, np.ndarray) else [self.inputs[index] for index in indices]
+        return replace(self, inputs=inputs, labels=self.labels[indices],
+                       columns={name: values[indices] for name, values in self.columns.items()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of inputs, labels and label names: whether a saved split fits. Natural columns may be added later."""
+        digest = hashlib.sha256(self.kind.encode())
+        if isinstance(self.inputs, np.ndarray):
+            digest.update(f"{self.inputs.dtype}{self.inputs.shape}".encode())
+            digest.update(np.ascontiguousarray(self.inputs))
+        else:
+            for text in self.inputs:
+                data = text.encode()
+                digest.update(len(data).to_bytes(8, "big") + data)
+        digest.update(np.ascontiguousarray(self.labels))
+        digest.update("\0".join(self.label_names).encode())
+        return digest.hexdigest()
+
+
+def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
+    """Training and test records of a config.
+
+    The test set is `config.test`, else the source's own test split, else a stratified `config.test_fraction`. With
+    `config.limit` both are stratified samples of at most that size. Every choice derives from `seed`.
+
+    Raises:
+        InputError: nothing of that name, a column that is missing, a record without text, image or label, a label that
+            only the test set has, or data of another kind than `task` needs.
+    """
+    train, test = _read(config.source, "data.source", config, task)
+    if config.test is not None:
+        first, second = _read(config.test, "data.test", config, task)
+        test = _align(second or first, train.label_names)
+    elif test is not None:
+        test = _align(test, train.label_names)
+    else:
+        train, test = _hold_out(train, config.test_fraction, seed)
+    if config.limit is not None:
+        train = _limit(train, config.limit, seed, "train")
+        test = _limit(test, config.limit, seed, "test")
+    unseen = np.setdiff1d(test.labels, train.labels)
+    if len(unseen):
+        names = ", ".join(f"'{train.label_names[label]}'" for label in unseen[:5])
+        raise InputError(f"{config.test or config.source}: the test set has labels that no training record has: {names}"
+                         f"{' and more' if len(unseen) > 5 else ''}. Remove them, or raise data.limit if that is set.")
+    return train, test
+
+
+def _read(source: str, key: str, config: DataConfig, task: str) -> tuple[Records, Records | None]:
+    """The source's training and test records, labels by its own names."""
+    if source in registry.names("datasets"):
+        chosen = {name: getattr(config, name) for name in ("text", "image", "label") if getattr(config, name) is not None}
+        if chosen and key == "data.source":
+            raise InputError(f"data.{next(iter(chosen))}: the embedded data set {source} has fixed columns. Set it to null.")
+        train, test = registry.load("datasets", source, key)().load()
+        _require_kind(train.kind, task, f"{key}={source}")
+        return train, test
+    found = _tables(source, key)
+    train = _records(found.train, config, task)
+    return train, None if found.test is None else _records(found.test, config, task)
+
+
+def _tables(source: str, key: str) -> tables.Tables:
+    if source.partition("/")[0] in prepare.RECIPES:
+        return prepare.read(source)
+    if tables.is_local(source, key):
+        prepared = (Path(source) / prepare.ABOUT).is_file()
+        return prepare.read_folder(Path(source)) if prepared else tables.local(source)
+    try:
+        return tables.hub(source)
+    except tables.NotOnHub as error:
+        known = [*registry.names("datasets"), *prepare.RECIPES]
+        hint = registry.unknown(key, source, known)
+        raise InputError(f"{hint} It is no local file or folder either, and not to be had from the hub: {error}") from error
+
+
+def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
+    kind = KINDS[task]
+    if kind == "image":
+        _require_kind(kind if tables.find_column(table, "image", config.image) else "text", task, table.where)
+    name = tables.column(table, kind, config.image if kind == "image" else config.text)
+    label = tables.column(table, "label", config.label) if task != "causal-lm" else tables.find_column(table, "label", config.label)
+    inputs: Any = tables.images(table, name) if kind == "image" else tables.texts(table, name)
+    if label is None:
+        labels, label_names = np.zeros(len(inputs), dtype=np.int64), ["all"]
+    else:
+        labels, label_names = tables.labels(table, label)
+    natural = {other: values for other in table.columns if other not in (name, label)
+               if (values := tables.natural(table.columns[other])) is not None}
+    return Records(inputs, labels, label_names, natural, kind)
+
+
+def _require_kind(kind: str, task: str, where: str) -> None:
+    if kind != KINDS[task]:
+        tasks = [other for other, needed in KINDS.items() if needed == kind]
+        raise InputError(f"model.task={task} needs {KINDS[task]} data; {where} has {kind}s. Tasks for {kind}s: {', '.join(tasks)}.")
+
+
+def _align(records: Records, label_names: list[str]) -> Records:
+    """The same records with labels as indices into another list of names."""
+    position = {name: index for index, name in enumerate(label_names)}
+    used = np.unique(records.labels)
+    unknown = [records.label_names[label] for label in used if records.label_names[label] not in position]
+    if unknown:
+        raise InputError(f"data.test: the labels {', '.join(repr(name) for name in unknown[:5])} are not in the training set, which has "
+                         f"{', '.join(label_names[:20])}.")
+    table = np.zeros(len(records.label_names), dtype=np.int64)
+    for label in used:
+        table[label] = position[records.label_names[label]]
+    return replace(records, labels=table[records.labels], label_names=label_names)
+
+
+def _hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
+    order, rank = _stratified(records.labels, seed, "test")
+    candidates = order[rank[order] > 0]  # one record of every class stays in the training set
+    count = min(round(fraction * len(records)), len(candidates))
+    if count == 0:
+        raise InputError(f"data.test_fraction={fraction}: {len(records)} records leave nothing to test on. Give data.test.")
+    chosen = np.zeros(len(records), dtype=bool)
+    chosen[candidates[:count]] = True
+    return records.take(np.flatnonzero(~chosen)), records.take(np.flatnonzero(chosen))
+
+
+def _limit(records: Records, limit: int, seed: int, which: str) -> Records:
+    """At most `limit` records, every class with at least one if there is room."""
+    if len(records) <= limit:
+        return records
+    order, rank = _stratified(records.labels, seed, f"limit {which}")
+    order = np.concatenate([order[rank[order] == 0], order[rank[order] > 0]])
+    return records.take(np.sort(order[:limit]))
+
+
+def _stratified(labels: np.ndarray, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """A random order whose every prefix has the whole's class shares, and each record's rank within its class."""
+    rng = seeds.numpy_generator(seed, "data", purpose)
+    place, rank = np.zeros(len(labels)), np.zeros(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        rank[members] = np.arange(len(members))
+        place[members] = (rank[members] + rng.random()) / len(members)
+    return np.argsort(place, kind="stable"), rank

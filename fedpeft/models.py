@@ -1,0 +1,157 @@
+"""Base models: embedded ones, local folders and hub ids, by transformers' auto classes; their head and their processor.
+
+Embedded: `tiny-vit` (shipped checkpoint, pre-trained on drawn digits), `tiny-bert` and `tiny-llama` (fixed random weights
+and a byte tokenizer: they exercise the text path without a download and are no evidence for anything).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft import seeds
+from fedpeft.config import ModelConfig
+from fedpeft.errors import InputError
+
+EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Base:
+    """A frozen base model.
+
+    Attributes:
+        backbone: the transformers model that adapters go into.
+        forward: inputs -> logits [N, labels] ([N, T, vocabulary] for causal-lm).
+        heads: module name -> head module; names are those of the checkpoint (`classifier`).
+        processor: tokenizer, image processor, or None where images go in as they are.
+        source: what `AutoModel...from_pretrained` takes to get this base again.
+    """
+
+    backbone: nn.Module
+    forward: Callable[[dict[str, Tensor]], Tensor]
+    heads: dict[str, nn.Module]
+    processor: Any
+    source: str
+    task: str
+
+
+def load(config: ModelConfig, labels: int, seed: int) -> Base:
+    """Load and freeze the base model of a config; a head that the checkpoint lacks is drawn from `seed`.
+
+    Raises:
+        InputError: unknown name, a folder or hub id that transformers cannot load, or a model for another task.
+    """
+    if config.name in EMBEDDED and EMBEDDED[config.name] != config.task:
+        raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "head"))
+        if config.name in EMBEDDED:
+            model, processor, source = _embedded(config, labels)
+            pooled = config.pooling == "mean"
+        else:
+            pooled = config.task == "sequence-classification" and _mean_pooled(config)
+            model, processor = _pretrained(config, labels, pooled)
+            source = config.name
+        head = nn.Linear(model.config.hidden_size, labels) if pooled else None
+    model.requires_grad_(False).eval()
+    if pooled:
+        head.to(model.dtype).requires_grad_(False)
+        return Base(model, lambda batch: head(mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])),
+                    {"classifier": head}, processor, source, config.task)
+    heads = {} if config.task == "causal-lm" else _heads(model)
+    return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens, L2-normalised and scaled by sqrt(width) so that a head sees entries of unit size."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return nn.functional.normalize(mean, dim=-1) * hidden.shape[-1] ** 0.5
+
+
+def _heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Top-level modules with parameters beside the pre-trained trunk."""
+    trunk = model.base_model_prefix
+    heads = {name: module for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())}
+    if not heads or not hasattr(model, trunk):
+        raise InputError(f"model: {type(model).__name__} has no head beside its trunk '{trunk}'.")
+    return heads
+
+
+def _mean_pooled(config: ModelConfig) -> bool:
+    """Whether a text classifier gets a mean-pooled head: by request, or because the model is a sentence encoder."""
+    if config.pooling != "auto":
+        return config.pooling == "mean"
+    from transformers.utils import cached_file
+
+    return any(cached_file(config.name, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+               for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"))
+
+
+def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, Any]:
+    import transformers
+
+    arguments = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    kinds = {"image-classification": "AutoModelForImageClassification", "sequence-classification": "AutoModelForSequenceClassification",
+             "causal-lm": "AutoModelForCausalLM"}
+    try:
+        if pooled:
+            model = transformers.AutoModel.from_pretrained(config.name, **arguments)
+        elif config.task == "causal-lm":
+            model = transformers.AutoModelForCausalLM.from_pretrained(config.name, **arguments)
+        else:
+            model = getattr(transformers, kinds[config.task]).from_pretrained(
+                config.name, num_labels=labels, ignore_mismatched_sizes=True, **arguments)
+        if config.task == "image-classification":
+            return model, transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.name)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
+                         f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)}).") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
+    import transformers
+
+    if config.name == "tiny-vit":
+        folder = str(Path(__file__).parent / "assets" / "tiny-vit")
+        model = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=DTYPES[config.dtype])
+        return model, None, folder
+    tokenizer = byte_tokenizer()
+    common = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
+              "max_position_embeddings": max(config.max_length, 128), "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if config.name == "tiny-llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
+        elif config.pooling == "mean":
+            model = transformers.BertModel(transformers.BertConfig(**common))
+        else:
+            model = transformers.BertForSequenceClassification(transformers.BertConfig(**common, num_labels=labels))
+    return model.to(DTYPES[config.dtype]), tokenizer, config.name
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the 256 bytes, with padding and end marks; made here, so nothing is fetched."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                   model_input_names=["input_ids", "attention_mask"])

@@ -1,0 +1,53 @@
+"""One aggregation of adapter folders by any strategy, for sites that exchange adapters by file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fedpeft import config as configs
+from fedpeft.adapters import folder
+from fedpeft.errors import InputError
+from fedpeft.strategies.build import named
+from fedpeft.strategies.offline import aggregate
+
+
+def aggregate_folders(strategy: str, folders: list[Path], options: list[str], weights: str | None, start: Path | None,
+                      out: Path) -> dict[str, Any]:
+    """Aggregate peft folders into a peft folder whose product is the aggregate.
+
+    Args:
+        options: strategy options as `key=value`.
+        weights: one number an adapter, separated by commas; equal if None.
+        start: the global adapter before the round.
+
+    Raises:
+        InputError: unreadable or unlike adapters, bad weights or options, an `out` that is not empty.
+    """
+    if not folders:
+        raise InputError("ADAPTER_DIR: give at least one adapter folder.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: {out} is not an empty folder.")
+    given = configs.parse_overrides(options)
+    rule = named(strategy, given, "")
+    adapters = [folder.load(path) for path in folders]
+    numbers = parse_weights(weights, len(folders))
+    result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None)
+    folder.save(result, out, base=folder.base_of(folders[0]), task=None)
+    ranks = {result.rank(site) for site in result.lora_sites()}
+    return {"strategy": strategy, "adapters": len(folders), "sites": len(result.lora_sites()), "rank": max(ranks), "notes": notes, "out": str(out)}
+
+
+def parse_weights(text: str | None, count: int) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--weights: '{text}' is not a list of numbers such as 1,2,5.") from error
+    if len(numbers) != count:
+        raise InputError(f"--weights: {len(numbers)} weights for {count} adapters.")
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise InputError(f"--weights: {text}: every weight must be positive and finite.")
+    return numbers

@@ -1,0 +1,70 @@
+"""Rows that every table needs: what frozen features, raw pixels or words reach with no federated training at all.
+
+Both are fitted on the pooled training data, which a federation does not have: they are reference points, not rivals.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from fedpeft.adapters.adapted import Adapted
+    from fedpeft.data.encode import Encoded
+    from fedpeft.data.source import Records
+    from fedpeft.simulations.world import World
+
+MAX_TRAIN = 5000
+
+
+def baselines(here: World) -> dict[str, float]:
+    """Test accuracy of logistic regression on frozen features and on pixels or words; empty for causal-lm.
+
+    At most MAX_TRAIN training records are used.
+    """
+    if here.config.model.task == "causal-lm":
+        return {}
+    model = here.local.model
+    model.write(here.start.adapter)
+    few = np.arange(min(MAX_TRAIN, len(here.train.labels)))
+    y, y_test = here.train.labels[few], here.test.labels
+    frozen = _logistic(features(model, here.train_encoded.subset(few)), y, features(model, here.test_encoded), y_test)
+    x, x_test = raw(here.train.take(few), here.test)
+    return {"frozen_logistic": frozen, "pixels_or_words_logistic": _logistic(x, y, x_test, y_test)}
+
+
+@torch.no_grad()
+def features(model: Adapted, data: Encoded, batch_size: int = 256) -> np.ndarray:
+    """What goes into the head, [N, width]: the first head module's input, its first token where it is a sequence."""
+    head = next(iter(model.base.heads.values()))
+    caught: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0].detach().float()))
+    device = next(head.parameters()).device
+    try:
+        for start in range(0, len(data), batch_size):
+            inputs, _ = data.batch(np.arange(start, min(start + batch_size, len(data))))
+            model.logits({key: value.to(device) for key, value in inputs.items()})
+    finally:
+        hook.remove()
+    return torch.cat([value[:, 0] if value.ndim == 3 else value for value in caught]).cpu().numpy()
+
+
+def raw(train: Records, test: Records) -> tuple[Any, Any]:
+    """TF-IDF of words, or flat pixels."""
+    if train.kind == "text":
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        words = TfidfVectorizer(sublinear_tf=True, min_df=2)
+        return words.fit_transform(train.inputs), words.transform(test.inputs)
+    return np.reshape(train.inputs, (len(train.labels), -1)), np.reshape(test.inputs, (len(test.labels), -1))
+
+
+def _logistic(x: Any, y: np.ndarray, x_test: Any, y_test: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import MaxAbsScaler
+
+    scale = MaxAbsScaler().fit(x)
+    model = LogisticRegression(C=10.0, max_iter=1000).fit(scale.transform(x), y)
+    return float(model.score(scale.transform(x_test), y_test))

@@ -1,0 +1,119 @@
+"""An in-process Flower Grid: the same ServerApp strategies and ClientApps, without Ray, sockets or serialisation.
+
+With no worker processes a message is handled when its reply is pulled, one after another, over one base model in memory.
+With workers, each is a process of its own with one base model: a client that dies or hangs is ended with its process, and
+the process is replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft.simulations.workers import Outcome, Pool, handle
+
+SERVER_NODE = 1
+RUN_ID = 1
+
+
+@dataclass
+class Node:
+    config: dict[str, bool | int | float | str]
+    state: RecordDict
+
+
+class LocalGrid(Grid):
+    """Nodes that run one ClientApp here.
+
+    Args:
+        make_app: returns the ClientApp; picklable when there are workers (they call it once each).
+        nodes: node id -> node config.
+        workers: processes; 0 runs clients in this one.
+        threads: torch threads of each worker.
+    """
+
+    def __init__(self, make_app: Callable[[], ClientApp], nodes: dict[int, dict[str, bool | int | float | str]], workers: int = 0,
+                 threads: int = 1) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, SERVER_NODE
+        self.nodes = {node: Node(dict(config), RecordDict()) for node, config in nodes.items()}
+        self.pool = Pool(make_app, workers, threads) if workers else None
+        self.app = None if workers else make_app()
+        self.ids = itertools.count(1)
+        self.queue: dict[str, Message] = {}
+        self._run = Run.create_empty(RUN_ID)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = []
+        for message in messages:
+            name = f"message-{next(self.ids)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.queue[name] = message
+            sent.append(name)
+            if self.pool:
+                self.pool.submit(name, message, self.context(message))
+        return sent
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """In this process: handle the first of these messages now. With workers: the replies that have come in."""
+        wanted = [name for name in message_ids if name in self.queue]
+        if self.pool:
+            return [self.finish(name, outcome) for name, outcome in self.pool.finished(wanted)]
+        if not wanted:
+            return []
+        message = self.queue[wanted[0]]
+        return [self.finish(wanted[0], handle(self.app, message, self.context(message)))]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        from fedpeft.strategies.wire import collect
+
+        return collect(self, list(self.push_messages(messages)), timeout)
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Give up on messages: end the workers that are busy with them."""
+        names = [name for name in message_ids if self.queue.pop(name, None) is not None]
+        if self.pool:
+            self.pool.cancel(names)
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.close()
+
+    def context(self, message: Message) -> Context:
+        node = message.metadata.dst_node_id
+        entry = self.nodes[node]
+        return Context(run_id=RUN_ID, node_id=node, node_config=dict(entry.config), state=copy.deepcopy(entry.state), run_config={})
+
+    def finish(self, name: str, outcome: Outcome) -> Message:
+        """The reply; the client's state is kept only if it answered without an error."""
+        request = self.queue.pop(name)
+        if isinstance(outcome, str):
+            reply, state = Message(Error(ErrorCode.CLIENT_APP_CRASHED, outcome), reply_to=request), None
+        else:
+            reply, state = outcome
+        if state is not None:
+            self.nodes[request.metadata.dst_node_id].state = state
+        reply.metadata.__dict__["_message_id"] = f"reply-{name}"
+        return reply
+

@@ -1,0 +1,156 @@
+"""One simulated run from config to adapter folder, and its resumption. `fedpeft simulate` and `fedpeft resume` call this."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedpeft import checkpoint, report
+from fedpeft import config as configs
+from fedpeft.adapters import folder
+from fedpeft.adapters.flat import flat
+from fedpeft.clients.train import evaluate
+from fedpeft.config import Config
+from fedpeft.data.split import client_name
+from fedpeft.errors import InputError
+from fedpeft.files import write_bytes
+from fedpeft.metrics import Recorder, read, summarise
+from fedpeft.simulations import faults
+from fedpeft.simulations.baselines import baselines
+from fedpeft.simulations.grid import LocalGrid
+from fedpeft.simulations.world import World, make_app, world
+from fedpeft.strategies.base import Rules, ServerState
+
+log = logging.getLogger("fedpeft")
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def simulate(source: str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] = (), out: str | Path | None = None,
+             on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+    """Run a simulation from its first round.
+
+    Args:
+        source: a config file, the name of a shipped config, or a mapping.
+        overrides: `key=value` strings or a mapping of dotted keys.
+        out: the run folder; default is runs/<config>-<strategy>-seed<seed>. It must be new or empty.
+        on_event: receives every event that goes to metrics.jsonl.
+
+    Returns:
+        The content of summary.json, and `out`.
+
+    Raises:
+        InputError: the config, the data or the model cannot be used; nothing was trained.
+        RunError: the run failed; it can be resumed.
+    """
+    config = configs.load(source, overrides)
+    faults.check(config.run.faults, [client_name(index) for index in range(config.data.clients)], config.run.workers, config.run.deadline_s)
+    stem = "run" if isinstance(source, dict) else Path(source).stem
+    run = Path(out or Path("runs") / f"{stem}-{config.strategy.name}-seed{config.run.seed}").absolute()
+    if run.exists() and any(run.iterdir()):
+        raise InputError(f"--out: {run} is not empty. Give a new folder, or go on with `fedpeft resume {run}`.")
+    run.mkdir(parents=True, exist_ok=True)
+    write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
+    return _go(config, run, on_event)
+
+
+def resume(run: str | Path, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+    """Go on with a run after its last complete checkpoint; a finished run is only reported again.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    run = Path(run).absolute()
+    if not (run / "resolved.yaml").is_file():
+        raise InputError(f"{run}: no resolved.yaml, so this is not a run folder.")
+    config = configs.load(run / "resolved.yaml")
+    return _go(config, run, on_event)
+
+
+def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
+    text = configs.to_yaml(config)
+    here = world(text, run)
+    server = checkpoint.latest(run / "checkpoints")
+    recorder = Recorder(run / "metrics.jsonl")
+    personal = bool(here.strategy.keeps)
+
+    def record(event: dict[str, Any]) -> None:
+        recorder.record(event)
+        on_event(event)
+
+    if server is None:
+        recorder.path.unlink(missing_ok=True)
+        server = here.start
+        record({"event": "start", "strategy": config.strategy.name, "engine": config.run.engine, "seed": config.run.seed,
+                "clients": config.data.clients, "rounds": config.run.rounds, "trainable_parameters": trainable(here),
+                "personalised": personal})
+        record({"event": "evaluate", "round": 0, **score(here, server)})
+        if config.run.baselines:
+            record({"event": "baselines", **baselines(here)})
+    else:
+        recorder.resume(server.round)
+        on_event({"event": "resume", "round": server.round, "rounds": config.run.rounds})
+    rules = Rules(rounds=config.run.rounds, seed=config.run.seed, clients=config.data.clients, clients_per_round=config.run.clients_per_round,
+                  deadline_s=config.run.deadline_s, quorum=config.run.quorum, max_update_norm=config.run.max_update_norm,
+                  evaluate_every=config.run.evaluate_every, evaluate_clients=config.data.holdout > 0)
+
+    def after_round(state: ServerState) -> None:
+        if state.round % config.run.checkpoint_every == 0 or state.round == config.run.rounds:
+            checkpoint.write(run / "checkpoints", state)
+
+    play = partial(here.strategy.run, server=server, rules=rules, record=record, after_round=after_round,
+                   evaluate=None if personal else partial(score, here))
+    if server.round < config.run.rounds:
+        server = _with_grid(config, text, run, play)
+    record({"event": "end", "round": server.round})
+    return finish(here, server, run)
+
+
+def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerState]) -> ServerState:
+    app = partial(make_app, text, run)
+    if config.run.engine == "ray":
+        from fedpeft.simulations.ray_engine import run_with_ray
+
+        return run_with_ray(app, play, config.data.clients, config.run.workers)
+    nodes = {index + 2: {"partition-id": index, "num-partitions": config.data.clients} for index in range(config.data.clients)}
+    grid = LocalGrid(app, nodes, config.run.workers, config.run.threads)
+    try:
+        return play(grid)
+    finally:
+        grid.close()
+
+
+def score(here: World, server: ServerState) -> dict[str, float]:
+    """Accuracy and loss of the global model on the server's test set."""
+    here.local.model.write(server.adapter)
+    result = evaluate(here.local.model, here.test_encoded)
+    return {"accuracy": result["accuracy"], "loss": result["loss"]}
+
+
+def trainable(here: World) -> int:
+    """Parameters that a client trains over the run's rounds."""
+    roles = {role for number in range(2) for role in here.strategy.trained(ServerState(here.start.adapter, round=number))}
+    return here.start.adapter.select(roles).parameters
+
+
+def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
+    """Write the adapter folders, summary, plots and report."""
+    config, base = here.config, here.local.model.base
+    pooled = "classifier" in base.heads and not hasattr(base.backbone, "classifier")
+    options = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
+    folder.save(flat(here.strategy.before_round(server).adapter), run / "adapter", **options)
+    if here.strategy.keeps:
+        for client in here.local.train_data:
+            task = {**here.strategy.task(server)}
+            own, _ = here.local.compose(client, here.strategy.broadcast(server, client), task, before=server.round + 1)
+            folder.save(flat(own), run / "adapter" / "clients" / client, **options)
+    events = read(run / "metrics.jsonl")
+    extra = {"baselines": {key: value for event in events if event["event"] == "baselines" for key, value in event.items()
+                           if key.endswith("_logistic")}}
+    summary = summarise(events, configs.to_tree(config), extra)
+    write_bytes(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    report.write(run)
+    return {**summary, "out": str(run)}

@@ -1,0 +1,132 @@
+"""Worker processes that handle one message at a time and can be ended when a client dies or hangs in them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedpeft.errors import RunError
+
+POLL_S = 0.05
+Outcome = tuple[Message, RecordDict | None] | str
+
+
+class Worker:
+    """One process and the pipe to it."""
+
+    def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, make_app, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: str | None = None
+
+    def wait_ready(self) -> None:
+        try:
+            ready = self.pipe.recv()
+        except EOFError:
+            ready = "its process ended"
+        if ready is not None:
+            raise RunError(f"a worker process could not start: {ready}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class Pool:
+    """`workers` processes; jobs are handed out in order of submission."""
+
+    def __init__(self, make_app: Callable[[], ClientApp], workers: int, threads: int) -> None:
+        self.make_app, self.threads = make_app, threads
+        self.jobs: deque[tuple[str, Message, Context]] = deque()
+        self.lost: dict[str, str] = {}
+        self.workers = [Worker(make_app, threads) for _ in range(workers)]
+        for worker in self.workers:
+            worker.wait_ready()
+
+    def submit(self, name: str, message: Message, context: Context) -> None:
+        self.jobs.append((name, message, context))
+        self._hand_out()
+
+    def finished(self, names: list[str]) -> list[tuple[str, Outcome]]:
+        """Outcomes that have come in, after a short wait; a str is why there is none."""
+        done: list[tuple[str, Outcome]] = []
+        busy = {worker.pipe: worker for worker in self.workers if worker.job}
+        for pipe in wait(list(busy), timeout=POLL_S):
+            worker = busy[pipe]
+            name = worker.job
+            try:
+                outcome: Outcome = pipe.recv()
+                worker.job = None
+            except (EOFError, ConnectionError):
+                outcome = "the client's process ended"
+                self._replace(worker)
+            done.append((name, outcome))
+        self._hand_out()
+        return [(name, outcome) for name, outcome in done if name in names]
+
+    def cancel(self, names: list[str]) -> None:
+        self.jobs = deque(job for job in self.jobs if job[0] not in names)
+        for worker in list(self.workers):
+            if worker.job in names:
+                self._replace(worker)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.end()
+
+    def _hand_out(self) -> None:
+        for worker in self.workers:
+            if worker.job is None and self.jobs:
+                name, message, context = self.jobs.popleft()
+                worker.job = name
+                worker.pipe.send((message, context))
+
+    def _replace(self, worker: Worker) -> None:
+        worker.end()
+        fresh = Worker(self.make_app, self.threads)
+        fresh.wait_ready()
+        self.workers[self.workers.index(worker)] = fresh
+
+
+def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:
+    """The worker's loop: one message in, one outcome out, until the pipe closes."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        app = make_app()
+    except Exception as error:  # reported to the parent, which raises it
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(None)
+    while True:
+        try:
+            message, context = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(handle(app, message, context))
+
+
+def handle(app: ClientApp, message: Message, context: Context) -> tuple[Message, RecordDict | None]:
+    """Reply and new client state; an exception becomes Flower's error reply."""
+    try:
+        return app(message, context), context.state
+    except Exception as error:  # what a ClientApp may raise is not known here
+        reason = f"{type(error)}:<'{error}'>"
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason + where), reply_to=message), None

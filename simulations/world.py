@@ -1,0 +1,103 @@
+"""What a config describes, made real in one process: model, strategy, clients' data. The same in every process of a run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+
+from fedpeft import config as configs
+from fedpeft.adapters.adapted import build as build_adapted
+from fedpeft.clients.app import Local, client_app
+from fedpeft.clients.store import Store
+from fedpeft.config import Config
+from fedpeft.data import source, split
+from fedpeft.data.encode import Encoded, encode
+from fedpeft.data.source import Records
+from fedpeft.data.split import client_name
+from fedpeft.errors import InputError
+from fedpeft.seeds import numpy_generator
+from fedpeft.simulations import faults
+from fedpeft.strategies.base import FederatedStrategy, ServerState
+from fedpeft.strategies.build import build as build_strategy
+
+
+@dataclass
+class World:
+    """Everything of one run in one process."""
+
+    config: Config
+    strategy: FederatedStrategy
+    local: Local
+    start: ServerState
+    train: Records
+    test: Records
+    train_encoded: Encoded
+    test_encoded: Encoded
+
+
+@functools.lru_cache(maxsize=1)
+def world(text: str, run: Path) -> World:
+    """Build (once a process) the world of a resolved config; its split is read from, or written to, the run folder."""
+    config = configs.load(yaml.safe_load(text))
+    torch.set_num_threads(config.run.threads)
+    train, test = source.load(config.data, config.model.task, config.run.seed)
+    labels = len(train.label_names)
+    model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
+    processor, length = model.base.processor, config.model.max_length
+    train_encoded = encode(train, processor, config.model.task, length)
+    test_encoded = encode(test, processor, config.model.task, length)
+    strategy = build_strategy(config)
+    start = strategy.initial(model.state(), config.run.seed)
+    train_data, holdout = {}, {}
+    for client, indices in client_split(config, train, run).items():
+        order = numpy_generator(config.run.seed, "holdout", client).permutation(indices)
+        kept = int(len(order) * config.data.holdout)
+        if config.data.holdout and not 0 < kept < len(order):
+            raise InputError(f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be held out.")
+        train_data[client], holdout[client] = train_encoded.subset(order[kept:]), train_encoded.subset(order[:kept])
+    store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
+    local = Local(config, model, start.adapter, train_data, holdout, store)
+    return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
+
+
+def client_split(config: Config, train: Records, run: Path) -> dict[str, list[int]]:
+    """Client name -> indices of its records: the run's own saved split, the one asked for, or a new one (saved)."""
+    names = [client_name(index) for index in range(config.data.clients)]
+    saved = run / "split.json"
+    if not saved.exists():
+        if config.data.split:
+            parts = split.load(Path(config.data.split), train.fingerprint, names)
+        else:
+            section = config.data.partition
+            partitioner = configs.method("partitioners", section.name, section.options, "data.partition")
+            parts = dict(zip(names, partitioner.split(train.labels, train.columns, len(names), config.run.seed), strict=True))
+        split.save(saved, parts, train, config)
+    return split.load(saved, train.fingerprint, names)
+
+
+def device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except RuntimeError as error:
+            raise InputError(f"run.device: '{name}' is not usable here: {str(error).splitlines()[0]}") from error
+    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def name_of(context: Context) -> str:
+    return client_name(int(context.node_config["partition-id"]))
+
+
+def make_app(text: str, run: Path) -> ClientApp:
+    """The ClientApp of a run; picklable by name for worker processes and Ray actors."""
+    config = configs.load(yaml.safe_load(text))
+    mods = [faults.mod(config.run.faults, name_of)] if config.run.faults else []
+    return client_app(lambda: world(text, run).local, name_of, mods)
+
+

@@ -1,0 +1,54 @@
+"""Factors that stay as they were drawn: how clients know them, and what offline aggregation has to check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpeft.errors import InputError
+from fedpeft.state import AdapterState
+from fedpeft.strategies.base import ServerState, Update
+
+
+def orthonormal(adapter: AdapterState) -> AdapterState:
+    """The adapter with every A [r, n] replaced by an orthonormal basis of its row space.
+
+    Raises:
+        InputError: a rank is above the layer's input size.
+    """
+    return adapter.replace({f"{site}/A": _orthonormal_rows(adapter[f"{site}/A"], site) for site in adapter.lora_sites()})
+
+
+def _orthonormal_rows(A: Tensor, site: str) -> Tensor:
+    if A.shape[0] > A.shape[1]:
+        raise InputError(f"strategy.init=orthonormal: {site} has rank {A.shape[0]}, but only {A.shape[1]} inputs. "
+                         f"Set adapter.r to at most {A.shape[1]}, or strategy.init=kaiming.")
+    Q, R = torch.linalg.qr(A.double().T)
+    sign = torch.where(R.diagonal() < 0, -1.0, 1.0).double()  # QR is unique only with a signed diagonal
+    rows: Tensor = (Q * sign).T.to(A.dtype).contiguous()
+    return rows
+
+
+def static(adapter: AdapterState, roles: tuple[str, ...]) -> dict[str, Any]:
+    """What a client is told about tensors that it draws itself, so that it can check them."""
+    return {"roles": list(roles), "sha256": adapter.select(roles).sha256()}
+
+
+def shared(server: ServerState, updates: list[Update], role: str) -> str | None:
+    """The first site where an update's factor differs from the server's in any bit of its value; None if there is none."""
+    for site in server.adapter.lora_sites():
+        key = f"{site}/{role}"
+        if any(not torch.equal(update.adapter[key].double(), server.adapter[key].double()) for update in updates):
+            return site
+    return None
+
+
+def require_shared(server: ServerState, updates: list[Update], name: str) -> None:
+    """Raise InputError unless all adapters have the server's A."""
+    site = shared(server, updates, "A")
+    if site is not None:
+        raise InputError(f"strategy {name} freezes A, but the adapters (or the start) have different A at {site}. "
+                         "Give adapters that were trained from one start with A frozen, or take a strategy that averages both factors "
+                         "(fedex, flexlora, flora).")

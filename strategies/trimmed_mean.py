@@ -1,0 +1,54 @@
+"""Coordinate-wise trimmed mean of the updates. Yin et al., ICML 2018, arXiv 1803.01498.
+
+    theta[i] = mean of theta_k[i] over clients without the floor(fraction n) smallest and as many largest values
+
+Weights play no part: a client could claim any. The strategy inside then sees one update.
+
+Deviations: none. A warning is logged where floor(fraction n) = 0, since the result is then the plain unweighted mean.
+
+    >>> import torch
+    >>> trimmed_mean(torch.tensor([[0.0], [1.0], [2.0], [3.0], [90.0]]), 0.2).tolist()
+    [2.0]
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedpeft.config import option
+from fedpeft.errors import InputError
+from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.strategies.wrapper import Wrapper, merged
+
+log = logging.getLogger("fedpeft")
+
+
+class TrimmedMean(Wrapper):
+    """The coordinate-wise trimmed mean in place of the mean."""
+
+    paper = "Yin et al. 2018, arXiv 1803.01498"
+    needs = Needs.INDIVIDUAL
+
+    @dataclass
+    class Config:
+        fraction: float = option(0.2, "share of the clients cut from each end, below 0.5", low=0, high=0.49)
+
+    def __init__(self, inner: FederatedStrategy | None = None, fraction: float = 0.2) -> None:
+        if not 0 <= fraction < 0.5:
+            raise InputError(f"trimmed_mean fraction={fraction}: allowed is 0 <= fraction < 0.5.")
+        super().__init__(inner)
+        self.fraction = fraction
+
+    def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
+        if self.fraction and not int(self.fraction * len(updates)):
+            log.warning("trimmed_mean: fraction=%g of %d updates is none, so nothing is trimmed", self.fraction, len(updates))
+        return merged(updates, lambda values: trimmed_mean(values, self.fraction), "trimmed_mean")
+
+
+def trimmed_mean(values: Tensor, fraction: float) -> Tensor:
+    """Mean over the first dimension without floor(fraction n) values at each end."""
+    cut = int(fraction * values.shape[0])
+    return values.sort(dim=0).values[cut : values.shape[0] - cut].mean(dim=0)
