@@ -1,7 +1,7 @@
-"""Atomic save and load of a run's server state: tensors as safetensors, the rest as JSON, a hash over both.
+"""Atomic save and load of a run's server state: tensors as safetensors, the rest as JSON, one hash.
 
     checkpoints/round-000007/state.safetensors   adapter and memory tensors
-    checkpoints/round-000007/state.json          sites, round, numbers, sha256 of state.safetensors; written last
+    checkpoints/round-000007/state.json          sites, round, numbers, sha256 over both; written last
 
 A folder appears under its final name only when complete and synced. `latest` skips folders that do not check out and says so.
 """
@@ -14,9 +14,10 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load as loads
+from safetensors.torch import save
 
 from fedpeft.errors import InputError
 from fedpeft.files import sync_folder, write_bytes
@@ -36,9 +37,9 @@ def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
     tensors = {f"adapter:{key}": value for key, value in server.adapter.tensors.items()}
     tensors |= {f"memory:{key}": value for key, value in server.memory.items()}
     data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    meta = {"round": server.round, "numbers": server.numbers, "sites": to_dict(server.adapter), "sha256": hashlib.sha256(data).hexdigest()}
+    meta = {"round": server.round, "numbers": server.numbers, "sites": to_dict(server.adapter)}
     write_bytes(temporary / "state.safetensors", data)
-    write_bytes(temporary / "state.json", json.dumps(meta).encode())
+    write_bytes(temporary / "state.json", json.dumps({**meta, "sha256": _digest(data, meta)}).encode())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     sync_folder(folder)
@@ -58,9 +59,9 @@ def read(path: Path) -> ServerState:
     try:
         meta = json.loads((path / "state.json").read_text())
         data = (path / "state.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != meta["sha256"]:
-            raise InputError(f"{path}/state.safetensors: its sha256 is not the one in state.json; the checkpoint is damaged.")
-        tensors = load_file(path / "state.safetensors")
+        if meta.pop("sha256") != _digest(data, meta):
+            raise InputError(f"{path}: its content does not have the sha256 that state.json gives; the checkpoint is damaged.")
+        tensors = loads(data)
         adapter = {key.removeprefix("adapter:"): value for key, value in tensors.items() if key.startswith("adapter:")}
         memory = {key.removeprefix("memory:"): value for key, value in tensors.items() if key.startswith("memory:")}
         return ServerState(from_dict(adapter, meta["sites"]), int(meta["round"]), memory, meta["numbers"])
@@ -68,6 +69,10 @@ def read(path: Path) -> ServerState:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a complete checkpoint: {error}") from error
+
+
+def _digest(data: bytes, meta: dict[str, Any]) -> str:
+    return hashlib.sha256(data + json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def latest(folder: Path) -> ServerState | None:

@@ -7,6 +7,7 @@ that changes a `name` drops the file's options of the method it replaces.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,7 +257,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
     """A copy of the tree where `strategy: fedsvd` has become `strategy: {name: fedsvd}`."""
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    tree = copy.deepcopy(tree)
     for path in METHOD_SECTIONS:
         *parents, last = path.split(".")
         node = tree.get(parents[0]) if parents else tree

@@ -25,17 +25,17 @@ def mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def stack(Bs: Sequence[Tensor], As: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Factors [m, sum r], [sum r, n] of the weighted mean of B_k A_k: weights go on B alone, scaling both would square them."""
+    """Factors [m, sum r], [sum r, n] of the weighted mean of B_k A_k: weights on B alone, on both they would square."""
     total = sum(weights)
     B = torch.cat([value.double() * (weight / total) for value, weight in zip(Bs, weights, strict=True)], dim=1)
     return B, torch.cat([value.double() for value in As], dim=0)
 
 
 def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of B A: U [m, q], S [q] descending, Vt [q, n], q = min(r, m, n). QR of both factors, SVD of the small core.
+    """Thin SVD of B A: U [m, q], S [q] descending, Vt [q, n], q = min(r, m, n), through QR of both factors.
 
-    Signs are fixed: the largest entry of each row of Vt is positive. Rows of Vt stay inside the row space of A also where
-    B A is rank-deficient (a dense SVD fills those rows with arbitrary vectors).
+    Signs are fixed: the largest entry of each row of Vt is positive. Rows of Vt stay inside the row space of A also
+    where B A is rank-deficient (a dense SVD fills those rows with arbitrary vectors).
     """
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().T)
@@ -48,8 +48,8 @@ def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def refactor(B: Tensor, A: Tensor, split: str = "us") -> tuple[Tensor, Tensor]:
     """The same product in the same shapes, with B = U S and the orthonormal rows of A = Vt.
 
-    Where B A has a rank below r, the further rows of A are orthonormal too, inside the row space of A. (Only where r > n
-    they are zero: there are no r orthonormal rows.) `split="sqrt"` gives B = U sqrt(S), A = sqrt(S) Vt instead.
+    Where B A has a rank below r, the further rows of A are orthonormal too, inside the row space of A. (Only where
+    r > n they are zero: there are no r orthonormal rows.) `split="sqrt"` gives B = U sqrt(S), A = sqrt(S) Vt instead.
     """
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().T)
@@ -75,7 +75,7 @@ def row_signs(rows: Tensor) -> Tensor:
 
 
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best approximation of B A of rank `rank` (Eckart-Young), factored U S | Vt; zero-padded where B A has a lower rank."""
+    """Best approximation of B A of rank `rank` (Eckart-Young), factored U S | Vt; zero-padded below that rank."""
     U, S, Vt = svd(B, A)
     B, A = (U * S)[:, :rank], Vt[:rank]
     missing = rank - A.shape[0]
@@ -88,7 +88,7 @@ def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def compress(B: Tensor, A: Tensor, tolerance: float = 1e-14) -> tuple[Tensor, Tensor]:
     """The same product without the directions whose singular values are rounding noise."""
     U, S, Vt = svd(B, A)
-    keep = int((S > tolerance * S[0]).sum()) if S.numel() and S[0] > 0 else 0
+    keep = int((S / S[0] > tolerance).sum()) if S.numel() and S[0] > 0 else 0
     return (U * S)[:, :keep], Vt[:keep]
 
 

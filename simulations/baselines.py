@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedpeft.seeds import numpy_generator
+
 if TYPE_CHECKING:
     from fedpeft.adapters.adapted import Adapted
     from fedpeft.data.encode import Encoded
@@ -28,7 +30,7 @@ def baselines(here: World) -> dict[str, float]:
         return {}
     model = here.local.model
     model.write(here.start.adapter)
-    few = np.arange(min(MAX_TRAIN, len(here.train.labels)))
+    few = numpy_generator(here.config.run.seed, "baselines").permutation(len(here.train))[:MAX_TRAIN]
     y, y_test = here.train.labels[few], here.test.labels
     frozen = _logistic(features(model, here.train_encoded.subset(few)), y, features(model, here.test_encoded), y_test)
     x, x_test = raw(here.train.take(few), here.test)

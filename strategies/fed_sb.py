@@ -2,11 +2,11 @@
 
     W + s B R_k A,   B [m, r] and A [r, n] frozen and common,   R <- sum_k p_k R_k
 
-Exact, since the product is linear in R, and r^2 numbers a layer cross the wire. The frozen factors come from the adapter
-`lora_sb`, which says how they are made.
+Exact, since the product is linear in R, and r^2 numbers a layer cross the wire. The frozen factors come from the
+adapter `lora_sb`, which says how they are made.
 
-Deviations: weights p_k by examples; see `lora_sb` for the start. Offline, on plain LoRA adapters (B_k = B R_k, equal A), the
-mean of B_k is B times the mean of R_k.
+Deviations: weights p_k by examples; see `lora_sb` for the start. Offline, on plain LoRA adapters (B_k = B R_k, equal
+A), the mean of B_k is B times the mean of R_k.
 
     >>> from fedpeft.strategies.fed_sb import FedSB
     >>> FedSB().trains, FedSB.adapter
@@ -38,8 +38,8 @@ class FedSB(FederatedStrategy):
 
     @dataclass
     class Config:
-        transport: str = option("seed", "send A and B to the clients, or let them make them from the run's seed (their hash is "
-                                "checked)", choices=("seed", "dense"))
+        transport: str = option("seed", "send A and B to the clients, or let them make them from the run's seed "
+                                "(their hash is checked)", choices=("seed", "dense"))
 
     def __init__(self, transport: str = "seed") -> None:
         self.transport = transport
@@ -55,8 +55,10 @@ class FedSB(FederatedStrategy):
         frozen.require_shared(server, updates, "fed_sb")
         mean = self.average(same_scale(server, updates), ("B", "head"))
         apart = [site for site in server.adapter.lora_sites() if not _one_column_space(server, updates, site)]
-        notes = [f"fed_sb: the adapters' B do not share one column space of rank r at {len(apart)} sites (first {apart[0]}), so they "
-                 "were not trained as B R with one B. The mean of the products is exact all the same."] if apart else []
+        notes = []
+        if apart:
+            notes.append(f"fed_sb: the adapters' B do not share a column space of rank r at {len(apart)} sites (first "
+                         f"{apart[0]}), so they were not trained as B R with one B. The mean is exact all the same.")
         return server.with_tensors(mean).adapter, notes
 
 

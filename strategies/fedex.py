@@ -1,13 +1,14 @@
-"""FedEx-LoRA: average both factors, put what the average misses into the base. Singhal et al., ACL 2025, arXiv 2410.09432.
+"""FedEx-LoRA: average both factors, put what that misses into the base. Singhal et al., ACL 2025, arXiv 2410.09432.
 
-    A <- sum_k p_k A_k,   B <- sum_k p_k B_k,   W <- W + s R,   R = sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)
+    A <- sum_k p_k A_k,   B <- sum_k p_k B_k,   W <- W + s R,
+    R = sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)
 
-Exact. R is computed as the covariance (no cancellation) in factors of rank (K - 1) r; all residuals so far stay in factors
-beside the frozen base, compressed when their rank passes min(m, n). W drifts, so every client gets the whole residual, also
-one that sat rounds out.
+Exact. R is computed as the covariance (no cancellation) in factors of rank (K - 1) r; all residuals so far stay in
+factors beside the frozen base, compressed when their rank passes min(m, n). W drifts, so every client gets the whole
+residual, also one that sat rounds out.
 
-Deviations: weights p_k by examples (the authors' are uniform; set strategy.weighting=uniform for theirs). Their code adds the
-transpose of R, right for GPT-2's Conv1D and wrong for nn.Linear.
+Deviations: weights p_k by examples (the authors' are uniform; set strategy.weighting=uniform for theirs). Their code
+adds the transpose of R, right for GPT-2's Conv1D and wrong for nn.Linear.
 
     >>> from fedpeft.strategies.fedex import FedEx
     >>> FedEx.changes_base
@@ -27,7 +28,7 @@ class FedEx(FederatedStrategy):
     paper = "Singhal et al. 2024, arXiv 2410.09432"
     needs = Needs.INDIVIDUAL
     changes_base = True
-    # The residual belongs to the plain mean: a server step to other factors (momentum, a server rate) would contradict it.
+    # The residual belongs to the plain mean: a server step to other factors (momentum, a rate) would contradict it.
     fixed_basis = False
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:

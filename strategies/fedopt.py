@@ -5,16 +5,16 @@
     Yogi:     v <- v - (1 - b2) D^2 sign(v - D^2)
     Adagrad:  v <- v + D^2,  b1 = 0
 
-agg is the strategy inside. m and v start at zero, and there is no bias correction, as in the paper; v_0 = 0 where the paper
-has any v_0 >= tau^2. Moments are per coordinate, so the strategy inside must keep its basis. tau = 1e-3 is far above early
-updates of B, which starts at zero: the first steps are then small.
+agg is the strategy inside. m and v start at zero, and there is no bias correction, as in the paper; v_0 = 0 where the
+paper has any v_0 >= tau^2. Moments are per coordinate, so the strategy inside must keep its basis. tau = 1e-3 is far
+above early updates of B, which starts at zero: the first steps are then small.
 
 Deviations: Flower's FedAdam adds a bias correction with exponent round + 1; use strategy `flower` for it.
 
     >>> import torch
     >>> v, delta = torch.tensor(1.0), torch.tensor(2.0)
-    >>> FedAdam(beta_2=0.5).second(v, delta).item(), FedYogi(beta_2=0.5).second(v, delta).item(), FedAdagrad().second(v, delta).item()
-    (2.5, 3.0, 5.0)
+    >>> [rule.second(v, delta).item() for rule in (FedAdam(beta_2=0.5), FedYogi(beta_2=0.5), FedAdagrad())]
+    [2.5, 3.0, 5.0]
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class FedAdam(ServerOptimizer):
         beta_2: float = option(0.99, "decay of the mean square", low=0, high=0.9999)
         tau: float = option(1e-3, "added to sqrt v", above=0)
 
-    def __init__(self, inner: FederatedStrategy | None = None, lr: float = 0.1, beta_1: float = 0.9, beta_2: float = 0.99,
-                 tau: float = 1e-3) -> None:
+    def __init__(self, inner: FederatedStrategy | None = None, lr: float = 0.1, beta_1: float = 0.9,
+                 beta_2: float = 0.99, tau: float = 1e-3) -> None:
         super().__init__(inner, lr, tau)
         self.beta_1, self.beta_2 = beta_1, beta_2
 

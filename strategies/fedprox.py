@@ -1,6 +1,8 @@
 """FedProx: a proximal term keeps clients near what they were sent. Li et al., MLSys 2020, arXiv 1812.06127.
 
-    local loss + (mu / 2) ||theta - theta_global||^2   over the trained tensors;   the aggregation is that of the strategy inside
+    local loss + (mu / 2) ||theta - theta_global||^2   over the trained tensors
+
+The aggregation is that of the strategy inside.
 
 The term is not invariant to the gauge of the factors: (B Q, Q^-1 A) is the same function with another penalty.
 

@@ -28,5 +28,5 @@ class FedSA(FederatedStrategy):
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         mean = self.average(same_scale(server, updates), self.trains)
         return server.with_tensors(mean).adapter, [
-            "fedsa: only A is shared. B (and the head) are the mean of the clients', as a starting point for a new client; each "
-            "client goes on with its own."]
+            "fedsa: only A is shared. B (and the head) are the mean of the clients', as a starting point for a new "
+            "client; each client goes on with its own."]

@@ -2,24 +2,25 @@
 
     B <- sum_k p_k B_k   (all clients share A);   before the next broadcast   U S V^T = SVD(B A),  B <- U S,  A <- V^T
 
-The SVD is thin: QR of both factors and an r x r core, so rows of A stay orthonormal and inside the row space of A also where
-B is rank-deficient. A site whose B is still zero is left alone. The scale alpha / r stays outside.
+The SVD is thin: QR of both factors and an r x r core, so rows of A stay orthonormal and inside the row space of A also
+where B is rank-deficient. A site whose B is still zero is left alone. The scale alpha / r stays outside.
 
-The row space of A never changes, so A = M A_0 with M [r, r] and A_0 the first draw. `transport: core` sends M in place of A;
-server and clients both use the rounded product M A_0, so that they agree. With SGD FedSVD follows, after its first
-refactorisation, the same path of products as FFA-LoRA with `init: orthonormal`; it differs under Adam.
+The row space of A never changes, so A = M A_0 with M [r, r] and A_0 the first draw. `transport: core` sends M in place
+of A; server and clients both use the rounded product M A_0, so that they agree. With SGD FedSVD follows, after its
+first refactorisation, the same path of products as FFA-LoRA with `init: orthonormal`; it differs under Adam.
 
-Deviations: the authors' code takes a dense or a randomised SVD, which fills missing directions with arbitrary vectors, sends
-whole state dicts, and freezes the head. `split: sqrt` (B = U sqrt S, A = sqrt S V^T) is the paper's ablation: a direction
-without signal is then lost for ever.
+Deviations: the authors' code takes a dense or a randomised SVD, which fills missing directions with arbitrary vectors,
+sends whole state dicts, and freezes the head. `split: sqrt` (B = U sqrt S, A = sqrt S V^T) is the paper's ablation: a
+direction without signal is then lost for ever.
 
     >>> import torch
     >>> from fedpeft.state import AdapterState, Site
     >>> from fedpeft.strategies.base import ServerState
-    >>> adapter = AdapterState({"q/A": torch.tensor([[3.0, 4.0]]), "q/B": torch.tensor([[1.0], [2.0]])}, {"q": Site("lora", (2, 2))})
+    >>> factors = {"q/A": torch.tensor([[3.0, 4.0]]), "q/B": torch.tensor([[1.0], [2.0]])}
+    >>> adapter = AdapterState(factors, {"q": Site("lora", (2, 2))})
     >>> server = FedSVD().before_round(FedSVD().initial(adapter, seed=0))
-    >>> [round(value, 6) for value in server.adapter["q/A"].flatten().tolist() + server.adapter["q/B"].flatten().tolist()]
-    [0.6, 0.8, 5.0, 10.0]
+    >>> [server.adapter[key].double().numpy().round(5).tolist() for key in ("q/A", "q/B")]
+    [[[0.6, 0.8]], [[5.0], [10.0]]]
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ class FedSVD(FederatedStrategy):
     @dataclass
     class Config:
         every: int = option(1, "rounds between refactorisations", low=1)
-        transport: str = option("core", "send A, or the r x r matrix M with A = M A_0 (clients draw A_0 from the run's seed, its "
-                                "hash is checked)", choices=("core", "dense"))
+        transport: str = option("core", "send A, or the r x r matrix M with A = M A_0 (clients draw A_0 from the run's "
+                                "seed, its hash is checked)", choices=("core", "dense"))
         init: str = option("kaiming", "rows of A_0: peft's draw, or an orthonormal basis of its row space",
                            choices=("kaiming", "orthonormal"))
-        split: str = option("us", "us: B = U S, A = V^T; sqrt: B = U sqrt(S), A = sqrt(S) V^T (ablation)", choices=("us", "sqrt"))
+        split: str = option("us", "us: B = U S, A = V^T; sqrt: B = U sqrt(S), A = sqrt(S) V^T (ablation)",
+                            choices=("us", "sqrt"))
 
     def __init__(self, every: int = 1, transport: str = "core", init: str = "kaiming", split: str = "us") -> None:
         self.every, self.transport, self.init, self.split = every, transport, init, split
@@ -80,7 +82,7 @@ class FedSVD(FederatedStrategy):
             B, A = lowrank.refactor(B, A, self.split)
             if f"{site}/A_0" in memory:
                 first = memory[f"{site}/A_0"].double()
-                core = torch.linalg.solve(first @ first.T, first @ A.T).T.to(memory[f"{site}/M"].dtype)
+                core = (A @ torch.linalg.pinv(first)).to(memory[f"{site}/M"].dtype)
                 memory[f"{site}/M"] = core
                 A = core.double() @ first
             tensors |= {f"{site}/B": B, f"{site}/A": A}

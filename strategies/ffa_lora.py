@@ -1,11 +1,12 @@
-"""FFA-LoRA: freeze A, train and average B. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024.
+"""FFA-LoRA: freeze A, train and average B. Sun et al., ICLR 2024, arXiv 2403.12313.
 
     A_k = A_0 for all clients and rounds,   B_0 = 0,   B <- sum_k p_k B_k
 
 Exact: sum_k p_k B_k A_0 = (sum_k p_k B_k) A_0. With `init: orthonormal` the rows of A_0 are an orthonormal basis of the
 Kaiming draw's row space: the control that FedSVD has to beat (with SGD the two follow the same path of products).
 
-Deviations: the paper freezes the classification head; here `adapter.train_head` decides, and a trained head is averaged.
+Deviations: the paper freezes the classification head; here `adapter.train_head` decides, and a trained head is
+averaged.
 
     >>> from fedpeft.strategies.ffa_lora import FFALoRA
     >>> FFALoRA().trains
@@ -34,8 +35,8 @@ class FFALoRA(FederatedStrategy):
     class Config:
         init: str = option("kaiming", "rows of the frozen A: peft's draw, or an orthonormal basis of its row space",
                            choices=("kaiming", "orthonormal"))
-        transport: str = option("seed", "send A to the clients, or let them draw it from the run's seed (its hash is checked)",
-                                choices=("seed", "dense"))
+        transport: str = option("seed", "send A to the clients, or let them draw it from the run's seed (its hash is "
+                                "checked)", choices=("seed", "dense"))
 
     def __init__(self, init: str = "kaiming", transport: str = "seed") -> None:
         self.init, self.transport = init, transport

@@ -1,13 +1,15 @@
 """FlexLoRA: average the products, give each client their best approximation of its rank. Bai et al., NeurIPS 2024.
 
-    D = sum_k p_k s_k B_k A_k / s,   U S V^T = SVD(D),   B = U S,  A = V^T to rank r;   client k gets the first r_k directions
+    D = sum_k p_k s_k B_k A_k / s,   U S V^T = SVD(D),   B = U S,  A = V^T to rank r
+    client k gets the first r_k directions
 
-D is never formed: the factors are stacked, each reduced by QR, and the SVD is of the core. By Eckart-Young the error is
-sqrt(sum of the squared singular values after r). The server's factors are always in this form, so that a prefix of rank r_k
-is the best one. A direction without signal keeps the server's row of A beside B = 0, so that it can still be trained.
+D is never formed: the factors are stacked, each reduced by QR, and the SVD is of the core. By Eckart-Young the error
+is sqrt(sum of the squared singular values after r). The server's factors are always in this form, so that a prefix of
+rank r_k is the best one. A direction without signal keeps the server's row of A beside B = 0, so that it can still be
+trained.
 
-Deviations: the split of S between the factors is a convention the paper leaves open; `split: sqrt` gives the symmetric one,
-which trains differently.
+Deviations: the split of S between the factors is a convention the paper leaves open; `split: sqrt` gives the symmetric
+one, which trains differently.
 
     >>> from fedpeft.strategies.flexlora import FlexLoRA
     >>> FlexLoRA.unequal_ranks, FlexLoRA.fixed_basis

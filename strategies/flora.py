@@ -2,12 +2,15 @@
 
     W <- W + s sum_k p_k B_k A_k = W + s [p_1 B_1 ... p_K B_K] [A_1; ...; A_K],   then   A fresh,  B = 0
 
-Exact, for any ranks r_k. Only one factor carries p_k: scaling both gives p_k^2. The sum stays in factors beside the frozen
-base and is compressed when its rank passes min(m, n). A client of rank r_k gets the first r_k rows of the fresh A.
+Exact, for any ranks r_k. Only one factor carries p_k: scaling both gives p_k^2. The sum stays in factors beside the
+frozen base and is compressed when its rank passes min(m, n). A client of rank r_k gets the first r_k rows of the fresh
+A.
 
-The price is that every round starts at B = 0, where A has no gradient: the initialisation lag that other papers measure.
+The price is that every round starts at B = 0, where A has no gradient: the initialisation lag that other papers
+measure.
 
-Deviations: the public code lets each client draw its own A; here the server draws one, from the run's seed and the round.
+Deviations: the public code lets each client draw its own A; here the server draws one, from the run's seed and the
+round.
 
     >>> from fedpeft.strategies.flora import FLoRA
     >>> FLoRA.changes_base, FLoRA.unequal_ranks
@@ -49,8 +52,8 @@ class FLoRA(FederatedStrategy):
         for site in server.adapter.lora_sites():
             B, A = _stacked(updates, site)
             changes[site] = (B * server.adapter.sites[site].scaling, A)
-            old = server.adapter[f"{site}/A"]
-            tensors[f"{site}/A"] = _kaiming(old, seeds.torch_generator(server.numbers["seed"], "flora", server.round + 1, site))
+            generator = seeds.torch_generator(server.numbers["seed"], "flora", server.round + 1, site)
+            tensors[f"{site}/A"] = _kaiming(server.adapter[f"{site}/A"], generator)
             tensors[f"{site}/B"] = torch.zeros_like(server.adapter[f"{site}/B"])
         return with_change(server.with_tensors(tensors), changes)
 
@@ -66,8 +69,8 @@ class FLoRA(FederatedStrategy):
 
 
 def _stacked(updates: list[Update], site: str) -> tuple[Tensor, Tensor]:
-    return lowrank.stack([update.adapter[f"{site}/B"] for update in updates], [update.adapter[f"{site}/A"] for update in updates],
-                         [update.weight for update in updates])
+    return lowrank.stack([update.adapter[f"{site}/B"] for update in updates],
+                         [update.adapter[f"{site}/A"] for update in updates], [update.weight for update in updates])
 
 
 def _kaiming(like: Tensor, generator: torch.Generator) -> Tensor:

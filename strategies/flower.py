@@ -1,9 +1,9 @@
-"""A stock Flower strategy as the aggregation rule. flwr.serverapp.strategy; each rule's own documentation says its paper.
+"""A stock Flower strategy (flwr.serverapp.strategy) as the aggregation rule. Each rule's documentation has its paper.
 
-Clients train and send A, B and the head as in FedIT; the stock strategy's `aggregate_train` combines them, on replies made of
-the updates (an array per tensor, `num-examples`, and `train_loss` where all clients sent it). What it keeps between rounds
-(moments, momentum) is moved into the server state after each call and put back before the next, so that `aggregate` stays
-pure and a resumed run goes on the same.
+Clients train and send A, B and the head as in FedIT; the stock strategy's `aggregate_train` combines them, on replies
+made of the updates (an array per tensor, `num-examples`, and `train_loss` where all clients sent it). What it keeps
+between rounds (moments, momentum) is moved into the server state after each call and put back before the next, so that
+`aggregate` stays pure and a resumed run goes on the same.
 
 Deviations: the stock `configure_train` is not called, since fedpeft runs the round; the arrays that it would have
 remembered are given to the rule. Tensors are float32 (float64 where the adapter is).
@@ -35,7 +35,8 @@ from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Updat
 # Rules that aggregate arrays, and what each keeps between rounds, per tensor.
 RULES: dict[str, tuple[str, ...]] = {
     "FedAvg": (), "FedAvgM": ("momentum_vector",), "FedAdam": ("m_t", "v_t"), "FedAdagrad": ("m_t", "v_t"),
-    "FedYogi": ("m_t", "v_t"), "FedMedian": (), "FedTrimmedAvg": (), "Krum": (), "MultiKrum": (), "Bulyan": (), "QFedAvg": (),
+    "FedYogi": ("m_t", "v_t"), "FedMedian": (), "FedTrimmedAvg": (), "Krum": (), "MultiKrum": (), "Bulyan": (),
+    "QFedAvg": (),
 }
 FROM_START = ("FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "QFedAvg")
 
@@ -63,7 +64,7 @@ class FlowerRule(FederatedStrategy):
         try:
             return getattr(stock, self.rule)(**self.rule_options)
         except (TypeError, ValueError) as error:
-            raise InputError(f"strategy.rule_options: {self.rule} does not take {self.rule_options}: {error}") from error
+            raise InputError(f"strategy.rule_options={self.rule_options}: not taken by {self.rule}: {error}") from error
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
@@ -77,7 +78,8 @@ class FlowerRule(FederatedStrategy):
         with _quiet():
             aggregated, _ = rule.aggregate_train(server.round + 1, _replies(updates, keys))
         if aggregated is None:
-            raise RunError(f"round {server.round + 1}: Flower's {self.rule} made nothing of {len(updates)} updates; it needs more of them.")
+            raise RunError(f"round {server.round + 1}: Flower's {self.rule} made nothing of {len(updates)} updates; "
+                           "it needs more of them.")
         tensors = {key: torch.from_numpy(aggregated[key].numpy()) for key in keys}
         return replace(server.with_tensors(tensors), memory={**server.memory, **self._saved(rule, keys)})
 
@@ -104,15 +106,17 @@ def _arrays(adapter: AdapterState) -> ArrayRecord:
 
 
 def _replies(updates: list[Update], keys: list[str]) -> list[Message]:
-    """The updates as reply messages, in their order. Metadata is given whole: no Flower runtime need be there to fill it in."""
+    """The updates as reply messages, in their order. With whole metadata no Flower runtime is needed to fill it in."""
     losses = all("train_loss" in update.metrics for update in updates)
     messages = []
     for number, update in enumerate(updates, start=1):
-        metrics: dict[str, Any] = {"num-examples": float(update.weight)} | ({"train_loss": update.metrics["train_loss"]} if losses else {})
-        content = RecordDict({"arrays": _arrays(AdapterState({key: update.adapter[key] for key in keys}, update.adapter.sites)),
-                              "metrics": MetricRecord(metrics)})
-        metadata = Metadata(run_id=0, message_id="", src_node_id=number, dst_node_id=0, reply_to_message_id="", group_id="",
-                            created_at=0.0, ttl=1.0, message_type="train")
+        metrics: dict[str, Any] = {"num-examples": float(update.weight)}
+        if losses:
+            metrics["train_loss"] = update.metrics["train_loss"]
+        sent = AdapterState({key: update.adapter[key] for key in keys}, update.adapter.sites)
+        content = RecordDict({"arrays": _arrays(sent), "metrics": MetricRecord(metrics)})
+        metadata = Metadata(run_id=0, message_id="", src_node_id=number, dst_node_id=0, reply_to_message_id="",
+                            group_id="", created_at=0.0, ttl=1.0, message_type="train")
         messages.append(Message(content, metadata=metadata))  # type: ignore[call-overload]
     return messages
 

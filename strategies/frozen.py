@@ -18,7 +18,8 @@ def orthonormal(adapter: AdapterState) -> AdapterState:
     Raises:
         InputError: a rank is above the layer's input size.
     """
-    return adapter.replace({f"{site}/A": _orthonormal_rows(adapter[f"{site}/A"], site) for site in adapter.lora_sites()})
+    sites = adapter.lora_sites()
+    return adapter.replace({f"{site}/A": _orthonormal_rows(adapter[f"{site}/A"], site) for site in sites})
 
 
 def _orthonormal_rows(A: Tensor, site: str) -> Tensor:
@@ -37,7 +38,7 @@ def static(adapter: AdapterState, roles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def shared(server: ServerState, updates: list[Update], role: str) -> str | None:
-    """The first site where an update's factor differs from the server's in any bit of its value; None if there is none."""
+    """The first site where an update's factor is not exactly the server's; None if there is none."""
     for site in server.adapter.lora_sites():
         key = f"{site}/{role}"
         if any(not torch.equal(update.adapter[key].double(), server.adapter[key].double()) for update in updates):
@@ -50,5 +51,5 @@ def require_shared(server: ServerState, updates: list[Update], name: str) -> Non
     site = shared(server, updates, "A")
     if site is not None:
         raise InputError(f"strategy {name} freezes A, but the adapters (or the start) have different A at {site}. "
-                         "Give adapters that were trained from one start with A frozen, or take a strategy that averages both factors "
-                         "(fedex, flexlora, flora).")
+                         "Give adapters that were trained from one start with A frozen, or take a strategy that "
+                         "aggregates both factors (fedex, flexlora, flora).")

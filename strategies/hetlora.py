@@ -3,11 +3,12 @@
     A <- sum_k w_k pad(A_k),   B <- sum_k w_k pad(B_k),   w_k = ||B_k A_k||_F / sum_j ||B_j A_j||_F  per site;
     client k gets the first r_k rows of A and columns of B
 
-The head is averaged with p_k, and so is a site where every B_k is zero. The norm is that of r x r Gram matrices. A row that
-no client of the round has keeps the server's A beside the padding's B = 0: the same product, and it can still be trained.
+The head is averaged with p_k, and so is a site where every B_k is zero. The norm is that of r x r Gram matrices. A row
+that no client of the round has keeps the server's A beside the padding's B = 0: the same product, and it can still be
+trained.
 
-Deviations: no self-pruning of ranks and no penalty on trailing ranks, so ranks are those of the config. (Code that divides by
-how many clients have a row is another estimator.) The norms are data: not private unless the factors are.
+Deviations: no self-pruning of ranks and no penalty on trailing ranks, so ranks are those of the config. (Code that
+divides by how many clients have a row is another estimator.) The norms are data: not private unless the factors are.
 
     >>> from fedpeft.strategies.hetlora import HetLoRA
     >>> HetLoRA.unequal_ranks

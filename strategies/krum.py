@@ -2,8 +2,8 @@
 
     score(k) = sum of ||theta_k - theta_j||^2 over its n - f - 2 nearest other updates;   the `keep` lowest scores go on
 
-The distance is over all uploaded tensors together. Ties go to the first client name. n >= f + 3 updates are required, else
-a score has no term; the paper's guarantee needs n >= 2 f + 3, and a warning is logged below that.
+The distance is over all uploaded tensors together. Ties go to the first client name. n >= f + 3 updates are required,
+else a score has no term; the paper's guarantee needs n >= 2 f + 3, and a warning is logged below that.
 
 Deviations: kept updates keep their weights in the strategy inside (the paper's multi-Krum takes the plain mean; set
 strategy.weighting=uniform for it).
@@ -47,10 +47,12 @@ class Krum(Wrapper):
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         count, least = len(updates), max(self.byzantine + 3, self.keep)
         if count < least:
-            raise InputError(f"strategy.wrap: krum with byzantine={self.byzantine} and keep={self.keep} needs at least {least} updates "
-                             f"(byzantine + 3, and keep), got {count}. Ask more clients or lower byzantine or keep.")
+            raise InputError(f"strategy.wrap: krum with byzantine={self.byzantine} and keep={self.keep} needs at least "
+                             f"{least} updates (byzantine + 3, and keep), got {count}. Ask more clients, or lower "
+                             "byzantine or keep.")
         if count < 2 * self.byzantine + 3:
-            log.warning("krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold", count, 2 * self.byzantine + 3)
+            log.warning("krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold", count,
+                        2 * self.byzantine + 3)
         require_equal_shapes(updates, "krum")
         order = scores(torch.stack([flattened(update) for update in updates]), self.byzantine).argsort(stable=True)
         return [updates[index] for index in sorted(order[: self.keep].tolist())]

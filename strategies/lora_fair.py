@@ -7,13 +7,13 @@
 
     dB = R A^T (A A^T + lambda_abs I)^-1,   lambda_abs = lambda tr(A A^T) / r
 
-computed from the factors of R. lambda is relative because the scale of A drifts. Only the part of R inside the row space of A
-can be corrected; lambda -> infinity is FedIT. `solver: cosine` takes S = 1 - cos, as the paper does, by gradient descent from
-dB = 0 with lambda as given; it fixes the direction of D*, not its length.
+computed from the factors of R. lambda is relative because the scale of A drifts. Only the part of R inside the row
+space of A can be corrected; lambda -> infinity is FedIT. `solver: cosine` takes S = 1 - cos, as the paper does, by
+gradient descent from dB = 0 with lambda as given; it fixes the direction of D*, not its length.
 
-Deviations: the paper writes S as a similarity but minimises it, and an unsquared ||dB||; every implementation known squares
-it. Implementations start dB at a Xavier draw, which at the paper's lambda decays by a fifth only and ends below FedIT;
-zero is the start here.
+Deviations: the paper writes S as a similarity but minimises it, and an unsquared ||dB||; every implementation known
+squares it. Implementations start dB at a Xavier draw, which at the paper's lambda decays by a fifth only and ends
+below FedIT; zero is the start here.
 
     >>> import torch
     >>> A, RAt = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0], [1.0]])
@@ -41,7 +41,8 @@ class LoRAFAIR(FederatedStrategy):
 
     @dataclass
     class Config:
-        lambda_: float = option(0.01, "weight of ||dB||^2: relative to tr(A A^T) / r (closed), absolute (cosine)", low=0)
+        lambda_: float = option(0.01, "weight of ||dB||^2: relative to tr(A A^T) / r (closed), absolute (cosine)",
+                                low=0)
         solver: str = option("closed", "closed: least squares, exact; cosine: the paper's measure, by gradient descent",
                              choices=("closed", "cosine"))
         steps: int = option(1000, "gradient steps (cosine)", low=1)
@@ -68,17 +69,19 @@ class LoRAFAIR(FederatedStrategy):
 
 
 def correction(RAt: Tensor, A: Tensor, lambda_abs: float) -> Tensor:
-    """dB [m, r] = R A^T (A A^T + lambda I)^-1, from R A^T [m, r]; the pseudo-inverse where lambda = 0 and A is rank-deficient."""
+    """dB [m, r] = R A^T (A A^T + lambda I)^-1, from R A^T [m, r]; a pseudo-inverse where that matrix is singular."""
     A = A.double()
     gram = A @ A.T + lambda_abs * torch.eye(A.shape[0], dtype=torch.float64)
     inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
     return RAt.double() @ inverse
 
 
-def cosine_correction(exact: tuple[Tensor, Tensor], B: Tensor, A: Tensor, lambda_: float, steps: int, lr: float) -> Tensor:
+def cosine_correction(exact: tuple[Tensor, Tensor], B: Tensor, A: Tensor, lambda_: float, steps: int,
+                      lr: float) -> Tensor:
     """dB [m, r] by `steps` gradient steps on 1 - cos(D*, (B + dB) A) + lambda ||dB||^2 from zero.
 
-    All in r columns: <D*, X A> = <D* A^T, X> and ||X A||^2 = <X A A^T, X>. Zero where a product is zero: it has no direction.
+    All in r columns: <D*, X A> = <D* A^T, X> and ||X A||^2 = <X A A^T, X>. Zero where a product is zero, since that
+    has no direction.
 
     Args:
         exact: factors [m, q], [q, n] of D*.

@@ -1,9 +1,9 @@
-"""Clip each client's update to a norm before it is aggregated. Sun et al., "Can You Really Backdoor FL?", arXiv 1911.07963.
+"""Clip each client's update to a norm before it is aggregated. Sun et al. 2019, arXiv 1911.07963.
 
     theta_k <- theta + min(1, C / ||theta_k - theta||) (theta_k - theta),   theta what client k was sent
 
-The norm is L2 over all uploaded tensors together. `bound: null` takes C as the median of the round's norms. Control variates
-(SCAFFOLD) are uploaded as differences and clipped as such.
+The norm is L2 over all uploaded tensors together. `bound: null` takes C as the median of the round's norms. Control
+variates (SCAFFOLD) are uploaded as differences and clipped as such.
 
 Deviations: none of the paper's noise is added, so this bounds influence and gives no privacy.
 
@@ -49,7 +49,7 @@ class NormClip(Wrapper):
         for update, move, norm in zip(updates, moves, norms.tolist(), strict=True):
             back = max(0.0, 1 - bound / norm) if norm > 0 else 0.0
             tensors = {key: value.double() - back * move.adapter[key] for key, value in update.adapter.tensors.items()}
-            clipped.append(update if back == 0 else replace(update, adapter=AdapterState(tensors, update.adapter.sites)))
+            clipped.append(replace(update, adapter=AdapterState(tensors, update.adapter.sites)))
         return clipped
 
     def _moved(self, server: ServerState, update: Update) -> Update:
@@ -60,8 +60,8 @@ class NormClip(Wrapper):
             if sent.role(key) == "control":
                 return value.double()
             if sent[key].shape != value.shape:
-                raise InputError(f"strategy.wrap: norm_clip: {update.client} was sent {key} as {list(sent[key].shape)} and gives "
-                                 f"{list(value.shape)}.")
+                raise InputError(f"strategy.wrap: norm_clip: {update.client} was sent {key} as {list(sent[key].shape)} "
+                                 f"and gives {list(value.shape)}.")
             return value.double() - sent[key].double()
 
         moved = {key: difference(key, value) for key, value in update.adapter.tensors.items()}

@@ -26,7 +26,7 @@ def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights
         A plain LoRA whose product, times its scaling, is the strategy's aggregate, and notes for the user.
 
     Raises:
-        InputError: weights that do not fit, unequal ranks or unequal frozen factors where the strategy cannot take them.
+        InputError: weights that do not fit; ranks or frozen factors that differ where the strategy cannot take it.
         StateMismatch: the adapters do not have the same sites and shapes.
     """
     if not adapters:
@@ -35,7 +35,8 @@ def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights
     if len(weights) != len(adapters) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise InputError(f"aggregate: weights={weights}: give {len(adapters)} positive numbers, one for each adapter.")
     if start is None and strategy.needs_start:
-        raise InputError(f"aggregate: {name_of(strategy)} measures adapters against what they were trained from. Give that start adapter.")
+        raise InputError(f"aggregate: {name_of(strategy)} measures adapters against what they were trained from. "
+                         "Give that start adapter.")
     adapters = [flat(adapter) for adapter in adapters]
     first = adapters[0] if start is None else flat(start)
     for number, adapter in enumerate(adapters):
@@ -51,7 +52,8 @@ def _require_same_sites(first: AdapterState, other: AdapterState, what: str) -> 
     """The same tensors, and the same shapes up to the rank."""
     missing, extra = sorted(set(first.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(first.tensors))
     if missing or extra:
-        raise StateMismatch(f"{what}: missing {', '.join(missing[:3]) or 'nothing'}; unexpected {', '.join(extra[:3]) or 'nothing'}.")
+        raise StateMismatch(f"{what}: missing {', '.join(missing[:3]) or 'nothing'}; "
+                            f"unexpected {', '.join(extra[:3]) or 'nothing'}.")
     for key, value in first.tensors.items():
         role = first.role(key)
         shapes = [list(tensor.shape) for tensor in (value, other[key])]
@@ -60,10 +62,12 @@ def _require_same_sites(first: AdapterState, other: AdapterState, what: str) -> 
             raise StateMismatch(f"{what}: {key} has shape {shapes[1]}, expected {shapes[0]}.")
     for site in other.lora_sites():
         if other[f"{site}/B"].shape[1] != other.rank(site):
-            raise StateMismatch(f"{what}: {site} has {other.rank(site)} rows in A, but {other[f'{site}/B'].shape[1]} columns in B.")
+            raise StateMismatch(f"{what}: {site} has {other.rank(site)} rows in A, but "
+                                f"{other[f'{site}/B'].shape[1]} columns in B.")
 
 
-def _require_ranks(strategy: FederatedStrategy, first: AdapterState, adapters: list[AdapterState], started: bool) -> None:
+def _require_ranks(strategy: FederatedStrategy, first: AdapterState, adapters: list[AdapterState],
+                   started: bool) -> None:
     for site in first.lora_sites():
         ranks = [adapter.rank(site) for adapter in adapters]
         if not strategy.unequal_ranks and {*ranks, first.rank(site)} != {ranks[0]}:

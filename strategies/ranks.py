@@ -6,7 +6,7 @@ from fedpeft.state import AdapterState
 
 
 def prefix(adapter: AdapterState, rank: int | None) -> AdapterState:
-    """The first `rank` rows of every A and columns of every B; the scaling stays. None, or a rank that is not lower, cuts nothing."""
+    """The first `rank` rows of every A and columns of every B; the scaling stays. None cuts nothing."""
     if rank is None:
         return adapter
     cut = {}

@@ -28,5 +28,6 @@ def with_change(server: ServerState, changes: dict[str, tuple[Tensor, Tensor]]) 
         if B.shape[1] > min(B.shape[0], A.shape[1]):
             B, A = lowrank.compress(B, A)
         dtype = torch.float64 if old[f"{site}/B"].dtype == torch.float64 else torch.float32
-        tensors[f"{site}/residual_B"], tensors[f"{site}/residual_A"] = B.to(dtype).contiguous(), A.to(dtype).contiguous()
+        tensors[f"{site}/residual_B"] = B.to(dtype).contiguous()
+        tensors[f"{site}/residual_A"] = A.to(dtype).contiguous()
     return replace(server, adapter=server.adapter.replace(tensors))

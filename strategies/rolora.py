@@ -2,8 +2,8 @@
 
     rounds 1, 3, 5, ...   A fixed,  B <- sum_k p_k B_k          rounds 2, 4, 6, ...   B fixed,  A <- sum_k p_k A_k
 
-Exact each round, since all clients share the other factor. B goes first: while B is zero, A has no gradient. Clients make a
-new optimizer every round, so no moments cross from one factor to the other.
+Exact each round, since all clients share the other factor. B goes first: while B is zero, A has no gradient. Clients
+make a new optimizer every round, so no moments cross from one factor to the other.
 
 Deviations: a trained head is averaged every round.
 
@@ -45,8 +45,9 @@ class RoLoRA(FederatedStrategy):
         apart = {role: frozen.shared(server, updates, role) for role in ("A", "B")}
         common = next((role for role in ("A", "B") if apart[role] is None), None)
         if common is None:
-            raise InputError(f"strategy rolora needs adapters that share one factor; these differ in A at {apart['A']} and in B at "
-                             f"{apart['B']}. Take fedex, flexlora or flora.")
+            raise InputError(f"strategy rolora needs adapters that share one factor; these differ in A at {apart['A']} "
+                             f"and in B at {apart['B']}. Take fedex, flexlora or flora.")
         active = "B" if common == "A" else "A"
         mean = self.average(same_scale(server, updates), (active, "head"))
-        return server.with_tensors(mean).adapter, [f"rolora: all adapters have the same {common}; {active} was averaged."]
+        note = f"rolora: all adapters have the same {common}; {active} was averaged."
+        return server.with_tensors(mean).adapter, [note]

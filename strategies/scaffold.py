@@ -3,9 +3,10 @@
     client:  y <- y - eta (g - c_k + c);   c_k+ = c_k - c + (x - y) / (steps eta)   (option II)
     server:  x <- x + eta_g (agg(y) - x);   c <- c + |S| / N mean_k(c_k+ - c_k)
 
-The server sends c beside the adapter as `control:site/role` for each trained tensor; clients send back c_k+ - c_k under the
-same names. agg is the strategy inside (its weights); controls take the plain mean. N is the number of all clients. Traffic
-doubles, and a control fits its coordinates only while they mean the same, hence strategies with a fixed basis only.
+The server sends c beside the adapter as `control:site/role` for each trained tensor; clients send back c_k+ - c_k
+under the same names. agg is the strategy inside (its weights); controls take the plain mean. N is the number of all
+clients. Traffic doubles, and a control fits its coordinates only while they mean the same, hence strategies with a
+fixed basis only.
 
 Deviations: none. With a local optimizer other than plain SGD (x - y) / (steps eta) is no longer a mean gradient.
 
@@ -42,8 +43,8 @@ class Scaffold(Wrapper):
         super().__init__(inner)
         require_fixed_basis(self)
         if self.keeps:
-            raise InputError(f"strategy.wrap: scaffold steers every client towards one global model, but {name_of(innermost(self))} leaves "
-                             f"{', '.join(self.keeps)} with each client.")
+            raise InputError("strategy.wrap: scaffold steers every client towards one global model, but "
+                             f"{name_of(innermost(self))} leaves {', '.join(self.keeps)} with each client.")
         self.unequal_ranks = False
         self.server_lr = server_lr
 
@@ -54,7 +55,8 @@ class Scaffold(Wrapper):
                 for key, value in shared.items()}
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        controls = {key: value.to(server.adapter[key.removeprefix("control:")].dtype) for key, value in self._controls(server).items()}
+        controls = {key: value.to(server.adapter[key.removeprefix("control:")].dtype)
+                    for key, value in self._controls(server).items()}
         return self.inner.broadcast(server, client).replace(controls)
 
     def uploads(self, server: ServerState) -> tuple[str, ...]:
@@ -65,12 +67,13 @@ class Scaffold(Wrapper):
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         if self.population is None:
-            raise InputError("scaffold: strategy.population is not set; it is the number of all clients, N (data.clients).")
+            raise InputError("scaffold: the strategy's population (number of all clients, data.clients) is not set.")
         updates = same_scale(server, updates)
         plain = [replace(update, adapter=update.adapter.without(("control",))) for update in updates]
         after = self.inner.aggregate(server, plain)
         old = server.adapter.select(self.inner.uploads(server)).tensors
-        stepped = {key: value.double() + self.server_lr * (after.adapter[key].double() - value.double()) for key, value in old.items()}
+        stepped = {key: torch.lerp(value.double(), after.adapter[key].double(), self.server_lr)
+                   for key, value in old.items()}
         memory = dict(after.memory)
         for key, value in self._controls(server).items():
             total = sum((update.count * update.adapter[key].double() for update in updates), torch.zeros_like(value))
@@ -78,5 +81,5 @@ class Scaffold(Wrapper):
         return replace(after.with_tensors(stepped), memory=memory)
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
-        raise InputError(f"scaffold corrects local steps during a run; finished adapters have no control variates. Aggregate them "
-                         f"with {name_of(innermost(self))}.")
+        raise InputError("scaffold corrects local steps during a run; finished adapters have no control variates. "
+                         f"Aggregate them with {name_of(innermost(self))}.")

@@ -44,7 +44,8 @@ class TrimmedMean(Wrapper):
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         if self.fraction and not int(self.fraction * len(updates)):
-            log.warning("trimmed_mean: fraction=%g of %d updates is none, so nothing is trimmed", self.fraction, len(updates))
+            log.warning("trimmed_mean: fraction=%g of %d updates is none, nothing is trimmed", self.fraction,
+                        len(updates))
         return merged(updates, lambda values: trimmed_mean(values, self.fraction), "trimmed_mean")
 
 

@@ -21,6 +21,8 @@ from fedpeft.state import AdapterState, Site, StateMismatch, pack, unpack
 
 POLL_S = 0.05
 JOIN_DEADLINE_S = 120.0
+# What reading a record that somebody else filled may raise: numpy and JSON have no common error.
+MALFORMED = (StateMismatch, KeyError, ValueError, TypeError, AttributeError, EOFError, IndexError)
 
 
 class BadReply(ValueError):
@@ -76,10 +78,11 @@ class Packed:
         values = metrics(reply)
         try:
             adapter, task = self.open(reply.content)
-        except (StateMismatch, KeyError, ValueError, TypeError) as error:
+            answered = task["round"]
+        except MALFORMED as error:
             raise BadReply(f"unreadable arrays: {error}") from error
-        if task.get("round") != number:
-            raise BadReply(f"stale: an update of round {task.get('round')}, not {number}")
+        if answered != number:
+            raise BadReply(f"stale: an update of round {answered}, not {number}")
         return checked(AdapterState(adapter.tensors, sent.sites), sent.select(uploads)), values
 
 
@@ -136,7 +139,10 @@ class Named:
             for name, array in record.items():
                 if name not in keys:
                     raise BadReply(f"unexpected array {name}")
-                tensors[keys[name]] = torch.from_numpy(array.numpy())
+                try:
+                    tensors[keys[name]] = torch.from_numpy(array.numpy())
+                except MALFORMED as error:
+                    raise BadReply(f"unreadable array {name}: {error}") from error
         adapter = AdapterState(tensors, sent.sites)
         wanted = sent.select(uploads)
         for key, value in tensors.items():
@@ -177,7 +183,8 @@ def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: floa
     """
     sent: dict[str, int] = {}
     for node, content in contents.items():
-        sent |= dict.fromkeys(grid.push_messages([Message(content, node, kind)]), node)
+        # A message that the link did not take has no id, or none is returned: there is no reply to wait for.
+        sent |= dict.fromkeys((name for name in grid.push_messages([Message(content, node, kind)]) if name), node)
     replies: dict[int, Message | None] = dict.fromkeys(contents)
     for reply in collect(grid, list(sent), deadline_s):
         replies[sent[reply.metadata.reply_to_message_id]] = reply

@@ -1,4 +1,4 @@
-"""A strategy around another one: it changes what clients do or what is aggregated, and leaves the rule itself to `inner`.
+"""A strategy around another one: it changes what clients do or what is aggregated, and leaves the rule to `inner`.
 
     >>> from fedpeft.strategies.median import Median
     >>> from fedpeft.strategies.ffa_lora import FFALoRA
@@ -94,8 +94,8 @@ def require_fixed_basis(wrapper: Wrapper) -> None:
     if not wrapper.fixed_basis:
         able = [name for name in registry.names("strategies") if _keeps_basis(registry.load("strategies", name))]
         raise InputError(f"strategy.wrap: {name_of(wrapper)} carries a value per coordinate from round to round, but "
-                         f"{name_of(innermost(wrapper))} changes what the coordinates mean (new factors or a moved base). "
-                         f"Strategies with a fixed basis: {', '.join(able)}.")
+                         f"{name_of(innermost(wrapper))} changes what the coordinates mean (new factors or a moved "
+                         f"base). Strategies with a fixed basis: {', '.join(able)}.")
 
 
 def _keeps_basis(cls: type[FederatedStrategy]) -> bool:
@@ -110,7 +110,8 @@ def merged(updates: list[Update], statistic: Callable[[Tensor], Tensor], name: s
     """
     require_equal_shapes(updates, name)
     first = updates[0].adapter
-    tensors = {key: statistic(torch.stack([update.adapter[key].double() for update in updates])) for key in first.tensors}
+    tensors = {key: statistic(torch.stack([update.adapter[key].double() for update in updates]))
+               for key in first.tensors}
     return [Update(name, sum(update.weight for update in updates), AdapterState(tensors, first.sites),
                    count=sum(update.count for update in updates))]
 
@@ -128,8 +129,9 @@ def require_equal_shapes(updates: list[Update], name: str) -> None:
         for key in sorted({*first.adapter.tensors, *update.adapter.tensors}):
             shapes = [list(one.adapter[key].shape) if key in one.adapter else "nothing" for one in (first, update)]
             if shapes[0] != shapes[1]:
-                raise InputError(f"strategy.wrap: {name} compares updates coordinate by coordinate, but {key} is {shapes[0]} from "
-                                 f"{first.client} and {shapes[1]} from {update.client}. Use equal ranks (adapter.client_ranks=null).")
+                raise InputError(f"strategy.wrap: {name} compares updates coordinate by coordinate, but {key} is "
+                                 f"{shapes[0]} from {first.client} and {shapes[1]} from {update.client}. "
+                                 "Use equal ranks (adapter.client_ranks=null).")
 
 
 def flattened(update: Update) -> Tensor:

@@ -12,13 +12,17 @@ from fedpeft.state import AdapterState
 def flat(adapter: AdapterState) -> AdapterState:
     """The same change of every weight, s B A, in the roles A and B only.
 
-    A core is folded (s B R A = s (B R) A), a residual appended: residual_B residual_A + s B A = s [B, residual_B / s] [A; residual_A].
-    The rank grows by the residual's, the scaling stays. Tensors keep the dtype of B and A.
+    A core is folded, s B R A = s (B R) A, and a residual appended,
+
+        s B A + residual_B residual_A = s [B, residual_B / s] [A; residual_A],
+
+    so that the rank grows and the scaling stays. Tensors keep the dtype of B and A.
 
     >>> from fedpeft.state import Site
     >>> ones = {name: torch.ones(shape) for name, shape in (("q/A", (1, 3)), ("q/B", (2, 1)), ("q/R", (1, 1)))}
     >>> residual = {"q/residual_A": torch.ones(2, 3), "q/residual_B": torch.ones(2, 2)}
-    >>> {key: list(value.shape) for key, value in flat(AdapterState(ones | residual, {"q": Site("lora_sb", (2, 3), 2.0)})).tensors.items()}
+    >>> plain = flat(AdapterState(ones | residual, {"q": Site("lora_sb", (2, 3), 2.0)}))
+    >>> {key: list(value.shape) for key, value in plain.tensors.items()}
     {'q/A': [3, 3], 'q/B': [2, 3]}
     """
     tensors, sites = dict(adapter.tensors), dict(adapter.sites)

@@ -1,4 +1,4 @@
-"""First paragraphs of the docstrings of installed libraries: real English text with natural groups and nothing to fetch.
+"""First paragraphs of the docstrings of installed libraries: real English with natural groups, and nothing to fetch.
 
 The texts depend on the installed versions: an input for demonstrations and tests of the text path, no benchmark. The
 packages are found and parsed, never imported.
@@ -37,9 +37,10 @@ class Docstrings:
     license = "BSD-3-Clause and Apache-2.0 (texts of the installed packages)"
 
     def load(self) -> tuple[Records, Records]:
-        rows = [(text, label, module) for label, library in enumerate(LIBRARIES) for text, module in paragraphs(library)]
-        texts, labels, modules = zip(*rows, strict=True)
-        records = Records(list(texts), np.array(labels, dtype=np.int64), list(LIBRARIES), {"module": np.array(modules)}, "text")
+        rows = [(*row, label) for label, library in enumerate(LIBRARIES) for row in paragraphs(library)]
+        texts, modules, labels = zip(*rows, strict=True)
+        columns = {"module": np.array(modules)}
+        records = Records(list(texts), np.array(labels, dtype=np.int64), list(LIBRARIES), columns, "text")
         held_out = np.array([seeds.derive(0, "docstrings", text) % TEST_SHARE == 0 for text in texts])
         return records.take(np.flatnonzero(~held_out)), records.take(np.flatnonzero(held_out))
 
@@ -54,7 +55,9 @@ def paragraphs(library: str) -> list[tuple[str, str]]:
         raise InputError(f"data.source=docstrings: the library {library} is not installed.")
     root = Path(spec.origin).parent
     found: dict[str, str] = {}
-    for folder in sorted(path for path in root.iterdir() if (path / "__init__.py").is_file() and path.name not in ("tests", "testing")):
+    for folder in sorted(path.parent for path in root.glob("*/__init__.py")):
+        if folder.name.startswith(("_", "test")):
+            continue
         taken = 0
         for path in sorted(folder.rglob("*.py")):
             if taken == PER_MODULE or len(found) == PER_LIBRARY:

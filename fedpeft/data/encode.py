@@ -1,12 +1,12 @@
 """Records as tensors: texts tokenized and padded on the right, images as float32 [N, C, H, W].
 
-    >>> import numpy as np
-    >>> from fedpeft.data.source import Records
-    >>> images = np.full((2, 4, 4, 1), 255, dtype=np.uint8)
-    >>> data = encode(Records(images, np.array([0, 1]), ["a", "b"], {}, "image"), None, "image-classification", 128)
-    >>> inputs, labels = data.batch(np.array([1]))
-    >>> tuple(inputs["pixel_values"].shape), float(inputs["pixel_values"].max()), labels.tolist()
-    ((1, 1, 4, 4), 1.0, [1])
+>>> import numpy as np
+>>> from fedpeft.data.source import Records
+>>> images = np.full((2, 4, 4, 1), 255, dtype=np.uint8)
+>>> data = encode(Records(images, np.array([0, 1]), ["a", "b"], {}, "image"), None, "image-classification", 128)
+>>> inputs, labels = data.batch(np.array([1]))
+>>> tuple(inputs["pixel_values"].shape), float(inputs["pixel_values"].max()), labels.tolist()
+((1, 1, 4, 4), 1.0, [1])
 """
 
 from __future__ import annotations
@@ -73,7 +73,14 @@ def encode(records: Records, processor: Any, task: str, max_length: int) -> Enco
         return Encoded({"pixel_values": pixels}, torch.from_numpy(records.labels))
     if processor is None:
         raise InputError(f"model.task={task}: the model has no tokenizer.")
-    tokens = processor(list(records.inputs), padding=True, truncation=True, max_length=max_length, padding_side="right", return_tensors="pt")
+    tokens = processor(
+        list(records.inputs),
+        padding=True,
+        truncation=True,
+        max_length=max_length,
+        padding_side="right",
+        return_tensors="pt",
+    )
     inputs = {name: tokens[name] for name in processor.model_input_names if name in tokens}
     if task == "causal-lm":
         return Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
@@ -87,10 +94,18 @@ def _plain(images: np.ndarray) -> Tensor:
 
 def _processed(images: np.ndarray, processor: Any) -> Tensor:
     """Through a transformers image processor; grey images get as many channels as it normalises."""
-    channels = len(processor.image_mean) if isinstance(getattr(processor, "image_mean", None), list | tuple) else images.shape[3]
+    channels = (
+        len(processor.image_mean)
+        if isinstance(getattr(processor, "image_mean", None), list | tuple)
+        else images.shape[3]
+    )
     if images.shape[3] == 1 and channels > 1:
         images = np.repeat(images, channels, axis=3)
     scaling = {} if images.dtype == np.uint8 else {"do_rescale": False}
-    done = [processor(list(images[start : start + CHUNK]), return_tensors="pt", input_data_format="channels_last", **scaling)["pixel_values"]
-            for start in range(0, len(images), CHUNK)]
+    done = [
+        processor(
+            list(images[start : start + CHUNK]), return_tensors="pt", input_data_format="channels_last", **scaling
+        )["pixel_values"]
+        for start in range(0, len(images), CHUNK)
+    ]
     return torch.cat(done).float()

@@ -1,11 +1,12 @@
 """Splits of training records over clients.
 
-Each partitioner turns labels (or a natural column) into one sorted index array per client, disjoint, from a derived seed.
+Each partitioner turns labels (or a natural column) into disjoint, sorted index arrays, one per client.
 
 Written in numpy rather than with flwr-datasets' partitioners: its IidPartitioner takes contiguous blocks
-(flower#4919), its DirichletPartitioner deals each class out in file order, so that a file sorted by date or author gives
-clients more skew than alpha says, and gives up after ten draws; importing it costs seconds at every start. On records that
-were shuffled first, `Dirichlet` here gives exactly the clients of its DirichletPartitioner (a test holds that).
+(flower#4919), its DirichletPartitioner deals each class out in file order, so that a file sorted by date or author
+gives clients more skew than alpha says, and gives up after ten draws; importing it costs seconds at every start. On
+records that were shuffled first, `Dirichlet` here gives exactly the clients of its DirichletPartitioner (a test holds
+that).
 
 Papers: Dirichlet label skew, Yurochkin et al. 2019 (arXiv:1905.12022) and Hsu et al. 2019 (arXiv:1909.06335); shards,
 McMahan et al. 2017 (arXiv:1602.05629).
@@ -62,8 +63,9 @@ class Dirichlet:
     @dataclass
     class Config:
         alpha: float = option(0.5, "concentration; small is skewed, large is near iid", above=0)
-        min_examples: int = option(8, "every client gets at least this many records; the shares are drawn again until it does",
-                                   low=1)
+        min_examples: int = option(
+            8, "every client gets at least this many records; the shares are drawn again until it does", low=1
+        )
 
     def __init__(self, alpha: float = 0.5, min_examples: int = 8) -> None:
         self.alpha = alpha
@@ -82,9 +84,11 @@ class Dirichlet:
             if smallest >= self.min_examples:
                 return parts
             best = max(best, smallest)
-        raise InputError(f"data.partition: in {TRIES} Dirichlet draws with alpha={self.alpha:g}, {len(labels)} records over {clients} "
-                         f"clients never gave every client min_examples={self.min_examples} (the smallest had {best} at best). Lower "
-                         "data.partition.min_examples or data.clients, or raise data.partition.alpha.")
+        raise InputError(
+            f"data.partition: in {TRIES} Dirichlet draws with alpha={self.alpha:g}, {len(labels)} records over "
+            f"{clients} clients never gave every client min_examples={self.min_examples} (the smallest had {best} at "
+            "best). Lower data.partition.min_examples or data.clients, or raise data.partition.alpha."
+        )
 
     def _deal(self, members: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
         shares = rng.dirichlet(np.full(clients, self.alpha))
@@ -105,19 +109,28 @@ class Column:
 
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
         if self.column not in columns:
-            raise InputError(f"data.partition.column: '{self.column}' is no column of the data. Natural columns: "
-                             f"{', '.join(columns) or 'none'}.")
+            raise InputError(
+                f"data.partition.column: '{self.column}' is no column of the data. Natural columns: "
+                f"{', '.join(columns) or 'none'}."
+            )
         _, group, sizes = np.unique(columns[self.column], return_inverse=True, return_counts=True)
         ranked = [int(g) for g in np.argsort(-sizes, kind="stable") if sizes[g] >= self.min_examples]
         if len(ranked) < clients:
-            raise InputError(f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
-                             f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all). Set data.clients to at "
-                             f"most {len(ranked)}.")
+            raise InputError(
+                f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
+                f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all). "
+                f"Set data.clients to at most {len(ranked)}."
+            )
         parts = [np.flatnonzero(group == g) for g in ranked[:clients]]
         left_out = len(labels) - sum(len(part) for part in parts)
         if left_out:
-            log.warning("partition by column %s: %d of %d records are in the %d groups that are left out", self.column, left_out,
-                        len(labels), len(sizes) - clients)
+            log.warning(
+                "partition by column %s: %d of %d records are in the %d groups that are left out",
+                self.column,
+                left_out,
+                len(labels),
+                len(sizes) - clients,
+            )
         return parts
 
 
@@ -163,5 +176,7 @@ class Quantity:
 
 def _require(records: int, clients: int, least: int) -> None:
     if clients * least > records:
-        raise InputError(f"data.clients={clients}: at least {least} records each need {clients * least}, the training set has {records}. "
-                         f"{records // least} clients are possible.")
+        raise InputError(
+            f"data.clients={clients}: at least {least} records each need {clients * least}, the training set has "
+            f"{records}. {records // least} clients are possible."
+        )

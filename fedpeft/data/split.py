@@ -1,4 +1,4 @@
-"""split.json: which client has which training records, and the label histogram of that; saved once, reused by later runs."""
+"""split.json: which client has which training records, and their label histogram; saved once, reused by later runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,14 @@ def histogram(parts: Mapping[str, Sequence[int]], labels: np.ndarray, label_name
 def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config: Config) -> None:
     """Write client name -> numbers of its training records, with what made them and what data they are of."""
     tree: dict[str, Any] = {
-        "fingerprint": train.fingerprint, "records": len(train), "seed": config.run.seed, "partition": to_tree(config.data.partition),
-        "histogram": {"labels": train.label_names, "counts": histogram(parts, train.labels, train.label_names).tolist()},
+        "fingerprint": train.fingerprint,
+        "records": len(train),
+        "seed": config.run.seed,
+        "partition": to_tree(config.data.partition),
+        "histogram": {
+            "labels": train.label_names,
+            "counts": histogram(parts, train.labels, train.label_names).tolist(),
+        },
         "clients": {client: [int(index) for index in part] for client, part in parts.items()},
     }
     write_bytes(path, (json.dumps(tree) + "\n").encode())
@@ -54,17 +60,25 @@ def load(path: Path, fingerprint: str, clients: Sequence[str]) -> dict[str, list
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"data.split: {path} is no split.json: {error!r}.") from error
     if found != fingerprint:
-        raise InputError(f"data.split: {path} splits other training records (data fingerprint {found[:12]}; these have {fingerprint[:12]}). "
-                         "Use the data.source, data.test, data.test_fraction, data.limit and run.seed that it was made with, or set "
-                         "data.split=null.")
+        raise InputError(
+            f"data.split: {path} splits other training records (data fingerprint {found[:12]}; these have "
+            f"{fingerprint[:12]}). Use the data.source, data.test, data.test_fraction, data.limit and run.seed that it "
+            "was made with, or set data.split=null."
+        )
     if len(parts) != len(clients):
-        raise InputError(f"data.split: {path} has {len(parts)} clients, data.clients={len(clients)}. Set data.clients={len(parts)}.")
+        raise InputError(
+            f"data.split: {path} has {len(parts)} clients, data.clients={len(clients)}. Set data.clients={len(parts)}."
+        )
     if list(parts) != list(clients):
         wrong = next(name for name, expected in zip(parts, clients, strict=True) if name != expected)
-        raise InputError(f"data.split: {path} has a client '{wrong}'; expected {clients[0]} to {clients[-1]} in this order.")
+        raise InputError(
+            f"data.split: {path} has a client '{wrong}'; expected {clients[0]} to {clients[-1]} in this order."
+        )
     for client, part in parts.items():
         if not part or min(part) < 0 or max(part) >= records:
-            raise InputError(f"data.split: {path}: {client} must list record numbers from 0 to {records - 1}, at least one.")
+            raise InputError(
+                f"data.split: {path}: {client} must list record numbers from 0 to {records - 1}, at least one."
+            )
     everything = [index for part in parts.values() for index in part]
     if len(set(everything)) < len(everything):
         raise InputError(f"data.split: {path} gives a record to a client twice, or to two clients.")

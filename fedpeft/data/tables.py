@@ -1,8 +1,8 @@
 """Tables of records as they lie in files, folders and on the hub, and what their columns hold.
 
-Files: .csv, .jsonl (an object a line), .json (a list of objects), .parquet. Folders: saved by `datasets.save_to_disk`, or
-images in one sub-folder per label (which may lie under train/ and test/). A csv has text only: numbers stay as written, and
-an empty field is missing.
+Files: .csv, .jsonl (an object a line), .json (a list of objects), .parquet. Folders: saved by
+`datasets.save_to_disk`, or images in one sub-folder per label (which may lie under train/ and test/). A csv has text
+only: numbers stay as written, and an empty field is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 COLUMNS = {
-    "text": ("text", "sentence", "content", "description", "document", "review", "comment", "message", "body", "question", "prompt"),
+    "text": (
+        "text",
+        "sentence",
+        "content",
+        "description",
+        "document",
+        "review",
+        "comment",
+        "message",
+        "body",
+        "question",
+        "prompt",
+    ),
     "label": ("label", "labels", "class", "target", "category", "y"),
     "image": ("image", "images", "img", "pixel_values"),
 }
@@ -53,7 +65,7 @@ class NotOnHub(Exception):
     """The hub has no such data set, or cannot be reached."""
 
 
-# Reading ---------------------------------------------------------------------------------------------------------------
+# Reading ----------------------------------------------------------------------------------------------------
 
 
 def is_local(source: str, key: str) -> bool:
@@ -109,7 +121,11 @@ def _file(path: Path) -> Table:
         else:
             columns = _json(path)
     except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
-        raise error if isinstance(error, InputError) else InputError(f"{path}: not readable as {path.suffix[1:]}: {error}") from error
+        raise (
+            error
+            if isinstance(error, InputError)
+            else InputError(f"{path}: not readable as {path.suffix[1:]}: {error}")
+        ) from error
     if not columns or not len(next(iter(columns.values()))):
         raise InputError(f"{path}: no records.")
     return Table(columns, str(path), folder=path.parent)
@@ -158,19 +174,25 @@ def _dataset(found: Any, where: str) -> Tables:
 def _split(found: datasets.Dataset, where: str) -> Table:
     import datasets
 
-    names = {name: list(feature.names) for name, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
+    names = {
+        name: list(feature.names)
+        for name, feature in found.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
     return Table({name: list(found[name]) for name in found.column_names}, where, names)
 
 
 def _image_folder(folder: Path) -> Table:
     paths = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES)
     if not paths:
-        raise InputError(f"{folder}: neither a folder saved by datasets.save_to_disk nor one with images in a sub-folder per label "
-                         f"(LABEL/NAME, endings {', '.join(IMAGES)}).")
+        raise InputError(
+            f"{folder}: neither a folder saved by datasets.save_to_disk nor one with images in a sub-folder per label "
+            f"(LABEL/NAME, endings {', '.join(IMAGES)})."
+        )
     return Table({"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}, str(folder))
 
 
-# Columns ---------------------------------------------------------------------------------------------------------------
+# Columns ----------------------------------------------------------------------------------------------------
 
 
 def find_column(table: Table, what: str, given: str | None) -> str | None:
@@ -187,15 +209,19 @@ def column(table: Table, what: str, given: str | None) -> str:
     """Like `find_column`, but there must be one."""
     name = find_column(table, what, given)
     if name is None:
-        raise InputError(f"{table.where}: no {what} column (looked for {', '.join(COLUMNS[what])}). Its columns: "
-                         f"{', '.join(table.columns)}. Name one with data.{what}.")
+        raise InputError(
+            f"{table.where}: no {what} column (looked for {', '.join(COLUMNS[what])}). Its columns: "
+            f"{', '.join(table.columns)}. Name one with data.{what}."
+        )
     return name
 
 
 def texts(table: Table, name: str) -> list[str]:
     for number, value in enumerate(table.columns[name], 1):
         if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{table.where}: column {name}: record {number} has no text, but {value!r}. Remove or fill it.")
+            raise InputError(
+                f"{table.where}: column {name}: record {number} has no text, but {value!r}. Remove or fill it."
+            )
     return list(table.columns[name])
 
 
@@ -209,16 +235,20 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, list[str]]:
         indices, names = np.array(values, dtype=np.int64), table.names[name]
         outside = np.flatnonzero((indices < 0) | (indices >= len(names)))
         if len(outside):
-            raise InputError(f"{table.where}: column {name}: record {outside[0] + 1} has the label {indices[outside[0]]}; the classes "
-                             f"are 0 to {len(names) - 1} (a negative one often marks a hidden label).")
+            raise InputError(
+                f"{table.where}: column {name}: record {outside[0] + 1} has the label {indices[outside[0]]}; the "
+                f"classes are 0 to {len(names) - 1} (a negative one often marks a hidden label)."
+            )
         return indices, names
     if all(isinstance(value, str) for value in values):
         whole = all(re.fullmatch(r"0|-?[1-9]\d*", value) for value in values)
         return _classes([int(value) for value in values] if whole else values)
     for number, value in enumerate(values, 1):
         if not isinstance(value, int | float | np.number) or value != int(value):
-            raise InputError(f"{table.where}: column {name}: record {number} has {value!r}; labels must be all strings or all whole "
-                             "numbers.")
+            raise InputError(
+                f"{table.where}: column {name}: record {number} has {value!r}; labels must be all strings or all whole "
+                "numbers."
+            )
     return _classes([int(value) for value in values])
 
 
@@ -238,7 +268,7 @@ def natural(values: Sequence[Any]) -> np.ndarray | None:
 
 
 def images(table: Table, name: str) -> np.ndarray:
-    """uint8 [N, H, W, C] (float32 for arrays of numbers in [0, 1]); grey images get three channels where others have colour."""
+    """uint8 [N, H, W, C], float32 for arrays of fractions; grey images become RGB where others have colour."""
     values = table.columns[name]
     if isinstance(values, np.ndarray):
         return values
@@ -251,8 +281,10 @@ def images(table: Table, name: str) -> np.ndarray:
     channels = max(array.shape[2] for array in arrays)
     for number, array in enumerate(arrays, 1):
         if array.shape[:2] != arrays[0].shape[:2]:
-            raise InputError(f"{table.where}: images differ in size: record 1 is {_size(arrays[0])}, record {number} is {_size(array)}. "
-                             "Resize them to one size.")
+            raise InputError(
+                f"{table.where}: images differ in size: record 1 is {_size(arrays[0])}, record {number} is "
+                f"{_size(array)}. Resize them to one size."
+            )
     return np.stack([np.repeat(array, channels, axis=2) if array.shape[2] == 1 else array for array in arrays])
 
 
@@ -275,7 +307,9 @@ def _image(value: Any, folder: Path) -> np.ndarray:
         array = np.array([[np.asarray(cell) for cell in row] for row in value])
         whole = array.dtype.kind in "iu"
         if array.size and not (array.min() >= 0 and array.max() <= (255 if whole else 1)):
-            raise ValueError(f"values from {array.min()} to {array.max()}; allowed are whole numbers 0 to 255 or fractions 0 to 1")
+            raise ValueError(
+                f"values from {array.min()} to {array.max()}; allowed are whole numbers 0 to 255 or fractions 0 to 1"
+            )
         array = array.astype(np.uint8 if whole else np.float32)
     if array.ndim == 2:
         array = array[..., None]

@@ -83,16 +83,18 @@ def test_largest_entry_of_each_right_vector_is_positive(pair):
 
 @SETTINGS
 @given(factors())
-def test_refactor_keeps_the_product_and_the_row_space(pair):
+def test_refactor_keeps_shapes_product_and_row_space(pair):
     B, A = pair
+    r, n = A.shape
     B2, A2 = (value.numpy() for value in lowrank.refactor(t(B), t(A)))
     size = np.linalg.norm(B) * np.linalg.norm(A) + 1e-300
+    assert B2.shape == B.shape and A2.shape == A.shape
     assert close(B2 @ A2, B @ A, size)
-    assert close(A2 @ A2.T, np.eye(len(A2)), 1.0)
+    assert close(A2 @ A2.T, np.diag(np.arange(r) < n), 1.0)  # there are no more than n orthonormal rows
     gram = B2.T @ B2
     assert close(gram, np.diag(np.diag(gram)), size**2)
     assert (np.diff(np.diag(gram)) <= 1e-9 * (size**2 + 1e-300)).all()
-    if len(B) >= len(A) == np.linalg.matrix_rank(A):  # the row space is that of A, also where B has dependent columns
+    if np.linalg.matrix_rank(A) == r:  # the row space is that of A, also where B has dependent columns
         assert close(A2.T @ A2, np.linalg.pinv(A) @ A, 10 * np.linalg.cond(A))
 
 
@@ -143,8 +145,11 @@ def test_mean_and_stack(cohort):
     pairs, weights = cohort
     p = np.array(weights) / sum(weights)
     Bs, As = [t(B) for B, _ in pairs], [t(A) for _, A in pairs]
-    assert close(lowrank.mean(Bs, weights).numpy(), sum(w * B for w, (B, _) in zip(p, pairs, strict=True)),
-                 scale(*(B for B, _ in pairs)))
+    assert close(
+        lowrank.mean(Bs, weights).numpy(),
+        sum(w * B for w, (B, _) in zip(p, pairs, strict=True)),
+        scale(*(B for B, _ in pairs)),
+    )
     B, A = (value.numpy() for value in lowrank.stack(Bs, As, weights))
     expected = sum(w * B @ A for w, (B, A) in zip(p, pairs, strict=True))
     assert B.shape[1] == A.shape[0] == len(pairs) * pairs[0][0].shape[1]
@@ -158,7 +163,8 @@ def test_residual_is_mean_of_products_less_product_of_means(cohort):
     p = np.array(weights) / sum(weights)
     expected = sum(w * B @ A for w, (B, A) in zip(p, pairs, strict=True))
     expected = expected - sum(w * B for w, (B, _) in zip(p, pairs, strict=True)) @ sum(
-        w * A for w, (_, A) in zip(p, pairs, strict=True))
+        w * A for w, (_, A) in zip(p, pairs, strict=True)
+    )
     B, A = (value.numpy() for value in lowrank.residual([t(B) for B, _ in pairs], [t(A) for _, A in pairs], weights))
     assert B.shape[1] == A.shape[0] == (len(pairs) - 1) * pairs[0][0].shape[1]
     size = sum(np.linalg.norm(B) for B, _ in pairs) * sum(np.linalg.norm(A) for _, A in pairs) + 1e-300
@@ -175,7 +181,15 @@ def test_residual_has_no_cancellation_error():
 
 def test_results_are_float64_whatever_comes_in():
     B, A = torch.ones(3, 2), torch.ones(2, 4)
-    outputs = [*lowrank.svd(B, A), *lowrank.refactor(B, A), *lowrank.truncate(B, A, 1), *lowrank.compress(B, A),
-               lowrank.norm(B, A), *lowrank.stack([B], [A], [1.0]), lowrank.mean([B], [2.0]),
-               *lowrank.residual([B, B], [A, A], [1.0, 1.0]), *lowrank.residual([B], [A], [1.0])]
+    outputs = [
+        *lowrank.svd(B, A),
+        *lowrank.refactor(B, A),
+        *lowrank.truncate(B, A, 1),
+        *lowrank.compress(B, A),
+        lowrank.norm(B, A),
+        *lowrank.stack([B], [A], [1.0]),
+        lowrank.mean([B], [2.0]),
+        *lowrank.residual([B, B], [A, A], [1.0, 1.0]),
+        *lowrank.residual([B], [A], [1.0]),
+    ]
     assert all(value.dtype == torch.float64 for value in outputs)

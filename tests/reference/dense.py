@@ -1,4 +1,4 @@
-"""Slow, obvious references: every matrix dense, numpy float64, straight from the papers' equations. And made-up federations.
+"""Slow, obvious references: every matrix dense, numpy float64, from the papers' equations. And made-up federations.
 
 A client's LoRA at one site is a triple (B [m, r], A [r, n], s) that means s B A. `p` are weights that sum to one.
 """
@@ -146,8 +146,10 @@ def fresh(rank=3, scaling=2.0, dtype=torch.float64, shapes=SHAPES, seed=0, kind=
 def drift(adapter, roles, seed, size=0.3) -> AdapterState:
     """A client's local training: every tensor of these roles moves at random."""
     random = np.random.default_rng(seed)
-    moved = {key: value + size * torch.tensor(random.standard_normal(tuple(value.shape)), dtype=value.dtype)
-             for key, value in adapter.select(roles).tensors.items()}
+    moved = {
+        key: value + size * torch.tensor(random.standard_normal(tuple(value.shape)), dtype=value.dtype)
+        for key, value in adapter.select(roles).tensors.items()
+    }
     return adapter.replace(moved)
 
 
@@ -172,7 +174,7 @@ def received(strategy, server, origin, client) -> AdapterState:
 
 @dataclass
 class Round:
-    """What one round did: the state broadcast, each client's model after training, the uploads, and the state after it."""
+    """One round: the state broadcast, each client's model after training, the uploads, and the state after it."""
 
     sent: ServerState
     models: dict[str, AdapterState]
@@ -190,7 +192,9 @@ def play(strategy, server, origin, weights, seeds=None, train=drift) -> Round:
         name = f"c{index}"
         models[name] = train(received(strategy, server, origin, name), roles, seed)
         sent = strategy.broadcast(server, name)
-        controls = drift(sent.select(("control",)), ("control",), seed + 1) if "control" in uploads else AdapterState({})
+        controls = (
+            drift(sent.select(("control",)), ("control",), seed + 1) if "control" in uploads else AdapterState({})
+        )
         updates.append(Update(name, weight, models[name].select(uploads).replace(controls), {}))
     after = replace(strategy.aggregate(server, updates), round=server.round + 1)
     return Round(server, models, updates, after)

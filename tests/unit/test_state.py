@@ -34,7 +34,9 @@ def assert_same_bits(left: AdapterState, right: AdapterState) -> None:
         assert bits(right[key]) == bits(value), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
 def test_one_dtype_round_trips_bit_for_bit(dtype):
     state = lora(dtype)
     array, manifest = pack(state)
@@ -57,14 +59,16 @@ def test_one_dtype_is_one_array_of_that_dtype():
 
 
 def test_mixed_dtypes_scalars_and_empty_tensors_round_trip():
-    state = AdapterState({
-        "a/step": torch.tensor(7, dtype=torch.int64),
-        "b/scalar": torch.tensor(1.5, dtype=torch.bfloat16),
-        "c/empty": torch.empty(0, 4),
-        "d/mask": torch.tensor([True, False, True]),
-        "e/half": torch.tensor([[0.1], [0.2]], dtype=torch.float16),
-        "f/column": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
-    })
+    state = AdapterState(
+        {
+            "a/step": torch.tensor(7, dtype=torch.int64),
+            "b/scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+            "c/empty": torch.empty(0, 4),
+            "d/mask": torch.tensor([True, False, True]),
+            "e/half": torch.tensor([[0.1], [0.2]], dtype=torch.float16),
+            "f/column": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
+        }
+    )
     assert_same_bits(state, unpack(*pack(state)))
 
 
@@ -101,12 +105,25 @@ def with_entry(entry: list) -> str:
     return json.dumps(manifest)
 
 
-@pytest.mark.parametrize("manifest", [
-    "", "not json", "[]", "{}", "3", '{"tensors": []}', '{"tensors": [["a"]], "sites": {}}', '{"tensors": 3, "sites": {}}',
-    '{"tensors": [], "sites": {"x": {"kind": "lora"}}}', '{"tensors": [], "sites": []}',
-    with_entry(["layer/A", "float31", [2, 5]]), with_entry(["layer/A", "float32", ["two", 5]]),
-    with_entry(["layer/A", "float32", [-2, -5]]), with_entry(["layer/A", "float32", 10]),
-])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "not json",
+        "[]",
+        "{}",
+        "3",
+        '{"tensors": []}',
+        '{"tensors": [["a"]], "sites": {}}',
+        '{"tensors": 3, "sites": {}}',
+        '{"tensors": [], "sites": {"x": {"kind": "lora"}}}',
+        '{"tensors": [], "sites": []}',
+        with_entry(["layer/A", "float31", [2, 5]]),
+        with_entry(["layer/A", "float32", ["two", 5]]),
+        with_entry(["layer/A", "float32", [-2, -5]]),
+        with_entry(["layer/A", "float32", 10]),
+    ],
+)
 def test_a_malformed_manifest_is_refused(manifest):
     with pytest.raises(StateMismatch, match="manifest"):
         unpack(pack(lora())[0], manifest)
@@ -132,10 +149,15 @@ def test_form_names_shapes_and_dtypes():
 
 
 def test_roles():
-    state = AdapterState({"layer/A": torch.zeros(1), "head/weight": torch.zeros(1), "control:layer/A": torch.zeros(1)},
-                         {"layer": Site("lora"), "head": Site("head")})
+    state = AdapterState(
+        {"layer/A": torch.zeros(1), "head/weight": torch.zeros(1), "control:layer/A": torch.zeros(1)},
+        {"layer": Site("lora"), "head": Site("head")},
+    )
     assert {key: state.role(key) for key in state.tensors} == {
-        "layer/A": "A", "head/weight": "head", "control:layer/A": "control"}
+        "layer/A": "A",
+        "head/weight": "head",
+        "control:layer/A": "control",
+    }
     assert list(state.select(("A",)).tensors) == ["layer/A"]
     assert list(state.without(("A", "control")).tensors) == ["head/weight"]
     assert state.select(("A",)).sites == state.sites
@@ -167,14 +189,17 @@ def test_sites_to_json_and_back():
     assert_same_bits(state, back)
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("base_model.model.vit.q_proj.lora_A.default.weight", ("vit.q_proj", "A")),
-    ("base_model.model.vit.q_proj.lora_B.weight", ("vit.q_proj", "B")),
-    ("base_model.model.vit.layers.0.q_proj.lora_B.default.weight", ("vit.layers.0.q_proj", "B")),
-    ("base_model.model.classifier.modules_to_save.default.weight", ("classifier", "weight")),
-    ("base_model.model.classifier.weight", ("classifier", "weight")),
-    ("q.lora_A.weight", ("q", "A")),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("base_model.model.vit.q_proj.lora_A.default.weight", ("vit.q_proj", "A")),
+        ("base_model.model.vit.q_proj.lora_B.weight", ("vit.q_proj", "B")),
+        ("base_model.model.vit.layers.0.q_proj.lora_B.default.weight", ("vit.layers.0.q_proj", "B")),
+        ("base_model.model.classifier.modules_to_save.default.weight", ("classifier", "weight")),
+        ("base_model.model.classifier.weight", ("classifier", "weight")),
+        ("q.lora_A.weight", ("q", "A")),
+    ],
+)
 def test_named_site(name, expected):
     assert named_site(name) == expected
 

@@ -19,7 +19,19 @@ from fedpeft.strategies.build import named
 
 M, N, R, S = 7, 9, 3, 2.0
 SITES = {"q": Site("lora", (M, N), S), "head": Site("head", (2,))}
-RULES = ("fedit", "ffa_lora", "fedsvd", "lora_fair", "flora", "flexlora", "hetlora", "fedex", "rolora", "fedsa", "flower")
+RULES = (
+    "fedit",
+    "ffa_lora",
+    "fedsvd",
+    "lora_fair",
+    "flora",
+    "flexlora",
+    "hetlora",
+    "fedex",
+    "rolora",
+    "fedsa",
+    "flower",
+)
 WRAPPERS = ("fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "norm_clip", "trimmed_mean", "median", "krum")
 
 
@@ -31,20 +43,30 @@ def make(name: str, *wraps: str, **options: object) -> FederatedStrategy:
     return strategy
 
 
-def random_adapter(seed: int, rank: int = R, dtype: torch.dtype = torch.float64, scaling: float = S, B_zero: bool = False) -> AdapterState:
+def random_adapter(
+    seed: int, rank: int = R, dtype: torch.dtype = torch.float64, scaling: float = S, B_zero: bool = False
+) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
-    tensors = {"q/A": torch.randn(rank, N, generator=generator, dtype=torch.float64),
-               "q/B": torch.randn(M, rank, generator=generator, dtype=torch.float64) * (not B_zero),
-               "head/weight": torch.randn(2, generator=generator, dtype=torch.float64)}
-    return AdapterState({key: value.to(dtype) for key, value in tensors.items()}, {**SITES, "q": Site("lora", (M, N), scaling)})
+    tensors = {
+        "q/A": torch.randn(rank, N, generator=generator, dtype=torch.float64),
+        "q/B": torch.randn(M, rank, generator=generator, dtype=torch.float64) * (not B_zero),
+        "head/weight": torch.randn(2, generator=generator, dtype=torch.float64),
+    }
+    return AdapterState(
+        {key: value.to(dtype) for key, value in tensors.items()}, {**SITES, "q": Site("lora", (M, N), scaling)}
+    )
 
 
 def updates_of(adapters: list[AdapterState], weights: list[float]) -> list[Update]:
-    return [Update(f"c{index}", weight, adapter, {"train_loss": 1.0 + index})
-            for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))]
+    return [
+        Update(f"c{index}", weight, adapter, {"train_loss": 1.0 + index})
+        for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
+    ]
 
 
-def uploaded(strategy: FederatedStrategy, server: ServerState, adapters: list[AdapterState], weights: list[float]) -> list[Update]:
+def uploaded(
+    strategy: FederatedStrategy, server: ServerState, adapters: list[AdapterState], weights: list[float]
+) -> list[Update]:
     """What clients that trained to these adapters send: uploaded roles only, frozen ones as they were."""
     return updates_of([adapter.select(strategy.uploads(server)) for adapter in adapters], weights)
 
@@ -115,7 +137,11 @@ def test_flora_starts_every_round_from_a_fresh_seeded_A() -> None:
 def test_flora_scales_one_factor_only() -> None:
     B, A = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[2.0, 0.0]]).double()
     adapter = AdapterState({"q/A": A, "q/B": B}, {"q": Site("lora", (2, 2))})
-    after = make("flora").aggregate(ServerState(adapter, numbers={"seed": 0}), updates_of([adapter, adapter], [1.0, 1.0])).adapter
+    after = (
+        make("flora")
+        .aggregate(ServerState(adapter, numbers={"seed": 0}), updates_of([adapter, adapter], [1.0, 1.0]))
+        .adapter
+    )
     assert (after["q/residual_B"] @ after["q/residual_A"]).tolist() == [[2.0, 0.0], [0.0, 0.0]]
 
 
@@ -123,12 +149,16 @@ def test_flora_scales_one_factor_only() -> None:
 def test_frozen_A_is_exact_and_never_uploaded(name: str) -> None:
     strategy = make(name)
     server = strategy.initial(random_adapter(0), seed=0)
-    trained = [server.adapter.replace({"q/B": adapter["q/B"], "head/weight": adapter["head/weight"]}) for adapter in ADAPTERS]
+    trained = [
+        server.adapter.replace({"q/B": adapter["q/B"], "head/weight": adapter["head/weight"]}) for adapter in ADAPTERS
+    ]
     updates = uploaded(strategy, server, trained, WEIGHTS)
     assert "q/A" not in updates[0].adapter
     after = strategy.before_round(replace(strategy.aggregate(server, updates), round=1))
     assert close(change(after.adapter), exact_mean(trained, WEIGHTS))
-    assert close(after.adapter["head/weight"], sum(a["head/weight"] * w for a, w in zip(ADAPTERS, WEIGHTS, strict=True)) / 8)
+    assert close(
+        after.adapter["head/weight"], sum(a["head/weight"] * w for a, w in zip(ADAPTERS, WEIGHTS, strict=True)) / 8
+    )
 
 
 @pytest.mark.parametrize(("name", "seedlike"), [("ffa_lora", "seed"), ("fedsvd", "core")])
@@ -158,7 +188,10 @@ def test_fedsvd_core_gives_clients_the_servers_A_bit_for_bit() -> None:
     server = strategy.initial(random_adapter(0, dtype=torch.float32), seed=0)
     first = server.adapter["q/A"].clone()
     for number in range(1, 4):
-        trained = [server.adapter.replace({"q/B": random_adapter(10 * number + k, dtype=torch.float32)["q/B"]}) for k in range(3)]
+        trained = [
+            server.adapter.replace({"q/B": random_adapter(10 * number + k, dtype=torch.float32)["q/B"]})
+            for k in range(3)
+        ]
         server = replace(strategy.aggregate(server, uploaded(strategy, server, trained, WEIGHTS)), round=number)
         before, server = server, strategy.before_round(server)
         sent = strategy.broadcast(server, "c0")
@@ -168,7 +201,10 @@ def test_fedsvd_core_gives_clients_the_servers_A_bit_for_bit() -> None:
         assert close(server.adapter["q/A"].double() @ server.adapter["q/A"].double().T, torch.eye(R), 1e-6)
         gram = server.adapter["q/B"].double().T @ server.adapter["q/B"].double()
         assert close(gram, gram.diag().diag(), 1e-5) and bool((gram.diag().diff() <= 0).all())
-        assert strategy.task(server)["static"] == strategy.task(strategy.initial(random_adapter(0, dtype=torch.float32), 0))["static"]
+        assert (
+            strategy.task(server)["static"]
+            == strategy.task(strategy.initial(random_adapter(0, dtype=torch.float32), 0))["static"]
+        )
 
 
 def test_fedsvd_leaves_a_zero_B_alone_and_refactors_only_every_k_rounds() -> None:
@@ -178,6 +214,16 @@ def test_fedsvd_leaves_a_zero_B_alone_and_refactors_only_every_k_rounds() -> Non
     server = replace(start.with_tensors({"q/B": ADAPTERS[0]["q/B"]}), round=1)
     assert strategy.before_round(server) is server
     assert not torch.equal(strategy.before_round(replace(server, round=2)).adapter["q/A"], server.adapter["q/A"])
+
+
+@pytest.mark.parametrize("rank", [8, 11])  # above the outputs, above both sizes
+def test_fedsvd_keeps_shapes_at_ranks_above_the_layer(rank: int) -> None:
+    server = make("fedsvd").initial(random_adapter(0, rank=rank), seed=0)
+    after = make("fedsvd").before_round(server)
+    A = after.adapter["q/A"]
+    server.adapter.require_same_form(after.adapter, "refactored")
+    assert close(change(after.adapter), change(server.adapter), 1e-10)
+    assert close(A @ A.T, torch.diag((torch.arange(rank) < N).double()), 1e-10)
 
 
 def test_fedsvd_sqrt_split_shares_the_singular_values() -> None:
@@ -202,7 +248,11 @@ def test_lora_fair_lies_between_the_exact_mean_and_fedit() -> None:
 
 def test_lora_fair_cosine_reaches_the_best_direction_and_stays_put_at_zero() -> None:
     wanted, server = exact_mean(ADAPTERS, WEIGHTS), ServerState(ADAPTERS[0])
-    after = make("lora_fair", **{"lambda": 0.0}, solver="cosine", steps=3000, lr=0.3).aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter
+    after = (
+        make("lora_fair", **{"lambda": 0.0}, solver="cosine", steps=3000, lr=0.3)
+        .aggregate(server, updates_of(ADAPTERS, WEIGHTS))
+        .adapter
+    )
     A = after["q/A"]
     best = float((wanted @ torch.linalg.pinv(A) @ A).norm() / wanted.norm())
     assert float((change(after) * wanted).sum() / change(after).norm() / wanted.norm()) == pytest.approx(best, abs=1e-4)
@@ -235,8 +285,12 @@ def test_hetlora_weighs_by_norm_and_pads() -> None:
     B2, A2 = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).double(), torch.tensor([[0.0, 1.0], [5.0, 5.0]]).double()
     sites = {"q": Site("lora", (2, 2))}
     server = ServerState(AdapterState({"q/A": A2, "q/B": B2}, sites))
-    updates = updates_of([AdapterState({"q/A": A1, "q/B": B1}, sites), AdapterState({"q/A": A2, "q/B": B2}, sites)], [1.0, 99.0])
-    after = make("hetlora").aggregate(server, updates).adapter  # norms 3 and 1, so weights 3/4 and 1/4 whatever the examples
+    updates = updates_of(
+        [AdapterState({"q/A": A1, "q/B": B1}, sites), AdapterState({"q/A": A2, "q/B": B2}, sites)], [1.0, 99.0]
+    )
+    after = (
+        make("hetlora").aggregate(server, updates).adapter
+    )  # norms 3 and 1, so weights 3/4 and 1/4 whatever the examples
     assert after["q/B"].tolist() == [[2.25, 0.0], [0.25, 0.0]]
     assert after["q/A"].tolist() == [[0.75, 0.25], [1.25, 1.25]]
     zero = updates_of([update.adapter.replace({"q/B": update.adapter["q/B"] * 0}) for update in updates], [1.0, 3.0])
@@ -267,18 +321,24 @@ def test_fedsa_shares_A_only() -> None:
 
 def test_fed_sb_averages_the_core() -> None:
     cores = [torch.randn(R, R, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(3)]
-    start = AdapterState({**random_adapter(0).tensors, "q/R": torch.zeros(R, R, dtype=torch.float64)},
-                         {**SITES, "q": Site("lora_sb", (M, N), S)})
+    start = AdapterState(
+        {**random_adapter(0).tensors, "q/R": torch.zeros(R, R, dtype=torch.float64)},
+        {**SITES, "q": Site("lora_sb", (M, N), S)},
+    )
     strategy = make("fed_sb")
     server = strategy.initial(start, seed=0)
     assert strategy.uploads(server) == ("R", "head") and "q/B" not in strategy.broadcast(server, "c0")
     assert strategy.task(server)["static"]["roles"] == ["A", "B"]
     trained = [start.replace({"q/R": core}) for core in cores]
     after = flat(strategy.aggregate(server, uploaded(strategy, server, trained, WEIGHTS)).adapter)
-    assert after.sites["q"].kind == "lora" and close(change(after), exact_mean([flat(adapter) for adapter in trained], WEIGHTS))
+    assert after.sites["q"].kind == "lora" and close(
+        change(after), exact_mean([flat(adapter) for adapter in trained], WEIGHTS)
+    )
     merged, notes = offline.aggregate(strategy, trained, WEIGHTS)
     assert close(change(merged), change(after)) and not notes
-    assert offline.aggregate(strategy, [start.replace({"q/B": ADAPTERS[k]["q/B"], "q/R": cores[k]}) for k in range(3)])[1]
+    assert offline.aggregate(strategy, [start.replace({"q/B": ADAPTERS[k]["q/B"], "q/R": cores[k]}) for k in range(3)])[
+        1
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("fedsa", "rolora", "ffa_lora", "fedsvd")])
@@ -307,9 +367,22 @@ def test_aggregate_is_pure_and_weights_are_relative(name: str) -> None:
 # Stock Flower rules --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "options"), [
-    ("FedAvg", {}), ("FedAvgM", {"server_momentum": 0.9}), ("FedAdam", {}), ("FedAdagrad", {}), ("FedYogi", {}), ("FedMedian", {}),
-    ("FedTrimmedAvg", {}), ("Krum", {}), ("MultiKrum", {"num_nodes_to_select": 2}), ("Bulyan", {}), ("QFedAvg", {"client_learning_rate": 0.1})])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("FedAvg", {}),
+        ("FedAvgM", {"server_momentum": 0.9}),
+        ("FedAdam", {}),
+        ("FedAdagrad", {}),
+        ("FedYogi", {}),
+        ("FedMedian", {}),
+        ("FedTrimmedAvg", {}),
+        ("Krum", {}),
+        ("MultiKrum", {"num_nodes_to_select": 2}),
+        ("Bulyan", {}),
+        ("QFedAvg", {"client_learning_rate": 0.1}),
+    ],
+)
 def test_stock_rules_run_and_carry_their_state(rule: str, options: dict[str, object]) -> None:
     strategy = make("flower", rule=rule, rule_options=options)
     server = ServerState(random_adapter(0, dtype=torch.float32))
@@ -318,7 +391,9 @@ def test_stock_rules_run_and_carry_their_state(rule: str, options: dict[str, obj
         adapters = [random_adapter(10 * number + index, dtype=torch.float32) for index in range(5)]
         server = replace(strategy.aggregate(server, updates_of(adapters, [1.0, 2.0, 3.0, 4.0, 5.0])), round=number)
         states.append(server)
-    again = make("flower", rule=rule, rule_options=options).aggregate(states[1], updates_of(adapters, [1.0, 2.0, 3.0, 4.0, 5.0]))
+    again = make("flower", rule=rule, rule_options=options).aggregate(
+        states[1], updates_of(adapters, [1.0, 2.0, 3.0, 4.0, 5.0])
+    )
     assert again.adapter.sha256() == server.adapter.sha256()  # a fresh object goes on from the state alone
     if states[1].memory:
         forgot = strategy.aggregate(replace(states[1], memory={}), updates_of(adapters, [1.0, 2.0, 3.0, 4.0, 5.0]))
@@ -328,13 +403,20 @@ def test_stock_rules_run_and_carry_their_state(rule: str, options: dict[str, obj
 
 def test_stock_fedavg_and_median_agree_with_ours() -> None:
     server = ServerState(random_adapter(0))
-    for rule, ours in (("FedAvg", make("fedit")), ("FedMedian", make("fedit", "median")), ("FedAdagrad", make("fedit", "fedadagrad")),
-                       ("FedYogi", make("fedit", "fedyogi"))):
+    for rule, ours in (
+        ("FedAvg", make("fedit")),
+        ("FedMedian", make("fedit", "median")),
+        ("FedAdagrad", make("fedit", "fedadagrad")),
+        ("FedYogi", make("fedit", "fedyogi")),
+    ):
         options = {"eta": 0.1} if rule == "FedYogi" else {}  # Flower's default there is 0.01
         stock = make("flower", rule=rule, rule_options=options).aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter
         own = ours.aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter
         assert stock.distance(own) < 1e-9, rule
-        assert rule == "FedAvg" or stock.distance(make("fedit").aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter) > 0.1
+        assert (
+            rule == "FedAvg"
+            or stock.distance(make("fedit").aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter) > 0.1
+        )
 
 
 def test_stock_rule_refusals() -> None:
@@ -343,7 +425,9 @@ def test_stock_rule_refusals() -> None:
     with pytest.raises(InputError, match="rule_options"):
         make("flower", rule="FedAvg", rule_options={"momentum": 1})
     with pytest.raises(RuntimeError, match="Bulyan"):
-        make("flower", rule="Bulyan", rule_options={"num_malicious_nodes": 1}).aggregate(ServerState(ADAPTERS[0]), updates_of(ADAPTERS, WEIGHTS))
+        make("flower", rule="Bulyan", rule_options={"num_malicious_nodes": 1}).aggregate(
+            ServerState(ADAPTERS[0]), updates_of(ADAPTERS, WEIGHTS)
+        )
 
 
 # Wrappers ------------------------------------------------------------------------------------------------------------
@@ -370,7 +454,9 @@ def test_robust_statistics_ignore_an_outlier() -> None:
 
 
 def test_norm_clip_bounds_every_move() -> None:
-    assert aggregate_scalars(make("fedit", "norm_clip", bound=2.0), [1.0, 3.0, 90.0, -90.0], start=1.0) == pytest.approx((1 + 3 + 3 - 1) / 4)
+    assert aggregate_scalars(
+        make("fedit", "norm_clip", bound=2.0), [1.0, 3.0, 90.0, -90.0], start=1.0
+    ) == pytest.approx((1 + 3 + 3 - 1) / 4)
     assert aggregate_scalars(make("fedit", "norm_clip"), [1.0, 2.0, 90.0]) == pytest.approx((1 + 2 + 2) / 3)
 
 
@@ -380,7 +466,9 @@ def test_norm_clip_measures_all_tensors_against_what_each_client_got() -> None:
     assert strategy.inner.client_ranks == {"c0": 1}
     server = ServerState(random_adapter(0))
     moved = strategy.transform(server, updates_of([random_adapter(1, rank=1), random_adapter(2)], [1.0, 1.0]))
-    assert [update.adapter.distance(strategy.broadcast(server, update.client)) for update in moved] == pytest.approx([1e-3, 1e-3])
+    assert [update.adapter.distance(strategy.broadcast(server, update.client)) for update in moved] == pytest.approx(
+        [1e-3, 1e-3]
+    )
 
 
 @pytest.mark.parametrize("wrap", ["median", "trimmed_mean", "krum"])
@@ -393,7 +481,7 @@ def test_statistics_by_coordinate_refuse_unequal_shapes(wrap: str) -> None:
 def test_krum_refuses_too_few_updates() -> None:
     with pytest.raises(InputError, match="at least 5 updates"):
         aggregate_scalars(make("fedit", "krum", byzantine=2), [1.0, 2.0, 3.0, 4.0])
-    with pytest.raises(InputError, match="fraction=0.5"):
+    with pytest.raises(InputError, match=r"fraction=0\.5"):
         type(make("fedit", "trimmed_mean"))(fraction=0.5)
 
 
@@ -437,9 +525,15 @@ def test_state_per_coordinate_needs_a_fixed_basis(wrap: str, name: str) -> None:
         make(name, "median", wrap)
 
 
-def scaffold_update(strategy: FederatedStrategy, server: ServerState, values: dict[str, float], moved: dict[str, float]) -> list[Update]:
-    states = {name: scalar(value).replace({"control:q/A": torch.zeros(1, 1).double(), "control:q/B": torch.full((1, 1), moved[name]).double()})
-              for name, value in values.items()}
+def scaffold_update(
+    strategy: FederatedStrategy, server: ServerState, values: dict[str, float], moved: dict[str, float]
+) -> list[Update]:
+    states = {
+        name: scalar(value).replace(
+            {"control:q/A": torch.zeros(1, 1).double(), "control:q/B": torch.full((1, 1), moved[name]).double()}
+        )
+        for name, value in values.items()
+    }
     return [Update(name, 1.0, state) for name, state in states.items()]
 
 
@@ -447,9 +541,16 @@ def test_scaffold_server_step() -> None:
     strategy, server = make("fedit", "scaffold", server_lr=0.5), ServerState(scalar(1.0))
     sent = strategy.broadcast(server, "c0")
     assert sent["control:q/B"].item() == 0.0 and sent.role("control:q/B") == "control"
-    assert strategy.task(server)["scaffold"] is True and strategy.task(server)["uploads"] == ["A", "B", "head", "control"]
+    assert strategy.task(server)["scaffold"] is True and strategy.task(server)["uploads"] == [
+        "A",
+        "B",
+        "head",
+        "control",
+    ]
     assert "control:q/A" in sent.select(strategy.uploads(server))
-    after = strategy.aggregate(server, scaffold_update(strategy, server, {"c0": 3.0, "c1": 5.0}, {"c0": 2.0, "c1": 4.0}))
+    after = strategy.aggregate(
+        server, scaffold_update(strategy, server, {"c0": 3.0, "c1": 5.0}, {"c0": 2.0, "c1": 4.0})
+    )
     assert float(after.adapter["q/B"]) == 1 + 0.5 * (4 - 1)
     assert float(strategy.broadcast(after, "c0")["control:q/B"]) == pytest.approx(2 / 10 * 3)
     assert "control:q/B" not in after.adapter
@@ -488,7 +589,11 @@ def test_offline_exact_rules(name: str, dtype: torch.dtype) -> None:
     adapters = [random_adapter(1, dtype=dtype), random_adapter(2, dtype=dtype, scaling=0.5)]
     result, _ = offline.aggregate(make(name), adapters, [1.0, 3.0])
     assert close(change(result), exact_mean(adapters, [1.0, 3.0]), 1e-6 if dtype == torch.float32 else 1e-12)
-    assert result.rank("q") == 2 * R and set(result.tensors) == {"q/A", "q/B", "head/weight"} and result["q/A"].dtype == dtype
+    assert (
+        result.rank("q") == 2 * R
+        and set(result.tensors) == {"q/A", "q/B", "head/weight"}
+        and result["q/A"].dtype == dtype
+    )
 
 
 def test_offline_fixed_A() -> None:
@@ -528,7 +633,9 @@ def test_offline_folds_residuals_and_keeps_what_is_personal_out_of_the_promise()
     result, _ = offline.aggregate(make("flora"), [made, made])
     assert close(change(result), exact_mean(ADAPTERS, WEIGHTS))
     result, notes = offline.aggregate(make("fedsa"), ADAPTERS, WEIGHTS)
-    assert "only A is shared" in notes[0] and close(result["q/B"], sum(a["q/B"] * w for a, w in zip(ADAPTERS, WEIGHTS, strict=True)) / 8)
+    assert "only A is shared" in notes[0] and close(
+        result["q/B"], sum(a["q/B"] * w for a, w in zip(ADAPTERS, WEIGHTS, strict=True)) / 8
+    )
 
 
 @pytest.mark.parametrize("name", [*WRAPPERS, "flower"])
@@ -548,11 +655,17 @@ def test_offline_rules_that_measure_moves_ask_for_the_start(name: str) -> None:
 
 
 def test_offline_refuses_bad_input() -> None:
-    other = AdapterState({key.replace("q", "k"): value for key, value in ADAPTERS[0].tensors.items()},
-                         {"k": SITES["q"], "head": SITES["head"]})
+    other = AdapterState(
+        {key.replace("q", "k"): value for key, value in ADAPTERS[0].tensors.items()},
+        {"k": SITES["q"], "head": SITES["head"]},
+    )
     wide = AdapterState({**ADAPTERS[0].tensors, "q/A": torch.ones(R, N + 1)}, SITES)
-    for adapters, weights, message in (([], None, "no adapters"), (ADAPTERS, [1.0, 2.0], "3 positive numbers"),
-                                       (ADAPTERS, [1.0, 0.0, 1.0], "positive"), ([ADAPTERS[0], other], None, "missing q/A"),
-                                       ([ADAPTERS[0], wide], None, r"q/A has shape \[3, 10\], expected \[3, 9\]")):
+    for adapters, weights, message in (
+        ([], None, "no adapters"),
+        (ADAPTERS, [1.0, 2.0], "3 positive numbers"),
+        (ADAPTERS, [1.0, 0.0, 1.0], "positive"),
+        ([ADAPTERS[0], other], None, "missing q/A"),
+        ([ADAPTERS[0], wide], None, r"q/A has shape \[3, 10\], expected \[3, 9\]"),
+    ):
         with pytest.raises(InputError, match=message):
             offline.aggregate(make("fedit"), adapters, weights)

@@ -1,8 +1,9 @@
-"""Debian package descriptions -> archive section, with maintainers as natural clients and human translations as domains.
+"""Debian package descriptions -> archive section; maintainers are natural clients, human translations domains.
 
-From the package lists of `apt-get update` in a private folder (nothing is installed, no root is needed). One binary per
-source package is kept: siblings share most of their description and would leak between clients and into the test set. The
-test packages are the same in every language. The descriptions have many authors and no single licence: build, do not republish.
+From the package lists of `apt-get update` in a private folder (nothing is installed, no root is needed). One binary
+per source package is kept: siblings share most of their description and would leak between clients and into the test
+set. The test packages are the same in every language. The descriptions have many authors and no single licence:
+build, do not republish.
 """
 
 from __future__ import annotations
@@ -36,34 +37,53 @@ class AptLists:
     def download(self, folder: Path) -> None:
         lists = folder / "lists"
         (lists / "partial").mkdir(parents=True)
-        options = {"Dir::State::lists": lists, "Dir::Cache::pkgcache": folder / "pkgcache", "Dir::Cache::srcpkgcache": folder / "srcpkgcache",
-                   "Acquire::GzipIndexes": "false", "Acquire::Languages": ",".join(("en", *self.languages))}
-        run(["apt-get", "update", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))], folder, "package lists")
+        options = {
+            "Dir::State::lists": lists,
+            "Dir::Cache::pkgcache": folder / "pkgcache",
+            "Dir::Cache::srcpkgcache": folder / "srcpkgcache",
+            "Acquire::GzipIndexes": "false",
+            "Acquire::Languages": ",".join(("en", *self.languages)),
+        }
+        run(
+            ["apt-get", "update", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))],
+            folder,
+            "package lists",
+        )
         for path in lists.glob("*_dists_*"):
             path.rename(folder / path.name)
 
     def find(self, folder: Path) -> dict[str, Path]:
         """Packages, Release and one Translation a language; updates and security lists beside them are left alone."""
-        wanted = {"Packages": "*_dists_*_main_binary-*_Packages*", "Release": "*_dists_*Release",
-                  **{language: f"*_dists_*_main_i18n_Translation-{language}*" for language in ("en", *self.languages)}}
+        wanted = {
+            "Packages": "*_dists_*_main_binary-*_Packages*",
+            "Release": "*_dists_*Release",
+            **{language: f"*_dists_*_main_i18n_Translation-{language}*" for language in ("en", *self.languages)},
+        }
         found = {}
         for name, pattern in wanted.items():
-            paths = [path for path in sorted(folder.glob(pattern)) if not re.search(r"-(updates|security|backports)", path.name)]
+            paths = [
+                path
+                for path in sorted(folder.glob(pattern))
+                if not re.search(r"-(updates|security|backports)", path.name)
+            ]
             if len(paths) != 1:
-                raise InputError(f"{folder}: expected one file {pattern} of one release, found {len(paths)}. They are in /var/lib/apt/lists "
-                                 f"after: apt-get update -o Acquire::Languages={','.join(('en', *self.languages))}")
+                raise InputError(
+                    f"{folder}: expected one file {pattern} of one release, found {len(paths)}. They are in "
+                    "/var/lib/apt/lists after: apt-get update -o "
+                    f"Acquire::Languages={','.join(('en', *self.languages))}"
+                )
             found[name] = paths[0]
         return found
 
 
 def stanzas(path: Path) -> Iterator[dict[str, str]]:
     """The stanzas of a Debian control file; continuation lines keep their line breaks."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     stanza: dict[str, str] = {}
     key = ""
     with opener(path, "rt", encoding="utf-8") as file:
         for line in file:
-            line = str(line).rstrip("\n")
+            line = line.rstrip("\n")
             if not line:
                 if stanza:
                     yield stanza
@@ -78,7 +98,7 @@ def stanzas(path: Path) -> Iterator[dict[str, str]]:
 
 
 def one_per_source(packages: Iterator[dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Source name -> its representative: the binary of that name, else one with no support suffix, else the first by name."""
+    """Source name -> one binary: the one of that name, else one with no support suffix, else the first by name."""
     best: dict[str, tuple[tuple[bool, bool, str], dict[str, str]]] = {}
     for package in packages:
         name = package["Package"]
@@ -110,21 +130,37 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
 
     chosen = one_per_source(stanzas(files["Packages"]))
     chosen = {source: package for source, package in chosen.items() if package["Section"] not in DROPPED}
-    english = translations(files["en"], "en", {(package["Package"], package["Description-md5"]) for package in chosen.values()})
-    chosen = {source: package for source, package in chosen.items() if (package["Package"], package["Description-md5"]) in english}
+    english = translations(
+        files["en"], "en", {(package["Package"], package["Description-md5"]) for package in chosen.values()}
+    )
+    chosen = {
+        source: package
+        for source, package in chosen.items()
+        if (package["Package"], package["Description-md5"]) in english
+    }
     sizes = Counter(package["Section"] for package in chosen.values())
     chosen = {source: package for source, package in chosen.items() if sizes[package["Section"]] >= FEWEST}
     keys = {(package["Package"], package["Description-md5"]): source for source, package in chosen.items()}
     counts: dict[str, Any] = {}
     for language in (name for name in files if name not in ("Packages", "Release")):
         texts = english if language == "en" else translations(files[language], language, set(keys))
-        rows = [(text, chosen[keys[key]]["Section"], _maintainer(chosen[keys[key]]), keys[key]) for key, text in texts.items() if key in keys]
-        frame = pandas.DataFrame(sorted(rows, key=lambda row: row[3]), columns=["text", "label", "maintainer", "source"])
+        rows = [
+            (text, chosen[keys[key]]["Section"], _maintainer(chosen[keys[key]]), keys[key])
+            for key, text in texts.items()
+            if key in keys
+        ]
+        frame = pandas.DataFrame(
+            sorted(rows, key=lambda row: row[3]), columns=["text", "label", "maintainer", "source"]
+        )
         folder = target if language == "en" else target / language
         counts[language] = write_parts(folder, frame, [held_out(source) for source in frame["source"]])
     dates = [line for line in files["Release"].read_text(encoding="utf-8").splitlines() if line.startswith("Date: ")]
-    return {"parts": [language for language in counts if language != "en"], "counts": counts, "classes": len({package["Section"] for package in chosen.values()}),
-            "release_date": dates[0].removeprefix("Date: ") if dates else "unknown"}
+    return {
+        "parts": [language for language in counts if language != "en"],
+        "counts": counts,
+        "classes": len({package["Section"] for package in chosen.values()}),
+        "release_date": dates[0].removeprefix("Date: ") if dates else "unknown",
+    }
 
 
 def _maintainer(package: dict[str, str]) -> str:
@@ -132,7 +168,7 @@ def _maintainer(package: dict[str, str]) -> str:
 
 
 SECTIONS = Recipe(
-    summary="Debian package descriptions -> 30 archive sections; column maintainer; parts da, it, fr, de, ja, ru (translations)",
+    summary="Debian package descriptions -> 30 sections; column maintainer; translated parts da, it, fr, de, ja, ru",
     kind="text",
     license="none for the whole: descriptions belong to their authors; use them, do not republish them",
     sources=(AptLists(LANGUAGES),),

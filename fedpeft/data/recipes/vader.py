@@ -1,9 +1,9 @@
 """Human sentiment ratings in four domains: tweets, film reviews, product reviews, newspaper editorials.
 
-From the ICWSM 2014 data of Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-Text", in the source distribution of vaderSentiment. Snippets have a mean rating from -4 to 4; those beyond +-0.5 are
-positive or negative, the others are dropped. Reviews and articles are cut into sentences whose ids share a prefix: column
-`document`, which is wholly in the training or the test set.
+From the ICWSM 2014 data of Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
+Media Text", in the source distribution of vaderSentiment. Snippets have a mean rating from -4 to 4; those beyond
++-0.5 are positive or negative, the others are dropped. Reviews and articles are cut into sentences whose ids share a
+prefix: column `document`, which is wholly in the training or the test set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from typing import Any
 
 from fedpeft.data.recipe import Package, Recipe, held_out, member, tar_members, write_parts
 
-DOMAINS = {"tweets": "tweets", "movieReviewSnippets": "movie", "amazonReviewSnippets": "amazon", "nytEditorialSnippets": "nyt"}
+DOMAINS = {
+    "tweets": "tweets",
+    "movieReviewSnippets": "movie",
+    "amazonReviewSnippets": "amazon",
+    "nytEditorialSnippets": "nyt",
+}
 THRESHOLD = 0.5
 ENDING = "_GroundTruth.txt"
 
@@ -24,19 +29,28 @@ def ratings(data: str, domain: str) -> Iterator[tuple[str, str, str, str]]:
     for line in data.splitlines():
         name, rating, text = line.split("\t", 2)
         if abs(float(rating)) > THRESHOLD and text.strip():
-            yield text.strip(), "positive" if float(rating) > 0 else "negative", domain, f"{domain}-{name.partition('_')[0]}"
+            yield (
+                text.strip(),
+                "positive" if float(rating) > 0 else "negative",
+                domain,
+                f"{domain}-{name.partition('_')[0]}",
+            )
 
 
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     import pandas
 
     inner = member(files["vaderSentiment"], "/hutto_ICWSM_2014.tar.gz")
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     for name, content in tar_members(inner, lambda name: name.endswith(ENDING)):
         rows += ratings(content.decode("utf-8"), DOMAINS[Path(name).name.removesuffix(ENDING)])
     frame = pandas.DataFrame(sorted(rows, key=lambda row: row[2]), columns=["text", "label", "domain", "document"])
     counts = write_parts(target, frame, [held_out(document) for document in frame["document"]])
-    return {"counts": counts, "classes": 2, "domains": {str(name): int(size) for name, size in frame["domain"].value_counts().items()}}
+    return {
+        "counts": counts,
+        "classes": 2,
+        "domains": {str(name): int(size) for name, size in frame["domain"].value_counts().items()},
+    }
 
 
 RATINGS = Recipe(

@@ -1,7 +1,8 @@
-"""WordNet glosses -> lexicographer file (noun.animal, verb.motion, ...): 35 classes of short texts, for class-incremental tasks.
+"""WordNet glosses -> lexicographer file (noun.animal, verb.motion, ...): 35 classes of short texts.
 
-Princeton WordNet 3.0 as Debian packages it; format: wndb(5WN). A line of data.noun or data.verb is a synset; its second
-field is the number of the lexicographer file and its gloss follows the bar, definition first, then examples in quotes.
+Princeton WordNet 3.0 as Debian packages it; format: wndb(5WN). A line of data.noun or data.verb is a synset; its
+second field is the number of the lexicographer file and its gloss follows the bar, definition first, then examples in
+quotes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Any
 from fedpeft.data.recipe import Package, Recipe, held_out, member, write_parts
 
 # File numbers of lexnames(5WN); adjectives and adverbs have too few files to tell apart.
-NOUNS = ("Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food", "group",
-         "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity", "relation", "shape",
-         "state", "substance", "time")
-VERBS = ("body", "change", "cognition", "communication", "competition", "consumption", "contact", "creation", "emotion", "motion",
-         "perception", "possession", "social", "stative", "weather")
-LEXNAMES = {f"{number:02d}": name for number, name in enumerate([*(f"noun.{name}" for name in NOUNS), *(f"verb.{name}" for name in VERBS)], 3)}
+NOUNS = (
+    "Tops act animal artifact attribute body cognition communication event feeling food group location motive object "
+    "person phenomenon plant possession process quantity relation shape state substance time"
+)
+VERBS = (
+    "body change cognition communication competition consumption contact creation emotion motion perception possession "
+    "social stative weather"
+)
+NAMES = [*(f"noun.{name}" for name in NOUNS.split()), *(f"verb.{name}" for name in VERBS.split())]
+LEXNAMES = {f"{number:02d}": name for number, name in enumerate(NAMES, 3)}
 FEWEST = 400
 
 
@@ -36,7 +41,11 @@ def glosses(data: str) -> Iterator[tuple[str, str]]:
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     import pandas
 
-    rows = [row for name in ("noun", "verb") for row in glosses(member(files["wordnet-base"], f"/wordnet/data.{name}").decode())]
+    rows = [
+        row
+        for name in ("noun", "verb")
+        for row in glosses(member(files["wordnet-base"], f"/wordnet/data.{name}").decode())
+    ]
     sizes = Counter(label for _, label in rows)
     kept = [(text, label, label.partition(".")[0]) for text, label in rows if sizes[label] >= FEWEST]
     frame = pandas.DataFrame(kept, columns=["text", "label", "part_of_speech"])

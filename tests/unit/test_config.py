@@ -1,0 +1,373 @@
+"""The config: what is refused and how the message helps, how overrides merge; that the resolved YAML is the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from omegaconf import OmegaConf
+
+from fedpeft import config as configs
+from fedpeft.config import Config, load, to_tree, to_yaml
+from fedpeft.errors import InputError
+
+
+def refused(tree, overrides=(), *words):
+    """The message of the InputError, checked to hold every word."""
+    with pytest.raises(InputError) as error:
+        load(tree, overrides)
+    message = str(error.value)
+    for word in words:
+        assert word in message, f"{word!r} not in: {message}"
+    return message
+
+
+# Unknown keys --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        (
+            {"runn": {}},
+            ("runn", "Did you mean 'run'?", "Allowed: model, adapter, data, strategy, client, privacy, run"),
+        ),
+        ({"run": {"round": 3}}, ("run.round", "Did you mean 'rounds'?", "clients_per_round")),
+        ({"client": {"learning": 1}}, ("client.learning", "local_steps", "batch_size")),
+        (
+            {"strategy": {"name": "fedsvd", "evry": 2}},
+            ("strategy.evry", "Did you mean 'every'?", "transport", "FedSVD"),
+        ),
+        ({"strategy": {"name": "fedit", "every": 2}}, ("strategy.every", "weighting", "FedIT has the options none")),
+        ({"data": {"partition": {"name": "dirichlet", "alfa": 1}}}, ("data.partition.alfa", "Did you mean 'alpha'?")),
+        ({"adapter": {"rank": 4}}, ("adapter.rank", "Allowed: name, r, alpha")),
+        ({"strategy": {"options": {"every": 2}}}, ("strategy.options",)),
+        (
+            {"strategy": {"name": "fedit", "wrap": [{"name": "norm_clip", "bond": 1}]}},
+            ("bond", "Did you mean 'bound'?"),
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed(tree, words):
+    refused(tree, (), *words)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"strategy": "fedsdv"}, ("strategy.name", "'fedsdv'", "Did you mean 'fedsvd'?", "fedit")),
+        ({"adapter": "lorra"}, ("adapter.name", "Did you mean 'lora'?", "lora_sb")),
+        ({"data": {"partition": "dirichelt"}}, ("data.partition.name", "Did you mean 'dirichlet'?", "iid")),
+        ({"strategy": {"wrap": ["medain"]}}, ("strategy.wrap", "Did you mean 'median'?")),
+    ],
+)
+def test_an_unknown_method_is_named_with_the_nearest_and_the_allowed(tree, words):
+    refused(tree, (), *words)
+
+
+# Values --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.rounds", "many"),
+        ("run.rounds", 2.5),
+        ("run.rounds", [3]),
+        ("run.rounds", True),
+        ("client.lr", "fast"),
+        ("client.lr", False),
+        ("run.clients_per_round", True),
+        ("run.deadline_s", True),
+        ("adapter.client_ranks", 4),
+        ("adapter.client_ranks", ["a"]),
+        ("adapter.rslora", "maybe"),
+        ("client.lr", {"value": 1}),
+        ("run.rounds", None),
+        ("strategy.weighting", None),
+        ("data.source", ["a"]),
+        ("run.seed", "x"),
+    ],
+)
+def test_a_wrong_type_names_key_and_value(key, value):
+    refused({}, {key: value}, key, repr(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("fedsvd", "strategy.every", True),
+        ("fedsvd", "strategy.every", 1.5),
+        ("lora_fair", "strategy.lambda", "big"),
+        ("lora_fair", "strategy.lambda", True),
+    ],
+)
+def test_a_wrong_type_of_a_methods_option(name, key, value):
+    refused({"strategy": name}, {key: value}, key, repr(value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("run.rounds", 0, ">= 1"),
+        ("run.seed", -1, ">= 0"),
+        ("client.lr", 0.0, "> 0"),
+        ("client.lr", -1e-3, "> 0"),
+        ("client.momentum", 1.5, "<= 1"),
+        ("run.quorum", 1.5, "<= 1"),
+        ("run.quorum", 0, "> 0"),
+        ("adapter.r", 0, ">= 1"),
+        ("adapter.dropout", 1.0, "<= 0.99"),
+        ("data.test_fraction", 0.0, "> 0"),
+        ("client.lr", float("nan"), "> 0"),
+        ("client.batch_size", -4, ">= 1"),
+    ],
+)
+def test_a_value_out_of_range_names_its_bounds(key, value, allowed):
+    refused({}, {key: value}, key, "out of range", allowed)
+
+
+def test_bounds_of_a_methods_option():
+    refused({"strategy": "fedsvd"}, {"strategy.every": 0}, "strategy.every", "0")
+    refused({"strategy": "lora_fair"}, {"strategy.lambda": -1.0}, "strategy.lambda", "-1")
+    refused({"data": {"partition": "dirichlet"}}, {"data.partition.alpha": 0}, "data.partition.alpha", "> 0")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("run.engine", "rya", ("Did you mean 'ray'?", "cohort, ray")),
+        ("client.optimizer", "sdg", ("Did you mean 'sgd'?", "adamw, sgd")),
+        ("strategy.weighting", "equal", ("examples, uniform",)),
+        ("model.task", "image", ("image-classification",)),
+    ],
+)
+def test_a_choice_is_named_with_the_allowed(key, value, words):
+    refused({}, {key: value}, key, *words)
+
+
+def test_a_section_must_be_a_mapping():
+    refused({"run": 3}, (), "run", "rounds", "3")
+    refused({"client": "sgd"}, (), "client", "local_steps")
+
+
+# Combinations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"client.local_steps": 5, "client.local_epochs": 2},
+        {"client.local_steps": None, "client.local_epochs": None},
+        {"client.local_steps": 5},  # the default of local_epochs is 1
+    ],
+)
+def test_give_steps_or_epochs(overrides):
+    refused({}, overrides, "client.local_steps", "client.local_epochs", "exactly one")
+
+
+def test_steps_alone_are_fine():
+    assert load({}, {"client.local_steps": 5, "client.local_epochs": None}).client.local_steps == 5
+
+
+def test_more_clients_a_round_than_there_are():
+    refused({}, {"run.clients_per_round": 11}, "run.clients_per_round=11", "data.clients=10")
+    assert load({}, {"run.clients_per_round": 10}).run.clients_per_round == 10
+
+
+def test_a_deadline_needs_a_process_to_stop():
+    refused({}, {"run.deadline_s": 5}, "run.deadline_s", "run.workers")
+    assert load({}, {"run.deadline_s": 5, "run.workers": 1}).run.deadline_s == 5
+
+
+@pytest.mark.parametrize("ranks", [[4, 5], [0, 1]])
+def test_client_ranks_are_between_1_and_r(ranks):
+    refused(
+        {"strategy": "hetlora"}, {"adapter.r": 4, "adapter.client_ranks": ranks}, "adapter.client_ranks", "adapter.r=4"
+    )
+
+
+def test_client_ranks_need_a_strategy_that_takes_them():
+    for name in ("fedit", "fedsvd", "lora_fair", "fedex"):
+        message = refused({"strategy": name}, {"adapter.client_ranks": [2, 4]}, name, "equal ranks")
+        for able in ("flora", "flexlora", "hetlora"):
+            assert able in message
+    for name in ("flora", "flexlora", "hetlora"):
+        assert load({"strategy": name}, {"adapter.client_ranks": [2, 4]}).adapter.client_ranks == [2, 4]
+
+
+def test_strategy_and_adapter_must_belong_together():
+    refused({"strategy": "fed_sb"}, (), "strategy.name=fed_sb", "adapter.name=lora_sb")
+    refused({"strategy": "fedit", "adapter": "lora_sb"}, (), "strategy.name=fedit", "lora_sb")
+    assert load({"strategy": "fed_sb", "adapter": "lora_sb"}).adapter.name == "lora_sb"
+
+
+def test_a_personalised_strategy_needs_records_to_evaluate_on():
+    refused({"strategy": "fedsa"}, (), "fedsa", "data.holdout")
+    assert load({"strategy": "fedsa"}, {"data.holdout": 0.2}).strategy.name == "fedsa"
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_a_rounded_base_cannot_be_moved(name):
+    refused({"strategy": name}, {"model.dtype": "bfloat16"}, name, "model.dtype")
+
+
+# Wrappers ------------------------------------------------------------------------------------------------------------
+
+
+def test_wrappers_by_name_or_with_options():
+    from fedpeft.strategies.build import build
+
+    config = load({"strategy": {"name": "ffa_lora", "wrap": ["median", {"name": "norm_clip", "bound": 2.0}]}})
+    strategy = build(config)
+    assert type(strategy).__name__ == "NormClip" and strategy.bound == 2.0
+    assert type(strategy.inner).__name__ == "Median" and type(strategy.inner.inner).__name__ == "FFALoRA"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (["fedsvd"], ("strategy.wrap", "'fedsvd'", "norm_clip")),
+        ([3], ("strategy.wrap", "3", "median")),
+        ([{"bound": 1}], ("strategy.wrap", "name")),
+        ([{"name": "norm_clip", "bound": "x"}], ("bound", "'x'")),
+        ([{"name": "trimmed_mean", "fraction": 0.7}], ("fraction", "0.7")),
+    ],
+)
+def test_a_bad_wrapper_is_refused(wrap, words):
+    refused({"strategy": {"wrap": wrap}}, (), *words)
+
+
+@pytest.mark.parametrize("wrapper", ["scaffold", "fedadam"])
+def test_a_wrapper_with_state_by_coordinate_is_refused_on_a_moving_basis(wrapper):
+    refused({"strategy": {"name": "fedsvd", "wrap": [wrapper]}}, (), wrapper, "fedsvd")
+
+
+def test_unequal_ranks_are_refused_under_a_wrapper_too():
+    refused({"strategy": {"name": "fedit", "wrap": ["fedprox"]}}, {"adapter.client_ranks": [1, 2]}, "equal ranks")
+
+
+# Merging -------------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  rounds: 3\n  seed: 5\nstrategy:\n  name: fedsvd\n  every: 4\n")
+    config = load(path, ["run.rounds=7", "strategy.transport=dense"])
+    assert (config.run.rounds, config.run.seed) == (7, 5)
+    assert config.strategy.options["every"] == 4 and config.strategy.options["transport"] == "dense"
+
+
+@pytest.mark.parametrize(
+    "overrides", [["strategy=ffa_lora"], ["strategy.name=ffa_lora"], {"strategy.name": "ffa_lora"}]
+)
+def test_another_name_drops_the_old_methods_options_only(overrides):
+    tree = {"strategy": {"name": "fedsvd", "every": 4, "weighting": "uniform", "wrap": ["median"]}}
+    strategy = load(tree, overrides).strategy
+    assert strategy.name == "ffa_lora" and "every" not in strategy.options
+    assert strategy.weighting == "uniform" and strategy.wrap == ["median"]
+
+
+def test_an_option_beside_a_new_name_belongs_to_the_new_method_in_any_order():
+    tree = {"strategy": {"name": "lora_fair", "lambda": 3.0}}
+    for overrides in (["strategy.every=2", "strategy.name=fedsvd"], ["strategy=fedsvd", "strategy.every=2"]):
+        assert load(tree, overrides).strategy.options["every"] == 2
+    assert load(tree, ["strategy.name=lora_fair"]).strategy.options["lambda"] == 3.0  # the same name drops nothing
+    assert load(
+        {"data": {"partition": {"name": "dirichlet", "alpha": 9}}}, ["data.partition=shards"]
+    ).data.partition.options == {"shards_per_client": 2}
+
+
+def test_a_string_for_a_section_is_its_name():
+    config = load({"strategy": "fedsvd", "adapter": "lora", "data": {"partition": "iid"}})
+    assert (config.strategy.name, config.adapter.name, config.data.partition.name) == ("fedsvd", "lora", "iid")
+
+
+@pytest.mark.parametrize("text", ["run.rounds", "=3", "rounds"])
+def test_an_override_is_key_and_value(text):
+    refused({}, [text], text)
+
+
+def test_an_override_below_a_value_is_refused():
+    refused({"run": {"rounds": 3}}, ["run.rounds.more=3"], "run.rounds")
+
+
+def test_values_of_overrides_are_read_as_yaml():
+    config = load(
+        {},
+        [
+            "client.lr=3e-2",
+            "adapter.target_modules=[q_proj,v_proj]",
+            "run.clients_per_round=null",
+            "adapter.rslora=true",
+            "data.text='null'",
+        ],
+    )
+    assert config.client.lr == 0.03 and config.adapter.target_modules == ["q_proj", "v_proj"]
+    assert config.run.clients_per_round is None and config.adapter.rslora is True
+
+
+def test_the_caller_keeps_its_mapping():
+    tree = {"strategy": "fedsvd", "data": {"partition": {"name": "dirichlet", "alpha": 1.0}}, "run": {"rounds": 2}}
+    before = copy.deepcopy(tree)
+    load(tree, ["data.partition.alpha=0.1", "run.rounds=9", "strategy.every=3"])
+    assert tree == before
+
+
+def test_defaults_are_not_shared_between_configs():
+    load({}).strategy.wrap.append("median")
+    assert load({}).strategy.wrap == [] and Config().strategy.wrap == []
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_or_name(tmp_path):
+    with pytest.raises(InputError, match=r"no file .*nothing\.yaml"):
+        load(tmp_path / "nothing.yaml")
+    with pytest.raises(InputError, match="CONFIG"):
+        load("no-such-config")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "run: [1\n", "3", "run: {rounds: ${nothing.here}}"])
+def test_a_file_that_is_no_mapping(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        load(path)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert load(path) == load({})
+
+
+CASES = [
+    {},
+    {"strategy": {"name": "fedsvd", "every": 3, "init": "orthonormal"}},
+    {"strategy": {"name": "lora_fair", "lambda": 0.5, "wrap": ["median", {"name": "norm_clip", "bound": 2.0}]}},
+    {"strategy": "hetlora", "adapter": {"r": 8, "client_ranks": [2, 8]}, "data": {"partition": {"name": "shards"}}},
+    {"strategy": "fed_sb", "adapter": {"name": "lora_sb"}, "run": {"faults": {"client-001": "nan"}}},
+]
+
+
+@pytest.mark.parametrize("tree", CASES)
+def test_the_resolved_yaml_means_the_same_config(tree, tmp_path):
+    config = load(tree)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config))
+    assert load(path) == config
+    assert to_yaml(load(path)) == to_yaml(config)
+
+
+def test_the_resolved_yaml_holds_what_users_write():
+    tree = OmegaConf.to_container(OmegaConf.create(to_yaml(load({"strategy": {"name": "lora_fair", "lambda": 0.5}}))))
+    assert tree["strategy"]["lambda"] == 0.5 and "options" not in tree["strategy"]
+    assert tree["strategy"]["solver"] == "closed"  # defaults are written out
+
+
+@pytest.mark.parametrize("name", sorted(configs.shipped_configs()))
+def test_shipped_configs_are_valid_and_round_trip(name):
+    config = load(name)
+    assert load(to_tree(config)) == config

@@ -1,0 +1,113 @@
+"""Records to tensors: padding, trimming, labels of language models, layout and scale of images."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.data.encode import encode
+from fedpeft.data.source import Records
+from fedpeft.errors import InputError
+from fedpeft.models import byte_tokenizer
+
+TEXTS = ["abc", "a", "abcdef", "ab"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def records(texts=TEXTS):
+    return Records(list(texts), np.arange(len(texts)), [str(i) for i in range(len(texts))], {}, "text")
+
+
+def test_texts_are_padded_on_the_right_and_cut_at_the_end(tokenizer):
+    data = encode(records(), tokenizer, "sequence-classification", 4)
+    a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
+    pad = tokenizer.pad_token_id
+    assert data.inputs["input_ids"].tolist() == [[a, b, c, pad], [a, pad, pad, pad], [a, b, c, d], [a, b, pad, pad]]
+    assert data.inputs["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert data.labels.tolist() == [0, 1, 2, 3] and data.labels.dtype == torch.int64
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_told_otherwise():
+    left = byte_tokenizer()
+    left.padding_side = "left"
+    assert encode(records(), left, "sequence-classification", 8).inputs["attention_mask"][1].tolist() == [
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_a_batch_is_cut_to_its_longest_text_in_the_order_asked(tokenizer):
+    data = encode(records(), tokenizer, "sequence-classification", 16)
+    inputs, labels = data.batch(np.array([3, 1]))
+    assert labels.tolist() == [3, 1]
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
+        "input_ids": (2, 2),
+        "attention_mask": (2, 2),
+    }
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert inputs["input_ids"].tolist() == [[a, b], [a, tokenizer.pad_token_id]]
+
+
+def test_subset_then_batch_is_batch_of_the_chosen(tokenizer):
+    data = encode(records(), tokenizer, "sequence-classification", 16)
+    assert len(data.subset([2, 0])) == 2
+    inputs, labels = data.subset([2, 0]).batch(np.array([1]))
+    expected, expected_labels = data.batch(np.array([0]))
+    assert labels.tolist() == expected_labels.tolist() == [0]
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+
+
+def test_language_model_labels_ignore_padding_but_not_the_padding_token(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token  # as many causal models are padded
+    try:
+        data = encode(records(["ab<eos>", "abcd"]), tokenizer, "causal-lm", 8)
+    finally:
+        tokenizer.pad_token = "<pad>"
+    ids = data.inputs["input_ids"]
+    assert ids[0, 2] == ids[0, 3] == tokenizer.eos_token_id
+    assert data.labels.tolist() == [[*ids[0, :3].tolist(), -100], ids[1].tolist()]
+    inputs, labels = data.batch(np.array([0]))
+    assert inputs["input_ids"].shape == labels.shape == (1, 3) and (labels != -100).all()
+
+
+def images(array):
+    return Records(array, np.zeros(len(array), dtype=np.int64), ["a"], {}, "image")
+
+
+def test_images_without_a_processor_are_scaled_and_channels_first():
+    pixels = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    data = encode(images(pixels), None, "image-classification", 1)
+    assert data.inputs["pixel_values"].shape == (2, 3, 3, 4)
+    assert data.inputs["pixel_values"][1, 2, 0, 3] == torch.tensor(pixels[1, 0, 3, 2] / 255, dtype=torch.float32)
+    inputs, _ = data.batch(np.array([1]))
+    assert torch.equal(inputs["pixel_values"], data.inputs["pixel_values"][1:])
+    unit = encode(images(np.full((1, 2, 2, 1), 0.25, dtype=np.float32)), None, "image-classification", 1)
+    assert unit.inputs["pixel_values"].unique().tolist() == [0.25]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_processor_resizes_normalises_and_colours_grey_images_once(dtype):
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(size={"height": 6, "width": 5}, image_mean=[0.5, 0.0, 0.1], image_std=[0.5, 1.0, 0.2])
+    grey = np.full((3, 4, 4, 1), 51 if dtype == np.uint8 else 0.2, dtype=dtype)
+    pixels = encode(images(grey), processor, "image-classification", 1).inputs["pixel_values"]
+    assert pixels.shape == (3, 3, 6, 5) and pixels.dtype == torch.float32
+    for channel, expected in enumerate([(0.2 - 0.5) / 0.5, 0.2, (0.2 - 0.1) / 0.2]):
+        assert torch.allclose(pixels[:, channel], torch.tensor(expected), atol=1e-5)
+
+
+def test_the_wrong_kind_is_refused(tokenizer):
+    with pytest.raises(InputError, match="does not take texts"):
+        encode(records(), tokenizer, "image-classification", 8)
+    with pytest.raises(InputError, match="does not take images"):
+        encode(images(np.zeros((1, 2, 2, 1), dtype=np.uint8)), None, "causal-lm", 8)
+    with pytest.raises(InputError, match="no tokenizer"):
+        encode(records(), None, "causal-lm", 8)
