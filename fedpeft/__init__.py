@@ -1,3 +1,19 @@
-"""Federated and continual fine-tuning of peft adapters."""
+"""Federated and continual fine-tuning of peft adapters.
+
+    >>> import fedpeft
+    >>> callable(fedpeft.simulate)
+    True
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`simulate` and `resume`, imported when first used: importing fedpeft alone stays cheap."""
+    if name in ("simulate", "resume"):
+        from fedpeft.simulations import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'fedpeft' has no attribute '{name}'")

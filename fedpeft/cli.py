@@ -12,6 +12,8 @@ import typer
 from fedpeft import __version__, console
 from fedpeft.errors import InputError, RunError
 
+INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Federated and continual fine-tuning of peft adapters.")
 data_app = typer.Typer(no_args_is_help=True, help="Realistic data sets and models that can be built offline.")
@@ -139,7 +141,10 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console.err, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
         app(arguments, prog_name="fedpeft")
@@ -149,10 +154,11 @@ def main(arguments: list[str] | None = None) -> None:
     except RunError as error:
         console.fail(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.fail("interrupted; the run goes on with `fedpeft resume DIR`")
+    except SystemExit as error:
+        if error.code != INTERRUPTED:
+            raise
+        console.fail("interrupted; a simulation goes on with `fedpeft resume DIR`")
         sys.exit(1)
-
 
 
 if __name__ == "__main__":

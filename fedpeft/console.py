@@ -84,10 +84,18 @@ def run_result(summary: dict[str, Any]) -> None:
     out.print(f"evaluated on {summary['evaluated_on']}; the logistic regressions see all clients' data pooled", style="dim")
     out.print(f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} s, "
               f"{summary['trainable_parameters']:,} trained parameters a client")
-    for entry in summary["quarantined"]:
-        out.print(f"quarantined in round {entry['round']}: {entry['client']}: {entry['reason']}", style="yellow", markup=False)
+    for client, rows in _by_client(summary["quarantined"]).items():
+        often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
+        out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
     for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
         out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
+
+
+def _by_client(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["client"], []).append(row)
+    return dict(sorted(found.items()))
 
 
 def _row(summary: dict[str, Any], key: str) -> dict[str, Any] | None:

@@ -6,7 +6,8 @@ and a byte tokenizer: they exercise the text path without a download and are no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     """
     if config.name in EMBEDDED and EMBEDDED[config.name] != config.task:
         raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seeds.derive(seed, "head"))
         if config.name in EMBEDDED:
             model, processor, source = _embedded(config, labels)
@@ -62,17 +63,31 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
     model.requires_grad_(False).eval()
     if pooled:
-        head.to(model.dtype).requires_grad_(False)
+        head.requires_grad_(False)
         return Base(model, lambda batch: head(mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])),
                     {"classifier": head}, processor, source, config.task)
     heads = {} if config.task == "causal-lm" else _heads(model)
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws a progress bar of its own for every load; ours is the only one wanted."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens, L2-normalised and scaled by sqrt(width) so that a head sees entries of unit size."""
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    """Mean over the real tokens in float32, L2-normalised and scaled by sqrt(width): a head sees entries of unit size."""
+    weights = mask.unsqueeze(-1).float()
+    mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
     return nn.functional.normalize(mean, dim=-1) * hidden.shape[-1] ** 0.5
 
 

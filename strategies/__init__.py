@@ -1,4 +1,18 @@
-"""Server strategies: one file per aggregation rule, `base.py` holds the round."""
+"""Server strategies: one file per aggregation rule, `base.py` holds the round.
+
+`from fedpeft.strategies import FedSVD` works for every registered class, and imports that one only.
+"""
+
+from typing import Any
 
 if __name__ != "fedpeft.strategies":
     raise ImportError("import fedpeft.strategies, not the bare folder 'strategies': install the checkout with `pip install -e .`")
+
+
+def __getattr__(name: str) -> Any:
+    from fedpeft import registry
+
+    for entry in registry.names("strategies"):
+        if registry.table("strategies")[entry].endswith(f":{name}"):
+            return registry.load("strategies", entry)
+    raise AttributeError(f"module 'fedpeft.strategies' has no attribute '{name}'")

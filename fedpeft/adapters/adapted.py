@@ -35,6 +35,8 @@ class Adapter(Protocol):
 class Adapted:
     """One base model in memory; clients' adapters are written into it one after another.
 
+    Adapter and head are float32 whatever the dtype of the base.
+
     Tensors of a state that have a smaller rank than the model's are padded with zeros: a zero row of A beside a zero column
     of B gets no gradient, so training then equals training at the smaller rank.
     """
@@ -47,6 +49,7 @@ class Adapted:
         self.originals: dict[str, Tensor] = {}
         if train_head:
             for name, module in base.heads.items():
+                module.register_forward_pre_hook(_as_float)
                 for path, parameter in module.named_parameters():
                     site, _, role = f"{name}.{path}".rpartition(".")
                     self.sites[site] = Site("head", tuple(parameter.shape))
@@ -111,6 +114,11 @@ def build(model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int) ->
         torch.manual_seed(seeds.derive(seed, "adapter"))
         injected = method.inject(base, adapter, seed)
     return Adapted(base, injected, adapter.train_head)
+
+
+def _as_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs of a float32 head behind a base in a smaller dtype."""
+    return tuple(value.float() for value in inputs)
 
 
 def _transposed(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Injected
 from fedpeft.adapters.lora import lora_layers
 from fedpeft.config import AdapterConfig, option
+from fedpeft.errors import InputError
 from fedpeft.models import Base
 from fedpeft.state import Site
 
@@ -41,6 +42,10 @@ class LoraSB:
         parameters, sites, frozen = {}, {}, {}
         for site, layer in lora_layers(base, config).items():
             weight = layer.get_base_layer().weight
+            if config.r > min(weight.shape):
+                raise InputError(f"adapter.r={config.r}: {site} is {weight.shape[0]} x {weight.shape[1]}, and frozen orthonormal "
+                                 f"factors have at most rank {min(weight.shape)}. Lower adapter.r, or leave the site out of "
+                                 "adapter.target_modules.")
             down, up = layer.lora_A["default"], layer.lora_B["default"]
             core = nn.Linear(config.r, config.r, bias=False)
             nn.init.zeros_(core.weight)

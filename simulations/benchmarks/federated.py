@@ -200,14 +200,14 @@ def rowspace_experiment(count: int, quick: bool) -> list[Row]:
 
 
 def _path(protocol: Protocol, worlds: Sequence[World], one: Method) -> list[tuple[Tensor, Tensor]]:
-    """B A [seeds, h, n] and A [seeds, r, n] after every round at learning rate 1."""
+    """B A [seeds, h, n] and A [seeds, r, n] after every round at learning rate 0.5."""
     path = []
 
     def trace(runs: list[Run]) -> None:
         A = torch.stack([run.server.adapter[f"{SITE}/A"] for run in runs])
         path.append((torch.stack([run.server.adapter[f"{SITE}/B"] for run in runs]) @ A, A))
 
-    simulate(protocol, worlds, one, (1.0,), dtype=torch.float64, after_round=trace)
+    simulate(protocol, worlds, one, (0.5,), dtype=torch.float64, after_round=trace)
     return path
 
 

@@ -13,8 +13,8 @@ from fedpeft import seeds
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import accounting, federated, federated_report, toy
 
-SMALL = toy.Protocol(inputs=6, hidden=5, classes=3, train=180, test=60, subspace=None, shift=1.0, clients=3, per_round=2,
-                     alpha=1.0, min_examples=20, rank=2, rounds=2, steps=3, batch=10, clip=0.3)
+SMALL = toy.Protocol(inputs=6, hidden=5, classes=3, train=180, test=60, subspace=None, shift=1.0, rank=2, clients=3,
+                     per_round=2, alpha=1.0, min_examples=20, rounds=2, steps=3, batch=10, clip=0.3)
 
 
 def slow_gradients(A, B, W, V, x, y, trained, clip):
@@ -24,7 +24,8 @@ def slow_gradients(A, B, W, V, x, y, trained, clip):
     for one, label in zip(x, y, strict=True):
         leaf = {name: value.clone().requires_grad_() for name, value in factors.items()}
         logits = V @ torch.relu(W @ one + leaf["B"] @ (leaf["A"] @ one))
-        found = torch.autograd.grad(torch.nn.functional.cross_entropy(logits[None], label[None]), [leaf[name] for name in trained])
+        loss = torch.nn.functional.cross_entropy(logits[None], label[None])
+        found = torch.autograd.grad(loss, [leaf[name] for name in trained])
         norm = float(torch.cat([value.flatten() for value in found]).norm())
         clipped += norm > clip
         for name, value in zip(trained, found, strict=True):
@@ -54,7 +55,8 @@ def test_clipped_sums_equal_a_loop_over_samples(trained):
 def test_private_training_is_noised_clipped_sgd_divided_by_the_expected_batch(strategy, trained):
     world = toy.make_world(SMALL, 5)
     options = {"transport": "dense"} if strategy == "ffa_lora" else {}
-    server = federated.method("one", strategy, **options).make().initial(toy.first_adapter(SMALL, 5, 1.0, torch.float64), 5)
+    adapter = toy.first_adapter(SMALL, 5, 1.0, torch.float64)
+    server = federated.method("one", strategy, **options).make().initial(adapter, 5)
     server = server.with_tensors({f"{toy.SITE}/B": 0.1 * torch.ones(5, 2)})
     row = toy.Row(toy.Run("one", 0.7, 5, server), 0, world, "client-1", server.adapter)
     A, B = toy.train(SMALL, toy.Net.of([world], torch.float64), [row], 1, "A" in trained, True, 4.0)
@@ -122,8 +124,8 @@ def test_a_run_whose_updates_are_not_finite_stops_and_says_so():
 
 def test_tuning_never_draws_test_records(monkeypatch):
     drawn = []
-    original = seeds.torch_generator
-    monkeypatch.setattr(seeds, "torch_generator", lambda root, *path: drawn.append((root, path)) or original(root, *path))
+    generator = seeds.torch_generator
+    monkeypatch.setattr(seeds, "torch_generator", lambda *path: drawn.append((path[0], path[1:])) or generator(*path))
     worlds = federated.tuning_worlds(SMALL, 2)
     federated.tune(SMALL, worlds, federated.method("FFA", "ffa_lora", transport="dense"), (0.1, 1.0), "final", None)
     assert drawn and not [path for _, path in drawn if "test" in path]
@@ -158,8 +160,8 @@ def test_claims_are_paired_by_seed():
     rows += rows_of("FedIT", [0.3, 0.5, 1.0]) + rows_of("FFA orthonormal", [0.7, 1.0, 1.3])
     mean, error, count = federated_report.paired(rows, "FedSVD", "FFA")
     assert (mean, error, count) == (pytest.approx(0.2), pytest.approx(0.1 / math.sqrt(3)), 3)
-    verdicts = {claim["claim"]: claim["verdict"] for claim in federated_report.claims(rows)}
-    assert verdicts == {"FedSVD > FFA": "holds", "FedSVD > FedIT": "unclear", "FedSVD = FFA orthonormal": "does not hold"}
+    assert {claim["claim"]: claim["verdict"] for claim in federated_report.claims(rows)} == {
+        "FedSVD > FFA": "holds", "FedSVD > FedIT": "unclear", "FedSVD = FFA orthonormal": "does not hold"}
     assert federated_report.above(-0.3, 0.1) == "does not hold"
     with pytest.raises(InputError, match="same seeds"):
         federated_report.paired(rows_of("a", [1, 2]) + rows_of("b", [1, 2, 3]), "a", "b")
@@ -172,9 +174,10 @@ def test_required_claims_are_marked():
     rows = [row for name in names for setting in ("no DP", "epsilon 6", "epsilon 1") for column in ("lr 1", "tuned")
             for row in rows_of(name, [0.1, 0.2], setting=setting, column=column)]
     required = [(claim["claim"], claim["setting"]) for claim in federated_report.claims(rows) if claim["required"]]
-    assert sorted(required) == [("FedSVD = FFA orthonormal", "epsilon 1"), ("FedSVD = FFA orthonormal", "epsilon 6"),
-                                ("FedSVD = FFA orthonormal", "no DP"), ("FedSVD > FFA", "epsilon 6"), ("FedSVD > FFA", "no DP"),
-                                ("FedSVD > FedIT", "epsilon 1")]
+    assert sorted(required) == [
+        ("FedSVD = FFA orthonormal", "epsilon 1"), ("FedSVD = FFA orthonormal", "epsilon 6"),
+        ("FedSVD = FFA orthonormal", "no DP"), ("FedSVD > FFA", "epsilon 6"), ("FedSVD > FFA", "no DP"),
+        ("FedSVD > FedIT", "epsilon 1")]
 
 
 def test_absolute_lambda_is_the_closed_form_as_written():

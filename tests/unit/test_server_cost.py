@@ -29,7 +29,7 @@ def test_the_watch_sees_the_dense_way(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_factors_give_the_dense_result(name):
-    assert server_cost.check(name) < 1e-6
+    assert server_cost.check(name) < 1e-9
 
 
 def test_methods_are_told_apart():

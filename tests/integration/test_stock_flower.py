@@ -1,0 +1,74 @@
+"""fedpeft strategies in a stock Flower app, and stock Flower strategies on our grid."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.serverapp.strategy import FedAvg, FedMedian
+from peft import get_peft_model_state_dict
+
+from fedpeft.simulations.grid import LocalGrid
+
+SOURCE = Path(__file__).with_name("stock_app.py")
+
+
+@pytest.fixture
+def app():
+    spec = importlib.util.spec_from_file_location("stock_app", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def grid(app, nodes: int = 3) -> LocalGrid:
+    return LocalGrid(lambda: app.client, {node + 2: {"partition-id": node, "num-partitions": nodes} for node in range(nodes)})
+
+
+def check_fedsvd(app, result) -> None:
+    arrays = result.arrays.to_torch_state_dict()
+    start = get_peft_model_state_dict(app.build())
+    assert arrays.keys() == start.keys()
+    moved = 0
+    for name, A in arrays.items():
+        if "lora_A" in name:
+            torch.testing.assert_close(A @ A.T, torch.eye(len(A)), atol=1e-5, rtol=0)
+            first = start[name]
+            inside = first.T @ torch.linalg.pinv(first.T)
+            torch.testing.assert_close(A @ inside, A, atol=1e-4, rtol=0)  # the row space is that of the first A
+            moved += float(arrays[name.replace("lora_A", "lora_B")].norm())
+    assert moved > 1e-3
+
+
+def test_the_app_is_short():
+    code = [line for line in SOURCE.read_text().splitlines() if line.strip()]
+    assert len(code) <= 45
+
+
+def test_fedsvd_runs_under_flowers_own_simulation(app):
+    from flwr.simulation import run_simulation
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_simulation(app.server, app.client, num_supernodes=3, backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}})
+    check_fedsvd(app, app.RESULT[0])
+
+
+def test_the_same_app_runs_on_our_grid(app):
+    app.main(grid(app), None)
+    check_fedsvd(app, app.RESULT[0])
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
+def test_a_stock_strategy_runs_on_our_grid(app, strategy):
+    from flwr.app import ArrayRecord
+
+    start = ArrayRecord(get_peft_model_state_dict(app.build()))
+    result = strategy(fraction_evaluate=0.0, min_available_nodes=3, min_train_nodes=3).start(grid(app), start, num_rounds=2)
+    arrays, before = result.arrays.to_torch_state_dict(), start.to_torch_state_dict()
+    for name, value in arrays.items():
+        moved = float((value - before[name]).abs().max())
+        assert moved < 1e-6 if "lora_A" in name else moved > 1e-6, name
