@@ -6,7 +6,7 @@ and a byte tokenizer: they exercise the text path without a download and are no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,8 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
         if pooled:
             model = transformers.AutoModel.from_pretrained(config.name, **arguments)
         elif config.task == "causal-lm":
-            model = transformers.AutoModelForCausalLM.from_pretrained(config.name, **arguments)
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(config.name, output_loading_info=True, **arguments)
+            _require_decoder(config, model, loading["missing_keys"])
         else:
             model = getattr(transformers, kinds[config.task]).from_pretrained(
                 config.name, num_labels=labels, ignore_mismatched_sizes=True, **arguments)
@@ -131,9 +132,20 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
         raise InputError(f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
                          f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)}).") from error
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"model.name: the tokenizer of '{config.name}' has neither a padding nor an end token; give it one.")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def _require_decoder(config: ModelConfig, model: Any, missing: Collection[str]) -> None:
+    """A causal-lm must look back only, and its output layer must be trained: transformers builds others without a word."""
+    if getattr(model.config, "is_decoder", True) is False:
+        raise InputError(f"model.name: '{config.name}' is a {model.config.model_type} encoder: it sees the tokens that a causal-lm has "
+                         "to predict. Give a decoder (Llama, GPT-2, ...), or model.task=sequence-classification.")
+    if missing:
+        raise InputError(f"model.name: '{config.name}' is no causal-lm checkpoint: it lacks {', '.join(sorted(missing)[:3])}.")
 
 
 def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:

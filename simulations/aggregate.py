@@ -34,7 +34,7 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     adapters = [folder.load(path) for path in folders]
     numbers = parse_weights(weights, len(folders))
     result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None)
-    folder.save(result, out, base=folder.base_of(folders[0]), task=None)
+    folder.save(result, out, **folder.about(folders[0]))
     ranks = {result.rank(site) for site in result.lora_sites()}
     return {"strategy": strategy, "adapters": len(folders), "sites": len(result.lora_sites()), "rank": max(ranks), "notes": notes, "out": str(out)}
 

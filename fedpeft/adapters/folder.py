@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,8 +19,12 @@ from fedpeft.errors import InputError
 from fedpeft.files import write_bytes, write_tensors
 from fedpeft.state import AdapterState, Site
 
+WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
 PREFIX = "base_model.model."
 TASKS = {"image-classification": None, "sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+POOLED = "FEATURE_EXTRACTION"
+# Initialisations that move the base weights: the factors alone are not the adapter then.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = None, pooled_head: bool = False) -> None:
@@ -44,7 +50,7 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
         raise InputError(f"{folder}: there is no LoRA factor to save.")
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
-        "peft_type": "LORA", "task_type": TASKS.get(task or ""), "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
+        "peft_type": "LORA", "task_type": POOLED if pooled_head else TASKS.get(task or ""), "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False,
         "init_lora_weights": True, "target_modules": sorted(ranks),
         "rank_pattern": {site: value for site, value in ranks.items() if value != rank},
@@ -54,15 +60,19 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
     if not pooled_head:
         tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_tensors(folder / WEIGHTS, tensors)
     if head:
-        write_tensors(folder / "head.safetensors", head)
+        write_tensors(folder / HEAD, head)
     write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def base_of(folder: Path) -> str:
-    """The base model that a peft folder names."""
-    return str(json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
+def about(folder: Path) -> dict[str, Any]:
+    """What `save` is told beside the adapter, as an existing peft folder has it: base, task, pooled_head."""
+    config = _config(folder)
+    kind = config.get("task_type")
+    return {"base": str(config.get("base_model_name_or_path") or ""),
+            "task": next((name for name, value in TASKS.items() if value and value == kind), None),
+            "pooled_head": kind == POOLED and (folder / HEAD).exists()}
 
 
 def load(folder: Path) -> AdapterState:
@@ -71,42 +81,60 @@ def load(folder: Path) -> AdapterState:
     Raises:
         InputError: a file is missing or damaged, or the adapter is not plain LoRA.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no readable adapter_config.json: {error}") from error
+    config = _config(folder)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read.")
     for option in ("use_dora", "lora_bias", "use_bdlora"):
         if config.get(option):
             raise InputError(f"{folder}: {option} is set; only plain LoRA factors can be read.")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{folder}: bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'.")
+    if str(config.get("init_lora_weights")).startswith(MOVES_BASE):
+        raise InputError(f"{folder}: init_lora_weights={config['init_lora_weights']!r} moves the base weights. Save it as a plain LoRA "
+                         "first (peft: save_pretrained with path_initial_model_for_weight_conversion).")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise InputError(f"{folder}: adapter_config.json: lora_alpha is {config.get('lora_alpha')!r}; expected a number.")
     tensors = {}
     for name, value in _weights(folder).items():
-        path = name.removeprefix(PREFIX)
-        site, _, role = path.rpartition(".")
-        for factor in ("A", "B"):
-            if site.endswith(f".lora_{factor}"):
-                site, role = site.removesuffix(f".lora_{factor}"), factor
+        site, _, role = name.removeprefix(PREFIX).rpartition(".")
+        parent, _, part = site.rpartition(".")
+        if part in ("lora_A", "lora_B"):
+            site, role = parent, part[-1]
+        elif "lora_" in part or "lora_" in role:
+            raise InputError(f"{folder}: {name}: only LoRA factors of linear layers can be read.")
         tensors[f"{site}/{role}"] = value
-    head = folder / "head.safetensors"
-    if head.exists():
-        for name, value in load_file(head).items():
+    if (folder / HEAD).exists():
+        for name, value in _read(folder / HEAD).items():
             site, _, role = name.rpartition(".")
             tensors[f"{site}/{role}"] = value
     return AdapterState(tensors, _sites(folder, tensors, config))
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        if not path.exists() and (folder / "adapter_model.bin").exists():
-            return torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-        return load_file(path)
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no readable adapter_config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}: adapter_config.json holds {type(config).__name__}, not an object.")
+    return config
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    pickled = folder / "adapter_model.bin"
+    if not (folder / WEIGHTS).exists() and pickled.exists():
+        return _read(pickled)
+    return _read(folder / WEIGHTS)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
     except Exception as error:  # safetensors and pickle raise errors of many kinds
         raise InputError(f"{path}: not readable: {error}") from error
 
 
-def _sites(folder: Path, tensors: dict[str, Tensor], config: dict) -> dict[str, Site]:
+def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Site]:
     sites = {}
     for key in tensors:
         site, _, role = key.rpartition("/")
@@ -125,5 +153,5 @@ def _sites(folder: Path, tensors: dict[str, Tensor], config: dict) -> dict[str, 
 
 
 def _pattern(pattern: dict[str, float], site: str, default: float) -> float:
-    """peft's rule: a pattern's key is the module's name or its ending."""
-    return next((float(value) for key, value in pattern.items() if site == key or site.endswith(f".{key}")), default)
+    """peft's rule: the first key that matches the module's name, or its ending after a dot, as a regular expression."""
+    return next((float(value) for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", site)), default)
