@@ -132,6 +132,30 @@ def data_list(as_json: Json = False) -> None:
     console.emit({"recipes": [{"name": name, "summary": text} for name, text in recipes().items()]}, as_json, console.listing)
 
 
+@bench_app.command("federated")
+def bench_federated(out: Annotated[Path, typer.Option(help="Folder of the results.")],
+                    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 8,
+                    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False, as_json: Json = False) -> None:
+    """Federated LoRA rules under sample-level DP and label skew, at one learning rate and at each rule's own."""
+    from fedpeft.simulations.benchmarks import federated, federated_report
+
+    console.emit(federated.run(out, seeds, quick), as_json, federated_report.show)
+
+
+@bench_app.command("server")
+def bench_server(out: Annotated[Path, typer.Option(help="Folder of the results.")],
+                 sites: Annotated[int, typer.Option(min=1, help="Adapted modules.")] = 224,
+                 m: Annotated[int, typer.Option(min=2, help="Outputs of a module.")] = 4096,
+                 n: Annotated[int, typer.Option(min=2, help="Inputs of a module.")] = 4096,
+                 r: Annotated[int, typer.Option(min=1, help="Rank.")] = 16,
+                 clients: Annotated[int, typer.Option(min=2, help="Updates to aggregate.")] = 20,
+                 quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False, as_json: Json = False) -> None:
+    """What aggregation costs the server for a large model: seconds and peak memory, beside the dense way."""
+    from fedpeft.simulations.benchmarks import server_cost
+
+    console.emit(server_cost.run(out, sites=sites, m=m, n=n, r=r, clients=clients, quick=quick), as_json, server_cost.show)
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

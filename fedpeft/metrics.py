@@ -119,24 +119,34 @@ def read(path: Path) -> list[Event]:
 
 
 def evaluations(events: list[Event]) -> tuple[str, list[Event]]:
-    """Where the run's models were evaluated, and `{round, accuracy, loss}` of each evaluated round, round 0 first.
+    """Where the run's models were evaluated, and `{round, accuracy, loss}` of each evaluated round after 0.
 
     A personalised run (the start event says `personalised`, or no round scored a global model) has no global model
-    worth a score: its accuracy is the mean over clients, each with its own model on its own held-out records. Its round
-    0 may still have been scored on the server's test set; all clients have the same model then.
+    worth a score: its accuracy is the mean over clients, each with its own model on its own held-out records.
     """
     rounds = [event for event in events if event["event"] == "round"]
-    scored = {prefix: [event for event in rounds if f"{prefix}accuracy" in event or f"{prefix}loss" in event]
-              for prefix in ("", "client_")}
+    scored = {prefix: [event for event in rounds if _has_scores(event, prefix)] for prefix in ("", "client_")}
     start = next((event for event in events if event["event"] == "start"), {})
     prefix = "client_" if start.get("personalised", not scored[""] and bool(scored["client_"])) else ""
-    found = []
-    for event in events:
-        if event["event"] == "evaluate" and event.get("round") == 0:
-            at_zero = prefix if f"{prefix}accuracy" in event or f"{prefix}loss" in event else ""
-            found = [_scores(event, at_zero)]
-    found += [_scores(event, prefix) for event in scored[prefix]]
-    return (CLIENTS if prefix else SERVER), found
+    return (CLIENTS if prefix else SERVER), [_scores(event, prefix) for event in scored[prefix]]
+
+
+def baseline(events: list[Event]) -> Event | None:
+    """`{round: 0, accuracy, loss, evaluated_on}` of the model before training, null when it was not evaluated.
+
+    In a personalised run all clients have the same model then, so it may be scored on the server's test set instead.
+    """
+    where, _ = evaluations(events)
+    event = next((event for event in events if event["event"] == "evaluate" and event.get("round") == 0), None)
+    if event is None:
+        return None
+    if where == CLIENTS and _has_scores(event, "client_"):
+        return {**_scores(event, "client_"), "evaluated_on": CLIENTS}
+    return {**_scores(event, ""), "evaluated_on": SERVER}
+
+
+def _has_scores(event: Event, prefix: str) -> bool:
+    return f"{prefix}accuracy" in event or f"{prefix}loss" in event
 
 
 def _scores(event: Event, prefix: str) -> Event:
@@ -147,7 +157,7 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
     """What `summary.json` holds, JSON-ready.
 
     `final` and `best` are `{accuracy, loss, round}`, null before the first evaluation; best has the highest accuracy
-    (where there is none, the lowest loss), the earliest of equals, round 0 left out. `baseline` is round 0.
+    (where there is none, the lowest loss), the earliest of equals. `baseline` is round 0, before training.
     `accuracy_by_round` runs beside `evaluated_rounds`. `rounds` counts complete rounds, `seconds` is their sum, however
     often the run was resumed. `bytes_up` and `bytes_down` are payload totals. `epsilon_max` is the largest one of the
     round events, null when `privacy.unit` is none.
@@ -165,7 +175,6 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
         raise InputError("events: there is no start event, so this is not the record of a run.")
     rounds = [event for event in events if event["event"] == "round"]
     evaluated_on, scores = evaluations(events)
-    baseline = scores.pop(0) if scores and scores[0]["round"] == 0 else None
     try:
         summary = {
             "strategy": start["strategy"],
@@ -176,7 +185,7 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
             "trainable_parameters": start["trainable_parameters"],
             "final": scores[-1] if scores else None,
             "best": _best(scores),
-            "baseline": {key: baseline[key] for key in ("accuracy", "loss")} if baseline else None,
+            "baseline": baseline(events),
             "evaluated_on": evaluated_on,
             "evaluated_rounds": [score["round"] for score in scores],
             "accuracy_by_round": [score["accuracy"] for score in scores],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedpeft import seeds
@@ -20,6 +21,7 @@ from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError
 
 EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
+SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -106,8 +108,11 @@ def _mean_pooled(config: ModelConfig) -> bool:
         return config.pooling == "mean"
     from transformers.utils import cached_file
 
-    return any(cached_file(config.name, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-               for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"))
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        return any(cached_file(config.name, name, **quiet) for name in SENTENCE_ENCODER)
+    except OSError:  # neither a folder nor a hub id: loading the model says so
+        return False
 
 
 def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, Any]:
@@ -128,7 +133,7 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
         if config.task == "image-classification":
             return model, transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.name)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
                          f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)}).") from error
     if tokenizer.pad_token is None:

@@ -44,7 +44,7 @@ STYLE = {
 }
 REFERENCES = {  # key of the baselines event -> what it is
     "frozen_logistic": "logistic regression on frozen features",
-    "pixels_or_words": "logistic regression on raw inputs",
+    "pixels_or_words_logistic": "logistic regression on raw inputs",
 }
 
 
@@ -85,7 +85,7 @@ def accuracy(run: Run) -> Figure | None:
     """Accuracy over rounds, from the frozen model's, with the reference lines that were computed."""
     if not _has_accuracy(run):
         return None
-    figure, (axes,) = _axes([f"Accuracy on the {run.summary['evaluated_on']}"])
+    figure, (axes,) = _axes([f"Accuracy on the {run.summary['evaluated_on']}"], heights=(1.2,))
     last = (run.summary["final"] or {}).get("accuracy")
     _line(axes, run.scores, "accuracy", f"{run.summary['strategy']} (last {percent(last)})", COLORS[0])
     for event in run.of("baselines"):
@@ -95,7 +95,8 @@ def accuracy(run: Run) -> Figure | None:
     _frozen(axes, run)
     _accuracy_axis(axes)
     _round_axis(axes)
-    return _with_legends(figure)
+    figure.legend(loc="outside lower center", ncols=2)  # too wide to lie on the curve
+    return figure
 
 
 def loss(run: Run) -> Figure | None:
@@ -161,19 +162,20 @@ def clients_by_label(run: Run) -> Figure | None:
     if run.split is None:
         return None
     names = list(run.split["clients"])
-    histogram = run.split.get("histogram")
+    histogram = run.split.get("histogram") or {}
+    labels = [str(label) for label in histogram.get("labels", [])]  # none where the data have no classes
     titles = [f"Training records of the {len(names)} clients"]
-    if histogram:
+    if labels:
         titles.append("Labels, as shares of a client's records")
-    figure, (top, *below) = _axes(titles, heights=(1, 2)[: len(titles)])
+    figure, (top, *below) = _axes(titles, heights=(0.7, min(2.0, 0.6 + 0.12 * len(labels)))[: len(titles)])
     top.bar(range(len(names)), [len(indices) for indices in run.split["clients"].values()], color=COLORS[0], width=0.8)
     top.set_xlim(-0.5, len(names) - 0.5)
     top.set_ylabel("records")
     top.grid(axis="x", visible=False)
     _name_ticks(top.xaxis, names, upright=_crowded(names))
-    if histogram:
+    if labels:
         top.tick_params(labelbottom=False)
-        _label_shares(below[0], names, [str(label) for label in histogram["labels"]], histogram["counts"])
+        _label_shares(below[0], names, labels, histogram["counts"])
     (below or [top])[0].set_xlabel("client")
     return figure
 
@@ -200,6 +202,8 @@ def participation(run: Run) -> Figure | None:
         axes.plot([at for at, _ in bad], [row[client] for _, client in bad], "x", color=COLORS[1], markersize=5,
                   markeredgewidth=1.6, label=f"quarantined ({len(bad)})")
     axes.grid(False)
+    if len(names) <= 40:
+        axes.hlines([line + 0.5 for line in range(len(names) - 1)], 0.5, last + 0.5, color="white", linewidth=1)
     _name_ticks(axes.yaxis, names, most=25)
     axes.set_ylabel("client")
     _round_axis(axes)
@@ -265,7 +269,9 @@ def _line(axes: Axes, events: list[Event], key: str, label: str, color: str, *, 
 def _frozen(axes: Axes, run: Run) -> None:
     value = (run.summary["baseline"] or {}).get("accuracy")
     if value is not None:
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"frozen model ({percent(value)})")
+        where = run.summary["baseline"]["evaluated_on"]
+        what = "frozen model" if where == run.summary["evaluated_on"] else f"frozen model on the {where}"
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"{what} ({percent(value)})")
 
 
 def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[list[int]]) -> None:

@@ -1,7 +1,7 @@
 """What a run folder shows: PNG plots and one self-contained HTML page; and several runs side by side.
 
-Everything is computed from `metrics.jsonl`, with `resolved.yaml` and `split.json`. Entries of `summary.json` win once
-the run has ended; an interrupted run has none and is reported as far as it came. MB are 10^6 bytes.
+Everything is computed from `metrics.jsonl`, with `resolved.yaml` and `split.json`, so that an interrupted run can be
+reported as far as it came; once it has ended, `summary.json` adds the entries that only it has. MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Run:
 
     @property
     def scores(self) -> list[metrics.Event]:
-        return metrics.evaluations(self.events)[1]
+        """`{round, accuracy, loss}` of what was evaluated on the same records: round 0 too, unless it was on others."""
+        where, scores = metrics.evaluations(self.events)
+        first = metrics.baseline(self.events)
+        return [first, *scores] if first and first["evaluated_on"] == where else scores
 
 
 def write(run: Path) -> list[Path]:
@@ -148,7 +151,8 @@ def _load(path: Path, label: str) -> Run:
     except InputError as error:
         raise InputError(f"{path / 'metrics.jsonl'}: {error}") from error
     if ended:
-        summary |= _json(path / "summary.json")
+        written = _json(path / "summary.json")
+        summary |= {key: value for key, value in written.items() if key not in summary}
     split = _split(path / "split.json") if (path / "split.json").exists() else None
     return Run(path, label, events, config, config_text, summary, split, ended)
 
@@ -251,8 +255,10 @@ def _headline(run: Run) -> str:
             f"(best {plots.percent(best['accuracy'])} after round {best['round']})")
     if baseline is None or baseline["accuracy"] is None:
         return f"{text}."
-    gain = 100 * (final["accuracy"] - baseline["accuracy"])
-    return f"{text}; the frozen model has {plots.percent(baseline['accuracy'])}: {gain:+.1f} points."
+    text = f"{text}; the frozen model has {plots.percent(baseline['accuracy'])}"
+    if baseline["evaluated_on"] != run.summary["evaluated_on"]:
+        return f"{text} on the {baseline['evaluated_on']}."
+    return f"{text}: {100 * (final['accuracy'] - baseline['accuracy']):+.1f} points."
 
 
 def _rounds(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fedpeft import config as configs
 from fedpeft import models
 from fedpeft.adapters import folder
 from fedpeft.errors import InputError
+from fedpeft.state import AdapterState
 
 
 def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
@@ -30,20 +32,30 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
         return {"adapter": str(to)}
     config = configs.load(run / "resolved.yaml")
     adapter = folder.load(source)
-    heads = [value for key, value in adapter.tensors.items() if adapter.role(key) == "head" and key.endswith("/bias")]
-    labels = heads[-1].shape[0] if heads else folder.labels_of(run)
-    base = models.load(config.model, labels, config.run.seed)
+    names = _label_names(run / "split.json")
+    base = models.load(config.model, len(names), config.run.seed)
     merge_into(base, adapter)
+    if config.model.task != "causal-lm":
+        base.backbone.config.id2label = dict(enumerate(names))
+        base.backbone.config.label2id = {name: index for index, name in enumerate(names)}
     base.backbone.save_pretrained(to)
     if base.processor is not None:
         base.processor.save_pretrained(to)
-    if (source / "head.safetensors").exists():
-        shutil.copy2(source / "head.safetensors", to / "head.safetensors")
+    if (source / folder.HEAD).exists():
+        shutil.copy2(source / folder.HEAD, to / folder.HEAD)
     return {"model": str(to)}
 
 
+def _label_names(path: Path) -> list[str]:
+    """The classes of a run, in the order of its head's outputs."""
+    try:
+        return [str(name) for name in json.loads(path.read_text())["histogram"]["labels"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot read the run's label names: {error!r}") from error
+
+
 @torch.no_grad()
-def merge_into(base: models.Base, adapter: object) -> None:
+def merge_into(base: models.Base, adapter: AdapterState) -> None:
     """W <- W + s B A at every site, heads replaced."""
     for site in adapter.lora_sites():
         layer = base.backbone.get_submodule(site)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
+from fedpeft.config import RunConfig
 from fedpeft.errors import InputError
 from fedpeft.registry import unknown
 
@@ -27,15 +27,19 @@ FAULTS = {
 }
 
 
-def check(faults: dict[str, Any], clients: list[str], workers: int, deadline_s: float | None) -> None:
-    for client, fault in faults.items():
+def check(run: RunConfig, clients: list[str]) -> None:
+    """Refuse faults of clients that are not there, and those that the engine could not survive."""
+    for client, fault in run.faults.items():
         if client not in clients:
             raise InputError(unknown("run.faults", client, clients))
         if fault not in FAULTS:
             raise InputError(unknown(f"run.faults.{client}", fault, FAULTS))
-        if fault == "die" and workers == 0:
+        if fault in ("die", "hang") and run.engine == "ray":
+            raise InputError(f"run.faults.{client}={fault}: Flower's simulation engine keeps a dead or blocked actor in its pool, and the "
+                             "run would not end. Set run.engine=cohort and run.workers=1.")
+        if fault == "die" and run.workers == 0:
             raise InputError(f"run.faults.{client}=die needs run.workers >= 1: it would end this process.")
-        if fault == "hang" and deadline_s is None:
+        if fault == "hang" and run.deadline_s is None:
             raise InputError(f"run.faults.{client}=hang needs run.deadline_s: the round would never end.")
 
 

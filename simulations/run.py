@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpeft import checkpoint, report
+from fedpeft import checkpoint, models, registry, report
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
@@ -47,7 +47,8 @@ def simulate(source: str | Path | dict[str, Any], overrides: list[str] | dict[st
         RunError: the run failed; it can be resumed.
     """
     config = configs.load(source, overrides)
-    faults.check(config.run.faults, [client_name(index) for index in range(config.data.clients)], config.run.workers, config.run.deadline_s)
+    faults.check(config.run, [client_name(index) for index in range(config.data.clients)])
+    _absolute(config)
     stem = "run" if isinstance(source, dict) else Path(source).stem
     run = Path(out or Path("runs") / f"{stem}-{config.strategy.name}-seed{config.run.seed}").absolute()
     if run.exists() and any(run.iterdir()):
@@ -107,6 +108,16 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         server = _with_grid(config, text, run, play)
     record({"event": "end", "round": server.round})
     return finish(here, server, run)
+
+
+def _absolute(config: Config) -> None:
+    """Local paths as absolute ones, so that the run can be resumed from any folder."""
+    for section, key, table in ((config.data, "source", "datasets"), (config.data, "test", "datasets"), (config.data, "split", ""),
+                                (config.model, "name", "")):
+        value = getattr(section, key)
+        known = registry.names(table) if table else models.EMBEDDED
+        if value and value not in known and Path(value).exists():
+            setattr(section, key, str(Path(value).absolute()))
 
 
 def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerState]) -> ServerState:

