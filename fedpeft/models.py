@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedpeft import seeds
 from fedpeft.config import ModelConfig
+from fedpeft.data import prepare
 from fedpeft.errors import InputError
 
 EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
@@ -49,7 +50,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     """Load and freeze the base model of a config; a head that the checkpoint lacks is drawn from `seed`.
 
     Raises:
-        InputError: unknown name, a folder or hub id that transformers cannot load, or a model for another task.
+        InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a model for another task.
     """
     if config.name in EMBEDDED and EMBEDDED[config.name] != config.task:
         raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
@@ -59,6 +60,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             model, processor, source = _embedded(config, labels)
             pooled = config.pooling == "mean"
         else:
+            config = replace(config, name=str(prepare.model(config.name) or config.name))
             pooled = config.task == "sequence-classification" and _mean_pooled(config)
             model, processor = _pretrained(config, labels, pooled)
             source = config.name

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.metrics import SERVER
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -87,11 +89,12 @@ def accuracy(run: Run) -> Figure | None:
         return None
     figure, (axes,) = _axes([f"Accuracy on the {run.summary['evaluated_on']}"], heights=(1.2,))
     last = (run.summary["final"] or {}).get("accuracy")
+    elsewhere = "" if run.summary["evaluated_on"] == SERVER else f", {SERVER}"
     _line(axes, run.scores, "accuracy", f"{run.summary['strategy']} (last {percent(last)})", COLORS[0])
     for event in run.of("baselines"):
         for color, (name, label) in zip(COLORS[2:], REFERENCES.items(), strict=False):
             if event.get(name) is not None:
-                axes.axhline(event[name], color=color, linestyle=":", label=f"{label} ({percent(event[name])})")
+                axes.axhline(event[name], color=color, linestyle=":", label=f"{label} ({percent(event[name])}{elsewhere})")
     _frozen(axes, run)
     _accuracy_axis(axes)
     _round_axis(axes)
@@ -104,7 +107,7 @@ def loss(run: Run) -> Figure | None:
     figure, (axes,) = _axes(["Loss"])
     _line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
     _line(axes, run.scores, "loss", run.summary["evaluated_on"], COLORS[0])
-    axes.set_ylabel("mean loss per example")
+    axes.set_ylabel("mean loss")
     _round_axis(axes)
     return _with_legends(figure) if axes.lines else None
 
@@ -116,7 +119,7 @@ def communication(run: Run) -> Figure | None:
         return None
     titles = ["Traffic, all clients together", *(["Accuracy against uploads"] if _has_accuracy(run) else [])]
     figure, (traffic, *bought) = _axes(titles)
-    for key, label, color in (("bytes_down", "server to clients", 1), ("bytes_up", "clients to server", 0)):
+    for key, label, color in (("bytes_up", "clients to server", 0), ("bytes_down", "server to clients", 1)):
         sums = _cumulative(rounds, key)
         label = f"{label} ({number(max(sums.values()))} MB)"
         traffic.plot(list(sums), list(sums.values()), color=COLORS[color], linestyle=DASHES[color], label=label)
@@ -164,7 +167,7 @@ def clients_by_label(run: Run) -> Figure | None:
     names = list(run.split["clients"])
     histogram = run.split.get("histogram") or {}
     labels = [str(label) for label in histogram.get("labels", [])]  # none where the data have no classes
-    titles = [f"Training records of the {len(names)} clients"]
+    titles = [f"Records of the {len(names)} clients"]
     if labels:
         titles.append("Labels, as shares of a client's records")
     figure, (top, *below) = _axes(titles, heights=(0.7, min(2.0, 0.6 + 0.12 * len(labels)))[: len(titles)])
@@ -200,7 +203,7 @@ def participation(run: Run) -> Figure | None:
     axes.plot([], [], "s", color="#4a98c9", markersize=7, label=f"used ({len(used)})")
     if bad:  # marks stay visible where a cell is thinner than a pixel
         axes.plot([at for at, _ in bad], [row[client] for _, client in bad], "x", color=COLORS[1], markersize=5,
-                  markeredgewidth=1.6, label=f"quarantined ({len(bad)})")
+                  markeredgewidth=1.6, clip_on=False, label=f"quarantined ({len(bad)})")
     axes.grid(False)
     if len(names) <= 40:
         axes.hlines([line + 0.5 for line in range(len(names) - 1)], 0.5, last + 0.5, color="white", linewidth=1)
@@ -270,8 +273,8 @@ def _frozen(axes: Axes, run: Run) -> None:
     value = (run.summary["baseline"] or {}).get("accuracy")
     if value is not None:
         where = run.summary["baseline"]["evaluated_on"]
-        what = "frozen model" if where == run.summary["evaluated_on"] else f"frozen model on the {where}"
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"{what} ({percent(value)})")
+        elsewhere = "" if where == run.summary["evaluated_on"] else f", {where}"
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"frozen model ({percent(value)}{elsewhere})")
 
 
 def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[list[int]]) -> None:

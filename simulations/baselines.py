@@ -32,9 +32,9 @@ def baselines(here: World) -> dict[str, float]:
     model.write(here.start.adapter)
     few = numpy_generator(here.config.run.seed, "baselines").permutation(len(here.train))[:MAX_TRAIN]
     y, y_test = here.train.labels[few], here.test.labels
-    frozen = _logistic(features(model, here.train_encoded.subset(few)), y, features(model, here.test_encoded), y_test)
+    frozen = logistic(features(model, here.train_encoded.subset(few)), y, features(model, here.test_encoded), y_test)
     x, x_test = raw(here.train.take(few), here.test)
-    return {"frozen_logistic": frozen, "pixels_or_words_logistic": _logistic(x, y, x_test, y_test)}
+    return {"frozen_logistic": frozen, "pixels_or_words_logistic": logistic(x, y, x_test, y_test)}
 
 
 @torch.no_grad()
@@ -63,7 +63,8 @@ def raw(train: Records, test: Records) -> tuple[Any, Any]:
     return np.reshape(train.inputs, (len(train.labels), -1)), np.reshape(test.inputs, (len(test.labels), -1))
 
 
-def _logistic(x: Any, y: np.ndarray, x_test: Any, y_test: np.ndarray) -> float:
+def logistic(x: Any, y: np.ndarray, x_test: Any, y_test: np.ndarray) -> float:
+    """Test accuracy of a logistic regression (C = 10) on scaled inputs."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import MaxAbsScaler
 

@@ -49,7 +49,7 @@ class Adapted:
         self.originals: dict[str, Tensor] = {}
         if train_head:
             for name, module in base.heads.items():
-                module.register_forward_pre_hook(_as_float)
+                module.register_forward_pre_hook(_as_own_dtype)
                 for path, parameter in module.named_parameters():
                     site, _, role = f"{name}.{path}".rpartition(".")
                     self.sites[site] = Site("head", tuple(parameter.shape))
@@ -116,9 +116,10 @@ def build(model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int) ->
     return Adapted(base, injected, adapter.train_head)
 
 
-def _as_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Inputs of a float32 head behind a base in a smaller dtype."""
-    return tuple(value.float() for value in inputs)
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) for value in inputs)
 
 
 def _transposed(layer: nn.Module) -> bool:

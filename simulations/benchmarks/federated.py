@@ -32,6 +32,7 @@ from fedpeft.seeds import derive
 from fedpeft.simulations.benchmarks.accounting import sigma, spent
 from fedpeft.simulations.benchmarks.federated_report import TUNED, Row, claims, figures
 from fedpeft.simulations.benchmarks.toy import SITE, Method, Protocol, Run, World, make_world, simulate
+from fedpeft.simulations.benchmarks.toy_baselines import baselines
 from fedpeft.strategies.base import ServerState, Update
 from fedpeft.strategies.lora_fair import LoRAFAIR
 
@@ -236,10 +237,13 @@ def run(out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[st
         started = time.perf_counter()
         rows += functions[name](seeds, quick)
         seconds[name] = time.perf_counter() - started
+    reference = [row for name, protocol in (("dp", DP), ("heterogeneity", SKEW)) if name in experiments
+                 for row in baselines(name, _worlds(protocol, seeds))]
     versions = {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
     command = f"fedpeft bench federated --out DIR --seeds {seeds}{' --quick' if quick else ''}"
     results = {"reproduce": command, "quick": quick, "experiments": list(experiments), "seeds": seeds,
-               "seconds": seconds, "versions": versions, "claims": claims(rows), "rows": rows}
+               "seconds": seconds, "versions": versions, "claims": claims(rows), "baselines": reference,
+               "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     for name, image in figures(rows).items():
         files.write_bytes(out / f"{name}.png", image)

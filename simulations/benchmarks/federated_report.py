@@ -157,6 +157,15 @@ def tables(results: Row) -> list[Table]:
         for name in distinct(own, "method"):
             table.add_row(name, *(_cell(select(own, method=name, **where), key) for where in _cells(own)))
         made.append(table)
+    table = Table("no federation", title="test accuracy in %, mean and sd over seeds; regressions on pooled records",
+                  title_justify="left")
+    experiments = distinct(results["baselines"], "experiment")
+    for experiment in experiments:
+        table.add_column(experiment, justify="right")
+    for name in distinct(results["baselines"], "method"):
+        table.add_row(name, *(_spread(_points(select(results["baselines"], method=name, experiment=experiment), "accuracy"))
+                              for experiment in experiments))
+    made.append(table)
     table = Table("claim", "where", "difference", "verdict", title_justify="left",
                   title="claims: difference paired by seed in points, with standard error (bold: required)")
     for claim in results["claims"]:
@@ -172,9 +181,13 @@ def tables(results: Row) -> list[Table]:
 def _cell(rows: list[Row], key: str) -> str:
     values = _points(rows, key)
     failed = sum(row["failed_round"] is not None for row in rows)
-    text = f"{values.mean():.1f} ± {values.std():.1f}"
+    text = _spread(values)
     text += f" @{rows[0]['lr']:g}" if rows[0]["column"] == TUNED else ""
     return text + (f" ({failed} failed)" if failed else "")
+
+
+def _spread(values: torch.Tensor) -> str:
+    return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
 def _points(rows: list[Row], key: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.models import byte_tokenizer
 
 WIDTH, LABELS = 16, 3
+SPREAD = 0.2  # of the weights: a change of one is seen in the logits
 TEXT, LM, IMAGE = "sequence-classification", "causal-lm", "image-classification"
 # name -> task, and the modules that get a LoRA when none are named
 KINDS = {
@@ -47,6 +48,7 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
     common = {
         "vocab_size": len(tokenizer()), "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 24, "max_position_embeddings": 40, "pad_token_id": 0, "num_labels": LABELS,
+        "initializer_range": SPREAD,
     }
     if name in ("bert", "roberta"):
         stem = {"bert": "Bert", "roberta": "Roberta"}[name]
@@ -55,17 +57,18 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
     if name == "distilbert":
         config = transformers.DistilBertConfig(
             vocab_size=len(tokenizer()), dim=WIDTH, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=40,
-            pad_token_id=0, num_labels=LABELS)
+            pad_token_id=0, num_labels=LABELS, initializer_range=SPREAD)
         return (transformers.DistilBertForSequenceClassification if whole else transformers.DistilBertModel)(config)
     if name == "vit":
         config = transformers.ViTConfig(
             hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
-            patch_size=4, num_channels=1, num_labels=LABELS)
+            patch_size=4, num_channels=1, num_labels=LABELS, initializer_range=SPREAD)
         return (transformers.ViTForImageClassification if whole else transformers.ViTModel)(config)
     if name == "llama":
         return (transformers.LlamaForCausalLM if whole else transformers.LlamaModel)(transformers.LlamaConfig(**common))
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer()), n_embd=WIDTH, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=1)
+        vocab_size=len(tokenizer()), n_embd=WIDTH, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=1,
+        initializer_range=SPREAD)
     return (transformers.GPT2LMHeadModel if whole else transformers.GPT2Model)(config)
 
 

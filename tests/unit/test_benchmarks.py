@@ -200,7 +200,11 @@ def test_quick_run_writes_results_and_plots(tmp_path, monkeypatch):
     results = federated.run(tmp_path, 2, quick=True, experiments=("heterogeneity", "rowspace"))
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == json.loads(json.dumps(results["rows"]))
     assert (tmp_path / "heterogeneity.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / "dp.png").exists()
-    assert len(federated_report.tables(results)) == 3
+    assert len(federated_report.tables(results)) == 4
+    reference = {(row["method"], row["seed"]): row["accuracy"] for row in results["baselines"]}
+    assert len(reference) == 6
+    for seed in (0, 1):
+        assert reference["no adaptation", seed] < 0.35 < 0.55 < reference["frozen features + logistic regression", seed]
     worst = {row["method"]: row for row in results["rows"] if row["experiment"] == "rowspace"}
     assert worst["FedSVD"]["path_difference"] < 1e-12 and worst["FedSVD"]["span_deviation"] < 1e-12
     assert worst["FedIT"]["path_difference"] > 0.01 and worst["FedIT"]["span_deviation"] > 0.01
