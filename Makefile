@@ -21,7 +21,7 @@ smoke: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/mypy fedpeft strategies clients
+	.ci/types $(BIN)/mypy
 
 checkpoint: .venv/ready
 	$(BIN)/python fedpeft/assets/make_tiny_vit.py

@@ -120,6 +120,6 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     def score(message: Message, context: Context) -> Message:
         received, task = PACKED.open(message.content)
         metrics = local().evaluate(name(context), received, task)
-        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
 
     return app

@@ -95,8 +95,7 @@ def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any
         meta = item.metadata
         if not meta:
             continue
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
         bounds = [f">= {meta['low']:g}"] * (meta["low"] > -configs.INFINITY) + [f"> {meta['above']:g}"] * (meta["above"] > -configs.INFINITY)
         bounds += [f"<= {meta['high']:g}"] * (meta["high"] < configs.INFINITY)
         allowed = ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
-        yield {"name": name, "default": default, "allowed": allowed, "help": meta["help"]}
+        yield {"name": name, "default": configs.default_of(item), "allowed": allowed, "help": meta["help"]}

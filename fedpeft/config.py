@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def load(source: str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] = ()) -> Config:
+def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = ()) -> Config:
     """Read a config and its overrides, check every key, value and combination.
 
     Args:
@@ -149,7 +150,7 @@ def load(source: str | Path | dict[str, Any], overrides: list[str] | dict[str, A
     tree = source if isinstance(source, dict) else _read_yaml(find(source))
     tree = _named_sections(tree)
     _apply(tree, overrides)
-    config = _build(Config, tree, "")
+    config: Config = _build(Config, tree, "")
     check(config)
     return config
 
@@ -191,7 +192,7 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
-def parse_overrides(texts: list[str]) -> dict[str, Any]:
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """`key=value` strings as a mapping; values are read as YAML.
 
     >>> parse_overrides(["run.rounds=5", "strategy.wrap=[median]"])
@@ -203,7 +204,8 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
         try:
-            pairs[key.strip()] = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))
+            pairs[key.strip()] = parsed["x"]
         except Exception as error:  # OmegaConf and PyYAML errors share no base
             raise InputError(f"{key}: cannot read the value '{value}': {error}") from error
     return pairs
@@ -216,6 +218,10 @@ def options_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     """
     config = getattr(cls, "Config", None)
     return {item.name.rstrip("_"): item for item in dataclasses.fields(config)} if config else {}
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
 def method(kind: str, name: str, options: dict[str, Any], key: str, **arguments: Any) -> Any:
@@ -245,7 +251,7 @@ def check(config: Config) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as YAML: {error}") from error
     except Exception as error:  # PyYAML's own errors share no base with the above
@@ -266,7 +272,7 @@ def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], overrides: list[str] | dict[str, Any]) -> None:
+def _apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> None:
     pairs = list((overrides if isinstance(overrides, dict) else parse_overrides(overrides)).items())
     for path in METHOD_SECTIONS:  # a new name first: it drops the options of the method it replaces
         for key, value in pairs:
@@ -308,7 +314,7 @@ def _build(cls: Any, tree: Any, path: str) -> Any:
     rest = {key: value for key, value in tree.items() if key not in items}
     for name, item in items.items():
         key = f"{path}.{name}" if path else name
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        default = default_of(item)
         if dataclasses.is_dataclass(default):
             values[name] = _build(type(default), tree.get(name), key)
         elif name in tree:
@@ -323,7 +329,7 @@ def _build(cls: Any, tree: Any, path: str) -> Any:
     return config
 
 
-def _method_options(owner: Any, given: dict[str, Any], path: str, also: list[str] = ()) -> dict[str, Any]:
+def _method_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[str] = ()) -> dict[str, Any]:
     items = options_of(owner)
     for key in given:
         if key not in items:
@@ -335,7 +341,7 @@ def _method_options(owner: Any, given: dict[str, Any], path: str, also: list[str
         if key in given:
             checked[item.name] = _value(owner.Config, item, given[key], f"{path}.{key}" if path else key)
         else:
-            checked[item.name] = item.default_factory() if item.default is dataclasses.MISSING else item.default
+            checked[item.name] = default_of(item)
     return checked
 
 
@@ -348,7 +354,8 @@ def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     try:
         node: DictConfig = OmegaConf.structured(cls)
         node[item.name] = value
-        value = OmegaConf.to_container(node, throw_on_missing=False)[item.name]
+        converted: Any = OmegaConf.to_container(node, throw_on_missing=False)
+        value = converted[item.name]
     except OmegaConfBaseException as error:
         raise InputError(f"{key}: {value!r} is not a valid {item.type}.") from error
     meta = item.metadata

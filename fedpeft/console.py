@@ -70,7 +70,8 @@ class Progress:
 
 
 def run_result(summary: dict[str, Any]) -> None:
-    table = Table(title=f"{summary['strategy']} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}")
+    strategy = " + ".join([summary["strategy"], *summary["wrap"]])
+    table = Table(title=f"{strategy} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("loss", justify="right")
@@ -137,7 +138,7 @@ def entry(result: dict[str, Any]) -> None:
         out.print(table)
     if result.get("description"):
         out.print()
-        out.print(result["description"], markup=False)
+        out.print(result["description"].partition("\n    >>>")[0], markup=False, soft_wrap=True)
 
 
 def valid(result: dict[str, Any]) -> None:

@@ -50,7 +50,8 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     """Load and freeze the base model of a config; a head that the checkpoint lacks is drawn from `seed`.
 
     Raises:
-        InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a model for another task.
+        InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a
+            model for another task.
     """
     if config.name in EMBEDDED and EMBEDDED[config.name] != config.task:
         raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
@@ -66,7 +67,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             source = config.name
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
     model.requires_grad_(False).eval()
-    if pooled:
+    if head is not None:
         head.requires_grad_(False)
         return Base(model, lambda batch: head(mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])),
                     {"classifier": head}, processor, source, config.task)
@@ -92,10 +93,10 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens in float32, L2-normalised and scaled by sqrt(width): a head sees entries of unit size."""
     weights = mask.unsqueeze(-1).float()
     mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return nn.functional.normalize(mean, dim=-1) * hidden.shape[-1] ** 0.5
+    return nn.functional.normalize(mean, dim=-1) * float(hidden.shape[-1] ** 0.5)
 
 
-def _heads(model: nn.Module) -> dict[str, nn.Module]:
+def _heads(model: Any) -> dict[str, nn.Module]:
     """Top-level modules with parameters beside the pre-trained trunk."""
     trunk = model.base_model_prefix
     heads = {name: module for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())}

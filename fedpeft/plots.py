@@ -94,7 +94,8 @@ def accuracy(run: Run) -> Figure | None:
     for event in run.of("baselines"):
         for color, (name, label) in zip(COLORS[2:], REFERENCES.items(), strict=False):
             if event.get(name) is not None:
-                axes.axhline(event[name], color=color, linestyle=":", label=f"{label} ({percent(event[name])}{elsewhere})")
+                label = f"{label} ({percent(event[name])}{elsewhere})"
+                axes.axhline(event[name], color=color, linestyle=":", label=label)
     _frozen(axes, run)
     _accuracy_axis(axes)
     _round_axis(axes)
@@ -221,7 +222,8 @@ def compared(runs: list[Run]) -> Figure:
     for index, run in enumerate(runs):
         color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
         last = percent((run.summary["final"] or {}).get("accuracy"))
-        _line(by_round, run.scores, "accuracy", f"{run.label} ({last})", color, dashes=dashes)
+        name = f" {run.label}" if run.label.startswith("_") else run.label  # matplotlib keeps _names out of legends
+        _line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
         uploads = _cumulative(run.of("round"), "bytes_up")
         _line(by_bytes, run.scores, "accuracy", "", color, x=uploads, dashes=dashes)
         baseline = (run.summary["baseline"] or {}).get("accuracy")
@@ -274,7 +276,8 @@ def _frozen(axes: Axes, run: Run) -> None:
     if value is not None:
         where = run.summary["baseline"]["evaluated_on"]
         elsewhere = "" if where == run.summary["evaluated_on"] else f", {where}"
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"frozen model ({percent(value)}{elsewhere})")
+        label = f"frozen model ({percent(value)}{elsewhere})"
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=label)
 
 
 def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[list[int]]) -> None:

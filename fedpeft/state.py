@@ -166,14 +166,16 @@ def unpack(array: np.ndarray, manifest: str) -> AdapterState:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateMismatch(f"manifest is not valid: {error!r}") from error
     raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
-    tensors, start = {}, 0
+    tensors: dict[str, Tensor] = {}
+    start = 0
     for key, dtype, shape in entries:
         count = dtype.itemsize
         for size in shape:
             if size < 0:
                 raise StateMismatch(f"manifest: {key} has shape {shape}.")
             count *= size
-        tensors[key] = raw[start : start + count].clone().view(dtype).reshape(shape) if start + count <= raw.numel() else None
+        if start + count <= raw.numel():
+            tensors[key] = raw[start : start + count].clone().view(dtype).reshape(shape)
         start += count
     if start != raw.numel():
         raise StateMismatch(f"array has {raw.numel()} bytes, its manifest describes {start}.")

@@ -35,10 +35,11 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
     names = _label_names(run / "split.json")
     base = models.load(config.model, len(names), config.run.seed)
     merge_into(base, adapter)
+    merged: Any = base.backbone
     if config.model.task != "causal-lm":
-        base.backbone.config.id2label = dict(enumerate(names))
-        base.backbone.config.label2id = {name: index for index, name in enumerate(names)}
-    base.backbone.save_pretrained(to)
+        merged.config.id2label = dict(enumerate(names))
+        merged.config.label2id = {name: index for index, name in enumerate(names)}
+    merged.save_pretrained(to)
     if base.processor is not None:
         base.processor.save_pretrained(to)
     if (source / folder.HEAD).exists():
@@ -62,7 +63,8 @@ def merge_into(base: models.Base, adapter: AdapterState) -> None:
         change = adapter.sites[site].scaling * (adapter[f"{site}/B"].double() @ adapter[f"{site}/A"].double())
         if type(layer).__name__ == "Conv1D":
             change = change.T
-        layer.weight.copy_((layer.weight.double() + change).to(layer.weight.dtype))
+        weight = layer.get_parameter("weight")
+        weight.copy_((weight.double() + change).to(weight.dtype))
     for key, value in adapter.tensors.items():
         if adapter.role(key) == "head":
             path, _, role = key.rpartition("/")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -58,12 +59,12 @@ def mod(faults: dict[str, str], name: Callable[[Context], str]) -> Mod:
         reply = call_next(message, context)
         if fault is None:
             return reply
-        values = reply.content["arrays"]["adapter"].numpy()
+        values = reply.content.array_records["arrays"]["adapter"].numpy()
         if fault == "empty":
             reply.content["arrays"] = ArrayRecord()
         else:
-            values = {"nan": lambda: values * float("nan"), "scale": lambda: values * 1000, "shape": lambda: values[:-1]}[fault]()
-            reply.content["arrays"] = ArrayRecord({"adapter": Array(values)})
+            damaged = values[:-1] if fault == "shape" else values * {"nan": math.nan, "scale": 1000}[fault]
+            reply.content["arrays"] = ArrayRecord({"adapter": Array(damaged)})
         return reply
 
     return damage

@@ -82,6 +82,7 @@ class LocalGrid(Grid):
             return [self.finish(name, outcome) for name, outcome in self.pool.finished(wanted)]
         if not wanted:
             return []
+        assert self.app is not None  # there are no workers
         message = self.queue[wanted[0]]
         return [self.finish(wanted[0], handle(self.app, message, self.context(message)))]
 

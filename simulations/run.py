@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ log = logging.getLogger("fedpeft")
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-def simulate(source: str | Path | dict[str, Any], overrides: list[str] | dict[str, Any] = (), out: str | Path | None = None,
+def simulate(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (), out: str | Path | None = None,
              on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """Run a simulation from its first round.
 
@@ -126,7 +126,7 @@ def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerS
         from fedpeft.simulations.ray_engine import run_with_ray
 
         return run_with_ray(app, play, config.data.clients, config.run.workers)
-    nodes = {index + 2: {"partition-id": index, "num-partitions": config.data.clients} for index in range(config.data.clients)}
+    nodes: dict[int, dict[str, bool | int | float | str]] = {index + 2: {"partition-id": index, "num-partitions": config.data.clients} for index in range(config.data.clients)}
     grid = LocalGrid(app, nodes, config.run.workers, config.run.threads)
     try:
         return play(grid)
@@ -151,7 +151,7 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
     """Write the adapter folders, summary, plots and report."""
     config, base = here.config, here.local.model.base
     pooled = "classifier" in base.heads and not hasattr(base.backbone, "classifier")
-    options = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
+    options: dict[str, Any] = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
     folder.save(flat(here.strategy.before_round(server).adapter), run / "adapter", **options)
     if here.strategy.keeps:
         for client in here.local.train_data:
@@ -160,7 +160,8 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
             folder.save(flat(own), run / "adapter" / "clients" / client, **options)
     events = read(run / "metrics.jsonl")
     extra = {"baselines": {key: value for event in events if event["event"] == "baselines" for key, value in event.items()
-                           if key.endswith("_logistic")}}
+                           if key.endswith("_logistic")},
+             "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap]}
     summary = summarise(events, configs.to_tree(config), extra)
     write_bytes(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     report.write(run)

@@ -63,12 +63,14 @@ class Pool:
     def finished(self, names: list[str]) -> list[tuple[str, Outcome]]:
         """Outcomes that have come in, after a short wait; a str is why there is none."""
         done: list[tuple[str, Outcome]] = []
-        busy = {worker.pipe: worker for worker in self.workers if worker.job}
-        for pipe in wait(list(busy), timeout=POLL_S):
-            worker = busy[pipe]
-            name = worker.job
+        busy = [(worker, worker.job) for worker in self.workers if worker.job]
+        ready = wait([worker.pipe for worker, _ in busy], timeout=POLL_S)
+        for worker, name in busy:
+            if worker.pipe not in ready:
+                continue
+            outcome: Outcome
             try:
-                outcome: Outcome = pipe.recv()
+                outcome = worker.pipe.recv()
                 worker.job = None
             except (EOFError, ConnectionError):
                 outcome = "the client's process ended"

@@ -281,7 +281,7 @@ class FederatedStrategy(Strategy):
             raise RunError(f"{type(self).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
                            "Use fedpeft's client app.")
         self.transport = "dense"
-        config = dict(train_config or {})
+        config: dict[str, Any] = dict(train_config or {})
         codec, adapter = wire.Named.of(initial_arrays, config)
         rules = Rules(rounds=num_rounds, seed=int(config.get("seed", 0)), clients=int(config.get("min-available-nodes", 2)),
                       clients_per_round=config.get("clients-per-round"), deadline_s=timeout)

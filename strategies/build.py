@@ -34,9 +34,9 @@ def build(config: Config) -> FederatedStrategy:
 def named(name: str, options: dict[str, Any], key: str, inner: FederatedStrategy | None = None) -> FederatedStrategy:
     """A registered strategy by name; a wrapper without `inner` goes around FedIT."""
     cls = registry.load("strategies", name, f"{key}.name")
-    if cls.wraps:
-        return method("strategies", name, options, key, inner=inner or named("fedit", {}, key))
-    return method("strategies", name, options, key)
+    around = {"inner": inner or named("fedit", {}, key)} if cls.wraps else {}
+    strategy: FederatedStrategy = method("strategies", name, options, key, **around)
+    return strategy
 
 
 def wrappers() -> list[str]:

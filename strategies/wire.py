@@ -45,7 +45,7 @@ class Packed:
         names = {}
         for node, reply in ask(grid, "query", {node: RecordDict() for node in nodes}, JOIN_DEADLINE_S).items():
             reason = failure(reply)
-            if reason:
+            if reply is None or reason:
                 raise RunError(f"node {node} does not tell its name: {reason}")
             names[str(reply.content["identity"]["name"])] = node
         if len(names) < len(nodes):
@@ -61,11 +61,11 @@ class Packed:
     def open(content: RecordDict) -> tuple[AdapterState, dict[str, Any]]:
         """Adapter and task of a message: what the client calls."""
         config = content["config"]
-        return unpack(content["arrays"]["adapter"].numpy(), str(config["manifest"])), json.loads(str(config["task"]))
+        return unpack(content.array_records["arrays"]["adapter"].numpy(), str(config["manifest"])), json.loads(str(config["task"]))
 
     def reply(self, adapter: AdapterState, metrics: dict[str, float], number: int) -> RecordDict:
         content = self.content(adapter, {"round": number})
-        content["metrics"] = MetricRecord(metrics)
+        content["metrics"] = MetricRecord({**metrics})
         return content
 
     def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
@@ -77,7 +77,7 @@ class Packed:
         """
         values = metrics(reply)
         try:
-            adapter, task = self.open(reply.content)
+            adapter, task = self.open(opened(reply))
             answered = task["round"]
         except MALFORMED as error:
             raise BadReply(f"unreadable arrays: {error}") from error
@@ -135,7 +135,7 @@ class Named:
         values = metrics(reply)
         keys = {name: key for key, name in self.names.items()}
         tensors = {}
-        for record in reply.content.array_records.values():
+        for record in opened(reply).array_records.values():
             for name, array in record.items():
                 if name not in keys:
                     raise BadReply(f"unexpected array {name}")
@@ -218,12 +218,21 @@ def failure(reply: Message | None) -> str | None:
     return None
 
 
+def opened(reply: Message | None) -> RecordDict:
+    """The content of a reply that has one.
+
+    Raises:
+        BadReply: there was no reply, or it is an error.
+    """
+    reason = failure(reply)
+    if reply is None or reason:
+        raise BadReply(reason)
+    return reply.content
+
+
 def metrics(reply: Message | None) -> dict[str, float]:
     """The MetricRecord's scalars, `num-examples` checked to be positive and finite."""
-    reason = failure(reply)
-    if reason:
-        raise BadReply(reason)
-    values = {key: float(value) for record in reply.content.metric_records.values() for key, value in record.items()
+    values = {key: float(value) for record in opened(reply).metric_records.values() for key, value in record.items()
               if isinstance(value, int | float)}
     count = values.get("num-examples")
     if count is None:

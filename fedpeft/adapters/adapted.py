@@ -56,7 +56,7 @@ class Adapted:
                     self.parameters[f"{site}/{role}"] = parameter
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
-        self.form = AdapterState(self.parameters, self.sites)
+        self.form = AdapterState({**self.parameters}, self.sites)
 
     def state(self) -> AdapterState:
         """A copy of the current adapter (and head)."""
@@ -83,11 +83,12 @@ class Adapted:
             parameter[tuple(map(slice, value.shape))] = value.to(parameter.device)
         for site, layer in self.frozen.items():
             if f"{site}/residual_B" in state:
-                original = self.originals.setdefault(site, layer.weight.detach().clone())
+                weight = layer.get_parameter("weight")
+                original = self.originals.setdefault(site, weight.detach().clone())
                 change = (state[f"{site}/residual_B"].double() @ state[f"{site}/residual_A"].double()).to(original)
-                layer.weight.copy_(original + (change.T if _transposed(layer) else change))
+                weight.copy_(original + (change.T if _transposed(layer) else change))
             elif site in self.originals:
-                layer.weight.copy_(self.originals.pop(site))
+                layer.get_parameter("weight").copy_(self.originals.pop(site))
 
     def train_roles(self, roles: Iterable[str]) -> dict[str, nn.Parameter]:
         """Switch gradients on for these roles and off for all others; the parameters that train."""

@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Site]:
-    sites = {}
+    sites: dict[str, Site] = {}
     for key in tensors:
         site, _, role = key.rpartition("/")
         if role not in ("A", "B"):

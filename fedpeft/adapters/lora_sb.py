@@ -39,7 +39,8 @@ class LoraSB:
         self.init = init
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
-        parameters, sites, frozen = {}, {}, {}
+        parameters: dict[str, nn.Parameter] = {}
+        sites, frozen = {}, {}
         for site, layer in lora_layers(base, config).items():
             weight = layer.get_base_layer().weight
             if config.r > min(weight.shape):
@@ -52,7 +53,7 @@ class LoraSB:
             B, A = self.factors(weight, config.r, (up.weight.shape[0], down.weight.shape[1]), seeds.torch_generator(seed, "lora_sb", site))
             down.weight.data, up.weight.data = A, B
             layer.lora_B["default"] = nn.Sequential(core, up)
-            parameters |= {f"{site}/A": down.weight, f"{site}/B": up.weight, f"{site}/R": core.weight}
+            parameters |= {f"{site}/A": down.weight, f"{site}/B": up.weight, f"{site}/R": core.get_parameter("weight")}
             sites[site] = Site("lora_sb", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
             frozen[site] = layer.get_base_layer()
         return Injected(parameters, sites, frozen)

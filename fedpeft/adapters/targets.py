@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fedpeft.errors import InputError
@@ -15,8 +17,9 @@ ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("que
 def linear_layers(base: Base) -> dict[str, nn.Module]:
     """Names of the layers that can take a LoRA; heads are left out."""
     heads = {id(module) for head in base.heads.values() for module in head.modules()}
-    output = base.backbone.get_output_embeddings() if hasattr(base.backbone, "get_output_embeddings") else None
-    return {name: module for name, module in base.backbone.named_modules()
+    backbone: Any = base.backbone
+    output = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
+    return {name: module for name, module in backbone.named_modules()
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(module) not in heads and module is not output}
 
 

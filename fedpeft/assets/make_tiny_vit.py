@@ -37,7 +37,8 @@ def draw(digit: int, rng: np.random.Generator) -> np.ndarray:
     page = Image.new("L", (32, 32), 0)
     page.paste(ink, ((32 - ink.width) // 2 + int(rng.integers(-1, 2)), (32 - ink.height) // 2 + int(rng.integers(-1, 2))))
     bitmap = (np.asarray(page) > 127).astype(np.float32)
-    return bitmap.reshape(8, 4, 8, 4).mean(axis=(1, 3))
+    grey: np.ndarray = bitmap.reshape(8, 4, 8, 4).mean(axis=(1, 3))
+    return grey
 
 
 def main(target: Path) -> None:

@@ -58,7 +58,7 @@ class Largest(TorchDispatchMode):
     """Watches every tensor that an operation returns: `numel` is the size of the largest."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation for it
         self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -57,16 +57,18 @@ def test_each_event_is_one_line_with_a_time_in_the_order_given(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_valid_json(tmp_path):
-    recorded(tmp_path / "m", [{"event": "x", "loss": math.nan, "deep": {"a": {"loss": -math.inf}}, "list": [1.5, math.inf]}])
+    deep = {"a": {"loss": -math.inf}}
+    recorded(tmp_path / "m", [{"event": "x", "loss": math.nan, "deep": deep, "list": [1.5, math.inf]}])
     text = (tmp_path / "m").read_text()
     event = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     event.pop("time")
-    assert event == {"event": "x", "loss": None, "loss_nonfinite": "nan", "deep": {"a": {"loss": None, "loss_nonfinite": "-inf"}},
-                     "list": [1.5, None]}
+    assert event == {"event": "x", "loss": None, "loss_nonfinite": "nan",
+                     "deep": {"a": {"loss": None, "loss_nonfinite": "-inf"}}, "list": [1.5, None]}
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,7 +197,8 @@ def test_a_personalised_run_is_scored_by_its_clients():
 
 
 def test_epsilon_is_the_largest_and_null_without_privacy():
-    events = [START, round_event(1, epsilon_max=0.5), round_event(2, epsilon_max=1.25), round_event(3, epsilon_max=None)]
+    epsilons = enumerate([0.5, 1.25, None], start=1)
+    events = [START, *(round_event(number, epsilon_max=epsilon) for number, epsilon in epsilons)]
     assert summarise(events, {"privacy": {"unit": "sample"}})["epsilon_max"] == 1.25
     assert summarise(events, PLAIN)["epsilon_max"] is None
 

@@ -1,0 +1,71 @@
+"""Every adapter, embedded data set and partitioner of the registry in a real run, and what every entry must tell of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from fedpeft import config as configs
+from fedpeft import registry
+from fedpeft.data.source import load
+
+MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
+PARTITION_OPTIONS = {"column": {"data.source": "docstrings", "data.partition.column": "module", "model.name": "tiny-bert",
+                                "model.task": "sequence-classification", "model.max_length": 32}}
+ENTRIES = [(table, name) for table in ("strategies", "adapters", "datasets", "partitioners") for name in registry.names(table)]
+
+
+@pytest.mark.parametrize(("table", "name"), ENTRIES)
+def test_an_entry_documents_itself_and_its_options(table, name):
+    cls = registry.load(table, name)
+    assert len((inspect.getdoc(cls) or "").splitlines()[0]) > 10
+    if table == "strategies":
+        assert "arXiv" in cls.paper or "ICML" in cls.paper or "NeurIPS" in cls.paper or name in ("flower", "norm_clip", "median"), cls.paper
+    arguments = set(inspect.signature(cls).parameters) - {"inner"}
+    assert arguments == {item.name for item in configs.options_of(cls).values()}
+    for item in configs.options_of(cls).values():
+        assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        assert inspect.signature(cls).parameters[item.name].default in (default, None if default in ({}, []) else default)
+
+
+@pytest.mark.parametrize("name", registry.names("adapters"))
+@pytest.mark.parametrize("model", ["tiny-vit", "tiny-bert", "tiny-llama"])
+def test_an_adapter_trains_on_every_model_family(name, model, tiny, tmp_path):
+    text = {"data.source": "docstrings", "data.limit": 60, "model.max_length": 32}
+    config = {"model.name": model, "model.task": {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification",
+                                                  "tiny-llama": "causal-lm"}[model], **({} if model == "tiny-vit" else text)}
+    if name == "lora_sb":
+        config |= {"adapter": "lora_sb", "strategy": "fed_sb"}
+    summary = tiny("run", {**config, "run.rounds": 1})
+    assert summary["final"]["loss"] != summary["baseline"]["loss"]
+    factors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any("lora_B" in key and value.abs().max() > 0 for key, value in factors.items())
+
+
+@pytest.mark.parametrize("name", registry.names("datasets"))
+def test_a_data_set_is_the_same_every_time_and_does_not_leak(name):
+    kind = registry.load("datasets", name).kind
+    config = configs.DataConfig(source=name, limit=300)
+    one, two = (load(config, MODELS[kind][1], 0) for _ in range(2))
+    assert [part.fingerprint for part in one] == [part.fingerprint for part in two]
+    train, test = one
+    keys = [{np.asarray(row).tobytes() if kind == "image" else row for row in part.inputs} for part in (train, test)]
+    assert not keys[0] & keys[1]
+    assert set(np.unique(test.labels)) <= set(np.unique(train.labels))
+    assert load(config, MODELS[kind][1], 1)[0].fingerprint != train.fingerprint
+
+
+@pytest.mark.parametrize("name", registry.names("partitioners"))
+def test_a_partitioner_runs_and_its_split_can_be_used_again(name, tiny, tmp_path):
+    config = {"data.partition": name, "run.rounds": 1, "data.limit": 200, **PARTITION_OPTIONS.get(name, {})}
+    tiny("one", config)
+    tiny("two", {**config, "data.split": str(tmp_path / "one" / "split.json")})
+    adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("one", "two")]
+    assert adapters[0] == adapters[1]
+    splits = [(tmp_path / run / "split.json").read_text() for run in ("one", "two")]
+    assert splits[0] == splits[1]

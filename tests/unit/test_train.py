@@ -1,0 +1,403 @@
+"""The local step loop against slow obvious loops; evaluation by hand; what a client does with its task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import small_models as small
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpeft import seeds
+from fedpeft.clients.app import Local
+from fedpeft.clients.store import Store
+from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, per_sample_loss, train
+from fedpeft.config import ClientConfig, Config
+from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.errors import RunError
+from fedpeft.strategies.fedit import FedIT
+
+CPU = torch.device("cpu")
+SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
+ADAMW = replace(SGD, optimizer="adamw", lr=0.01)
+ROLES = ["A", "B", "head"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: small.save(name, root / name) for name in ("bert", "llama")}
+
+
+@pytest.fixture(scope="module")
+def bert(folders):
+    """Read-only but for its adapter and head, which every test writes first."""
+    return small.adapted(folders["bert"], "bert")
+
+
+@pytest.fixture(scope="module")
+def llama(folders):
+    return small.adapted(folders["llama"], "llama")
+
+
+@pytest.fixture
+def model(bert):
+    bert.write(small.randomised(bert))
+    return bert
+
+
+def texts(count=10, causal=False, seed=0):
+    """Random byte texts of 2 to 7 tokens, padded on the right."""
+    draw = seeds.torch_generator(seed, "texts")
+    lengths = torch.randint(2, 8, (count,), generator=draw)
+    mask = (torch.arange(7)[None] < lengths[:, None]).long()
+    ids = torch.randint(2, 258, (count, 7), generator=draw) * mask
+    labels = ids.masked_fill(mask == 0, IGNORE) if causal else torch.randint(0, small.LABELS, (count,), generator=draw)
+    return Encoded({"input_ids": ids, "attention_mask": mask}, labels)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 40), size=st.integers(1, 50), epochs=st.integers(1, 4), seed=st.integers(0, 9))
+def test_every_epoch_sees_every_record_once(count, size, epochs, seed):
+    config = ClientConfig(local_epochs=epochs, batch_size=size)
+    made = list(batches(count, config, np.random.default_rng(seed)))
+    everything = np.concatenate(made)
+    assert len(everything) == epochs * count
+    for epoch in range(epochs):
+        assert sorted(everything[epoch * count : (epoch + 1) * count]) == list(range(count))
+    full = min(size, count)
+    assert {len(batch) for batch in made} <= {full, count % full or full}
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 40), size=st.integers(1, 50), steps=st.integers(1, 30))
+def test_local_steps_are_exact(count, size, steps):
+    config = ClientConfig(local_steps=steps, local_epochs=None, batch_size=size)
+    made = list(batches(count, config, np.random.default_rng(0)))
+    assert len(made) == steps
+    everything = np.concatenate(made)
+    for start in range(0, len(everything), count):  # passes, the last one cut short
+        part = everything[start : start + count]
+        assert len(set(part)) == len(part)
+
+
+def test_batches_are_shuffled_anew_each_epoch():
+    config = ClientConfig(local_epochs=3, batch_size=20)
+    epochs = [tuple(batch) for batch in batches(20, config, np.random.default_rng(0))]
+    assert len(set(epochs)) == 3 and tuple(range(20)) not in epochs
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+
+def slow_loop(model, data, start, config, seed, roles=ROLES, mu=0.0, control=None):
+    """One record at a time, gradients averaged by hand, the optimizer's rule written out; the end values in float64."""
+    theta = {key: start[key].double().clone() for key in model.form.select(roles).tensors}
+    first = {key: value.clone() for key, value in theta.items()}
+    moment = {key: torch.zeros_like(value) for key, value in theta.items()}
+    square = {key: torch.zeros_like(value) for key, value in theta.items()}
+    losses = []
+    rng = seeds.numpy_generator(seed, "batches")
+    for step, index in enumerate(batches(len(data), config, rng), start=1):
+        gradient = {key: torch.zeros_like(value) for key, value in theta.items()}
+        for record in index:
+            model.write(start.replace({key: value.float() for key, value in theta.items()}))
+            trained = model.train_roles(roles)
+            inputs, label = data.batch(np.array([record]))
+            scores = model.logits(inputs)[0]
+            loss = -torch.log_softmax(scores, 0)[label[0]]
+            for key, value in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
+                gradient[key] += value.double() / len(index)
+            losses.append(float(loss) / len(index))
+        for key in theta:
+            g = gradient[key] + mu * (theta[key] - first[key]) + (0 if control is None else control[key].double())
+            gradient[key] = g
+        if config.max_grad_norm is not None:
+            norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+            gradient = {key: g * min(1.0, config.max_grad_norm / norm) for key, g in gradient.items()}
+        for key, g in gradient.items():
+            if config.optimizer == "sgd":
+                g = g + config.weight_decay * theta[key]
+                moment[key] = config.momentum * moment[key] + g
+                theta[key] = theta[key] - config.lr * moment[key]
+            else:
+                theta[key] = theta[key] * (1 - config.lr * config.weight_decay)
+                moment[key] = 0.9 * moment[key] + 0.1 * g
+                square[key] = 0.999 * square[key] + 0.001 * g * g
+                mean, variance = moment[key] / (1 - 0.9**step), square[key] / (1 - 0.999**step)
+                theta[key] = theta[key] - config.lr * mean / (variance.sqrt() + 1e-8)
+    return theta, sum(losses) / step
+
+
+@pytest.fixture
+def still(model, monkeypatch):
+    """No dropout: one record at a time would draw other masks."""
+    for module in model.base.backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            monkeypatch.setattr(module, "p", 0.0)
+
+
+def offsets(model, seed=4, scale=0.05):
+    """Something to add to every gradient."""
+    draw = seeds.torch_generator(seed, "control")
+    return {key: scale * torch.randn(value.shape, generator=draw) for key, value in model.form.tensors.items()}
+
+
+@pytest.mark.parametrize("config", [
+    SGD, replace(SGD, momentum=0.9, weight_decay=0.1), replace(SGD, max_grad_norm=0.05), replace(SGD, local_steps=None, local_epochs=2),
+    ADAMW, replace(ADAMW, weight_decay=0.1),
+], ids=["sgd", "momentum", "clipped", "epochs", "adamw", "adamw decay"])
+def test_training_is_the_slow_loop(model, still, config):
+    check_against_slow_loop(model, config)
+
+
+@pytest.mark.parametrize("mu", [0.5, 5.0])
+def test_the_proximal_term(model, still, mu):
+    check_against_slow_loop(model, SGD, mu=mu)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW])
+def test_the_scaffold_correction(model, still, config):
+    check_against_slow_loop(model, config, control=offsets(model))
+
+
+def test_proximal_term_and_correction_together(model, still):
+    check_against_slow_loop(model, SGD, mu=1.0, control=offsets(model))
+
+
+@pytest.mark.parametrize("roles", [["B"], ["A"], ["B", "head"]])
+def test_only_the_asked_roles_train(model, still, roles):
+    start = model.state()
+    check_against_slow_loop(model, SGD, roles=roles)
+    end = model.state()
+    moved = {key for key in start.tensors if not torch.equal(start[key], end[key])}
+    assert moved == set(start.select(roles).tensors)
+
+
+def check_against_slow_loop(model, config, roles=ROLES, mu=0.0, control=None):
+    data, start = texts(), model.state()
+    expected, mean_loss = slow_loop(model, data, start, config, 7, roles, mu, control)
+    model.write(start)
+    own = None if control is None else {key: control[key] for key in start.select(roles).tensors}
+    steps, loss = train(model, data, roles, config, 7, prox_mu=mu, control=own)
+    assert steps == (config.local_steps or 3 * config.local_epochs)
+    assert loss == pytest.approx(mean_loss, rel=1e-4)
+    end = model.state()
+    # AdamW divides by the root of a gradient's square: where that is rounding noise, so is the step.
+    tolerance = 1e-5 if config.optimizer == "sgd" else 1e-3
+    for key, value in expected.items():
+        torch.testing.assert_close(end[key].double(), value, atol=tolerance, rtol=1e-3, msg=key)
+    assert end.distance(start) > 100 * tolerance
+
+
+def test_the_proximal_term_holds_back(model):
+    start = model.state()
+    moved = []
+    for mu in (0.0, 3.0):
+        model.write(start)
+        train(model, texts(), ROLES, SGD, 7, prox_mu=mu)
+        moved.append(model.state().distance(start))
+    assert moved[1] < 0.9 * moved[0]
+
+
+def test_a_seed_gives_one_result_dropout_included(model):
+    start, ends = model.state(), []
+    for seed, noise in ((7, 1), (7, 2), (8, 1)):
+        model.write(start)
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        train(model, texts(), ROLES, SGD, seed)
+        assert torch.equal(before, torch.get_rng_state())
+        ends.append(model.state())
+    assert ends[0].sha256() == ends[1].sha256() != ends[2].sha256()
+    assert not model.base.backbone.training
+
+
+def test_a_smaller_clients_control_is_padded(model, still):
+    """A client of rank 2 gets a correction of rank 2; the rows that it does not have stay zero."""
+    state = model.state()
+    narrow = {key: value[:2] if key.endswith("/A") else value[:, :2] if key.endswith("/B") else value for key, value in state.tensors.items()}
+    start = replace(state, tensors=narrow)
+    model.write(start)
+    control = {key: torch.full_like(value, 0.1) for key, value in narrow.items()}
+    train(model, texts(), ROLES, SGD, 7, control=control)
+    for site in state.lora_sites():
+        assert torch.count_nonzero(model.parameters[f"{site}/A"][2:]) == 0
+        assert torch.count_nonzero(model.parameters[f"{site}/B"][:, 2:]) == 0
+        assert not torch.equal(model.parameters[f"{site}/A"][:2], start[f"{site}/A"])
+
+
+def test_the_new_control_by_hand():
+    value = {name: {"control:q/A": torch.tensor(numbers)} for name, numbers in (
+        ("own", [1.0, 2.0]), ("server", [0.5, -1.0]), ("before", [3.0, 4.0]), ("after", [2.0, 4.5]))}
+    new = new_control(value["own"], value["server"], value["before"], value["after"], steps=5, lr=0.1)
+    torch.testing.assert_close(new["control:q/A"], torch.tensor([1.0 - 0.5 + 2.0, 2.0 + 1.0 - 1.0]))
+
+
+def test_the_new_control_is_the_mean_gradient(model, still):
+    """With plain SGD, option II recovers the mean of the gradients that were met (theta_0 - theta = lr sum of g + c - c_k)."""
+    start = model.state()
+    zero = {f"{CONTROL}{key}": torch.zeros_like(value) for key, value in start.tensors.items()}
+    one_step = replace(SGD, local_steps=1, batch_size=100)
+    train(model, texts(), ROLES, one_step, 7)
+    end = model.state()
+    named = [{f"{CONTROL}{key}": value for key, value in state.tensors.items()} for state in (start, end)]
+    new = new_control(zero, zero, *named, steps=1, lr=SGD.lr)
+    model.write(start)
+    trained = model.train_roles(ROLES)
+    loss = per_sample_loss(model, texts(), np.arange(10), CPU)[0].mean()
+    for key, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
+        torch.testing.assert_close(new[f"{CONTROL}{key}"], gradient, atol=1e-5, rtol=1e-3)
+
+
+# Losses and scores ----------------------------------------------------------------------------------------------------
+
+
+def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
+    data = texts(6, causal=True)
+    losses, right, made = per_sample_loss(llama, data, np.arange(6), CPU)
+    for index in range(6):
+        ids = [int(token) for token in data.inputs["input_ids"][index] if token != 0]
+        length = len(ids)
+        scores = llama.logits({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length, dtype=torch.long)})[0]
+        each = [-torch.log_softmax(scores[place].double(), 0)[ids[place + 1]] for place in range(length - 1)]
+        assert float(losses[index]) == pytest.approx(float(sum(each)) / (length - 1), rel=1e-5)
+        assert int(right[index]) == sum(int(scores[place].argmax()) == ids[place + 1] for place in range(length - 1))
+        assert int(made[index]) == length - 1
+
+
+def test_a_texts_loss_does_not_depend_on_its_batch(llama):
+    data = texts(6, causal=True)
+    assert len(set(data.inputs["attention_mask"].sum(1).tolist())) > 2
+    together = per_sample_loss(llama, data, np.arange(6), CPU)[0]
+    for index in range(6):
+        alone = per_sample_loss(llama, data, np.array([index]), CPU)[0]
+        torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=1e-5)
+
+
+def test_evaluate_a_classifier_by_hand(model):
+    data = texts(10)
+    scores = [model.logits(data.batch(np.array([index]))[0])[0].double() for index in range(10)]
+    loss = sum(float(-torch.log_softmax(row, 0)[data.labels[index]]) for index, row in enumerate(scores)) / 10
+    accuracy = sum(int(row.argmax()) == int(data.labels[index]) for index, row in enumerate(scores)) / 10
+    assert 0 < accuracy < 1
+    for size in (3, 10, 256):
+        result = evaluate(model, data, batch_size=size)
+        assert result["num-examples"] == 10
+        assert result["accuracy"] == pytest.approx(accuracy)
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_evaluate_a_language_model_by_hand(llama):
+    """The accuracy is over all predicted tokens, the loss the mean over texts."""
+    data = texts(10, causal=True)
+    losses, right, made = per_sample_loss(llama, data, np.arange(10), CPU)
+    result = evaluate(llama, data, batch_size=4)
+    assert result["accuracy"] == pytest.approx(int(right.sum()) / int(made.sum()))
+    assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert evaluate(llama, guessed(llama, data))["accuracy"] == 1.0
+
+
+def guessed(model, data):
+    """The same texts with the model's own guesses as labels."""
+    labels = torch.full_like(data.labels, IGNORE)
+    labels[:, 1:] = model.logits(data.inputs).argmax(-1)[:, :-1].masked_fill(data.labels[:, 1:] == IGNORE, IGNORE)
+    return Encoded(data.inputs, labels)
+
+
+def test_evaluation_has_no_dropout(model):
+    model.base.backbone.train()
+    assert len({evaluate(model, texts())["loss"] for _ in range(3)}) == 1
+    assert not model.base.backbone.training
+
+
+# A client's round -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local(model, tmp_path):
+    config = Config(client=replace(SGD))
+    return Local(config, model, model.state(), {"a": texts(10)}, {"a": texts(4, seed=1)}, Store(tmp_path, history=3))
+
+
+def task(**more):
+    return {"round": 1, "trains": ROLES, "uploads": ROLES, "keeps": [], **more}
+
+
+def test_a_client_that_does_not_move_is_an_error(local):
+    """With B at zero, A has no gradient."""
+    start = local.initial.replace({key: torch.zeros_like(value) for key, value in local.initial.select(("B",)).tensors.items()})
+    with pytest.raises(RunError, match=r"no trained tensor moved in 5 steps; check client\.lr"):
+        local.train("a", start, task(trains=["A"], uploads=["A"]))
+    update, metrics = local.train("a", start, task(trains=["B"], uploads=["B"]))
+    assert update.distance(start) > 0 and metrics["num-examples"] == 10
+
+
+def test_a_client_round_is_training_from_what_was_sent(local, model):
+    sent = small.randomised(model, seed=11)
+    update, metrics = local.train("a", sent, task())
+    model.write(sent)
+    steps, loss = train(model, texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"))
+    assert update.sha256() == model.read(sent).sha256()
+    assert metrics == {"num-examples": 10.0, "train_loss": loss} and steps == 5
+    assert local.train("a", sent, task(round=2))[0].sha256() != update.sha256()
+
+
+def test_a_client_uploads_no_more_than_it_is_asked_for_and_keeps_the_rest(local, model):
+    sent = small.randomised(model, seed=11).without(("B",))
+    update, _ = local.train("a", sent, task(uploads=["A"], keeps=["B", "head"]))
+    assert {update.role(key) for key in update.tensors} == {"A"}
+    kept = local.store.load("a", before=2)
+    assert set(kept) == set(local.initial.select(("B", "head")).tensors)
+    assert local.store.load("a", before=1) == {}
+    mine, _ = local.compose("a", sent, task(), before=2)
+    assert all(torch.equal(mine[key], value) for key, value in kept.items())
+    assert all(torch.equal(mine[key], sent[key]) for key in sent.select(("A",)).tensors)
+
+
+def test_a_scaffold_client_sends_the_change_of_its_control(local, model):
+    sent = small.randomised(model, seed=11)
+    server = {f"{CONTROL}{key}": value for key, value in offsets(model).items()}
+    update, _ = local.train("a", sent.replace(server), task())
+    model.write(sent)
+    corrections = {key.removeprefix(CONTROL): value for key, value in server.items()}  # c_k is zero at first
+    train(model, texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"), control=corrections)
+    end = model.state()
+    kept = local.store.load("a", before=2)
+    for key, value in sent.tensors.items():
+        assert torch.equal(update[key], end[key])
+        expected = -server[f"{CONTROL}{key}"] + (value - end[key]) / (5 * SGD.lr)
+        torch.testing.assert_close(update[f"{CONTROL}{key}"], expected)
+        torch.testing.assert_close(kept[f"{CONTROL}{key}"], expected)
+
+
+def test_a_client_without_records_is_an_error(local):
+    with pytest.raises(RunError, match="b has no records here"):
+        local.train("b", local.initial, task())
+
+
+def test_a_core_stands_for_a_frozen_A(local):
+    """FedSVD's r x r transport: A is the core times the A that the client drew itself."""
+    site = local.initial.lora_sites()[0]
+    core = torch.arange(16.0).reshape(4, 4)
+    received = replace(local.initial, tensors={f"{site}/M": core})
+    start, _ = local.compose("a", received, task(), before=1)
+    torch.testing.assert_close(start[f"{site}/A"], core @ local.initial[f"{site}/A"])
+
+
+def test_another_draw_than_the_servers_is_refused(local):
+    digest = local.initial.select(("A",)).sha256()
+    local.compose("a", local.initial, task(static={"roles": ["A"], "sha256": digest}), before=1)
+    with pytest.raises(RunError, match=r"roles A drawn from run\.seed=0 differ"):
+        local.compose("a", local.initial, task(static={"roles": ["A"], "sha256": "0" * 64}), before=1)
+
+
+def test_the_tasks_of_a_strategy_fit(local):
+    update, _ = local.train("a", local.initial, {**FedIT().task(None), "round": 1})
+    local.initial.require_same_form(update, "update")
