@@ -1,4 +1,4 @@
-"""The Flower ClientApp: unpack, train, pack. The same app runs in this process, in worker processes, under Ray, at a site.
+"""The Flower ClientApp: unpack, train, pack. The same app runs here, in worker processes, under Ray and at a site.
 
     query     -> {"name"}
     train     adapter, task -> update, {"num-examples", "train_loss"}
@@ -44,7 +44,9 @@ class Local:
     holdout: dict[str, Encoded]
     store: Store
 
-    def compose(self, client: str, received: AdapterState, task: dict[str, Any], before: int) -> tuple[AdapterState, dict[str, Tensor]]:
+    def compose(
+        self, client: str, received: AdapterState, task: dict[str, Any], before: int
+    ) -> tuple[AdapterState, dict[str, Tensor]]:
         """The adapter a client starts from: round-0 values, what was sent, what it kept. And its kept tensors.
 
         Raises:
@@ -52,10 +54,14 @@ class Local:
         """
         static = task.get("static")
         if static and self.initial.select(static["roles"]).sha256() != static["sha256"]:
-            raise RunError(f"roles {', '.join(static['roles'])} drawn from run.seed={self.config.run.seed} differ from the server's "
-                           "(another torch or transformers version?). Set strategy.transport=dense.")
+            raise RunError(
+                f"roles {', '.join(static['roles'])} drawn from run.seed={self.config.run.seed} differ from the "
+                "server's (another torch or transformers version?). Set strategy.transport=dense."
+            )
         kept = self.store.load(client, before)
-        tensors = {key: value for key, value in received.tensors.items() if ":" not in key and received.role(key) != "M"}
+        tensors = {
+            key: value for key, value in received.tensors.items() if ":" not in key and received.role(key) != "M"
+        }
         for key, core in received.select(("M",)).tensors.items():
             A = f"{key.removesuffix('/M')}/A"
             tensors[A] = (core.double() @ self.initial[A].double()).to(self.initial[A].dtype)
@@ -72,8 +78,15 @@ class Local:
         if control:
             corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
         seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
-        steps, loss = train(self.model, data, task["trains"], self.config.client, seed, prox_mu=float(task.get("prox_mu", 0.0)),
-                            control=corrections)
+        steps, loss = train(
+            self.model,
+            data,
+            task["trains"],
+            self.config.client,
+            seed,
+            prox_mu=float(task.get("prox_mu", 0.0)),
+            control=corrections,
+        )
         after = self.model.read(start.select(task["trains"]))
         if after.distance(start) == 0:
             raise RunError(f"no trained tensor moved in {steps} steps; check client.lr and the adapter.")

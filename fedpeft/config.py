@@ -1,8 +1,8 @@
 """The config: dataclasses, merged by OmegaConf, checked before anything is loaded.
 
 A section that names a registered method (`strategy`, `adapter`, `data.partition`) also takes the options of that
-method's own `Config` dataclass. A plain string for such a section is its `name`. Overrides win over the file; an override
-that changes a `name` drops the file's options of the method it replaces.
+method's own `Config` dataclass. A plain string for such a section is its `name`. Overrides win over the file; an
+override that changes a `name` drops the file's options of the method it replaces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
 
 @dataclass
 class ModelConfig:
-    name: str = option("tiny-vit", "embedded model (tiny-vit, tiny-bert, tiny-llama), local path or hub id")
+    name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id")
     task: str = option("image-classification", "what the model does",
                        choices=("image-classification", "sequence-classification", "causal-lm"))
     pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
@@ -52,11 +52,15 @@ class AdapterConfig:
     alpha: float = option(8.0, "scale: the product is multiplied by alpha / r (alpha / sqrt(r) with rslora)", above=0)
     rslora: bool = option(False, "scale by alpha / sqrt(r)")
     dropout: float = option(0.0, "dropout before A", low=0, high=0.99)
-    target_modules: list[str] | None = option(None, "module name endings to adapt; looked up per architecture when null; "
-                                              "['all-linear'] adapts every linear layer but the head")
+    target_modules: list[str] | None = option(
+        None,
+        "module name endings to adapt; looked up per architecture when null; "
+        "['all-linear'] adapts every linear layer but the head",
+    )
     train_head: bool = option(True, "train and share the classification head too")
-    client_ranks: list[int] | None = option(None, "rank of client i is client_ranks[i mod length]; every rank <= r; the "
-                                            "scale stays that of r")
+    client_ranks: list[int] | None = option(
+        None, "rank of client i is client_ranks[i mod length]; every rank <= r; the scale stays that of r"
+    )
     options: dict[str, Any] = option({}, "options of the adapter named above")
 
 
@@ -68,8 +72,8 @@ class PartitionConfig:
 
 @dataclass
 class DataConfig:
-    source: str = option("digits", "embedded or prepared data set, file or folder (csv, jsonl, parquet, saved), or hub id")
-    test: str | None = option(None, "file or folder with the test set; without it test_fraction of the source is held out")
+    source: str = option("digits", "embedded or prepared data set, file, folder (csv, jsonl, parquet, saved) or hub id")
+    test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out")
     test_fraction: float = option(0.25, "share of the source held out for the server's test set", above=0, high=0.9)
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
@@ -84,7 +88,7 @@ class DataConfig:
 @dataclass
 class StrategyConfig:
     name: str = option("fedit", "registered strategy")
-    weighting: str = option("examples", "client weights: by number of examples, or equal", choices=("examples", "uniform"))
+    weighting: str = option("examples", "client weights: by examples, or all equal", choices=("examples", "uniform"))
     wrap: list[Any] = option([], "strategies put around it, innermost first: names, or mappings with name and options")
     options: dict[str, Any] = option({}, "options of the strategy named above")
 
@@ -116,14 +120,15 @@ class RunConfig:
     workers: int = option(0, "worker processes; 0 trains clients in this process", low=0)
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
-    evaluate_every: int = option(1, "rounds between evaluations of the global model; the last round is always evaluated", low=1)
-    baselines: bool = option(True, "also fit logistic regressions on frozen features and on pixels or words, for the table")
+    evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)
+    baselines: bool = option(True, "fit logistic regressions on frozen features and on pixels or words, for the table")
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
-    deadline_s: float | None = option(None, "seconds that a round waits for replies; needs worker processes or ray", above=0)
+    deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)
     quorum: float = option(0.5, "share of the asked clients whose good replies a round needs", above=0, high=1)
-    max_update_norm: float | None = option(None, "quarantine an update farther than this (L2) from what was sent", above=0)
-    faults: dict[str, Any] = option({}, "client name -> fault to inject (nan, scale, shape, empty, crash, die, hang): for tests of "
-                                    "robustness")
+    max_update_norm: float | None = option(None, "quarantine updates farther from what was sent (L2)", above=0)
+    faults: dict[str, Any] = option(
+        {}, "client name -> fault to inject (nan, scale, shape, empty, crash, die, hang): for tests of robustness"
+    )
 
 
 @dataclass
@@ -234,17 +239,23 @@ def check(config: Config) -> None:
     """Refuse combinations that cannot work; each message names the keys and the way out."""
     run, client, data, adapter = config.run, config.client, config.data, config.adapter
     if (client.local_steps is None) == (client.local_epochs is None):
-        raise InputError(f"client.local_steps={client.local_steps} and client.local_epochs={client.local_epochs}: give exactly "
-                         "one (set the other to null).")
+        raise InputError(
+            f"client.local_steps={client.local_steps} and client.local_epochs={client.local_epochs}: give exactly "
+            "one (set the other to null)."
+        )
     if run.clients_per_round is not None and run.clients_per_round > data.clients:
         raise InputError(f"run.clients_per_round={run.clients_per_round} is more than data.clients={data.clients}.")
     if run.deadline_s is not None and run.engine == "cohort" and run.workers == 0:
-        raise InputError(f"run.deadline_s={run.deadline_s} needs run.workers >= 1 (or run.engine=ray): a client that blocks can only "
-                         "be stopped by ending its process. Set run.workers=1.")
+        raise InputError(
+            f"run.deadline_s={run.deadline_s} needs run.workers >= 1 (or run.engine=ray): a client that blocks can "
+            "only be stopped by ending its process. Set run.workers=1."
+        )
     if run.engine == "ray" and run.workers == 0:
         run.workers = 1
     if adapter.client_ranks is not None and not all(1 <= rank <= adapter.r for rank in adapter.client_ranks):
-        raise InputError(f"adapter.client_ranks={adapter.client_ranks}: every rank must be between 1 and adapter.r={adapter.r}.")
+        raise InputError(
+            f"adapter.client_ranks={adapter.client_ranks}: every rank must be between 1 and adapter.r={adapter.r}."
+        )
     for name in registry.names("checks"):
         registry.load("checks", name)(config)
 
@@ -364,8 +375,15 @@ def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(registry.unknown(key, value, [str(choice) for choice in meta["choices"]]))
     if isinstance(value, int | float) and not (meta["low"] <= value <= meta["high"] and value > meta["above"]):
-        bounds = [text for text, given in ((f">= {meta['low']:g}", meta["low"] > -INFINITY), (f"> {meta['above']:g}", meta["above"] > -INFINITY),
-                                           (f"<= {meta['high']:g}", meta["high"] < INFINITY)) if given]
+        bounds = [
+            text
+            for text, given in (
+                (f">= {meta['low']:g}", meta["low"] > -INFINITY),
+                (f"> {meta['above']:g}", meta["above"] > -INFINITY),
+                (f"<= {meta['high']:g}", meta["high"] < INFINITY),
+            )
+            if given
+        ]
         raise InputError(f"{key}: {value!r} is out of range; allowed: {' and '.join(bounds) or 'a finite number'}.")
     return value
 

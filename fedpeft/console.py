@@ -41,7 +41,9 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)
+            self.bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+            )
             self.bar.start()
             self.task = self.bar.add_task("loading model and data", total=None)
         return self
@@ -71,20 +73,30 @@ class Progress:
 
 def run_result(summary: dict[str, Any]) -> None:
     strategy = " + ".join([summary["strategy"], *summary["wrap"]])
-    table = Table(title=f"{strategy} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}")
+    table = Table(
+        title=f"{strategy} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}"
+    )
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("loss", justify="right")
-    for name, row in (("no adaptation (round 0)", summary.get("baseline")), ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
-                      ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
-                      ("federated, best round", summary.get("best")), ("federated, final", summary.get("final"))):
+    for name, row in (
+        ("no adaptation (round 0)", summary.get("baseline")),
+        ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
+        ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
+        ("federated, best round", summary.get("best")),
+        ("federated, final", summary.get("final")),
+    ):
         if row and row.get("accuracy") is not None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
             table.add_row(name, f"{row['accuracy']:.1%}", loss, style="bold" if name.endswith("final") else None)
     out.print(table)
-    out.print(f"evaluated on {summary['evaluated_on']}; the logistic regressions see all clients' data pooled", style="dim")
-    out.print(f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} s, "
-              f"{summary['trainable_parameters']:,} trained parameters a client")
+    out.print(
+        f"evaluated on {summary['evaluated_on']}; the logistic regressions see all clients' data pooled", style="dim"
+    )
+    out.print(
+        f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} "
+        f"s, {summary['trainable_parameters']:,} trained parameters a client"
+    )
     for client, rows in _by_client(summary["quarantined"]).items():
         often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Base models: embedded ones, local folders and hub ids, by transformers' auto classes; their head and their processor.
 
-Embedded: `tiny-vit` (shipped checkpoint, pre-trained on drawn digits), `tiny-bert` and `tiny-llama` (fixed random weights
-and a byte tokenizer: they exercise the text path without a download and are no evidence for anything).
+Embedded: `tiny-vit` (shipped checkpoint, pre-trained on drawn digits), `tiny-bert` and `tiny-llama` (fixed random
+weights and a byte tokenizer: they exercise the text path without a download and are no evidence for anything).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _quiet() -> Iterator[None]:
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens in float32, L2-normalised and scaled by sqrt(width): a head sees entries of unit size."""
+    """Mean over the real tokens in float32, L2-normalised and scaled by sqrt(width): entries of unit size."""
     weights = mask.unsqueeze(-1).float()
     mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
     return nn.functional.normalize(mean, dim=-1) * float(hidden.shape[-1] ** 0.5)
@@ -99,7 +99,11 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 def _heads(model: Any) -> dict[str, nn.Module]:
     """Top-level modules with parameters beside the pre-trained trunk."""
     trunk = model.base_model_prefix
-    heads = {name: module for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())}
+    heads = {
+        name: module
+        for name, module in model.named_children()
+        if name != trunk and any(True for _ in module.parameters())
+    }
     if not heads or not hasattr(model, trunk):
         raise InputError(f"model: {type(model).__name__} has no head beside its trunk '{trunk}'.")
     return heads
@@ -122,13 +126,18 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     import transformers
 
     arguments = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
-    kinds = {"image-classification": "AutoModelForImageClassification", "sequence-classification": "AutoModelForSequenceClassification",
-             "causal-lm": "AutoModelForCausalLM"}
+    kinds = {
+        "image-classification": "AutoModelForImageClassification",
+        "sequence-classification": "AutoModelForSequenceClassification",
+        "causal-lm": "AutoModelForCausalLM",
+    }
     try:
         if pooled:
             model = transformers.AutoModel.from_pretrained(config.name, **arguments)
         elif config.task == "causal-lm":
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(config.name, output_loading_info=True, **arguments)
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                config.name, output_loading_info=True, **arguments
+            )
             _require_decoder(config, model, loading["missing_keys"])
         else:
             model = getattr(transformers, kinds[config.task]).from_pretrained(
@@ -137,23 +146,34 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
             return model, transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.name)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
-                         f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)}).") from error
+        raise InputError(
+            f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
+            f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)})."
+        ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"model.name: the tokenizer of '{config.name}' has neither a padding nor an end token; give it one.")
+            raise InputError(
+                f"model.name: the tokenizer of '{config.name}' has neither a padding nor an end token; give it one."
+            )
         tokenizer.pad_token = tokenizer.eos_token
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    if config.max_length > longest:
+        raise InputError(f"model.max_length={config.max_length}: '{config.name}' takes at most {longest} tokens.")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
 def _require_decoder(config: ModelConfig, model: Any, missing: Collection[str]) -> None:
-    """A causal-lm must look back only, and its output layer must be trained: transformers builds others without a word."""
+    """A causal-lm must look back only, and its output layer must be trained: transformers builds others silently."""
     if getattr(model.config, "is_decoder", True) is False:
-        raise InputError(f"model.name: '{config.name}' is a {model.config.model_type} encoder: it sees the tokens that a causal-lm has "
-                         "to predict. Give a decoder (Llama, GPT-2, ...), or model.task=sequence-classification.")
+        raise InputError(
+            f"model.name: '{config.name}' is a {model.config.model_type} encoder: it sees the tokens that a causal-lm "
+            "has to predict. Give a decoder (Llama, GPT-2, ...), or model.task=sequence-classification."
+        )
     if missing:
-        raise InputError(f"model.name: '{config.name}' is no causal-lm checkpoint: it lacks {', '.join(sorted(missing)[:3])}.")
+        raise InputError(
+            f"model.name: '{config.name}' is no causal-lm checkpoint: it lacks {', '.join(sorted(missing)[:3])}."
+        )
 
 
 def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
@@ -165,8 +185,15 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
             folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=DTYPES[config.dtype])
         return model, None, folder
     tokenizer = byte_tokenizer()
-    common = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
-              "max_position_embeddings": max(config.max_length, 128), "pad_token_id": tokenizer.pad_token_id}
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": max(config.max_length, 128),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if config.name == "tiny-llama":

@@ -5,10 +5,11 @@ A tensor is named `site/role`: the module's path in the base model, and what the
     A            [r, in]     as peft's lora_A.weight
     B            [out, r]    as peft's lora_B.weight
     R            [r, r]      core of LoRA-SB: the product is scaling * B R A
-    residual_B, residual_A   change of the frozen base weight, factored: W <- W + residual_B residual_A (scaling included)
+    residual_B, residual_A   factored change of the frozen weight: W <- W + residual_B residual_A (scaling included)
 
-Tensors of a trained head keep their parameter names as roles; asking for the role "head" means all of them. A tensor that
-a strategy sends beside the adapter is named `role:site/role`, as SCAFFOLD's `control:site/A`; its role is the prefix.
+Tensors of a trained head keep their parameter names as roles; asking for the role "head" means all of them. A tensor
+that a strategy sends beside the adapter is named `role:site/role`, as SCAFFOLD's `control:site/A`; its role is the
+prefix.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class AdapterState:
 
     def without(self, roles: Iterable[str]) -> AdapterState:
         roles = set(roles)
-        return AdapterState({key: value for key, value in self.tensors.items() if self.role(key) not in roles}, self.sites)
+        return AdapterState(
+            {key: value for key, value in self.tensors.items() if self.role(key) not in roles}, self.sites
+        )
 
     def replace(self, tensors: dict[str, Tensor] | AdapterState) -> AdapterState:
         """A copy with these tensors put in, or added."""
@@ -142,7 +145,9 @@ def pack(state: AdapterState) -> tuple[np.ndarray, str]:
 
     The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
     """
-    entries = [[key, str(value.dtype).removeprefix("torch."), list(value.shape)] for key, value in state.tensors.items()]
+    entries = [
+        [key, str(value.dtype).removeprefix("torch."), list(value.shape)] for key, value in state.tensors.items()
+    ]
     manifest = json.dumps({"tensors": entries, "sites": {name: asdict(site) for name, site in state.sites.items()}})
     values = [value.detach().cpu().contiguous().reshape(-1) for value in state.tensors.values()]
     dtypes = {value.dtype for value in values}
@@ -162,7 +167,10 @@ def unpack(array: np.ndarray, manifest: str) -> AdapterState:
     try:
         meta = json.loads(manifest)
         entries = [(str(key), DTYPES[dtype], [int(size) for size in shape]) for key, dtype, shape in meta["tensors"]]
-        sites = {name: Site(str(site["kind"]), tuple(site["shape"]), float(site["scaling"])) for name, site in meta["sites"].items()}
+        sites = {
+            name: Site(str(site["kind"]), tuple(site["shape"]), float(site["scaling"]))
+            for name, site in meta["sites"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateMismatch(f"manifest is not valid: {error!r}") from error
     raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
@@ -188,4 +196,6 @@ def to_dict(state: AdapterState) -> dict[str, Any]:
 
 
 def from_dict(tensors: dict[str, Tensor], sites: dict[str, Any]) -> AdapterState:
-    return AdapterState(tensors, {name: Site(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()})
+    return AdapterState(
+        tensors, {name: Site(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()}
+    )

@@ -36,7 +36,14 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None)
     folder.save(result, out, **folder.about(folders[0]))
     ranks = {result.rank(site) for site in result.lora_sites()}
-    return {"strategy": strategy, "adapters": len(folders), "sites": len(result.lora_sites()), "rank": max(ranks), "notes": notes, "out": str(out)}
+    return {
+        "strategy": strategy,
+        "adapters": len(folders),
+        "sites": len(result.lora_sites()),
+        "rank": max(ranks),
+        "notes": notes,
+        "out": str(out),
+    }
 
 
 def parse_weights(text: str | None, count: int) -> list[float] | None:

@@ -1,8 +1,8 @@
 """An in-process Flower Grid: the same ServerApp strategies and ClientApps, without Ray, sockets or serialisation.
 
-With no worker processes a message is handled when its reply is pulled, one after another, over one base model in memory.
-With workers, each is a process of its own with one base model: a client that dies or hangs is ended with its process, and
-the process is replaced.
+With no worker processes a message is handled when its reply is pulled, one after another, over one base model in
+memory. With workers, each is a process of its own with one base model: a client that dies or hangs is ended with its
+process, and the process is replaced.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ class LocalGrid(Grid):
         threads: torch threads of each worker.
     """
 
-    def __init__(self, make_app: Callable[[], ClientApp], nodes: dict[int, dict[str, bool | int | float | str]], workers: int = 0,
-                 threads: int = 1) -> None:
+    def __init__(
+        self,
+        make_app: Callable[[], ClientApp],
+        nodes: dict[int, dict[str, bool | int | float | str]],
+        workers: int = 0,
+        threads: int = 1,
+    ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, SERVER_NODE
         self.nodes = {node: Node(dict(config), RecordDict()) for node, config in nodes.items()}
         self.pool = Pool(make_app, workers, threads) if workers else None
@@ -58,7 +63,9 @@ class LocalGrid(Grid):
     def run(self) -> Run:
         return self._run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -104,7 +111,9 @@ class LocalGrid(Grid):
     def context(self, message: Message) -> Context:
         node = message.metadata.dst_node_id
         entry = self.nodes[node]
-        return Context(run_id=RUN_ID, node_id=node, node_config=dict(entry.config), state=copy.deepcopy(entry.state), run_config={})
+        return Context(
+            run_id=RUN_ID, node_id=node, node_config=dict(entry.config), state=copy.deepcopy(entry.state), run_config={}
+        )
 
     def finish(self, name: str, outcome: Outcome) -> Message:
         """The reply; the client's state is kept only if it answered without an error."""

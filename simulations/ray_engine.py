@@ -15,7 +15,9 @@ from fedpeft.errors import RunError
 from fedpeft.strategies.base import ServerState
 
 
-def run_with_ray(make_app: Callable[[], ClientApp], play: Callable[[Grid], ServerState], clients: int, workers: int) -> ServerState:
+def run_with_ray(
+    make_app: Callable[[], ClientApp], play: Callable[[Grid], ServerState], clients: int, workers: int
+) -> ServerState:
     """Run `play` as a ServerApp over `clients` virtual nodes, `workers` of them at a time.
 
     Args:
@@ -38,9 +40,15 @@ def run_with_ray(make_app: Callable[[], ClientApp], play: Callable[[Grid], Serve
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        run_simulation(server_app, RayClient(make_app), num_supernodes=clients,
-                       backend_config={"init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
-                                       "client_resources": {"num_cpus": 1, "num_gpus": _gpu_share(workers)}})
+        run_simulation(
+            server_app,
+            RayClient(make_app),
+            num_supernodes=clients,
+            backend_config={
+                "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": _gpu_share(workers)},
+            },
+        )
     if failures:
         raise failures[0]
     if not result:

@@ -1,4 +1,4 @@
-"""One simulated run from config to adapter folder, and its resumption. `fedpeft simulate` and `fedpeft resume` call this."""
+"""One simulated run from config to adapter folder, and its resumption: `fedpeft simulate` and `fedpeft resume`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ log = logging.getLogger("fedpeft")
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-def simulate(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (), out: str | Path | None = None,
-             on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+def simulate(
+    source: str | Path | dict[str, Any],
+    overrides: Sequence[str] | dict[str, Any] = (),
+    out: str | Path | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> dict[str, Any]:
     """Run a simulation from its first round.
 
     Args:
@@ -85,18 +89,35 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
     if server is None:
         recorder.path.unlink(missing_ok=True)
         server = here.start
-        record({"event": "start", "strategy": config.strategy.name, "engine": config.run.engine, "seed": config.run.seed,
-                "clients": config.data.clients, "rounds": config.run.rounds, "trainable_parameters": trainable(here),
-                "personalised": personal})
+        record(
+            {
+                "event": "start",
+                "strategy": config.strategy.name,
+                "engine": config.run.engine,
+                "seed": config.run.seed,
+                "clients": config.data.clients,
+                "rounds": config.run.rounds,
+                "trainable_parameters": trainable(here),
+                "personalised": personal,
+            }
+        )
         record({"event": "evaluate", "round": 0, **score(here, server)})
         if config.run.baselines:
             record({"event": "baselines", **baselines(here)})
     else:
         recorder.resume(server.round)
         on_event({"event": "resume", "round": server.round, "rounds": config.run.rounds})
-    rules = Rules(rounds=config.run.rounds, seed=config.run.seed, clients=config.data.clients, clients_per_round=config.run.clients_per_round,
-                  deadline_s=config.run.deadline_s, quorum=config.run.quorum, max_update_norm=config.run.max_update_norm,
-                  evaluate_every=config.run.evaluate_every, evaluate_clients=config.data.holdout > 0)
+    rules = Rules(
+        rounds=config.run.rounds,
+        seed=config.run.seed,
+        clients=config.data.clients,
+        clients_per_round=config.run.clients_per_round,
+        deadline_s=config.run.deadline_s,
+        quorum=config.run.quorum,
+        max_update_norm=config.run.max_update_norm,
+        evaluate_every=config.run.evaluate_every,
+        evaluate_clients=config.data.holdout > 0,
+    )
 
     def after_round(state: ServerState) -> None:
         if state.round % config.run.checkpoint_every == 0 or state.round == config.run.rounds:
@@ -112,8 +133,12 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
 
 def _absolute(config: Config) -> None:
     """Local paths as absolute ones, so that the run can be resumed from any folder."""
-    for section, key, table in ((config.data, "source", "datasets"), (config.data, "test", "datasets"), (config.data, "split", ""),
-                                (config.model, "name", "")):
+    for section, key, table in (
+        (config.data, "source", "datasets"),
+        (config.data, "test", "datasets"),
+        (config.data, "split", ""),
+        (config.model, "name", ""),
+    ):
         value = getattr(section, key)
         known = registry.names(table) if table else models.EMBEDDED
         if value and value not in known and Path(value).exists():
@@ -126,7 +151,10 @@ def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerS
         from fedpeft.simulations.ray_engine import run_with_ray
 
         return run_with_ray(app, play, config.data.clients, config.run.workers)
-    nodes: dict[int, dict[str, bool | int | float | str]] = {index + 2: {"partition-id": index, "num-partitions": config.data.clients} for index in range(config.data.clients)}
+    nodes: dict[int, dict[str, bool | int | float | str]] = {
+        index + 2: {"partition-id": index, "num-partitions": config.data.clients}
+        for index in range(config.data.clients)
+    }
     grid = LocalGrid(app, nodes, config.run.workers, config.run.threads)
     try:
         return play(grid)
@@ -143,7 +171,9 @@ def score(here: World, server: ServerState) -> dict[str, float]:
 
 def trainable(here: World) -> int:
     """Parameters that a client trains over the run's rounds."""
-    roles = {role for number in range(2) for role in here.strategy.trained(ServerState(here.start.adapter, round=number))}
+    roles = {
+        role for number in range(2) for role in here.strategy.trained(ServerState(here.start.adapter, round=number))
+    }
     return here.start.adapter.select(roles).parameters
 
 
@@ -159,9 +189,16 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
             own, _ = here.local.compose(client, here.strategy.broadcast(server, client), task, before=server.round + 1)
             folder.save(flat(own), run / "adapter" / "clients" / client, **options)
     events = read(run / "metrics.jsonl")
-    extra = {"baselines": {key: value for event in events if event["event"] == "baselines" for key, value in event.items()
-                           if key.endswith("_logistic")},
-             "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap]}
+    extra = {
+        "baselines": {
+            key: value
+            for event in events
+            if event["event"] == "baselines"
+            for key, value in event.items()
+            if key.endswith("_logistic")
+        },
+        "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
+    }
     summary = summarise(events, configs.to_tree(config), extra)
     write_bytes(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     report.write(run)

@@ -1,4 +1,4 @@
-"""What a config describes, made real in one process: model, strategy, clients' data. The same in every process of a run."""
+"""What a config describes, made real in one process: model, strategy, clients' data. The same in every process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def world(text: str, run: Path) -> World:
         order = numpy_generator(config.run.seed, "holdout", client).permutation(indices)
         kept = int(len(order) * config.data.holdout)
         if config.data.holdout and not 0 < kept < len(order):
-            raise InputError(f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be held out.")
+            raise InputError(
+                f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be "
+                "held out."
+            )
         train_data[client], holdout[client] = train_encoded.subset(order[kept:]), train_encoded.subset(order[:kept])
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     local = Local(config, model, start.adapter, train_data, holdout, store)
@@ -76,7 +79,9 @@ def client_split(config: Config, train: Records, run: Path) -> dict[str, list[in
         else:
             section = config.data.partition
             partitioner = configs.method("partitioners", section.name, section.options, "data.partition")
-            parts = dict(zip(names, partitioner.split(train.labels, train.columns, len(names), config.run.seed), strict=True))
+            parts = dict(
+                zip(names, partitioner.split(train.labels, train.columns, len(names), config.run.seed), strict=True)
+            )
         split.save(saved, parts, train, config)
     return split.load(saved, train.fingerprint, names)
 
@@ -87,7 +92,11 @@ def device(name: str) -> torch.device:
             return torch.empty(0, device=name).device
         except RuntimeError as error:
             raise InputError(f"run.device: '{name}' is not usable here: {str(error).splitlines()[0]}") from error
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    return (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
 
 
 def name_of(context: Context) -> str:

@@ -6,7 +6,9 @@
 from typing import Any
 
 if __name__ != "fedpeft.strategies":
-    raise ImportError("import fedpeft.strategies, not the bare folder 'strategies': install the checkout with `pip install -e .`")
+    raise ImportError(
+        "import fedpeft.strategies, not the bare folder 'strategies': install the checkout with `pip install -e .`"
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,7 @@ class Update:
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server knows between rounds: the global adapter, and the strategy's own tensors and numbers (JSON-ready)."""
+    """What the server knows between rounds: the global adapter, the strategy's own tensors and numbers (JSON-ready)."""
 
     adapter: AdapterState
     round: int = 0
@@ -71,13 +71,16 @@ class ServerState:
     def with_tensors(self, tensors: dict[str, Tensor]) -> ServerState:
         """A copy whose adapter has these tensors, each in the dtype that it had before (new ones in float32)."""
         old = self.adapter.tensors
-        cast = {key: value.to(old[key].dtype if key in old else torch.float32).contiguous() for key, value in tensors.items()}
+        cast = {
+            key: value.to(old[key].dtype if key in old else torch.float32).contiguous()
+            for key, value in tensors.items()
+        }
         return replace(self, adapter=self.adapter.replace(cast))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How rounds are run: numbers of `run` in the config. `clients` is how many nodes must have joined before round 1."""
+    """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1."""
 
     rounds: int
     seed: int = 0
@@ -101,8 +104,8 @@ class FederatedStrategy(Strategy):
         adapter: registered adapter that the strategy works on.
         unequal_ranks: whether clients may have ranks below the server's.
         changes_base: whether it moves the frozen base (the exported adapter then has a higher rank).
-        fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate state
-            over rounds (server optimizers, SCAFFOLD) needs it.
+        fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate
+            state over rounds (server optimizers, SCAFFOLD) needs it.
         needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be
             aggregated together with the adapter that they started from.
     """
@@ -130,7 +133,7 @@ class FederatedStrategy(Strategy):
         return ServerState(adapter)
 
     def before_round(self, server: ServerState) -> ServerState:
-        """Change of representation before a broadcast (FedSVD's refactorisation); the function computed stays the same."""
+        """Change of representation before a broadcast (FedSVD's refactorisation); what is computed stays the same."""
         return server
 
     def trained(self, server: ServerState) -> tuple[str, ...]:
@@ -154,7 +157,7 @@ class FederatedStrategy(Strategy):
         return server.with_tensors(self.average(same_scale(server, updates), self.uploads(server)))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
-        """One aggregation of finished adapters, and notes for the user; what it adds to the base is folded into the factors."""
+        """One aggregation of finished adapters, and notes for the user; what is added to the base goes into factors."""
         return flat(self.aggregate(server, updates).adapter), []
 
     @staticmethod
@@ -203,24 +206,36 @@ class FederatedStrategy(Strategy):
             contents = {roster[client]: codec.content(sent[client], task) for client in chosen}
             replies = wire.ask(grid, "train", contents, rules.deadline_s)
             # 5. Check every reply; quarantine the bad ones.
-            updates, bad = self.check(server, sent, {client: replies[roster[client]] for client in chosen}, rules, codec)
+            updates, bad = self.check(
+                server, sent, {client: replies[roster[client]] for client in chosen}, rules, codec
+            )
             for client, reason in bad.items():
                 log.warning("round %d: %s quarantined: %s", number, client, reason)
                 record({"event": "quarantine", "round": number, "client": client, "reason": reason})
             needed = max(1, math.ceil(rules.quorum * len(chosen)))
             if len(updates) < needed:
                 reasons = "; ".join(f"{client}: {reason}" for client, reason in bad.items())
-                raise RoundFailed(f"round {number}: {len(updates)} good replies of {len(chosen)}, run.quorum={rules.quorum} needs {needed}. "
-                                  f"{reasons}")
+                raise RoundFailed(
+                    f"round {number}: {len(updates)} good replies of {len(chosen)}, run.quorum={rules.quorum} needs "
+                    f"{needed}. {reasons}"
+                )
             # 6. Aggregate.  7. The new strategy state.
             server = replace(self.aggregate(server, updates), round=number)
             broken = [key for key, value in server.adapter.tensors.items() if not torch.isfinite(value).all()]
             if broken:
-                raise RoundFailed(f"round {number}: the aggregate has NaN or inf in {broken[0]}, though every update was finite. "
-                                  "Bound updates with run.max_update_norm or a robust wrapper, or lower client.lr.")
+                raise RoundFailed(
+                    f"round {number}: the aggregate has NaN or inf in {broken[0]}, though every update was finite. "
+                    "Bound updates with run.max_update_norm or a robust wrapper, or lower client.lr."
+                )
             # 8. Evaluate, record, checkpoint.
-            event: dict[str, Any] = {"event": "round", "round": number, "clients": [update.client for update in updates],
-                                     "quarantined": bad, **wire.traffic(sent, [update.adapter for update in updates]), **mean_metrics(updates)}
+            event: dict[str, Any] = {
+                "event": "round",
+                "round": number,
+                "clients": [update.client for update in updates],
+                "quarantined": bad,
+                **wire.traffic(sent, [update.adapter for update in updates]),
+                **mean_metrics(updates),
+            }
             if number % rules.evaluate_every == 0 or number == rules.rounds:
                 if rules.evaluate_clients:
                     event |= self.evaluate_clients(grid, server, roster, rules, record)
@@ -252,7 +267,9 @@ class FederatedStrategy(Strategy):
                          record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
         """Every client evaluates its own model on its own held-out records; the means are weighted by records."""
         task = {**self.task(server), "round": server.round}
-        contents = {roster[client]: wire.PACKED.content(self.broadcast(server, client), task) for client in sorted(roster)}
+        contents = {
+            roster[client]: wire.PACKED.content(self.broadcast(server, client), task) for client in sorted(roster)
+        }
         replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
         results = {}
         for client in sorted(roster):
@@ -278,13 +295,20 @@ class FederatedStrategy(Strategy):
         `min-available-nodes` also steer the choice of clients.
         """
         if self.changes_base or self.keeps:
-            raise RunError(f"{type(self).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
-                           "Use fedpeft's client app.")
+            raise RunError(
+                f"{type(self).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
+                "Use fedpeft's client app."
+            )
         self.transport = "dense"
         config: dict[str, Any] = dict(train_config or {})
         codec, adapter = wire.Named.of(initial_arrays, config)
-        rules = Rules(rounds=num_rounds, seed=int(config.get("seed", 0)), clients=int(config.get("min-available-nodes", 2)),
-                      clients_per_round=config.get("clients-per-round"), deadline_s=timeout)
+        rules = Rules(
+            rounds=num_rounds,
+            seed=int(config.get("seed", 0)),
+            clients=int(config.get("min-available-nodes", 2)),
+            clients_per_round=config.get("clients-per-round"),
+            deadline_s=timeout,
+        )
         result = Result()
 
         def arrays(server: ServerState) -> ArrayRecord:
@@ -305,13 +329,19 @@ class FederatedStrategy(Strategy):
         result.arrays = arrays(self.run(grid, server, rules, codec=codec, evaluate=evaluate, record=record))
         return result
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         raise RunError("fedpeft strategies run their own round: call start(), or run().")
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         raise RunError("fedpeft strategies run their own round: call start(), or run().")
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

@@ -55,11 +55,15 @@ def check(config: Config) -> None:
         raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: strategy {name} needs equal ranks. "
                          f"Strategies for unequal ranks: {', '.join(able)}.")
     if strategy.keeps and config.data.holdout == 0:
-        raise InputError(f"strategy.name={name} leaves {', '.join(strategy.keeps)} with each client, so there is no single global model: "
-                         "it is evaluated on the clients. Set data.holdout (for example 0.2).")
+        raise InputError(
+            f"strategy.name={name} leaves {', '.join(strategy.keeps)} with each client, so there is no single global "
+            "model: it is evaluated on the clients. Set data.holdout (for example 0.2)."
+        )
     if config.model.dtype != "float32" and strategy.changes_base:
-        raise InputError(f"strategy.name={name} changes the base weights; model.dtype={config.model.dtype} would round its changes away. "
-                         "Set model.dtype=float32.")
+        raise InputError(
+            f"strategy.name={name} changes the base weights; model.dtype={config.model.dtype} would round its changes "
+            "away. Set model.dtype=float32."
+        )
 
 
 def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
@@ -67,4 +71,6 @@ def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
         return entry, {}
     if isinstance(entry, dict) and isinstance(entry.get("name"), str):
         return entry["name"], {key: value for key, value in entry.items() if key != "name"}
-    raise InputError(f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: {', '.join(wrappers())}.")
+    raise InputError(
+        f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: {', '.join(wrappers())}."
+    )

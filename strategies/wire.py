@@ -1,7 +1,7 @@
 """Adapter states as Flower messages, and the checks that every reply passes before it may be aggregated.
 
-What crosses the wire, each way: one ArrayRecord (ours: a single packed array; a stock Flower app: an array per tensor), one
-ConfigRecord (ours: the manifest and the task as JSON), and on the way back one MetricRecord with `num-examples`.
+What crosses the wire, each way: one ArrayRecord (ours: a single packed array; a stock Flower app: an array per tensor),
+one ConfigRecord (ours: the manifest and the task as JSON), and on the way back one MetricRecord with `num-examples`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Packed:
     def open(content: RecordDict) -> tuple[AdapterState, dict[str, Any]]:
         """Adapter and task of a message: what the client calls."""
         config = content["config"]
-        return unpack(content.array_records["arrays"]["adapter"].numpy(), str(config["manifest"])), json.loads(str(config["task"]))
+        flat = content.array_records["arrays"]["adapter"].numpy()
+        return unpack(flat, str(config["manifest"])), json.loads(str(config["task"]))
 
     def reply(self, adapter: AdapterState, metrics: dict[str, float], number: int) -> RecordDict:
         content = self.content(adapter, {"round": number})
@@ -73,7 +74,7 @@ class Packed:
         """The upload and the metrics of a good reply.
 
         Raises:
-            BadReply: error, missing, extra or misshapen tensors, NaN or inf, weight not positive and finite, stale round.
+            BadReply: error, missing, extra or misshapen tensors, NaN or inf, weight not positive or finite, old round.
         """
         values = metrics(reply)
         try:
@@ -112,7 +113,9 @@ class Named:
             site, _, role = key.rpartition("/")
             if role in ("A", "B"):
                 if f"{site}/A" not in tensors or f"{site}/B" not in tensors:
-                    raise RunError(f"initial_arrays: {names[key]} has no partner; both LoRA factors of a module are needed.")
+                    raise RunError(
+                        f"initial_arrays: {names[key]} has no partner; both LoRA factors of a module are needed."
+                    )
                 sites[site] = Site("lora", (tensors[f"{site}/B"].shape[0], tensors[f"{site}/A"].shape[1]))
             else:
                 sites[site] = Site("head")
@@ -143,12 +146,14 @@ class Named:
                     tensors[keys[name]] = torch.from_numpy(array.numpy())
                 except MALFORMED as error:
                     raise BadReply(f"unreadable array {name}: {error}") from error
-        adapter = AdapterState(tensors, sent.sites)
         wanted = sent.select(uploads)
         for key, value in tensors.items():
             if key not in wanted and not torch.equal(value, sent[key]):
-                raise BadReply(f"{self.names[key]} was trained, but clients train only {', '.join(uploads)} in this round")
-        return checked(AdapterState({key: value for key, value in tensors.items() if key in wanted}, adapter.sites), wanted), values
+                raise BadReply(
+                    f"{self.names[key]} was trained, but clients train only {', '.join(uploads)} in this round"
+                )
+        trained = {key: value for key, value in tensors.items() if key in wanted}
+        return checked(AdapterState(trained, sent.sites), wanted), values
 
 
 PACKED = Packed()
@@ -160,7 +165,9 @@ def named_site(name: str) -> tuple[str, str]:
     >>> named_site("base_model.model.vit.q_proj.lora_A.default.weight")
     ('vit.q_proj', 'A')
     """
-    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part not in ("default", "modules_to_save")]
+    parts = [
+        part for part in name.removeprefix("base_model.model.").split(".") if part not in ("default", "modules_to_save")
+    ]
     if len(parts) > 2 and parts[-2] in ("lora_A", "lora_B"):
         return ".".join(parts[:-2]), parts[-2][-1]
     return ".".join(parts[:-1]), parts[-1]
@@ -192,7 +199,7 @@ def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: floa
 
 
 def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Message]:
-    """Replies to these messages, until all are there or the deadline; a grid that can is told to give up on the rest."""
+    """Replies to these messages, until all are there or the deadline; a grid that can, gives up on the rest."""
     waiting, replies = list(names), []
     until = math.inf if deadline_s is None else time.monotonic() + deadline_s
     while waiting:
@@ -256,4 +263,7 @@ def checked(adapter: AdapterState, wanted: AdapterState) -> AdapterState:
 
 def traffic(sent: dict[str, AdapterState], received: list[AdapterState]) -> dict[str, int]:
     """Payload bytes of a round: tensors down and up."""
-    return {"bytes_down": sum(state.nbytes for state in sent.values()), "bytes_up": sum(state.nbytes for state in received)}
+    return {
+        "bytes_down": sum(state.nbytes for state in sent.values()),
+        "bytes_up": sum(state.nbytes for state in received),
+    }

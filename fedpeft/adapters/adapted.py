@@ -19,7 +19,7 @@ from fedpeft.state import AdapterState, Site
 
 @dataclass(frozen=True)
 class Injected:
-    """What an adapter put into the backbone: parameters by `site/role`, their sites, and the frozen layer of each site."""
+    """What an adapter put into the backbone: parameters by `site/role`, sites, and each site's frozen layer."""
 
     parameters: dict[str, nn.Parameter]
     sites: dict[str, Site]
@@ -37,8 +37,8 @@ class Adapted:
 
     Adapter and head are float32 whatever the dtype of the base.
 
-    Tensors of a state that have a smaller rank than the model's are padded with zeros: a zero row of A beside a zero column
-    of B gets no gradient, so training then equals training at the smaller rank.
+    Tensors of a state that have a smaller rank than the model's are padded with zeros: a zero row of A beside a zero
+    column of B gets no gradient, so training then equals training at the smaller rank.
     """
 
     def __init__(self, base: Base, injected: Injected, train_head: bool) -> None:
@@ -110,7 +110,9 @@ class Adapted:
 def build(model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int) -> Adapted:
     """Load the base, inject the adapter; fresh weights are a function of `seed` alone."""
     base = load_base(model, labels, seed)
-    method: Adapter = configs.method("adapters", adapter.name, {key: value for key, value in adapter.options.items()}, "adapter")
+    method: Adapter = configs.method(
+        "adapters", adapter.name, {key: value for key, value in adapter.options.items()}, "adapter"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "adapter"))
         injected = method.inject(base, adapter, seed)

@@ -32,7 +32,7 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
 
     Args:
         base: what `from_pretrained` takes to get the base model.
-        pooled_head: the head is fedpeft's mean-pooled one, not a module of the base model: it goes to head.safetensors only.
+        pooled_head: the head is fedpeft's mean-pooled one, no module of the base: it goes to head.safetensors only.
     """
     tensors: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
@@ -50,9 +50,18 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
         raise InputError(f"{folder}: there is no LoRA factor to save.")
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
-        "peft_type": "LORA", "task_type": POOLED if pooled_head else TASKS.get(task or ""), "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False,
-        "init_lora_weights": True, "target_modules": sorted(ranks),
+        "peft_type": "LORA",
+        "task_type": POOLED if pooled_head else TASKS.get(task or ""),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(ranks),
         "rank_pattern": {site: value for site, value in ranks.items() if value != rank},
         "alpha_pattern": {site: value for site, value in alphas.items() if value != alpha},
         "modules_to_save": None if pooled_head or not head else sorted({name.split(".")[0] for name in head}),
@@ -88,12 +97,18 @@ def load(folder: Path) -> AdapterState:
         if config.get(option):
             raise InputError(f"{folder}: {option} is set; only plain LoRA factors can be read.")
     if config.get("bias", "none") != "none":
-        raise InputError(f"{folder}: bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'.")
+        raise InputError(
+            f"{folder}: bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'."
+        )
     if str(config.get("init_lora_weights")).startswith(MOVES_BASE):
-        raise InputError(f"{folder}: init_lora_weights={config['init_lora_weights']!r} moves the base weights. Save it as a plain LoRA "
-                         "first (peft: save_pretrained with path_initial_model_for_weight_conversion).")
+        raise InputError(
+            f"{folder}: init_lora_weights={config['init_lora_weights']!r} moves the base weights. Save it as a plain "
+            "LoRA first (peft: save_pretrained with path_initial_model_for_weight_conversion)."
+        )
     if not isinstance(config.get("lora_alpha"), int | float):
-        raise InputError(f"{folder}: adapter_config.json: lora_alpha is {config.get('lora_alpha')!r}; expected a number.")
+        raise InputError(
+            f"{folder}: adapter_config.json: lora_alpha is {config.get('lora_alpha')!r}; expected a number."
+        )
     tensors = {}
     for name, value in _weights(folder).items():
         site, _, role = name.removeprefix(PREFIX).rpartition(".")
@@ -148,7 +163,9 @@ def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
         if A.ndim != 2 or B.ndim != 2 or B.shape[1] != rank:
             raise InputError(f"{folder}: {site} has factors of shapes {list(B.shape)} and {list(A.shape)}.")
         alpha = _pattern(config.get("alpha_pattern") or {}, site, float(config["lora_alpha"]))
-        sites[site] = Site("lora", (B.shape[0], A.shape[1]), alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+        sites[site] = Site(
+            "lora", (B.shape[0], A.shape[1]), alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+        )
     return sites
 
 

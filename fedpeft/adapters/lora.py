@@ -39,4 +39,8 @@ def lora_layers(base: Base, config: AdapterConfig) -> dict[str, Any]:
     settings = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
                           target_modules=names, bias="none")
     inject_adapter_in_model(settings, base.backbone)
-    return {name: module for name, module in base.backbone.named_modules() if isinstance(module, LoraLayer) and name in names}
+    return {
+        name: module
+        for name, module in base.backbone.named_modules()
+        if isinstance(module, LoraLayer) and name in names
+    }

@@ -6,7 +6,7 @@
 random draws. Both are functions of public things (weight, seed), so that every client makes the same ones.
 
 Deviations: the paper starts from the singular vectors and values of a first full fine-tuning step on the training data.
-That reads private data before any privacy budget is spent, so it is not offered; R_0 = 0 keeps the start at the base model.
+That reads private data before any privacy budget is spent, so it is not offered; R_0 = 0 starts from the base model.
 """
 
 from __future__ import annotations
@@ -44,13 +44,20 @@ class LoraSB:
         for site, layer in lora_layers(base, config).items():
             weight = layer.get_base_layer().weight
             if config.r > min(weight.shape):
-                raise InputError(f"adapter.r={config.r}: {site} is {weight.shape[0]} x {weight.shape[1]}, and frozen orthonormal "
-                                 f"factors have at most rank {min(weight.shape)}. Lower adapter.r, or leave the site out of "
-                                 "adapter.target_modules.")
+                raise InputError(
+                    f"adapter.r={config.r}: {site} is {weight.shape[0]} x {weight.shape[1]}, and frozen orthonormal "
+                    f"factors have at most rank {min(weight.shape)}. Lower adapter.r, or leave the site out of "
+                    "adapter.target_modules."
+                )
             down, up = layer.lora_A["default"], layer.lora_B["default"]
             core = nn.Linear(config.r, config.r, bias=False)
             nn.init.zeros_(core.weight)
-            B, A = self.factors(weight, config.r, (up.weight.shape[0], down.weight.shape[1]), seeds.torch_generator(seed, "lora_sb", site))
+            B, A = self.factors(
+                weight,
+                config.r,
+                (up.weight.shape[0], down.weight.shape[1]),
+                seeds.torch_generator(seed, "lora_sb", site),
+            )
             down.weight.data, up.weight.data = A, B
             layer.lora_B["default"] = nn.Sequential(core, up)
             parameters |= {f"{site}/A": down.weight, f"{site}/B": up.weight, f"{site}/R": core.get_parameter("weight")}
@@ -58,7 +65,9 @@ class LoraSB:
             frozen[site] = layer.get_base_layer()
         return Injected(parameters, sites, frozen)
 
-    def factors(self, weight: Tensor, r: int, shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, weight: Tensor, r: int, shape: tuple[int, int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """B [out, r] with orthonormal columns and A [r, in] with orthonormal rows; signs fixed."""
         out, width = shape
         if self.init == "random":

@@ -10,8 +10,18 @@ from fedpeft.errors import InputError
 from fedpeft.models import Base
 
 # transformers 5 renamed ViT's projections, so peft's table by model type can be stale: what counts is what is there.
-ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_key_value",), ("qkv_proj",), ("qkv",), ("Wqkv",),
-             ("c_attn",), ("q", "v"), ("in_proj",))
+ATTENTION = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("qkv",),
+    ("Wqkv",),
+    ("c_attn",),
+    ("q", "v"),
+    ("in_proj",),
+)
 
 
 def linear_layers(base: Base) -> dict[str, nn.Module]:
@@ -19,8 +29,13 @@ def linear_layers(base: Base) -> dict[str, nn.Module]:
     heads = {id(module) for head in base.heads.values() for module in head.modules()}
     backbone: Any = base.backbone
     output = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
-    return {name: module for name, module in backbone.named_modules()
-            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(module) not in heads and module is not output}
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and id(module) not in heads
+        and module is not output
+    }
 
 
 def resolve(base: Base, wanted: list[str] | None) -> list[str]:
@@ -39,13 +54,17 @@ def resolve(base: Base, wanted: list[str] | None) -> list[str]:
     if wanted is None:
         wanted = next((list(group) for group in ATTENTION if set(group) <= set(endings)), None)
         if wanted is None:
-            raise InputError(f"adapter.target_modules: no known attention projection in {type(base.backbone).__name__}; "
-                             f"name some of its linear layers: {', '.join(endings)}, or [all-linear].")
+            raise InputError(
+                f"adapter.target_modules: no known attention projection in {type(base.backbone).__name__}; "
+                f"name some of its linear layers: {', '.join(endings)}, or [all-linear]."
+            )
     chosen = []
     for ending in wanted:
         found = [name for name in layers if name == ending or name.endswith(f".{ending}")]
         if not found:
-            raise InputError(f"adapter.target_modules: no linear layer of {type(base.backbone).__name__} ends in '{ending}'. "
-                             f"There are: {', '.join(endings)}.")
+            raise InputError(
+                f"adapter.target_modules: no linear layer of {type(base.backbone).__name__} ends in '{ending}'. "
+                f"There are: {', '.join(endings)}."
+            )
         chosen += found
     return sorted(set(chosen))

@@ -1,8 +1,8 @@
-"""Make the embedded checkpoint: a tiny ViT pre-trained on drawn digits. `make checkpoint` runs it, about a minute on one core.
+"""Make the embedded checkpoint: a tiny ViT pre-trained on drawn digits. `make checkpoint` takes a minute on one core.
 
 Digits are drawn with Pillow's built-in font at random width, shear, rotation, thickness and threshold on 32x32, then
-reduced to 4x4 block means: the construction of scikit-learn's real `digits`, so that fine-tuning on those is a shift from
-synthetic to real with no third-party image in the package.
+reduced to 4x4 block means: the construction of scikit-learn's real `digits`, so that fine-tuning on those is a shift
+from synthetic to real with no third-party image in the package.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ def draw(digit: int, rng: np.random.Generator) -> np.ndarray:
     ImageDraw.Draw(canvas).text((32, 32), str(digit), fill=255, font=font, anchor="mm")
     width, shear, angle = rng.uniform(0.8, 1.3), rng.uniform(-0.3, 0.3), rng.uniform(-15, 15)
     canvas = canvas.rotate(angle, resample=Image.Resampling.BILINEAR)
-    canvas = canvas.transform((64, 64), Image.Transform.AFFINE, (1 / width, shear, 32 - 32 / width - 32 * shear, 0, 1, 0),
-                              resample=Image.Resampling.BILINEAR)
+    canvas = canvas.transform(
+        (64, 64),
+        Image.Transform.AFFINE,
+        (1 / width, shear, 32 - 32 / width - 32 * shear, 0, 1, 0),
+        resample=Image.Resampling.BILINEAR,
+    )
     if rng.random() < 0.5:
         canvas = canvas.filter(ImageFilter.MaxFilter(3 if rng.random() < 0.5 else 5))
-    ink = canvas.point(lambda value: 255 if value > threshold else 0) if (threshold := int(rng.integers(80, 170))) else canvas
+    threshold = int(rng.integers(80, 170))
+    ink = canvas.point(lambda value: 255 if value > threshold else 0)
     box = ink.getbbox() or (0, 0, 64, 64)
     ink = ink.crop(box)
     scale = 30 / max(ink.size)
     ink = ink.resize((max(1, int(ink.width * scale)), max(1, int(ink.height * scale))), Image.Resampling.BILINEAR)
     page = Image.new("L", (32, 32), 0)
-    page.paste(ink, ((32 - ink.width) // 2 + int(rng.integers(-1, 2)), (32 - ink.height) // 2 + int(rng.integers(-1, 2))))
+    page.paste(
+        ink, ((32 - ink.width) // 2 + int(rng.integers(-1, 2)), (32 - ink.height) // 2 + int(rng.integers(-1, 2)))
+    )
     bitmap = (np.asarray(page) > 127).astype(np.float32)
     grey: np.ndarray = bitmap.reshape(8, 4, 8, 4).mean(axis=(1, 3))
     return grey

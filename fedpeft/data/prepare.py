@@ -122,7 +122,7 @@ def model(name: str) -> Path | None:
         raise InputError(f"model.name: {name} is not prepared: there is no {folder}. Run: fedpeft data prepare {name}")
     use = json.loads((folder / ABOUT).read_text()).get("use")
     if use is not None:
-        raise InputError(f"model.name: transformers' auto classes do not load {name}. {use}")
+        raise InputError(f"model.name: transformers' auto classes do not load {folder}. {use}")
     return folder
 
 

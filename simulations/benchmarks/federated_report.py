@@ -163,8 +163,13 @@ def tables(results: Row) -> list[Table]:
     for experiment in experiments:
         table.add_column(experiment, justify="right")
     for name in distinct(results["baselines"], "method"):
-        table.add_row(name, *(_spread(_points(select(results["baselines"], method=name, experiment=experiment), "accuracy"))
-                              for experiment in experiments))
+        table.add_row(
+            name,
+            *(
+                _spread(_points(select(results["baselines"], method=name, experiment=experiment), "accuracy"))
+                for experiment in experiments
+            ),
+        )
     made.append(table)
     table = Table("claim", "where", "difference", "verdict", title_justify="left",
                   title="claims: difference paired by seed in points, with standard error (bold: required)")

@@ -1,4 +1,4 @@
-"""Rows that the federated benchmark's tables need beside the methods: what no federation at all reaches on the same worlds."""
+"""Rows of the federated benchmark's tables beside the methods: what no federation at all reaches on the same worlds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpeft.simulations.benchmarks.toy import World
 
 
 def baselines(experiment: str, worlds: Sequence[World]) -> list[dict[str, Any]]:
-    """Test accuracy of the frozen net as it is, and of logistic regressions on pooled frozen features and on raw inputs.
+    """Test accuracy of the frozen net, and of logistic regressions on pooled frozen features and on raw inputs.
 
     The regressions see all clients' records in one place and have no privacy: reference points, not rivals.
     """
@@ -23,5 +23,8 @@ def baselines(experiment: str, worlds: Sequence[World]) -> list[dict[str, Any]]:
             "frozen features + logistic regression": logistic(features.numpy(), y, held_features.numpy(), held_y),
             "raw inputs + logistic regression": logistic(world.x.numpy(), y, world.held_x.numpy(), held_y),
         }
-        rows += [{"experiment": experiment, "method": name, "seed": world.seed, "accuracy": value} for name, value in found.items()]
+        rows += [
+            {"experiment": experiment, "method": name, "seed": world.seed, "accuracy": value}
+            for name, value in found.items()
+        ]
     return rows

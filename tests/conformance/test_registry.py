@@ -1,4 +1,4 @@
-"""Every adapter, embedded data set and partitioner of the registry in a real run, and what every entry must tell of itself."""
+"""Every adapter, embedded data set and partitioner of the registry in a real run, and what every entry must tell."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from fedpeft import registry
 from fedpeft.data.source import load
 
 MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
-PARTITION_OPTIONS = {"column": {"data.source": "docstrings", "data.partition.column": "module", "model.name": "tiny-bert",
-                                "model.task": "sequence-classification", "model.max_length": 32}}
-ENTRIES = [(table, name) for table in ("strategies", "adapters", "datasets", "partitioners") for name in registry.names(table)]
+PARTITION_OPTIONS = {
+    "column": {
+        "data.source": "docstrings",
+        "data.partition.column": "module",
+        "model.name": "tiny-bert",
+        "model.task": "sequence-classification",
+        "model.max_length": 32,
+    }
+}
+ENTRIES = [
+    (table, name) for table in ("strategies", "adapters", "datasets", "partitioners") for name in registry.names(table)
+]
 
 
 @pytest.mark.parametrize(("table", "name"), ENTRIES)
@@ -24,21 +33,36 @@ def test_an_entry_documents_itself_and_its_options(table, name):
     cls = registry.load(table, name)
     assert len((inspect.getdoc(cls) or "").splitlines()[0]) > 10
     if table == "strategies":
-        assert "arXiv" in cls.paper or "ICML" in cls.paper or "NeurIPS" in cls.paper or name in ("flower", "norm_clip", "median"), cls.paper
+        assert (
+            "arXiv" in cls.paper
+            or "ICML" in cls.paper
+            or "NeurIPS" in cls.paper
+            or name in ("flower", "norm_clip", "median")
+        ), cls.paper
     arguments = set(inspect.signature(cls).parameters) - {"inner"}
     assert arguments == {item.name for item in configs.options_of(cls).values()}
     for item in configs.options_of(cls).values():
         assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
         default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
-        assert inspect.signature(cls).parameters[item.name].default in (default, None if default in ({}, []) else default)
+        assert inspect.signature(cls).parameters[item.name].default in (
+            default,
+            None if default in ({}, []) else default,
+        )
 
 
 @pytest.mark.parametrize("name", registry.names("adapters"))
 @pytest.mark.parametrize("model", ["tiny-vit", "tiny-bert", "tiny-llama"])
 def test_an_adapter_trains_on_every_model_family(name, model, tiny, tmp_path):
     text = {"data.source": "docstrings", "data.limit": 60, "model.max_length": 32}
-    config = {"model.name": model, "model.task": {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification",
-                                                  "tiny-llama": "causal-lm"}[model], **({} if model == "tiny-vit" else text)}
+    config = {
+        "model.name": model,
+        "model.task": {
+            "tiny-vit": "image-classification",
+            "tiny-bert": "sequence-classification",
+            "tiny-llama": "causal-lm",
+        }[model],
+        **({} if model == "tiny-vit" else text),
+    }
     if name == "lora_sb":
         config |= {"adapter": "lora_sb", "strategy": "fed_sb"}
     summary = tiny("run", {**config, "run.rounds": 1})

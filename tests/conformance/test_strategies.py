@@ -1,4 +1,4 @@
-"""Every registered strategy in a real tiny federation: deterministic, resumable, and it moves exactly what it declares."""
+"""Every registered strategy in a tiny real federation: deterministic, resumable, and moves exactly what it declares."""
 
 from __future__ import annotations
 
@@ -85,7 +85,11 @@ def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tiny, 
     start, _ = local.compose(client, strategy.broadcast(server, client), task, before=0)
     local.model.write(start)
     module_names = {id(parameter): key for key, parameter in local.model.parameters.items()}
-    frozen = {name: value.detach().clone() for name, value in local.model.base.backbone.named_parameters() if id(value) not in module_names}
+    frozen = {
+        name: value.detach().clone()
+        for name, value in local.model.base.backbone.named_parameters()
+        if id(value) not in module_names
+    }
     local.train(client, strategy.broadcast(server, client), task)
     declared = set(start.select(strategy.trained(server)).tensors)
     for key, value in local.model.state().tensors.items():
@@ -104,7 +108,9 @@ def test_stock_peft_loads_the_adapter_and_computes_the_same(name, tiny, tmp_path
     folder, adapter = tmp_path / "run" / "adapter", server.adapter
     if here.strategy.keeps:  # the clients' own adapters are the result
         folder = folder / "clients" / "client-002"
-        adapter, _ = here.local.compose("client-002", here.strategy.broadcast(server, "client-002"), here.strategy.task(server), before=99)
+        adapter, _ = here.local.compose(
+            "client-002", here.strategy.broadcast(server, "client-002"), here.strategy.task(server), before=99
+        )
     here.local.model.write(adapter)
     x = here.test_encoded.inputs["pixel_values"][:16]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A run with hostile clients finishes, names each of them, and under a robust wrapper loses no accuracy worth naming."""
+"""A run with hostile clients finishes, names each of them, and under a robust wrapper loses hardly any accuracy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from fedpeft.errors import InputError
 from fedpeft.strategies.base import RoundFailed
 
 # 12 clients, half of them hostile in one way or another; x1000 is not malformed and has to be survived by the rule.
-FAULTS = {"client-000": "nan", "client-002": "shape", "client-004": "empty", "client-006": "crash", "client-008": "scale"}
-RUN = {"data.clients": 12, "data.limit": 600, "client.local_steps": 10, "run.rounds": 6, "run.quorum": 0.3, "client.lr": 0.005}
+FAULTS = {
+    "client-000": "nan",
+    "client-002": "shape",
+    "client-004": "empty",
+    "client-006": "crash",
+    "client-008": "scale",
+}
+RUN = {
+    "data.clients": 12,
+    "data.limit": 600,
+    "client.local_steps": 10,
+    "run.rounds": 6,
+    "run.quorum": 0.3,
+    "client.lr": 0.005,
+}
 
 
 def accuracy(summary: dict) -> float:
@@ -57,8 +70,11 @@ def test_clients_that_hang_or_die_are_dropped_at_the_deadline(tiny):
 
 
 def test_too_few_good_replies_end_the_run_with_the_reasons(tiny):
-    with pytest.raises(RoundFailed, match="client-001.*injected crash"):
-        tiny("run", {"run.faults": {"client-001": "crash", "client-002": "nan", "client-003": "crash"}, "run.quorum": 0.5})
+    with pytest.raises(RoundFailed, match=r"client-001.*injected crash"):
+        tiny(
+            "run",
+            {"run.faults": {"client-001": "crash", "client-002": "nan", "client-003": "crash"}, "run.quorum": 0.5},
+        )
 
 
 @pytest.mark.parametrize(("faults", "message"), [

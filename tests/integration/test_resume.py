@@ -1,4 +1,4 @@
-"""A killed run goes on and ends as if nothing had happened; a damaged checkpoint is refused and the one before is used."""
+"""A killed run goes on and ends as if nothing had happened; of a damaged checkpoint the one before is used."""
 
 from __future__ import annotations
 

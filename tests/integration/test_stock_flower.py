@@ -25,7 +25,9 @@ def app():
 
 
 def grid(app, nodes: int = 3) -> LocalGrid:
-    return LocalGrid(lambda: app.client, {node + 2: {"partition-id": node, "num-partitions": nodes} for node in range(nodes)})
+    return LocalGrid(
+        lambda: app.client, {node + 2: {"partition-id": node, "num-partitions": nodes} for node in range(nodes)}
+    )
 
 
 def check_fedsvd(app, result) -> None:
@@ -53,7 +55,12 @@ def test_fedsvd_runs_under_flowers_own_simulation(app):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run_simulation(app.server, app.client, num_supernodes=3, backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}})
+        run_simulation(
+            app.server,
+            app.client,
+            num_supernodes=3,
+            backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}},
+        )
     check_fedsvd(app, app.RESULT[0])
 
 
@@ -67,7 +74,9 @@ def test_a_stock_strategy_runs_on_our_grid(app, strategy):
     from flwr.app import ArrayRecord
 
     start = ArrayRecord(get_peft_model_state_dict(app.build()))
-    result = strategy(fraction_evaluate=0.0, min_available_nodes=3, min_train_nodes=3).start(grid(app), start, num_rounds=2)
+    result = strategy(fraction_evaluate=0.0, min_available_nodes=3, min_train_nodes=3).start(
+        grid(app), start, num_rounds=2
+    )
     arrays, before = result.arrays.to_torch_state_dict(), start.to_torch_state_dict()
     for name, value in arrays.items():
         moved = float((value - before[name]).abs().max())

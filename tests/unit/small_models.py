@@ -10,11 +10,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
+from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.models import byte_tokenizer
+from fedpeft.state import AdapterState
 
-WIDTH, LABELS = 16, 3
+WIDTH, LABELS, POSITIONS = 16, 3, 130
 SPREAD = 0.2  # of the weights: a change of one is seen in the logits
 TEXT, LM, IMAGE = "sequence-classification", "causal-lm", "image-classification"
 # name -> task, and the modules that get a LoRA when none are named
@@ -46,8 +49,14 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
     """A random model; its trunk alone unless `whole`."""
     torch.manual_seed(seed)
     common = {
-        "vocab_size": len(tokenizer()), "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 24, "max_position_embeddings": 40, "pad_token_id": 0, "num_labels": LABELS,
+        "vocab_size": len(tokenizer()),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": POSITIONS,
+        "pad_token_id": 0,
+        "num_labels": LABELS,
         "initializer_range": SPREAD,
     }
     if name in ("bert", "roberta"):
@@ -56,19 +65,42 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
         return getattr(transformers, f"{stem}ForSequenceClassification" if whole else f"{stem}Model")(config)
     if name == "distilbert":
         config = transformers.DistilBertConfig(
-            vocab_size=len(tokenizer()), dim=WIDTH, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=40,
-            pad_token_id=0, num_labels=LABELS, initializer_range=SPREAD)
+            vocab_size=len(tokenizer()),
+            dim=WIDTH,
+            hidden_dim=24,
+            n_layers=2,
+            n_heads=2,
+            max_position_embeddings=POSITIONS,
+            pad_token_id=0,
+            num_labels=LABELS,
+            initializer_range=SPREAD,
+        )
         return (transformers.DistilBertForSequenceClassification if whole else transformers.DistilBertModel)(config)
     if name == "vit":
         config = transformers.ViTConfig(
-            hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
-            patch_size=4, num_channels=1, num_labels=LABELS, initializer_range=SPREAD)
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            num_labels=LABELS,
+            initializer_range=SPREAD,
+        )
         return (transformers.ViTForImageClassification if whole else transformers.ViTModel)(config)
     if name == "llama":
         return (transformers.LlamaForCausalLM if whole else transformers.LlamaModel)(transformers.LlamaConfig(**common))
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer()), n_embd=WIDTH, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=1,
-        initializer_range=SPREAD)
+        vocab_size=len(tokenizer()),
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        n_positions=POSITIONS,
+        bos_token_id=1,
+        eos_token_id=1,
+        initializer_range=SPREAD,
+    )
     return (transformers.GPT2LMHeadModel if whole else transformers.GPT2Model)(config)
 
 
@@ -84,7 +116,12 @@ def save(name: str, folder: Path, seed: int = 0, whole: bool = True) -> Path:
 
 
 def adapted(
-    folder: Path | str, name: str, model: dict[str, Any] | None = None, seed: int = 0, method: str = "lora", **adapter: Any
+    folder: Path | str,
+    name: str,
+    model: dict[str, Any] | None = None,
+    seed: int = 0,
+    method: str = "lora",
+    **adapter: Any,
 ) -> Adapted:
     """The saved model with an adapter."""
     config = ModelConfig(name=str(folder), task=KINDS[name][0], **(model or {}))
@@ -99,7 +136,60 @@ def inputs(name: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def randomised(model: Adapted, seed: int = 1, scale: float = 0.1) -> Any:
+def randomised(model: Adapted, seed: int = 1, scale: float = 0.1) -> AdapterState:
     """A state with every tensor drawn anew, so that no factor is zero."""
     generator = torch.Generator().manual_seed(seed)
     return model.state().map(lambda value: scale * torch.randn(value.shape, generator=generator))
+
+
+def dense(state: AdapterState, site: str) -> Tensor:
+    """What the state adds to the site's weight [out, in], in float64."""
+    change = state[f"{site}/B"].double()
+    if f"{site}/R" in state:
+        change = change @ state[f"{site}/R"].double()
+    change = state.sites[site].scaling * change @ state[f"{site}/A"].double()
+    if f"{site}/residual_B" in state:
+        change = change + state[f"{site}/residual_B"].double() @ state[f"{site}/residual_A"].double()
+    return change
+
+
+def merged_by_hand(name: str, state: AdapterState) -> Any:
+    """The bare transformers model with every change added to its weights, and the head put in."""
+    model = make(name).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in state.tensors.items():
+            if state.role(key) == "head":
+                parameters[key.replace("/", ".")].copy_(value)
+        for site in state.lora_sites():
+            weight = parameters[f"{site}.weight"]
+            change = dense(state, site).float()
+            weight += change.T if type(model.get_submodule(site)).__name__ == "Conv1D" else change
+    return model
+
+
+def with_residual(state: AdapterState, seed: int = 5, rank: int = 3) -> AdapterState:
+    """The state and a random change of every base weight."""
+    generator = torch.Generator().manual_seed(seed)
+    new = {}
+    for site in state.lora_sites():
+        out, width = state.sites[site].shape
+        new[f"{site}/residual_B"] = torch.randn(out, rank, generator=generator) * 0.3
+        new[f"{site}/residual_A"] = torch.randn(rank, width, generator=generator) * 0.3
+    return state.replace(new)
+
+
+def texts(count: int = 10, causal: bool = False, seed: int = 0) -> Encoded:
+    """Random byte texts of 2 to 7 tokens, padded on the right."""
+    draw = seeds.torch_generator(seed, "texts")
+    lengths = torch.randint(2, 8, (count,), generator=draw)
+    mask = (torch.arange(7)[None] < lengths[:, None]).long()
+    ids = torch.randint(2, 258, (count, 7), generator=draw) * mask
+    labels = ids.masked_fill(mask == 0, IGNORE) if causal else torch.randint(0, LABELS, (count,), generator=draw)
+    return Encoded({"input_ids": ids, "attention_mask": mask}, labels)
+
+
+def offsets(model: Adapted, seed: int = 4, scale: float = 0.05) -> dict[str, Tensor]:
+    """Something to add to every gradient."""
+    draw = seeds.torch_generator(seed, "control")
+    return {key: scale * torch.randn(value.shape, generator=draw) for key, value in model.form.tensors.items()}

@@ -1,4 +1,4 @@
-"""Base models of every architecture by name or path: what is frozen, what is adapted, which head, and what is refused."""
+"""Base models of every architecture by name or path: what is frozen or adapted, which head, what is refused."""
 
 from __future__ import annotations
 
@@ -96,8 +96,11 @@ def test_gradients_reach_every_trained_tensor_and_nothing_else(folders, name):
 def test_all_linear_never_touches_the_head(folders, name):
     model = small.adapted(folders[name], name, target_modules=["all-linear"])
     sites = set(model.form.lora_sites())
-    linear = {key for key, module in small.make(name).named_modules()
-              if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"}
+    linear = {
+        key
+        for key, module in small.make(name).named_modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    }
     heads = {"classifier", "classifier.dense", "classifier.out_proj", "pre_classifier", "lm_head"}
     assert sites == linear - heads
     assert len(sites) > len(small.adapted(folders[name], name).form.lora_sites())
@@ -173,8 +176,10 @@ def test_mean_pooling_is_the_mean_of_the_real_tokens(bert_trunk):
         tokens = [hidden[index, place] for place in range(4) if batch["attention_mask"][index, place] == 1]
         mean = torch.stack(tokens).double().mean(0)
         rows.append(mean / mean.norm() * small.WIDTH**0.5)
-    expected = torch.nn.functional.linear(torch.stack(rows), *(value.double() for value in (
-        base.heads["classifier"].weight, base.heads["classifier"].bias)))
+    expected = torch.nn.functional.linear(
+        torch.stack(rows),
+        *(value.double() for value in (base.heads["classifier"].weight, base.heads["classifier"].bias)),
+    )
     torch.testing.assert_close(base.forward(batch).double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -216,7 +221,9 @@ def test_a_bfloat16_base_keeps_a_float32_adapter(folders, name):
     exact.write(state)
     model.write(state)
     assert model.state().sha256() == state.sha256()
-    torch.testing.assert_close(model.logits(small.inputs(name)).float(), exact.logits(small.inputs(name)), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        model.logits(small.inputs(name)).float(), exact.logits(small.inputs(name)), atol=0.05, rtol=0.05
+    )
     trained = model.train_roles(("A", "B", "head"))
     model.logits(small.inputs(name)).float().square().sum().backward()
     assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in trained.values())
@@ -225,7 +232,9 @@ def test_a_bfloat16_base_keeps_a_float32_adapter(folders, name):
 def test_a_bfloat16_sentence_encoder_scores(bert_trunk):
     rough = load(bert_trunk, pooling="mean", dtype="bfloat16").forward(small.inputs("bert"))
     assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough, load(bert_trunk, pooling="mean").forward(small.inputs("bert")), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(
+        rough, load(bert_trunk, pooling="mean").forward(small.inputs("bert")), atol=0.1, rtol=0.1
+    )
 
 
 # Embedded models ------------------------------------------------------------------------------------------------------
@@ -234,8 +243,10 @@ def test_a_bfloat16_sentence_encoder_scores(bert_trunk):
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_models_do_not_depend_on_the_seed(name):
     bases = [models.load(ModelConfig(name=name, task=EMBEDDED[name]), 10, seed) for seed in (0, 1)]
-    states = [{key: value for key, value in base.backbone.state_dict().items() if not key.startswith("classifier")}
-              for base in bases]
+    states = [
+        {key: value for key, value in base.backbone.state_dict().items() if not key.startswith("classifier")}
+        for base in bases
+    ]
     assert states[0] and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -263,7 +274,9 @@ def test_no_such_model(tmp_path):
             load(name)
 
 
-@pytest.mark.parametrize(("name", "task"), [("vit", small.TEXT), ("vit", small.LM), ("bert", small.IMAGE), ("gpt2", small.IMAGE)])
+@pytest.mark.parametrize(
+    ("name", "task"), [("vit", small.TEXT), ("vit", small.LM), ("bert", small.IMAGE), ("gpt2", small.IMAGE)]
+)
 def test_a_model_for_another_task(folders, name, task):
     with pytest.raises(InputError, match=rf"model\.name: cannot load .*{name}' for {task}"):
         load(folders[name], task)
@@ -299,3 +312,22 @@ def test_a_damaged_checkpoint(folders, tmp_path):
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(InputError, match=r"model\.name: cannot load"):
         load(tmp_path / "bert")
+
+
+@pytest.mark.parametrize(("name", "task"), [("bert", small.TEXT), ("gpt2", small.LM)])
+def test_texts_longer_than_the_model_has_positions(folders, name, task):
+    load(folders[name], task, max_length=small.POSITIONS)
+    with pytest.raises(InputError, match=rf"model\.max_length=131: .*{name}' takes at most 130 tokens"):
+        load(folders[name], task, max_length=131)
+
+
+def test_a_tokenizer_that_cannot_pad(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "pad_token"}))
+    base = load(tmp_path / "llama", small.LM)
+    assert base.processor.pad_token == "<eos>"
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in ("pad_token", "eos_token")}))
+    with pytest.raises(InputError, match="neither a padding nor an end token"):
+        load(tmp_path / "llama", small.LM)

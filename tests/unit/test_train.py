@@ -1,4 +1,4 @@
-"""The local step loop against slow obvious loops; evaluation by hand; what a client does with its task."""
+"""The local step loop against slow obvious loops; losses and scores by hand."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import seeds
-from fedpeft.clients.app import Local
-from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, per_sample_loss, train
-from fedpeft.config import ClientConfig, Config
+from fedpeft.config import ClientConfig
 from fedpeft.data.encode import IGNORE, Encoded
-from fedpeft.errors import RunError
-from fedpeft.strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
@@ -47,16 +43,6 @@ def llama(folders):
 def model(bert):
     bert.write(small.randomised(bert))
     return bert
-
-
-def texts(count=10, causal=False, seed=0):
-    """Random byte texts of 2 to 7 tokens, padded on the right."""
-    draw = seeds.torch_generator(seed, "texts")
-    lengths = torch.randint(2, 8, (count,), generator=draw)
-    mask = (torch.arange(7)[None] < lengths[:, None]).long()
-    ids = torch.randint(2, 258, (count, 7), generator=draw) * mask
-    labels = ids.masked_fill(mask == 0, IGNORE) if causal else torch.randint(0, small.LABELS, (count,), generator=draw)
-    return Encoded({"input_ids": ids, "attention_mask": mask}, labels)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -143,16 +129,18 @@ def still(model, monkeypatch):
             monkeypatch.setattr(module, "p", 0.0)
 
 
-def offsets(model, seed=4, scale=0.05):
-    """Something to add to every gradient."""
-    draw = seeds.torch_generator(seed, "control")
-    return {key: scale * torch.randn(value.shape, generator=draw) for key, value in model.form.tensors.items()}
-
-
-@pytest.mark.parametrize("config", [
-    SGD, replace(SGD, momentum=0.9, weight_decay=0.1), replace(SGD, max_grad_norm=0.05), replace(SGD, local_steps=None, local_epochs=2),
-    ADAMW, replace(ADAMW, weight_decay=0.1),
-], ids=["sgd", "momentum", "clipped", "epochs", "adamw", "adamw decay"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SGD,
+        replace(SGD, momentum=0.9, weight_decay=0.1),
+        replace(SGD, max_grad_norm=0.05),
+        replace(SGD, local_steps=None, local_epochs=2),
+        ADAMW,
+        replace(ADAMW, weight_decay=0.1),
+    ],
+    ids=["sgd", "momentum", "clipped", "epochs", "adamw", "adamw decay"],
+)
 def test_training_is_the_slow_loop(model, still, config):
     check_against_slow_loop(model, config)
 
@@ -164,11 +152,11 @@ def test_the_proximal_term(model, still, mu):
 
 @pytest.mark.parametrize("config", [SGD, ADAMW])
 def test_the_scaffold_correction(model, still, config):
-    check_against_slow_loop(model, config, control=offsets(model))
+    check_against_slow_loop(model, config, control=small.offsets(model))
 
 
 def test_proximal_term_and_correction_together(model, still):
-    check_against_slow_loop(model, SGD, mu=1.0, control=offsets(model))
+    check_against_slow_loop(model, SGD, mu=1.0, control=small.offsets(model))
 
 
 @pytest.mark.parametrize("roles", [["B"], ["A"], ["B", "head"]])
@@ -181,7 +169,7 @@ def test_only_the_asked_roles_train(model, still, roles):
 
 
 def check_against_slow_loop(model, config, roles=ROLES, mu=0.0, control=None):
-    data, start = texts(), model.state()
+    data, start = small.texts(), model.state()
     expected, mean_loss = slow_loop(model, data, start, config, 7, roles, mu, control)
     model.write(start)
     own = None if control is None else {key: control[key] for key in start.select(roles).tensors}
@@ -201,7 +189,7 @@ def test_the_proximal_term_holds_back(model):
     moved = []
     for mu in (0.0, 3.0):
         model.write(start)
-        train(model, texts(), ROLES, SGD, 7, prox_mu=mu)
+        train(model, small.texts(), ROLES, SGD, 7, prox_mu=mu)
         moved.append(model.state().distance(start))
     assert moved[1] < 0.9 * moved[0]
 
@@ -212,7 +200,7 @@ def test_a_seed_gives_one_result_dropout_included(model):
         model.write(start)
         torch.manual_seed(noise)
         before = torch.get_rng_state()
-        train(model, texts(), ROLES, SGD, seed)
+        train(model, small.texts(), ROLES, SGD, seed)
         assert torch.equal(before, torch.get_rng_state())
         ends.append(model.state())
     assert ends[0].sha256() == ends[1].sha256() != ends[2].sha256()
@@ -222,11 +210,14 @@ def test_a_seed_gives_one_result_dropout_included(model):
 def test_a_smaller_clients_control_is_padded(model, still):
     """A client of rank 2 gets a correction of rank 2; the rows that it does not have stay zero."""
     state = model.state()
-    narrow = {key: value[:2] if key.endswith("/A") else value[:, :2] if key.endswith("/B") else value for key, value in state.tensors.items()}
+    narrow = {
+        key: value[:2] if key.endswith("/A") else value[:, :2] if key.endswith("/B") else value
+        for key, value in state.tensors.items()
+    }
     start = replace(state, tensors=narrow)
     model.write(start)
     control = {key: torch.full_like(value, 0.1) for key, value in narrow.items()}
-    train(model, texts(), ROLES, SGD, 7, control=control)
+    train(model, small.texts(), ROLES, SGD, 7, control=control)
     for site in state.lora_sites():
         assert torch.count_nonzero(model.parameters[f"{site}/A"][2:]) == 0
         assert torch.count_nonzero(model.parameters[f"{site}/B"][:, 2:]) == 0
@@ -234,24 +225,31 @@ def test_a_smaller_clients_control_is_padded(model, still):
 
 
 def test_the_new_control_by_hand():
-    value = {name: {"control:q/A": torch.tensor(numbers)} for name, numbers in (
-        ("own", [1.0, 2.0]), ("server", [0.5, -1.0]), ("before", [3.0, 4.0]), ("after", [2.0, 4.5]))}
+    value = {
+        name: {"control:q/A": torch.tensor(numbers)}
+        for name, numbers in (
+            ("own", [1.0, 2.0]),
+            ("server", [0.5, -1.0]),
+            ("before", [3.0, 4.0]),
+            ("after", [2.0, 4.5]),
+        )
+    }
     new = new_control(value["own"], value["server"], value["before"], value["after"], steps=5, lr=0.1)
     torch.testing.assert_close(new["control:q/A"], torch.tensor([1.0 - 0.5 + 2.0, 2.0 + 1.0 - 1.0]))
 
 
 def test_the_new_control_is_the_mean_gradient(model, still):
-    """With plain SGD, option II recovers the mean of the gradients that were met (theta_0 - theta = lr sum of g + c - c_k)."""
+    """With plain SGD, option II recovers the mean gradient that was met (theta_0 - theta = lr sum of g + c - c_k)."""
     start = model.state()
     zero = {f"{CONTROL}{key}": torch.zeros_like(value) for key, value in start.tensors.items()}
     one_step = replace(SGD, local_steps=1, batch_size=100)
-    train(model, texts(), ROLES, one_step, 7)
+    train(model, small.texts(), ROLES, one_step, 7)
     end = model.state()
     named = [{f"{CONTROL}{key}": value for key, value in state.tensors.items()} for state in (start, end)]
     new = new_control(zero, zero, *named, steps=1, lr=SGD.lr)
     model.write(start)
     trained = model.train_roles(ROLES)
-    loss = per_sample_loss(model, texts(), np.arange(10), CPU)[0].mean()
+    loss = per_sample_loss(model, small.texts(), np.arange(10), CPU)[0].mean()
     for key, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
         torch.testing.assert_close(new[f"{CONTROL}{key}"], gradient, atol=1e-5, rtol=1e-3)
 
@@ -260,12 +258,14 @@ def test_the_new_control_is_the_mean_gradient(model, still):
 
 
 def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
-    data = texts(6, causal=True)
+    data = small.texts(6, causal=True)
     losses, right, made = per_sample_loss(llama, data, np.arange(6), CPU)
     for index in range(6):
         ids = [int(token) for token in data.inputs["input_ids"][index] if token != 0]
         length = len(ids)
-        scores = llama.logits({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length, dtype=torch.long)})[0]
+        scores = llama.logits(
+            {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length, dtype=torch.long)}
+        )[0]
         each = [-torch.log_softmax(scores[place].double(), 0)[ids[place + 1]] for place in range(length - 1)]
         assert float(losses[index]) == pytest.approx(float(sum(each)) / (length - 1), rel=1e-5)
         assert int(right[index]) == sum(int(scores[place].argmax()) == ids[place + 1] for place in range(length - 1))
@@ -273,7 +273,7 @@ def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
 
 
 def test_a_texts_loss_does_not_depend_on_its_batch(llama):
-    data = texts(6, causal=True)
+    data = small.texts(6, causal=True)
     assert len(set(data.inputs["attention_mask"].sum(1).tolist())) > 2
     together = per_sample_loss(llama, data, np.arange(6), CPU)[0]
     for index in range(6):
@@ -282,7 +282,7 @@ def test_a_texts_loss_does_not_depend_on_its_batch(llama):
 
 
 def test_evaluate_a_classifier_by_hand(model):
-    data = texts(10)
+    data = small.texts(10)
     scores = [model.logits(data.batch(np.array([index]))[0])[0].double() for index in range(10)]
     loss = sum(float(-torch.log_softmax(row, 0)[data.labels[index]]) for index, row in enumerate(scores)) / 10
     accuracy = sum(int(row.argmax()) == int(data.labels[index]) for index, row in enumerate(scores)) / 10
@@ -296,7 +296,7 @@ def test_evaluate_a_classifier_by_hand(model):
 
 def test_evaluate_a_language_model_by_hand(llama):
     """The accuracy is over all predicted tokens, the loss the mean over texts."""
-    data = texts(10, causal=True)
+    data = small.texts(10, causal=True)
     losses, right, made = per_sample_loss(llama, data, np.arange(10), CPU)
     result = evaluate(llama, data, batch_size=4)
     assert result["accuracy"] == pytest.approx(int(right.sum()) / int(made.sum()))
@@ -313,91 +313,5 @@ def guessed(model, data):
 
 def test_evaluation_has_no_dropout(model):
     model.base.backbone.train()
-    assert len({evaluate(model, texts())["loss"] for _ in range(3)}) == 1
+    assert len({evaluate(model, small.texts())["loss"] for _ in range(3)}) == 1
     assert not model.base.backbone.training
-
-
-# A client's round -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def local(model, tmp_path):
-    config = Config(client=replace(SGD))
-    return Local(config, model, model.state(), {"a": texts(10)}, {"a": texts(4, seed=1)}, Store(tmp_path, history=3))
-
-
-def task(**more):
-    return {"round": 1, "trains": ROLES, "uploads": ROLES, "keeps": [], **more}
-
-
-def test_a_client_that_does_not_move_is_an_error(local):
-    """With B at zero, A has no gradient."""
-    start = local.initial.replace({key: torch.zeros_like(value) for key, value in local.initial.select(("B",)).tensors.items()})
-    with pytest.raises(RunError, match=r"no trained tensor moved in 5 steps; check client\.lr"):
-        local.train("a", start, task(trains=["A"], uploads=["A"]))
-    update, metrics = local.train("a", start, task(trains=["B"], uploads=["B"]))
-    assert update.distance(start) > 0 and metrics["num-examples"] == 10
-
-
-def test_a_client_round_is_training_from_what_was_sent(local, model):
-    sent = small.randomised(model, seed=11)
-    update, metrics = local.train("a", sent, task())
-    model.write(sent)
-    steps, loss = train(model, texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"))
-    assert update.sha256() == model.read(sent).sha256()
-    assert metrics == {"num-examples": 10.0, "train_loss": loss} and steps == 5
-    assert local.train("a", sent, task(round=2))[0].sha256() != update.sha256()
-
-
-def test_a_client_uploads_no_more_than_it_is_asked_for_and_keeps_the_rest(local, model):
-    sent = small.randomised(model, seed=11).without(("B",))
-    update, _ = local.train("a", sent, task(uploads=["A"], keeps=["B", "head"]))
-    assert {update.role(key) for key in update.tensors} == {"A"}
-    kept = local.store.load("a", before=2)
-    assert set(kept) == set(local.initial.select(("B", "head")).tensors)
-    assert local.store.load("a", before=1) == {}
-    mine, _ = local.compose("a", sent, task(), before=2)
-    assert all(torch.equal(mine[key], value) for key, value in kept.items())
-    assert all(torch.equal(mine[key], sent[key]) for key in sent.select(("A",)).tensors)
-
-
-def test_a_scaffold_client_sends_the_change_of_its_control(local, model):
-    sent = small.randomised(model, seed=11)
-    server = {f"{CONTROL}{key}": value for key, value in offsets(model).items()}
-    update, _ = local.train("a", sent.replace(server), task())
-    model.write(sent)
-    corrections = {key.removeprefix(CONTROL): value for key, value in server.items()}  # c_k is zero at first
-    train(model, texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"), control=corrections)
-    end = model.state()
-    kept = local.store.load("a", before=2)
-    for key, value in sent.tensors.items():
-        assert torch.equal(update[key], end[key])
-        expected = -server[f"{CONTROL}{key}"] + (value - end[key]) / (5 * SGD.lr)
-        torch.testing.assert_close(update[f"{CONTROL}{key}"], expected)
-        torch.testing.assert_close(kept[f"{CONTROL}{key}"], expected)
-
-
-def test_a_client_without_records_is_an_error(local):
-    with pytest.raises(RunError, match="b has no records here"):
-        local.train("b", local.initial, task())
-
-
-def test_a_core_stands_for_a_frozen_A(local):
-    """FedSVD's r x r transport: A is the core times the A that the client drew itself."""
-    site = local.initial.lora_sites()[0]
-    core = torch.arange(16.0).reshape(4, 4)
-    received = replace(local.initial, tensors={f"{site}/M": core})
-    start, _ = local.compose("a", received, task(), before=1)
-    torch.testing.assert_close(start[f"{site}/A"], core @ local.initial[f"{site}/A"])
-
-
-def test_another_draw_than_the_servers_is_refused(local):
-    digest = local.initial.select(("A",)).sha256()
-    local.compose("a", local.initial, task(static={"roles": ["A"], "sha256": digest}), before=1)
-    with pytest.raises(RunError, match=r"roles A drawn from run\.seed=0 differ"):
-        local.compose("a", local.initial, task(static={"roles": ["A"], "sha256": "0" * 64}), before=1)
-
-
-def test_the_tasks_of_a_strategy_fit(local):
-    update, _ = local.train("a", local.initial, {**FedIT().task(None), "round": 1})
-    local.initial.require_same_form(update, "update")

