@@ -20,16 +20,16 @@ from enum import Enum
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedpeft import lowrank, seeds
 from fedpeft.adapters.flat import flat
-from fedpeft.errors import RunError
+from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdapterState
-from fedpeft.strategies import wire
+from fedpeft.strategies import flower_api, wire
 
 log = logging.getLogger("fedpeft")
 
@@ -196,46 +196,14 @@ class FederatedStrategy(Strategy):
         roster = codec.roster(grid, rules.clients)
         while server.round < rules.rounds:
             number, begun = server.round + 1, time.monotonic()
-            # 1. Choose clients, by stable name.
-            chosen = choose(sorted(roster), rules, number)
-            # 2. Plan what each receives and trains.
-            server = self.before_round(server)
-            sent = {client: self.broadcast(server, client) for client in chosen}
-            task = {**self.task(server), "round": number}
+            # 1. Choose clients, by stable name.  2. Plan what each receives and trains.
+            server, sent, contents = self.plan(server, roster, rules, codec)
             # 3. Send.  4. Wait until all answered, or the deadline.
-            contents = {roster[client]: codec.content(sent[client], task) for client in chosen}
             replies = wire.ask(grid, "train", contents, rules.deadline_s)
-            # 5. Check every reply; quarantine the bad ones.
-            updates, bad = self.check(
-                server, sent, {client: replies[roster[client]] for client in chosen}, rules, codec
-            )
-            for client, reason in bad.items():
-                log.warning("round %d: %s quarantined: %s", number, client, reason)
-                record({"event": "quarantine", "round": number, "client": client, "reason": reason})
-            needed = max(1, math.ceil(rules.quorum * len(chosen)))
-            if len(updates) < needed:
-                reasons = "; ".join(f"{client}: {reason}" for client, reason in bad.items())
-                raise RoundFailed(
-                    f"round {number}: {len(updates)} good replies of {len(chosen)}, run.quorum={rules.quorum} needs "
-                    f"{needed}. {reasons}"
-                )
-            # 6. Aggregate.  7. The new strategy state.
-            server = replace(self.aggregate(server, updates), round=number)
-            broken = [key for key, value in server.adapter.tensors.items() if not torch.isfinite(value).all()]
-            if broken:
-                raise RoundFailed(
-                    f"round {number}: the aggregate has NaN or inf in {broken[0]}, though every update was finite. "
-                    "Bound updates with run.max_update_norm or a robust wrapper, or lower client.lr."
-                )
+            answered = {client: replies[roster[client]] for client in sent}
+            # 5. Check every reply; quarantine the bad ones.  6. Aggregate.  7. The new strategy state.
+            server, event = self.conclude(server, sent, answered, rules, codec, record)
             # 8. Evaluate, record, checkpoint.
-            event: dict[str, Any] = {
-                "event": "round",
-                "round": number,
-                "clients": [update.client for update in updates],
-                "quarantined": bad,
-                **wire.traffic(sent, [update.adapter for update in updates]),
-                **mean_metrics(updates),
-            }
             if number % rules.evaluate_every == 0 or number == rules.rounds:
                 if rules.evaluate_clients:
                     event |= self.evaluate_clients(grid, server, roster, rules, record)
@@ -244,6 +212,61 @@ class FederatedStrategy(Strategy):
             record({**event, "seconds": round(time.monotonic() - begun, 3)})
             after_round(server)
         return server
+
+    def plan(
+        self, server: ServerState, roster: dict[str, int], rules: Rules, codec: wire.Codec
+    ) -> tuple[ServerState, dict[str, AdapterState], dict[int, RecordDict]]:
+        """The state as broadcast, what each chosen client gets, and the message contents by node."""
+        chosen = choose(sorted(roster), rules, server.round + 1)
+        server = self.before_round(server)
+        sent = {client: self.broadcast(server, client) for client in chosen}
+        task = {**self.task(server), "round": server.round + 1}
+        return server, sent, {roster[client]: codec.content(sent[client], task) for client in chosen}
+
+    def conclude(
+        self,
+        server: ServerState,
+        sent: dict[str, AdapterState],
+        replies: dict[str, Message | None],
+        rules: Rules,
+        codec: wire.Codec,
+        record: Callable[[dict[str, Any]], None],
+    ) -> tuple[ServerState, dict[str, Any]]:
+        """The state after the round and its event; quarantined clients are recorded on the way.
+
+        Raises:
+            RoundFailed: too few good replies, or they cannot be aggregated.
+        """
+        number = server.round + 1
+        updates, bad = self.check(server, sent, replies, rules, codec)
+        for client, reason in bad.items():
+            log.warning("round %d: %s quarantined: %s", number, client, reason)
+            record({"event": "quarantine", "round": number, "client": client, "reason": reason})
+        needed = max(1, math.ceil(rules.quorum * len(sent)))
+        if len(updates) < needed:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in bad.items())
+            raise RoundFailed(
+                f"round {number}: {len(updates)} good replies of {len(sent)}, run.quorum={rules.quorum} needs {needed}. "
+                f"{reasons}"
+            )
+        try:
+            server = replace(self.aggregate(server, updates), round=number)
+        except InputError as error:
+            raise RoundFailed(f"round {number}: {error}") from error
+        broken = [key for key, value in server.adapter.tensors.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise RoundFailed(
+                f"round {number}: the aggregate has NaN or inf in {broken[0]}, though every update was finite. "
+                "Bound updates with run.max_update_norm or a robust wrapper, or lower client.lr."
+            )
+        return server, {
+            "event": "round",
+            "round": number,
+            "clients": [update.client for update in updates],
+            "quarantined": bad,
+            **wire.traffic(sent, [update.adapter for update in updates]),
+            **mean_metrics(updates),
+        }
 
     def check(self, server: ServerState, sent: dict[str, AdapterState], replies: dict[str, Message | None],
               rules: Rules, codec: wire.Codec = wire.PACKED) -> tuple[list[Update], dict[str, str]]:
@@ -259,8 +282,8 @@ class FederatedStrategy(Strategy):
             if rules.max_update_norm is not None and moved > rules.max_update_norm:
                 bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={rules.max_update_norm:g}"
                 continue
-            weight = metrics.pop("num-examples") if self.weighting == "examples" else 1.0
-            updates.append(Update(client, weight, adapter, metrics))
+            count = metrics.pop("num-examples")
+            updates.append(Update(client, count if self.weighting == "examples" else 1.0, adapter, metrics))
         return updates, bad
 
     def evaluate_clients(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
@@ -284,60 +307,33 @@ class FederatedStrategy(Strategy):
         return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
                 for key in ("accuracy", "loss")}
 
-    # Flower's Strategy API -----------------------------------------------------------------------------------------
+    # Flower's Strategy API (see flower_api.py) ---------------------------------------------------------------------
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
-              train_config: ConfigRecord | None = None, evaluate_config: ConfigRecord | None = None,
-              evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None) -> Result:
-        """Run in a stock Flower app: `initial_arrays` is a peft state dict, clients answer with the same names.
+    open_round: flower_api.OpenRound | None = None
 
-        Nodes are named by their node id. Entries of `train_config` are sent along: `seed`, `clients-per-round` and
-        `min-available-nodes` also steer the choice of clients.
-        """
-        if self.changes_base or self.keeps:
-            raise RunError(
-                f"{type(self).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
-                "Use fedpeft's client app."
-            )
-        self.transport = "dense"
-        config: dict[str, Any] = dict(train_config or {})
-        codec, adapter = wire.Named.of(initial_arrays, config)
-        rules = Rules(
-            rounds=num_rounds,
-            seed=int(config.get("seed", 0)),
-            clients=int(config.get("min-available-nodes", 2)),
-            clients_per_round=config.get("clients-per-round"),
-            deadline_s=timeout,
-        )
-        result = Result()
-
-        def arrays(server: ServerState) -> ArrayRecord:
-            return codec.arrays(self.before_round(server).adapter)
-
-        def evaluate(server: ServerState) -> dict[str, float]:
-            metrics = evaluate_fn(server.round, arrays(server)) if evaluate_fn else None
-            if metrics is not None:
-                result.evaluate_metrics_serverapp[server.round] = metrics
-            return {}
-
-        def record(event: dict[str, Any]) -> None:
-            if event["event"] == "round" and "train_loss" in event:
-                result.train_metrics_clientapp[event["round"]] = MetricRecord({"train_loss": event["train_loss"]})
-
-        server = self.initial(adapter, rules.seed)
-        evaluate(server)
-        result.arrays = arrays(self.run(grid, server, rules, codec=codec, evaluate=evaluate, record=record))
-        return result
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        return flower_api.start(self, grid, initial_arrays, num_rounds, timeout, train_config, evaluate_fn)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        raise RunError("fedpeft strategies run their own round: call start(), or run().")
+        self.open_round, messages = flower_api.configure_train(self, server_round, arrays, config, grid)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        raise RunError("fedpeft strategies run their own round: call start(), or run().")
+        self.open_round, arrays, metrics = flower_api.aggregate_train(self, replies)
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

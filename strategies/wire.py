@@ -123,6 +123,11 @@ class Named:
             raise RunError(f"initial_arrays: no lora_A / lora_B weights among {', '.join(list(names.values())[:3])}...")
         return cls(names, config), AdapterState(tensors, sites)
 
+    def adapter(self, arrays: ArrayRecord, like: AdapterState) -> AdapterState:
+        """The inverse of `arrays`."""
+        tensors = {key: torch.from_numpy(arrays[name].numpy()) for key, name in self.names.items()}
+        return AdapterState(tensors, like.sites)
+
     def arrays(self, adapter: AdapterState) -> ArrayRecord:
         return ArrayRecord({name: Array(adapter[key].numpy()) for key, name in self.names.items()})
 

@@ -96,8 +96,6 @@ def test_start_refuses_what_named_weights_cannot_say(attribute):
         strategy.start(ScriptedGrid({"1": stock({})}), initial_arrays(), num_rounds=1)
 
 
-@pytest.mark.parametrize("method", ["configure_train", "aggregate_train"])
-def test_flowers_own_loop_is_refused(method):
-    arguments = (1, initial_arrays(), ConfigRecord(), None) if method == "configure_train" else (1, [])
-    with pytest.raises(RunError, match="run their own round"):
-        getattr(FedIT(), method)(*arguments)
+def test_a_round_cannot_be_closed_before_it_is_opened():
+    with pytest.raises(RunError, match="before configure_train"):
+        FedIT().aggregate_train(1, [])

@@ -1,0 +1,133 @@
+"""fedpeft strategies behind Flower's own Strategy API: a stock app, and Flower's wrappers around a strategy.
+
+A stock app sends and receives a peft state dict, an array per tensor. `start` runs our round with that codec. Flower's
+wrappers (its differential-privacy ones, say) call `configure_train` and `aggregate_train` instead; between the two the
+round is open, and its state lies in the strategy's `open_round`. Nodes are named by their node id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from fedpeft.errors import RunError
+from fedpeft.state import AdapterState
+from fedpeft.strategies import wire
+
+if TYPE_CHECKING:
+    from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round between `configure_train` and `aggregate_train`, and the state from one round to the next."""
+
+    server: ServerState
+    sent: dict[str, AdapterState]
+    codec: wire.Named
+    rules: Rules
+
+
+def start(
+    strategy: FederatedStrategy,
+    grid: Grid,
+    initial_arrays: ArrayRecord,
+    num_rounds: int,
+    timeout: float,
+    train_config: ConfigRecord | None,
+    evaluate_fn: Evaluate | None,
+) -> Result:
+    """Run in a stock Flower app.
+
+    Entries of `train_config` are sent along; `seed`, `clients-per-round` and `min-available-nodes` also steer the choice
+    of clients.
+
+    Raises:
+        RunError: the strategy sends more than a state dict, or the arrays are no peft LoRA.
+    """
+    codec, server, rules = _open(strategy, initial_arrays, train_config, num_rounds, timeout)
+    result = Result()
+
+    def evaluate(server: ServerState) -> dict[str, float]:
+        metrics = evaluate_fn(server.round, _arrays(strategy, codec, server)) if evaluate_fn else None
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server.round] = metrics
+        return {}
+
+    def record(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            result.train_metrics_clientapp[event["round"]] = _train_metrics(event)
+
+    evaluate(server)
+    server = strategy.run(grid, server, rules, codec=codec, evaluate=evaluate, record=record)
+    result.arrays = _arrays(strategy, codec, server)
+    return result
+
+
+def configure_train(
+    strategy: FederatedStrategy, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+) -> tuple[OpenRound, list[Message]]:
+    """Messages of a round. After round 1 `arrays` is what the caller made of the last aggregate (it may be noised)."""
+    last = strategy.open_round
+    if last is None or number == 1:
+        codec, server, rules = _open(strategy, arrays, config, number, None)
+    else:
+        codec, rules = last.codec, last.rules
+        server = replace(last.server, adapter=codec.adapter(arrays, last.server.adapter))
+    roster = codec.roster(grid, rules.clients)
+    server, sent, contents = strategy.plan(server, roster, rules, codec)
+    messages = [Message(content, node, "train") for node, content in contents.items()]
+    return OpenRound(server, sent, codec, rules), messages
+
+
+def aggregate_train(
+    strategy: FederatedStrategy, replies: Iterable[Message]
+) -> tuple[OpenRound, ArrayRecord, MetricRecord]:
+    """The arrays after the round, as they would be broadcast, and the clients' mean metrics."""
+    last = strategy.open_round
+    if last is None:
+        raise RunError("aggregate_train was called before configure_train.")
+    answered: dict[str, Message | None] = dict.fromkeys(last.sent)
+    for reply in replies:
+        if (client := str(reply.metadata.src_node_id)) in answered:
+            answered[client] = reply
+    server, event = strategy.conclude(last.server, last.sent, answered, last.rules, last.codec, lambda event: None)
+    return replace(last, server=server), _arrays(strategy, last.codec, server), _train_metrics(event)
+
+
+def _open(
+    strategy: FederatedStrategy, arrays: ArrayRecord, config: ConfigRecord | None, rounds: int, deadline_s: float | None
+) -> tuple[wire.Named, ServerState, Rules]:
+    from fedpeft.strategies.base import Rules
+
+    if strategy.changes_base or strategy.keeps:
+        raise RunError(
+            f"{type(strategy).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
+            "Use fedpeft's client app."
+        )
+    strategy.transport = "dense"
+    settings: dict[str, Any] = dict(config or {})
+    codec, adapter = wire.Named.of(arrays, settings)
+    rules = Rules(
+        rounds=rounds,
+        seed=int(settings.get("seed", 0)),
+        clients=int(settings.get("min-available-nodes", 2)),
+        clients_per_round=settings.get("clients-per-round"),
+        deadline_s=deadline_s,
+    )
+    return codec, strategy.initial(adapter, rules.seed), rules
+
+
+def _arrays(strategy: FederatedStrategy, codec: wire.Named, server: ServerState) -> ArrayRecord:
+    return codec.arrays(strategy.before_round(server).adapter)
+
+
+def _train_metrics(event: dict[str, Any]) -> MetricRecord:
+    return MetricRecord({key: value for key, value in event.items() if key.startswith("train_")})
