@@ -5,6 +5,7 @@
     True
 """
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
@@ -13,7 +14,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`simulate` and `resume`, imported when first used: importing fedpeft alone stays cheap."""
     if name in ("simulate", "resume"):
-        from fedpeft.simulations import run
-
-        return getattr(run, name)
+        return getattr(importlib.import_module("fedpeft.simulations.run"), name)
     raise AttributeError(f"module 'fedpeft' has no attribute '{name}'")

@@ -246,8 +246,8 @@ class FederatedStrategy(Strategy):
         if len(updates) < needed:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in bad.items())
             raise RoundFailed(
-                f"round {number}: {len(updates)} good replies of {len(sent)}, run.quorum={rules.quorum} needs {needed}. "
-                f"{reasons}"
+                f"round {number}: {len(updates)} good replies of {len(sent)}, but run.quorum={rules.quorum} needs "
+                f"{needed}. {reasons}"
             )
         try:
             server = replace(self.aggregate(server, updates), round=number)

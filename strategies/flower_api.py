@@ -46,8 +46,8 @@ def start(
 ) -> Result:
     """Run in a stock Flower app.
 
-    Entries of `train_config` are sent along; `seed`, `clients-per-round` and `min-available-nodes` also steer the choice
-    of clients.
+    Entries of `train_config` are sent along; `seed`, `clients-per-round` and `min-available-nodes` also steer the
+    choice of clients.
 
     Raises:
         RunError: the strategy sends more than a state dict, or the arrays are no peft LoRA.

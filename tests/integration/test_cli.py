@@ -14,8 +14,8 @@ from fedpeft import __version__, catalogue
 from fedpeft import config as configs
 from fedpeft.errors import RunError
 
-SUMMARY = set(
-    [
+SUMMARY = {
+    *(
         "strategy",
         "engine",
         "seed",
@@ -26,15 +26,12 @@ SUMMARY = set(
         "accuracy_by_round",
         "bytes_up",
         "bytes_down",
-        "seconds",
-        "trainable_parameters",
-        "quarantined",
-        "epsilon_max",
-    ]
-)
-RULES = set(
-    ["fedit", "ffa_lora", "fedsvd", "lora_fair", "flora", "flexlora", "hetlora", "fedex", "rolora", "fedsa", "fed_sb"]
-)
+    ),
+    *("seconds", "trainable_parameters", "quarantined", "epsilon_max"),
+}
+RULES = {
+    *("fedit", "ffa_lora", "fedsvd", "lora_fair", "flora", "flexlora", "hetlora", "fedex", "rolora", "fedsa", "fed_sb"),
+}
 
 
 # simulate and resume --------------------------------------------------------------------------------------------------
