@@ -116,7 +116,7 @@ class Local:
 
 
 def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods: list[Mod] | None = None) -> ClientApp:
-    """The ClientApp. `local` is called in the process that trains, once a message: cache it there."""
+    """The ClientApp. `local` is called once a message, in the process that trains; it should not load anything then."""
     app = ClientApp()
 
     @app.query()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -201,6 +202,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time."""
     from rich.logging import RichHandler
+
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower's default is to report
 
     handler = RichHandler(console=console.err, show_time=False, show_path=False, markup=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])

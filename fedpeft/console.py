@@ -161,14 +161,22 @@ def valid(result: dict[str, Any]) -> None:
 
 
 def comparison(result: dict[str, Any]) -> None:
+    """One column a run: there are few runs and many numbers."""
     rows = result["runs"]
-    table = Table()
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    table = Table(show_header=False)
+    for key in rows[0]:
+        style = "bold" if key == "run" else None
+        table.add_row(key.replace("_", " "), *(_shown(key, row[key]) for row in rows), style=style)
     out.print(table)
     out.print(result["report"], markup=False, soft_wrap=True)
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
+    return str(value)
 
 
 def pairs(result: dict[str, Any]) -> None:

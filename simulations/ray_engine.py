@@ -25,6 +25,9 @@ def run_with_ray(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from flwr.simulation import run_simulation
+    from flwr.supercore import telemetry
+
+    telemetry.FLWR_TELEMETRY_ENABLED = os.environ.get("FLWR_TELEMETRY_ENABLED", "0")  # Flower's default is to report
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     result: list[ServerState] = []

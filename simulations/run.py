@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,11 +56,16 @@ def simulate(
     _absolute(config)
     stem = "run" if isinstance(source, dict) else Path(source).stem
     run = Path(out or Path("runs") / f"{stem}-{config.strategy.name}-seed{config.run.seed}").absolute()
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"--out: {run} is not empty. Give a new folder, or go on with `fedpeft resume {run}`.")
     run.mkdir(parents=True, exist_ok=True)
     write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
-    return _go(config, run, on_event)
+    try:
+        return _go(config, run, on_event)
+    except InputError:
+        if not (run / "metrics.jsonl").exists():  # nothing was trained: the same command, mended, may use the folder
+            shutil.rmtree(run)
+        raise
 
 
 def resume(run: str | Path, on_event: OnEvent = lambda event: None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ Outcome = tuple[Message, RecordDict | None] | str
 
 
 class Worker:
-    """One process and the pipe to it."""
+    """One process and the pipe to it. The process says once that it is ready, then answers a message at a time."""
 
     def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -29,15 +29,22 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, make_app, threads), daemon=True)
         self.process.start()
         theirs.close()
+        self.ready = False
         self.job: str | None = None
 
-    def wait_ready(self) -> None:
+    def get_ready(self) -> None:
+        """Take the word that it is ready, waiting for it if need be.
+
+        Raises:
+            RunError: it could not start.
+        """
         try:
-            ready = self.pipe.recv()
-        except EOFError:
-            ready = "its process ended"
-        if ready is not None:
-            raise RunError(f"a worker process could not start: {ready}")
+            failure = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            failure = "it ended"
+        if failure is not None:
+            raise RunError(f"a worker process could not start: {failure}")
+        self.ready = True
 
     def end(self) -> None:
         self.process.kill()
@@ -46,15 +53,14 @@ class Worker:
 
 
 class Pool:
-    """`workers` processes; jobs are handed out in order of submission."""
+    """`workers` processes; jobs are handed out in order of submission. A process that ended is replaced meanwhile."""
 
     def __init__(self, make_app: Callable[[], ClientApp], workers: int, threads: int) -> None:
         self.make_app, self.threads = make_app, threads
         self.jobs: deque[tuple[str, Message, Context]] = deque()
-        self.lost: dict[str, str] = {}
         self.workers = [Worker(make_app, threads) for _ in range(workers)]
         for worker in self.workers:
-            worker.wait_ready()
+            worker.get_ready()
 
     def submit(self, name: str, message: Message, context: Context) -> None:
         self.jobs.append((name, message, context))
@@ -63,19 +69,13 @@ class Pool:
     def finished(self, names: list[str]) -> list[tuple[str, Outcome]]:
         """Outcomes that have come in, after a short wait; a str is why there is none."""
         done: list[tuple[str, Outcome]] = []
-        busy = [(worker, worker.job) for worker in self.workers if worker.job]
-        ready = wait([worker.pipe for worker, _ in busy], timeout=POLL_S)
-        for worker, name in busy:
-            if worker.pipe not in ready:
-                continue
-            outcome: Outcome
-            try:
-                outcome = worker.pipe.recv()
-                worker.job = None
-            except (EOFError, ConnectionError):
-                outcome = "the client's process ended"
-                self._replace(worker)
-            done.append((name, outcome))
+        awaited = [worker for worker in self.workers if worker.job or not worker.ready]
+        spoke = wait([worker.pipe for worker in awaited], timeout=POLL_S)
+        for worker in (worker for worker in awaited if worker.pipe in spoke):
+            if not worker.ready:
+                worker.get_ready()
+            elif worker.job:
+                done.append((worker.job, self._outcome(worker)))
         self._hand_out()
         return [(name, outcome) for name, outcome in done if name in names]
 
@@ -89,18 +89,25 @@ class Pool:
         for worker in self.workers:
             worker.end()
 
+    def _outcome(self, worker: Worker) -> Outcome:
+        try:
+            outcome: Outcome = worker.pipe.recv()
+            worker.job = None
+            return outcome
+        except (EOFError, ConnectionError):
+            self._replace(worker)
+            return "the client's process ended"
+
     def _hand_out(self) -> None:
         for worker in self.workers:
-            if worker.job is None and self.jobs:
+            if worker.ready and worker.job is None and self.jobs:
                 name, message, context = self.jobs.popleft()
                 worker.job = name
                 worker.pipe.send((message, context))
 
     def _replace(self, worker: Worker) -> None:
         worker.end()
-        fresh = Worker(self.make_app, self.threads)
-        fresh.wait_ready()
-        self.workers[self.workers.index(worker)] = fresh
+        self.workers[self.workers.index(worker)] = Worker(self.make_app, self.threads)
 
 
 def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:

@@ -90,7 +90,7 @@ def device(name: str) -> torch.device:
     if name != "auto":
         try:
             return torch.empty(0, device=name).device
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # torch built without that backend asserts
             raise InputError(f"run.device: '{name}' is not usable here: {str(error).splitlines()[0]}") from error
     return (
         torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -104,9 +104,9 @@ def name_of(context: Context) -> str:
 
 
 def make_app(text: str, run: Path) -> ClientApp:
-    """The ClientApp of a run; picklable by name for worker processes and Ray actors."""
-    config = configs.load(yaml.safe_load(text))
-    mods = [faults.mod(config.run.faults, name_of)] if config.run.faults else []
-    return client_app(lambda: world(text, run).local, name_of, mods)
+    """The ClientApp of a run, its world loaded; picklable by name for worker processes and Ray actors."""
+    local = world(text, run).local
+    mods = [faults.mod(local.config.run.faults, name_of)] if local.config.run.faults else []
+    return client_app(lambda: local, name_of, mods)
 
 

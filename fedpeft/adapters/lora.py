@@ -5,13 +5,8 @@ A [r, in] is Kaiming-uniform (a = sqrt 5), B [out, r] zero, as peft draws them.
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-
 from fedpeft.adapters.adapted import Injected
-from fedpeft.adapters.targets import resolve
+from fedpeft.adapters.targets import lora_layers
 from fedpeft.config import AdapterConfig
 from fedpeft.models import Base
 from fedpeft.state import Site
@@ -31,16 +26,3 @@ class Lora:
             sites[site] = Site("lora", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
             frozen[site] = layer.get_base_layer()
         return Injected(parameters, sites, frozen)
-
-
-def lora_layers(base: Base, config: AdapterConfig) -> dict[str, Any]:
-    """Put peft's LoRA layers into the backbone; site name -> layer."""
-    names = resolve(base, config.target_modules)
-    settings = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                          target_modules=names, bias="none")
-    inject_adapter_in_model(settings, base.backbone)
-    return {
-        name: module
-        for name, module in base.backbone.named_modules()
-        if isinstance(module, LoraLayer) and name in names
-    }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Injected
-from fedpeft.adapters.lora import lora_layers
+from fedpeft.adapters.targets import lora_layers
 from fedpeft.config import AdapterConfig, option
 from fedpeft.errors import InputError
 from fedpeft.models import Base

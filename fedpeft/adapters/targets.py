@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fedpeft.config import AdapterConfig
 from fedpeft.errors import InputError
 from fedpeft.models import Base
 
@@ -68,3 +69,19 @@ def resolve(base: Base, wanted: list[str] | None) -> list[str]:
             )
         chosen += found
     return sorted(set(chosen))
+
+
+def lora_layers(base: Base, config: AdapterConfig) -> dict[str, Any]:
+    """Put peft's LoRA layers into the backbone; site name -> layer."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    names = resolve(base, config.target_modules)
+    settings = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
+                          target_modules=names, bias="none")
+    inject_adapter_in_model(settings, base.backbone)
+    return {
+        name: module
+        for name, module in base.backbone.named_modules()
+        if isinstance(module, LoraLayer) and name in names
+    }

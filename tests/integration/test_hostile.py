@@ -60,7 +60,7 @@ def test_a_norm_bound_names_the_scaled_update(tiny):
 
 
 def test_clients_that_hang_or_die_are_dropped_at_the_deadline(tiny):
-    config = {"run.workers": 2, "run.deadline_s": 20.0, "run.rounds": 1, "data.clients": 6, "data.limit": 200,
+    config = {"run.workers": 3, "run.deadline_s": 20.0, "run.rounds": 1, "data.clients": 6, "data.limit": 200,
               "run.faults": {"client-001": "hang", "client-003": "die"}}
     summary = tiny("run", config)
     reasons = {row["client"]: row["reason"] for row in summary["quarantined"]}
