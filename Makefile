@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint checkpoint smoke clean
+.PHONY: demo test lint checkpoint smoke clean
 
 demo: .venv/ready
 	rm -rf runs/quickstart
@@ -12,9 +12,6 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
-
-test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
 
 smoke: .venv/ready
 	$(BIN)/python -m fedpeft.simulations.smoke

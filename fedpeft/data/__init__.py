@@ -1,0 +1,1 @@
+"""Sources, partitions, encoding and offline recipes of data."""
