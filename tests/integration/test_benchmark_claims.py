@@ -1,4 +1,4 @@
-"""The claims of REPRODUCIBILITY.md that must not break, at eight seeds and one learning rate, on the benchmark's own worlds."""
+"""Claims of REPRODUCIBILITY.md that must not break: eight seeds, one learning rate, the benchmark's own worlds."""
 
 from __future__ import annotations
 
