@@ -99,8 +99,8 @@ class Local:
             new = new_control(own, control, before, ended, steps, lr)
             update = update.replace({key: new[key] - own[key] for key in new})
             keep = {**keep, **new}
-        if keep:
-            self.store.save(client, number, keep)
+        if keep:  # what this round did not touch (the inactive factor's control) stays
+            self.store.save(client, number, {**kept, **keep})
         return update, {"num-examples": float(len(data)), "train_loss": loss}
 
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:

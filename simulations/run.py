@@ -83,6 +83,7 @@ def resume(run: str | Path, on_event: OnEvent = lambda event: None) -> dict[str,
 
 def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
     text = configs.to_yaml(config)
+    world.cache_clear()  # an earlier run of this process may have had this folder
     here = world(text, run)
     server = checkpoint.latest(run / "checkpoints")
     recorder = Recorder(run / "metrics.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -112,6 +113,7 @@ class Pool:
 
 def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:
     """The worker's loop: one message in, one outcome out, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its workers
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 

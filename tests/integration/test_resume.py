@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fedpeft import checkpoint
@@ -115,3 +116,13 @@ def test_client_state_is_that_of_the_round_before(tiny, tmp_path):
     files = sorted((tmp_path / "run" / "clients" / "client-000").glob("*.safetensors"))
     assert [path.stem for path in files] == ["round-000001", "round-000002", "round-000003"]
     assert all(any(key.endswith("/B") for key in load_file(path)) for path in files)
+
+
+def test_controls_of_the_factor_that_rests_are_kept(tiny, tmp_path):
+    config = {"strategy": "rolora", "strategy.wrap": ["scaffold"], "client.optimizer": "sgd", "client.lr": 0.1}
+    tiny("run", config)  # three rounds: B, A, B
+    states = [load_file(path) for path in sorted((tmp_path / "run" / "clients" / "client-000").glob("*.safetensors"))]
+    factors = [{key[-1] for key in state if key.startswith("control:vit")} for state in states]
+    assert factors == [{"B"}, {"A", "B"}, {"A", "B"}]
+    assert all(torch.equal(value, states[2][key]) for key, value in states[1].items() if key.endswith("/A"))
+    assert any(value.abs().max() > 0 for key, value in states[2].items() if key.endswith("/A"))
