@@ -79,11 +79,19 @@ def _digest(data: bytes, meta: dict[str, Any]) -> str:
 
 
 def latest(folder: Path) -> ServerState | None:
-    """The newest checkpoint that checks out; damaged ones are named in the log and skipped. None if there is none."""
-    for path in reversed(_folders(folder)):
+    """The newest checkpoint that checks out; damaged ones are named in the log and skipped. None if there is none.
+
+    Raises:
+        InputError: there are checkpoints, and every one is damaged.
+    """
+    found = list(reversed(_folders(folder)))
+    for number, path in enumerate(found):
         try:
             return read(path)
         except InputError as error:
+            if number == len(found) - 1:
+                hint = "No other checkpoint is left; start the run again in a new folder."
+                raise InputError(f"{error} {hint}") from error
             log.warning("%s Using the one before.", error)
     return None
 

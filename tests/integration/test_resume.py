@@ -85,6 +85,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tiny, tmp_path,
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_was(tiny, tmp_path):
+    tiny("run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/state.json"):
+        path.write_text("{")
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="No other checkpoint is left"):
+        runs.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == log
+
+
 def test_resume_of_a_finished_run_only_reports_again(tiny, tmp_path):
     first = tiny("run")
     before = adapter(tmp_path / "run")
