@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Federated and continual fine-tuning of peft adapters.")
 data_app = typer.Typer(no_args_is_help=True, help="Realistic data sets and models that can be built offline.")
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")
+privacy_app = typer.Typer(no_args_is_help=True, help="A calculator for sample-level differential privacy.")
 app.add_typer(data_app, name="data")
+app.add_typer(privacy_app, name="privacy")
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -158,6 +160,51 @@ def data_list(as_json: Json = False) -> None:
     console.emit(
         {"recipes": [{"name": name, "summary": text} for name, text in recipes().items()]}, as_json, console.listing
     )
+
+
+SampleRate = Annotated[float, typer.Option(help="Chance of a record to be in a step's batch.")]
+Steps = Annotated[int, typer.Option(help="Local steps of all rounds that the client joins.")]
+Delta = Annotated[float, typer.Option(help="Delta; below one over the number of records.")]
+Accountant = Annotated[str, typer.Option(help="pld (tight) or rdp.")]
+
+
+@privacy_app.command("epsilon")
+def privacy_epsilon(
+    sample_rate: SampleRate,
+    noise_multiplier: Annotated[float, typer.Option(help="Noise over clipping norm.")],
+    steps: Steps,
+    delta: Delta,
+    accountant: Accountant = "pld",
+    as_json: Json = False,
+) -> None:
+    """Epsilon that training with this noise costs."""
+    from fedpeft.privacy import accounting
+
+    given: dict[str, Any] = {"sample_rate": sample_rate, "noise_multiplier": noise_multiplier}
+    given |= {"steps": steps, "delta": delta}
+    found = accounting.epsilon(**given, accountant=accountant)
+    assumptions = list(accounting.ASSUMPTIONS)
+    result = {"epsilon": found, **given, "accountant": accountant, "assumptions": assumptions}
+    console.emit(result, as_json, console.privacy)
+
+
+@privacy_app.command("noise")
+def privacy_noise(
+    sample_rate: SampleRate,
+    epsilon: Annotated[float, typer.Option(help="Target.")],
+    steps: Steps,
+    delta: Delta,
+    accountant: Accountant = "pld",
+    as_json: Json = False,
+) -> None:
+    """Noise multiplier that keeps training within this epsilon."""
+    from fedpeft.privacy import accounting
+
+    given: dict[str, Any] = {"sample_rate": sample_rate, "epsilon": epsilon, "steps": steps, "delta": delta}
+    found = accounting.noise_multiplier(**given, accountant=accountant)
+    assumptions = list(accounting.ASSUMPTIONS)
+    result = {"noise_multiplier": found, **given, "accountant": accountant, "assumptions": assumptions}
+    console.emit(result, as_json, console.privacy)
 
 
 @bench_app.command("federated")

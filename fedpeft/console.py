@@ -182,3 +182,14 @@ def _shown(key: str, value: Any) -> str:
 def pairs(result: dict[str, Any]) -> None:
     for key, value in result.items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+
+
+def privacy(result: dict[str, Any]) -> None:
+    """The answer first, then what it was asked for and what it assumes."""
+    table = Table(show_header=False)
+    for number, (key, value) in enumerate((key, value) for key, value in result.items() if key != "assumptions"):
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        table.add_row(key.replace("_", " "), shown, style=None if number else "bold")
+    out.print(table)
+    for line in result["assumptions"]:
+        out.print(f"- {line}", markup=False)
