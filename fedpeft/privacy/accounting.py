@@ -94,14 +94,9 @@ def _fresh(accountant: str) -> Any:
 
 
 def _check(**values: float) -> None:
-    bounds = {
-        "sample_rate": ("in (0, 1]", lambda value: 0 < value <= 1),
-        "delta": ("in (0, 1)", lambda value: 0 < value < 1),
-        "steps": ("a whole number, at least 1", lambda value: value >= 1 and value == int(value)),
-        "noise_multiplier": ("positive", lambda value: value > 0),
-        "epsilon": ("positive", lambda value: value > 0),
-    }
+    highest = {"sample_rate": 1.0, "delta": math.nextafter(1.0, 0.0)}
+    allowed = {"sample_rate": "in (0, 1]", "delta": "in (0, 1)", "steps": "a whole number, at least 1"}
     for name, value in values.items():
-        allowed, holds = bounds[name]
-        if not (math.isfinite(value) and holds(value)):
-            raise InputError(f"--{name.replace('_', '-')}: {value} is not {allowed}.")
+        whole = name != "steps" or value == int(value)
+        if not (math.isfinite(value) and 0 < value <= highest.get(name, math.inf) and whole):
+            raise InputError(f"--{name.replace('_', '-')}: {value} is not {allowed.get(name, 'positive and finite')}.")
