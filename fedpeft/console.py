@@ -83,7 +83,7 @@ def run_result(summary: dict[str, Any]) -> None:
         ("no adaptation (round 0)", summary.get("baseline")),
         ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
         ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
-        ("federated, best round", summary.get("best")),
+        ("federated, best round (picked on the same records)", summary.get("best")),
         ("federated, final", summary.get("final")),
     ):
         if row and row.get("accuracy") is not None:
