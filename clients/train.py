@@ -41,7 +41,7 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
     start = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = make_optimizer(list(parameters.values()), config)
     losses = []
-    model.base.backbone.train()
+    model.training_mode()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout"))
         for index in batches(len(data), config, seeds.numpy_generator(seed, "batches")):

@@ -117,7 +117,7 @@ class RunConfig:
     seed: int = option(0, "root of every random choice", low=0)
     engine: str = option("cohort", "cohort: in this process or in worker processes; ray: Flower's simulation engine",
                          choices=("cohort", "ray"))
-    workers: int = option(0, "worker processes; 0 trains clients in this process", low=0)
+    workers: int = option(0, "worker processes; 0 trains clients in this process (Ray takes 1)", low=0)
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)

@@ -106,6 +106,7 @@ class FederatedStrategy(Strategy):
         changes_base: whether it moves the frozen base (the exported adapter then has a higher rank).
         fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate
             state over rounds (server optimizers, SCAFFOLD) needs it.
+        plain_sgd: whether its client half is only right with plain SGD as the local optimizer.
         needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be
             aggregated together with the adapter that they started from.
     """
@@ -118,6 +119,7 @@ class FederatedStrategy(Strategy):
     unequal_ranks: bool = False
     changes_base: bool = False
     fixed_basis: bool = True
+    plain_sgd: bool = False
     needs_start: bool = False
     wraps: ClassVar[bool] = False
 
@@ -299,10 +301,11 @@ class FederatedStrategy(Strategy):
             try:
                 results[client] = wire.metrics(replies[roster[client]])
             except wire.BadReply as error:
+                log.warning("round %d: %s was not evaluated: %s", server.round, client, error)
                 record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})
+        if not results:
+            raise RoundFailed(f"round {server.round}: no client could evaluate its model; the log names the reasons.")
         total = sum(result["num-examples"] for result in results.values())
-        if not total:
-            return {}
         record({"event": "clients_evaluated", "round": server.round, "clients": results})
         return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
                 for key in ("accuracy", "loss")}

@@ -54,6 +54,13 @@ def check(config: Config) -> None:
         able = [other for other in registry.names("strategies") if registry.load("strategies", other).unequal_ranks]
         raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: strategy {name} needs equal ranks. "
                          f"Strategies for unequal ranks: {', '.join(able)}.")
+    client = config.client
+    if strategy.plain_sgd and (client.optimizer != "sgd" or client.momentum or client.max_grad_norm is not None):
+        raise InputError(
+            f"client.optimizer={client.optimizer}, client.momentum={client.momentum:g}, client.max_grad_norm="
+            f"{client.max_grad_norm}: the control variates of scaffold need plain SGD. Set client.optimizer=sgd, "
+            "client.momentum=0 and client.max_grad_norm=null."
+        )
     if strategy.keeps and config.data.holdout == 0:
         raise InputError(
             f"strategy.name={name} leaves {', '.join(strategy.keeps)} with each client, so there is no single global "

@@ -8,7 +8,8 @@ under the same names. agg is the strategy inside (its weights); controls take th
 clients. Traffic doubles, and a control fits its coordinates only while they mean the same, hence strategies with a
 fixed basis only.
 
-Deviations: none. With a local optimizer other than plain SGD (x - y) / (steps eta) is no longer a mean gradient.
+Deviations: none. With a local optimizer other than plain SGD (x - y) / (steps eta) is no longer a mean gradient, so the
+others are refused.
 
     >>> from fedpeft.strategies.scaffold import Scaffold
     >>> Scaffold().needs.value
@@ -34,6 +35,7 @@ class Scaffold(Wrapper):
     """Control variates on every trained and shared tensor."""
 
     paper = "Karimireddy et al. 2020, arXiv 1910.06378"
+    plain_sgd = True
 
     @dataclass
     class Config:

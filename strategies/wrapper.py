@@ -45,6 +45,7 @@ class Wrapper(FederatedStrategy):
         self.unequal_ranks = self.inner.unequal_ranks
         self.changes_base, self.fixed_basis = self.inner.changes_base, self.inner.fixed_basis
         self.needs_start = type(self).needs_start or self.inner.needs_start
+        self.plain_sgd = type(self).plain_sgd or self.inner.plain_sgd
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
         return self.inner.initial(adapter, seed)

@@ -59,8 +59,8 @@ class Adapted:
         self.form = AdapterState({**self.parameters}, self.sites)
 
     def state(self) -> AdapterState:
-        """A copy of the current adapter (and head)."""
-        return self.form.clone()
+        """A copy of the current adapter (and head) on the CPU, where strategies work."""
+        return self.form.map(lambda value: value.detach().cpu().clone())
 
     def read(self, like: AdapterState) -> AdapterState:
         """A copy of the current values of the tensors of `like`, cut to their shapes."""
@@ -96,6 +96,15 @@ class Adapted:
         for key, parameter in self.parameters.items():
             parameter.requires_grad_(key in chosen)
         return {key: self.parameters[key] for key in chosen}
+
+    def training_mode(self) -> None:
+        """Dropout on. Batch norms stay in evaluation mode: their running statistics belong to the frozen base, and one
+        client's data would reach all others through them.
+        """
+        self.base.backbone.train()
+        for module in self.base.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.base.forward(batch)

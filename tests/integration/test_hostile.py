@@ -87,3 +87,15 @@ def test_impossible_faults_are_refused(faults, message, tiny):
     with pytest.raises(InputError) as error:
         tiny("run", {"run.faults": faults})
     assert message in str(error.value)
+
+
+def test_a_run_that_no_client_can_evaluate_ends_with_the_reason(tiny, monkeypatch, caplog):
+    from fedpeft.clients.app import Local
+
+    def broken(self, client, received, task):
+        raise RuntimeError("disk is gone")
+
+    monkeypatch.setattr(Local, "evaluate", broken)
+    with pytest.raises(RoundFailed, match="no client could evaluate"):
+        tiny("run", {"strategy": "fedsa", "data.holdout": 0.25})
+    assert "client-000 was not evaluated" in caplog.text and "disk is gone" in caplog.text

@@ -371,3 +371,13 @@ def test_the_resolved_yaml_holds_what_users_write():
 def test_shipped_configs_are_valid_and_round_trip(name):
     config = load(name)
     assert load(to_tree(config)) == config
+
+
+@pytest.mark.parametrize("change", [{}, {"client.momentum": 0.9}, {"client.max_grad_norm": 1.0}])
+@pytest.mark.parametrize("wrap", [["scaffold"], ["scaffold", "median"]])
+def test_scaffold_takes_plain_sgd_only(wrap, change):
+    plain = {"strategy.wrap": wrap, "client.optimizer": "sgd"}
+    assert load({}, plain).client.optimizer == "sgd"
+    bad = {**plain, **change} if change else {"strategy.wrap": wrap}
+    with pytest.raises(InputError, match=r"client\.optimizer=(adamw|sgd).*Set client\.optimizer=sgd"):
+        load({}, bad)

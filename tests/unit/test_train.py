@@ -315,3 +315,23 @@ def test_evaluation_has_no_dropout(model):
     model.base.backbone.train()
     assert len({evaluate(model, small.texts())["loss"] for _ in range(3)}) == 1
     assert not model.base.backbone.training
+
+
+def test_batch_norms_of_the_base_do_not_remember_a_client(model):
+    """Their running statistics are part of the frozen base that all clients share; dropout is on all the same."""
+    norm, dropout = torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5)
+    model.base.backbone.added = torch.nn.ModuleList([norm, dropout])
+    modes = []
+
+    def look(*_):
+        modes.append((norm.training, dropout.training))
+        norm(torch.randn(8, 4) + 3)
+
+    hook = model.base.backbone.register_forward_pre_hook(look)
+    try:
+        train(model, small.texts(), ["A", "B"], ClientConfig(local_epochs=None, local_steps=2), seed=0)
+    finally:
+        hook.remove()
+        del model.base.backbone.added
+    assert modes == [(False, True)] * 2
+    assert not norm.running_mean.any() and norm.num_batches_tracked == 0
