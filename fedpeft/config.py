@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,127 +18,36 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpeft import registry
 from fedpeft.errors import InputError
+from fedpeft.sections import (
+    INFINITY,
+    AdapterConfig,
+    ClientConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    RunConfig,
+    SecAggConfig,
+    StrategyConfig,
+    option,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "ClientConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "SecAggConfig",
+    "StrategyConfig",
+    "option",
+]
 
 METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners"}
-INFINITY = float("inf")
-
-
-def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INFINITY, above: float = -INFINITY,
-           choices: tuple[Any, ...] = ()) -> Any:
-    """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`."""
-    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
-
-
-@dataclass
-class ModelConfig:
-    name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id")
-    task: str = option("image-classification", "what the model does",
-                       choices=("image-classification", "sequence-classification", "causal-lm"))
-    pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
-                          "auto is mean for sentence encoders", choices=("auto", "model", "mean"))
-    max_length: int = option(128, "longest input in tokens; longer texts are cut", low=1)
-    dtype: str = option("float32", "dtype of the frozen base", choices=("float32", "bfloat16"))
-    trust_remote_code: bool = option(False, "let transformers run code that comes with the model")
-
-
-@dataclass
-class AdapterConfig:
-    name: str = option("lora", "registered adapter")
-    r: int = option(4, "rank", low=1)
-    alpha: float = option(8.0, "scale: the product is multiplied by alpha / r (alpha / sqrt(r) with rslora)", above=0)
-    rslora: bool = option(False, "scale by alpha / sqrt(r)")
-    dropout: float = option(0.0, "dropout before A", low=0, high=0.99)
-    target_modules: list[str] | None = option(
-        None,
-        "module name endings to adapt; looked up per architecture when null; "
-        "['all-linear'] adapts every linear layer but the head",
-    )
-    train_head: bool = option(True, "train and share the classification head too")
-    client_ranks: list[int] | None = option(
-        None, "rank of client i is client_ranks[i mod length]; every rank <= r; the scale stays that of r"
-    )
-    options: dict[str, Any] = option({}, "options of the adapter named above")
-
-
-@dataclass
-class PartitionConfig:
-    name: str = option("dirichlet", "registered partitioner")
-    options: dict[str, Any] = option({}, "options of the partitioner named above")
-
-
-@dataclass
-class DataConfig:
-    source: str = option("digits", "embedded or prepared data set, file, folder (csv, jsonl, parquet, saved) or hub id")
-    test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out")
-    test_fraction: float = option(0.25, "share of the source held out for the server's test set", above=0, high=0.9)
-    text: str | None = option(None, "text column; found by name when null")
-    image: str | None = option(None, "image column; found by name when null")
-    label: str | None = option(None, "label column; found by name when null")
-    limit: int | None = option(None, "use at most this many training records", low=1)
-    clients: int = option(10, "how many clients the data is split over", low=1)
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    split: str | None = option(None, "reuse the split saved in this split.json")
-    holdout: float = option(0.0, "share of each client's records kept for its own evaluation", low=0, high=0.9)
-
-
-@dataclass
-class StrategyConfig:
-    name: str = option("fedit", "registered strategy")
-    weighting: str = option("examples", "client weights: by examples, or all equal", choices=("examples", "uniform"))
-    wrap: list[Any] = option([], "strategies put around it, innermost first: names, or mappings with name and options")
-    options: dict[str, Any] = option({}, "options of the strategy named above")
-
-
-@dataclass
-class ClientConfig:
-    optimizer: str = option("adamw", "local optimizer, new every round", choices=("adamw", "sgd"))
-    lr: float = option(1e-3, "local learning rate", above=0)
-    momentum: float = option(0.0, "of sgd", low=0, high=1)
-    weight_decay: float = option(0.0, "decoupled for adamw, L2 for sgd", low=0)
-    local_steps: int | None = option(None, "optimizer steps a round; give this or local_epochs", low=1)
-    local_epochs: int | None = option(1, "passes over the client's data a round; give this or local_steps", low=1)
-    batch_size: int = option(16, "examples a step", low=1)
-    max_grad_norm: float | None = option(None, "clip the gradient of a step to this norm", above=0)
-
-
-@dataclass
-class PrivacyConfig:
-    unit: str = option("none", "what differential privacy protects", choices=("none",))
-
-
-@dataclass
-class RunConfig:
-    rounds: int = option(10, "federated rounds", low=1)
-    clients_per_round: int | None = option(None, "clients asked each round; null is all", low=1)
-    seed: int = option(0, "root of every random choice", low=0)
-    engine: str = option("cohort", "cohort: in this process or in worker processes; ray: Flower's simulation engine",
-                         choices=("cohort", "ray"))
-    workers: int = option(0, "worker processes; 0 trains clients in this process (Ray takes 1)", low=0)
-    threads: int = option(1, "threads per process", low=1)
-    device: str = option("auto", "torch device; auto takes an accelerator when there is one")
-    evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)
-    baselines: bool = option(True, "fit logistic regressions on frozen features and on pixels or words, for the table")
-    checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
-    deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)
-    quorum: float = option(0.5, "share of the asked clients whose good replies a round needs", above=0, high=1)
-    max_update_norm: float | None = option(None, "quarantine updates farther from what was sent (L2)", above=0)
-    faults: dict[str, Any] = option(
-        {}, "client name -> fault to inject (nan, scale, shape, empty, crash, die, hang): for tests of robustness"
-    )
-
-
-@dataclass
-class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    client: ClientConfig = field(default_factory=ClientConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
 
 def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = ()) -> Config:

@@ -41,6 +41,10 @@ class Needs(Enum):
     INDIVIDUAL = "individual"
 
 
+# (grid, roster, strategy, server, sent, contents, rules) -> updates, reason for each client without one, traffic
+Exchange = Callable[..., tuple[list["Update"], dict[str, str], dict[str, Any]]]
+
+
 class RoundFailed(RunError):
     """Too few good replies; the message names every client that failed and why."""
 
@@ -80,7 +84,10 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Rules:
-    """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1."""
+    """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1.
+
+    `secagg` is the exchange of a round under secure aggregation, None in the clear.
+    """
 
     rounds: int
     seed: int = 0
@@ -91,6 +98,7 @@ class Rules:
     max_update_norm: float | None = None
     evaluate_every: int = 1
     evaluate_clients: bool = False
+    secagg: Exchange | None = None
 
 
 class FederatedStrategy(Strategy):
@@ -150,6 +158,10 @@ class FederatedStrategy(Strategy):
         """Roles sent back: what is trained and not kept."""
         return tuple(role for role in self.trained(server) if role not in self.keeps)
 
+    def choose(self, names: list[str], rules: Rules, number: int) -> list[str]:
+        """The clients of round `number`, sorted."""
+        return choose(names, rules, number)
+
     def task(self, server: ServerState) -> dict[str, Any]:
         """What the client is told beside tensors (JSON-ready)."""
         return {"trains": list(self.trained(server)), "uploads": list(self.uploads(server)), "keeps": list(self.keeps)}
@@ -201,10 +213,17 @@ class FederatedStrategy(Strategy):
             # 1. Choose clients, by stable name.  2. Plan what each receives and trains.
             server, sent, contents = self.plan(server, roster, rules, codec)
             # 3. Send.  4. Wait until all answered, or the deadline.
-            replies = wire.ask(grid, "train", contents, rules.deadline_s)
-            answered = {client: replies[roster[client]] for client in sent}
-            # 5. Check every reply; quarantine the bad ones.  6. Aggregate.  7. The new strategy state.
-            server, event = self.conclude(server, sent, answered, rules, codec, record)
+            # 5. Check every reply; the bad ones are left out.
+            if rules.secagg is None:
+                replies = wire.ask(grid, "train", contents, rules.deadline_s)
+                answered = {client: replies[roster[client]] for client in sent}
+                updates, bad = self.check(server, sent, answered, rules, codec)
+                traffic = wire.traffic(sent, [update.adapter for update in updates])
+            else:
+                updates, bad, traffic = rules.secagg(grid, roster, self, server, sent, contents, rules)
+            # 6. Aggregate.  7. The new strategy state.
+            server, event = self.conclude(server, updates, bad, rules, record)
+            event |= {"clients": [client for client in sorted(sent) if client not in bad], **traffic}
             # 8. Evaluate, record, checkpoint.
             if number % rules.evaluate_every == 0 or number == rules.rounds:
                 if rules.evaluate_clients:
@@ -219,7 +238,7 @@ class FederatedStrategy(Strategy):
         self, server: ServerState, roster: dict[str, int], rules: Rules, codec: wire.Codec
     ) -> tuple[ServerState, dict[str, AdapterState], dict[int, RecordDict]]:
         """The state as broadcast, what each chosen client gets, and the message contents by node."""
-        chosen = choose(sorted(roster), rules, server.round + 1)
+        chosen = self.choose(sorted(roster), rules, server.round + 1)
         server = self.before_round(server)
         sent = {client: self.broadcast(server, client) for client in chosen}
         task = {**self.task(server), "round": server.round + 1}
@@ -228,10 +247,9 @@ class FederatedStrategy(Strategy):
     def conclude(
         self,
         server: ServerState,
-        sent: dict[str, AdapterState],
-        replies: dict[str, Message | None],
+        updates: list[Update],
+        bad: dict[str, str],
         rules: Rules,
-        codec: wire.Codec,
         record: Callable[[dict[str, Any]], None],
     ) -> tuple[ServerState, dict[str, Any]]:
         """The state after the round and its event; quarantined clients are recorded on the way.
@@ -240,15 +258,16 @@ class FederatedStrategy(Strategy):
             RoundFailed: too few good replies, or they cannot be aggregated.
         """
         number = server.round + 1
-        updates, bad = self.check(server, sent, replies, rules, codec)
+        good = sum(update.count for update in updates)
         for client, reason in bad.items():
             log.warning("round %d: %s quarantined: %s", number, client, reason)
             record({"event": "quarantine", "round": number, "client": client, "reason": reason})
-        needed = max(1, math.ceil(rules.quorum * len(sent)))
-        if len(updates) < needed:
+        asked = good + len(bad)
+        needed = math.ceil(rules.quorum * asked)
+        if good < needed:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in bad.items())
             raise RoundFailed(
-                f"round {number}: {len(updates)} good replies of {len(sent)}, but run.quorum={rules.quorum} needs "
+                f"round {number}: {good} good replies of {asked}, but run.quorum={rules.quorum} needs "
                 f"{needed}. {reasons}"
             )
         try:
@@ -264,9 +283,7 @@ class FederatedStrategy(Strategy):
         return server, {
             "event": "round",
             "round": number,
-            "clients": [update.client for update in updates],
             "quarantined": bad,
-            **wire.traffic(sent, [update.adapter for update in updates]),
             **mean_metrics(updates),
         }
 

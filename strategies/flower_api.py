@@ -98,7 +98,8 @@ def aggregate_train(
     for reply in replies:
         if (client := str(reply.metadata.src_node_id)) in answered:
             answered[client] = reply
-    server, event = strategy.conclude(last.server, last.sent, answered, last.rules, last.codec, lambda event: None)
+    updates, bad = strategy.check(last.server, last.sent, answered, last.rules, last.codec)
+    server, event = strategy.conclude(last.server, updates, bad, last.rules, lambda event: None)
     return replace(last, server=server), _arrays(strategy, last.codec, server), _train_metrics(event)
 
 

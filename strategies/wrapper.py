@@ -17,7 +17,7 @@ from torch import Tensor
 from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.strategies.base import FederatedStrategy, Needs, Rules, ServerState, Update, same_scale
 
 
 def _forwarded(name: str) -> Any:
@@ -61,6 +61,9 @@ class Wrapper(FederatedStrategy):
 
     def uploads(self, server: ServerState) -> tuple[str, ...]:
         return self.inner.uploads(server)
+
+    def choose(self, names: list[str], rules: Rules, number: int) -> list[str]:
+        return self.inner.choose(names, rules, number)
 
     def task(self, server: ServerState) -> dict[str, Any]:
         return self.inner.task(server)

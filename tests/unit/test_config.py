@@ -30,7 +30,7 @@ def refused(tree, overrides=(), *words):
     [
         (
             {"runn": {}},
-            ("runn", "Did you mean 'run'?", "Allowed: model, adapter, data, strategy, client, privacy, run"),
+            ("runn", "Did you mean 'run'?", "Allowed: model, adapter, data, strategy, client, privacy, secagg, run"),
         ),
         ({"run": {"round": 3}}, ("run.round", "Did you mean 'rounds'?", "clients_per_round")),
         ({"client": {"learning": 1}}, ("client.learning", "local_steps", "batch_size")),
