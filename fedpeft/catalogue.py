@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedpeft import config as configs
-from fedpeft import registry
+from fedpeft import registry, sections
 from fedpeft.errors import InputError
 
 TABLES = ("strategies", "adapters", "datasets", "partitioners", "models", "recipes", "configs", "sections")
@@ -99,10 +99,10 @@ def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any
         meta = item.metadata
         if not meta:
             continue
-        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -configs.INFINITY) + [f"> {meta['above']:g}"] * (
-            meta["above"] > -configs.INFINITY
+        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -sections.INFINITY) + [f"> {meta['above']:g}"] * (
+            meta["above"] > -sections.INFINITY
         )
-        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < configs.INFINITY)
+        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < sections.INFINITY)
         allowed = (
             ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
         )
