@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -19,13 +21,19 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.policy import Refused
+from fedpeft.clients.private import Guard, fingerprint
 from fedpeft.clients.store import Store
-from fedpeft.clients.train import CONTROL, evaluate, new_control, train
+from fedpeft.clients.train import CONTROL, Private, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
+from fedpeft.privacy.gradients import verify
+from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.state import AdapterState
 from fedpeft.strategies.wire import PACKED
+
+log = logging.getLogger("fedpeft")
 
 
 @dataclass
@@ -43,6 +51,8 @@ class Local:
     train_data: dict[str, Encoded]
     holdout: dict[str, Encoded]
     store: Store
+    guard: Guard
+    verified: set[tuple[str, ...]] = field(default_factory=set)
 
     def compose(
         self, client: str, received: AdapterState, task: dict[str, Any], before: int
@@ -69,9 +79,39 @@ class Local:
         return self.initial.replace(tensors), kept
 
     def train(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
-        """One round at one client; its kept state is written last."""
-        number, data = int(task["round"]), self.data(self.train_data, client)
+        """One round at one client; its kept state is written last.
+
+        Under sample-level DP the client's policy is asked before its records are touched, the noisy steps are in its
+        ledger before they are taken, and the same request again gets the same update, which costs nothing more.
+
+        Raises:
+            Refused, BudgetExhausted: the client takes no part in this round.
+        """
+        number = int(task["round"])
+        self.guard.admit(client, number)
         start, kept = self.compose(client, received, task, before=number)
+        if not self.guard.private:
+            return self._train(client, received, task, start, kept, None)
+        request = fingerprint(received, task)
+        answered = self.store.reply(client, request)
+        if answered is not None:
+            return AdapterState(answered, received.sites), {"num-examples": 1.0}
+        try:
+            plan = self.guard.plan(client, len(self.data(self.train_data, client)))
+            self._verify(client, task["trains"])
+            private = Private(plan, self.guard.spend(client, number, request, plan))
+            update, metrics = self._train(client, received, task, start, kept, private)
+        except (Refused, BudgetExhausted):
+            raise
+        except Exception as error:  # whatever went wrong may have to do with a record
+            log.exception("%s failed in round %d; the server is not told why", client, number)
+            raise RunError("the client failed; the reason stays with it.") from error
+        self.store.save_reply(client, request, update.tensors)
+        return update, metrics if self.config.privacy.release_metrics else {"num-examples": 1.0}
+
+    def _train(self, client: str, received: AdapterState, task: dict[str, Any], start: AdapterState,
+               kept: dict[str, Tensor], private: Private | None) -> tuple[AdapterState, dict[str, float]]:
+        number, data = int(task["round"]), self.data(self.train_data, client)
         self.model.write(start)
         control, corrections = received.select(("control",)).tensors, None
         own = {key: kept.get(key, torch.zeros_like(value)) for key, value in control.items()}
@@ -86,6 +126,7 @@ class Local:
             seed,
             prox_mu=float(task.get("prox_mu", 0.0)),
             control=corrections,
+            private=private,
         )
         after = self.model.read(start.select(task["trains"]))
         if after.distance(start) == 0:
@@ -103,7 +144,20 @@ class Local:
             self.store.save(client, number, {**kept, **keep})
         return update, {"num-examples": float(len(data)), "train_loss": loss}
 
+    def _verify(self, client: str, trains: list[str]) -> None:
+        """Compare per-sample gradients of two records with autograd, once for each set of trained roles."""
+        if tuple(trains) in self.verified:
+            return
+        data, parameters = self.train_data[client], self.model.train_roles(trains)
+        device = next(iter(parameters.values())).device
+        inputs, labels = on_device(data, np.array([0, len(data) - 1]), device)
+        verify(self.model.modules, parameters, lambda *batch: per_sample_loss(self.model, *batch)[0], inputs, labels)
+        self.verified.add(tuple(trains))
+
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
+        self.guard.admit(client, int(task["round"]))
+        if self.guard.private and not self.config.privacy.release_metrics:
+            raise Refused("accuracy and loss are not covered by the guarantee; privacy.release_metrics is false.")
         data = self.data(self.holdout, client)
         start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
         self.model.write(start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,6 +37,20 @@ class Store:
         old = [version for version in self._versions(client) if version < number - self.history]
         for version in old[:-1]:
             self._file(client, version).unlink(missing_ok=True)
+
+    def reply(self, client: str, request: str) -> dict[str, Tensor] | None:
+        """The update that answered this very request, if it was the last one."""
+        path = self.root / client / "reply.safetensors"
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("request") != request:
+                return None
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def save_reply(self, client: str, request: str, tensors: dict[str, Tensor]) -> None:
+        """Keep an update, so that a repeated request need not release anything new."""
+        write_tensors(self.root / client / "reply.safetensors", tensors, {"request": request})
 
     def _file(self, client: str, number: int) -> Path:
         return self.root / client / f"round-{number:06d}.safetensors"

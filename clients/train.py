@@ -1,7 +1,10 @@
 """The local step loop: what a client does with an adapter, its data and its task.
 
-    for each step:  g = gradient of the mean per-sample loss  [+ mu (theta - theta_0)]  [+ c - c_k]
+    for each step:  g = gradient of the mean per-sample loss, or of DP-SGD (fedpeft.privacy.plan)
+                    g += mu (theta - theta_0)  and  c - c_k,  where the strategy has them
                     optimizer step (a new optimizer every round)
+
+What is added to a private gradient afterwards depends on noised or public values only, so it costs no privacy.
 
 FedProx (Li et al., arXiv 1812.06127) adds the proximal term, SCAFFOLD (Karimireddy et al., arXiv 1910.06378) the
 control variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr).
@@ -9,7 +12,9 @@ control variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,36 +25,49 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
+from fedpeft.privacy.gradients import per_sample_gradients
+from fedpeft.privacy.noise import Randomness
+from fedpeft.privacy.plan import Plan
 
 CONTROL = "control:"
 
 
+@dataclass(frozen=True)
+class Private:
+    """DP-SGD: the plan, and where its sampling and noise come from."""
+
+    plan: Plan
+    source: Randomness
+
+
 def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig, seed: int, *, prox_mu: float = 0.0,
-          control: dict[str, Tensor] | None = None) -> tuple[int, float]:
+          control: dict[str, Tensor] | None = None, private: Private | None = None) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
     Args:
         seed: of the batches and of dropout; two calls with one seed do the same.
         prox_mu: weight of the proximal term around the values at the start.
         control: c - c_k by parameter name, added to every gradient.
+        private: train by DP-SGD.
 
     Returns:
-        Steps taken and mean loss.
+        Steps taken and mean loss (of private steps: of the records that were drawn; it is not private).
     """
     parameters = model.train_roles(trains)
     device = next(iter(parameters.values())).device
     start = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = make_optimizer(list(parameters.values()), config)
-    losses = []
+    losses, steps = [], 0
     model.training_mode()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout"))
-        for index in batches(len(data), config, seeds.numpy_generator(seed, "batches")):
-            loss = per_sample_loss(model, data, index, device)[0].mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        if private is None:
+            gradients_of_steps = plain_steps(model, data, parameters, config, seed, device)
+        else:
+            gradients_of_steps = private_steps(model, data, parameters, config, private, device)
+        for gradients, loss in gradients_of_steps:
             for key, parameter in parameters.items():
-                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                gradient = gradients[key]
                 if prox_mu:
                     gradient = gradient + prox_mu * (parameter.detach() - start[key])
                 if control is not None:
@@ -58,9 +76,48 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
-            losses.append(loss.detach())
+            optimizer.zero_grad(set_to_none=True)
+            losses += loss
+            steps += 1
     model.base.backbone.eval()
-    return len(losses), float(torch.stack(losses).mean())
+    return steps, float(torch.stack(losses).mean()) if losses else math.nan
+
+
+Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen
+
+
+def plain_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parameter], config: ClientConfig, seed: int,
+                device: torch.device) -> Iterator[Gradients]:
+    """The gradient of the mean loss of each batch; each is taken at the parameters as they then are."""
+    for index in batches(len(data), config, seeds.numpy_generator(seed, "batches")):
+        loss = per_sample_loss(model, *on_device(data, index, device))[0].mean()
+        loss.backward()
+        yield (
+            {key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+             for key, parameter in parameters.items()},
+            [loss.detach()],
+        )
+
+
+def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parameter], config: ClientConfig,
+                  private: Private, device: torch.device) -> Iterator[Gradients]:
+    """The noised gradient of each Poisson sample, also of an empty one. Big samples are taken in pieces."""
+    plan, source = private.plan, private.source
+    for _ in range(config.local_steps or 0):
+        drawn = plan.sample(len(data), source)
+        total = torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters.values()])
+        losses: list[Tensor] = []
+        for start in range(0, len(drawn), 2 * config.batch_size):
+            inputs, labels = on_device(data, drawn[start : start + 2 * config.batch_size], device)
+            gradients, each = per_sample_gradients(
+                model.modules, parameters, lambda inputs, labels: per_sample_loss(model, inputs, labels)[0], inputs,
+                labels
+            )
+            total += plan.clipped_sum(gradients)
+            losses += list(each)
+        noised = plan.noised_mean(total, source)
+        pieces = noised.split([parameter.numel() for parameter in parameters.values()])
+        yield {key: piece.view_as(parameters[key]) for key, piece in zip(parameters, pieces, strict=True)}, losses
 
 
 def batches(count: int, config: ClientConfig, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -83,16 +140,19 @@ def make_optimizer(parameters: list[nn.Parameter], config: ClientConfig) -> torc
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def per_sample_loss(
-    model: Adapted, data: Encoded, index: np.ndarray, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and labels of these records, on the device."""
+    inputs, labels = data.batch(index)
+    return {key: value.to(device) for key, value in inputs.items()}, labels.to(device)
+
+
+def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [N], correct predictions [N] and predictions made [N] of each sample.
 
     A text's loss is the mean over its own tokens: a mean over the batch's tokens would couple the samples.
     """
-    inputs, labels = data.batch(index)
-    logits = model.logits({key: value.to(device) for key, value in inputs.items()}).float()
-    labels = labels.to(device)
+    logits = model.logits(inputs)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if model.base.task == "causal-lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
@@ -110,7 +170,7 @@ def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, 
     loss, correct, count = 0.0, 0, 0
     for start in range(0, len(data), batch_size):
         index = np.arange(start, min(start + batch_size, len(data)))
-        losses, right, made = per_sample_loss(model, data, index, device)
+        losses, right, made = per_sample_loss(model, *on_device(data, index, device))
         loss, correct, count = loss + float(losses.double().sum()), correct + int(right.sum()), count + int(made.sum())
     return {"accuracy": correct / max(count, 1), "loss": loss / len(data), "num-examples": len(data)}
 

@@ -60,10 +60,10 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[st
     Raises:
         InputError: naming the key, what was given, what is allowed and the nearest valid key.
     """
-    tree = source if isinstance(source, dict) else _read_yaml(find(source))
+    tree = source if isinstance(source, dict) else read_yaml(find(source))
     tree = _named_sections(tree)
     _apply(tree, overrides)
-    config: Config = _build(Config, tree, "")
+    config: Config = build(Config, tree, "")
     check(config)
     return config
 
@@ -168,7 +168,7 @@ def check(config: Config) -> None:
         registry.load("checks", name)(config)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -223,7 +223,8 @@ def _section_class(path: str) -> Any:
     return {"strategy": StrategyConfig, "adapter": AdapterConfig, "data.partition": PartitionConfig}[path]
 
 
-def _build(cls: Any, tree: Any, path: str) -> Any:
+def build(cls: Any, tree: Any, path: str) -> Any:
+    """A dataclass of options from a mapping, checked; `path` is the key to blame."""
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -235,7 +236,7 @@ def _build(cls: Any, tree: Any, path: str) -> Any:
         key = f"{path}.{name}" if path else name
         default = default_of(item)
         if dataclasses.is_dataclass(default):
-            values[name] = _build(type(default), tree.get(name), key)
+            values[name] = build(type(default), tree.get(name), key)
         elif name in tree:
             values[name] = _value(cls, item, tree[name], key)
     config = cls(**values)

@@ -22,11 +22,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all."""
     from safetensors.torch import save
 
-    write_bytes(path, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))
+    write_bytes(path, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata))
 
 
 def sync_folder(path: Path) -> None:

@@ -48,6 +48,8 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "checks": {
         "strategy": "fedpeft.strategies.build:check",
+        "client_dp": "fedpeft.strategies.client_dp:check",
+        "privacy": "fedpeft.clients.private:check",
     },
     "partitioners": {
         "iid": "fedpeft.data.partition:IID",

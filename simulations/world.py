@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local, client_app
+from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data import source, split
@@ -65,7 +66,8 @@ def world(text: str, run: Path) -> World:
             )
         train_data[client], holdout[client] = train_encoded.subset(order[kept:]), train_encoded.subset(order[:kept])
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
-    local = Local(config, model, start.adapter, train_data, holdout, store)
+    guard = Guard(config, run / "ledger", run.name)
+    local = Local(config, model, start.adapter, train_data, holdout, store, guard)
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
 
 

@@ -97,6 +97,12 @@ class Adapted:
             parameter.requires_grad_(key in chosen)
         return {key: self.parameters[key] for key in chosen}
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The backbone, and heads outside of it: all modules that hold parameters."""
+        inside = {id(module) for module in self.base.backbone.modules()}
+        return [self.base.backbone, *(head for head in self.base.heads.values() if id(head) not in inside)]
+
     def training_mode(self) -> None:
         """Dropout on. Batch norms stay in evaluation mode: their running statistics belong to the frozen base, and one
         client's data would reach all others through them.

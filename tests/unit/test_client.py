@@ -10,6 +10,7 @@ import torch
 
 from fedpeft import seeds
 from fedpeft.clients.app import Local
+from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, train
 from fedpeft.config import ClientConfig, Config
@@ -41,6 +42,7 @@ def local(model, tmp_path):
         {"a": small.texts(10)},
         {"a": small.texts(4, seed=1)},
         Store(tmp_path, history=3),
+        Guard(Config(client=SGD), tmp_path / "ledger", "run"),
     )
 
 

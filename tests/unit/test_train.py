@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import seeds
-from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, per_sample_loss, train
+from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import IGNORE, Encoded
 
@@ -249,7 +249,7 @@ def test_the_new_control_is_the_mean_gradient(model, still):
     new = new_control(zero, zero, *named, steps=1, lr=SGD.lr)
     model.write(start)
     trained = model.train_roles(ROLES)
-    loss = per_sample_loss(model, small.texts(), np.arange(10), CPU)[0].mean()
+    loss = per_sample_loss(model, *on_device(small.texts(), np.arange(10), CPU))[0].mean()
     for key, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
         torch.testing.assert_close(new[f"{CONTROL}{key}"], gradient, atol=1e-5, rtol=1e-3)
 
@@ -259,7 +259,7 @@ def test_the_new_control_is_the_mean_gradient(model, still):
 
 def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
     data = small.texts(6, causal=True)
-    losses, right, made = per_sample_loss(llama, data, np.arange(6), CPU)
+    losses, right, made = per_sample_loss(llama, *on_device(data, np.arange(6), CPU))
     for index in range(6):
         ids = [int(token) for token in data.inputs["input_ids"][index] if token != 0]
         length = len(ids)
@@ -275,9 +275,9 @@ def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
 def test_a_texts_loss_does_not_depend_on_its_batch(llama):
     data = small.texts(6, causal=True)
     assert len(set(data.inputs["attention_mask"].sum(1).tolist())) > 2
-    together = per_sample_loss(llama, data, np.arange(6), CPU)[0]
+    together = per_sample_loss(llama, *on_device(data, np.arange(6), CPU))[0]
     for index in range(6):
-        alone = per_sample_loss(llama, data, np.array([index]), CPU)[0]
+        alone = per_sample_loss(llama, *on_device(data, np.array([index]), CPU))[0]
         torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=1e-5)
 
 
@@ -297,7 +297,7 @@ def test_evaluate_a_classifier_by_hand(model):
 def test_evaluate_a_language_model_by_hand(llama):
     """The accuracy is over all predicted tokens, the loss the mean over texts."""
     data = small.texts(10, causal=True)
-    losses, right, made = per_sample_loss(llama, data, np.arange(10), CPU)
+    losses, right, made = per_sample_loss(llama, *on_device(data, np.arange(10), CPU))
     result = evaluate(llama, data, batch_size=4)
     assert result["accuracy"] == pytest.approx(int(right.sum()) / int(made.sum()))
     assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)

@@ -1,0 +1,113 @@
+"""Differential privacy at a client: its policy first, then its plan, then its ledger; only then may a step be taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedpeft.clients import policy
+from fedpeft.config import Config
+from fedpeft.errors import InputError
+from fedpeft.privacy import plan as plans
+from fedpeft.privacy.ledger import Entry, Ledger
+from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
+from fedpeft.privacy.plan import Plan
+from fedpeft.state import AdapterState
+
+
+class Guard:
+    """Stands between a server's request and a client's records.
+
+    Args:
+        folder: holds <client>.jsonl, the ledger of each.
+        run: name of the run in the ledgers.
+    """
+
+    def __init__(self, config: Config, folder: Path, run: str) -> None:
+        self.config, self.folder, self.run = config, folder, run
+        self.private = config.privacy.unit == "sample"
+        self.policy = cache(lambda client: policy.of_client(config.privacy.policy, client))
+
+    def admit(self, client: str, number: int) -> None:
+        """Raise Refused unless the client's policy allows this round. Reads no record."""
+        bounds = self.policy(client)
+        if bounds is not None:
+            bounds.require(self.config, number)
+
+    def plan(self, client: str, count: int) -> Plan:
+        """The client's plan; `count` is how many records it has, used where no public number is given."""
+        bounds = self.policy(client)
+        records = (bounds.records if bounds else None) or self.config.privacy.records or count
+        plan = plans.make(self.config.privacy, self.config.client, self.config.run.rounds, records)
+        if bounds is not None:
+            bounds.require_noise(plan.noise_multiplier)
+        return plan
+
+    def spend(self, client: str, number: int, request: str, plan: Plan) -> Randomness:
+        """Reserve one round's steps in the ledger, durably; what its sampling and noise are drawn from.
+
+        Raises:
+            BudgetExhausted: they would pass the run's or the site's budget.
+        """
+        bounds, privacy = self.policy(client), self.config.privacy
+        entry = Entry(self.run, number, request, plan.sample_rate, plan.noise_multiplier,
+                      self.config.client.local_steps or 0)
+        lifetime = bounds.lifetime(self.config) if bounds else None
+        self.ledger(client).reserve(entry, plan.budget, plan.release, lifetime)
+        if privacy.randomness == "os":
+            return OperatingSystem()
+        return Seeded(self.config.run.seed, "privacy", "round", number, "client", client)
+
+    def ledger(self, client: str) -> Ledger:
+        return Ledger(self.folder / f"{client}.jsonl")
+
+    def spending(self, clients: list[str]) -> dict[str, dict[str, Any]]:
+        """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier."""
+        privacy, table = self.config.privacy, {}
+        for client in clients:
+            entries = self.ledger(client).entries()
+            table[client] = {
+                "epsilon": self.ledger(client).spent(privacy.delta, privacy.accountant),
+                "delta": privacy.delta,
+                "steps": sum(entry.steps for entry in entries),
+                "rounds": len({(entry.run, entry.round) for entry in entries}),
+                "sample_rate": entries[-1].sample_rate if entries else None,
+                "noise_multiplier": entries[-1].noise_multiplier if entries else None,
+            }
+        return table
+
+
+def fingerprint(received: AdapterState, task: dict[str, Any]) -> str:
+    """Hash of a request: the same one is answered with the same update, at no further cost."""
+    text = json.dumps(task, sort_keys=True) + received.sha256()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(config: Config) -> None:
+    """Refuse what sample-level DP cannot protect, before anything is loaded."""
+    privacy = config.privacy
+    if privacy.policy is not None and not Path(privacy.policy).exists():
+        raise InputError(f"privacy.policy: no file or folder {privacy.policy}.")
+    if privacy.unit == "none":
+        return
+    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        raise InputError(f"privacy.epsilon={privacy.epsilon} and privacy.noise_multiplier={privacy.noise_multiplier}: "
+                         "give exactly one.")
+    if config.strategy.weighting != "uniform":
+        raise InputError(f"strategy.weighting={config.strategy.weighting}: counts of records would leave the clients "
+                         f"unprotected with privacy.unit={privacy.unit}. Set strategy.weighting=uniform.")
+    if config.data.holdout and not privacy.release_metrics:
+        raise InputError(f"data.holdout={config.data.holdout:g}: clients would send their accuracy, which no guarantee "
+                         "covers. Set data.holdout=0, or privacy.release_metrics=true to release it unprotected.")
+    if privacy.unit == "client":
+        return
+    client = config.client
+    if client.local_steps is None:
+        raise InputError("client.local_steps=null: with privacy.unit=sample batches are Poisson samples, and the "
+                         "number of steps must be public. Set client.local_steps and client.local_epochs=null.")
+    if client.max_grad_norm is not None:
+        raise InputError(f"client.max_grad_norm={client.max_grad_norm:g}: with privacy.unit=sample every record's "
+                         "gradient is clipped by privacy.clip. Set client.max_grad_norm=null.")

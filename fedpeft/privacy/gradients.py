@@ -1,0 +1,171 @@
+"""Per-sample gradients of an adapter (and head) over a frozen base, exactly, in one backward pass.
+
+A weight W that is used as y = x W^T gets from sample n   sum_t g_nt x_nt^T   with g the gradient of the summed losses
+at y; a bias gets sum_t g_nt. So where all trained parameters belong to linear layers (LoRA, LoRA-SB, heads) only the
+inputs and the gradients at the outputs of those layers are needed, and no weight gradient is computed by autograd.
+The products are stored: for LoRA they are small, r (in + out) a sample, and the usual trick of norms without products
+(ghost clipping) costs more than it saves here.
+
+Other parameters take torch.func: vmap over samples of the gradient of one. Some modules cannot run under vmap, and some
+mix samples; `verify` compares both paths with autograd, sample by sample, and names the parameter that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.errors import InputError
+
+Inputs = dict[str, Tensor]
+Loss = Callable[[Inputs, Tensor], Tensor]  # inputs, labels -> losses [N], each of its own sample only
+
+
+def per_sample_gradients(
+    modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients [N, P], in the order of `parameters` (those that train), and losses [N].
+
+    Args:
+        modules: the roots that hold the parameters.
+
+    Raises:
+        InputError: a layer does not keep the samples in its first dimension, or torch.func cannot run the model.
+    """
+    layers = linear_owners(modules, parameters)
+    if layers is None:
+        return _functional(modules, parameters, loss, inputs, labels)
+    return _analytic(layers, parameters, loss, inputs, labels)
+
+
+def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter]) -> dict[nn.Linear, str] | None:
+    """The linear layers that own the parameters, with their names; None if another module owns one."""
+    wanted = {id(parameter) for parameter in parameters.values()}
+    layers: dict[nn.Linear, str] = {}
+    for root in modules:
+        for name, module in root.named_modules():
+            if any(id(parameter) in wanted for parameter in module.parameters(recurse=False)):
+                if type(module) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+                    return None
+                layers.setdefault(module, name)
+    return layers
+
+
+def _analytic(layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs,
+              labels: Tensor) -> tuple[Tensor, Tensor]:
+    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        calls.append((module, (args[0] if args else kwargs["input"]).detach(), output))
+
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        losses = loss(inputs, labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = len(losses)
+    calls = [call for call in calls if call[2].requires_grad]
+    slopes = torch.autograd.grad(losses.sum(), [output for _, _, output in calls], allow_unused=True)
+    found: dict[int, Tensor] = {}
+    for (layer, x, _), g in zip(calls, slopes, strict=True):
+        if g is None:
+            continue
+        if x.shape[0] != count:
+            raise InputError(
+                f"privacy.unit=sample: {layers[layer]} gets {x.shape[0]} rows for {count} samples, so their gradients "
+                "cannot be told apart. Leave it out of adapter.target_modules."
+            )
+        x, g = x.reshape(count, -1, x.shape[-1]), g.reshape(count, -1, g.shape[-1])
+        for parameter, part in ((layer.weight, lambda x=x, g=g: g.mT @ x), (layer.bias, lambda g=g: g.sum(1))):
+            if parameter is not None and parameter.requires_grad:
+                value = part().reshape(count, -1)
+                found[id(parameter)] = found[id(parameter)] + value if id(parameter) in found else value
+    parts = [found.get(id(parameter), losses.new_zeros(count, parameter.numel()))
+             for parameter in parameters.values()]
+    return torch.cat([part.to(parts[0].dtype) for part in parts], dim=1), losses.detach()
+
+
+class _Losses(nn.Module):
+    """The loss as a module that holds the parameters, as torch.func wants it."""
+
+    def __init__(self, modules: Iterable[nn.Module], loss: Loss) -> None:
+        super().__init__()
+        self.parts, self.loss = nn.ModuleList(modules), loss
+
+    def forward(self, inputs: Inputs, label: Tensor) -> tuple[Tensor, Tensor]:
+        batch = {name: value.unsqueeze(0) for name, value in inputs.items()}
+        loss = self.loss(batch, label.unsqueeze(0))[0]
+        return loss, loss.detach()
+
+
+def _functional(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs,
+                labels: Tensor) -> tuple[Tensor, Tensor]:
+    whole = _Losses(modules, loss)
+    keys = {id(parameter): key for key, parameter in parameters.items()}
+    names = {name: keys[id(parameter)] for name, parameter in whole.named_parameters() if id(parameter) in keys}
+    values = {name: parameters[key].detach() for name, key in names.items()}
+
+    def one(values: dict[str, Tensor], inputs: Inputs, label: Tensor) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = torch.func.functional_call(whole, values, (inputs, label))
+        return result
+
+    many = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0, 0), randomness="different")
+    try:
+        gradients, losses = many(values, inputs, labels)
+    except Exception as error:  # torch.func names neither its errors nor what it cannot do
+        raise InputError(
+            f"privacy.unit=sample: torch.func cannot take per-sample gradients of {', '.join(list(parameters)[:3])}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    by_key = {names[name]: value for name, value in gradients.items()}
+    return torch.cat([by_key[key].flatten(1) for key in parameters], dim=1), losses.detach()
+
+
+def verify(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs,
+           labels: Tensor) -> None:
+    """Compare per-sample gradients of a batch with autograd on each sample alone, at random parameter values.
+
+    Catches parameters that are used behind the layers' backs, and models or losses that mix samples.
+
+    Raises:
+        InputError: they differ; names the parameter.
+    """
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for module, _ in modes:
+            module.eval()
+        with torch.no_grad():
+            for parameter in parameters.values():  # a LoRA at its start (B = 0) has no gradient in A to compare
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        fast, _ = per_sample_gradients(modules, parameters, loss, inputs, labels)
+        slow = torch.stack([_alone(parameters, loss, inputs, labels, index) for index in range(len(labels))])
+    finally:
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(before[key])
+        for module, mode in modes:
+            module.training = mode
+    scale = slow.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+    wrong = ((fast - slow).abs() > 1e-2 * scale).any(dim=0)
+    if bool(wrong.any()):
+        owners = torch.repeat_interleave(torch.tensor([value.numel() for value in parameters.values()]))
+        key = list(parameters)[int(owners[int(wrong.cpu().nonzero()[0])])]
+        raise InputError(
+            f"privacy.unit=sample: the per-sample gradient of {key} differs from autograd on each sample alone: the "
+            "model mixes samples or uses the parameter outside of its layer. Take another adapter or model."
+        )
+
+
+def _alone(parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor, index: int) -> Tensor:
+    chosen = slice(index, index + 1)
+    total = loss({name: value[chosen] for name, value in inputs.items()}, labels[chosen]).sum()
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return torch.cat([(torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+                      for parameter, gradient in zip(parameters.values(), gradients, strict=True)]).detach()

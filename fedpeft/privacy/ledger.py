@@ -1,0 +1,139 @@
+"""What was really released, on the disk before it is: an append-only file of noisy releases, one JSON object a line.
+
+    {"run", "round", "request", "sample_rate", "noise_multiplier", "steps", "time"}
+
+`reserve` adds a line and forces it to the disk, or refuses it, before the first of its steps is taken. A process killed
+afterwards has spent what it reserved, whether or not the update left: the ledger never counts fewer releases than there
+were. Reserving holds a lock on the file, so two processes cannot both take the last of a budget.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import InputError, RunError
+from fedpeft.files import sync_folder
+from fedpeft.privacy.accounting import Release, composed
+
+
+class BudgetExhausted(RunError):
+    """The release would pass the budget, and was not made."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`steps` releases with one sample rate and one noise multiplier, for one request of a run."""
+
+    run: str
+    round: int
+    request: str
+    sample_rate: float
+    noise_multiplier: float
+    steps: int
+
+    @property
+    def release(self) -> Release:
+        return self.sample_rate, self.noise_multiplier, self.steps
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest epsilon at this delta, and the accountant that decides."""
+
+    epsilon: float
+    delta: float
+    accountant: str = "pld"
+
+
+class Ledger:
+    """The releases of one party's data, over all its runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> list[Entry]:
+        """All reservations, oldest first.
+
+        Raises:
+            InputError: a line in the middle of the file is damaged: what was spent is no longer known.
+        """
+        return self._read() if self.path.exists() else []
+
+    def spent(self, delta: float, accountant: str = "pld") -> float:
+        """Epsilon of everything reserved so far."""
+        return composed(tuple(entry.release for entry in self.entries()), delta, accountant)
+
+    def reserve(
+        self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None
+    ) -> None:
+        """Write the entry durably, if everything with it stays within the budgets.
+
+        Args:
+            budget: of the entry's run.
+            plan: a release known to cost at most `budget` when it is all that the run made; saves its computation.
+            lifetime: of all runs together.
+
+        Raises:
+            BudgetExhausted: it would pass a budget; nothing is written.
+        """
+        with self._locked():
+            entries = [*self._read(), entry]
+            own = [item for item in entries if item.run == entry.run]
+            if not (plan is not None and _within(own, plan)):
+                _require(own, budget, "this run")
+            if lifetime is not None:
+                _require(entries, lifetime, "all runs together")
+            self._append(entry)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _append(self, entry: Entry) -> None:
+        line = json.dumps({**asdict(entry), "time": round(time.time(), 3)}) + "\n"
+        with self.path.open("r+b") as file:
+            content = file.read()
+            file.seek(content.rfind(b"\n") + 1)  # a torn last line was never acted upon
+            file.truncate()
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.path.parent)
+
+    def _read(self) -> list[Entry]:
+        lines = self.path.read_bytes().split(b"\n")
+        entries = []
+        for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
+            try:
+                values: dict[str, Any] = json.loads(line)
+                entries.append(Entry(**{item.name: values[item.name] for item in fields(Entry)}))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path}: line {number} is damaged, so what was spent is not known: {error!r}."
+                ) from error
+        return entries
+
+
+def _require(entries: list[Entry], budget: Budget, what: str) -> None:
+    if composed(tuple(entry.release for entry in entries), budget.delta, budget.accountant) > budget.epsilon:
+        raise BudgetExhausted(
+            f"budget exhausted: {entries[-1].steps} more steps would pass epsilon={budget.epsilon:g} at delta="
+            f"{budget.delta:g} for {what}."
+        )
+
+
+def _within(entries: list[Entry], plan: Release) -> bool:
+    """Whether all entries are of the plan's kind and together have no more steps."""
+    kinds = {entry.release[:2] for entry in entries}
+    return kinds == {plan[:2]} and sum(entry.steps for entry in entries) <= plan[2]

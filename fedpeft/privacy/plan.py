@@ -1,0 +1,102 @@
+"""DP-SGD of one client, planned before its first step: who is sampled, what is clipped, how much noise, how many steps.
+
+One step (Abadi et al. 2016, arXiv 1607.00133), with g_i the gradient of record i in all trained tensors together:
+
+    every record joins with probability q, independently
+    g = (sum_i g_i min(1, C / ||g_i||) + N(0, sigma^2 C^2 I)) / b
+
+q and b are public constants: b is the expected batch, not the size drawn, and an empty draw is a step of pure noise.
+Two data sets that differ by one record give sums at most C apart, so `steps` such steps cost what the accountant says
+for (q, sigma, steps), whoever sees each of them. A record whose gradient is not finite counts as without influence.
+
+The trainer gets its batches from here, never from a loader of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.config import ClientConfig, PrivacyConfig
+from fedpeft.errors import InputError
+from fedpeft.privacy.accounting import QUICK_GRID, Release, composed, noise_multiplier
+from fedpeft.privacy.ledger import Budget
+from fedpeft.privacy.noise import Randomness
+
+RELATION = "add or remove one record"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All public numbers of one client's private training.
+
+    Attributes:
+        sample_rate: q.
+        expected_batch: b, the divisor.
+        clip: C.
+        noise_multiplier: sigma.
+        steps: noisy steps planned over all rounds.
+        budget: what they may cost.
+    """
+
+    sample_rate: float
+    expected_batch: float
+    clip: float
+    noise_multiplier: float
+    steps: int
+    budget: Budget
+
+    @property
+    def release(self) -> Release:
+        return self.sample_rate, self.noise_multiplier, self.steps
+
+    def sample(self, count: int, source: Randomness) -> np.ndarray:
+        """Indices of the records that join a step."""
+        return np.flatnonzero(source.uniform(count) < self.sample_rate)
+
+    def clipped_sum(self, gradients: Tensor) -> Tensor:
+        """Sum over the batch of per-sample gradients [N, P], each scaled down to norm C where it is above; [P]."""
+        finite = torch.isfinite(gradients).all(dim=1)
+        kept = gradients if bool(finite.all()) else torch.where(finite[:, None], gradients, 0.0)
+        norms = torch.linalg.vector_norm(kept, dim=1)
+        total: Tensor = (self.clip / (norms + 1e-6)).clamp(max=1.0) @ kept
+        return total
+
+    def noised_mean(self, total: Tensor, source: Randomness) -> Tensor:
+        """The step's gradient [P] from the clipped sum: noise once, division once."""
+        noise = torch.from_numpy(source.normal(total.numel())).to(total)
+        return (total + self.noise_multiplier * self.clip * noise) / self.expected_batch
+
+
+def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int) -> Plan:
+    """The plan of a client with this public number of records.
+
+    Args:
+        rounds: rounds that the run may ask it for; `privacy.planned_rounds` overrides.
+
+    Raises:
+        InputError: more records a step than there are, or a delta that protects nobody.
+    """
+    if client.batch_size > records:
+        raise InputError(
+            f"client.batch_size={client.batch_size} is the expected number of records a step, but a client has only "
+            f"{records}. Lower it, or give clients more records."
+        )
+    if privacy.delta >= 1 / records:
+        raise InputError(
+            f"privacy.delta={privacy.delta:g} is not below 1 / records = 1 / {records} of a client: it would allow one "
+            "record to be published whole."
+        )
+    steps = (client.local_steps or 0) * (privacy.planned_rounds or rounds)
+    rate, sigma, epsilon = client.batch_size / records, privacy.noise_multiplier, privacy.epsilon
+    if sigma is None and epsilon is not None:
+        sigma = noise_multiplier(rate, epsilon, steps, privacy.delta, privacy.accountant, QUICK_GRID)
+    if sigma is None:
+        raise InputError("privacy.epsilon and privacy.noise_multiplier are both null; give one.")
+    if epsilon is None:
+        epsilon = composed(((rate, sigma, steps),), privacy.delta, privacy.accountant)
+    budget = Budget(epsilon, privacy.delta, privacy.accountant)
+    return Plan(rate, float(client.batch_size), privacy.clip, sigma, steps, budget)
