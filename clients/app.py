@@ -3,6 +3,8 @@
     query     -> {"name"}
     train     adapter, task -> update, {"num-examples", "train_loss"}
     evaluate  adapter, task -> {"num-examples", "accuracy", "loss"} on the client's held-out records
+
+Under secure aggregation the four stages of `clients.secagg` take the place of train.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients import secagg
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.private import Guard, fingerprint
 from fedpeft.clients.store import Store
@@ -179,6 +182,7 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
 
     @app.train(mods=mods or [])
     def fit(message: Message, context: Context) -> Message:
+        secagg.refuse_clear(local().config)
         received, task = PACKED.open(message.content)
         update, metrics = local().train(name(context), received, task)
         return Message(PACKED.reply(update, metrics, int(task["round"])), reply_to=message)
@@ -189,4 +193,8 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
         metrics = local().evaluate(name(context), received, task)
         return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
 
+    def update(context: Context, received: AdapterState, task: dict[str, Any]) -> AdapterState:
+        return local().train(name(context), received, task)[0]
+
+    secagg.register(app, lambda: local().config, name, update, mods or [])
     return app
