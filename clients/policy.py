@@ -50,7 +50,7 @@ class Policy:
         """Raise Refused, with every reason, unless round `number` of this config is within the bounds."""
         privacy, reasons = config.privacy, []
         if self.unit == "sample" and privacy.unit != "sample":
-            reasons.append(f"privacy.unit={privacy.unit} does not protect records against the server; it must be sample")
+            reasons.append(f"privacy.unit={privacy.unit} does not protect records from the server; it must be sample")
         if self.max_epsilon is not None and privacy.epsilon is not None and privacy.epsilon > self.max_epsilon:
             reasons.append(f"privacy.epsilon={privacy.epsilon:g} is over max_epsilon={self.max_epsilon:g}")
         if privacy.unit == "sample" and privacy.delta > self.max_delta:

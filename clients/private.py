@@ -91,7 +91,7 @@ def check(config: Config) -> None:
     privacy = config.privacy
     if privacy.policy is not None and not Path(privacy.policy).exists():
         raise InputError(f"privacy.policy: no file or folder {privacy.policy}.")
-    if privacy.unit == "none":
+    if privacy.unit != "sample":
         return
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         raise InputError(f"privacy.epsilon={privacy.epsilon} and privacy.noise_multiplier={privacy.noise_multiplier}: "
@@ -102,8 +102,6 @@ def check(config: Config) -> None:
     if config.data.holdout and not privacy.release_metrics:
         raise InputError(f"data.holdout={config.data.holdout:g}: clients would send their accuracy, which no guarantee "
                          "covers. Set data.holdout=0, or privacy.release_metrics=true to release it unprotected.")
-    if privacy.unit == "client":
-        return
     client = config.client
     if client.local_steps is None:
         raise InputError("client.local_steps=null: with privacy.unit=sample batches are Poisson samples, and the "

@@ -165,7 +165,7 @@ def data_list(as_json: Json = False) -> None:
 SampleRate = Annotated[float, typer.Option(help="Chance of a record to be in a step's batch.")]
 Steps = Annotated[int, typer.Option(help="Local steps of all rounds that the client joins.")]
 Delta = Annotated[float, typer.Option(help="Delta; below one over the number of records.")]
-Accountant = Annotated[str, typer.Option(help="pld (tight) or rdp.")]
+Accountant = Annotated[str, typer.Option(help="pld (tight), prv (Opacus) or rdp.")]
 
 
 @privacy_app.command("epsilon")
@@ -207,6 +207,19 @@ def privacy_noise(
     console.emit(result, as_json, console.privacy)
 
 
+@privacy_app.command("ledger")
+def privacy_ledger(
+    path: Annotated[Path, typer.Argument(help="A ledger file, or the folder of a run.")],
+    delta: Delta = 1e-5,
+    accountant: Accountant = "pld",
+    as_json: Json = False,
+) -> None:
+    """What has been released and what it costs, from the ledgers on the disk."""
+    from fedpeft.privacy import ledger
+
+    console.emit(ledger.account(path, delta, accountant), as_json, console.ledgers)
+
+
 @bench_app.command("federated")
 def bench_federated(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
@@ -218,6 +231,19 @@ def bench_federated(
     from fedpeft.simulations.benchmarks import federated, federated_report
 
     console.emit(federated.run(out, seeds, quick), as_json, federated_report.show)
+
+
+@bench_app.command("private")
+def bench_private(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """FedIT, FFA-LoRA and FedSVD on a real model at several epsilons."""
+    from fedpeft.simulations.benchmarks import private
+
+    console.emit(private.run(out, seeds, quick), as_json, private.show)
 
 
 @bench_app.command("server")

@@ -97,6 +97,11 @@ def run_result(summary: dict[str, Any]) -> None:
         f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} "
         f"s, {summary['trainable_parameters']:,} trained parameters a client"
     )
+    if privacy := summary.get("privacy"):
+        protected = "record" if privacy["unit"] == "sample" else "client"
+        epsilon = summary["epsilon_max"] or 0.0
+        out.print(f"privacy of one {protected}: epsilon {epsilon:.4g} at delta {privacy['delta']:g}; randomness: "
+                  f"{privacy['randomness']}")
     for client, rows in _by_client(summary["quarantined"]).items():
         often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
@@ -193,3 +198,13 @@ def privacy(result: dict[str, Any]) -> None:
     out.print(table)
     for line in result["assumptions"]:
         out.print(f"- {line}", markup=False)
+
+
+def ledgers(result: dict[str, Any]) -> None:
+    table = Table(title=f"spent at delta {result['delta']:g}, by {result['accountant']}")
+    for name in ("ledger", "epsilon", "releases", "steps", "runs"):
+        table.add_column(name, justify="left" if name == "ledger" else "right")
+    for name, row in result["ledgers"].items():
+        table.add_row(name, f"{row['epsilon']:.4g}", *(str(row[key]) for key in ("releases", "steps", "runs")))
+    out.print(table)
+    out.print("Every release that was reserved is counted, sent or not; each party's epsilon is its own.", style="dim")

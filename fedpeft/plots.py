@@ -215,6 +215,30 @@ def participation(run: Run) -> Figure | None:
     return figure
 
 
+def privacy(run: Run) -> Figure | None:
+    """Accuracy against the largest epsilon spent so far, and what each client has spent."""
+    section = run.summary.get("privacy") or {}
+    spent = {event["round"]: event["epsilon_max"] for event in run.of("round") if event.get("epsilon_max") is not None}
+    if not spent:
+        return None
+    clients = section.get("clients") or {}
+    protected = "client" if section.get("unit") == "client" else "record"
+    titles = [f"Accuracy against epsilon of one {protected}", *(["Epsilon spent by each client"] if clients else [])]
+    figure, (bought, *each) = _axes(titles)
+    scores = [score for score in run.scores if score["round"] in spent]
+    _line(bought, scores, "accuracy", run.summary["strategy"], COLORS[0], x=spent)
+    _frozen(bought, run)
+    _accuracy_axis(bought)
+    bought.set_xlabel(f"largest epsilon so far, at delta {section.get('delta', 0):g}")
+    for axes in each:
+        names = sorted(clients, key=_natural)
+        axes.bar(range(len(names)), [clients[name]["epsilon"] for name in names], color=COLORS[0], width=0.8)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="x", visible=False)
+        _name_ticks(axes.xaxis, names, upright=_crowded(names))
+    return _with_legends(figure)
+
+
 def compared(runs: list[Run]) -> Figure:
     """Accuracy of several runs over rounds and against uploads; one dashed line for each distinct frozen model."""
     figure, (by_round, by_bytes) = _axes(["Accuracy over rounds", "Accuracy against uploads"], heights=(1.2,))
@@ -240,7 +264,8 @@ def compared(runs: list[Run]) -> Figure:
 
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {
-    plot.__name__: plot for plot in (accuracy, loss, communication, clients_accuracy, clients_by_label, participation)
+    plot.__name__: plot
+    for plot in (accuracy, loss, privacy, communication, clients_accuracy, clients_by_label, participation)
 }
 
 

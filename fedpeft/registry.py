@@ -48,6 +48,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "checks": {
         "strategy": "fedpeft.strategies.build:check",
+        "secagg": "fedpeft.strategies.secagg:check",
         "client_dp": "fedpeft.strategies.client_dp:check",
         "privacy": "fedpeft.clients.private:check",
     },

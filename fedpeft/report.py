@@ -232,15 +232,33 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     body = [f'<p class="lead">{html.escape(_headline(run))}</p>']
     if not run.ended:
         body.append(_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
-    facts = [[_words(key), _fact(key, value)] for key, value in summary.items() if not isinstance(value, list)]
+    facts = [[_words(key), _fact(key, value)] for key, value in summary.items()
+             if not isinstance(value, list) and key != "privacy" and value is not None]
     facts.append(["quarantined updates", str(len(summary["quarantined"]))])
     body += ["<h2>Summary</h2>", _table([], facts), "<h2>Plots</h2>"]
     body += [_image(_words(name), image) for name, image in images.items()]
+    if summary.get("privacy"):
+        body += _privacy(summary["privacy"])
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
         body += ["<h2>Quarantined updates</h2>", _table(["round", "client", "reason"], rows)]
     body += ["<h2>Rounds</h2>", _rounds(run), "<h2>Config</h2>", f"<pre>{html.escape(run.config_text)}</pre>"]
     return _page(f"{summary['strategy']}: {run.label}", body)
+
+
+def _privacy(section: dict[str, Any]) -> list[str]:
+    """What is claimed, what is outside of the claim, and the clients' ledgers."""
+    body = ["<h2>Privacy</h2>", f"<p>{html.escape(section['claim']).replace(chr(10), '<br>')}</p>"]
+    if section["outside"]:
+        body += ["<p>Outside of the guarantee:</p>",
+                 "<ul>", *(f"<li>{html.escape(line)}</li>" for line in section["outside"]), "</ul>"]
+    keys = [key for key, value in section.items() if not isinstance(value, list | dict) and key != "claim"]
+    body.append(_table([], [[_words(key), plots.number(section[key])] for key in keys]))
+    if section["clients"]:
+        heads = list(next(iter(section["clients"].values())))
+        rows = [[name, *(plots.number(row[key]) for key in heads)] for name, row in section["clients"].items()]
+        body.append(_table(["client", *map(_words, heads)], rows))
+    return body
 
 
 def _headline(run: Run) -> str:

@@ -20,11 +20,13 @@ from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.metrics import Recorder, read, summarise
-from fedpeft.simulations import faults
+from fedpeft.simulations import faults, privacy
 from fedpeft.simulations.baselines import baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.world import World, make_app, world
+from fedpeft.strategies import secagg
 from fedpeft.strategies.base import Rules, ServerState
+from fedpeft.strategies.client_dp import ClientDP
 
 log = logging.getLogger("fedpeft")
 OnEvent = Callable[[dict[str, Any]], None]
@@ -88,8 +90,12 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
     server = checkpoint.latest(run / "checkpoints")
     recorder = Recorder(run / "metrics.jsonl")
     personal = bool(here.strategy.keeps)
+    if isinstance(here.strategy, ClientDP):
+        here.strategy.ledger = run / "ledger" / "server.jsonl"
 
     def record(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            event = {**event, **privacy.spent(here)}
         recorder.record(event)
         on_event(event)
 
@@ -124,6 +130,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         max_update_norm=config.run.max_update_norm,
         evaluate_every=config.run.evaluate_every,
         evaluate_clients=config.data.holdout > 0,
+        secagg=secagg.exchange(config),
     )
 
     def after_round(state: ServerState) -> None:
@@ -145,6 +152,7 @@ def _absolute(config: Config) -> None:
         (config.data, "test", "datasets"),
         (config.data, "split", ""),
         (config.model, "name", ""),
+        (config.privacy, "policy", ""),
     ):
         value = getattr(section, key)
         known = registry.names(table) if table else models.EMBEDDED
@@ -204,6 +212,8 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
             for key, value in event.items()
             if key.endswith("_logistic")
         },
+        "privacy": privacy.section(here),
+        "secure_aggregation": secagg.describe(config) if config.secagg.enabled else None,
         "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
     }
     summary = summarise(events, configs.to_tree(config), extra)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build(config: Config) -> FederatedStrategy:
-    """The strategy of a config, its wrappers around it, its client ranks and weighting set."""
+    """The strategy of a config, its wrappers and client-level privacy around it, its client ranks and weighting set."""
     section = config.strategy
     strategy = named(section.name, section.options, "strategy")
     for entry in section.wrap:
@@ -23,6 +23,10 @@ def build(config: Config) -> FederatedStrategy:
             raise InputError(f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
                              f"Wrappers: {', '.join(wrappers())}.")
         strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
+    if config.privacy.unit == "client":
+        from fedpeft.strategies.client_dp import ClientDP
+
+        strategy = ClientDP(strategy, config.privacy, config.run)
     strategy.weighting = section.weighting
     strategy.population = config.data.clients
     if config.adapter.client_ranks:

@@ -125,6 +125,28 @@ class Ledger:
         return entries
 
 
+def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]:
+    """What one ledger, or each of a run folder's, holds and costs; JSON-ready.
+
+    Raises:
+        InputError: there is no ledger.
+    """
+    files = sorted((path / "ledger").glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
+    if not files:
+        raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
+    table = {}
+    for file in files:
+        entries = Ledger(file).entries()
+        table[file.stem] = {
+            "epsilon": Ledger(file).spent(delta, accountant),
+            "releases": len(entries),
+            "steps": sum(entry.steps for entry in entries),
+            "runs": len({entry.run for entry in entries}),
+        }
+    return {"delta": delta, "accountant": accountant, "ledgers": table,
+            "epsilon_max": max(row["epsilon"] for row in table.values())}
+
+
 def _require(entries: list[Entry], budget: Budget, what: str) -> None:
     if composed(tuple(entry.release for entry in entries), budget.delta, budget.accountant) > budget.epsilon:
         raise BudgetExhausted(

@@ -1,0 +1,206 @@
+"""`fedpeft audit`: the checks of `fedpeft.privacy.audit` on a config's own model, data, sampling, noise and ledger.
+
+What is tested is what a client runs: `private_steps` with one client's records for a single step, `Local.train` for
+whole rounds. Sensitivity is tested at the adapter that clients start from and at one with random, large weights (a
+server may send any), and at the config's clip and a thousandth of it, where every record is clipped. Dropout is off
+there: its masks are drawn for a batch as a whole, so neighbours would differ by them and not by the record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft import config as configs
+from fedpeft.clients import train as training
+from fedpeft.clients.private import Guard
+from fedpeft.clients.store import Store
+from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.errors import InputError
+from fedpeft.privacy import accounting, audit
+from fedpeft.privacy.audit import Check
+from fedpeft.privacy.noise import Randomness
+from fedpeft.privacy.plan import Plan
+from fedpeft.seeds import torch_generator
+from fedpeft.simulations.world import World, world
+
+VALUES, STEPS, ROUNDS = 100_000, 300, 2
+ROUNDING = {"float32": audit.ROUNDING, "bfloat16": 0.05}  # in bfloat16 the shape of a batch moves every gradient in it
+
+
+def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = ()) -> dict[str, Any]:
+    """Audit a config.
+
+    Returns:
+        config, passed, claim, measured_epsilon, and of every check: name, measured (None if not finite), allowed
+        [low, high], passed, what.
+
+    Raises:
+        InputError: the config is bad, or not one of sample-level privacy.
+    """
+    config = configs.load(source, overrides)
+    if config.privacy.unit != "sample":
+        raise InputError(f"privacy.unit={config.privacy.unit}: the audit tests DP-SGD at the clients. Set privacy.unit="
+                         "sample, with privacy.epsilon or privacy.noise_multiplier.")
+    with TemporaryDirectory() as folder:
+        here = world(configs.to_yaml(config), Path(folder))
+        try:
+            return {"config": configs.to_tree(config), **report(Audit(here, Path(folder)))}
+        finally:
+            world.cache_clear()  # its folder is gone
+
+
+def report(subject: Audit) -> dict[str, Any]:
+    """All checks, and the claim that they are about."""
+    plan, privacy = subject.plan, subject.here.config.privacy
+    claim = accounting.composed((plan.release,), privacy.delta, privacy.accountant)
+    measured = audit.one_run(plan, subject.source(subject.client, 1))
+    most = audit.lower_bound(audit.CANARIES, audit.GUESSES, audit.GUESSES, privacy.delta)
+    canaries = Check("canaries", measured, 0.0, claim, f"lower bound of epsilon (95 %) from one run with "
+                     f"{audit.CANARIES} canaries; can show at most {most:.2f}")
+    checks = [*subject.sensitivity(), *subject.noise(), *subject.sampling(), *subject.rounds(), canaries]
+    return {
+        "passed": all(check.passed for check in checks),
+        "claim": {"sample_rate": plan.sample_rate, "noise_multiplier": plan.noise_multiplier, "steps": plan.steps,
+                  "epsilon": claim, "delta": privacy.delta},
+        "measured_epsilon": measured,
+        "checks": [{"name": check.name, "measured": check.measured if math.isfinite(check.measured) else None,
+                    "allowed": [check.low, check.high], "passed": check.passed, "what": check.what}
+                   for check in checks],
+        "limits": audit.LIMITS,
+    }
+
+
+class Audit:
+    """The checks on one world. The client with the fewest records is the one tested.
+
+    Args:
+        folder: for ledgers and client state; each check has its own, so that none meets another's budget.
+    """
+
+    def __init__(self, here: World, folder: Path) -> None:
+        self.here, self.folder, self.local = here, folder, here.local
+        self.client = min(self.local.train_data, key=lambda name: len(self.local.train_data[name]))
+        self.data = self.local.train_data[self.client]
+        self.plan = self.local.guard.plan(self.client, len(self.data))
+        self.server = here.strategy.before_round(here.start)
+        self.task = here.strategy.task(self.server)
+        self.start, _ = self.local.compose(self.client, here.strategy.broadcast(self.server, self.client), self.task, 1)
+        self.ledgers = 0
+
+    def source(self, client: str, number: int) -> Randomness:
+        """What this client's sampling and noise of this round are drawn from."""
+        return self._guard().spend(client, number, "audit", self.plan)
+
+    def _guard(self) -> Guard:
+        self.ledgers += 1
+        return Guard(self.here.config, self.folder / "audit" / str(self.ledgers), "audit")
+
+    def steps(self, plan: Plan, data: Encoded, source: Randomness, count: int = 1) -> Iterator[dict[str, Tensor]]:
+        """What `count` steps release of these records, at the model's weights as they are."""
+        parameters = self.local.model.train_roles(self.task["trains"])
+        client = replace(self.here.config.client, local_steps=count)
+        device = next(iter(parameters.values())).device
+        private = training.Private(plan, source)
+        for released, _ in training.private_steps(self.local.model, data, parameters, client, private, device):
+            yield released
+
+    # Sensitivity -----------------------------------------------------------------------------------------------------
+
+    def sensitivity(self) -> list[Check]:
+        source, rounding = self.source(self.client, 1), ROUNDING[self.here.config.model.dtype]
+
+        def step(plan: Plan, data: Encoded) -> Tensor:
+            return torch.cat([value.flatten() for value in next(self.steps(plan, data, source)).values()])
+
+        def bare(plan: Plan, gradients: Tensor) -> Tensor:
+            return plan.noised_mean(plan.clipped_sum(gradients), source)
+
+        found = []
+        for large in (False, True):
+            self.local.model.write(self.start)
+            if large:
+                self._enlarge()
+            pairs = list(neighbours(self.local, self.data, 2 * self.here.config.client.batch_size + 1))
+            found += [audit.sensitivity("sensitivity", step, replace(self.plan, clip=scale * self.plan.clip), pairs,
+                                        rounding) for scale in (1.0, 1e-3)]
+        self.local.model.write(self.start)
+        gradients = audit.gradients(self.plan.clip)
+        worst = max(found, key=lambda check: (math.isnan(check.measured), check.measured))
+        return [worst, audit.sensitivity("sensitivity of clipping", bare, self.plan, gradients)]
+
+    @torch.no_grad()
+    def _enlarge(self) -> None:
+        """Random adapter weights (no factor is zero), and a head so sure of itself that right answers weigh nothing."""
+        generator = torch_generator(0, "audit", "weights")
+        for key, parameter in self.local.model.train_roles(self.task["trains"]).items():
+            parameter += (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter)
+            if self.start.role(key) == "head":
+                parameter *= 20.0
+
+    # Noise, sampling -------------------------------------------------------------------------------------------------
+
+    def noise(self) -> list[Check]:
+        """Steps that draw no record: of two rounds, and of two clients where there are."""
+        plan = replace(self.plan, sample_rate=0.0)
+        parameters = self.local.model.train_roles(self.task["trains"])
+        silent = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+        count = max(4, -(-VALUES // sum(parameter.numel() for parameter in parameters.values())))
+        others = [name for name in self.local.train_data if name != self.client][:1]
+        streams = []
+        for client, number in [(self.client, 1), (self.client, 2), *((other, 1) for other in others)]:
+            taken = list(self.steps(plan, self.data, self.source(client, number), count))
+            streams.append(taken + [silent] * (count - len(taken)))  # a step that is left out releases no noise
+        return audit.noise(streams, plan)
+
+    def sampling(self) -> list[Check]:
+        few = min(len(self.data), max(1, round(1 / self.plan.sample_rate)))
+        rate = self.plan.sample_rate
+        return [*audit.sampler(self._draws(self.data), len(self.data), rate),
+                audit.empty(self._draws(self.data.subset(np.arange(few))), STEPS, few, rate)]
+
+    def _draws(self, data: Encoded) -> list[np.ndarray]:
+        """Which records each step took."""
+        watched, draws = Watched(data.inputs, data.labels), []
+        for _ in self.steps(self.plan, watched, self.source(self.client, 1), STEPS):
+            draws.append(np.concatenate([np.empty(0, dtype=np.int64), *watched.seen]))
+            watched.seen.clear()
+        return draws
+
+    # Whole rounds ----------------------------------------------------------------------------------------------------
+
+    def rounds(self) -> list[Check]:
+        """Coverage and ledger of whole rounds of one client, as its ClientApp runs them."""
+        guard = Counting(self._guard())
+        rounds = min(ROUNDS, self.here.config.privacy.planned_rounds or self.here.config.run.rounds)
+        local = replace(self.local, guard=guard, store=Store(self.folder / "audit" / "clients", history=1))
+        covered = []
+        for number in range(1, rounds + 1):
+            server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
+            task = {**self.here.strategy.task(server), "round": number}
+            sent = self.here.strategy.broadcast(server, self.client)
+            local.model.write(local.compose(self.client, sent, task, before=number)[0])
+            before = self._tensors()
+            local.train(self.client, sent, task)
+            trains = {name for name, value in self._named() if value.requires_grad}
+            covered.append(audit.coverage(before, self._tensors(), trains, min(guard.sizes[number - 1 :], default=0)))
+        self.local.model.write(self.start)
+        reserved = sum(entry.steps for entry in guard.ledger(self.client).entries())
+        worst = [max(same, key=lambda check: abs(check.measured)) for same in zip(*covered, strict=True)]
+        return [*worst, audit.ledger(reserved, len(guard.sizes))]
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for index, module in enumerate(self.local.model.modules):
+            for name, value in [*module.named_parameters(), *module.named_buffers()]:
+                yield f"{index}.{name}", value
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self._named()}

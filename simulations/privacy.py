@@ -1,0 +1,55 @@
+"""What a simulated run says of its privacy: epsilon in each round's event, and the `privacy` section of its summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedpeft.config import Config
+from fedpeft.privacy.plan import RELATION
+from fedpeft.simulations.world import World
+from fedpeft.strategies.client_dp import ClientDP, describe
+
+RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
+
+
+def spent(here: World) -> dict[str, float]:
+    """`epsilon_max`, the most that any client has spent so far, under sample-level DP."""
+    if here.config.privacy.unit != "sample":
+        return {}
+    table = here.local.guard.spending(list(here.local.train_data))
+    return {"epsilon_max": max(row["epsilon"] for row in table.values())}
+
+
+def section(here: World) -> dict[str, Any] | None:
+    """What is protected, from whom, by what and at what cost; None without privacy.
+
+    `clients` has what each client spent; `claim` and `outside` are sentences for the reader.
+    """
+    config, privacy = here.config, here.config.privacy
+    if privacy.unit == "none":
+        return None
+    common = {"unit": privacy.unit, "delta": privacy.delta, "accountant": privacy.accountant, "clip": privacy.clip,
+              "randomness": RANDOMNESS[privacy.randomness]}
+    if isinstance(here.strategy, ClientDP):
+        return {**common, "claim": describe(here.strategy), "outside": [], "clients": {}}
+    clients = here.local.guard.spending(list(here.local.train_data))
+    claim = (f"Each client's updates are (epsilon, {privacy.delta:g})-private for neighbours that {RELATION}, against "
+             "everyone who sees them, the server included. Epsilon is a client's own; where one person has records at "
+             "several clients, theirs add up.")
+    return {**common, "relation": RELATION, "claim": claim, "outside": outside(config), "clients": clients}
+
+
+def outside(config: Config) -> list[str]:
+    """What leaves, or counts as public, beside what the guarantee covers."""
+    privacy = config.privacy
+    lines = []
+    if privacy.randomness == "seeded":
+        lines.append("noise and sampling come from run.seed: whoever has it can remove the noise")
+    if privacy.records is None and privacy.policy is None:
+        lines.append("each client's number of records counts as public: it sets its sampling rate and noise")
+    if privacy.release_metrics:
+        lines.append("loss, accuracy and counts of each client (privacy.release_metrics)")
+    if config.run.baselines:
+        lines.append("the logistic regressions of the table, which only a simulation can fit on all records")
+    lines.append("which clients took part, and how long they took")
+    return lines
