@@ -31,7 +31,7 @@ def section(here: World) -> dict[str, Any] | None:
     common = {"unit": privacy.unit, "delta": privacy.delta, "accountant": privacy.accountant, "clip": privacy.clip,
               "randomness": RANDOMNESS[privacy.randomness]}
     if isinstance(here.strategy, ClientDP):
-        return {**common, "claim": describe(here.strategy), "outside": [], "clients": {}}
+        return {**common, "claim": describe(here.strategy), "outside": outside(config), "clients": {}}
     clients = here.local.guard.spending(list(here.local.train_data))
     claim = (f"Each client's updates are (epsilon, {privacy.delta:g})-private for neighbours that {RELATION}, against "
              "everyone who sees them, the server included. Epsilon is a client's own; where one person has records at "
@@ -45,11 +45,11 @@ def outside(config: Config) -> list[str]:
     lines = []
     if privacy.randomness == "seeded":
         lines.append("noise and sampling come from run.seed: whoever has it can remove the noise")
-    if privacy.records is None and privacy.policy is None:
+    if privacy.unit == "sample" and privacy.records is None and privacy.policy is None:
         lines.append("each client's number of records counts as public: it sets its sampling rate and noise")
     if privacy.release_metrics:
         lines.append("loss, accuracy and counts of each client (privacy.release_metrics)")
     if config.run.baselines:
         lines.append("the logistic regressions of the table, which only a simulation can fit on all records")
-    lines.append("which clients took part, and how long they took")
+    lines.append("which clients took part or failed, and how long they took")
     return lines

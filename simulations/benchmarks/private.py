@@ -139,5 +139,6 @@ def show(results: Row) -> None:
     for claim in results["claims"]:
         out.print(f"epsilon {claim['epsilon']:g}, lr {claim['lr']:g}: {claim['claim']}: {claim['difference']:+.2f} ± "
                   f"{claim['error']:.2f} points, {claim['verdict']}")
-    out.print(f"frozen model {mean(row['frozen'] for row in rows):.1f} %; ± on an accuracy is a standard deviation over "
-              "seeds, on a difference a standard error; two errors decide, three for =", style="dim")
+    frozen = mean(row["frozen"] for row in rows)
+    out.print(f"frozen model {frozen:.1f} %; ± on an accuracy is a standard deviation over seeds, on a difference a "
+              "standard error; two errors decide, three for =", style="dim")
