@@ -37,14 +37,24 @@ class Guard:
         if bounds is not None:
             bounds.require(self.config, number)
 
-    def plan(self, client: str, count: int) -> Plan:
-        """The client's plan; `count` is how many records it has, used where no public number is given."""
+    def records(self, client: str, count: int) -> int:
+        """How many records the client is publicly said to have; its true count where nothing is said."""
         bounds = self.policy(client)
-        records = (bounds.records if bounds else None) or self.config.privacy.records or count
+        return (bounds.records if bounds else None) or self.config.privacy.records or count
+
+    def plan(self, client: str, count: int) -> Plan:
+        """The client's plan; `count` is how many records it has."""
+        bounds, records = self.policy(client), self.records(client, count)
         plan = plans.make(self.config.privacy, self.config.client, self.config.run.rounds, records)
         if bounds is not None:
             bounds.require_noise(plan.noise_multiplier)
         return plan
+
+    def require(self, clients: dict[str, int]) -> None:
+        """Raise InputError if a client, named with its number of records, cannot be trained privately as configured."""
+        if self.private:
+            for client, count in clients.items():
+                plans.require(self.config.privacy, self.config.client, self.records(client, count), client)
 
     def spend(self, client: str, number: int, request: str, plan: Plan) -> Randomness:
         """Reserve one round's steps in the ledger, durably; what its sampling and noise are drawn from.

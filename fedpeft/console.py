@@ -102,6 +102,8 @@ def run_result(summary: dict[str, Any]) -> None:
         epsilon = summary["epsilon_max"] or 0.0
         out.print(f"privacy of one {protected}: epsilon {epsilon:.4g} at delta {privacy['delta']:g}; randomness: "
                   f"{privacy['randomness']}")
+    if text := summary.get("secure_aggregation"):
+        out.print(text, style="dim")
     for client, rows in _by_client(summary["quarantined"]).items():
         often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)

@@ -67,6 +67,7 @@ def world(text: str, run: Path) -> World:
         train_data[client], holdout[client] = train_encoded.subset(order[kept:]), train_encoded.subset(order[:kept])
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", run.name)
+    guard.require({client: len(data) for client, data in train_data.items()})
     local = Local(config, model, start.adapter, train_data, holdout, store, guard)
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
 

@@ -78,18 +78,9 @@ def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int
         rounds: rounds that the run may ask it for; `privacy.planned_rounds` overrides.
 
     Raises:
-        InputError: more records a step than there are, or a delta that protects nobody.
+        InputError: as `require`.
     """
-    if client.batch_size > records:
-        raise InputError(
-            f"client.batch_size={client.batch_size} is the expected number of records a step, but a client has only "
-            f"{records}. Lower it, or give clients more records."
-        )
-    if privacy.delta >= 1 / records:
-        raise InputError(
-            f"privacy.delta={privacy.delta:g} is not below 1 / records = 1 / {records} of a client: it would allow one "
-            "record to be published whole."
-        )
+    require(privacy, client, records, "a client")
     steps = (client.local_steps or 0) * (privacy.planned_rounds or rounds)
     rate, sigma, epsilon = client.batch_size / records, privacy.noise_multiplier, privacy.epsilon
     if sigma is None and epsilon is not None:
@@ -100,3 +91,17 @@ def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int
         epsilon = composed(((rate, sigma, steps),), privacy.delta, privacy.accountant)
     budget = Budget(epsilon, privacy.delta, privacy.accountant)
     return Plan(rate, float(client.batch_size), privacy.clip, sigma, steps, budget)
+
+
+def require(privacy: PrivacyConfig, client: ClientConfig, records: int, who: str) -> None:
+    """Raise InputError if a step would take more records than there are, or delta would protect nobody."""
+    if client.batch_size > records:
+        raise InputError(
+            f"client.batch_size={client.batch_size} is the expected number of records a step, but {who} has only "
+            f"{records}. Lower it, or give clients more records."
+        )
+    if privacy.delta >= 1 / records:
+        raise InputError(
+            f"privacy.delta={privacy.delta:g} is not below 1 / {records}, one over the records of {who}: it would allow "
+            "one of them to be published whole."
+        )
