@@ -9,7 +9,7 @@ there: its masks are drawn for a batch as a whole, so neighbours would differ by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from fedpeft import config as configs
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients import train as training
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
+from fedpeft.config import Config
 from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.errors import InputError
 from fedpeft.privacy import accounting, audit
@@ -98,11 +100,9 @@ class Audit:
 
     def source(self, client: str, number: int) -> Randomness:
         """What this client's sampling and noise of this round are drawn from."""
-        return self._guard().spend(client, number, "audit", self.plan)
-
-    def _guard(self) -> Guard:
         self.ledgers += 1
-        return Guard(self.here.config, self.folder / "audit" / str(self.ledgers), "audit")
+        guard = Guard(self.here.config, self.folder / "audit" / str(self.ledgers), "audit")
+        return guard.spend(client, number, "audit", self.plan)
 
     def steps(self, plan: Plan, data: Encoded, source: Randomness, count: int = 1) -> Iterator[dict[str, Tensor]]:
         """What `count` steps release of these records, at the model's weights as they are."""
@@ -121,30 +121,29 @@ class Audit:
         def step(plan: Plan, data: Encoded) -> Tensor:
             return torch.cat([value.flatten() for value in next(self.steps(plan, data, source)).values()])
 
-        def bare(plan: Plan, gradients: Tensor) -> Tensor:
-            return plan.noised_mean(plan.clipped_sum(gradients), source)
+        def bare(plan: Plan, values: Tensor) -> Tensor:
+            return plan.noised_mean(plan.clipped_sum(values), source)
 
         found = []
         for large in (False, True):
             self.local.model.write(self.start)
             if large:
                 self._enlarge()
-            pairs = list(neighbours(self.local, self.data, 2 * self.here.config.client.batch_size + 1))
-            found += [audit.sensitivity("sensitivity", step, replace(self.plan, clip=scale * self.plan.clip), pairs,
+            cases = list(neighbours(self.local.model, self.data, 2 * self.here.config.client.batch_size + 1))
+            found += [audit.sensitivity("sensitivity", step, replace(self.plan, clip=scale * self.plan.clip), cases,
                                         rounding) for scale in (1.0, 1e-3)]
         self.local.model.write(self.start)
-        gradients = audit.gradients(self.plan.clip)
         worst = max(found, key=lambda check: (math.isnan(check.measured), check.measured))
-        return [worst, audit.sensitivity("sensitivity of clipping", bare, self.plan, gradients)]
+        return [worst, audit.sensitivity("sensitivity of clipping", bare, self.plan, gradients(self.plan.clip))]
 
     @torch.no_grad()
     def _enlarge(self) -> None:
         """Random adapter weights (no factor is zero), and a head so sure of itself that right answers weigh nothing."""
         generator = torch_generator(0, "audit", "weights")
         for key, parameter in self.local.model.train_roles(self.task["trains"]).items():
-            parameter += (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter)
+            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter))
             if self.start.role(key) == "head":
-                parameter *= 20.0
+                parameter.mul_(20.0)
 
     # Noise, sampling -------------------------------------------------------------------------------------------------
 
@@ -179,7 +178,7 @@ class Audit:
 
     def rounds(self) -> list[Check]:
         """Coverage and ledger of whole rounds of one client, as its ClientApp runs them."""
-        guard = Counting(self._guard())
+        guard = Counting(self.here.config, self.folder / "audit" / "rounds", "audit")
         rounds = min(ROUNDS, self.here.config.privacy.planned_rounds or self.here.config.run.rounds)
         local = replace(self.local, guard=guard, store=Store(self.folder / "audit" / "clients", history=1))
         covered = []
@@ -188,10 +187,10 @@ class Audit:
             task = {**self.here.strategy.task(server), "round": number}
             sent = self.here.strategy.broadcast(server, self.client)
             local.model.write(local.compose(self.client, sent, task, before=number)[0])
-            before = self._tensors()
+            before, seen = self._tensors(), len(guard.sizes)
             local.train(self.client, sent, task)
             trains = {name for name, value in self._named() if value.requires_grad}
-            covered.append(audit.coverage(before, self._tensors(), trains, min(guard.sizes[number - 1 :], default=0)))
+            covered.append(audit.coverage(before, self._tensors(), trains, min(guard.sizes[seen:], default=0)))
         self.local.model.write(self.start)
         reserved = sum(entry.steps for entry in guard.ledger(self.client).entries())
         worst = [max(same, key=lambda check: abs(check.measured)) for same in zip(*covered, strict=True)]
@@ -204,3 +203,114 @@ class Audit:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._named()}
+
+
+@dataclass(frozen=True)
+class Watched(Encoded):
+    """Records that note which of them a step takes, and hand out one: what matters is who was drawn."""
+
+    seen: list[np.ndarray] = field(default_factory=list)
+
+    def batch(self, indices: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        self.seen.append(indices)
+        return super().batch(indices[:1])
+
+
+class Counted:
+    """A source that notes how many values each call for noise took: a call is a noisy step."""
+
+    def __init__(self, source: Randomness, sizes: list[int]) -> None:
+        self.source, self.sizes = source, sizes
+
+    def uniform(self, count: int) -> np.ndarray:
+        return self.source.uniform(count)
+
+    def normal(self, count: int) -> np.ndarray:
+        self.sizes.append(count)
+        return self.source.normal(count)
+
+
+class Counting(Guard):
+    """A guard whose sources count noisy steps."""
+
+    def __init__(self, config: Config, folder: Path, run: str) -> None:
+        super().__init__(config, folder, run)
+        self.sizes: list[int] = []
+
+    def spend(self, client: str, number: int, request: str, plan: Plan) -> Randomness:
+        return Counted(super().spend(client, number, request, plan), self.sizes)
+
+
+# Neighbours ----------------------------------------------------------------------------------------------------------
+
+
+def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Encoded, list[Encoded]]]:
+    """Sets of records, and each set with one record more: an ordinary one, or an adversary's.
+
+    The sets: none; one or `count` records labelled with what the model answers, whose gradients are small, and near
+    zero where it is sure; `count` as they are. The adversary's records: one of the set with the runner-up as its label,
+    which pulls against it; the least likely label; inputs out of all proportion, or not numbers; texts of full length,
+    or of one token; no label, and so no gradient.
+    """
+    first, last = data.subset(np.arange(1)), data.subset(np.array([len(data) - 1]))
+    many = data.subset(np.arange(min(count, len(data) - 1)))
+    sets = [data.subset(np.arange(0)), labelled(model, first, best), labelled(model, many, best), many]
+    more = [last, labelled(model, first, second), labelled(model, last, worst), unlabelled(last),
+            *(labelled(model, record, worst) for record in extreme(last))]
+    for some in sets:
+        yield some, [joined(some, record) for record in more]
+
+
+def gradients(clip: float, width: int = 64) -> list[tuple[Tensor, list[Tensor]]]:
+    """Cases as per-sample gradients [N, P]: aligned ones of several norms, and an adversary's against them."""
+    axis, corner = torch.eye(1, width) * clip, torch.full((1, width), -clip)
+    adversary = [-1e6 * axis, -axis, corner, 1e-3 * axis, math.nan * axis, math.inf * corner, 0.0 * axis]
+    alike = [(size * axis).repeat(count, 1) for size in (1e-2, 1.0, 1e3) for count in (0, 1, 20)]
+    return [(some, [torch.cat([some, one]) for one in adversary]) for some in alike]
+
+
+def best(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def second(logits: Tensor) -> Tensor:
+    return logits.topk(2).indices[..., 1]
+
+
+def worst(logits: Tensor) -> Tensor:
+    return logits.argmin(-1)
+
+
+@torch.no_grad()
+def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) -> Encoded:
+    """The records with labels chosen from the model's own logits; for causal-lm, token by token."""
+    device, labels = next(iter(model.parameters.values())).device, data.labels.clone()
+    for index in range(len(data)):
+        inputs, _ = training.on_device(data, np.array([index]), device)
+        answer = choose(model.logits(inputs))[0].cpu()
+        if labels.ndim == 1:
+            labels[index] = answer
+        else:
+            labels[index, 1 : len(answer)] = answer[:-1]
+    return Encoded(data.inputs, labels)
+
+
+def unlabelled(data: Encoded) -> Encoded:
+    return Encoded(data.inputs, torch.full_like(data.labels, IGNORE))
+
+
+def extreme(record: Encoded) -> list[Encoded]:
+    """A record with inputs that no honest client has."""
+    if "attention_mask" in record.inputs:
+        mask = record.inputs["attention_mask"]
+        first = torch.zeros_like(mask)
+        first[:, 0] = 1
+        return [Encoded({**record.inputs, "attention_mask": value}, record.labels)
+                for value in (torch.ones_like(mask), first)]
+    return [Encoded({name: factor * value for name, value in record.inputs.items()}, record.labels)
+            for factor in (1e3, -1e3, math.nan)]
+
+
+def joined(some: Encoded, record: Encoded) -> Encoded:
+    return Encoded({name: torch.cat([value, record.inputs[name]]) for name, value in some.inputs.items()},
+                   torch.cat([some.labels, record.labels]))

@@ -102,6 +102,6 @@ def require(privacy: PrivacyConfig, client: ClientConfig, records: int, who: str
         )
     if privacy.delta >= 1 / records:
         raise InputError(
-            f"privacy.delta={privacy.delta:g} is not below 1 / {records}, one over the records of {who}: it would allow "
-            "one of them to be published whole."
+            f"privacy.delta={privacy.delta:g} is not below 1 / {records}, one over the records of {who}: it would "
+            "allow one of them to be published whole."
         )
