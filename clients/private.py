@@ -119,3 +119,6 @@ def check(config: Config) -> None:
     if client.max_grad_norm is not None:
         raise InputError(f"client.max_grad_norm={client.max_grad_norm:g}: with privacy.unit=sample every record's "
                          "gradient is clipped by privacy.clip. Set client.max_grad_norm=null.")
+    if config.adapter.client_ranks:
+        raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: with privacy.unit=sample noise would "
+                         "fill the rows that a lower rank lacks. Set adapter.client_ranks=null.")

@@ -39,13 +39,19 @@ class Private:
     plan: Plan
     source: Randomness
 
+    def secret_seed(self) -> int:
+        """For dropout: if the server knew the masks, one more record would shift everybody's, and so move every
+        clipped gradient. Masks that nobody else knows are the same for the others with and without it.
+        """
+        return int(self.source.uniform(1)[0] * 2**53)
+
 
 def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig, seed: int, *, prox_mu: float = 0.0,
           control: dict[str, Tensor] | None = None, private: Private | None = None) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
     Args:
-        seed: of the batches and of dropout; two calls with one seed do the same.
+        seed: of the batches and of dropout, where it is not private; two calls with one seed do the same.
         prox_mu: weight of the proximal term around the values at the start.
         control: c - c_k by parameter name, added to every gradient.
         private: train by DP-SGD.
@@ -60,7 +66,7 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
     losses, steps = [], 0
     model.training_mode()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seeds.derive(seed, "dropout"))
+        torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
         if private is None:
             gradients_of_steps = plain_steps(model, data, parameters, config, seed, device)
         else:

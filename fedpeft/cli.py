@@ -139,6 +139,17 @@ def export(
     console.emit(run(run_dir, to, merge), as_json, console.pairs)
 
 
+@app.command()
+def audit(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Test on a config's own steps what its privacy accountant assumes, and bound epsilon from below."""
+    from fedpeft.simulations.audit import run
+
+    result = run(config, overrides or [])
+    console.emit(result, as_json, console.audit_result)
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="A recipe of `fedpeft data list`.")],

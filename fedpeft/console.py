@@ -210,3 +210,24 @@ def ledgers(result: dict[str, Any]) -> None:
         table.add_row(name, f"{row['epsilon']:.4g}", *(str(row[key]) for key in ("releases", "steps", "runs")))
     out.print(table)
     out.print("Every release that was reserved is counted, sent or not; each party's epsilon is its own.", style="dim")
+
+
+def audit_result(result: dict[str, Any]) -> None:
+    """Every check beside what it allows; then the claim and what was measured of it."""
+    table = Table()
+    for column in ("check", "measured", "allowed", "", "what"):
+        table.add_column(column, justify="right" if column in ("measured", "allowed") else "left")
+    for check in result["checks"]:
+        low, high = (f"{bound:.4g}" for bound in check["allowed"])
+        measured = "not finite" if check["measured"] is None else f"{check['measured']:.4g}"
+        verdict, style = ("ok", None) if check["passed"] else ("FAILED", "bold red")
+        allowed = low if low == high else f"{low} to {high}"
+        table.add_row(check["name"], measured, allowed, verdict, check["what"], style=style)
+    out.print(table)
+    claim = result["claim"]
+    out.print(f"claimed epsilon {claim['epsilon']:.4g} at delta {claim['delta']:g}: {claim['steps']} steps, q = "
+              f"{claim['sample_rate']:.4g}, sigma = {claim['noise_multiplier']:.4g}; measured at least "
+              f"{result['measured_epsilon']:.4g}", style="bold", markup=False)
+    out.print(result["limits"], style="dim", markup=False)
+    failed = [check["name"] for check in result["checks"] if not check["passed"]]
+    out.print(f"failed: {', '.join(failed)}" if failed else "passed", style="bold red" if failed else "bold green")

@@ -3,7 +3,8 @@
 What is tested is what a client runs: `private_steps` with one client's records for a single step, `Local.train` for
 whole rounds. Sensitivity is tested at the adapter that clients start from and at one with random, large weights (a
 server may send any), and at the config's clip and a thousandth of it, where every record is clipped. Dropout is off
-there: its masks are drawn for a batch as a whole, so neighbours would differ by them and not by the record.
+there: its masks are drawn for a batch as a whole, so neighbours would differ by them and not by the record. That costs
+nothing as long as the masks are secret, drawn as the noise is; masks made from the run's seed are not (`public_seed`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.errors import InputError
 from fedpeft.privacy import accounting, audit
 from fedpeft.privacy.audit import Check
-from fedpeft.privacy.noise import Randomness
+from fedpeft.privacy.noise import Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.seeds import torch_generator
 from fedpeft.simulations.world import World, world
@@ -62,18 +63,14 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
 
 def report(subject: Audit) -> dict[str, Any]:
     """All checks, and the claim that they are about."""
-    plan, privacy = subject.plan, subject.here.config.privacy
-    claim = accounting.composed((plan.release,), privacy.delta, privacy.accountant)
-    measured = audit.one_run(plan, subject.source(subject.client, 1))
-    most = audit.lower_bound(audit.CANARIES, audit.GUESSES, audit.GUESSES, privacy.delta)
-    canaries = Check("canaries", measured, 0.0, claim, f"lower bound of epsilon (95 %) from one run with "
-                     f"{audit.CANARIES} canaries; can show at most {most:.2f}")
-    checks = [*subject.sensitivity(), *subject.noise(), *subject.sampling(), *subject.rounds(), canaries]
+    plan, [canaries] = subject.plan, subject.canaries()
+    checks = [*subject.sensitivity(), *subject.public_seed(), *subject.noise(), *subject.sampling(), *subject.rounds(),
+              canaries]
     return {
         "passed": all(check.passed for check in checks),
         "claim": {"sample_rate": plan.sample_rate, "noise_multiplier": plan.noise_multiplier, "steps": plan.steps,
-                  "epsilon": claim, "delta": privacy.delta},
-        "measured_epsilon": measured,
+                  "epsilon": subject.claim, "delta": plan.budget.delta},
+        "measured_epsilon": canaries.measured,
         "checks": [{"name": check.name, "measured": check.measured if math.isfinite(check.measured) else None,
                     "allowed": [check.low, check.high], "passed": check.passed, "what": check.what}
                    for check in checks],
@@ -93,9 +90,10 @@ class Audit:
         self.client = min(self.local.train_data, key=lambda name: len(self.local.train_data[name]))
         self.data = self.local.train_data[self.client]
         self.plan = self.local.guard.plan(self.client, len(self.data))
-        self.server = here.strategy.before_round(here.start)
-        self.task = here.strategy.task(self.server)
-        self.start, _ = self.local.compose(self.client, here.strategy.broadcast(self.server, self.client), self.task, 1)
+        self.claim = accounting.composed((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
+        server = here.strategy.before_round(here.start)
+        self.task = here.strategy.task(server)
+        self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.task, 1)
         self.ledgers = 0
 
     def source(self, client: str, number: int) -> Randomness:
@@ -113,18 +111,25 @@ class Audit:
         for released, _ in training.private_steps(self.local.model, data, parameters, client, private, device):
             yield released
 
+    def silent(self) -> dict[str, Tensor]:
+        """What a step releases that is left out."""
+        parameters = self.local.model.train_roles(self.task["trains"])
+        return {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+
     # Sensitivity -----------------------------------------------------------------------------------------------------
 
     def sensitivity(self) -> list[Check]:
         source, rounding = self.source(self.client, 1), ROUNDING[self.here.config.model.dtype]
 
         def step(plan: Plan, data: Encoded) -> Tensor:
-            return torch.cat([value.flatten() for value in next(self.steps(plan, data, source)).values()])
+            released = next(self.steps(plan, data, source), self.silent())
+            return torch.cat([value.flatten() for value in released.values()])
 
         def bare(plan: Plan, values: Tensor) -> Tensor:
             return plan.noised_mean(plan.clipped_sum(values), source)
 
         found = []
+        self.local.model.base.backbone.eval()
         for large in (False, True):
             self.local.model.write(self.start)
             if large:
@@ -145,19 +150,32 @@ class Audit:
             if self.start.role(key) == "head":
                 parameter.mul_(20.0)
 
+    def public_seed(self) -> list[Check]:
+        """Two rounds that differ in the seed of the run only, over how far they move."""
+        model, client = self.local.model, replace(self.here.config.client, local_steps=2)
+        plan = replace(self.plan, sample_rate=1.0, noise_multiplier=0.0)
+        data = self.data.subset(np.arange(min(len(self.data), client.batch_size)))
+        ends = []
+        for seed in (0, 1):
+            model.write(self.start)
+            training.train(model, data, self.task["trains"], client, seed, private=training.Private(plan, Seeded(0)))
+            ends.append(model.read(self.start.select(self.task["trains"])))
+        model.write(self.start)
+        change = ends[0].distance(ends[1]) / max(ends[0].distance(self.start), 1e-30)
+        return [Check("public seed", change, 0.0, audit.ROUNDING,
+                      "change by another run.seed; whoever knows dropout's masks sees them differ between neighbours")]
+
     # Noise, sampling -------------------------------------------------------------------------------------------------
 
     def noise(self) -> list[Check]:
         """Steps that draw no record: of two rounds, and of two clients where there are."""
-        plan = replace(self.plan, sample_rate=0.0)
-        parameters = self.local.model.train_roles(self.task["trains"])
-        silent = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
-        count = max(4, -(-VALUES // sum(parameter.numel() for parameter in parameters.values())))
+        plan, silent = replace(self.plan, sample_rate=0.0), self.silent()
+        count = max(4, -(-VALUES // sum(value.numel() for value in silent.values())))
         others = [name for name in self.local.train_data if name != self.client][:1]
         streams = []
         for client, number in [(self.client, 1), (self.client, 2), *((other, 1) for other in others)]:
             taken = list(self.steps(plan, self.data, self.source(client, number), count))
-            streams.append(taken + [silent] * (count - len(taken)))  # a step that is left out releases no noise
+            streams.append(taken + [silent] * (count - len(taken)))
         return audit.noise(streams, plan)
 
     def sampling(self) -> list[Check]:
@@ -195,6 +213,12 @@ class Audit:
         reserved = sum(entry.steps for entry in guard.ledger(self.client).entries())
         worst = [max(same, key=lambda check: abs(check.measured)) for same in zip(*covered, strict=True)]
         return [*worst, audit.ledger(reserved, len(guard.sizes))]
+
+    def canaries(self) -> list[Check]:
+        measured, delta = audit.one_run(self.plan, self.source(self.client, 1)), self.plan.budget.delta
+        most = audit.lower_bound(audit.CANARIES, audit.GUESSES, audit.GUESSES, delta)
+        return [Check("canaries", measured, 0.0, self.claim, "lower bound of epsilon (95 %) from one run; "
+                      f"{audit.CANARIES} canaries can show at most {most:.2f}")]
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for index, module in enumerate(self.local.model.modules):

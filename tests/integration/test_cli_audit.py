@@ -1,0 +1,43 @@
+"""`fedpeft audit` on a shipped config."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedpeft.privacy.plan import Plan
+from fedpeft.simulations import audit
+
+PRIVATE = ["privacy.unit=sample", "privacy.noise_multiplier=1", "strategy=fedit", "strategy.weighting=uniform"]
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(audit, "STEPS", 40)
+
+
+def test_it_passes(fedpeft, tiny_options):
+    done = fedpeft("audit", "quickstart", *tiny_options, *PRIVATE, "--json")
+    assert done.code == 0, done.out
+    result = done.json
+    assert result["passed"] and result["config"]["privacy"]["unit"] == "sample"
+    assert result["claim"]["steps"] == 4 and 0 < result["measured_epsilon"] < result["claim"]["epsilon"]
+    assert {"sensitivity", "noise size", "batch size", "empty batches", "frozen tensors rest", "ledger",
+            "canaries"} < {check["name"] for check in result["checks"]}
+    assert all(set(check) == {"name", "measured", "allowed", "passed", "what"} for check in result["checks"])
+
+
+def test_a_failure_is_shown_and_ends_with_code_1(fedpeft, tiny_options, monkeypatch):
+    """Noise of twice the size is more private than claimed, and not what is accounted."""
+    real = Plan.noised_mean
+    monkeypatch.setattr(Plan, "noised_mean", lambda plan, total, source: real(plan, 0.5 * total, source) * 2)
+    monkeypatch.setattr(audit.Audit, "sensitivity", lambda subject: [])  # the longest part
+    done = fedpeft("audit", "quickstart", *tiny_options, *PRIVATE)
+    assert done.code == 1
+    failed = done.out.rpartition("failed: ")[2]
+    assert "noise size" in failed and "ledger" not in failed and "ok" in done.out and "FAILED" in done.out
+    assert "claimed epsilon" in done.out and "a factor 2 in the sensitivity" in done.out
+
+
+def test_it_refuses_other_units(fedpeft):
+    done = fedpeft("audit", "quickstart")
+    assert done.code == 2 and "privacy.unit=none" in done.err and "Set privacy.unit=sample" in done.err
