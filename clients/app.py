@@ -94,13 +94,14 @@ class Local:
         self.guard.admit(client, number)
         start, kept = self.compose(client, received, task, before=number)
         if not self.guard.private:
-            return self._train(client, received, task, start, kept, None)
+            update, metrics = self._train(client, received, task, start, kept, None)
+            return update, self.guard.allowed(client, metrics)
         request = fingerprint(received, task)
         answered = self.store.reply(client, request)
         if answered is not None:
-            return AdapterState(answered, received.sites), {"num-examples": 1.0}
+            return AdapterState(answered, received.sites), self.guard.allowed(client, {})
         try:
-            plan = self.guard.plan(client, len(self.data(self.train_data, client)))
+            plan = self.guard.plan(client, lambda: len(self.data(self.train_data, client)))
             self._verify(client, task["trains"])
             private = Private(plan, self.guard.spend(client, number, request, plan))
             update, metrics = self._train(client, received, task, start, kept, private)
@@ -110,7 +111,7 @@ class Local:
             log.exception("%s failed in round %d; the server is not told why", client, number)
             raise RunError("the client failed; the reason stays with it.") from error
         self.store.save_reply(client, request, update.tensors)
-        return update, metrics if self.config.privacy.release_metrics else {"num-examples": 1.0}
+        return update, self.guard.allowed(client, metrics)
 
     def _train(self, client: str, received: AdapterState, task: dict[str, Any], start: AdapterState,
                kept: dict[str, Tensor], private: Private | None) -> tuple[AdapterState, dict[str, float]]:
@@ -154,13 +155,14 @@ class Local:
         data, parameters = self.train_data[client], self.model.train_roles(trains)
         device = next(iter(parameters.values())).device
         inputs, labels = on_device(data, np.array([0, len(data) - 1]), device)
+        self.model.training_mode()
         verify(self.model.modules, parameters, lambda *batch: per_sample_loss(self.model, *batch)[0], inputs, labels)
+        self.model.base.backbone.eval()
         self.verified.add(tuple(trains))
 
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
         self.guard.admit(client, int(task["round"]))
-        if self.guard.private and not self.config.privacy.release_metrics:
-            raise Refused("accuracy and loss are not covered by the guarantee; privacy.release_metrics is false.")
+        self.guard.admit_evaluation(client)
         data = self.data(self.holdout, client)
         start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
         self.model.write(start)

@@ -73,6 +73,11 @@ class Policy:
         if reasons:
             raise Refused(f"refused by the site's policy: {'; '.join(reasons)}.")
 
+    def require_rounds(self, count: int) -> None:
+        """Raise Refused if this many rounds of one run are too many, however the server numbers them."""
+        if self.max_rounds is not None and count > self.max_rounds:
+            raise Refused(f"refused by the site's policy: {count} rounds are over max_rounds={self.max_rounds}.")
+
     def require_noise(self, sigma: float) -> None:
         """Raise Refused if a planned noise multiplier is below the bound."""
         if sigma < self.min_noise_multiplier:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fedpeft.clients import policy
+from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.privacy import plan as plans
@@ -37,14 +39,32 @@ class Guard:
         if bounds is not None:
             bounds.require(self.config, number)
 
-    def records(self, client: str, count: int) -> int:
-        """How many records the client is publicly said to have; its true count where nothing is said."""
+    def admit_evaluation(self, client: str) -> None:
+        """Raise Refused unless accuracy and loss may leave this client."""
         bounds = self.policy(client)
-        return (bounds.records if bounds else None) or self.config.privacy.records or count
+        if self.private and not self.config.privacy.release_metrics:
+            raise Refused("accuracy and loss are not covered by the guarantee; privacy.release_metrics is false.")
+        if bounds is not None and not {"accuracy", "loss", "num-examples"} <= set(bounds.metrics):
+            raise Refused("refused by the site's policy: accuracy and loss are not among its metrics.")
 
-    def plan(self, client: str, count: int) -> Plan:
-        """The client's plan; `count` is how many records it has."""
-        bounds, records = self.policy(client), self.records(client, count)
+    def allowed(self, client: str, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics that may leave; without its count of examples a client weighs 1."""
+        bounds = self.policy(client)
+        if self.private and not self.config.privacy.release_metrics:
+            metrics = {}
+        elif bounds is not None:
+            metrics = {key: value for key, value in metrics.items() if key in bounds.metrics}
+        return {"num-examples": 1.0, **metrics}
+
+    def records(self, client: str) -> int | None:
+        """How many records the client is publicly said to have; None where nothing is said."""
+        bounds = self.policy(client)
+        return (bounds.records if bounds else None) or self.config.privacy.records
+
+    def plan(self, client: str, count: Callable[[], int]) -> Plan:
+        """The client's plan; `count` counts its records, and is asked only where no public number is given."""
+        bounds = self.policy(client)
+        records = self.records(client) or count()
         plan = plans.make(self.config.privacy, self.config.client, self.config.run.rounds, records)
         if bounds is not None:
             bounds.require_noise(plan.noise_multiplier)
@@ -54,15 +74,19 @@ class Guard:
         """Raise InputError if a client, named with its number of records, cannot be trained privately as configured."""
         if self.private:
             for client, count in clients.items():
-                plans.require(self.config.privacy, self.config.client, self.records(client, count), client)
+                plans.require(self.config.privacy, self.config.client, self.records(client) or count, count, client)
 
     def spend(self, client: str, number: int, request: str, plan: Plan) -> Randomness:
         """Reserve one round's steps in the ledger, durably; what its sampling and noise are drawn from.
 
         Raises:
+            Refused: the site's policy allows no more rounds.
             BudgetExhausted: they would pass the run's or the site's budget.
         """
         bounds, privacy = self.policy(client), self.config.privacy
+        if bounds is not None:
+            done = sum(entry.run == self.run for entry in self.ledger(client).entries())
+            bounds.require_rounds(done + 1)
         entry = Entry(self.run, number, request, plan.sample_rate, plan.noise_multiplier,
                       self.config.client.local_steps or 0)
         lifetime = bounds.lifetime(self.config) if bounds else None

@@ -89,7 +89,7 @@ class Audit:
         self.here, self.folder, self.local = here, folder, here.local
         self.client = min(self.local.train_data, key=lambda name: len(self.local.train_data[name]))
         self.data = self.local.train_data[self.client]
-        self.plan = self.local.guard.plan(self.client, len(self.data))
+        self.plan = self.local.guard.plan(self.client, lambda: len(self.data))
         self.claim = accounting.composed((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
         server = here.strategy.before_round(here.start)
         self.task = here.strategy.task(server)

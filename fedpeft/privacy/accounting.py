@@ -57,8 +57,8 @@ def composed(releases: tuple[Release, ...], delta: float, accountant: str = "pld
     """
     _known(accountant)
     _check(delta=delta)
-    for sample_rate, sigma, steps in releases:
-        _check(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
+    for release in releases:
+        require_release(*release)
     merged: dict[tuple[float, float], int] = {}
     for sample_rate, sigma, steps in releases:
         merged[sample_rate, sigma] = merged.get((sample_rate, sigma), 0) + steps
@@ -110,7 +110,14 @@ def noise_multiplier(sample_rate: float, epsilon: float, steps: int, delta: floa
     while cost(high, "rdp") > epsilon:
         low, high = high, 2 * high
     high = _smallest(lambda sigma: cost(sigma, "rdp"), epsilon, low, high)
-    return high if accountant == "rdp" else _smallest(cost, epsilon, 0.5 * high, high)
+    if accountant == "rdp":
+        return high
+    low, most = 0.5 * high, 1e3 * high
+    while cost(high) > epsilon:  # their own errors, additive in epsilon, count where epsilon is small
+        low, high = high, 1.5 * high
+        if high > most:
+            raise InputError(f"--epsilon: {epsilon:g} is below what the accountant {accountant} can resolve; take rdp.")
+    return _smallest(cost, epsilon, low, high)
 
 
 def _smallest(cost: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
@@ -122,6 +129,11 @@ def _smallest(cost: Callable[[float], float], epsilon: float, low: float, high: 
         else:
             low = middle
     return high
+
+
+def require_release(sample_rate: float, noise_multiplier: float, steps: int) -> None:
+    """Raise InputError unless these are numbers that a release can have."""
+    _check(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
 
 
 def _known(accountant: str) -> None:

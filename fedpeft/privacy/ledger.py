@@ -21,7 +21,7 @@ from typing import Any
 
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import sync_folder
-from fedpeft.privacy.accounting import Release, composed
+from fedpeft.privacy.accounting import Release, composed, require_release
 
 
 class BudgetExhausted(RunError):
@@ -117,7 +117,9 @@ class Ledger:
         for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
             try:
                 values: dict[str, Any] = json.loads(line)
-                entries.append(Entry(**{item.name: values[item.name] for item in fields(Entry)}))
+                entry = Entry(**{item.name: values[item.name] for item in fields(Entry)})
+                require_release(*entry.release)
+                entries.append(entry)
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{self.path}: line {number} is damaged, so what was spent is not known: {error!r}."

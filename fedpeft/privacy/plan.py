@@ -59,16 +59,23 @@ class Plan:
 
     def clipped_sum(self, gradients: Tensor) -> Tensor:
         """Sum over the batch of per-sample gradients [N, P], each scaled down to norm C where it is above; [P]."""
-        finite = torch.isfinite(gradients).all(dim=1)
-        kept = gradients if bool(finite.all()) else torch.where(finite[:, None], gradients, 0.0)
-        norms = torch.linalg.vector_norm(kept, dim=1)
-        total: Tensor = (self.clip / (norms + 1e-6)).clamp(max=1.0) @ kept
+        factors = clip_factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64), self.clip)
+        total: Tensor = factors.to(gradients) @ gradients.masked_fill(factors[:, None] == 0, 0.0)
         return total
 
     def noised_mean(self, total: Tensor, source: Randomness) -> Tensor:
         """The step's gradient [P] from the clipped sum: noise once, division once."""
         noise = torch.from_numpy(source.normal(total.numel())).to(total)
         return (total + self.noise_multiplier * self.clip * noise) / self.expected_batch
+
+
+def clip_factors(norms: Tensor, clip: float | Tensor) -> Tensor:
+    """What gradients with these norms [N] (in float64: sums of float32 squares come out too small) are multiplied by.
+
+    Zero for a norm that is not a number, infinite, or so large that float32 could not hold its factor.
+    """
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    return torch.where(norms < 1e30, factors, 0.0)
 
 
 def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int) -> Plan:
@@ -80,7 +87,7 @@ def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int
     Raises:
         InputError: as `require`.
     """
-    require(privacy, client, records, "a client")
+    require(privacy, client, records, records, "a client")
     steps = (client.local_steps or 0) * (privacy.planned_rounds or rounds)
     rate, sigma, epsilon = client.batch_size / records, privacy.noise_multiplier, privacy.epsilon
     if sigma is None and epsilon is not None:
@@ -93,15 +100,20 @@ def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int
     return Plan(rate, float(client.batch_size), privacy.clip, sigma, steps, budget)
 
 
-def require(privacy: PrivacyConfig, client: ClientConfig, records: int, who: str) -> None:
-    """Raise InputError if a step would take more records than there are, or delta would protect nobody."""
+def require(privacy: PrivacyConfig, client: ClientConfig, records: int, count: int, who: str) -> None:
+    """Raise InputError if a step would take more records than there are, or delta would protect nobody.
+
+    Args:
+        records: public number of records.
+        count: the true one.
+    """
     if client.batch_size > records:
         raise InputError(
             f"client.batch_size={client.batch_size} is the expected number of records a step, but {who} has only "
             f"{records}. Lower it, or give clients more records."
         )
-    if privacy.delta >= 1 / records:
+    if privacy.delta >= 1 / max(records, count):
         raise InputError(
-            f"privacy.delta={privacy.delta:g} is not below 1 / {records}, one over the records of {who}: it would "
-            "allow one of them to be published whole."
+            f"privacy.delta={privacy.delta:g} is not below 1 / {max(records, count)}, one over the records of {who}: "
+            "it would allow one of them to be published whole."
         )
