@@ -61,8 +61,10 @@ class Guard:
         bounds = self.policy(client)
         return (bounds.records if bounds else None) or self.config.privacy.records
 
-    def plan(self, client: str, count: Callable[[], int]) -> Plan:
-        """The client's plan; `count` counts its records, and is asked only where no public number is given."""
+    def plan(self, client: str, count: Callable[[], int]) -> Plan | None:
+        """The client's plan, None without privacy; `count` is asked only where no public number is given."""
+        if not self.private:
+            return None
         bounds = self.policy(client)
         records = self.records(client) or count()
         plan = plans.make(self.config.privacy, self.config.client, self.config.run.rounds, records)

@@ -31,6 +31,7 @@ from fedpeft.strategies.secagg_stages import ACTIONS, NAMES, RECORD
 from fedpeft.strategies.wire import PACKED
 
 log = logging.getLogger("fedpeft")
+UPLOAD = f"train.{ACTIONS[2]}"
 Train = Callable[[Context, AdapterState, dict[str, Any]], AdapterState]
 Asked = dict[str, Any]
 

@@ -38,9 +38,9 @@ class Store:
         for version in old[:-1]:
             self._file(client, version).unlink(missing_ok=True)
 
-    def reply(self, client: str, request: str) -> dict[str, Tensor] | None:
-        """The update that answered this very request, if it was the last one."""
-        path = self.root / client / "reply.safetensors"
+    def reply(self, client: str, number: int, request: str) -> dict[str, Tensor] | None:
+        """The update that answered this very request of round `number`."""
+        path = self.root / client / f"reply-{number:06d}.safetensors"
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
@@ -48,9 +48,13 @@ class Store:
                 return None
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
-    def save_reply(self, client: str, request: str, tensors: dict[str, Tensor]) -> None:
-        """Keep an update, so that a repeated request need not release anything new."""
-        write_tensors(self.root / client / "reply.safetensors", tensors, {"request": request})
+    def save_reply(self, client: str, number: int, request: str, tensors: dict[str, Tensor]) -> None:
+        """Keep an update, so that a repeated request need not release anything new; drop what no resume asks for."""
+        folder = self.root / client
+        write_tensors(folder / f"reply-{number:06d}.safetensors", tensors, {"request": request})
+        for path in folder.glob("reply-*.safetensors"):
+            if int(path.stem.removeprefix("reply-")) < number - self.history:
+                path.unlink(missing_ok=True)
 
     def _file(self, client: str, number: int) -> Path:
         return self.root / client / f"round-{number:06d}.safetensors"

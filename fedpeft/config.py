@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,8 @@ def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
         return value
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(registry.unknown(key, value, [str(choice) for choice in meta["choices"]]))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}: {value} is not a finite number.")
     if isinstance(value, int | float) and not (meta["low"] <= value <= meta["high"] and value > meta["above"]):
         bounds = [
             text

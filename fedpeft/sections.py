@@ -62,6 +62,7 @@ class DataConfig:
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
+    labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
     limit: int | None = option(None, "use at most this many training records", low=1)
     clients: int = option(10, "how many clients the data is split over", low=1)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -132,9 +133,11 @@ class RunConfig:
     rounds: int = option(10, "federated rounds", low=1)
     clients_per_round: int | None = option(None, "clients asked each round; null is all", low=1)
     seed: int = option(0, "root of every random choice", low=0)
-    engine: str = option("cohort", "cohort: in this process or in worker processes; ray: Flower's simulation engine",
-                         choices=("cohort", "ray"))
+    engine: str = option("cohort", "cohort: in this process or in worker processes; ray: Flower's simulation engine; "
+                         "sites: real ones (set by `fedpeft server run`)", choices=("cohort", "ray", "sites"))
     workers: int = option(0, "worker processes; 0 trains clients in this process (Ray takes 1)", low=0)
+    cohort_tokens: int | None = option(None, "tokens (or image patches) of a pass over many clients together; 0 trains "
+                                       "one after another; null is 2048 on a CPU, 16384 elsewhere", low=0)
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)

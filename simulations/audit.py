@@ -89,7 +89,9 @@ class Audit:
         self.here, self.folder, self.local = here, folder, here.local
         self.client = min(self.local.train_data, key=lambda name: len(self.local.train_data[name]))
         self.data = self.local.train_data[self.client]
-        self.plan = self.local.guard.plan(self.client, lambda: len(self.data))
+        plan = self.local.guard.plan(self.client, lambda: len(self.data))
+        assert plan is not None  # the config is private
+        self.plan = plan
         self.claim = accounting.composed((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
         server = here.strategy.before_round(here.start)
         self.task = here.strategy.task(server)

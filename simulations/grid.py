@@ -1,8 +1,8 @@
 """An in-process Flower Grid: the same ServerApp strategies and ClientApps, without Ray, sockets or serialisation.
 
-With no worker processes a message is handled when its reply is pulled, one after another, over one base model in
-memory. With workers, each is a process of its own with one base model: a client that dies or hangs is ended with its
-process, and the process is replaced.
+With no worker processes messages are handled when their replies are pulled, over one base model in memory: the app is
+shown all that wait, so that it can train clients together, then gets them one by one. With workers, each is a process
+of its own with one base model: a client that dies or hangs is ended with its process, and the process is replaced.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.clients.app import CohortApp
 from fedpeft.simulations.workers import Outcome, Pool, handle
 
 SERVER_NODE = 1
@@ -39,6 +40,7 @@ class LocalGrid(Grid):
         nodes: node id -> node config.
         workers: processes; 0 runs clients in this one.
         threads: torch threads of each worker.
+        share: most messages that the app, or a worker, is shown at once.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class LocalGrid(Grid):
         nodes: dict[int, dict[str, bool | int | float | str]],
         workers: int = 0,
         threads: int = 1,
+        share: int = 256,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, SERVER_NODE
         self.nodes = {node: Node(dict(config), RecordDict()) for node, config in nodes.items()}
-        self.pool = Pool(make_app, workers, threads) if workers else None
+        self.share, self.shown = share, set[str]()
+        self.pool = Pool(make_app, workers, threads, share) if workers else None
         self.app = None if workers else make_app()
         self.ids = itertools.count(1)
         self.queue: dict[str, Message] = {}
@@ -90,6 +94,10 @@ class LocalGrid(Grid):
         if not wanted:
             return []
         assert self.app is not None  # there are no workers
+        if isinstance(self.app, CohortApp) and wanted[0] not in self.shown:
+            waiting = wanted[: self.share]
+            self.app.prepare([(self.queue[name], self.context(self.queue[name])) for name in waiting])
+            self.shown = set(waiting)
         message = self.queue[wanted[0]]
         return [self.finish(wanted[0], handle(self.app, message, self.context(message)))]
 

@@ -54,6 +54,8 @@ def simulate(
         RunError: the run failed; it can be resumed.
     """
     config = configs.load(source, overrides)
+    if config.run.engine == "sites":
+        raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
     faults.check(config.run, [client_name(index) for index in range(config.data.clients)])
     _absolute(config)
     stem = "run" if isinstance(source, dict) else Path(source).stem
@@ -170,7 +172,8 @@ def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerS
         index + 2: {"partition-id": index, "num-partitions": config.data.clients}
         for index in range(config.data.clients)
     }
-    grid = LocalGrid(app, nodes, config.run.workers, config.run.threads)
+    share = 1 if config.run.faults else 256  # a client that hangs must not take others with it
+    grid = LocalGrid(app, nodes, config.run.workers, config.run.threads, share)
     try:
         return play(grid)
     finally:

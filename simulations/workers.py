@@ -1,4 +1,8 @@
-"""Worker processes that handle one message at a time and can be ended when a client dies or hangs in them."""
+"""Worker processes that take a share of a round's messages each, and can be ended when a client dies or hangs in them.
+
+A worker sees its whole share before it handles the first message, so that it can train the clients together. Answers
+come one by one; what a worker that ended had not answered goes to others, but for the message it was busy with.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,16 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedpeft.clients.app import CohortApp
 from fedpeft.errors import RunError
 
 POLL_S = 0.05
 Outcome = tuple[Message, RecordDict | None] | str
+Job = tuple[str, Message, Context]  # a name of ours, and what the ClientApp is called with
 
 
 class Worker:
-    """One process and the pipe to it. The process says once that it is ready, then answers a message at a time."""
+    """One process and the pipe to it. The process says once that it is ready, then answers its jobs in order."""
 
     def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -31,7 +37,7 @@ class Worker:
         self.process.start()
         theirs.close()
         self.ready = False
-        self.job: str | None = None
+        self.jobs: deque[Job] = deque()
 
     def get_ready(self) -> None:
         """Take the word that it is ready, waiting for it if need be.
@@ -54,37 +60,41 @@ class Worker:
 
 
 class Pool:
-    """`workers` processes; jobs are handed out in order of submission. A process that ended is replaced meanwhile."""
+    """`workers` processes; jobs are handed out in order of submission. A process that ended is replaced meanwhile.
 
-    def __init__(self, make_app: Callable[[], ClientApp], workers: int, threads: int) -> None:
-        self.make_app, self.threads = make_app, threads
-        self.jobs: deque[tuple[str, Message, Context]] = deque()
+    Args:
+        share: most jobs that one worker gets at a time.
+    """
+
+    def __init__(self, make_app: Callable[[], ClientApp], workers: int, threads: int, share: int = 256) -> None:
+        self.make_app, self.threads, self.share = make_app, threads, share
+        self.jobs: deque[Job] = deque()
         self.workers = [Worker(make_app, threads) for _ in range(workers)]
         for worker in self.workers:
             worker.get_ready()
 
     def submit(self, name: str, message: Message, context: Context) -> None:
+        """Queue a job; it is handed out when outcomes are asked for, with all that are queued by then."""
         self.jobs.append((name, message, context))
-        self._hand_out()
 
     def finished(self, names: list[str]) -> list[tuple[str, Outcome]]:
         """Outcomes that have come in, after a short wait; a str is why there is none."""
+        self._hand_out()
         done: list[tuple[str, Outcome]] = []
-        awaited = [worker for worker in self.workers if worker.job or not worker.ready]
+        awaited = [worker for worker in self.workers if worker.jobs or not worker.ready]
         spoke = wait([worker.pipe for worker in awaited], timeout=POLL_S)
         for worker in (worker for worker in awaited if worker.pipe in spoke):
             if not worker.ready:
                 worker.get_ready()
-            elif worker.job:
-                done.append((worker.job, self._outcome(worker)))
-        self._hand_out()
+            elif worker.jobs:
+                done.append((worker.jobs[0][0], self._outcome(worker)))
         return [(name, outcome) for name, outcome in done if name in names]
 
     def cancel(self, names: list[str]) -> None:
         self.jobs = deque(job for job in self.jobs if job[0] not in names)
         for worker in list(self.workers):
-            if worker.job in names:
-                self._replace(worker)
+            if any(job[0] in names for job in worker.jobs):
+                self._replace(worker, [job for job in worker.jobs if job[0] not in names])
 
     def close(self) -> None:
         for worker in self.workers:
@@ -93,26 +103,29 @@ class Pool:
     def _outcome(self, worker: Worker) -> Outcome:
         try:
             outcome: Outcome = worker.pipe.recv()
-            worker.job = None
+            worker.jobs.popleft()
             return outcome
         except (EOFError, ConnectionError):
-            self._replace(worker)
+            self._replace(worker, list(worker.jobs)[1:])
             return "the client's process ended"
 
     def _hand_out(self) -> None:
-        for worker in self.workers:
-            if worker.ready and worker.job is None and self.jobs:
-                name, message, context = self.jobs.popleft()
-                worker.job = name
-                worker.pipe.send((message, context))
+        idle = [worker for worker in self.workers if worker.ready and not worker.jobs]
+        while idle and self.jobs:
+            count = min(self.share, -(-len(self.jobs) // len(idle)))
+            worker = idle.pop(0)
+            worker.jobs = deque(self.jobs.popleft() for _ in range(count))
+            worker.pipe.send([(message, context) for _, message, context in worker.jobs])
 
-    def _replace(self, worker: Worker) -> None:
+    def _replace(self, worker: Worker, left: list[Job]) -> None:
+        """End a worker and start another; jobs that it left come first."""
         worker.end()
+        self.jobs.extendleft(reversed(left))
         self.workers[self.workers.index(worker)] = Worker(self.make_app, self.threads)
 
 
 def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:
-    """The worker's loop: one message in, one outcome out, until the pipe closes."""
+    """The worker's loop: a share of messages in, their outcomes out one by one, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its workers
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
@@ -126,10 +139,13 @@ def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads
     pipe.send(None)
     while True:
         try:
-            message, context = pipe.recv()
+            jobs = pipe.recv()
         except EOFError:
             return
-        pipe.send(handle(app, message, context))
+        if isinstance(app, CohortApp):
+            app.prepare(jobs)
+        for message, context in jobs:
+            pipe.send(handle(app, message, context))
 
 
 def handle(app: ClientApp, message: Message, context: Context) -> tuple[Message, RecordDict | None]:

@@ -83,6 +83,8 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
             only the test set has, or data of another kind than `task` needs.
     """
     train, test = _read(config.source, "data.source", config, task)
+    if config.labels:
+        train = _align(train, config.labels, "data.source", "data.labels")
     if config.test is not None:
         first, second = _read(config.test, "data.test", config, task)
         test = _align(second or first, train.label_names)
@@ -101,6 +103,17 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
             f"{' and more' if len(unseen) > 5 else ''}. Remove them, or raise data.limit if that is set."
         )
     return train, test
+
+
+def whole(source: str, key: str, config: DataConfig, task: str, test: bool = False) -> Records:
+    """All records of one source, or of its own test split where it has one and `test` is set; nothing is held out.
+
+    Raises:
+        InputError: as `load`; and a label that is not among `config.labels`.
+    """
+    train, own = _read(source, key, config, task)
+    records = own if test and own is not None else train
+    return _align(records, config.labels, key, "data.labels") if config.labels else records
 
 
 def _read(source: str, key: str, config: DataConfig, task: str) -> tuple[Records, Records | None]:
@@ -169,14 +182,15 @@ def _require_kind(kind: str, task: str, where: str) -> None:
         )
 
 
-def _align(records: Records, label_names: list[str]) -> Records:
+def _align(records: Records, label_names: list[str], what: str = "test set",
+           where: str = "the training set") -> Records:
     """The same records with labels as indices into another list of names."""
     position = {name: index for index, name in enumerate(label_names)}
     used = np.unique(records.labels)
     unknown = [records.label_names[label] for label in used if records.label_names[label] not in position]
     if unknown:
         raise InputError(
-            f"test set: the labels {', '.join(repr(name) for name in unknown[:5])} are not in the training set, "
+            f"{what}: the labels {', '.join(repr(name) for name in unknown[:5])} are not in {where}, "
             f"which has {', '.join(label_names[:20])}."
         )
     table = np.zeros(len(records.label_names), dtype=np.int64)

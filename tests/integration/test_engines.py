@@ -1,10 +1,14 @@
-"""The same seeds give the same adapter in this process, in one or two worker processes, and under Ray."""
+"""The same seeds give the same adapter in this process, in one or two worker processes, and under Ray: bit for bit where
+clients are trained one after another, to rounding where a cohort's composition differs.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 CASES = {
     "fedsvd": {"strategy": "fedsvd"},
@@ -13,22 +17,41 @@ CASES = {
 }
 
 
+ALONE = {"run.cohort_tokens": 0}
+
+
 def adapter(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "adapter").rglob("*.safetensors"))}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_worker_processes_give_the_same_adapter(case, tiny, tmp_path):
-    tiny("here", {**CASES[case], "run.clients_per_round": 3})
+    common = {**CASES[case], **ALONE, "run.clients_per_round": 3}
+    tiny("here", common)
     for workers in (1, 2):
-        tiny(f"workers-{workers}", {**CASES[case], "run.clients_per_round": 3, "run.workers": workers})
+        tiny(f"workers-{workers}", {**common, "run.workers": workers})
         assert adapter(tmp_path / f"workers-{workers}") == adapter(tmp_path / "here")
+
+
+@pytest.mark.parametrize("case", [*CASES, "private", "fedex"])
+def test_a_cohort_gives_the_adapter_of_clients_trained_one_after_another(case, tiny, tmp_path):
+    private = {"privacy.unit": "sample", "privacy.noise_multiplier": 0.5, "strategy.weighting": "uniform"}
+    more = {"private": private, "fedex": {"strategy": "fedex"}}
+    config = {**{**CASES, **more}[case], "run.clients_per_round": 3}
+    tiny("alone", {**config, **ALONE})
+    tiny("cohort", config)
+    tiny("shares", {**config, "run.workers": 2})
+    for run in ("cohort", "shares"):
+        for path in sorted((tmp_path / "alone" / "adapter").rglob("*.safetensors")):
+            twin = load_file(tmp_path / run / "adapter" / path.relative_to(tmp_path / "alone" / "adapter"))
+            for key, value in load_file(path).items():
+                torch.testing.assert_close(twin[key], value, rtol=0, atol=2e-4, msg=f"{run}: {path.name}: {key}")
 
 
 def test_ray_gives_the_same_adapter(tiny, tmp_path):
     # SCAFFOLD keeps state at the clients, so this also shows that the state survives from round to round.
-    here = tiny("here", {**CASES["scaffold"], "run.clients_per_round": 3})
-    ray = tiny("ray", {**CASES["scaffold"], "run.clients_per_round": 3, "run.engine": "ray", "run.workers": 2})
+    here = tiny("here", {**CASES["scaffold"], **ALONE, "run.clients_per_round": 3})
+    ray = tiny("ray", {**CASES["scaffold"], **ALONE, "run.clients_per_round": 3, "run.engine": "ray", "run.workers": 2})
     assert adapter(tmp_path / "ray") == adapter(tmp_path / "here")
     assert ray["accuracy_by_round"] == here["accuracy_by_round"]
     assert (ray["engine"], here["engine"]) == ("ray", "cohort")

@@ -1,0 +1,270 @@
+"""What one process does for the clients that it runs: a client's round from request to update, one or many at a time.
+
+    open    the policy, the adapter to start from, and under DP the ledger: all that comes before a step
+    train   one client over the model, or a cohort of them at once (`clients.cohort`)
+    close   what goes back, and what the client keeps, written last
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.cohort import Done, Job, cannot, train_cohort
+from fedpeft.clients.policy import Refused
+from fedpeft.clients.private import Guard, fingerprint
+from fedpeft.clients.store import Store
+from fedpeft.clients.train import CONTROL, Private, evaluate, new_control, on_device, per_sample_loss, train
+from fedpeft.config import Config
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import InputError, RunError
+from fedpeft.privacy.gradients import verify
+from fedpeft.privacy.ledger import BudgetExhausted
+from fedpeft.state import AdapterState
+
+T = TypeVar("T")
+log = logging.getLogger("fedpeft")
+Request = tuple[str, AdapterState, dict[str, Any]]  # client, what it received, its task
+Answer = tuple[AdapterState, dict[str, float]]  # update, metrics
+COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
+
+
+@dataclass
+class Visit:
+    """A client's round that has been opened: what it starts from, what it kept, and the job to train."""
+
+    client: str
+    received: AdapterState
+    task: dict[str, Any]
+    start: AdapterState
+    kept: dict[str, Tensor]
+    request: str
+    job: Job
+
+
+@dataclass
+class Local:
+    """The base model once, and the data of the clients that this process runs.
+
+    Attributes:
+        initial: the strategy's round-0 adapter, drawn from the public seed.
+        train_data, holdout: by client name.
+        verified: role sets whose per-sample gradients have been checked.
+        ready: by client and round, what `prepare` has trained ahead of the message.
+    """
+
+    config: Config
+    model: Adapted
+    initial: AdapterState
+    train_data: dict[str, Encoded]
+    holdout: dict[str, Encoded]
+    store: Store
+    guard: Guard
+    verified: set[tuple[str, ...]] = field(default_factory=set)
+    ready: dict[tuple[str, int], Answer | Exception] = field(default_factory=dict)
+    sequential: str | None = None
+
+    # A client's round ------------------------------------------------------------------------------------------------
+
+    def train(self, client: str, received: AdapterState, task: dict[str, Any]) -> Answer:
+        """One round at one client.
+
+        Under sample-level DP the client's policy is asked before its records are touched, the noisy steps are in its
+        ledger before they are taken, and the same request again gets the same update, which costs nothing more.
+
+        Raises:
+            Refused, BudgetExhausted: the client takes no part in this round.
+        """
+        found = self.ready.pop((client, int(task["round"])), None)
+        if isinstance(found, Exception):
+            raise found
+        if found is not None:
+            return found
+        opened = self._open(client, received, task)
+        return self._finish(opened) if isinstance(opened, Visit) else opened
+
+    def prepare(self, requests: list[Request]) -> None:
+        """Train these requests of one round together, ahead of their messages; `train` then has the answers ready."""
+        opened = [_attempt(self._open, *request) for request in requests]
+        visits = [visit for visit in opened if isinstance(visit, Visit)]
+        done = _attempt(self._together, visits)
+        each = iter(done if isinstance(done, list) else [done] * len(visits))
+        self.ready = {}
+        for (client, _, task), given in zip(requests, opened, strict=True):
+            answer = _attempt(self._finish, given, next(each)) if isinstance(given, Visit) else given
+            self.ready[client, int(task["round"])] = answer
+
+    def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Visit | Answer:
+        number = int(task["round"])
+        self.guard.admit(client, number)
+        start, kept = self.compose(client, received, task, before=number)
+        request, private = "", None
+        if self.guard.private:
+            request = fingerprint(received, task)
+            answered = self.store.reply(client, number, request)
+            if answered is not None:
+                return AdapterState(answered, received.sites), self.guard.allowed(client, {})
+        with self._discreet(client, number):
+            plan = self.guard.plan(client, lambda: len(self.data(self.train_data, client)))
+            data = self.data(self.train_data, client)
+            if plan is not None:
+                self._verify(data, task["trains"])
+                private = Private(plan, self.guard.spend(client, number, request, plan))
+        corrections = None
+        if control := received.select(("control",)).tensors:
+            own = _own_control(control, kept)
+            corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
+        tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
+        seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
+        job = Job(tensors, data, seed, float(task.get("prox_mu", 0.0)), corrections, private)
+        return Visit(client, received, task, start, kept, request, job)
+
+    def _finish(self, visit: Visit, done: Done | Exception | None = None) -> Answer:
+        """Train, unless it has been done in a cohort, and close."""
+        with self._discreet(visit.client, int(visit.task["round"])):
+            if isinstance(done, Exception):
+                raise done
+            return self._close(visit, done or self._alone(visit))
+
+    def _alone(self, visit: Visit) -> Done:
+        self.model.write(visit.start)
+        job, trains = visit.job, visit.task["trains"]
+        steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, prox_mu=job.prox_mu,
+                            control=job.control, private=job.private)
+        return Done(self.model.read(visit.start.select(trains)).tensors, steps, loss)
+
+    def _together(self, visits: list[Visit]) -> list[Done] | None:
+        """Train a cohort; None where clients have to be trained one after another, which is said once."""
+        tokens = self.config.run.cohort_tokens
+        if tokens is None:
+            tokens = COHORT_TOKENS.get(next(iter(self.model.parameters.values())).device.type, 16384)
+        if len(visits) < 2 or tokens == 0 or self.sequential:
+            return None
+        trains = visits[0].task["trains"]
+        try:
+            self.sequential = cannot(self.model, trains) or _unlike(visits)
+            if self.sequential is None:
+                self.model.write(visits[0].start)  # what a strategy adds to the base weights is the same for all
+                return train_cohort(self.model, [visit.job for visit in visits], trains, self.config.client, tokens)
+        except InputError as error:
+            self.sequential = str(error)
+        log.warning("clients are trained one after another, not as a cohort: %s", self.sequential)
+        return None
+
+    def _close(self, visit: Visit, done: Done) -> Answer:
+        client, task, start = visit.client, visit.task, visit.start
+        after = AdapterState(done.after, start.sites)
+        if after.distance(start) == 0:
+            raise RunError(f"no trained tensor moved in {done.steps} steps; check client.lr and the adapter.")
+        update = after.select(task["uploads"])
+        keep = after.select(task["keeps"]).tensors
+        if control := visit.received.select(("control",)).tensors:
+            own = _own_control(control, visit.kept)
+            before = {f"{CONTROL}{key}": value for key, value in start.tensors.items()}
+            ended = {f"{CONTROL}{key}": value for key, value in after.tensors.items()}
+            new = new_control(own, control, before, ended, done.steps, self.config.client.lr)
+            update = update.replace({key: new[key] - own[key] for key in new})
+            keep = {**keep, **new}
+        number = int(task["round"])
+        if keep:  # what this round did not touch (the inactive factor's control) stays
+            self.store.save(client, number, {**visit.kept, **keep})
+        if self.guard.private:
+            self.store.save_reply(client, number, visit.request, update.tensors)
+        metrics = {"num-examples": float(len(visit.job.data)), "train_loss": done.loss}
+        return update, self.guard.allowed(client, metrics)
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def compose(
+        self, client: str, received: AdapterState, task: dict[str, Any], before: int
+    ) -> tuple[AdapterState, dict[str, Tensor]]:
+        """The adapter a client starts from: round-0 values, what was sent, what it kept. And its kept tensors.
+
+        Raises:
+            RunError: what it drew from the seed is not what the server has.
+        """
+        static = task.get("static")
+        if static and self.initial.select(static["roles"]).sha256() != static["sha256"]:
+            raise RunError(
+                f"roles {', '.join(static['roles'])} drawn from run.seed={self.config.run.seed} differ from the "
+                "server's (another torch or transformers version?). Set strategy.transport=dense."
+            )
+        kept = self.store.load(client, before)
+        tensors = {
+            key: value for key, value in received.tensors.items() if ":" not in key and received.role(key) != "M"
+        }
+        for key, core in received.select(("M",)).tensors.items():
+            A = f"{key.removesuffix('/M')}/A"
+            tensors[A] = (core.double() @ self.initial[A].double()).to(self.initial[A].dtype)
+        tensors |= {key: value for key, value in kept.items() if ":" not in key}
+        return self.initial.replace(tensors), kept
+
+    def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
+        self.guard.admit(client, int(task["round"]))
+        self.guard.admit_evaluation(client)
+        data = self.data(self.holdout, client)
+        start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
+        self.model.write(start)
+        return evaluate(self.model, data)
+
+    def data(self, table: dict[str, Encoded], client: str) -> Encoded:
+        if client not in table or len(table[client]) == 0:
+            raise RunError(f"{client} has no records here.")
+        return table[client]
+
+    def _verify(self, data: Encoded, trains: list[str]) -> None:
+        """Compare per-sample gradients of two records with autograd, once for each set of trained roles."""
+        if tuple(trains) in self.verified:
+            return
+        parameters = self.model.train_roles(trains)
+        device = next(iter(parameters.values())).device
+        inputs, labels = on_device(data, np.array([0, len(data) - 1]), device)
+        self.model.training_mode()
+        verify(self.model.modules, parameters, lambda *batch: per_sample_loss(self.model, *batch)[0], inputs, labels)
+        self.model.base.backbone.eval()
+        self.verified.add(tuple(trains))
+
+    @contextmanager
+    def _discreet(self, client: str, number: int) -> Iterator[None]:
+        """Under DP the server is not told what went wrong: it may have to do with a record."""
+        try:
+            yield
+        except (Refused, BudgetExhausted):
+            raise
+        except Exception as error:
+            if not self.guard.private:
+                raise
+            log.exception("%s failed in round %d; the server is not told why", client, number)
+            raise RunError("the client failed; the reason stays with it.") from error
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
+    """What it returns, or the exception, which is raised again when the client's message comes."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
+
+
+def _own_control(control: dict[str, Tensor], kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SCAFFOLD's c_k, zero before its first round."""
+    return {key: kept.get(key, torch.zeros_like(value)) for key, value in control.items()}
+
+
+def _unlike(visits: list[Visit]) -> str | None:
+    """Why these visits cannot share one pass over the model; None if they can."""
+    roles = ("residual_A", "residual_B")
+    if any(visit.task["trains"] != visits[0].task["trains"] for visit in visits):
+        return "they train different roles"
+    if len({visit.start.select(roles).sha256() for visit in visits}) > 1:
+        return "their base weights differ"
+    return None

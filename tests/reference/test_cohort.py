@@ -1,0 +1,415 @@
+"""A cohort against its clients trained one after another, in float64: every client ends where it would have ended."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpeft import seeds
+from fedpeft.clients.batched import Pass, layers, replaced
+from fedpeft.clients.cohort import Job, cannot, train_cohort
+from fedpeft.clients.pieces import assemble, cut, token_counts
+from fedpeft.clients.train import Private, per_sample_loss, train
+from fedpeft.config import ClientConfig
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import InputError
+from fedpeft.privacy.gradients import per_sample_gradients
+from fedpeft.privacy.ledger import Budget
+from fedpeft.privacy.noise import Seeded
+from fedpeft.privacy.plan import Plan
+from fedpeft.state import AdapterState
+
+SGD = ClientConfig(optimizer="sgd", lr=0.2, local_steps=4, local_epochs=None, batch_size=4)
+HEAVY = replace(SGD, momentum=0.9, weight_decay=0.05)
+ADAMW = replace(SGD, optimizer="adamw", lr=0.01, weight_decay=0.1)
+EPOCHS = replace(HEAVY, local_steps=None, local_epochs=2)  # clients leave at different steps, their moments with them
+ALL, AB = ["A", "B", "head"], ["A", "B"]
+EVEN, UNEVEN = (8, 8, 8, 8), (9, 3, 8, 1)
+FEW, WIDE = 40, 10**6  # tokens: chunks and passes of one or two clients; everything at once
+EXACT = 1e-12
+
+
+def _small():
+    name = "tests_unit_small_models"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "unit" / "small_models.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+small = _small()
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """`build(kind, method)`: a small model, float64 and without dropout; the same object for the same arguments."""
+    made, folders = {}, {}
+
+    def get(kind="bert", method="lora", dtype=torch.float64):
+        if kind not in folders:
+            folders[kind] = small.save(kind, tmp_path_factory.mktemp(kind))
+        if (kind, method, dtype) not in made:
+            model = small.adapted(folders[kind], kind, method=method, r=4)
+            model.base.backbone.to(dtype)
+            model.training_mode = lambda: None
+            made[kind, method, dtype] = model
+        return made[kind, method, dtype]
+
+    return get
+
+
+def records(kind, count, seed):
+    if kind == "vit":
+        draw = seeds.torch_generator(seed, "images")
+        images = torch.randn(count, 1, 8, 8, generator=draw, dtype=torch.float64)
+        return Encoded({"pixel_values": images}, torch.randint(0, small.LABELS, (count,), generator=draw))
+    return small.texts(count, small.KINDS[kind][0] == small.LM, seed)
+
+
+def make_jobs(model, sizes, kind="bert", **options):
+    return [Job(dict(small.randomised(model, seed=10 + k, scale=0.3).tensors), records(kind, size, k), seed=100 + k,
+                **options) for k, size in enumerate(sizes)]
+
+
+def one_by_one(model, jobs, trains, config):
+    """What `train` makes of each job."""
+    ends = []
+    for job in jobs:
+        model.write(AdapterState(job.start, model.sites))
+        steps, loss = train(model, job.data, trains, config, job.seed, prox_mu=job.prox_mu, control=job.control,
+                            private=job.private)
+        ends.append((model.read(AdapterState(job.start, model.sites).select(trains)).tensors, steps, loss))
+    return ends
+
+
+def difference(done, ends):
+    """Largest difference of a value or a loss."""
+    worst = 0.0
+    for mine, (after, steps, loss) in zip(done, ends, strict=True):
+        assert mine.steps == steps and mine.after.keys() == after.keys()
+        assert math.isnan(loss) == math.isnan(mine.loss)
+        worst = max(worst, 0.0 if math.isnan(loss) else abs(mine.loss - loss))
+        for key, value in after.items():
+            assert mine.after[key].shape == value.shape and mine.after[key].device.type == "cpu"
+            worst = max(worst, float((mine.after[key] - value).abs().max()))
+    return worst
+
+
+def check(model, jobs, trains, config, tokens=(WIDE, FEW), limit=EXACT):
+    twin = [replace(job, private=copy.deepcopy(job.private)) for job in jobs]
+    ends = one_by_one(model, twin, trains, config)
+    for job, (after, steps, _) in zip(jobs, ends, strict=True):  # equal because nothing happened would prove nothing
+        for key, value in after.items():
+            assert not steps or not torch.equal(value, job.start[key].to(value)), key
+    for budget in tokens:
+        again = [replace(job, private=copy.deepcopy(job.private)) for job in jobs]
+        assert difference(train_cohort(model, again, trains, config, budget), ends) < limit
+
+
+# Step by step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "llama", "gpt2"])
+@pytest.mark.parametrize("config", [SGD, HEAVY, ADAMW, EPOCHS], ids=["sgd", "momentum", "adamw", "epochs"])
+@pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_equals_clients_one_by_one(build, kind, config, sizes):
+    model = build(kind)
+    check(model, make_jobs(model, sizes, kind), ALL if small.HEADS[kind] else AB, config)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_equal_after_every_step(build, steps):
+    model = build()
+    check(model, make_jobs(model, EVEN), ALL, replace(ADAMW, local_steps=steps))
+
+
+def test_moments_stay_with_those_who_go_on(build):
+    model = build()
+    check(model, make_jobs(model, UNEVEN), ALL, replace(ADAMW, local_steps=None, local_epochs=3))
+
+
+@pytest.mark.parametrize("method, trains", [
+    ("lora", ["B", "head"]), ("lora", ["A"]), ("lora", ["B"]), ("lora", ["head"]), ("lora_sb", ["R", "head"]),
+    ("lora_sb", ["R"]),
+])
+@pytest.mark.parametrize("same", [True, False], ids=["shared", "own"])
+def test_what_does_not_train_is_the_clients_own(build, method, trains, same):
+    model = build(method=method)
+    jobs = make_jobs(model, UNEVEN)
+    if same:
+        frozen = {key for key in model.parameters if key not in model.form.select(trains).tensors}
+        jobs = [replace(job, start={**job.start, **{key: jobs[0].start[key] for key in frozen}}) for job in jobs]
+    check(model, jobs, trains, SGD)
+    check(model, jobs, trains, replace(EPOCHS, batch_size=1))  # one sample of each client: factors are not gathered
+
+
+def test_proximal_term_control_and_norm(build):
+    model = build()
+    jobs = [replace(job, prox_mu=mu, control=control) for job, mu, control in zip(
+        make_jobs(model, UNEVEN), (0.0, 0.5, 2.0, 0.1),
+        (None, small.offsets(model), small.offsets(model, seed=8), None), strict=True)]
+    check(model, jobs, ALL, SGD)
+    check(model, jobs, ALL, replace(EPOCHS, max_grad_norm=0.3))
+
+
+def test_norm_is_a_clients_own(build):
+    """One client's huge gradient does not shrink another's."""
+    model = build()
+    jobs = make_jobs(model, EVEN)
+    huge = {key: 1e6 * value for key, value in small.offsets(model).items()}
+    config = replace(SGD, max_grad_norm=0.5)
+    alone = train_cohort(model, jobs[:1], ALL, config, WIDE)[0]
+    beside = train_cohort(model, [jobs[0], replace(jobs[1], control=huge)], ALL, config, WIDE)[0]
+    assert max(float((alone.after[key] - beside.after[key]).abs().max()) for key in alone.after) < EXACT
+
+
+def test_unequal_ranks(build):
+    model = build()
+    jobs = make_jobs(model, UNEVEN)
+    for job, rank in zip(jobs, (1, 4, 2, 3), strict=True):
+        for key, value in job.start.items():
+            if key.endswith("/A"):
+                job.start[key] = value[:rank]
+            if key.endswith("/B"):
+                job.start[key] = value[:, :rank]
+        job.control = {key: 0.05 * value for key, value in job.start.items()}
+    check(model, jobs, ALL, SGD)
+    check(model, jobs, ALL, ADAMW)
+
+
+def test_clients_do_not_touch_each_other(build):
+    """Order and company of the jobs do not matter."""
+    model = build()
+    jobs = make_jobs(model, UNEVEN)
+    together = train_cohort(model, jobs, ALL, EPOCHS, WIDE)
+    backwards = train_cohort(model, jobs[::-1], ALL, EPOCHS, WIDE)[::-1]
+    alone = [train_cohort(model, [job], ALL, EPOCHS, WIDE)[0] for job in jobs]
+    for one, two, three in zip(together, backwards, alone, strict=True):
+        assert all(torch.allclose(one.after[key], two.after[key], rtol=0, atol=EXACT) for key in one.after)
+        assert all(torch.allclose(one.after[key], three.after[key], rtol=0, atol=EXACT) for key in one.after)
+    for i in range(len(jobs)):
+        for j in range(i):
+            assert min(float((together[i].after[key] - together[j].after[key]).abs().max())
+                       for key in together[i].after) > 1e-3
+
+
+@settings(deadline=None, max_examples=15)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), batch=st.integers(1, 5), tokens=st.integers(1, 120))
+def test_any_cohort(build, sizes, batch, tokens):
+    model = build()
+    check(model, make_jobs(model, sizes), ALL, replace(EPOCHS, local_epochs=1, batch_size=batch), (tokens,))
+
+
+# Differential privacy -------------------------------------------------------------------------------------------------
+
+
+def private(sigma, rate, k, clip=0.5, expected=4.0):
+    return Private(Plan(rate, expected, clip, sigma, 100, Budget(8.0, 1e-5, "rdp")), Seeded(k, "source"))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "llama"])
+@pytest.mark.parametrize("sigma", [0.0, 1.5])
+def test_private_equals_clients_one_by_one(build, kind, sigma):
+    model = build(kind)
+    jobs = [replace(job, private=private(sigma, rate, k, clip))
+            for k, (job, rate, clip) in enumerate(zip(make_jobs(model, (9, 6, 30, 5), kind), (0.5, 0.2, 0.6, 1.0),
+                                                      (0.05, 0.5, 5.0, 0.5), strict=True))]
+    trains = ALL if small.HEADS[kind] else AB
+    check(model, jobs, trains, SGD)
+    check(model, jobs, trains, replace(ADAMW, max_grad_norm=0.4))
+
+
+def test_empty_samples_are_steps_of_noise(build):
+    model = build()
+    jobs = [replace(job, private=private(1.0, 0.0 if k < 2 else 0.05, k))
+            for k, job in enumerate(make_jobs(model, EVEN))]
+    check(model, jobs, ALL, SGD)
+    done = train_cohort(model, [replace(job, private=private(0.0, 0.0, 0)) for job in jobs[:2]], ALL, SGD, WIDE)
+    assert all(math.isnan(one.loss) and one.steps == 4 for one in done)
+    assert all(torch.equal(one.after[key], job.start[key].double()) for one, job in zip(done, jobs, strict=False)
+               for key in one.after)
+
+
+def test_private_and_other_jobs_in_one_call(build):
+    model = build()
+    jobs = make_jobs(model, EVEN)
+    jobs[1].private = private(1.0, 0.5, 1)
+    jobs[2].private = private(1.0, 0.2, 2)
+    check(model, jobs, ALL, SGD)
+
+
+def test_record_without_a_finite_gradient_has_no_influence(build):
+    model = build("vit")
+    jobs = [replace(job, private=private(0.0, 1.0, k)) for k, job in enumerate(make_jobs(model, (5, 5), "vit"))]
+    clean = train_cohort(model, [replace(jobs[0], data=jobs[0].data.subset(np.arange(4))), jobs[1]], ALL, SGD, WIDE)
+    jobs[0].data.inputs["pixel_values"][4] = math.nan
+    spoiled = train_cohort(model, jobs, ALL, SGD, WIDE)
+    for one, two in zip(clean, spoiled, strict=True):
+        assert all(torch.allclose(one.after[key], two.after[key], rtol=0, atol=EXACT) for key in one.after)
+
+
+@pytest.mark.parametrize("kind, method", [("bert", "lora"), ("roberta", "lora"), ("vit", "lora"), ("llama", "lora"),
+                                          ("bert", "lora_sb")])
+def test_per_sample_gradients_are_autograds(build, kind, method):
+    """Each sample's gradient in its own copy of the factors, against the sample alone and the hooks of privacy."""
+    model = build(kind, method)
+    state = small.randomised(model, scale=0.3)
+    model.write(state)
+    trained = model.train_roles([role for role in ("A", "B", "R", "head") if model.form.select([role]).tensors])
+    data = records(kind, 5, 0)
+    inputs, labels = data.batch(np.arange(5))
+    leaves = {key: value.detach().expand(5, *value.shape).clone().requires_grad_() for key, value in trained.items()}
+    with replaced(layers(model), Pass(5, 5, leaves)):
+        losses = per_sample_loss(model, inputs, labels)[0]
+        mine = torch.cat([slope.flatten(1) for slope in torch.autograd.grad(losses.sum(), list(leaves.values()))], 1)
+    hooks, each = per_sample_gradients(model.modules, trained, lambda *batch: per_sample_loss(model, *batch)[0], inputs,
+                                       labels)
+    alone = []
+    for n in range(5):
+        loss = per_sample_loss(model, {key: value[n : n + 1] for key, value in inputs.items()}, labels[n : n + 1])[0]
+        alone.append(torch.cat([slope.flatten() for slope in torch.autograd.grad(loss.sum(), list(trained.values()))]))
+    assert float((losses.detach() - each).abs().max()) < EXACT
+    assert float((mine - torch.stack(alone)).abs().max()) < EXACT
+    assert float((mine - hooks).abs().max()) < EXACT
+    assert float(mine.abs().amax(1).min()) > 1e-3
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_float32(build):
+    model = build(dtype=torch.float32)
+    check(model, make_jobs(model, UNEVEN), ALL, SGD, limit=1e-6)
+
+
+def test_bfloat16_base_keeps_adapters_in_float32(build, tmp_path):
+    single = build(dtype=torch.float32)
+    half = small.adapted(small.save("bert", tmp_path), "bert", model={"dtype": "bfloat16"}, r=4)
+    half.training_mode = lambda: None
+    jobs = make_jobs(single, UNEVEN)
+    for options in ({}, {"private": private(0.0, 1.0, 0)}):
+        chosen = [replace(job, **options) for job in jobs]
+        one, two = (train_cohort(model, chosen, ALL, replace(SGD, lr=0.05), WIDE) for model in (single, half))
+        for job, exact, rough in zip(jobs, one, two, strict=True):
+            assert all(value.dtype == torch.float32 for value in rough.after.values())
+            moved = torch.cat([(exact.after[key] - job.start[key]).flatten() for key in exact.after])
+            error = torch.cat([(exact.after[key] - rough.after[key]).flatten() for key in exact.after])
+            assert 0 < float(error.norm()) < 0.05 * float(moved.norm())
+
+
+# The model stays what it is -------------------------------------------------------------------------------------------
+
+
+def snapshot(model, jobs):
+    values = [parameter for root in model.modules for parameter in root.parameters()] + list(model.parameters.values())
+    return ([value.detach().clone() for value in values], [value.requires_grad for value in values],
+            [{key: value.clone() for key, value in job.start.items()} for job in jobs])
+
+
+def test_nothing_is_changed(build):
+    model = build()
+    jobs = make_jobs(model, UNEVEN)
+    before = snapshot(model, jobs)
+    train_cohort(model, jobs, ALL, SGD, WIDE)
+    after = snapshot(model, jobs)
+    assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True)) and before[1] == after[1]
+    assert all(torch.equal(one[key], two[key]) for one, two in zip(before[2], after[2], strict=True) for key in one)
+    assert not any("forward" in vars(module) for root in model.modules for module in root.modules())
+
+
+def test_forwards_come_back_after_an_exception(build, monkeypatch):
+    model = build()
+    inputs = small.inputs("bert")
+    expected = model.logits(inputs)
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fedpeft.clients.chunk.per_sample_loss", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_cohort(model, make_jobs(model, EVEN), ALL, SGD, WIDE)
+    assert torch.equal(model.logits(inputs), expected)
+
+
+def test_dropout_is_a_function_of_the_jobs(build, tmp_path):
+    model = small.adapted(small.save("bert", tmp_path), "bert", r=4, dropout=0.2)
+    jobs = make_jobs(model, EVEN)
+    state = torch.get_rng_state()
+    one, two = (train_cohort(model, jobs, ALL, SGD, WIDE) for _ in range(2))
+    other = train_cohort(model, [replace(jobs[0], seed=jobs[0].seed + 1), *jobs[1:]], ALL, SGD, WIDE)
+    assert torch.equal(torch.get_rng_state(), state) and not model.base.backbone.training
+    assert all(torch.equal(a.after[key], b.after[key]) for a, b in zip(one, two, strict=True) for key in a.after)
+    assert not torch.equal(one[1].after["classifier/weight"], other[1].after["classifier/weight"])
+    assert difference(train_cohort(model, jobs[:1], ALL, SGD, WIDE), one_by_one(model, jobs[:1], ALL, SGD)) < 2e-6
+
+
+def test_no_jobs(build):
+    assert train_cohort(build(), [], ALL, SGD, WIDE) == []
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_batched_is_named(build, tmp_path):
+    model = build()
+    assert cannot(model, ALL) is None and cannot(build(method="lora_sb"), ["R", "head"]) is None
+    assert "R" in cannot(model, ["R"])
+    model = small.adapted(small.save("bert", tmp_path), "bert", r=4)
+    norm = model.base.backbone.bert.encoder.layer[0].output.LayerNorm
+    model.parameters["norm/head"] = norm.weight
+    assert "LayerNorm" in cannot(model, ALL)
+    with pytest.raises(InputError, match="LayerNorm"):
+        train_cohort(model, make_jobs(build(), EVEN), ALL, SGD, WIDE)
+
+
+def test_layer_that_does_not_keep_samples_apart_is_named(build):
+    model = build()
+    found, now = layers(model), Pass(samples=2, groups=2, values=dict(model.parameters))
+    with replaced(found, now), pytest.raises(InputError, match="rows"):
+        found[0].module(torch.zeros(6, small.WIDTH, dtype=torch.float64))
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(1, 64), min_size=0, max_size=9), min_size=1, max_size=6), st.integers(1, 400))
+def test_passes_take_every_record_once_and_stay_short(lengths, tokens):
+    lengths = [np.array(own, dtype=np.int64) for own in lengths]
+    drawn = [np.arange(len(own)) for own in lengths]
+    seen = []
+    for piece in cut(lengths, drawn, tokens):
+        assert (np.diff(piece.clients) >= 0).all()
+        own = [int(lengths[client][record]) for client, record in zip(piece.clients, piece.records, strict=True)]
+        assert piece.width == max(own)
+        padded = piece.width * len(own)
+        assert len(own) == 1 or (padded <= 2 * tokens and padded - sum(own) <= tokens / 8)
+        seen += zip(piece.clients.tolist(), piece.records.tolist(), strict=True)
+    assert sorted(seen) == [(client, record) for client, own in enumerate(lengths) for record in range(len(own))]
+
+
+def test_texts_of_other_widths_are_padded_with_the_models_token(build):
+    model = build()
+    model.base.backbone.config.pad_token_id, before = 9, model.base.backbone.config.pad_token_id
+    try:
+        data = [small.texts(3), Encoded({key: value[:, :2] for key, value in small.texts(3).inputs.items()},
+                                        small.texts(3).labels)]
+        lengths = [token_counts(model, own) for own in data]
+        assert lengths[1].tolist() == [2, 2, 2]
+        (piece,) = cut(lengths, [np.arange(3), np.arange(3)], WIDE)
+        inputs, labels = assemble(model, data, piece)
+    finally:
+        model.base.backbone.config.pad_token_id = before
+    assert inputs["input_ids"].shape == (6, piece.width) and labels.tolist() == 2 * small.texts(3).labels.tolist()
+    assert (inputs["input_ids"][3:, 2:] == 9).all() and (inputs["attention_mask"][3:, 2:] == 0).all()
