@@ -1,8 +1,8 @@
 """What one process does for the clients that it runs: a client's round from request to update, one or many at a time.
 
-    open    the policy, the adapter to start from, and under DP the ledger: all that comes before a step
+    open    the policy, the adapter to start from, and under DP the plan and the budget: all that comes before a step
     train   one client over the model, or a cohort of them at once (`clients.cohort`)
-    close   what goes back, and what the client keeps, written last
+    close   under DP the ledger; then what the client keeps, and what goes back
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Local:
         """One round at one client.
 
         Under sample-level DP the client's policy is asked before its records are touched, the noisy steps are in its
-        ledger before they are taken, and the same request again gets the same update, which costs nothing more.
+        ledger before the update leaves, and the same request again gets the same update, which costs nothing more.
 
         Raises:
             Refused, BudgetExhausted: the client takes no part in this round.
@@ -118,7 +118,8 @@ class Local:
             data = self.data(self.train_data, client)
             if plan is not None:
                 self._verify(data, task["trains"])
-                private = Private(plan, self.guard.spend(client, number, request, plan))
+                self.guard.afford(client, number, request, plan)
+                private = Private(plan, self.guard.source(client, number))
         corrections = None
         if control := received.select(("control",)).tensors:
             own = _own_control(control, kept)
@@ -175,9 +176,11 @@ class Local:
             update = update.replace({key: new[key] - own[key] for key in new})
             keep = {**keep, **new}
         number = int(task["round"])
+        if visit.job.private is not None:
+            self.guard.spend(client, number, visit.request, visit.job.private.plan)
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(client, number, {**visit.kept, **keep})
-        if self.guard.private:
+        if visit.job.private is not None:
             self.store.save_reply(client, number, visit.request, update.tensors)
         metrics = {"num-examples": float(len(visit.job.data)), "train_loss": done.loss}
         return update, self.guard.allowed(client, metrics)

@@ -1,4 +1,4 @@
-"""Differential privacy at a client: its policy first, then its plan, then its ledger; only then may a step be taken."""
+"""Differential privacy at a client: its policy and plan before a step is taken, its ledger before an update leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.privacy import plan as plans
-from fedpeft.privacy.ledger import Entry, Ledger
+from fedpeft.privacy.accounting import Release
+from fedpeft.privacy.ledger import Budget, Entry, Ledger
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
@@ -78,24 +79,34 @@ class Guard:
             for client, count in clients.items():
                 plans.require(self.config.privacy, self.config.client, self.records(client) or count, count, client)
 
-    def spend(self, client: str, number: int, request: str, plan: Plan) -> Randomness:
-        """Reserve one round's steps in the ledger, durably; what its sampling and noise are drawn from.
+    def source(self, client: str, number: int) -> Randomness:
+        """What the client's sampling and noise of a round are drawn from."""
+        if self.config.privacy.randomness == "os":
+            return OperatingSystem()
+        return Seeded(self.config.run.seed, "privacy", "round", number, "client", client)
+
+    def afford(self, client: str, number: int, request: str, plan: Plan) -> None:
+        """Raise what `spend` would; writes nothing. Nobody needs to train what cannot be sent."""
+        self.ledger(client).require(*self._release(client, number, request, plan))
+
+    def spend(self, client: str, number: int, request: str, plan: Plan) -> None:
+        """Write one round's steps into the ledger, durably; only then may the update leave.
 
         Raises:
             Refused: the site's policy allows no more rounds.
             BudgetExhausted: they would pass the run's or the site's budget.
         """
-        bounds, privacy = self.policy(client), self.config.privacy
+        self.ledger(client).reserve(*self._release(client, number, request, plan))
+
+    def _release(self, client: str, number: int, request: str, plan: Plan
+                 ) -> tuple[Entry, Budget, Release, Budget | None]:
+        bounds = self.policy(client)
         if bounds is not None:
             done = sum(entry.run == self.run for entry in self.ledger(client).entries())
             bounds.require_rounds(done + 1)
         entry = Entry(self.run, number, request, plan.sample_rate, plan.noise_multiplier,
                       self.config.client.local_steps or 0)
-        lifetime = bounds.lifetime(self.config) if bounds else None
-        self.ledger(client).reserve(entry, plan.budget, plan.release, lifetime)
-        if privacy.randomness == "os":
-            return OperatingSystem()
-        return Seeded(self.config.run.seed, "privacy", "round", number, "client", client)
+        return entry, plan.budget, plan.release, bounds.lifetime(self.config) if bounds else None
 
     def ledger(self, client: str) -> Ledger:
         return Ledger(self.folder / f"{client}.jsonl")

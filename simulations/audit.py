@@ -23,6 +23,7 @@ from torch import Tensor
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients import train as training
+from fedpeft.clients.cohort import Job, cannot, train_cohort
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
@@ -34,6 +35,7 @@ from fedpeft.privacy.noise import Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.seeds import torch_generator
 from fedpeft.simulations.world import World, world
+from fedpeft.state import AdapterState
 
 VALUES, STEPS, ROUNDS = 100_000, 300, 2
 ROUNDING = {"float32": audit.ROUNDING, "bfloat16": 0.05}  # in bfloat16 the shape of a batch moves every gradient in it
@@ -65,7 +67,7 @@ def report(subject: Audit) -> dict[str, Any]:
     """All checks, and the claim that they are about."""
     plan, [canaries] = subject.plan, subject.canaries()
     checks = [*subject.sensitivity(), *subject.public_seed(), *subject.noise(), *subject.sampling(), *subject.rounds(),
-              canaries]
+              *subject.cohort(), canaries]
     return {
         "passed": all(check.passed for check in checks),
         "claim": {"sample_rate": plan.sample_rate, "noise_multiplier": plan.noise_multiplier, "steps": plan.steps,
@@ -102,7 +104,7 @@ class Audit:
         """What this client's sampling and noise of this round are drawn from."""
         self.ledgers += 1
         guard = Guard(self.here.config, self.folder / "audit" / str(self.ledgers), "audit")
-        return guard.spend(client, number, "audit", self.plan)
+        return guard.source(client, number)
 
     def steps(self, plan: Plan, data: Encoded, source: Randomness, count: int = 1) -> Iterator[dict[str, Tensor]]:
         """What `count` steps release of these records, at the model's weights as they are."""
@@ -216,6 +218,25 @@ class Audit:
         worst = [max(same, key=lambda check: abs(check.measured)) for same in zip(*covered, strict=True)]
         return [*worst, audit.ledger(reserved, len(guard.sizes))]
 
+    def cohort(self) -> list[Check]:
+        """Where simulated clients train together: how far two of them end from where each ends alone."""
+        model, trains, config = self.local.model, self.task["trains"], self.here.config
+        if cannot(model, trains) or config.run.cohort_tokens == 0:
+            return []
+        client, start = replace(config.client, local_steps=2), self.start.tensors
+        jobs = [Job(start, self.data, 0, private=training.Private(self.plan, Seeded(number))) for number in (0, 1)]
+        model.write(self.start)
+        together = train_cohort(model, jobs, trains, client, tokens=1 << 20)
+        worst = 0.0
+        for number, done in enumerate(together):
+            model.write(self.start)
+            training.train(model, self.data, trains, client, 0, private=training.Private(self.plan, Seeded(number)))
+            alone = model.read(self.start.select(trains))
+            worst = max(worst, alone.distance(AdapterState(done.after, alone.sites)) / alone.distance(self.start))
+        model.write(self.start)
+        return [Check("cohort", worst, 0.0, 10 * ROUNDING[config.model.dtype],
+                      "distance from clients trained alone over what they moved; dropout differs")]
+
     def canaries(self) -> list[Check]:
         measured, delta = audit.one_run(self.plan, self.source(self.client, 1)), self.plan.budget.delta
         most = audit.lower_bound(audit.CANARIES, audit.GUESSES, audit.GUESSES, delta)
@@ -263,8 +284,8 @@ class Counting(Guard):
         super().__init__(config, folder, run)
         self.sizes: list[int] = []
 
-    def spend(self, client: str, number: int, request: str, plan: Plan) -> Randomness:
-        return Counted(super().spend(client, number, request, plan), self.sizes)
+    def source(self, client: str, number: int) -> Randomness:
+        return Counted(super().source(client, number), self.sizes)
 
 
 # Neighbours ----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
     {"run", "round", "request", "sample_rate", "noise_multiplier", "steps", "time"}
 
-`reserve` adds a line and forces it to the disk, or refuses it, before the first of its steps is taken. A process killed
-afterwards has spent what it reserved, whether or not the update left: the ledger never counts fewer releases than there
-were. Reserving holds a lock on the file, so two processes cannot both take the last of a budget.
+`reserve` adds a line and forces it to the disk, or refuses it, before the update may leave. A process killed afterwards
+has spent what it reserved, whether or not the update left: the ledger never counts fewer releases than there were.
+Reserving holds a lock on the file, so two processes cannot both take the last of a budget.
 """
 
 from __future__ import annotations
@@ -85,13 +85,19 @@ class Ledger:
             BudgetExhausted: it would pass a budget; nothing is written.
         """
         with self._locked():
-            entries = [*self._read(), entry]
-            own = [item for item in entries if item.run == entry.run]
-            if not (plan is not None and _within(own, plan)):
-                _require(own, budget, "this run")
-            if lifetime is not None:
-                _require(entries, lifetime, "all runs together")
+            self.require(entry, budget, plan, lifetime)
             self._append(entry)
+
+    def require(
+        self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None
+    ) -> None:
+        """Raise BudgetExhausted if `reserve` would; writes nothing."""
+        entries = [*self.entries(), entry]
+        own = [item for item in entries if item.run == entry.run]
+        if not (plan is not None and _within(own, plan)):
+            _require(own, budget, "this run")
+        if lifetime is not None:
+            _require(entries, lifetime, "all runs together")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

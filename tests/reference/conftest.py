@@ -1,12 +1,16 @@
-"""Shares dense.py with the tests of this folder: test files are imported by path, so they cannot import each other."""
+"""What the tests of this folder share: helper modules (by import; dense.py as a fixture) and models."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("per_sample")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +23,40 @@ def dense():
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`folder(kind)`: the checkpoint of a small model, made once."""
+    import small_models as small
+
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda kind: small.save(kind, root / kind))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """`model(kind, method, scale)`: random adapter values, float64, evaluation mode (so no dropout).
+
+    The same object for the same arguments: do not change it. Gradients are far above and far
+    below the clip of dp_steps.
+    """
+    import small_models as small
+    from per_sample import as_double
+
+    @cache
+    def make(kind, method="lora", scale=0.3):
+        made = small.adapted(folder(kind), kind, method=method)
+        made.write(small.randomised(made, scale=scale))
+        return as_double(made)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def line():
+    """A cheap model to take hundreds of steps on."""
+    from dp_steps import Line, Setup
+
+    one = Line()
+    return Setup(one, one.parameters_)

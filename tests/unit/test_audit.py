@@ -11,7 +11,7 @@ import small_models as small
 import torch
 
 from fedpeft import config as configs
-from fedpeft.clients import app, train
+from fedpeft.clients import chunk, local, train
 from fedpeft.clients.private import Guard
 from fedpeft.errors import InputError
 from fedpeft.privacy import audit as checks
@@ -290,13 +290,10 @@ def test_dropout_follows_the_public_seed(failing, here, monkeypatch):
 
 @pytest.mark.parametrize("path", [("round", 1), ("client", "all")], ids=["clients", "rounds"])
 def test_noise_is_shared(failing, monkeypatch, path):
-    real = Guard.spend
-
-    def spend(guard, client, number, request, plan):
-        real(guard, client, number, request, plan)
+    def source(guard, client, number):
         return Seeded(0, *(("round", number) if path[0] == "round" else ("client", client)))
 
-    monkeypatch.setattr(Guard, "spend", spend)
+    monkeypatch.setattr(Guard, "source", source)
     assert failing("noise", "rounds") == {"noise is fresh"}
 
 
@@ -308,7 +305,7 @@ def test_a_frozen_tensor_moves(failing, monkeypatch):
         next(value for value in model.base.backbone.parameters() if not value.requires_grad).data.add_(1e-3)
         return result
 
-    monkeypatch.setattr(app, "train", moving)
+    monkeypatch.setattr(local, "train", moving)
     assert failing("rounds") == {"frozen tensors rest"}
 
 
@@ -317,11 +314,17 @@ def test_the_ledger_counts_one_round_only(failing, monkeypatch):
 
     def spend(guard, client, number, request, plan):
         if number == 1:
-            return real(guard, client, number, request, plan)
-        return Seeded(0, "round", number, client)
+            real(guard, client, number, request, plan)
 
     monkeypatch.setattr(Guard, "spend", spend)
     assert failing("rounds") == {"ledger"}
+
+
+def test_a_cohort_clips_less(failing, monkeypatch):
+    real = chunk.add_clipped
+    monkeypatch.setattr(chunk, "add_clipped", lambda total, slopes, clients, clips: real(
+        total, slopes, clients, 2 * clips))
+    assert failing("cohort") == {"cohort"}
 
 
 # The checks by themselves ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ LAYERS = (
     {"strategies", "clients"},
     {"checkpoint", "report", "plots", "catalogue"},
     {"simulations"},
+    {"deploy"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -39,6 +40,9 @@ LIGHT = (
     "fedpeft.files",
     "fedpeft.console",
     "fedpeft.catalogue",
+    "fedpeft.deploy.cli",
+    "fedpeft.deploy.settings",
+    "fedpeft.deploy.processes",
     "fedpeft.cli",
 )
 
