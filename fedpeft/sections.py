@@ -133,8 +133,9 @@ class RunConfig:
     rounds: int = option(10, "federated rounds", low=1)
     clients_per_round: int | None = option(None, "clients asked each round; null is all", low=1)
     seed: int = option(0, "root of every random choice", low=0)
-    engine: str = option("cohort", "cohort: in this process or in worker processes; ray: Flower's simulation engine; "
-                         "sites: real ones (set by `fedpeft server run`)", choices=("cohort", "ray", "sites"))
+    engine: str = option("cohort", "cohort: in this process or in worker processes; ray: in Ray actors, on several "
+                         "GPUs or machines; sites: real ones (set by `fedpeft server run`)",
+                         choices=("cohort", "ray", "sites"))
     workers: int = option(0, "worker processes; 0 trains clients in this process (Ray takes 1)", low=0)
     cohort_tokens: int | None = option(None, "tokens (or image patches) of a pass over many clients together; 0 trains "
                                        "one after another; null is 2048 on a CPU, 16384 elsewhere", low=0)

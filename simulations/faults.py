@@ -35,11 +35,6 @@ def check(run: RunConfig, clients: list[str]) -> None:
             raise InputError(unknown("run.faults", client, clients))
         if fault not in FAULTS:
             raise InputError(unknown(f"run.faults.{client}", fault, FAULTS))
-        if fault in ("die", "hang") and run.engine == "ray":
-            raise InputError(
-                f"run.faults.{client}={fault}: Flower's simulation engine keeps a dead or blocked actor in its pool, "
-                "and the run would not end. Set run.engine=cohort and run.workers=1."
-            )
         if fault == "die" and run.workers == 0:
             raise InputError(f"run.faults.{client}=die needs run.workers >= 1: it would end this process.")
         if fault == "hang" and run.deadline_s is None:

@@ -20,13 +20,13 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients.app import CohortApp
-from fedpeft.simulations.workers import Outcome, Pool, handle
+from fedpeft.simulations.workers import Outcome, Pool, Worker, handle
 
 SERVER_NODE = 1
 RUN_ID = 1
 
 
-@dataclass
+@dataclass(slots=True)
 class Node:
     config: dict[str, bool | int | float | str]
     state: RecordDict
@@ -41,6 +41,7 @@ class LocalGrid(Grid):
         workers: processes; 0 runs clients in this one.
         threads: torch threads of each worker.
         share: most messages that the app, or a worker, is shown at once.
+        start: makes a worker; a process of this machine by default.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class LocalGrid(Grid):
         workers: int = 0,
         threads: int = 1,
         share: int = 256,
+        start: Callable[[Callable[[], ClientApp], int], Worker] = Worker,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, SERVER_NODE
-        self.nodes = {node: Node(dict(config), RecordDict()) for node, config in nodes.items()}
+        self.nothing = RecordDict()  # one for all nodes that keep nothing, as apps get copies
+        self.nodes = {node: Node(config, self.nothing) for node, config in nodes.items()}
         self.share, self.shown = share, set[str]()
-        self.pool = Pool(make_app, workers, threads, share) if workers else None
+        self.pool = Pool(lambda: start(make_app, threads), workers, share) if workers else None
         self.app = None if workers else make_app()
         self.ids = itertools.count(1)
         self.queue: dict[str, Message] = {}
@@ -131,7 +134,7 @@ class LocalGrid(Grid):
         else:
             reply, state = outcome
         if state is not None:
-            self.nodes[request.metadata.dst_node_id].state = state
+            self.nodes[request.metadata.dst_node_id].state = state if len(state) else self.nothing
         reply.metadata.__dict__["_message_id"] = f"reply-{name}"
         return reply
 

@@ -1,78 +1,98 @@
-"""The same strategy and ClientApp under Flower's simulation engine (Ray): several GPUs, several machines."""
+"""Ray actors in place of worker processes: several GPUs, several machines (RAY_ADDRESS names a cluster that runs).
+
+An actor takes a share of a round's messages and trains their clients together, as a worker process does. A thread for
+each actor stands between Ray and the pipe that the pool listens to, so the pool knows no difference.
+"""
 
 from __future__ import annotations
 
-import logging
+import multiprocessing
 import os
-import warnings
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
 
-from fedpeft.errors import RunError
-from fedpeft.strategies.base import ServerState
+from fedpeft.clients.app import CohortApp
+from fedpeft.simulations.workers import Job, Worker, handle
 
 
-def run_with_ray(
-    make_app: Callable[[], ClientApp], play: Callable[[Grid], ServerState], clients: int, workers: int
-) -> ServerState:
-    """Run `play` as a ServerApp over `clients` virtual nodes, `workers` of them at a time.
+class Actor:
+    """What runs at the other end: one base model, and the clients of the shares that it gets."""
+
+    def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.app = make_app()
+
+    def ready(self) -> None:
+        """Returns once the actor has its model."""
+
+    def answer(self, jobs: list[tuple[Message, Context]]) -> Iterator[tuple[Message, RecordDict | None]]:
+        if isinstance(self.app, CohortApp):
+            self.app.prepare(jobs)
+        for message, context in jobs:
+            yield handle(self.app, message, context)
+
+
+class RayWorker(Worker):
+    """One actor, as a worker of the pool.
 
     Args:
-        make_app: picklable; Ray's actors call it.
+        gpus: share of a GPU that it takes.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from flwr.simulation import run_simulation
-    from flwr.supercore import telemetry
 
-    telemetry.FLWR_TELEMETRY_ENABLED = os.environ.get("FLWR_TELEMETRY_ENABLED", "0")  # Flower's default is to report
+    def __init__(self, make_app: Callable[[], ClientApp], threads: int, gpus: float) -> None:
+        import ray
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    result: list[ServerState] = []
-    failures: list[BaseException] = []
-    server_app = ServerApp()
+        self.actor: Any = ray.remote(Actor).options(num_cpus=1, num_gpus=gpus).remote(make_app, threads)
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.ready, self.jobs = False, deque[Job]()
+        threading.Thread(target=bridge, args=(theirs, self.actor), daemon=True).start()
 
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
+    def end(self) -> None:
+        import ray
+
+        ray.kill(self.actor)
+        self.pipe.close()
+
+
+def bridge(pipe: Connection[Any, Any], actor: Any) -> None:
+    """Shares from the pool to the actor, outcomes back one by one; the pipe closes when the actor has ended."""
+    import ray
+
+    with pipe:
         try:
-            result.append(play(grid))
-        except BaseException as error:  # raised again in the caller's thread; here it would only be printed
-            failures.append(error)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        run_simulation(
-            server_app,
-            RayClient(make_app),
-            num_supernodes=clients,
-            backend_config={
-                "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
-                "client_resources": {"num_cpus": 1, "num_gpus": _gpu_share(workers)},
-            },
-        )
-    if failures:
-        raise failures[0]
-    if not result:
-        raise RunError("Flower's simulation engine ended without a result; its log above says why.")
-    return result[0]
+            ray.get(actor.ready.remote())
+            pipe.send(None)
+            while True:
+                for outcome in actor.answer.options(num_returns="streaming").remote(pipe.recv()):
+                    pipe.send(ray.get(outcome))
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+                pipe.send(str(error).strip().splitlines()[-1])
+        except (EOFError, OSError):  # the pool has closed
+            return
 
 
-class RayClient(ClientApp):
-    """A ClientApp that is made in the actor, so that only its recipe is pickled."""
+def start_ray(workers: int) -> Callable[[Callable[[], ClientApp], int], Worker]:
+    """Start Ray, or join a cluster, and give what makes a worker; `workers` share the GPUs there are."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
 
-    def __init__(self, make_app: Callable[[], ClientApp]) -> None:
-        super().__init__()
-        self.make_app = make_app
-        self.made: ClientApp | None = None
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        self.made = self.made or self.make_app()
-        return self.made(message, context)
+    library: Any = ray  # its functions have no types
+    cpus = None if os.environ.get("RAY_ADDRESS") else workers
+    library.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=cpus)
+    gpus = min(1.0, library.cluster_resources().get("GPU", 0.0) / workers)
+    return lambda make_app, threads: RayWorker(make_app, threads, gpus)
 
 
-def _gpu_share(workers: int) -> float:
-    import torch
+def stop_ray() -> None:
+    import ray
 
-    return min(1.0, torch.cuda.device_count() / workers) if torch.cuda.is_available() else 0.0
+    ray.shutdown()

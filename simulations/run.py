@@ -23,6 +23,7 @@ from fedpeft.metrics import Recorder, read, summarise
 from fedpeft.simulations import faults, privacy
 from fedpeft.simulations.baselines import baselines
 from fedpeft.simulations.grid import LocalGrid
+from fedpeft.simulations.ray_engine import start_ray, stop_ray
 from fedpeft.simulations.world import World, make_app, world
 from fedpeft.strategies import secagg
 from fedpeft.strategies.base import Rules, ServerState
@@ -163,21 +164,21 @@ def _absolute(config: Config) -> None:
 
 
 def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerState]) -> ServerState:
-    app = partial(make_app, text, run)
-    if config.run.engine == "ray":
-        from fedpeft.simulations.ray_engine import run_with_ray
-
-        return run_with_ray(app, play, config.data.clients, config.run.workers)
     nodes: dict[int, dict[str, bool | int | float | str]] = {
         index + 2: {"partition-id": index, "num-partitions": config.data.clients}
         for index in range(config.data.clients)
     }
     share = 1 if config.run.faults else 256  # a client that hangs must not take others with it
-    grid = LocalGrid(app, nodes, config.run.workers, config.run.threads, share)
+    options: dict[str, Any] = {"start": start_ray(config.run.workers)} if config.run.engine == "ray" else {}
     try:
-        return play(grid)
+        grid = LocalGrid(partial(make_app, text, run), nodes, config.run.workers, config.run.threads, share, **options)
+        try:
+            return play(grid)
+        finally:
+            grid.close()
     finally:
-        grid.close()
+        if config.run.engine == "ray":
+            stop_ray()
 
 
 def score(here: World, server: ServerState) -> dict[str, float]:

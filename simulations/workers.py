@@ -63,13 +63,14 @@ class Pool:
     """`workers` processes; jobs are handed out in order of submission. A process that ended is replaced meanwhile.
 
     Args:
+        start: makes a worker.
         share: most jobs that one worker gets at a time.
     """
 
-    def __init__(self, make_app: Callable[[], ClientApp], workers: int, threads: int, share: int = 256) -> None:
-        self.make_app, self.threads, self.share = make_app, threads, share
+    def __init__(self, start: Callable[[], Worker], workers: int, share: int = 256) -> None:
+        self.start, self.share = start, share
         self.jobs: deque[Job] = deque()
-        self.workers = [Worker(make_app, threads) for _ in range(workers)]
+        self.workers = [start() for _ in range(workers)]
         for worker in self.workers:
             worker.get_ready()
 
@@ -121,7 +122,7 @@ class Pool:
         """End a worker and start another; jobs that it left come first."""
         worker.end()
         self.jobs.extendleft(reversed(left))
-        self.workers[self.workers.index(worker)] = Worker(self.make_app, self.threads)
+        self.workers[self.workers.index(worker)] = self.start()
 
 
 def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:

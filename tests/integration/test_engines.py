@@ -58,3 +58,10 @@ def test_ray_gives_the_same_adapter(tiny, tmp_path):
     assert adapter(tmp_path / "ray") == adapter(tmp_path / "here")
     assert ray["accuracy_by_round"] == here["accuracy_by_round"]
     assert (ray["engine"], here["engine"]) == ("ray", "cohort")
+
+
+def test_an_actor_that_dies_is_replaced(tiny):
+    summary = tiny("ray", {"run.rounds": 2, "run.engine": "ray", "run.faults": {"client-001": "die"}})
+    assert summary["rounds"] == 2
+    assert {row["client"] for row in summary["quarantined"]} == {"client-001"}
+    assert "process ended" in summary["quarantined"][0]["reason"]
