@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fedpeft import __version__, console
+from fedpeft.deploy.cli import server_app, site_app
 from fedpeft.errors import InputError, RunError
 
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
@@ -23,6 +24,8 @@ privacy_app = typer.Typer(no_args_is_help=True, help="A calculator for sample-le
 app.add_typer(data_app, name="data")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(bench_app, name="bench")
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
@@ -274,6 +277,52 @@ def bench_server(
     console.emit(
         server_cost.run(out, sites=sites, m=m, n=n, r=r, clients=clients, quick=quick), as_json, server_cost.show
     )
+
+
+@bench_app.command("speed")
+def bench_speed(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    models: Annotated[str, typer.Option(help="Shapes, with commas between: S, minilm, roberta-base, ...")] = "S",
+    clients: Annotated[str, typer.Option(help="Clients of a round.")] = "8,64",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16",
+    engines: Annotated[str, typer.Option(help="What to time; all that can run here by default.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Times that every engine is timed.")] = 5,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a record.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Local steps of a client.")] = 2,
+    device: Annotated[str, typer.Option(help="torch device; auto takes an accelerator when there is one.")] = "auto",
+    quick: Annotated[bool, typer.Option(help="A tiny model, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The cohort engine against a peft loop, Opacus, and Flower's simulation engine."""
+    from fedpeft.simulations.benchmarks import speed
+
+    names = {"models": _listed(models), "engines": _listed(engines)}
+    numbers = {"clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
+    given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
+    console.emit(speed.run(out, **names, **numbers, **given), as_json, speed.show)
+
+
+@bench_app.command("memory")
+def bench_memory(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    clients: Annotated[str, typer.Option(help="Numbers of virtual clients, with commas between.")] = "100,1000,10000",
+    as_json: Json = False,
+) -> None:
+    """Peak memory of a simulated run against the number of its clients, 64 of which are asked a round."""
+    from fedpeft.simulations.benchmarks import memory
+
+    console.emit(memory.run(out, _numbers("clients", clients)), as_json, memory.show)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _listed(text))
+    except ValueError as error:
+        raise InputError(f"--{option}: '{text}' is not a list of whole numbers like 8,64.") from error
 
 
 @app.callback(invoke_without_command=True)

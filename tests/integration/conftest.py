@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from fedpeft import cli
+
+sys.path.insert(0, str(Path(__file__).parent))  # for deployed.py
 
 FEW = [
     "data.limit=80",

@@ -1,0 +1,166 @@
+"""`fedpeft server` and `fedpeft site`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft import console
+
+server_app = typer.Typer(no_args_is_help=True, help="The coordinator of real sites: gRPC over TLS, keys, runs.")
+site_app = typer.Typer(no_args_is_help=True, help="A site: its keys, its policy, its data, its worker.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
+SiteDir = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, as `server status` shows it.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS, no authentication: for tests on one machine only.")]
+
+
+@server_app.command("init")
+def server_init(
+    folder: Dir,
+    host: Annotated[str, typer.Option(help="Name or address by which sites reach this machine.")],
+    port: Annotated[int, typer.Option(help="Fleet port, the one that sites need.")] = 9092,
+    control_port: Annotated[int, typer.Option(help="Control port, on 127.0.0.1 only.")] = 9093,
+    listen: Annotated[str, typer.Option(help="Address that the Fleet port is bound to.")] = "0.0.0.0",
+    as_json: Json = False,
+) -> None:
+    """Make a coordinator: its authority, its certificate, its settings."""
+    from fedpeft.deploy import server
+
+    console.emit(server.init(folder, host, port, control_port, listen), as_json, console.pairs)
+
+
+@server_app.command("start")
+def server_start(folder: Dir, insecure: Insecure = False) -> None:
+    """Serve sites and go on with unfinished runs, until stopped."""
+    from fedpeft.deploy.serve import serve
+
+    serve(folder, insecure)
+
+
+@server_app.command("add-site")
+def server_add_site(
+    folder: Dir,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The site's name, as in its site.yaml.")],
+    public_key: Annotated[str, typer.Argument(metavar="PUBLIC_KEY", help="Its public key, or a file with it.")],
+    as_json: Json = False,
+) -> None:
+    """Let a site in; also in mid-run."""
+    from fedpeft.deploy import server
+
+    console.emit(server.add_site(folder, name, public_key), as_json, console.pairs)
+
+
+@server_app.command("sites")
+def server_sites(folder: Dir, as_json: Json = False) -> None:
+    """List the sites and whether they are connected."""
+    from fedpeft.deploy import server, show
+
+    console.emit(server.sites(folder), as_json, show.sites)
+
+
+@server_app.command("run")
+def server_run(
+    folder: Dir,
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once; the run goes on.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a run and watch it; Ctrl-C ends the watching, not the run."""
+    from fedpeft.deploy import server, show
+
+    submitted = server.run(folder, config, overrides or [])
+    if not detach:
+        with show.Watch(folder, submitted["run"], quiet=as_json) as watch:
+            submitted |= server.wait(folder, submitted["run"], watch)
+    console.emit(submitted, as_json, show.run)
+
+
+@server_app.command("status")
+def server_status(
+    folder: Dir,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run; default is all.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch this run until it has ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show sites and runs: rounds, who took part, who was left out and why."""
+    from fedpeft.deploy import server, show
+
+    if follow and run:
+        with show.Watch(folder, run, quiet=as_json) as watch:
+            server.wait(folder, run, watch)
+    console.emit(server.status(folder, run), as_json, show.status)
+
+
+@server_app.command("logs")
+def server_logs(
+    folder: Dir,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; default is the SuperLink.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the log of a run, or of the SuperLink."""
+    from fedpeft.deploy import server, show
+
+    console.emit({"log": server.logs(folder, run)}, as_json, show.text)
+
+
+@server_app.command("stop")
+def server_stop(folder: Dir, run: Run, as_json: Json = False) -> None:
+    """Stop a run; what it has reached stays in its folder."""
+    from fedpeft.deploy import server
+
+    console.emit(server.stop(folder, run), as_json, console.pairs)
+
+
+@server_app.command("fetch")
+def server_fetch(
+    folder: Dir,
+    run: Run,
+    to: Annotated[Path, typer.Option(help="Target folder; new or empty.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a finished run's adapter, metrics and report."""
+    from fedpeft.deploy import server
+
+    console.emit(server.fetch(folder, run, to), as_json, console.pairs)
+
+
+@site_app.command("init")
+def site_init(
+    folder: SiteDir,
+    name: Annotated[str, typer.Option(help="Name of the site, agreed on with the coordinator.")],
+    server: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")],
+    ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.crt.")] = None,
+    data: Annotated[str | None, typer.Option(help="File or folder with this site's records.")] = None,
+    model: Annotated[str, typer.Option(help="Base model: embedded, prepared, or a local folder.")] = "tiny-vit",
+    as_json: Json = False,
+) -> None:
+    """Make a site: its key pair is born here; prints the public key for the coordinator."""
+    from fedpeft.deploy import site
+
+    result: dict[str, Any] = site.init(folder, name, server, ca, data, model)
+    console.emit(result, as_json, console.pairs)
+
+
+@site_app.command("check")
+def site_check(folder: SiteDir, as_json: Json = False) -> None:
+    """Check policy, keys, data, model, server and clock; exit code 1 if any is not in order."""
+    from fedpeft.deploy import show, site
+
+    result = site.check(folder)
+    console.emit(result, as_json, show.checks)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@site_app.command("start")
+def site_start(folder: SiteDir, insecure: Insecure = False) -> None:
+    """Take part in the coordinator's runs, within the policy, until stopped."""
+    from fedpeft.deploy.site import start
+
+    start(folder, insecure)

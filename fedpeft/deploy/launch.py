@@ -1,0 +1,89 @@
+"""One child process of a deployment: `python -m fedpeft.deploy.launch ROLE FOLDER PARENT_PID ...`.
+
+    superlink, supernode   Flower's own programs, with the options that a deployment needs
+    run                    the server's side of one run
+    proxy, worker          a site's client: the thin Flower side, and the process that has model and data
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+POLL_S = 0.5
+OWN_POLL_S = 0.1  # of what is in the same process
+
+
+def main(arguments: list[str]) -> None:
+    role, folder, parent, *rest = arguments
+    follow(int(parent))
+    log_lines("" if role == "run" else f"{role}: ")
+    if role == "superlink":
+        superlink(rest)
+    elif role == "supernode":
+        supernode(rest)
+    elif role == "run":
+        from fedpeft.deploy.play import main as play
+
+        play(Path(folder), *rest)
+    elif role == "proxy":
+        from fedpeft.deploy.proxy import main as proxy
+
+        proxy(Path(folder), *rest)
+    elif role == "worker":
+        from fedpeft.deploy.worker import main as worker
+
+        worker(Path(folder), *rest)
+    else:
+        raise SystemExit(f"unknown role {role}")
+
+
+def log_lines(who: str) -> None:
+    """Our own lines on standard error, dated; Flower sets up its own."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s"))
+    logger = logging.getLogger("fedpeft")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def follow(parent: int) -> None:
+    """End this process when its parent has ended, however that was."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def superlink(arguments: list[str]) -> None:
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    sys.argv = ["flower-superlink", *arguments]
+    flower_superlink()
+
+
+def supernode(arguments: list[str]) -> None:
+    """Flower's SuperNode asks for work every 3 s, and for its client's reply every 0.5 s; neither has an option."""
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    pace = SimpleNamespace(sleep=lambda seconds: time.sleep(POLL_S if seconds > 1 else OWN_POLL_S))
+    vars(start_client_internal)["time"] = pace
+    sys.argv = ["flower-supernode", *arguments]
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,146 @@
+"""Flower's Grid as a run sees it: sites by their registered names, the run's record on every message, late replies."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedpeft.deploy.envelope import Envelope
+from fedpeft.deploy.keys import pem
+from fedpeft.strategies.wire import Packed
+
+log = logging.getLogger("fedpeft")
+POLL_S = 0.2
+LATE_S = 5.0  # between looks for late replies
+FROM_SITES = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.CLIENT_APP_CRASHED)
+Record = Callable[[dict[str, Any]], None]
+
+
+class SiteGrid(Grid):
+    """A Grid over real sites.
+
+    Args:
+        deadline_s: of a round. A message lives for two deadlines: a site that was away does not work through all that
+            was asked meanwhile, and one that is late is heard, if only to say so.
+        record: receives an event for every late reply.
+    """
+
+    def __init__(self, grid: Grid, cover: Envelope, deadline_s: float | None, record: Record) -> None:
+        self.grid, self.cover, self.deadline_s, self.record = grid, cover, deadline_s, record
+        self.names: dict[int, str] = {}
+        self.sent: dict[str, int] = {}
+        self.late: dict[str, tuple[int, float]] = {}
+        self.looked = 0.0
+        self.transfer_s = {"push_s": 0.0, "pull_s": 0.0}
+
+    def set_run(self, run: Run) -> None:
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self.grid.run
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+                       ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        return self.grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self.cover.put(message, self.names.get(node, ""))
+            if self.deadline_s is not None:
+                message.metadata.ttl = 2 * self.deadline_s
+        begun = time.monotonic()
+        names = list(self.grid.push_messages(messages))
+        self.transfer_s["push_s"] += time.monotonic() - begun
+        self.sent |= {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self.look_for_late()
+        begun = time.monotonic()
+        replies = list(self.grid.pull_messages(list(message_ids)))
+        if replies:
+            self.transfer_s["pull_s"] += time.monotonic() - begun
+        else:
+            time.sleep(POLL_S)
+        return replies
+
+    def transferred_s(self) -> dict[str, float]:
+        """Seconds of pushing messages and of pulling replies since the last call."""
+        spent = {key: round(value, 3) for key, value in self.transfer_s.items()}
+        self.transfer_s = dict.fromkeys(self.transfer_s, 0.0)
+        return spent
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """The deadline has passed: what still comes in is late."""
+        until = time.monotonic() + 2 * (self.deadline_s or 0.0)
+        self.late |= {name: (self.sent[name], until) for name in message_ids}
+
+    def look_for_late(self) -> None:
+        """Take late replies off the SuperLink, and say whose they were."""
+        if not self.late or time.monotonic() - self.looked < LATE_S:
+            return
+        self.looked = time.monotonic()
+        for reply in self.grid.pull_messages(list(self.late)):
+            node, _ = self.late.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error() and reply.error.code not in FROM_SITES:
+                continue  # Flower's word that the message has expired
+            site = self.names.get(node, str(node))
+            what = "reported an error" if reply.has_error() else "sent its update"
+            log.warning("%s %s after the deadline; it is dropped.", site, what)
+            self.record({"event": "late", "client": site, "error": reply.error.reason if reply.has_error() else None})
+        self.late = {name: (node, until) for name, (node, until) in self.late.items() if self.looked < until}
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.grid.send_and_receive(messages, timeout=timeout)
+
+
+class Roster(Packed):
+    """Packed messages to sites by their registered names; who is connected is asked anew for every round.
+
+    Args:
+        registered: name -> public key of the sites that may take part; None asks each node for its name.
+        waiting: told what is waited for, and None when it is there.
+    """
+
+    def __init__(self, grid: SiteGrid, registered: Callable[[], dict[str, str]] | None,
+                 waiting: Callable[[str | None], None]) -> None:
+        self.sites, self.registered, self.waiting = grid, registered, waiting
+
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
+        """Name -> node of every connected site, once at least `expected` are; there is no limit to the wait."""
+        said = ""
+        while len(found := self.connected()) < (expected or 1):
+            text = f"{len(found)} of {expected or 1} sites are connected: {', '.join(sorted(found)) or 'none'}"
+            if text != said:
+                log.info("waiting: %s", text)
+                self.waiting(text)
+                said = text
+            time.sleep(1.0)
+        self.waiting(None)
+        return found
+
+    def connected(self) -> dict[str, int]:
+        nodes = list(self.sites.get_nodes())
+        if self.registered is None:
+            found = super().roster(self.sites, 1) if nodes else {}
+        else:
+            allowed = {name: pem(line) for name, line in self.registered().items()}
+            found = {node.name: node.node_id for node in nodes if allowed.get(node.name) == node.public_key}
+        self.sites.names = {node: name for name, node in found.items()}
+        return found

@@ -1,0 +1,157 @@
+"""The two folders of a deployment: the coordinator's with server.yaml, a site's with site.yaml, and what lies in them.
+
+    coordinator: server.yaml ca.crt ca.key server.crt server.key secret sites/<name>.pub state.db runs/<run>/ logs/
+    site:        site.yaml policy.yaml ca.crt site.key site.pub secret ledger/<name>.jsonl state/<run>/<name>/
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpeft import config as configs
+from fedpeft.errors import InputError
+from fedpeft.sections import option
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+QUIET = {  # Flower reports, asks for updates and installs packages unless told not to
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+
+
+@dataclass
+class ServerSettings:
+    """server.yaml."""
+
+    host: str = option("localhost", "name or address by which sites reach the coordinator; it is in the certificate")
+    port: int = option(9092, "Fleet port (gRPC), the only one that sites need", low=1, high=65535)
+    listen: str = option("0.0.0.0", "address that the Fleet port is bound to")
+    control_port: int = option(9093, "port of the control and runtime APIs, on 127.0.0.1 only", low=1, high=65535)
+
+
+@dataclass
+class SiteData:
+    """What a site trains on. No server can change it."""
+
+    source: str | None = option(None, "file, folder or prepared data set with this site's records")
+    text: str | None = option(None, "text column; found by name when null")
+    image: str | None = option(None, "image column; found by name when null")
+    label: str | None = option(None, "label column; found by name when null")
+
+
+@dataclass
+class SiteSettings:
+    """site.yaml."""
+
+    name: str = option("", "the name that the coordinator has registered this site under")
+    server: str = option("localhost:9092", "HOST:PORT of the coordinator")
+    model: str = option("tiny-vit", "embedded or prepared model, or a local folder, whatever the server's config names")
+    device: str = option("auto", "torch device; auto takes an accelerator when there is one")
+    threads: int = option(1, "threads of the worker", low=1)
+    data: SiteData = field(default_factory=SiteData)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A coordinator's folder."""
+
+    path: Path
+    settings: ServerSettings
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    @property
+    def control(self) -> str:
+        return f"127.0.0.1:{self.settings.control_port}"
+
+    def run(self, name: str) -> Path:
+        """The folder of a run.
+
+        Raises:
+            InputError: there is no such run.
+        """
+        if not NAME.fullmatch(name) or not (self.runs / name).is_dir():
+            known = [path.name for path in self.all_runs()]
+            raise InputError(f"RUN: no run '{name}' in {self.runs}. Runs: {', '.join(known) or 'none'}.")
+        return self.runs / name
+
+    def all_runs(self) -> list[Path]:
+        """Folders of all runs, in the order in which they were submitted."""
+        found = [path for path in self.runs.glob("*") if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (path / "resolved.yaml").stat().st_mtime)
+
+    def sites(self) -> dict[str, str]:
+        """Name -> public key of every site that was added."""
+        return {path.stem: path.read_text().strip() for path in sorted((self.path / "sites").glob("*.pub"))}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's folder."""
+
+    path: Path
+    settings: SiteSettings
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy.yaml"
+
+
+def server(path: Path) -> Server:
+    """Read a coordinator's folder."""
+    return Server(path.absolute(), _read(path, "server.yaml", ServerSettings, "server"))
+
+
+def site(path: Path) -> Site:
+    """Read a site's folder."""
+    settings = _read(path, "site.yaml", SiteSettings, "site")
+    require_name(settings.name, "site.name")
+    host, _, port = settings.server.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"site.server: '{settings.server}' is not HOST:PORT.")
+    return Site(path.absolute(), settings)
+
+
+def require_name(name: str, key: str) -> None:
+    """Refuse a name that could not be a file name on every system."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"{key}: '{name}' is not a name: up to 63 letters, digits, dots, hyphens and underscores, the "
+                         "first a letter or digit.")
+
+
+def new_folder(path: Path) -> Path:
+    """Make a private folder for one of these.
+
+    Raises:
+        InputError: it exists and is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"DIR: {path} is not empty.")
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path.absolute()
+
+
+def new_secret() -> bytes:
+    """What a process must know to be given work by the SuperLink or SuperNode beside it."""
+    return secrets.token_bytes(32)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For Flower's processes: nothing is reported, looked up or installed, or kept outside of the folder."""
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
+    return {**os.environ, **QUIET, "FLWR_HOME": str(folder / ".flwr"), "NO_PROXY": direct, "no_proxy": direct}
+
+
+def _read(path: Path, name: str, cls: Any, key: str) -> Any:
+    if not (path / name).is_file():
+        raise InputError(f"{path}: no {name}. Make the folder with `fedpeft {key} init {path}`.")
+    return configs.build(cls, configs.read_yaml(path / name), key)

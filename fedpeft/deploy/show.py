@@ -1,0 +1,103 @@
+"""What the deployment's commands print, and the live table of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedpeft import console
+from fedpeft.console import out
+
+COLORS = {"done": "green", "running": "cyan", "waiting": "yellow", "failed": "red", "stopped": "red", "online": "green"}
+ROUNDS = 8  # newest rounds in the live table
+
+
+def checks(result: dict[str, Any]) -> None:
+    for row in result["checks"]:
+        out.print("ok  " if row["ok"] else "FAIL", style="green" if row["ok"] else "bold red", end=" ")
+        out.print(f"{row['check']:<7} {row['seen']}", markup=False, soft_wrap=True)
+
+
+def sites(result: dict[str, Any]) -> None:
+    if not result["running"]:
+        out.print("the coordinator is not running", style="yellow")
+    table = Table("site", "status", box=None, padding=(0, 3, 0, 0))
+    for row in result["sites"]:
+        table.add_row(row["name"], _colored(row["status"]))
+    out.print(table)
+
+
+def status(result: dict[str, Any]) -> None:
+    sites(result)
+    for entry in result["runs"]:
+        out.print()
+        run(entry)
+
+
+def run(entry: dict[str, Any]) -> None:
+    """One run: a line, and its newest rounds if they are known."""
+    if "state" not in entry:
+        console.pairs(entry)
+        return
+    out.print(f"{entry['run']}  {_colored(entry['state'])}  round {entry['round']} of {entry['rounds']}")
+    if entry.get("reason"):
+        out.print(entry["reason"], markup=False, soft_wrap=True)
+    if entry.get("history"):
+        out.print(rounds(entry["history"]))
+
+
+def rounds(history: list[dict[str, Any]]) -> Table:
+    """The newest rounds: who took part, who was left out and why."""
+    table = Table("round", "sites", "left out", "seconds", "accuracy", box=None, padding=(0, 3, 0, 0))
+    for event in history[-ROUNDS:]:
+        left = "; ".join(f"{name}: {reason}" for name, reason in (event.get("quarantined") or {}).items())
+        accuracy = event.get("accuracy")
+        seconds = event.get("seconds")
+        table.add_row(str(event["round"]), ", ".join(event["clients"] or []), left or "-",
+                      "-" if seconds is None else f"{seconds:.1f}", "-" if accuracy is None else f"{accuracy:.1%}")
+    return table
+
+
+def text(result: dict[str, Any]) -> None:
+    out.print(result["log"], markup=False, highlight=False, soft_wrap=True, end="")
+
+
+class Watch:
+    """The live table of a run's rounds and sites, fed with its events; one line an event where there is no terminal."""
+
+    def __init__(self, folder: Path, run: str, quiet: bool) -> None:
+        self.run, self.quiet = run, quiet
+        self.history: list[dict[str, Any]] = []
+        self.live: Any = None
+
+    def __enter__(self) -> Watch:
+        if not self.quiet and console.err.is_terminal:
+            from rich.live import Live
+
+            self.live = Live(f"{self.run}: submitted", console=console.err, refresh_per_second=4)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        if event["event"] == "round":
+            self.history.append(event)
+        if self.live:
+            self.live.update(rounds(self.history))
+        elif event["event"] == "round":
+            console.err.print(f"round {event['round']}: {', '.join(event['clients'])}", markup=False)
+        elif event["event"] in ("quarantine", "late", "round_failed"):
+            who, reason = event.get("client", ""), event.get("reason") or event.get("error") or "too late"
+            console.err.print(f"{event['event']} {who}: {reason}", markup=False, soft_wrap=True)
+
+
+def _colored(word: str) -> str:
+    color = COLORS.get(word)
+    return f"[{color}]{word}[/{color}]" if color else word

@@ -1,0 +1,156 @@
+"""A site's resident worker: it has the base model, the data and the device, and answers one message at a time.
+
+It stays while Flower's client processes come and go, so that a message costs no import and no load. A run with another
+config has its model built anew; the data are read when the first message that the policy allows is there, not before.
+What the worker runs is the installed fedpeft. From the server come tensors, a task and a config (`envelope`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Context as ProtoContext
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft.clients.app import Local, client_app
+from fedpeft.clients.policy import Refused
+from fedpeft.config import Config
+from fedpeft.data import source
+from fedpeft.data.encode import Encoded, encode
+from fedpeft.deploy import envelope, settings
+from fedpeft.deploy.build import bare
+from fedpeft.deploy.envelope import Envelope
+from fedpeft.deploy.settings import Site
+from fedpeft.errors import InputError, RunError
+from fedpeft.seeds import numpy_generator
+from fedpeft.strategies.base import FederatedStrategy
+
+log = logging.getLogger("fedpeft")
+
+
+class Resident:
+    """The client of one site."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.name = site, site.settings.name
+        self.held: Envelope | None = None
+        self.local: Local | None = None
+        self.strategy: FederatedStrategy | None = None
+        self.app: ClientApp = client_app(self.current, lambda context: self.name)
+
+    def answer(self, message: Message, context: Context) -> Message:
+        """The reply to a message. What went wrong at the site is told only where it says nothing of its data."""
+        try:
+            begun = time.monotonic()
+            if message.metadata.message_type != "query":
+                self.prepare(message)
+            reply = self.app(message, context)
+            log.info("%s: answered in %.3f s", message.metadata.message_type, time.monotonic() - begun)
+            return reply
+        except RunError as error:
+            log.warning("refused or failed: %s", error)
+            reason = str(error)
+        except Exception:
+            log.exception("a message could not be answered; the server is not told why")
+            reason = "the site could not take part; its own log says why."
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+    def prepare(self, message: Message) -> None:
+        """Check what is asked, and have the model of its run ready."""
+        cover = envelope.opened(message.content, self.site)
+        task = _task(message)
+        config = envelope.admitted(cover, self.site, int(task.get("round", 0)))
+        if cover != self.held:
+            self.held, self.local = None, None  # the old model goes before the new one comes
+            self.strategy, self.local = self.build(cover, config)
+            self.held = cover
+        if self.strategy is not None and self.strategy.keeps:
+            asked = set(task.get("uploads", [])) & set(self.strategy.keeps)
+            if asked:
+                raise Refused(f"{', '.join(sorted(asked))} stays with the site under {config.strategy.name}.")
+
+    def build(self, cover: Envelope, config: Config) -> tuple[FederatedStrategy, Local]:
+        """Model and data of a run.
+
+        Raises:
+            RunError: the base model is another one than the coordinator's.
+        """
+        log.info("run %s: loading model and data", cover.run)
+        config.data.labels = None if config.model.task == "causal-lm" else list(cover.labels)
+        here = bare(config, self.site.path / "state" / cover.run, len(cover.labels), self.site.path / "ledger",
+                    cover.run)
+        local = here.local
+        if envelope.base_fingerprint(local.model.base) != cover.base:
+            raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
+        local.train_data[self.name], local.holdout[self.name] = load_data(config, self.name, local.model.base.processor)
+        log.info("run %s: %d records to train on", cover.run, len(local.train_data[self.name]))
+        return here.strategy, local
+
+    def current(self) -> Local:
+        if self.local is None:
+            raise RunError("no run is prepared.")
+        return self.local
+
+
+def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encoded]:
+    """A site's records to train on, and those held out, in the order that a simulated client has them.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    records = source.whole(config.data.source, "data.source", config.data, config.model.task)
+    if not len(records):
+        raise InputError(f"data.source: {config.data.source} has no records.")
+    encoded = encode(records, processor, config.model.task, config.model.max_length)
+    order = numpy_generator(config.run.seed, "holdout", name).permutation(np.arange(len(records)))
+    kept = int(len(order) * config.data.holdout)
+    return encoded.subset(order[kept:]), encoded.subset(order[:kept])
+
+
+def _task(message: Message) -> dict[str, Any]:
+    config = message.content.config_records.get("config")
+    try:
+        task = json.loads(str(config["task"])) if config and "task" in config else {}
+    except ValueError as error:
+        raise Refused("the task is no JSON.") from error
+    return task if isinstance(task, dict) else {}
+
+
+def serve(resident: Resident, pipe: Connection) -> None:
+    """Answer what comes over one connection, until it closes."""
+    while True:
+        try:
+            identity = json.loads(pipe.recv_bytes())
+            message = message_from_proto(ProtoMessage.FromString(pipe.recv_bytes()))
+            context = context_from_proto(ProtoContext.FromString(pipe.recv_bytes()))
+        except (EOFError, OSError):
+            return
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = identity
+        reply = resident.answer(message, context)
+        try:
+            pipe.send_bytes(message_to_proto(reply).SerializeToString())
+            pipe.send_bytes(context_to_proto(context).SerializeToString())
+        except OSError:
+            log.warning("the client process is gone; its reply is dropped.")
+            return
+
+
+def main(folder: Path, socket: str) -> None:
+    """Listen on a socket in a folder that only its owner can enter."""
+    Path(socket).unlink(missing_ok=True)
+    resident = Resident(settings.site(folder))
+    with Listener(socket, "AF_UNIX") as listener:
+        while True:
+            with listener.accept() as pipe:
+                serve(resident, pipe)

@@ -1,0 +1,259 @@
+"""Real processes on loopback: TLS, authentication, three sites with their own files; the simulation's adapter; faults.
+
+One coordinator and three sites serve all tests of this file, in their order.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+import ssl
+import time
+
+import grpc
+import pytest
+import torch
+from deployed import TRAIN, Deployment, children, listening, until, write_records, write_rows
+from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+
+from fedpeft import config as configs
+from fedpeft.adapters import folder
+from fedpeft.data import source, split
+from fedpeft.deploy import probe, settings
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.simulations.run import simulate
+
+NAMES = [split.client_name(index) for index in range(3)]
+COUNTS = dict(zip(NAMES, (60, 50, 40), strict=True))
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """A coordinator and three sites, running; `rows` are each site's records."""
+    root = tmp_path_factory.mktemp("deployment")
+    made = Deployment(root)
+    made.rows = {name: write_records(root / f"{name}.csv", COUNTS[name], seed) for seed, name in enumerate(NAMES)}
+    write_records(root / "test.csv", 60, 99)
+    try:
+        for name in NAMES:
+            made.add_site(name, root / f"{name}.csv")
+        made.start("coordinator")
+        for name in NAMES:
+            made.start(name)
+        made.ready()
+        yield made
+    finally:
+        made.close()
+
+
+def simulated(deployment):
+    """The same training as a simulation, one client after another: one file with all records, split as over the sites.
+
+    In a cohort clients share dropout's generator, which real sites cannot.
+    """
+    root = deployment.root
+    write_rows(root / "all.csv", [row for rows in deployment.rows.values() for row in rows])
+    tree = copy.deepcopy(TRAIN)
+    tree["data"] |= {"source": str(root / "all.csv"), "test": str(root / "test.csv"), "clients": len(NAMES)}
+    config = configs.load(tree)
+    train, _ = source.load(config.data, config.model.task, config.run.seed)
+    parts, first = {}, 0
+    for name in NAMES:
+        parts[name] = list(range(first, first + COUNTS[name]))
+        first += COUNTS[name]
+    split.save(root / "split.json", parts, train, config)
+    run = root / "simulated"
+    alone = {"data.split": str(root / "split.json"), "run.baselines": False, "run.cohort_tokens": 0}
+    simulate(tree, alone, run)
+    return run
+
+
+def test_three_sites_make_the_adapter_of_the_simulation(deployment):
+    run = deployment.submit(TRAIN, "data.test=test.csv", "privacy.randomness=seeded")
+    twin = simulated(deployment)
+    deployment.wait(run)
+    assert [event["clients"] for event in deployment.rounds(run)] == [NAMES] * 3
+    ours = deployment.call("server", "fetch", deployment.coordinator, run, "--to", deployment.root / "fetched")
+    got, expected = folder.load(deployment.root / "fetched" / "adapter"), folder.load(twin / "adapter")
+    assert got.tensors.keys() == expected.tensors.keys()
+    for key, value in expected.tensors.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6)
+    fresh = folder.load(twin / "adapter").map(torch.zeros_like)
+    assert got.distance(fresh) > 0.1
+    assert "<html" in (deployment.root / "fetched" / "report.html").read_text()
+    assert {"adapter", "metrics.jsonl", "summary.json", "report.html"} <= ours.keys()
+    for name in NAMES:  # what was spent is in the site's ledger, and is what the simulation's says
+        own = Ledger(deployment.root / name / "ledger" / f"{name}.jsonl")
+        assert own.spent(1e-3) == pytest.approx(Ledger(twin / "ledger" / f"{name}.jsonl").spent(1e-3))
+
+
+def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
+    """The same request, another adapter; and the run goes on when one of three sites refuses to take part."""
+    policy = deployment.root / NAMES[0] / "policy.yaml"
+    before = policy.read_text()
+    policy.write_text("unit: sample\nmax_delta: 0.01\nseeded_noise: false\n")
+    other = deployment.root / NAMES[1] / "policy.yaml"
+    other.write_text("unit: sample\nmax_delta: 0.01\nseeded_noise: true\nmax_epsilon: 2\n")
+    run = deployment.submit(TRAIN, "privacy.randomness=seeded", "run.rounds=1")
+    deployment.wait(run)
+    policy.write_text(before)
+    other.write_text(before)
+    (event,) = deployment.rounds(run)
+    assert event["clients"] == [NAMES[0], NAMES[2]]
+    assert "privacy.epsilon=8 is over max_epsilon=2" in event["quarantined"][NAMES[1]]
+    twin = simulated_first_round(deployment)
+    adapter = folder.load(deployment.coordinator / "runs" / run / "adapter")
+    assert adapter.distance(twin) > 0.01
+
+
+def simulated_first_round(deployment):
+    """The two sites' first round with noise from the seed, by a simulation of the third test's twin."""
+    tree = copy.deepcopy(TRAIN)
+    root = deployment.root
+    tree["data"] |= {"source": str(root / "all.csv"), "test": str(root / "test.csv"), "clients": len(NAMES)}
+    given = {"data.split": str(root / "split.json"), "run.baselines": False, "run.rounds": 1,
+             "run.faults": {NAMES[1]: "crash"}}
+    simulate(tree, given, root / "first")
+    return folder.load(root / "first" / "adapter")
+
+
+def test_the_fleet_port_is_grpc_over_tls(deployment):
+    ca = deployment.coordinator / "ca.crt"
+    assert probe.tls_of("localhost", deployment.port, ca) == ("TLSv1.3", "h2")
+    with (pytest.raises(ssl.SSLCertVerificationError),  # whoever does not have this authority's certificate
+          socket.create_connection(("localhost", deployment.port)) as raw):
+        ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
+    with grpc.insecure_channel(f"localhost:{deployment.port}") as channel, pytest.raises(grpc.RpcError) as refused:
+        FleetStub(channel).SendNodeHeartbeat(SendNodeHeartbeatRequest(), timeout=5)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    credentials = grpc.ssl_channel_credentials(ca.read_bytes())
+    with (grpc.secure_channel(f"localhost:{deployment.port}", credentials) as channel,
+          pytest.raises(grpc.RpcError) as refused):  # TLS, but no signature
+        FleetStub(channel).SendNodeHeartbeat(SendNodeHeartbeatRequest(), timeout=5)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_all_but_the_fleet_port_is_on_loopback(deployment):
+    """Every listening socket of the coordinator and of the sites, from the kernel's table."""
+    pids = [pid for process in deployment.processes.values() for pid, _ in children(process.pid)]
+    found = listening(pids)
+    assert {deployment.port, deployment.control_port} <= found.keys() and len(found) == 2 + len(NAMES)
+    assert all(address.endswith("0100007F") for address in found.values())  # by --listen the Fleet port too
+
+
+@pytest.mark.slow
+def test_an_unregistered_key_a_wrong_certificate_and_a_stranger_clock(deployment, monkeypatch):
+    data = deployment.root / f"{NAMES[0]}.csv"
+    place = deployment.add_site("stranger", data, register=False)
+    seen = {row["check"]: row for row in deployment.call("site", "check", place, code=1)["checks"]}
+    assert [name for name, row in seen.items() if not row["ok"]] == ["server"]
+    assert "does not know this site's key" in seen["server"]["seen"]
+    deployment.start("stranger")
+    until(lambda: "supernode ended" in deployment.log("stranger"), "the refusal of a stranger", 60)
+    assert not [row for row in deployment.call("server", "sites", deployment.coordinator)["sites"]
+                if row["name"] == "stranger"]
+    deployment.call("server", "add-site", deployment.coordinator, "stranger", place / "site.pub")
+    connected(deployment, "stranger")  # it has kept trying
+    deployment.stop("stranger")
+    (deployment.coordinator / "sites" / "stranger.pub").unlink()
+
+    other = settings.server(deployment.coordinator)
+    assert other.settings.port == deployment.port
+    from fedpeft.deploy import keys
+
+    keys.certificates(deployment.root / "elsewhere", "localhost")
+    (place / "ca.crt").write_bytes((deployment.root / "elsewhere" / "ca.crt").read_bytes())
+    seen = {row["check"]: row for row in deployment.call("site", "check", place, code=1)["checks"]}
+    assert "certificate verify failed" in seen["server"]["seen"] and not seen["clock"]["ok"]
+
+    site = settings.site(deployment.root / NAMES[0])
+    assert probe.clock_behind_s(site) == 0.0
+    signed = probe._signed
+    monkeypatch.setattr(probe, "_signed", lambda key, shift: signed(key, shift - 100))
+    assert probe.clock_behind_s(site) == pytest.approx(100, abs=1.5)
+    for wrong in (30, -400):
+        monkeypatch.setattr(probe, "_signed", lambda key, shift, wrong=wrong: signed(key, shift + wrong))
+        with pytest.raises(probe.RunError, match="Set the clock"):
+            probe.clock_behind_s(site)
+
+
+def connected(deployment, name, seconds=60):
+    def look():
+        rows = deployment.call("server", "sites", deployment.coordinator)["sites"]
+        return any(row["name"] == name and row["status"] == "online" for row in rows)
+
+    until(look, f"{name} connected", seconds)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_everything_that_is_killed(deployment):
+    """Worker, client process, site, SuperLink, run and coordinator, each by SIGKILL, in one run."""
+    run = deployment.submit(TRAIN, "privacy.randomness=seeded", "run.rounds=100", "run.deadline_s=15",
+                            "privacy.planned_rounds=100")
+
+    def rounds_after(count=1, seconds=90):
+        reached = len(deployment.rounds(run)) + count
+        until(lambda: len(deployment.rounds(run)) >= reached, f"round {reached}", seconds)
+        return deployment.rounds(run)[-1]
+
+    def all_again():
+        since = len(deployment.rounds(run))
+        until(lambda: NAMES in [event["clients"] for event in deployment.rounds(run)[since:]], "all sites", 150)
+
+    rounds_after(1)
+    first, second, third = NAMES
+    ledger = Ledger(deployment.root / third / "ledger" / f"{third}.jsonl")
+
+    deployment.kill(first, "worker")  # in mid-round or between two: a reply with a reason, then a new worker
+    deployment.kill(second, "proxy")
+    rounds_after(2)
+    deployment.kill_all(third)
+    before = [(entry.run, entry.round, entry.request) for entry in ledger.entries()]
+    dropped = rounds_after(2)
+    assert third in dropped["quarantined"] or third not in dropped["clients"]
+    deployment.start(third)
+    all_again()
+    assert [(entry.run, entry.round, entry.request) for entry in ledger.entries()][: len(before)] == before
+
+    deployment.kill("coordinator", "superlink")
+    rounds_after(2)
+    deployment.kill("coordinator", "run")
+    rounds_after(2)
+    deployment.kill_all("coordinator")
+    reached = len(deployment.rounds(run))
+    time.sleep(1)
+    deployment.start("coordinator")
+    until(lambda: len(deployment.rounds(run)) > reached + 1, "rounds after the restart", 90)
+    numbers = [event["round"] for event in deployment.rounds(run)]
+    assert numbers == list(range(1, len(numbers) + 1))  # none lost, none twice
+    all_again()
+    deployment.call("server", "stop", deployment.coordinator, run)
+    until(lambda: not deployment.pids("coordinator", "run"), "the end of the stopped run", 20)
+    assert deployment.state(run) == "stopped"
+    print([(event["round"], event["quarantined"], event["seconds"]) for event in deployment.rounds(run)])
+
+
+@pytest.mark.slow
+def test_insecure_mode_says_so_and_asks_sites_for_their_names(tmp_path):
+    made = Deployment(tmp_path)
+    write_records(tmp_path / "own.csv", 30, 0)
+    made.add_site("clinic", tmp_path / "own.csv", register=False)
+    (tmp_path / "clinic" / "ca.crt").unlink()
+    made.start("clinic")
+    assert made.processes.pop("clinic").wait(30) == 2  # never without TLS by accident
+    try:
+        made.start("coordinator", "--insecure")
+        made.start("clinic", "--insecure")
+        made.ready()
+        assert all("INSECURE: no TLS" in made.log(what) for what in ("coordinator", "clinic"))
+        run = made.submit(TRAIN, "data.clients=1", "run.rounds=1")
+        made.wait(run)
+        assert made.rounds(run)[0]["clients"] == ["clinic"]
+    finally:
+        made.close()
+
+
+def test_the_coordinator_and_the_sites_stop_when_asked_to(deployment):
+    for name in [*NAMES, "coordinator"]:
+        deployment.stop(name)

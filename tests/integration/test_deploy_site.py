@@ -1,0 +1,276 @@
+"""What a site makes of what a coordinator sends: hostile configs, tasks and apps, and faults of its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from deployed import LABELS, TRAIN, write_records
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.proto.runtime_pb2 import AcquireTaskResponse
+from flwr.proto.task_pb2 import Task
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft import config as configs
+from fedpeft.data import source
+from fedpeft.deploy import build, envelope, keys, proxy, roster, settings, site, worker
+from fedpeft.deploy.envelope import Envelope
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.strategies.wire import PACKED, BadReply
+
+POLICY = {"unit": "sample", "max_delta": 0.01, "seeded_noise": True}
+
+
+class Rig:
+    """A site's resident worker in this process, and a coordinator's half of a run."""
+
+    def __init__(self, root):
+        write_records(root / "own.csv", 40, 0)
+        self.folder = root / "site"
+        site.init(self.folder, "clinic", "localhost:1", None, str(root / "own.csv"), "tiny-bert")
+        self.policy(**POLICY)
+        self.resident = worker.Resident(settings.site(self.folder))
+        self.config = configs.load({**TRAIN, "run": {**TRAIN["run"], "engine": "sites"}})
+        self.here = build.bare(self.config, root / "server", len(LABELS))
+        self.base = envelope.base_fingerprint(self.here.local.model.base)
+
+    def policy(self, **values):
+        (self.folder / "policy.yaml").write_text(yaml.safe_dump(values))
+
+    @property
+    def site(self):
+        return self.resident.site
+
+    def ask(self, overrides=(), number=1, kind="train", run="run-1", labels=LABELS, text=None, name="clinic", task=()):
+        """The site's reply to a message of round `number` whose config has these dotted overrides."""
+        tree = configs.to_tree(self.config)
+        for key, value in dict(overrides).items():
+            *parents, last = key.split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
+        sent = self.here.strategy.broadcast(server, "clinic")
+        content = PACKED.content(sent, {**self.here.strategy.task(server), "round": number, **dict(task)})
+        message = Message(content, 7, kind)
+        Envelope(run, text or yaml.safe_dump(tree), tuple(labels), self.base).put(message, name)
+        context = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})
+        self.sent = sent
+        return self.resident.answer(message, context)
+
+
+@pytest.fixture
+def rig(tmp_path, monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    return Rig(tmp_path)
+
+
+def reason(reply):
+    assert reply.has_error(), "the site answered"
+    return reply.error.reason
+
+
+def test_a_good_request_is_answered_and_the_same_one_costs_nothing_more(rig):
+    first = rig.ask()
+    assert not first.has_error(), first.error.reason
+    update, _ = PACKED.read(first, rig.sent, ("B", "head"), 1)
+    assert update.distance(rig.sent) > 0
+    ledger = Ledger(rig.folder / "ledger" / "clinic.jsonl")
+    assert [entry.round for entry in ledger.entries()] == [1]
+    rig.resident = worker.Resident(rig.site)  # the site was restarted
+    again, _ = PACKED.read(rig.ask(), rig.sent, ("B", "head"), 1)
+    assert again.distance(update) == 0 and len(ledger.entries()) == 1
+    assert not rig.ask(number=2).has_error()
+    assert [entry.round for entry in ledger.entries()] == [1, 2]
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"strategy.name": "os:system"}, "strategy.name"),
+    ({"adapter.name": "subprocess:Popen"}, "adapter.name"),
+    ({"strategy.wrap": ["builtins:eval"]}, "strategy.wrap"),
+    ({"model.trust_remote_code": True}, "trust_remote_code"),
+    ({"model.auto_map": "evil.py"}, "auto_map"),
+    ({"hooks": {"before": "evil"}}, "hooks"),
+    ({"run.faults": {"clinic": "die"}}, "run.faults"),
+    ({"client.optimizer": "evil"}, "client.optimizer"),
+    ({"privacy.unit": "none"}, "does not protect records"),
+    ({"privacy.release_metrics": True}, "privacy.release_metrics"),
+])
+def test_what_the_registry_or_the_policy_does_not_have_is_refused_before_data_or_model(rig, monkeypatch, overrides,
+                                                                                      words):
+    def never(*arguments, **named):
+        raise AssertionError("read too early")
+
+    monkeypatch.setattr(source, "whole", never)
+    monkeypatch.setattr(worker, "bare", never)
+    assert words in reason(rig.ask(overrides))
+    assert not (rig.folder / "ledger").exists() and not (rig.folder / "state").exists()
+
+
+def test_more_epsilon_or_rounds_than_the_policy_allows_is_refused(rig):
+    rig.policy(**POLICY, max_epsilon=4, max_rounds=10)
+    assert "privacy.epsilon=8 is over max_epsilon=4" in reason(rig.ask())
+    assert "11 rounds are over max_rounds=10" in reason(rig.ask({"privacy.epsilon": 3.0}, number=11))
+    assert not rig.ask({"privacy.epsilon": 3.0}).has_error()
+    again = [rig.ask({"privacy.epsilon": 3.0, "run.rounds": 1}, run=f"run-{number}") for number in range(2, 5)]
+    assert "all runs together" in reason(again[-1])
+    assert Ledger(rig.folder / "ledger" / "clinic.jsonl").spent(1e-3) <= 4
+
+
+def test_data_model_policy_and_randomness_are_the_site_s_own(rig):
+    rig.policy(**{**POLICY, "seeded_noise": False})
+    tree = configs.to_tree(rig.config)
+    tree["data"] |= {"source": "/etc/passwd", "text": "root", "split": "/etc/shadow", "test": "/etc/hosts", "limit": 1}
+    tree["model"]["name"] = "../evil"
+    tree["run"] |= {"device": "meta", "threads": 64}
+    tree["privacy"] |= {"policy": "/dev/null", "randomness": "seeded"}
+    own = envelope.own_config(yaml.safe_dump(tree), rig.site, envelope.policies.load(rig.site.policy))
+    assert own.data.source == str(rig.folder.parent / "own.csv")
+    assert (own.data.text, own.data.split, own.data.test, own.data.limit) == (None, None, None, None)
+    assert (own.model.name, own.run.device, own.run.threads) == ("tiny-bert", "auto", 1)
+    assert (own.privacy.policy, own.privacy.randomness) == (str(rig.folder / "policy.yaml"), "os")
+
+
+@pytest.mark.parametrize("text", ["run: {seed: '${oc.env:HOME}'}", "!!python/object/apply:os.system ['true']", "- 1",
+                                  ":"])
+def test_text_that_is_no_plain_config_is_refused(rig, text):
+    assert rig.ask(text=text).has_error()
+
+
+def test_messages_of_others_are_refused(rig):
+    assert "site.yaml says 'clinic'" in reason(rig.ask(name="other"))
+    assert "run's name" in reason(rig.ask(run="../../etc"))
+    assert "not the coordinator's" in reason(rig_with_base(rig, "0" * 16))
+    assert rig.ask(task={"trains": ["everything"]}).has_error()
+
+
+def rig_with_base(rig, base):
+    rig.base, kept = base, rig.base
+    reply = rig.ask(run="run-other")
+    rig.base = kept
+    return reply
+
+
+def test_what_went_wrong_with_the_data_stays_at_the_site(rig, caplog):
+    (rig.folder.parent / "own.csv").write_text("text,label\nsecret patient,maybe\n")
+    said = reason(rig.ask())
+    assert "secret" not in said and "maybe" not in said and "own.csv" not in said
+    assert "maybe" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["ledger", "reply"])
+def test_a_full_disk_costs_the_round_and_no_more(rig, monkeypatch, where):
+    """Whatever cannot be written, ledger or kept reply, no update leaves; and nothing leaves uncounted."""
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if where == "ledger":
+            patch.setattr(Ledger, "_append", full)
+        else:
+            patch.setattr("fedpeft.clients.store.write_tensors", full)
+        assert "No space" not in reason(rig.ask())
+    ledger = Ledger(rig.folder / "ledger" / "clinic.jsonl")
+    assert not (where == "ledger" and ledger.entries())
+    assert not rig.ask().has_error()
+    assert 1 <= len(ledger.entries()) <= 2
+
+
+def test_an_update_with_nan_is_quarantined(rig):
+    reply = rig.ask()
+    values = reply.content.array_records["arrays"]["adapter"].numpy().copy()
+    values[3] = float("nan")
+    reply.content["arrays"] = ArrayRecord({"adapter": Array(values)})
+    with pytest.raises(BadReply, match="NaN"):
+        PACKED.read(reply, rig.sent, ("B", "head"), 1)
+
+
+def test_the_proxy_imports_no_torch():
+    code = "import sys; import fedpeft.deploy.proxy, fedpeft.deploy.launch; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_private_files_are_their_owner_s_alone(tmp_path):
+    from fedpeft.deploy import server
+
+    server.init(tmp_path / "server", "example.org", 9092, 9093, "127.0.0.1")
+    site.init(tmp_path / "site", "clinic", "example.org:9092", tmp_path / "server" / "ca.crt", None, "tiny-bert")
+    private = [tmp_path / "server" / name for name in ("ca.key", "server.key", "secret")]
+    private += [tmp_path / "site" / name for name in ("site.key", "secret")]
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("server", "site")} == {0o700}
+
+
+class FakeGrid:
+    """Nodes as Flower reports them; replies are what the test puts in."""
+
+    def __init__(self):
+        self.nodes, self.replies = [], []
+
+    def get_nodes(self):
+        return self.nodes
+
+    def push_messages(self, messages):
+        return [f"message-{message.metadata.dst_node_id}" for message in messages]
+
+    def pull_messages(self, names):
+        found = [reply for reply in self.replies if reply.metadata.reply_to_message_id in names]
+        self.replies = [reply for reply in self.replies if reply not in found]
+        return found
+
+
+def test_sites_join_from_round_to_round_and_late_replies_are_named_and_dropped(rig, tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "LATE_S", 0.0)
+    lines = {name: keys.site_keys(tmp_path / name) for name in ("north", "south", "posing")}
+    grid, events, said = FakeGrid(), [], []
+    sites = roster.SiteGrid(grid, Envelope("run-1", "", (), ""), 5.0, events.append)
+    known = {"north": lines["north"]}
+    book = roster.Roster(sites, lambda: known, said.append)
+    grid.nodes = [SimpleNamespace(node_id=1, name="north", public_key=keys.pem(lines["north"]))]
+    assert book.roster(sites, 1) == {"north": 1}
+    grid.nodes.append(SimpleNamespace(node_id=2, name="south", public_key=keys.pem(lines["south"])))
+    grid.nodes.append(SimpleNamespace(node_id=3, name="north", public_key=keys.pem(lines["posing"])))
+    assert book.roster(sites, 1) == {"north": 1}  # south is not let in yet; a name with another key never is
+    known["south"] = lines["south"]
+    assert book.roster(sites, 1) == {"north": 1, "south": 2}
+
+    messages = [Message(RecordDict(), node, "train") for node in (1, 2)]
+    names = list(sites.push_messages(messages))
+    assert [message.content["fedpeft.run"]["site"] for message in messages] == ["north", "south"]
+    assert all(message.metadata.ttl == 10.0 for message in messages)
+    sites.cancel(names)
+    for message, name in zip(messages, names, strict=True):
+        message.metadata.__dict__["_message_id"] = name
+    grid.replies = [Message(RecordDict(), reply_to=messages[1]),
+                    Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=messages[0])]
+    assert sites.pull_messages(["another"]) == [] and not sites.late
+    assert [(event["event"], event["client"]) for event in events] == [("late", "south")]
+
+
+def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
+    """Flower makes a task before the message is there; a coordinator that dies in between leaves one for hours."""
+    never, answered, tokens = threading.Event(), threading.Event(), ["stuck", "next"]
+
+    def handle(address, token, worker):
+        never.wait(30) if token == "stuck" else answered.set()
+
+    def acquire(request):
+        return AcquireTaskResponse(token=tokens.pop(0), task=Task()) if tokens else AcquireTaskResponse()
+
+    client = SimpleNamespace(AcquireTask=acquire)
+    monkeypatch.setattr(proxy.RuntimeHttpClient, "from_server_address", lambda *given: client)
+    monkeypatch.setattr(proxy, "handle", handle)
+    threading.Thread(target=proxy.main, args=(rig.folder, "", ""), daemon=True).start()
+    assert answered.wait(10)
+    never.set()
