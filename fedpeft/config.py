@@ -284,19 +284,19 @@ def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
         return value
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(registry.unknown(key, value, [str(choice) for choice in meta["choices"]]))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key}: {value} is not a finite number.")
-    if isinstance(value, int | float) and not (meta["low"] <= value <= meta["high"] and value > meta["above"]):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, int | float) and not (finite and meta["low"] <= value <= meta["high"] and value > meta["above"]):
         bounds = [
             text
             for text, given in (
                 (f">= {meta['low']:g}", meta["low"] > -INFINITY),
                 (f"> {meta['above']:g}", meta["above"] > -INFINITY),
                 (f"<= {meta['high']:g}", meta["high"] < INFINITY),
+                ("finite", not finite),
             )
             if given
         ]
-        raise InputError(f"{key}: {value!r} is out of range; allowed: {' and '.join(bounds) or 'a finite number'}.")
+        raise InputError(f"{key}: {value!r} is out of range; allowed: {' and '.join(bounds)}.")
     return value
 
 
