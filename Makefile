@@ -4,14 +4,17 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint checkpoint smoke clean
+.PHONY: demo test slow lint checkpoint smoke clean
 
 demo: .venv/ready
 	rm -rf runs/quickstart
 	$(BIN)/fedpeft simulate quickstart --out runs/quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow -o timeout=600
 
 smoke: .venv/ready
 	$(BIN)/python -m fedpeft.simulations.smoke

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -65,8 +65,8 @@ class Local:
     config: Config
     model: Adapted
     initial: AdapterState
-    train_data: dict[str, Encoded]
-    holdout: dict[str, Encoded]
+    train_data: Mapping[str, Encoded]
+    holdout: Mapping[str, Encoded]
     store: Store
     guard: Guard
     verified: set[tuple[str, ...]] = field(default_factory=set)
@@ -219,10 +219,11 @@ class Local:
         self.model.write(start)
         return evaluate(self.model, data)
 
-    def data(self, table: dict[str, Encoded], client: str) -> Encoded:
-        if client not in table or len(table[client]) == 0:
+    def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
+        found = table.get(client)
+        if found is None or len(found) == 0:
             raise RunError(f"{client} has no records here.")
-        return table[client]
+        return found
 
     def _verify(self, data: Encoded, trains: list[str]) -> None:
         """Compare per-sample gradients of two records with autograd, once for each set of trained roles."""

@@ -99,8 +99,9 @@ def run_result(summary: dict[str, Any]) -> None:
     )
     if privacy := summary.get("privacy"):
         protected = "record" if privacy["unit"] == "sample" else "client"
-        epsilon = summary["epsilon_max"] or 0.0
-        out.print(f"privacy of one {protected}: epsilon {epsilon:.4g} at delta {privacy['delta']:g}; randomness: "
+        spent = summary["epsilon_max"]
+        epsilon = "in the clients' ledgers" if spent is None else f"{spent:.4g}"
+        out.print(f"privacy of one {protected}: epsilon {epsilon} at delta {privacy['delta']:g}; randomness: "
                   f"{privacy['randomness']}")
     if text := summary.get("secure_aggregation"):
         out.print(text, style="dim")

@@ -172,7 +172,7 @@ def clients_by_label(run: Run) -> Figure | None:
     if labels:
         titles.append("Labels, as shares of a client's records")
     figure, (top, *below) = _axes(titles, heights=(0.7, min(2.0, 0.6 + 0.12 * len(labels)))[: len(titles)])
-    top.bar(range(len(names)), [len(indices) for indices in run.split["clients"].values()], color=COLORS[0], width=0.8)
+    _bars(top, [len(indices) for indices in run.split["clients"].values()])
     top.set_xlim(-0.5, len(names) - 0.5)
     top.set_ylabel("records")
     top.grid(axis="x", visible=False)
@@ -232,7 +232,7 @@ def privacy(run: Run) -> Figure | None:
     bought.set_xlabel(f"largest epsilon so far, at delta {section.get('delta', 0):g}")
     for axes in each:
         names = sorted(clients, key=_natural)
-        axes.bar(range(len(names)), [clients[name]["epsilon"] for name in names], color=COLORS[0], width=0.8)
+        _bars(axes, [clients[name]["epsilon"] for name in names])
         axes.set_ylim(bottom=0)
         axes.grid(axis="x", visible=False)
         _name_ticks(axes.xaxis, names, upright=_crowded(names))
@@ -320,6 +320,14 @@ def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[
     _name_ticks(axes.xaxis, names, upright=_crowded(names))
     _name_ticks(axes.yaxis, labels, most=25)
     axes.figure.colorbar(mesh, ax=axes, format=_percent_format(), pad=0.01)
+
+
+def _bars(axes: Axes, heights: Sequence[float]) -> None:
+    """A bar for each client; for more than can be told apart one filled outline, as a bar is an object of its own."""
+    if len(heights) <= 400:
+        axes.bar(range(len(heights)), heights, color=COLORS[0], width=0.8)
+    else:
+        axes.stairs(heights, [index - 0.5 for index in range(len(heights) + 1)], fill=True, color=COLORS[0])
 
 
 def _name_ticks(axis: Axis, names: list[str], *, most: int = 40, upright: bool = False) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from flwr.app import Context
@@ -42,6 +44,26 @@ class World:
     test_encoded: Encoded
 
 
+class Shares(Mapping[str, Encoded]):
+    """Each client's records, copied out of the whole set only when asked for: a client costs its list of numbers.
+
+    Args:
+        parts: client -> numbers of its records.
+    """
+
+    def __init__(self, whole: Encoded, parts: dict[str, np.ndarray]) -> None:
+        self.whole, self.parts = whole, parts
+
+    def __getitem__(self, client: str) -> Encoded:
+        return self.whole.subset(self.parts[client])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
 @functools.lru_cache(maxsize=1)
 def world(text: str, run: Path) -> World:
     """Build (once a process) the world of a resolved config; its split is read from, or written to, the run folder."""
@@ -55,7 +77,8 @@ def world(text: str, run: Path) -> World:
     test_encoded = encode(test, processor, config.model.task, length)
     strategy = build_strategy(config)
     start = strategy.initial(model.state(), config.run.seed)
-    train_data, holdout = {}, {}
+    own: dict[str, np.ndarray] = {}
+    held: dict[str, np.ndarray] = {}
     for client, indices in client_split(config, train, run).items():
         order = numpy_generator(config.run.seed, "holdout", client).permutation(indices)
         kept = int(len(order) * config.data.holdout)
@@ -64,11 +87,12 @@ def world(text: str, run: Path) -> World:
                 f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be "
                 "held out."
             )
-        train_data[client], holdout[client] = train_encoded.subset(order[kept:]), train_encoded.subset(order[:kept])
+        own[client], held[client] = order[kept:], order[:kept]
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", run.name)
-    guard.require({client: len(data) for client, data in train_data.items()})
-    local = Local(config, model, start.adapter, train_data, holdout, store, guard)
+    guard.require({client: len(part) for client, part in own.items()})
+    shares = Shares(train_encoded, own), Shares(train_encoded, held)
+    local = Local(config, model, start.adapter, *shares, store, guard)
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
 
 

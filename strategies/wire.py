@@ -21,6 +21,7 @@ from fedpeft.state import AdapterState, Site, StateMismatch, pack, unpack
 
 POLL_S = 0.05
 JOIN_DEADLINE_S = 120.0
+ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
 # What reading a record that somebody else filled may raise: numpy and JSON have no common error.
 MALFORMED = (StateMismatch, KeyError, ValueError, TypeError, AttributeError, EOFError, IndexError)
 
@@ -43,11 +44,13 @@ class Packed:
         """Client name -> node id, once `expected` nodes have joined."""
         nodes = joined(grid, expected)
         names = {}
-        for node, reply in ask(grid, "query", {node: RecordDict() for node in nodes}, JOIN_DEADLINE_S).items():
-            reason = failure(reply)
-            if reply is None or reason:
-                raise RunError(f"node {node} does not tell its name: {reason}")
-            names[str(reply.content["identity"]["name"])] = node
+        for start in range(0, len(nodes), ROLL):
+            asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
+            for node, reply in ask(grid, "query", asked, JOIN_DEADLINE_S).items():
+                reason = failure(reply)
+                if reply is None or reason:
+                    raise RunError(f"node {node} does not tell its name: {reason}")
+                names[str(reply.content["identity"]["name"])] = node
         if len(names) < len(nodes):
             raise RunError(f"{len(nodes)} nodes have only {len(names)} different names: {sorted(names)}.")
         return names

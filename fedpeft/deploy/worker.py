@@ -93,7 +93,8 @@ class Resident:
         local = here.local
         if envelope.base_fingerprint(local.model.base) != cover.base:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
-        local.train_data[self.name], local.holdout[self.name] = load_data(config, self.name, local.model.base.processor)
+        own, held = load_data(config, self.name, local.model.base.processor)
+        local.train_data, local.holdout = {self.name: own}, {self.name: held}
         log.info("run %s: %d records to train on", cover.run, len(local.train_data[self.name]))
         return here.strategy, local
 

@@ -164,7 +164,7 @@ def measure(name: str, size: Size, way: str) -> dict[str, Any]:
     """Time and memory of one method in this process; `way` is "factors" or "dense"."""
     strategy = make(name)
     result: dict[str, Any] = {"check": check(name)}
-    before, seconds = _memory("VmRSS"), 0.0
+    before, seconds = resident("VmRSS"), 0.0
     for number in range(size.sites):
         server, updates = draw(strategy, size, number)
         started = time.perf_counter()
@@ -173,12 +173,12 @@ def measure(name: str, size: Size, way: str) -> dict[str, Any]:
         else:
             dense(name, server, updates)
         seconds += time.perf_counter() - started
-    after = _memory("VmHWM")
+    after = resident("VmHWM")
     result |= {"seconds": seconds, "peak_bytes": None if after is None or before is None else after - before}
     return result if way == "dense" else result | {"largest_tensor": largest(name, size)}
 
 
-def _memory(key: str) -> int | None:
+def resident(key: str) -> int | None:
     """Bytes of resident memory: now (VmRSS) or at most so far (VmHWM); None where there is no /proc (not measured).
 
     getrusage would not do: a child inherits its parent's peak there.
