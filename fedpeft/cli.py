@@ -296,10 +296,10 @@ def bench_speed(
     """The cohort engine against a peft loop, Opacus, and Flower's simulation engine."""
     from fedpeft.simulations.benchmarks import speed
 
-    names = {"models": _listed(models), "engines": _listed(engines)}
-    numbers = {"clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
+    lists: dict[str, Any] = {"models": _listed(models), "engines": _listed(engines),
+                             "clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
     given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
-    console.emit(speed.run(out, **names, **numbers, **given), as_json, speed.show)
+    console.emit(speed.run(out, **lists, **given), as_json, speed.show)
 
 
 @bench_app.command("memory")

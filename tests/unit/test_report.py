@@ -19,7 +19,7 @@ CONFIG = "strategy:\n  name: {strategy}\ndata:\n  clients: {clients}\nprivacy:\n
 
 
 def make_run(path, *, strategy="fedit", clients=4, rounds=5, seed=0, gain=0.1, names=None, labels=("0", "1", "2"),
-             used=None, bad=None, personalised=False, end=True, extra=None):
+             used=None, bad=None, personalised=False, end=True, extra=None, epsilon=None):
     """A run folder whose accuracy is 0.2 + gain * round; `used` clients a round, `bad` {round: (client, reason)}."""
     path.mkdir(parents=True)
     names = names or [f"client-{index}" for index in range(clients)]
@@ -41,7 +41,7 @@ def make_run(path, *, strategy="fedit", clients=4, rounds=5, seed=0, gain=0.1, n
         good = [name for name in asked if name not in quarantined]
         recorder.record({"event": "round", "round": number, "clients": good, "quarantined": quarantined,
                          "bytes_down": 400_000, "bytes_up": 250_000, "train_loss": 2.4 - 0.3 * number, **scores,
-                         "seconds": 0.5})
+                         "seconds": 0.5, **({"epsilon_max": epsilon * number} if epsilon else {})})
     if end:
         recorder.record({"event": "end", "round": rounds})
         summary = metrics.summarise(metrics.read(path / "metrics.jsonl"), {}, extra)
@@ -73,11 +73,27 @@ def line(axes, start):
     return next(item for item in axes.lines if item.get_label().startswith(start))
 
 
+def test_a_private_run_shows_accuracy_against_epsilon_and_what_each_client_spent(tmp_path):
+    clients = {f"client-{index}": {"epsilon": 0.5 + index, "delta": 1e-5, "steps": 10} for index in range(4)}
+    section = {"unit": "sample", "delta": 1e-5, "claim": "each <record>", "outside": ["who took part"]}
+    section["clients"] = clients
+    run = make_run(tmp_path / "run", epsilon=0.7, extra={"privacy": section})
+    bought, each = drawn(run)["privacy"].axes
+    curve = line(bought, "fedit")
+    assert list(curve.get_xdata()) == pytest.approx([0.7 * number for number in range(1, 6)])
+    assert list(curve.get_ydata()) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert [bar.get_height() for bar in each.patches] == [0.5, 1.5, 2.5, 3.5]
+    report.write(run)
+    page = (run / "report.html").read_text()
+    assert "each &lt;record&gt;" in page and "<li>who took part</li>" in page
+    assert ["client-3", "3.5", "1e-05", "10"] in cells(page)
+
+
 def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path):
     run = make_run(tmp_path / "run", used=3, bad={2: ("client-0", "NaN")}, personalised=True)
     files = report.write(run)
     assert [path.relative_to(run).as_posix() for path in files] == [
-        *(f"plots/{name}.png" for name in plots.PLOTS), "report.html"]
+        *(f"plots/{name}.png" for name in plots.PLOTS if name != "privacy"), "report.html"]
     for path in files[:-1]:
         image = pixels(path)
         assert image.shape[1] > 800 and image.shape[0] > 200

@@ -1,0 +1,259 @@
+"""`fedpeft bench speed`: local training of many clients, by our cohort and by what else there is.
+
+Before anything is timed, all engines train the same few clients in float64 and have to agree. Engines of one model are
+then timed in one process with one thread, one after another in every repeat, each repeat starting with the next one, so
+that a slow minute of the machine hits all. Seconds are medians over the repeats; a ratio is the median of the repeats'
+own ratios, `sequential peft / engine`: above 1 is faster than the plain peft loop. On a shared CPU trust the ratios of
+CPU seconds. Peak memory is that of a process of its own, above the loaded model.
+
+Whole runs (`simulate`, `flower`) are timed from the command to its end; their ratio is `flower / engine`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedpeft import __version__, files, seeds
+from fedpeft.errors import InputError, RunError
+from fedpeft.simulations.benchmarks import whole_run
+from fedpeft.simulations.benchmarks.server_cost import resident
+from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Engine, adapted, make
+from fedpeft.simulations.benchmarks.speed_work import MODELS, Work, work
+from fedpeft.simulations.world import device as device_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXACT = 1e-10
+ROUNDS = 10  # of a whole run
+DEFAULT = ("peft", "sequential", "cohort", "cohort-dp", "opacus", "opacus-ghost")
+Row = dict[str, Any]
+Times = dict[str, list[tuple[float, float]]]  # engine -> wall and CPU seconds of each repeat
+
+
+def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = (8, 64),
+        batch: tuple[int, ...] = (1, 2, 4, 8, 16), engines: tuple[str, ...] = (), repeats: int = 5, seq: int = 64,
+        steps: int = 2, quick: bool = False, device: str = "auto") -> Row:
+    """Check, time, and write results.json and speed.png to `out`.
+
+    Args:
+        engines: of `speed_engines.ENGINES` and `whole_run.ENGINES`; none are all that can be run here.
+        quick: a tiny model and a few clients, to see that it works.
+
+    Raises:
+        InputError: an unknown name, a number below 1, or an engine that cannot run here.
+        RunError: an engine does not compute what the others do, or a whole run failed.
+    """
+    where = device_of(device)
+    more = [name for name, here in (("graphs", where.type == "cuda"), ("cohort-bf16", _bfloat16(where))) if here]
+    names = engines or (*DEFAULT, *more, *whole_run.ENGINES)
+    if quick:
+        models, clients, batch, repeats, seq = ("tiny",), (3,), (1, 2), 1, 16
+        names = engines or DEFAULT
+    _require(models, names, (*(clients or (0,)), *(batch or (0,)), repeats, seq, steps), where)
+    local = [name for name in names if name in ENGINES]
+    rows, before = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        distance = check(local, where) if local else None
+        for model in models:
+            built = {name: make(name, model, where) for name in local}
+            start = adapted(model, where, torch.float32).state().tensors
+            cells = [(count, size) for count in clients for size in batch]
+            timed = [race(built, work(start, count, size, seq, steps), repeats, where) for count, size in cells]
+            built.clear()
+            for (count, size), times in zip(cells, timed, strict=True):
+                case = {"model": model, "clients": count, "batch": size, "seq": seq, "steps": steps}
+                peaks = {name: _child(name, case, where.type) for name in local}
+                rows += [{**case, **row} for row in summarise(times, peaks, "peft")]
+                if whole := [name for name in names if name in whole_run.ENGINES]:
+                    rows += [{**case, "rounds": ROUNDS, **row} for row in _whole(out, whole, case, repeats, where)]
+    finally:
+        torch.set_num_threads(before)
+    listed = {"models": models, "clients": clients, "batch": batch, "engines": names}
+    options = [f"--{key} {','.join(map(str, value))}" for key, value in listed.items()]
+    command = f"fedpeft bench speed --out DIR {' '.join(options)} --repeats {repeats} --seq {seq} --steps {steps}"
+    versions = {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = torch.cuda.get_device_name() if where.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    results = {"reproduce": f"{command}{' --quick' if quick else ''}", "quick": quick, "repeats": repeats,
+               "device": f"{where.type} ({machine})", "threads": 1, "largest_difference": distance,
+               "versions": versions, "rows": rows}
+    files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    from fedpeft import plots
+
+    with plots.style():
+        files.write_bytes(out / "speed.png", plots.png(figure(rows)))
+    return results
+
+
+def _require(models: tuple[str, ...], names: tuple[str, ...], numbers: tuple[int, ...], where: torch.device) -> None:
+    known = (*ENGINES, *whole_run.ENGINES)
+    for key, given, allowed in (("models", models, tuple(MODELS)), ("engines", names, known)):
+        wrong = [name for name in given if name not in allowed]
+        if wrong or not given:
+            raise InputError(f"--{key}: {', '.join(wrong) or 'none'} given; known are {', '.join(allowed)}.")
+    if min(numbers) < 1:
+        raise InputError(f"bench speed: clients, batch, repeats, seq and steps must be at least 1, not {min(numbers)}.")
+    if "graphs" in names and where.type != "cuda":
+        raise InputError(f"--engines: graphs needs a CUDA device, not {where.type}.")
+
+
+def _bfloat16(where: torch.device) -> bool:
+    """Whether a bfloat16 base is likely to be faster: AVX512-BF16 without AMX is slower than float32."""
+    return torch.cuda.is_bf16_supported() if where.type == "cuda" else torch.cpu._is_amx_tile_supported()
+
+
+def check(names: list[str], device: torch.device) -> float:
+    """Largest difference of a trained value from the plain peft loop's, or of a private one from Opacus'; in float64,
+    with AdamW, no noise, a clip that bites, and Poisson draws, one of them empty.
+
+    Raises:
+        RunError: it is above rounding, or training moved nothing.
+    """
+    generator = seeds.torch_generator(0, "bench", "check")
+    form = adapted("tiny", device, torch.float64).state().tensors
+    start = {key: 0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+             for key, value in form.items()}
+    case = work(start, 5, 2, 12, 4, sigma=0.0, clip=0.3)
+    worst, reference = 0.0, {}
+    for dp, name in ((False, "peft"), (True, "opacus")):
+        reference[dp] = make(name, "tiny", device, torch.float64)(case)
+    for name in names:
+        if ENGINES[name][1].get("base"):
+            continue  # a base in bfloat16 is another model
+        ends, dp = make(name, "tiny", device, torch.float64)(case), ENGINES[name][2]
+        for end, wanted, other in zip(ends, reference[dp], reference[not dp], strict=True):
+            distance = max(float((end[key] - value).abs().max()) for key, value in wanted.items())
+            moved = min(float((end[key] - value).abs().max()) for key, value in start.items())
+            apart = max(float((end[key] - value).abs().max()) for key, value in other.items())
+            if not (distance < EXACT < min(moved, apart)):
+                raise RunError(f"bench speed: {name} is {distance:.1e} away from the reference (moved {moved:.1e}); "
+                               "nothing was timed.")
+            worst = max(worst, distance)
+    return worst
+
+
+def race(built: dict[str, Engine], case: Work, repeats: int, device: torch.device) -> Times:
+    """Time every engine in every repeat, after a warm-up on two clients."""
+    times: Times = {name: [] for name in built}
+    few = Work(case.start, case.data[:2], case.config, case.plan, case.seed)
+    for engine in built.values():
+        engine(few)
+    order = list(built)
+    for _ in range(repeats):
+        for name in order:
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            built[name](case)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        order = [*order[1:], *order[:1]]
+    return times
+
+
+def summarise(times: Times, peaks: dict[str, float | None], base: str) -> list[Row]:
+    """A row an engine; ratios are to `base`, null where it was not timed."""
+    rows = []
+    for name, own in times.items():
+        ratios = [median(first[kind] / max(second[kind], 1e-9) for first, second in zip(times[base], own, strict=True))
+                  if base in times else None for kind in range(2)]
+        rows.append({"engine": name, "dp": name in ENGINES and ENGINES[name][2],
+                     "seconds": median(wall for wall, _ in own), "cpu_seconds": median(cpu for _, cpu in own),
+                     f"ratio_to_{'sequential' if base == 'peft' else base}": ratios[0],
+                     f"cpu_ratio_to_{'sequential' if base == 'peft' else base}": ratios[1], "peak_mb": peaks[name]})
+    return rows
+
+
+def peak(engine: str, case: Row, device: str) -> float | None:
+    """MB above the loaded model that one step of this case takes at most; called in a fresh process."""
+    torch.set_num_threads(1)
+    where = torch.device(device)
+    built = make(engine, case["model"], where)
+    start = adapted(case["model"], where, torch.float32).state().tensors
+    given = work(start, case["clients"], case["batch"], case["seq"], 1)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before: int | None = torch.cuda.memory_allocated()
+    else:
+        before = resident("VmRSS")
+    built(given)
+    after = torch.cuda.max_memory_allocated() if where.type == "cuda" else resident("VmHWM")
+    return None if after is None or before is None else max(0, after - before) / 1e6
+
+
+def _child(engine: str, case: Row, device: str) -> float | None:
+    """`peak` in a fresh process, forked from one that has only imported what is needed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "peft", "opacus", "transformers.models.bert.modeling_bert"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(peak, engine, case, device).result()
+
+
+def _whole(out: Path, names: list[str], case: Row, repeats: int, device: torch.device) -> list[Row]:
+    folder = (out / "work" / f"{case['model']}-{case['clients']}").absolute()
+    whole_run.prepare(folder, case["model"], case["clients"], case["seq"])
+    done: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            done[name].append(whole_run.measure(name, folder, case["clients"], case["batch"], case["seq"],
+                                                case["steps"], ROUNDS, device.type))
+    times = {name: [(each["seconds"], each["cpu_seconds"]) for each in every] for name, every in done.items()}
+    return summarise(times, {name: max(each["peak_mb"] for each in every) for name, every in done.items()}, "flower")
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Ratio of CPU seconds (on a GPU, of wall seconds) to the plain peft loop against the batch size."""
+    from matplotlib.figure import Figure
+
+    local = [row for row in rows if row["engine"] in ENGINES]
+    panels = list(dict.fromkeys((row["model"], row["clients"]) for row in local)) or [("none", 0)]
+    drawn = Figure(figsize=(4.2 * len(panels) + 1.8, 3.8))
+    for axes, (model, clients) in zip(drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels,
+                                      strict=True):
+        here = [row for row in local if (row["model"], row["clients"]) == (model, clients)]
+        for name in dict.fromkeys(row["engine"] for row in here):
+            own = [row for row in here if row["engine"] == name and row["cpu_ratio_to_sequential"] is not None]
+            axes.plot([str(row["batch"]) for row in own], [row["cpu_ratio_to_sequential"] for row in own], marker="o",
+                      label=name, linestyle="--" if ENGINES[name][2] else "-")
+        axes.set_title(f"{model}, {clients} clients")
+        axes.set_xlabel("batch size")
+    drawn.axes[0].set_ylabel("times faster than a peft loop\n(CPU seconds)")
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside right center")
+    return drawn
+
+
+def show(results: Row) -> None:
+    """Print the rows."""
+    from rich.table import Table
+
+    from fedpeft.console import out
+
+    table = Table(title=f"seconds of a round's local training on {results['device']}, one thread, medians of "
+                        f"{results['repeats']}", title_justify="left")
+    for column in ("model", "clients", "batch", "engine"):
+        table.add_column(column, no_wrap=True)
+    for column in ("seconds", "CPU s", "times\nfaster", "in\nCPU s", "peak\nMB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in results["rows"]:
+        ratios = [value for key, value in row.items() if key.startswith(("ratio", "cpu_ratio"))]
+        table.add_row(row["model"], str(row["clients"]), str(row["batch"]), row["engine"],
+                      f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}",
+                      *("" if value is None else f"{value:.2f}x" for value in ratios),
+                      "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
+    out.print(table)
+    out.print("times faster: than peft, whole runs (simulate, flower) than flower", style="dim")
+    if results["largest_difference"] is not None:
+        out.print(f"checked in float64 before timing: largest difference {results['largest_difference']:.0e}",
+                  style="dim")
+    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
