@@ -285,7 +285,8 @@ def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(registry.unknown(key, value, [str(choice) for choice in meta["choices"]]))
     finite = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, int | float) and not (finite and meta["low"] <= value <= meta["high"] and value > meta["above"]):
+    within = not isinstance(value, int | float) or (meta["low"] <= value <= meta["high"] and value > meta["above"])
+    if not (finite and within):
         bounds = [
             text
             for text, given in (
