@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.register_assert_rewrite("per_sample")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
@@ -51,6 +52,24 @@ def model(folder):
         return as_double(made)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def build(folder):
+    """`build(kind, method)`: a small model, float64 and without dropout; the same object for the same arguments."""
+    import small_models as small
+
+    made = {}
+
+    def get(kind="bert", method="lora", dtype=torch.float64):
+        if (kind, method, dtype) not in made:
+            model = small.adapted(folder(kind), kind, method=method, r=4)
+            model.base.backbone.to(dtype)
+            model.training_mode = lambda: None
+            made[kind, method, dtype] = model
+        return made[kind, method, dtype]
+
+    return get
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import small_models as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from fedpeft import seeds
 from fedpeft.clients.batched import Pass, layers, replaced
 from fedpeft.clients.cohort import Job, cannot, train_cohort
-from fedpeft.clients.pieces import assemble, cut, token_counts
 from fedpeft.clients.train import Private, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -37,36 +34,6 @@ ALL, AB = ["A", "B", "head"], ["A", "B"]
 EVEN, UNEVEN = (8, 8, 8, 8), (9, 3, 8, 1)
 FEW, WIDE = 40, 10**6  # tokens: chunks and passes of one or two clients; everything at once
 EXACT = 1e-12
-
-
-def _small():
-    name = "tests_unit_small_models"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "unit" / "small_models.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-small = _small()
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """`build(kind, method)`: a small model, float64 and without dropout; the same object for the same arguments."""
-    made, folders = {}, {}
-
-    def get(kind="bert", method="lora", dtype=torch.float64):
-        if kind not in folders:
-            folders[kind] = small.save(kind, tmp_path_factory.mktemp(kind))
-        if (kind, method, dtype) not in made:
-            model = small.adapted(folders[kind], kind, method=method, r=4)
-            model.base.backbone.to(dtype)
-            model.training_mode = lambda: None
-            made[kind, method, dtype] = model
-        return made[kind, method, dtype]
-
-    return get
 
 
 def records(kind, count, seed):
@@ -378,38 +345,3 @@ def test_layer_that_does_not_keep_samples_apart_is_named(build):
     found, now = layers(model), Pass(samples=2, groups=2, values=dict(model.parameters))
     with replaced(found, now), pytest.raises(InputError, match="rows"):
         found[0].module(torch.zeros(6, small.WIDTH, dtype=torch.float64))
-
-
-# Passes ---------------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(st.integers(1, 64), min_size=0, max_size=9), min_size=1, max_size=6), st.integers(1, 400))
-def test_passes_take_every_record_once_and_stay_short(lengths, tokens):
-    lengths = [np.array(own, dtype=np.int64) for own in lengths]
-    drawn = [np.arange(len(own)) for own in lengths]
-    seen = []
-    for piece in cut(lengths, drawn, tokens):
-        assert (np.diff(piece.clients) >= 0).all()
-        own = [int(lengths[client][record]) for client, record in zip(piece.clients, piece.records, strict=True)]
-        assert piece.width == max(own)
-        padded = piece.width * len(own)
-        assert len(own) == 1 or (padded <= 2 * tokens and padded - sum(own) <= tokens / 8)
-        seen += zip(piece.clients.tolist(), piece.records.tolist(), strict=True)
-    assert sorted(seen) == [(client, record) for client, own in enumerate(lengths) for record in range(len(own))]
-
-
-def test_texts_of_other_widths_are_padded_with_the_models_token(build):
-    model = build()
-    model.base.backbone.config.pad_token_id, before = 9, model.base.backbone.config.pad_token_id
-    try:
-        data = [small.texts(3), Encoded({key: value[:, :2] for key, value in small.texts(3).inputs.items()},
-                                        small.texts(3).labels)]
-        lengths = [token_counts(model, own) for own in data]
-        assert lengths[1].tolist() == [2, 2, 2]
-        (piece,) = cut(lengths, [np.arange(3), np.arange(3)], WIDE)
-        inputs, labels = assemble(model, data, piece)
-    finally:
-        model.base.backbone.config.pad_token_id = before
-    assert inputs["input_ids"].shape == (6, piece.width) and labels.tolist() == 2 * small.texts(3).labels.tolist()
-    assert (inputs["input_ids"][3:, 2:] == 9).all() and (inputs["attention_mask"][3:, 2:] == 0).all()
