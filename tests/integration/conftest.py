@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import cli
+from fedpeft import cli, console
 
 sys.path.insert(0, str(Path(__file__).parent))  # for deployed.py
 
@@ -39,7 +39,8 @@ class Result:
 @pytest.fixture
 def fedpeft(capsys, monkeypatch):
     """`fedpeft("list", "--json")` calls the command line; runs of white space in what it says on stderr become one."""
-    monkeypatch.setenv("COLUMNS", "250")
+    for stream in (console.out, console.err):  # made with the width that the test runner has
+        monkeypatch.setattr(stream, "width", 250)
 
     def call(*arguments) -> Result:
         capsys.readouterr()
