@@ -1,1 +1,1 @@
-"""Differential privacy. So far the accounting; training under it is not here yet (`privacy.unit` takes only none)."""
+"""Differential privacy: plan, noise, per-sample gradients, accounting, ledger and audit."""

@@ -43,6 +43,8 @@ LIGHT = (
     "fedpeft.deploy.cli",
     "fedpeft.deploy.settings",
     "fedpeft.deploy.processes",
+    "fedpeft.privacy.cli",
+    "fedpeft.simulations.benchmarks.cli",
     "fedpeft.cli",
 )
 

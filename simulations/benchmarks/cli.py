@@ -1,0 +1,106 @@
+"""`fedpeft bench`: the benchmarks on the command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft import console
+from fedpeft.errors import InputError
+
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@bench_app.command("federated")
+def bench_federated(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 8,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Federated LoRA rules under sample-level DP and label skew, at one learning rate and at each rule's own."""
+    from fedpeft.simulations.benchmarks import federated, federated_report
+
+    console.emit(federated.run(out, seeds, quick), as_json, federated_report.show)
+
+
+@bench_app.command("private")
+def bench_private(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """FedIT, FFA-LoRA and FedSVD on a real model at several epsilons."""
+    from fedpeft.simulations.benchmarks import private
+
+    console.emit(private.run(out, seeds, quick), as_json, private.show)
+
+
+@bench_app.command("server")
+def bench_server(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    sites: Annotated[int, typer.Option(min=1, help="Adapted modules.")] = 224,
+    m: Annotated[int, typer.Option(min=2, help="Outputs of a module.")] = 4096,
+    n: Annotated[int, typer.Option(min=2, help="Inputs of a module.")] = 4096,
+    r: Annotated[int, typer.Option(min=1, help="Rank.")] = 16,
+    clients: Annotated[int, typer.Option(min=2, help="Updates to aggregate.")] = 20,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What aggregation costs the server for a large model: seconds and peak memory, beside the dense way."""
+    from fedpeft.simulations.benchmarks import server_cost
+
+    console.emit(
+        server_cost.run(out, sites=sites, m=m, n=n, r=r, clients=clients, quick=quick), as_json, server_cost.show
+    )
+
+
+@bench_app.command("speed")
+def bench_speed(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    models: Annotated[str, typer.Option(help="Shapes, with commas between: S, minilm, roberta-base, ...")] = "S",
+    clients: Annotated[str, typer.Option(help="Clients of a round.")] = "8,64",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16",
+    engines: Annotated[str, typer.Option(help="What to time; all that can run here by default.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Times that every engine is timed.")] = 5,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a record.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Local steps of a client.")] = 2,
+    device: Annotated[str, typer.Option(help="torch device; auto takes an accelerator when there is one.")] = "auto",
+    quick: Annotated[bool, typer.Option(help="A tiny model, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The cohort engine against a peft loop, Opacus, and Flower's simulation engine."""
+    from fedpeft.simulations.benchmarks import speed
+
+    lists: dict[str, Any] = {"models": _listed(models), "engines": _listed(engines),
+                             "clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
+    given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
+    console.emit(speed.run(out, **lists, **given), as_json, speed.show)
+
+
+@bench_app.command("memory")
+def bench_memory(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    clients: Annotated[str, typer.Option(help="Numbers of virtual clients, with commas between.")] = "100,1000,10000",
+    as_json: Json = False,
+) -> None:
+    """Peak memory of a simulated run against the number of its clients, 64 of which are asked a round."""
+    from fedpeft.simulations.benchmarks import memory
+
+    console.emit(memory.run(out, _numbers("clients", clients)), as_json, memory.show)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _listed(text))
+    except ValueError as error:
+        raise InputError(f"--{option}: '{text}' is not a list of whole numbers like 8,64.") from error
