@@ -65,6 +65,15 @@ TABLES: dict[str, dict[str, str]] = {
         "itta": "fedpeft.tta.itta:ITTA",
         "roid": "fedpeft.tta.roid:ROID",
     },
+    "bodies": {
+        "frozen": "fedpeft.continual.bodies.frozen:Frozen",
+        "sequential": "fedpeft.continual.bodies.sequential:Sequential",
+    },
+    "heads": {
+        "linear": "fedpeft.continual.heads.linear:Linear",
+        "masked": "fedpeft.continual.heads.masked:Masked",
+        "lda": "fedpeft.continual.heads.lda:LDA",
+    },
     "checks": {
         "strategy": "fedpeft.strategies.build:check",
         "secagg": "fedpeft.strategies.secagg:check",

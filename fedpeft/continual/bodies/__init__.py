@@ -1,0 +1,1 @@
+"""Bodies: how parameters move while tasks keep arriving, one file each."""

@@ -1,0 +1,1 @@
+"""Heads: how features become class scores, one file each."""

@@ -1,0 +1,236 @@
+"""One body over one stream, with as many heads as fit its training: the loop, the matrix of accuracies, exact resume.
+
+After each task every head is fitted on one pass over the task's records and then evaluated on the test set of every
+task. Row i, column j of a head's matrix R is the number of right answers on task j after task i; test counts stand
+beside it, and all metrics follow from both (`matrix`).
+
+A body's features may be seen in several views (LAE's two experts). Each view has its own copy of every head; a view
+that appears later starts from the sums of the first one, whose features it then shares.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedpeft import config as configs
+from fedpeft.continual.body import Body, Classifier, TrainConfig, only
+from fedpeft.continual.head import Head
+from fedpeft.continual.model import Inputs, Plastic
+from fedpeft.continual.stream import Stream
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import InputError
+from fedpeft.files import write_bytes
+
+EVALUATE = 256  # rows in a pass that only looks
+
+
+class Learner:
+    """A body, its classifier and its heads on a stream.
+
+    Args:
+        heads: name -> options of registered heads; all must want the same training loss, unless the body decides it.
+
+    Raises:
+        InputError: unknown names or options, heads that want different losses, a body that needs what the stream
+            does not show, or a head that the body cannot have.
+    """
+
+    def __init__(self, stream: Stream, model: Plastic, body: str, heads: dict[str, dict[str, Any]], train: TrainConfig,
+                 seed: int, options: dict[str, Any] | None = None) -> None:
+        self.stream, self.model, self.train, self.seed = stream, model, train, seed
+        self.body: Body = configs.method("bodies", body, options or {}, "body", model=model, train=train, seed=seed)
+        self.heads: dict[str, dict[str, Head]] = {name: {"online": self._head(name, given)}
+                                                  for name, given in heads.items()}
+        self.options = heads
+        self.classifier = Classifier(stream.classes, model.width, seed, train.head_lr)
+        self.loss = self._loss(body)
+        self.task, self.step_number = 0, 0
+        self.right: dict[str, list[list[int]]] = {name: [] for name in heads}
+        self.ledger: list[dict[str, Any]] = []
+
+    def _head(self, name: str, options: dict[str, Any]) -> Head:
+        head: Head = configs.method("heads", name, options, f"head.{name}", classes=self.stream.classes,
+                                    width=self.model.width, seed=self.seed)
+        return head
+
+    def _loss(self, body: str) -> str:
+        if "boundaries" in self.body.needs and not self.stream.boundaries:
+            raise InputError(f"body {body} needs to be told when a task begins; stream '{self.stream.name}' is "
+                             f"{self.stream.scenario} and does not tell.")
+        wrong = [name for name in self.heads if self.body.heads is not None and name not in self.body.heads]
+        if wrong:
+            raise InputError(f"head {wrong[0]}: body {body} predicts by itself; it goes with "
+                             f"{', '.join(self.body.heads or ())}.")
+        wanted = {views["online"].loss for views in self.heads.values()}
+        if self.body.loss == "seen" or self.stream.scenario in ("domain", "blurry", "free"):
+            return "seen"
+        if len(wanted) > 1:
+            raise InputError(f"heads {', '.join(self.heads)}: they want different training losses "
+                             f"({', '.join(sorted(wanted))}), so they cannot share one training of {body}.")
+        return next(iter(wanted))
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def run(self, checkpoint: Path | None = None, every: int = 0, stop: int | None = None,
+            on_task: Callable[[int, int], None] = lambda task, tasks: None) -> Learner:
+        """Train what is left of the stream.
+
+        Args:
+            checkpoint: file that the whole state is written to after every task, and every `every` steps.
+            stop: end before this many further steps have been made (0 or more), in mid-task; for tests of resume.
+        """
+        while self.task < len(self.stream.tasks):
+            if self.step_number == 0:
+                self._begin()
+            begun = time.process_time()
+            while self.step_number < self.body.steps():
+                if stop is not None and (stop := stop - 1) < 0:
+                    return self
+                self._step(self.step_number)
+                self.step_number += 1
+                if checkpoint is not None and every and self.step_number % every == 0:
+                    self.save(checkpoint)
+            self._end(time.process_time() - begun)
+            on_task(self.task, len(self.stream.tasks))
+            if checkpoint is not None:
+                self.save(checkpoint)
+        return self
+
+    def _begin(self) -> None:
+        self.body.feed(self.task, self.stream.tasks[self.task], self.stream.seen(self.task))
+        if self.task == 0 or self.stream.boundaries:
+            self.body.start()
+            self.classifier.restart_optimizer()
+
+    def _step(self, step: int) -> None:
+        inputs, labels = self.body.batch(step)
+        moves = self.body.body_trains(step)
+        with torch.set_grad_enabled(moves):
+            features = self.model.features(inputs, self.body.change())
+        logits = self.classifier(features)
+        task = self.stream.tasks[self.task]
+        allowed = self.stream.seen(self.task) if self.loss == "seen" else task.classes
+        loss = F.cross_entropy(only(logits, allowed) / self.train.temperature, labels)
+        extra = self.body.penalty(inputs, labels, features, self.classifier) if moves else None
+        if extra is not None:
+            loss = loss + extra
+        leaves = {**(self.body.parameters if moves else {}), "weight": self.classifier.weight,
+                  "bias": self.classifier.bias}
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for value, gradient in zip(leaves.values(), gradients, strict=True):
+            value.grad = torch.zeros_like(value) if gradient is None else gradient
+        if moves:
+            self.body.after_backward()
+            self.body.step()
+        self.classifier.optimizer.step()
+        self.body.after_step(step)
+
+    def _end(self, seconds: float) -> None:
+        task = self.stream.tasks[self.task]
+        self.body.end_task(self.body.statistics(task.train))
+        self._fit(task.train, self.stream.seen(self.task))
+        before = self.model.passes
+        tests = [other.test for other in self.stream.tasks]
+        for name in self.heads:
+            self.right[name].append([self.count(name, data, other.classes) for data, other in
+                                     zip(tests, self.stream.tasks, strict=True)])
+        rows = sum(len(data) for data in tests) * len(self.heads)
+        self.ledger.append({"task": self.task, "parameters": sum(v.numel() for v in self.body.parameters.values()),
+                            "stored_bytes": self.body.stored(), "head_bytes": self._head_bytes(),
+                            "passes_per_prediction": (self.model.passes - before) / max(rows, 1),
+                            "train_cpu_s": round(seconds, 3)})
+        self.task, self.step_number = self.task + 1, 0
+
+    def _fit(self, data: Encoded, seen: list[int]) -> None:
+        """Fit every head in every view."""
+        views = self.body.views()
+        sums: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for view, change in views.items():
+            for inputs, labels in self.body.each_batch(data, EVALUATE):
+                with torch.no_grad():
+                    features = self.model.features(inputs, change)
+                for name, own in self.heads.items():
+                    if view not in own:
+                        own[view] = self._head(name, self.options[name])
+                        own[view].load(own["online"].state())
+                    found = sums.setdefault((name, view), {})
+                    for key, value in own[view].statistics(features, labels).items():
+                        found[key] = found[key] + value if key in found else value
+        for (name, view), total in sums.items():
+            self.heads[name][view].update(total, seen)
+
+    # Prediction ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scores(self, name: str, inputs: Inputs) -> Tensor:
+        """Scores [N, C] of one head; each row depends on its own input only."""
+        own = self.body.predict(inputs, self.classifier)
+        if own is not None:
+            return only(own, self.body.seen)
+        return self.body.combine({view: self.heads[name][view].scores(self.model.features(inputs, change),
+                                                                      self.classifier)
+                                  for view, change in self.body.views().items()})
+
+    def count(self, name: str, data: Encoded, classes: tuple[int, ...]) -> int:
+        """Right answers on a test set; with the task id given only the task's classes compete."""
+        right = 0
+        for inputs, labels in self.body.each_batch(data, EVALUATE):
+            scores = self.scores(name, inputs)
+            if self.stream.scenario == "task":
+                scores = only(scores, classes)
+            right += int((scores.argmax(-1) == labels).sum())
+        return right
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        heads = {name: {view: head.state() for view, head in own.items()} for name, own in self.heads.items()}
+        return {"task": self.task, "step": self.step_number, "body": self.body.state(), "heads": heads,
+                "classifier": self.classifier.state(), "right": self.right, "ledger": self.ledger,
+                "passes": self.model.passes}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state` of the same stream, body and heads, bit for bit."""
+        if set(state["heads"]) != set(self.heads):
+            raise InputError(f"checkpoint: it has the heads {', '.join(state['heads'])}, asked for are "
+                             f"{', '.join(self.heads)}.")
+        self.task, self.step_number = state["task"], state["step"]
+        self.right, self.ledger = state["right"], state["ledger"]
+        self.model.passes = state["passes"]
+        self.classifier.load(state["classifier"])
+        for name, own in state["heads"].items():
+            for view, kept in own.items():
+                head = self.heads[name].setdefault(view, self._head(name, self.options[name]))
+                head.load(kept)
+        last = min(max(state["body"]["index"], 0), len(self.stream.tasks) - 1)
+        self.body.load(state["body"], self.stream.tasks[last])
+
+    def save(self, path: Path) -> None:
+        """Write the state whole or not at all."""
+        buffer = io.BytesIO()
+        torch.save(self.state(), buffer)
+        write_bytes(path, buffer.getvalue())
+
+    def resume(self, path: Path) -> None:
+        """Load a saved state.
+
+        Raises:
+            InputError: the file is no state, or one of other heads.
+        """
+        try:
+            self.load(torch.load(path, weights_only=True))
+        except (OSError, EOFError, RuntimeError, KeyError) as error:
+            raise InputError(f"{path}: not a checkpoint of this run: {error}") from error
+
+    def _head_bytes(self) -> int:
+        sums = [value for own in self.heads.values() for head in own.values() for value in head.sums.values()]
+        trained = (self.classifier.weight, self.classifier.bias)
+        return sum(value.numel() * value.element_size() for value in (*sums, *trained))

@@ -1,0 +1,135 @@
+"""A frozen base whose layers can be changed for the time of one pass: what every body works on.
+
+A `Change` says for some modules what becomes of their output y at input x; the base's own weights are never written.
+Old and new models, experts and averages are then only different changes over one base, and autograd reaches whatever
+tensors a change was made of.
+
+    >>> import torch
+    >>> model = Plastic(Base(net := torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)),
+    ...                      lambda batch: net(batch["x"]), {"1": net[1]}, None, "", "image-classification"), ["0"])
+    >>> model.layers, model.width, model.shape("0")
+    (('0',), 3, (3, 2))
+    >>> x = {"x": torch.ones(5, 2)}
+    >>> moved = model.features(x, {"0": dense(torch.ones(3, 2))}) - model.features(x)
+    >>> moved.round(decimals=4).unique().tolist()
+    [2.0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpeft.adapters.targets import resolve
+from fedpeft.models import Base
+
+Inputs = dict[str, Tensor]
+Patch = Callable[[Tensor, Tensor], Tensor]  # input x and output y of a module -> its new output
+Change = Mapping[str, Patch]
+
+
+class Plastic:
+    """One frozen base, the layers that bodies may change, and the features that heads see.
+
+    Args:
+        layers: endings of the names of the layers to adapt, None for the attention's query and value projections.
+
+    Attributes:
+        layers: full names of the adaptable layers, sorted.
+        width: D of the features [N, D]: what enters the base's classification head.
+        passes: forward passes made, in rows.
+    """
+
+    def __init__(self, base: Base, layers: list[str] | None = None) -> None:
+        self.base = base
+        self.layers = tuple(resolve(base, layers))
+        self.modules: dict[str, nn.Module] = dict(base.backbone.named_modules())
+        self.head = next(iter(base.heads.values()))
+        self.width = next(part.in_features for part in self.head.modules() if isinstance(part, nn.Linear))
+        self.passes = 0
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(outputs, inputs) of an adaptable layer, however it stores its weight."""
+        weight = self.modules[layer].get_parameter("weight")
+        rows, columns = weight.shape
+        return (columns, rows) if self._stores_transposed(layer) else (rows, columns)
+
+    def weight(self, layer: str) -> Tensor:
+        """The frozen weight [out, in]."""
+        weight = self.modules[layer].get_parameter("weight").detach().float()
+        return weight.T if self._stores_transposed(layer) else weight
+
+    def features(self, inputs: Inputs, change: Change | None = None) -> Tensor:
+        """Features [N, D] under a change; the base in evaluation mode, so that no row depends on another."""
+        caught: list[Tensor] = []
+        self.base.backbone.eval()
+        with ExitStack() as stack:
+            for name, patch in (change or {}).items():
+                stack.callback(self.modules[name].register_forward_hook(_patched(patch), with_kwargs=True).remove)
+            hook = self.head.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
+            stack.callback(hook.remove)
+            self.base.forward(inputs)
+        self.passes += len(caught[0])
+        found = caught[0].float()
+        return found[:, 0] if found.ndim == 3 else found
+
+    def observe(self, inputs: Inputs, change: Change | None = None) -> dict[str, Tensor]:
+        """What enters each adaptable layer, as rows [tokens, in]; padding is left out where there is a mask."""
+        seen: dict[str, Tensor] = {}
+        watch = {name: _noted(seen, name, (change or {}).get(name)) for name in self.layers}
+        with torch.no_grad():
+            self.features(inputs, {**(change or {}), **watch})
+        mask = inputs.get("attention_mask")
+        return {name: (value[mask.bool()] if mask is not None and value.shape[:2] == mask.shape else value.flatten(0, -2))
+                for name, value in seen.items()}
+
+    def _stores_transposed(self, layer: str) -> bool:
+        """transformers' Conv1D stores [in, out]."""
+        return type(self.modules[layer]).__name__ == "Conv1D"
+
+
+def dense(delta: Tensor) -> Patch:
+    """W -> W + delta [out, in]."""
+    return lambda x, y: y + F.linear(x.to(delta.dtype), delta).to(y.dtype)
+
+
+def low_rank(B: Tensor, A: Tensor, scale: float | Tensor = 1.0) -> Patch:
+    """W -> W + scale B A, with B [out, r] and A [r, in]."""
+    return lambda x, y: y + (scale * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
+
+
+def together(*changes: Change) -> dict[str, Patch]:
+    """Several changes at once: what they add adds up."""
+    names = {name for change in changes for name in change}
+    return {name: _summed([change[name] for change in changes if name in change]) for name in sorted(names)}
+
+
+def _summed(patches: list[Patch]) -> Patch:
+    def patch(x: Tensor, y: Tensor) -> Tensor:
+        for one in patches:
+            y = one(x, y)
+        return y
+
+    return patch
+
+
+def _patched(patch: Patch) -> Callable[..., Any]:
+    """A forward hook; a block that returns a tuple has its hidden states first."""
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return (patch(x, output[0]), *output[1:]) if isinstance(output, tuple) else patch(x, output)
+
+    return hook
+
+
+def _noted(seen: dict[str, Tensor], name: str, inner: Patch | None) -> Patch:
+    def patch(x: Tensor, y: Tensor) -> Tensor:
+        seen[name] = x.detach().float()
+        return y if inner is None else inner(x, y)
+
+    return patch

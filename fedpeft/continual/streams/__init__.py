@@ -1,0 +1,1 @@
+"""Streams: embedded and prepared sequences of tasks, one file each."""
