@@ -3,6 +3,7 @@
     query     -> {"name"}
     train     adapter, task -> update, {"num-examples", "train_loss"}
     evaluate  adapter, task -> {"num-examples", "accuracy", "loss"} on the client's held-out records
+    sums      adapter, task -> sums over records that a head or body of a task sequence needs
 
 Under secure aggregation the four stages of `clients.secagg` take the place of train.
 """
@@ -35,7 +36,6 @@ class CohortApp(ClientApp):
 def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods: list[Mod] | None = None) -> CohortApp:
     """The ClientApp. `local` is called once a message, in the process that trains; it should not load anything then."""
 
-
     def prepare(messages: list[tuple[Message, Context]]) -> None:
         kind = secagg.UPLOAD if local().config.secagg.enabled else "train"
         requests = [(name(context), *PACKED.open(message.content)) for message, context in messages
@@ -60,6 +60,12 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
         received, task = PACKED.open(message.content)
         metrics = local().evaluate(name(context), received, task)
         return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
+
+    @app.query("sums")
+    def sums(message: Message, context: Context) -> Message:
+        received, task = PACKED.open(message.content)
+        found, metrics = local().sums(name(context), received, task)
+        return Message(PACKED.reply(found, metrics, int(task["round"])), reply_to=message)
 
     def update(context: Context, received: AdapterState, task: dict[str, Any]) -> AdapterState:
         return local().train(name(context), received, task)[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import ClientConfig
-from fedpeft.data.encode import Encoded
+from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
@@ -47,7 +48,8 @@ class Private:
 
 
 def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig, seed: int, *, prox_mu: float = 0.0,
-          control: dict[str, Tensor] | None = None, private: Private | None = None) -> tuple[int, float]:
+          control: dict[str, Tensor] | None = None, private: Private | None = None, in_order: bool = False
+          ) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
     Args:
@@ -55,6 +57,7 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
         prox_mu: weight of the proximal term around the values at the start.
         control: c - c_k by parameter name, added to every gradient.
         private: train by DP-SGD.
+        in_order: take the records as they stand, not shuffled.
 
     Returns:
         Steps taken and mean loss (of private steps: of the records that were drawn; it is not private).
@@ -68,7 +71,8 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
         if private is None:
-            gradients_of_steps = plain_steps(model, data, parameters, config, seed, device)
+            rng = None if in_order else seeds.numpy_generator(seed, "batches")
+            gradients_of_steps = plain_steps(model, data, parameters, config, rng, device)
         else:
             gradients_of_steps = private_steps(model, data, parameters, config, private, device)
         for gradients, loss in gradients_of_steps:
@@ -92,11 +96,11 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
 Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen
 
 
-def plain_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parameter], config: ClientConfig, seed: int,
-                device: torch.device) -> Iterator[Gradients]:
+def plain_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parameter], config: ClientConfig,
+                rng: np.random.Generator | None, device: torch.device) -> Iterator[Gradients]:
     """The gradient of the mean loss of each batch; each is taken at the parameters as they then are."""
-    for index in batches(len(data), config, seeds.numpy_generator(seed, "batches")):
-        loss = per_sample_loss(model, *on_device(data, index, device))[0].mean()
+    for index in batches(len(data), config, rng):
+        loss = per_sample_loss(model, *on_device(data, index, device)).mean()
         loss.backward()
         yield (
             {key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -115,10 +119,8 @@ def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parame
         losses: list[Tensor] = []
         for start in range(0, len(drawn), 2 * config.batch_size):
             inputs, labels = on_device(data, drawn[start : start + 2 * config.batch_size], device)
-            gradients, each = per_sample_gradients(
-                model.modules, parameters, lambda inputs, labels: per_sample_loss(model, inputs, labels)[0], inputs,
-                labels
-            )
+            gradients, each = per_sample_gradients(model.modules, parameters, partial(per_sample_loss, model), inputs,
+                                                   labels)
             total += plan.clipped_sum(gradients)
             losses += list(each)
         noised = plan.noised_mean(total, source)
@@ -126,9 +128,15 @@ def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parame
         yield {key: piece.view_as(parameters[key]) for key, piece in zip(parameters, pieces, strict=True)}, losses
 
 
-def batches(count: int, config: ClientConfig, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Index batches of shuffled passes over `count` examples: `local_epochs` of them, or what `local_steps` need."""
+def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -> Iterator[np.ndarray]:
+    """Index batches of shuffled passes over `count` examples: `local_epochs` of them, or what `local_steps` need.
+
+    Without a generator the examples are taken once and as they stand: whoever ordered them has planned the steps.
+    """
     size = min(config.batch_size, count)
+    if rng is None:
+        yield from np.split(np.arange(count), range(size, count, size))
+        return
     per_epoch = -(-count // size)
     steps = config.local_steps or per_epoch * (config.local_epochs or 1)
     while steps > 0:
@@ -152,20 +160,26 @@ def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[d
     return {key: value.to(device) for key, value in inputs.items()}, labels.to(device)
 
 
-def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [N], correct predictions [N] and predictions made [N] of each sample.
+def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Loss [N] of each sample.
 
     A text's loss is the mean over its own tokens: a mean over the batch's tokens would couple the samples.
     """
+    return _losses(*_predictions(model, inputs, labels))
+
+
+def _predictions(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, K] and labels [N]; of a text's tokens [N, T - 1, K] and, each one's successor, [N, T - 1]."""
     logits = model.logits(inputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if model.base.task == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        count = (labels != -100).sum(1)
-        return losses.sum(1) / count.clamp(min=1), ((logits.argmax(-1) == labels) & (labels != -100)).sum(1), count
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    return losses, logits.argmax(-1) == labels, torch.ones_like(labels)
+    return (logits[:, :-1], labels[:, 1:]) if model.base.task == "causal-lm" else (logits, labels)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.ndim == 1:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    return losses.sum(1) / (labels != IGNORE).sum(1).clamp(min=1)
 
 
 @torch.no_grad()
@@ -173,12 +187,14 @@ def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, 
     """Accuracy and mean loss; for causal-lm the accuracy is that of the next token."""
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
-    loss, correct, count = 0.0, 0, 0
+    loss, right, made = 0.0, 0, 0
     for start in range(0, len(data), batch_size):
         index = np.arange(start, min(start + batch_size, len(data)))
-        losses, right, made = per_sample_loss(model, *on_device(data, index, device))
-        loss, correct, count = loss + float(losses.double().sum()), correct + int(right.sum()), count + int(made.sum())
-    return {"accuracy": correct / max(count, 1), "loss": loss / len(data), "num-examples": len(data)}
+        logits, labels = _predictions(model, *on_device(data, index, device))
+        loss += float(_losses(logits, labels).double().sum())
+        right += int((logits.argmax(-1) == labels).logical_and(labels != IGNORE).sum())
+        made += int((labels != IGNORE).sum())
+    return {"accuracy": right / max(made, 1), "loss": loss / len(data), "num-examples": len(data)}
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

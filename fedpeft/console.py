@@ -90,9 +90,8 @@ def run_result(summary: dict[str, Any]) -> None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
             table.add_row(name, f"{row['accuracy']:.1%}", loss, style="bold" if name.endswith("final") else None)
     out.print(table)
-    out.print(
-        f"evaluated on {summary['evaluated_on']}; the logistic regressions see all clients' data pooled", style="dim"
-    )
+    pooled = "; the logistic regressions see all clients' data pooled" if summary.get("baselines") else ""
+    out.print(f"evaluated on {summary['evaluated_on']}{pooled}", style="dim")
     out.print(
         f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} "
         f"s, {summary['trainable_parameters']:,} trained parameters a client"
@@ -125,7 +124,8 @@ def _row(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def aggregate_result(result: dict[str, Any]) -> None:
-    out.print(f"{result['strategy']}: {result['adapters']} adapters, {result['sites']} modules, rank {result['rank']}")
+    name = result["strategy"] if "strategy" in result else result["method"]
+    out.print(f"{name}: {result['adapters']} adapters, {result['sites']} modules, rank {result['rank']}")
     for note in result["notes"]:
         out.print(note, style="yellow", markup=False)
     out.print(result["out"], markup=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.config import Config
 from fedpeft.privacy.plan import RELATION
 from fedpeft.simulations.world import World
 from fedpeft.strategies.client_dp import ClientDP, describe
@@ -25,31 +24,32 @@ def section(here: World) -> dict[str, Any] | None:
 
     `clients` has what each client spent; `claim` and `outside` are sentences for the reader.
     """
-    config, privacy = here.config, here.config.privacy
+    privacy = here.config.privacy
     if privacy.unit == "none":
         return None
     common = {"unit": privacy.unit, "delta": privacy.delta, "accountant": privacy.accountant, "clip": privacy.clip,
               "randomness": RANDOMNESS[privacy.randomness]}
     if isinstance(here.strategy, ClientDP):
-        return {**common, "claim": describe(here.strategy), "outside": outside(config), "clients": {}}
+        return {**common, "claim": describe(here.strategy), "outside": outside(here), "clients": {}}
     clients = here.local.guard.spending(list(here.local.train_data))
     claim = (f"Each client's updates are (epsilon, {privacy.delta:g})-private for neighbours that {RELATION}, against "
              "everyone who sees them, the server included. Epsilon is a client's own; where one person has records at "
              "several clients, theirs add up.")
-    return {**common, "relation": RELATION, "claim": claim, "outside": outside(config), "clients": clients}
+    return {**common, "relation": RELATION, "claim": claim, "outside": outside(here), "clients": clients}
 
 
-def outside(config: Config) -> list[str]:
+def outside(here: World) -> list[str]:
     """What leaves, or counts as public, beside what the guarantee covers."""
-    privacy = config.privacy
+    config, privacy, guard = here.config, here.config.privacy, here.local.guard
     lines = []
     if privacy.randomness == "seeded":
         lines.append("noise and sampling come from run.seed: whoever has it can remove the noise")
-    if privacy.unit == "sample" and privacy.records is None and privacy.policy is None:
-        lines.append("each client's number of records counts as public: it sets its sampling rate and noise")
+    if privacy.unit == "sample" and any(guard.records(client) is None for client in here.local.train_data):
+        lines.append("the number of records of a client counts as public where neither its policy nor privacy.records "
+                     "gives another: it sets the client's sampling rate and noise")
     if privacy.release_metrics:
         lines.append("loss, accuracy and counts of each client (privacy.release_metrics)")
-    if config.run.baselines:
+    if config.run.baselines and config.model.task != "causal-lm":
         lines.append("the logistic regressions of the table, which only a simulation can fit on all records")
     lines.append("which clients took part or failed, and how long they took")
     return lines

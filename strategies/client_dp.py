@@ -44,7 +44,7 @@ from torch import Tensor
 from fedpeft import registry
 from fedpeft.config import Config, PrivacyConfig, RunConfig
 from fedpeft.errors import InputError
-from fedpeft.privacy import accounting
+from fedpeft.privacy import accounting, checks
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.state import AdapterState
@@ -226,19 +226,10 @@ def check(config: Config) -> None:
     privacy, data = config.privacy, config.data
     if privacy.unit != "client":
         return
-    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
-        raise InputError(f"privacy.epsilon={privacy.epsilon} and privacy.noise_multiplier={privacy.noise_multiplier}: "
-                         "give exactly one (set the other to null).")
+    checks.require_covered(config)
     if privacy.delta >= 1 / data.clients:
         raise InputError(f"privacy.delta={privacy.delta:g} must be below 1 / data.clients = {1 / data.clients:g}: at "
                          "that delta a whole client may be published.")
-    if config.strategy.weighting != "uniform":
-        raise InputError(f"strategy.weighting={config.strategy.weighting}: with privacy.unit=client every client "
-                         "counts alike, else one with many examples moves the mean by more than the noise hides. Set "
-                         "strategy.weighting=uniform.")
-    if data.holdout > 0 and not privacy.release_metrics:
-        raise InputError(f"data.holdout={data.holdout}: the clients' own accuracies are covered by no guarantee. Set "
-                         "data.holdout=0, or privacy.release_metrics=true to release them all the same.")
     strategy = build(config)
     if privacy.adaptive_clip and isinstance(strategy, ClientDP):
         sum_multiplier(strategy.noise_multiplier, strategy.count_noise)

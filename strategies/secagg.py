@@ -115,10 +115,8 @@ def _check_strategy(config: Config) -> None:
 
 
 def describe(config: Config) -> str:
-    """What each party sees, and what that rests on; for the summary of a run."""
+    """What each party sees under secure aggregation, and what that rests on; for the summary of a run."""
     plan = Plan.of(config)
-    if not config.secagg.enabled:
-        return "No secure aggregation: the server sees every client's update."
     text = (f"Secure aggregation: the server sees only sums of at least {plan.threshold} clients' updates, and who "
             "took part, if it follows the protocol: keys are not signed, so a server that invents clients can unmask "
             "the others. Clients that collude with it can take their own updates out of the sum")

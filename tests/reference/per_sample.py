@@ -55,7 +55,7 @@ def batch(data):
 
 
 def loss_of(adapted):
-    return lambda inputs, labels: per_sample_loss(adapted, inputs, labels)[0]
+    return lambda inputs, labels: per_sample_loss(adapted, inputs, labels)
 
 
 def one_by_one(parameters, loss, data):

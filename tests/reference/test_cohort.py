@@ -238,13 +238,13 @@ def test_per_sample_gradients_are_autograds(build, kind, method):
     inputs, labels = data.batch(np.arange(5))
     leaves = {key: value.detach().expand(5, *value.shape).clone().requires_grad_() for key, value in trained.items()}
     with replaced(layers(model), Pass(5, 5, leaves)):
-        losses = per_sample_loss(model, inputs, labels)[0]
+        losses = per_sample_loss(model, inputs, labels)
         mine = torch.cat([slope.flatten(1) for slope in torch.autograd.grad(losses.sum(), list(leaves.values()))], 1)
-    hooks, each = per_sample_gradients(model.modules, trained, lambda *batch: per_sample_loss(model, *batch)[0], inputs,
+    hooks, each = per_sample_gradients(model.modules, trained, lambda *batch: per_sample_loss(model, *batch), inputs,
                                        labels)
     alone = []
     for n in range(5):
-        loss = per_sample_loss(model, {key: value[n : n + 1] for key, value in inputs.items()}, labels[n : n + 1])[0]
+        loss = per_sample_loss(model, {key: value[n : n + 1] for key, value in inputs.items()}, labels[n : n + 1])
         alone.append(torch.cat([slope.flatten() for slope in torch.autograd.grad(loss.sum(), list(trained.values()))]))
     assert float((losses.detach() - each).abs().max()) < EXACT
     assert float((mine - torch.stack(alone)).abs().max()) < EXACT

@@ -141,7 +141,7 @@ def slow_step(at, data, drawn, plan, noise):
     """One record after another, by autograd, in float64: clip, sum, add the noise once, divide once."""
     total = torch.zeros(sum(at.sizes()), dtype=torch.float64)
     for index in drawn:
-        loss = per_sample_loss(at.model, *data.batch([index]))[0].sum()
+        loss = per_sample_loss(at.model, *data.batch([index])).sum()
         parts = torch.autograd.grad(loss, list(at.parameters.values()), allow_unused=True)
         gradient = torch.cat([torch.zeros(size, dtype=torch.float64) if part is None else part.flatten().double()
                               for part, size in zip(parts, at.sizes(), strict=True)])

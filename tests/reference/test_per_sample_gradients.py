@@ -152,7 +152,7 @@ def test_dropout_acts_and_every_record_has_a_mask_of_its_own(folder):
 
 def seeded_losses(adapted, data):
     torch.manual_seed(7)
-    return per_sample_loss(adapted, *batch(data))[0]
+    return per_sample_loss(adapted, *batch(data))
 
 
 # Opacus ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_equal_to_the_hooks_of_opacus(kind, folder):
     without_dropout(adapted).train()  # Opacus notes nothing in evaluation mode
     wrapped = GradSampleModule(adapted.base.backbone, loss_reduction="sum")
     adapted.base.forward = lambda batch: wrapped(**batch).logits
-    per_sample_loss(adapted, inputs, labels)[0].sum().backward()
+    per_sample_loss(adapted, inputs, labels).sum().backward()
     theirs = torch.cat([value.grad_sample.flatten(1) for value in parameters.values()], dim=1)
     assert theirs.abs().max() > 1e-2
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

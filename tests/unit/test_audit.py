@@ -177,7 +177,7 @@ def faulty_steps(clip):
             drawn = plan.sample(len(data), source)
             if len(drawn):
                 gradients, _ = per_sample_gradients(
-                    model.modules, parameters, lambda *batch: train.per_sample_loss(model, *batch)[0],
+                    model.modules, parameters, lambda *batch: train.per_sample_loss(model, *batch),
                     *train.on_device(data, drawn, device))
                 total = clip(plan, torch.nan_to_num(gradients, 0, 0, 0), sizes)
             pieces = plan.noised_mean(total, source).split(sizes)
@@ -272,8 +272,7 @@ def test_dropout_follows_the_public_seed(failing, here, monkeypatch):
     real = train.per_sample_loss
 
     def with_dropout(model, inputs, labels):
-        losses, *rest = real(model, inputs, labels)
-        return torch.nn.functional.dropout(losses, training=model.base.backbone.training), *rest
+        return torch.nn.functional.dropout(real(model, inputs, labels), training=model.base.backbone.training)
 
     monkeypatch.setattr(train, "per_sample_loss", with_dropout)
     assert failing("public_seed", "rounds") == set()

@@ -254,4 +254,3 @@ def test_the_description_says_who_sees_what():
     private = config()
     private.privacy.unit, private.data.holdout = "sample", 0.2
     assert "does not make it smaller" in describe(private) and "one by one" in describe(private)
-    assert "sees every client's update" in describe(Config())

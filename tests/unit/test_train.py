@@ -249,7 +249,7 @@ def test_the_new_control_is_the_mean_gradient(model, still):
     new = new_control(zero, zero, *named, steps=1, lr=SGD.lr)
     model.write(start)
     trained = model.train_roles(ROLES)
-    loss = per_sample_loss(model, *on_device(small.texts(), np.arange(10), CPU))[0].mean()
+    loss = per_sample_loss(model, *on_device(small.texts(), np.arange(10), CPU)).mean()
     for key, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
         torch.testing.assert_close(new[f"{CONTROL}{key}"], gradient, atol=1e-5, rtol=1e-3)
 
@@ -259,7 +259,7 @@ def test_the_new_control_is_the_mean_gradient(model, still):
 
 def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
     data = small.texts(6, causal=True)
-    losses, right, made = per_sample_loss(llama, *on_device(data, np.arange(6), CPU))
+    losses = per_sample_loss(llama, *on_device(data, np.arange(6), CPU))
     for index in range(6):
         ids = [int(token) for token in data.inputs["input_ids"][index] if token != 0]
         length = len(ids)
@@ -268,16 +268,26 @@ def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
         )[0]
         each = [-torch.log_softmax(scores[place].double(), 0)[ids[place + 1]] for place in range(length - 1)]
         assert float(losses[index]) == pytest.approx(float(sum(each)) / (length - 1), rel=1e-5)
-        assert int(right[index]) == sum(int(scores[place].argmax()) == ids[place + 1] for place in range(length - 1))
-        assert int(made[index]) == length - 1
+
+
+def test_a_training_step_makes_no_predictions(llama, monkeypatch):
+    """The largest of the whole vocabulary at every token is sought where it is asked for, in `evaluate`."""
+    def asked(*arguments):
+        raise LookupError
+
+    monkeypatch.setattr(torch.Tensor, "argmax", asked)
+    data = small.texts(4, causal=True)
+    train(llama, data, ["A", "B"], replace(SGD, local_steps=1), 0)
+    with pytest.raises(LookupError):
+        evaluate(llama, data)
 
 
 def test_a_texts_loss_does_not_depend_on_its_batch(llama):
     data = small.texts(6, causal=True)
     assert len(set(data.inputs["attention_mask"].sum(1).tolist())) > 2
-    together = per_sample_loss(llama, *on_device(data, np.arange(6), CPU))[0]
+    together = per_sample_loss(llama, *on_device(data, np.arange(6), CPU))
     for index in range(6):
-        alone = per_sample_loss(llama, *on_device(data, np.array([index]), CPU))[0]
+        alone = per_sample_loss(llama, *on_device(data, np.array([index]), CPU))
         torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=1e-5)
 
 
@@ -297,11 +307,18 @@ def test_evaluate_a_classifier_by_hand(model):
 def test_evaluate_a_language_model_by_hand(llama):
     """The accuracy is over all predicted tokens, the loss the mean over texts."""
     data = small.texts(10, causal=True)
-    losses, right, made = per_sample_loss(llama, *on_device(data, np.arange(10), CPU))
+    losses = per_sample_loss(llama, *on_device(data, np.arange(10), CPU))
+    guesses, labels = guessed(llama, data).labels, data.labels  # IGNORE at the first token and the padding
+    right, made = int((guesses == labels)[guesses != IGNORE].sum()), int((labels[:, 1:] != IGNORE).sum())
     result = evaluate(llama, data, batch_size=4)
-    assert result["accuracy"] == pytest.approx(int(right.sum()) / int(made.sum()))
+    assert made == int(data.inputs["attention_mask"].sum()) - 10
+    assert result["accuracy"] == pytest.approx(right / made)
     assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert evaluate(llama, guessed(llama, data))["accuracy"] == 1.0
+    half = guessed(llama, data)
+    half.labels[:5] = data.labels[:5]
+    some = int((guesses == labels)[:5][guesses[:5] != IGNORE].sum()) + int((guesses[5:] != IGNORE).sum())
+    assert 0 < some < made and evaluate(llama, half, batch_size=3)["accuracy"] == pytest.approx(some / made)
 
 
 def guessed(model, data):

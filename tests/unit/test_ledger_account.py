@@ -1,0 +1,130 @@
+"""`fedpeft privacy ledger`: what the ledgers on the disk hold, read back by somebody who was not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedpeft.cli import app
+from fedpeft.errors import InputError
+from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.ledger import Budget, Entry, Ledger, account
+
+DELTA = 1e-5
+ONE = ((0.1, 1.0, 10), (0.1, 1.0, 5), (0.2, 1.5, 7))  # of a client in two runs: sample rate, noise multiplier, steps
+TWO = ((0.1, 2.0, 3),)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with the ledgers of two clients."""
+    for client, releases in (("client-000", ONE), ("client-001", TWO)):
+        for number, release in enumerate(releases):
+            entry = Entry("first" if number == 0 else "second", number, f"request-{number}", *release)
+            Ledger(tmp_path / "ledger" / f"{client}.jsonl").reserve(entry, Budget(100.0, DELTA, "rdp"))
+    return tmp_path
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(app, ["privacy", "ledger", *map(str, words)], env={"COLUMNS": "200"})
+
+
+def row(releases: tuple[tuple[float, float, int], ...], runs: int, accountant: str = "rdp") -> dict[str, Any]:
+    return {"epsilon": composed(releases, DELTA, accountant), "releases": len(releases),
+            "steps": sum(steps for _, _, steps in releases), "runs": runs}
+
+
+# The account ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_accounted_client_by_client(run):
+    found = account(run, DELTA, "rdp")
+    rows = {"client-000": row(ONE, 2), "client-001": row(TWO, 1)}
+    assert found == {"delta": DELTA, "accountant": "rdp", "ledgers": rows, "epsilon_max": rows["client-000"]["epsilon"]}
+    assert rows["client-000"]["steps"] == 22 and rows["client-000"]["epsilon"] > rows["client-001"]["epsilon"] > 0
+
+
+def test_one_file_is_accounted_alone(run):
+    found = account(run / "ledger" / "client-001.jsonl", DELTA, "rdp")
+    assert found["ledgers"] == {"client-001": row(TWO, 1)}
+    assert found["epsilon_max"] == row(TWO, 1)["epsilon"]
+
+
+def test_delta_and_accountant_are_those_asked_for(run):
+    """The same releases cost more at a smaller delta, and by the looser accountant."""
+    plain = account(run, DELTA)
+    assert plain["accountant"] == "pld" and plain["ledgers"]["client-001"] == row(TWO, 1, "pld")
+    assert account(run, 1e-7)["epsilon_max"] > plain["epsilon_max"]
+    assert account(run, DELTA, "rdp")["epsilon_max"] > plain["epsilon_max"]
+
+
+def test_a_reservation_that_was_never_finished_does_not_count(run):
+    """A line without its end was not on the disk before anything could leave."""
+    before = account(run, DELTA, "rdp")
+    with (run / "ledger" / "client-001.jsonl").open("a") as file:
+        file.write('{"run": "first", "round": 9')
+    assert account(run, DELTA, "rdp") == before
+
+
+def test_what_is_no_ledger_is_refused_by_name(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "nowhere.jsonl", tmp_path / "empty", run / "ledger"):
+        with pytest.raises(InputError, match=rf"{path.name}: neither a ledger file nor a run folder"):
+            account(path, DELTA)
+
+
+def damage(run: Path) -> None:
+    path = run / "ledger" / "client-000.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1].replace('"steps"', '"step"'), lines[2]]))
+
+
+def test_one_damaged_line_and_nothing_is_said_to_be_known(run):
+    damage(run)
+    with pytest.raises(InputError, match=r"client-000\.jsonl: line 2 is damaged, so what was spent is not known"):
+        account(run, DELTA)
+    assert account(run / "ledger" / "client-001.jsonl", DELTA, "rdp")["ledgers"] == {"client-001": row(TWO, 1)}
+
+
+@pytest.mark.parametrize(("delta", "accountant", "told"), [(1.5, "pld", "delta"), (DELTA, "moments", "moments")])
+def test_a_question_that_has_no_answer_is_refused(delta, accountant, told, run):
+    with pytest.raises(InputError, match=told):
+        account(run, delta, accountant)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_as_a_program_calls_it(run):
+    done = command(run, "--accountant", "rdp", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout) == account(run, DELTA, "rdp")
+    file = run / "ledger" / "client-001.jsonl"
+    assert json.loads(command(file, "--delta", "1e-6", "--json").stdout) == account(file, 1e-6, "pld")
+
+
+def test_the_command_as_a_person_calls_it(run, monkeypatch):
+    from fedpeft import console
+
+    monkeypatch.setattr(console.out, "width", 200)
+    with console.out.capture() as captured:
+        done = command(run, "--accountant", "rdp")
+    assert done.exit_code == 0
+    lines = captured.get().splitlines()
+    assert any("spent at delta 1e-05, by rdp" in line for line in lines)
+    for client, wanted in (("client-000", row(ONE, 2)), ("client-001", row(TWO, 1))):
+        cells = next(line for line in lines if client in line).replace("│", " ").split()
+        numbers = [f"{wanted['epsilon']:.4g}", *(str(wanted[key]) for key in ("releases", "steps", "runs"))]
+        assert cells == [client, *numbers]
+
+
+@pytest.mark.parametrize("place", ["nowhere", "damaged"])
+def test_the_command_ends_with_the_reason(place, run):
+    if place == "damaged":
+        damage(run)
+    done = command(run if place == "damaged" else run / place)
+    assert isinstance(done.exception, InputError) and done.stdout == ""
+    assert ("line 2 is damaged" if place == "damaged" else "nowhere: neither") in str(done.exception)

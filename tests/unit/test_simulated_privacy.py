@@ -1,0 +1,162 @@
+"""What a simulated run says of its privacy: each sentence where it is true, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedpeft import config as configs
+from fedpeft.clients.private import Guard
+from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.ledger import Budget, Entry
+from fedpeft.simulations.privacy import outside, section, spent
+from fedpeft.strategies.build import build
+from fedpeft.strategies.client_dp import ClientDP
+
+DELTA = 1e-5
+NONE: dict[str, Any] = {}
+SAMPLE: dict[str, Any] = {
+    "privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp", "privacy.clip": 0.7,
+    "strategy.weighting": "uniform", "client.local_steps": 2, "client.local_epochs": None,
+}
+CLIENT: dict[str, Any] = {"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp",
+                          "strategy.weighting": "uniform", "run.rounds": 3}
+SILENT: dict[str, Any] = {**SAMPLE, "privacy.randomness": "os", "privacy.records": 50, "run.baselines": False}
+LAST = "which clients took part or failed, and how long they took"
+
+
+def here(folder: Path, settings: dict[str, Any], releases: dict[str, list[tuple[float, float, int]]]) -> Any:
+    """A world of which only what its privacy rests on is there: config, strategy, and ledgers with these releases."""
+    config = configs.load({}, settings)
+    guard = Guard(config, folder / "ledger", "run")
+    for client, each in releases.items():
+        for number, release in enumerate(each, start=1):
+            guard.ledger(client).reserve(Entry("run", number, str(number), *release), Budget(100.0, DELTA, "rdp"))
+    return SimpleNamespace(config=config, strategy=build(config),
+                           local=SimpleNamespace(guard=guard, train_data=dict.fromkeys(releases)))
+
+
+TWO = {"client-000": [(0.1, 2.0, 2)], "client-001": [(0.1, 1.0, 2), (0.1, 1.0, 2)]}
+
+
+# What is outside of the guarantee -------------------------------------------------------------------------------------
+
+
+def told(folder: Path, settings: dict[str, Any]) -> list[str]:
+    return outside(here(folder, settings, {"client-000": [], "client-001": []}))
+
+
+def test_every_simulation_shows_who_took_part_and_nothing_else_has_to(tmp_path):
+    assert told(tmp_path, SILENT) == [LAST]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"privacy.randomness": "seeded"}, "whoever has it can remove the noise"),
+    ({"privacy.records": None}, "number of records of a client counts as public"),
+    ({"privacy.release_metrics": True}, "(privacy.release_metrics)"),
+    ({"privacy.release_metrics": True, "data.holdout": 0.2}, "loss, accuracy and counts of each client"),
+    ({"run.baselines": True}, "logistic regressions"),
+])
+def test_a_key_adds_the_line_that_it_is_the_reason_of(changes, words, tmp_path):
+    lines = told(tmp_path, {**SILENT, **changes})
+    assert len(lines) == 2 and words in lines[0] and lines[1] == LAST
+
+
+def test_all_lines_together_are_the_lines_of_each(tmp_path):
+    loud = {"privacy.randomness": "seeded", "privacy.records": None, "privacy.release_metrics": True,
+            "run.baselines": True}
+    single = [told(tmp_path, {**SILENT, key: value})[0] for key, value in loud.items()]
+    assert told(tmp_path, {**SILENT, **loud}) == [*single, LAST]
+
+
+@pytest.mark.parametrize(("policies", "public"), [
+    (["records: 50", "records: 60"], False), (["records: 50", "max_rounds: 9"], True), (["", "max_rounds: 9"], True)])
+def test_a_policy_hides_the_number_of_records_only_where_it_gives_one(policies, public, tmp_path):
+    (tmp_path / "policies").mkdir()
+    for number, text in enumerate(policies):
+        (tmp_path / "policies" / f"client-00{number}.yaml").write_text(text + "\nmax_delta: 1.0e-5\n")
+    lines = told(tmp_path, {**SILENT, "privacy.records": None, "privacy.policy": str(tmp_path / "policies")})
+    assert any("number of records" in line for line in lines) == public
+    assert told(tmp_path, {**SILENT, "privacy.policy": str(tmp_path / "policies")}) == [LAST]
+
+
+def test_under_client_level_privacy_numbers_of_records_set_nothing(tmp_path):
+    settings = {**CLIENT, "privacy.randomness": "os", "run.baselines": False}
+    assert configs.load({}, settings).privacy.records is None and told(tmp_path, settings) == [LAST]
+
+
+def test_no_regression_is_fitted_to_texts_that_are_to_be_continued(tmp_path):
+    language = {"model.name": "tiny-llama", "model.task": "causal-lm", "run.baselines": True}
+    assert told(tmp_path, {**SILENT, **language}) == [LAST]
+
+
+# The section of the summary -------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_privacy_claims_nothing(tmp_path):
+    assert section(here(tmp_path, NONE, {})) is None and spent(here(tmp_path, NONE, {})) == {}
+
+
+def test_the_section_of_sample_level_privacy(tmp_path):
+    world = here(tmp_path, SAMPLE, TWO)
+    found = section(world)
+    assert json.loads(json.dumps(found)) == found
+    spent_by = {client: (row["epsilon"], row["steps"], row["rounds"], row["noise_multiplier"])
+                for client, row in found["clients"].items()}
+    assert spent_by == {"client-000": (composed(((0.1, 2.0, 2),), DELTA, "rdp"), 2, 1, 2.0),
+                        "client-001": (composed(((0.1, 1.0, 4),), DELTA, "rdp"), 4, 2, 1.0)}
+    assert {key: found[key] for key in ("unit", "delta", "accountant", "clip", "relation")} == {
+        "unit": "sample", "delta": DELTA, "accountant": "rdp", "clip": 0.7, "relation": "add or remove one record"}
+    assert "(epsilon, 1e-05)-private for neighbours that add or remove one record" in found["claim"]
+    assert "the server included" in found["claim"] and "theirs add up" in found["claim"]
+    assert found["outside"] == outside(world)
+
+
+@pytest.mark.parametrize(("randomness", "words"), [("os", "operating system"), ("seeded", "not private")])
+def test_the_section_says_where_the_noise_is_from(randomness, words, tmp_path):
+    for settings in (SAMPLE, CLIENT):
+        world = here(tmp_path, {**settings, "privacy.randomness": randomness}, {})
+        found = section(world)
+        assert words in found["randomness"]
+        assert any("run.seed" in line for line in found["outside"]) == (randomness == "seeded")
+
+
+def test_the_section_of_client_level_privacy(tmp_path):
+    world = here(tmp_path, CLIENT, {})
+    assert isinstance(world.strategy, ClientDP)
+    found = section(world)
+    epsilon = composed(((1.0, 1.0, 3),), DELTA, "rdp")
+    assert found["claim"].startswith(f"client-level differential privacy: epsilon={epsilon:.4g} at delta=1e-05")
+    assert found["unit"] == "client" and found["clients"] == {} and "relation" not in found
+    assert "the server is trusted" in found["claim"] and "server included" not in found["claim"]
+
+
+# Epsilon by round -----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_spent_is_that_of_the_client_that_spent_most(tmp_path):
+    assert spent(here(tmp_path, SAMPLE, TWO)) == {"epsilon_max": composed(((0.1, 1.0, 4),), DELTA, "rdp")}
+
+
+def test_nothing_released_is_nothing_spent(tmp_path):
+    assert spent(here(tmp_path, SAMPLE, {"client-000": []})) == {"epsilon_max": 0.0}
+
+
+def test_client_level_privacy_is_accounted_by_the_strategy(tmp_path):
+    assert spent(here(tmp_path, CLIENT, TWO)) == {}
+
+
+def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):
+    private = {**SAMPLE, "run.rounds": 2, "client.batch_size": 8}
+    summary = tiny("run", private)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    by_round = [event["epsilon_max"] for event in events if event["event"] == "round"]
+    clients = summary["privacy"]["clients"].values()
+    rate = max(row["sample_rate"] for row in clients)
+    assert by_round == pytest.approx([composed(((rate, 1.0, steps),), DELTA, "rdp") for steps in (2, 4)])
+    assert summary["epsilon_max"] == by_round[1] == max(row["epsilon"] for row in clients)
+    assert summary["baselines"] == {} and not any("regression" in line for line in summary["privacy"]["outside"])
