@@ -12,7 +12,8 @@ from fedpeft import config as configs
 from fedpeft import registry, sections
 from fedpeft.errors import InputError
 
-TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "models", "recipes", "configs", "sections")
+TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "mergers", "models", "recipes", "configs",
+          "sections")
 
 
 def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:

@@ -77,9 +77,34 @@ def aggregate(
     """Aggregate peft adapter folders once, offline."""
     from fedpeft.simulations.aggregate import aggregate_folders
 
-    options = [text for text in arguments if "=" in text and not Path(text).exists()]
-    folders = [Path(text) for text in arguments if text not in options]
+    options, folders = options_and_folders(arguments)
     console.emit(aggregate_folders(strategy, folders, options, weights, start, out), as_json, console.aggregate_result)
+
+
+@app.command()
+def merge(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="[KEY=VALUE]... ADAPTER_DIR...", help="Merger options and peft folders, oldest first."),
+    ],
+    method: Annotated[str, typer.Option(help="Registered merger.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; new or empty.")],
+    numbers: Annotated[
+        str | None, typer.Option(help="A number for each adapter, as 1,-1: weights, losses; what the merger takes.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge peft adapter folders that were trained one after another."""
+    from fedpeft.simulations.merge import merge_folders
+
+    options, folders = options_and_folders(arguments)
+    console.emit(merge_folders(method, folders, options, numbers, out), as_json, console.aggregate_result)
+
+
+def options_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Arguments `key=value` that are no existing path, and the paths."""
+    options = [text for text in arguments if "=" in text and not Path(text).exists()]
+    return options, [Path(text) for text in arguments if text not in options]
 
 
 @app.command("list")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+CLIENTS_SHOWN = 20  # rows of a table with one a client
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
@@ -63,6 +64,8 @@ class Progress:
             text = f"round {event['round']}: {len(event['clients'])} clients"
             text += f", train loss {event['train_loss']:.3f}" if "train_loss" in event else ""
             text += f", accuracy {accuracy:.1%}" if accuracy is not None else ""
+            if (adapted := event.get("client_tta_accuracy")) is not None:
+                text += f"; on the clients' streams {event['client_tta_source_accuracy']:.1%}, adapted {adapted:.1%}"
         else:
             return
         if self.bar:
@@ -102,6 +105,8 @@ def run_result(summary: dict[str, Any]) -> None:
         epsilon = "in the clients' ledgers" if spent is None else f"{spent:.4g}"
         out.print(f"privacy of one {protected}: epsilon {epsilon} at delta {privacy['delta']:g}; randomness: "
                   f"{privacy['randomness']}")
+    if tta := summary.get("tta"):
+        test_time(tta)
     if text := summary.get("secure_aggregation"):
         out.print(text, style="dim")
     for client, rows in _by_client(summary["quarantined"]).items():
@@ -109,6 +114,21 @@ def run_result(summary: dict[str, Any]) -> None:
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
     for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
         out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
+
+
+def test_time(result: dict[str, Any]) -> None:
+    """Accuracy of each client on its own stream, without and with the test-time method."""
+    table = Table(title=f"each client on its own stream, severity {result['severity']}, after round {result['round']}")
+    for column in ("client", "stream", "clean records", "as trained", result["method"]):
+        table.add_column(column, justify="left" if column in ("client", "stream") else "right")
+    keys = ("accuracy", "source_accuracy", "tta_accuracy")
+    rows = list(result["clients"].items())
+    for client, row in rows[:CLIENTS_SHOWN]:
+        table.add_row(client, row["stream"], *(f"{row[key]:.1%}" for key in keys))
+    if len(rows) > CLIENTS_SHOWN:
+        table.add_row(f"{len(rows) - CLIENTS_SHOWN} more", "see summary.json")
+    table.add_row("mean", "", *(f"{result[key]:.1%}" for key in keys), style="bold")
+    out.print(table)
 
 
 def _by_client(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

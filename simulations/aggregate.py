@@ -27,12 +27,13 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     """
     if not folders:
         raise InputError("ADAPTER_DIR: give at least one adapter folder.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} is not an empty folder.")
+    require_free(out)
     given = configs.parse_overrides(options)
     rule = named(strategy, given, "")
     adapters = [folder.load(path) for path in folders]
-    numbers = parse_weights(weights, len(folders))
+    numbers = parse_numbers("--weights", weights, len(folders))
+    if numbers is not None and not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise InputError(f"--weights: {weights}: every weight must be positive and finite.")
     result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None)
     folder.save(result, out, **folder.about(folders[0]))
     ranks = {result.rank(site) for site in result.lora_sites()}
@@ -46,15 +47,20 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     }
 
 
-def parse_weights(text: str | None, count: int) -> list[float] | None:
+def require_free(out: Path) -> None:
+    """Raise InputError where a result would go among other files."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: {out} is not an empty folder.")
+
+
+def parse_numbers(flag: str, text: str | None, count: int) -> list[float] | None:
+    """`1,2,5` as one number for each adapter; `flag` is blamed."""
     if text is None:
         return None
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--weights: '{text}' is not a list of numbers such as 1,2,5.") from error
+        raise InputError(f"{flag}: '{text}' is not a list of numbers such as 1,2,5.") from error
     if len(numbers) != count:
-        raise InputError(f"--weights: {len(numbers)} weights for {count} adapters.")
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise InputError(f"--weights: {text}: every weight must be positive and finite.")
+        raise InputError(f"{flag}: {len(numbers)} {flag.lstrip('-')} for {count} adapters.")
     return numbers

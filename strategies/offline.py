@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from fedpeft import registry
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flat, require_same_sites
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, StateMismatch
+from fedpeft.state import AdapterState
 from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
 from fedpeft.strategies.wrapper import name_of
 
@@ -40,30 +40,12 @@ def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights
     adapters = [flat(adapter) for adapter in adapters]
     first = adapters[0] if start is None else flat(start)
     for number, adapter in enumerate(adapters):
-        _require_same_sites(first, adapter, f"adapter {number}")
+        require_same_sites(first, adapter, f"adapter {number}")
     _require_ranks(strategy, first, adapters, start is not None)
     server = ServerState(first if start is not None else _largest(adapters))
     updates = [Update(f"adapter-{number:03d}", float(weight), adapter)
                for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))]
     return strategy.offline(server, updates)
-
-
-def _require_same_sites(first: AdapterState, other: AdapterState, what: str) -> None:
-    """The same tensors, and the same shapes up to the rank."""
-    missing, extra = sorted(set(first.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(first.tensors))
-    if missing or extra:
-        raise StateMismatch(f"{what}: missing {', '.join(missing[:3]) or 'nothing'}; "
-                            f"unexpected {', '.join(extra[:3]) or 'nothing'}.")
-    for key, value in first.tensors.items():
-        role = first.role(key)
-        shapes = [list(tensor.shape) for tensor in (value, other[key])]
-        outer = [shape[1:] if role == "A" else shape[:1] if role == "B" else shape for shape in shapes]
-        if outer[0] != outer[1]:
-            raise StateMismatch(f"{what}: {key} has shape {shapes[1]}, expected {shapes[0]}.")
-    for site in other.lora_sites():
-        if other[f"{site}/B"].shape[1] != other.rank(site):
-            raise StateMismatch(f"{what}: {site} has {other.rank(site)} rows in A, but "
-                                f"{other[f'{site}/B'].shape[1]} columns in B.")
 
 
 def _require_ranks(strategy: FederatedStrategy, first: AdapterState, adapters: list[AdapterState],

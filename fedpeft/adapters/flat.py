@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fedpeft.state import AdapterState
+from fedpeft.state import AdapterState, StateMismatch
 
 
 def flat(adapter: AdapterState) -> AdapterState:
@@ -38,3 +38,21 @@ def flat(adapter: AdapterState) -> AdapterState:
             tensors[f"{site}/A"] = torch.cat([A, right.to(A.dtype)], dim=0)
         sites[site] = replace(sites[site], kind="lora")
     return AdapterState(tensors, sites)
+
+
+def require_same_sites(first: AdapterState, other: AdapterState, what: str) -> None:
+    """Raise StateMismatch unless two plain adapters have the same tensors, in the same shapes up to the rank."""
+    missing, extra = sorted(set(first.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(first.tensors))
+    if missing or extra:
+        raise StateMismatch(f"{what}: missing {', '.join(missing[:3]) or 'nothing'}; "
+                            f"unexpected {', '.join(extra[:3]) or 'nothing'}.")
+    for key, value in first.tensors.items():
+        role = first.role(key)
+        shapes = [list(tensor.shape) for tensor in (value, other[key])]
+        outer = [shape[1:] if role == "A" else shape[:1] if role == "B" else shape for shape in shapes]
+        if outer[0] != outer[1]:
+            raise StateMismatch(f"{what}: {key} has shape {shapes[1]}, expected {shapes[0]}.")
+    for site in other.lora_sites():
+        if other[f"{site}/B"].shape[1] != other.rank(site):
+            raise StateMismatch(f"{what}: {site} has {other.rank(site)} rows in A, but "
+                                f"{other[f'{site}/B'].shape[1]} columns in B.")

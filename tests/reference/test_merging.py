@@ -41,6 +41,7 @@ def norm(changes):
 
 UNLIKE = [adapter(0), adapter(1, rank=3, scaling=0.5), adapter(2, rank=1, scaling=4.0), adapter(3)]
 ALIKE = [adapter(seed) for seed in range(4)]
+UNEVEN = [AdapterState(one.tensors, {**one.sites, "v": Site("lora", (6, 5), 0.1)}) for one in UNLIKE]
 FULL = [adapter(seed, rank=9) for seed in range(4)]
 HEADS = np.stack([one["out/weight"].numpy() for one in UNLIKE])
 
@@ -162,7 +163,7 @@ def changes(one):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize(("made", "whole"), [(UNLIKE, False), (ALIKE, False), (FULL, True)])
+@pytest.mark.parametrize(("made", "whole"), [(UNLIKE, False), (UNEVEN, False), (FULL, True)])
 def test_opcm_is_the_dense_reference(made, whole, alpha):
     """With full rank it is the authors' code itself, full U and V and the whole diagonal."""
     wanted, lambda_ = opcm([changes(one) for one in made], alpha, whole)
