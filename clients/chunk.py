@@ -27,7 +27,7 @@ class Job:
     Attributes:
         start: adapter tensors to start from, by parameter name; ranks may be below the model's. What is not named
             keeps the model's value.
-        seed, prox_mu, control, private: as of `clients.train.train`.
+        seed, prox_mu, control, private, in_order: as of `clients.train.train`.
     """
 
     start: dict[str, Tensor]
@@ -36,6 +36,7 @@ class Job:
     prox_mu: float = 0.0
     control: dict[str, Tensor] | None = None
     private: Private | None = None
+    in_order: bool = False
 
 
 @dataclass
@@ -51,6 +52,8 @@ def steps_of(job: Job, config: ClientConfig) -> int:
     """Steps that a job takes."""
     if job.private is not None:
         return config.local_steps or 0
+    if job.in_order:
+        return -(-len(job.data) // config.batch_size)
     return config.local_steps or -(-len(job.data) // config.batch_size) * (config.local_epochs or 1)
 
 
@@ -99,7 +102,8 @@ class Chunk:
     def _draws(self, job: Job) -> Iterator[np.ndarray]:
         """The records of each step. Drawn step by step, as sampling and noise may share a source."""
         if job.private is None:
-            yield from batches(len(job.data), self.config, seeds.numpy_generator(job.seed, "batches"))
+            rng = None if job.in_order else seeds.numpy_generator(job.seed, "batches")
+            yield from batches(len(job.data), self.config, rng)
         else:
             for _ in range(self.config.local_steps or 0):
                 yield job.private.plan.sample(len(job.data), job.private.source)
@@ -153,7 +157,7 @@ class Chunk:
         self.now.samples, self.now.groups, self.now.values = len(piece.clients), len(groups), {**fixed, **leaves}
         inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-        losses = per_sample_loss(self.model, inputs, labels.to(self.device, non_blocking=True))[0]
+        losses = per_sample_loss(self.model, inputs, labels.to(self.device, non_blocking=True))
         if shares is not None:
             losses = losses * torch.from_numpy(shares[piece.clients]).to(losses)
         slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)

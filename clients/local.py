@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients import learning, rates, stream
 from fedpeft.clients.cohort import Done, Job, cannot, train_cohort
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.private import Guard, fingerprint
@@ -73,6 +75,9 @@ class Local:
     ready: dict[tuple[str, int], Answer | Exception] = field(default_factory=dict)
     sequential: str | None = None
 
+    def __post_init__(self) -> None:
+        stream.require(self.config, self.model)
+
     # A client's round ------------------------------------------------------------------------------------------------
 
     def train(self, client: str, received: AdapterState, task: dict[str, Any]) -> Answer:
@@ -114,11 +119,11 @@ class Local:
             if answered is not None:
                 return AdapterState(answered, received.sites), self.guard.allowed(client, {})
         with self._discreet(client, number):
-            plan = self.guard.plan(client, lambda: len(self.data(self.train_data, client)))
-            data = self.data(self.train_data, client)
+            plan = self.guard.plan(client, lambda: len(self._records(client, task)))
+            data = self._records(client, task)
             if plan is not None:
                 self._verify(data, task["trains"])
-                self.guard.afford(client, number, request, plan)
+                self.guard.afford(learning.account(client, task), number, request, plan)
                 private = Private(plan, self.guard.source(client, number))
         corrections = None
         if control := received.select(("control",)).tensors:
@@ -126,7 +131,9 @@ class Local:
             corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
         tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
         seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
-        job = Job(tensors, data, seed, float(task.get("prox_mu", 0.0)), corrections, private)
+        mixed = learning.replayed(self.data(self.train_data, client), task, self.config.client, seed)
+        job = Job(tensors, data if mixed is None else mixed, seed, float(task.get("prox_mu", 0.0)), corrections,
+                  private, in_order=mixed is not None)
         return Visit(client, received, task, start, kept, request, job)
 
     def _finish(self, visit: Visit, done: Done | Exception | None = None) -> Answer:
@@ -139,8 +146,9 @@ class Local:
     def _alone(self, visit: Visit) -> Done:
         self.model.write(visit.start)
         job, trains = visit.job, visit.task["trains"]
-        steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, prox_mu=job.prox_mu,
-                            control=job.control, private=job.private)
+        with self.model.competing(learning.compete(visit.task)):
+            steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, prox_mu=job.prox_mu,
+                                control=job.control, private=job.private, in_order=job.in_order)
         return Done(self.model.read(visit.start.select(trains)).tensors, steps, loss)
 
     def _together(self, visits: list[Visit]) -> list[Done] | None:
@@ -155,7 +163,8 @@ class Local:
             self.sequential = cannot(self.model, trains) or _unlike(visits)
             if self.sequential is None:
                 self.model.write(visits[0].start)  # what a strategy adds to the base weights is the same for all
-                return train_cohort(self.model, [visit.job for visit in visits], trains, self.config.client, tokens)
+                with self.model.competing(learning.compete(visits[0].task)):
+                    return train_cohort(self.model, [visit.job for visit in visits], trains, self.config.client, tokens)
         except InputError as error:
             self.sequential = str(error)
         log.warning("clients are trained one after another, not as a cohort: %s", self.sequential)
@@ -164,7 +173,7 @@ class Local:
     def _close(self, visit: Visit, done: Done) -> Answer:
         client, task, start = visit.client, visit.task, visit.start
         after = AdapterState(done.after, start.sites)
-        if after.distance(start) == 0:
+        if after.distance(start) == 0 and "learn" not in task:  # a client with one class of a task has nothing to learn
             raise RunError(f"no trained tensor moved in {done.steps} steps; check client.lr and the adapter.")
         update = after.select(task["uploads"])
         keep = after.select(task["keeps"]).tensors
@@ -176,13 +185,21 @@ class Local:
             update = update.replace({key: new[key] - own[key] for key in new})
             keep = {**keep, **new}
         number = int(task["round"])
+        if sent := visit.received.select(("rates",)).tensors:
+            self.model.write(start)
+            update = update.replace(rates.learned(self.model, sent, visit.job.data, task["atp"], visit.job.seed))
+            self.model.write(start.replace(after))
+        marks, missed = learning.joined(visit.kept, task, client)
+        keep = {**keep, **marks}
         if visit.job.private is not None:
-            self.guard.spend(client, number, visit.request, visit.job.private.plan)
+            self.guard.spend(learning.account(client, task), number, visit.request, visit.job.private.plan)
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(client, number, {**visit.kept, **keep})
         if visit.job.private is not None:
             self.store.save_reply(client, number, visit.request, update.tensors)
         metrics = {"num-examples": float(len(visit.job.data)), "train_loss": done.loss}
+        if "learn" in task:
+            metrics["missed_tasks"] = float(missed)
         return update, self.guard.allowed(client, metrics)
 
     # Parts -----------------------------------------------------------------------------------------------------------
@@ -217,13 +234,30 @@ class Local:
         data = self.data(self.holdout, client)
         start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
         self.model.write(start)
-        return evaluate(self.model, data)
+        metrics = evaluate(self.model, data)
+        if self.config.tta.method is not None:
+            metrics |= stream.score(self.config, self.model, client, received, data,
+                                    self.data(self.train_data, client), self.store, int(task["round"]))
+        return metrics
 
     def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
         found = table.get(client)
         if found is None or len(found) == 0:
             raise RunError(f"{client} has no records here.")
         return found
+
+    def _records(self, client: str, task: dict[str, Any]) -> Encoded:
+        return learning.records(self.data(self.train_data, client), task, client)
+
+    def sums(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
+        """Sums over the client's records of a task that a head or a body of the server asks for (`clients.learning`).
+
+        Raises:
+            Refused, BudgetExhausted: nothing leaves.
+        """
+        self.guard.admit(client, int(task["round"]))
+        with self._discreet(client, int(task["round"])):
+            return learning.answer(self, client, received, task)
 
     def _verify(self, data: Encoded, trains: list[str]) -> None:
         """Compare per-sample gradients of two records with autograd, once for each set of trained roles."""
@@ -233,7 +267,7 @@ class Local:
         device = next(iter(parameters.values())).device
         inputs, labels = on_device(data, np.array([0, len(data) - 1]), device)
         self.model.training_mode()
-        verify(self.model.modules, parameters, lambda *batch: per_sample_loss(self.model, *batch)[0], inputs, labels)
+        verify(self.model.modules, parameters, partial(per_sample_loss, self.model), inputs, labels)
         self.model.base.backbone.eval()
         self.verified.add(tuple(trains))
 

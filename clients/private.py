@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from fedpeft.clients import policy
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
 from fedpeft.errors import InputError
+from fedpeft.privacy import checks
 from fedpeft.privacy import plan as plans
-from fedpeft.privacy.accounting import Release
+from fedpeft.privacy.accounting import Release, composed
 from fedpeft.privacy.ledger import Budget, Entry, Ledger
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
+
+MAX_VIEWS = 2  # releases of a head's sums that a task's budget allows: LAE has two experts
 
 
 class Guard:
@@ -32,6 +36,7 @@ class Guard:
     def __init__(self, config: Config, folder: Path, run: str) -> None:
         self.config, self.folder, self.run = config, folder, run
         self.private = config.privacy.unit == "sample"
+        self.rounds = config.run.rounds // (config.continual.tasks if config.continual.body else 1)
         self.policy = cache(lambda client: policy.of_client(config.privacy.policy, client))
 
     def admit(self, client: str, number: int) -> None:
@@ -68,7 +73,12 @@ class Guard:
             return None
         bounds = self.policy(client)
         records = self.records(client) or count()
-        plan = plans.make(self.config.privacy, self.config.client, self.config.run.rounds, records)
+        plan = plans.make(self.config.privacy, self.config.client, self.rounds, records)
+        sums = self.config.continual.statistics_noise
+        if sums is not None:  # a task's account has the steps of its rounds, and what its head is fitted on
+            both = (plan.release, (1.0, sums, MAX_VIEWS))
+            epsilon = composed(both, plan.budget.delta, plan.budget.accountant)
+            plan = replace(plan, budget=replace(plan.budget, epsilon=epsilon))
         if bounds is not None:
             bounds.require_noise(plan.noise_multiplier)
         return plan
@@ -79,11 +89,11 @@ class Guard:
             for client, count in clients.items():
                 plans.require(self.config.privacy, self.config.client, self.records(client) or count, count, client)
 
-    def source(self, client: str, number: int) -> Randomness:
+    def source(self, client: str, number: int, *purpose: str) -> Randomness:
         """What the client's sampling and noise of a round are drawn from."""
         if self.config.privacy.randomness == "os":
             return OperatingSystem()
-        return Seeded(self.config.run.seed, "privacy", "round", number, "client", client)
+        return Seeded(self.config.run.seed, "privacy", "round", number, "client", client, *purpose)
 
     def afford(self, client: str, number: int, request: str, plan: Plan) -> None:
         """Raise what `spend` would; writes nothing. Nobody needs to train what cannot be sent."""
@@ -97,6 +107,15 @@ class Guard:
             BudgetExhausted: they would pass the run's or the site's budget.
         """
         self.ledger(client).reserve(*self._release(client, number, request, plan))
+
+    def spend_sums(self, account: str, number: int, request: str, plan: Plan, noise: float) -> None:
+        """Write one release of noised sums over all records of a task into its ledger, durably.
+
+        Raises:
+            BudgetExhausted: it would pass the run's budget.
+        """
+        entry = Entry(self.run, number, request, 1.0, noise, 1)
+        self.ledger(account).reserve(entry, plan.budget)
 
     def _release(self, client: str, number: int, request: str, plan: Plan
                  ) -> tuple[Entry, Budget, Release, Budget | None]:
@@ -112,17 +131,22 @@ class Guard:
         return Ledger(self.folder / f"{client}.jsonl")
 
     def spending(self, clients: list[str]) -> dict[str, dict[str, Any]]:
-        """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier."""
+        """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier.
+
+        In a sequence of tasks epsilon is that of the task that cost most: a record is in one task only.
+        """
         privacy, table = self.config.privacy, {}
         for client in clients:
-            entries = self.ledger(client).entries()
+            ledgers = [self.ledger(client), *map(Ledger, sorted(self.folder.glob(f"{client}+task-*.jsonl")))]
+            entries = [entry for ledger in ledgers for entry in ledger.entries()]
+            steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {
-                "epsilon": self.ledger(client).spent(privacy.delta, privacy.accountant),
+                "epsilon": max(ledger.spent(privacy.delta, privacy.accountant) for ledger in ledgers),
                 "delta": privacy.delta,
-                "steps": sum(entry.steps for entry in entries),
+                "steps": sum(entry.steps for entry in steps),
                 "rounds": len({(entry.run, entry.round) for entry in entries}),
-                "sample_rate": entries[-1].sample_rate if entries else None,
-                "noise_multiplier": entries[-1].noise_multiplier if entries else None,
+                "sample_rate": max((entry.sample_rate for entry in steps), default=None),
+                "noise_multiplier": min((entry.noise_multiplier for entry in steps), default=None),
             }
         return table
 
@@ -140,15 +164,7 @@ def check(config: Config) -> None:
         raise InputError(f"privacy.policy: no file or folder {privacy.policy}.")
     if privacy.unit != "sample":
         return
-    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
-        raise InputError(f"privacy.epsilon={privacy.epsilon} and privacy.noise_multiplier={privacy.noise_multiplier}: "
-                         "give exactly one.")
-    if config.strategy.weighting != "uniform":
-        raise InputError(f"strategy.weighting={config.strategy.weighting}: counts of records would leave the clients "
-                         f"unprotected with privacy.unit={privacy.unit}. Set strategy.weighting=uniform.")
-    if config.data.holdout and not privacy.release_metrics:
-        raise InputError(f"data.holdout={config.data.holdout:g}: clients would send their accuracy, which no guarantee "
-                         "covers. Set data.holdout=0, or privacy.release_metrics=true to release it unprotected.")
+    checks.require_covered(config)
     client = config.client
     if client.local_steps is None:
         raise InputError("client.local_steps=null: with privacy.unit=sample batches are Poisson samples, and the "

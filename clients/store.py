@@ -1,4 +1,5 @@
-"""What a client keeps between rounds (personal factors, control variates), on its own disk, one file a round.
+"""What a client keeps between rounds (personal factors, control variates, a test-time method's state), on its own disk,
+one file a round.
 
 A file is named by the round that wrote it and written whole or not at all, so that a run resumed at round t reads what
 was true before round t, whatever a killed process had begun.
@@ -6,13 +7,18 @@ was true before round t, whatever a killed process had begun.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedpeft.files import write_tensors
+from fedpeft.files import write_bytes, write_tensors
+
+ROUND, STATE = "round-*.safetensors", "tta-*.pt"
 
 
 class Store:
@@ -34,9 +40,22 @@ class Store:
     def save(self, client: str, number: int, tensors: dict[str, Tensor]) -> None:
         """Write the state after round `number`, and drop what no resume can ask for."""
         write_tensors(self._file(client, number), tensors)
-        old = [version for version in self._versions(client) if version < number - self.history]
-        for version in old[:-1]:
-            self._file(client, version).unlink(missing_ok=True)
+        self._drop(client, number)
+
+    def load_state(self, client: str, before: int) -> dict[str, Any] | None:
+        """The newest plain-data state (`TTAMethod.state`) written before round `before`; None if there is none."""
+        versions = [number for number in self._versions(client, STATE) if number < before]
+        if not versions:
+            return None
+        state: dict[str, Any] = torch.load(self._file(client, max(versions), STATE), weights_only=True)
+        return state
+
+    def save_state(self, client: str, number: int, state: dict[str, Any]) -> None:
+        """Write a state after the evaluation of round `number`, and drop what no resume can ask for."""
+        file = io.BytesIO()
+        torch.save(state, file)
+        write_bytes(self._file(client, number, STATE), file.getvalue())
+        self._drop(client, number, STATE)
 
     def reply(self, client: str, number: int, request: str) -> dict[str, Tensor] | None:
         """The update that answered this very request of round `number`."""
@@ -56,10 +75,13 @@ class Store:
             if int(path.stem.removeprefix("reply-")) < number - self.history:
                 path.unlink(missing_ok=True)
 
-    def _file(self, client: str, number: int) -> Path:
-        return self.root / client / f"round-{number:06d}.safetensors"
+    def _drop(self, client: str, number: int, pattern: str = ROUND) -> None:
+        old = [version for version in self._versions(client, pattern) if version < number - self.history]
+        for version in old[:-1]:
+            self._file(client, version, pattern).unlink(missing_ok=True)
 
-    def _versions(self, client: str) -> list[int]:
-        return sorted(
-            int(path.stem.removeprefix("round-")) for path in (self.root / client).glob("round-*.safetensors")
-        )
+    def _file(self, client: str, number: int, pattern: str = ROUND) -> Path:
+        return self.root / client / pattern.replace("*", f"{number:06d}")
+
+    def _versions(self, client: str, pattern: str = ROUND) -> list[int]:
+        return sorted(int(path.stem.partition("-")[2]) for path in (self.root / client).glob(pattern))

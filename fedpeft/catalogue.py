@@ -12,8 +12,8 @@ from fedpeft import config as configs
 from fedpeft import registry, sections
 from fedpeft.errors import InputError
 
-TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "mergers", "models", "recipes", "configs",
-          "sections")
+TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams", "server_bodies",
+          "mergers", "models", "recipes", "configs", "sections")
 
 
 def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -24,11 +24,19 @@ def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One entry in full: options with defaults and meaning, paper, needs."""
-    for table in TABLES:
-        if name in _names(table):
-            return {"table": table, **_row(table, name), **_details(table, name)}
-    raise InputError(registry.unknown("show", name, [entry for table in TABLES for entry in _names(table)]))
+    """One entry in full: options with defaults and meaning, paper, needs.
+
+    Args:
+        name: an entry, or `table/entry` where several tables have one of that name; `also` names the others.
+    """
+    wanted, slash, entry = name.partition("/")
+    entry = entry if slash else name
+    found = [table for table in TABLES if (not slash or table == wanted) and entry in _names(table)]
+    if not found:
+        raise InputError(registry.unknown("show", name, [entry for table in TABLES for entry in _names(table)]))
+    table, *others = found
+    also = [f"{other}/{entry}" for other in others]
+    return {"table": table, **_row(table, entry), **_details(table, entry), "also": also}
 
 
 def _names(table: str) -> list[str]:
@@ -65,6 +73,8 @@ def _row(table: str, name: str) -> dict[str, Any]:
     row = {"name": name, "summary": (inspect.getdoc(cls) or "").splitlines()[0]}
     if table == "strategies":
         row |= {"paper": cls.paper, "needs": cls.needs.value, "wraps": cls.wraps}
+    if table == "bodies":
+        row |= {"paper": cls.paper, "needs": ", ".join(cls.needs)}
     return row
 
 

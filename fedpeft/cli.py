@@ -119,7 +119,7 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="Any listed name.")], as_json: Json = False) -> None:
+def show(name: Annotated[str, typer.Argument(help="Any listed name, or table/name.")], as_json: Json = False) -> None:
     """Show one entry: options with defaults and meaning, paper, needs."""
     from fedpeft import catalogue
 

@@ -1,8 +1,9 @@
 """The config: dataclasses, merged by OmegaConf, checked before anything is loaded.
 
-A section that names a registered method (`strategy`, `adapter`, `data.partition`) also takes the options of that
-method's own `Config` dataclass. A plain string for such a section is its `name`. Overrides win over the file; an
-override that changes a `name` drops the file's options of the method it replaces.
+A section that names a registered method (`strategy`, `adapter`, `data.partition`, `tta`) also takes the options of that
+method's own `Config` dataclass. A plain string for such a section is its `name` (of `tta` its `method`, of `continual`
+its `body`). Overrides win over the file; an override that changes a `name` drops the file's options of the method it
+replaces.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedpeft.sections import (
     AdapterConfig,
     ClientConfig,
     Config,
+    ContinualConfig,
     DataConfig,
     ModelConfig,
     PartitionConfig,
@@ -31,6 +33,7 @@ from fedpeft.sections import (
     RunConfig,
     SecAggConfig,
     StrategyConfig,
+    TTAConfig,
     option,
 )
 
@@ -38,6 +41,7 @@ __all__ = [
     "AdapterConfig",
     "ClientConfig",
     "Config",
+    "ContinualConfig",
     "DataConfig",
     "ModelConfig",
     "PartitionConfig",
@@ -45,10 +49,13 @@ __all__ = [
     "RunConfig",
     "SecAggConfig",
     "StrategyConfig",
+    "TTAConfig",
     "option",
 ]
 
-METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners"}
+METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners", "tta": "tta",
+                   "continual": "server_bodies"}
+NAME_KEYS = {"tta": "method", "continual": "body"}  # where the key of the method's name is another than `name`
 
 
 def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = ()) -> Config:
@@ -188,7 +195,7 @@ def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
         *parents, last = path.split(".")
         node = tree.get(parents[0]) if parents else tree
         if isinstance(node, dict) and isinstance(node.get(last), str):
-            node[last] = {"name": node[last]}
+            node[last] = {NAME_KEYS.get(path, "name"): node[last]}
     return tree
 
 
@@ -196,7 +203,8 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> N
     pairs = list((overrides if isinstance(overrides, dict) else parse_overrides(overrides)).items())
     for path in METHOD_SECTIONS:  # a new name first: it drops the options of the method it replaces
         for key, value in pairs:
-            if key in (path, f"{path}.name") and isinstance(value, str):
+            none = value is None and key == f"{path}.{NAME_KEYS.get(path)}"
+            if none or (key in (path, f"{path}.{NAME_KEYS.get(path, 'name')}") and isinstance(value, str)):
                 _rename(tree, path, value)
     for key, value in pairs:
         if key in METHOD_SECTIONS and isinstance(value, str):
@@ -210,18 +218,19 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> N
         node[last] = value
 
 
-def _rename(tree: dict[str, Any], path: str, name: str) -> None:
+def _rename(tree: dict[str, Any], path: str, name: str | None) -> None:
     *parents, last = path.split(".")
     node = tree.setdefault(parents[0], {}) if parents else tree
-    section = node.get(last) or {}
-    if section.get("name", name) != name:
+    section, key = node.get(last) or {}, NAME_KEYS.get(path, "name")
+    if section.get(key, name) != name:
         common = {item.name for item in dataclasses.fields(_section_class(path))} - {"options"}
-        section = {key: value for key, value in section.items() if key in common}
-    node[last] = {**section, "name": name}
+        section = {item: value for item, value in section.items() if item in common}
+    node[last] = {**section, key: name}
 
 
 def _section_class(path: str) -> Any:
-    return {"strategy": StrategyConfig, "adapter": AdapterConfig, "data.partition": PartitionConfig}[path]
+    return {"strategy": StrategyConfig, "adapter": AdapterConfig, "data.partition": PartitionConfig,
+            "tta": TTAConfig, "continual": ContinualConfig}[path]
 
 
 def build(cls: Any, tree: Any, path: str) -> Any:
@@ -241,8 +250,9 @@ def build(cls: Any, tree: Any, path: str) -> Any:
         elif name in tree:
             values[name] = _value(cls, item, tree[name], key)
     config = cls(**values)
-    if path in METHOD_SECTIONS:
-        owner = registry.load(METHOD_SECTIONS[path], config.name, f"{path}.name")
+    name_key = NAME_KEYS.get(path, "name")
+    if path in METHOD_SECTIONS and getattr(config, name_key) is not None:
+        owner = registry.load(METHOD_SECTIONS[path], getattr(config, name_key), f"{path}.{name_key}")
         checked = _method_options(owner, rest, path, also=list(items))
         config.options = {key.rstrip("_"): value for key, value in checked.items()}
     elif rest:

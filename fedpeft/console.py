@@ -169,6 +169,8 @@ def entry(result: dict[str, Any]) -> None:
             out.print(f"{key}: {result[key]}", markup=False)
     for line in result.get("notes", []):
         out.print(line, markup=False)
+    if result.get("also"):
+        out.print(f"of the same name: {', '.join(result['also'])}", markup=False)
     if result.get("options"):
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("option", "default", "allowed", "meaning"):

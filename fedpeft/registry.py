@@ -87,6 +87,7 @@ TABLES: dict[str, dict[str, str]] = {
         "conpet": "fedpeft.continual.bodies.conpet:ConPET",
         "lae": "fedpeft.continual.bodies.lae:LAE",
         "merging": "fedpeft.continual.bodies.merging:Merging",
+        "factor_coso": "fedpeft.continual.bodies.factor_coso:FactorCoSO",
     },
     "server_bodies": {
         "sequential": "fedpeft.strategies.learning.sequential:Sequential",

@@ -100,16 +100,16 @@ def compare(runs: list[Path], out: Path) -> Path:
         image = plots.png(plots.compared(loaded))
     rows = [_row(run) for run in loaded]
     cells = [[_cell(key, row[key]) for key in COLUMNS] for row in rows]
-    body = ["<h2>Runs</h2>", _table(list(COLUMNS.values()), cells)]
+    body = ["<h2>Runs</h2>", html_table(list(COLUMNS.values()), cells)]
     where = sorted({row["evaluated_on"] for row in rows})
     if len(where) > 1:
-        body.append(_note(f"The accuracies are not all of the same records: {' and '.join(where)}."))
-    body += [_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
-    body += ["<h2>Accuracy</h2>", _image("accuracy of all runs", image), "<h2>Config keys that differ</h2>"]
+        body.append(html_note(f"The accuracies are not all of the same records: {' and '.join(where)}."))
+    body += [html_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
+    body += ["<h2>Accuracy</h2>", html_image("accuracy of all runs", image), "<h2>Config keys that differ</h2>"]
     different = _differences(loaded)
-    body.append(_table(["key", *(run.label for run in loaded)], different) if different else "<p>None.</p>")
+    body.append(html_table(["key", *(run.label for run in loaded)], different) if different else "<p>None.</p>")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(f"{len(loaded)} runs", body), encoding="utf-8")
+    out.write_text(html_page(f"{len(loaded)} runs", body), encoding="utf-8")
     return out
 
 
@@ -231,19 +231,19 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     summary = run.summary
     body = [f'<p class="lead">{html.escape(_headline(run))}</p>']
     if not run.ended:
-        body.append(_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
+        body.append(html_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
     facts = [[_words(key), _fact(key, value)] for key, value in summary.items()
              if not isinstance(value, list) and key != "privacy" and value is not None]
     facts.append(["quarantined updates", str(len(summary["quarantined"]))])
-    body += ["<h2>Summary</h2>", _table([], facts), "<h2>Plots</h2>"]
-    body += [_image(_words(name), image) for name, image in images.items()]
+    body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
+    body += [html_image(_words(name), image) for name, image in images.items()]
     if summary.get("privacy"):
         body += _privacy(summary["privacy"])
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
-        body += ["<h2>Quarantined updates</h2>", _table(["round", "client", "reason"], rows)]
+        body += ["<h2>Quarantined updates</h2>", html_table(["round", "client", "reason"], rows)]
     body += ["<h2>Rounds</h2>", _rounds(run), "<h2>Config</h2>", f"<pre>{html.escape(run.config_text)}</pre>"]
-    return _page(f"{summary['strategy']}: {run.label}", body)
+    return html_page(f"{summary['strategy']}: {run.label}", body)
 
 
 def _privacy(section: dict[str, Any]) -> list[str]:
@@ -253,11 +253,11 @@ def _privacy(section: dict[str, Any]) -> list[str]:
         body += ["<p>Outside of the guarantee:</p>",
                  "<ul>", *(f"<li>{html.escape(line)}</li>" for line in section["outside"]), "</ul>"]
     keys = [key for key, value in section.items() if not isinstance(value, list | dict) and key != "claim"]
-    body.append(_table([], [[_words(key), plots.number(section[key])] for key in keys]))
+    body.append(html_table([], [[_words(key), plots.number(section[key])] for key in keys]))
     if section["clients"]:
         heads = list(next(iter(section["clients"].values())))
         rows = [[name, *(plots.number(row[key]) for key in heads)] for name, row in section["clients"].items()]
-        body.append(_table(["client", *map(_words, heads)], rows))
+        body.append(html_table(["client", *map(_words, heads)], rows))
     return body
 
 
@@ -291,7 +291,7 @@ def _rounds(run: Run) -> str:
             plots.number(event["seconds"]),
         ])
     heads = ["round", "updates used", "training loss", "loss", "accuracy", "MB up", "MB down", "seconds"]
-    return f"<details><summary>{len(rows)} rounds</summary>{_table(heads, rows)}</details>"
+    return f"<details><summary>{len(rows)} rounds</summary>{html_table(heads, rows)}</details>"
 
 
 def _differences(runs: list[Run]) -> list[list[str]]:
@@ -322,7 +322,7 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _page(title: str, body: list[str]) -> str:
+def html_page(title: str, body: list[str]) -> str:
     title = html.escape(title)
     head = ['<meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title>", f"<style>{PAGE_STYLE}</style>"]
@@ -330,7 +330,7 @@ def _page(title: str, body: list[str]) -> str:
     return "\n".join([*top, *body, "</body></html>"]) + "\n"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def html_table(heads: list[str], rows: list[list[str]]) -> str:
     """Heads and cells are plain text; they are escaped here."""
     lines = [_cells("th", heads)] if heads else []
     lines += [_cells("td", row) for row in rows]
@@ -341,9 +341,9 @@ def _cells(tag: str, cells: list[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _note(text: str) -> str:
+def html_note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def _image(name: str, data: bytes) -> str:
+def html_image(name: str, data: bytes) -> str:
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

@@ -129,6 +129,31 @@ class SecAggConfig:
 
 
 @dataclass
+class TTAConfig:
+    method: str | None = option(None, "registered test-time method that every client runs on a stream of its own "
+                                "whenever it evaluates; null is none")
+    batch_size: int = option(32, "rows in a batch of the stream", low=1, high=200)
+    corruption: str = option("per_client", "what happens to a client's held-out images: the name of a corruption; "
+                             "per_client, one for each client; sequence, one after another; clean, nothing")
+    severity: int = option(5, "of the corruption", low=1, high=5)
+    keep: bool = option(False, "go on from what was learned at the last evaluation instead of afresh")
+    options: dict[str, Any] = option({}, "options of the method named above")
+
+
+@dataclass
+class ContinualConfig:
+    body: str | None = option(None, "how the federation learns a sequence of tasks (a registered server body); null is "
+                              "no sequence")
+    options: dict[str, Any] = option({}, "options of the body named above")
+    tasks: int = option(5, "tasks: groups of classes in a random order, each for run.rounds / tasks rounds", low=1)
+    shuffle: bool = option(True, "draw the order of the classes; else they come as they are numbered")
+    head: str = option("linear", "registered head that answers")
+    head_options: dict[str, Any] = option({}, "options of the head named above")
+    statistics_noise: float | None = option(None, "unit sample: noise multiplier of the sums that a head is fitted on, "
+                                            "one release a task", above=0)
+
+
+@dataclass
 class RunConfig:
     rounds: int = option(10, "federated rounds", low=1)
     clients_per_round: int | None = option(None, "clients asked each round; null is all", low=1)
@@ -162,3 +187,5 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     secagg: SecAggConfig = field(default_factory=SecAggConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    tta: TTAConfig = field(default_factory=TTAConfig)
+    continual: ContinualConfig = field(default_factory=ContinualConfig)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedpeft.adapters.features import batches
 from fedpeft.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -32,25 +33,13 @@ def baselines(here: World) -> dict[str, float]:
     model.write(here.start.adapter)
     few = numpy_generator(here.config.run.seed, "baselines").permutation(len(here.train))[:MAX_TRAIN]
     y, y_test = here.train.labels[few], here.test.labels
-    frozen = logistic(features(model, here.train_encoded.subset(few)), y, features(model, here.test_encoded), y_test)
+    frozen = logistic(_features(model, here.train_encoded.subset(few)), y, _features(model, here.test_encoded), y_test)
     x, x_test = raw(here.train.take(few), here.test)
     return {"frozen_logistic": frozen, "pixels_or_words_logistic": logistic(x, y, x_test, y_test)}
 
 
-@torch.no_grad()
-def features(model: Adapted, data: Encoded, batch_size: int = 256) -> np.ndarray:
-    """What goes into the head, [N, width]: the first head module's input, its first token where it is a sequence."""
-    head = next(iter(model.base.heads.values()))
-    caught: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0].detach().float()))
-    device = next(head.parameters()).device
-    try:
-        for start in range(0, len(data), batch_size):
-            inputs, _ = data.batch(np.arange(start, min(start + batch_size, len(data))))
-            model.logits({key: value.to(device) for key, value in inputs.items()})
-    finally:
-        hook.remove()
-    return torch.cat([value[:, 0] if value.ndim == 3 else value for value in caught]).cpu().numpy()
+def _features(model: Adapted, data: Encoded) -> np.ndarray:
+    return torch.cat([found for found, _, _ in batches(model, data)]).numpy()
 
 
 def raw(train: Records, test: Records) -> tuple[Any, Any]:

@@ -14,13 +14,14 @@ from fedpeft import checkpoint, models, registry, report
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
+from fedpeft.clients import stream
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.metrics import Recorder, read, summarise
-from fedpeft.simulations import faults, privacy
+from fedpeft.simulations import continual, faults, privacy
 from fedpeft.simulations.baselines import baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
@@ -117,7 +118,8 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
                 "personalised": personal,
             }
         )
-        record({"event": "evaluate", "round": 0, **score(here, server)})
+        first = score(here, server) if config.continual.body is None else continual.score(here, server)
+        record({"event": "evaluate", "round": 0, **first})
         if config.run.baselines:
             record({"event": "baselines", **baselines(here)})
     else:
@@ -140,9 +142,13 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         if state.round % config.run.checkpoint_every == 0 or state.round == config.run.rounds:
             checkpoint.write(run / "checkpoints", state)
 
-    play = partial(here.strategy.run, server=server, rules=rules, record=record, after_round=after_round,
-                   evaluate=None if personal else partial(score, here))
-    if server.round < config.run.rounds:
+    play: Callable[..., ServerState] = partial(
+        here.strategy.run, server=server, rules=rules, record=record, after_round=after_round,
+        evaluate=None if personal else partial(score, here))
+    tasks = config.continual.body is not None
+    if tasks:
+        play = partial(continual.run, here, server=server, rules=rules, record=record, after_round=after_round)
+    if server.round < config.run.rounds or (tasks and not continual.complete(here, server)):
         server = _with_grid(config, text, run, play)
     record({"event": "end", "round": server.round})
     return finish(here, server, run)
@@ -217,6 +223,8 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
             if key.endswith("_logistic")
         },
         "privacy": privacy.section(here),
+        "continual": continual.section(here, server),
+        "tta": stream.describe(config, events),
         "secure_aggregation": secagg.describe(config) if config.secagg.enabled else None,
         "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
     }

@@ -19,7 +19,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         for name in configs.shipped_configs():
             out = Path(root) / name
-            command = [sys.executable, "-m", "fedpeft.cli", "simulate", name, *TINY, "--out", str(out), "--json"]
+            tiny = [*TINY, "continual.tasks=2"] if configs.load(name).continual.body else TINY
+            command = [sys.executable, "-m", "fedpeft.cli", "simulate", name, *tiny, "--out", str(out), "--json"]
             done = subprocess.run(command, capture_output=True, text=True)
             good = done.returncode == 0 and (out / "adapter" / "adapter_model.safetensors").exists()
             detail = f"{json.loads(done.stdout)['seconds']:.1f} s" if good else done.stderr[-2000:]

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from fedpeft import config as configs
+from fedpeft import seeds
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
+from fedpeft.continual import curriculum
 from fedpeft.data import source, split
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.source import Records
@@ -28,6 +31,7 @@ from fedpeft.seeds import numpy_generator
 from fedpeft.simulations import faults
 from fedpeft.strategies.base import FederatedStrategy, ServerState
 from fedpeft.strategies.build import build as build_strategy
+from fedpeft.strategies.learning.rounds import learning_of
 
 
 @dataclass
@@ -75,7 +79,8 @@ def world(text: str, run: Path) -> World:
     processor, length = model.base.processor, config.model.max_length
     train_encoded = encode(train, processor, config.model.task, length)
     test_encoded = encode(test, processor, config.model.task, length)
-    strategy = build_strategy(config)
+    strategy = build_strategy(config, labels)
+    learning = learning_of(strategy)
     start = strategy.initial(model.state(), config.run.seed)
     own: dict[str, np.ndarray] = {}
     held: dict[str, np.ndarray] = {}
@@ -90,7 +95,9 @@ def world(text: str, run: Path) -> World:
         own[client], held[client] = order[kept:], order[:kept]
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", run.name)
-    guard.require({client: len(part) for client, part in own.items()})
+    for part in [None] if learning is None else range(len(learning.curriculum.groups)):
+        guard.require({client: len(mine) if learning is None or part is None else
+                       len(learning.curriculum.of(train.labels[mine], part)) for client, mine in own.items()})
     shares = Shares(train_encoded, own), Shares(train_encoded, held)
     local = Local(config, model, start.adapter, *shares, store, guard)
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
@@ -106,11 +113,27 @@ def client_split(config: Config, train: Records, run: Path) -> dict[str, list[in
         else:
             section = config.data.partition
             partitioner = configs.method("partitioners", section.name, section.options, "data.partition")
-            parts = dict(
-                zip(names, partitioner.split(train.labels, train.columns, len(names), config.run.seed), strict=True)
-            )
+            parts = dict(zip(names, _split(config, partitioner, train, len(names)), strict=True))
         split.save(saved, parts, train, config)
     return split.load(saved, train.fingerprint, names)
+
+
+def _split(config: Config, partitioner: Any, train: Records, clients: int) -> list[list[int]]:
+    """Every client's record numbers. In a sequence of tasks each task's records are split anew, so that skew is within
+    tasks and every client meets every task.
+    """
+    if config.continual.body is None:
+        found: list[list[int]] = partitioner.split(train.labels, train.columns, clients, config.run.seed)
+        return found
+    plan = curriculum.make(config.continual, len(train.label_names), config.run.rounds, config.run.seed)
+    own: list[list[int]] = [[] for _ in range(clients)]
+    for task in range(len(plan.groups)):
+        mine = plan.of(train.labels, task)
+        part = train.take(mine)
+        seed = seeds.derive(config.run.seed, "task", task)
+        for client, numbers in enumerate(partitioner.split(part.labels, part.columns, clients, seed)):
+            own[client] += mine[numbers].tolist()
+    return own
 
 
 def device(name: str) -> torch.device:

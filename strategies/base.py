@@ -324,8 +324,9 @@ class FederatedStrategy(Strategy):
             raise RoundFailed(f"round {server.round}: no client could evaluate its model; the log names the reasons.")
         total = sum(result["num-examples"] for result in results.values())
         record({"event": "clients_evaluated", "round": server.round, "clients": results})
+        shared = set.intersection(*(set(result) for result in results.values())) - {"num-examples"}
         return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
-                for key in ("accuracy", "loss")}
+                for key in sorted(shared)}
 
     # Flower's Strategy API (see flower_api.py) ---------------------------------------------------------------------
 

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from fedpeft.strategies.base import FederatedStrategy
 
 
-def build(config: Config) -> FederatedStrategy:
-    """The strategy of a config, its wrappers and client-level privacy around it, its client ranks and weighting set."""
+def build(config: Config, classes: int | None = None) -> FederatedStrategy:
+    """The strategy of a config, its wrappers and client-level privacy around it, its client ranks and weighting set.
+
+    Args:
+        classes: of the data, which a sequence of tasks is cut from; None where the strategy is not to be run.
+    """
     section = config.strategy
     strategy = named(section.name, section.options, "strategy")
     for entry in section.wrap:
@@ -23,6 +27,10 @@ def build(config: Config) -> FederatedStrategy:
             raise InputError(f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
                              f"Wrappers: {', '.join(wrappers())}.")
         strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
+    if config.continual.body is not None:
+        from fedpeft.strategies.learning.build import around
+
+        strategy = around(strategy, config, classes)
     if config.privacy.unit == "client":
         from fedpeft.strategies.client_dp import ClientDP
 

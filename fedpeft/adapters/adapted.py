@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fedpeft import config as configs
 from fedpeft import seeds
 from fedpeft.config import AdapterConfig, ModelConfig
+from fedpeft.errors import InputError
 from fedpeft.models import Base
 from fedpeft.models import load as load_base
 from fedpeft.state import AdapterState, Site
@@ -35,6 +37,8 @@ class Adapter(Protocol):
 class Adapted:
     """One base model in memory; clients' adapters are written into it one after another.
 
+    `compete` names the classes whose logits count; the others' are -inf. None is all.
+
     Adapter and head are float32 whatever the dtype of the base.
 
     Tensors of a state that have a smaller rank than the model's are padded with zeros: a zero row of A beside a zero
@@ -47,6 +51,7 @@ class Adapted:
         self.sites = dict(injected.sites)
         self.frozen = injected.frozen
         self.originals: dict[str, Tensor] = {}
+        self.compete: list[int] | None = None
         if train_head:
             for name, module in base.heads.items():
                 module.register_forward_pre_hook(_as_own_dtype)
@@ -103,6 +108,16 @@ class Adapted:
         inside = {id(module) for module in self.base.backbone.modules()}
         return [self.base.backbone, *(head for head in self.base.heads.values() if id(head) not in inside)]
 
+    def head(self) -> nn.Module:
+        """The (first) classification head.
+
+        Raises:
+            InputError: the model has none.
+        """
+        if not self.base.heads:
+            raise InputError(f"model.task={self.base.task}: the model has no classification head.")
+        return next(iter(self.base.heads.values()))
+
     def training_mode(self) -> None:
         """Dropout on. Batch norms stay in evaluation mode: their running statistics belong to the frozen base, and one
         client's data would reach all others through them.
@@ -113,7 +128,21 @@ class Adapted:
                 module.eval()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.base.forward(batch)
+        logits = self.base.forward(batch)
+        if self.compete is None:
+            return logits
+        others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        others[self.compete] = False
+        return logits.masked_fill(others, float("-inf"))
+
+    @contextmanager
+    def competing(self, classes: list[int] | None) -> Iterator[None]:
+        """Let only these classes compete for a while; None is all."""
+        before, self.compete = self.compete, classes
+        try:
+            yield
+        finally:
+            self.compete = before
 
     def to(self, device: torch.device) -> Adapted:
         self.base.backbone.to(device)

@@ -58,7 +58,10 @@ class Body:
         heads: registered heads that make sense with it, None for all.
         parameters: what trains now, leaf tensors by `layer/role`.
         memory: what persists, by kind.
+        classifier: what trains beside it; the learner sets it.
     """
+
+    classifier: Classifier
 
     Config: ClassVar[Any] = BodyConfig
     paper: ClassVar[str] = ""
@@ -201,7 +204,7 @@ class Body:
 
 
 class Classifier:
-    """The linear classifier that trains beside a body: weight [C, D], bias [C], all classes of the stream from the start.
+    """The linear classifier that trains beside a body, all classes from the start: weight [C, D], bias [C].
 
     Rows of classes that a loss leaves out get no gradient, and a new optimizer for every task leaves them bit for bit.
     """

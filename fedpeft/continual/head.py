@@ -46,8 +46,9 @@ class Head:
     def solve(self) -> None:
         """What follows from `sums`, once for each task."""
 
-    def scores(self, features: Tensor, classifier: Classifier) -> Tensor:
-        """Scores [N, C]; -inf for classes never seen."""
+    def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
+        """Scores [N, C]; -inf for classes never seen. Heads that are fitted on sums need no classifier."""
+        assert classifier is not None
         return only(classifier(features), self.seen)
 
     def update(self, statistics: dict[str, Tensor], seen: list[int]) -> None:

@@ -10,6 +10,7 @@ that appears later starts from the sums of the first one, whose features it then
 
 from __future__ import annotations
 
+import copy
 import io
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class Learner:
                                                   for name, given in heads.items()}
         self.options = heads
         self.classifier = Classifier(stream.classes, model.width, seed, train.head_lr)
+        self.body.classifier = self.classifier
         self.loss = self._loss(body)
         self.task, self.step_number = 0, 0
         self.right: dict[str, list[list[int]]] = {name: [] for name in heads}
@@ -88,6 +90,8 @@ class Learner:
             stop: end before this many further steps have been made (0 or more), in mid-task; for tests of resume.
         """
         while self.task < len(self.stream.tasks):
+            if stop == 0:  # before a task begins, which must happen once
+                return self
             if self.step_number == 0:
                 self._begin()
             begun = time.process_time()
@@ -194,7 +198,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         heads = {name: {view: head.state() for view, head in own.items()} for name, own in self.heads.items()}
         return {"task": self.task, "step": self.step_number, "body": self.body.state(), "heads": heads,
-                "classifier": self.classifier.state(), "right": self.right, "ledger": self.ledger,
+                "classifier": self.classifier.state(), "right": copy.deepcopy(self.right),
+                "ledger": copy.deepcopy(self.ledger),
                 "passes": self.model.passes}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -203,7 +208,7 @@ class Learner:
             raise InputError(f"checkpoint: it has the heads {', '.join(state['heads'])}, asked for are "
                              f"{', '.join(self.heads)}.")
         self.task, self.step_number = state["task"], state["step"]
-        self.right, self.ledger = state["right"], state["ledger"]
+        self.right, self.ledger = copy.deepcopy(state["right"]), copy.deepcopy(state["ledger"])
         self.model.passes = state["passes"]
         self.classifier.load(state["classifier"])
         for name, own in state["heads"].items():

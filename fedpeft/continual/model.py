@@ -85,7 +85,8 @@ class Plastic:
         with torch.no_grad():
             self.features(inputs, {**(change or {}), **watch})
         mask = inputs.get("attention_mask")
-        return {name: (value[mask.bool()] if mask is not None and value.shape[:2] == mask.shape else value.flatten(0, -2))
+        kept = None if mask is None else mask.bool()
+        return {name: value[kept] if kept is not None and value.shape[:2] == kept.shape else value.flatten(0, -2)
                 for name, value in seen.items()}
 
     def _stores_transposed(self, layer: str) -> bool:

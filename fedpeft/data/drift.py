@@ -129,7 +129,7 @@ def manifest(spec: StreamSpec) -> dict[str, Any]:
         "label": [int(labels[item[0]]) for item in items], "batches": batches,
     }  # fmt: skip
     plan["spec"]["corruptions"] = names
-    plan["plan_sha256"] = _hash(plan)
+    plan["plan_sha256"] = plan_hash(plan)
     plan["pixels_sha256"] = hashlib.sha256(_pixels(plan).tobytes()).hexdigest()
     return plan
 
@@ -144,7 +144,7 @@ def load(plan: dict[str, Any]) -> Stream:
         raise InputError(f"manifest: version {plan.get('version')} is not known; this is version {VERSION}.")
     if plan["source_sha256"] != _test_set().fingerprint:
         raise InputError("manifest: it was made from other images than this installation's digits.")
-    if plan["plan_sha256"] != _hash(plan):
+    if plan["plan_sha256"] != plan_hash(plan):
         raise InputError("manifest: the plan does not fit its hash; it was changed after it was made.")
     pixels = _pixels(plan)
     if plan["pixels_sha256"] != hashlib.sha256(pixels.tobytes()).hexdigest():
@@ -176,7 +176,7 @@ def _domains(spec: StreamSpec, names: list[str], labels: np.ndarray) -> Iterator
                 continue
             draws = seeds.numpy_generator(spec.seed, "drift", spec.kind, turn, name, "labels")
             if spec.kind == "dirichlet":
-                order = _bursts(order, labels, spec.delta, draws)
+                order = bursts(order, labels, spec.delta, draws)
             if spec.kind == "label_shift":
                 order = order[thinned(labels[order], spec.shift, spec.ratio)]
             yield order, name, spec.severity
@@ -184,7 +184,7 @@ def _domains(spec: StreamSpec, names: list[str], labels: np.ndarray) -> Iterator
         yield shuffled(CLEAN), CLEAN, 0
 
 
-def _bursts(order: np.ndarray, labels: np.ndarray, delta: float, draws: np.random.Generator) -> np.ndarray:
+def bursts(order: np.ndarray, labels: np.ndarray, delta: float, draws: np.random.Generator) -> np.ndarray:
     """The same images with labels in bursts: each class is dealt over as many time slots as there are classes; within a
     slot class follows class, in random order."""
     classes = np.unique(labels)
@@ -219,7 +219,8 @@ def _pixels(plan: dict[str, Any]) -> np.ndarray:
     return np.round(np.stack(made) * 255).astype(np.uint8)
 
 
-def _hash(plan: dict[str, Any]) -> str:
+def plan_hash(plan: dict[str, Any]) -> str:
+    """sha256 of all that a manifest says, the hashes of plan and inputs left out."""
     body = {key: value for key, value in plan.items() if not key.endswith("_sha256") or key == "source_sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

@@ -5,8 +5,8 @@ one of the first two blocks. f_w is a stack of per-channel affine maps with ReLU
 
     source:  L_reg = mean (f_w(z'-z) - f_w(0))^2;   w <- Adam on 0.1 mean (ĝ_reg - ĝ_cls)^2
              ĝ: gradients of L_reg and of CE(z) + CE(z') over the features' tensors, standardised; ĝ_cls is a constant
-    test:    after each of up to 4 blocks h -> h + (w_b - 1) ⊙ h + b_b; one Adam step of (w_b, b_b) on L_reg, then
-    answer
+    test:    after each of up to 4 blocks h -> h + (w_b - 1) ⊙ h + b_b; one Adam step of (w_b, b_b) on L_reg, then the
+             answer
 
 Chen, Zhang, Song, Shan and Liu, arXiv 2304.04494. Deviations: the model is deployed, so only f_w is trained, over the
 gradients of `align_on`; f_w(0) is taken off, so that equal views cost nothing; the test-time map is one residual affine

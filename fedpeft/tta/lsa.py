@@ -3,8 +3,8 @@
 The imbalance of a class distribution pi is one number, with centred logarithms and source prior s:
 
     d(pi) = <log pi, log s> / |log s|^2          1: as in the source, 0: uniform, -1: inverted
-    h~ = (1 + gamma) ⊙ h + beta;  z = (W + dW) h~ + b + db;   gamma, beta, dW, db = network(d), its last layer 0 at
-    first
+    h~ = (1 + gamma) ⊙ h + beta;  z = (W + dW) h~ + b + db
+    gamma, beta, dW, db = network(d), its last layer 0 at first
 
 Training, backbone frozen: d uniform in [-1.5, 1.5], pi_d ∝ s^d, loss CE(z + tau (log s - log pi_d), y), so z estimates
 the posterior under pi_d. On the stream: z with d(pi), then pi <- (1 - a) pi + a mean_i softmax z_i, pi uniform at

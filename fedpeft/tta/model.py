@@ -46,11 +46,12 @@ class Deployed:
         slots: parameter name -> the places (module, attribute) that hold it; tied parameters have one name.
         norms: batch norms by name.
         head: the last linear layer, None where it was not declared (methods that need features refuse then).
+        output: of a causal language model, the module that gives the scores of every token [N, T, V]; else None.
     """
 
     def __init__(self, modules: Sequence[nn.Module], forward: Callable[[Batch], Tensor], head: nn.Linear | None,
-                 head_names: Sequence[str] = ()) -> None:
-        self.forward, self.head = forward, head
+                 head_names: Sequence[str] = (), output: str | None = None) -> None:
+        self.forward, self.head, self.output = forward, head, output
         self.modules: dict[str, nn.Module] = {}
         for module in modules:
             for name, part in module.named_modules():
@@ -183,6 +184,8 @@ class Deployed:
 def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tensor] | None = None) -> Deployed:
     """Any model as a `Deployed`: a plain torch module, a `Base`, an `Adapted`, or one that is deployed already.
 
+    A causal language model classifies by the token that comes next: logits [N, V] after each text's last token.
+
     Args:
         head: name of the last linear layer of a plain module (its input is the features).
         forward: how a plain module takes a batch; as the only argument, or as keywords when the batch is a dict.
@@ -194,6 +197,11 @@ def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tenso
         return model
     if isinstance(model, Adapted | Base):
         base = model.base if isinstance(model, Adapted) else model
+        if base.task == "causal-lm":
+            layer = base.backbone.get_output_embeddings()
+            output = next(name for name, part in base.backbone.named_modules() if part is layer)
+            return Deployed([base.backbone], _named(lambda batch: next_token(base.forward(batch), batch)), None,
+                            output=output)
         owner = _Heads(base.heads)
         inside = {id(part) for part in base.backbone.modules()}
         outside = [] if all(id(part) in inside for part in base.heads.values()) else [owner]
@@ -258,6 +266,15 @@ def finite_rows(batch: Batch) -> Tensor:
         if value.is_floating_point():
             good &= value.flatten(1).isfinite().all(1)
     return good
+
+
+def next_token(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Of token scores [N, T, V], those after each text's last real token [N, V], wherever its padding is."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return logits[:, -1]
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+    return logits[torch.arange(len(logits), device=logits.device), last]
 
 
 def _listed(value: Any) -> list[Any]:

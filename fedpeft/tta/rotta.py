@@ -5,8 +5,7 @@
    largest classes, when the memory is full) the entry with the highest s = 1/(1 + exp(-age/capacity)) + H/ln K goes, if
    that is above the newcomer's.
 3. Every `update_every` samples the student learns from the memory, strong view against the teacher's plain one,
-weighted
-   by exp(-age) / (1 + exp(-age)), age in units of the capacity; teacher <- nu teacher + (1 - nu) student.
+   weighted by exp(-age) / (1 + exp(-age)), age in units of the capacity; teacher <- nu teacher + (1 - nu) student.
 
 Yuan, Xie and Li, arXiv 2303.13899. Norms without batch statistics (LayerNorm) adapt their affine parameters only.
 Learns from single samples too, since they only enter the memory.

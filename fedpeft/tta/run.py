@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ BINS = 15
 
 def run_stream(method: str | TTAMethod, stream: Stream, model: Any, options: dict[str, Any] | None = None,
                seed: int = 0, source: Encoded | None = None, monitor: Monitor | None = None,
-               oracle: bool = False) -> dict[str, Any]:
+               oracle: bool = False, references: Sequence[Tensor] | None = None) -> dict[str, Any]:
     """Play a stream from start to end, batch after batch, and score every prediction as it was given.
 
     Args:
@@ -39,16 +40,18 @@ def run_stream(method: str | TTAMethod, stream: Stream, model: Any, options: dic
         model: the source model; its own predictions are the reference for `changed` and are no part of the cost.
         monitor: watches predictions, and restarts the method if it is told to.
         oracle: restart the method where the domain changes, which no deployed method can know; the result says so.
+        references: `source_answers(stream, model)`, where they are known from another run.
 
     Returns:
         JSON-ready: method, stream, order, oracle, seed, rows, error, nll, brier, ece, worst_window (error of the worst
         256 rows in a row), domains (error of each), classes (distinct predictions), drift (KL of the mean prediction to
         the labels' shares), cost (forwards, rows, backwards, resets, held numbers, seconds), skipped batches, alarms,
-        batches (diagnostics).
+        curve (error of each batch), batches (diagnostics).
     """
     name = method if isinstance(method, str) else type(method).__name__
     played = make(method, model, options, seed, source) if isinstance(method, str) else method
-    plain = deploy(model)
+    if references is None:
+        references = source_answers(stream, model)
     before, seconds = played.spent(), 0.0
     predictions: list[Tensor] = []
     batches: list[dict[str, Any]] = []
@@ -56,10 +59,8 @@ def run_stream(method: str | TTAMethod, stream: Stream, model: Any, options: dic
         first = stream.parts[number].start
         if oracle and first and stream.domains[first] != stream.domains[first - 1]:
             played.restart()
-        with torch.no_grad():
-            reference = plain(batch)[0].argmax(-1)
         start = time.perf_counter()
-        probs, diagnostics = played.step(batch, reference)
+        probs, diagnostics = played.step(batch, references[number])
         alarm = monitor.watch(played, probs) if monitor else []
         seconds += time.perf_counter() - start
         predictions.append(probs.cpu())
@@ -80,10 +81,18 @@ def run_stream(method: str | TTAMethod, stream: Stream, model: Any, options: dic
         "cost": {**cost, "held": played.held(), "seconds": round(seconds, 3)},
         "skipped": sum(entry["reason"] is not None for entry in batches),
         "alarms": sum(bool(entry["alarm"]) for entry in batches),
+        "curve": [float((probs[part].argmax(-1) != stream.labels[part]).float().mean()) for part in stream.parts],
         "batches": batches,
     }
     checked: dict[str, Any] = finite(result)
     return checked
+
+
+def source_answers(stream: Stream, model: Any) -> list[Tensor]:
+    """The source model's labels [rows of the batch] for every batch of a stream."""
+    plain = deploy(model)
+    with torch.no_grad():
+        return [plain(batch)[0].argmax(-1) for batch in stream.batches()]
 
 
 def measures(probs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -95,6 +95,56 @@ def bench_memory(
     console.emit(memory.run(out, _numbers("clients", clients)), as_json, memory.show)
 
 
+@bench_app.command("tta")
+def bench_tta(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    stream: Annotated[str, typer.Option(help="Streams, with commas between: digits-c/KIND, vader/movie, debian/en, "
+                                             "glyphs/text, fashion-mnist; options after a colon "
+                                             "(digits-c/dirichlet:delta=0.1,batch=16).")] = "digits-c/iid",
+    methods: Annotated[str, typer.Option(help="Methods, with commas between, options after a colon "
+                                              "(lame:base=bn_adapt); all by default. Baselines always run.")] = "",
+    models: Annotated[str, typer.Option(help="Source models, with commas between; all of the stream by "
+                                             "default.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Test-time methods on drifting streams, built in or of prepared real records: error, calibration, cost."""
+    from fedpeft.simulations.benchmarks import tta, tta_report
+
+    def tell(line: str) -> None:
+        console.err.print(line, markup=False, soft_wrap=True)
+
+    console.emit(tta.run(out, stream, methods, models, seeds, quick, tell), as_json, tta_report.show)
+
+
+@bench_app.command("continual")
+def bench_continual(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    stream: Annotated[str, typer.Option(help="Stream, options after a colon: glyph1d:tasks=20.")] = "digits5",
+    bodies: Annotated[str, typer.Option(help="Bodies, with commas between, options after a colon and again with commas "
+                                             "between: frozen,coso:side=in,r1=4,coso,lae (four bodies); all by "
+                                             "default.")] = "",
+    heads: Annotated[str, typer.Option(help="Heads, written like bodies; linear, ncm, lda and ranpac by default. lda "
+                                            "and ranpac always run.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="How all bodies are trained: "
+                        "epochs, batch_size, lr, head_lr, temperature. Can be given more than once.")] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="Test on a part of the training set, to choose "
+                          "settings by.")] = False,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Continual learning on a stream of tasks: accuracy, forgetting, bytes kept and cost of bodies and heads."""
+    from fedpeft.simulations.benchmarks import continual, continual_report
+
+    def tell(line: str) -> None:
+        console.err.print(line, markup=False, soft_wrap=True)
+
+    given: dict[str, Any] = {"quick": quick, "validation": validation, "settings": settings, "tell": tell}
+    console.emit(continual.run(out, stream, bodies, heads, seeds, **given), as_json, continual_report.show)
+
+
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.data.source import load
+from fedpeft.errors import InputError
 
 MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
 PARTITION_OPTIONS = {
@@ -48,6 +49,25 @@ def test_an_entry_documents_itself_and_its_options(table, name):
             default,
             None if default in ({}, []) else default,
         )
+
+
+@pytest.mark.parametrize("name", registry.names("tta"))
+def test_a_test_time_method_documents_itself_and_its_options(name):
+    """These take a model, a seed and any options, which their `Config` declares."""
+    cls = registry.load("tta", name)
+    assert len((inspect.getdoc(cls) or "").splitlines()[0]) > 10
+    assert any(where in cls.paper for where in ("arXiv", "NeurIPS", "Neural Computation")) or name == "source"
+    parameters = list(inspect.signature(cls).parameters.values())
+    assert [(item.name, item.kind.name) for item in parameters] == [
+        ("model", "POSITIONAL_OR_KEYWORD"), ("seed", "POSITIONAL_OR_KEYWORD"), ("options", "VAR_KEYWORD")]
+    items = configs.options_of(cls)
+    assert {"order"} <= set(items), "each says when it predicts"
+    for item in items.values():
+        assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
+    defaults = {item.name: configs.default_of(item) for item in items.values()}
+    assert configs.build(cls.Config, defaults, name) == cls.Config(), "defaults are within their own bounds"
+    with pytest.raises(InputError, match=r"config key tta\.learning_rat"):
+        configs.method("tta", name, {"learning_rat": 1.0}, "tta", model=None)
 
 
 @pytest.mark.parametrize("name", registry.names("adapters"))

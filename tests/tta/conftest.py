@@ -23,3 +23,11 @@ def bert_folder(tmp_path_factory):
     import small_models
 
     return small_models.save("bert", tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="session")
+def language_folders(tmp_path_factory):
+    import small_models
+
+    root = tmp_path_factory.mktemp("models")
+    return {name: small_models.save(name, root / name) for name in ("llama", "gpt2")}

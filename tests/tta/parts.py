@@ -26,7 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lsa": {"steps": 5},
     "itta": {"align_steps": 2},
     "lame": {"k": 2},
+    "tlm": {"label_words": [70, 71, 72]},
+    "ear": {"threshold": 0.999, "domains": 3},
+    "atp": {"learn_lr": 0.1, "learn_batch": 8, "mode": "online"},
 }
+LANGUAGE = {"tlm"}  # methods that read tokens
 
 
 class Net(nn.Module):
@@ -63,12 +67,35 @@ def vit(folder: Any) -> Deployed:
     return deploy(model)
 
 
+def language(folder: Any, kind: str) -> Deployed:
+    """A causal language model of ours with a LoRA, its factors not zero."""
+    import small_models
+
+    model = small_models.adapted(folder, kind)
+    model.write(small_models.randomised(model))
+    return deploy(model)
+
+
+def inputs(model: Deployed, rows: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """A batch that the model takes."""
+    return images(rows, seed) if model.output is None else texts(rows, seed)
+
+
+def texts(rows: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Token ids of 2 to 7 bytes, padded on the right."""
+    import small_models
+
+    return small_models.texts(rows, causal=True, seed=seed).inputs
+
+
 def images(rows: int = 7, seed: int = 0) -> dict[str, Tensor]:
     return {"pixel_values": torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(seed))}
 
 
-def stream(batches: int = 5, rows: int = 7, seed: int = 10) -> list[dict[str, Tensor]]:
-    return [images(rows, seed + number) for number in range(batches)]
+def stream(batches: int = 5, rows: int = 7, seed: int = 10, model: Deployed | None = None) -> list[dict[str, Tensor]]:
+    """Batches of images, or of what the model takes."""
+    return [images(rows, seed + number) if model is None else inputs(model, rows, seed + number)
+            for number in range(batches)]
 
 
 def source(rows: int = 24) -> Encoded:

@@ -18,7 +18,8 @@ from fedpeft.tta.run import run_stream
 
 NAMES = registry.names("tta")
 VIEWS = {"aug_average", "cotta", "petal", "roid", "memo"}  # random views, by row or by batch
-LEARNERS = {"rdumb", "tent", "eata", "sar", "rotta", "cotta", "petal", "itta", "roid", "em_prior", "lsa", "t3a"}
+LEARNERS = {"rdumb", "tent", "eata", "sar", "rotta", "cotta", "petal", "itta", "roid", "em_prior", "lsa", "t3a",
+            "tlm", "ear"}
 # Options under which a method must answer as the source model does, in the same mode of batch norms.
 NEUTRAL = {
     "aug_average": {"augment": "identity"},
@@ -35,12 +36,28 @@ NEUTRAL = {
     "lsa": {"steps": 0},
     "itta": {"lr": 0.0},
     "roid": {"lr": 0.0, "correct_prior": False},
+    "tlm": {"lambda": 0.0, "label_words": None},
+    "ear": {"lr": 0.0},
+    "atp": {"learn_lr": 0.0},
 }
+RUNNING = {"itta", "memo", "rotta", "tlm", "atp"}  # batch norms keep their running statistics by default
 
 
 @pytest.fixture(params=["conv", "vit"])
 def model(request):
+    """A convolution and a transformer; for a method that reads tokens, two kinds of language models."""
+    if request.node.callspec.params.get("name") in parts.LANGUAGE:
+        kind = {"conv": "gpt2", "vit": "llama"}[request.param]
+        return parts.language(request.getfixturevalue("language_folders")[kind], kind)
     return parts.conv() if request.param == "conv" else parts.vit(request.getfixturevalue("vit_folder"))
+
+
+@pytest.fixture
+def plain(request):
+    """One model that the method works on."""
+    if request.node.callspec.params.get("name") in parts.LANGUAGE:
+        return parts.language(request.getfixturevalue("language_folders")["llama"], "llama")
+    return parts.conv()
 
 
 every = pytest.mark.parametrize("name", NAMES)
@@ -50,18 +67,18 @@ every = pytest.mark.parametrize("name", NAMES)
 def test_predictions_are_probabilities_and_the_backbone_is_untouched(name, model):
     before, random = parts.fingerprint(model), torch.get_rng_state()
     method = parts.method(name, model)
-    probs = parts.play(method, parts.stream())
+    probs = parts.play(method, parts.stream(model=model))
     assert probs.shape == (35, parts.CLASSES) and not probs.requires_grad
     assert bool((probs >= 0).all()) and torch.allclose(probs.sum(-1), torch.ones(35), atol=1e-5)
     assert parts.fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), random), "draws come from the method's own seed"
-    plain = make("source", model).predict(parts.stream()[0])
-    assert torch.equal(plain, model(parts.stream()[0])[0].softmax(-1))
+    batch = parts.inputs(model)
+    assert torch.equal(make("source", model).predict(batch), model(batch)[0].softmax(-1))
 
 
 @every
 def test_reset_and_replay_is_the_same_bit_for_bit(name, model):
-    method, batches = parts.method(name, model), parts.stream()
+    method, batches = parts.method(name, model), parts.stream(model=model)
     start = method.state()
     first = parts.play(method, batches)
     end = method.state()
@@ -73,7 +90,7 @@ def test_reset_and_replay_is_the_same_bit_for_bit(name, model):
 
 @every
 def test_saved_and_loaded_in_mid_stream_it_goes_on_bit_for_bit(name, model):
-    method, batches = parts.method(name, model), parts.stream(6)
+    method, batches = parts.method(name, model), parts.stream(6, model=model)
     parts.play(method, batches[:3])
     file = io.BytesIO()
     torch.save(method.state(), file)
@@ -86,8 +103,8 @@ def test_saved_and_loaded_in_mid_stream_it_goes_on_bit_for_bit(name, model):
 
 
 @every
-def test_a_state_of_other_options_or_another_method_is_refused(name):
-    method = parts.method(name, parts.conv())
+def test_a_state_of_other_options_or_another_method_is_refused(name, plain):
+    method = parts.method(name, plain)
     state = method.state()
     with pytest.raises(InputError, match="method is Other"):
         method.load({**state, "method": "Other"})
@@ -98,7 +115,7 @@ def test_a_state_of_other_options_or_another_method_is_refused(name):
 @every
 def test_predict_changes_nothing_and_adapting_apart_is_the_same(name, model):
     together, apart = parts.method(name, model), parts.method(name, model)
-    for batch in parts.stream():
+    for batch in parts.stream(model=model):
         if apart.config.order == "after":
             apart.adapt(batch)
         before = parts.without_cost(apart.state())
@@ -111,10 +128,10 @@ def test_predict_changes_nothing_and_adapting_apart_is_the_same(name, model):
 
 
 @every
-def test_the_future_changes_no_answer_and_two_methods_do_not_meet(name):
-    model, batches = parts.conv(), parts.stream(4)
+def test_the_future_changes_no_answer_and_two_methods_do_not_meet(name, plain):
+    model, batches = plain, parts.stream(4, model=plain)
     alone = parts.play(parts.method(name, model), batches)
-    other_end = [*batches[:2], *parts.stream(2, seed=50)]
+    other_end = [*batches[:2], *parts.stream(2, seed=50, model=model)]
     assert torch.equal(parts.play(parts.method(name, model), other_end)[:14], alone[:14])
     one, two = parts.method(name, model), parts.method("tent", model, lr=0.1)
     turns = []
@@ -125,12 +142,12 @@ def test_the_future_changes_no_answer_and_two_methods_do_not_meet(name):
 
 
 @every
-def test_labels_and_domains_never_reach_a_method(name):
-    inputs = parts.images(21)
+def test_labels_and_domains_never_reach_a_method(name, plain):
+    inputs = parts.inputs(plain, 21)
     halves = [slice(0, 7), slice(7, 14), slice(14, 21)]
     labels = torch.arange(21) % parts.CLASSES
-    results = [run_stream(parts.method(name, parts.conv()), Stream("hand", inputs, given, domains, halves),
-                          parts.conv())["batches"]
+    results = [run_stream(parts.method(name, plain), Stream("hand", inputs, given, domains, halves),
+                          plain)["batches"]
                for given, domains in ((labels, ["a"] * 21), (labels.flip(0), list("abc" * 7)))]
     assert results[0] == results[1]
 
@@ -140,8 +157,8 @@ def test_with_nothing_to_learn_it_is_the_source_model(name, model):
     if name not in NEUTRAL:
         return
     method = parts.method(name, model, **NEUTRAL[name])
-    alpha = 0.0 if name in ("itta", "memo", "rotta") else 1.0
-    for batch in parts.stream(3):
+    alpha = 0.0 if name in RUNNING else 1.0
+    for batch in parts.stream(3, model=model):
         probs, _ = method.step(batch)
         assert torch.allclose(probs, make("bn_adapt", model, {"bn_alpha": alpha}).predict(batch), atol=1e-5)
     start = method.memory.get("student", {})
@@ -152,6 +169,8 @@ def test_with_nothing_to_learn_it_is_the_source_model(name, model):
 
 @every
 def test_a_batch_that_is_not_finite_is_answered_and_not_learned_from(name, model):
+    if name in parts.LANGUAGE:
+        return  # token ids are whole numbers
     method = parts.method(name, model)
     parts.play(method, parts.stream(2))
     bad = parts.images(7, 77)
@@ -175,16 +194,16 @@ def test_a_batch_that_is_not_finite_is_answered_and_not_learned_from(name, model
 @every
 def test_batches_of_one(name, model):
     method = parts.method(name, model)
-    parts.play(method, parts.stream(2))
+    parts.play(method, parts.stream(2, model=model))
     before = parts.without_cost(method.state())
-    for batch in parts.stream(3, rows=1, seed=30):
+    for batch in parts.stream(3, rows=1, seed=30, model=model):
         probs, diagnostics = method.step(batch)
         assert bool(probs.isfinite().all())
         if method.min_batch > 1:
             assert "batch of 1" in diagnostics["reason"]
             assert parts.same(parts.without_cost(method.state()), before)
     with pytest.raises(InputError, match="no rows"):
-        method.step({"pixel_values": torch.zeros(0, 1, 8, 8)})
+        method.step({key: value[:0] for key, value in parts.inputs(model).items()})
 
 
 @every
@@ -193,14 +212,16 @@ def test_the_order_of_a_batch_does_not_matter(name, model):
         return
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
     one, two = parts.method(name, model), parts.method(name, model)
-    for batch in parts.stream(3):
-        straight, shuffled = one.step(batch)[0], two.step({"pixel_values": batch["pixel_values"][order]})[0]
+    for batch in parts.stream(3, model=model):
+        straight, shuffled = one.step(batch)[0], two.step({key: value[order] for key, value in batch.items()})[0]
         assert torch.allclose(straight[order], shuffled, atol=2e-4)
 
 
 @every
 def test_a_stream_of_one_class_only(name):
     """Nearly equal images: no method may fail, and none may forget that there are other classes."""
+    if name in parts.LANGUAGE:
+        return
     base = parts.images(1)["pixel_values"]
     method = parts.method(name, parts.conv())
     for number in range(12):
@@ -218,14 +239,14 @@ def test_learners_learn(name, model):
         return
     used = parts.method(name, model, **({"lr": 0.05} if hasattr(configs.registry.load("tta", name).Config(), "lr")
                                         else {"period": 100} if name == "rdumb" else {}))
-    batches = parts.stream(5)
+    batches = parts.stream(5, model=model)
     parts.play(used, batches)
     fresh = parts.method(name, model)
     assert not torch.allclose(used.predict(batches[0]), fresh.predict(batches[0]), atol=1e-6)
 
 
 @every
-def test_an_entry_documents_itself_and_its_options(name):
+def test_an_entry_documents_itself_and_its_options(name, plain):
     cls = registry.load("tta", name)
     assert len((inspect.getdoc(cls) or "").splitlines()[0]) > 10
     assert cls.paper or name == "source"
@@ -235,11 +256,11 @@ def test_an_entry_documents_itself_and_its_options(name):
     for item in options.values():
         assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
     with pytest.raises(InputError, match="not known"):
-        make(name, parts.conv(), {"no_such_option": 1})
+        make(name, plain, {"no_such_option": 1})
 
 
 def test_methods_that_need_source_data_say_so():
-    for name in NAMES:
+    for name in set(NAMES) - parts.LANGUAGE:
         method = make(name, parts.conv(), parts.OPTIONS.get(name))
         if method.needs_source != "none":
             with pytest.raises(InputError, match="call prepare first"):

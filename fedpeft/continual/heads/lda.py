@@ -55,5 +55,5 @@ class LDA(Head):
         if self.config.prior:
             self.bias = self.bias + (count / count.sum()).clamp(min=1e-300).log()
 
-    def scores(self, features: Tensor, classifier: Classifier) -> Tensor:
+    def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
         return only(features.double() @ self.weight.T + self.bias, self.seen)

@@ -1,0 +1,220 @@
+"""A client's part in learning a sequence of tasks: which of its records a round trains, and the sums that heads need.
+
+The server's task says under `learn` which classes the round is about. Of its own records a client takes those; where
+the body replays, every batch is half new and half old, an old record drawn by its task (all earlier tasks alike) and
+then within the task. What was shown stays on the client's disk; sums over records go out only where the config's head
+or body asks for them, under DP clipped and noised, and in the ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.features import batches
+from fedpeft.clients.private import fingerprint
+from fedpeft.clients.train import on_device, per_sample_loss
+from fedpeft.config import ClientConfig
+from fedpeft.continual.head import Head
+from fedpeft.continual.subspace import sketch
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import RunError
+from fedpeft.privacy.noise import Randomness
+from fedpeft.state import AdapterState
+from fedpeft.strategies.build import build
+from fedpeft.strategies.learning.build import fits, head
+from fedpeft.strategies.learning.rounds import learning_of
+
+if TYPE_CHECKING:
+    from fedpeft.clients.local import Local
+
+log = logging.getLogger("fedpeft")
+JOINED = "task:joined"  # kept at the client: tasks that it took part in
+SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
+BOUND = math.sqrt(3.0)  # norm of (one-hot, feature, feature x feature) at unit norm: what LDA sums for a record
+
+
+def compete(task: dict[str, Any]) -> list[int] | None:
+    """Classes that compete in the loss of a round; None is all."""
+    return task["learn"]["compete"] if "learn" in task else None
+
+
+def account(client: str, task: dict[str, Any]) -> str:
+    """The name of a client's ledger in a round.
+
+    Each task has its own: a record takes part in the rounds of its own task only, so what tasks cost does not add up.
+    """
+    return f"{client}+task-{task['learn']['task']}" if "learn" in task else client
+
+
+def records(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+    """The client's records of the round's task, or all where there is no sequence.
+
+    Raises:
+        RunError: it has none.
+    """
+    learn = task.get("learn")
+    if learn is None:
+        return data
+    mine = np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"]))
+    if len(mine) == 0:
+        raise RunError(f"{client} has no records of task {learn['task']}, so it sits this round out.")
+    return data.subset(mine)
+
+
+def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
+    """The rows of a round's batches in order, each batch half new and half old; None where nothing is replayed.
+
+    An odd batch has one more new record. New records come in shuffled passes.
+    """
+    learn = task.get("learn")
+    if learn is None or not learn["replay"] or learn["task"] == 0:
+        return None
+    labels, rng = data.labels.numpy(), seeds.numpy_generator(seed, "replay")
+    new = np.flatnonzero(np.isin(labels, learn["classes"]))
+    old = [found for group in learn["groups"][:-1] if len(found := np.flatnonzero(np.isin(labels, group)))]
+    if not old:
+        return None
+    size = config.batch_size
+    steps = config.local_steps or -(-len(new) // size) * (config.local_epochs or 1)
+    fresh = -(-size // 2)
+    passes = [rng.permutation(new) for _ in range(-(-steps * fresh // len(new)))]
+    line = iter(np.concatenate(passes))
+    order = []
+    for _ in range(steps):
+        order += [next(line) for _ in range(fresh)]
+        order += [rng.choice(old[rng.integers(len(old))]) for _ in range(size - fresh)]
+    return data.subset(np.array(order))
+
+
+def joined(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[dict[str, Tensor], int]:
+    """What a client keeps to know the tasks that it took part in, and how many it missed before; it says so."""
+    learn = task.get("learn")
+    if learn is None:
+        return {}, 0
+    before = set(kept[JOINED].tolist()) if JOINED in kept else set()
+    now = int(learn["task"])
+    missed = sorted(set(range(now)) - before)
+    if missed and now not in before:
+        log.info("%s missed task %s; it goes on with what the server has", client, ", ".join(map(str, missed)))
+    return {JOINED: torch.tensor(sorted(before | {now}))}, len(missed)
+
+
+def answer(local: Local, client: str, received: AdapterState, task: dict[str, Any]
+           ) -> tuple[AdapterState, dict[str, float]]:
+    """Sums over a task's records for the config's head at the received model, or a sketch of full weights' gradients.
+
+    Which of the two the server asks for with `task["sums"]`; whether it may, the client's own config says.
+
+    Raises:
+        RunError: the config has no such head or body, or no records of the task.
+    """
+    config, model = local.config, local.model
+    data = records(local.data(local.train_data, client), task, client)
+    start, _ = local.compose(client, received, task, before=int(task["round"]))
+    model.write(start)
+    weight = {"num-examples": float(len(data))}
+    if task["sums"] == "sketch":
+        body = learning_of(build(config))
+        if body is None or not body.body.sketches:
+            raise RunError(f"continual.body={config.continual.body}: this client's config sends no sketches.")
+        section = body.body.config
+        with model.competing(compete(task)):
+            found = gradient_sketch(model, data, section.r2, section.side == "in")
+        return AdapterState({f"sketch:{site}": value.float() for site, value in found.items()}), weight
+    if config.continual.body is None or not fits(config):
+        raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
+    made = head(config, classes_of(model), width_of(model))
+    if not local.guard.private:
+        sums = head_sums(model, made, data)
+        return AdapterState({f"sum:{key}": value for key, value in sums.items()}), weight
+    noise = float(config.continual.statistics_noise or 0)
+    plan = local.guard.plan(client, lambda: len(data))
+    assert plan is not None
+    number, kept = int(task["round"]), f"{client}+sums-{task['view']}"
+    request = fingerprint(received, task)
+    answered = local.store.reply(kept, number, request)
+    if answered is None:
+        local.guard.spend_sums(account(client, task), number, request, plan, noise)
+        source = local.guard.source(client, number, f"sums {task['view']}")
+        answered = private_head_sums(model, made, data, noise, source)
+        local.store.save_reply(kept, number, request, answered)
+    return AdapterState({f"sum:{key}": value for key, value in answered.items()}), local.guard.allowed(client, {})
+
+
+def classes_of(model: Adapted) -> int:
+    """How many classes the base's head has."""
+    return [part for part in model.head().modules() if isinstance(part, nn.Linear)][-1].out_features
+
+
+def width_of(model: Adapted) -> int:
+    """Size of the features that enter the head."""
+    return next(part.in_features for part in model.head().modules() if isinstance(part, nn.Linear))
+
+
+def head_sums(model: Adapted, head: Head, data: Encoded) -> dict[str, Tensor]:
+    """Sums of a head's statistics over records, in float64."""
+    total: dict[str, Tensor] = {}
+    for features, _, labels in batches(model, data):
+        for key, value in head.statistics(features, labels).items():
+            total[key] = total[key] + value if key in total else value
+    return total
+
+
+def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, source: Randomness) -> dict[str, Tensor]:
+    """The same sums under the Gaussian mechanism.
+
+    Features are scaled to norm 1, and a record's statistics, all tensors together, are clipped to norm BOUND: adding or
+    removing a record moves the sums by at most that, and the noise has standard deviation `noise` x BOUND.
+    """
+    total: dict[str, Tensor] = {}
+    for features, _, labels in batches(model, data):
+        for row in range(len(labels)):
+            found = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
+            norm = math.sqrt(sum(float(value.double().square().sum()) for value in found.values()))
+            for key, value in found.items():
+                part = value * min(1.0, BOUND / (norm + 1e-12))
+                total[key] = total[key] + part if key in total else part
+    return {key: value + noise * BOUND * torch.from_numpy(source.normal(value.numel())).view(value.shape)
+            for key, value in total.items()}
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features scaled to norm 1."""
+    return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def gradient_sketch(model: Adapted, data: Encoded, columns: int, inputs: bool) -> dict[str, Tensor]:
+    """Frequent Directions of the full weights' gradients at the model as it is, [d, columns] by site.
+
+    Args:
+        inputs: sketch right singular directions (d = inputs) instead of left ones (d = outputs).
+    """
+    weights = {site: layer.get_parameter("weight") for site, layer in model.frozen.items()}
+    device = next(iter(weights.values())).device
+    sketches: dict[str, Tensor] = {}
+    for value in weights.values():
+        value.requires_grad_(True)
+    try:
+        for start in range(0, len(data), SKETCH_ROWS):
+            index = np.arange(start, min(start + SKETCH_ROWS, len(data)))
+            loss = per_sample_loss(model, *on_device(data, index, device)).mean()
+            slopes = torch.autograd.grad(loss, list(weights.values()))
+            for (site, layer), slope in zip(model.frozen.items(), slopes, strict=True):
+                gradient = slope.cpu().double()
+                if (type(layer).__name__ == "Conv1D") != inputs:
+                    gradient = gradient.T
+                before = sketches.get(site, gradient.new_zeros(len(gradient), columns))
+                sketches[site] = sketch(before, gradient)[0]
+    finally:
+        for value in weights.values():
+            value.requires_grad_(False)
+    return sketches
+

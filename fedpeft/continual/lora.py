@@ -1,0 +1,52 @@
+"""What bodies with a LoRA for each task share: drawing a pair, putting it by, and the sum of what was put by.
+
+A pair is A [r, in], Kaiming-uniform, and B [out, r], zero: it starts as no change of the layer's weight. What trains is
+in `parameters` as `layer/A` and `layer/B`; earlier tasks are in `memory["adapters"]` as `past/task/layer/A` and `/B`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedpeft.continual.body import Body, leaf
+
+
+def drawn(width: int, r: int, generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform A [r, width], as peft draws it."""
+    return (2 * torch.rand(r, width, generator=generator) - 1) / math.sqrt(width)
+
+
+def begin(body: Body, r: int, *path: str | int) -> None:
+    """A fresh pair of rank r in `parameters` for every layer; `path` names the draw."""
+    for layer in body.model.layers:
+        m, n = body.model.shape(layer)
+        body.parameters[f"{layer}/A"] = leaf(drawn(n, r, body.generator("A", layer, *path)))
+        body.parameters[f"{layer}/B"] = leaf(torch.zeros(m, r))
+
+
+def put_by(body: Body) -> None:
+    """Copy the pairs of the task before this one to the past; nothing before the first task."""
+    for layer in body.model.layers if body.index else ():
+        for role in ("A", "B"):
+            key = f"{layer}/{role}"
+            body.memory["adapters"][f"past/{body.index - 1}/{key}"] = body.parameters[key].detach().clone()
+
+
+def past(body: Body, layer: str) -> list[tuple[Tensor, Tensor]]:
+    """(B, A) of the layer for every task that was put by, oldest first."""
+    kept = body.memory["adapters"]
+    return [(kept[f"past/{task}/{layer}/B"], kept[f"past/{task}/{layer}/A"]) for task in range(body.index)]
+
+
+def side_by_side(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One pair [B_1 ... B_k], [A_1; ...; A_k] whose product is the sum of the pairs' products."""
+    return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs])
+
+
+def overlap(A: Tensor, pairs: list[tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Tensor:
+    """sum over earlier pairs i of weights_i |A A_i^T|, entries summed: zero where all rows are orthogonal."""
+    each = torch.stack([(A @ old.T).abs().sum() for _, old in pairs])
+    return each.sum() if weights is None else (weights * each).sum()

@@ -1,0 +1,107 @@
+"""What benchmarks of many cells share: lists of names with options, and cells as files that are not run again.
+
+    >>> entries("digits-c/dirichlet:delta=0.1,batch=16,vader/movie")
+    ['digits-c/dirichlet:delta=0.1,batch=16', 'vader/movie']
+    >>> named("coso:side=in,r1=4")
+    ('coso', {'side': 'in', 'r1': 4})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+from fedpeft import __version__, files, registry
+from fedpeft import config as configs
+from fedpeft.errors import InputError
+
+Row = dict[str, Any]
+
+
+def entries(text: str) -> list[str]:
+    """A list with commas between, whose entries may hold commas in their options: name:key=value,key=value."""
+    found: list[str] = []
+    for piece in (part.strip() for part in text.split(",") if part.strip()):
+        if re.match(r"\w+\s*=", piece) and found and ":" in found[-1]:
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return found
+
+
+def named(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of an entry; values are read as YAML."""
+    name, _, options = text.partition(":")
+    return name, configs.parse_overrides(options.split(",")) if options else {}
+
+
+def registered(table: str, text: str, flag: str) -> tuple[str, dict[str, Any]]:
+    """Name and options, as users write them, of an entry of a registry table.
+
+    Raises:
+        InputError: an unknown name or option, or a value out of bounds; `flag` is blamed.
+    """
+    name, given = named(text)
+    cls = registry.load(table, name, flag)
+    known = configs.options_of(cls)
+    for key in given:
+        if key not in known:
+            raise InputError(registry.unknown(f"{flag} {name}", key, known))
+    configs.build(cls.Config, {known[key].name: value for key, value in given.items()}, f"{flag} {name}")
+    return name, given
+
+
+def canonical(name: str, options: Any) -> str:
+    """The name with all options that are not the default, in the order of their declaration."""
+    changed = [f"{item.name}={getattr(options, item.name)}" for item in dataclasses.fields(options)
+               if getattr(options, item.name) != configs.default_of(item)]
+    return name + (f":{','.join(changed)}" if changed else "")
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.=-]+", "_", name)
+
+
+def read(path: Path, key: Row) -> Row | None:
+    """The row of a finished cell, None where it has not been run.
+
+    Raises:
+        InputError: it was run with something else than `key`.
+    """
+    if not path.exists():
+        return None
+    row: Row = json.loads(path.read_text())
+    other = [name for name, value in key.items() if row.get(name) != value]
+    if other:
+        raise InputError(f"{path}: this cell was run with another {' and '.join(other)}. Give another --out.")
+    return row
+
+
+def write(path: Path, row: Row) -> None:
+    files.write_bytes(path, (json.dumps(row, indent=1, allow_nan=False) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def spread(values: list[float]) -> float | None:
+    """Standard deviation over seeds; None for one."""
+    return stdev(values) if len(values) > 1 else None
+
+
+def percent(value: float, deviation: float | None) -> str:
+    """A share as 71.2 ± 1.5, in points."""
+    return f"{100 * value:.1f}{plus_minus(deviation)}"
+
+
+def plus_minus(value: float | None) -> str:
+    return "" if value is None else f" ± {100 * value:.1f}"

@@ -1,0 +1,339 @@
+"""What the continual benchmark says: means over seeds, a table, plots and a page, from results.json alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from fedpeft import files, plots, report
+from fedpeft.continual.matrix import NAMES, accuracies, curve
+from fedpeft.errors import InputError
+from fedpeft.simulations.benchmarks.cells import percent, plus_minus, spread
+from fedpeft.simulations.benchmarks.federated_report import distinct, select
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry", "learning_acc")  # fit a terminal
+AGAINST = "against frozen"
+FITTED = ("lda", "ranpac")
+COSTS = ("kB kept", "passes", "CPU s")
+LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all test records after the last task; "
+          "aia_micro: mean over tasks of the accuracy on what was seen; a_auc: that weighted by records, for streams "
+          "without boundaries; forgetting_chaudhry: best earlier accuracy of a task minus its last, mean over tasks "
+          "(below 0: later tasks helped); learning_acc: accuracy of each task right after it. against frozen: "
+          "acc_micro minus that of the better of lda and ranpac over the frozen body, paired by seed, ± standard error. "
+          "kB kept: what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of "
+          "the training that a head shares with the others of its body. A closed-form head over frozen needs none.")
+MARKERS = "osD^vPX*<>"
+Row = dict[str, Any]
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """One row for every body and head: means over the seeds that it ran with, or why it did not run."""
+    found = []
+    for body in distinct(rows, "body"):
+        for head in distinct(select(rows, body=body), "head"):
+            given = select(rows, body=body, head=head)
+            ran = [row for row in given if not row["refused"]]
+            found.append({"body": body, "head": head, "seeds": len(ran),
+                          "refused": None if ran else given[0]["refused"], **(_means(ran) if ran else {})})
+    if best := reference(found):
+        fixed = {row["seed"]: row["metrics"]["acc_micro"] for row in select(rows, body="frozen", head=best["head"])}
+        for row in found:
+            own = [one for one in select(rows, body=row["body"], head=row["head"]) if not one["refused"]]
+            pairs = [one["metrics"]["acc_micro"] - fixed[one["seed"]] for one in own]
+            deviation = spread(pairs)
+            row["difference"] = mean(pairs) if pairs else None
+            row["difference_error"] = None if deviation is None else deviation / math.sqrt(len(pairs))
+    return found
+
+
+def reference(rows: list[Row]) -> Row | None:
+    """Of the summary: the best of `FITTED` over the frozen body, what needs no training; None where there is none."""
+    fitted = [row for row in rows if row["body"] == "frozen" and row["head"].partition(":")[0] in FITTED
+              and not row["refused"]]
+    return max(fitted, key=lambda row: row["metrics"]["acc_micro"], default=None)
+
+
+def _means(ran: list[Row]) -> Row:
+    each = {name: [row["metrics"][name] for row in ran if row["metrics"][name] is not None] for name in NAMES}
+    last = [row["ledger"][-1] for row in ran]
+    kept = {kind: mean(entry["stored_bytes"][kind] for entry in last) for kind in last[0]["stored_bytes"]}
+    head = mean(row["head_bytes"] for row in ran)
+    return {
+        "metrics": {name: mean(values) if values else None for name, values in each.items()},
+        "sd": {name: spread(values) for name, values in each.items()},
+        "undefined": ran[0]["undefined"], "stored_bytes": kept, "head_bytes": head,
+        "bytes": sum(kept.values()) + head,
+        "parameters": last[0]["parameters"],
+        "passes": mean(entry["passes_per_prediction"] for entry in last),
+        "train_cpu_s": mean(sum(entry["train_cpu_s"] for entry in row["ledger"]) for row in ran),
+    }  # fmt: skip
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def show(results: Row) -> None:
+    """Print the table, what was refused, and the command that makes it."""
+    from fedpeft.console import out
+
+    out.print(f"{headline(results)}", markup=False, style="bold")
+    out.print(_table(results["summary"]))
+    for line in notes(results):
+        out.print(line, markup=False, soft_wrap=True)
+    out.print(sentence(results["summary"]), markup=False, soft_wrap=True)
+    out.print(LEGEND, style="dim", markup=False)
+    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+
+
+def headline(results: Row) -> str:
+    where = "a held-out part of the training set" if results["validation"] else "the test set"
+    settings = ", ".join(f"{key} {value:g}" for key, value in results["train"].items())
+    return (f"{results['stream']}, {results['scenario']} stream, {results['seeds']} seeds, evaluated on {where}; "
+            f"{settings}")
+
+
+def notes(results: Row) -> list[str]:
+    """What a reader must know beside the numbers."""
+    found = []
+    if results["quick"]:
+        found.append("A quick version: it shows that the benchmark runs and says nothing of methods.")
+    if results["validation"]:
+        found.append("Evaluated on a held-out part of the training set, to choose settings by; no result.")
+    if results["added_heads"]:
+        found.append(f"Not asked for, and always in the table: {', '.join(results['added_heads'])}.")
+    refused = [row for row in results["summary"] if row["refused"]]
+    return found + [f"Refused: {row['body']} with {row['head']}: {row['refused']}" for row in refused]
+
+
+def sentence(rows: list[Row]) -> str:
+    """What a reader takes away: the best of all, and what the features of the frozen model reach without training."""
+    ran = sorted((row for row in rows if not row["refused"]), key=lambda row: -row["metrics"]["acc_micro"])
+    if not ran:
+        return "Nothing could be run."
+    text = f"Highest accuracy after the last task: {_named(ran[0])}."
+    best = reference(rows)
+    if best is None:
+        return text + " Not run: frozen, whose closed-form heads are what training has to beat."
+    above = [f"{row['body']} with {row['head']}" for row in ran if row["difference_error"] is not None
+             and row["difference"] > 2 * row["difference_error"] > 0]
+    return (f"{text} Without any training of the body: {_named(best)}; above that by more than two standard errors: "
+            f"{', '.join(above) or 'nothing'}.")
+
+
+def _named(row: Row) -> str:
+    return f"{row['body']} with {row['head']} ({percent(row['metrics']['acc_micro'], row['sd']['acc_micro'])} %)"
+
+
+def heads_of(rows: list[Row], names: tuple[str, ...]) -> list[str]:
+    """The metrics that are defined in any row, in this order."""
+    return [name for name in names if any(not row["refused"] and row["metrics"][name] is not None for row in rows)]
+
+
+def line(row: Row, names: list[str]) -> list[str]:
+    """The texts of a row: body, head, metrics, costs."""
+    if row["refused"]:
+        return [row["body"], row["head"], "refused", *["–"] * (len(names) + len(COSTS))]
+    scores = ["–" if row["metrics"][name] is None else percent(row["metrics"][name], row["sd"][name]) for name in names]
+    difference = "–" if row.get("difference") is None else f"{100 * row['difference']:+.1f}"
+    return [row["body"], row["head"], *scores, difference + plus_minus(row.get("difference_error")),
+            f"{row['bytes'] / 1000:,.1f}", f"{row['passes']:.3g}", f"{row['train_cpu_s']:.1f}"]
+
+
+def _table(rows: list[Row]) -> Table:
+    from rich.table import Table
+
+    names = heads_of(rows, SHORT)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for head in ("body", "head", *names, *COSTS):
+        table.add_column(re.sub("[_ ]", "\n", head), justify="left" if head in ("body", "head") else "right",
+                         no_wrap=head != "body", overflow="fold")
+    for row in rows:
+        texts = dict(zip(("body", "head", *names, AGAINST, *COSTS), line(row, names), strict=True))
+        table.add_row(*(text for head, text in texts.items() if head != AGAINST))
+    return table
+
+
+# Plots ----------------------------------------------------------------------------------------------------------------
+
+
+def figures(results: Row) -> dict[str, bytes]:
+    """PNG images by name: accuracy over tasks, forgetting against bytes, heat maps of the matrices."""
+    ran = [row for row in results["rows"] if not row["refused"]]
+    if not ran:
+        return {}
+    with plots.style():
+        drawn = {"tasks": over_tasks(ran), "forgetting": against_bytes(results["summary"]), "matrices": matrices(ran)}
+        return {name: plots.png(figure) for name, figure in drawn.items() if figure is not None}
+
+
+def over_tasks(ran: list[Row]) -> Figure:
+    """Accuracy on the tasks seen, after each task, mean over seeds; a panel a head."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    heads = distinct(ran, "head")
+    figure = Figure(figsize=(min(3.6 * len(heads) + 1, 16), 4.4))
+    panels = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
+    for axes, head in zip(panels, heads, strict=True):
+        for number, body in enumerate(distinct(ran, "body")):
+            curves = [curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
+            if curves:
+                color, dashes = _look(number)
+                axes.plot(range(1, len(curves[0]) + 1), 100 * sum(curves) / len(curves), color=color,
+                          linestyle=dashes, label=_label(body))
+        axes.set_title(head)
+        axes.set_xlabel("tasks learned")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(0, 100)
+    panels[0].set_ylabel("accuracy on the tasks seen in %")
+    known = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def against_bytes(rows: list[Row]) -> Figure | None:
+    """Forgetting against what must be kept; None where forgetting is not defined."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ran = [row for row in rows if not row["refused"] and row["metrics"]["forgetting_chaudhry"] is not None]
+    if not ran:
+        return None
+    figure = Figure(figsize=(8.5, 4.6))
+    axes = figure.subplots()
+    bodies, heads = distinct(ran, "body"), distinct(ran, "head")
+    for row in ran:
+        axes.plot(row["bytes"] / 1000, 100 * row["metrics"]["forgetting_chaudhry"],
+                  color=_look(bodies.index(row["body"]))[0], marker=MARKERS[heads.index(row["head"]) % len(MARKERS)],
+                  markersize=7, fillstyle="full" if _look(bodies.index(row["body"]))[1] == "-" else "none")
+    for number, body in enumerate(bodies):
+        color, dashes = _look(number)
+        axes.plot([], [], "s", color=color, fillstyle="full" if dashes == "-" else "none", label=_label(body))
+    for number, head in enumerate(heads):
+        axes.plot([], [], MARKERS[number % len(MARKERS)], color=plots.GREY, label=f"head {head}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="kB kept by body and head after the last task", ylabel="forgetting_chaudhry in points")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def matrices(ran: list[Row]) -> Figure:
+    """Accuracy on each task (columns) after each task (rows), mean over seeds; white lies in the future."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    bodies, heads = distinct(ran, "body"), distinct(ran, "head")
+    figure = Figure(figsize=(1.75 * len(heads) + 2.6, 1.6 * len(bodies) + 0.5))
+    grid = figure.subplots(len(bodies), len(heads) + 1, squeeze=False, width_ratios=[0.7, *[1] * len(heads)])
+    mesh = None
+    for body, (side, *across) in zip(bodies, grid, strict=True):
+        side.set_axis_off()
+        side.text(1, 0.5, body.replace(":", ":\n").replace(",", ",\n"), fontsize=8, ha="right", va="center")
+        for head, axes in zip(heads, across, strict=True):
+            axes.grid(False)
+            axes.set(xticks=[], yticks=[])
+            own = [accuracies(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
+            if own:
+                R = np.mean(own, axis=0)
+                mesh = axes.imshow(np.where(np.tri(len(R), dtype=bool), R, math.nan), vmin=0, vmax=1, cmap="viridis")
+            else:
+                axes.set_axis_off()
+            if body == bodies[0]:
+                axes.set_title(head, fontsize=9)
+    if mesh is not None:
+        figure.colorbar(mesh, ax=grid, format=PercentFormatter(1.0), shrink=min(1.0, 3 / len(bodies)))
+    return figure
+
+
+def _look(number: int) -> tuple[str, str]:
+    return plots.COLORS[number % len(plots.COLORS)], plots.DASHES[number // len(plots.COLORS) % len(plots.DASHES)]
+
+
+def _label(name: str) -> str:
+    return f" {name}" if name.startswith("_") else name  # matplotlib keeps _names out of legends
+
+
+# Page -----------------------------------------------------------------------------------------------------------------
+
+
+def write(out: Path) -> list[Path]:
+    """Draw the plots and write report.html from `out`/results.json; the files written, page last.
+
+    Raises:
+        InputError: there are no results.
+    """
+    path = out / "results.json"
+    if not path.is_file():
+        raise InputError(f"{path}: there are no results; run fedpeft bench continual --out {out}.")
+    results = json.loads(path.read_text())
+    images = figures(results)
+    for name, data in images.items():
+        files.write_bytes(out / f"{name}.png", data)
+    files.write_bytes(out / "report.html", page(results, images).encode())
+    return [*(out / f"{name}.png" for name in images), out / "report.html"]
+
+
+def page(results: Row, images: dict[str, bytes]) -> str:
+    """One HTML page that loads nothing from elsewhere."""
+    rows = results["summary"]
+    names = heads_of(rows, NAMES)
+    titles = {"tasks": "Accuracy over tasks", "forgetting": "Forgetting against bytes kept",
+              "matrices": "Accuracy on each task (columns) after each task (rows)"}
+    body = [f'<p class="lead">{escape(sentence(rows))}</p>', f"<p>{escape(headline(results))}. "
+            f"{escape(results['summary_of_stream'])}.</p>", *map(report.html_note, notes(results)),
+            report.html_table(["body", "head", *names, AGAINST, *COSTS], [line(row, names) for row in rows]),
+            f"<p>{escape(LEGEND)}</p>"]
+    for name, image in images.items():
+        body += [f"<h2>{titles[name]}</h2>", report.html_image(titles[name], image)]
+    body += ["<h2>What is kept</h2>", _kept(rows), "<h2>Metrics that are not defined</h2>", _undefined(rows),
+             "<h2>Runs</h2>", _runs(results["rows"]), "<h2>How it was made</h2>"]
+    facts = [["command", results["reproduce"]], ["training", json.dumps(results["train"])],
+             *([name, value] for name, value in results["versions"].items())]
+    return report.html_page(f"Continual learning: {results['stream']}", [*body, report.html_table([], facts)])
+
+
+def _kept(rows: list[Row]) -> str:
+    """Bytes by kind after the last task; and parameters."""
+    ran = [row for row in rows if not row["refused"]]
+    kinds = list(ran[0]["stored_bytes"]) if ran else []
+    heads = ["body", "head", "trained parameters", *(f"{kind}, bytes" for kind in kinds), "head, bytes"]
+    return report.html_table(heads, [
+        [row["body"], row["head"], f"{row['parameters']:,}", *(f"{row['stored_bytes'][kind]:,.0f}" for kind in kinds),
+         f"{row['head_bytes']:,.0f}"] for row in ran])
+
+
+def _undefined(rows: list[Row]) -> str:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in (row.get("undefined") or {}).items():
+            reasons.setdefault((name, reason), []).append(f"{row['body']} {row['head']}")
+    return report.html_table(["metric", "why", "where"], [
+        [name, reason, "everywhere" if len(where) == sum(not row["refused"] for row in rows) else ", ".join(where)]
+        for (name, reason), where in reasons.items()])
+
+
+def _runs(rows: list[Row]) -> str:
+    """Every run's stream and scores, and the options of every body and head."""
+    manifests = [[str(row["seed"]), row["manifest_sha256"]] for row in (
+        select(rows, seed=seed)[0] for seed in distinct(rows, "seed"))]
+    scores = [[row["body"], row["head"], str(row["seed"]), plots.percent(row["metrics"]["acc_micro"]),
+               "yes" if row["resumed"] else "no", row["stream"]] for row in rows if not row["refused"]]
+    options = [[kind, name, json.dumps(select(rows, **{kind: name})[0][f"{kind}_options"])]
+               for kind in ("body", "head") for name in distinct(rows, kind)]
+    return ("<details><summary>streams, scores, options</summary>"
+            + report.html_table(["seed", "sha256 of the stream's manifest"], manifests)
+            + report.html_table(["body", "head", "seed", "acc_micro", "went on from a checkpoint", "stream"], scores)
+            + report.html_table(["", "name", "options"], options) + "</details>")

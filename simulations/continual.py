@@ -1,0 +1,175 @@
+"""A federated run over a sequence of tasks: rounds, and between tasks the heads and the rows of the accuracy matrix.
+
+    for each task:  sketch of the clients' gradients, where the body wants one;  the body begins the task
+                    its rounds, as in any run
+                    sums for the head, from every client;  the head is fitted;  right answers on every task's test set
+
+What a finished task leaves (the head's sums, its row) is part of the server's state, so a resumed run goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedpeft.adapters import features
+from fedpeft.clients.learning import unit, width_of
+from fedpeft.continual import matrix
+from fedpeft.continual.body import only
+from fedpeft.continual.head import Head
+from fedpeft.data.encode import Encoded
+from fedpeft.simulations.world import World
+from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState
+from fedpeft.strategies.learning import exchange
+from fedpeft.strategies.learning.base import KEEP
+from fedpeft.strategies.learning.build import fits, head
+from fedpeft.strategies.learning.rounds import Learning, learning_of
+
+ROWS, SUMS = f"{KEEP}rows", f"{KEEP}sums|"
+Record = Callable[[dict[str, Any]], None]
+
+
+def run(here: World, grid: Grid, server: ServerState, rules: Rules, record: Record,
+        after_round: Callable[[ServerState], None]) -> ServerState:
+    """Run what is left of the sequence."""
+    strategy, learning = here.strategy, required(here.strategy)
+
+    def evaluate(state: ServerState) -> dict[str, float]:
+        return score(here, state)
+
+    while not complete(here, server):
+        done = len(server.numbers.get(ROWS, []))
+        if learning.begun(server) < done:
+            server = begin(here, grid, learning, server, done, rules, record)
+        until = replace(rules, rounds=(done + 1) * learning.curriculum.rounds)
+        server = strategy.run(grid, server=server, rules=until, record=record, after_round=after_round,
+                              evaluate=evaluate)
+        server = close(here, grid, learning, server, done, rules, record)
+        after_round(server)
+    return server
+
+
+def complete(here: World, server: ServerState) -> bool:
+    """Whether every task has been learned and counted."""
+    return len(server.numbers.get(ROWS, [])) == len(required(here.strategy).curriculum.groups)
+
+
+def begin(here: World, grid: Grid, learning: Learning, server: ServerState, task: int, rules: Rules, record: Record
+          ) -> ServerState:
+    """Ask for a sketch where the body wants one, and begin the task."""
+    found: dict[str, Tensor] = {}
+    if learning.body.sketches:
+        answers = exchange.sums(grid, learning, server, server.round + 1, "sketch", "online", server.adapter, rules,
+                                record)
+        found = exchange.sketch(answers, here.config.strategy.weighting == "uniform")
+    return learning.begin(server, task, found)
+
+
+def close(here: World, grid: Grid, learning: Learning, server: ServerState, task: int, rules: Rules, record: Record
+          ) -> ServerState:
+    """Fit the head on all clients' sums, and count right answers on every task's test records."""
+    if fits(here.config):
+        views = learning.body.views(server)
+        memory = dict(server.memory)
+        for view, adapter in views.items():
+            answers = exchange.sums(grid, learning, server, server.round, "head", view, adapter, rules, record)
+            for key, value in exchange.head_sums(answers).items():
+                # A view that is new has had the features of the first one until now, and so its sums.
+                old = memory.get(f"{SUMS}{view}|{key}", server.memory.get(f"{SUMS}online|{key}"))
+                memory[f"{SUMS}{view}|{key}"] = value if old is None else old + value
+        server = replace(server, memory=memory)
+    right, count = counts(here, learning, server, task)
+    rows = [*server.numbers.get(ROWS, []), right]
+    record({"event": "task", "round": server.round, "task": task, "classes": learning.curriculum.classes(task),
+            "right": right, "count": count})
+    return replace(server, numbers={**server.numbers, ROWS: rows})
+
+
+def score(here: World, server: ServerState) -> dict[str, float]:
+    """Accuracy over the test records of all classes seen so far, by the trained head: others are fitted later."""
+    learning = required(here.strategy)
+    seen = learning.curriculum.seen(learning.curriculum.task(max(server.round, 1)))
+    data = here.test_encoded
+    mine = torch.isin(data.labels, torch.tensor(seen)).nonzero().flatten().numpy()
+    right, loss = 0, 0.0
+    for scores, labels in scored(here, learning, server, data.subset(mine), seen, None):
+        right += int((scores.argmax(-1) == labels).sum())
+        if len(learning.body.views(server)) == 1:
+            loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
+    single = len(learning.body.views(server)) == 1  # an ensemble's scores are no distribution
+    return {"accuracy": right / len(mine), "loss": loss / len(mine) if single else float("nan")}
+
+
+def counts(here: World, learning: Learning, server: ServerState, task: int) -> tuple[list[int], list[int]]:
+    """Right answers, and records, on every task's test set; classes seen so far compete."""
+    seen, data = learning.curriculum.seen(task), here.test_encoded
+    heads = fitted(here, learning, server, seen)
+    right, count = [], []
+    for other in range(len(learning.curriculum.groups)):
+        part = data.subset(learning.curriculum.of(data.labels.numpy(), other))
+        right.append(sum(int((scores.argmax(-1) == labels).sum())
+                         for scores, labels in scored(here, learning, server, part, seen, heads)))
+        count.append(len(part))
+    return right, count
+
+
+def fitted(here: World, learning: Learning, server: ServerState, seen: list[int]) -> dict[str, Head] | None:
+    """The head of each view from the sums in the state; None where the trained head answers."""
+    if not fits(here.config):
+        return None
+    heads = {}
+    for view in learning.body.views(server):
+        made = head(here.config, len(here.train.label_names), width_of(here.local.model))
+        prefix = f"{SUMS}{view}|"
+        made.update({key.removeprefix(prefix): value for key, value in server.memory.items()
+                     if key.startswith(prefix)}, seen)
+        heads[view] = made
+    return heads
+
+
+def scored(here: World, learning: Learning, server: ServerState, data: Encoded, seen: list[int],
+           heads: dict[str, Head] | None) -> list[tuple[Tensor, Tensor]]:
+    """Scores [N, C] and labels [N] by batches."""
+    model, by_view = here.local.model, {}
+    for view, adapter in learning.body.views(server).items():
+        model.write(adapter)
+        by_view[view] = [(_answer(here, heads, view, found, logits, seen), labels)
+                         for found, logits, labels in features.batches(model, data)]
+    first = next(iter(by_view.values()))
+    return [(learning.body.combine({view: parts[number][0] for view, parts in by_view.items()}), labels)
+            for number, (_, labels) in enumerate(first)]
+
+
+def _answer(here: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
+            ) -> Tensor:
+    if heads is None:
+        return only(logits, seen)
+    private = here.config.continual.statistics_noise is not None
+    return heads[view].scores(unit(found) if private else found, None)
+
+
+def section(here: World, server: ServerState) -> dict[str, Any] | None:
+    """What the summary says of the sequence: the matrix of right answers, test counts, and all metrics from both."""
+    learning = learning_of(here.strategy)
+    if learning is None:
+        return None
+    right = server.numbers.get(ROWS, [])
+    labels = here.test_encoded.labels.numpy()
+    count = [len(learning.curriculum.of(labels, task)) for task in range(len(learning.curriculum.groups))]
+    return {"body": here.config.continual.body, "head": here.config.continual.head,
+            "tasks": [[here.train.label_names[label] for label in learning.curriculum.classes(task)]
+                      for task in range(len(learning.curriculum.groups))],
+            "right": right, "count": count,
+            "metrics": matrix.summary(right, count) if len(right) == len(count) else None}
+
+
+def required(strategy: FederatedStrategy) -> Learning:
+    found = learning_of(strategy)
+    assert found is not None
+    return found
+

@@ -1,0 +1,84 @@
+"""From the `continual` section of a config to the body around a strategy, and the combinations that are refused."""
+
+from __future__ import annotations
+
+from fedpeft import registry
+from fedpeft.config import Config, method
+from fedpeft.continual import curriculum
+from fedpeft.continual.head import Head
+from fedpeft.errors import InputError
+from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.learning.base import ServerBody
+from fedpeft.strategies.learning.rounds import Learning
+
+
+def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> FederatedStrategy:
+    """The strategy with the config's body around it.
+
+    Args:
+        classes: of the data, in tasks of which it is to be run; None for one that is only looked at.
+    """
+    section = config.continual
+    name = str(section.body)
+    body: ServerBody = method("server_bodies", name, section.options, "continual.body")
+    compete = registry.load("heads", section.head, "continual.head").loss
+    plan = curriculum.make(section, classes or section.tasks, config.run.rounds, config.run.seed)
+    return Learning(strategy, body, plan, compete, name)
+
+
+def head(config: Config, classes: int, width: int) -> Head:
+    """The config's head over features of this width."""
+    section = config.continual
+    made: Head = method("heads", section.head, section.head_options, "continual.head", classes=classes, width=width,
+                        seed=config.run.seed)
+    return made
+
+
+def fits(config: Config) -> bool:
+    """Whether the config's head is fitted on sums over records, and so asks for them after every task."""
+    return type(head(config, 1, 1)).statistics is not Head.statistics
+
+
+def check(config: Config) -> None:
+    """Refuse what a sequence of tasks cannot be run with, before anything is loaded."""
+    section, privacy = config.continual, config.privacy
+    if section.body is None:
+        return
+    body: ServerBody = method("server_bodies", section.body, section.options, "continual.body")
+    fitted = fits(config)
+    if config.run.rounds % section.tasks:
+        raise InputError(f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
+                         "and every task has the same number of rounds.")
+    if config.model.task == "causal-lm":
+        raise InputError("continual.body: tasks are groups of classes, and model.task=causal-lm has none.")
+    if not config.adapter.train_head:
+        raise InputError("adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
+                         "adapter.train_head=true.")
+    if privacy.unit == "client" and (fitted or body.sketches):
+        raise InputError(f"privacy.unit=client: continual.head={section.head} and continual.body={section.body} ask "
+                         "clients for more than an update, which its noise does not cover. Set continual.head=linear "
+                         "and a body without sketches (coso: continual.basis=random).")
+    if config.secagg.enabled and (fitted or body.sketches):
+        raise InputError(f"secagg.enabled=true: the sums for continual.head={section.head} or the sketches of "
+                         f"continual.body={section.body} would be sent in the clear. Set continual.head=linear and a "
+                         "body without sketches (coso: continual.basis=random).")
+    if privacy.unit != "sample":
+        if section.statistics_noise is not None:
+            raise InputError(f"continual.statistics_noise={section.statistics_noise:g} is for privacy.unit=sample.")
+        return
+    if privacy.policy is not None:
+        raise InputError(f"privacy.policy={privacy.policy}: every task of a sequence has a ledger of its own, and a "
+                         "policy bounds what one ledger of a client holds. Set privacy.policy=null.")
+    if body.replays:
+        raise InputError(f"privacy.unit=sample: continual.body={section.body} shows earlier records again in later "
+                         "tasks, so their privacy loss would add up over all tasks. Take a body without replay.")
+    if body.sketches:
+        raise InputError(f"privacy.unit=sample: continual.body={section.body} sends sketches of gradients without "
+                         "noise. Set continual.basis=random.")
+    if fitted and section.statistics_noise is None:
+        raise InputError(f"privacy.unit=sample: continual.head={section.head} is fitted on sums over records. Set "
+                         "continual.statistics_noise (their noise multiplier), or continual.head=linear.")
+    if fitted and privacy.epsilon is not None:
+        raise InputError(f"privacy.epsilon={privacy.epsilon:g}: it plans the noise of training alone, and the sums for "
+                         f"continual.head={section.head} cost more. Give privacy.noise_multiplier instead; the budget "
+                         "then covers both.")

@@ -1,0 +1,95 @@
+"""Asking clients for sums over their records: what a head is fitted on after a task, or a sketch before it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedpeft.state import AdapterState
+from fedpeft.strategies import wire
+from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.strategies.learning.coso import merged
+from fedpeft.strategies.learning.rounds import Learning
+
+log = logging.getLogger("fedpeft")
+Record = Callable[[dict[str, Any]], None]
+
+
+def sums(grid: Grid, learning: Learning, server: ServerState, number: int, what: str, view: str,
+         adapter: AdapterState, rules: Rules, record: Record) -> list[tuple[dict[str, Tensor], float]]:
+    """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
+
+    Args:
+        number: round whose task is meant: the first one for a sketch, the last one for a head.
+        what: "head" or "sketch".
+        view: the adapter's name among the body's views.
+
+    Raises:
+        RoundFailed: fewer than the quorum answered.
+    """
+    roster = wire.PACKED.roster(grid, rules.clients)
+    plan = learning.curriculum
+    task = plan.task(number)
+    message = {"round": number, "sums": what, "view": view,
+               "learn": {"task": task, "classes": plan.classes(task), "seen": plan.seen(task),
+                         "compete": plan.classes(task) if learning.compete == "local" else plan.seen(task)}}
+    content = {node: wire.PACKED.content(adapter, message) for node in roster.values()}
+    replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
+    found, form = [], None
+    for client in sorted(roster):
+        try:
+            tensors, weight = read(replies[roster[client]], number)
+            form = form or {key: value.shape for key, value in tensors.items()}
+            if {key: value.shape for key, value in tensors.items()} != form:
+                raise wire.BadReply("sums of another form than the other clients'")
+            found.append((tensors, weight))
+        except wire.BadReply as error:
+            log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
+            record({"event": "sums_missing", "round": number, "client": client, "reason": str(error)})
+    needed = math.ceil(rules.quorum * len(roster))
+    if len(found) < needed:
+        raise RoundFailed(f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="
+                          f"{rules.quorum} needs {needed}.")
+    sent = sum(value.numel() * value.element_size() for tensors, _ in found for value in tensors.values())
+    record({"event": "sums", "round": number, "task": task, "sums": what, "view": view, "clients": len(found),
+            "bytes_up": sent, "bytes_down": adapter.nbytes * len(roster)})
+    return found
+
+
+def read(reply: Any, number: int) -> tuple[dict[str, Tensor], float]:
+    """Tensors of one reply by name, and its weight.
+
+    Raises:
+        BadReply: an error, another round's, or not finite.
+    """
+    weight = wire.metrics(reply)["num-examples"]
+    try:
+        adapter, task = wire.PACKED.open(wire.opened(reply))
+        answered = task["round"]
+    except (*wire.MALFORMED, json.JSONDecodeError) as error:
+        raise wire.BadReply(f"unreadable sums: {error}") from error
+    if answered != number:
+        raise wire.BadReply(f"stale: sums of round {answered}, not {number}")
+    for key, value in adapter.tensors.items():
+        if not torch.isfinite(value).all():
+            raise wire.BadReply(f"{key} has NaN or inf")
+    return {key.partition(":")[2]: value for key, value in adapter.tensors.items()}, weight
+
+
+def head_sums(answers: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
+    """The sum over clients: that of all their records."""
+    first = answers[0][0]
+    return {key: torch.stack([tensors[key].double() for tensors, _ in answers]).sum(0) for key in first}
+
+
+def sketch(answers: list[tuple[dict[str, Tensor], float]], uniform: bool) -> dict[str, Tensor]:
+    """One sketch of all clients' gradients by site, weighted like their updates."""
+    weights = [1.0 if uniform else weight for _, weight in answers]
+    return {site: merged([tensors[site] for tensors, _ in answers], weights) for site in answers[0][0]}

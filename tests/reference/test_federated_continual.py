@@ -1,0 +1,552 @@
+"""Federated continual learning in float64: what each body promises of a task, checked on products and sums.
+
+The federation is made up (`dense.py`): clients move by random steps, so a guarantee cannot hold by luck of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import small_models as small
+import torch
+from torch.nn import functional as F
+
+from fedpeft import registry
+from fedpeft.adapters import features
+from fedpeft.clients.cohort import Job, train_cohort
+from fedpeft.clients.learning import BOUND, gradient_sketch, head_sums, joined, private_head_sums, records, replayed
+from fedpeft.clients.train import per_sample_loss, train
+from fedpeft.config import ClientConfig
+from fedpeft.continual.curriculum import Curriculum
+from fedpeft.continual.subspace import sketch
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import InputError, RunError
+from fedpeft.privacy.gradients import per_sample_gradients
+from fedpeft.privacy.noise import Seeded
+from fedpeft.state import AdapterState
+from fedpeft.strategies.base import Update
+from fedpeft.strategies.learning.coso import merged
+from fedpeft.strategies.learning.rounds import Learning
+
+SHAPES = {"u": (12, 14), "v": (13, 12)}
+WEIGHTS = [10.0, 30.0, 20.0, 5.0, 15.0]
+TASKS, ROUNDS, RANK = 3, 3, 3
+EXACT = 1e-10
+DENSE = {"fedsvd": {"transport": "dense"}, "ffa_lora": {"transport": "dense"}}
+
+
+def learning(dense, body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=None, **options):
+    """A body around a strategy, with TASKS tasks of one class."""
+    inner = dense.make(rule, **DENSE.get(rule, {}))
+    inner = inner if wrap is None else dense.make(wrap, inner=inner)
+    made = registry.load("server_bodies", body)(**options)
+    strategy = Learning(inner, made, Curriculum(tuple((task,) for task in range(TASKS)), rounds), compete, body)
+    strategy.population = len(WEIGHTS)
+    return strategy
+
+
+def sequence(dense, strategy, start, sketches=None, tasks=TASKS):
+    """Of each task: the state before it began, the state in which it began, its rounds."""
+    server = strategy.initial(start, 0)
+    for task in range(tasks):
+        ended = server
+        began = server = strategy.begin(ended, task, {} if sketches is None else sketches(task))
+        played = []
+        for _ in range(strategy.curriculum.rounds):
+            played.append(dense.play(strategy, server, began.adapter, WEIGHTS))
+            server = played[-1].server
+        yield ended, began, played
+
+
+def kept(server, what):
+    """What a body keeps, by site."""
+    ending = f"|{what}"
+    return {key.removeprefix("continual:").removesuffix(ending): dense_array(value)
+            for key, value in server.memory.items() if key.endswith(ending)}
+
+
+def dense_array(value):
+    return value.double().numpy()
+
+
+def span(*parts):
+    """Orthonormal columns that span all columns of the parts."""
+    U, S, _ = np.linalg.svd(np.hstack(parts), full_matrices=False)
+    return U[:, S > 1e-9 * S[0]]
+
+
+def share(projected, whole):
+    return np.linalg.norm(projected) / np.linalg.norm(whole)
+
+
+# factor_coso ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora", "fedit"])
+@pytest.mark.parametrize("side", ["in", "out", "both"])
+def test_factor_coso_leaves_what_earlier_tasks_rely_on(dense, rule, side):
+    """The protected spaces are recomputed here from the factors that each task ended with, not read from the body."""
+    strategy = learning(dense, "factor_coso", rule, side=side, **({} if side == "in" else {"energy": 1.0}))
+    rows = {site: np.zeros((n, 0)) for site, (_, n) in SHAPES.items()}
+    columns = {site: np.zeros((m, 0)) for site, (m, _) in SHAPES.items()}
+    for _, began, played in sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES)):
+        for site in SHAPES:
+            before = dense.effective(began.adapter, site)
+            for done in played:
+                change = dense.effective(done.server.adapter, site) - before
+                assert np.linalg.norm(change) > 0.1
+                if side != "out":
+                    assert share(change @ rows[site], change) <= EXACT
+                    A = dense.array(done.sent.adapter[f"{site}/A"])
+                    np.testing.assert_allclose(A @ A.T, np.eye(RANK), atol=1e-12)
+                if side != "in":
+                    assert share(columns[site].T @ change, change) <= EXACT
+            last = played[-1].server.adapter
+            rows[site] = span(rows[site], dense.array(last[f"{site}/A"]).T)
+            columns[site] = span(columns[site], dense.array(last[f"{site}/B"]))
+    widest = rows if side != "out" else columns
+    assert all(widest[site].shape[1] == TASKS * RANK for site in SHAPES)
+
+
+@pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora"])
+def test_plain_training_would_not(dense, rule):
+    """The same federation, updates and checks with nothing done against forgetting."""
+    first, second, _ = sequence(dense, learning(dense, "sequential", rule), dense.fresh(RANK, shapes=SHAPES))
+    for site in SHAPES:
+        old = first[2][-1].server.adapter
+        change = dense.effective(second[2][-1].server.adapter, site) - dense.effective(old, site)
+        assert share(change @ span(dense.array(old[f"{site}/A"]).T), change) > 0.9
+        assert share(span(dense.array(old[f"{site}/B"])).T @ change, change) > 0.2
+
+
+@pytest.mark.parametrize("body, rule, options", [
+    ("factor_coso", "fedsvd", {"side": "in"}), ("factor_coso", "fedsvd", {"side": "both"}),
+    ("factor_coso", "ffa_lora", {"side": "out"}), ("coso", "fedit", {"basis": "random", "side": "out"}),
+])
+def test_beginning_a_task_changes_no_function(dense, body, rule, options):
+    """What was learned moves into the base; B A starts at zero; later tasks add to the same base."""
+    strategy = learning(dense, body, rule, **options)
+    for task, (ended, began, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES))):
+        for site in SHAPES:
+            assert np.linalg.norm(dense.product(began.adapter, site)) == 0
+            if task > 0:
+                assert dense.relative(dense.base(began.adapter, site), dense.effective(ended.adapter, site)) < 1e-13
+            for before, done in zip([began, *(one.server for one in played)], played, strict=False):
+                again = dense.effective(done.sent.adapter, site)  # FedSVD has refactored
+                assert np.linalg.norm(again - dense.effective(before.adapter, site)) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora", "fedit"])
+def test_factor_coso_uploads_B_and_the_head_alone(dense, rule):
+    """The docstring: A is frozen within a task, and uploads are B (and the head)."""
+    for _, began, played in sequence(dense, learning(dense, "factor_coso", rule), dense.fresh(RANK, shapes=SHAPES)):
+        for done in played:
+            for update in done.updates:
+                assert {update.adapter.role(key) for key in update.adapter.tensors} == {"B", "head"}
+        assert {began.adapter.role(key) for key in began.adapter.tensors} >= {"A", "B", "head"}
+
+
+def test_factor_coso_protects_the_leading_columns_of_B(dense):
+    """sigma^2 of B: 16, 4, 1 of 21. A share of 0.98 keeps two (20 / 21 = 0.952), one of 0.9 keeps one (0.762)."""
+    U = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 3)))[0]
+    for energy, width in [(0.98, 2), (0.9, 1), (1.0, 3)]:
+        strategy = learning(dense, "factor_coso", side="out", energy=energy)
+        start = dense.fresh(RANK, shapes={"u": (12, 14)})
+        server = strategy.begin(strategy.initial(start, 0), 0, {})
+        moved = server.adapter.replace({"u/B": torch.tensor(U * [4.0, 2.0, 1.0])})
+        M = kept(strategy.begin(replace(server, adapter=moved, round=ROUNDS), 1, {}), "M")["u"]
+        np.testing.assert_allclose(M @ M.T, U[:, :width] @ U[:, :width].T, atol=1e-12)
+
+
+def test_factor_coso_refuses_the_task_that_has_no_room(dense):
+    """Seven inputs and rank 3: two tasks."""
+    strategy = learning(dense, "factor_coso")
+    server = strategy.initial(dense.fresh(RANK, shapes={"u": (9, 7)}), 0)
+    for task in range(2):
+        server = replace(strategy.begin(replace(server, round=task * ROUNDS), task, {}), round=(task + 1) * ROUNDS)
+    with pytest.raises(InputError, match=r"u has 7 dimensions, of which 6 are protected; task 2 needs 3 more\. Lower"):
+        strategy.begin(server, 2, {})
+
+
+# coso -----------------------------------------------------------------------------------------------------------------
+
+
+def sketches_of(side, columns=5, spread=0.3):
+    """Made-up sketches by task, singular values falling by `spread`."""
+    def give(task):
+        random = np.random.default_rng(70 + task)
+        sizes = {site: shape[0 if side == "out" else 1] for site, shape in SHAPES.items()}
+        return {site: torch.tensor(np.linalg.qr(random.standard_normal((size, columns)))[0] * spread ** np.arange(
+            columns)) for site, size in sizes.items()}
+    return give
+
+
+@pytest.mark.parametrize("side, rule", [("in", "fedit"), ("in", "ffa_lora"), ("in", "fedsvd"), ("out", "fedit")])
+def test_coso_learns_coefficients_in_a_protected_subspace(dense, side, rule):
+    strategy = learning(dense, "coso", rule, side=side, eps_th=0.999)
+    given, M = sketches_of(side), {site: np.zeros((shape[0 if side == "out" else 1], 0))
+                                   for site, shape in SHAPES.items()}
+    for task, (_, began, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES), given)):
+        for site in SHAPES:
+            if task > 0:  # M is orthonormal, holds the old M and the leading directions of the last task's sketch
+                S = dense.array(given(task - 1)[site])
+                wide = kept(began, "M")[site]
+                np.testing.assert_allclose(wide.T @ wide, np.eye(wide.shape[1]), atol=1e-12)
+                keep = np.cumsum(0.3 ** (2 * np.arange(5))) <= 0.999 * np.sum(0.3 ** (2 * np.arange(5)))
+                wanted = span(M[site], S[:, keep])
+                np.testing.assert_allclose(wide @ wide.T, wanted @ wanted.T, atol=1e-10)
+                M[site] = wide
+            B, A = dense.array(began.adapter[f"{site}/B"]), dense.array(began.adapter[f"{site}/A"])
+            P = B if side == "out" else A.T
+            np.testing.assert_allclose(P.T @ P, np.eye(RANK), atol=1e-12)
+            assert np.linalg.norm(M[site].T @ P) < 1e-12
+            left = dense.array(given(task)[site])
+            U = np.linalg.svd(left - M[site] @ (M[site].T @ left))[0][:, :RANK]
+            np.testing.assert_allclose(P @ P.T, U @ U.T, atol=1e-9)
+            before = dense.effective(began.adapter, site)
+            for done in played:
+                after = dense.effective(done.server.adapter, site)
+                change = after - before
+                assert share(M[site].T @ change if side == "out" else change @ M[site], change) <= EXACT
+                whole = dense.mean([dense.effective(model, site) for model in done.models.values()],
+                                   dense.fractions(WEIGHTS))
+                assert dense.relative(after, whole) < 1e-12
+    assert all(M[site].shape[1] > RANK for site in SHAPES)
+
+
+def test_coso_fills_up_where_the_sketch_has_too_few_directions(dense):
+    """One real direction of a zero-padded sketch: it is in P, the others are drawn, and all stay orthonormal."""
+    strategy = learning(dense, "coso", "fedit", side="in")
+    given = {site: F.pad(torch.eye(n, 1, dtype=torch.float64), (0, 4)) for site, (_, n) in SHAPES.items()}
+    server = strategy.initial(dense.fresh(RANK, shapes=SHAPES), 0)
+    made = [strategy.begin(server, 0, given) for _ in range(2)]
+    for site in SHAPES:
+        A = dense.array(made[0].adapter[f"{site}/A"])
+        np.testing.assert_allclose(A @ A.T, np.eye(RANK), atol=1e-12)
+        np.testing.assert_allclose(np.abs(A[0, 0]), 1.0, atol=1e-12)
+        assert torch.equal(made[0].adapter[f"{site}/A"], made[1].adapter[f"{site}/A"])
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_coso_with_a_random_basis_needs_no_sketch_and_protects_earlier_ones(dense, side):
+    strategy = learning(dense, "coso", "fedit", side=side, basis="random")
+    assert not strategy.body.sketches and learning(dense, "coso", "fedit").body.sketches
+    seen = {site: [] for site in SHAPES}
+    for _, began, played in sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES)):
+        for site in SHAPES:
+            B, A = dense.array(began.adapter[f"{site}/B"]), dense.array(began.adapter[f"{site}/A"])
+            P = B if side == "out" else A.T
+            assert all(np.linalg.norm(P.T @ other) < 1e-12 for other in seen[site])
+            seen[site].append(P)
+            frozen = "B" if side == "out" else "A"
+            assert all(torch.equal(done.server.adapter[f"{site}/{frozen}"], began.adapter[f"{site}/{frozen}"])
+                       for done in played)
+
+
+def test_a_merged_sketch_obeys_the_summed_bound():
+    """0 <= C - S S^T <= sum_k p_k (deltas of k + what k's truncation to r2 columns dropped) + delta of the merge."""
+    random, r2, sketches, C, bound = np.random.default_rng(3), 4, [], np.zeros((11, 11)), 0.0
+    p = np.array(WEIGHTS) / sum(WEIGHTS)
+    for weight in p:
+        S = torch.zeros(11, r2, dtype=torch.float64)
+        for _ in range(6):
+            G = random.standard_normal((11, 9)) * 0.6 ** np.arange(9)
+            U, sigma, _ = np.linalg.svd(G, full_matrices=False)
+            C, bound = C + weight * G @ G.T, bound + weight * sigma[r2] ** 2
+            S, delta = sketch(S, torch.tensor(U[:, :r2] * sigma[:r2]))
+            bound += weight * delta
+        sketches.append(S)
+    S = merged(sketches, WEIGHTS)
+    assert S.shape == (11, r2)
+    stacked = np.hstack([np.sqrt(weight) * one.numpy() for weight, one in zip(p, sketches, strict=True)])
+    bound += np.linalg.svd(stacked, compute_uv=False)[r2] ** 2
+    left = np.linalg.eigvalsh(C - (S @ S.T).numpy())
+    assert left[0] >= -1e-9 * left[-1] and left[-1] <= bound * (1 + 1e-12)
+    assert left[-1] < 0.9 * np.linalg.eigvalsh(C)[-1], "a sketch of nothing would obey it too"
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+def test_a_client_sketches_the_gradients_of_full_weights(build, inputs):
+    """With as many columns as directions nothing is lost: S S^T is the sum of G^T G (inputs) or G G^T over batches."""
+    model, data = build("vit"), images(100)
+    model.write(small.randomised(model))
+    got = gradient_sketch(model, data, 32, inputs)
+    for site, layer in model.frozen.items():
+        assert not layer.weight.requires_grad
+        expected = torch.zeros(layer.weight.shape[1 if inputs else 0], dtype=torch.float64).diag()
+        for start in (0, 64):
+            part = data.subset(np.arange(start, min(start + 64, 100)))
+            layer.weight.requires_grad_(True)
+            (G,) = torch.autograd.grad(F.cross_entropy(model.base.forward(part.inputs), part.labels), [layer.weight])
+            layer.weight.requires_grad_(False)
+            expected += G.T @ G if inputs else G @ G.T
+        torch.testing.assert_close(got[site] @ got[site].T, expected, atol=1e-12, rtol=1e-8)
+
+
+# lae ------------------------------------------------------------------------------------------------------------------
+
+
+def test_lae_averages_over_rounds_in_closed_form(dense):
+    """theta' = a^S theta_start + sum_s a^(S-s) (1 - a) theta_s, a^rounds = retention; none in task 0."""
+    strategy, past, averages = learning(dense, "lae", "fedit", retention=0.5, frozen_rounds=1), [], None
+    a = 0.5 ** (1 / ROUNDS)
+    for task, (ended, _, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES))):
+        for done in played:
+            views = strategy.body.views(done.server)
+            assert views["online"] is done.server.adapter and set(views) == {"online", *(["offline"] * (task > 0))}
+            if task == 0:
+                continue
+            first = first if past else ended.adapter
+            past.append(done.server.adapter)
+            for key in ("u/A", "u/B", "v/A", "v/B"):
+                expected = a ** len(past) * first[key] + sum(
+                    a ** (len(past) - s) * (1 - a) * value[key] for s, value in enumerate(past, start=1))
+                torch.testing.assert_close(views["offline"][key], expected, atol=1e-12, rtol=0)
+                averages = float((views["offline"][key] - views["online"][key]).norm())
+            assert torch.equal(views["offline"]["out/weight"], views["online"]["out/weight"])
+    assert averages > 0.01
+
+
+@pytest.mark.parametrize("rule", ["fedit", "ffa_lora", "lora_fair", "rolora", "fedex"])
+def test_lae_trains_the_head_alone_in_frozen_rounds(dense, rule):
+    strategy = learning(dense, "lae", rule, frozen_rounds=1)
+    for task, (_, began, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES))):
+        before = began.adapter
+        for number, done in enumerate(played):
+            frozen = task > 0 and number == 0
+            assert (strategy.trained(done.sent) == ("head",)) == frozen
+            roles = {update.adapter.role(key) for update in done.updates for key in update.adapter.tensors}
+            assert (roles == {"head"}) == frozen
+            moved = {key for key, value in before.tensors.items() if not torch.equal(value, done.server.adapter[key])}
+            assert "out/weight" in moved and (moved == {"out/weight"}) == frozen
+            mean = dense.mean([model["out/weight"] for model in done.models.values()], dense.fractions(WEIGHTS))
+            np.testing.assert_allclose(dense.array(done.server.adapter["out/weight"]), mean, atol=1e-12)
+            before = done.server.adapter
+
+
+@pytest.mark.parametrize("wrap", ["median", "trimmed_mean", "scaffold"])
+def test_a_wrapper_counts_in_frozen_rounds_too(dense, wrap):
+    """A robust rule must hold off one hostile head, and what rides beside an update must not become the adapter."""
+    strategy = learning(dense, "lae", "fedit", wrap=wrap, frozen_rounds=1)
+    start = dense.fresh(RANK, shapes=SHAPES)
+    server = replace(strategy.initial(start, 0), round=ROUNDS)
+    server = strategy.before_round(strategy.begin(server, 1, {}))
+    done = dense.play(strategy, server, server.adapter, WEIGHTS)
+    assert strategy.trained(server) == ("head",)
+    assert set(done.server.adapter.tensors) == set(start.tensors)
+    if wrap == "scaffold":
+        assert any(value.any() for key, value in done.server.memory.items() if key == "control:out/weight")
+        return
+    hostile = [*done.updates[:-1], Update("c4", 15.0, done.updates[-1].adapter.map(lambda value: value + 1e6))]
+    after = strategy.aggregate(done.sent, hostile).adapter["out/weight"]
+    assert float((after - start["out/weight"]).abs().max()) < 10
+
+
+def test_lae_needs_coordinates_that_mean_the_same_in_every_round(dense):
+    """An average of factors over rounds is none of products where every round turns the factors."""
+    for rule in ("fedsvd", "flora"):
+        with pytest.raises(InputError, match=rf"lae.*{rule}|{rule}.*lae"):
+            learning(dense, "lae", rule)
+
+
+def test_lae_takes_the_larger_probability():
+    body = registry.load("server_bodies", "lae")()
+    one, two = torch.tensor([[2.0, 0.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -torch.inf]])
+    p, q = np.exp([2, 0]) / (np.exp(2) + 1), np.exp([0, 1]) / (1 + np.e)
+    np.testing.assert_allclose(body.combine({"online": one, "offline": two})[0], [*np.maximum(p, q), 0], atol=1e-6)
+    assert float(body.combine({"online": one, "offline": two}).sum()) > 1.3
+
+
+# conpet_static --------------------------------------------------------------------------------------------------------
+
+
+def images(count, seed=0, labels=None):
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 1, 8, 8, generator=draw, dtype=torch.float64)
+    return Encoded({"pixel_values": pixels}, torch.randint(0, small.LABELS, (count,), generator=draw)
+                   if labels is None else torch.as_tensor(labels))
+
+
+def numbered(labels):
+    """Records that know their number."""
+    return Encoded({"number": torch.arange(len(labels))}, torch.as_tensor(labels))
+
+
+def task_of(groups, task, replay=True, number=1):
+    return {"round": number, "learn": {"task": task, "classes": groups[task], "replay": replay,
+                                       "groups": groups[: task + 1]}}
+
+
+LABELS = [0] * 40 + [1] * 10 + [2] * 5 + [3] * 45  # task 0: classes 0 and 1, of 50; task 1: class 2, of 5; task 2: 45
+GROUPS = [[0, 1], [2], [3]]
+
+
+@pytest.mark.parametrize("size, steps", [(8, 25), (7, 30)])
+def test_replayed_batches_are_half_new_and_half_old(size, steps):
+    config = ClientConfig(batch_size=size, local_steps=steps, local_epochs=None)
+    data, fresh = numbered(LABELS), -(-size // 2)
+    mixed = replayed(data, task_of(GROUPS, 2), config, seed=4)
+    assert len(mixed) == size * steps
+    new = []
+    for batch in mixed.labels.split(size):
+        assert int((batch == 3).sum()) == fresh
+    for start in range(0, len(mixed), size):
+        part = mixed.subset(np.arange(start, start + size))
+        new += part.inputs["number"][part.labels == 3].tolist()
+    passes = [new[start : start + 45] for start in range(0, len(new) - 44, 45)]
+    assert len(passes) >= 2 and all(sorted(one) == list(range(55, 100)) for one in passes) and passes[0] != passes[1]
+    again = [replayed(data, task_of(GROUPS, 2), config, seed=seed).inputs["number"] for seed in (4, 5)]
+    assert torch.equal(again[0], mixed.inputs["number"]) and not torch.equal(again[1], mixed.inputs["number"])
+
+
+def test_old_records_are_drawn_by_task_and_then_within_it():
+    """Chi-squared on 8000 draws, 1 degree of freedom for tasks and 54 for records: far below 6 sigma, far above for a
+    draw over records (which would take task 1 in 1 of 11 cases)."""
+    config = ClientConfig(batch_size=16, local_steps=1000, local_epochs=None)
+    mixed = replayed(numbered(LABELS), task_of(GROUPS, 2), config, seed=0)
+    old = mixed.inputs["number"][mixed.labels != 3].numpy()
+    assert len(old) == 8000
+    tasks = np.array([(old < 50).sum(), (old >= 50).sum()])
+    assert ((tasks - 4000) ** 2 / 4000).sum() < 20
+    expected = np.where(np.arange(55) < 50, 80, 800)
+    assert ((np.bincount(old, minlength=55) - expected) ** 2 / expected).sum() < 54 + 6 * np.sqrt(2 * 54)
+
+
+def test_nothing_is_replayed_without_a_past():
+    config, data = ClientConfig(batch_size=8, local_steps=2, local_epochs=None), numbered(LABELS)
+    assert replayed(data, task_of(GROUPS, 0), config, 0) is None
+    assert replayed(data, task_of(GROUPS, 2, replay=False), config, 0) is None
+    assert replayed(data, {"round": 1}, config, 0) is None
+    assert replayed(numbered([3] * 9), task_of(GROUPS, 2), config, 0) is None
+    assert set(records(data, task_of(GROUPS, 2), "c").labels.tolist()) == {3}
+    with pytest.raises(RunError, match="c has no records of task 1"):
+        records(numbered([0, 3]), task_of(GROUPS, 1), "c")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_in_order_is_the_loop_by_hand(build, optimizer):
+    model, config = build("vit"), ClientConfig(optimizer=optimizer, lr=0.05, batch_size=4, local_steps=9)
+    starts, data = [small.randomised(model, seed, 0.3) for seed in (1, 2)], [images(12, 1), images(10, 2)]
+    ends = []
+    for start, own in zip(starts, data, strict=True):
+        model.write(start)
+        parameters = model.train_roles(["A", "B", "head"])
+        make = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        by_hand = make(list(parameters.values()), lr=0.05, weight_decay=0.0)
+        for at in range(0, len(own), 4):
+            by_hand.zero_grad()
+            F.cross_entropy(model.base.forward({"pixel_values": own.inputs["pixel_values"][at : at + 4]}),
+                            own.labels[at : at + 4]).backward()
+            by_hand.step()
+        by_hand.zero_grad()
+        ends.append(model.state())
+        model.write(start)
+        steps, _ = train(model, own, ["A", "B", "head"], config, 0, in_order=True)
+        assert steps == 3 and model.state().distance(ends[-1]) < 1e-12 < start.distance(ends[-1])
+    jobs = [Job(start.tensors, own, seed, in_order=True) for seed, (start, own) in enumerate(zip(starts, data,
+                                                                                               strict=True))]
+    for done, end in zip(train_cohort(model, jobs, ["A", "B", "head"], config, 10**6), ends, strict=True):
+        assert done.steps == 3 and AdapterState(done.after, end.sites).distance(end) < 1e-10
+
+
+# What competes --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_classes_that_do_not_compete_stay_bit_for_bit(build):
+    model = build("vit")
+    start, data = small.randomised(model, 1, 0.3), images(12, labels=[0, 2] * 6)
+    config = ClientConfig(optimizer="adamw", lr=0.05, batch_size=4, local_steps=3, local_epochs=None)
+    for classes, still in [([0, 2], True), (None, False)]:
+        for cohort in (False, True):
+            model.write(start)
+            with model.competing(classes):
+                if cohort:
+                    job = Job(start.tensors, data, 0)
+                    ended = train_cohort(model, [job, job], ["B", "head"], config, 10**6)[0].after
+                else:
+                    train(model, data, ["B", "head"], config, 0)
+                    ended = model.state().tensors
+            assert model.compete is None
+            for key in ("classifier/weight", "classifier/bias"):
+                assert torch.equal(ended[key][1], start[key][1]) == still
+                assert not torch.equal(ended[key][0], start[key][0])
+
+
+def test_per_sample_gradients_under_the_mask_are_autograds_of_the_smaller_softmax(build):
+    model = build("vit")
+    model.write(small.randomised(model, 1, 0.3))
+    data = images(5, labels=[0, 2, 2, 0, 2])
+    parameters = model.train_roles(["A", "B", "head"])
+    with model.competing([0, 2]):
+        got, losses = per_sample_gradients(model.modules, parameters, lambda *batch: per_sample_loss(model, *batch),
+                                           data.inputs, data.labels)
+    for index in range(5):
+        part = data.subset(np.array([index]))
+        loss = F.cross_entropy(model.base.forward(part.inputs)[:, [0, 2]], part.labels // 2)
+        expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(parameters.values()))])
+        torch.testing.assert_close(got[index], expected, atol=1e-12, rtol=0)
+        assert float(losses[index]) == pytest.approx(loss.item(), abs=1e-12)
+
+
+# Sums for heads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lda", "ncm", "ranpac"])
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_a_record_moves_private_sums_by_at_most_the_bound(build, name, noise):
+    model, data = build("vit"), images(9)
+    model.write(small.randomised(model, 1, 0.3))
+    made = registry.load("heads", name)(small.LABELS, small.WIDTH, 0)
+    whole = private_head_sums(model, made, data, noise, Seeded(0, "sums"))
+    for gone in (0, 8):
+        fewer = private_head_sums(model, made, data.subset(np.delete(np.arange(9), gone)), noise, Seeded(0, "sums"))
+        moved = sum(float((whole[key] - fewer[key]).square().sum()) for key in whole) ** 0.5
+        assert 1.0 <= moved <= BOUND + 1e-6
+    if noise:
+        quiet = private_head_sums(model, made, data, 0.0, Seeded(0, "sums"))
+        drawn = torch.cat([(whole[key] - quiet[key]).flatten() for key in whole])
+        assert float(drawn.std()) == pytest.approx(noise * BOUND, rel=0.25)
+    elif name == "lda":
+        plain = [torch.cat(parts) for parts in list(zip(*((found.double(), labels) for found, _, labels in
+                                                          features.batches(model, data)), strict=True))]
+        one = F.normalize(plain[0], dim=1)
+        torch.testing.assert_close(whole["gram"], one.T @ one, atol=1e-6, rtol=0)  # features are float32
+        assert float(whole["count"].sum()) == 9
+
+
+def test_a_record_that_is_not_finite_has_no_influence(build):
+    """Else one record could turn all sums to NaN, which no noise hides."""
+    model, data = build("vit"), images(6)
+    model.write(small.randomised(model, 1, 0.3))
+    made = registry.load("heads", "lda")(small.LABELS, small.WIDTH, 0)
+    clean = private_head_sums(model, made, data.subset(np.arange(5)), 0.0, Seeded(0, "sums"))
+    data.inputs["pixel_values"][5] = float("nan")
+    broken = private_head_sums(model, made, data, 0.0, Seeded(0, "sums"))
+    for key, value in broken.items():
+        torch.testing.assert_close(value, clean[key], atol=BOUND, rtol=0)
+
+
+def test_sums_over_owners_are_those_of_all_records(build):
+    model, data = build("vit"), images(300)
+    model.write(small.randomised(model, 1, 0.3))
+    made = registry.load("heads", "lda")(small.LABELS, small.WIDTH, 0)
+    parts = [head_sums(model, made, data.subset(part)) for part in np.split(np.arange(300), [7, 270])]
+    for key, value in head_sums(model, made, data).items():
+        torch.testing.assert_close(sum(part[key] for part in parts), value, atol=1e-5, rtol=0)
+
+
+# Who took part --------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_knows_the_tasks_that_it_missed(caplog):
+    caplog.set_level("INFO", logger="fedpeft")
+    marks, missed = joined({}, task_of(GROUPS, 0), "site-1")
+    assert (missed, caplog.text) == (0, "")
+    marks, missed = joined(marks, task_of(GROUPS, 2), "site-1")
+    assert missed == 1 and "site-1 missed task 1" in caplog.text
+    caplog.clear()
+    marks, missed = joined(marks, task_of(GROUPS, 2), "site-1")
+    assert missed == 1 and not caplog.text and marks["task:joined"].tolist() == [0, 2]
+    assert joined({}, {"round": 1}, "site-1") == ({}, 0)
