@@ -100,6 +100,12 @@ def _details(table: str, name: str) -> dict[str, Any]:
         ]
         if cls.wraps:
             notes.append("goes around another strategy: strategy.wrap=[" + name + "]; alone it goes around fedit")
+    if table == "bodies":
+        notes = [f"needs: {', '.join(cls.needs) or 'nothing'}; heads: {', '.join(cls.heads or ['all'])}"]
+    if table == "heads":
+        notes = [f"classes that compete in the training loss: {cls.loss}"]
+    if table == "streams":
+        notes = [f"scenario: {cls.scenario}"]
     module = inspect.getmodule(cls)
     return {"options": list(_options(configs.options_of(cls))), "paper": getattr(cls, "paper", ""), "notes": notes,
             "description": inspect.getdoc(module) or ""}

@@ -89,6 +89,8 @@ def run_result(summary: dict[str, Any]) -> None:
         ("federated, best round (picked on the same records)", summary.get("best")),
         ("federated, final", summary.get("final")),
     ):
+        if name.startswith("federated, best") and summary.get("continual"):
+            continue  # the round in which only the first task was asked for
         if row and row.get("accuracy") is not None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
             table.add_row(name, f"{row['accuracy']:.1%}", loss, style="bold" if name.endswith("final") else None)
@@ -105,6 +107,8 @@ def run_result(summary: dict[str, Any]) -> None:
         epsilon = "in the clients' ledgers" if spent is None else f"{spent:.4g}"
         out.print(f"privacy of one {protected}: epsilon {epsilon} at delta {privacy['delta']:g}; randomness: "
                   f"{privacy['randomness']}")
+    if sequence := summary.get("continual"):
+        tasks(sequence)
     if tta := summary.get("tta"):
         test_time(tta)
     if text := summary.get("secure_aggregation"):
@@ -114,6 +118,22 @@ def run_result(summary: dict[str, Any]) -> None:
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
     for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
         out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
+
+
+def tasks(result: dict[str, Any]) -> None:
+    """Accuracy on every task after every task, and what follows from it."""
+    table = Table(title=f"accuracy on each task after each task: body {result['body']}, head {result['head']}")
+    table.add_column("after")
+    for number, names in enumerate(result["tasks"]):
+        table.add_column(f"{number}: {', '.join(names[:4])}{'...' if len(names) > 4 else ''}", justify="right")
+    for number, row in enumerate(result["right"]):
+        cells = [f"{right / count:.1%}" if count else "" for right, count in zip(row, result["count"], strict=True)]
+        table.add_row(f"task {number}", *cells[: number + 1], style="bold" if number + 1 == len(row) else None)
+    out.print(table)
+    if result["metrics"]:
+        shown = ("acc_micro", "aia_micro", "forgetting_chaudhry", "learning_acc")
+        values = result["metrics"]["values"]
+        out.print(", ".join(f"{key} {values[key]:.1%}" for key in shown if values[key] is not None))
 
 
 def test_time(result: dict[str, Any]) -> None:

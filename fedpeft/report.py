@@ -233,12 +233,14 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     if not run.ended:
         body.append(html_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
     facts = [[_words(key), _fact(key, value)] for key, value in summary.items()
-             if not isinstance(value, list) and key != "privacy" and value is not None]
+             if not isinstance(value, list) and key not in ("privacy", "continual") and value not in (None, {})]
     facts.append(["quarantined updates", str(len(summary["quarantined"]))])
     body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
     body += [html_image(_words(name), image) for name, image in images.items()]
     if summary.get("privacy"):
         body += _privacy(summary["privacy"])
+    if summary.get("continual"):
+        body += _tasks(summary["continual"])
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
         body += ["<h2>Quarantined updates</h2>", html_table(["round", "client", "reason"], rows)]
@@ -258,6 +260,21 @@ def _privacy(section: dict[str, Any]) -> list[str]:
         heads = list(next(iter(section["clients"].values())))
         rows = [[name, *(plots.number(row[key]) for key in heads)] for name, row in section["clients"].items()]
         body.append(html_table(["client", *map(_words, heads)], rows))
+    return body
+
+
+def _tasks(section: dict[str, Any]) -> list[str]:
+    """Accuracy on every task after every task, and the metrics with the reasons for those that are undefined."""
+    heads = ["after", *(f"{number}: {', '.join(names)}" for number, names in enumerate(section["tasks"]))]
+    rows = [[f"task {number}", *(plots.percent(right / count) if count and task <= number else ""
+                                 for task, (right, count) in enumerate(zip(row, section["count"], strict=True)))]
+            for number, row in enumerate(section["right"])]
+    body = [f"<h2>Tasks: body {html.escape(section['body'])}, head {html.escape(section['head'])}</h2>",
+            html_table(heads, rows)]
+    if section["metrics"]:
+        values, reasons = section["metrics"]["values"], section["metrics"]["undefined"]
+        body.append(html_table([], [[key, plots.percent(value) if value is not None else f"undefined: {reasons[key]}"]
+                                    for key, value in values.items()]))
     return body
 
 

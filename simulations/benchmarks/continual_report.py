@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry", "learning_acc")  # fit a terminal
 AGAINST = "against frozen"
 FITTED = ("lda", "ranpac")
-COSTS = ("kB kept", "passes", "CPU s")
+COSTS = ("kB", "passes", "CPU s")
 LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all test records after the last task; "
           "aia_micro: mean over tasks of the accuracy on what was seen; a_auc: that weighted by records, for streams "
           "without boundaries; forgetting_chaudhry: best earlier accuracy of a task minus its last, mean over tasks "
           "(below 0: later tasks helped); learning_acc: accuracy of each task right after it. against frozen: "
-          "acc_micro minus that of the better of lda and ranpac over the frozen body, paired by seed, ± standard error. "
-          "kB kept: what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of "
-          "the training that a head shares with the others of its body. A closed-form head over frozen needs none.")
+          "acc_micro minus that of the better of lda and ranpac over frozen, paired by seed, ± standard error. kB: what "
+          "body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the training "
+          "that a head shares with the others of its body. A closed-form head over frozen needs none.")
 MARKERS = "osD^vPX*<>"
 Row = dict[str, Any]
 

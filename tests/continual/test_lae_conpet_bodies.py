@@ -30,20 +30,26 @@ def seeded():
 
 
 def test_offline_expert_is_the_closed_form_average():
+    """Also over the frozen steps: in task 2 it goes on towards the online expert, which stands still."""
     one = stepped(learner("lae", {"r": 2, "frozen_epochs": 1, "retention": 0.3}), tasks=1)
     assert set(one.body.views()) == {"online"} and not one.body.memory["adapters"]
-    start = {key: value.detach().double().clone() for key, value in one.body.parameters.items()}
-    begun(one)
-    steps, frozen, trail = one.body.steps(), one.body.per_epoch(), []
-    for step in range(steps):
-        one._step(step)
-        trail.append({key: value.detach().double().clone() for key, value in one.body.parameters.items()})
-    assert set(one.body.views()) == {"online", "offline"}
-    assert all(same(trail[step], start) for step in range(frozen)) and not same(trail[frozen], start)
-    a = 0.3 ** (1 / steps)
-    for key, first in start.items():
-        expected = a**steps * first + sum(a ** (steps - 1 - s) * (1 - a) * trail[s][key] for s in range(steps))
-        assert torch.allclose(one.body.memory["adapters"][f"offline/{key}"].double(), expected, atol=1e-6), key
+    offline = {key: value.detach().double().clone() for key, value in one.body.parameters.items()}
+    for task in (1, 2):
+        start = {key: value.detach().double().clone() for key, value in one.body.parameters.items()}
+        steps, frozen, trail = begun(one).body.steps(), one.body.per_epoch(), []
+        for _ in range(steps):
+            move(one, 1)
+            trail.append({key: value.detach().double().clone() for key, value in one.body.parameters.items()})
+        assert set(one.body.views()) == {"online", "offline"}
+        assert all(same(trail[step], start) for step in range(frozen)) and not same(trail[frozen], start)
+        a = 0.3 ** (1 / steps)
+        for key in start:
+            new = sum(a ** (steps - 1 - step) * (1 - a) * trail[step][key] for step in range(steps))
+            expected = a**steps * offline[key] + new
+            found = one.body.memory["adapters"][f"offline/{key}"].double()
+            assert torch.allclose(found, expected, atol=1e-6), (task, key)
+            offline[key] = found.clone()
+        stepped(one, tasks=task + 1)
 
 
 @pytest.mark.parametrize("retention", [0.0, 1.0])
