@@ -46,6 +46,17 @@ def compete(task: dict[str, Any]) -> list[int] | None:
     return task["learn"]["compete"] if "learn" in task else None
 
 
+def known(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+    """The client's records of all classes seen so far, or all where there is no sequence.
+
+    Raises:
+        RunError: it has none.
+    """
+    if "learn" not in task:
+        return data
+    return records(data, {"learn": {**task["learn"], "classes": task["learn"]["seen"]}}, client)
+
+
 def account(client: str, task: dict[str, Any]) -> str:
     """The name of a client's ledger in a round.
 
@@ -188,7 +199,7 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
 
 def unit(features: Tensor) -> Tensor:
     """Features scaled to norm 1."""
-    return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return torch.nn.functional.normalize(features, dim=1)
 
 
 def gradient_sketch(model: Adapted, data: Encoded, columns: int, inputs: bool) -> dict[str, Tensor]:

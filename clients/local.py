@@ -231,13 +231,15 @@ class Local:
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
         self.guard.admit(client, int(task["round"]))
         self.guard.admit_evaluation(client)
-        data = self.data(self.holdout, client)
+        data = learning.known(self.data(self.holdout, client), task, client)
         start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
         self.model.write(start)
-        metrics = evaluate(self.model, data)
-        if self.config.tta.method is not None:
-            metrics |= stream.score(self.config, self.model, client, received, data,
-                                    self.data(self.train_data, client), self.store, int(task["round"]))
+        with self.model.competing(task["learn"]["seen"] if "learn" in task else None):
+            metrics = evaluate(self.model, data)
+            if self.config.tta.method is not None:
+                train_data = learning.known(self.data(self.train_data, client), task, client)
+                metrics |= stream.score(self.config, self.model, client, received, data, train_data, self.store,
+                                        int(task["round"]))
         return metrics
 
     def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:

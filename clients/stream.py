@@ -3,7 +3,8 @@
 The stream is made of the client's held-out records: images go through corruptions (`fedpeft.data.corruptions`), a text
 for a language model is cut before its last token, which is then the label. Order, corruption and noise derive from the
 seed and the client's name, so the stream is the same at every evaluation and accuracies of rounds can be compared. A
-method that asks for source data is given the client's training records.
+method that asks for source data is given the client's training records. In a sequence of tasks both are those of the
+classes seen so far, and the trained classifier is what is adapted.
 
 With `tta.keep` the method goes on from what it had learned at the evaluation before, on the model of now. What it took
 from source data is taken again. It must not adapt what the rounds train: the old values would undo the new round's.
@@ -163,9 +164,6 @@ def check(config: Config) -> None:
     if config.data.holdout == 0:
         raise InputError(f"tta.method={tta.method}: a client's stream is made of its held-out records, and "
                          "data.holdout=0 holds none out. Set data.holdout (for example 0.3).")
-    if config.continual.body is not None:
-        raise InputError(f"tta.method={tta.method} and continual.body={config.continual.body}: a sequence of tasks is "
-                         "scored by task and not on streams. Set one of them to null.")
     allowed = [*CORRUPTIONS, PER_CLIENT, SEQUENCE, CLEAN]
     if tta.corruption not in allowed:
         raise InputError(registry.unknown("tta.corruption", tta.corruption, allowed))

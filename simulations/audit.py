@@ -24,6 +24,7 @@ from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients import train as training
 from fedpeft.clients.cohort import Job, cannot, train_cohort
+from fedpeft.clients.learning import account, records
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
@@ -90,13 +91,13 @@ class Audit:
     def __init__(self, here: World, folder: Path) -> None:
         self.here, self.folder, self.local = here, folder, here.local
         self.client = min(self.local.train_data, key=lambda name: len(self.local.train_data[name]))
-        self.data = self.local.train_data[self.client]
+        server = here.strategy.before_round(here.start)
+        self.task = here.strategy.task(server)
+        self.data = records(self.local.train_data[self.client], self.task, self.client)
         plan = self.local.guard.plan(self.client, lambda: len(self.data))
         assert plan is not None  # the config is private
         self.plan = plan
         self.claim = accounting.composed((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
-        server = here.strategy.before_round(here.start)
-        self.task = here.strategy.task(server)
         self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.task, 1)
         self.ledgers = 0
 
@@ -214,7 +215,7 @@ class Audit:
             trains = {name for name, value in self._named() if value.requires_grad}
             covered.append(audit.coverage(before, self._tensors(), trains, min(guard.sizes[seen:], default=0)))
         self.local.model.write(self.start)
-        reserved = sum(entry.steps for entry in guard.ledger(self.client).entries())
+        reserved = sum(entry.steps for entry in guard.ledger(account(self.client, self.task)).entries())
         worst = [max(same, key=lambda check: abs(check.measured)) for same in zip(*covered, strict=True)]
         return [*worst, audit.ledger(reserved, len(guard.sizes))]
 
@@ -284,8 +285,8 @@ class Counting(Guard):
         super().__init__(config, folder, run)
         self.sizes: list[int] = []
 
-    def source(self, client: str, number: int) -> Randomness:
-        return Counted(super().source(client, number), self.sizes)
+    def source(self, client: str, number: int, *purpose: str) -> Randomness:
+        return Counted(super().source(client, number, *purpose), self.sizes)
 
 
 # Neighbours ----------------------------------------------------------------------------------------------------------

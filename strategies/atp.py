@@ -47,7 +47,7 @@ class ATP(Wrapper):
     def __init__(self, inner: FederatedStrategy | None = None, lr: float = 1e-3, epochs: int = 1, batch_size: int = 32,
                  scale: str = "root") -> None:
         super().__init__(inner)
-        self.options = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "scale": scale}
+        self.lr, self.epochs, self.batch_size, self.scale = lr, epochs, batch_size, scale
 
     def _rates(self, server: ServerState) -> dict[str, Tensor]:
         """a of every trained tensor [1], zero before the first round."""
@@ -62,7 +62,8 @@ class ATP(Wrapper):
         return (*self.inner.uploads(server), "rates")
 
     def task(self, server: ServerState) -> dict[str, Any]:
-        return {**self.inner.task(server), "uploads": list(self.uploads(server)), "atp": self.options}
+        options = {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size, "scale": self.scale}
+        return {**self.inner.task(server), "uploads": list(self.uploads(server)), "atp": options}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)

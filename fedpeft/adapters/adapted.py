@@ -18,6 +18,8 @@ from fedpeft.models import Base
 from fedpeft.models import load as load_base
 from fedpeft.state import AdapterState, Site
 
+NEVER = -1e4
+
 
 @dataclass(frozen=True)
 class Injected:
@@ -37,7 +39,8 @@ class Adapter(Protocol):
 class Adapted:
     """One base model in memory; clients' adapters are written into it one after another.
 
-    `compete` names the classes whose logits count; the others' are -inf. None is all.
+    `compete` names the classes whose logits count; None is all. The others' are NEVER, so low that softmax gives them
+    exactly 0, and finite, so that entropies are too.
 
     Adapter and head are float32 whatever the dtype of the base.
 
@@ -133,7 +136,7 @@ class Adapted:
             return logits
         others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         others[self.compete] = False
-        return logits.masked_fill(others, float("-inf"))
+        return logits.masked_fill(others, NEVER)
 
     @contextmanager
     def competing(self, classes: list[int] | None) -> Iterator[None]:

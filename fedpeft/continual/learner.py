@@ -142,11 +142,10 @@ class Learner:
         self.body.end_task(self.body.statistics(task.train))
         self._fit(task.train, self.stream.seen(self.task))
         before = self.model.passes
-        tests = [other.test for other in self.stream.tasks]
+        counts = [self.count(other.test, other.classes) for other in self.stream.tasks]
         for name in self.heads:
-            self.right[name].append([self.count(name, data, other.classes) for data, other in
-                                     zip(tests, self.stream.tasks, strict=True)])
-        rows = sum(len(data) for data in tests) * len(self.heads)
+            self.right[name].append([found[name] for found in counts])
+        rows = sum(len(other.test) for other in self.stream.tasks)
         self.ledger.append({"task": self.task, "parameters": sum(v.numel() for v in self.body.parameters.values()),
                             "stored_bytes": self.body.stored(), "head_bytes": self._head_bytes(),
                             "passes_per_prediction": (self.model.passes - before) / max(rows, 1),
@@ -173,25 +172,28 @@ class Learner:
 
     # Prediction ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def scores(self, name: str, inputs: Inputs) -> Tensor:
         """Scores [N, C] of one head; each row depends on its own input only."""
+        return self._scores([name], inputs)[name]
+
+    def count(self, data: Encoded, classes: tuple[int, ...]) -> dict[str, int]:
+        """Right answers of every head on a test set; with the task id given only the task's classes compete."""
+        right = dict.fromkeys(self.heads, 0)
+        for inputs, labels in self.body.each_batch(data, EVALUATE):
+            for name, scores in self._scores(list(self.heads), inputs).items():
+                allowed = only(scores, classes) if self.stream.scenario == "task" else scores
+                right[name] += int((allowed.argmax(-1) == labels).sum())
+        return right
+
+    @torch.no_grad()
+    def _scores(self, names: list[str], inputs: Inputs) -> dict[str, Tensor]:
+        """Scores of several heads from one pass a view."""
         own = self.body.predict(inputs, self.classifier)
         if own is not None:
-            return only(own, self.body.seen)
-        return self.body.combine({view: self.heads[name][view].scores(self.model.features(inputs, change),
-                                                                      self.classifier)
-                                  for view, change in self.body.views().items()})
-
-    def count(self, name: str, data: Encoded, classes: tuple[int, ...]) -> int:
-        """Right answers on a test set; with the task id given only the task's classes compete."""
-        right = 0
-        for inputs, labels in self.body.each_batch(data, EVALUATE):
-            scores = self.scores(name, inputs)
-            if self.stream.scenario == "task":
-                scores = only(scores, classes)
-            right += int((scores.argmax(-1) == labels).sum())
-        return right
+            return {name: only(own, self.body.seen) for name in names}
+        features = {view: self.model.features(inputs, change) for view, change in self.body.views().items()}
+        return {name: self.body.combine({view: self.heads[name][view].scores(found, self.classifier)
+                                         for view, found in features.items()}) for name in names}
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -91,10 +91,10 @@ class _Matrix:
         if self.initial is not None:
             self._require_counts("initial", self.initial)
         with np.errstate(invalid="ignore"):
-            self.R = counts / self.tests
+            self.R: np.ndarray = counts / self.tests
             self.before = None if self.initial is None else self.initial / self.tests
             seen = np.tril(np.ones((self.T, self.T), dtype=np.int64))
-            self.micro = (counts * seen).sum(1) / np.cumsum(self.tests)
+            self.micro: np.ndarray = (counts * seen).sum(1) / np.cumsum(self.tests)
         self.diagonal, self.last = self.R.diagonal(), self.R[-1]
 
     def _require_counts(self, what: str, counts: np.ndarray) -> None:

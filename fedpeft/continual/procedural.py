@@ -28,7 +28,8 @@ def templates(classes: int, rng: np.random.Generator) -> np.ndarray:
     """Knots [classes, 16] of mean 0 and deviation 1."""
     knots = rng.normal(size=(classes, KNOTS))
     centred: np.ndarray = knots - knots.mean(1, keepdims=True)
-    return centred / centred.std(1, keepdims=True)
+    scaled: np.ndarray = centred / centred.std(1, keepdims=True)
+    return scaled
 
 
 def signals(knots: np.ndarray, labels: np.ndarray, rng: np.random.Generator, warp: Warp | None = None,
@@ -98,4 +99,5 @@ def drawings(points: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -
         apart = ((grid**2).sum(1)[:, None] - 2 * grid @ placed[row].T + (placed[row] ** 2).sum(1)[None]).min(1)
         ink[row] = apart < width[row] ** 2
     blocks = FINE // SIDE
-    return ink.reshape(count, SIDE, blocks, SIDE, blocks).mean((2, 4))
+    grey: np.ndarray = ink.reshape(count, SIDE, blocks, SIDE, blocks).mean((2, 4))
+    return grey

@@ -91,7 +91,8 @@ class ATP(TTAMethod):
                 moves, reason = self._moves(inputs, start)
                 if reason is not None:
                     continue
-                leaves = {name: torch.nn.Parameter(value) for name, value in moved(start, moves, rates, 1.0).items()}
+                leaves: Point = {name: torch.nn.Parameter(value)
+                                 for name, value in moved(start, moves, rates, 1.0).items()}
                 logits = self._at(inputs, leaves, graph=True).logits
                 with torch.enable_grad():
                     loss = F.cross_entropy(logits, labels.to(device))
@@ -138,7 +139,7 @@ class ATP(TTAMethod):
 
     def _moves(self, batch: Batch, start: Point) -> tuple[Point, str | None]:
         """g of every tensor at `start`, or why there is none."""
-        leaves = {name: torch.nn.Parameter(value) for name, value in start.items() if name in self.model.slots}
+        leaves: Point = {name: torch.nn.Parameter(value) for name, value in start.items() if name in self.model.slots}
         measured: Point = {}
         logits = self._at(batch, {**start, **leaves}, measured, graph=True).logits
         with torch.enable_grad():

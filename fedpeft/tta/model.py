@@ -198,16 +198,18 @@ def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tenso
     if isinstance(model, Adapted | Base):
         base = model.base if isinstance(model, Adapted) else model
         if base.task == "causal-lm":
-            layer = base.backbone.get_output_embeddings()
-            output = next(name for name, part in base.backbone.named_modules() if part is layer)
-            return Deployed([base.backbone], _named(lambda batch: next_token(base.forward(batch), batch)), None,
+            backbone: Any = base.backbone
+            layer = backbone.get_output_embeddings()
+            output = next(name for name, part in backbone.named_modules() if part is layer)
+            return Deployed([backbone], _named(lambda batch: next_token(base.forward(batch), batch)), None,
                             output=output)
         owner = _Heads(base.heads)
         inside = {id(part) for part in base.backbone.modules()}
         outside = [] if all(id(part) in inside for part in base.heads.values()) else [owner]
         linear = [part for part in owner.modules() if isinstance(part, nn.Linear)]
         head_layer = linear[-1] if linear else None
-        return Deployed([base.backbone, *outside], _named(base.forward), head_layer, list(base.heads))
+        forward = _named(model.logits if isinstance(model, Adapted) else base.forward)
+        return Deployed([base.backbone, *outside], forward, head_layer, list(base.heads))
     parts = dict(model.named_modules())
     if head is not None and not isinstance(parts.get(head), nn.Linear):
         raise InputError(registry.unknown("head", head, [name for name, part in parts.items()

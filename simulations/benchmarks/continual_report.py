@@ -28,9 +28,9 @@ LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all tes
           "aia_micro: mean over tasks of the accuracy on what was seen; a_auc: that weighted by records, for streams "
           "without boundaries; forgetting_chaudhry: best earlier accuracy of a task minus its last, mean over tasks "
           "(below 0: later tasks helped); learning_acc: accuracy of each task right after it. against frozen: "
-          "acc_micro minus that of the better of lda and ranpac over frozen, paired by seed, ± standard error. kB: what "
-          "body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the training "
-          "that a head shares with the others of its body. A closed-form head over frozen needs none.")
+          "acc_micro minus that of the better of lda and ranpac over frozen, paired by seed, ± standard error. kB: "
+          "what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the "
+          "training that a head shares with the others of its body. A closed-form head over frozen needs none.")
 MARKERS = "osD^vPX*<>"
 Row = dict[str, Any]
 
@@ -124,7 +124,7 @@ def sentence(rows: list[Row]) -> str:
     if best is None:
         return text + " Not run: frozen, whose closed-form heads are what training has to beat."
     above = [f"{row['body']} with {row['head']}" for row in ran if row["difference_error"] is not None
-             and row["difference"] > 2 * row["difference_error"] > 0]
+             and row["difference"] > 2 * row["difference_error"]]
     return (f"{text} Without any training of the body: {_named(best)}; above that by more than two standard errors: "
             f"{', '.join(above) or 'nothing'}.")
 

@@ -58,7 +58,7 @@ class Learning(Wrapper):
         return tuple(role for role in self.inner.uploads(server) if role in trained or role not in kept_back)
 
     def task(self, server: ServerState) -> dict[str, Any]:
-        task = self.curriculum.task(server.round + 1)
+        task = max(self.begun(server), 0)  # also after its last round, when clients evaluate
         seen = self.curriculum.seen(task)
         learn = {"task": task, "classes": self.curriculum.classes(task), "seen": seen, "replay": self.body.replays,
                  "compete": seen if self.compete == "seen" or self.body.replays else self.curriculum.classes(task),

@@ -174,6 +174,19 @@ def drive(body: Body, gradients: dict[str, Tensor], step: int = 0) -> None:
     body.after_step(step)
 
 
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthonormal(height: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(noise(height, columns, seed=seed))[0]
+
+
+def low_rank_gradient(rank: int, seed: int) -> Tensor:
+    """Of an adapted layer, [12, 16]."""
+    return noise(WIDTH, rank, seed=seed) @ noise(rank, HIDDEN, seed=seed + 1000)
+
+
 def rows(given: streams.Stream) -> dict[str, Tensor]:
     """The test inputs of all tasks."""
     return {"pixel_values": torch.cat([task.test.inputs["pixel_values"] for task in given.tasks])}

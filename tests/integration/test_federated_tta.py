@@ -86,6 +86,7 @@ def runs_seed(config: configs.Config, client: str) -> int:
 
 def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_path):
     tiny("run", {**HELD, "data.clients": 4, "tta.method": "source", "tta.severity": 3})
+    assert not list((tmp_path / "run").rglob("tta-*.pt")), "nothing is kept unless tta.keep says so"
     here, _ = again(tmp_path / "run")
     names = {client: stream.corruptions(here.config, client) for client in here.local.holdout}
     assert len({name for (name,) in names.values()}) == 4, "each client has another one"
@@ -113,10 +114,8 @@ def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_pat
 
 
 def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
-    config = {**SEQUENCE, "run.rounds": 3, "tta.batch_size": 7, "tta.method": "tent", "tta.lr": 0.05, "tta.keep": True}
+    config = {**HELD, "run.rounds": 3, "tta.batch_size": 7, "tta.method": "tent", "tta.lr": 0.05, "tta.keep": True}
     tiny("whole", config)
-    tiny("fresh", {**config, "tta.keep": False})
-    assert not list((tmp_path / "fresh").rglob("tta-*.pt"))
 
     class Stop(Exception):
         pass
@@ -128,17 +127,26 @@ def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
     with pytest.raises(Stop):
         tiny("broken", config, on_event=stop)
     runs.resume(tmp_path / "broken")
-    rows = {name: events(tmp_path / name, "clients_evaluated") for name in ("whole", "fresh", "broken")}
+    rows = {name: events(tmp_path / name, "clients_evaluated") for name in ("whole", "broken")}
     for key in ("clients", "round"):
         assert [row[key] for row in rows["whole"]] == [row[key] for row in rows["broken"]]
-    assert rows["whole"][0]["clients"] == rows["fresh"][0]["clients"], "the first evaluation has nothing to go on from"
-    assert rows["whole"][2]["clients"] != rows["fresh"][2]["clients"]
-    kept = torch.load(tmp_path / "whole" / "clients" / "client-000" / "tta-000003.pt", weights_only=True)
+    states = {run: [torch.load(tmp_path / run / "clients" / "client-000" / f"tta-00000{number}.pt", weights_only=True)
+                    for number in (1, 2, 3)] for run in ("whole", "broken")}
     given = len(stream.stream(*stream_of(tmp_path / "whole", "client-000")))
-    assert kept["batches"] == 3 * given, "every batch of three evaluations was learned from"
-    files = [(tmp_path / run / "clients" / "client-000" / "tta-000003.pt") for run in ("whole", "broken")]
-    one, two = (torch.load(file, weights_only=True)["memory"]["student"] for file in files)
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert [state["batches"] for state in states["whole"]] == [given, 2 * given, 3 * given]
+    for one, two in zip(states["whole"], states["broken"], strict=True):
+        for name, value in one["memory"]["student"].items():
+            assert torch.equal(value, two["memory"]["student"][name])
+    # The last evaluation by hand: the method of round 2 on the model of round 3.
+    here, server = again(tmp_path / "whole")
+    written(here, server, "client-000")
+    method = make("tent", deploy(here.local.model), here.config.tta.options)
+    method.load(states["whole"][1])
+    played = stream.stream(*stream_of(tmp_path / "whole", "client-000"))
+    accuracy = labels_right([method.step(batch)[0] for batch in played.batches()], played.labels)
+    assert rows["whole"][2]["clients"]["client-000"]["tta_accuracy"] == pytest.approx(accuracy)
+    assert all(torch.equal(value, states["whole"][2]["memory"]["student"][name])
+               for name, value in method.memory["student"].items())
 
 
 def stream_of(folder: Path, client: str) -> tuple[Any, ...]:

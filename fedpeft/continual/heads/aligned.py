@@ -7,10 +7,10 @@ Zhang et al., SLCA, arXiv 2303.05118:
     loss = CE(l / (tau ||l||_2), c),   tau = 0.1
 
 Statistics are sums (n_c, sum f, sum f f^T for each class), so they add up over owners. Deviations: training starts from
-the class means (w_c = mu_c - mean, of length 1, b = 0), not from the classifier that was trained beside the body, so that the head is
-a function of the sums and the seed; every class has its own noise, whatever else was seen; the norm is over all seen
-logits (the authors' code averages norms of each task's); Adam with a decaying rate in place of SGD; S_c gets a ridge in
-units of the mean of its diagonal, as a task may have fewer records than features. All in float64.
+the class means (w_c = mu_c - mean scaled to length 1, b = 0), not from the classifier that was trained beside the body,
+so that the head is a function of the sums and the seed; every class has its own noise, whatever else was seen; the norm
+is over all seen logits (the authors' code averages norms of each task's); Adam with a decaying rate in place of SGD;
+S_c gets a ridge in units of the mean of its diagonal, as a class may have fewer records than features. All in float64.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Aligned(Head):
     @dataclass
     class Config:
         samples: int = option(128, "Gaussian samples a class", low=1)
-        epochs: int = option(20, "passes over them", low=1)
+        epochs: int = option(10, "passes over them", low=1)
         lr: float = option(1e-2, "learning rate of Adam at the start", above=0)
         tau: float = option(0.1, "logits are divided by tau times their norm", above=0)
         ridge: float = option(1e-2, "added to the diagonal of a covariance, in units of its mean", above=0)
@@ -70,7 +70,7 @@ class Aligned(Head):
     def solve(self) -> None:
         self.weight = torch.zeros(self.classes, self.width, dtype=torch.float64)
         self.bias = torch.zeros(self.classes, dtype=torch.float64)
-        known = [label for label in self.seen if self.sums["count"][label] > 0]
+        self.known = known = [label for label in self.seen if self.sums["count"][label] > 0]
         means = self.sums["sum"][known] / self.sums["count"][known, None]
         start = F.normalize(means - means.mean(0), dim=1)
         weight, bias = leaf(start), leaf(torch.zeros(len(known), dtype=torch.float64))
@@ -91,5 +91,5 @@ class Aligned(Head):
                 schedule.step()
         self.weight[known], self.bias[known] = weight.detach(), bias.detach()
 
-    def scores(self, features: Tensor, classifier: Classifier) -> Tensor:
-        return only(features.double() @ self.weight.T + self.bias, self.seen)
+    def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
+        return only(features.double() @ self.weight.T + self.bias, self.known)

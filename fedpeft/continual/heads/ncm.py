@@ -36,6 +36,7 @@ class NCM(Head):
         return {"count": one_hot.sum(0), "sum": one_hot.T @ features.double()}
 
     def solve(self) -> None:
+        self.known = [label for label in self.seen if self.sums["count"][label] > 0]
         mean = self.sums["sum"] / self.sums["count"].clamp(min=1)[:, None]
         if self.config.distance == "cosine":
             mean = F.normalize(mean, dim=1)
@@ -44,8 +45,8 @@ class NCM(Head):
             self.bias = -0.5 * (mean**2).sum(1)
         self.weight = mean
 
-    def scores(self, features: Tensor, classifier: Classifier) -> Tensor:
+    def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
         features = features.double()
         if self.config.distance == "cosine":
             features = F.normalize(features, dim=1)
-        return only(features @ self.weight.T + self.bias, self.seen)
+        return only(features @ self.weight.T + self.bias, self.known)

@@ -72,7 +72,7 @@ class RanPAC(Head):
         features = features.double()
         hidden, one_hot = self._hidden(features), F.one_hot(labels, self.classes).double()
         held = self.held_out(features)
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, rows in zip(FOLDS, (~held, held), strict=True):
             h, y = hidden[rows], one_hot[rows]
             found |= {f"{name}/gram": h.T @ h, f"{name}/cross": h.T @ y, f"{name}/count": y.sum(0)}
@@ -84,13 +84,15 @@ class RanPAC(Head):
         return (angle * WAVES) % 1 < HELD
 
     def solve(self) -> None:
+        count = self.sums["fit/count"] + self.sums["held/count"]
+        self.known = [label for label in self.seen if count[label] > 0]
         gram = self.sums["fit/gram"] + self.sums["held/gram"]
         cross = self.sums["fit/cross"] + self.sums["held/cross"]
         self.ridge = self.config.ridge or self._chosen()
         self.solution = _ridge(gram, cross, self.ridge)
 
-    def scores(self, features: Tensor, classifier: Classifier) -> Tensor:
-        return only(self._hidden(features.double()) @ self.solution, self.seen)
+    def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
+        return only(self._hidden(features.double()) @ self.solution, self.known)
 
     def _hidden(self, features: Tensor) -> Tensor:
         return (features @ self.projection).relu()

@@ -1,8 +1,8 @@
 """Streams, one file each: embedded and prepared sequences of tasks, with the model that they are meant for.
 
-A stream is a class with a `Config` of options; `build(seed)` gives a `Prepared`: the stream, a frozen base and the names
-of the layers to adapt. `build(seed, validation=True)` holds out a part of the training set and takes it as the test set:
-the one to choose hyper-parameters on. `base` has what they share.
+A stream is a class with a `Config` of options; `build(seed)` gives a `Prepared`: the stream, a frozen base and the
+names of the layers to adapt. `build(seed, validation=True)` takes a fifth of the training set as the test set: the one
+to choose hyper-parameters on. `base` has what they share.
 
     name             scenario  tasks  classes  network
     digits5          class     5      10       GlyphNet pre-trained on drawn strokes

@@ -1,7 +1,8 @@
 """What every stream file says: its records, its network, and how the records fall into tasks.
 
 A file defines `records(seed)`; the base class cuts the classes into tasks, or a file does so in `manifest`. The seed
-chooses records and the order of classes or domains; the network is the same for every seed, as a downloaded one is.
+chooses the order of classes or domains, and the records where there are more than are used or they are made; the
+network is the same for every seed, as a downloaded one is.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Source:
         if found.domains is not None:
             return domain_plan(self.name, found, seed, **more)
         groups = stream.groups(_classes(found), self.config.tasks, seed)
-        return stream.plan(self.name, self.scenario, found.train.labels.numpy(), found.test.labels.numpy(), groups, seed,
-                           **more)
+        labels = found.train.labels.numpy(), found.test.labels.numpy()
+        return stream.plan(self.name, self.scenario, *labels, groups, seed, **more)
 
     def build(self, seed: int, validation: bool = False) -> Prepared:
         """The stream of a seed.
@@ -146,22 +147,21 @@ def domain_plan(name: str, found: Material, seed: int, **more: Any) -> dict[str,
             **more, "tasks": tasks}
 
 
-def labelled(data: str, limit: int | None, model: ModelConfig, layers: list[str] | None, seed: int,
+def labelled(data: DataConfig, model: ModelConfig, layers: list[str] | None, seed: int,
              column: str | None = None) -> Material:
     """Records of any data set of `data.source`, as the model takes them.
 
     Args:
-        limit: at most so many records in each set, stratified by class.
         column: natural column whose values are the domains.
 
     Raises:
         InputError: as `source.load` and `models.load`; or there is no such column.
     """
-    train, test = source.load(DataConfig(source=data, limit=limit), model.task, seed)
+    train, test = source.load(data, model.task, seed)
     domains, names = None, []
     if column is not None:
         if column not in train.columns or column not in test.columns:
-            raise InputError(f"stream.column: '{data}' has no column '{column}'. It has: "
+            raise InputError(f"stream.column: '{data.source}' has no column '{column}'. It has: "
                              f"{', '.join(train.columns) or 'none'}.")
         values = [part.columns[column].astype(str) for part in (train, test)]
         names = sorted(set(values[0].tolist()) | set(values[1].tolist()))

@@ -64,17 +64,17 @@ def text_fonts(parts: tuple[Records, Records]) -> tuple[Tensor, Tensor]:
     return torch.cat([part.inputs["pixel_values"] for part in other]), torch.cat([part.labels for part in other])
 
 
-def pretrain(data: tuple[Tensor, Tensor], epochs: int = EPOCHS) -> dict[str, Tensor]:
-    """Weights of the ViT after `epochs` passes, every image under a new affine map each time."""
+def pretrain(data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Weights of the ViT after EPOCHS passes, every image under a new affine map each time."""
     images, labels = data
     rng = seeds.numpy_generator(0, "glyphs", "pretrain")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(0, "glyphs", "start"))
         model = _vit()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    steps = epochs * (len(images) // BATCH)
+    steps = EPOCHS * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=steps)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         order = torch.from_numpy(rng.permutation(len(images)))
         for start in range(0, len(images) - BATCH + 1, BATCH):
             chosen = order[start : start + BATCH]

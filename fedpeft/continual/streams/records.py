@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.config import ModelConfig, option
+from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.continual.streams.base import Material, Source, labelled
 from fedpeft.errors import InputError
 
@@ -23,6 +23,7 @@ class Records(Source):
     @dataclass
     class Config:
         source: str = option("digits", "embedded or prepared data set, file, folder or hub id")
+        test: str | None = option(None, "the test set where the source has none; else a share of it is held out")
         limit: int | None = option(None, "at most so many records in the training and in the test set", low=1)
         model: str = option("tiny-vit", "base model: embedded, prepared, local folder or hub id")
         kind: str = option("image-classification", "what the model does",
@@ -37,9 +38,10 @@ class Records(Source):
         super().__init__(**options)
         self.scenario = self.config.scenario
         if (self.config.column is not None) != (self.scenario == "domain"):
-            raise InputError(f"stream.column={self.config.column} with stream.scenario={self.scenario}: a domain stream "
-                             "needs a column, and no other has one.")
+            raise InputError(f"stream.column={self.config.column} with stream.scenario={self.scenario}: a domain "
+                             "stream needs a column, and no other has one.")
 
     def records(self, seed: int) -> Material:
         model = ModelConfig(name=self.config.model, task=self.config.kind, max_length=self.config.max_length)
-        return labelled(self.config.source, self.config.limit, model, self.config.layers, seed, self.config.column)
+        data = DataConfig(source=self.config.source, test=self.config.test, limit=self.config.limit)
+        return labelled(data, model, self.config.layers, seed, self.config.column)

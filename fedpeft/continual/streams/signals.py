@@ -32,7 +32,8 @@ def drawn(classes: int, count: int, seed: int, purpose: str, domain: str | None 
     elif domain == "noise":
         values = procedural.signals(knots, labels, rng, noise=0.95)
     else:
-        values = AFTER.get(domain or "", lambda given, seed: given)(procedural.signals(knots, labels, rng), seed)
+        values = procedural.signals(knots, labels, rng)
+        values = AFTER[domain](values, seed) if domain in AFTER else values
     return Encoded({"signal": torch.from_numpy(values.astype(np.float32))}, torch.from_numpy(labels))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.config import ModelConfig, option
+from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.continual.streams.base import Material, Source, labelled
 
 
@@ -23,4 +23,4 @@ class Text(Source):
     def records(self, seed: int) -> Material:
         model = ModelConfig(name="tiny-bert", task="sequence-classification", pooling="mean",
                             max_length=self.config.max_length)
-        return labelled("docstrings", self.config.limit, model, None, seed)
+        return labelled(DataConfig(source="docstrings", limit=self.config.limit), model, None, seed)

@@ -1,0 +1,65 @@
+"""Federated continual learning: what cannot work is refused before anything is loaded, with the key and a way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedpeft import config as configs
+from fedpeft.errors import InputError
+from fedpeft.simulations.run import simulate
+
+DP_LDA = {"continual.head": "lda", "continual.statistics_noise": 2.0}
+SAMPLE = {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "privacy.delta": 1e-3,
+          "strategy.weighting": "uniform"}
+CLIENT = {**SAMPLE, "privacy.unit": "client", "privacy.delta": 0.1}
+SECAGG = {"secagg.enabled": True, "strategy.weighting": "uniform"}
+COSO_LINEAR = ("continual_coso", {"continual.head": "linear"})
+REFUSED = {
+    "rounds": ("continual", {"run.rounds": 16}, r"continual\.tasks=5: run\.rounds=16 is not a multiple"),
+    "causal": ("causal_lm", {"continual.body": "sequential", "run.rounds": 5},
+               r"continual\.body.*model\.task=causal-lm has none"),
+    "head": ("continual", {"adapter.train_head": False}, r"adapter\.train_head=false.*Set adapter\.train_head=true"),
+    "client-lda": ("continual", CLIENT, r"privacy\.unit=client: continual\.head=lda.*Set continual\.head=linear"),
+    "client-coso": (COSO_LINEAR[0], {**COSO_LINEAR[1], **CLIENT},
+                    r"privacy\.unit=client: .*continual\.body=coso.*continual\.basis=random"),
+    "secagg-lda": ("continual", SECAGG, r"secagg\.enabled=true.*lda.*Set continual\.head=linear"),
+    "secagg-coso": (COSO_LINEAR[0], {**COSO_LINEAR[1], **SECAGG},
+                    r"secagg\.enabled=true.*coso.*continual\.basis=random"),
+    "noise": ("continual", {"continual.statistics_noise": 1.5}, r"statistics_noise=1\.5 is for privacy\.unit=sample"),
+    "policy": ("continual_dp", {"privacy.policy": "."}, r"privacy\.policy=.*Set privacy\.policy=null"),
+    "replay": ("continual_conpet", SAMPLE, r"privacy\.unit=sample: continual\.body=conpet_static.*without replay"),
+    "sketch": (COSO_LINEAR[0], {**COSO_LINEAR[1], **SAMPLE},
+               r"privacy\.unit=sample.*coso.*Set continual\.basis=random"),
+    "fitted": ("continual_dp", {"continual.head": "lda"}, r"continual\.head=lda.*Set continual\.statistics_noise"),
+    "epsilon": ("continual_dp", {**DP_LDA, "privacy.epsilon": 3.0, "privacy.noise_multiplier": None},
+                r"privacy\.epsilon=3: .*lda.*Give privacy\.noise_multiplier"),
+    "lacking": ("continual_coso", {"continual.side": "out", "strategy": "ffa_lora", "strategy.transport": "dense"},
+                r"continual\.body=coso: it needs clients that train A; strategy ffa_lora trains B, head"),
+    "rule": ("continual_coso", {"strategy": "lora_fair"},
+             r"continual\.body=coso: .*lora_fair cannot do\. Strategies that can: fedit, ffa_lora, fedsvd"),
+    "keeps": ("continual_lae", {"strategy": "fedsa", "data.holdout": 0.2},
+              r"continual\.body=lae: strategy fedsa leaves B, head with each client"),
+    "core": ("continual", {"strategy.transport": "core"},
+             r"strategy\.transport=core: continual\.body=factor_coso.*Set strategy\.transport=dense"),
+    "seed": ("continual", {"strategy": "ffa_lora"}, r"strategy\.transport=seed: .*Set strategy\.transport=dense"),
+    "body": ("continual", {"continual.body": "cosso"}, r"continual\.body: 'cosso' is not known.*coso"),
+    "option": ("continual", {"continual.side": "left"}, r"continual\.side.*left.*in.*out.*both"),
+    "headname": ("continual", {"continual.head": "lad"}, r"continual\.head: 'lad' is not known.*lda"),
+    "headoption": ("continual", {"continual.head_options": {"rigde": 1.0}}, r"continual\.head_options.*rigde"),
+    "sites": ("continual", {"run.engine": "sites"}, r"run\.engine=sites.*continual"),
+    "dtype": ("continual", {"model.dtype": "bfloat16"}, r"model\.dtype=bfloat16.*Set model\.dtype=float32"),
+    "moving-A": ("continual", {"strategy": "fedex"}, r"continual\.body=factor_coso.*fedex"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_combination_is_refused_with_key_and_way_out(case):
+    config, overrides, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        configs.load(config, overrides)
+
+
+def test_more_tasks_than_classes_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(InputError, match=r"continual\.tasks=12: 10 classes make 1 to 10 tasks"):
+        simulate("continual", {"continual.tasks": 12, "run.rounds": 12, "run.baselines": False}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
