@@ -32,6 +32,9 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.gradients import verify
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.state import AdapterState
+from fedpeft.strategies.fedthe import FEATURES
+from fedpeft.tta.fedthe import mean_feature
+from fedpeft.tta.model import deploy
 
 T = TypeVar("T")
 log = logging.getLogger("fedpeft")
@@ -189,6 +192,9 @@ class Local:
             self.model.write(start)
             update = update.replace(rates.learned(self.model, sent, visit.job.data, task["atp"], visit.job.seed))
             self.model.write(start.replace(after))
+        if FEATURES in visit.received and visit.job.private is None:  # else nothing would cover it
+            self.model.write(start.replace(after))
+            update = update.replace({FEATURES: mean_feature(deploy(self.model), visit.job.data).cpu()})
         marks, missed = learning.joined(visit.kept, task, client)
         keep = {**keep, **marks}
         if visit.job.private is not None:

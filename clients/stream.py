@@ -28,8 +28,10 @@ from fedpeft.data.encode import Encoded
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState
+from fedpeft.strategies.fedthe import FEATURES
 from fedpeft.tta.atp import ATP
 from fedpeft.tta.base import TTAMethod, Wrapper, make
+from fedpeft.tta.fedthe import FedTHE
 from fedpeft.tta.model import Deployed, deploy, take
 from fedpeft.tta.run import run_stream
 
@@ -63,7 +65,11 @@ def build(config: Config, model: Adapted, deployed: Deployed, client: str, recei
         method.receive(by_name(model, deployed, {key: float(value) for key, value in rates.items()}))
     elif method.needs_source != "none":
         device = next(iter(model.parameters.values())).device
-        method.prepare(Encoded({name: value.to(device) for name, value in train.inputs.items()}, train.labels))
+        own = Encoded({name: value.to(device) for name, value in train.inputs.items()}, train.labels)
+        if isinstance(method, FedTHE):
+            method.receive(own, received[FEATURES])
+        else:
+            method.prepare(own)
     return method
 
 
@@ -171,8 +177,9 @@ def check(config: Config) -> None:
         raise InputError(f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
                          f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts.")
     wraps = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
-    if tta.method == "atp" and "atp" not in [config.strategy.name, *wraps]:
-        raise InputError("tta.method=atp: the federation has to learn its rates. Set strategy.wrap=[atp].")
+    for name, what in (("atp", "learn its rates"), ("fedthe", "average the clients' mean features")):
+        if tta.method == name and name not in [config.strategy.name, *wraps]:
+            raise InputError(f"tta.method={name}: the federation has to {what}. Set strategy.wrap=[{name}].")
 
 
 def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -199,9 +206,9 @@ def _named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:
 
 
 def _adapts(method: TTAMethod, deployed: Deployed) -> list[str]:
-    """Tensors that a method (or the one below it) adapts; of ATP, which keeps none from batch to batch, online only."""
+    """Tensors that a method (or the one below it) adapts; not those that ATP and FedTHE forget after each batch."""
     own = getattr(method.config, "adapt", None)
-    forgets = isinstance(method, ATP) and method.config.mode == "batch"
+    forgets = isinstance(method, FedTHE) or (isinstance(method, ATP) and method.config.mode == "batch")
     names = [] if own is None or forgets else deployed.select(own)
     return names + (_adapts(method.base, deployed) if isinstance(method, Wrapper) else [])
 

@@ -13,7 +13,7 @@ from fedpeft import registry, sections
 from fedpeft.errors import InputError
 
 TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams", "server_bodies",
-          "mergers", "models", "recipes", "configs", "sections")
+          "mergers", "models", "recipes", "sections", "configs")
 
 
 def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:

@@ -34,6 +34,7 @@ TABLES: dict[str, dict[str, str]] = {
         "fedyogi": "fedpeft.strategies.fedopt:FedYogi",
         "fedadagrad": "fedpeft.strategies.fedopt:FedAdagrad",
         "atp": "fedpeft.strategies.atp:ATP",
+        "fedthe": "fedpeft.strategies.fedthe:FedTHE",
         "norm_clip": "fedpeft.strategies.norm_clip:NormClip",
         "trimmed_mean": "fedpeft.strategies.trimmed_mean:TrimmedMean",
         "median": "fedpeft.strategies.median:Median",
@@ -68,6 +69,7 @@ TABLES: dict[str, dict[str, str]] = {
         "tlm": "fedpeft.tta.tlm:TLM",
         "ear": "fedpeft.tta.ear:EAR",
         "atp": "fedpeft.tta.atp:ATP",
+        "fedthe": "fedpeft.tta.fedthe:FedTHE",
     },
     "bodies": {
         "frozen": "fedpeft.continual.bodies.frozen:Frozen",
@@ -132,6 +134,7 @@ TABLES: dict[str, dict[str, str]] = {
         "privacy": "fedpeft.clients.private:check",
         "tta": "fedpeft.clients.stream:check",
         "atp": "fedpeft.strategies.atp:check",
+        "fedthe": "fedpeft.strategies.fedthe:check",
     },
     "partitioners": {
         "iid": "fedpeft.data.partition:IID",

@@ -67,6 +67,9 @@ class Learner:
         if "boundaries" in self.body.needs and not self.stream.boundaries:
             raise InputError(f"body {body} needs to be told when a task begins; stream '{self.stream.name}' is "
                              f"{self.stream.scenario} and does not tell.")
+        if not self.stream.boundaries and self.train.epochs != 1:
+            raise InputError(f"epochs={self.train.epochs}: stream '{self.stream.name}' is {self.stream.scenario}: each "
+                             "record is seen once. Set epochs=1.")
         wrong = [name for name in self.heads if self.body.heads is not None and name not in self.body.heads]
         if wrong:
             raise InputError(f"head {wrong[0]}: body {body} predicts by itself; it goes with "
@@ -142,10 +145,13 @@ class Learner:
         self.body.end_task(self.body.statistics(task.train))
         self._fit(task.train, self.stream.seen(self.task))
         before = self.model.passes
-        counts = [self.count(other.test, other.classes) for other in self.stream.tasks]
+        seen = set(self.stream.seen(self.task))
+        asked = [bool(seen & set(other.classes)) for other in self.stream.tasks]  # others cannot be answered
+        counts = [self.count(other.test, other.classes) if known else {} for other, known in
+                  zip(self.stream.tasks, asked, strict=True)]
         for name in self.heads:
-            self.right[name].append([found[name] for found in counts])
-        rows = sum(len(other.test) for other in self.stream.tasks)
+            self.right[name].append([found.get(name, 0) for found in counts])
+        rows = sum(len(other.test) for other, known in zip(self.stream.tasks, asked, strict=True) if known)
         self.ledger.append({"task": self.task, "parameters": sum(v.numel() for v in self.body.parameters.values()),
                             "stored_bytes": self.body.stored(), "head_bytes": self._head_bytes(),
                             "passes_per_prediction": (self.model.passes - before) / max(rows, 1),

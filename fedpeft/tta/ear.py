@@ -11,8 +11,9 @@ branch that was taken learns by entropy minimisation; all others stay the same b
 After Daniels et al., arXiv 2308.02084 (encoder, adaptor, reconfigurator), whose code is not public. b is ours: it gives
 the source domain a code, so that nearness to it is a cosine too. Left out: their search among adaptor architectures
 (what adapts is `adapt`: `lora` gives one LoRA a domain), and their supervised training of a new branch. A whole batch
-has one domain. `bn_alpha` is that of the branches; the encoder keeps its running statistics. On digits-C with batches
-of 32 the default threshold tells the nine corruptions apart; other data need another one.
+has one domain. `bn_alpha` is that of the branches; the encoder keeps its running statistics. The default
+threshold was picked on a digits-C stream in batches of 32, by how many branches it opened there; that each of them held
+one corruption was not checked, and other data, batches or encoders need another threshold.
 
     >>> import torch
     >>> route(torch.tensor([1.0, 1.0]), [torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0])], 0.9)

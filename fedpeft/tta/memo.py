@@ -26,6 +26,7 @@ from fedpeft.tta.augment import KINDS, augment
 from fedpeft.tta.base import Outputs
 from fedpeft.tta.gradient import GradientConfig, GradientMethod
 from fedpeft.tta.model import Batch, batch_statistics, join, size, take
+from fedpeft.tta.scores import marginal_entropy
 
 
 @dataclass
@@ -67,9 +68,3 @@ class MEMO(GradientMethod):
         if reason is None:
             start = optim.step(config.optimizer, start, gradients, optim.fresh(), config.lr)
         return self.forward(sample, start)
-
-
-def marginal_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the mean prediction of the rows."""
-    log_mean = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(len(logits))).log()
-    return -(log_mean.exp() * log_mean).sum()

@@ -25,6 +25,12 @@ def entropy_of(probs: Tensor) -> Tensor:
     return values.sum(-1)
 
 
+def marginal_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction of the rows."""
+    log_mean = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(len(logits))).log()
+    return -(log_mean.exp() * log_mean).sum()
+
+
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
     """-sum softmax(target) log softmax(logits) of each row [N]."""
     return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1)

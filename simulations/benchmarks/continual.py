@@ -113,8 +113,8 @@ def run(out: Path, name: str, bodies: str = "", heads: str = "", seeds: int = 3,
         raise InputError(f"--seeds: {seeds} is out of range; allowed: >= 1.")
     label, source = opened(name, quick)
     train = training(source.name, settings or [], quick)
-    asked = [entry("bodies", text, "--bodies") for text in cells.entries(
-        bodies or (QUICK_BODIES if quick else ",".join(registry.names("bodies"))))]
+    every = QUICK_BODIES if quick else ",".join(registry.names("bodies"))
+    asked = [entry("bodies", text, "--bodies") for text in dict.fromkeys(cells.entries(bodies or every))]
     shown, added = all_heads(heads)
     rows: list[Row] = []
     for seed in range(seeds):

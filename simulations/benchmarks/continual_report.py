@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -18,7 +17,6 @@ from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry", "learning_acc")  # fit a terminal
 AGAINST = "against frozen"
@@ -32,6 +30,7 @@ LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all tes
           "what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the "
           "training that a head shares with the others of its body. A closed-form head over frozen needs none.")
 MARKERS = "osD^vPX*<>"
+FILLINGS = ("full", "none", "left", "bottom")
 Row = dict[str, Any]
 
 
@@ -86,7 +85,8 @@ def show(results: Row) -> None:
     from fedpeft.console import out
 
     out.print(f"{headline(results)}", markup=False, style="bold")
-    out.print(_table(results["summary"]))
+    for text in lines(results["summary"]):
+        out.print(text, markup=False, soft_wrap=True)
     for line in notes(results):
         out.print(line, markup=False, soft_wrap=True)
     out.print(sentence(results["summary"]), markup=False, soft_wrap=True)
@@ -148,18 +148,27 @@ def line(row: Row, names: list[str]) -> list[str]:
             f"{row['bytes'] / 1000:,.1f}", f"{row['passes']:.3g}", f"{row['train_cpu_s']:.1f}"]
 
 
-def _table(rows: list[Row]) -> Table:
-    from rich.table import Table
-
+def lines(rows: list[Row]) -> list[str]:
+    """The table as text: a body's name in a line of its own, its heads below."""
     names = heads_of(rows, SHORT)
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for head in ("body", "head", *names, *COSTS):
-        table.add_column(re.sub("[_ ]", "\n", head), justify="left" if head in ("body", "head") else "right",
-                         no_wrap=head != "body", overflow="fold")
-    for row in rows:
-        texts = dict(zip(("body", "head", *names, AGAINST, *COSTS), line(row, names), strict=True))
-        table.add_row(*(text for head, text in texts.items() if head != AGAINST))
-    return table
+    heads = ["", *names, *COSTS]
+    above = [["", *(name.partition("_")[0] for name in names), *[""] * len(COSTS)],
+             ["", *(name.partition("_")[2] for name in names), *COSTS]]
+    texts = [[text for head, text in zip(["", *names, AGAINST, *COSTS], line(row, names)[1:], strict=True)
+              if head != AGAINST] for row in rows]
+    widths = [max(len(text[place]) for text in [*above, *texts]) for place in range(len(heads))]
+    found = [_padded(text, widths) for text in above]
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        if number == 0 or row["body"] != rows[number - 1]["body"]:
+            found.append(row["body"])
+        found.append(_padded(text, widths))
+    return found
+
+
+def _padded(text: list[str], widths: list[int]) -> str:
+    first, *rest = [part.ljust(width) if place == 0 else part.rjust(width)
+                    for place, (part, width) in enumerate(zip(text, widths, strict=True))]
+    return " ".join([f"  {first}", *rest])
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
@@ -181,10 +190,11 @@ def over_tasks(ran: list[Row]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     heads = distinct(ran, "head")
-    figure = Figure(figsize=(min(3.6 * len(heads) + 1, 16), 4.4))
+    bodies = distinct(ran, "body")
+    figure = Figure(figsize=(min(3.6 * len(heads) + 1, 16), 4.2 + 0.06 * len(bodies)))
     panels = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
     for axes, head in zip(panels, heads, strict=True):
-        for number, body in enumerate(distinct(ran, "body")):
+        for number, body in enumerate(bodies):
             curves = [curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
             if curves:
                 color, dashes = _look(number)
@@ -208,20 +218,18 @@ def against_bytes(rows: list[Row]) -> Figure | None:
     ran = [row for row in rows if not row["refused"] and row["metrics"]["forgetting_chaudhry"] is not None]
     if not ran:
         return None
-    figure = Figure(figsize=(8.5, 4.6))
-    axes = figure.subplots()
     bodies, heads = distinct(ran, "body"), distinct(ran, "head")
+    figure = Figure(figsize=(9.5, max(4.6, 0.23 * (len(bodies) + len(heads)))))
+    axes = figure.subplots()
     for row in ran:
-        axes.plot(row["bytes"] / 1000, 100 * row["metrics"]["forgetting_chaudhry"],
-                  color=_look(bodies.index(row["body"]))[0], marker=MARKERS[heads.index(row["head"]) % len(MARKERS)],
-                  markersize=7, fillstyle="full" if _look(bodies.index(row["body"]))[1] == "-" else "none")
+        axes.plot(row["bytes"] / 1000, 100 * row["metrics"]["forgetting_chaudhry"], markersize=7,
+                  marker=MARKERS[heads.index(row["head"]) % len(MARKERS)], **_filled(bodies.index(row["body"])))
     for number, body in enumerate(bodies):
-        color, dashes = _look(number)
-        axes.plot([], [], "s", color=color, fillstyle="full" if dashes == "-" else "none", label=_label(body))
+        axes.plot([], [], "s", label=_label(body), **_filled(number))
     for number, head in enumerate(heads):
         axes.plot([], [], MARKERS[number % len(MARKERS)], color=plots.GREY, label=f"head {head}")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="kB kept by body and head after the last task", ylabel="forgetting_chaudhry in points")
@@ -260,6 +268,12 @@ def matrices(ran: list[Row]) -> Figure:
 
 def _look(number: int) -> tuple[str, str]:
     return plots.COLORS[number % len(plots.COLORS)], plots.DASHES[number // len(plots.COLORS) % len(plots.DASHES)]
+
+
+def _filled(number: int) -> dict[str, Any]:
+    """Colour and filling of a body's marks."""
+    color, dashes = _look(number)
+    return {"color": color, "fillstyle": FILLINGS[plots.DASHES.index(dashes)]}
 
 
 def _label(name: str) -> str:

@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from fedpeft import registry
-from fedpeft.continual.body import TrainConfig
+from fedpeft.continual.body import TrainConfig, only
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.matrix import summary
 from fedpeft.continual.model import Plastic
@@ -35,10 +36,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """Percent: last accuracy by head, and forgetting of the trained classifier."""
+    """Percent: last accuracy by head, forgetting of the trained classifier, and last accuracy of each view alone."""
 
     accuracy: dict[str, float]
     forgetting: float
+    views: dict[str, float]
 
 
 @cache
@@ -59,7 +61,18 @@ def run(stream: str, seed: int, name: str) -> Found:
     tests = [len(task.test) for task in given.stream.tasks]
     values = {head: summary(right, tests)["values"] for head, right in made.right.items()}
     return Found({head: 100 * found["acc_micro"] for head, found in values.items()},
-                 100 * values["linear"]["forgetting_ge0"])
+                 100 * values["linear"]["forgetting_ge0"], alone(made))
+
+
+@torch.no_grad()
+def alone(made: Learner) -> dict[str, float]:
+    """Last accuracy of the trained classifier on each view's features, without the other view."""
+    found = {}
+    for name, change in made.body.views().items():
+        answers = [only(made.classifier(made.model.features(task.test.inputs, change)), made.body.seen).argmax(-1)
+                   == task.test.labels for task in made.stream.tasks]
+        found[name] = 100 * float(torch.cat(answers).double().mean())
+    return found
 
 
 def gaps(stream: str, better: str, worse: str, head: str = "linear") -> list[float]:
@@ -123,6 +136,13 @@ def test_nearest_means_beat_the_probe_on_the_same_features(stream):
 def test_the_frozen_phase_decides_what_lae_keeps(stream, margin):
     found = gaps(stream, "lae", "lae_unfrozen")
     assert min(found) > 0 and mean(found) > margin, found
+
+
+def test_without_the_frozen_phase_the_offline_expert_is_the_better_one_on_signals():
+    """A slow average forgets less than what moves freely. On digits neither is ahead for every seed."""
+    views = [run("glyph1d", seed, "lae_unfrozen").views for seed in SEEDS]
+    found = [view["offline"] - view["online"] for view in views]
+    assert min(found) > 0 and mean(found) > (21 - 16) / 2, found
 
 
 @pytest.mark.parametrize("stream", STREAMS)

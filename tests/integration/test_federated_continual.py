@@ -6,6 +6,7 @@ Runs are tiny (200 digits, 3 clients, 2 tasks of 2 rounds, 2 steps), so nothing 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedpeft import checkpoint, report
 from fedpeft import config as configs
 from fedpeft.adapters.features import batches
 from fedpeft.clients import learning
-from fedpeft.clients.learning import head_sums, unit
+from fedpeft.clients.learning import head_sums
 from fedpeft.clients.local import Local
 from fedpeft.continual import matrix
 from fedpeft.errors import InputError, RunError
@@ -29,7 +30,7 @@ from fedpeft.privacy.ledger import BudgetExhausted, Ledger
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.world import world
 from fedpeft.strategies.learning.build import head as build_head
-from fedpeft.strategies.learning.rounds import Learning
+from fedpeft.strategies.learning.rounds import TASK, Learning
 
 SMALL: dict[str, Any] = {
     "data.limit": 200, "data.clients": 3, "data.partition": "iid", "continual.tasks": 2, "run.rounds": 4,
@@ -38,7 +39,7 @@ SMALL: dict[str, Any] = {
 }
 DP_LDA = {"continual.head": "lda", "continual.statistics_noise": 2.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "factor_coso": ("continual", {}),
+    "factor_coso": ("continual", {"continual.side": "both"}),
     "coso": ("continual_coso", {}),
     "conpet_static": ("continual_conpet", {}),
     "lae": ("continual_lae", {"continual.head": "lda"}),
@@ -155,6 +156,7 @@ def test_a_shipped_config_runs_and_says_everything(config, fedpeft, tmp_path, mo
 def test_a_body_does_what_sequential_does_not(case, ending, whole, go, tmp_path):
     run, _ = whole(case)
     config, more = CASES[case]
+    more = {key: value for key, value in more.items() if key != "continual.side"}
     go("not", config, {**more, "continual.body": "sequential"})
     assert kept(ended(run), ending) and not kept(ended(tmp_path / "not"), ending)
     assert adapter(run) != adapter(tmp_path / "not")
@@ -175,7 +177,7 @@ def test_factor_coso_in_a_run_keeps_tasks_apart(go, tmp_path):
         write = checkpoint.write
         patch.setattr(checkpoint, "write",
                       lambda folder, server, *rest: (states.__setitem__(server.round, server), write(folder, server)))
-        go("run", "continual")
+        go("run", "continual", {"continual.side": "in"})
     first, last = states[2].adapter, states[4].adapter
     for site in first.lora_sites():
         A = torch.linalg.qr(first[f"{site}/A"].double().T).Q
@@ -253,7 +255,7 @@ def test_a_cut_run_ends_as_if_nothing_had_happened(case, cut, whole, go, tmp_pat
 
 def test_a_resumed_run_has_every_event_once(whole, go, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        go("broken", "continual", on_event=CUTS["before-the-head"])
+        go("broken", "continual", {"continual.side": "both"}, on_event=CUTS["before-the-head"])
     runs.resume(tmp_path / "broken")
     events = [[{key: value for key, value in event.items() if key not in ("time", "seconds")}
                for event in read(run / "metrics.jsonl")] for run in (whole("factor_coso")[0], tmp_path / "broken")]
@@ -315,21 +317,6 @@ def test_sums_are_in_the_ledger_before_they_leave_and_cost_once(private, tmp_pat
     assert len(Ledger(path).entries()) == 4
 
 
-def test_the_budget_is_that_of_training_alone_where_no_head_is_fitted(tmp_path):
-    """`statistics_noise` beside a head that asks for no sums must not buy more training."""
-    from fedpeft.clients.private import Guard
-
-    private = {"privacy.noise_multiplier": None, "privacy.epsilon": 3.0, "continual.statistics_noise": 1.0}
-    for more in ({}, {"continual.body": None}):
-        try:
-            config = configs.load("continual_dp", {**SMALL, **private, **more})
-        except InputError as error:
-            assert "statistics_noise" in str(error)
-            continue
-        plan = Guard(config, tmp_path, "run").plan("client-000", lambda: 60)
-        assert plan.budget.epsilon == 3.0
-
-
 def test_a_server_cannot_open_a_new_account_for_the_same_records(private):
     """The guarantee is against the server too: which task its records belong to, a client knows by itself."""
     _, here, asked = private
@@ -354,10 +341,6 @@ def test_a_head_is_fitted_on_noised_sums_or_refused_beforehand(name, options, go
     except InputError:
         return
     assert len(go("run", "continual_dp", more)["continual"]["right"]) == 2
-
-
-def test_private_heads_answer_on_features_of_norm_one():
-    assert torch.allclose(unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
 
 # Who takes part -------------------------------------------------------------------------------------------------------
@@ -408,8 +391,8 @@ def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):
     run, _ = whole("conpet_static")
     here = world((run / "resolved.yaml").read_text(), run)
     server = here.strategy.before_round(here.start)
-    for number in (1, 3):
-        state = type(server)(server.adapter, number - 1, server.memory, server.numbers)
+    for number, begun in ((1, 0), (3, 1)):
+        state = replace(server, round=number - 1, numbers={**server.numbers, TASK: begun})
         task = {**here.strategy.task(state), "round": number}
         _, metrics = here.local.train("client-000", here.strategy.broadcast(state, "client-000"), task)
         data = here.local.train_data["client-000"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedpeft import config as configs
+from fedpeft.clients.private import Guard
 from fedpeft.errors import InputError
 from fedpeft.simulations.run import simulate
 
@@ -39,14 +40,14 @@ REFUSED = {
              r"continual\.body=coso: .*lora_fair cannot do\. Strategies that can: fedit, ffa_lora, fedsvd"),
     "keeps": ("continual_lae", {"strategy": "fedsa", "data.holdout": 0.2},
               r"continual\.body=lae: strategy fedsa leaves B, head with each client"),
-    "core": ("continual", {"strategy.transport": "core"},
+    "core": ("continual", {"continual.side": "in", "strategy.transport": "core"},
              r"strategy\.transport=core: continual\.body=factor_coso.*Set strategy\.transport=dense"),
-    "seed": ("continual", {"strategy": "ffa_lora"}, r"strategy\.transport=seed: .*Set strategy\.transport=dense"),
+    "seed": ("continual", {"continual.side": "in", "strategy": "ffa_lora"},
+             r"strategy\.transport=seed: .*Set strategy\.transport=dense"),
     "body": ("continual", {"continual.body": "cosso"}, r"continual\.body: 'cosso' is not known.*coso"),
     "option": ("continual", {"continual.side": "left"}, r"continual\.side.*left.*in.*out.*both"),
     "headname": ("continual", {"continual.head": "lad"}, r"continual\.head: 'lad' is not known.*lda"),
     "headoption": ("continual", {"continual.head_options": {"rigde": 1.0}}, r"continual\.head_options.*rigde"),
-    "sites": ("continual", {"run.engine": "sites"}, r"run\.engine=sites.*continual"),
     "dtype": ("continual", {"model.dtype": "bfloat16"}, r"model\.dtype=bfloat16.*Set model\.dtype=float32"),
     "moving-A": ("continual", {"strategy": "fedex"}, r"continual\.body=factor_coso.*fedex"),
 }
@@ -63,3 +64,17 @@ def test_more_tasks_than_classes_are_refused_before_anything_is_trained(tmp_path
     with pytest.raises(InputError, match=r"continual\.tasks=12: 10 classes make 1 to 10 tasks"):
         simulate("continual", {"continual.tasks": 12, "run.rounds": 12, "run.baselines": False}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_budget_is_that_of_training_alone_where_no_head_is_fitted(tmp_path):
+    """`statistics_noise` beside a head that asks for no sums must not buy more training."""
+    private = {"client.batch_size": 8, "client.local_steps": 2, "privacy.accountant": "rdp",
+               "privacy.noise_multiplier": None, "privacy.epsilon": 3.0, "continual.statistics_noise": 1.0}
+    for more in ({}, {"continual.body": None}):
+        try:
+            config = configs.load("continual_dp", {**private, **more})
+        except InputError as error:
+            assert "statistics_noise" in str(error)
+            continue
+        plan = Guard(config, tmp_path, "run").plan("client-000", lambda: 60)
+        assert plan.budget.epsilon == 3.0

@@ -208,7 +208,8 @@ def test_coso_learns_coefficients_in_a_protected_subspace(dense, side, rule):
 def test_coso_fills_up_where_the_sketch_has_too_few_directions(dense):
     """One real direction of a zero-padded sketch: it is in P, the others are drawn, and all stay orthonormal."""
     strategy = learning(dense, "coso", "fedit", side="in")
-    given = {site: torch.nn.functional.pad(torch.eye(n, 1, dtype=torch.float64), (0, 4)) for site, (_, n) in SHAPES.items()}
+    one = {site: torch.eye(n, 1, dtype=torch.float64) for site, (_, n) in SHAPES.items()}
+    given = {site: torch.cat([value, value.new_zeros(len(value), 4)], dim=1) for site, value in one.items()}
     server = strategy.initial(dense.fresh(RANK, shapes=SHAPES), 0)
     made = [strategy.begin(server, 0, given) for _ in range(2)]
     for site in SHAPES:

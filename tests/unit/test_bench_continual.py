@@ -304,7 +304,7 @@ def test_accuracy_before_the_first_task_is_measured_where_it_means_something(han
 
 def test_a_stream_without_boundaries_has_a_auc_and_refuses_bodies_that_need_them(hand, tmp_path):
     hand.scenario = "free"
-    results = bench(tmp_path, "sequential,fsa")
+    results = bench(tmp_path, "sequential,fsa", settings=["epochs=1", "batch_size=8"])
     ran, refused = results["summary"][:3], results["summary"][3:]
     assert all(row["metrics"]["a_auc"] is not None for row in ran) and ran[0]["metrics"]["bwt"] is None
     assert all("to be told when a task begins" in row["refused"] for row in refused)

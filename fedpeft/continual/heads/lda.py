@@ -49,6 +49,7 @@ class LDA(Head):
             grand = total.sum(0) / count.sum()
             spread = count.sum() * torch.outer(grand, grand)
         covariance = (self.sums["gram"] - spread) / count.sum()
+        self.known = [label for label in self.seen if count[label] > 0]
         covariance += self.config.ridge * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(self.width).double()
         self.weight = torch.linalg.solve(covariance, mean.T).T
         self.bias = -0.5 * (self.weight * mean).sum(1)
@@ -56,4 +57,4 @@ class LDA(Head):
             self.bias = self.bias + (count / count.sum()).clamp(min=1e-300).log()
 
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
-        return only(features.double() @ self.weight.T + self.bias, self.seen)
+        return only(features.double() @ self.weight.T + self.bias, self.known)
