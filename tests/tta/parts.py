@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tlm": {"label_words": [70, 71, 72]},
     "ear": {"threshold": 0.999, "domains": 3},
     "atp": {"learn_lr": 0.1, "learn_batch": 8, "mode": "online"},
+    "fedthe": {"head_lr": 0.1, "steps": 3, "memo_steps": 1, "views": 2, "memo_lr": 0.05},
 }
 LANGUAGE = {"tlm"}  # methods that read tokens
 

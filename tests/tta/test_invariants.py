@@ -17,7 +17,7 @@ from fedpeft.tta.base import make
 from fedpeft.tta.run import run_stream
 
 NAMES = registry.names("tta")
-VIEWS = {"aug_average", "cotta", "petal", "roid", "memo"}  # random views, by row or by batch
+VIEWS = {"aug_average", "cotta", "petal", "roid", "memo", "fedthe"}  # random views, by row or by batch
 LEARNERS = {"rdumb", "tent", "eata", "sar", "rotta", "cotta", "petal", "itta", "roid", "em_prior", "lsa", "t3a",
             "tlm", "ear"}
 # Options under which a method must answer as the source model does, in the same mode of batch norms.
@@ -39,8 +39,9 @@ NEUTRAL = {
     "tlm": {"lambda": 0.0, "label_words": None},
     "ear": {"lr": 0.0},
     "atp": {"learn_lr": 0.0},
+    "fedthe": {"head_epochs": 0, "memo_lr": 0.0},
 }
-RUNNING = {"itta", "memo", "rotta", "tlm", "atp"}  # batch norms keep their running statistics by default
+RUNNING = {"itta", "memo", "rotta", "tlm", "atp", "fedthe"}  # batch norms keep their running statistics by default
 
 
 @pytest.fixture(params=["conv", "vit"])

@@ -24,8 +24,8 @@ RULES = (
     "fedsa",
     "flower",
 )
-WRAPPERS = ("fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "atp", "norm_clip", "trimmed_mean", "median",
-            "krum")
+WRAPPERS = ("fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "atp", "fedthe", "norm_clip", "trimmed_mean",
+            "median", "krum")
 
 
 def make(name: str, *wraps: str, **options: object) -> FederatedStrategy:

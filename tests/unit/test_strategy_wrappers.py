@@ -248,7 +248,7 @@ def test_offline_rules_that_measure_moves_ask_for_the_start(name: str) -> None:
             offline.aggregate(strategy, adapters)
     result, _ = offline.aggregate(strategy, adapters, None, adapters[0])
     plain, _ = offline.aggregate(make("fedit"), adapters)
-    assert (result.distance(plain) < 1e-12) == (name in ("fedprox", "atp"))
+    assert (result.distance(plain) < 1e-12) == (name in ("fedprox", "atp", "fedthe"))
 
 
 def test_offline_refuses_bad_input() -> None:

@@ -1,0 +1,112 @@
+"""FedTHE in a federation: the mean features on the wire, each client's numbers by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpeft import checkpoint, seeds
+from fedpeft.clients import stream
+from fedpeft.errors import InputError
+from fedpeft.simulations.world import world
+from fedpeft.strategies.fedthe import FEATURES
+from fedpeft.tta.base import make
+from fedpeft.tta.model import deploy
+
+CONFIG: dict[str, Any] = {
+    "data.holdout": 0.5, "data.limit": 72, "data.test_fraction": 0.05, "data.clients": 2, "run.rounds": 2,
+    "client.local_steps": 4, "data.partition": "dirichlet", "data.partition.alpha": 0.3, "strategy.wrap": ["fedthe"],
+    "tta.method": "fedthe", "tta.corruption": "sequence", "tta.severity": 4, "tta.batch_size": 6, "tta.head_lr": 0.05}
+
+
+def again(folder: Path) -> tuple[Any, Any]:
+    return world((folder / "resolved.yaml").read_text(), folder), checkpoint.latest(folder / "checkpoints")
+
+
+def evaluated(folder: Path) -> dict[str, Any]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [event for event in found if event["event"] == "clients_evaluated"][-1]["clients"]
+
+
+def features(here: Any, state: Any, data: Any) -> torch.Tensor:
+    """What enters the head [N, D], with a hook of our own."""
+    here.local.model.write(state)
+    seen: list[torch.Tensor] = []
+    handle = here.local.model.head().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        here.local.model.logits(data.inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_clients_send_mean_features_the_server_averages_them_and_clients_use_them(tiny, tmp_path):
+    summary = tiny("run", CONFIG)
+    here, server = again(tmp_path / "run")
+    first = checkpoint.read(tmp_path / "run" / "checkpoints" / "round-000001")
+    assert not here.strategy.broadcast(here.start, "client-000")[FEATURES].any()
+    total, count = torch.zeros(()), 0
+    for client, data in here.local.train_data.items():
+        task, received = {**here.strategy.task(first), "round": 2}, here.strategy.broadcast(first, client)
+        assert torch.equal(received[FEATURES], first.memory[FEATURES].float()) and received[FEATURES].any()
+        update, _ = here.local.train(client, received, task)
+        start, _ = here.local.compose(client, received, task, before=2)
+        own = features(here, start.replace(update.without(("mean",))), data).mean(0)
+        torch.testing.assert_close(update[FEATURES], own, rtol=1e-4, atol=1e-5)
+        total, count = total + len(data) * update[FEATURES].double(), count + len(data)
+    torch.testing.assert_close(server.memory[FEATURES], total / count, rtol=1e-4, atol=1e-5)
+    # The adapter's rounds are what they are without it.
+    tiny("plain", {key: value for key, value in CONFIG.items() if not key.startswith(("strategy", "tta"))})
+    assert again(tmp_path / "plain")[1].adapter.sha256() == server.adapter.sha256()
+    # Each client's numbers are the method's with its own records and that mean.
+    here, server = again(tmp_path / "run")
+    moved = 0
+    for client, result in evaluated(tmp_path / "run").items():
+        received = here.strategy.broadcast(server, client)
+        start, kept = here.local.compose(client, received, here.strategy.task(server), before=99)
+        assert not kept, "nothing personal lies about: the personal head is made when it is used"
+        here.local.model.write(start)
+        method = make("fedthe", deploy(here.local.model), {"head_lr": 0.05},
+                      seeds.derive(here.config.run.seed, "tta", client, "method"))
+        method.receive(here.local.train_data[client], server.memory[FEATURES].float())
+        given = stream.stream(here.config, client, here.local.holdout[client], torch.device("cpu"))
+        probs = torch.cat([method.step(batch)[0] for batch in given.batches()])
+        assert result["tta_accuracy"] == pytest.approx(float((probs.argmax(-1) == given.labels).double().mean()))
+        moved += result["tta_accuracy"] != result["tta_source_accuracy"]
+    assert moved, "the method changes nothing here, so the test shows nothing"
+    assert summary["tta"]["method"] == "fedthe"
+
+
+def test_a_client_under_privacy_sends_no_mean_whatever_the_server_asks(tiny, tmp_path):
+    tiny("run", {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "run.rounds": 1,
+                 "privacy.randomness": "seeded"})
+    here, server = again(tmp_path / "run")
+    received = server.adapter.replace({FEATURES: torch.zeros(here.local.model.head().in_features)})
+    task = {**here.strategy.task(server), "round": 2}
+    update, _ = here.local.train("client-000", received, {**task, "uploads": [*task["uploads"], "mean"]})
+    assert FEATURES not in update and update.tensors
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"strategy.wrap": []}, r"strategy.wrap=\[fedthe\]"),
+    ({"strategy": "fedsa"}, "fedsa leaves B, head with each client, so there is no global one"),
+    ({"adapter.train_head": False}, "adapter.train_head=false has none"),
+    ({"model.task": "causal-lm", "model.name": "tiny-llama", "data.source": "docstrings", "tta.corruption": "clean",
+      "data.partition": "iid"}, "model.task=causal-lm"),
+    ({"strategy.wrap": ["fedthe", "median"]}, "Put fedthe last"),
+    ({"run.max_update_norm": 5.0}, "beside the update"),
+    ({"secagg.enabled": True, "strategy.weighting": "uniform", "data.clients": 4}, "beside the update"),
+    ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
+      "privacy.release_metrics": True}, "does not cover"),
+    ({"continual.body": "fsa", "continual.tasks": 2}, "continual.body=null"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_trained(changes, words, tiny, tmp_path):
+    config = {**CONFIG, **changes}
+    if changes.get("data.partition") == "iid":
+        del config["data.partition.alpha"]
+    with pytest.raises(InputError, match=words):
+        tiny("run", config)
+    assert not (tmp_path / "run").exists()
