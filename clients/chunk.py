@@ -81,6 +81,12 @@ class Chunk:
         none = {key: torch.zeros(0, *shape[1:]) for key, shape in self.shapes.items()}
         controls = [none if job.control is None else job.control for job in jobs]
         self.control = None if all(control is none for control in controls) else rows(controls, trained)
+        still = model.still()
+        masks = {key: torch.zeros(shape, dtype=torch.bool, device=self.device) for key, shape in self.shapes.items()}
+        for key, mask in still.items():
+            if key in masks:
+                masks[key][mask] = True
+        self.still = torch.cat([mask.flatten() for mask in masks.values()]) if still else None
         self.losses, self.seen = self.values.new_zeros(len(jobs)), np.zeros(len(jobs))
 
     def run(self) -> list[Done]:
@@ -133,6 +139,8 @@ class Chunk:
         if private:
             total = torch.stack([own.plan.noised_mean(row, own.source)
                                  for own, row in zip(private, total, strict=True)])
+            if self.still is not None:
+                total[:, self.still] = 0
         if self.start is not None:
             total += self.mu[:active] * (values - self.start[:active])
         if self.control is not None:

@@ -1,9 +1,9 @@
 """A client's part in learning a sequence of tasks: which of its records a round trains, and the sums that heads need.
 
-The server's task says under `learn` which classes the round is about. Of its own records a client takes those; where
-the body replays, every batch is half new and half old, an old record drawn by its task (all earlier tasks alike) and
-then within the task. What was shown stays on the client's disk; sums over records go out only where the config's head
-or body asks for them, under DP clipped and noised, and in the ledger.
+Which classes a round is about a client reads off its own config; a server that says something else is refused. Of its
+own records it takes those; where the body replays, every batch is half new and half old, an old record drawn by its
+task (all earlier tasks alike) and then within the task. What was shown stays on the client's disk; sums over records go
+out only where the config's head or body asks for them, under DP clipped and noised, and in the ledger.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from fedpeft.continual.subspace import sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
 from fedpeft.privacy.noise import Randomness
+from fedpeft.privacy.plan import clip_factors
 from fedpeft.state import AdapterState
-from fedpeft.strategies.build import build
 from fedpeft.strategies.learning.build import fits, head
-from fedpeft.strategies.learning.rounds import learning_of
+from fedpeft.strategies.learning.rounds import Learning
 
 if TYPE_CHECKING:
     from fedpeft.clients.local import Local
@@ -39,6 +39,25 @@ log = logging.getLogger("fedpeft")
 JOINED = "task:joined"  # kept at the client: tasks that it took part in
 SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
 BOUND = math.sqrt(3.0)  # norm of (one-hot, feature, feature x feature) at unit norm: what LDA sums for a record
+
+
+def own(sequence: Learning | None, task: dict[str, Any]) -> dict[str, Any]:
+    """The task with `learn` as the client's own config has it for the round.
+
+    What a round is about decides which records are read and whose account pays, so it is not the server's to say.
+
+    Raises:
+        RunError: the server says something else.
+    """
+    learn = None if sequence is None else sequence.learn(sequence.curriculum.task(max(int(task["round"]), 1)))
+    if task.get("learn") != learn:
+        raise RunError(f"round {task['round']}: the server's task ({_brief(task.get('learn'))}) is not that of this "
+                       f"client's config ({_brief(learn)}).")
+    return task
+
+
+def _brief(learn: dict[str, Any] | None) -> str:
+    return "no sequence of tasks" if learn is None else f"task {learn.get('task')}, classes {learn.get('classes')}"
 
 
 def compete(task: dict[str, Any]) -> list[int] | None:
@@ -133,10 +152,9 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
     model.write(start)
     weight = {"num-examples": float(len(data))}
     if task["sums"] == "sketch":
-        body = learning_of(build(config))
-        if body is None or not body.body.sketches:
+        if local.sequence is None or not local.sequence.body.sketches:
             raise RunError(f"continual.body={config.continual.body}: this client's config sends no sketches.")
-        section = body.body.config
+        section = local.sequence.body.config
         with model.competing(compete(task)):
             found = gradient_sketch(model, data, section.r2, section.side == "in")
         return AdapterState({f"sketch:{site}": value.float() for site, value in found.items()}), weight
@@ -185,14 +203,17 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
     Features are scaled to norm 1, and a record's statistics, all tensors together, are clipped to norm BOUND: adding or
     removing a record moves the sums by at most that, and the noise has standard deviation `noise` x BOUND.
     """
-    total: dict[str, Tensor] = {}
+    nothing = head.statistics(torch.zeros(0, head.width), torch.zeros(0, dtype=torch.int64))
+    total = {key: torch.zeros_like(value) for key, value in nothing.items()}
     for features, _, labels in batches(model, data):
         for row in range(len(labels)):
             found = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
-            norm = math.sqrt(sum(float(value.double().square().sum()) for value in found.values()))
+            norm = torch.cat([value.double().flatten() for value in found.values()]).norm()
+            factor = float(clip_factors(norm, BOUND))
+            if factor == 0:
+                continue  # a record that is not finite has no influence
             for key, value in found.items():
-                part = value * min(1.0, BOUND / (norm + 1e-12))
-                total[key] = total[key] + part if key in total else part
+                total[key] += factor * value
     return {key: value + noise * BOUND * torch.from_numpy(source.normal(value.numel())).view(value.shape)
             for key, value in total.items()}
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +32,9 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.gradients import verify
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.state import AdapterState
+from fedpeft.strategies.build import build
 from fedpeft.strategies.fedthe import FEATURES
+from fedpeft.strategies.learning.rounds import Learning, learning_of
 from fedpeft.tta.fedthe import mean_feature
 from fedpeft.tta.model import deploy
 
@@ -45,7 +47,9 @@ COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
 
 @dataclass
 class Visit:
-    """A client's round that has been opened: what it starts from, what it kept, and the job to train."""
+    """A client's round that has been opened: what it starts from, what it kept, the job to train, and how many records
+    of its own are in it.
+    """
 
     client: str
     received: AdapterState
@@ -54,6 +58,7 @@ class Visit:
     kept: dict[str, Tensor]
     request: str
     job: Job
+    count: int
 
 
 @dataclass
@@ -80,6 +85,13 @@ class Local:
 
     def __post_init__(self) -> None:
         stream.require(self.config, self.model)
+
+    @cached_property
+    def sequence(self) -> Learning | None:
+        """The sequence of tasks of this process's own config."""
+        if self.config.continual.body is None:
+            return None
+        return learning_of(build(self.config, learning.classes_of(self.model)))
 
     # A client's round ------------------------------------------------------------------------------------------------
 
@@ -114,6 +126,7 @@ class Local:
     def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Visit | Answer:
         number = int(task["round"])
         self.guard.admit(client, number)
+        task = learning.own(self.sequence, task)
         start, kept = self.compose(client, received, task, before=number)
         request, private = "", None
         if self.guard.private:
@@ -137,7 +150,7 @@ class Local:
         mixed = learning.replayed(self.data(self.train_data, client), task, self.config.client, seed)
         job = Job(tensors, data if mixed is None else mixed, seed, float(task.get("prox_mu", 0.0)), corrections,
                   private, in_order=mixed is not None)
-        return Visit(client, received, task, start, kept, request, job)
+        return Visit(client, received, task, start, kept, request, job, len(data))
 
     def _finish(self, visit: Visit, done: Done | Exception | None = None) -> Answer:
         """Train, unless it has been done in a cohort, and close."""
@@ -203,7 +216,7 @@ class Local:
             self.store.save(client, number, {**visit.kept, **keep})
         if visit.job.private is not None:
             self.store.save_reply(client, number, visit.request, update.tensors)
-        metrics = {"num-examples": float(len(visit.job.data)), "train_loss": done.loss}
+        metrics = {"num-examples": float(visit.count), "train_loss": done.loss}
         if "learn" in task:
             metrics["missed_tasks"] = float(missed)
         return update, self.guard.allowed(client, metrics)
@@ -237,6 +250,7 @@ class Local:
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
         self.guard.admit(client, int(task["round"]))
         self.guard.admit_evaluation(client)
+        task = learning.own(self.sequence, task)
         data = learning.known(self.data(self.holdout, client), task, client)
         start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
         self.model.write(start)
@@ -264,6 +278,7 @@ class Local:
             Refused, BudgetExhausted: nothing leaves.
         """
         self.guard.admit(client, int(task["round"]))
+        task = learning.own(self.sequence, task)
         with self._discreet(client, int(task["round"])):
             return learning.answer(self, client, received, task)
 

@@ -125,7 +125,11 @@ def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parame
             losses += list(each)
         noised = plan.noised_mean(total, source)
         pieces = noised.split([parameter.numel() for parameter in parameters.values()])
-        yield {key: piece.view_as(parameters[key]) for key, piece in zip(parameters, pieces, strict=True)}, losses
+        by_name = {key: piece.view_as(parameters[key]) for key, piece in zip(parameters, pieces, strict=True)}
+        for key, rows in model.still().items():
+            if key in by_name:
+                by_name[key][rows] = 0
+        yield by_name, losses
 
 
 def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -> Iterator[np.ndarray]:

@@ -93,6 +93,7 @@ def run_result(summary: dict[str, Any]) -> None:
             continue  # the round in which only the first task was asked for
         if row and row.get("accuracy") is not None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
+            name = name.replace("federated, final", "trained classifier, final") if summary.get("continual") else name
             table.add_row(name, f"{row['accuracy']:.1%}", loss, style="bold" if name.endswith("final") else None)
     out.print(table)
     pooled = "; the logistic regressions see all clients' data pooled" if summary.get("baselines") else ""

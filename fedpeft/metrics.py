@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,13 @@ class Recorder:
                 os.fsync(file.fileno())
         self._mine = True
 
-    def resume(self, number: int) -> None:
+    def resume(self, number: int, again: Callable[[Event], bool] = lambda event: False) -> None:
         """Cut the file back to what was recorded up to the end of round `number`, and go on from there.
 
         What goes: the first event of a later round and all that follows it, the end of a finished run, a torn line.
+
+        Args:
+            again: events that will be recorded once more, and so go too.
 
         Raises:
             InputError: the file is missing or broken, or does not reach round `number`.
@@ -67,7 +71,8 @@ class Recorder:
         for event in read(self.path):
             if event["event"] == "end" or event.get("round", 0) > number:
                 break
-            kept.append(event)
+            if not again(event):
+                kept.append(event)
         reached = max((event["round"] for event in kept if event["event"] == "round"), default=0)
         if reached < number:
             raise InputError(f"{self.path}: ends in round {reached}; the checkpoint is of round {number}.")

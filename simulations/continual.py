@@ -54,6 +54,13 @@ def run(here: World, grid: Grid, server: ServerState, rules: Rules, record: Reco
     return server
 
 
+def unfinished(server: ServerState) -> Callable[[dict[str, Any]], bool]:
+    """Which events of a record are of a task that the state does not hold as finished: they will come again."""
+    done = len(server.numbers.get(ROWS, []))
+    return lambda event: event["event"] in ("sums", "sums_missing", "task") and event["task"] >= done \
+        and event.get("sums") != "sketch"
+
+
 def complete(here: World, server: ServerState) -> bool:
     """Whether every task has been learned and counted."""
     return len(server.numbers.get(ROWS, [])) == len(required(here.strategy).curriculum.groups)
@@ -64,8 +71,11 @@ def begin(here: World, grid: Grid, learning: Learning, server: ServerState, task
     """Ask for a sketch where the body wants one, and begin the task."""
     found: dict[str, Tensor] = {}
     if learning.body.sketches:
-        answers = exchange.sums(grid, learning, server, server.round + 1, "sketch", "online", server.adapter, rules,
-                                record)
+        section, sites = learning.body.config, server.adapter
+        form: dict[str, tuple[int, ...]] = {
+            site: (sites[f"{site}/A"].shape[1] if section.side == "in" else len(sites[f"{site}/B"]), section.r2)
+            for site in sites.lora_sites()}
+        answers = exchange.sums(grid, learning, server.round + 1, "sketch", "online", sites, form, rules, record)
         found = exchange.sketch(answers, here.config.strategy.weighting == "uniform")
     return learning.begin(server, task, found)
 
@@ -76,8 +86,10 @@ def close(here: World, grid: Grid, learning: Learning, server: ServerState, task
     if fits(here.config):
         views = learning.body.views(server)
         memory = dict(server.memory)
+        nothing = unfitted(here).statistics(torch.zeros(0, width_of(here.local.model)), torch.zeros(0).long())
+        form = {key: tuple(value.shape) for key, value in nothing.items()}
         for view, adapter in views.items():
-            answers = exchange.sums(grid, learning, server, server.round, "head", view, adapter, rules, record)
+            answers = exchange.sums(grid, learning, server.round, "head", view, adapter, form, rules, record)
             for key, value in exchange.head_sums(answers).items():
                 # A view that is new has had the features of the first one until now, and so its sums.
                 old = memory.get(f"{SUMS}{view}|{key}", server.memory.get(f"{SUMS}online|{key}"))
@@ -96,6 +108,8 @@ def score(here: World, server: ServerState) -> dict[str, float]:
     seen = learning.curriculum.seen(learning.curriculum.task(max(server.round, 1)))
     data = here.test_encoded
     mine = torch.isin(data.labels, torch.tensor(seen)).nonzero().flatten().numpy()
+    if len(mine) == 0:
+        return {"accuracy": float("nan"), "loss": float("nan")}
     right, loss = 0, 0.0
     for scores, labels in scored(here, learning, server, data.subset(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())
@@ -124,12 +138,17 @@ def fitted(here: World, learning: Learning, server: ServerState, seen: list[int]
         return None
     heads = {}
     for view in learning.body.views(server):
-        made = head(here.config, len(here.train.label_names), width_of(here.local.model))
+        made = unfitted(here)
         prefix = f"{SUMS}{view}|"
         made.update({key.removeprefix(prefix): value for key, value in server.memory.items()
                      if key.startswith(prefix)}, seen)
         heads[view] = made
     return heads
+
+
+def unfitted(here: World) -> Head:
+    """The config's head, before it has seen a record."""
+    return head(here.config, len(here.train.label_names), width_of(here.local.model))
 
 
 def scored(here: World, learning: Learning, server: ServerState, data: Encoded, seen: list[int],

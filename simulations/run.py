@@ -123,7 +123,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         if config.run.baselines:
             record({"event": "baselines", **baselines(here)})
     else:
-        recorder.resume(server.round)
+        recorder.resume(server.round, continual.unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": config.run.rounds})
     rules = Rules(
         rounds=config.run.rounds,

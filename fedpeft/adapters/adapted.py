@@ -121,6 +121,19 @@ class Adapted:
             raise InputError(f"model.task={self.base.task}: the model has no classification head.")
         return next(iter(self.base.heads.values()))
 
+    def still(self) -> dict[str, Tensor]:
+        """Rows of the last layer, by parameter name, whose classes do not compete: no record has a gradient there.
+
+        Each is a mask of the rows [labels]; empty where all compete. Noise there would tell nothing and only do harm.
+        """
+        if self.compete is None:
+            return {}
+        last = [part for part in self.head().modules() if isinstance(part, nn.Linear)][-1]
+        mask = torch.ones(last.out_features, dtype=torch.bool, device=last.weight.device)
+        mask[self.compete] = False
+        mine = {id(value) for value in last.parameters()}
+        return {key: mask for key, value in self.parameters.items() if id(value) in mine}
+
     def training_mode(self) -> None:
         """Dropout on. Batch norms stay in evaluation mode: their running statistics belong to the frozen base, and one
         client's data would reach all others through them.

@@ -55,5 +55,5 @@ def make(config: ContinualConfig, classes: int, rounds: int, seed: int) -> Curri
     Raises:
         InputError: more tasks than classes.
     """
-    parts = groups(classes, config.tasks, seed, config.shuffle)
+    parts = groups(classes, config.tasks, seed, config.shuffle, "continual.tasks")
     return Curriculum(tuple(tuple(part) for part in parts), rounds // config.tasks)

@@ -25,6 +25,7 @@ class Head:
 
     Attributes:
         loss: classes that compete in the training loss that this head wants: "local", the task's own, or "seen".
+        takes_noise: whether it can be fitted on sums with noise, as under sample-level DP.
         sums: everything it has learned, tensors that add up over records.
         seen: classes that it can answer with.
     """
@@ -32,6 +33,7 @@ class Head:
     Config: ClassVar[Any] = HeadConfig
     paper: ClassVar[str] = ""
     loss: ClassVar[str] = "local"
+    takes_noise: ClassVar[bool] = False
 
     def __init__(self, classes: int, width: int, seed: int, **options: Any) -> None:
         self.classes, self.width, self.seed = classes, width, seed

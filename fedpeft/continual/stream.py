@@ -76,14 +76,17 @@ def plan(name: str, scenario: str, train_labels: np.ndarray, test_labels: np.nda
             "classes": int(max(train_labels.max(), test_labels.max())) + 1, **more, "tasks": tasks}
 
 
-def groups(classes: int, tasks: int, seed: int, shuffle: bool = True) -> list[list[int]]:
+def groups(classes: int, tasks: int, seed: int, shuffle: bool = True, key: str = "stream.tasks") -> list[list[int]]:
     """Classes in random order, cut into `tasks` groups that differ by at most one class.
+
+    Args:
+        key: the config key to blame.
 
     Raises:
         InputError: more tasks than classes.
     """
     if tasks < 1 or tasks > classes:
-        raise InputError(f"stream.tasks={tasks}: {classes} classes make 1 to {classes} tasks.")
+        raise InputError(f"{key}={tasks}: {classes} classes make 1 to {classes} tasks.")
     order = seeds.numpy_generator(seed, "classes").permutation(classes) if shuffle else np.arange(classes)
     return [part.tolist() for part in np.array_split(order, tasks)]
 

@@ -122,9 +122,8 @@ def bench_tta(
 def bench_continual(
     out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
     stream: Annotated[str, typer.Option(help="Stream, options after a colon: glyph1d:tasks=20.")] = "digits5",
-    bodies: Annotated[str, typer.Option(help="Bodies, with commas between, options after a colon and again with commas "
-                                             "between: frozen,coso:side=in,r1=4,coso,lae (four bodies); all by "
-                                             "default.")] = "",
+    bodies: Annotated[str, typer.Option(help="Bodies, with commas between: frozen,lae. Options after a colon, also "
+                                             "with commas: coso:side=in,r1=4,lae (two bodies). All by default.")] = "",
     heads: Annotated[str, typer.Option(help="Heads, written like bodies; linear, ncm, lda and ranpac by default. lda "
                                             "and ranpac always run.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,

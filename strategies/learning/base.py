@@ -46,6 +46,8 @@ class ServerBody:
         needs: roles that the strategy must train.
         rules: strategies whose rule can do with a factor that nobody trains; None where all roles train.
         replays: clients mix records of earlier tasks into their batches.
+        folds: it moves what was learned into the base weights.
+        averages: it averages factors over rounds, so their coordinates must mean the same in all of them.
         sketches: clients send a sketch of their gradients before a task (not private).
         changes_A: it draws a new A for a task, which clients therefore cannot draw from the run's seed.
     """
@@ -55,11 +57,16 @@ class ServerBody:
     needs: ClassVar[tuple[str, ...]] = ()
     rules: ClassVar[tuple[str, ...] | None] = None
     replays: ClassVar[bool] = False
+    folds: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     changes_A: bool = False
     sketches: bool = False
 
     def __init__(self, **options: Any) -> None:
         self.config = self.Config(**options)
+
+    def require(self, adapter: AdapterState, tasks: int) -> None:
+        """Raise InputError unless so many tasks have room in this adapter; before anything is trained."""
 
     def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
         """The state before the first round of a task; `sketch` [out, r2] by site where `sketches`."""

@@ -11,6 +11,8 @@ from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.learning.base import ServerBody
 from fedpeft.strategies.learning.rounds import Learning
 
+ROBUST = ("norm_clip", "trimmed_mean", "median", "krum")
+
 
 def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> FederatedStrategy:
     """The strategy with the config's body around it.
@@ -29,8 +31,9 @@ def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> 
 def head(config: Config, classes: int, width: int) -> Head:
     """The config's head over features of this width."""
     section = config.continual
-    made: Head = method("heads", section.head, section.head_options, "continual.head", classes=classes, width=width,
-                        seed=config.run.seed)
+    registry.load("heads", section.head, "continual.head")
+    made: Head = method("heads", section.head, section.head_options, "continual.head_options", classes=classes,
+                        width=width, seed=config.run.seed)
     return made
 
 
@@ -42,10 +45,14 @@ def fits(config: Config) -> bool:
 def check(config: Config) -> None:
     """Refuse what a sequence of tasks cannot be run with, before anything is loaded."""
     section, privacy = config.continual, config.privacy
+    fitted = section.body is not None and fits(config)
+    if section.statistics_noise is not None and not (fitted and privacy.unit == "sample"):
+        raise InputError(f"continual.statistics_noise={section.statistics_noise:g}: it is for heads that are fitted on "
+                         f"sums (continual.head={section.head}) of private records (privacy.unit={privacy.unit}). Set "
+                         "it to null.")
     if section.body is None:
         return
     body: ServerBody = method("server_bodies", section.body, section.options, "continual.body")
-    fitted = fits(config)
     if config.run.rounds % section.tasks:
         raise InputError(f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
                          "and every task has the same number of rounds.")
@@ -54,31 +61,54 @@ def check(config: Config) -> None:
     if not config.adapter.train_head:
         raise InputError("adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
                          "adapter.train_head=true.")
-    if privacy.unit == "client" and (fitted or body.sketches):
-        raise InputError(f"privacy.unit=client: continual.head={section.head} and continual.body={section.body} ask "
-                         "clients for more than an update, which its noise does not cover. Set continual.head=linear "
-                         "and a body without sketches (coso: continual.basis=random).")
-    if config.secagg.enabled and (fitted or body.sketches):
-        raise InputError(f"secagg.enabled=true: the sums for continual.head={section.head} or the sketches of "
-                         f"continual.body={section.body} would be sent in the clear. Set continual.head=linear and a "
-                         "body without sketches (coso: continual.basis=random).")
-    if privacy.unit != "sample":
-        if section.statistics_noise is not None:
-            raise InputError(f"continual.statistics_noise={section.statistics_noise:g} is for privacy.unit=sample.")
+    in_the_clear(config, fitted, body)
+    if privacy.unit == "sample":
+        private(config, fitted, body)
+
+
+def in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
+    """Refuse sums and sketches beside a protection of the updates that would not hold for them."""
+    section = config.continual
+    if not (fitted or body.sketches):
         return
+    more = f"sums for continual.head={section.head}" if fitted else f"sketches for continual.body={section.body}"
+    way = "Set continual.head=linear and a body without sketches (coso: continual.basis=random)."
+    if config.privacy.unit == "client":
+        raise InputError(f"privacy.unit=client: clients would send {more}, which the noise on updates does not cover. "
+                         f"{way}")
+    if config.secagg.enabled:
+        raise InputError(f"secagg.enabled=true: {more} would be sent in the clear. {way}")
+    wrapped = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
+    robust = [name for name in (config.strategy.name, *wrapped) if name in ROBUST]
+    if robust:
+        raise InputError(f"strategy.wrap: {robust[0]} guards updates, but {more} would go around it. {way}")
+
+
+def private(config: Config, fitted: bool, body: ServerBody) -> None:
+    """Refuse what sample-level DP with an account for every task does not cover."""
+    section, privacy = config.continual, config.privacy
     if privacy.policy is not None:
         raise InputError(f"privacy.policy={privacy.policy}: every task of a sequence has a ledger of its own, and a "
                          "policy bounds what one ledger of a client holds. Set privacy.policy=null.")
+    if privacy.records is not None:
+        raise InputError(f"privacy.records={privacy.records}: a sequence samples from the records of a task, whose "
+                         "number this does not give. Set privacy.records=null.")
     if body.replays:
         raise InputError(f"privacy.unit=sample: continual.body={section.body} shows earlier records again in later "
                          "tasks, so their privacy loss would add up over all tasks. Take a body without replay.")
     if body.sketches:
         raise InputError(f"privacy.unit=sample: continual.body={section.body} sends sketches of gradients without "
                          "noise. Set continual.basis=random.")
-    if fitted and section.statistics_noise is None:
+    if not fitted:
+        return
+    if not registry.load("heads", section.head).takes_noise:
+        able = [name for name in registry.names("heads") if registry.load("heads", name).takes_noise]
+        raise InputError(f"privacy.unit=sample: continual.head={section.head} cannot be fitted on noised sums. Heads "
+                         f"that can: {', '.join(able)}, and linear, which needs none.")
+    if section.statistics_noise is None:
         raise InputError(f"privacy.unit=sample: continual.head={section.head} is fitted on sums over records. Set "
                          "continual.statistics_noise (their noise multiplier), or continual.head=linear.")
-    if fitted and privacy.epsilon is not None:
+    if privacy.epsilon is not None:
         raise InputError(f"privacy.epsilon={privacy.epsilon:g}: it plans the noise of training alone, and the sums for "
                          f"continual.head={section.head} cost more. Give privacy.noise_multiplier instead; the budget "
                          "then covers both.")

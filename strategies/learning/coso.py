@@ -38,6 +38,7 @@ class CoSO(ServerBody):
 
     paper = "Cheng et al. 2025, arXiv 2505.11816"
     rules = ("fedit", "ffa_lora", "fedsvd")
+    folds = True
 
     @dataclass
     class Config:
@@ -73,7 +74,7 @@ class CoSO(ServerBody):
             A, B = server.adapter[f"{site}/A"], server.adapter[f"{site}/B"]
             frozen = B if out else A.T
             if place.task > 0:
-                bases[site] = extended(bases.get(site), leading(old[site], self.config.eps_th) if self.sketches
+                bases[site] = extended(bases.get(site), self._protected(old[site], bases.get(site)) if self.sketches
                                        else frozen.double())
                 kept[site + BASIS] = bases[site]
             P = self._basis(sketch.get(site), bases.get(site), frozen, seed, site, place.task)
@@ -83,6 +84,11 @@ class CoSO(ServerBody):
                 kept[site + SKETCH] = sketch[site].double()
         server = remember(folded(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
+
+    def _protected(self, sketch: Tensor, M: Tensor | None) -> Tensor:
+        """The leading directions of a finished task's sketch outside of what is protected already."""
+        S = sketch.double()
+        return leading(S if M is None else project(S, M), self.config.eps_th)
 
     def _basis(self, sketch: Tensor | None, M: Tensor | None, like: Tensor, seed: int, site: str, task: int) -> Tensor:
         """Orthonormal columns P [d, r] outside of M: the sketch's leading ones, filled up from the seed."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpeft.state import AdapterState
 from fedpeft.strategies import wire
-from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.strategies.base import RoundFailed, Rules
 from fedpeft.strategies.learning.coso import merged
 from fedpeft.strategies.learning.rounds import Learning
 
@@ -22,37 +22,35 @@ log = logging.getLogger("fedpeft")
 Record = Callable[[dict[str, Any]], None]
 
 
-def sums(grid: Grid, learning: Learning, server: ServerState, number: int, what: str, view: str,
-         adapter: AdapterState, rules: Rules, record: Record) -> list[tuple[dict[str, Tensor], float]]:
+def sums(grid: Grid, learning: Learning, number: int, what: str, view: str, adapter: AdapterState,
+         form: dict[str, tuple[int, ...]], rules: Rules, record: Record) -> list[tuple[dict[str, Tensor], float]]:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
     Args:
         number: round whose task is meant: the first one for a sketch, the last one for a head.
         what: "head" or "sketch".
         view: the adapter's name among the body's views.
+        form: names and shapes that an answer must have.
 
     Raises:
         RoundFailed: fewer than the quorum answered.
     """
     roster = wire.PACKED.roster(grid, rules.clients)
-    plan = learning.curriculum
-    task = plan.task(number)
-    message = {"round": number, "sums": what, "view": view,
-               "learn": {"task": task, "classes": plan.classes(task), "seen": plan.seen(task),
-                         "compete": plan.classes(task) if learning.compete == "local" else plan.seen(task)}}
+    task = learning.curriculum.task(number)
+    message = {"round": number, "sums": what, "view": view, "learn": learning.learn(task)}
     content = {node: wire.PACKED.content(adapter, message) for node in roster.values()}
     replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
-    found, form = [], None
+    found = []
     for client in sorted(roster):
         try:
             tensors, weight = read(replies[roster[client]], number)
-            form = form or {key: value.shape for key, value in tensors.items()}
-            if {key: value.shape for key, value in tensors.items()} != form:
-                raise wire.BadReply("sums of another form than the other clients'")
+            if {key: tuple(value.shape) for key, value in tensors.items()} != form:
+                raise wire.BadReply("sums of another form than was asked for")
             found.append((tensors, weight))
         except wire.BadReply as error:
             log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
-            record({"event": "sums_missing", "round": number, "client": client, "reason": str(error)})
+            record({"event": "sums_missing", "round": number, "task": task, "sums": what, "client": client,
+                    "reason": str(error)})
     needed = math.ceil(rules.quorum * len(roster))
     if len(found) < needed:
         raise RoundFailed(f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="

@@ -22,6 +22,7 @@ disjoint A is Orthogonal Adaptation's (arXiv 2312.02432), here inside a federate
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,10 +30,14 @@ from torch import Tensor
 from fedpeft.config import option
 from fedpeft.continual.orthogonal import extended, outside
 from fedpeft.continual.subspace import leading, project
+from fedpeft.errors import InputError
+from fedpeft.state import AdapterState
 from fedpeft.strategies.base import ServerState
 from fedpeft.strategies.learning.base import Place, ServerBody, folded, recalled, remember
 
+log = logging.getLogger("fedpeft")
 ROWS, COLUMNS = "|N", "|M"
+FULL = 0.9  # share of protected directions above which a site hardly learns
 
 
 class FactorCoSO(ServerBody):
@@ -40,6 +45,8 @@ class FactorCoSO(ServerBody):
 
     paper = "Cheng et al. 2025, arXiv 2505.11816; factor form derived here"
     needs = ("B",)
+    rules = ("fedit", "ffa_lora", "fedsvd")
+    folds = True
 
     @dataclass
     class Config:
@@ -50,6 +57,17 @@ class FactorCoSO(ServerBody):
     def changes_A(self) -> bool:  # type: ignore[override]
         return bool(self.config.side != "out")
 
+    def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
+        return tuple(role for role in roles if role != "A")
+
+    def require(self, adapter: AdapterState, tasks: int) -> None:
+        for site in adapter.lora_sites() if self.changes_A else ():
+            r, n = adapter[f"{site}/A"].shape
+            if tasks * r > n:
+                raise InputError(f"continual.side={self.config.side}: {tasks} tasks of rank {r} need {tasks * r} "
+                                 f"orthogonal rows, but {site} has {n} inputs. Lower adapter.r or continual.tasks (at "
+                                 f"most {n // r}), or set continual.side=out.")
+
     def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
         inputs, outputs = self.config.side != "out", self.config.side != "in"
         rows, columns = recalled(server, ROWS), recalled(server, COLUMNS)
@@ -59,6 +77,10 @@ class FactorCoSO(ServerBody):
             A, B = server.adapter[f"{site}/A"], server.adapter[f"{site}/B"]
             if outputs and place.task > 0:
                 kept[site + COLUMNS] = extended(columns.get(site), leading(B, self.config.energy))
+                full = kept[site + COLUMNS].shape[1] / len(B)
+                if full > FULL:
+                    log.warning("factor_coso: %.0f %% of the output directions of %s are protected; it hardly learns "
+                                "any more. Lower continual.energy.", 100 * full, site)
             if inputs:
                 if place.task > 0:
                     kept[site + ROWS] = extended(rows.get(site), A.T)

@@ -32,6 +32,7 @@ class LAE(ServerBody):
 
     paper = "Gao et al. 2023, arXiv 2303.10070"
     needs = ("head",)
+    averages = True
 
     @dataclass
     class Config:

@@ -28,15 +28,16 @@ class Learning(Wrapper):
                  ) -> None:
         super().__init__(inner)
         self.body, self.curriculum, self.compete = body, curriculum, compete
+        self.changes_base = self.inner.changes_base or body.folds
         self._require(name)
 
     def begun(self, server: ServerState) -> int:
         return int(server.numbers.get(TASK, -1))
 
     def begin(self, server: ServerState, task: int, sketch: dict[str, Tensor]) -> ServerState:
-        """The state before the first round of a task; the strategy starts anew where the body changed the adapter."""
+        """The state before the first round of a task; the strategy starts anew where the body drew a new A."""
         moved = self.body.begin(server, self.place(server.round + 1), self.seed, sketch)
-        if moved.adapter is not server.adapter:
+        if self.body.changes_A:
             fresh = self.inner.initial(moved.adapter, self.seed)
             moved = replace(moved, adapter=fresh.adapter, memory={**moved.memory, **fresh.memory},
                             numbers={**moved.numbers, **fresh.numbers})
@@ -48,6 +49,7 @@ class Learning(Wrapper):
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
         self.seed = seed
+        self.body.require(adapter, len(self.curriculum.groups))
         return self.inner.initial(adapter, seed)
 
     def trained(self, server: ServerState) -> tuple[str, ...]:
@@ -57,20 +59,27 @@ class Learning(Wrapper):
         trained, kept_back = self.trained(server), set(self.inner.trained(server))
         return tuple(role for role in self.inner.uploads(server) if role in trained or role not in kept_back)
 
+    def learn(self, task: int) -> dict[str, Any]:
+        """What clients are told of a task. They make the same from their own config, and refuse another."""
+        seen, classes = self.curriculum.seen(task), self.curriculum.classes(task)
+        return {"task": task, "classes": classes, "seen": seen, "replay": self.body.replays,
+                "compete": seen if self.compete == "seen" or self.body.replays else classes,
+                "groups": [list(group) for group in self.curriculum.groups[: task + 1]]}
+
     def task(self, server: ServerState) -> dict[str, Any]:
-        task = max(self.begun(server), 0)  # also after its last round, when clients evaluate
-        seen = self.curriculum.seen(task)
-        learn = {"task": task, "classes": self.curriculum.classes(task), "seen": seen, "replay": self.body.replays,
-                 "compete": seen if self.compete == "seen" or self.body.replays else self.curriculum.classes(task),
-                 "groups": [list(group) for group in self.curriculum.groups[: task + 1]]}
+        begun = self.begun(server)  # also after its last round, when clients evaluate
+        begun = begun if begun >= 0 else self.curriculum.task(server.round + 1)
         return {**self.inner.task(server), "trains": list(self.trained(server)), "uploads": list(self.uploads(server)),
-                "learn": learn}
+                "learn": self.learn(begun)}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
-        place = self.place(server.round + 1)
-        head_alone = self.trained(server) == ("head",)
-        after = server.with_tensors(self.average(updates)) if head_alone else self.inner.aggregate(server, updates)
-        return self.body.after(after, place)
+        """The strategy's rule, and what the body does after it. Factors that nobody trained stay as they were."""
+        uploads = self.inner.uploads(server)
+        fixed = server.adapter.select([role for role in uploads if role not in self.trained(server)])
+        if fixed.tensors:  # the rule sees them from every client as they were sent
+            updates = [replace(update, adapter=fixed.replace(update.adapter)) for update in updates]
+        after = self.inner.aggregate(server, updates)
+        return self.body.after(after.with_tensors(fixed.tensors), self.place(server.round + 1))
 
     def _require(self, name: str) -> None:
         lacking = [role for role in self.body.needs if role not in self.trains]
@@ -81,6 +90,13 @@ class Learning(Wrapper):
         if self.body.rules is not None and name_of(inside) not in self.body.rules:
             raise InputError(f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
                              f"{name_of(inside)} cannot do. Strategies that can: {', '.join(self.body.rules)}.")
+        if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
+            raise InputError(f"continual.body={name}: it averages the factors over rounds, but strategy "
+                             f"{name_of(inside)} gives them new coordinates, or another base, in every round. Take "
+                             "fedit, ffa_lora, lora_fair or rolora.")
+        if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
+            raise InputError(f"continual.body={name}: some rounds train the head alone, which the control variates of "
+                             "scaffold cannot. Set continual.frozen_rounds=0.")
         if self.keeps:
             raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
                              "each client, so there is no one model whose tasks could be counted.")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedpeft import checkpoint, seeds
+from fedpeft import config as configs
 from fedpeft.clients import stream
 from fedpeft.errors import InputError
 from fedpeft.simulations.world import world
@@ -17,9 +18,13 @@ from fedpeft.strategies.fedthe import FEATURES
 from fedpeft.tta.base import make
 from fedpeft.tta.model import deploy
 
+PRIVATE: dict[str, Any] = {
+    "data.limit": 60, "data.clients": 2, "data.partition": "iid", "client.local_steps": 2, "client.local_epochs": None,
+    "client.batch_size": 8, "run.rounds": 1, "privacy.unit": "sample", "privacy.noise_multiplier": 1.0,
+    "privacy.randomness": "seeded", "strategy.weighting": "uniform"}
 CONFIG: dict[str, Any] = {
     "data.holdout": 0.5, "data.limit": 72, "data.test_fraction": 0.05, "data.clients": 2, "run.rounds": 2,
-    "client.local_steps": 4, "data.partition": "dirichlet", "data.partition.alpha": 0.3, "strategy.wrap": ["fedthe"],
+    "run.evaluate_every": 2, "client.local_steps": 4, "data.partition": "dirichlet", "data.partition.alpha": 0.3, "strategy.wrap": ["fedthe"],
     "tta.method": "fedthe", "tta.corruption": "sequence", "tta.severity": 4, "tta.batch_size": 6, "tta.head_lr": 0.05}
 
 
@@ -80,12 +85,11 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
     assert summary["tta"]["method"] == "fedthe"
 
 
-def test_a_client_under_privacy_sends_no_mean_whatever_the_server_asks(tiny, tmp_path):
-    tiny("run", {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "run.rounds": 1,
-                 "privacy.randomness": "seeded"})
-    here, server = again(tmp_path / "run")
+def test_a_client_under_privacy_sends_no_mean_whatever_the_server_asks(tmp_path):
+    here = world(configs.to_yaml(configs.load({}, PRIVATE)), tmp_path)
+    server = here.start
     received = server.adapter.replace({FEATURES: torch.zeros(here.local.model.head().in_features)})
-    task = {**here.strategy.task(server), "round": 2}
+    task = {**here.strategy.task(server), "round": 1}
     update, _ = here.local.train("client-000", received, {**task, "uploads": [*task["uploads"], "mean"]})
     assert FEATURES not in update and update.tensors
 
@@ -101,7 +105,7 @@ def test_a_client_under_privacy_sends_no_mean_whatever_the_server_asks(tiny, tmp
     ({"secagg.enabled": True, "strategy.weighting": "uniform", "data.clients": 4}, "beside the update"),
     ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
       "privacy.release_metrics": True}, "does not cover"),
-    ({"continual.body": "fsa", "continual.tasks": 2}, "continual.body=null"),
+    ({"continual.body": "sequential", "continual.tasks": 2}, "continual.body=null"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_trained(changes, words, tiny, tmp_path):
     config = {**CONFIG, **changes}

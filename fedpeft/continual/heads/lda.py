@@ -26,6 +26,7 @@ from fedpeft.continual.head import Head
 class LDA(Head):
     """Linear discriminant analysis from additive statistics."""
 
+    takes_noise = True
     paper = "Panos et al. 2023, arXiv 2303.13199"
 
     @dataclass
@@ -50,8 +51,10 @@ class LDA(Head):
             spread = count.sum() * torch.outer(grand, grand)
         covariance = (self.sums["gram"] - spread) / count.sum()
         self.known = [label for label in self.seen if count[label] > 0]
-        covariance += self.config.ridge * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(self.width).double()
-        self.weight = torch.linalg.solve(covariance, mean.T).T
+        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+        scale = values.mean().clamp(min=1e-12)
+        values = values.clamp(min=0) + self.config.ridge * scale  # noise in the sums may make some negative
+        self.weight = mean @ (vectors / values) @ vectors.T
         self.bias = -0.5 * (self.weight * mean).sum(1)
         if self.config.prior:
             self.bias = self.bias + (count / count.sum()).clamp(min=1e-300).log()

@@ -25,6 +25,7 @@ from fedpeft.continual.head import Head
 class NCM(Head):
     """Nearest class mean from additive statistics."""
 
+    takes_noise = True
     paper = "Mensink et al. 2013, IEEE TPAMI 35(11)"
 
     @dataclass
