@@ -201,7 +201,7 @@ class Local:
             update = update.replace({key: new[key] - own[key] for key in new})
             keep = {**keep, **new}
         number = int(task["round"])
-        if sent := visit.received.select(("rates",)).tensors:
+        if visit.job.private is None and (sent := visit.received.select(("rates",)).tensors):
             self.model.write(start)
             update = update.replace(rates.learned(self.model, sent, visit.job.data, task["atp"], visit.job.seed))
             self.model.write(start.replace(after))

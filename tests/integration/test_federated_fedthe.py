@@ -24,8 +24,9 @@ PRIVATE: dict[str, Any] = {
     "privacy.randomness": "seeded", "strategy.weighting": "uniform"}
 CONFIG: dict[str, Any] = {
     "data.holdout": 0.5, "data.limit": 72, "data.test_fraction": 0.05, "data.clients": 2, "run.rounds": 2,
-    "run.evaluate_every": 2, "client.local_steps": 4, "data.partition": "dirichlet", "data.partition.alpha": 0.3, "strategy.wrap": ["fedthe"],
-    "tta.method": "fedthe", "tta.corruption": "sequence", "tta.severity": 4, "tta.batch_size": 6, "tta.head_lr": 0.05}
+    "run.evaluate_every": 2, "client.local_steps": 4, "data.partition": "dirichlet", "data.partition.alpha": 0.3,
+    "strategy.wrap": ["fedthe"], "tta.method": "fedthe", "tta.corruption": "sequence", "tta.severity": 4,
+    "tta.batch_size": 6, "tta.head_lr": 0.05, "tta.keep": True}
 
 
 def again(folder: Path) -> tuple[Any, Any]:
