@@ -86,13 +86,17 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
     assert summary["tta"]["method"] == "fedthe"
 
 
-def test_a_client_under_privacy_sends_no_mean_whatever_the_server_asks(tmp_path):
+@pytest.mark.parametrize(("extra", "asked"), [("mean", {}), ("rates", {"atp": {"eta": 0.1}})])
+def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_asks(extra, asked, tmp_path):
     here = world(configs.to_yaml(configs.load({}, PRIVATE)), tmp_path)
     server = here.start
-    received = server.adapter.replace({FEATURES: torch.zeros(here.local.model.head().in_features)})
-    task = {**here.strategy.task(server), "round": 1}
-    update, _ = here.local.train("client-000", received, {**task, "uploads": [*task["uploads"], "mean"]})
-    assert FEATURES not in update and update.tensors
+    trained = next(iter(server.adapter.select(here.strategy.trains).tensors))
+    more = FEATURES if extra == "mean" else f"rates:{trained}"
+    size = (here.local.model.head().in_features,) if extra == "mean" else ()
+    received = server.adapter.replace({more: torch.zeros(size)})
+    task = {**here.strategy.task(server), "round": 1, **asked}
+    update, _ = here.local.train("client-000", received, {**task, "uploads": [*task["uploads"], extra]})
+    assert more not in update and update.tensors
 
 
 @pytest.mark.parametrize(("changes", "words"), [
