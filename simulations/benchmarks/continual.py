@@ -37,6 +37,7 @@ CHECKPOINT_EVERY = 200  # steps
 SIGNALS = {"epochs": 10, "lr": 4e-3, "temperature": 3.0}
 TRAIN: dict[str, dict[str, Any]] = {  # by stream; others have the defaults of TrainConfig
     "digits5": SIGNALS, "glyph1d": SIGNALS, "glyph1d_domain": SIGNALS, "glyph1d_blurry": {**SIGNALS, "epochs": 1},
+    "glyphs": {"epochs": 5, "lr": 3e-4}, "wordnet": {"epochs": 2, "lr": 1e-3},  # rates: on validation, of 3e-4 to 3e-3
 }
 QUICK: dict[str, dict[str, Any]] = {  # options of a stream that make it small
     "glyph1d": {"tasks": 4, "train": 8, "test": 5}, "glyph1d_domain": {"train": 4, "test": 3},
