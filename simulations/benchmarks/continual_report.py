@@ -28,7 +28,8 @@ LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all tes
           "(below 0: later tasks helped); learning_acc: accuracy of each task right after it. against frozen: "
           "acc_micro minus that of the better of lda and ranpac over frozen, paired by seed, ± standard error. kB: "
           "what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the "
-          "training that a head shares with the others of its body. A closed-form head over frozen needs none.")
+          "training that a head shares with the others of its body. A closed-form head over frozen needs none. Spreads "
+          "are over seeds; where seeds share their test records they say nothing of these.")
 MARKERS = "osD^vPX*<>"
 FILLINGS = ("full", "none", "left", "bottom")
 Row = dict[str, Any]
