@@ -122,6 +122,9 @@ class Line(nn.Module):
     def logits(self, inputs):
         return self.layer(inputs["pixel_values"])
 
+    def still(self):
+        return {}
+
 
 def blanks(count=20, width=600):
     """Records without any gradient."""
