@@ -12,6 +12,7 @@ import dataclasses
 import json
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -105,3 +106,29 @@ def percent(value: float, deviation: float | None) -> str:
 
 def plus_minus(value: float | None) -> str:
     return "" if value is None else f" ± {100 * value:.1f}"
+
+
+def publish(out: Path, name: str, figures: Callable[[Row], dict[str, bytes]],
+            page: Callable[[Row, dict[str, bytes]], str]) -> list[Path]:
+    """Draw a benchmark's plots and write report.html from `out`/results.json alone; the files written, page last.
+
+    Args:
+        name: of the command, fedpeft bench NAME.
+
+    Raises:
+        InputError: there are no results.
+    """
+    path = out / "results.json"
+    if not path.is_file():
+        raise InputError(f"{path}: there are no results; run fedpeft bench {name} --out {out}.")
+    results = json.loads(path.read_text())
+    images = figures(results)
+    for image, data in images.items():
+        files.write_bytes(out / f"{image}.png", data)
+    files.write_bytes(out / "report.html", page(results, images).encode())
+    return [*(out / f"{image}.png" for image in images), out / "report.html"]
+
+
+def label(name: str) -> str:
+    """A name for a legend: matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name

@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import files, plots, report
+from fedpeft import plots, report
 from fedpeft.continual.matrix import NAMES, accuracies, curve
-from fedpeft.errors import InputError
-from fedpeft.simulations.benchmarks.cells import percent, plus_minus, spread
+from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def over_tasks(ran: list[Row]) -> Figure:
             if curves:
                 color, dashes = _look(number)
                 axes.plot(range(1, len(curves[0]) + 1), 100 * sum(curves) / len(curves), color=color,
-                          linestyle=dashes, label=_label(body))
+                          linestyle=dashes, label=label(body))
         axes.set_title(head)
         axes.set_xlabel("tasks learned")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -226,7 +225,7 @@ def against_bytes(rows: list[Row]) -> Figure | None:
         axes.plot(row["bytes"] / 1000, 100 * row["metrics"]["forgetting_chaudhry"], markersize=7,
                   marker=MARKERS[heads.index(row["head"]) % len(MARKERS)], **_filled(bodies.index(row["body"])))
     for number, body in enumerate(bodies):
-        axes.plot([], [], "s", label=_label(body), **_filled(number))
+        axes.plot([], [], "s", label=label(body), **_filled(number))
     for number, head in enumerate(heads):
         axes.plot([], [], MARKERS[number % len(MARKERS)], color=plots.GREY, label=f"head {head}")
     axes.set_xscale("log")
@@ -277,28 +276,13 @@ def _filled(number: int) -> dict[str, Any]:
     return {"color": color, "fillstyle": FILLINGS[plots.DASHES.index(dashes)]}
 
 
-def _label(name: str) -> str:
-    return f" {name}" if name.startswith("_") else name  # matplotlib keeps _names out of legends
-
 
 # Page -----------------------------------------------------------------------------------------------------------------
 
 
 def write(out: Path) -> list[Path]:
-    """Draw the plots and write report.html from `out`/results.json; the files written, page last.
-
-    Raises:
-        InputError: there are no results.
-    """
-    path = out / "results.json"
-    if not path.is_file():
-        raise InputError(f"{path}: there are no results; run fedpeft bench continual --out {out}.")
-    results = json.loads(path.read_text())
-    images = figures(results)
-    for name, data in images.items():
-        files.write_bytes(out / f"{name}.png", data)
-    files.write_bytes(out / "report.html", page(results, images).encode())
-    return [*(out / f"{name}.png" for name in images), out / "report.html"]
+    """Draw the plots and write report.html from `out`/results.json (see `cells.publish`)."""
+    return publish(out, "continual", figures, page)
 
 
 def page(results: Row, images: dict[str, bytes]) -> str:

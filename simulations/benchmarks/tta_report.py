@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import files, plots, report
-from fedpeft.errors import InputError
-from fedpeft.simulations.benchmarks.cells import percent, plus_minus, spread
+from fedpeft import plots, report
+from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ def over(title: str, ran: list[Row]) -> Figure:
         length = min(map(len, curves))
         points = [100 * mean(curve[place] for curve in curves) for place in range(length)]
         color, dashes, width = _look(index, method)
-        axes.plot(range(length), points, color=color, linestyle=dashes, linewidth=width, label=_label(method))
+        axes.plot(range(length), points, color=color, linestyle=dashes, linewidth=width, label=label(method))
     for name, first in ran[0]["segments"]:
         axes.axvline(first - 0.5, color=plots.GREY, linewidth=0.8)
         if len(ran[0]["segments"]) <= 20:
@@ -201,7 +200,7 @@ def against_cost(title: str, own: list[Row]) -> Figure:
         color, _, _ = _look(index, row["method"])
         axes.errorbar(row["rows"], 100 * row["error"], None if row["error_sd"] is None else 100 * row["error_sd"],
                       fmt="o", markersize=7, color=color, markerfacecolor=color if row["backwards"] else "white",
-                      label=_label(row["method"]))
+                      label=label(row["method"]))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
     axes.set(xlabel="rows forwarded per row answered (filled: gradients too)", ylabel="error in %")
@@ -217,28 +216,13 @@ def _look(index: int, method: str) -> tuple[str, str, float]:
     return plots.COLORS[index % len(plots.COLORS)], plots.DASHES[index // len(plots.COLORS) % len(plots.DASHES)], 1.4
 
 
-def _label(method: str) -> str:
-    return f" {method}" if method.startswith("_") else method  # matplotlib keeps _names out of legends
-
 
 # Page -----------------------------------------------------------------------------------------------------------------
 
 
 def write(out: Path) -> list[Path]:
-    """Draw the plots and write report.html from `out`/results.json; the files written, page last.
-
-    Raises:
-        InputError: there are no results.
-    """
-    path = out / "results.json"
-    if not path.is_file():
-        raise InputError(f"{path}: there are no results; run fedpeft bench tta --out {out}.")
-    results = json.loads(path.read_text())
-    images = figures(results)
-    for name, data in images.items():
-        files.write_bytes(out / f"{name}.png", data)
-    files.write_bytes(out / "report.html", page(results, images).encode())
-    return [*(out / f"{name}.png" for name in images), out / "report.html"]
+    """Draw the plots and write report.html from `out`/results.json (see `cells.publish`)."""
+    return publish(out, "tta", figures, page)
 
 
 def page(results: Row, images: dict[str, bytes]) -> str:
