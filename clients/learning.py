@@ -111,6 +111,7 @@ def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: in
     new = np.flatnonzero(np.isin(labels, learn["classes"]))
     old = [found for group in learn["groups"][:-1] if len(found := np.flatnonzero(np.isin(labels, group)))]
     if not old:
+        log.info("task %s: a client has no records of earlier tasks, so it replays none", learn["task"])
         return None
     size = config.batch_size
     steps = config.local_steps or -(-len(new) // size) * (config.local_epochs or 1)

@@ -95,9 +95,11 @@ def world(text: str, run: Path) -> World:
         own[client], held[client] = order[kept:], order[:kept]
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", run.name)
-    for part in [None] if learning is None else range(len(learning.curriculum.groups)):
-        guard.require({client: len(mine) if learning is None or part is None else
-                       len(learning.curriculum.of(train.labels[mine], part)) for client, mine in own.items()})
+    plan = None if learning is None else learning.curriculum
+    parts = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
+                                        for task in range(len(plan.groups))]
+    for part in parts:  # every task has an account, and so a plan, of its own
+        guard.require({client: len(mine) for client, mine in part.items()})
     shares = Shares(train_encoded, own), Shares(train_encoded, held)
     local = Local(config, model, start.adapter, *shares, store, guard)
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
