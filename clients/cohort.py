@@ -9,6 +9,9 @@ gradients, clipped and summed per client. A client that has taken its steps leav
 Jobs are taken in chunks of so many clients that a step has at most `tokens` tokens, and a step whose batch comes out
 longer, or uneven in length, is taken in pieces whose gradients add up. So memory does not grow with the number of jobs.
 
+Layers of the last block that work for tokens nobody reads are spared them (`fedpeft.adapters.tail`), here as in
+`clients.train`.
+
 Sums are taken in another order than one client at a time takes them, so results agree to rounding (1e-12 in float64),
 also between chunk sizes. Dropout draws from one generator for the chunk: other masks than one client at a time would
 get, from the same distribution.
@@ -21,6 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
 from fedpeft.clients.batched import Pass, layers, replaced
 from fedpeft.clients.chunk import Chunk, Done, Job, steps_of
 from fedpeft.clients.pieces import token_counts
@@ -52,6 +56,8 @@ def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: Cli
     Raises:
         InputError: the model cannot be trained so (`cannot`, or a layer that does not keep samples apart).
     """
+    if not jobs:
+        return []
     problem = cannot(model, trains)
     if problem:
         raise InputError(f"run.engine=cohort: {problem}.")
@@ -59,7 +65,7 @@ def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: Cli
     done: dict[int, Done] = {}
     model.training_mode()
     try:
-        with replaced(found, now):
+        with first_token(model, jobs[0].data), replaced(found, now):
             for chunk in _chunks(model, jobs, config, tokens):
                 results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
                 done |= dict(zip(chunk, results, strict=True))

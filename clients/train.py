@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.privacy.gradients import per_sample_gradients
@@ -68,7 +69,7 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
     optimizer = make_optimizer(list(parameters.values()), config)
     losses, steps = [], 0
     model.training_mode()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
         if private is None:
             rng = None if in_order else seeds.numpy_generator(seed, "batches")
@@ -192,12 +193,13 @@ def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, 
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
     loss, right, made = 0.0, 0, 0
-    for start in range(0, len(data), batch_size):
-        index = np.arange(start, min(start + batch_size, len(data)))
-        logits, labels = _predictions(model, *on_device(data, index, device))
-        loss += float(_losses(logits, labels).double().sum())
-        right += int((logits.argmax(-1) == labels).logical_and(labels != IGNORE).sum())
-        made += int((labels != IGNORE).sum())
+    with first_token(model, data):
+        for start in range(0, len(data), batch_size):
+            index = np.arange(start, min(start + batch_size, len(data)))
+            logits, labels = _predictions(model, *on_device(data, index, device))
+            loss += float(_losses(logits, labels).double().sum())
+            right += int((logits.argmax(-1) == labels).logical_and(labels != IGNORE).sum())
+            made += int((labels != IGNORE).sum())
     return {"accuracy": right / max(made, 1), "loss": loss / len(data), "num-examples": len(data)}
 
 

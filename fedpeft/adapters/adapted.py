@@ -55,6 +55,7 @@ class Adapted:
         self.frozen = injected.frozen
         self.originals: dict[str, Tensor] = {}
         self.compete: list[int] | None = None
+        self.tail: list[nn.Module] | None = None
         if train_head:
             for name, module in base.heads.items():
                 module.register_forward_pre_hook(_as_own_dtype)

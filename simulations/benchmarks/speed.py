@@ -6,12 +6,13 @@ that a slow minute of the machine hits all. Seconds are medians over the repeats
 own ratios, `sequential peft / engine`: above 1 is faster than the plain peft loop. On a shared CPU trust the ratios of
 CPU seconds. Peak memory is that of a process of its own, above the loaded model.
 
-Whole runs (`simulate`, `flower`) are timed from the command to its end; their ratio is `flower / engine`.
+Whole runs (`simulate`, `flower`, `pfl`) are timed from the command to its end; their ratio is `flower / engine`.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import multiprocessing
 import platform
@@ -55,8 +56,9 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
         RunError: an engine does not compute what the others do, or a whole run failed.
     """
     where = device_of(device)
-    more = [name for name, here in (("graphs", where.type == "cuda"), ("cohort-bf16", _bfloat16(where))) if here]
-    names = engines or (*DEFAULT, *more, *whole_run.ENGINES)
+    extra = {"graphs": where.type == "cuda", "cohort-bf16": _bfloat16(where), "simulate": True, "flower": True,
+             "pfl": _installed("pfl")}
+    names = engines or (*DEFAULT, *(name for name, here in extra.items() if here))
     if quick:
         models, clients, batch, repeats, seq = ("tiny",), (3,), (1, 2), 1, 16
         names = engines or DEFAULT
@@ -106,6 +108,12 @@ def _require(models: tuple[str, ...], names: tuple[str, ...], numbers: tuple[int
         raise InputError(f"bench speed: clients, batch, repeats, seq and steps must be at least 1, not {min(numbers)}.")
     if "graphs" in names and where.type != "cuda":
         raise InputError(f"--engines: graphs needs a CUDA device, not {where.type}.")
+    if "pfl" in names and not _installed("pfl"):
+        raise InputError("--engines: pfl needs pfl-research: pip install --no-deps pfl==0.6.0 prv-accountant==0.2.0")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _bfloat16(where: torch.device) -> bool:
@@ -252,7 +260,7 @@ def show(results: Row) -> None:
                       *("" if value is None else f"{value:.2f}x" for value in ratios),
                       "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
     out.print(table)
-    out.print("times faster: than peft, whole runs (simulate, flower) than flower", style="dim")
+    out.print("times faster: than peft, whole runs (simulate, flower, pfl) than flower", style="dim")
     if results["largest_difference"] is not None:
         out.print(f"checked in float64 before timing: largest difference {results['largest_difference']:.0e}",
                   style="dim")

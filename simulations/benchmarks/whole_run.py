@@ -1,10 +1,11 @@
-"""Whole simulations, start-up included: `fedpeft simulate` against a stock Flower app on Flower's engine (Ray).
+"""Whole simulations, start-up included: `fedpeft simulate` against a stock Flower app on Flower's engine (Ray), and
+against a stock simulation on pfl-research where that is installed (see `pfl_loop`).
 
-Both get the same model folder, the same records dealt out evenly, one process that trains and one thread, and a process
+All get the same model folder, the same records dealt out evenly, one process that trains and one thread, and a process
 tree of their own. CPU seconds and memory are those of all its processes, also of Ray's, read from /proc twice a second:
 Ray's daemon does not wait for its workers, so that their times would be missing from the parent's. Memory that
 processes share counts once for each. Ours evaluates the model before the first round and after the last, and writes a
-checkpoint and a report, which Flower does not.
+checkpoint and a report, which the others do not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fedpeft.errors import RunError
 from fedpeft.models import byte_tokenizer
 from fedpeft.simulations.benchmarks.speed_work import CLIENT, LABELS, LORA, backbone
 
-ENGINES = ("simulate", "flower")
+ENGINES = ("simulate", "flower", "pfl")
 RECORDS, TEST = 32, 64  # of a client, of the server
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of Linux' prctl
 LOOK_S = 0.5
@@ -55,8 +56,8 @@ def measure(engine: str, folder: Path, clients: int, batch: int, seq: int, steps
     """
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
                    "FLWR_TELEMETRY_ENABLED": "0"}
-    made = ours if engine == "simulate" else flowers
-    command = made(folder, clients, batch, seq, steps, rounds, device)
+    sizes = (clients, batch, seq, steps, rounds, device)
+    command = ours(folder, *sizes) if engine == "simulate" else stock(engine, folder, *sizes)
     return watched(command, {**os.environ, **environment})
 
 
@@ -77,14 +78,15 @@ def ours(folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: i
             "--json"]
 
 
-def flowers(folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str) -> list[str]:
-    """The command of Flower's run; its job is written."""
-    name = f"flower-{time.time_ns()}"
+def stock(engine: str, folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str
+          ) -> list[str]:
+    """The command of another engine's run; its job is written."""
+    name = f"{engine}-{time.time_ns()}"
     job = {"model": str(folder / "model"), "train": str(folder / "train.csv"), "seq": seq, "clients": clients,
            "batch": batch, "steps": steps, "rounds": rounds, "lr": CLIENT.lr, "rank": LORA.r, "alpha": int(LORA.alpha),
            "gpus": float(device != "cpu"), "out": str(folder / f"{name}.pt")}
     (folder / f"{name}.json").write_text(json.dumps(job))
-    script = "import sys; from fedpeft.simulations.benchmarks.flower_loop import main; main(sys.argv[1])"
+    script = f"import sys; from fedpeft.simulations.benchmarks.{engine}_loop import main; main(sys.argv[1])"
     return [sys.executable, "-c", script, str(folder / f"{name}.json")]
 
 

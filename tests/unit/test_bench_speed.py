@@ -118,7 +118,7 @@ def test_memory_is_that_of_a_fresh_process_and_above_the_model():
 
 
 def test_bad_options(tmp_path):
-    for options, told in (({"engines": ("cohort", "pfl")}, "pfl"), ({"models": ("gpt",)}, "roberta-base"),
+    for options, told in (({"engines": ("cohort", "flute")}, "flute"), ({"models": ("gpt",)}, "roberta-base"),
                           ({"models": ()}, "none"), ({"batch": (0,)}, "at least 1"), ({"clients": ()}, "clients"),
                           ({"engines": ("graphs",), "device": "cpu"}, "CUDA")):
         with pytest.raises(InputError, match=told):
@@ -127,10 +127,31 @@ def test_bad_options(tmp_path):
         memory.run(tmp_path, ())
 
 
+def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed.whole_run, "prepare", lambda *_: None)
+    monkeypatch.setattr(speed.whole_run, "measure", lambda engine, *_: asked.append(engine) or {
+        "seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0})
+    monkeypatch.setattr(speed, "make", lambda *_: lambda work: [])
+    monkeypatch.setattr(speed, "check", lambda *_: 0.0)
+    monkeypatch.setattr(speed, "_child", lambda *_: 1.0)
+    monkeypatch.setattr(speed, "_installed", lambda package: False)
+    with pytest.raises(InputError, match="pip install --no-deps pfl"):
+        speed.run(tmp_path, engines=("simulate", "pfl"))
+    options = {"models": ("tiny",), "clients": (1,), "batch": (1,), "repeats": 1, "seq": 4}
+    speed.run(tmp_path, **options)
+    assert asked == ["simulate", "flower"]
+    monkeypatch.setattr(speed, "_installed", lambda package: True)
+    speed.run(tmp_path, **options)
+    assert asked[2:] == ["simulate", "flower", "pfl"]
+
+
 def test_whole_runs_are_of_the_same_job(tmp_path):
     whole_run.prepare(tmp_path, "tiny", 3, 16)
-    our, their = (made(tmp_path, 3, 2, 16, 5, 10, "cpu") for made in (whole_run.ours, whole_run.flowers))
-    config, job = (json.loads(Path(path).read_text()) for path in (our[4], their[3]))
+    sizes = (tmp_path, 3, 2, 16, 5, 10, "cpu")
+    our, their, pfl = whole_run.ours(*sizes), whole_run.stock("flower", *sizes), whole_run.stock("pfl", *sizes)
+    config, job, other = (json.loads(Path(path).read_text()) for path in (our[4], their[3], pfl[3]))
+    assert {**job, "out": ""} == {**other, "out": ""} and "flower_loop" in their[2] and "pfl_loop" in pfl[2]
     assert our[1:4] == ["-m", "fedpeft.cli", "simulate"]
     assert (config["model"]["name"], config["data"]["source"]) == (job["model"], job["train"])
     assert (config["client"]["local_steps"], config["run"]["rounds"]) == (job["steps"], job["rounds"]) == (5, 10)
