@@ -4,17 +4,20 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow lint checkpoint smoke clean
+.PHONY: demo test slow gpu lint checkpoint smoke clean
 
 demo: .venv/ready
 	rm -rf runs/quickstart
 	$(BIN)/fedpeft simulate quickstart --out runs/quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o timeout=600
+
+gpu: .venv/ready
+	$(BIN)/python -m pytest -m gpu
 
 smoke: .venv/ready
 	$(BIN)/python -m fedpeft.simulations.smoke

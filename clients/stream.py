@@ -64,12 +64,10 @@ def build(config: Config, model: Adapted, deployed: Deployed, client: str, recei
         rates = received.select(("rates",)).tensors
         method.receive(by_name(model, deployed, {key: float(value) for key, value in rates.items()}))
     elif method.needs_source != "none":
-        device = next(iter(model.parameters.values())).device
-        own = Encoded({name: value.to(device) for name, value in train.inputs.items()}, train.labels)
         if isinstance(method, FedTHE):
-            method.receive(own, received[FEATURES])
+            method.receive(train, received[FEATURES])
         else:
-            method.prepare(own)
+            method.prepare(train)
     return method
 
 

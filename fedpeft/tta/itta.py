@@ -82,6 +82,7 @@ class ITTA(GradientMethod):
         for number in range(config.align_steps):
             draws = seeds.numpy_generator(self.seed, "tta", "itta", number)
             batch, labels = source.batch(draws.choice(len(source), min(config.align_batch, len(source)), replace=False))
+            labels = labels.to(device)
             leaves, weights = self.leaves(self.model.tensors(names)), self.leaves(f)
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
                 plain = self.forward(batch, leaves, self.statistics(batch), graph=True)

@@ -71,6 +71,8 @@ class Deployed:
                  hooks: Hooks | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits and features of a batch, in evaluation mode, with `overlay` in the place of the model's own tensors.
 
+        The batch is moved to where the model is.
+
         Args:
             statistics: what batch norms normalise with; None is their running statistics.
             hooks: module name -> what its output goes through.
@@ -86,8 +88,12 @@ class Deployed:
             if self.head is not None:
                 handle = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
                 stack.callback(handle.remove)
-            logits = self.forward(batch).float()
+            logits = self.forward({name: value.to(self.device) for name, value in batch.items()}).float()
         return logits, (seen[-1].float() if seen else None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor(next(iter(self.slots))).device
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Copies of the model's own tensors."""

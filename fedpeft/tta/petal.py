@@ -73,7 +73,8 @@ class PETAL(MeanTeacher):
             rows = draws.choice(len(source), min(config.snapshot_batch, len(source)), replace=False)
             batch, labels = source.batch(rows)
             leaves = self.leaves(student)
-            loss = F.cross_entropy(self.forward(batch, leaves, self.statistics(batch), graph=True).logits, labels)
+            loss = F.cross_entropy(self.forward(batch, leaves, self.statistics(batch), graph=True).logits,
+                                   labels.to(self.model.device))
             gradients, reason = self.finite_gradients(loss, leaves)
             if reason is not None:
                 raise InputError(f"petal: source training for the prior failed: {reason}. Lower snapshot_lr.")

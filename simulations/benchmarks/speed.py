@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedpeft import __version__, files, seeds
+from fedpeft.config import base_dtype
 from fedpeft.errors import InputError, RunError
 from fedpeft.simulations.benchmarks import whole_run
 from fedpeft.simulations.benchmarks.server_cost import resident
@@ -56,7 +57,7 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
         RunError: an engine does not compute what the others do, or a whole run failed.
     """
     where = device_of(device)
-    extra = {"graphs": where.type == "cuda", "cohort-bf16": _bfloat16(where), "simulate": True, "flower": True,
+    extra = {"graphs": where.type == "cuda", "cohort-bf16": base_dtype(where.type) == "bfloat16", "simulate": True, "flower": True,
              "pfl": _installed("pfl")}
     names = engines or (*DEFAULT, *(name for name, here in extra.items() if here))
     if quick:
@@ -114,11 +115,6 @@ def _require(models: tuple[str, ...], names: tuple[str, ...], numbers: tuple[int
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _bfloat16(where: torch.device) -> bool:
-    """Whether a bfloat16 base is likely to be faster: AVX512-BF16 without AMX is slower than float32."""
-    return torch.cuda.is_bf16_supported() if where.type == "cuda" else torch.cpu._is_amx_tile_supported()
 
 
 def check(names: list[str], device: torch.device) -> float:
