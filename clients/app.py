@@ -36,11 +36,14 @@ class CohortApp(ClientApp):
 def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods: list[Mod] | None = None) -> CohortApp:
     """The ClientApp. `local` is called once a message, in the process that trains; it should not load anything then."""
 
+    opened: dict[str, tuple[AdapterState, dict[str, Any]]] = {}  # by message id, what `prepare` has opened
+
     def prepare(messages: list[tuple[Message, Context]]) -> None:
         kind = secagg.UPLOAD if local().config.secagg.enabled else "train"
-        requests = [(name(context), *PACKED.open(message.content)) for message, context in messages
-                    if message.metadata.message_type == kind]
-        local().prepare(requests)
+        mine = [(message, name(context)) for message, context in messages if message.metadata.message_type == kind]
+        opened.clear()
+        opened.update((message.metadata.message_id, PACKED.open(message.content)) for message, _ in mine)
+        local().prepare([(client, *opened[message.metadata.message_id]) for message, client in mine])
 
     app = CohortApp(prepare)
 
@@ -51,7 +54,7 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     @app.train(mods=mods or [])
     def fit(message: Message, context: Context) -> Message:
         secagg.refuse_clear(local().config)
-        received, task = PACKED.open(message.content)
+        received, task = opened.pop(message.metadata.message_id, None) or PACKED.open(message.content)
         update, metrics = local().train(name(context), received, task)
         return Message(PACKED.reply(update, metrics, int(task["round"])), reply_to=message)
 

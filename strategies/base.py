@@ -297,9 +297,9 @@ class FederatedStrategy(Strategy):
             except wire.BadReply as error:
                 bad[client] = str(error)
                 continue
-            moved = adapter.without(("control",)).distance(sent[client])
-            if rules.max_update_norm is not None and moved > rules.max_update_norm:
-                bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={rules.max_update_norm:g}"
+            limit = rules.max_update_norm
+            if limit is not None and (moved := adapter.without(("control",)).distance(sent[client])) > limit:
+                bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={limit:g}"
                 continue
             count = metrics.pop("num-examples")
             updates.append(Update(client, count if self.weighting == "examples" else 1.0, adapter, metrics))
