@@ -36,7 +36,7 @@ CUT = 0.99
 @dataclass
 class ROIDConfig(GradientConfig):
     temperature: float = option(1 / 3, "T of the sample weights", above=0)
-    keep: float = option(0.99, "mu, share of the student in the average with the source weights", low=0, high=1)
+    mu: float = option(0.99, "share of the student in the average with the source weights", low=0, high=1)
     consistency: bool = option(True, "learn from an augmented view too")
     augment: str = option("image", "kind of view", choices=KINDS)
     correct_prior: bool = option(True, "multiply predictions by the batch's smoothed class prior")
@@ -71,8 +71,8 @@ class ROID(GradientMethod):
         reason = self.descend((weights[kept] * losses).sum() / len(logits), leaves)
         if reason is not None:
             return reason
-        start, keep = self._start(), config.keep
-        self.memory["student"] = {name: torch.lerp(start[name], value, keep)
+        start, mu = self._start(), config.mu
+        self.memory["student"] = {name: torch.lerp(start[name], value, mu)
                                   for name, value in self.memory["student"].items()}
         now = probs.mean(0)
         old = torch.full_like(now, 1 / len(now)) if mean is None else mean

@@ -51,6 +51,16 @@ def test_an_entry_documents_itself_and_its_options(table, name):
         )
 
 
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, table in configs.METHOD_SECTIONS.items()
+                                            for name in registry.names(table)])
+def test_a_config_with_the_method_is_read_as_it_was_written(path, name):
+    """An option that had the name of a key of the section would take its place."""
+    section, cls = configs._section_class(path), registry.load(configs.METHOD_SECTIONS[path], name)
+    assert not {item.name for item in dataclasses.fields(section)} & set(configs.options_of(cls))
+    built = configs.build(section, {configs.NAME_KEYS.get(path, "name"): name}, path)
+    assert configs.build(section, configs.to_tree(built), path) == built
+
+
 @pytest.mark.parametrize("name", registry.names("tta"))
 def test_a_test_time_method_documents_itself_and_its_options(name):
     """These take a model, a seed and any options, which their `Config` declares."""
