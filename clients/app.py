@@ -54,7 +54,8 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     @app.train(mods=mods or [])
     def fit(message: Message, context: Context) -> Message:
         secagg.refuse_clear(local().config)
-        received, task = opened.pop(message.metadata.message_id, None) or PACKED.open(message.content)
+        known = message.metadata.message_id in opened
+        received, task = opened.pop(message.metadata.message_id) if known else PACKED.open(message.content)
         update, metrics = local().train(name(context), received, task)
         return Message(PACKED.reply(update, metrics, int(task["round"])), reply_to=message)
 

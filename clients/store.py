@@ -43,11 +43,12 @@ class Store:
         self._drop(client, number)
 
     def load_state(self, client: str, before: int) -> dict[str, Any] | None:
-        """The newest plain-data state (`TTAMethod.state`) written before round `before`; None if there is none."""
+        """The newest plain-data state (`TTAMethod.state`) from before round `before`, on the CPU; None if none."""
         versions = [number for number in self._versions(client, STATE) if number < before]
         if not versions:
             return None
-        state: dict[str, Any] = torch.load(self._file(client, max(versions), STATE), weights_only=True)
+        file = self._file(client, max(versions), STATE)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
 
     def save_state(self, client: str, number: int, state: dict[str, Any]) -> None:

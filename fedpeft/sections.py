@@ -25,8 +25,9 @@ class ModelConfig:
     pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
                           "auto is mean for sentence encoders", choices=("auto", "model", "mean"))
     max_length: int = option(128, "longest input in tokens; longer texts are cut", low=1)
-    dtype: str = option("float32", "dtype of the frozen base; auto is bfloat16 where products in it are faster (a GPU, or "
-                        "AMX), and stands in the run's config as what it came to", choices=("float32", "bfloat16", "auto"))
+    dtype: str = option("float32", "dtype of the frozen base; auto is bfloat16 where products in it are faster (a GPU, "
+                        "AMX) and stands in the run's config as what it came to",
+                        choices=("float32", "bfloat16", "auto"))
     trust_remote_code: bool = option(False, "let transformers run code that comes with the model")
 
 

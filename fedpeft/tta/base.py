@@ -130,13 +130,14 @@ class TTAMethod:
 
     def predict(self, batch: Batch) -> Tensor:
         """Class probabilities [N, K]; changes nothing but `cost`."""
+        batch = self.model.moved(batch)
         good = self._good(batch)
         with torch.no_grad():
             return self._spread(self._outputs(_rows(batch, good), learn=False).prediction if good.any() else None, good)
 
     def adapt(self, batch: Batch) -> None:
         """Learn from a batch; `reason` says why not."""
-        self._learn(batch, None)
+        self._learn(self.model.moved(batch), None)
 
     def step(self, batch: Batch, reference: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Predict a batch and learn from it, in the method's order, sharing the forward pass where predict is first.
@@ -147,6 +148,7 @@ class TTAMethod:
         Returns:
             Probabilities [N, K], and diagnostics: order, rows, mean entropy, distinct classes, changed, reason.
         """
+        batch = self.model.moved(batch)
         good = self._good(batch)
         if self.config.order == "after" or not good.all() or size(batch) < self.min_batch:
             if self.config.order == "before":
@@ -185,7 +187,7 @@ class TTAMethod:
                               "ready": self.ready, "prepared": self.prepared, "memory": self.memory})
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`.
+        """Go on from a `state`, on whatever device it was made.
 
         Raises:
             InputError: it is the state of another method, or of one with other options.
@@ -194,9 +196,8 @@ class TTAMethod:
         for key, value in mine.items():
             if state.get(key) != value:
                 raise InputError(f"state: {key} is {state.get(key)}, this method's is {value}.")
-        state = copy.deepcopy({key: value for key, value in state.items() if key not in mine})
-        for key, value in state.items():
-            setattr(self, key, value)
+        for key, value in copy.deepcopy({key: value for key, value in state.items() if key not in mine}).items():
+            setattr(self, key, on(self.model.device, value))
         self.reason = None
 
     def spent(self) -> dict[str, int]:
@@ -343,6 +344,15 @@ def source_batches(source: Encoded, rows: int = BATCH) -> list[tuple[Batch, Tens
     """All of a source set in order."""
     return [({name: value[start : start + rows] for name, value in source.inputs.items()},
              source.labels[start : start + rows]) for start in range(0, len(source), rows)]
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """Plain data with its tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: on(device, item) for key, item in value.items()}
+    return [on(device, item) for item in value] if isinstance(value, list) else value
 
 
 def _rows(batch: Batch, good: Tensor) -> Batch:

@@ -88,12 +88,18 @@ class Deployed:
             if self.head is not None:
                 handle = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
                 stack.callback(handle.remove)
-            logits = self.forward({name: value.to(self.device) for name, value in batch.items()}).float()
+            logits = self.forward(self.moved(batch)).float()
         return logits, (seen[-1].float() if seen else None)
 
     @property
     def device(self) -> torch.device:
         return self.tensor(next(iter(self.slots))).device
+
+    def moved(self, batch: Batch) -> Batch:
+        """The batch on the model's device."""
+        if isinstance(batch, Tensor):
+            return batch.to(self.device)
+        return {name: value.to(self.device) for name, value in batch.items()}
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Copies of the model's own tensors."""

@@ -57,8 +57,8 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
         RunError: an engine does not compute what the others do, or a whole run failed.
     """
     where = device_of(device)
-    extra = {"graphs": where.type == "cuda", "cohort-bf16": base_dtype(where.type) == "bfloat16", "simulate": True, "flower": True,
-             "pfl": _installed("pfl")}
+    extra = {"graphs": where.type == "cuda", "cohort-bf16": base_dtype(where.type) == "bfloat16", "simulate": True,
+             "flower": True, "pfl": _installed("pfl")}
     names = engines or (*DEFAULT, *(name for name, here in extra.items() if here))
     if quick:
         models, clients, batch, repeats, seq = ("tiny",), (3,), (1, 2), 1, 16

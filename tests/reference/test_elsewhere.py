@@ -28,7 +28,8 @@ def test_the_device_is_another():
         assert isinstance(there, There) and there.device == ELSEWHERE and x.device.type == "cpu"
         assert torch.equal((2 * there).sum(0).cpu(), 2 * x.sum(0)) and float(there.sum()) == 15
         assert torch.zeros(2, device=ELSEWHERE).device == ELSEWHERE
-        for mixed in (lambda: there + x, lambda: torch.cat([there, x]), lambda: there @ x.T, lambda: x[there[0].long()]):
+        for mixed in (lambda: there + x, lambda: torch.cat([there, x]), lambda: there @ x.T,
+                      lambda: x[there[0].long()]):
             with pytest.raises(RuntimeError, match="on the CPU"):
                 mixed()
         with pytest.raises(TypeError, match="array"):

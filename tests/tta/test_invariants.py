@@ -8,6 +8,7 @@ import io
 import parts
 import pytest
 import torch
+from elsewhere import elsewhere
 
 from fedpeft import config as configs
 from fedpeft import registry
@@ -75,6 +76,26 @@ def test_predictions_are_probabilities_and_the_backbone_is_untouched(name, model
     assert torch.equal(torch.get_rng_state(), random), "draws come from the method's own seed"
     batch = parts.inputs(model)
     assert torch.equal(make("source", model).predict(batch), model(batch)[0].softmax(-1))
+
+
+@every
+def test_it_works_where_the_model_is(name, model):
+    """On another device; source data, batches and a saved state may come from the CPU."""
+    batches = parts.stream(3, model=model)
+    wanted = parts.play(parts.method(name, model), batches)
+    with elsewhere() as device:
+        for module in model.modules.values():
+            module.to(device)
+        for given in (batches, [{key: value.to(device) for key, value in batch.items()} for batch in batches]):
+            probs = parts.play(parts.method(name, model), given)
+            assert probs.device == device and torch.equal(probs.cpu(), wanted)
+        first, file = parts.method(name, model), io.BytesIO()
+        parts.play(first, batches[:2])
+        torch.save(first.state(), file)
+        file.seek(0)
+        again = make(name, model, parts.OPTIONS.get(name))
+        again.load(torch.load(file, map_location="cpu", weights_only=True))
+        assert torch.equal(parts.play(again, batches[2:]).cpu(), wanted[-7:])
 
 
 @every

@@ -289,10 +289,10 @@ def test_roid_by_hand():
 
 def test_roid_without_memory_of_its_step_is_the_source():
     model = parts.conv()
-    method = parts.method("roid", model, keep=0.0, lr=0.1)
+    method = parts.method("roid", model, mu=0.0, lr=0.1)
     parts.play(method, parts.stream(3))
     assert all(torch.equal(value, model.tensor(name)) for name, value in method.memory["student"].items())
-    free = parts.method("roid", model, keep=1.0, lr=0.1)
+    free = parts.method("roid", model, mu=1.0, lr=0.1)
     parts.play(free, parts.stream(3))
     assert any(not torch.equal(value, model.tensor(name)) for name, value in free.memory["student"].items())
 

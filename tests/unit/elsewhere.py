@@ -1,4 +1,4 @@
-"""A device that is none: tensors "on" it hold their values on the CPU, and an operation that mixes both kinds is an error.
+"""A device that is none: tensors on it hold their values on the CPU, and an operation that mixes both is an error.
 
 For code that has to run on a GPU, on machines without one. What torch allows on a GPU is allowed: scalars of no
 dimension and indices from the CPU, copies between devices, and nothing that reads values without moving them first.
@@ -39,6 +39,12 @@ class There(Tensor):
 
     def __repr__(self) -> str:
         return f"There({self.here!r})"
+
+    def __deepcopy__(self, memo: Any) -> There:
+        return There(self.here.detach().clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.here.detach().__reduce_ex__(protocol)  # as if it were loaded with map_location="cpu"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
