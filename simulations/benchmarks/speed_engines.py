@@ -55,7 +55,9 @@ def wrapped(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=LORA.r, lora_alpha=int(LORA.alpha),
                         target_modules=["query", "value"])
-    return get_peft_model(backbone(name).to(dtype), config).to(device)
+    with warnings.catch_warnings():  # peft asks transformers by a name that is going to change
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(backbone(name).to(dtype), config).to(device)
 
 
 class Ours:
