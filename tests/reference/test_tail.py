@@ -65,7 +65,8 @@ def test_mean_pooling_reads_every_token(tmp_path):
 
 
 @pytest.mark.parametrize("read", [lambda hidden: hidden[:, 0] + hidden[:, -1], lambda hidden: hidden[:, -1],
-                                  lambda hidden: hidden[:, 1]], ids=["both", "last", "second"])
+                                  lambda hidden: hidden[:, 1], lambda hidden: hidden[:, ::6].mean(1)],
+                         ids=["both", "last", "second", "strided"])
 def test_a_head_that_reads_another_token_leaves_the_block_alone(folder, read):
     model = small.adapted(folder("bert"), "bert", r=4)
     inner, head = model.base.backbone.bert, model.base.heads["classifier"]
@@ -74,17 +75,31 @@ def test_a_head_that_reads_another_token_leaves_the_block_alone(folder, read):
     assert find(model, records("bert")) == []
 
 
+def test_a_model_that_refuses_random_texts_stays_whole(folder):
+    model = small.adapted(folder("bert"), "bert", r=4)
+    forward = model.base.forward
+
+    def strict(batch):
+        if not bool((batch["input_ids"][:, 0] == 2).all()):
+            raise ValueError("every text has to begin with the start token")
+        return forward(batch)
+
+    model.base.forward = strict
+    assert find(model, records("bert")) == []
+    assert not any(module._forward_pre_hooks for module in model.base.backbone.bert.modules())
+
+
 def test_a_layer_that_wants_all_tokens_is_left_alone(folder):
     """What would not run with one token, or would say something else, is not cut."""
     class Centred(nn.Linear):
         def forward(self, x):
             return super().forward(x - x.detach().mean(1, keepdim=True))  # its gradient hides that it reads them all
 
-    class Six(nn.Linear):
+    class Seven(nn.Linear):
         def forward(self, x):
-            return super().forward(x.view(2, 6, -1))
+            return super().forward(x.view(2, 7, -1))
 
-    for kind in (Centred, Six):
+    for kind in (Centred, Seven):
         model = small.adapted(folder("bert"), "bert", r=4)
         block = model.base.backbone.bert.encoder.layer[1]
         block.intermediate.dense.__class__ = kind
