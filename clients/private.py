@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fedpeft import registry
 from fedpeft.clients import policy
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
@@ -21,8 +22,6 @@ from fedpeft.privacy.ledger import Budget, Entry, Ledger
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
-
-MAX_VIEWS = 2  # releases of a head's sums that a task's budget allows: LAE has two experts
 
 
 class Guard:
@@ -76,7 +75,8 @@ class Guard:
         plan = plans.make(self.config.privacy, self.config.client, self.rounds, records)
         sums = self.config.continual.statistics_noise
         if sums is not None:  # a task's account has the steps of its rounds, and what its head is fitted on
-            both = (plan.release, (1.0, sums, MAX_VIEWS))
+            body = registry.load("server_bodies", self.config.continual.body or "", "continual.body")
+            both = (plan.release, (1.0, sums, body.most_views))
             epsilon = composed(both, plan.budget.delta, plan.budget.accountant)
             plan = replace(plan, budget=replace(plan.budget, epsilon=epsilon))
         if bounds is not None:

@@ -49,6 +49,7 @@ class ServerBody:
         folds: it moves what was learned into the base weights.
         averages: it averages factors over rounds, so their coordinates must mean the same in all of them.
         sketches: clients send a sketch of their gradients before a task (not private).
+        most_views: adapters of `views` at most; a head's sums are released for each, which a task's budget allows for.
         changes_A: it draws a new A for a task, which clients therefore cannot draw from the run's seed.
     """
 
@@ -61,6 +62,7 @@ class ServerBody:
     averages: ClassVar[bool] = False
     changes_A: bool = False
     sketches: bool = False
+    most_views: ClassVar[int] = 1
 
     def __init__(self, **options: Any) -> None:
         self.config = self.Config(**options)

@@ -33,6 +33,7 @@ class LAE(ServerBody):
     paper = "Gao et al. 2023, arXiv 2303.10070"
     needs = ("head",)
     averages = True
+    most_views = 2
 
     @dataclass
     class Config:

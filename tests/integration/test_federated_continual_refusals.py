@@ -7,6 +7,7 @@ import pytest
 from fedpeft import config as configs
 from fedpeft.clients.private import Guard
 from fedpeft.errors import InputError
+from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.simulations.run import simulate
 
 DP_LDA = {"continual.head": "lda", "continual.statistics_noise": 2.0}
@@ -79,3 +80,20 @@ def test_the_budget_is_that_of_training_alone_where_no_head_is_fitted(tmp_path):
             continue
         plan = Guard(config, tmp_path, "run").plan("client-000", lambda: 60)
         assert plan.budget.epsilon == 3.0
+
+
+@pytest.mark.parametrize(("body", "views"), [("sequential", 1), ("lae", 2)])
+def test_a_task_pays_for_its_rounds_and_the_sums_of_its_bodys_views_and_no_more(tmp_path, body, views):
+    config = configs.load("continual_dp", {**DP_LDA, "continual.body": body, "strategy.name": "ffa_lora",
+                                           "privacy.accountant": "rdp",
+                                           "client.batch_size": 8, "client.local_steps": 2})
+    guard = Guard(config, tmp_path, "run")
+    plan = guard.plan("client-000", lambda: 60)
+    for number in range(1, guard.rounds + 1):
+        guard.spend("client-000", number, f"round {number}", plan)
+    for view in range(views):
+        guard.spend_sums("client-000", guard.rounds, f"view {view}", plan, 2.0)
+    with pytest.raises(BudgetExhausted):
+        guard.spend_sums("client-000", guard.rounds, "one more", plan, 2.0)
+    with pytest.raises(BudgetExhausted):
+        guard.spend("client-000", guard.rounds + 1, "one more", plan)
