@@ -40,7 +40,8 @@ class Adapted:
     """One base model in memory; clients' adapters are written into it one after another.
 
     `compete` names the classes whose logits count; None is all. The others' are NEVER, so low that softmax gives them
-    exactly 0, and finite, so that entropies are too.
+    exactly 0, and finite, so that entropies are too. `tail` are the layers that need one token only; None until
+    `adapters.tail` has looked for them.
 
     Adapter and head are float32 whatever the dtype of the base.
 

@@ -1,9 +1,9 @@
 """Leave out of a pass what cannot reach the logits: in most classifiers, most of the last block.
 
-The heads of BERT, RoBERTa and ViT read one token, the first. Once the last attention has mixed the tokens, each of them
-goes alone through a projection, norms and the feed-forward layers, so all tokens but the first go through them for
-nothing: of a model with L blocks some 3/4 L of forward and backward. Inputs of those layers are cut to the first token;
-logits and gradients stay what they were, to rounding.
+The heads of BERT, RoBERTa, DistilBERT and ViT read one token, the first. Once the last attention has mixed the tokens,
+each of them goes alone through a projection, norms and the feed-forward layers, so all tokens but the first go through
+them for nothing: 3/4 of one block, forward and backward. Inputs of those layers are cut to the first token; logits and
+gradients stay what they were, to rounding.
 
 Which layers these are is found, not listed by architecture: those whose input has, at every token but the first, no
 influence on the logits of a random batch. Models whose head reads more (mean pooling, causal-lm) have none.
