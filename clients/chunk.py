@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -58,21 +57,14 @@ def steps_of(job: Job, config: ClientConfig) -> int:
     return config.local_steps or -(-len(job.data) // config.batch_size) * (config.local_epochs or 1)
 
 
-@cache
-def compiled_loss() -> Callable[..., Tensor]:
-    """`per_sample_loss` compiled, for sizes of any number: chunks differ in theirs."""
-    return torch.compile(per_sample_loss, dynamic=True)
-
-
 class Chunk:
     """The matrix of some clients' values, and their steps. Clients are sorted by their number of steps, so those that
     go on are the first rows.
     """
 
     def __init__(self, model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int,
-                 now: Pass, compiled: bool = False) -> None:
+                 now: Pass) -> None:
         self.model, self.jobs, self.config, self.tokens, self.now = model, jobs, config, tokens, now
-        self.loss = compiled_loss() if compiled else per_sample_loss
         own = {key: value.detach() for key, value in model.parameters.items()}
         trained = {key: own[key] for key in model.form.select(trains).tensors}
         self.shapes = {key: value.shape for key, value in trained.items()}
@@ -173,7 +165,7 @@ class Chunk:
         self.now.samples, self.now.groups, self.now.values = len(piece.clients), len(groups), {**fixed, **leaves}
         inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-        losses = self.loss(self.model, inputs, labels.to(self.device, non_blocking=True))
+        losses = per_sample_loss(self.model, inputs, labels.to(self.device, non_blocking=True))
         if shares is not None:
             losses = losses * torch.from_numpy(shares[piece.clients]).to(losses)
         slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)

@@ -29,7 +29,7 @@ from fedpeft.clients.batched import Pass, layers, replaced
 from fedpeft.clients.chunk import Chunk, Done, Job, steps_of
 from fedpeft.clients.pieces import token_counts
 from fedpeft.config import ClientConfig
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError
 
 __all__ = ["Done", "Job", "cannot", "train_cohort"]
 
@@ -47,17 +47,14 @@ def cannot(model: Adapted, trains: list[str]) -> str | None:
     return None
 
 
-def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int,
-                 compiled: bool = False) -> list[Done]:
+def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int) -> list[Done]:
     """What `model.write(job.start)` and `train` do, of all jobs; the model's own values stay as they are.
 
     Args:
         tokens: that a pass over the model should have, padding included; a chunk has at least one client.
-        compiled: let torch.compile fuse the pass; the first one takes a minute or more.
 
     Raises:
         InputError: the model cannot be trained so (`cannot`, or a layer that does not keep samples apart).
-        RunError: it cannot be compiled here.
     """
     if not jobs:
         return []
@@ -70,12 +67,8 @@ def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: Cli
     try:
         with first_token(model, jobs[0].data), replaced(found, now):
             for chunk in _chunks(model, jobs, config, tokens):
-                results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now, compiled).run()
+                results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
                 done |= dict(zip(chunk, results, strict=True))
-    except Exception as error:  # what dynamo and its backends raise has no base of its own
-        if compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise RunError(f"run.compile=true: torch.compile failed here: {error}. Set run.compile=false.") from error
-        raise
     finally:
         model.base.backbone.eval()
     return [done[index] for index in range(len(jobs))]

@@ -180,8 +180,7 @@ class Local:
             if self.sequential is None:
                 self.model.write(visits[0].start)  # what a strategy adds to the base weights is the same for all
                 with self.model.competing(learning.compete(visits[0].task)):
-                    return train_cohort(self.model, [visit.job for visit in visits], trains, self.config.client, tokens,
-                                        self.config.run.compile)
+                    return train_cohort(self.model, [visit.job for visit in visits], trains, self.config.client, tokens)
         except InputError as error:
             self.sequential = str(error)
         log.warning("clients are trained one after another, not as a cohort: %s", self.sequential)

@@ -181,11 +181,6 @@ def check(config: Config) -> None:
             f"run.deadline_s={run.deadline_s} needs run.workers >= 1 (or run.engine=ray): a client that blocks can "
             "only be stopped by ending its process. Set run.workers=1."
         )
-    if run.compile and (run.cohort_tokens == 0 or run.engine == "sites"):
-        raise InputError(
-            "run.compile=true compiles a pass over many clients together, and here clients are trained one by one "
-            f"(run.engine={run.engine}, run.cohort_tokens={run.cohort_tokens}). Set run.compile=false."
-        )
     if run.engine == "ray" and run.workers == 0:
         run.workers = 1
     if adapter.client_ranks is not None and not all(1 <= rank <= adapter.r for rank in adapter.client_ranks):

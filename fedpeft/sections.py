@@ -166,8 +166,6 @@ class RunConfig:
     workers: int = option(0, "worker processes; 0 trains clients in this process (Ray takes 1)", low=0)
     cohort_tokens: int | None = option(None, "tokens (or image patches) of a pass over many clients together; 0 trains "
                                        "one after another; null is 2048 on a CPU, 16384 elsewhere", low=0)
-    compile: bool = option(False, "compile the pass over many clients together (torch.compile; needs a C++ compiler): "
-                           "a minute and more at the start, then 4 to 11 % faster on a CPU; not measured on a GPU")
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)

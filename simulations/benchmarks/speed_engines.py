@@ -1,7 +1,6 @@
 """What `fedpeft bench speed` times: engines that take the same clients from one adapter through the same steps.
 
-    cohort          ours, many clients in a pass (`clients.cohort`); -dp: by DP-SGD, -bf16: on a bfloat16 base,
-                    -compiled: by torch.compile
+    cohort          ours, many clients in a pass (`clients.cohort`); -dp: by DP-SGD, -bf16: on a bfloat16 base
     sequential      ours, one client after another (`run.cohort_tokens=0`)
     peft            a plain loop: load a client's adapter into a peft model, AdamW, take its adapter out
     opacus          that loop with Opacus' hooks and DPOptimizer
@@ -64,15 +63,14 @@ class Ours:
     """Our trainer: a cohort, or with `tokens` 0 one client after another."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, dp: bool = False, base: Any = None,
-                 tokens: int | None = None, compiled: bool = False) -> None:
-        self.model, self.dp, self.compiled = adapted(name, device, base or dtype), dp, compiled
+                 tokens: int | None = None) -> None:
+        self.model, self.dp = adapted(name, device, base or dtype), dp
         self.tokens = COHORT_TOKENS.get(device.type, 16384) if tokens is None else tokens
 
     def __call__(self, work: Work) -> Ends:
         jobs = [work.job(client, self.dp) for client in range(len(work.data))]
         if self.tokens:
-            done = train_cohort(self.model, jobs, TRAINS, work.config, self.tokens, self.compiled)
-            return [one.after for one in done]
+            return [done.after for done in train_cohort(self.model, jobs, TRAINS, work.config, self.tokens)]
         ends, start = [], AdapterState(work.start, self.model.sites)
         for job in jobs:
             self.model.write(start)
@@ -218,7 +216,6 @@ ENGINES: dict[str, tuple[type, dict[str, Any], bool]] = {
     "sequential": (Ours, {"tokens": 0}, False),
     "cohort": (Ours, {}, False),
     "cohort-bf16": (Ours, {"base": torch.bfloat16}, False),
-    "cohort-compiled": (Ours, {"compiled": True}, False),
     "cohort-dp": (Ours, {"dp": True}, True),
     "opacus": (Opacus, {}, True),
     "opacus-ghost": (Opacus, {"ghost": True}, True),

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from fedpeft import seeds
 from fedpeft.clients.batched import Pass, layers, replaced
-from fedpeft.clients.chunk import compiled_loss
 from fedpeft.clients.cohort import Job, cannot, train_cohort
 from fedpeft.clients.train import Private, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.noise import Seeded
@@ -251,44 +250,6 @@ def test_per_sample_gradients_are_autograds(build, kind, method):
     assert float((mine - torch.stack(alone)).abs().max()) < EXACT
     assert float((mine - hooks).abs().max()) < EXACT
     assert float(mine.abs().amax(1).min()) > 1e-3
-
-
-# Compiled -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_is_the_same(build, backend, monkeypatch):
-    """Even and uneven batches and DP; `eager` traces the pass and runs it as it is."""
-    real, asked = torch.compile, []
-
-    def traced(function, **options):
-        asked.append(options)
-        return real(function, backend=backend, fullgraph=True, **options)
-
-    monkeypatch.setattr(torch, "compile", traced)
-    compiled_loss.cache_clear()
-    model = build()
-    jobs = make_jobs(model, UNEVEN)
-    try:
-        for options in ({}, {"private": private(1.0, 0.4, 0)}):
-            chosen = [[replace(job, **copy.deepcopy(options)) for job in jobs] for _ in range(2)]
-            one = train_cohort(model, chosen[0], ALL, SGD, FEW, compiled=True)
-            two = train_cohort(model, chosen[1], ALL, SGD, FEW)
-            assert max(float((a.after[key] - b.after[key]).abs().max())
-                       for a, b in zip(one, two, strict=True) for key in b.after) < EXACT
-    finally:
-        compiled_loss.cache_clear()
-        torch.compiler.reset()
-    assert asked == [{"dynamic": True}]
-
-
-def test_what_cannot_be_compiled_is_said(build, monkeypatch):
-    def fails(*_):
-        raise torch._inductor.exc.InvalidCxxCompiler
-
-    monkeypatch.setattr("fedpeft.clients.chunk.compiled_loss", lambda: fails)
-    with pytest.raises(RunError, match=r"run\.compile=false"):
-        train_cohort(build(), make_jobs(build(), EVEN), ALL, SGD, WIDE, compiled=True)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------

@@ -227,12 +227,6 @@ def test_a_rounded_base_cannot_be_moved(name):
     refused({"strategy": name}, {"model.dtype": "bfloat16"}, name, "model.dtype")
 
 
-def test_only_cohorts_are_compiled():
-    refused({}, {"run.compile": True, "run.cohort_tokens": 0}, "run.compile=true", "run.cohort_tokens=0")
-    refused({}, {"run.compile": True, "run.engine": "sites"}, "run.compile=true", "run.engine=sites")
-    assert load({}, {"run.compile": True}).run.compile
-
-
 # Wrappers ------------------------------------------------------------------------------------------------------------
 
 
