@@ -38,6 +38,10 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
 
     opened: dict[str, tuple[AdapterState, dict[str, Any]]] = {}  # by message id, what `prepare` has opened
 
+    def request(message: Message) -> tuple[AdapterState, dict[str, Any]]:
+        known = message.metadata.message_id in opened
+        return opened.pop(message.metadata.message_id) if known else PACKED.open(message.content)
+
     def prepare(messages: list[tuple[Message, Context]]) -> None:
         kind = secagg.UPLOAD if local().config.secagg.enabled else "train"
         mine = [(message, name(context)) for message, context in messages if message.metadata.message_type == kind]
@@ -54,8 +58,7 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     @app.train(mods=mods or [])
     def fit(message: Message, context: Context) -> Message:
         secagg.refuse_clear(local().config)
-        known = message.metadata.message_id in opened
-        received, task = opened.pop(message.metadata.message_id) if known else PACKED.open(message.content)
+        received, task = request(message)
         update, metrics = local().train(name(context), received, task)
         return Message(PACKED.reply(update, metrics, int(task["round"])), reply_to=message)
 
@@ -74,5 +77,5 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     def update(context: Context, received: AdapterState, task: dict[str, Any]) -> AdapterState:
         return local().train(name(context), received, task)[0]
 
-    secagg.register(app, lambda: local().config, name, update, mods or [])
+    secagg.register(app, lambda: local().config, name, request, update, mods or [])
     return app

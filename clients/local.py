@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
 from fedpeft.clients import learning, rates, stream
 from fedpeft.clients.cohort import Done, Job, cannot, train_cohort
 from fedpeft.clients.policy import Refused
@@ -291,7 +292,8 @@ class Local:
         device = next(iter(parameters.values())).device
         inputs, labels = on_device(data, np.array([0, len(data) - 1]), device)
         self.model.training_mode()
-        verify(self.model.modules, parameters, partial(per_sample_loss, self.model), inputs, labels)
+        with first_token(self.model, data):
+            verify(self.model.modules, parameters, partial(per_sample_loss, self.model), inputs, labels)
         self.model.base.backbone.eval()
         self.verified.add(tuple(trains))
 

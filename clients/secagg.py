@@ -28,17 +28,17 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies import masking
 from fedpeft.strategies.secagg import Plan, reference
 from fedpeft.strategies.secagg_stages import ACTIONS, NAMES, RECORD
-from fedpeft.strategies.wire import PACKED
 
 log = logging.getLogger("fedpeft")
 UPLOAD = f"train.{ACTIONS[2]}"
+Request = Callable[[Message], tuple[AdapterState, dict[str, Any]]]
 Train = Callable[[Context, AdapterState, dict[str, Any]], AdapterState]
 Asked = dict[str, Any]
 
 
-def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Context], str], train: Train,
-             mods: list[Mod]) -> None:
-    """Let a ClientApp answer the four stages; `train` gives the update that it would send in the clear."""
+def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Context], str], request: Request,
+             train: Train, mods: list[Mod]) -> None:
+    """Let a ClientApp answer the four stages; `train` gives the update that it would send in the clear to a request."""
 
     def answer(stage: int, message: Message, context: Context, respond: Callable[[Member], RecordDict]) -> Message:
         own = config()
@@ -58,7 +58,7 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
 
     @app.train(ACTIONS[2], mods=mods)
     def upload(message: Message, context: Context) -> Message:
-        received, task = PACKED.open(message.content)
+        received, task = request(message)
         return answer(2, message, context, lambda member: member.upload(
             reference(received, tuple(task["uploads"])), lambda: train(context, received, task), int(task["round"])))
 

@@ -43,8 +43,7 @@ def score(config: Config, model: Adapted, client: str, received: AdapterState, h
           store: Store, number: int) -> dict[str, float]:
     """Accuracy on the client's stream of the model as written, without and with the method of `tta`."""
     deployed = deploy(model)
-    device = next(iter(model.parameters.values())).device
-    given = stream(config, client, held, device)
+    given = stream(config, client, held)
     method = build(config, model, deployed, client, received, train)
     old = store.load_state(client, number) if config.tta.keep else None
     if old is not None:
@@ -84,7 +83,7 @@ def source_accuracy(deployed: Deployed, given: Stream) -> float:
     return float((labels == given.labels).double().mean())
 
 
-def stream(config: Config, client: str, held: Encoded, device: torch.device) -> Stream:
+def stream(config: Config, client: str, held: Encoded) -> Stream:
     """The client's stream: `tta.batch_size` rows a batch; batches end where a corruption ends."""
     data = held if config.model.task != "causal-lm" else last_tokens(held)
     inputs, labels, domains, parts = [], [], [], []
@@ -98,7 +97,7 @@ def stream(config: Config, client: str, held: Encoded, device: torch.device) -> 
         first = number * len(data)
         parts += [slice(first + start, min(first + start + config.tta.batch_size, first + len(data)))
                   for start in range(0, len(data), config.tta.batch_size)]
-    joined = {name: torch.cat([part[name] for part in inputs]).to(device) for name in inputs[0]}
+    joined = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}
     return Stream(client, joined, torch.cat(labels), domains, parts)
 
 

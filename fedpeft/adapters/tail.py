@@ -11,6 +11,7 @@ influence on the logits of a random batch. Models whose head reads more (mean po
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
 
+log = logging.getLogger("fedpeft")
 REFUSALS = (RuntimeError, IndexError, ValueError)  # of a model that gets what it was not made for
 
 
@@ -34,9 +36,11 @@ def first_token(model: Adapted, data: Encoded) -> Iterator[None]:
     if model.tail is None:
         training = [module for module in model.base.backbone.modules() if module.training]
         model.base.backbone.eval()
-        model.tail = find(model, data)
-        for module in training:
-            module.training = True
+        try:
+            model.tail = find(model, data)
+        finally:
+            for module in training:
+                module.training = True
     handles = [module.register_forward_pre_hook(_cut) for module in model.tail]
     try:
         yield
@@ -66,7 +70,8 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
     handles = [module.register_forward_pre_hook(note) for module in alone if module not in inside]
     try:
         logits = model.base.forward(inputs)
-    except REFUSALS:  # random texts are not for everyone
+    except REFUSALS as error:
+        log.warning("the last block runs for all tokens: the model does not take random inputs (%s)", error)
         return []
     finally:
         for handle in handles:

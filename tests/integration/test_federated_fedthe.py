@@ -78,7 +78,7 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
         method = make("fedthe", deploy(here.local.model), {"head_lr": 0.05},
                       seeds.derive(here.config.run.seed, "tta", client, "method"))
         method.receive(here.local.train_data[client], server.memory[FEATURES].float())
-        given = stream.stream(here.config, client, here.local.holdout[client], torch.device("cpu"))
+        given = stream.stream(here.config, client, here.local.holdout[client])
         probs = torch.cat([method.step(batch)[0] for batch in given.batches()])
         assert result["tta_accuracy"] == pytest.approx(float((probs.argmax(-1) == given.labels).double().mean()))
         moved += result["tta_accuracy"] != result["tta_source_accuracy"]

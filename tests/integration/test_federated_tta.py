@@ -60,7 +60,7 @@ def test_a_client_reports_what_the_method_gives_by_hand_on_its_stream(method, op
     for client, result in reported.items():
         written(here, server, client)
         held, config = here.local.holdout[client], here.config
-        given = stream.stream(config, client, held, torch.device("cpu"))
+        given = stream.stream(config, client, held)
         model = deploy(here.local.model)
         played = make(method, model, config.tta.options, runs_seed(config, client), here.local.train_data[client])
         adapted = labels_right([played.step(batch)[0] for batch in given.batches()], given.labels)
@@ -93,22 +93,22 @@ def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_pat
     other = dataclasses.replace(here.config, run=dataclasses.replace(here.config.run, seed=1))
     assert {client: stream.corruptions(other, client) for client in names} != names
     client, held = "client-001", here.local.holdout["client-001"]
-    given = stream.stream(here.config, client, held, torch.device("cpu"))
+    given = stream.stream(here.config, client, held)
     assert sorted(given.labels.tolist()) == sorted(held.labels.tolist())
     assert [len(batch["pixel_values"]) for batch in given.batches()] == [6] * (len(held) // 6) + [len(held) % 6][: len(
         held) % 6]
-    same = stream.stream(here.config, client, held, torch.device("cpu"))
+    same = stream.stream(here.config, client, held)
     assert torch.equal(given.inputs["pixel_values"], same.inputs["pixel_values"])
     # contrast and its like have no noise: the pixels can be found again among the originals
     quiet = dataclasses.replace(here.config, tta=dataclasses.replace(here.config.tta, corruption="contrast"))
-    given = stream.stream(quiet, client, held, torch.device("cpu"))
+    given = stream.stream(quiet, client, held)
     wanted = np.stack([corrupt(image[0].numpy(), "contrast", 3, np.random.default_rng(0))
                        for image in held.inputs["pixel_values"]]).astype(np.float32)
     found = given.inputs["pixel_values"][:, 0].numpy()
     assert {row.tobytes() for row in wanted} == {row.tobytes() for row in found}
     assert not np.array_equal(wanted, found), "and shuffled"
     whole = dataclasses.replace(here.config, tta=dataclasses.replace(here.config.tta, corruption="sequence"))
-    long = stream.stream(whole, client, held, torch.device("cpu"))
+    long = stream.stream(whole, client, held)
     assert long.rows == 9 * len(held) and {name.partition("-")[0] for name in long.domains} == set(CORRUPTIONS)
     assert [long.domains[part.start] == long.domains[part.stop - 1] for part in long.parts] == [True] * len(long)
 
@@ -151,7 +151,7 @@ def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
 
 def stream_of(folder: Path, client: str) -> tuple[Any, ...]:
     here, _ = again(folder)
-    return here.config, client, here.local.holdout[client], torch.device("cpu")
+    return here.config, client, here.local.holdout[client]
 
 
 def test_kept_memory_meets_what_is_prepared_on_the_model_of_now():

@@ -75,7 +75,7 @@ def test_a_head_that_reads_another_token_leaves_the_block_alone(folder, read):
     assert find(model, records("bert")) == []
 
 
-def test_a_model_that_refuses_random_texts_stays_whole(folder):
+def test_a_model_that_refuses_random_texts_stays_whole_and_says_so(folder, caplog):
     model = small.adapted(folder("bert"), "bert", r=4)
     forward = model.base.forward
 
@@ -86,6 +86,7 @@ def test_a_model_that_refuses_random_texts_stays_whole(folder):
 
     model.base.forward = strict
     assert find(model, records("bert")) == []
+    assert "all tokens" in caplog.text and "start token" in caplog.text
     assert not any(module._forward_pre_hooks for module in model.base.backbone.bert.modules())
 
 
@@ -187,3 +188,21 @@ def test_model_stays_what_it_is(folder):
     assert all(value.grad is None for value in model.parameters.values())
     assert not any(module._forward_pre_hooks for root in model.modules for name, module in root.named_modules()
                    if module is not model.head())
+
+
+def test_private_gradients_are_verified_on_the_model_that_trains(tiny, monkeypatch):
+    """Before the first private step, with the last block cut as it is in training."""
+    from fedpeft.clients import local
+
+    real, cut = local.verify, []
+
+    def watched(modules, parameters, loss, inputs, labels):
+        last = modules[0].vit.layers[-1].mlp.fc1
+        hook = last.register_forward_hook(lambda module, args, output: cut.append(output.shape[1]))
+        real(modules, parameters, loss, inputs, labels)
+        hook.remove()
+
+    monkeypatch.setattr(local, "verify", watched)
+    tiny(config={"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
+                 "data.limit": 200, "run.rounds": 1})
+    assert cut and set(cut) == {1}
