@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedpeft.clients.rows import add_clipped, frozen, rows, shrink
 from fedpeft.clients.train import Private, batches, make_optimizer, per_sample_loss
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
+from fedpeft.privacy.noise import Ahead
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Chunk:
             if key in masks:
                 masks[key][mask] = True
         self.still = torch.cat([mask.flatten() for mask in masks.values()]) if still else None
+        self.threads = None if self.device.type == "cpu" else ThreadPoolExecutor()
         self.losses, self.seen = self.values.new_zeros(len(jobs)), np.zeros(len(jobs))
 
     def run(self) -> list[Done]:
@@ -126,6 +129,8 @@ class Chunk:
         counts = np.array([len(index) for index in drawn])
         total = torch.zeros_like(values)
         private = [job.private for job in self.jobs[:active] if job.private is not None]
+        sources = [own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads)
+                   for own in private]
         for piece in cut(self.lengths[:active], drawn, self.tokens):
             groups = piece.clients if private else piece.groups()
             losses, slopes = self._slopes(values, piece, groups, None if private else 1 / counts)
@@ -137,8 +142,8 @@ class Chunk:
             self.losses.index_add_(0, clients, losses)
         self.seen[:active] += counts if private else 1
         if private:
-            total = torch.stack([own.plan.noised_mean(row, own.source)
-                                 for own, row in zip(private, total, strict=True)])
+            total = torch.stack([own.plan.noised_mean(row, source)
+                                 for own, row, source in zip(private, total, sources, strict=True)])
             if self.still is not None:
                 total[:, self.still] = 0
         if self.start is not None:

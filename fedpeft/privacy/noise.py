@@ -10,6 +10,7 @@ Floating-point Gaussians leave traces in the low bits (Mironov 2012); no release
 from __future__ import annotations
 
 import os
+from concurrent.futures import Executor
 from typing import Protocol
 
 import numpy as np
@@ -49,3 +50,17 @@ class Seeded:
 
     def normal(self, count: int) -> np.ndarray:
         return self.generator.standard_normal(count)
+
+
+class Ahead:
+    """The next `count` normal values of a source, drawn by a thread while a device computes. The same values."""
+
+    def __init__(self, source: Randomness, count: int, threads: Executor) -> None:
+        self.uniform = source.uniform
+        self.drawn = threads.submit(source.normal, count)
+
+    def normal(self, count: int) -> np.ndarray:
+        values = self.drawn.result()
+        if len(values) != count:
+            raise RuntimeError(f"{len(values)} values were drawn ahead; asked for {count}.")
+        return values

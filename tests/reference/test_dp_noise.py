@@ -5,12 +5,14 @@ The measure is a function of the step under test: it must pass on the code, and 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from dp_steps import BATCH, CLIP, Fixed, blanks, plan, shipped
 
-from fedpeft.privacy.noise import OperatingSystem, Seeded
+from fedpeft.privacy.noise import Ahead, OperatingSystem, Seeded
 
 
 def noise_faults(step, at, source, steps=200, sigma=1.3):
@@ -144,3 +146,20 @@ def test_a_seeded_source_is_its_path():
              for seed in (0, 1) for number in (1, 2) for client in ("a", "b")]
     assert [first(*path) for path in paths] == [first(*path) for path in paths]
     assert len({tuple(first(*path)) for path in paths}) == len(paths)
+
+
+def test_noise_drawn_ahead_is_the_same_noise():
+    plain, source = Seeded(0, "noise"), Seeded(0, "noise")
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(3):
+            assert np.array_equal(plain.uniform(4), source.uniform(4))
+            assert np.array_equal(Ahead(source, 1000, threads).normal(1000), plain.normal(1000))
+        with pytest.raises(RuntimeError, match="1000 values were drawn ahead; asked for 999"):
+            Ahead(source, 1000, threads).normal(999)
+        with pytest.raises(OSError, match="no entropy"):
+            Ahead(Empty(), 10, threads).normal(10)
+
+
+class Empty(OperatingSystem):
+    def normal(self, count):
+        raise OSError("no entropy")

@@ -7,7 +7,9 @@ on two devices in one operation.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import current_thread, main_thread
 
 import pytest
 import small_models as small
@@ -15,6 +17,7 @@ import torch
 from elsewhere import ELSEWHERE, There, elsewhere
 from test_cohort import ADAMW, EPOCHS, UNEVEN, WIDE, make_jobs, one_by_one, private, records
 
+from fedpeft.clients.chunk import Chunk
 from fedpeft.clients.cohort import train_cohort
 from fedpeft.clients.train import evaluate
 
@@ -85,6 +88,33 @@ def test_training(pair, kind, noisy):
         alone = [after for after, *_ in one_by_one(here, jobs(), trains, config)]
         with elsewhere():
             assert equal([after for after, *_ in one_by_one(there, jobs(), trains, config)], alone)
+
+
+def test_the_host_draws_noise_while_the_device_computes(pair, monkeypatch):
+    """All of a step's noise is under way, on other threads, before its first gradient; on the CPU none is."""
+    here, there = pair("bert")
+    events: list[str] = []
+
+    def jobs(model):
+        made = [replace(job, private=private(1.0, 0.4, k)) for k, job in enumerate(make_jobs(model, UNEVEN, "bert"))]
+        for job in made:
+            draw = job.private.source.normal
+            monkeypatch.setattr(job.private.source, "normal", lambda count, draw=draw: (
+                events.append("own" if current_thread() is main_thread() else "other"), draw(count))[1])
+        return made
+
+    slopes = Chunk._slopes
+    monkeypatch.setattr(Chunk, "_slopes", lambda *given: (events.append("slopes"), slopes(*given))[1])
+    submit = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *given: (events.append("asked"), submit(*given))[1])
+    train_cohort(here, jobs(here), ["A", "B"], ADAMW, WIDE)
+    assert "own" in events and "slopes" in events and not {"asked", "other"} & set(events)
+    events.clear()
+    with elsewhere():
+        train_cohort(there, jobs(there), ["A", "B"], ADAMW, WIDE)
+    assert "own" not in events and events.count("other") == events.count("asked")
+    first = [event for event in events if event != "other"]
+    assert first.index("slopes") == len(UNEVEN)
 
 
 @pytest.mark.parametrize("kind", KINDS)
