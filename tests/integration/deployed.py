@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import json
 import os
@@ -13,6 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from fedpeft import config as configs
+from fedpeft.data import source, split
+from fedpeft.simulations.run import simulate
 
 FEDPEFT = [sys.executable, "-m", "fedpeft.cli"]
 LABELS = ["no", "yes"]
@@ -25,6 +30,9 @@ TRAIN = {
     "privacy": {"unit": "sample", "epsilon": 8.0, "delta": 1e-3},
     "run": {"rounds": 3, "seed": 1},
 }
+POLICY = "unit: sample\nmax_delta: 0.01\nseeded_noise: true\n"
+NAMES = [split.client_name(index) for index in range(3)]
+COUNTS = dict(zip(NAMES, (60, 50, 40), strict=True))
 
 
 def write_records(path, count, seed):
@@ -42,6 +50,44 @@ def write_records(path, count, seed):
 def write_rows(path, rows):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([["text", "label"], *rows])
+
+
+def simulated(deployment, tree, overrides, name):
+    """The same training as a simulation: its run folder. One file with all records, split as over the sites.
+
+    One client after another: in a cohort clients share dropout's generator, which real sites cannot.
+    """
+    root, tree = deployment.root, copy.deepcopy(tree)
+    write_rows(root / "all.csv", [row for rows in deployment.rows.values() for row in rows])
+    tree["data"] |= {"source": str(root / "all.csv"), "clients": len(NAMES)}
+    config = configs.load(tree, overrides)
+    train, _ = source.load(config.data, config.model.task, config.run.seed)
+    parts, first = {}, 0
+    for client in NAMES:
+        parts[client] = list(range(first, first + COUNTS[client]))
+        first += COUNTS[client]
+    split.save(root / "split.json", parts, train, config)
+    alone = {"data.split": str(root / "split.json"), "run.baselines": False, "run.cohort_tokens": 0}
+    simulate(tree, {**overrides, **alone}, root / name)
+    return root / name
+
+
+@contextlib.contextmanager
+def three_sites(root, policy=POLICY):
+    """A coordinator and three sites, running; `rows` are each site's records, test.csv is the coordinator's."""
+    made = Deployment(root)
+    made.rows = {name: write_records(root / f"{name}.csv", COUNTS[name], seed) for seed, name in enumerate(NAMES)}
+    write_records(root / "test.csv", 60, 99)
+    try:
+        for name in NAMES:
+            made.add_site(name, root / f"{name}.csv", policy=policy)
+        made.start("coordinator")
+        for name in NAMES:
+            made.start(name)
+        made.ready()
+        yield made
+    finally:
+        made.close()
 
 
 def free_ports(count):
@@ -82,7 +128,7 @@ class Deployment:
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout) if done.stdout.strip() else done.stderr
 
-    def add_site(self, name, data, register=True, policy="unit: sample\nmax_delta: 0.01\nseeded_noise: true\n"):
+    def add_site(self, name, data, register=True, policy=POLICY):
         folder = self.root / name
         made = self.call("site", "init", folder, "--name", name, "--server", f"localhost:{self.port}", "--ca",
                          self.coordinator / "ca.crt", "--data", data, "--model", "tiny-bert")

@@ -5,7 +5,6 @@ One coordinator and three sites serve all tests of this file, in their order.
 
 from __future__ import annotations
 
-import copy
 import socket
 import ssl
 import time
@@ -13,65 +12,24 @@ import time
 import grpc
 import pytest
 import torch
-from deployed import TRAIN, Deployment, children, listening, until, write_records, write_rows
+from deployed import NAMES, TRAIN, Deployment, children, listening, simulated, three_sites, until, write_records
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 
-from fedpeft import config as configs
 from fedpeft.adapters import folder
-from fedpeft.data import source, split
 from fedpeft.deploy import probe, settings
 from fedpeft.privacy.ledger import Ledger
-from fedpeft.simulations.run import simulate
-
-NAMES = [split.client_name(index) for index in range(3)]
-COUNTS = dict(zip(NAMES, (60, 50, 40), strict=True))
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
-    """A coordinator and three sites, running; `rows` are each site's records."""
-    root = tmp_path_factory.mktemp("deployment")
-    made = Deployment(root)
-    made.rows = {name: write_records(root / f"{name}.csv", COUNTS[name], seed) for seed, name in enumerate(NAMES)}
-    write_records(root / "test.csv", 60, 99)
-    try:
-        for name in NAMES:
-            made.add_site(name, root / f"{name}.csv")
-        made.start("coordinator")
-        for name in NAMES:
-            made.start(name)
-        made.ready()
+    with three_sites(tmp_path_factory.mktemp("deployment")) as made:
         yield made
-    finally:
-        made.close()
-
-
-def simulated(deployment):
-    """The same training as a simulation, one client after another: one file with all records, split as over the sites.
-
-    In a cohort clients share dropout's generator, which real sites cannot.
-    """
-    root = deployment.root
-    write_rows(root / "all.csv", [row for rows in deployment.rows.values() for row in rows])
-    tree = copy.deepcopy(TRAIN)
-    tree["data"] |= {"source": str(root / "all.csv"), "test": str(root / "test.csv"), "clients": len(NAMES)}
-    config = configs.load(tree)
-    train, _ = source.load(config.data, config.model.task, config.run.seed)
-    parts, first = {}, 0
-    for name in NAMES:
-        parts[name] = list(range(first, first + COUNTS[name]))
-        first += COUNTS[name]
-    split.save(root / "split.json", parts, train, config)
-    run = root / "simulated"
-    alone = {"data.split": str(root / "split.json"), "run.baselines": False, "run.cohort_tokens": 0}
-    simulate(tree, alone, run)
-    return run
 
 
 def test_three_sites_make_the_adapter_of_the_simulation(deployment):
     run = deployment.submit(TRAIN, "data.test=test.csv", "privacy.randomness=seeded")
-    twin = simulated(deployment)
+    twin = simulated(deployment, TRAIN, {"data.test": str(deployment.root / "test.csv")}, "simulated")
     deployment.wait(run)
     assert [event["clients"] for event in deployment.rounds(run)] == [NAMES] * 3
     ours = deployment.call("server", "fetch", deployment.coordinator, run, "--to", deployment.root / "fetched")
@@ -102,20 +60,10 @@ def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
     (event,) = deployment.rounds(run)
     assert event["clients"] == [NAMES[0], NAMES[2]]
     assert "privacy.epsilon=8 is over max_epsilon=2" in event["quarantined"][NAMES[1]]
-    twin = simulated_first_round(deployment)
+    twin = simulated(deployment, TRAIN, {"data.test": str(deployment.root / "test.csv"), "run.rounds": 1,
+                                         "run.faults": {NAMES[1]: "crash"}}, "first")
     adapter = folder.load(deployment.coordinator / "runs" / run / "adapter")
-    assert adapter.distance(twin) > 0.01
-
-
-def simulated_first_round(deployment):
-    """The two sites' first round with noise from the seed, by a simulation of the third test's twin."""
-    tree = copy.deepcopy(TRAIN)
-    root = deployment.root
-    tree["data"] |= {"source": str(root / "all.csv"), "test": str(root / "test.csv"), "clients": len(NAMES)}
-    given = {"data.split": str(root / "split.json"), "run.baselines": False, "run.rounds": 1,
-             "run.faults": {NAMES[1]: "crash"}}
-    simulate(tree, given, root / "first")
-    return folder.load(root / "first" / "adapter")
+    assert adapter.distance(folder.load(twin / "adapter")) > 0.01
 
 
 def test_the_fleet_port_is_grpc_over_tls(deployment):
