@@ -26,6 +26,7 @@ from fedpeft.continual.head import Head
 from fedpeft.continual.subspace import sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
+from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import clip_factors
 from fedpeft.state import AdapterState
@@ -81,7 +82,7 @@ def account(client: str, task: dict[str, Any]) -> str:
 
     Each task has its own: a record takes part in the rounds of its own task only, so what tasks cost does not add up.
     """
-    return f"{client}+task-{task['learn']['task']}" if "learn" in task else client
+    return f"{client}{TASK}{task['learn']['task']}" if "learn" in task else client
 
 
 def records(data: Encoded, task: dict[str, Any], client: str) -> Encoded:

@@ -17,7 +17,7 @@ from fedpeft.config import Config, option
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.ledger import Budget
 
-METRICS = ("train_loss", "loss", "accuracy", "num-examples")
+METRICS = ("train_loss", "loss", "accuracy", "num-examples", "missed_tasks")
 
 
 class Refused(RunError):
@@ -32,7 +32,7 @@ class Policy:
                        choices=("sample", "none"))
     max_epsilon: float | None = option(None, "largest epsilon of one record, over all runs together", above=0)
     max_delta: float = option(1e-5, "largest delta", above=0, high=0.5)
-    min_noise_multiplier: float = option(0.0, "smallest noise multiplier of a step", low=0)
+    min_noise_multiplier: float = option(0.0, "smallest noise multiplier of a step, and of a head's sums", low=0)
     max_rounds: int | None = option(None, "most rounds of one run", low=1)
     strategies: list[str] | None = option(None, "strategies that may ask; null is all")
     metrics: list[str] = option([], f"what may leave beside the update: {', '.join(METRICS)}")
@@ -58,6 +58,9 @@ class Policy:
         sigma = privacy.noise_multiplier
         if sigma is not None and sigma < self.min_noise_multiplier:
             reasons.append(f"privacy.noise_multiplier={sigma:g} is under {self.min_noise_multiplier:g}")
+        sums = config.continual.statistics_noise
+        if sums is not None and sums < self.min_noise_multiplier:
+            reasons.append(f"continual.statistics_noise={sums:g} is under {self.min_noise_multiplier:g}")
         rounds = max(number, config.run.rounds)
         if self.max_rounds is not None and rounds > self.max_rounds:
             reasons.append(f"{rounds} rounds are over max_rounds={self.max_rounds}")
@@ -65,9 +68,13 @@ class Policy:
                                          for entry in config.strategy.wrap)]
         if self.strategies is not None and set(names) - set(self.strategies):
             reasons.append(f"strategy {', '.join(names)} is not among {', '.join(self.strategies)}")
-        if privacy.release_metrics and set(METRICS) - set(self.metrics):
-            reasons.append(f"privacy.release_metrics sends {', '.join(METRICS)}; allowed: "
+        sent = METRICS if config.continual.body is not None else METRICS[:-1]
+        if privacy.release_metrics and set(sent) - set(self.metrics):
+            reasons.append(f"privacy.release_metrics sends {', '.join(sent)}; allowed: "
                            f"{', '.join(self.metrics) or 'none'}")
+        if privacy.unit == "sample" and self.records is not None and config.continual.body is not None:
+            reasons.append(f"records={self.records} is of all records, but continual.body={config.continual.body} "
+                           "samples from those of a task")
         if privacy.unit == "sample" and privacy.randomness != "os" and not self.seeded_noise:
             reasons.append("privacy.randomness=seeded is reproducible; it must be os")
         if reasons:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from fedpeft.errors import InputError
 from fedpeft.privacy import checks
 from fedpeft.privacy import plan as plans
 from fedpeft.privacy.accounting import Release, composed
-from fedpeft.privacy.ledger import Budget, Entry, Ledger
+from fedpeft.privacy.ledger import TASK, Budget, Entry, Ledger, client_of, exposures
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
@@ -95,40 +96,54 @@ class Guard:
             return OperatingSystem()
         return Seeded(self.config.run.seed, "privacy", "round", number, "client", client, *purpose)
 
-    def afford(self, client: str, number: int, request: str, plan: Plan) -> None:
+    def afford(self, account: str, number: int, request: str, plan: Plan) -> None:
         """Raise what `spend` would; writes nothing. Nobody needs to train what cannot be sent."""
-        self.ledger(client).require(*self._release(client, number, request, plan))
+        self.ledger(account).require(*self._release(account, number, request, plan))
 
-    def spend(self, client: str, number: int, request: str, plan: Plan) -> None:
-        """Write one round's steps into the ledger, durably; only then may the update leave.
+    def spend(self, account: str, number: int, request: str, plan: Plan) -> None:
+        """Write one round's steps into the ledger of the client or of its task, durably; then the update may leave.
 
         Raises:
             Refused: the site's policy allows no more rounds.
             BudgetExhausted: they would pass the run's or the site's budget.
         """
-        self.ledger(client).reserve(*self._release(client, number, request, plan))
+        self.ledger(account).reserve(*self._release(account, number, request, plan))
 
     def spend_sums(self, account: str, number: int, request: str, plan: Plan, noise: float) -> None:
         """Write one release of noised sums over all records of a task into its ledger, durably.
 
         Raises:
-            BudgetExhausted: it would pass the run's budget.
+            BudgetExhausted: it would pass the run's or the site's budget.
         """
         entry = Entry(self.run, number, request, 1.0, noise, 1)
-        self.ledger(account).reserve(entry, plan.budget)
+        self.ledger(account).reserve(entry, plan.budget, None, *self._lifetime(account))
 
-    def _release(self, client: str, number: int, request: str, plan: Plan
-                 ) -> tuple[Entry, Budget, Release, Budget | None]:
-        bounds = self.policy(client)
+    def _release(self, account: str, number: int, request: str, plan: Plan
+                 ) -> tuple[Entry, Budget, Release, Budget | None, list[Entry]]:
+        bounds = self.policy(client_of(account))
         if bounds is not None:
-            done = sum(entry.run == self.run for entry in self.ledger(client).entries())
+            done = sum(entry.run == self.run for entry in self.ledger(account).entries())
             bounds.require_rounds(done + 1)
         entry = Entry(self.run, number, request, plan.sample_rate, plan.noise_multiplier,
                       self.config.client.local_steps or 0)
-        return entry, plan.budget, plan.release, bounds.lifetime(self.config) if bounds else None
+        return entry, plan.budget, plan.release, *self._lifetime(account)
 
-    def ledger(self, client: str) -> Ledger:
-        return Ledger(self.folder / f"{client}.jsonl")
+    def _lifetime(self, account: str) -> tuple[Budget | None, list[Entry]]:
+        """What the client's policy allows all runs together, and what stands in the client's other accounts."""
+        client = client_of(account)
+        bounds = self.policy(client)
+        if bounds is None:
+            return None, []
+        return bounds.lifetime(self.config), [entry for ledger in self.ledgers(client) if ledger.path.stem != account
+                                              for entry in ledger.entries()]
+
+    def ledgers(self, client: str) -> list[Ledger]:
+        """All accounts of a client: its own, and one for each task."""
+        tasks = sorted(self.folder.glob(f"{glob.escape(client + TASK)}*.jsonl"))
+        return [self.ledger(client), *map(Ledger, tasks)]
+
+    def ledger(self, account: str) -> Ledger:
+        return Ledger(self.folder / f"{account}.jsonl")
 
     def spending(self, clients: list[str]) -> dict[str, dict[str, Any]]:
         """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier.
@@ -137,11 +152,12 @@ class Guard:
         """
         privacy, table = self.config.privacy, {}
         for client in clients:
-            ledgers = [self.ledger(client), *map(Ledger, sorted(self.folder.glob(f"{client}+task-*.jsonl")))]
-            entries = [entry for ledger in ledgers for entry in ledger.entries()]
+            accounts = [ledger.entries() for ledger in self.ledgers(client)]
+            entries = [entry for account in accounts for entry in account]
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {
-                "epsilon": max(ledger.spent(privacy.delta, privacy.accountant) for ledger in ledgers),
+                "epsilon": max(composed(tuple(entry.release for entry in found), privacy.delta, privacy.accountant)
+                               for found in exposures(accounts)),
                 "delta": privacy.delta,
                 "steps": sum(entry.steps for entry in steps),
                 "rounds": len({(entry.run, entry.round) for entry in entries}),

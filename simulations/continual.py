@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpeft.adapters import features
@@ -24,7 +23,8 @@ from fedpeft.continual.body import only
 from fedpeft.continual.head import Head
 from fedpeft.data.encode import Encoded
 from fedpeft.simulations.world import World
-from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState
+from fedpeft.state import AdapterState
+from fedpeft.strategies.base import FederatedStrategy, ServerState
 from fedpeft.strategies.learning import exchange
 from fedpeft.strategies.learning.base import KEEP
 from fedpeft.strategies.learning.build import fits, head
@@ -32,24 +32,24 @@ from fedpeft.strategies.learning.rounds import Learning, learning_of
 
 ROWS, SUMS = f"{KEEP}rows", f"{KEEP}sums|"
 Record = Callable[[dict[str, Any]], None]
+Ask = Callable[[int, str, str, AdapterState, dict[str, tuple[int, ...]]], exchange.Answers]  # round, what, view, ...
 
 
-def run(here: World, grid: Grid, server: ServerState, rules: Rules, record: Record,
+def run(here: World, server: ServerState, play: Callable[[ServerState, int], ServerState], ask: Ask, record: Record,
         after_round: Callable[[ServerState], None]) -> ServerState:
-    """Run what is left of the sequence."""
-    strategy, learning = here.strategy, required(here.strategy)
+    """Run what is left of the sequence.
 
-    def evaluate(state: ServerState) -> dict[str, float]:
-        return score(here, state)
-
+    Args:
+        play: the rounds from a state to the end of one, by number.
+        ask: clients for sums, as `exchange.sums` from its argument `number` on.
+    """
+    learning = required(here.strategy)
     while not complete(here, server):
         done = len(server.numbers.get(ROWS, []))
         if learning.begun(server) < done:
-            server = begin(here, grid, learning, server, done, rules, record)
-        until = replace(rules, rounds=(done + 1) * learning.curriculum.rounds)
-        server = strategy.run(grid, server=server, rules=until, record=record, after_round=after_round,
-                              evaluate=evaluate)
-        server = close(here, grid, learning, server, done, rules, record)
+            server = begin(here, ask, learning, server, done)
+        server = play(server, (done + 1) * learning.curriculum.rounds)
+        server = close(here, ask, learning, server, done, record)
         after_round(server)
     return server
 
@@ -66,8 +66,7 @@ def complete(here: World, server: ServerState) -> bool:
     return len(server.numbers.get(ROWS, [])) == len(required(here.strategy).curriculum.groups)
 
 
-def begin(here: World, grid: Grid, learning: Learning, server: ServerState, task: int, rules: Rules, record: Record
-          ) -> ServerState:
+def begin(here: World, ask: Ask, learning: Learning, server: ServerState, task: int) -> ServerState:
     """Ask for a sketch where the body wants one, and begin the task."""
     found: dict[str, Tensor] = {}
     if learning.body.sketches:
@@ -75,13 +74,12 @@ def begin(here: World, grid: Grid, learning: Learning, server: ServerState, task
         form: dict[str, tuple[int, ...]] = {
             site: (sites[f"{site}/A"].shape[1] if section.side == "in" else len(sites[f"{site}/B"]), section.r2)
             for site in sites.lora_sites()}
-        answers = exchange.sums(grid, learning, server.round + 1, "sketch", "online", sites, form, rules, record)
+        answers = ask(server.round + 1, "sketch", "online", sites, form)
         found = exchange.sketch(answers, here.config.strategy.weighting == "uniform")
     return learning.begin(server, task, found)
 
 
-def close(here: World, grid: Grid, learning: Learning, server: ServerState, task: int, rules: Rules, record: Record
-          ) -> ServerState:
+def close(here: World, ask: Ask, learning: Learning, server: ServerState, task: int, record: Record) -> ServerState:
     """Fit the head on all clients' sums, and count right answers on every task's test records."""
     if fits(here.config):
         views = learning.body.views(server)
@@ -89,7 +87,7 @@ def close(here: World, grid: Grid, learning: Learning, server: ServerState, task
         nothing = unfitted(here).statistics(torch.zeros(0, width_of(here.local.model)), torch.zeros(0).long())
         form = {key: tuple(value.shape) for key, value in nothing.items()}
         for view, adapter in views.items():
-            answers = exchange.sums(grid, learning, server.round, "head", view, adapter, form, rules, record)
+            answers = ask(server.round, "head", view, adapter, form)
             for key, value in exchange.head_sums(answers).items():
                 # A view that is new has had the features of the first one until now, and so its sums.
                 old = memory.get(f"{SUMS}{view}|{key}", server.memory.get(f"{SUMS}online|{key}"))

@@ -6,9 +6,12 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from flwr.serverapp import Grid
 
 from fedpeft import checkpoint, models, registry, report
 from fedpeft import config as configs
@@ -26,9 +29,10 @@ from fedpeft.simulations.baselines import baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
 from fedpeft.simulations.world import World, make_app, world
-from fedpeft.strategies import secagg
+from fedpeft.strategies import secagg, wire
 from fedpeft.strategies.base import Rules, ServerState
 from fedpeft.strategies.client_dp import ClientDP
+from fedpeft.strategies.learning import exchange
 
 log = logging.getLogger("fedpeft")
 OnEvent = Callable[[dict[str, Any]], None]
@@ -118,8 +122,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
                 "personalised": personal,
             }
         )
-        first = score(here, server) if config.continual.body is None else continual.score(here, server)
-        record({"event": "evaluate", "round": 0, **first})
+        record({"event": "evaluate", "round": 0, **score(here, server)})
         if config.run.baselines:
             record({"event": "baselines", **baselines(here)})
     else:
@@ -142,14 +145,20 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         if state.round % config.run.checkpoint_every == 0 or state.round == config.run.rounds:
             checkpoint.write(run / "checkpoints", state)
 
-    play: Callable[..., ServerState] = partial(
-        here.strategy.run, server=server, rules=rules, record=record, after_round=after_round,
-        evaluate=None if personal else partial(score, here))
     tasks = config.continual.body is not None
-    if tasks:
-        play = partial(continual.run, here, server=server, rules=rules, record=record, after_round=after_round)
+
+    def rounds(grid: Grid, state: ServerState, until: int) -> ServerState:
+        return here.strategy.run(grid, state, replace(rules, rounds=until), record=record, after_round=after_round,
+                                 evaluate=None if personal else partial(score, here))
+
+    def play(state: ServerState, grid: Grid) -> ServerState:
+        if not tasks:
+            return rounds(grid, state, config.run.rounds)
+        ask = partial(exchange.sums, grid, wire.PACKED, continual.required(here.strategy), rules, record)
+        return continual.run(here, state, partial(rounds, grid), ask, record, after_round)
+
     if server.round < config.run.rounds or (tasks and not continual.complete(here, server)):
-        server = _with_grid(config, text, run, play)
+        server = _with_grid(config, text, run, partial(play, server))
     record({"event": "end", "round": server.round})
     return finish(here, server, run)
 
@@ -188,7 +197,9 @@ def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerS
 
 
 def score(here: World, server: ServerState) -> dict[str, float]:
-    """Accuracy and loss of the global model on the server's test set."""
+    """Accuracy and loss of the global model on the server's test set; in a sequence, on that of the classes so far."""
+    if here.config.continual.body is not None:
+        return continual.score(here, server)
     here.local.model.write(server.adapter)
     result = evaluate(here.local.model, here.test_encoded)
     return {"accuracy": result["accuracy"], "loss": result["loss"]}

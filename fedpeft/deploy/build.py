@@ -18,24 +18,24 @@ from fedpeft.simulations.world import World, device
 from fedpeft.strategies.build import build as build_strategy
 
 
-def bare(config: Config, run: Path, labels: int, ledger: Path | None = None, name: str | None = None) -> World:
+def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = None, name: str | None = None) -> World:
     """The world of a run whose clients' data are elsewhere.
 
     Args:
         run: folder of client state.
-        labels: number of classes.
+        labels: names of the classes.
         ledger: folder of the ledgers; default is in the run's.
         name: of the run in the ledgers; default is the folder's.
     """
     torch.set_num_threads(config.run.threads)
-    model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
-    strategy = build_strategy(config)
+    model = build_adapted(config.model, config.adapter, len(labels), config.run.seed).to(device(config.run.device))
+    strategy = build_strategy(config, len(labels))
     start = strategy.initial(model.state(), config.run.seed)
     store = Store(run, history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, ledger or run / "ledger", name or run.name)
     local = Local(config, model, start.adapter, {}, {}, store, guard)
     kind = KINDS[config.model.task]
-    none = Records(np.zeros((0, 1, 1, 1), np.uint8) if kind == "image" else [], np.zeros(0, np.int64), [], {}, kind)
+    none = Records(np.zeros((0, 1, 1, 1), np.uint8) if kind == "image" else [], np.zeros(0, np.int64), labels, {}, kind)
     nothing = Encoded({}, torch.zeros(0, dtype=torch.int64))
     return World(config, strategy, local, start, none, none, nothing, nothing)
 

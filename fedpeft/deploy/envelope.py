@@ -39,6 +39,16 @@ class Envelope:
     labels: tuple[str, ...]
     base: str
 
+    def account(self, config: Config) -> str:
+        """The run's name in the ledger.
+
+        In a sequence its tasks are accounts apart, so one that cuts the classes otherwise is another run, whatever the
+        coordinator calls it.
+        """
+        if config.continual.body is None:
+            return self.run
+        return f"{self.run}#{hashlib.sha256(repr((self.config, self.labels)).encode()).hexdigest()[:12]}"
+
     def put(self, message: Message, site: str) -> None:
         message.content[RECORD] = ConfigRecord({"run": self.run, "config": self.config, "labels": list(self.labels),
                                                 "base": self.base, "site": site})

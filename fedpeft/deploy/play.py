@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.common.serde import run_from_proto
 from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
@@ -33,15 +33,18 @@ from fedpeft.deploy.roster import Roster, SiteGrid
 from fedpeft.deploy.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
 from fedpeft.metrics import Recorder
+from fedpeft.simulations import continual
 from fedpeft.simulations.run import finish, score, trainable
 from fedpeft.simulations.world import World
 from fedpeft.strategies import secagg
 from fedpeft.strategies.base import RoundFailed, Rules, ServerState
 from fedpeft.strategies.client_dp import ClientDP
+from fedpeft.strategies.learning import exchange
 
 log = logging.getLogger("fedpeft")
 PATIENCE = 5  # times that one round is tried before the run is given up
 PAUSE_S = 10.0
+T = TypeVar("T")
 
 
 def main(folder: Path, name: str, mode: str) -> None:
@@ -99,7 +102,7 @@ def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None)
         if config.data.test is not None:
             recorder.record({"event": "evaluate", "round": 0, **score(here, server)})
     else:
-        recorder.resume(server.round)
+        recorder.resume(server.round, continual.unfinished(server))
         log.info("goes on after round %d", server.round)
     server = rounds(config, here, server, sites, roster, recorder, run, tested)
     recorder.record({"event": "end", "round": server.round})
@@ -109,7 +112,7 @@ def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None)
 def rounds(config: Config, here: World, server: ServerState, sites: SiteGrid, roster: Roster, recorder: Recorder,
            run: Path, tested: bool) -> ServerState:
     """The rounds, one call of the strategy each: the sites are asked for anew, so that one may join at any time."""
-    chosen, failures = config.run, 0
+    chosen = config.run
     rules = Rules(rounds=chosen.rounds, seed=chosen.seed, clients_per_round=chosen.clients_per_round,
                   deadline_s=chosen.deadline_s, quorum=chosen.quorum, max_update_norm=chosen.max_update_norm,
                   secagg=secagg.exchange(config))
@@ -122,16 +125,35 @@ def rounds(config: Config, here: World, server: ServerState, sites: SiteGrid, ro
     def record(event: dict[str, Any]) -> None:
         recorder.record({**event, **sites.transferred_s()} if event["event"] == "round" else event)
 
-    while server.round < chosen.rounds:
-        number = server.round + 1
-        due = number % chosen.evaluate_every == 0 or number == chosen.rounds
-        needed = wanted if number == 1 else math.ceil(rules.quorum * min(wanted, chosen.clients_per_round or wanted))
-        one = replace(rules, rounds=number, clients=needed, evaluate_clients=due and config.data.holdout > 0)
+    def play(server: ServerState, until: int) -> ServerState:
+        while server.round < until:
+            number = server.round + 1
+            due = number % chosen.evaluate_every == 0 or number == chosen.rounds
+            asked = min(wanted, chosen.clients_per_round or wanted)
+            needed = wanted if number == 1 else math.ceil(rules.quorum * asked)
+            one = replace(rules, rounds=number, clients=needed, evaluate_clients=due and config.data.holdout > 0)
+            server = patiently(recorder, number, partial(
+                here.strategy.run, sites, server, one, codec=roster, record=record,
+                evaluate=partial(score, here) if due and tested else None, after_round=after_round))
+        return server
+
+    def ask(number: int, *what: Any) -> exchange.Answers:
+        quorum = replace(rules, clients=math.ceil(rules.quorum * wanted))
+        learning = continual.required(here.strategy)
+        return patiently(recorder, number, partial(
+            exchange.sums, sites, roster, learning, quorum, record, number, *what))
+
+    if config.continual.body is None:
+        return play(server, chosen.rounds)
+    return continual.run(here, server, play, ask, record, after_round)
+
+
+def patiently(recorder: Recorder, number: int, act: Callable[[], T]) -> T:
+    """What the act returns; a round that failed is tried again, after a pause and a few times."""
+    failures = 0
+    while True:
         try:
-            server = here.strategy.run(sites, server, one, codec=roster, record=record,
-                                       evaluate=partial(score, here) if due and tested else None,
-                                       after_round=after_round)
-            failures = 0
+            return act()
         except RoundFailed as error:
             failures += 1
             recorder.record({"event": "round_failed", "round": number, "reason": str(error)})
@@ -139,7 +161,6 @@ def rounds(config: Config, here: World, server: ServerState, sites: SiteGrid, ro
                 raise
             log.warning("%s It is tried again in %g s.", error, PAUSE_S)
             time.sleep(PAUSE_S)
-    return server
 
 
 def waiting(run: Path, text: str | None) -> None:
@@ -155,7 +176,7 @@ def world_of(config: Config, run: Path) -> tuple[World, list[str]]:
         test = source.whole(config.data.test, "data.test", config.data, task, test=True)
         found = test.label_names
     labels = envelope.classes(config, found)
-    here = bare(config, run, len(labels))
+    here = bare(config, run, labels)
     if test is not None:
         processor = here.local.model.base.processor
         here = replace(here, test=test, test_encoded=encode(test, processor, task, config.model.max_length))

@@ -88,8 +88,9 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
         raise InputError("adapter.client_ranks: given by the order of simulated clients; sites have names.")
     if checked.run.faults:
         raise InputError("run.faults: a simulation only.")
-    if checked.continual.body is not None:
-        raise InputError(f"continual.body={checked.continual.body}: sequences of tasks run in simulations only so far.")
+    if checked.continual.body is not None and checked.data.test is None:
+        raise InputError(f"continual.body={checked.continual.body}: what is forgotten is counted on the coordinator's "
+                         "own test set. Set data.test.")
     _absolute(checked.data, "test")
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     settings.require_name(name, "CONFIG")

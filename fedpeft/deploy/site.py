@@ -35,7 +35,7 @@ max_delta: 1.0e-5
 min_noise_multiplier: 0.3
 max_rounds: 200
 strategies: null            # names that may ask, as [fedsvd, ffa_lora]
-metrics: []                 # beside the update, of: train_loss, loss, accuracy, num-examples
+metrics: []                 # beside the update, of: train_loss, loss, accuracy, num-examples, missed_tasks
 records: null               # public number of records, where the true one is not to be told
 seeded_noise: false         # true: noise that the coordinator can reproduce, so no privacy; for tests
 """

@@ -75,6 +75,7 @@ class Resident:
             self.held, self.local = None, None  # the old model goes before the new one comes
             self.strategy, self.local = self.build(cover, config)
             self.held = cover
+        self.current().guard.policy.cache_clear()  # what the site allows now
         if self.strategy is not None and self.strategy.keeps:
             asked = set(task.get("uploads", [])) & set(self.strategy.keeps)
             if asked:
@@ -88,8 +89,8 @@ class Resident:
         """
         log.info("run %s: loading model and data", cover.run)
         config.data.labels = None if config.model.task == "causal-lm" else list(cover.labels)
-        here = bare(config, self.site.path / "state" / cover.run, len(cover.labels), self.site.path / "ledger",
-                    cover.run)
+        here = bare(config, self.site.path / "state" / cover.run, list(cover.labels), self.site.path / "ledger",
+                    cover.account(config))
         local = here.local
         if envelope.base_fingerprint(local.model.base) != cover.base:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")

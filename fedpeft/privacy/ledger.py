@@ -13,7 +13,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import sync_folder
 from fedpeft.privacy.accounting import Release, composed, require_release
+
+TASK = "+task-"  # between a client and a task in the name of an account
 
 
 class BudgetExhausted(RunError):
@@ -71,33 +74,33 @@ class Ledger:
         """Epsilon of everything reserved so far."""
         return composed(tuple(entry.release for entry in self.entries()), delta, accountant)
 
-    def reserve(
-        self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None
-    ) -> None:
+    def reserve(self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None,
+                beside: Sequence[Entry] = ()) -> None:
         """Write the entry durably, if everything with it stays within the budgets.
 
         Args:
             budget: of the entry's run.
             plan: a release known to cost at most `budget` when it is all that the run made; saves its computation.
             lifetime: of all runs together.
+            beside: entries of the other accounts of the same records' owner; those of other runs count for `lifetime`.
 
         Raises:
             BudgetExhausted: it would pass a budget; nothing is written.
         """
         with self._locked():
-            self.require(entry, budget, plan, lifetime)
+            self.require(entry, budget, plan, lifetime, beside)
             self._append(entry)
 
-    def require(
-        self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None
-    ) -> None:
+    def require(self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None,
+                beside: Sequence[Entry] = ()) -> None:
         """Raise BudgetExhausted if `reserve` would; writes nothing."""
         entries = [*self.entries(), entry]
         own = [item for item in entries if item.run == entry.run]
         if not (plan is not None and _within(own, plan)):
             _require(own, budget, "this run")
         if lifetime is not None:
-            _require(entries, lifetime, "all runs together")
+            elsewhere = [item for item in beside if item.run != entry.run]
+            _require([*elsewhere, *entries], lifetime, "all runs together")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -133,6 +136,24 @@ class Ledger:
         return entries
 
 
+def client_of(account: str) -> str:
+    """Whose account it is."""
+    return account.partition(TASK)[0]
+
+
+def exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
+    """All that a record of one client may have been part of, for every account that it may be in; at least one.
+
+    A run over tasks has an account for each, and a record is in one of them. In which one it was in another run, that
+    may have cut its tasks elsewhere, nobody has written down, so all releases of the other runs count.
+    """
+    runs = [{entry.run for entry in entries} for entries in accounts]
+    run = max(set().union(*runs), key=lambda name: (sum(name in found for found in runs), name), default="")
+    others = [entry for entries in accounts for entry in entries if entry.run != run]
+    own = [[entry for entry in entries if entry.run == run] for entries in accounts]
+    return [[*entries, *others] for entries in own if entries] or [others]
+
+
 def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]:
     """What one ledger, or each of a run folder's, holds and costs; JSON-ready.
 
@@ -142,9 +163,10 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
     files = sorted((path / "ledger").glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
     if not files:
         raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
-    table = {}
+    table, clients = {}, defaultdict(list)
     for file in files:
         entries = Ledger(file).entries()
+        clients[client_of(file.stem)].append(entries)
         table[file.stem] = {
             "epsilon": Ledger(file).spent(delta, accountant),
             "releases": len(entries),
@@ -152,7 +174,8 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
             "runs": len({entry.run for entry in entries}),
         }
     return {"delta": delta, "accountant": accountant, "ledgers": table,
-            "epsilon_max": max(row["epsilon"] for row in table.values())}
+            "epsilon_max": max(composed(tuple(entry.release for entry in found), delta, accountant)
+                               for accounts in clients.values() for found in exposures(accounts))}
 
 
 def _require(entries: list[Entry], budget: Budget, what: str) -> None:

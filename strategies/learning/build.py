@@ -87,9 +87,6 @@ def in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
 def private(config: Config, fitted: bool, body: ServerBody) -> None:
     """Refuse what sample-level DP with an account for every task does not cover."""
     section, privacy = config.continual, config.privacy
-    if privacy.policy is not None:
-        raise InputError(f"privacy.policy={privacy.policy}: every task of a sequence has a ledger of its own, and a "
-                         "policy bounds what one ledger of a client holds. Set privacy.policy=null.")
     if privacy.records is not None:
         raise InputError(f"privacy.records={privacy.records}: a sequence samples from the records of a task, whose "
                          "number this does not give. Set privacy.records=null.")

@@ -20,10 +20,11 @@ from fedpeft.strategies.learning.rounds import Learning
 
 log = logging.getLogger("fedpeft")
 Record = Callable[[dict[str, Any]], None]
+Answers = list[tuple[dict[str, Tensor], float]]
 
 
-def sums(grid: Grid, learning: Learning, number: int, what: str, view: str, adapter: AdapterState,
-         form: dict[str, tuple[int, ...]], rules: Rules, record: Record) -> list[tuple[dict[str, Tensor], float]]:
+def sums(grid: Grid, codec: wire.Packed, learning: Learning, rules: Rules, record: Record, number: int, what: str,
+         view: str, adapter: AdapterState, form: dict[str, tuple[int, ...]]) -> Answers:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
     Args:
@@ -35,18 +36,19 @@ def sums(grid: Grid, learning: Learning, number: int, what: str, view: str, adap
     Raises:
         RoundFailed: fewer than the quorum answered.
     """
-    roster = wire.PACKED.roster(grid, rules.clients)
+    roster = codec.roster(grid, rules.clients)
     task = learning.curriculum.task(number)
     message = {"round": number, "sums": what, "view": view, "learn": learning.learn(task)}
-    content = {node: wire.PACKED.content(adapter, message) for node in roster.values()}
+    content = {node: codec.content(adapter, message) for node in roster.values()}
     replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
-    found = []
+    found, names = [], []
     for client in sorted(roster):
         try:
             tensors, weight = read(replies[roster[client]], number)
             if {key: tuple(value.shape) for key, value in tensors.items()} != form:
                 raise wire.BadReply("sums of another form than was asked for")
             found.append((tensors, weight))
+            names.append(client)
         except wire.BadReply as error:
             log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
             record({"event": "sums_missing", "round": number, "task": task, "sums": what, "client": client,
@@ -56,7 +58,7 @@ def sums(grid: Grid, learning: Learning, number: int, what: str, view: str, adap
         raise RoundFailed(f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="
                           f"{rules.quorum} needs {needed}.")
     sent = sum(value.numel() * value.element_size() for tensors, _ in found for value in tensors.values())
-    record({"event": "sums", "round": number, "task": task, "sums": what, "view": view, "clients": len(found),
+    record({"event": "sums", "round": number, "task": task, "sums": what, "view": view, "clients": names,
             "bytes_up": sent, "bytes_down": adapter.nbytes * len(roster)})
     return found
 
@@ -81,13 +83,13 @@ def read(reply: Any, number: int) -> tuple[dict[str, Tensor], float]:
     return {key.partition(":")[2]: value for key, value in adapter.tensors.items()}, weight
 
 
-def head_sums(answers: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
+def head_sums(answers: Answers) -> dict[str, Tensor]:
     """The sum over clients: that of all their records."""
     first = answers[0][0]
     return {key: torch.stack([tensors[key].double() for tensors, _ in answers]).sum(0) for key in first}
 
 
-def sketch(answers: list[tuple[dict[str, Tensor], float]], uniform: bool) -> dict[str, Tensor]:
+def sketch(answers: Answers, uniform: bool) -> dict[str, Tensor]:
     """One sketch of all clients' gradients by site, weighted like their updates."""
     weights = [1.0 if uniform else weight for _, weight in answers]
     return {site: merged([tensors[site] for tensors, _ in answers], weights) for site in answers[0][0]}

@@ -20,7 +20,8 @@ from fedpeft.data import source, split
 from fedpeft.simulations.run import simulate
 
 FEDPEFT = [sys.executable, "-m", "fedpeft.cli"]
-LABELS = ["no", "yes"]
+WORDS = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"]}
+LABELS = list(WORDS)
 TRAIN = {
     "model": {"name": "tiny-bert", "task": "sequence-classification"},
     "adapter": {"name": "lora", "r": 2, "alpha": 4},
@@ -35,13 +36,12 @@ NAMES = [split.client_name(index) for index in range(3)]
 COUNTS = dict(zip(NAMES, (60, 50, 40), strict=True))
 
 
-def write_records(path, count, seed):
-    """`count` short texts of two classes; the rows."""
+def write_records(path, count, seed, words=WORDS):
+    """`count` short texts of classes with words of their own; the rows."""
     rng = random.Random(seed)
-    words = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"]}
     rows = []
     for _ in range(count):
-        label = rng.choice(LABELS)
+        label = rng.choice(list(words))
         rows.append([" ".join(rng.choice([*words[label], "the", "cat", "dog"]) for _ in range(6)), label])
     write_rows(path, rows)
     return rows
@@ -73,11 +73,12 @@ def simulated(deployment, tree, overrides, name):
 
 
 @contextlib.contextmanager
-def three_sites(root, policy=POLICY):
+def three_sites(root, policy=POLICY, words=WORDS):
     """A coordinator and three sites, running; `rows` are each site's records, test.csv is the coordinator's."""
     made = Deployment(root)
-    made.rows = {name: write_records(root / f"{name}.csv", COUNTS[name], seed) for seed, name in enumerate(NAMES)}
-    write_records(root / "test.csv", 60, 99)
+    made.rows = {name: write_records(root / f"{name}.csv", COUNTS[name], seed, words)
+                 for seed, name in enumerate(NAMES)}
+    write_records(root / "test.csv", 60, 99, words)
     try:
         for name in NAMES:
             made.add_site(name, root / f"{name}.csv", policy=policy)

@@ -38,9 +38,13 @@ class Rig:
         site.init(self.folder, "clinic", "localhost:1", None, str(root / "own.csv"), "tiny-bert")
         self.policy(**POLICY)
         self.resident = worker.Resident(settings.site(self.folder))
-        self.config = configs.load({**TRAIN, "run": {**TRAIN["run"], "engine": "sites"}})
-        self.here = build.bare(self.config, root / "server", len(LABELS))
+        self.begin({})
         self.base = envelope.base_fingerprint(self.here.local.model.base)
+
+    def begin(self, overrides):
+        """Make a config the one of the runs that follow."""
+        self.config = configs.load(TRAIN, {"run.engine": "sites", **overrides})
+        self.here = build.bare(self.config, self.folder.parent / "server", LABELS)
 
     def policy(self, **values):
         (self.folder / "policy.yaml").write_text(yaml.safe_dump(values))
@@ -125,6 +129,51 @@ def test_more_epsilon_or_rounds_than_the_policy_allows_is_refused(rig):
     again = [rig.ask({"privacy.epsilon": 3.0, "run.rounds": 1}, run=f"run-{number}") for number in range(2, 5)]
     assert "all runs together" in reason(again[-1])
     assert Ledger(rig.folder / "ledger" / "clinic.jsonl").spent(1e-3) <= 4
+
+
+TASKS = {"strategy.name": "ffa_lora", "run.rounds": 2, "privacy.epsilon": None, "privacy.noise_multiplier": 1.0,
+         "continual.body": "sequential", "continual.tasks": 2, "continual.head": "lda",
+         "continual.statistics_noise": 2.0}
+
+
+def test_what_a_record_may_spend_in_all_runs_is_spent_by_its_task_in_another_run_too(rig):
+    """A record of this run's second task may have been in another run's first."""
+    rig.begin(TASKS)
+    for number in (1, 2):  # a task each
+        assert not rig.ask(number=number).has_error()
+    folder = rig.folder / "ledger"
+    assert {path.stem for path in folder.glob("*.jsonl")} == {"clinic+task-0", "clinic+task-1"}
+    spent = Ledger(folder / "clinic+task-1.jsonl").spent(1e-3)
+    rig.policy(**POLICY, max_epsilon=1.4 * spent)
+    assert "all runs together" in reason(rig.ask(number=1, run="run-2"))
+    rig.begin({"privacy.epsilon": None, "privacy.noise_multiplier": 1.0})
+    assert "all runs together" in reason(rig.ask(run="run-3"))
+    rig.begin({**TASKS, "run.seed": 5})  # the classes cut in another way, and called the same run
+    assert "all runs together" in reason(rig.ask(number=1))
+    rig.policy(**POLICY)
+    assert not rig.ask(number=1).has_error()
+    assert len(Ledger(folder / "clinic+task-0.jsonl").entries()) == 2
+
+
+def test_the_sums_of_a_head_are_within_the_policy_s_bounds(rig):
+    rig.begin({**TASKS, "continual.statistics_noise": 0.5})
+    sums = {"kind": "query.sums", "task": {"sums": "head", "view": "online"}}
+    rig.policy(**POLICY, min_noise_multiplier=0.8)
+    assert "continual.statistics_noise=0.5 is under 0.8" in reason(rig.ask(**sums))
+    rig.policy(**POLICY, records=40)
+    assert "records=40 is of all records" in reason(rig.ask(**sums))
+    assert not list(rig.folder.glob("ledger/*.jsonl"))
+    rig.policy(**POLICY)
+    assert not rig.ask(**sums).has_error()
+    spent = Ledger(rig.folder / "ledger" / "clinic+task-0.jsonl").spent(1e-3)
+    rig.policy(**POLICY, max_epsilon=1.1 * spent)
+    assert "all runs together" in reason(rig.ask(**sums, run="run-2"))
+
+
+def test_the_server_does_not_say_which_task_a_round_is_of(rig):
+    rig.begin(TASKS)
+    other = rig.here.strategy.learn(1)
+    assert "is not that of this client's config" in reason(rig.ask(number=1, task={"learn": other}))
 
 
 def test_data_model_policy_and_randomness_are_the_site_s_own(rig):

@@ -319,6 +319,20 @@ def test_sums_are_in_the_ledger_before_they_leave_and_cost_once(private, tmp_pat
     assert (last.round, last.noise_multiplier, last.steps) == (4, 2.0, 1), "what may have left is counted"
 
 
+def test_a_policy_bounds_what_a_record_may_spend_in_its_task(go, tmp_path):
+    """The tasks of a run do not add up: a policy that pays for one task pays for all, and for no more than that."""
+    task = composed(((8 / 60, 1.0, 4), (1.0, 2.0, 1)), 1e-3, "rdp")
+    for name, epsilon in (("enough", 2 * task), ("little", 0.2 * task)):
+        (tmp_path / f"{name}-policies").mkdir()
+        for client in range(3):
+            (tmp_path / f"{name}-policies" / f"client-{client:03d}.yaml").write_text(
+                f"max_epsilon: {epsilon}\nmax_delta: 0.01\nseeded_noise: true\n")
+    summary = go("run", "continual_dp", {**DP_LDA, "privacy.policy": str(tmp_path / "enough-policies")})
+    assert len(summary["continual"]["right"]) == 2 and not summary["quarantined"]
+    with pytest.raises(RunError, match=r"budget exhausted: .* for all runs together"):
+        go("stopped", "continual_dp", {**DP_LDA, "privacy.policy": str(tmp_path / "little-policies")})
+
+
 def test_a_server_cannot_open_a_new_account_for_the_same_records(private):
     """The guarantee is against the server too: which task its records belong to, a client knows by itself."""
     _, here, asked = private
@@ -370,7 +384,8 @@ def test_a_client_without_records_of_a_task_sits_out(go, tmp_path, monkeypatch):
     events = read(tmp_path / "run" / "metrics.jsonl")
     assert [(event["client"], event["round"]) for event in events if event["event"] == "sums_missing"] == [
         ("client-002", 4)]
-    assert [event["clients"] for event in events if event["event"] == "sums"] == [3, 2]
+    assert [event["clients"] for event in events if event["event"] == "sums"] == [
+        ["client-000", "client-001", "client-002"], ["client-000", "client-001"]]
     with pytest.raises(RunError, match=r"round 3: 2 good replies of 3, but run\.quorum=1.* needs 3"):
         go("strict", "continual", {**split, "run.quorum": 1.0})
     monkeypatch.setattr(Learning, "choose", lambda self, names, rules, number: names[:2])  # sums are asked of all

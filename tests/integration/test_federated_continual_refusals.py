@@ -29,7 +29,6 @@ REFUSED = {
                     r"secagg\.enabled=true.*coso.*continual\.basis=random"),
     "noise": ("continual", {"continual.statistics_noise": 1.5},
               r"statistics_noise=1\.5: .*privacy\.unit=none.*Set it to null"),
-    "policy": ("continual_dp", {"privacy.policy": "."}, r"privacy\.policy=.*Set privacy\.policy=null"),
     "replay": ("continual_conpet", SAMPLE, r"privacy\.unit=sample: continual\.body=conpet_static.*without replay"),
     "sketch": (COSO_LINEAR[0], {**COSO_LINEAR[1], **SAMPLE},
                r"privacy\.unit=sample.*coso.*Set continual\.basis=random"),

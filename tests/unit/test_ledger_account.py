@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from fedpeft.cli import app
 from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import composed
-from fedpeft.privacy.ledger import Budget, Entry, Ledger, account
+from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger, account, exposures
 
 DELTA = 1e-5
 ONE = ((0.1, 1.0, 10), (0.1, 1.0, 5), (0.2, 1.5, 7))  # of a client in two runs: sample rate, noise multiplier, steps
@@ -128,3 +128,46 @@ def test_the_command_ends_with_the_reason(place, run):
     done = command(run if place == "damaged" else run / place)
     assert isinstance(done.exception, InputError) and done.stdout == ""
     assert ("line 2 is damaged" if place == "damaged" else "nowhere: neither") in str(done.exception)
+
+
+# Accounts of tasks ----------------------------------------------------------------------------------------------------
+
+
+def of(run: str, *releases: tuple[float, float, int]) -> list[Entry]:
+    return [Entry(run, number, f"{run}-{number}", *release) for number, release in enumerate(releases)]
+
+
+def test_a_record_is_in_one_task_of_a_run_and_in_any_of_another_run():
+    """Tasks of one run do not add up; whoever was in the second task of a run may have been in the first of another."""
+    a, b, c = (0.1, 1.0, 10), (0.2, 1.0, 5), (0.3, 2.0, 7)
+    assert exposures([of("one", a), of("one", b)]) == [of("one", a), of("one", b)]
+    assert exposures([of("one", a, b)]) == [of("one", a, b)]
+    assert exposures([]) == exposures([[], []]) == [[]]
+    both = [of("one", a) + of("two", c), of("one", b)]
+    assert exposures(both) == [of("one", a) + of("two", c), of("one", b) + of("two", c)]
+    plain = [of("plain", c), of("one", a), of("one", b)]
+    assert exposures(plain) == [of("one", a) + of("plain", c), of("one", b) + of("plain", c)]
+
+
+def test_the_command_s_epsilon_is_that_of_a_record_over_all_runs(tmp_path):
+    a, b, c = (0.1, 1.0, 10), (0.2, 1.0, 5), (0.3, 2.0, 7)
+    for name, entries in (("x+task-0", of("one", a)), ("x+task-1", of("one", b) + of("two", c)), ("y", of("one", a))):
+        for entry in entries:
+            Ledger(tmp_path / "ledger" / f"{name}.jsonl").reserve(entry, Budget(100.0, DELTA, "rdp"))
+    found = account(tmp_path, DELTA, "rdp")
+    assert set(found["ledgers"]) == {"x+task-0", "x+task-1", "y"}
+    expected = max(composed((a, c), DELTA, "rdp"), composed((b, c), DELTA, "rdp"))
+    assert found["epsilon_max"] == expected > max(row["epsilon"] for row in found["ledgers"].values()) - 1e-12
+
+
+def test_a_lifetime_counts_the_other_accounts_of_other_runs_only(tmp_path):
+    a = (0.1, 1.0, 10)
+    once, twice = (composed((a,) * times, DELTA, "rdp") for times in (1, 2))
+    ledger, run = Ledger(tmp_path / "x+task-1.jsonl"), Budget(100.0, DELTA, "rdp")
+    (entry,) = of("two", a)
+    ledger.require(entry, run, None, Budget(once, DELTA, "rdp"), of("two", a, a))
+    with pytest.raises(BudgetExhausted, match="all runs together"):
+        ledger.reserve(entry, run, None, Budget(0.99 * twice, DELTA, "rdp"), of("one", a))
+    assert ledger.entries() == []
+    ledger.reserve(entry, run, None, Budget(twice, DELTA, "rdp"), of("one", a))
+    assert ledger.entries() == [entry]
