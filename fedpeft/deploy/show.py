@@ -93,7 +93,10 @@ class Watch:
             self.live.update(rounds(self.history))
         elif event["event"] == "round":
             console.err.print(f"round {event['round']}: {', '.join(event['clients'])}", markup=False)
-        elif event["event"] in ("quarantine", "late", "round_failed"):
+        elif event["event"] == "task":
+            right, count = sum(event["right"][: event["task"] + 1]), sum(event["count"][: event["task"] + 1])
+            console.err.print(f"task {event['task']}: {right} of {count} right in all tasks so far", markup=False)
+        elif event["event"] in ("quarantine", "late", "round_failed", "sums_missing"):
             who, reason = event.get("client", ""), event.get("reason") or event.get("error") or "too late"
             console.err.print(f"{event['event']} {who}: {reason}", markup=False, soft_wrap=True)
 

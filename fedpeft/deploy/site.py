@@ -217,9 +217,16 @@ def _model(site: Site) -> str:
 
     name, place = site.settings.model, device(site.settings.device)
     if name in EMBEDDED:
+        from transformers.utils import logging as notices
+
         from fedpeft import models
 
-        base = models.load(_config(site).model, 2, 0)
+        told = notices.get_verbosity()
+        notices.set_verbosity_error()  # a head of another size is no news here
+        try:
+            base = models.load(_config(site).model, 2, 0)
+        finally:
+            notices.set_verbosity(told)
         count = sum(value.numel() for value in base.backbone.parameters())
         torch.empty(1, device=place)
         return f"{name}, {count:,} parameters, on {place}"
