@@ -253,8 +253,8 @@ def ledgers(result: dict[str, Any]) -> None:
     for name, row in result["ledgers"].items():
         table.add_row(name, f"{row['epsilon']:.4g}", *(str(row[key]) for key in ("releases", "steps", "runs")))
     out.print(table)
-    out.print(f"At most {result['epsilon_max']:.4g} for one record (or client): of a run's tasks a record is in one. Every "
-              "release that was reserved is counted, sent or not; each party's epsilon is its own.", style="dim")
+    out.print(f"At most {result['epsilon_max']:.4g} for one record (or client): of a run's tasks a record is in one. "
+              "Every release that was reserved is counted, sent or not; each party's epsilon is its own.", style="dim")
 
 
 def audit_result(result: dict[str, Any]) -> None:
