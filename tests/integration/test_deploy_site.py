@@ -323,3 +323,25 @@ def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
     threading.Thread(target=proxy.main, args=(rig.folder, "", ""), daemon=True).start()
     assert answered.wait(10)
     never.set()
+
+
+def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, monkeypatch):
+    from fedpeft.deploy import play
+    from fedpeft.metrics import Recorder, read
+    from fedpeft.strategies.base import RoundFailed
+
+    monkeypatch.setattr(play, "PAUSE_S", 0.0)
+    recorder, answers = Recorder(tmp_path / "metrics.jsonl"), iter([RoundFailed("one"), RoundFailed("two"), 7])
+
+    def act():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert play.patiently(recorder, 3, act) == 7
+    assert [(event["event"], event["round"], event["reason"]) for event in read(recorder.path)] == [
+        ("round_failed", 3, "one"), ("round_failed", 3, "two")]
+    answers = (RoundFailed(str(number)) for number in range(99))
+    with pytest.raises(RoundFailed, match=str(play.PATIENCE - 1)):
+        play.patiently(recorder, 4, act)

@@ -84,6 +84,13 @@ def test_sites_end_as_the_simulation_does(deployment, case):
     assert bool(kept) == (case in ("kept", "scaffold") or case.startswith("tasks") or case in SAMPLE)
 
 
+def test_a_sequence_needs_a_test_set_of_the_coordinator(deployment):
+    path = deployment.root / "untested.yaml"
+    path.write_text(json.dumps({**TRAIN, **CLEAR, "continual": {"body": "sequential", "tasks": 2}}))
+    said = deployment.call("server", "run", deployment.coordinator, path, "run.rounds=2", code=2)
+    assert "Set data.test." in said and "Traceback" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", ["round", "sums", "task"])
 def test_a_sequence_goes_on_where_its_coordinator_was_killed(deployment, cut):
