@@ -38,7 +38,7 @@ CASES = {
     "tent": (CLEAR, {"strategy.name": "fedit", "tta.method": "tent", "tta.keep": True, **HELD}),
     "fedthe": (CLEAR, {"strategy.name": "fedit", "strategy.wrap": ["fedthe"], "tta.method": "fedthe", **HELD}),
 }
-ALWAYS = ("secagg", "kept", "tasks-dp")  # the others are slow
+ALWAYS = ("secagg", "tasks-dp")  # the others are slow
 SAMPLE = ("secagg", "tasks-dp")
 EVENTS = ("round", "sums", "task")
 OWN = {"time", "seconds", "push_s", "pull_s"}  # of a run
