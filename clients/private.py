@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from fedpeft.errors import InputError
 from fedpeft.privacy import checks
 from fedpeft.privacy import plan as plans
 from fedpeft.privacy.accounting import Release, composed
-from fedpeft.privacy.ledger import TASK, Budget, Entry, Ledger, client_of, exposures
+from fedpeft.privacy.ledger import Budget, Entry, Ledger, accounts_of, client_of, exposures
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
@@ -134,13 +133,8 @@ class Guard:
         bounds = self.policy(client)
         if bounds is None:
             return None, []
-        return bounds.lifetime(self.config), [entry for ledger in self.ledgers(client) if ledger.path.stem != account
-                                              for entry in ledger.entries()]
-
-    def ledgers(self, client: str) -> list[Ledger]:
-        """All accounts of a client: its own, and one for each task."""
-        tasks = sorted(self.folder.glob(f"{glob.escape(client + TASK)}*.jsonl"))
-        return [self.ledger(client), *map(Ledger, tasks)]
+        return bounds.lifetime(self.config), [entry for ledger in accounts_of(self.folder, client)
+                                              if ledger.path.stem != account for entry in ledger.entries()]
 
     def ledger(self, account: str) -> Ledger:
         return Ledger(self.folder / f"{account}.jsonl")
@@ -152,7 +146,7 @@ class Guard:
         """
         privacy, table = self.config.privacy, {}
         for client in clients:
-            accounts = [ledger.entries() for ledger in self.ledgers(client)]
+            accounts = [ledger.entries() for ledger in accounts_of(self.folder, client)]
             entries = [entry for account in accounts for entry in account]
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {

@@ -4,12 +4,14 @@
 
 `reserve` adds a line and forces it to the disk, or refuses it, before the update may leave. A process killed afterwards
 has spent what it reserved, whether or not the update left: the ledger never counts fewer releases than there were.
-Reserving holds a lock on the file, so two processes cannot both take the last of a budget.
+Reserving holds a lock on the file, so two processes cannot both take the last of a budget. A client that learns tasks
+has a file for each (`client+task-N.jsonl`). The lock does not reach across them: one process at a time must serve it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import time
@@ -141,6 +143,12 @@ def client_of(account: str) -> str:
     return account.partition(TASK)[0]
 
 
+def accounts_of(folder: Path, client: str) -> list[Ledger]:
+    """All accounts of a client: its own, and one for each task."""
+    tasks = sorted(folder.glob(f"{glob.escape(client + TASK)}*.jsonl"))
+    return [Ledger(folder / f"{client}.jsonl"), *map(Ledger, tasks)]
+
+
 def exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
     """All that a record of one client may have been part of, for every account that it may be in; at least one.
 
@@ -157,16 +165,19 @@ def exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
 def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]:
     """What one ledger, or each of a run folder's, holds and costs; JSON-ready.
 
+    `epsilon_max` is of one record over all accounts of its client, those beside a single file too.
+
     Raises:
         InputError: there is no ledger.
     """
     files = sorted((path / "ledger").glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
     if not files:
         raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
-    table, clients = {}, defaultdict(list)
+    table: dict[str, Any] = {}
+    accounts: dict[str, set[Path]] = defaultdict(set)
     for file in files:
-        entries = Ledger(file).entries()
-        clients[client_of(file.stem)].append(entries)
+        entries, client = Ledger(file).entries(), client_of(file.stem)
+        accounts[client] |= {file, *(ledger.path for ledger in accounts_of(file.parent, client))}
         table[file.stem] = {
             "epsilon": Ledger(file).spent(delta, accountant),
             "releases": len(entries),
@@ -175,7 +186,8 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
         }
     return {"delta": delta, "accountant": accountant, "ledgers": table,
             "epsilon_max": max(composed(tuple(entry.release for entry in found), delta, accountant)
-                               for accounts in clients.values() for found in exposures(accounts))}
+                               for paths in accounts.values()
+                               for found in exposures([Ledger(path).entries() for path in sorted(paths)]))}
 
 
 def _require(entries: list[Entry], budget: Budget, what: str) -> None:

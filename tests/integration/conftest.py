@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import cli, console
+from fedpeft import cli, console, report
+from fedpeft.simulations.run import simulate
 
-sys.path.insert(0, str(Path(__file__).parent))  # for deployed.py
+sys.path.insert(0, str(Path(__file__).parent))  # for deployed.py and sequences.py
 
 FEW = [
     "data.limit=80",
@@ -78,3 +79,16 @@ def runs(tmp_path_factory):
 def tiny_options():
     """Overrides that make a run of any shipped config take a second."""
     return TINY
+
+
+@pytest.fixture
+def go(tmp_path, monkeypatch):
+    """`go(name, config, more)` runs a shipped continual config tiny into tmp_path/name, without plots."""
+    from sequences import SMALL
+
+    monkeypatch.setattr(report, "write", lambda run: [])
+
+    def run(name, config, more=None, **arguments):
+        return simulate(config, {**SMALL, **(more or {})}, tmp_path / name, **arguments)
+
+    return run

@@ -170,6 +170,15 @@ def test_the_sums_of_a_head_are_within_the_policy_s_bounds(rig):
     assert "all runs together" in reason(rig.ask(**sums, run="run-2"))
 
 
+def test_how_many_tasks_a_site_missed_is_a_metric_that_its_policy_names(rig):
+    rig.begin({**TASKS, "privacy.release_metrics": True})
+    four = ["train_loss", "loss", "accuracy", "num-examples"]
+    rig.policy(**POLICY, metrics=four)
+    assert "sends train_loss, loss, accuracy, num-examples, missed_tasks; allowed: train" in reason(rig.ask())
+    rig.policy(**POLICY, metrics=[*four, "missed_tasks"])
+    assert rig.ask().content["metrics"]["missed_tasks"] == 0.0
+
+
 def test_the_server_does_not_say_which_task_a_round_is_of(rig):
     rig.begin(TASKS)
     other = rig.here.strategy.learn(1)

@@ -150,14 +150,18 @@ def test_a_record_is_in_one_task_of_a_run_and_in_any_of_another_run():
 
 
 def test_the_command_s_epsilon_is_that_of_a_record_over_all_runs(tmp_path):
-    a, b, c = (0.1, 1.0, 10), (0.2, 1.0, 5), (0.3, 2.0, 7)
+    a, b, c = (0.3, 1.0, 20), (0.2, 1.0, 5), (0.3, 2.0, 7)
     for name, entries in (("x+task-0", of("one", a)), ("x+task-1", of("one", b) + of("two", c)), ("y", of("one", a))):
         for entry in entries:
             Ledger(tmp_path / "ledger" / f"{name}.jsonl").reserve(entry, Budget(100.0, DELTA, "rdp"))
     found = account(tmp_path, DELTA, "rdp")
     assert set(found["ledgers"]) == {"x+task-0", "x+task-1", "y"}
-    expected = max(composed((a, c), DELTA, "rdp"), composed((b, c), DELTA, "rdp"))
-    assert found["epsilon_max"] == expected > max(row["epsilon"] for row in found["ledgers"].values()) - 1e-12
+    expected = composed((a, c), DELTA, "rdp")  # of a record in the first task of run one
+    assert found["epsilon_max"] == expected > max(row["epsilon"] for row in found["ledgers"].values())
+    alone = account(tmp_path / "ledger" / "x+task-1.jsonl", DELTA, "rdp")
+    assert set(alone["ledgers"]) == {"x+task-1"} and alone["epsilon_max"] == expected
+    other = account(tmp_path / "ledger" / "y.jsonl", DELTA, "rdp")
+    assert other["epsilon_max"] == composed((a,), DELTA, "rdp") < expected
 
 
 def test_a_lifetime_counts_the_other_accounts_of_other_runs_only(tmp_path):
