@@ -4,17 +4,23 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow gpu lint checkpoint smoke clean
+.PHONY: demo test slow attack claims gpu lint checkpoint smoke clean
 
 demo: .venv/ready
 	rm -rf runs/quickstart
 	$(BIN)/fedpeft simulate quickstart --out runs/quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims"
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o timeout=600
+
+attack: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m attack -o timeout=900
+
+claims: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m claims -o timeout=900
 
 gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
