@@ -42,6 +42,7 @@ def certificates(folder: Path, host: str) -> None:
               .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
               .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
               .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+              .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
               .sign(authority, hashes.SHA256()))
     write_mode(folder / "ca.key", _pem(authority), PRIVATE)
     write_mode(folder / "ca.crt", root.public_bytes(serialization.Encoding.PEM), PUBLIC)
@@ -98,10 +99,12 @@ def write_mode(path: Path, data: bytes, mode: int) -> None:
 
 
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key)  # Python 3.13 takes no chain without key identifiers
     begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)  # clocks of sites may be behind
     return (x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
             .serial_number(x509.random_serial_number()).not_valid_before(begin)
-            .not_valid_after(begin + datetime.timedelta(days=365 * YEARS)))
+            .not_valid_after(begin + datetime.timedelta(days=365 * YEARS))
+            .add_extension(identifier, critical=False))
 
 
 def _general(name: str) -> x509.GeneralName:

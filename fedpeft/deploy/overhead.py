@@ -24,7 +24,7 @@ from typing import Any
 from fedpeft.deploy import server as commands
 from fedpeft.deploy import settings, site
 from fedpeft.deploy.control import Control
-from fedpeft.deploy.serve import answers
+from fedpeft.deploy.serve import answers, ports
 from fedpeft.deploy.site import free_port
 
 SITES = ("one", "two")
@@ -164,7 +164,7 @@ def stock_flower(root: Path) -> dict[str, Any]:
                       f"{root / name}/site.key", "--port", str(free_port())] for name in SITES}
     link = {"superlink": starts.pop("superlink")}
     with running(root, link):
-        while not answers(server.settings.control_port) or not answers(server.settings.port):
+        while not all(answers(*place) for place in ports(server)):
             time.sleep(0.2)
         control = Control(server, insecure=False)
         control.register_missing()

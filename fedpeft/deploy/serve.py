@@ -23,8 +23,8 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from fedpeft.deploy import address, settings
 from fedpeft.deploy import server as commands
-from fedpeft.deploy import settings
 from fedpeft.deploy.control import Control
 from fedpeft.deploy.processes import Child, Terminated, end, end_on_signals, launch
 from fedpeft.deploy.settings import Server
@@ -50,8 +50,8 @@ def serve(path: Path, insecure: bool = False) -> None:
     """
     server = settings.server(path)
     with _alone(server, insecure):
-        for port in (server.settings.port, server.settings.control_port):
-            require_free(port)
+        for place in ports(server):
+            require_free(*place)
         if insecure:
             log.warning(INSECURE, server.settings.port)
         env = settings.environment(server.path)
@@ -62,8 +62,8 @@ def serve(path: Path, insecure: bool = False) -> None:
             end_on_signals()
             link.start()
             _wait_for(server, link)
-            log.info("coordinator ready: sites reach it at %s:%d; %d sites added.", server.settings.host,
-                     server.settings.port, len(server.sites()))
+            log.info("coordinator ready: sites reach it at %s; %d sites added.",
+                     address.join(server.settings.host, server.settings.port), len(server.sites()))
             while True:
                 link.keep()
                 coordinator.step()
@@ -81,7 +81,7 @@ def superlink_options(server: Server, insecure: bool) -> list[str]:
         "--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt"),
         "--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
     return ["--host", "127.0.0.1", "--port", str(chosen.control_port),
-            "--fleet-api-type", "grpc-rere", "--fleet-api-address", f"{chosen.listen}:{chosen.port}", *tls,
+            "--fleet-api-type", "grpc-rere", "--fleet-api-address", address.join(chosen.listen, chosen.port), *tls,
             "--database", str(folder / ("insecure.db" if insecure else "state.db")),
             "--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret"),
             "--disable-runtime-dependency-installation"]
@@ -185,24 +185,31 @@ def _alone(server: Server, insecure: bool) -> Iterator[None]:
         yield
 
 
-def require_free(port: int) -> None:
+def ports(server: Server) -> list[tuple[str, int]]:
+    """Where this machine reaches the control port and the Fleet port."""
+    chosen = server.settings
+    return [("127.0.0.1", chosen.control_port), (address.own_address(chosen.listen), chosen.port)]
+
+
+def require_free(host: str, port: int) -> None:
     """Raise InputError if something listens on a port of this machine."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
+    if answers(host, port):
+        raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
 
 
 def _wait_for(server: Server, link: Child) -> None:
     until = time.monotonic() + START_S
-    for port in (server.settings.control_port, server.settings.port):
-        while not answers(port):
+    for host, port in ports(server):
+        while not answers(host, port):
             if link.process is None or link.process.poll() is not None or time.monotonic() > until:
                 raise RunError(f"the SuperLink does not come up; see {link.output}.")
             time.sleep(0.2)
 
 
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False

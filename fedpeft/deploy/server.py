@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fedpeft import config as configs
 from fedpeft import metrics
-from fedpeft.deploy import keys, settings
+from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
@@ -25,6 +25,7 @@ ENDED = ("done", "failed", "stopped")
 
 def init(path: Path, host: str, port: int, control_port: int, listen: str) -> dict[str, Any]:
     """Make a coordinator's folder: authority, server certificate, settings."""
+    host, listen = address.parse_host(host, "--host"), address.parse_listen(listen, "--listen")
     tree = {"host": host, "port": port, "listen": listen, "control_port": control_port}
     configs.build(ServerSettings, tree, "server")
     if port == control_port:
@@ -35,7 +36,7 @@ def init(path: Path, host: str, port: int, control_port: int, listen: str) -> di
     for name in ("sites", "runs", "logs"):
         (folder / name).mkdir()
     write_bytes(folder / "server.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
-    return {"folder": str(folder), "fleet": f"{host}:{port}", "ca": str(folder / "ca.crt"),
+    return {"folder": str(folder), "fleet": address.join(host, port), "ca": str(folder / "ca.crt"),
             "next": f"give ca.crt to every site; fedpeft server start {path}"}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
+from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.errors import InputError
 from fedpeft.sections import option
 
@@ -107,16 +108,16 @@ class Site:
 
 def server(path: Path) -> Server:
     """Read a coordinator's folder."""
-    return Server(path.absolute(), _read(path, "server.yaml", ServerSettings, "server"))
+    found = _read(path, "server.yaml", ServerSettings, "server")
+    found.host, found.listen = parse_host(found.host, "server.host"), parse_listen(found.listen, "server.listen")
+    return Server(path.absolute(), found)
 
 
 def site(path: Path) -> Site:
     """Read a site's folder."""
     settings = _read(path, "site.yaml", SiteSettings, "site")
     require_name(settings.name, "site.name")
-    host, _, port = settings.server.rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"site.server: '{settings.server}' is not HOST:PORT.")
+    settings.server = join(*parse_endpoint(settings.server, "site.server"))
     return Site(path.absolute(), settings)
 
 
@@ -147,7 +148,8 @@ def new_secret() -> bytes:
 
 def environment(folder: Path) -> dict[str, str]:
     """For Flower's processes: nothing is reported, looked up or installed, or kept outside of the folder."""
-    direct = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
+    known = dict.fromkeys(os.environ.get(name) for name in ("no_proxy", "NO_PROXY"))
+    direct = ",".join([*filter(None, known), "127.0.0.1", "localhost"])
     return {**os.environ, **QUIET, "FLWR_HOME": str(folder / ".flwr"), "NO_PROXY": direct, "no_proxy": direct}
 
 

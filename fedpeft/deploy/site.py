@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from fedpeft import config as configs
 from fedpeft.config import Config
 from fedpeft.deploy import keys, settings
+from fedpeft.deploy.address import parse_endpoint, proxy_of
 from fedpeft.deploy.processes import Child, Terminated, end, end_on_signals, launch
 from fedpeft.deploy.settings import Site, SiteSettings
 from fedpeft.errors import InputError, RunError
@@ -52,6 +53,7 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
                                      "label": None},
                             "device": "auto", "threads": 1}
     configs.build(SiteSettings, tree, "site")
+    parse_endpoint(server, "--server")
     settings.require_name(name, "--name")
     if ca is not None and not ca.is_file():
         raise InputError(f"--ca: no file {ca}. It is the coordinator's ca.crt.")
@@ -119,6 +121,8 @@ def start(path: Path, insecure: bool = False) -> None:
             for child in children:
                 child.start()
             log.info("site %s started; its coordinator is %s.", site.settings.name, site.settings.server)
+            if proxy := proxy_of(parse_endpoint(site.settings.server, "site.server")[0]):
+                log.warning("gRPC goes to the coordinator through the proxy of %s.", proxy)
             while True:
                 time.sleep(POLL_S)
                 for child in children:
@@ -243,15 +247,23 @@ def _model(site: Site) -> str:
 def _server(site: Site, found: dict[str, Any]) -> str:
     from fedpeft.deploy import probe
 
-    host, _, port = site.settings.server.rpartition(":")
-    version, protocol = probe.tls_of(host, int(port), site.path / "ca.crt")
+    host, port = parse_endpoint(site.settings.server, "site.server")
+    proxy = proxy_of(host)
+    if proxy:
+        way = f"through the proxy of {proxy}"
+    else:
+        way = ", ".join(map(str, probe.tls_of(host, port, site.path / "ca.crt")))
     found["reached"] = True
-    if _running(site):
-        return f"{site.settings.server}, {version}, {protocol}; the site is running"
-    if not probe.known(site):
-        raise RunError(f"{site.settings.server} answers, but does not know this site's key; has the coordinator added "
-                       f"it? Its public key is in {site.path / 'site.pub'}.")
-    return f"{site.settings.server}, {version}, {protocol}; this site's key is registered"
+    running = _running(site)
+    if not running:
+        try:
+            registered = probe.known(site)
+        except RunError as error:
+            raise RunError(f"{error} ({way}; no_proxy={host} goes past it)" if proxy else str(error)) from error
+        if not registered:
+            raise RunError(f"{site.settings.server} answers, but does not know this site's key; has the coordinator "
+                           f"added it? Its public key is in {site.path / 'site.pub'}.")
+    return f"{site.settings.server}, {way}; {'the site is running' if running else 'its key is registered'}"
 
 
 def _clock(site: Site, found: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def taken_over(tmp_path):
     link.start()
     control = Control(server, insecure=False)
     try:
-        until(lambda: serve.answers(made.port) and serve.answers(made.control_port), "the SuperLink")
+        until(lambda: all(serve.answers(*place) for place in serve.ports(server)), "the SuperLink")
         control.register_missing()
         made.start("clinic")
         yield made, server, control
