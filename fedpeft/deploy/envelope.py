@@ -8,13 +8,14 @@ and puts its own values where they are its own to decide: data, columns, model, 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedpeft import config as configs
+from fedpeft import foreign
 from fedpeft.clients import policy as policies
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fedpeft.models import Base
 
 RECORD = "fedpeft.run"
-LONGEST = 100_000
+LABELS, LABEL_BYTES = 32_768, 256
 SHARED = ("clients", "holdout", "labels")  # of the data section: what a run says, not a site
 
 
@@ -38,6 +39,17 @@ class Envelope:
     config: str
     labels: tuple[str, ...]
     base: str
+
+    def require(self) -> None:
+        """Raise InputError unless names are names and lengths are within bounds."""
+        if not settings.NAME.fullmatch(self.run) or not re.fullmatch("[0-9a-f]{0,64}", self.base):
+            raise InputError("the run's name or its base model's fingerprint is not one that fedpeft makes.")
+        if len(self.config) > foreign.YAML_BYTES:
+            raise InputError(f"the run's config has {len(self.config)} characters; at most {foreign.YAML_BYTES} bytes "
+                             "are read by a site.")
+        if len(self.labels) > LABELS or any(len(label) > LABEL_BYTES for label in self.labels):
+            raise InputError(f"data.labels: {len(self.labels)} classes, the longest name of "
+                             f"{max(map(len, self.labels))} characters; at most {LABELS} and {LABEL_BYTES} are read.")
 
     def account(self, config: Config) -> str:
         """The run's name in the ledger.
@@ -61,20 +73,23 @@ def opened(content: RecordDict, site: Site) -> Envelope:
         Refused: there is none, it is malformed, or it is for another site.
     """
     record = content.config_records.get(RECORD)
+    keys = ("run", "config", "base", "site")
+    if record is None or any(not isinstance(record.get(key), str) for key in keys) or not _texts(record.get("labels")):
+        raise Refused("the message does not say what run it is of. Is the coordinator's fedpeft of another version?")
+    run, config, base, name = (str(record[key]) for key in keys)
+    envelope = Envelope(run, config, tuple(record["labels"]), base)  # type: ignore[arg-type]
     try:
-        if record is None:
-            raise KeyError(RECORD)
-        found: dict[str, Any] = {key: record[key] for key in ("run", "config", "labels", "base", "site")}
-        labels = tuple(str(label) for label in found["labels"])
-        envelope = Envelope(str(found["run"]), str(found["config"]), labels, str(found["base"]))
-    except (KeyError, TypeError) as error:
-        raise Refused(f"the message does not say what run it is of: {error!r}. Is the coordinator's fedpeft of "
-                      "another version?") from error
-    if found["site"] != site.settings.name:
-        raise Refused(f"the coordinator calls this site '{found['site']}'; site.yaml says '{site.settings.name}'.")
-    if not settings.NAME.fullmatch(envelope.run) or len(envelope.config) > LONGEST:
-        raise Refused("the run's name or config is not one that fedpeft makes.")
+        envelope.require()
+    except InputError as error:
+        raise Refused(str(error)) from error
+    if name != site.settings.name:
+        raise Refused(f"the coordinator calls this site '{foreign.shown(name, 100)}'; site.yaml says "
+                      f"'{site.settings.name}'.")
     return envelope
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def own_config(text: str, site: Site, bounds: Policy) -> Config:
@@ -86,9 +101,9 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     if "${" in text:
         raise Refused("the config has an interpolation (${...}), which would read this site's environment.")
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise Refused("the config is no YAML.") from error
+        tree = foreign.read_yaml(text, "the config")
+    except InputError as error:
+        raise Refused(str(error)) from error
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key) or {}, dict) for key in tree):
         raise Refused("the config is no mapping of sections.")
     model, run, privacy, data = ({**(tree.get(key) or {})} for key in ("model", "run", "privacy", "data"))

@@ -88,6 +88,7 @@ def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None)
         here.strategy.ledger = run / "ledger" / "server.jsonl"
     cover = envelope.Envelope(run.name, configs.to_yaml(config), tuple(labels),
                               envelope.base_fingerprint(here.local.model.base))
+    cover.require()
     recorder = Recorder(run / "metrics.jsonl")
     sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record)
     roster = Roster(sites, registered, partial(waiting, run))

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
-from fedpeft import metrics
+from fedpeft import foreign, metrics
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
 from fedpeft.errors import InputError, RunError
@@ -93,6 +93,7 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
         raise InputError(f"continual.body={checked.continual.body}: what is forgotten is counted on the coordinator's "
                          "own test set. Set data.test.")
     _absolute(checked.data, "test")
+    foreign.read_yaml(configs.to_yaml(checked), "CONFIG")  # as every site will
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     settings.require_name(name, "CONFIG")
     draft = server.runs / f".{name}"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ that are its sub-packages
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
-    {"errors", "seeds", "registry", "sections", "config", "lowrank", "metrics", "files", "console"},
+    {"errors", "seeds", "registry", "sections", "config", "lowrank", "metrics", "files", "foreign", "console"},
     {"state"},
     {"models", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},
@@ -38,6 +38,7 @@ LIGHT = (
     "fedpeft.config",
     "fedpeft.metrics",
     "fedpeft.files",
+    "fedpeft.foreign",
     "fedpeft.console",
     "fedpeft.catalogue",
     "fedpeft.deploy.cli",
