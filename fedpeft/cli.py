@@ -208,6 +208,14 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+def _at_home(argument: str) -> str:
+    """A path with its `~` replaced: no shell does that after `--out=` or between quotes."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--") and value.startswith("~"):
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time."""
     from rich.logging import RichHandler
@@ -218,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
-        app(arguments, prog_name="fedpeft")
+        app([_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)], prog_name="fedpeft")
     except InputError as error:
         console.fail(str(error))
         sys.exit(2)

@@ -1,9 +1,9 @@
-"""The config: dataclasses, merged by OmegaConf, checked before anything is loaded.
+"""The config: dataclasses, filled from YAML, mappings and overrides, checked before anything is loaded.
 
 A section that names a registered method (`strategy`, `adapter`, `data.partition`, `tta`) also takes the options of that
 method's own `Config` dataclass. A plain string for such a section is its `name` (of `tta` its `method`, of `continual`
 its `body`). Overrides win over the file; an override that changes a `name` drops the file's options of the method it
-replaces.
+replaces, and says so. What a text means, its field says (`values`); `${...}` is resolved after the overrides.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from fedpeft import registry
+from fedpeft import registry, values
 from fedpeft.errors import InputError
+from fedpeft.overrides import apply, parse_overrides
 from fedpeft.sections import (
     INFINITY,
+    METHOD_SECTIONS,
+    NAME_KEYS,
     AdapterConfig,
     ClientConfig,
     Config,
@@ -34,7 +36,9 @@ from fedpeft.sections import (
     SecAggConfig,
     StrategyConfig,
     TTAConfig,
+    default_of,
     option,
+    options_of,
 )
 
 __all__ = [
@@ -50,27 +54,33 @@ __all__ = [
     "SecAggConfig",
     "StrategyConfig",
     "TTAConfig",
+    "default_of",
     "option",
+    "options_of",
+    "parse_overrides",
 ]
 
-METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners", "tta": "tta",
-                   "continual": "server_bodies"}
-NAME_KEYS = {"tta": "method", "continual": "body"}  # where the key of the method's name is another than `name`
 
 
-def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = ()) -> Config:
+def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (),
+         foreign: bool = False) -> Config:
     """Read a config and its overrides, check every key, value and combination.
 
     Args:
         source: a YAML file, the name of a shipped config, or a mapping.
         overrides: `key=value` strings with dotted keys, or a mapping of dotted keys.
+        foreign: another party wrote it, so nothing of this machine may be looked up for it: no `${...}`.
 
     Raises:
         InputError: naming the key, what was given, what is allowed and the nearest valid key.
     """
-    tree = source if isinstance(source, dict) else read_yaml(find(source))
+    tree = source if isinstance(source, dict) else _mapping(find(source))
     tree = _named_sections(tree)
-    _apply(tree, overrides)
+    apply(tree, overrides)
+    try:
+        tree = values.interpolated(tree, to_tree(Config()), foreign)
+    except InputError as error:
+        raise error if isinstance(source, dict) else InputError(f"{find(source)}: {error}") from error
     config: Config = build(Config, tree, "")
     if config.model.dtype == "auto":
         config.model.dtype = base_dtype(config.run.device)
@@ -93,7 +103,7 @@ def base_dtype(device: str) -> str:
 
 def find(source: str | Path) -> Path:
     """The file of a config given by path or by shipped name."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path
     shipped = shipped_configs()
@@ -125,39 +135,13 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
+    """YAML that `from_yaml` makes the same config of."""
+    return OmegaConf.to_yaml(OmegaConf.create(values.escaped(to_tree(config))))
 
 
-def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """`key=value` strings as a mapping; values are read as YAML.
-
-    >>> parse_overrides(["run.rounds=5", "strategy.wrap=[median]"])
-    {'run.rounds': 5, 'strategy.wrap': ['median']}
-    """
-    pairs = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
-        try:
-            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))
-            pairs[key.strip()] = parsed["x"]
-        except Exception as error:  # OmegaConf and PyYAML errors share no base
-            raise InputError(f"{key}: cannot read the value '{value}': {error}") from error
-    return pairs
-
-
-def options_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
-    """Option name (as users write it) -> dataclass field of a registered class's `Config`.
-
-    A field that would be a Python keyword has a trailing underscore that users do not write (`lambda_` is `lambda`).
-    """
-    config = getattr(cls, "Config", None)
-    return {item.name.rstrip("_"): item for item in dataclasses.fields(config)} if config else {}
-
-
-def default_of(item: dataclasses.Field[Any]) -> Any:
-    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+def from_yaml(text: str) -> Config:
+    """The config of a text that `to_yaml` has made."""
+    return load(values.read(text, "config"))
 
 
 def method(kind: str, name: str, options: dict[str, Any], key: str, **arguments: Any) -> Any:
@@ -187,17 +171,35 @@ def check(config: Config) -> None:
         raise InputError(
             f"adapter.client_ranks={adapter.client_ranks}: every rank must be between 1 and adapter.r={adapter.r}."
         )
+    twice = sorted({name for name in data.labels or () if (data.labels or []).count(name) > 1})
+    if twice or data.labels == []:
+        what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
+        raise InputError(f"data.labels={data.labels}: {what}. Every class has one name; null takes the source's.")
     for name in registry.names("checks"):
         registry.load("checks", name)(config)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's mapping, `${...}` resolved within it; its scalars are for `build` to read.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping.
+    """
+    tree = _mapping(path)
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+        return values.interpolated(tree, {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as YAML: {error}") from error
-    except Exception as error:  # PyYAML's own errors share no base with the above
-        raise InputError(f"{path}: not readable as YAML: {error}") from error
+    tree = values.read(text, str(path))
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, found {type(tree).__name__}.")
     return tree
@@ -209,62 +211,26 @@ def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
     for path in METHOD_SECTIONS:
         *parents, last = path.split(".")
         node = tree.get(parents[0]) if parents else tree
-        if isinstance(node, dict) and isinstance(node.get(last), str):
+        if isinstance(node, dict) and isinstance(node.get(last), str) and not values.is_null(node[last]):
             node[last] = {NAME_KEYS.get(path, "name"): node[last]}
     return tree
 
 
-def _apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> None:
-    pairs = list((overrides if isinstance(overrides, dict) else parse_overrides(overrides)).items())
-    for path in METHOD_SECTIONS:  # a new name first: it drops the options of the method it replaces
-        for key, value in pairs:
-            none = value is None and key == f"{path}.{NAME_KEYS.get(path)}"
-            if none or (key in (path, f"{path}.{NAME_KEYS.get(path, 'name')}") and isinstance(value, str)):
-                _rename(tree, path, value)
-    for key, value in pairs:
-        if key in METHOD_SECTIONS and isinstance(value, str):
-            continue
-        node = tree
-        *parents, last = key.split(".")
-        for depth, parent in enumerate(parents):
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise InputError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a section.")
-        node[last] = value
-
-
-def _rename(tree: dict[str, Any], path: str, name: str | None) -> None:
-    *parents, last = path.split(".")
-    node = tree.setdefault(parents[0], {}) if parents else tree
-    section, key = node.get(last) or {}, NAME_KEYS.get(path, "name")
-    if section.get(key, name) != name:
-        common = {item.name for item in dataclasses.fields(_section_class(path))} - {"options"}
-        section = {item: value for item, value in section.items() if item in common}
-    node[last] = {**section, key: name}
-
-
-def _section_class(path: str) -> Any:
-    return {"strategy": StrategyConfig, "adapter": AdapterConfig, "data.partition": PartitionConfig,
-            "tta": TTAConfig, "continual": ContinualConfig}[path]
-
-
 def build(cls: Any, tree: Any, path: str) -> Any:
     """A dataclass of options from a mapping, checked; `path` is the key to blame."""
-    if tree is None:
+    tree = values.structure(tree, path)
+    if values.is_null(tree):
         tree = {}
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a section with the keys {', '.join(_keys(cls))}; got {tree!r}.")
     items = {item.name: item for item in dataclasses.fields(cls) if item.name != "options"}
-    values: dict[str, Any] = {}
+    nested = {name: default_of(item) for name, item in items.items() if dataclasses.is_dataclass(default_of(item))}
+    found = {name: build(type(default), tree.get(name), f"{path}.{name}" if path else name)
+             for name, default in nested.items()}
+    own = {key: value for key, value in tree.items() if key in items and key not in nested}
+    found |= _filled({name: item for name, item in items.items() if name not in nested}, own, path)
     rest = {key: value for key, value in tree.items() if key not in items}
-    for name, item in items.items():
-        key = f"{path}.{name}" if path else name
-        default = default_of(item)
-        if dataclasses.is_dataclass(default):
-            values[name] = build(type(default), tree.get(name), key)
-        elif name in tree:
-            values[name] = _value(cls, item, tree[name], key)
-    config = cls(**values)
+    config = cls(**found)
     name_key = NAME_KEYS.get(path, "name")
     if path in METHOD_SECTIONS and getattr(config, name_key) is not None:
         owner = registry.load(METHOD_SECTIONS[path], getattr(config, name_key), f"{path}.{name_key}")
@@ -282,33 +248,61 @@ def _method_options(owner: Any, given: dict[str, Any], path: str, also: Sequence
             where = f"{path}." if path else ""
             whose = f"{owner.__name__} has the options {', '.join(items) or 'none'}"
             raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({where}name: {whose}.)")
-    checked = {}
+    return _filled(items, given, path)
+
+
+def _filled(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any], path: str) -> dict[str, Any]:
+    """Values of all fields: those given, typed and checked, and the defaults of the others."""
+    found = {item.name: _value(item, given[key], f"{path}.{key}" if path else key) if key in given else default_of(item)
+             for key, item in items.items()}
     for key, item in items.items():
-        if key in given:
-            checked[item.name] = _value(owner.Config, item, given[key], f"{path}.{key}" if path else key)
-        else:
-            checked[item.name] = default_of(item)
-    return checked
+        of = item.metadata.get("options_of")
+        if not of or not found[item.name]:
+            continue
+        name = found.get(of[1])
+        if key not in given and name != default_of(items[of[1]]):
+            found[item.name] = {}  # its default is of the default entry
+        elif key in given and of[0]:
+            found[item.name] = _entry_options(of, name, found[item.name], f"{path}.{key}" if path else key)
+    return found
 
 
-def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
+def _entry_options(of: tuple[str, str], name: Any, given: Any, key: str) -> Any:
+    """Options of a registry entry, or a list of entries with options, each typed by the entry's own field."""
+    if isinstance(given, list):
+        return [{of[1]: entry[of[1]], **_entry_options(of, str(entry[of[1]]),
+                                                       {name: value for name, value in entry.items() if name != of[1]},
+                                                       f"{key}.{entry[of[1]]}")}
+                if isinstance(entry, dict) and isinstance(entry.get(of[1]), str) else entry for entry in given]
+    owner = registry.load(of[0], name, key)
+    checked = _method_options(owner, given, key)
+    items = options_of(owner)
+    return {option: checked[items[option].name] for option in given}
+
+
+def _value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     """The value converted to the field's type and checked against its bounds."""
-    if isinstance(value, bool) and item.type in ("int", "float", "int | None", "float | None"):
-        raise InputError(f"{key}: {value!r} is not a valid {item.type}.")
-    if isinstance(value, int) and item.type in ("float", "float | None"):
-        value = float(value)
-    try:
-        node: DictConfig = OmegaConf.structured(cls)
-        node[item.name] = value
-        converted: Any = OmegaConf.to_container(node, throw_on_missing=False)
-        value = converted[item.name]
-    except OmegaConfBaseException as error:
-        raise InputError(f"{key}: {value!r} is not a valid {item.type}.") from error
     meta = item.metadata
+    if meta and meta["options_of"] and meta["options_of"][0]:
+        return _untyped(value, str(item.type), key)
+    value = values.typed(value, str(item.type), key)
     if not meta or value is None:
         return value
+    if meta["path"]:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(registry.unknown(key, value, [str(choice) for choice in meta["choices"]]))
+    _require_within(value, meta, key)
+    return value
+
+
+def _untyped(value: Any, kind: str, key: str) -> Any:
+    """A list or mapping whose scalars are typed later, by the fields of the entry that it is for."""
+    values.typed(value, kind, key)
+    return values.structure(value, key)
+
+
+def _require_within(value: Any, meta: Any, key: str) -> None:
     finite = not isinstance(value, float) or math.isfinite(value)
     within = not isinstance(value, int | float) or (meta["low"] <= value <= meta["high"] and value > meta["above"])
     if not (finite and within):
@@ -323,7 +317,6 @@ def _value(cls: Any, item: dataclasses.Field[Any], value: Any, key: str) -> Any:
             if given
         ]
         raise InputError(f"{key}: {value!r} is out of range; allowed: {' and '.join(bounds)}.")
-    return value
 
 
 def _keys(cls: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,16 @@ INFINITY = float("inf")
 
 
 def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INFINITY, above: float = -INFINITY,
-           choices: tuple[Any, ...] = ()) -> Any:
-    """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`."""
-    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+           choices: tuple[Any, ...] = (), path: bool = False, options_of: tuple[str, str] | None = None) -> Any:
+    """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`.
+
+    Args:
+        path: it may be a place in the file system, so a `~` in front is somebody's home folder.
+        options_of: it holds options of an entry of this registry table ("" is none of ours), whose name stands in this
+            field beside it; or a list of entries, whose names stand in this key of each.
+    """
+    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "path": path,
+            "options_of": options_of}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -19,7 +27,8 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
 
 @dataclass
 class ModelConfig:
-    name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id")
+    name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id",
+                       path=True)
     task: str = option("image-classification", "what the model does",
                        choices=("image-classification", "sequence-classification", "causal-lm"))
     pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
@@ -58,8 +67,10 @@ class PartitionConfig:
 
 @dataclass
 class DataConfig:
-    source: str = option("digits", "embedded or prepared data set, file, folder (csv, jsonl, parquet, saved) or hub id")
-    test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out")
+    source: str = option("digits", "embedded or prepared data set, file, folder (csv, jsonl, parquet, saved) or hub id",
+                         path=True)
+    test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out",
+                              path=True)
     test_fraction: float = option(0.25, "share of the source held out for the server's test set", above=0, high=0.9)
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
@@ -68,7 +79,7 @@ class DataConfig:
     limit: int | None = option(None, "use at most this many training records", low=1)
     clients: int = option(10, "how many clients the data is split over", low=1)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
-    split: str | None = option(None, "reuse the split saved in this split.json")
+    split: str | None = option(None, "reuse the split saved in this split.json", path=True)
     holdout: float = option(0.0, "share of each client's records kept for its own evaluation", low=0, high=0.9)
 
 
@@ -76,7 +87,8 @@ class DataConfig:
 class StrategyConfig:
     name: str = option("fedit", "registered strategy")
     weighting: str = option("examples", "client weights: by examples, or all equal", choices=("examples", "uniform"))
-    wrap: list[Any] = option([], "strategies put around it, innermost first: names, or mappings with name and options")
+    wrap: list[Any] = option([], "strategies put around it, innermost first: names, or mappings with name and options",
+                             options_of=("strategies", "name"))
     options: dict[str, Any] = option({}, "options of the strategy named above")
 
 
@@ -110,7 +122,8 @@ class PrivacyConfig:
     records: int | None = option(None, "public number of records a client is said to have, for its sampling rate; null "
                                  "takes each client's own count, which then counts as public", low=1)
     release_metrics: bool = option(False, "let clients send loss, accuracy and counts, which no guarantee covers")
-    policy: str | None = option(None, "policy file of every client, or folder with <client name>.yaml of each")
+    policy: str | None = option(None, "policy file of every client, or folder with <client name>.yaml of each",
+                                path=True)
     client_sampling: str = option("fixed", "unit client: a fixed number of clients a round (no amplification), or each "
                                   "with probability run.clients_per_round / data.clients", choices=("fixed", "poisson"))
     adaptive_clip: bool = option(False, "unit client: let clip follow a quantile of the update norms")
@@ -150,7 +163,7 @@ class ContinualConfig:
     tasks: int = option(5, "tasks: groups of classes in a random order, each for run.rounds / tasks rounds", low=1)
     shuffle: bool = option(True, "draw the order of the classes; else they come as they are numbered")
     head: str = option("linear", "registered head that answers")
-    head_options: dict[str, Any] = option({}, "options of the head named above")
+    head_options: dict[str, Any] = option({}, "options of the head named above", options_of=("heads", "head"))
     statistics_noise: float | None = option(None, "unit sample: noise multiplier of the sums that a head is fitted on, "
                                             "one release a task", above=0)
 
@@ -191,3 +204,24 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     tta: TTAConfig = field(default_factory=TTAConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
+
+
+# Sections that name a registered method -> its table; the key of the name, where it is another than `name`.
+METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners", "tta": "tta",
+                   "continual": "server_bodies"}
+NAME_KEYS = {"tta": "method", "continual": "body"}
+SECTION_CLASSES: dict[str, Any] = {"strategy": StrategyConfig, "adapter": AdapterConfig,
+                                   "data.partition": PartitionConfig, "tta": TTAConfig, "continual": ContinualConfig}
+
+
+def options_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Option name (as users write it) -> dataclass field of a registered class's `Config`.
+
+    A field that would be a Python keyword has a trailing underscore that users do not write (`lambda_` is `lambda`).
+    """
+    config = getattr(cls, "Config", None)
+    return {item.name.rstrip("_"): item for item in dataclasses.fields(config)} if config else {}
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default

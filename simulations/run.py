@@ -65,7 +65,7 @@ def simulate(
     faults.check(config.run, [client_name(index) for index in range(config.data.clients)])
     _absolute(config)
     stem = "run" if isinstance(source, dict) else Path(source).stem
-    run = Path(out or Path("runs") / f"{stem}-{config.strategy.name}-seed{config.run.seed}").absolute()
+    run = Path(out or Path("runs") / f"{stem}-{config.strategy.name}-seed{config.run.seed}").expanduser().absolute()
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"--out: {run} is not empty. Give a new folder, or go on with `fedpeft resume {run}`.")
     run.mkdir(parents=True, exist_ok=True)

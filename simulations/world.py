@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
@@ -71,7 +70,7 @@ class Shares(Mapping[str, Encoded]):
 @functools.lru_cache(maxsize=1)
 def world(text: str, run: Path) -> World:
     """Build (once a process) the world of a resolved config; its split is read from, or written to, the run folder."""
-    config = configs.load(yaml.safe_load(text))
+    config = configs.from_yaml(text)
     torch.set_num_threads(config.run.threads)
     train, test = source.load(config.data, config.model.task, config.run.seed)
     labels = len(train.label_names)

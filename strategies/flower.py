@@ -50,7 +50,7 @@ class FlowerRule(FederatedStrategy):
     @dataclass
     class Config:
         rule: str = option("FedAvg", "class in flwr.serverapp.strategy", choices=tuple(RULES))
-        rule_options: dict[str, Any] = option({}, "its keyword arguments")
+        rule_options: dict[str, Any] = option({}, "its keyword arguments", options_of=("", "rule"))
 
     def __init__(self, rule: str = "FedAvg", rule_options: dict[str, Any] | None = None) -> None:
         if rule not in RULES:

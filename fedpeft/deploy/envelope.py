@@ -120,7 +120,8 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     columns = {key: getattr(own.data, key) for key in ("text", "image", "label")}
     data = {**{key: data[key] for key in SHARED if key in data}, **columns, "source": own.data.source}
     try:
-        return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data})
+        return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data},
+                            foreign=True)
     except InputError as error:
         raise Refused(f"the config is not valid here: {error}") from error
 

@@ -214,14 +214,14 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run_status(folder: Path) -> dict[str, Any]:
-    config, events = configs.read_yaml(folder / "resolved.yaml"), events_of(folder)
+    config, events = configs.load(folder / "resolved.yaml"), events_of(folder)
     rounds = [event for event in events if event["event"] == "round"]
     last = rounds[-1] if rounds else {}
     shown: dict[str, Any] = metrics.finite({
         "run": folder.name,
         **get_status(folder),
         "round": last.get("round", 0),
-        "rounds": config["run"]["rounds"],
+        "rounds": config.run.rounds,
         "clients": last.get("clients", []),
         "left_out": last.get("quarantined", {}),
         "seconds": last.get("seconds"),

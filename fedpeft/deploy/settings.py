@@ -40,7 +40,8 @@ class ServerSettings:
 class SiteData:
     """What a site trains on. No server can change it."""
 
-    source: str | None = option(None, "file, folder or prepared data set with this site's records")
+    source: str | None = option(None, "file, folder or prepared data set with this site's records",
+                                path=True)
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
@@ -52,7 +53,8 @@ class SiteSettings:
 
     name: str = option("", "the name that the coordinator has registered this site under")
     server: str = option("localhost:9092", "HOST:PORT of the coordinator")
-    model: str = option("tiny-vit", "embedded or prepared model, or a local folder, whatever the server's config names")
+    model: str = option("tiny-vit", "embedded or prepared model, or a local folder, whatever the server's config names",
+                        path=True)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     threads: int = option(1, "threads of the worker", low=1)
     data: SiteData = field(default_factory=SiteData)

@@ -277,7 +277,7 @@ class TTAMethod:
 @dataclass
 class WrapperConfig(MethodConfig):
     base: str = option("source", "registered method whose predictions this one works on")
-    base_options: dict[str, Any] = option({}, "options of the base method")
+    base_options: dict[str, Any] = option({}, "options of the base method", options_of=("tta", "base"))
 
 
 class Wrapper(TTAMethod):

@@ -26,7 +26,8 @@ from fedpeft.tta.model import Batch
 @dataclass
 class RDumbConfig(WrapperConfig):
     base: str = option("eata", "registered method that is restarted")
-    base_options: dict[str, Any] = option({"fisher_weight": 0.0}, "options of the base method")
+    base_options: dict[str, Any] = option({"fisher_weight": 0.0}, "options of the base method",
+                                           options_of=("tta", "base"))
     period: int = option(1000, "batches learned from between restarts", low=1)
 
 

@@ -3,7 +3,7 @@
     >>> entries("digits-c/dirichlet:delta=0.1,batch=16,vader/movie")
     ['digits-c/dirichlet:delta=0.1,batch=16', 'vader/movie']
     >>> named("coso:side=in,r1=4")
-    ('coso', {'side': 'in', 'r1': 4})
+    ('coso', {'side': 'in', 'r1': '4'})
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def entries(text: str) -> list[str]:
 
 
 def named(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of an entry; values are read as YAML."""
+    """Name and options of an entry, as typed."""
     name, _, options = text.partition(":")
     return name, configs.parse_overrides(options.split(",")) if options else {}
 
@@ -53,8 +53,8 @@ def registered(table: str, text: str, flag: str) -> tuple[str, dict[str, Any]]:
     for key in given:
         if key not in known:
             raise InputError(registry.unknown(f"{flag} {name}", key, known))
-    configs.build(cls.Config, {known[key].name: value for key, value in given.items()}, f"{flag} {name}")
-    return name, given
+    built = configs.build(cls.Config, {known[key].name: value for key, value in given.items()}, f"{flag} {name}")
+    return name, {key: getattr(built, known[key].name) for key in given}
 
 
 def canonical(name: str, options: Any) -> str:

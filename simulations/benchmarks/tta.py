@@ -149,7 +149,7 @@ def cell(folder: Path, world: World, method: str, quick: bool, tell: Callable[[s
     Raises:
         InputError: the cell that is there was run with another plan or other options.
     """
-    name, given = cells.named(method)
+    name, given = cells.registered("tta", method, "--methods")
     options = {**views(name, world.bench), **given}
     key = {"version": VERSION, "stream": world.bench.name, "plan_sha256": world.plan["plan_sha256"],
            "model": world.model, "method": method, "options": options, "seed": world.seed, "quick": quick}

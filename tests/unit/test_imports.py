@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ that are its sub-packages
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
-    {"errors", "seeds", "registry", "sections", "config", "lowrank", "metrics", "files", "foreign", "console"},
+    {"errors", "seeds", "registry", "sections", "values", "overrides", "config", "lowrank", "metrics", "files",
+     "foreign", "console"},
     {"state"},
     {"models", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},

@@ -46,7 +46,7 @@ class Merging(Body):
     @dataclass
     class Config:
         method: str = option("running_average", "registered merger")
-        options: dict[str, Any] = option({}, "options of the merger")
+        options: dict[str, Any] = option({}, "options of the merger", options_of=("mergers", "method"))
         start: str = option("same", "A of a new task: one draw for all, or frozen rows orthogonal to earlier ones",
                             choices=("same", "orthogonal"))
         r: int = option(8, "rank of each task's LoRA", low=1)

@@ -1,0 +1,108 @@
+"""Overrides of a config: `key=value` with dotted keys, put into the tree that a file has given.
+
+An override that changes a name drops the options that the file gave to the entry it replaces, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from fedpeft import registry, values
+from fedpeft.errors import InputError
+from fedpeft.sections import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, Config, options_of
+
+log = logging.getLogger("fedpeft")
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """`key=value` strings as a mapping; what a value means is for the field to say.
+
+    >>> parse_overrides(["run.rounds=5", "strategy.wrap=[median]"])
+    {'run.rounds': '5', 'strategy.wrap': '[median]'}
+    """
+    pairs: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = (part.strip() for part in text.partition("="))
+        if not separator or not key:
+            raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
+        if not value:
+            raise InputError(f"{key}=: there is no value. Write {key}=null for none, {key}=\"''\" for an empty text.")
+        if pairs.get(key, value) != value:
+            log.warning("%s is given twice: %s counts, %s does not", key, value, pairs[key])
+        pairs[key] = values.Plain(value)
+    return pairs
+
+
+def apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> None:
+    """Put the overrides into the tree, in place."""
+    pairs = list(_named(overrides if isinstance(overrides, dict) else parse_overrides(overrides)))
+    for path in METHOD_SECTIONS:  # a new name first: it drops the options of the method it replaces
+        for key, value in pairs:
+            if key == f"{path}.{NAME_KEYS.get(path, 'name')}":
+                _rename(tree, path, value)
+    for key, value in pairs:
+        _drop_options(tree, key, value)
+    for key, value in pairs:
+        node = tree
+        *parents, last = key.split(".")
+        for depth, parent in enumerate(parents):
+            node[parent] = {} if values.is_null(node.get(parent)) else node[parent]
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise InputError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a section.")
+        node[last] = value
+
+
+def _named(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Overrides with `strategy=fedsvd` as `strategy.name=fedsvd`, and sections in one line as mappings."""
+    sections = {*METHOD_SECTIONS, *(item.name for item in dataclasses.fields(Config))}
+    for key, value in pairs.items():
+        value = values.structure(value, key) if key in sections else value
+        if key in METHOD_SECTIONS and isinstance(value, str) and not values.is_null(value):
+            key = f"{key}.{NAME_KEYS.get(key, 'name')}"
+        yield key, values.unquoted(value) if key.endswith((".name", ".method", ".body")) else value
+
+
+def _rename(tree: dict[str, Any], path: str, name: str | None) -> None:
+    *parents, last = path.split(".")
+    node = tree.setdefault(parents[0], {}) if parents else tree
+    section, key = node.get(last) or {}, NAME_KEYS.get(path, "name")
+    old = section.get(key, name)
+    if isinstance(section, dict) and old != name:
+        common = {item.name for item in dataclasses.fields(SECTION_CLASSES[path])} - {"options"}
+        _say_dropped(f"{path}.{key}", name, old, [item for item in section if item not in common])
+        node[last] = {item: value for item, value in section.items() if item in common}
+
+
+def _drop_options(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Take the options of the entry that is named in this field out of the tree, where the field gets another."""
+    path, _, field = key.rpartition(".")
+    section: Any = tree
+    for part in path.split("."):
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        return
+    for item in _fields_of(path, section):
+        of = item.metadata.get("options_of")
+        if of and of[1] == field and isinstance(section.get(item.name), dict) and section.get(field) != value:
+            _say_dropped(key, value, section.get(field, "the default"), [item.name])
+            del section[item.name]
+
+
+def _fields_of(path: str, section: dict[str, Any]) -> list[dataclasses.Field[Any]]:
+    """Fields of a section's class, and of the method that it names."""
+    if path not in METHOD_SECTIONS:
+        return []
+    name = section.get(NAME_KEYS.get(path, "name"))
+    fields = list(dataclasses.fields(SECTION_CLASSES[path]))
+    if isinstance(name, str) and name in registry.names(METHOD_SECTIONS[path]):
+        fields += options_of(registry.load(METHOD_SECTIONS[path], name)).values()
+    return fields
+
+
+def _say_dropped(key: str, new: Any, old: Any, dropped: list[str]) -> None:
+    if dropped:
+        log.info("%s=%s: the options of %s are dropped: %s", key, new, old, ", ".join(dropped))

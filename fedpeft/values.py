@@ -1,0 +1,277 @@
+"""How text becomes values: YAML and `key=value` keep scalars as they were typed, and the field says what they mean.
+
+YAML's own rules make a truth value of the class name `no`, 1.1 of 1.10 and 750 of 12:30, so none of them is applied
+where a field has a type. A quoted scalar is that text, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedpeft.errors import InputError
+
+NULLS = ("null", "Null", "NULL", "~")
+TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+INTEGER = re.compile(r"[-+]?\d[\d_]*")
+FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.?(inf|nan)", re.IGNORECASE)
+MERGE = "tag:yaml.org,2002:merge"
+
+
+class Plain(str):
+    """A scalar as it was typed, without quotes around it in YAML; on the command line they may still be there."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Scalars stay text; a key that stands twice in a mapping is refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != MERGE and isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice",
+                                                        key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else None)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _scalar(loader: _Loader, node: Any) -> str | None:
+    text = str(loader.construct_scalar(node))
+    if node.style is not None:
+        return text
+    return Plain(text) if text else None
+
+
+_Loader.yaml_implicit_resolvers = {
+    "<": [entry for entry in yaml.SafeLoader.yaml_implicit_resolvers["<"] if entry[0] == MERGE]
+}
+_Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
+_Loader.add_constructor(MERGE, _scalar)  # where it is no key
+
+
+def read(text: str, what: str) -> Any:
+    """YAML whose plain scalars are `Plain`, its quoted ones `str`, what is left empty None, its keys `str`.
+
+    Raises:
+        InputError: it cannot be read; `what` is blamed.
+    """
+    try:
+        return _with_text_keys(yaml.load(text, Loader=_Loader))  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{what}: not readable as YAML: {error}") from error
+
+
+def structure(value: Any, key: str) -> Any:
+    """A list or mapping written in one line, `[a, b]` or `{a: 1}`, with its scalars as typed; all else as it is."""
+    if not (isinstance(value, Plain) and value.strip()[:1] in ("[", "{")):
+        return value
+    try:
+        return read(value, key)
+    except InputError as error:
+        raise InputError(f"{key}: '{value}' is no list [a,b] and no mapping {{a: 1}}. Quote entries that hold commas, "
+                         f"brackets, '#' or ': '. ({str(error.__cause__).splitlines()[0]})") from error
+
+
+def is_null(value: Any) -> bool:
+    """Whether it is nothing: None, or the word for it without quotes."""
+    return value is None or (isinstance(value, Plain) and value.strip() in NULLS)
+
+
+def unquoted(value: Any) -> Any:
+    """What stands between quotes that go around a whole value; other text without spaces around it."""
+    if not isinstance(value, Plain):
+        return value
+    text = value.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        try:
+            inner = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            return Plain(text)
+        return inner if isinstance(inner, str) else Plain(text)
+    return Plain(text)
+
+
+def typed(value: Any, kind: str, key: str) -> Any:
+    """The value as a field with the annotation `kind` has it: text as it stands, numbers and truth values read.
+
+    Args:
+        kind: str, int, float, bool or Any, list[...] or dict[str, ...] of those, perhaps `| None`.
+
+    Raises:
+        InputError: it is none; `key` is blamed.
+
+    >>> typed(Plain("1.10"), "str", "x"), typed(Plain("1.10"), "float", "x"), typed(Plain("[no,01]"), "list[str]", "x")
+    ('1.10', 1.1, ['no', '01'])
+    """
+    bases = [part.strip() for part in kind.split("|")]
+    base = " | ".join(part for part in bases if part != "None")
+    if is_null(value) and ("None" in bases or base == "Any"):
+        return None
+    whole = base.startswith(("list[", "dict["))
+    found = _typed(structure(value, key) if whole else unquoted(value), base)
+    if found is None:
+        shown = str(value) if isinstance(value, str) else value
+        raise InputError(f"{key}: {shown!r} is not a valid {kind}.{_hint(base)}")
+    return found
+
+
+def _typed(value: Any, base: str) -> Any:
+    """The value as this type has it, or None."""
+    inner = re.fullmatch(r"(list|dict)\[(?:str, ?)?(.+)\]", base)
+    if inner:
+        fits = isinstance(value, dict if inner[1] == "dict" else list | tuple)
+        return _entries(value, inner[2]) if fits else None
+    if base == "str":
+        return str(value) if isinstance(value, str | Path) or type(value) is int else None
+    if base == "bool":
+        return value if isinstance(value, bool) else TRUTHS.get(str(value).lower())
+    if base in ("int", "float"):
+        return _number(value, base)
+    return _loose(value)
+
+
+def _entries(value: Any, base: str) -> Any:
+    """The list or mapping with its values as this type has them, or None where one has none."""
+    if base == "Any":
+        return _loose(value)
+    found = [_typed(entry, base) for entry in (value.values() if isinstance(value, dict) else value)]
+    if any(entry is None for entry in found):
+        return None
+    return dict(zip(map(str, value), found, strict=True)) if isinstance(value, dict) else found
+
+
+def _number(value: Any, base: str) -> int | float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value) if base == "float" else value if isinstance(value, int) else None
+    if isinstance(value, str) and base == "int" and INTEGER.fullmatch(value):
+        return int(value)
+    if isinstance(value, str) and base == "float" and FLOAT.fullmatch(value):
+        return float(re.sub(r"\.(?=inf|nan)", "", value, flags=re.IGNORECASE))
+    return None
+
+
+def _loose(value: Any) -> Any:
+    """A value for which no field has a type: null, true, false and numbers in decimal are those, all else is text."""
+    if isinstance(value, dict):
+        return {str(key): _loose(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_loose(entry) for entry in value]
+    if not isinstance(value, Plain):
+        return value
+    if is_null(value):
+        return None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if re.match(r"[-+]?0\d", value):  # a number does not begin so
+        return str(value)
+    found = _number(value, "int")
+    found = _number(value, "float") if found is None and value[-1:].isdigit() else found
+    return str(value) if found is None else found
+
+
+def _hint(base: str) -> str:
+    return " Write [a,b]." if base.startswith("list") else " Write {a: 1}." if base.startswith("dict") else ""
+
+
+def interpolated(tree: dict[str, Any], beside: dict[str, Any], foreign: bool = False) -> dict[str, Any]:
+    r"""The tree with every `${...}` replaced by what it names in the tree; `\${` stands for the characters.
+
+    Args:
+        beside: values for what the tree leaves out.
+        foreign: another party wrote it; an interpolation could read this machine's environment and is refused.
+
+    Raises:
+        InputError: an interpolation that names nothing, or any where it is refused.
+    """
+    found = [(key, text) for key, text in _texts(tree, "") if "${" in text]
+    for key, text in found:
+        if foreign:
+            raise InputError(f"{key}: '{text}' is an interpolation, which would read what belongs to this machine.")
+        try:
+            OmegaConf.create([str(text)])
+        except OmegaConfBaseException as error:
+            raise _unresolved(key, text, error) from error
+    if not found:
+        return tree
+    whole = OmegaConf.merge(OmegaConf.create(beside), OmegaConf.create(_bare(tree)))
+    replaced: dict[str, Any] = _replaced(tree, whole, "")
+    return replaced
+
+
+def escaped(value: Any) -> Any:
+    r"""The value with `${` in its texts written so that `interpolated` gives it back."""
+    if isinstance(value, dict):
+        return {key: escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(entry) for entry in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _replaced(value: Any, node: Any, key: str) -> Any:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        done = {name: _one(entry, node, name, f"{key}.{name}".lstrip(".")) for name, entry in items}
+        return done if isinstance(value, dict) else list(done.values())
+    return value
+
+
+def _one(entry: Any, node: Any, name: Any, key: str) -> Any:
+    if isinstance(entry, str) and "${" not in entry:
+        return entry
+    try:
+        below = node[name]
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise _unresolved(key, entry, error) from error
+    if isinstance(entry, str):
+        try:
+            return _plain(OmegaConf.to_container(below, resolve=True) if OmegaConf.is_config(below) else below)
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise _unresolved(key, entry, error) from error
+    return _replaced(entry, below, key)
+
+
+def _unresolved(key: str, text: str, error: BaseException) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"{key}: '{text}' cannot be resolved: {reason}. Name a key of this config, as ${{adapter.r}}, or "
+                      "write \\${ for these characters.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return Plain(value) if isinstance(value, str) else value
+
+
+def _bare(value: Any) -> Any:
+    """Texts as OmegaConf takes them."""
+    if isinstance(value, dict):
+        return {str(key): _bare(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bare(entry) for entry in value]
+    return str(value) if isinstance(value, str | Path) else value
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, entry in items:
+            yield from _texts(entry, f"{key}.{name}".lstrip("."))
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+    return [_with_text_keys(entry) for entry in value] if isinstance(value, list) else value
