@@ -27,6 +27,10 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 
+Base = Annotated[
+    str | None,
+    typer.Option(help="The base model of all, to be named in the result; says that unlike names mean one model."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
 Overrides = Annotated[
@@ -72,13 +76,15 @@ def aggregate(
     start: Annotated[
         Path | None, typer.Option("--global", help="The global adapter that the clients started from.")
     ] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Aggregate peft adapter folders once, offline."""
     from fedpeft.simulations.aggregate import aggregate_folders
 
     options, folders = options_and_folders(arguments)
-    console.emit(aggregate_folders(strategy, folders, options, weights, start, out), as_json, console.aggregate_result)
+    console.emit(aggregate_folders(strategy, folders, options, weights, start, out, base), as_json,
+                 console.aggregate_result)
 
 
 @app.command()
@@ -92,13 +98,14 @@ def merge(
     numbers: Annotated[
         str | None, typer.Option(help="A number for each adapter, as 1,-1: weights, losses; what the merger takes.")
     ] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Merge peft adapter folders that were trained one after another."""
     from fedpeft.simulations.merge import merge_folders
 
     options, folders = options_and_folders(arguments)
-    console.emit(merge_folders(method, folders, options, numbers, out), as_json, console.aggregate_result)
+    console.emit(merge_folders(method, folders, options, numbers, out, base), as_json, console.aggregate_result)
 
 
 def options_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:

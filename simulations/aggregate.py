@@ -8,19 +8,21 @@ from typing import Any
 
 from fedpeft import config as configs
 from fedpeft.adapters import folder
+from fedpeft.adapters.peft_files import require_numbers
 from fedpeft.errors import InputError
 from fedpeft.strategies.build import named
 from fedpeft.strategies.offline import aggregate
 
 
 def aggregate_folders(strategy: str, folders: list[Path], options: list[str], weights: str | None, start: Path | None,
-                      out: Path) -> dict[str, Any]:
+                      out: Path, base: str | None = None) -> dict[str, Any]:
     """Aggregate peft folders into a peft folder whose product is the aggregate.
 
     Args:
         options: strategy options as `key=value`.
         weights: one number an adapter, separated by commas; equal if None.
         start: the global adapter before the round.
+        base: the base model that all are for, where their folders name it in different ways.
 
     Raises:
         InputError: unreadable or unlike adapters, bad weights or options, an `out` that is not empty.
@@ -34,8 +36,11 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     numbers = parse_numbers("--weights", weights, len(folders))
     if numbers is not None and not all(math.isfinite(number) and number > 0 for number in numbers):
         raise InputError(f"--weights: {weights}: every weight must be positive and finite.")
-    result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None)
-    folder.save(result, out, **folder.about(folders[0]))
+    about = folder.about_all([*folders, *([start] if start else [])], base)
+    names = [str(path) for path in folders]
+    result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None, names)
+    require_numbers(out, result.tensors)
+    folder.save(result, out, **about)
     ranks = {result.rank(site) for site in result.lora_sites()}
     return {
         "strategy": strategy,

@@ -12,13 +12,14 @@ from fedpeft.merging.base import make
 from fedpeft.simulations.aggregate import parse_numbers, require_free
 
 
-def merge_folders(method: str, folders: list[Path], options: list[str], numbers: str | None, out: Path
-                  ) -> dict[str, Any]:
+def merge_folders(method: str, folders: list[Path], options: list[str], numbers: str | None, out: Path,
+                  base: str | None = None) -> dict[str, Any]:
     """Merge peft folders, in the order given, into a peft folder.
 
     Args:
         options: merger options as `key=value`.
         numbers: one number an adapter, separated by commas: what the merger says it takes.
+        base: the base model that all are for, where their folders name it in different ways.
 
     Raises:
         InputError: unreadable or unlike adapters, bad numbers or options, an `out` that is not empty.
@@ -29,12 +30,9 @@ def merge_folders(method: str, folders: list[Path], options: list[str], numbers:
     if numbers is not None and not merger.number:
         raise InputError(f"--numbers: {method} takes no number with an adapter.")
     values = parse_numbers("--numbers", numbers, len(folders))
-    about = folder.about(folders[0])
+    about = folder.about_all(folders, base)
     state, ranks = merger.start(), set[int]()
     for index, path in enumerate(folders):
-        base = folder.about(path)["base"]
-        if base != about["base"]:
-            raise InputError(f"{path}: its base model is '{base}'; that of {folders[0]} is '{about['base']}'.")
         adapter = folder.load(path)
         try:
             state = merger.add(state, adapter, None if values is None else values[index])

@@ -14,13 +14,14 @@ from fedpeft.strategies.wrapper import name_of
 
 
 def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights: list[float] | None = None,
-              start: AdapterState | None = None) -> tuple[AdapterState, list[str]]:
+              start: AdapterState | None = None, names: list[str] | None = None) -> tuple[AdapterState, list[str]]:
     """Aggregate adapters once.
 
     Args:
         adapters: plain or with a core or residual (these are folded in first); scalings may differ.
         weights: one positive number each; None is equal weights. They are normalised.
         start: what the adapters were trained from. Needed by rules that measure updates (norm_clip, server optimizers).
+        names: of the adapters, for errors; their numbers if None.
 
     Returns:
         A plain LoRA whose product, times its scaling, is the strategy's aggregate, and notes for the user.
@@ -39,8 +40,9 @@ def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights
                          "Give that start adapter.")
     adapters = [flat(adapter) for adapter in adapters]
     first = adapters[0] if start is None else flat(start)
-    for number, adapter in enumerate(adapters):
-        require_same_sites(first, adapter, f"adapter {number}")
+    names = names or [f"adapter {number}" for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        require_same_sites(first, adapter, name)
     _require_ranks(strategy, first, adapters, start is not None)
     server = ServerState(first if start is not None else _largest(adapters))
     updates = [Update(f"adapter-{number:03d}", float(weight), adapter)

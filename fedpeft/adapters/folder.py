@@ -12,27 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedpeft.adapters.peft_files import (
+    PREFIX,
+    named_parameter,
+    require_numbers,
+    require_plain_lora,
+    saved_module,
+)
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes, write_tensors
 from fedpeft.state import AdapterState, Site
 
 WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
-PREFIX = "base_model.model."
 TASKS = {"image-classification": None, "sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 POOLED = "FEATURE_EXTRACTION"
-# Initialisations that move the base weights: the factors alone are not the adapter then.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = None, pooled_head: bool = False) -> None:
+def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = None, pooled_head: bool = False,
+         revision: str | None = None, modules: list[str] | None = None) -> None:
     """Write a plain LoRA state (see `flat`) as a peft folder. Sites may have different ranks and scales.
 
     Args:
         base: what `from_pretrained` takes to get the base model.
         pooled_head: the head is fedpeft's mean-pooled one, no module of the base: it goes to head.safetensors only.
+        revision: of the base, where it has one.
+        modules: full names of the modules that a head is in; None is the part of each name before the first dot.
     """
     tensors: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
@@ -53,6 +61,7 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
         "peft_type": "LORA",
         "task_type": POOLED if pooled_head else TASKS.get(task or ""),
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "bias": "none",
         "r": rank,
@@ -64,7 +73,7 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
         "target_modules": sorted(ranks),
         "rank_pattern": {site: value for site, value in ranks.items() if value != rank},
         "alpha_pattern": {site: value for site, value in alphas.items() if value != alpha},
-        "modules_to_save": None if pooled_head or not head else sorted({name.split(".")[0] for name in head}),
+        "modules_to_save": None if pooled_head or not head else modules or sorted({key.split(".")[0] for key in head}),
     }
     if not pooled_head:
         tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
@@ -76,53 +85,72 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What `save` is told beside the adapter, as an existing peft folder has it: base, task, pooled_head."""
+    """What `save` is told beside the adapter, as an existing peft folder has it."""
     config = _config(folder)
-    kind = config.get("task_type")
-    return {"base": str(config.get("base_model_name_or_path") or ""),
+    kind, saved = config.get("task_type"), config.get("modules_to_save") or []
+    found = (saved_module(name.removeprefix(PREFIX), saved) for name in _weight_names(folder)) if saved else ()
+    return {"base": str(config.get("base_model_name_or_path") or ""), "revision": config.get("revision"),
             "task": next((name for name, value in TASKS.items() if value and value == kind), None),
-            "pooled_head": kind == POOLED and (folder / HEAD).exists()}
+            "pooled_head": kind == POOLED and (folder / HEAD).exists(),
+            "modules": sorted({module for module in found if module}) or None}
+
+
+def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
+    """What `save` is told about an adapter made of these.
+
+    Args:
+        base: what the result is to name as its base; the user's word that all adapters are for it.
+
+    Raises:
+        InputError: their base models have other names or revisions, and `base` is not given; they are for other tasks.
+    """
+    first = about(folders[0])
+    for path in folders[1:]:
+        other = about(path)
+        if base is None and (_place(other["base"]), other["revision"]) != (_place(first["base"]), first["revision"]):
+            raise InputError(
+                f"{path}: its base model is {_named(other)}; that of {folders[0]} is {_named(first)}. If both are one "
+                "model, say so with --base and the name that the result is to have.")
+        if other["task"] and first["task"] and other["task"] != first["task"]:
+            raise InputError(f"{path}: made for {other['task']}; {folders[0]} for {first['task']}.")
+        if other["pooled_head"] != first["pooled_head"]:
+            raise InputError(f"{path}: its head is {_head(other)}; that of {folders[0]} is {_head(first)}.")
+        first = {**first, "task": first["task"] or other["task"]}
+    return first if base is None else {**first, "base": base, "revision": None}
 
 
 def load(folder: Path) -> AdapterState:
     """Read a peft LoRA folder.
 
     Raises:
-        InputError: a file is missing or damaged, or the adapter is not plain LoRA.
+        InputError: a file is missing or damaged, the adapter is not plain LoRA, or a value is not finite.
     """
     config = _config(folder)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read.")
-    for option in ("use_dora", "lora_bias", "use_bdlora"):
-        if config.get(option):
-            raise InputError(f"{folder}: {option} is set; only plain LoRA factors can be read.")
-    if config.get("bias", "none") != "none":
-        raise InputError(
-            f"{folder}: bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'."
-        )
-    if str(config.get("init_lora_weights")).startswith(MOVES_BASE):
-        raise InputError(
-            f"{folder}: init_lora_weights={config['init_lora_weights']!r} moves the base weights. Save it as a plain "
-            "LoRA first (peft: save_pretrained with path_initial_model_for_weight_conversion)."
-        )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise InputError(
-            f"{folder}: adapter_config.json: lora_alpha is {config.get('lora_alpha')!r}; expected a number."
-        )
-    tensors = {}
-    for name, value in _weights(folder).items():
-        site, _, role = name.removeprefix(PREFIX).rpartition(".")
-        parent, _, part = site.rpartition(".")
-        if part in ("lora_A", "lora_B"):
-            site, role = parent, part[-1]
-        elif "lora_" in part or "lora_" in role:
-            raise InputError(f"{folder}: {name}: only LoRA factors of linear layers can be read.")
-        tensors[f"{site}/{role}"] = value
+    require_plain_lora(folder, config)
+    weights, saved, tensors = _weights(folder), config.get("modules_to_save") or [], {}
+    require_numbers(folder, weights)
+    for name, value in weights.items():
+        tensors["/".join(named_parameter(folder, name, saved))] = value
     if (folder / HEAD).exists():
-        for name, value in _read(folder / HEAD).items():
+        head = _read(folder / HEAD)
+        require_numbers(folder, head)
+        for name, value in head.items():
             site, _, role = name.rpartition(".")
             tensors[f"{site}/{role}"] = value
     return AdapterState(tensors, _sites(folder, tensors, config))
+
+
+def _place(base: str) -> str:
+    """One spelling of a local path; the name itself where nothing lies there."""
+    return str(Path(base).resolve()) if base and Path(base).exists() else base
+
+
+def _named(about: dict[str, Any]) -> str:
+    return f"'{about['base']}'" + (f" at revision {about['revision']}" if about["revision"] else "")
+
+
+def _head(about: dict[str, Any]) -> str:
+    return "a mean-pooled one of fedpeft's" if about["pooled_head"] else "the base model's"
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -140,6 +168,16 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).exists() and pickled.exists():
         return _read(pickled)
     return _read(folder / WEIGHTS)
+
+
+def _weight_names(folder: Path) -> list[str]:
+    if not (folder / WEIGHTS).exists():
+        return list(_weights(folder))
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return list(file.keys())
+    except Exception as error:
+        raise InputError(f"{folder / WEIGHTS}: not readable: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
