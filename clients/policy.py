@@ -1,23 +1,36 @@
 """What a site allows, whatever a server asks: a YAML file beside its data, checked before the data is read.
 
-    max_epsilon: 3.0            # over all runs that the site's ledger counts
     max_delta: 1.0e-5
     min_noise_multiplier: 0.5
-    max_rounds: 100
     strategies: [fedsvd, ffa_lora]
+    max_epsilon: 3.0            # over all runs that the site's ledger counts
+    max_rounds: 100
+    unbounded: [records]        # left open on purpose
+
+Of BOUNDS each is either set or named as left open: a file that is empty, or was cut off before them, is no policy. A
+file whose last line may be cut in the middle (of a number, say: 1.0e-1 for 1.0e-12) is none either, so the last line
+has to end.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fedpeft import config as configs
 from fedpeft.config import Config, option
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.ledger import Budget
 
+BOUNDS = ("max_epsilon", "max_rounds", "records")
+log = logging.getLogger("fedpeft")
+INVALID = "the site's policy is not valid now, so nothing is allowed; the site's own log says why."
 METRICS = ("train_loss", "loss", "accuracy", "num-examples", "missed_tasks")
+
+UNSET = (f"Set {', '.join(BOUNDS[:-1])} and {BOUNDS[-1]}, or name what is left open on purpose, as in unbounded: "
+         f"[{BOUNDS[-1]}].")
 
 
 class Refused(RunError):
@@ -26,7 +39,7 @@ class Refused(RunError):
 
 @dataclass
 class Policy:
-    """Bounds that a site sets. What is null is not bounded."""
+    """Bounds that a site sets. What is null is not bounded; of BOUNDS, `unbounded` then says so."""
 
     unit: str = option("sample", "what must be protected: sample, one record against everyone outside; or none",
                        choices=("sample", "none"))
@@ -39,6 +52,7 @@ class Policy:
     records: int | None = option(None, "public number of records, for the sampling rate; null takes privacy.records, "
                                  "else the true count", low=1)
     seeded_noise: bool = option(False, "allow noise that can be reproduced (tests, simulations): no privacy")
+    unbounded: list[str] = option([], f"which of {', '.join(BOUNDS)} are left open on purpose")
 
     def lifetime(self, config: Config) -> Budget | None:
         """What all runs together may cost."""
@@ -96,20 +110,69 @@ def load(path: Path) -> Policy:
     """Read a policy file.
 
     Raises:
-        InputError: no such file, an unknown key or a value out of its bounds.
+        InputError: no such file, an unknown key, a value out of its bounds, a bound neither set nor left open by name.
     """
     if not path.is_file():
         raise InputError(f"privacy.policy: no file {path}.")
-    policy: Policy = configs.build(Policy, configs.read_yaml(path), "policy")
-    unknown = set(policy.metrics) - set(METRICS)
-    if unknown:
-        raise InputError(f"policy.metrics: {', '.join(sorted(unknown))} not known. Allowed: {', '.join(METRICS)}.")
+    tree = configs.read_yaml(path)
+    if not tree:
+        raise InputError(f"{path}: it is empty, and an empty policy bounds nothing. {UNSET}")
+    policy: Policy = configs.build(Policy, tree, "policy")
+    if path.read_text(encoding="utf-8").rstrip(" ")[-1:] not in ("\n", "]", "}"):
+        raise InputError(f"{path}: its last line does not end, so the file may be cut off. End it with a newline.")
+    for key, allowed in (("metrics", METRICS), ("unbounded", BOUNDS)):
+        unknown = sorted(set(getattr(policy, key)) - set(allowed))
+        if unknown:
+            raise InputError(f"policy.{key}: {', '.join(unknown)} not known. Allowed: {', '.join(allowed)}.")
+    for key in BOUNDS:
+        value = getattr(policy, key)
+        if value is None and key not in policy.unbounded:
+            raise InputError(f"{path}: policy.{key} is not set. {UNSET}")
+        if value is not None and key in policy.unbounded:
+            raise InputError(f"{path}: policy.{key} is {value:g}, and named in policy.unbounded too. Take one out.")
     return policy
 
 
-def of_client(place: str | None, client: str) -> Policy | None:
-    """The policy of a client: the one file of all, or <client>.yaml in a folder of them; None if none is set."""
-    if place is None:
-        return None
+def allows(policy: Policy) -> dict[str, Any]:
+    """What a policy allows and what it leaves open; JSON-ready."""
+    bounds = {key: value for key, value in asdict(policy).items() if key != "unbounded"}
+    left = {**dict.fromkeys(policy.unbounded), **({} if policy.strategies is not None else {"strategies": None}),
+            **({} if policy.min_noise_multiplier else {"min_noise_multiplier": None})}
+    return {"allows": bounds, "open": list(left)}
+
+
+def sentences(policy: Policy) -> list[str]:
+    """What a policy allows and what it leaves open, a line each, for people."""
+    noise, names = policy.min_noise_multiplier, policy.strategies
+    lines = [
+        "unit: every record is protected by DP-SGD" if policy.unit == "sample" else
+        "unit: none, SO PLAIN TRAINING IS ALLOWED: no privacy",
+        "max_epsilon: " + ("ANY EPSILON" if policy.max_epsilon is None else
+                           f"{policy.max_epsilon:g} of one record, over all runs that the ledger counts"),
+        f"max_delta: {policy.max_delta:g}",
+        "min_noise_multiplier: " + (f"{noise:g}" if noise else "any noise that the epsilon allows"),
+        "max_rounds: " + ("ANY NUMBER of rounds" if policy.max_rounds is None else f"{policy.max_rounds} of one run"),
+        "strategies: " + ("any" if names is None else ", ".join(names) or "none"),
+        f"metrics: {', '.join(policy.metrics) or 'none'} may leave beside the update",
+        "records: " + ("what the run says, else the true number counts as public" if policy.records is None else
+                       f"{policy.records}, whatever the true number is"),
+    ]
+    if policy.seeded_noise:
+        lines.append("seeded_noise: NOISE THAT THE COORDINATOR CAN REPRODUCE IS ALLOWED: no privacy")
+    return [*lines, f"left open: {', '.join(allows(policy)['open']) or 'nothing'}"]
+
+
+def record(policy: Policy) -> None:
+    """Say in the log which policy is in force."""
+    log.info("the policy in force: %s", "; ".join(sentences(policy)))
+
+
+def place_of(place: str, client: str) -> Path:
+    """The file of a client: the one of all, or <client>.yaml in a folder of them."""
     path = Path(place)
-    return load(path / f"{client}.yaml" if path.is_dir() else path)
+    return path / f"{client}.yaml" if path.is_dir() else path
+
+
+def of_client(place: str | None, client: str) -> Policy | None:
+    """The policy of a client; None if none is set."""
+    return None if place is None else load(place_of(place, client))

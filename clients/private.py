@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 
 from fedpeft import registry
 from fedpeft.clients import policy
-from fedpeft.clients.policy import Refused
+from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.privacy import checks
@@ -22,6 +23,8 @@ from fedpeft.privacy.ledger import Budget, Entry, Ledger, accounts_of, client_of
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
+
+log = logging.getLogger("fedpeft")
 
 
 class Guard:
@@ -36,7 +39,14 @@ class Guard:
         self.config, self.folder, self.run = config, folder, run
         self.private = config.privacy.unit == "sample"
         self.rounds = config.run.rounds // (config.continual.tasks if config.continual.body else 1)
-        self.policy = cache(lambda client: policy.of_client(config.privacy.policy, client))
+        self.policy = cache(self._policy)
+
+    def _policy(self, client: str) -> Policy | None:
+        try:
+            return policy.of_client(self.config.privacy.policy, client)
+        except InputError as error:
+            log.error("%s: %s", client, error)
+            raise Refused(policy.INVALID) from error
 
     def admit(self, client: str, number: int) -> None:
         """Raise Refused unless the client's policy allows this round. Reads no record."""
@@ -84,7 +94,11 @@ class Guard:
         return plan
 
     def require(self, clients: dict[str, int]) -> None:
-        """Raise InputError if a client, named with its number of records, cannot be trained privately as configured."""
+        """Raise InputError if a client, named with its number of records, cannot be trained privately as configured, or
+        its policy is none.
+        """
+        for client in clients:
+            policy.of_client(self.config.privacy.policy, client)
         if self.private:
             for client, count in clients.items():
                 plans.require(self.config.privacy, self.config.client, self.records(client) or count, count, client)
@@ -170,8 +184,12 @@ def fingerprint(received: AdapterState, task: dict[str, Any]) -> str:
 def check(config: Config) -> None:
     """Refuse what sample-level DP cannot protect, before anything is loaded."""
     privacy = config.privacy
-    if privacy.policy is not None and not Path(privacy.policy).exists():
-        raise InputError(f"privacy.policy: no file or folder {privacy.policy}.")
+    if privacy.policy is not None:
+        place = Path(privacy.policy)
+        if not place.exists():
+            raise InputError(f"privacy.policy: no file or folder {privacy.policy}.")
+        for path in sorted(place.glob("*.yaml")) if place.is_dir() else [place]:
+            policy.load(path)
     if privacy.unit != "sample":
         return
     checks.require_covered(config)

@@ -158,6 +158,17 @@ def site_check(folder: SiteDir, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@site_app.command("policy")
+def site_policy(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A policy file, or a folder of them.")],
+    as_json: Json = False,
+) -> None:
+    """Print what a policy allows, and what it leaves open."""
+    from fedpeft.deploy import show, site
+
+    console.emit(site.policy(file), as_json, show.policies)
+
+
 @site_app.command("start")
 def site_start(folder: SiteDir, insecure: Insecure = False) -> None:
     """Take part in the coordinator's runs, within the policy, until stopped."""

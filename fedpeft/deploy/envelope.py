@@ -8,6 +8,7 @@ and puts its own values where they are its own to decide: data, columns, model, 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from fedpeft.errors import InputError
 if TYPE_CHECKING:
     from fedpeft.models import Base
 
+log = logging.getLogger("fedpeft")
 RECORD = "fedpeft.run"
 LABELS, LABEL_BYTES = 32_768, 256
 SHARED = ("clients", "holdout", "labels")  # of the data section: what a run says, not a site
@@ -126,13 +128,25 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
         raise Refused(f"the config is not valid here: {error}") from error
 
 
-def admitted(envelope: Envelope, site: Site, number: int) -> Config:
+def in_force(site: Site) -> Policy:
+    """The site's policy as it is now.
+
+    Raises:
+        Refused: it is none; what is wrong with it stands in the site's log only.
+    """
+    try:
+        return policies.load(site.policy)
+    except InputError as error:
+        log.error("the policy: %s", error)
+        raise Refused(policies.INVALID) from error
+
+
+def admitted(envelope: Envelope, site: Site, bounds: Policy, number: int) -> Config:
     """The config of a message that the site's policy allows. No record and no model has been read by then.
 
     Raises:
         Refused: with every reason.
     """
-    bounds = policies.load(site.policy)
     config = own_config(envelope.config, site, bounds)
     bounds.require(config, number)
     return config

@@ -112,7 +112,7 @@ def prepared(root: Path) -> Path:
             csv.writer(file).writerows([["text", "label"], *rows])
         data = str(root / f"{name}.csv")
         site.init(root / name, name, f"localhost:{port}", coordinator / "ca.crt", data, "tiny-bert")
-        (root / name / "policy.yaml").write_text("unit: none\n")
+        (root / name / "policy.yaml").write_text("unit: none\nunbounded: [max_epsilon, max_rounds, records]\n")
         commands.add_site(coordinator, name, str(root / name / "site.pub"))
     return coordinator
 

@@ -20,6 +20,13 @@ def checks(result: dict[str, Any]) -> None:
         out.print(f"{row['check']:<7} {row['seen']}", markup=False, soft_wrap=True)
 
 
+def policies(result: dict[str, Any]) -> None:
+    for entry in result["policies"]:
+        out.print(entry["file"], style="bold", markup=False, soft_wrap=True)
+        for line in entry["says"]:
+            out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
 def sites(result: dict[str, Any]) -> None:
     if not result["running"]:
         out.print("the coordinator is not running", style="yellow")

@@ -29,16 +29,19 @@ POLL_S = 0.25
 SKEW_S = 60.0  # Flower takes clocks that are up to 300 s behind and 5 s ahead
 INSECURE = "INSECURE: no TLS and no authentication; whoever is on the way can read and change what is sent."
 POLICY = """\
-# What this site allows, whatever a coordinator asks. It is read anew for every message; null is no bound.
+# What this site allows, whatever a coordinator asks. It is read anew for every message. Of max_epsilon, max_rounds and
+# records each is set, or named as left open on purpose; they come last, so that a file that is cut off lacks them.
+# `fedpeft site policy policy.yaml` says what the file allows.
 unit: sample                # every record is protected by DP-SGD; none lets plain training through
-max_epsilon: 3.0            # of one record, over all runs that this site's ledger counts
 max_delta: 1.0e-5
 min_noise_multiplier: 0.3
-max_rounds: 200
-strategies: null            # names that may ask, as [fedsvd, ffa_lora]
+strategies: null            # names that may ask, as [fedsvd, ffa_lora]; null is all
 metrics: []                 # beside the update, of: train_loss, loss, accuracy, num-examples, missed_tasks
-records: null               # public number of records, where the true one is not to be told
 seeded_noise: false         # true: noise that the coordinator can reproduce, so no privacy; for tests
+max_epsilon: 3.0            # of one record, over all runs that this site's ledger counts
+max_rounds: 200             # of one run
+records: null               # public number of records, where the true one is not to be told
+unbounded: [records]        # what is left open on purpose, of: max_epsilon, max_rounds, records
 """
 
 
@@ -90,6 +93,25 @@ def check(path: Path) -> dict[str, Any]:
     return {"site": site.settings.name, "ok": all(row["ok"] for row in rows), "checks": rows}
 
 
+def policy(path: Path) -> dict[str, Any]:
+    """What a policy file, a site's, or each of a folder of them allows and leaves open.
+
+    Raises:
+        InputError: one of them is no policy, or there is none.
+    """
+    from fedpeft.clients import policy as policies
+
+    path = path / "policy.yaml" if (path / "site.yaml").exists() else path
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: no *.yaml in this folder.")
+    found = []
+    for file in files:
+        bounds = policies.load(file)
+        found.append({"file": str(file), **policies.allows(bounds), "says": policies.sentences(bounds)})
+    return {"policies": found}
+
+
 def start(path: Path, insecure: bool = False) -> None:
     """Run the site until SIGTERM or Ctrl-C.
 
@@ -99,13 +121,14 @@ def start(path: Path, insecure: bool = False) -> None:
     from fedpeft.clients import policy as policies
 
     site = settings.site(path)
-    policies.load(site.policy)
+    bounds = policies.load(site.policy)
     if site.settings.data.source is None:
         raise InputError(f"site.data.source: no data are named in {site.path / 'site.yaml'}.")
     if not insecure and not (site.path / "ca.crt").is_file():
         raise InputError(f"{site.path}: no ca.crt; it is the coordinator's, and it is what makes sure whom this site "
                          "talks to.")
     with _alone(site):
+        policies.record(bounds)
         if insecure:
             log.warning(INSECURE)
         place = Path(tempfile.mkdtemp(prefix="fedpeft-"))  # mode 0700; socket names must be short
@@ -176,7 +199,9 @@ def _policy(site: Site) -> str:
     bounds = policies.load(site.policy)
     epsilon = "any epsilon" if bounds.max_epsilon is None else f"epsilon up to {bounds.max_epsilon:g}"
     warning = "; SEEDED NOISE IS ALLOWED: no privacy" if bounds.seeded_noise else ""
-    return f"unit {bounds.unit}, {epsilon}, at most {bounds.max_rounds or 'any number of'} rounds{warning}"
+    left = ", ".join(policies.allows(bounds)["open"]) or "nothing"
+    return (f"unit {bounds.unit}, {epsilon}, at most {bounds.max_rounds or 'any number of'} rounds; left open: "
+            f"{left}{warning}")
 
 
 def _keys(site: Site) -> str:

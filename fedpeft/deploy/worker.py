@@ -23,8 +23,9 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
-from fedpeft.clients.policy import Refused
+from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.encode import Encoded, encode
@@ -45,6 +46,7 @@ class Resident:
     def __init__(self, site: Site) -> None:
         self.site, self.name = site, site.settings.name
         self.held: Envelope | None = None
+        self.bounds: Policy | None = None
         self.local: Local | None = None
         self.strategy: FederatedStrategy | None = None
         self.app: ClientApp = client_app(self.current, lambda context: self.name)
@@ -70,7 +72,11 @@ class Resident:
         """Check what is asked, and have the model of its run ready."""
         cover = envelope.opened(message.content, self.site)
         task = _task(message)
-        config = envelope.admitted(cover, self.site, int(task.get("round", 0)))
+        bounds = envelope.in_force(self.site)
+        if bounds != self.bounds:
+            policies.record(bounds)
+            self.bounds = bounds
+        config = envelope.admitted(cover, self.site, bounds, int(task.get("round", 0)))
         if cover != self.held:
             self.held, self.local = None, None  # the old model goes before the new one comes
             self.strategy, self.local = self.build(cover, config)

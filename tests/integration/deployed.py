@@ -31,7 +31,7 @@ TRAIN = {
     "privacy": {"unit": "sample", "epsilon": 8.0, "delta": 1e-3},
     "run": {"rounds": 3, "seed": 1},
 }
-POLICY = "unit: sample\nmax_delta: 0.01\nseeded_noise: true\n"
+POLICY = "unit: sample\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_epsilon, max_rounds, records]\n"
 NAMES = [split.client_name(index) for index in range(3)]
 COUNTS = dict(zip(NAMES, (60, 50, 40), strict=True))
 

@@ -50,9 +50,9 @@ def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
     """The same request, another adapter; and the run goes on when one of three sites refuses to take part."""
     policy = deployment.root / NAMES[0] / "policy.yaml"
     before = policy.read_text()
-    policy.write_text("unit: sample\nmax_delta: 0.01\nseeded_noise: false\n")
+    policy.write_text(before.replace("seeded_noise: true", "seeded_noise: false"))
     other = deployment.root / NAMES[1] / "policy.yaml"
-    other.write_text("unit: sample\nmax_delta: 0.01\nseeded_noise: true\nmax_epsilon: 2\n")
+    other.write_text(before.replace("[max_epsilon, ", "[") + "max_epsilon: 2\n")
     run = deployment.submit(TRAIN, "privacy.randomness=seeded", "run.rounds=1")
     deployment.wait(run)
     policy.write_text(before)

@@ -20,6 +20,7 @@ from flwr.proto.task_pb2 import Task
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import config as configs
+from fedpeft.clients.policy import BOUNDS
 from fedpeft.data import source
 from fedpeft.deploy import build, envelope, keys, proxy, roster, settings, site, worker
 from fedpeft.deploy.envelope import Envelope
@@ -47,6 +48,7 @@ class Rig:
         self.here = build.bare(self.config, self.folder.parent / "server", LABELS)
 
     def policy(self, **values):
+        values["unbounded"] = [key for key in BOUNDS if key not in values]
         (self.folder / "policy.yaml").write_text(yaml.safe_dump(values))
 
     @property

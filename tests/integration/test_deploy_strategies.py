@@ -42,7 +42,7 @@ ALWAYS = ("secagg", "tasks-dp")  # the others are slow
 SAMPLE = ("secagg", "tasks-dp")
 EVENTS = ("round", "sums", "task")
 OWN = {"time", "seconds", "push_s", "pull_s"}  # of a run
-POLICY = ("unit: none\nmax_delta: 0.01\nseeded_noise: true\n"
+POLICY = ("unit: none\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_epsilon, max_rounds, records]\n"
           "metrics: [train_loss, loss, accuracy, num-examples, missed_tasks]\n")
 
 

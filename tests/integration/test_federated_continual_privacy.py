@@ -75,7 +75,7 @@ def test_a_policy_bounds_what_a_record_may_spend_in_its_task(go, tmp_path):
         (tmp_path / f"{name}-policies").mkdir()
         for client in range(3):
             (tmp_path / f"{name}-policies" / f"client-{client:03d}.yaml").write_text(
-                f"max_epsilon: {epsilon}\nmax_delta: 0.01\nseeded_noise: true\n")
+                f"max_epsilon: {epsilon}\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_rounds, records]\n")
     summary = go("run", "continual_dp", {**DP_LDA, "privacy.policy": str(tmp_path / "enough-policies")})
     assert len(summary["continual"]["right"]) == 2 and not summary["quarantined"]
     with pytest.raises(RunError, match=r"budget exhausted: .* for all runs together"):

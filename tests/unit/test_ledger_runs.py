@@ -91,7 +91,8 @@ def test_the_round_goes_on_without_a_client_whose_budget_is_spent(tiny, tmp_path
     one, two = (composed(((4 / records, 1.0, steps),), DELTA, "rdp") for steps in (2, 4))
     for name in NAMES:
         most = (one + two) / 2 if name == "client-002" else 50.0
-        (folder / f"{name}.yaml").write_text(f"max_epsilon: {most}\nseeded_noise: true\nrecords: {records}\n")
+        (folder / f"{name}.yaml").write_text(f"max_epsilon: {most}\nseeded_noise: true\nrecords: {records}\n"
+                                             "unbounded: [max_rounds]\n")
     summary = tiny("run", {**PRIVATE, "privacy.policy": str(folder)})
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     out = [event for event in events if event["event"] == "quarantine"]
