@@ -29,7 +29,7 @@ from fedpeft import lowrank, seeds
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdapterState
-from fedpeft.strategies import flower_api, wire
+from fedpeft.strategies import flower_api, round_facts, wire
 
 log = logging.getLogger("fedpeft")
 
@@ -166,6 +166,14 @@ class FederatedStrategy(Strategy):
         """What the client is told beside tensors (JSON-ready)."""
         return {"trains": list(self.trained(server)), "uploads": list(self.uploads(server)), "keeps": list(self.keeps)}
 
+    def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
+        """What the round's event says of single updates."""
+        return round_facts.of_single(sent, updates, [role for role in self.uploads(server) if role in self.trains])
+
+    def treatments(self) -> dict[str, str]:
+        """Clients that the last `aggregate` cut, clipped or left out, and how; for the record alone."""
+        return {}
+
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         """The next state from checked updates, sorted by client name. Pure."""
         return server.with_tensors(self.average(same_scale(server, updates), self.uploads(server)))
@@ -207,7 +215,7 @@ class FederatedStrategy(Strategy):
             RoundFailed: fewer than quorum x asked good replies.
             RunError: too few clients joined.
         """
-        roster = codec.roster(grid, rules.clients)
+        roster, warned = codec.roster(grid, rules.clients), set[str]()
         while server.round < rules.rounds:
             number, begun = server.round + 1, time.monotonic()
             # 1. Choose clients, by stable name.  2. Plan what each receives and trains.
@@ -222,8 +230,10 @@ class FederatedStrategy(Strategy):
             else:
                 updates, bad, traffic = rules.secagg(grid, roster, self, server, sent, contents, rules)
             # 6. Aggregate.  7. The new strategy state.
+            facts = self.facts(server, sent, updates) if rules.secagg is None else {}
             server, event = self.conclude(server, updates, bad, rules, record)
-            event |= {"clients": [client for client in sorted(sent) if client not in bad], **traffic}
+            event |= {"clients": [client for client in sorted(sent) if client not in bad], **traffic,
+                      **round_facts.told(number, facts, self.treatments(), warned)}
             # 8. Evaluate, record, checkpoint.
             if number % rules.evaluate_every == 0 or number == rules.rounds:
                 if rules.evaluate_clients:
@@ -284,7 +294,7 @@ class FederatedStrategy(Strategy):
             "event": "round",
             "round": number,
             "quarantined": bad,
-            **mean_metrics(updates),
+            **round_facts.mean_metrics(updates),
         }
 
     def check(self, server: ServerState, sent: dict[str, AdapterState], replies: dict[str, Message | None],
@@ -388,10 +398,3 @@ def choose(names: list[str], rules: Rules, number: int) -> list[str]:
     count = min(rules.clients_per_round or len(names), len(names))
     order = seeds.numpy_generator(rules.seed, "round", number, "choose").permutation(len(names))
     return sorted(names[index] for index in order[:count])
-
-
-def mean_metrics(updates: list[Update]) -> dict[str, float]:
-    """Means over clients of the metrics that all of them sent, weighted like the updates."""
-    shared = set.intersection(*(set(update.metrics) for update in updates)) if updates else set()
-    total = sum(update.weight for update in updates)
-    return {key: sum(update.metrics[key] * update.weight for update in updates) / total for key in sorted(shared)}

@@ -169,6 +169,10 @@ class ClientDP(Wrapper):
         releases = ((self.sample_rate, self.noise_multiplier, rounds),) if rounds else ()
         return accounting.composed(releases, privacy.delta, privacy.accountant)
 
+    def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
+        """Nothing: the server sees single updates, and the guarantee does not cover what it says of them."""
+        return {}
+
     def conclude(self, server: ServerState, updates: list[Update], bad: dict[str, str], rules: Rules,
                  record: Callable[[dict[str, Any]], None]) -> tuple[ServerState, dict[str, Any]]:
         """The round as always; the clients' metrics stay out of its event, what was spent goes in."""

@@ -55,6 +55,7 @@ class Krum(Wrapper):
                         2 * self.byzantine + 3)
         require_equal_shapes(updates, "krum")
         order = scores(torch.stack([flattened(update) for update in updates]), self.byzantine).argsort(stable=True)
+        self.treated = {updates[index].client: "not selected" for index in sorted(order[self.keep :].tolist())}
         return [updates[index] for index in sorted(order[: self.keep].tolist())]
 
 

@@ -7,15 +7,14 @@ median of products; what it guards against is single clients.
 
 Deviations: none.
 
-    >>> import torch
-    >>> median(torch.tensor([[1.0], [9.0], [2.0], [3.0]])).tolist()
-    [2.5]
+    >>> Median().needs.value
+    'individual'
 """
 
 from __future__ import annotations
 
 from fedpeft.strategies.base import Needs, ServerState, Update
-from fedpeft.strategies.wrapper import Wrapper, median, merged
+from fedpeft.strategies.wrapper import Wrapper, merged
 
 
 class Median(Wrapper):
@@ -25,4 +24,5 @@ class Median(Wrapper):
     needs = Needs.INDIVIDUAL
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
-        return merged(updates, median, "median")
+        one, self.treated = merged(updates, (len(updates) - 1) // 2, "median")
+        return one

@@ -23,7 +23,8 @@ from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState
 from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
-from fedpeft.strategies.wrapper import Wrapper, flattened, median
+from fedpeft.strategies.round_facts import median
+from fedpeft.strategies.wrapper import Wrapper, flattened
 
 
 class NormClip(Wrapper):
@@ -45,6 +46,8 @@ class NormClip(Wrapper):
         moves = [self._moved(server, update) for update in updates]
         norms = torch.stack([flattened(move).norm() for move in moves])
         bound = float(median(norms)) if self.bound is None else self.bound
+        self.treated = {update.client: f"clipped to {100 * bound / norm:.3g} % of its length"
+                        for update, norm in zip(updates, norms.tolist(), strict=True) if norm > bound}
         clipped = []
         for update, move, norm in zip(updates, moves, norms.tolist(), strict=True):
             back = max(0.0, 1 - bound / norm) if norm > 0 else 0.0

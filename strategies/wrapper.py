@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +37,7 @@ class Wrapper(FederatedStrategy):
     weighting = _forwarded("weighting")
 
     def __init__(self, inner: FederatedStrategy | None = None) -> None:
+        self.treated: dict[str, str] = {}  # what `transform` last did to whom
         self.inner: FederatedStrategy = registry.load("strategies", "fedit")() if inner is None else inner
         individual = Needs.INDIVIDUAL in (type(self).needs, self.inner.needs)
         self.needs = Needs.INDIVIDUAL if individual else Needs.SUM
@@ -69,8 +69,13 @@ class Wrapper(FederatedStrategy):
         return self.inner.task(server)
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
-        """The updates that the inner strategy aggregates."""
+        """The updates that the inner strategy aggregates. Whom it cuts, clips or leaves out stands in `treated` then."""
         return updates
+
+    def treatments(self) -> dict[str, str]:
+        inner = self.inner.treatments()
+        both = {client: f"{what}, {inner[client]}" for client, what in self.treated.items() if client in inner}
+        return {**self.treated, **inner, **both}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         return self.inner.aggregate(server, self.transform(server, same_scale(server, updates)))
@@ -106,24 +111,32 @@ def _keeps_basis(cls: type[FederatedStrategy]) -> bool:
     return cls.fixed_basis and not cls.wraps
 
 
-def merged(updates: list[Update], statistic: Callable[[Tensor], Tensor], name: str) -> list[Update]:
-    """One update in place of all: `statistic` of each tensor's values stacked to [clients, ...], in float64.
+def merged(updates: list[Update], cut: int, name: str) -> tuple[list[Update], dict[str, str]]:
+    """One update in place of all: the mean of each coordinate's values without `cut` at each end, in float64; and the
+    clients that hardly count in it, with how much of each was cut.
+
+    Of the coordinates in which the clients differ, chance cuts 2 cut / n of a client's; a client is named where at most
+    half of what chance leaves was left.
 
     Raises:
         InputError: shapes differ between clients.
     """
     require_equal_shapes(updates, name)
-    first = updates[0].adapter
-    tensors = {key: statistic(torch.stack([update.adapter[key].double() for update in updates]))
-               for key in first.tensors}
-    return [Update(name, sum(update.weight for update in updates), AdapterState(tensors, first.sites),
-                   count=sum(update.count for update in updates))]
-
-
-def median(values: Tensor) -> Tensor:
-    """Median over the first dimension; of an even number, the mean of the two in the middle."""
-    ordered, count = values.sort(dim=0).values, values.shape[0]
-    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+    first, count = updates[0].adapter, len(updates)
+    tensors, outside, differ = {}, torch.zeros(count, dtype=torch.int64), 0
+    for key in first.tensors:
+        values = torch.stack([update.adapter[key].double() for update in updates])
+        ordered = values.sort(dim=0).values
+        kept = ordered[cut : count - cut]
+        tensors[key] = kept.mean(dim=0)
+        outside += ((values < kept[0]) | (values > kept[-1])).reshape(count, -1).sum(1).cpu()
+        differ += int((ordered[0] != ordered[-1]).sum())
+    shares = (outside / max(differ, 1)).tolist()
+    limit = (1 + 2 * cut / count) / 2
+    return ([Update(name, sum(update.weight for update in updates), AdapterState(tensors, first.sites),
+                    count=sum(update.count for update in updates))],
+            {update.client: f"trimmed in {100 * share:.0f} % of its values"
+             for update, share in zip(updates, shares, strict=True) if cut and share > limit})
 
 
 def require_equal_shapes(updates: list[Update], name: str) -> None:

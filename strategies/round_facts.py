@@ -1,0 +1,117 @@
+"""What a round's event says of the updates: the clients' mean metrics, and how far each update went beside the others.
+
+    norm         L2 norm of what a client's trained tensors moved by, over all of them together
+    distance     L2 distance of that move to the coordinate-wise median of all moves; none where shapes differ
+    far          over FAR times the median norm of the *other* clients' updates
+
+Neither says that a client is hostile: a client with far more steps moves farther too. It is named so that somebody
+looks. A bound on norms does not see a small update in a wrong direction; the distance to the median shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.state import AdapterState
+
+if TYPE_CHECKING:
+    from fedpeft.strategies.base import Update
+
+log = logging.getLogger("fedpeft")
+FAR = 10.0
+VALUES = 2**22  # of all clients together, that are held at once in float64
+
+
+def mean_metrics(updates: list[Update]) -> dict[str, float]:
+    """Means over clients of the metrics that all of them sent, weighted like the updates."""
+    shared = set.intersection(*(set(update.metrics) for update in updates)) if updates else set()
+    total = sum(update.weight for update in updates)
+    return {key: sum(update.metrics[key] * update.weight for update in updates) / total for key in sorted(shared)}
+
+
+def of_single(sent: dict[str, AdapterState], updates: list[Update], roles: list[str]) -> dict[str, Any]:
+    """`update_norms` and `update_distances` by client, and `far_updates`, client -> how many times the median norm of
+    the others (null where the others did not move); empty where no single update is seen.
+
+    Args:
+        sent: what each client received.
+        roles: of the tensors that are compared.
+    """
+    if not updates or any(update.client not in sent for update in updates):
+        return {}
+    moved = [(update.adapter.select(roles), sent[update.client]) for update in updates]
+    names = [update.client for update in updates]
+    norms = [after.distance(before) for after, before in moved]
+    distances = _distances(moved)
+    return {"update_norms": _by_name(names, norms), "update_distances": _by_name(names, distances),
+            "far_updates": far(dict(zip(names, norms, strict=True)))}
+
+
+def far(norms: dict[str, float]) -> dict[str, float | None]:
+    """Clients whose norm is over FAR times the median of the others' norms -> how many times.
+
+    >>> far({"a": 1.0, "b": 2.0, "c": 900.0})
+    {'c': 600.0}
+    """
+    found: dict[str, float | None] = {}
+    values = np.array(list(norms.values()))
+    for index, (name, norm) in enumerate(norms.items()):
+        others = float(np.median(np.delete(values, index))) if len(values) > 1 else norm
+        if norm > FAR * others:
+            found[name] = _short(norm / others) if others > 0 else None
+    return found
+
+
+def told(number: int, facts: dict[str, Any], treated: dict[str, str], known: set[str]) -> dict[str, Any]:
+    """`facts` and, of the same clients, who was cut, clipped or left out (`treated`), for the round's event.
+
+    A client whose update is far beyond the others' is named in the log, at its first time; `known` takes its name.
+    """
+    for name, times in facts.get("far_updates", {}).items():
+        if name not in known:
+            known.add(name)
+            log.warning("round %d: the update of %s %s (named from %g times on). If it should not count, set "
+                        "run.max_update_norm or a robust strategy.wrap.", number, name, beyond(times), FAR)
+    mine = {client: what for client, what in treated.items() if client in facts.get("update_norms", {})}
+    return {**facts, "treated": mine} if mine else facts
+
+
+def beyond(times: float | None) -> str:
+    """How far an update is, in words."""
+    return "moved where the others did not" if times is None else f"is {times:.4g} times as long as the others' median"
+
+
+def _distances(moved: list[tuple[AdapterState, AdapterState]]) -> list[float]:
+    """Of every move to their coordinate-wise median, some columns at a time; empty where shapes differ."""
+    first = moved[0][0]
+    if any({key: value.shape for key, value in after.tensors.items()}
+           != {key: value.shape for key, value in first.tensors.items()} for after, _ in moved):
+        return []
+    squares, width = torch.zeros(len(moved), dtype=torch.float64), max(1, VALUES // len(moved))
+    for key, value in first.tensors.items():
+        for start in range(0, value.numel(), width):
+            part = slice(start, start + width)
+            moves = torch.stack([after[key].flatten()[part].double() - before[key].flatten()[part].double()
+                                 for after, before in moved]).cpu()
+            squares += (moves - median(moves)).square().sum(1)
+    return squares.sqrt().tolist()
+
+
+def median(values: Tensor) -> Tensor:
+    """Median over the first dimension; of an even number, the mean of the two in the middle."""
+    ordered, count = values.sort(dim=0).values, values.shape[0]
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def _by_name(names: list[str], values: list[float]) -> dict[str, float]:
+    return {name: _short(value) for name, value in zip(names, values, strict=False)}
+
+
+def _short(value: float) -> float:
+    """Six digits: enough to read, and few bytes in the record."""
+    return float(f"{value:.6g}")
