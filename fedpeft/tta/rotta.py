@@ -1,9 +1,10 @@
 """RoTTA: robust batch norm statistics, a class-balanced memory of recent certain samples, and a mean teacher.
 
 1. The teacher answers; its batch norms use moving statistics, mu <- (1 - alpha) mu + alpha mu_batch (alpha 0.05).
-2. Every sample is offered to a memory of `capacity` with equal quotas of predicted classes. In a full class (or the
-   largest classes, when the memory is full) the entry with the highest s = 1/(1 + exp(-age/capacity)) + H/ln K goes, if
-   that is above the newcomer's.
+2. Every sample is offered to a memory of `capacity`. A predicted class is full when it holds capacity / K entries or
+   more (K classes; no rounding, so that the memory can fill whatever K is). In a full class (or the largest classes,
+   when the memory is full) the entry with the highest s = 1/(1 + exp(-age/capacity)) + H/ln K goes, if that is above
+   the newcomer's.
 3. Every `update_every` samples the student learns from the memory, strong view against the teacher's plain one,
    weighted by exp(-age) / (1 + exp(-age)), age in units of the capacity; teacher <- nu teacher + (1 - nu) student.
 
@@ -127,7 +128,7 @@ def offer(items: list[Item], item: Item, capacity: int, classes: int) -> list[It
 
     held = Counter(entry["label"] for entry in items)
     rivals: list[int] | None = None
-    if held[item["label"]] >= max(1, capacity // classes):
+    if held[item["label"]] >= capacity / classes:
         rivals = [item["label"]]
     elif len(items) >= capacity:
         rivals = [label for label, count in held.items() if count == max(held.values())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import parts
 import pytest
@@ -34,6 +35,16 @@ def test_rotta_memory_keeps_its_capacity_and_quotas(offers):
         items = rotta.offer(items, {"label": label, "uncertainty": uncertainty, "age": 0}, capacity=8, classes=4)
         assert len(items) <= 8
         assert all(sum(item["label"] == k for item in items) <= 2 for k in range(4))
+
+
+@pytest.mark.parametrize(("capacity", "classes"), [(64, 36), (64, 64), (64, 100), (8, 3), (7, 2)])
+def test_rotta_memory_fills_whatever_the_number_of_classes(capacity, classes):
+    items: list[rotta.Item] = []
+    for turn in range(6 * classes):
+        item = {"label": turn % classes, "uncertainty": 0.5, "age": 0}
+        items = rotta.offer(items, item, capacity, classes)
+    assert len(items) == capacity
+    assert max(Counter(item["label"] for item in items).values()) <= math.ceil(capacity / classes)
 
 
 def test_rotta_replaces_old_and_uncertain_entries():
