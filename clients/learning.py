@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.features import batches
-from fedpeft.clients.private import fingerprint
+from fedpeft.clients.private import fingerprint, release
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import ClientConfig
 from fedpeft.continual.head import Head
@@ -173,11 +173,18 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
     request = fingerprint(received, task)
     answered = local.store.reply(kept, number, request)
     if answered is None:
-        local.guard.spend_sums(account(client, task), number, request, plan, noise)
+        local.guard.afford(account(client, task), number, request, plan, noise)
         source = local.guard.source(client, number, f"sums {task['view']}")
-        answered = private_head_sums(model, made, data, noise, source)
-        local.store.save_reply(kept, number, request, answered)
-    return AdapterState({f"sum:{key}": value for key, value in answered.items()}), local.guard.allowed(client, {})
+        try:
+            answered = private_head_sums(model, made, data, noise, source), local.guard.allowed(client, {})
+        except Exception:
+            local.guard.spend_failed(account(client, task), number, plan, noise)
+            raise
+        local.store.save_reply(kept, number, request, *answered)
+    sums, metrics = answered
+    update = AdapterState({f"sum:{key}": value for key, value in sums.items()})
+    local.guard.spend(account(client, task), number, release(request, update), plan, noise)  # then it may leave
+    return update, local.guard.allowed(client, metrics)
 
 
 def classes_of(model: Adapted) -> int:

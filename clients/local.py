@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from fedpeft.adapters.tail import first_token
 from fedpeft.clients import learning, rates, stream
 from fedpeft.clients.cohort import Done, Job, cannot, train_cohort
 from fedpeft.clients.policy import Refused
-from fedpeft.clients.private import Guard, fingerprint
+from fedpeft.clients.private import Guard, fingerprint, release
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, Private, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import Config
@@ -48,8 +48,8 @@ COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
 
 @dataclass
 class Visit:
-    """A client's round that has been opened: what it starts from, what it kept, the job to train, and how many records
-    of its own are in it.
+    """A client's round that has been opened: what it starts from, what it kept, the job to train, how many records of
+    its own are in it, and what it answered before, if this very request has come before.
     """
 
     client: str
@@ -60,6 +60,7 @@ class Visit:
     request: str
     job: Job
     count: int
+    answered: Answer | None = None
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Local:
         train_data, holdout: by client name.
         verified: role sets whose per-sample gradients have been checked.
         ready: by client and round, what `prepare` has trained ahead of the message.
+        sequential: by trained roles, why clients cannot be trained as a cohort; `said` are the reasons in the log.
     """
 
     config: Config
@@ -82,7 +84,8 @@ class Local:
     guard: Guard
     verified: set[tuple[str, ...]] = field(default_factory=set)
     ready: dict[tuple[str, int], Answer | Exception] = field(default_factory=dict)
-    sequential: str | None = None
+    sequential: dict[tuple[str, ...], str] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         stream.require(self.config, self.model)
@@ -110,37 +113,41 @@ class Local:
             raise found
         if found is not None:
             return found
-        opened = self._open(client, received, task)
-        return self._finish(opened) if isinstance(opened, Visit) else opened
+        return self._finish(self._open(client, received, task))
 
     def prepare(self, requests: list[Request]) -> None:
-        """Train these requests of one round together, ahead of their messages; `train` then has the answers ready."""
+        """Train these requests of one round together, ahead of their messages; `train` then has the answers ready.
+
+        Clients that have answered before are trained with the others, and what they get is thrown away: who trains
+        beside a client decides how its sums are rounded, so a run that was killed in mid-round must not have others.
+        """
         opened = [_attempt(self._open, *request) for request in requests]
         visits = [visit for visit in opened if isinstance(visit, Visit)]
-        done = _attempt(self._together, visits)
+        known = all(visit.answered is not None for visit in visits)
+        done = None if known else _attempt(self._together, visits)
         each = iter(done if isinstance(done, list) else [done] * len(visits))
         self.ready = {}
         for (client, _, task), given in zip(requests, opened, strict=True):
             answer = _attempt(self._finish, given, next(each)) if isinstance(given, Visit) else given
             self.ready[client, int(task["round"])] = answer
 
-    def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Visit | Answer:
+    def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Visit:
         number = int(task["round"])
         self.guard.admit(client, number)
         task = learning.own(self.sequence, task)
         start, kept = self.compose(client, received, task, before=number)
-        request, private = "", None
+        request, private, answered = "", None, None
         if self.guard.private:
             request = fingerprint(received, task)
-            answered = self.store.reply(client, number, request)
-            if answered is not None:
-                return AdapterState(answered, received.sites), self.guard.allowed(client, {})
+            if found := self.store.reply(client, number, request):
+                answered = AdapterState(found[0], received.sites), found[1]
         with self._discreet(client, number):
             plan = self.guard.plan(client, lambda: len(self._records(client, task)))
             data = self._records(client, task)
             if plan is not None:
                 self._verify(data, task["trains"])
-                self.guard.afford(learning.account(client, task), number, request, plan)
+                if answered is None:
+                    self.guard.afford(learning.account(client, task), number, request, plan)
                 private = Private(plan, self.guard.source(client, number))
         corrections = None
         if control := received.select(("control",)).tensors:
@@ -151,11 +158,13 @@ class Local:
         mixed = learning.replayed(self.data(self.train_data, client), task, self.config.client, seed)
         job = Job(tensors, data if mixed is None else mixed, seed, float(task.get("prox_mu", 0.0)), corrections,
                   private, in_order=mixed is not None)
-        return Visit(client, received, task, start, kept, request, job, len(data))
+        return Visit(client, received, task, start, kept, request, job, len(data), answered)
 
     def _finish(self, visit: Visit, done: Done | Exception | None = None) -> Answer:
-        """Train, unless it has been done in a cohort, and close."""
+        """Train, unless it has been done in a cohort, and close. What was answered before is answered again."""
         with self._discreet(visit.client, int(visit.task["round"])):
+            if visit.answered is not None:
+                return self._leave(visit, *visit.answered)
             if isinstance(done, Exception):
                 raise done
             return self._close(visit, done or self._alone(visit))
@@ -173,18 +182,25 @@ class Local:
         tokens = self.config.run.cohort_tokens
         if tokens is None:
             tokens = COHORT_TOKENS.get(next(iter(self.model.parameters.values())).device.type, 16384)
-        if len(visits) < 2 or tokens == 0 or self.sequential:
+        if len(visits) < 2 or tokens == 0:
             return None
-        trains = visits[0].task["trains"]
-        try:
-            self.sequential = cannot(self.model, trains) or _unlike(visits)
-            if self.sequential is None:
+        trains = tuple(visits[0].task["trains"])
+        reason = self.sequential.get(trains) or cannot(self.model, list(trains)) or _unlike(visits)
+        if reason is None:
+            try:
                 self.model.write(visits[0].start)  # what a strategy adds to the base weights is the same for all
                 with self.model.competing(learning.compete(visits[0].task)):
-                    return train_cohort(self.model, [visit.job for visit in visits], trains, self.config.client, tokens)
-        except InputError as error:
-            self.sequential = str(error)
-        log.warning("clients are trained one after another, not as a cohort: %s", self.sequential)
+                    return train_cohort(self.model, [visit.job for visit in visits], list(trains), self.config.client,
+                                        tokens)
+            except InputError as error:
+                reason = self.sequential[trains] = str(error)
+            for visit in visits:  # each alone takes the draws from their beginning, as if nothing had been tried
+                if visit.job.private is not None:
+                    source = self.guard.source(visit.client, int(visit.task["round"]))
+                    visit.job.private = replace(visit.job.private, source=source)
+        if reason not in self.said:
+            self.said.add(reason)
+            log.warning("clients are trained one after another, not as a cohort: %s", reason)
         return None
 
     def _close(self, visit: Visit, done: Done) -> Answer:
@@ -212,16 +228,27 @@ class Local:
             update = update.replace({FEATURES: mean_feature(deploy(self.model), visit.job.data).cpu()})
         marks, missed = learning.joined(visit.kept, task, client)
         keep = {**keep, **marks}
-        if visit.job.private is not None:
-            self.guard.spend(learning.account(client, task), number, visit.request, visit.job.private.plan)
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(client, number, {**visit.kept, **keep})
-        if visit.job.private is not None:
-            self.store.save_reply(client, number, visit.request, update.tensors)
         metrics = {"num-examples": float(visit.count), "train_loss": done.loss}
         if "learn" in task:
             metrics["missed_tasks"] = float(missed)
-        return update, self.guard.allowed(client, metrics)
+        metrics = self.guard.allowed(client, metrics)
+        if visit.job.private is not None:
+            self.store.save_reply(client, number, visit.request, update.tensors, metrics)
+        return self._leave(visit, update, metrics)
+
+    def _leave(self, visit: Visit, update: AdapterState, metrics: dict[str, float]) -> Answer:
+        """An answer, under DP once it is in the ledger.
+
+        It is on the disk before it is counted, so that a process that is killed in between releases the very same
+        one later, and it is counted before it leaves. Its number in the ledger is a hash of what it says: another
+        answer to the same request (a lost file, other noise) is another release.
+        """
+        if visit.job.private is not None:
+            self.guard.spend(learning.account(visit.client, visit.task), int(visit.task["round"]),
+                             release(visit.request, update), visit.job.private.plan)
+        return update, self.guard.allowed(visit.client, metrics)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -109,36 +110,38 @@ class Guard:
             return OperatingSystem()
         return Seeded(self.config.run.seed, "privacy", "round", number, "client", client, *purpose)
 
-    def afford(self, account: str, number: int, request: str, plan: Plan) -> None:
-        """Raise what `spend` would; writes nothing. Nobody needs to train what cannot be sent."""
-        self.ledger(account).require(*self._release(account, number, request, plan))
+    def afford(self, account: str, number: int, request: str, plan: Plan, sums: float | None = None) -> None:
+        """Raise what `spend` would; writes nothing. Nobody needs to compute what cannot be sent."""
+        self.ledger(account).require(*self._release(account, number, request, plan, sums))
 
-    def spend(self, account: str, number: int, request: str, plan: Plan) -> None:
-        """Write one round's steps into the ledger of the client or of its task, durably; then the update may leave.
+    def spend(self, account: str, number: int, release: str, plan: Plan, sums: float | None = None) -> None:
+        """Write a release into the ledger of the client or of its task, durably; then it may leave.
+
+        Args:
+            release: names what leaves (`release`). The very same release is counted once.
+            sums: noise multiplier of sums over all records of a task; None where one round's steps are released.
 
         Raises:
             Refused: the site's policy allows no more rounds.
-            BudgetExhausted: they would pass the run's or the site's budget.
-        """
-        self.ledger(account).reserve(*self._release(account, number, request, plan))
-
-    def spend_sums(self, account: str, number: int, request: str, plan: Plan, noise: float) -> None:
-        """Write one release of noised sums over all records of a task into its ledger, durably.
-
-        Raises:
             BudgetExhausted: it would pass the run's or the site's budget.
         """
-        entry = Entry(self.run, number, request, 1.0, noise, 1)
-        self.ledger(account).reserve(entry, plan.budget, None, *self._lifetime(account))
+        self.ledger(account).reserve(*self._release(account, number, release, plan, sums), once=True)
 
-    def _release(self, account: str, number: int, request: str, plan: Plan
-                 ) -> tuple[Entry, Budget, Release, Budget | None, list[Entry]]:
+    def spend_failed(self, account: str, number: int, plan: Plan, sums: float | None = None) -> None:
+        """Count what failed after records were touched, each time anew: that it failed may have to do with a record."""
+        self.spend(account, number, f"failed {secrets.token_hex(16)}", plan, sums)
+
+    def _release(self, account: str, number: int, name: str, plan: Plan, sums: float | None
+                 ) -> tuple[Entry, Budget, Release | None, Budget | None, list[Entry]]:
+        if sums is not None:
+            entry = Entry(self.run, number, name, 1.0, sums, 1)
+            return entry, plan.budget, None, *self._lifetime(account)
+        entry = Entry(self.run, number, name, plan.sample_rate, plan.noise_multiplier,
+                      self.config.client.local_steps or 0)
         bounds = self.policy(client_of(account))
         if bounds is not None:
-            done = sum(entry.run == self.run for entry in self.ledger(account).entries())
+            done = sum(one.run == self.run and one != entry for one in self.ledger(account).entries())
             bounds.require_rounds(done + 1)
-        entry = Entry(self.run, number, request, plan.sample_rate, plan.noise_multiplier,
-                      self.config.client.local_steps or 0)
         return entry, plan.budget, plan.release, *self._lifetime(account)
 
     def _lifetime(self, account: str) -> tuple[Budget | None, list[Entry]]:
@@ -179,6 +182,11 @@ def fingerprint(received: AdapterState, task: dict[str, Any]) -> str:
     """Hash of a request: the same one is answered with the same update, at no further cost."""
     text = json.dumps(task, sort_keys=True) + received.sha256()
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def release(request: str, update: AdapterState) -> str:
+    """The name of a release in the ledger: a hash of the request and of every bit that answers it."""
+    return hashlib.sha256((request + update.sha256()).encode()).hexdigest()
 
 
 def check(config: Config) -> None:

@@ -8,6 +8,7 @@ was true before round t, whatever a killed process had begun.
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,24 @@ class Store:
         write_bytes(self._file(client, number, STATE), file.getvalue())
         self._drop(client, number, STATE)
 
-    def reply(self, client: str, number: int, request: str) -> dict[str, Tensor] | None:
-        """The update that answered this very request of round `number`."""
+    def reply(self, client: str, number: int, request: str) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """The update and the metrics that answered this very request of round `number`."""
         path = self.root / client / f"reply-{number:06d}.safetensors"
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("request") != request:
+            metadata = file.metadata() or {}
+            if metadata.get("request") != request:
                 return None
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(metadata.get("metrics", "{}"))
 
-    def save_reply(self, client: str, number: int, request: str, tensors: dict[str, Tensor]) -> None:
-        """Keep an update, so that a repeated request need not release anything new; drop what no resume asks for."""
+    def save_reply(self, client: str, number: int, request: str, tensors: dict[str, Tensor],
+                   metrics: dict[str, float]) -> None:
+        """Keep an answer, so that a repeated request need not release anything new; drop what no resume asks for."""
         folder = self.root / client
-        write_tensors(folder / f"reply-{number:06d}.safetensors", tensors, {"request": request})
+        write_tensors(folder / f"reply-{number:06d}.safetensors", tensors,
+                      {"request": request, "metrics": json.dumps(metrics)})
         for path in folder.glob("reply-*.safetensors"):
             if int(path.stem.removeprefix("reply-")) < number - self.history:
                 path.unlink(missing_ok=True)

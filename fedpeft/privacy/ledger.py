@@ -2,8 +2,11 @@
 
     {"run", "round", "request", "sample_rate", "noise_multiplier", "steps", "time"}
 
-`reserve` adds a line and forces it to the disk, or refuses it, before the update may leave. A process killed afterwards
-has spent what it reserved, whether or not the update left: the ledger never counts fewer releases than there were.
+`reserve` adds a line and forces it to the disk, or refuses it, before the release may leave. A process killed
+afterwards has spent what it reserved, whether or not anything left: the ledger never counts fewer releases than there
+were. Nor does it count one twice: `request` names a release by a hash over every bit of it, and `once` knows it again.
+A round that is done again with other updates, other noise or other rounding is another release.
+
 Reserving holds a lock on the file, so two processes cannot both take the last of a budget. A client that learns tasks
 has a file for each (`client+task-N.jsonl`). The lock does not reach across them: one process at a time must serve it.
 """
@@ -35,7 +38,7 @@ class BudgetExhausted(RunError):
 
 @dataclass(frozen=True)
 class Entry:
-    """`steps` releases with one sample rate and one noise multiplier, for one request of a run."""
+    """`steps` releases with one sample rate and one noise multiplier, in one round of a run; `request` names them."""
 
     run: str
     round: int
@@ -77,7 +80,7 @@ class Ledger:
         return composed(tuple(entry.release for entry in self.entries()), delta, accountant)
 
     def reserve(self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None,
-                beside: Sequence[Entry] = ()) -> None:
+                beside: Sequence[Entry] = (), *, once: bool = False) -> None:
         """Write the entry durably, if everything with it stays within the budgets.
 
         Args:
@@ -85,11 +88,14 @@ class Ledger:
             plan: a release known to cost at most `budget` when it is all that the run made; saves its computation.
             lifetime: of all runs together.
             beside: entries of the other accounts of the same records' owner; those of other runs count for `lifetime`.
+            once: the entry names its release; if it is here already, nothing is written.
 
         Raises:
             BudgetExhausted: it would pass a budget; nothing is written.
         """
         with self._locked():
+            if once and entry in self.entries():
+                return
             self.require(entry, budget, plan, lifetime, beside)
             self._append(entry)
 

@@ -91,8 +91,8 @@ def test_a_task_pays_for_its_rounds_and_the_sums_of_its_bodys_views_and_no_more(
     for number in range(1, guard.rounds + 1):
         guard.spend("client-000", number, f"round {number}", plan)
     for view in range(views):
-        guard.spend_sums("client-000", guard.rounds, f"view {view}", plan, 2.0)
+        guard.spend("client-000", guard.rounds, f"view {view}", plan, 2.0)
     with pytest.raises(BudgetExhausted):
-        guard.spend_sums("client-000", guard.rounds, "one more", plan, 2.0)
+        guard.spend("client-000", guard.rounds, "one more", plan, 2.0)
     with pytest.raises(BudgetExhausted):
         guard.spend("client-000", guard.rounds + 1, "one more", plan)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy import plan as plans
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
+from fedpeft.state import AdapterState
 
 DELTA = 1e-5
 
@@ -113,6 +115,17 @@ def test_a_run_pays_for_itself_and_all_runs_pay_for_the_site(ledger):
     assert [one.steps for one in ledger.entries()] == [20, 10, 10]
 
 
+def test_once_counts_the_very_same_release_once_and_any_other_again(ledger):
+    budget = Budget(cost((0.1, 1.0, 40)), DELTA, "rdp")
+    for one in (entry(), entry(number=2), entry("another"), replace(entry(), request="other bits")):
+        for _ in range(2):
+            ledger.reserve(one, budget, once=True)
+    assert len(ledger.entries()) == 4
+    ledger.reserve(entry(), Budget(1e-9, DELTA, "rdp"), once=True)  # what is paid for needs no budget
+    ledger.reserve(entry(), Budget(100.0, DELTA, "rdp"))
+    assert len(ledger.entries()) == 5
+
+
 def test_knowing_the_plan_grants_no_step_beyond_it(ledger):
     planned = (0.1, 1.0, 6)
     budget = Budget(cost(planned), DELTA, "rdp")
@@ -195,6 +208,7 @@ RACER = """
 import sys
 from pathlib import Path
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
+from fedpeft.state import AdapterState
 budget = Budget(float(sys.argv[1]), 1e-5, "rdp")
 Ledger(Path(sys.argv[2])).spent(1e-5, "rdp")  # everything is imported
 print("ready", flush=True)
@@ -296,17 +310,46 @@ def test_rounds_are_refused_when_the_budget_is_spent_and_earlier_answers_stay_fr
     assert spent == cost((1 / 3, 1.0, 4))
 
 
-def test_the_ledger_is_written_before_anything_of_the_update_is(start, tmp_path, monkeypatch):
+def test_an_answer_is_on_the_disk_before_it_is_counted_and_counted_before_it_leaves(start, tmp_path, monkeypatch):
     local, seen = start(tmp_path), []
-    save = Store.save_reply
+    reserve, request = private.Ledger.reserve, private.fingerprint(local.initial, task())
 
-    def watched(*arguments):
-        seen.append([one.steps for one in Ledger(tmp_path / "ledger" / "a.jsonl").entries()])
-        save(*arguments)
+    def watched(*arguments, **options):
+        saved = local.store.reply("a", 1, request)
+        seen.append((saved is not None, private.release(request, AdapterState(saved[0])) == arguments[1].request))
+        reserve(*arguments, **options)
 
-    monkeypatch.setattr(Store, "save_reply", watched)
+    monkeypatch.setattr(private.Ledger, "reserve", watched)
     local.train("a", local.initial, task())
-    assert seen == [[2]]
+    assert seen == [(True, True)]
+    assert [one.steps for one in local.guard.ledger("a").entries()] == [2]
+
+
+@pytest.mark.parametrize("randomness", ["os", "seeded"])
+def test_what_was_saved_and_not_counted_is_counted_once_when_it_leaves(randomness, start, tmp_path, monkeypatch):
+    local = start(tmp_path, rounds=1, randomness=randomness)
+    monkeypatch.setattr(private.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(RunError):
+        local.train("a", local.initial, task())
+    monkeypatch.undo()
+    saved, _ = local.store.reply("a", 1, private.fingerprint(local.initial, task()))
+    for again in (start(tmp_path, rounds=1, randomness=randomness), local):
+        update, _ = again.train("a", local.initial, task())
+        assert update.tensors.keys() == saved.keys()
+        assert all(torch.equal(value, saved[key]) for key, value in update.tensors.items())
+        assert [one.steps for one in local.guard.ledger("a").entries()] == [2]
+
+
+@pytest.mark.parametrize(("randomness", "counted"), [("os", 2), ("seeded", 1)])
+def test_an_answer_that_is_lost_and_made_again_is_another_release_unless_it_is_the_same(randomness, counted, start,
+                                                                                       tmp_path):
+    """A server that asks for an old round, whose reply is gone, gets no second draw of the noise for nothing."""
+    local = start(tmp_path, randomness=randomness)
+    first, _ = local.train("a", local.initial, task())
+    (tmp_path / "store" / "a" / "reply-000001.safetensors").unlink()
+    second, _ = local.train("a", local.initial, task())
+    assert (first.sha256() == second.sha256()) == (counted == 1)
+    assert len(local.guard.ledger("a").entries()) == counted
 
 
 def test_steps_of_which_nothing_left_are_not_counted(start, tmp_path, monkeypatch):
@@ -326,7 +369,8 @@ def test_steps_of_which_nothing_left_are_not_counted(start, tmp_path, monkeypatc
 
 def test_nothing_leaves_where_the_ledger_cannot_be_written(start, tmp_path, monkeypatch):
     local = start(tmp_path)
-    monkeypatch.setattr(private.Ledger, "reserve", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(RunError):
-        local.train("a", local.initial, task())
-    assert local.store.reply("a", 1, private.fingerprint(local.initial, task())) is None
+    monkeypatch.setattr(private.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
+    for _ in range(2):  # the saved answer does not leave either
+        with pytest.raises(RunError):
+            local.train("a", local.initial, task())
+    assert local.guard.ledger("a").entries() == []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedpeft.clients import local
 from fedpeft.clients.store import Store
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Ledger
@@ -35,20 +37,26 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def killed(tiny, name, config, client, number, after):
-    """Run in a process that is killed in a client's round: just before its reply is saved, or just after."""
-    save, calls = Store.save_reply, []
+def killed(tiny, name, config, client, number, where):
+    """Run in a process that is killed in a client's round: before its reply is saved, after, or once it is counted."""
+    save, reserve = Store.save_reply, Ledger.reserve
+    now = []
 
-    def strike(self, who, *reply):
-        calls.append(who)
-        last = calls.count(client) == number and who == client
-        if after or not last:
-            save(self, who, *reply)
-        if last:
+    def saved(self, who, round_, *reply):
+        now[:] = [who, round_]
+        if where == "before" and now == [client, number]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, who, round_, *reply)
+
+    def reserved(*arguments, **options):
+        if where == "saved" and now == [client, number]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        reserve(*arguments, **options)
+        if where == "counted" and now == [client, number]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def child():
-        Store.save_reply = strike
+        Store.save_reply, Ledger.reserve = saved, reserved
         tiny(name, config)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -57,31 +65,51 @@ def killed(tiny, name, config, client, number, after):
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before the reply is saved", "after"])
-def test_a_killed_client_never_counts_less_than_it_released(after, tiny, tmp_path):
-    config = {**PRIVATE, "privacy.planned_rounds": 10}
+@pytest.mark.parametrize("where", ["before", "saved", "counted"])
+def test_a_killed_client_counts_what_it_released_once_and_the_run_ends_bit_for_bit(where, tiny, tmp_path):
+    """The budget is that of three rounds and not one more. Dropout masks are drawn from all clients of a cohort."""
+    config = {**PRIVATE, "adapter.dropout": 0.2}
     tiny("whole", config)
-    killed(tiny, "broken", config, "client-001", 2, after)
-    assert steps_of(tmp_path / "broken")["client-001"] == [(1, 2), (2, 2)]  # counted before anything left
+    killed(tiny, "broken", config, "client-001", 2, where)
+    done = [(1, 2), (2, 2)] if where == "counted" else [(1, 2)]
+    assert steps_of(tmp_path / "broken")["client-001"] == done
+    assert steps_of(tmp_path / "broken")["client-000"] == [(1, 2), (2, 2)]  # before it, and counted before it left
     runs.resume(tmp_path / "broken")
-    once = [(1, 2), (2, 2), (3, 2)]
-    twice = [(1, 2), (2, 2), (2, 2), (3, 2)]
-    assert steps_of(tmp_path / "whole") == dict.fromkeys(NAMES, once)
-    assert steps_of(tmp_path / "broken") == {**dict.fromkeys(NAMES, once), "client-001": once if after else twice}
+    assert steps_of(tmp_path / "broken") == steps_of(tmp_path / "whole") == {
+        name: [(1, 2), (2, 2), (3, 2)] for name in NAMES}
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
 
 
-def test_a_release_lost_to_a_kill_is_paid_from_the_same_budget(tiny, tmp_path):
-    """Three rounds are planned. One client makes round 2 twice: there is nothing left for it in round 3."""
-    killed(tiny, "run", PRIVATE, "client-001", 2, after=False)
-    summary = runs.resume(tmp_path / "run")
-    assert steps_of(tmp_path / "run")["client-001"] == [(1, 2), (2, 2), (2, 2)]
-    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    out = [(event["round"], event["client"], event["reason"]) for event in events if event["event"] == "quarantine"]
-    assert [(number, client) for number, client, _ in out] == [(3, "client-001")]
-    assert "budget exhausted" in out[0][2]
-    clients = summary["privacy"]["clients"]
-    assert len({row["epsilon"] for row in clients.values()}) == 1 and clients["client-001"]["steps"] == 6
+def test_clients_that_have_answered_train_beside_the_others_and_their_answers_stand(tiny, tmp_path, monkeypatch):
+    """Cohorts are composed in the same way after a kill; where all have answered nobody is trained."""
+    made, cohorts = local.train_cohort, []
+
+    def watched(model, jobs, *arguments):
+        cohorts.append(len(jobs))
+        return made(model, jobs, *arguments)
+
+    monkeypatch.setattr(local, "train_cohort", watched)
+    killed(tiny, "run", PRIVATE, "client-002", 2, "before")
+    runs.resume(tmp_path / "run")
+    assert cohorts == [4, 4]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    runs.resume(tmp_path / "run")
+    assert cohorts == [4, 4] and steps_of(tmp_path / "run") == {
+        name: [(1, 2), (2, 2), (3, 2)] for name in NAMES}
+
+
+def test_metrics_of_an_answer_are_repeated_with_it(tiny, tmp_path):
+    """Else the mean over clients of a round would be over those that the kill spared."""
+    config = {**PRIVATE, "privacy.release_metrics": True}
+
+    def losses(run):
+        events = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()]
+        return [event["train_loss"] for event in events if event["event"] == "round"]
+
+    tiny("whole", config)
+    killed(tiny, "broken", config, "client-003", 2, "counted")
+    runs.resume(tmp_path / "broken")
+    assert losses("broken") == losses("whole") and len(set(losses("whole"))) == 3
 
 
 def test_the_round_goes_on_without_a_client_whose_budget_is_spent(tiny, tmp_path):
