@@ -3,8 +3,9 @@
     checkpoints/round-000007/state.safetensors   adapter and memory tensors
     checkpoints/round-000007/state.json          sites, round, numbers, sha256 over both; written last
 
-A folder appears under its final name only when complete and synced. `latest` skips folders that do not check out and
-says so.
+A folder appears under its final name only when complete and synced, and none is ever written over: a second state of a
+round (a task that is closed after its last round, a damaged folder) is round-000007.1. `latest` skips folders that do
+not check out and says so.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ log = logging.getLogger("fedpeft")
 
 def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
     """Save the state of a complete round below `folder`; keep the newest `keep` checkpoints."""
-    final = folder / f"round-{server.round:06d}"
-    temporary = folder / f".round-{server.round:06d}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    final = folder / _name(server.round, folder)
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    for left in folder.glob(".round-*"):  # of a process that was killed; one process at a time has the run
+        shutil.rmtree(left, ignore_errors=True)
     tensors = {f"adapter:{key}": value for key, value in server.adapter.tensors.items()}
     tensors |= {f"memory:{key}": value for key, value in server.memory.items()}
     data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     meta = {"round": server.round, "numbers": server.numbers, "sites": to_dict(server.adapter)}
     write_bytes(temporary / "state.safetensors", data)
     write_bytes(temporary / "state.json", json.dumps({**meta, "sha256": _digest(data, meta)}).encode())
-    shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     sync_folder(folder)
     for old in _folders(folder)[:-keep]:
@@ -97,4 +98,16 @@ def latest(folder: Path) -> ServerState | None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("round-*") if path.is_dir())
+    """Checkpoints, the oldest state first."""
+    return sorted((path for path in folder.glob("round-*") if path.is_dir()), key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Round, and which of the states of that round."""
+    number, _, again = path.name.removeprefix("round-").partition(".")
+    return int(number), int(again or 0)
+
+
+def _name(number: int, folder: Path) -> str:
+    again = max((place[1] + 1 for path in _folders(folder) if (place := _place(path))[0] == number), default=0)
+    return f"round-{number:06d}" + (f".{again}" if again else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -62,6 +63,9 @@ class Worker:
 class Pool:
     """`workers` processes; jobs are handed out in order of submission. A process that ended is replaced meanwhile.
 
+    What waits is cut into shares by its number alone, never by who is idle: clients of a share train together, and how
+    sums are rounded must not hang on which worker was the faster.
+
     Args:
         start: makes a worker.
         share: most jobs that one worker gets at a time.
@@ -70,6 +74,7 @@ class Pool:
     def __init__(self, start: Callable[[], Worker], workers: int, share: int = 256) -> None:
         self.start, self.share = start, share
         self.jobs: deque[Job] = deque()
+        self.shares: deque[list[Job]] = deque()
         self.workers = [start() for _ in range(workers)]
         for worker in self.workers:
             worker.get_ready()
@@ -93,6 +98,8 @@ class Pool:
 
     def cancel(self, names: list[str]) -> None:
         self.jobs = deque(job for job in self.jobs if job[0] not in names)
+        left = [[job for job in share if job[0] not in names] for share in self.shares]
+        self.shares = deque(share for share in left if share)
         for worker in list(self.workers):
             if any(job[0] in names for job in worker.jobs):
                 self._replace(worker, [job for job in worker.jobs if job[0] not in names])
@@ -111,23 +118,27 @@ class Pool:
             return "the client's process ended"
 
     def _hand_out(self) -> None:
+        size = min(self.share, -(-len(self.jobs) // len(self.workers)))
+        while self.jobs:
+            self.shares.append([self.jobs.popleft() for _ in range(min(size, len(self.jobs)))])
         idle = [worker for worker in self.workers if worker.ready and not worker.jobs]
-        while idle and self.jobs:
-            count = min(self.share, -(-len(self.jobs) // len(idle)))
+        while idle and self.shares:
             worker = idle.pop(0)
-            worker.jobs = deque(self.jobs.popleft() for _ in range(count))
+            worker.jobs = deque(self.shares.popleft())
             worker.pipe.send([(message, context) for _, message, context in worker.jobs])
 
     def _replace(self, worker: Worker, left: list[Job]) -> None:
         """End a worker and start another; jobs that it left come first."""
         worker.end()
-        self.jobs.extendleft(reversed(left))
+        if left:
+            self.shares.appendleft(left)
         self.workers[self.workers.index(worker)] = self.start()
 
 
 def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:
     """The worker's loop: a share of messages in, their outcomes out one by one, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its workers
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
@@ -147,6 +158,14 @@ def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads
             app.prepare(jobs)
         for message, context in jobs:
             pipe.send(handle(app, message, context))
+
+
+def end_with_parent() -> None:
+    """End this process when its parent has: a worker that trained on would write beside the run that is resumed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def handle(app: ClientApp, message: Message, context: Context) -> tuple[Message, RecordDict | None]:

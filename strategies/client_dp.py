@@ -23,6 +23,12 @@ What a round costs, with neighbours by adding or removing all data of one client
 
 Seeded noise is a function of (run.seed, "client_dp", round): reproducible, not private.
 
+A round that is done again after a kill costs nothing if it releases the very same bits. Seeded noise on the same
+updates does; on other updates it is another release and counts as one. Noise of the operating system cannot be drawn
+again, and must not be put on other updates: the difference would lay them open. So the noised sum itself is kept beside
+the ledger before it is counted and used, and a round that starts from the same state takes it from there, whoever
+answers now.
+
 Deviations: norms, sum and noise in float64; the low bits of floating-point noise are covered by no accountant.
 
     >>> round(sum_multiplier(1.0, 1.0), 4)
@@ -48,6 +54,7 @@ from fedpeft.privacy import accounting, checks
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.state import AdapterState
+from fedpeft.strategies import releases
 from fedpeft.strategies.base import FederatedStrategy, Needs, RoundFailed, Rules, ServerState, Update, same_scale
 from fedpeft.strategies.build import build
 from fedpeft.strategies.wrapper import Wrapper, innermost, name_of
@@ -60,7 +67,7 @@ class ClientDP(Wrapper):
     """The outermost wrapper: whatever is inside sees one noised update a round.
 
     Attributes:
-        ledger: file that every release is written to before it is made; None keeps no account beyond the round number.
+        ledger: file that every release is written to before it is used; None keeps no account beyond the round number.
     """
 
     paper = "McMahan et al. 2018, arXiv 1710.06963"
@@ -123,22 +130,45 @@ class ClientDP(Wrapper):
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         start = server.adapter.select(self.uploads(server))
-        clip, z = self.clip(server), self.noise_multiplier
-        total, unclipped = clipped_sum(start, same_scale(server, updates), clip)
-        self._reserve(server.round + 1, z)
-        source, adaptive = self.randomness("noise", server.round + 1), self.privacy.adaptive_clip
-        deviation = clip * (sum_multiplier(z, self.count_noise) if adaptive else z)
-        total += deviation * torch.from_numpy(source.normal(total.numel()))
+        total, unclipped = self._release(server, start, updates)
         merged = Update("all clients", 1.0, _moved(start, total / self.cohort), count=sum(one.count for one in updates))
         after = self.inner.aggregate(server, [merged])
-        if not adaptive:
+        if unclipped is None:
             return after
-        share = 0.5 + (unclipped + self.count_noise * float(source.normal(1)[0])) / self.cohort
-        clip *= math.exp(-self.privacy.clip_lr * (share - self.privacy.clip_quantile))
+        share = 0.5 + unclipped / self.cohort
+        clip = self.clip(server) * math.exp(-self.privacy.clip_lr * (share - self.privacy.clip_quantile))
         return replace(after, numbers={**after.numbers, CLIP: clip})
 
-    def _reserve(self, number: int, z: float) -> None:
-        """Count the release of round `number` as made, durably if there is a ledger.
+    def _release(self, server: ServerState, start: AdapterState, updates: list[Update]) -> tuple[Tensor, float | None]:
+        """The noised sum, and the noised count where the clip adapts: in the ledger before anything is made of them."""
+        number, kept = server.round + 1, self._kept(server.round + 1)
+        found = None if kept is None else releases.read(kept, server.adapter)
+        if found is None:
+            found = self._noised(start, server, updates)
+            if kept is not None:
+                releases.write(kept, server.adapter, *found, history=2 * self.run_config.checkpoint_every + 1)
+        else:
+            log.warning("round %d was released before the process ended: that release stands, and what clients sent "
+                        "now is not used", number)
+        self._reserve(number, self.noise_multiplier, releases.name(*found))
+        return found
+
+    def _kept(self, number: int) -> Path | None:
+        """Where a release that nobody could make again is kept."""
+        if self.ledger is None or self.privacy.randomness != "os":
+            return None
+        return self.ledger.parent / f"release-{number:06d}.safetensors"
+
+    def _noised(self, start: AdapterState, server: ServerState, updates: list[Update]) -> tuple[Tensor, float | None]:
+        clip, z, adaptive = self.clip(server), self.noise_multiplier, self.privacy.adaptive_clip
+        total, unclipped = clipped_sum(start, same_scale(server, updates), clip)
+        source = self.randomness("noise", server.round + 1)
+        deviation = clip * (sum_multiplier(z, self.count_noise) if adaptive else z)
+        total += deviation * torch.from_numpy(source.normal(total.numel()))
+        return total, unclipped + self.count_noise * float(source.normal(1)[0]) if adaptive else None
+
+    def _reserve(self, number: int, z: float, name: str) -> None:
+        """Count the release of round `number` as made, durably if there is a ledger; the very same one only once.
 
         Raises:
             RoundFailed: the budget does not allow it.
@@ -155,9 +185,9 @@ class ClientDP(Wrapper):
             return
         budget = Budget(privacy.epsilon or math.inf, privacy.delta, privacy.accountant)
         plan = None if privacy.epsilon is None else (self.sample_rate, z, self.rounds)
-        entry = Entry("server", number, "release", self.sample_rate, z, 1)  # one name: the whole file is one run's
+        entry = Entry("server", number, name, self.sample_rate, z, 1)  # the whole file is one run's
         try:
-            Ledger(self.ledger).reserve(entry, budget, plan)
+            Ledger(self.ledger).reserve(entry, budget, plan, once=True)
         except BudgetExhausted as error:
             raise RoundFailed(f"round {number}: {error} Spent so far: {self.spent(number - 1):.6g}.") from error
 

@@ -16,8 +16,9 @@ from fedpeft.privacy import accounting
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.seeds import numpy_generator
 from fedpeft.simulations import run as runs
-from fedpeft.strategies.base import RoundFailed, Rules
-from fedpeft.strategies.client_dp import ClientDP, describe
+from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.strategies.client_dp import describe
+from fedpeft.strategies.fedit import FedIT
 
 # Sampling and account ------------------------------------------------------------------------------------------------
 
@@ -64,27 +65,61 @@ def test_known_epsilons():
     assert longer.noise_multiplier > 1.2
 
 
-def test_every_release_is_on_the_disk_before_its_noise_is_drawn(tmp_path):
-    path = tmp_path / "ledger" / "server.jsonl"
-    seen = []
+@pytest.mark.parametrize("randomness", ["seeded", "os"])
+def test_every_release_is_on_the_disk_before_anything_is_made_of_it(randomness, tmp_path):
+    path, seen = tmp_path / "ledger" / "server.jsonl", []
 
-    class Watched(ClientDP):
-        def randomness(self, purpose, number):
-            seen.append((purpose, len(path.read_text().splitlines())))
-            return super().randomness(purpose, number)
+    class Inner(FedIT):
+        def aggregate(self, server, updates):
+            seen.append(len(path.read_text().splitlines()))
+            return super().aggregate(server, updates)
 
-    strategy = private(cls=Watched, epsilon=8.0, accountant="rdp", run={"rounds": 2})
+    strategy = private(Inner(), randomness=randomness, accountant="rdp")
     strategy.ledger = path
     server, updates = ones(3)
-    for number in (0, 0):  # a round that is done again is released again
+    for number in range(3):
         strategy.aggregate(replace(server, round=number), updates)
-    assert seen == [("noise", 1), ("noise", 2)]
-    with pytest.raises(RoundFailed, match=r"round 1: budget exhausted.*epsilon=8 .*Spent so far: 7\.9"):
-        strategy.aggregate(server, updates)
-    assert len(seen) == 2 and len(Ledger(path).entries()) == 2
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_same_round_is_the_same_release_and_other_updates_are_another(adaptive, tmp_path):
+    """Two rounds are paid for. One of them may be done again, with the same updates and no others."""
+    strategy = private(epsilon=8.0, accountant="rdp", run={"rounds": 2}, adaptive_clip=adaptive, clip_count_noise=0.9)
+    strategy.ledger = tmp_path / "ledger" / "server.jsonl"
+    server, updates = ones(3)
+    for number in (0, 1):
+        once, twice = (strategy.aggregate(replace(server, round=number), updates) for _ in range(2))
+        assert once.adapter.sha256() == twice.adapter.sha256() and once.numbers == twice.numbers
+    assert [entry.round for entry in Ledger(strategy.ledger).entries()] == [1, 2]
+    more = replace(updates[0], adapter=updates[0].adapter.map(lambda value: value * 1.5))
+    for other in (updates[:2], [*updates[1:], replace(updates[0], adapter=server.adapter)]):
+        with pytest.raises(RoundFailed, match=r"round 2: budget exhausted.*epsilon=8 .*Spent so far: 7\.9"):
+            strategy.aggregate(replace(server, round=1), other)
+    assert len(Ledger(strategy.ledger).entries()) == 2 and len(list((tmp_path / "ledger").iterdir())) == 1
     assert "epsilon=8 at delta=1e-05 after 2 rounds (rdp); spent so far 8\n" in describe(strategy)
-    assert [(entry.sample_rate, entry.noise_multiplier, entry.steps) for entry in Ledger(path).entries()] == [
-        (1.0, strategy.noise_multiplier, 1)] * 2
+    spare = private(accountant="rdp")
+    spare.ledger = tmp_path / "spare" / "server.jsonl"
+    for given in (updates, updates[:2], [more, *updates[1:]], updates):
+        spare.aggregate(server, given)
+    changed = 2 if more.adapter.distance(server.adapter) > spare.clip(server) else 3  # clipped to what it was, or not
+    assert len(Ledger(spare.ledger).entries()) == changed
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_noise_of_the_system_is_drawn_once_a_round_and_never_put_on_other_updates(adaptive, tmp_path):
+    """Two sums under one noise would differ by a client's update; two noises would be two releases."""
+    strategies = [private(epsilon=8.0, accountant="rdp", run={"rounds": 1}, randomness="os", adaptive_clip=adaptive,
+                          clip_count_noise=0.9) for _ in range(2)]
+    server, updates = ones(3)
+    after = []
+    for strategy, given in zip(strategies, (updates, updates[:1]), strict=True):  # the second is after a kill
+        strategy.ledger = tmp_path / "ledger" / "server.jsonl"
+        after.append(strategy.aggregate(server, given))
+    assert after[0].adapter.sha256() == after[1].adapter.sha256() and after[0].numbers == after[1].numbers
+    assert len(Ledger(strategies[0].ledger).entries()) == 1
+    with pytest.raises(RoundFailed, match="budget exhausted"):  # from another state it is another round
+        strategies[1].aggregate(ServerState(after[0].adapter), updates)
 
 
 def test_without_a_ledger_it_warns_once_and_keeps_to_the_planned_rounds(caplog):
@@ -143,7 +178,7 @@ def stop(event: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [*INNER, "fedadam"])
-def test_a_run_repeats_and_resumes_bit_for_bit_and_counts_every_release(name, tiny, tmp_path):
+def test_a_run_repeats_and_resumes_bit_for_bit_and_counts_every_release_once(name, tiny, tmp_path):
     config = {**CONFIG, "strategy": "fedit" if name == "fedadam" else name}
     config |= {"strategy.wrap": ["fedadam"], "privacy.client_sampling": "poisson"} if name == "fedadam" else {}
     config |= {"adapter": "lora_sb"} if name == "fed_sb" else {}
@@ -158,11 +193,31 @@ def test_a_run_repeats_and_resumes_bit_for_bit_and_counts_every_release(name, ti
     assert {key: value.tolist() for key, value in whole.memory.items()} == {
         key: value.tolist() for key, value in broken.memory.items()}
     assert summary["epsilon_max"] == accounting.composed(((1.0, 0.8, 3),), 1e-3, "rdp")
-    assert resumed["epsilon_max"] == accounting.composed(((1.0, 0.8, 4),), 1e-3, "rdp")
-    assert [entry.round for entry in Ledger(tmp_path / "broken" / "ledger" / "server.jsonl").entries()] == [1, 2, 2, 3]
+    assert resumed["epsilon_max"] == summary["epsilon_max"]
+    assert [entry.round for entry in Ledger(tmp_path / "broken" / "ledger" / "server.jsonl").entries()] == [1, 2, 3]
     clips = [event["clip"] for event in events(tmp_path / "whole") if event["event"] == "round"]
     assert clips[0] == 0.05 and (len(set(clips)) == 3) == (name == "fedit")
     assert not any("train_loss" in event for event in events(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_a_run_with_noise_of_the_system_resumes_within_its_budget(sampling, tiny, tmp_path):
+    """Also where a draw of clients that nobody can repeat differs after the kill."""
+    config = {**CONFIG, "privacy.randomness": "os", "privacy.noise_multiplier": None, "privacy.epsilon": 5.0,
+              "privacy.client_sampling": sampling, "run.clients_per_round": 2}
+    broken = {}
+
+    def stop_at_2(event):
+        if event["event"] == "round" and event["round"] == 2:
+            broken.update(event)
+            raise Stop
+
+    with pytest.raises(Stop):
+        tiny("run", config, on_event=stop_at_2)
+    runs.resume(tmp_path / "run")
+    assert [entry.round for entry in Ledger(tmp_path / "run" / "ledger" / "server.jsonl").entries()] == [1, 2, 3]
+    again = next(event for event in events(tmp_path / "run") if event["event"] == "round" and event["round"] == 2)
+    assert (again["accuracy"], again["loss"]) == (broken["accuracy"], broken["loss"])
 
 
 def test_the_run_stops_with_its_budget(tiny, tmp_path):
