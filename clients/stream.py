@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft import registry, seeds
+from fedpeft import lead, registry, seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
@@ -184,8 +184,10 @@ def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | N
     last = next((event for event in reversed(events) if event["event"] == "clients_evaluated"), None)
     if config.tta.method is None or last is None:
         return None
+    passes = len(CORRUPTIONS) if config.tta.corruption == SEQUENCE else 1  # of the held-out records
     clients = {client: {"stream": SEQUENCE if config.tta.corruption == SEQUENCE else corruptions(config, client)[0],
-                        "records": int(result["num-examples"]), "accuracy": result["accuracy"],
+                        "records": int(result["num-examples"]),
+                        "rows": int(result["num-examples"]) * passes, "accuracy": result["accuracy"],
                         "source_accuracy": result["tta_source_accuracy"], "tta_accuracy": result["tta_accuracy"]}
                for client, result in last["clients"].items() if "tta_accuracy" in result}
     if not clients:
@@ -193,8 +195,9 @@ def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | N
     total = sum(row["records"] for row in clients.values())
     means = {key: sum(row[key] * row["records"] for row in clients.values()) / total
              for key in ("accuracy", "source_accuracy", "tta_accuracy")}
-    return {"method": config.tta.method, "severity": config.tta.severity, "round": last["round"], **means,
-            "clients": clients}
+    found = {"method": config.tta.method, "severity": config.tta.severity, "round": last["round"], **means,
+             "clients": clients}
+    return {**found, **lead.gains(found)}
 
 
 def _named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:

@@ -150,13 +150,15 @@ def report(
 ) -> None:
     """Write a run's report again, or put several runs side by side."""
     from fedpeft import report as reports
+    from fedpeft import side_by_side
 
     if len(runs) == 1:
         reports.write(runs[0])
         path = runs[0] / "report.html"
     else:
-        path = reports.compare(runs, out or Path("comparison.html"))
-    console.emit({"report": str(path), "runs": reports.table(runs)}, as_json, console.comparison)
+        path = side_by_side.compare(runs, out or Path("comparison.html"))
+    result = {"report": str(path), **side_by_side.said(runs), "runs": side_by_side.table(runs)}
+    console.emit(result, as_json, console.comparison)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedpeft.lead import warnings
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 CLIENTS_SHOWN = 20  # rows of a table with one a client
@@ -75,6 +77,8 @@ class Progress:
 
 
 def run_result(summary: dict[str, Any]) -> None:
+    """What a reader takes away, first; then the table, traffic, sections of its own kind, warnings and paths."""
+    out.print(summary["headline"], style="bold", markup=False, soft_wrap=True)
     strategy = " + ".join([summary["strategy"], *summary["wrap"]])
     table = Table(
         title=f"{strategy} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}"
@@ -82,22 +86,15 @@ def run_result(summary: dict[str, Any]) -> None:
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("loss", justify="right")
-    for name, row in (
-        ("no adaptation (round 0)", summary.get("baseline")),
-        ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
-        ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
-        ("federated, best round (picked on the same records)", summary.get("best")),
-        ("federated, final", summary.get("final")),
-    ):
-        if name.startswith("federated, best") and summary.get("continual"):
-            continue  # the round in which only the first task was asked for
+    for name, row in _models(summary):
         if row and row.get("accuracy") is not None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
-            name = name.replace("federated, final", "trained classifier, final") if summary.get("continual") else name
-            table.add_row(name, f"{row['accuracy']:.1%}", loss, style="bold" if name.endswith("final") else None)
+            table.add_row(name, _sure(row), loss, style="bold" if name.startswith("federated, final") else None)
     out.print(table)
-    pooled = "; the logistic regressions see all clients' data pooled" if summary.get("baselines") else ""
-    out.print(f"evaluated on {summary['evaluated_on']}{pooled}", style="dim")
+    fitted = any(key.endswith("_logistic") for key in summary.get("baselines") or {})
+    pooled = "; the logistic regressions see all clients' data pooled" if fitted else ""
+    count = f", n = {summary['test_records']:,}" if summary.get("test_records") else ""
+    out.print(f"evaluated on {summary['evaluated_on']}{count}{pooled}", style="dim")
     out.print(
         f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} "
         f"s, {summary['trainable_parameters']:,} trained parameters a client"
@@ -114,11 +111,49 @@ def run_result(summary: dict[str, Any]) -> None:
         test_time(tta)
     if text := summary.get("secure_aggregation"):
         out.print(text, style="dim")
+    _named_clients(summary)
+    for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
+        out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
+
+
+def _models(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
+    """Rows of the table: what needs no federation, then what was federated, the answer last."""
+    sequence = summary.get("sequence")
+    constant = (summary.get("baselines") or {}).get("largest_class_name")
+    rows = [
+        (f"always '{constant}'", _row(summary, "largest_class")),
+        ("each client its most frequent answer", _row(summary, "clients_largest_class")),
+        ("frozen model, same head, all classes" if sequence else "no adaptation (round 0)", summary.get("baseline")),
+        ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
+        ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
+    ]
+    final = {**(summary.get("final") or {}), "standard_error": summary.get("standard_error")}
+    if sequence:
+        seen = f"{sequence['classes']} classes, task {sequence['tasks_done']} of {sequence['tasks']}"
+        return [*rows, ("classifier as trained, classes seen", sequence["trained_classifier"]),
+                (f"federated, final: head {sequence['head']}, {seen}", final)]
+    last = summary.get("last_rounds") or {}
+    return [*rows, ("federated, best round (picked on the same records)", summary.get("best")),
+            (f"federated, mean of the last {len(last.get('rounds', []))} evaluated rounds", last),
+            ("federated, final", final)]
+
+
+def _sure(row: dict[str, Any]) -> str:
+    error = row.get("standard_error")
+    return f"{row['accuracy']:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _named_clients(summary: dict[str, Any]) -> None:
+    """Whose updates were far beyond the others', cut by a robust rule, or quarantined."""
+    for text in warnings(summary):
+        out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    for row in summary.get("updates", []):
+        if row["treated_rounds"] and not row["far_rounds"]:
+            out.print(f"{row['client']}: {row['treated']} (in {len(row['treated_rounds'])} rounds)", style="dim",
+                      markup=False, soft_wrap=True)
     for client, rows in _by_client(summary["quarantined"]).items():
         often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
-    for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
-        out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
 
 
 def tasks(result: dict[str, Any]) -> None:
@@ -138,18 +173,22 @@ def tasks(result: dict[str, Any]) -> None:
 
 
 def test_time(result: dict[str, Any]) -> None:
-    """Accuracy of each client on its own stream, without and with the test-time method."""
+    """Accuracy of each client on its own stream, without and with the test-time method, and the gain in points."""
     table = Table(title=f"each client on its own stream, severity {result['severity']}, after round {result['round']}")
-    for column in ("client", "stream", "clean records", "as trained", result["method"]):
+    for column in ("client", "stream", "clean records", "as trained", result["method"], "gain"):
         table.add_column(column, justify="left" if column in ("client", "stream") else "right")
     keys = ("accuracy", "source_accuracy", "tta_accuracy")
     rows = list(result["clients"].items())
     for client, row in rows[:CLIENTS_SHOWN]:
-        table.add_row(client, row["stream"], *(f"{row[key]:.1%}" for key in keys))
+        table.add_row(client, row["stream"], *(f"{row[key]:.1%}" for key in keys), _gain(row))
     if len(rows) > CLIENTS_SHOWN:
         table.add_row(f"{len(rows) - CLIENTS_SHOWN} more", "see summary.json")
-    table.add_row("mean", "", *(f"{result[key]:.1%}" for key in keys), style="bold")
+    table.add_row("mean", "", *(f"{result[key]:.1%}" for key in keys), _gain(result), style="bold")
     out.print(table)
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{100 * (row['tta_accuracy'] - row['source_accuracy']):+.1f}"
 
 
 def _by_client(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -214,6 +253,10 @@ def valid(result: dict[str, Any]) -> None:
 def comparison(result: dict[str, Any]) -> None:
     """One column a run: there are few runs and many numbers."""
     rows = result["runs"]
+    if len(rows) > 1:
+        out.print(result["ranking"], style="bold", markup=False, soft_wrap=True)
+        for line in result["differences"]:
+            out.print(f"differ in {line}", style="yellow", markup=False, soft_wrap=True)
     table = Table(show_header=False)
     for key in rows[0]:
         style = "bold" if key == "run" else None
@@ -226,7 +269,7 @@ def _shown(key: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
+        return f"{value:.1%}" if key.endswith(("accuracy", "standard_error")) else f"{value:.4g}"
     return str(value)
 
 

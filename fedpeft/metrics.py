@@ -21,12 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedpeft import findings
 from fedpeft.errors import InputError
+from fedpeft.findings import SERVER as SERVER
+from fedpeft.lead import headline
 
 log = logging.getLogger("fedpeft")
 
 Event = dict[str, Any]
-SERVER = "server test set"
 CLIENTS = "clients' held-out records"
 
 
@@ -165,7 +167,9 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
     (where there is none, the lowest loss), the earliest of equals. `baseline` is round 0, before training.
     `accuracy_by_round` runs beside `evaluated_rounds`. `rounds` counts complete rounds, `seconds` is their sum, however
     often the run was resumed. `bytes_up` and `bytes_down` are payload totals. `epsilon_max` is the largest one of the
-    round events, null when `privacy.unit` is none.
+    round events, null when `privacy.unit` is none. `headline` is what the report and the terminal say first. What
+    `fedpeft.findings` adds: `test_records`, `standard_error`, `last_rounds`, `baselines`, `comparison`, `updates` and,
+    of a sequence of tasks, `sequence`; `final` is then the answering head's and `best` null.
 
     Args:
         events: as `read` returns them.
@@ -203,8 +207,9 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
         }
     except KeyError as error:
         raise InputError(f"events: a start, round or quarantine event lacks the key {error}.") from error
-    merged: dict[str, Any] = finite({**summary, **(extra or {})})
-    return merged
+    merged = {**summary, **findings.of(events, config_tree, summary), **(extra or {})}
+    whole: dict[str, Any] = finite({"headline": headline(merged, config_tree), **merged})
+    return whole
 
 
 def _best(scores: list[Event]) -> Event | None:

@@ -1,4 +1,4 @@
-"""What a run folder shows: PNG plots and one self-contained HTML page; and several runs side by side.
+"""The page of a run folder: PNG plots and one self-contained HTML file. `side_by_side` puts several runs together.
 
 Everything is computed from `metrics.jsonl`, with `resolved.yaml` and `split.json`, so that an interrupted run can be
 reported as far as it came; once it has ended, `summary.json` adds the entries that only it has. MB are 10^6 bytes.
@@ -6,40 +6,19 @@ reported as far as it came; once it has ended, `summary.json` adds the entries t
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft import metrics, plots
+from fedpeft import drawing, lead, metrics, plots
 from fedpeft.errors import InputError
+from fedpeft.pages import html_folded, html_image, html_list, html_note, html_page, html_table
+from fedpeft.words import number, percent, plain, points
 
-COLUMNS = {  # key of a table's row -> its head on the page
-    "run": "run",
-    "strategy": "strategy",
-    "rounds": "rounds",
-    "frozen_accuracy": "frozen model",
-    "final_accuracy": "final accuracy",
-    "best_accuracy": "best accuracy",
-    "mb_up": "MB up",
-    "mb_down": "MB down",
-    "seconds": "seconds",
-    "epsilon_max": "epsilon",
-    "evaluated_on": "evaluated on",
-}
-PAGE_STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } .wide { overflow-x: auto; } summary { cursor: pointer; }
-img { display: block; max-width: 100%; background: #fff; border-radius: 6px; margin: 1rem 0; }
-pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; }
-.lead { font-size: 1.1rem; } .note { border-left: 3px solid #d55e00; padding-left: .8rem; }
-"""
+MOST_ROWS = 1000  # of a table with a row for each client and round
+APART = ("privacy", "continual", "sequence", "tta", "headline")  # entries with a place of their own on the page
 
 
 @dataclass(frozen=True)
@@ -65,6 +44,12 @@ class Run:
         first = metrics.baseline(self.events)
         return [first, *scores] if first and first["evaluated_on"] == where else scores
 
+    @property
+    def hides_counts(self) -> bool:
+        """Whether a guarantee covers the records, but not what their numbers by client and label would tell."""
+        section = self.config.get("privacy") or {}
+        return section.get("unit", "none") != "none" and not section.get("release_metrics", False)
+
 
 def write(run: Path) -> list[Path]:
     """Draw the plots that the run has data for into `plots/`, and write `report.html`; the files written, page last.
@@ -72,74 +57,27 @@ def write(run: Path) -> list[Path]:
     Raises:
         InputError: a file of the run is missing or broken; names it.
     """
-    loaded = _load(run, run.resolve().name)
+    loaded = load(run, run.resolve().name)
     folder = run / "plots"
     folder.mkdir(exist_ok=True)
     images: dict[str, bytes] = {}
-    with plots.style():
+    with drawing.style():
         for name, draw in plots.PLOTS.items():
             figure = draw(loaded)
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)  # left by a report of an earlier state of the run
                 continue
-            images[name] = plots.png(figure)
+            images[name] = drawing.png(figure)
             (folder / f"{name}.png").write_bytes(images[name])
     page = run / "report.html"
     page.write_text(_run_page(loaded, images), encoding="utf-8")
     return [*(folder / f"{name}.png" for name in images), page]
 
 
-def compare(runs: list[Path], out: Path) -> Path:
-    """Write the page `out`: the runs in one table, their accuracies in one plot, the config keys they differ in.
-
-    Raises:
-        InputError: no run, the same run twice, or a file of a run is missing or broken; names it.
-    """
-    loaded = _load_all(runs)
-    with plots.style():
-        image = plots.png(plots.compared(loaded))
-    rows = [_row(run) for run in loaded]
-    cells = [[_cell(key, row[key]) for key in COLUMNS] for row in rows]
-    body = ["<h2>Runs</h2>", html_table(list(COLUMNS.values()), cells)]
-    where = sorted({row["evaluated_on"] for row in rows})
-    if len(where) > 1:
-        body.append(html_note(f"The accuracies are not all of the same records: {' and '.join(where)}."))
-    body += [html_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
-    body += ["<h2>Accuracy</h2>", html_image("accuracy of all runs", image), "<h2>Config keys that differ</h2>"]
-    different = _differences(loaded)
-    body.append(html_table(["key", *(run.label for run in loaded)], different) if different else "<p>None.</p>")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html_page(f"{len(loaded)} runs", body), encoding="utf-8")
-    return out
-
-
-def table(runs: list[Path]) -> list[dict[str, Any]]:
-    """One row a run with the keys of `COLUMNS`: numbers (accuracies in [0, 1]), null where there is none."""
-    return [_row(run) for run in _load_all(runs)]
-
-
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def _load_all(runs: list[Path]) -> list[Run]:
-    if not runs:
-        raise InputError("report: no run folder given.")
-    return [_load(run, label) for run, label in zip(runs, _labels(runs), strict=True)]
-
-
-def _labels(runs: list[Path]) -> list[str]:
-    """Trailing parts of each path, as few as tell all of them apart."""
-    parts = [run.resolve().parts for run in runs]
-    for run, given in zip(runs, parts, strict=True):
-        if parts.count(given) > 1:
-            raise InputError(f"report: {run} is given more than once.")
-    depth = 1
-    while len({given[-depth:] for given in parts}) < len(parts):
-        depth += 1
-    return ["/".join(given[-depth:]) for given in parts]
-
-
-def _load(path: Path, label: str) -> Run:
+def load(path: Path, label: str) -> Run:
     if not path.is_dir():
         raise InputError(f"{path}: there is no such run folder.")
     config_text = _read(path / "resolved.yaml")
@@ -202,45 +140,33 @@ def _split(path: Path) -> dict[str, Any]:
     return split
 
 
-# Pages ----------------------------------------------------------------------------------------------------------------
-
-
-def _row(run: Run) -> dict[str, Any]:
-    summary = run.summary
-    accuracy = {key: (summary[key] or {}).get("accuracy") for key in ("baseline", "final", "best")}
-    return {
-        "run": run.label,
-        "strategy": summary["strategy"],
-        "rounds": summary["rounds"],
-        "frozen_accuracy": accuracy["baseline"],
-        "final_accuracy": accuracy["final"],
-        "best_accuracy": accuracy["best"],
-        "mb_up": summary["bytes_up"] / plots.MB,
-        "mb_down": summary["bytes_down"] / plots.MB,
-        "seconds": summary["seconds"],
-        "epsilon_max": summary["epsilon_max"],
-        "evaluated_on": summary["evaluated_on"],
-    }
-
-
-def _cell(key: str, value: Any) -> str:
-    return plots.percent(value) if key.endswith("accuracy") else plots.number(value)
+# The page -------------------------------------------------------------------------------------------------------------
 
 
 def _run_page(run: Run, images: dict[str, bytes]) -> str:
     summary = run.summary
-    body = [f'<p class="lead">{html.escape(_headline(run))}</p>']
+    first, *others = lead.sentences(summary, run.config)
+    body = [f'<p class="lead">{html.escape(first)}</p>', *(f"<p>{html.escape(line)}</p>" for line in others)]
     if not run.ended:
         body.append(html_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
-    facts = [[_words(key), _fact(key, value)] for key, value in summary.items()
-             if not isinstance(value, list) and key not in ("privacy", "continual") and value not in (None, {})]
+    body += [html_note(line) for line in lead.warnings(summary)]
+    if summary.get("tta"):
+        body += _test_time(summary["tta"])
+    if summary.get("sequence"):
+        body += _sequence(summary)
+    facts = [[plain(key), _fact(key, value)] for key, value in summary.items()
+             if not isinstance(value, list) and key not in APART and value not in (None, {})]
     facts.append(["quarantined updates", str(len(summary["quarantined"]))])
     body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
-    body += [html_image(_words(name), image) for name, image in images.items()]
+    body += [html_image(plain(name), image) for name, image in images.items()]
+    if run.hides_counts:
+        body.append(html_note("Numbers of records of each client, and of its labels, are left out: the guarantee does "
+                              "not cover them. privacy.release_metrics=true shows them."))
     if summary.get("privacy"):
         body += _privacy(summary["privacy"])
     if summary.get("continual"):
         body += _tasks(summary["continual"])
+    body += _updates(run)
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
         body += ["<h2>Quarantined updates</h2>", html_table(["round", "client", "reason"], rows)]
@@ -248,52 +174,88 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     return html_page(f"{summary['strategy']}: {run.label}", body)
 
 
+def _test_time(tta: dict[str, Any]) -> list[str]:
+    """Each client's accuracies and gain, the mean over all rows of the streams last."""
+    gain = lead.gains(tta)
+    rows = [[name, str(row["stream"]), number(row["records"]), percent(row["accuracy"]),
+             percent(row["source_accuracy"]), percent(row["tta_accuracy"]),
+             points(row["tta_accuracy"] - row["source_accuracy"])] for name, row in tta["clients"].items()]
+    rows.append(["mean over records", "", number(sum(row["records"] for row in tta["clients"].values())),
+                 percent(tta["accuracy"]), percent(tta["source_accuracy"]), percent(tta["tta_accuracy"]),
+                 points(gain["gain"])])
+    heads = ["client", "stream", "records", "clean", "as trained", f"with {tta['method']}", "gain"]
+    return [f"<h2>Test-time adaptation, severity {html.escape(str(tta['severity']))}, after round {tta['round']}</h2>",
+            html_table(heads, rows)]
+
+
+def _sequence(summary: dict[str, Any]) -> list[str]:
+    """The head that answers, after each task; beside it the frozen model with the same head."""
+    sequence = summary["sequence"]
+    frozen = sequence.get("frozen_head_by_task") or []
+    rows = [[str(task + 1), str(sequence["rounds_of_tasks"][task]), percent(value),
+             percent(frozen[task] if task < len(frozen) else None)]
+            for task, value in enumerate(sequence["accuracy_by_task"])]
+    heads = ["after task", "round", f"head {sequence['head']}, classes so far", "frozen model, same head"]
+    trained = sequence["trained_classifier"] or {}
+    body = ["<h2>The head that answers</h2>", html_table(heads, rows)]
+    if trained.get("accuracy") is not None:
+        body.append(f"<p>The classifier as trained has {percent(trained['accuracy'])} after round "
+                    f"{trained['round']}, on the classes seen by then.</p>")
+    return body
+
+
 def _privacy(section: dict[str, Any]) -> list[str]:
     """What is claimed, what is outside of the claim, and the clients' ledgers."""
     body = ["<h2>Privacy</h2>", f"<p>{html.escape(section['claim']).replace(chr(10), '<br>')}</p>"]
     if section["outside"]:
-        body += ["<p>Outside of the guarantee:</p>",
-                 "<ul>", *(f"<li>{html.escape(line)}</li>" for line in section["outside"]), "</ul>"]
+        body += ["<p>Outside of the guarantee:</p>", html_list(section["outside"])]
     keys = [key for key, value in section.items() if not isinstance(value, list | dict) and key != "claim"]
-    body.append(html_table([], [[_words(key), plots.number(section[key])] for key in keys]))
+    body.append(html_table([], [[plain(key), number(section[key])] for key in keys]))
     if section["clients"]:
         heads = list(next(iter(section["clients"].values())))
-        rows = [[name, *(plots.number(row[key]) for key in heads)] for name, row in section["clients"].items()]
-        body.append(html_table(["client", *map(_words, heads)], rows))
+        rows = [[name, *(number(row[key]) for key in heads)] for name, row in section["clients"].items()]
+        body.append(html_table(["client", *map(plain, heads)], rows))
     return body
 
 
 def _tasks(section: dict[str, Any]) -> list[str]:
     """Accuracy on every task after every task, and the metrics with the reasons for those that are undefined."""
     heads = ["after", *(f"{number}: {', '.join(names)}" for number, names in enumerate(section["tasks"]))]
-    rows = [[f"task {number}", *(plots.percent(right / count) if count and task <= number else ""
+    rows = [[f"task {number}", *(percent(right / count) if count and task <= number else ""
                                  for task, (right, count) in enumerate(zip(row, section["count"], strict=True)))]
             for number, row in enumerate(section["right"])]
     body = [f"<h2>Tasks: body {html.escape(section['body'])}, head {html.escape(section['head'])}</h2>",
             html_table(heads, rows)]
     if section["metrics"]:
         values, reasons = section["metrics"]["values"], section["metrics"]["undefined"]
-        body.append(html_table([], [[key, plots.percent(value) if value is not None else f"undefined: {reasons[key]}"]
+        body.append(html_table([], [[key, percent(value) if value is not None else f"undefined: {reasons[key]}"]
                                     for key, value in values.items()]))
     return body
 
 
-def _headline(run: Run) -> str:
-    """The sentence that a reader takes away."""
-    final, best, baseline = (run.summary[key] for key in ("final", "best", "baseline"))
-    if final is None:
-        return "Nothing has been evaluated yet."
-    where = f"on the {run.summary['evaluated_on']} after round {final['round']}"
-    if final["accuracy"] is None:
-        return f"Loss {plots.number(final['loss'])} {where}."
-    text = (f"Accuracy {plots.percent(final['accuracy'])} {where} "
-            f"(best {plots.percent(best['accuracy'])} after round {best['round']})")
-    if baseline is None or baseline["accuracy"] is None:
-        return f"{text}."
-    text = f"{text}; the frozen model has {plots.percent(baseline['accuracy'])}"
-    if baseline["evaluated_on"] != run.summary["evaluated_on"]:
-        return f"{text} on the {baseline['evaluated_on']}."
-    return f"{text}: {100 * (final['accuracy'] - baseline['accuracy']):+.1f} points."
+def _updates(run: Run) -> list[str]:
+    """How far each update went beside the others of its round, and what became of it; nothing where none was seen."""
+    rounds = [event for event in run.of("round") if event.get("update_norms")]
+    if not rounds:
+        return []
+    rows = [row for event in rounds for row in _updates_of(event)]
+    shown = rows if len(rows) <= MOST_ROWS else [row for row in rows if row[2] != "used" or row[6]][:MOST_ROWS]
+    left = f" of {len(rows):,}, of clients that stand out; metrics.jsonl has all" if len(shown) < len(rows) else ""
+    heads = ["round", "client", "update", "norm", "times the round's median", "distance to the median", ""]
+    return ["<h2>Clients' updates</h2>", html_folded(f"{len(shown)} rows{left}", html_table(heads, shown))]
+
+
+def _updates_of(event: metrics.Event) -> list[list[str]]:
+    """Rows of one round."""
+    norms, distances, at = event["update_norms"], event.get("update_distances", {}), str(event["round"])
+    middle = drawing.quantile(sorted(norms.values()), 0.5)
+    rows = []
+    for name, norm in norms.items():
+        times = norm / middle if middle else None
+        far = "far beyond the others" if name in event.get("far_updates", {}) else ""
+        rows.append([at, name, event.get("treated", {}).get(name, "used"), number(norm), number(times),
+                     number(distances.get(name)), far])
+    return rows + [[at, name, "quarantined", "–", "–", "–", ""] for name in event["quarantined"]]
 
 
 def _rounds(run: Run) -> str:
@@ -302,65 +264,28 @@ def _rounds(run: Run) -> str:
     for event in run.of("round"):
         score = scores.get(event["round"], {})
         rows.append([
-            str(event["round"]), str(len(event["clients"])), plots.number(event.get("train_loss")),
-            plots.number(score.get("loss")), plots.percent(score.get("accuracy")),
-            plots.number(event["bytes_up"] / plots.MB), plots.number(event["bytes_down"] / plots.MB),
-            plots.number(event["seconds"]),
+            str(event["round"]), str(len(event["clients"])), number(event.get("train_loss")),
+            number(score.get("loss")), percent(score.get("accuracy")),
+            number(event["bytes_up"] / drawing.MB), number(event["bytes_down"] / drawing.MB),
+            number(event["seconds"]),
         ])
     heads = ["round", "updates used", "training loss", "loss", "accuracy", "MB up", "MB down", "seconds"]
-    return f"<details><summary>{len(rows)} rounds</summary>{html_table(heads, rows)}</details>"
-
-
-def _differences(runs: list[Run]) -> list[list[str]]:
-    """Rows `key, value in each run` of the dotted config keys that are not the same in all runs."""
-    flat = [_flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for tree in flat for key in tree)
-    rows = [[key, *(tree.get(key, "–") for tree in flat)] for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
-    return flat
+    return html_folded(f"{len(rows)} rounds", html_table(heads, rows))
 
 
 def _fact(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{_words(inner)} {_fact(inner, item)}" for inner, item in value.items())
+        shown = ((inner, item) for inner, item in value.items() if not isinstance(item, dict) and item is not None)
+        return ", ".join(f"{plain(inner)} {_fact(inner, item)}" for inner, item in shown)
+    if isinstance(value, list):
+        return ", ".join(number(item) for item in value)
     if key.startswith("bytes_"):
-        return f"{plots.number(value)} ({plots.number(value / plots.MB)} MB)"
-    return _cell(key, value)
+        return f"{number(value)} ({number(value / drawing.MB)} MB)"
+    return cell(key, value)
 
 
-def _words(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def html_page(title: str, body: list[str]) -> str:
-    title = html.escape(title)
-    head = ['<meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title>", f"<style>{PAGE_STYLE}</style>"]
-    top = ["<!doctype html>", '<html lang="en"><head>', *head, "</head><body>", f"<h1>{title}</h1>"]
-    return "\n".join([*top, *body, "</body></html>"]) + "\n"
-
-
-def html_table(heads: list[str], rows: list[list[str]]) -> str:
-    """Heads and cells are plain text; they are escaped here."""
-    lines = [_cells("th", heads)] if heads else []
-    lines += [_cells("td", row) for row in rows]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
-
-
-def _cells(tag: str, cells: list[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def html_note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def html_image(name: str, data: bytes) -> str:
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+def cell(key: str, value: Any) -> str:
+    """A value of a summary or table, written by what its key says that it is."""
+    shares = ("accuracy", "standard_error", "_logistic", "largest_class", "constant", "frozen_head", "forgetting",
+              "gap")
+    return percent(value) if key.endswith(shares) and isinstance(value, float) else number(value)

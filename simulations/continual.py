@@ -107,14 +107,15 @@ def score(here: World, server: ServerState) -> dict[str, float]:
     data = here.test_encoded
     mine = torch.isin(data.labels, torch.tensor(seen)).nonzero().flatten().numpy()
     if len(mine) == 0:
-        return {"accuracy": float("nan"), "loss": float("nan")}
+        return {"accuracy": float("nan"), "loss": float("nan"), "test_records": 0, "classes": len(seen)}
     right, loss = 0, 0.0
     for scores, labels in scored(here, learning, server, data.subset(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())
         if len(learning.body.views(server)) == 1:
             loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
     single = len(learning.body.views(server)) == 1  # an ensemble's scores are no distribution
-    return {"accuracy": right / len(mine), "loss": loss / len(mine) if single else float("nan")}
+    return {"accuracy": right / len(mine), "loss": loss / len(mine) if single else float("nan"),
+            "test_records": len(mine), "classes": len(seen)}
 
 
 def counts(here: World, learning: Learning, server: ServerState, task: int) -> tuple[list[int], list[int]]:

@@ -24,7 +24,7 @@ from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.metrics import Recorder, read, summarise
-from fedpeft.simulations import continual, faults, privacy
+from fedpeft.simulations import comparators, continual, faults, privacy
 from fedpeft.simulations.baselines import baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
@@ -120,11 +120,12 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
                 "rounds": config.run.rounds,
                 "trainable_parameters": trainable(here),
                 "personalised": personal,
+                "test_fingerprint": here.test.fingerprint,
             }
         )
         record({"event": "evaluate", "round": 0, **score(here, server)})
-        if config.run.baselines:
-            record({"event": "baselines", **baselines(here)})
+        record({"event": "baselines", **comparators.constant(here), **(trained_elsewhere(here) if config.run.baselines
+                                                                       else {})})
     else:
         recorder.resume(server.round, continual.unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": config.run.rounds})
@@ -161,6 +162,11 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         server = _with_grid(config, text, run, partial(play, server))
     record({"event": "end", "round": server.round})
     return finish(here, server, run)
+
+
+def trained_elsewhere(here: World) -> dict[str, Any]:
+    """Test accuracies of what needs no federation: logistic regressions, and in a sequence the frozen model's head."""
+    return {**baselines(here), **comparators.frozen_head(here)}
 
 
 def _absolute(config: Config) -> None:
@@ -202,7 +208,8 @@ def score(here: World, server: ServerState) -> dict[str, float]:
         return continual.score(here, server)
     here.local.model.write(server.adapter)
     result = evaluate(here.local.model, here.test_encoded)
-    return {"accuracy": result["accuracy"], "loss": result["loss"]}
+    return {**{key: value for key, value in result.items() if key != "num-examples"},
+            "test_records": int(result["num-examples"])}
 
 
 def trainable(here: World) -> int:
@@ -226,13 +233,6 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
             folder.save(flat(own), run / "adapter" / "clients" / client, **options)
     events = read(run / "metrics.jsonl")
     extra = {
-        "baselines": {
-            key: value
-            for event in events
-            if event["event"] == "baselines"
-            for key, value in event.items()
-            if key.endswith("_logistic")
-        },
         "privacy": privacy.section(here),
         "continual": continual.section(here, server),
         "tta": stream.describe(config, events),

@@ -69,7 +69,7 @@ class Wrapper(FederatedStrategy):
         return self.inner.task(server)
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
-        """The updates that the inner strategy aggregates. Whom it cuts, clips or leaves out stands in `treated` then."""
+        """The updates that the inner strategy aggregates; `treated` then says whom it cut, clipped or left out."""
         return updates
 
     def treatments(self) -> dict[str, str]:

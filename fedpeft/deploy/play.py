@@ -33,7 +33,7 @@ from fedpeft.deploy.roster import Roster, SiteGrid
 from fedpeft.deploy.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
 from fedpeft.metrics import Recorder
-from fedpeft.simulations import continual
+from fedpeft.simulations import comparators, continual
 from fedpeft.simulations.run import finish, score, trainable
 from fedpeft.simulations.world import World
 from fedpeft.strategies import secagg
@@ -99,9 +99,11 @@ def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None)
         server = here.start
         recorder.record({"event": "start", "strategy": config.strategy.name, "engine": "sites",
                          "seed": config.run.seed, "clients": config.data.clients, "rounds": config.run.rounds,
-                         "trainable_parameters": trainable(here), "personalised": bool(here.strategy.keeps)})
+                         "trainable_parameters": trainable(here), "personalised": bool(here.strategy.keeps),
+                         "test_fingerprint": here.test.fingerprint if len(here.test) else None})
         if config.data.test is not None:
             recorder.record({"event": "evaluate", "round": 0, **score(here, server)})
+            recorder.record({"event": "baselines", **comparators.constant(here)})
     else:
         recorder.resume(server.round, continual.unfinished(server))
         log.info("goes on after round %d", server.round)

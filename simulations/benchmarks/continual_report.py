@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import plots, report
+from fedpeft import drawing, pages, words
 from fedpeft.continual.matrix import NAMES, accuracies, curve
 from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
@@ -179,9 +179,9 @@ def figures(results: Row) -> dict[str, bytes]:
     ran = [row for row in results["rows"] if not row["refused"]]
     if not ran:
         return {}
-    with plots.style():
+    with drawing.style():
         drawn = {"tasks": over_tasks(ran), "forgetting": against_bytes(results["summary"]), "matrices": matrices(ran)}
-        return {name: plots.png(figure) for name, figure in drawn.items() if figure is not None}
+        return {name: drawing.png(figure) for name, figure in drawn.items() if figure is not None}
 
 
 def over_tasks(ran: list[Row]) -> Figure:
@@ -227,7 +227,7 @@ def against_bytes(rows: list[Row]) -> Figure | None:
     for number, body in enumerate(bodies):
         axes.plot([], [], "s", label=label(body), **_filled(number))
     for number, head in enumerate(heads):
-        axes.plot([], [], MARKERS[number % len(MARKERS)], color=plots.GREY, label=f"head {head}")
+        axes.plot([], [], MARKERS[number % len(MARKERS)], color=drawing.GREY, label=f"head {head}")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
@@ -267,13 +267,14 @@ def matrices(ran: list[Row]) -> Figure:
 
 
 def _look(number: int) -> tuple[str, str]:
-    return plots.COLORS[number % len(plots.COLORS)], plots.DASHES[number // len(plots.COLORS) % len(plots.DASHES)]
+    turn, place = divmod(number, len(drawing.COLORS))
+    return drawing.COLORS[place], drawing.DASHES[turn % len(drawing.DASHES)]
 
 
 def _filled(number: int) -> dict[str, Any]:
     """Colour and filling of a body's marks."""
     color, dashes = _look(number)
-    return {"color": color, "fillstyle": FILLINGS[plots.DASHES.index(dashes)]}
+    return {"color": color, "fillstyle": FILLINGS[drawing.DASHES.index(dashes)]}
 
 
 
@@ -292,16 +293,16 @@ def page(results: Row, images: dict[str, bytes]) -> str:
     titles = {"tasks": "Accuracy over tasks", "forgetting": "Forgetting against bytes kept",
               "matrices": "Accuracy on each task (columns) after each task (rows)"}
     body = [f'<p class="lead">{escape(sentence(rows))}</p>', f"<p>{escape(headline(results))}. "
-            f"{escape(results['summary_of_stream'])}.</p>", *map(report.html_note, notes(results)),
-            report.html_table(["body", "head", *names, AGAINST, *COSTS], [line(row, names) for row in rows]),
+            f"{escape(results['summary_of_stream'])}.</p>", *map(pages.html_note, notes(results)),
+            pages.html_table(["body", "head", *names, AGAINST, *COSTS], [line(row, names) for row in rows]),
             f"<p>{escape(LEGEND)}</p>"]
     for name, image in images.items():
-        body += [f"<h2>{titles[name]}</h2>", report.html_image(titles[name], image)]
+        body += [f"<h2>{titles[name]}</h2>", pages.html_image(titles[name], image)]
     body += ["<h2>What is kept</h2>", _kept(rows), "<h2>Metrics that are not defined</h2>", _undefined(rows),
              "<h2>Runs</h2>", _runs(results["rows"]), "<h2>How it was made</h2>"]
     facts = [["command", results["reproduce"]], ["training", json.dumps(results["train"])],
              *([name, value] for name, value in results["versions"].items())]
-    return report.html_page(f"Continual learning: {results['stream']}", [*body, report.html_table([], facts)])
+    return pages.html_page(f"Continual learning: {results['stream']}", [*body, pages.html_table([], facts)])
 
 
 def _kept(rows: list[Row]) -> str:
@@ -309,7 +310,7 @@ def _kept(rows: list[Row]) -> str:
     ran = [row for row in rows if not row["refused"]]
     kinds = list(ran[0]["stored_bytes"]) if ran else []
     heads = ["body", "head", "trained parameters", *(f"{kind}, bytes" for kind in kinds), "head, bytes"]
-    return report.html_table(heads, [
+    return pages.html_table(heads, [
         [row["body"], row["head"], f"{row['parameters']:,}", *(f"{row['stored_bytes'][kind]:,.0f}" for kind in kinds),
          f"{row['head_bytes']:,.0f}"] for row in ran])
 
@@ -319,7 +320,7 @@ def _undefined(rows: list[Row]) -> str:
     for row in rows:
         for name, reason in (row.get("undefined") or {}).items():
             reasons.setdefault((name, reason), []).append(f"{row['body']} {row['head']}")
-    return report.html_table(["metric", "why", "where"], [
+    return pages.html_table(["metric", "why", "where"], [
         [name, reason, "everywhere" if len(where) == sum(not row["refused"] for row in rows) else ", ".join(where)]
         for (name, reason), where in reasons.items()])
 
@@ -328,11 +329,11 @@ def _runs(rows: list[Row]) -> str:
     """Every run's stream and scores, and the options of every body and head."""
     manifests = [[str(row["seed"]), row["manifest_sha256"]] for row in (
         select(rows, seed=seed)[0] for seed in distinct(rows, "seed"))]
-    scores = [[row["body"], row["head"], str(row["seed"]), plots.percent(row["metrics"]["acc_micro"]),
+    scores = [[row["body"], row["head"], str(row["seed"]), words.percent(row["metrics"]["acc_micro"]),
                "yes" if row["resumed"] else "no", row["stream"]] for row in rows if not row["refused"]]
     options = [[kind, name, json.dumps(select(rows, **{kind: name})[0][f"{kind}_options"])]
                for kind in ("body", "head") for name in distinct(rows, kind)]
     return ("<details><summary>streams, scores, options</summary>"
-            + report.html_table(["seed", "sha256 of the stream's manifest"], manifests)
-            + report.html_table(["body", "head", "seed", "acc_micro", "went on from a checkpoint", "stream"], scores)
-            + report.html_table(["", "name", "options"], options) + "</details>")
+            + pages.html_table(["seed", "sha256 of the stream's manifest"], manifests)
+            + pages.html_table(["body", "head", "seed", "acc_micro", "went on from a checkpoint", "stream"], scores)
+            + pages.html_table(["", "name", "options"], options) + "</details>")

@@ -204,14 +204,14 @@ def _points(rows: list[Row], key: str) -> torch.Tensor:
 
 def figures(rows: list[Row]) -> dict[str, bytes]:
     """PNG images by name, of the experiments that `rows` has."""
-    from fedpeft import plots
+    from fedpeft import drawing
 
     drawn = {}
-    with plots.style():
+    with drawing.style():
         for name, draw in (("dp", _dp_figure), ("heterogeneity", _skew_figure)):
             own = select(rows, experiment=name)
             if own:
-                drawn[name] = plots.png(draw(own))
+                drawn[name] = drawing.png(draw(own))
     return drawn
 
 
@@ -219,7 +219,7 @@ def _dp_figure(rows: list[Row]) -> Figure:
     """Final accuracy by privacy setting, at the shared learning rate 1 and at tuned ones; bars are standard errors."""
     from matplotlib.figure import Figure
 
-    from fedpeft.plots import COLORS
+    from fedpeft.drawing import COLORS
 
     figure = Figure(figsize=(10, 4))
     settings, methods = distinct(rows, "setting"), distinct(rows, "method")
@@ -242,7 +242,7 @@ def _skew_figure(rows: list[Row]) -> Figure:
     """Accuracy by round in the first setting at its shared rate, and the paired difference from FedIT with error."""
     from matplotlib.figure import Figure
 
-    from fedpeft.plots import COLORS
+    from fedpeft.drawing import COLORS
 
     own = select(rows, **_cells(rows)[0])
     names = [name for name in distinct(own, "method") if "absolute" not in name]

@@ -59,10 +59,10 @@ def run(out: Path, seeds: int = 3, quick: bool = False) -> Row:
     results = {"reproduce": command, "quick": quick, "config": CONFIG, "seeds": seeds, "versions": versions,
                "claims": claims(rows), "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    from fedpeft import plots
+    from fedpeft import drawing
 
-    with plots.style():
-        files.write_bytes(out / "accuracy.png", plots.png(figure(rows)))
+    with drawing.style():
+        files.write_bytes(out / "accuracy.png", drawing.png(figure(rows)))
     return results
 
 

@@ -92,10 +92,10 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
                "device": f"{where.type} ({machine})", "threads": 1, "largest_difference": distance,
                "versions": versions, "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    from fedpeft import plots
+    from fedpeft import drawing
 
-    with plots.style():
-        files.write_bytes(out / "speed.png", plots.png(figure(rows)))
+    with drawing.style():
+        files.write_bytes(out / "speed.png", drawing.png(figure(rows)))
     return results
 
 

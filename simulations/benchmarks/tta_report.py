@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import plots, report
+from fedpeft import drawing, pages
 from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
@@ -145,13 +145,13 @@ def sentence(own: list[Row]) -> str:
 def figures(results: Row) -> dict[str, bytes]:
     """PNG images by name: over the stream, and against cost, for every stream and source model."""
     drawn = {}
-    with plots.style():
+    with drawing.style():
         for number, (where, own) in enumerate(cells(results["rows"])):
             ran = [row for row in own if not row["refused"]]
             if ran:
                 title = f"{where['stream']}, {where['model']}"
-                drawn[f"stream-{number}"] = plots.png(over(title, ran))
-                drawn[f"cost-{number}"] = plots.png(against_cost(title, select(results["summary"], **where)))
+                drawn[f"stream-{number}"] = drawing.png(over(title, ran))
+                drawn[f"cost-{number}"] = drawing.png(against_cost(title, select(results["summary"], **where)))
     return drawn
 
 
@@ -168,7 +168,7 @@ def over(title: str, ran: list[Row]) -> Figure:
         color, dashes, width = _look(index, method)
         axes.plot(range(length), points, color=color, linestyle=dashes, linewidth=width, label=label(method))
     for name, first in ran[0]["segments"]:
-        axes.axvline(first - 0.5, color=plots.GREY, linewidth=0.8)
+        axes.axvline(first - 0.5, color=drawing.GREY, linewidth=0.8)
         if len(ran[0]["segments"]) <= 20:
             axes.text(first - 0.3, 1.01, name, transform=axes.get_xaxis_transform(), rotation=30, fontsize=8)
     axes.set(xlabel="batch", ylabel="error in %")
@@ -213,7 +213,8 @@ def _look(index: int, method: str) -> tuple[str, str, float]:
     """Colour, dashes and width of a method's line; the source model is thick and grey."""
     if method == "source":
         return "#222222", "-", 2.6
-    return plots.COLORS[index % len(plots.COLORS)], plots.DASHES[index // len(plots.COLORS) % len(plots.DASHES)], 1.4
+    turn, place = divmod(index, len(drawing.COLORS))
+    return drawing.COLORS[place], drawing.DASHES[turn % len(drawing.DASHES)], 1.4
 
 
 
@@ -227,26 +228,26 @@ def write(out: Path) -> list[Path]:
 
 def page(results: Row, images: dict[str, bytes]) -> str:
     """One HTML page that loads nothing from elsewhere."""
-    body = [report.html_note(RULES)]
+    body = [pages.html_note(RULES)]
     if results["quick"]:
-        body.append(report.html_note("A quick version: it shows that the benchmark runs and says nothing of methods."))
+        body.append(pages.html_note("A quick version: it shows that the benchmark runs and says nothing of methods."))
     for number, (where, own) in enumerate(cells(results["summary"])):
         runs = select(results["rows"], **where)
         name = escape(f"{where['stream']}, {where['model']}")
         body += [f"<h2>{name}</h2>", f"<p>{escape(sentence(own))}</p>",
-                 report.html_table(list(HEADS), [line(row) for row in own])]
-        body += [report.html_image(what, images[key]) for key, what in (
+                 pages.html_table(list(HEADS), [line(row) for row in own])]
+        body += [pages.html_image(what, images[key]) for key, what in (
             (f"stream-{number}", "error over the stream"), (f"cost-{number}", "error against cost")) if key in images]
         body += ["<h2>Error of each domain in %</h2>", _domains(own), "<h2>Runs</h2>", _runs(runs)]
     facts = [["command", results["reproduce"]], *([name, value] for name, value in results["versions"].items())]
-    body += [f"<p>{escape(LEGEND)}</p>", "<h2>How it was made</h2>", report.html_table([], facts)]
-    return report.html_page("Test-time adaptation", body)
+    body += [f"<p>{escape(LEGEND)}</p>", "<h2>How it was made</h2>", pages.html_table([], facts)]
+    return pages.html_page("Test-time adaptation", body)
 
 
 def _domains(own: list[Row]) -> str:
     ran = [row for row in own if not row["refused"]]
     names = list(ran[0]["domains"])
-    return report.html_table(["method", *names], [
+    return pages.html_table(["method", *names], [
         [row["method"], *(f"{100 * row['domains'][name]:.1f}" for name in names)] for row in ran])
 
 
@@ -257,6 +258,6 @@ def _runs(runs: list[Row]) -> str:
                                                                    (row.get("reasons") or {}).items())]
              for row in select(runs, seed=runs[0]["seed"])]
     return ("<details><summary>plans, source models, options</summary>"
-            + report.html_table(["seed", "sha256 of the plan", "sha256 of the source model"], seeds)
-            + report.html_table(["method", "options (others: default)", "not learned from, first seed"], given)
+            + pages.html_table(["seed", "sha256 of the plan", "sha256 of the source model"], seeds)
+            + pages.html_table(["method", "options (others: default)", "not learned from, first seed"], given)
             + "</details>")

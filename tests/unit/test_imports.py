@@ -17,12 +17,12 @@ MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ tha
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
     {"errors", "seeds", "registry", "sections", "values", "overrides", "config", "lowrank", "metrics", "files",
-     "foreign", "console"},
+     "findings", "lead", "words", "foreign", "console"},
     {"state"},
     {"models", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},
     {"strategies", "clients"},
-    {"checkpoint", "report", "plots", "catalogue"},
+    {"checkpoint", "report", "side_by_side", "pages", "drawing", "plots", "client_plots", "catalogue"},
     {"simulations"},
     {"deploy"},
     {"cli"},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedpeft import metrics, plots, report
+from fedpeft import metrics, plots, report, side_by_side
 from fedpeft.errors import InputError
 
 CONFIG = "strategy:\n  name: {strategy}\ndata:\n  clients: {clients}\nprivacy:\n  unit: none\nrun:\n  seed: {seed}\n"
@@ -60,7 +60,7 @@ def pixels(path):
 
 def drawn(run):
     """Name -> figure of all that a run has to show."""
-    loaded = report._load(run, "run")
+    loaded = report.load(run, "run")
     return {name: figure for name, draw in plots.PLOTS.items() if (figure := draw(loaded)) is not None}
 
 
@@ -93,7 +93,7 @@ def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path
     run = make_run(tmp_path / "run", used=3, bad={2: ("client-0", "NaN")}, personalised=True)
     files = report.write(run)
     assert [path.relative_to(run).as_posix() for path in files] == [
-        *(f"plots/{name}.png" for name in plots.PLOTS if name != "privacy"), "report.html"]
+        *(f"plots/{name}.png" for name in plots.PLOTS if name not in ("privacy", "test_time")), "report.html"]
     for path in files[:-1]:
         image = pixels(path)
         assert image.shape[1] > 800 and image.shape[0] > 200
@@ -105,8 +105,8 @@ def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path
 def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path):
     run = make_run(tmp_path / "run", bad={3: ("client-2", "norm 9.1 is over 2")}, extra={"device": "cpu-of-test"})
     page = report.write(run)[-1].read_text()
-    assert ("Accuracy 70.0 % on the server test set after round 5 (best 70.0 % after round 5); "
-            "the frozen model has 20.0 %: +50.0 points.") in page
+    assert ("Accuracy 70.0 % on the server test set after round 5; mean of the last 5 evaluated rounds 50.0 %.") in page
+    assert "Best without federation: the frozen model, 20.0 %: +50.0 points." in page
     rows = cells(page)
     for row in (["strategy", "fedit"], ["trainable parameters", "7,818"], ["bytes up", "1,250,000 (1.25 MB)"],
                 ["bytes down", "2,000,000 (2 MB)"], ["seconds", "2.5"], ["device", "cpu-of-test"],
@@ -209,7 +209,7 @@ def test_spread_over_the_clients_of_a_personalised_run(tmp_path):
     x = line(drawn(run)["accuracy"].axes[0], "fedit").get_xdata()
     assert list(x) == [1, 2, 3, 4, 5]  # round 0 was scored on other records: only its dashed line is there
     page = report.write(run)[-1].read_text()
-    assert "the frozen model has 20.0 % on the server test set." in page and "points" not in page
+    assert "The frozen model has 20.0 % on the server test set." in page and "points" not in page
 
 
 def test_images_repeat_exactly_and_follow_the_data(tmp_path):
@@ -230,7 +230,7 @@ def test_text_from_outside_is_escaped_everywhere(tmp_path):
                    bad={1: (evil, "<img src=x onerror=alert(1)>")}, extra={evil: evil})
     (run / "resolved.yaml").write_text("strategy:\n  name: '<b>bold</b>'\n")
     other = make_run(tmp_path / "_plain")
-    for page in (report.write(run)[-1], report.compare([run, other], tmp_path / "c.html")):
+    for page in (report.write(run)[-1], side_by_side.compare([run, other], tmp_path / "c.html")):
         text = page.read_text()
         assert not re.search(r"<script|<i>|<b>|<img src=x", text)
         assert "a&lt;b&gt;" in text
@@ -255,42 +255,48 @@ def test_a_run_without_a_round_or_without_accuracy_still_has_a_page(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert "Loss 1.9 on the server test set after round 2." in report.write(run)[-1].read_text()
     assert not (run / "plots" / "accuracy.png").exists()
-    assert report.compare([empty, run], tmp_path / "c.html").exists()
+    assert side_by_side.compare([empty, run], tmp_path / "c.html").exists()
 
 
 def test_compare_puts_runs_side_by_side(tmp_path):
     slow = make_run(tmp_path / "one" / "run", rounds=5)
     fast = make_run(tmp_path / "two" / "run", strategy="fedsvd", rounds=3, gain=0.2, seed=7)
-    rows = report.table([slow, fast])
+    rows = side_by_side.table([slow, fast])
     assert [row["run"] for row in rows] == ["one/run", "two/run"]
-    assert rows[1] == {"run": "two/run", "strategy": "fedsvd", "rounds": 3, "frozen_accuracy": 0.2,
+    assert rows[1] == {"run": "two/run", "strategy": "fedsvd", "rounds": 3, "test_records": None,
+                       "frozen_accuracy": 0.2, "best_baseline_accuracy": 0.2, "largest_class_accuracy": None, "standard_error": None,
+                       "common_accuracy": pytest.approx(0.8), "last_rounds_accuracy": pytest.approx(0.6),
                        "final_accuracy": pytest.approx(0.8), "best_accuracy": pytest.approx(0.8), "mb_up": 0.75,
                        "mb_down": pytest.approx(1.2), "seconds": 1.5, "epsilon_max": None,
                        "evaluated_on": metrics.SERVER}
-    page = report.compare([slow, fast], tmp_path / "new" / "c.html")
+    page = side_by_side.compare([slow, fast], tmp_path / "new" / "c.html")
     found = cells(page.read_text())
     where = metrics.SERVER
-    assert ["one/run", "fedit", "5", "20.0 %", "70.0 %", "70.0 %", "1.25", "2", "2.5", "–", where] in found
-    assert ["two/run", "fedsvd", "3", "20.0 %", "80.0 %", "80.0 %", "0.75", "1.2", "1.5", "–", where] in found
+    assert ["one/run", "fedit", "5", "–", "20.0 %", "20.0 %", "–", "50.0 %", "70.0 %", "–", "50.0 %", "70.0 %", "1.25",
+            "2", "2.5", "–", where] in found
+    assert ["two/run", "fedsvd", "3", "–", "20.0 %", "20.0 %", "–", "80.0 %", "80.0 %", "–", "60.0 %", "80.0 %", "0.75",
+            "1.2", "1.5", "–", where] in found
+    assert "At round 3, the last that all evaluated: two/run 80.0 %, one/run 50.0 %." in page.read_text()
+    assert "<li>rounds: one/run 5; two/run 3</li>" in page.read_text()
     assert ["strategy.name", "&quot;fedit&quot;", "&quot;fedsvd&quot;"] in found and ["run.seed", "0", "7"] in found
     assert not any(row[0] == "privacy.unit" for row in found)  # the same in both
-    assert page.read_text().count("<img") == 1 and "not all of the same" not in page.read_text()
-    axes = plots.compared(report._load_all([slow, fast])).axes[0]
+    assert page.read_text().count("<img") == 1 and "evaluated on: " not in page.read_text()
+    axes = plots.compared(side_by_side.load_all([slow, fast])).axes[0]
     assert line(axes, "two/run").get_ydata() == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert sum(item.get_label().startswith("frozen model") for item in axes.lines) == 1
 
 
 def test_compare_says_when_accuracies_are_not_comparable_or_a_run_has_not_ended(tmp_path):
     runs = [make_run(tmp_path / "global"), make_run(tmp_path / "personal", personalised=True, end=False)]
-    page = report.compare(runs, tmp_path / "c.html").read_text()
-    assert "not all of the same records" in page
+    page = side_by_side.compare(runs, tmp_path / "c.html").read_text()
+    assert f"evaluated on: global {metrics.SERVER}; personal clients&#x27; held-out records" in page
     assert "personal has not ended." in page and "global has not ended" not in page
 
 
 @pytest.mark.parametrize("many", [9, 20])
 def test_compared_runs_stay_apart_however_many(tmp_path, many):
     runs = [make_run(tmp_path / f"_run-{index}", rounds=1, gain=0.01 * index) for index in range(many)]
-    figure = plots.compared(report._load_all(runs))
+    figure = plots.compared(side_by_side.load_all(runs))
     curves = [item for item in figure.axes[0].lines if "run-" in item.get_label()]
     looks = [(item.get_color(), item.get_linestyle()) for item in curves]
     assert len(looks) == many == len(set(looks))
@@ -314,7 +320,7 @@ def test_compared_runs_stay_apart_however_many(tmp_path, many):
 def test_a_missing_or_broken_file_is_named(tmp_path, file, content, message):
     run = make_run(tmp_path / "run")
     (run / file).unlink() if content is None else (run / file).write_text(content)
-    for use in (report.write, lambda path: report.table([path])):
+    for use in (report.write, lambda path: side_by_side.table([path])):
         with pytest.raises(InputError, match=message):
             use(run)
 
@@ -324,6 +330,6 @@ def test_runs_that_cannot_be_compared(tmp_path):
     with pytest.raises(InputError, match="nowhere: there is no such run folder"):
         report.write(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no run folder given"):
-        report.table([])
+        side_by_side.table([])
     with pytest.raises(InputError, match="more than once"):
-        report.compare([run, tmp_path / "run" / ".." / "run"], tmp_path / "c.html")
+        side_by_side.compare([run, tmp_path / "run" / ".." / "run"], tmp_path / "c.html")

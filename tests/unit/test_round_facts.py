@@ -91,7 +91,7 @@ def test_the_round_records_and_names_a_loud_client_once(caplog):
 
 
 def treated(wrap: str, moves: dict[str, np.ndarray], **options: float) -> dict[str, str]:
-    strategy, (sent, updates) = make("ffa_lora", wrap, **options), updates_of(moves)
+    strategy, (_, updates) = make("ffa_lora", wrap, **options), updates_of(moves)
     updates = [Update(one.client, 1.0, AdapterState({"q/B": one.adapter["q/A"]}, SITES)) for one in updates]
     start = {"q/A": torch.ones(4, 4), "q/B": torch.ones(2, 4)}
     strategy.aggregate(ServerState(AdapterState(start, SITES)), updates)

@@ -1,0 +1,147 @@
+"""The sentences that a reader takes away from a run: first in its report, in the terminal and in summary.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedpeft.findings import FROZEN, NAMES, SERVER
+from fedpeft.words import number, percent, points
+
+SEEDED = "seeded: not private"
+FAR_RULE = "over 10 times the median norm of the other clients' updates in a round"
+
+
+def headline(summary: dict[str, Any], config: dict[str, Any]) -> str:
+    """All sentences in one line: what a guarantee costs, then what was asked for, then what it is compared with."""
+    return " ".join(sentences(summary, config))
+
+
+def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    lines = [*_privacy(summary, config), *_test_time(summary.get("tta"))]
+    if summary.get("sequence"):
+        return lines + _sequence(summary)
+    if summary["final"] is None:
+        return [*lines, "Nothing has been evaluated yet."]
+    return [*lines, *_score(summary, config), *_compared(summary)]
+
+
+def warnings(summary: dict[str, Any]) -> list[str]:
+    """One for each client whose update was far beyond the others'."""
+    return [_far(row) for row in summary.get("updates", []) if row["far_rounds"]]
+
+
+def _far(row: dict[str, Any]) -> str:
+    rounds, times = row["far_rounds"], row["times_median"]
+    often = f"in {len(rounds)} rounds, last {rounds[-1]}" if len(rounds) > 1 else f"in round {rounds[0]}"
+    most = "the others did not move" if times is None else f"up to {number(times)} times their median"
+    became = f"{row['treated']} by the robust rule" if row["treated"] else "counted like any other"
+    return f"{row['client']}: update far beyond the others' {often} ({most}), {became}. Named is one {FAR_RULE}."
+
+
+def _privacy(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    section = config.get("privacy") or {}
+    if section.get("unit", "none") == "none":
+        return []
+    spent = summary["epsilon_max"]
+    epsilon = "Epsilon is in the clients' ledgers," if spent is None else f"Epsilon {number(spent)}"
+    delta = section.get("delta")
+    at = f" at delta {delta:g}" if isinstance(delta, int | float) else ""
+    one = "record" if section["unit"] == "sample" else "client"
+    seeded = f" ({SEEDED})" if section.get("randomness") == "seeded" else ""
+    return [f"{epsilon}{at} for one {one}{seeded}."]
+
+
+def _test_time(tta: dict[str, Any] | None) -> list[str]:
+    if not tta:
+        return []
+    gain, clients = gains(tta), len(tta["clients"])
+    return [f"On the clients' streams: as trained {percent(tta['source_accuracy'])}, with {tta['method']} "
+            f"{percent(tta['tta_accuracy'])}: {points(gain['gain'])}; {gain['better']} of {clients} clients better, "
+            f"{gain['same']} the same, {gain['worse']} worse ({number(gain['rows'])} rows)."]
+
+
+def gains(tta: dict[str, Any]) -> dict[str, Any]:
+    """What the test-time method changed: the mean over all rows, and how many clients it helped and hurt.
+
+    Two clients are the same where less than half a record lies between them.
+    """
+    rows = list(tta["clients"].values())
+    each = [row["tta_accuracy"] - row["source_accuracy"] for row in rows]
+    least = [0.5 / max(1, row.get("rows", row["records"])) for row in rows]
+    better = sum(gain > half for gain, half in zip(each, least, strict=True))
+    worse = sum(gain < -half for gain, half in zip(each, least, strict=True))
+    return {"gain": tta["tta_accuracy"] - tta["source_accuracy"], "better": better, "worse": worse,
+            "same": len(rows) - better - worse, "rows": sum(row.get("rows", row["records"]) for row in rows)}
+
+
+def _sequence(summary: dict[str, Any]) -> list[str]:
+    sequence, final = summary["sequence"], summary["final"]
+    trained = sequence["trained_classifier"] or {}
+    alone = ""
+    if trained.get("accuracy") not in (None, (final or {}).get("accuracy")):  # the same where it is what answers
+        alone = (f"The classifier that was trained has {percent(trained['accuracy'])} on the classes seen by round "
+                 f"{trained['round']}.")
+    if final is None:
+        return ["No task has ended yet.", *([alone] if alone else [])]
+    done, tasks = sequence["tasks_done"], sequence["tasks"]
+    classes = f"{'all ' if done == tasks else 'the '}{sequence['classes']} classes"
+    forgetting = sequence["forgetting"]
+    text = (f"Accuracy {_sure(summary)} on {classes} after task {done} of {tasks}, by the head "
+            f"{sequence['head'] or 'of the config'}")
+    lines = [f"{text}, forgetting {points(forgetting).lstrip('+')}." if forgetting is not None else f"{text}."]
+    frozen = sequence["frozen_head_accuracy"]
+    if frozen is not None and done == tasks:
+        lost = sequence["frozen_head_forgetting"]
+        beside = f", forgetting {points(lost).lstrip('+')}" if lost is not None else ""
+        lines.append(f"The frozen model with the same head has {percent(frozen)}{beside}: "
+                     f"{points(final['accuracy'] - frozen)}.")
+    return [*lines, *_compared(summary), *([alone] if alone else [])]
+
+
+def _score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    final, where = summary["final"], f"on the {summary['evaluated_on']} after round {summary['final']['round']}"
+    if (config.get("model") or {}).get("task") == "causal-lm" and summary.get("perplexity") is not None:
+        tokens = f"over {number(summary['test_tokens'])} tokens of {number(summary['test_records'])} texts "
+        right = f"; next-token accuracy {percent(final['accuracy'])}" if final["accuracy"] is not None else ""
+        text = f"Perplexity {number(summary['perplexity'])} {tokens}{where}, loss {number(final['loss'])}{right}"
+    elif final["accuracy"] is None:
+        return [f"Loss {number(final['loss'])} {where}."]
+    else:
+        text = f"Accuracy {_sure(summary)} {where}"
+    last = summary.get("last_rounds")
+    mean = f"; mean of the last {len(last['rounds'])} evaluated rounds {percent(last['accuracy'])}" if last else ""
+    return [f"{text}{mean}."]
+
+
+def _sure(summary: dict[str, Any]) -> str:
+    error, records = summary.get("standard_error"), summary.get("test_records")
+    sure = f" ± {100 * error:.1f}" if error is not None else ""
+    count = f" (n = {number(records)}{', ± one standard error' if sure else ''})" if records else ""
+    return f"{percent(summary['final']['accuracy'])}{sure}{count}"
+
+
+def _compared(summary: dict[str, Any]) -> list[str]:
+    found, lines = summary.get("comparison"), []
+    if found:
+        if found["no_better_than_constant"]:
+            lines.append(f"That is no better than always saying {_constant(summary)} ({percent(found['constant'])}).")
+        lines.append(f"Best without federation: {named(found['baseline'], summary)}, {percent(found['accuracy'])}: "
+                     f"{points(found['gap'])}.")
+    baseline = summary["baseline"] or {}
+    if baseline.get("accuracy") is not None and not summary.get("sequence") and (found or {}).get("baseline") != FROZEN:
+        elsewhere = ("" if baseline["evaluated_on"] == summary["evaluated_on"] else f" on the "
+                     f"{baseline['evaluated_on']}")
+        lines.append(f"The frozen model has {percent(baseline['accuracy'])}{elsewhere}.")
+    return lines
+
+
+def named(key: str, summary: dict[str, Any]) -> str:
+    """A baseline in words; of the largest class, with its name."""
+    return f"always saying {_constant(summary)}" if key == "largest_class" else NAMES[key]
+
+
+def _constant(summary: dict[str, Any]) -> str:
+    if "clients_largest_class" in summary["baselines"] and summary["evaluated_on"] != SERVER:
+        return "the most frequent answer of each client"
+    name = summary["baselines"].get("largest_class_name")
+    return f"'{name}'" if name is not None else "the largest class"

@@ -1,0 +1,54 @@
+"""Parts of our HTML pages: one self-contained file each, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; --line: #8885; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; } .wide { overflow-x: auto; } summary { cursor: pointer; }
+img { display: block; max-width: 100%; background: #fff; border-radius: 6px; margin: 1rem 0; }
+pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; }
+.lead { font-size: 1.1rem; } .note { border-left: 3px solid #d55e00; padding-left: .8rem; }
+"""
+
+
+def html_page(title: str, body: list[str]) -> str:
+    title = html.escape(title)
+    head = ['<meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{title}</title>", f"<style>{PAGE_STYLE}</style>"]
+    top = ["<!doctype html>", '<html lang="en"><head>', *head, "</head><body>", f"<h1>{title}</h1>"]
+    return "\n".join([*top, *body, "</body></html>"]) + "\n"
+
+
+def html_table(heads: list[str], rows: list[list[str]]) -> str:
+    """Heads and cells are plain text; they are escaped here."""
+    lines = [_cells("th", heads)] if heads else []
+    lines += [_cells("td", row) for row in rows]
+    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _cells(tag: str, cells: list[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def html_note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def html_image(name: str, data: bytes) -> str:
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def html_list(lines: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def html_folded(title: str, inner: str) -> str:
+    """`inner` is HTML; the title is plain text."""
+    return f"<details><summary>{html.escape(title)}</summary>{inner}</details>"

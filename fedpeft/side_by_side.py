@@ -1,0 +1,216 @@
+"""Several runs on one page: what they reached where they can be compared, and in what they are unlike."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from fedpeft import drawing, plots
+from fedpeft.errors import InputError
+from fedpeft.findings import NAMES, comparable
+from fedpeft.pages import html_image, html_list, html_note, html_page, html_table
+from fedpeft.report import Run, cell, load
+from fedpeft.words import percent
+
+COLUMNS = {  # key of a table's row -> its head on the page
+    "run": "run",
+    "strategy": "strategy",
+    "rounds": "rounds",
+    "test_records": "n",
+    "frozen_accuracy": "frozen model",
+    "best_baseline_accuracy": "best without federation",
+    "largest_class_accuracy": "largest class",
+    "common_accuracy": "at the last common round",
+    "final_accuracy": "final accuracy",
+    "standard_error": "± standard error",
+    "last_rounds_accuracy": "mean of the last rounds",
+    "best_accuracy": "best accuracy",
+    "mb_up": "MB up",
+    "mb_down": "MB down",
+    "seconds": "seconds",
+    "epsilon_max": "epsilon",
+    "evaluated_on": "evaluated on",
+}
+
+
+def compare(runs: list[Path], out: Path) -> Path:
+    """Write the page `out`: what differs, the runs in one table, their accuracies, the config keys they differ in.
+
+    Raises:
+        InputError: no run, the same run twice, or a file of a run is missing or broken; names it.
+    """
+    loaded = load_all(runs)
+    with drawing.style():
+        image = drawing.png(plots.compared(loaded))
+    rows = _rows(loaded)
+    cells = [[cell(key, row[key]) for key in COLUMNS] for row in rows]
+    body = [f'<p class="lead">{html.escape(ranking(loaded))}</p>']
+    unlike = differences(loaded)
+    if unlike:
+        body += [html_note("These runs are not alike, so their accuracies may not be comparable. They differ in:"),
+                 html_list(unlike)]
+    body += ["<h2>Runs</h2>", html_table(list(COLUMNS.values()), cells)]
+    body += [html_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
+    body += ["<h2>Baselines of each</h2>", *_baselines(loaded)]
+    body += ["<h2>Accuracy</h2>", html_image("accuracy of all runs", image), "<h2>Config keys that differ</h2>"]
+    different = _config_differences(loaded)
+    body.append(html_table(["key", *(run.label for run in loaded)], different) if different else "<p>None.</p>")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html_page(f"{len(loaded)} runs", body), encoding="utf-8")
+    return out
+
+
+def table(runs: list[Path]) -> list[dict[str, Any]]:
+    """One row a run with the keys of `COLUMNS`: numbers (accuracies in [0, 1]), null where there is none."""
+    return _rows(load_all(runs))
+
+
+def said(runs: list[Path]) -> dict[str, Any]:
+    """`ranking` and `differences` of run folders."""
+    loaded = load_all(runs)
+    return {"ranking": ranking(loaded), "differences": differences(loaded)}
+
+
+def load_all(runs: list[Path]) -> list[Run]:
+    """The runs, with labels that tell them apart."""
+    if not runs:
+        raise InputError("report: no run folder given.")
+    return [load(run, label) for run, label in zip(runs, _labels(runs), strict=True)]
+
+
+def _labels(runs: list[Path]) -> list[str]:
+    """Trailing parts of each path, as few as tell all of them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for run, given in zip(runs, parts, strict=True):
+        if parts.count(given) > 1:
+            raise InputError(f"report: {run} is given more than once.")
+    depth = 1
+    while len({given[-depth:] for given in parts}) < len(parts):
+        depth += 1
+    return ["/".join(given[-depth:]) for given in parts]
+
+
+def common_round(runs: list[Run]) -> int | None:
+    """The last round that all runs evaluated on like classes; None where there is none, as between sequences."""
+    if any(run.summary.get("sequence") for run in runs):
+        return None
+    shared = set.intersection(*({score["round"] for score in run.scores if score["accuracy"] is not None
+                                 and score["round"]} for run in runs))
+    return max(shared, default=None)
+
+
+def _at(run: Run, number_of: int | None) -> float | None:
+    return next((score["accuracy"] for score in run.scores if score["round"] == number_of), None)
+
+
+def ranking(runs: list[Run]) -> str:
+    """The runs from the highest accuracy to the lowest, at the last round that all of them evaluated."""
+    at = common_round(runs)
+    values = {run.label: _at(run, at) if at is not None else (run.summary["final"] or {}).get("accuracy")
+              for run in runs}
+    order = sorted((item for item in values.items() if item[1] is not None), key=lambda item: -(item[1] or 0.0))
+    if not order:
+        return "No run has an accuracy."
+    when = f"At round {at}, the last that all evaluated" if at is not None else "At the end of each"
+    errors = [run.summary["standard_error"] for run in runs if run.summary.get("standard_error") is not None]
+    error = f" (one standard error is up to {100 * max(errors):.1f} points)" if errors else ""
+    return f"{when}: {', '.join(f'{name} {percent(value)}' for name, value in order)}{error}."
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """What has to be alike for accuracies to be compared and is not: a line each, with every run's value."""
+    lines = []
+    for name, values in _conditions(runs).items():
+        if len(set(values)) > 1:
+            each = "; ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
+            lines.append(f"{name}: {each}")
+    return lines
+
+
+def _conditions(runs: list[Run]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        data, model, split = run.config.get("data") or {}, run.config.get("model") or {}, run.split or {}
+        start = next(event for event in run.events if event["event"] == "start")
+        sequence = run.summary.get("sequence")
+        labels = (split.get("histogram") or {}).get("labels")
+        for name, value in {
+            "rounds": run.summary["rounds"],
+            "clients": run.summary["clients"],
+            "data source": data.get("source"),
+            "training records (fingerprint)": _short(split.get("fingerprint")),
+            "test set (fingerprint)": _short(start.get("test_fingerprint")),
+            "test records": run.summary.get("test_records"),
+            "classes": None if labels is None else f"{len(labels)} ({', '.join(map(str, labels[:5]))}"
+                                                   f"{', ...' if len(labels) > 5 else ''})",
+            "tasks": sequence["tasks"] if sequence else "no sequence",
+            "classes at the end": sequence["classes"] if sequence else "all",
+            "model": model.get("name"),
+            "task of the model": model.get("task"),
+            "evaluated on": run.summary["evaluated_on"],
+        }.items():
+            found.setdefault(name, []).append("unknown" if value is None else str(value))
+    return found
+
+
+def _short(fingerprint: Any) -> str | None:
+    return None if fingerprint is None else str(fingerprint)[:12]
+
+
+def _rows(runs: list[Run]) -> list[dict[str, Any]]:
+    at = common_round(runs)
+    return [{**_row(run), "common_accuracy": _at(run, at)} for run in runs]
+
+
+def _row(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    accuracy = {key: (summary[key] or {}).get("accuracy")
+                for key in ("baseline", "final", "best", "comparison", "last_rounds")}
+    return {
+        "run": run.label,
+        "strategy": summary["strategy"],
+        "rounds": summary["rounds"],
+        "test_records": summary["test_records"],
+        "frozen_accuracy": accuracy["baseline"],
+        "best_baseline_accuracy": accuracy["comparison"],
+        "largest_class_accuracy": (summary["comparison"] or {}).get("constant"),
+        "final_accuracy": accuracy["final"],
+        "standard_error": summary["standard_error"],
+        "last_rounds_accuracy": accuracy["last_rounds"],
+        "best_accuracy": accuracy["best"],
+        "mb_up": summary["bytes_up"] / drawing.MB,
+        "mb_down": summary["bytes_down"] / drawing.MB,
+        "seconds": summary["seconds"],
+        "epsilon_max": summary["epsilon_max"],
+        "evaluated_on": summary["evaluated_on"],
+    }
+
+
+def _baselines(runs: list[Run]) -> list[str]:
+    """A row for each model that no federation trained; columns are runs."""
+    rows = []
+    for key in NAMES:
+        values = [comparable(run.summary).get(key) for run in runs]
+        if any(value is not None for value in values):
+            rows.append([NAMES[key], *map(percent, values)])
+    return [html_table(["", *(run.label for run in runs)], rows)] if rows else ["<p>None was computed.</p>"]
+
+
+def _config_differences(runs: list[Run]) -> list[list[str]]:
+    """Rows `key, value in each run` of the dotted config keys that are not the same in all runs."""
+    flat = [_flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for tree in flat for key in tree)
+    rows = [[key, *(tree.get(key, "–") for tree in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
+    return flat
+
+

@@ -1,0 +1,38 @@
+"""How numbers are written for readers, the same in the report, the plots and the headline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def percent(value: float | None) -> str:
+    """
+    >>> percent(0.9155), percent(None)
+    ('91.5 %', '–')
+    """
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def points(gain: float) -> str:
+    """A difference of two shares, in percentage points.
+
+    >>> points(-0.0312)
+    '-3.1 points'
+    """
+    shown = f"{100 * gain:+.1f}"
+    return f"{'0.0' if shown in ('-0.0', '+0.0') else shown} points"
+
+
+def number(value: Any) -> str:
+    """A number as a reader wants it: integers whole, others to four significant digits; other values as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def plain(key: str) -> str:
+    return key.replace("_", " ")

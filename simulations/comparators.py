@@ -1,0 +1,98 @@
+"""What costs nothing to reach: one answer for every record; in a sequence, the head that answers on a frozen model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.adapters import features
+from fedpeft.clients.learning import unit
+from fedpeft.continual import matrix
+from fedpeft.continual.body import only
+from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.simulations import continual
+from fedpeft.simulations.world import Shares, World
+from fedpeft.strategies.learning.build import fits
+from fedpeft.strategies.learning.rounds import learning_of
+
+
+def constant(here: World) -> dict[str, Any]:
+    """`largest_class`, the accuracy on the server's test set of always giving its most frequent answer, and the answer;
+    where clients hold records out, `clients_largest_class`, of each always giving the most frequent one of its own.
+
+    For a language model an answer is a token.
+    """
+    found: dict[str, Any] = {}
+    if len(here.test_encoded):
+        values, counts = _answers(here.test_encoded, here.config.model.task).unique(return_counts=True)
+        best = int(counts.argmax())
+        found = {"largest_class": float(counts[best] / counts.sum()),
+                 "largest_class_name": _name(here, int(values[best]))}
+    held, privacy = here.local.holdout, here.config.privacy
+    covered = privacy.unit == "none" or privacy.release_metrics
+    if here.config.data.holdout and isinstance(held, Shares) and covered:
+        each = [_answers(held[client], here.config.model.task).unique(return_counts=True)[1] for client in held]
+        right, total = sum(int(counts.max()) for counts in each), sum(int(counts.sum()) for counts in each)
+        found["clients_largest_class"] = right / total
+    return found
+
+
+def _answers(data: Encoded, task: str) -> Tensor:
+    """What a model should say, one after another."""
+    labels = data.labels[:, 1:] if task == "causal-lm" else data.labels
+    return labels[labels != IGNORE]
+
+
+def _name(here: World, answer: int) -> str:
+    if here.config.model.task != "causal-lm":
+        return str(here.test.label_names[answer])
+    return str(here.local.model.base.processor.decode([answer]))
+
+
+def frozen_head(here: World) -> dict[str, Any]:
+    """In a sequence, the head of the config on the model before training, fitted on the sums of all clients' records
+    without noise (a trained classifier as it is at the start): `frozen_head`, its accuracy on all classes after the
+    last task, `frozen_head_by_task` on those seen by each, and `frozen_head_forgetting`. Else nothing.
+    """
+    learning = learning_of(here.strategy)
+    if learning is None:
+        return {}
+    plan, rows = learning.curriculum, []
+    here.local.model.write(here.start.adapter)
+    test = [torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.test_encoded), strict=True)]
+    labels = test[2].numpy()
+    count = [len(plan.of(labels, task)) for task in range(len(plan.groups))]
+    made = continual.unfitted(here) if fits(here.config) else None
+    for task in range(len(plan.groups)):
+        seen = plan.seen(task)
+        if made is None:
+            scores = only(test[1], seen)
+        else:
+            made.update(_sums(here, plan.of(here.train.labels, task)), seen)
+            scores = made.scores(_shaped(here, test[0]), None)
+        right = (scores.argmax(-1) == test[2]).numpy()
+        rows.append([int(right[plan.of(labels, other)].sum()) if other <= task else 0
+                     for other in range(len(plan.groups))])
+    found = matrix.summary(rows, count)["values"]
+    return {"frozen_head": found["acc_micro"], "frozen_head_forgetting": found["forgetting_chaudhry"],
+            "frozen_head_by_task": [float(value) for value in matrix.curve(rows, count)]}
+
+
+def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
+    """The head's sums over those of these records that clients train on."""
+    shares, made = here.local.train_data, continual.unfitted(here)
+    assert isinstance(shares, Shares)
+    own = np.intersect1d(numbers, np.concatenate([*map(np.asarray, shares.parts.values())]))
+    total: dict[str, Tensor] = {}
+    for found, _, labels in features.batches(here.local.model, here.train_encoded.subset(own)):
+        for key, value in made.statistics(_shaped(here, found), labels).items():
+            total[key] = total[key] + value if key in total else value
+    return total
+
+
+def _shaped(here: World, found: Tensor) -> Tensor:
+    """Features as the config's head gets them."""
+    return unit(found) if here.config.continual.statistics_noise is not None else found
