@@ -7,7 +7,8 @@ One rate for every tensor that the strategy trains, sent beside the adapter as `
 numbers. They are used where clients evaluate with `tta.method=atp`. Bao, Wei, Wang and He, arXiv 2310.18816.
 
 Deviations: rates are learned in the same rounds as the adapter, not after it; only tensors of the adapter (and the
-head) have rates, since the server knows no others.
+head) have rates, since the server knows no others; p_k is the strategy's weighting, where the authors average the rates
+of a round equally (`strategy.weighting=uniform` does).
 
     >>> from fedpeft.strategies.atp import ATP
     >>> ATP(lr=0.01).inner.trains

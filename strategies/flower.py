@@ -49,10 +49,14 @@ class FlowerRule(FederatedStrategy):
 
     @dataclass
     class Config:
-        rule: str = option("FedAvg", "class in flwr.serverapp.strategy", choices=tuple(RULES))
+        rule: str = option("FedAvg", f"class in flwr.serverapp.strategy, of {', '.join(RULES)}")
         rule_options: dict[str, Any] = option({}, "its keyword arguments", options_of=("", "rule"))
 
     def __init__(self, rule: str = "FedAvg", rule_options: dict[str, Any] | None = None) -> None:
+        if rule.startswith("DifferentialPrivacy"):
+            wrong = "Flower 1.39 moves an adaptive clip the wrong way, up when it is too large. " if "Adapt" in rule else ""
+            raise InputError(f"strategy.rule={rule}: {wrong}Flower's DP wrappers keep no ledger and are not offered. "
+                             "Use privacy.unit=client for DP at the server, privacy.unit=sample for DP at the clients.")
         if rule not in RULES:
             raise InputError(registry.unknown("strategy.rule", rule, RULES))
         self.rule, self.rule_options = rule, dict(rule_options or {})

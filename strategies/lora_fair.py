@@ -13,7 +13,9 @@ gradient descent from dB = 0 with lambda as given; it fixes the direction of D*,
 
 Deviations: the paper writes S as a similarity but minimises it, and an unsquared ||dB||; every implementation known
 squares it. Implementations start dB at a Xavier draw, which at the paper's lambda decays by a fifth only and ends
-below FedIT; zero is the start here.
+below FedIT; zero is the start here. Code derived from the authors' takes the mean of the cosines of the columns for S,
+`cosine` one cosine of the whole matrix: dB differs by 76 % of its norm, the distance to D* by less than 0.1 % (random
+24 x 20 matrices, r 4, 5 clients).
 
     >>> import torch
     >>> A, RAt = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0], [1.0]])

@@ -14,10 +14,11 @@ R[i,j] = right[i,j] / tests[j] is the accuracy on task j after task i. "Seen" af
     forgetting_fed_mammoth   the same sum over all T tasks, divided by T: smaller by (T-1)/T
     a_auc                for streams without boundaries: accuracy on what was seen, averaged over the records trained on
 
-Tools call different ones by one name. "Accuracy": PILOT and CoSO acc_micro, Mammoth and Avalanche acc_macro, ConPET
-both. "Average accuracy" of most papers on pre-trained models: aia_micro. "Forgetting": Chaudhry et al. (arXiv
-1801.10112) forgetting_chaudhry, Mammoth and PILOT forgetting_ge0, Avalanche and fed-mammoth their own. "BWT": of
-Mammoth bwt; of Avalanche bwt too, as the negative of its forgetting. a_auc is that of i-Blurry (arXiv 2110.10031).
+Tools call different ones by one name. "Accuracy": PILOT, CoSO and Avalanche's stream accuracy acc_micro, Mammoth
+acc_macro, ConPET both. "Average accuracy" of most papers on pre-trained models: aia_micro. "Forgetting": Chaudhry et
+al. (arXiv 1801.10112) forgetting_chaudhry, Mammoth and PILOT forgetting_ge0, Avalanche and fed-mammoth their own.
+"BWT": of Mammoth bwt; of Avalanche bwt too, as the negative of its forgetting. a_auc is that of i-Blurry (arXiv
+2110.10031).
 
     >>> result = summary([[8, 0], [4, 20]], tests=[10, 20])
     >>> result["values"]["acc_micro"], result["values"]["acc_macro"], result["values"]["bwt"]

@@ -10,9 +10,10 @@ of the adapters, against an output variance that grows with the rank. The order 
 scaling, makes no difference: the pool is sorted before k-means starts from its seed. With k = all units the result is
 the sum of the adapters.
 
-Deviations: the constants of both scales are not checked against the paper. `scale_output` is off unless asked for: with
-it, k = all units would not return the sum. A unit and its negative, [-a, -b], are the same product but not the same
-vector; as in the paper, nothing aligns them.
+Deviations: the constants of both scales are not checked against the paper, which does not say how often k-means starts
+either; here the best of 10 starts counts. `scale_output` is off unless asked for: with it, k = all units would not
+return the sum. A unit and its negative, [-a, -b], are the same product but not the same vector; as in the paper,
+nothing aligns them.
 
     >>> import torch
     >>> A, B = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 4.0, 9.0]])

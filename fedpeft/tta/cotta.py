@@ -9,7 +9,8 @@
 Wang et al., arXiv 2203.13591. The released code is followed where it differs from the paper (c is a batch mean). Ours:
 `restore_order` before swaps 4 and 5, without which restored weights never reach the teacher that answers; LoRA pairs
 are restored by rank-one component; views are computed only when they are used; only adaptable tensors are copied, and
-the anchor is the backbone itself.
+the anchor is the backbone itself. `adapt: all` is every tensor; the authors take those named weight or bias, so that a
+transformer's class token and positions stay (1,152 of the tiny ViT's 136,138 values).
 
     >>> import torch
     >>> from fedpeft.tta.base import make

@@ -19,9 +19,11 @@ made anew on the features that it will be used with, and never leaves the client
 
 Deviations: the authors train the global head with a balanced softmax loss, here it is as the rounds train it; their
 personal head starts at random, has no bias and goes on from round to round; they send h_p of the model that a client
-has trained, here it is measured again on the averaged one that is evaluated, while h_g is a round old in both. Their
-code moves h~ closer to the history at every step, leaves the first sample of every later batch out of the history, and
-stops a whole batch on the norm of its gradient.
+has trained, here it is measured again on the averaged one that is evaluated, while h_g is a round old in both. h_g is
+the mean by the strategy's weighting, theirs weighs clients equally. In their code h~ after step k is history +
+b^k (h - history), so that after two steps it is the history to 9 %; the first sample of every batch but the first
+enters no history and has the one that was there before it; the history starts anew with every test set; and all samples
+of a batch stop when the norm of its whole gradient is below 1e-5.
 
     >>> heads = torch.tensor([[[4.0, 0.0], [0.5, 0.0]]])                    # both say class 0, the global head for sure
     >>> near = torch.tensor([[1.0, 1.0]])

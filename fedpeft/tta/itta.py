@@ -11,7 +11,9 @@ one of the first two blocks. f_w is a stack of per-channel affine maps with ReLU
 Chen, Zhang, Song, Shan and Liu, arXiv 2304.04494. Deviations: the model is deployed, so only f_w is trained, over the
 gradients of `align_on`; f_w(0) is taken off, so that equal views cost nothing; the test-time map is one residual affine
 a channel, since the published ReLU stack changes signed features from the start; memory restarts on reset, where the
-code lets it live on; at least two samples are needed, for one has no other to mix with.
+code lets it live on; at least two samples are needed, for one has no other to mix with. The standardisation of ĝ_reg is
+part of the gradient by w; in the code its mean and deviation are constants, which points elsewhere (cosine 0.62 of the
+two gradients on a random linear layer, 0.45 to 0.75 over 5 seeds) and rewards making ĝ_reg large.
 
     >>> import torch
     >>> f = {"w": torch.ones(3, 2), "b": torch.full((3, 2), 0.5)}

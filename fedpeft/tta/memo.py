@@ -3,7 +3,9 @@
     p̄ = (1/V) sum_v softmax f_theta(view_v(x));  theta' = theta - lr dH(p̄);  the answer is softmax f_theta'(x)
 
 Zhang, Levine and Finn, arXiv 2110.09506. Episodic: nothing is kept between samples, so it works on batches of one and a
-batch is a loop over its rows. Batch norms keep their running statistics by default (`bn_alpha` 0).
+batch is a loop over its rows. Batch norms keep their running statistics by default (`bn_alpha` 0); above 0 the views'
+statistics are mixed in for the step and the sample's own for the answer, as the authors do with their prior N / (N + 1)
+= 1 - bn_alpha.
 
     >>> import torch
     >>> from fedpeft.tta import scores
@@ -67,4 +69,4 @@ class MEMO(GradientMethod):
         gradients, reason = self.finite_gradients(loss, leaves)
         if reason is None:
             start = optim.step(config.optimizer, start, gradients, optim.fresh(), config.lr)
-        return self.forward(sample, start)
+        return self.forward(sample, start, statistics)

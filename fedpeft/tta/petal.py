@@ -11,6 +11,7 @@ Brahma and Rai, arXiv 2212.09713. Fixed here, against the released code: v >= 0;
 default); the k = floor(share x P) smallest are selected and ties broken at random, where a strict quantile restores
 nothing once that many gradients are exactly 0 (LoRA with B = 0); tensors and embedding rows that the batch did not use
 do not count; the Fisher term is of the data loss alone by default; `per_tensor` takes the share within each tensor.
+`adapt: all` is every tensor, where the authors take those named weight or bias, as in CoTTA.
 
     >>> import torch
     >>> scores = {"w": torch.tensor([0.0, 0.0, 0.0, 4.0])}

@@ -2,7 +2,7 @@
 
     g  = d mean_{H_i < E0} H_i at theta;         theta+ = theta + rho g / |g|
     g+ = d mean_{H_i < E0 and H_i+ < E0} H_i+ at theta+;   theta <- SGD(theta, g+)
-    e <- 0.9 e + 0.1 mean H_i+;   e < e_m: weights, moments and e start anew
+    e <- 0.9 e + 0.1 mean H_i+ over the same samples;   e < e_m: weights, moments and e start anew
 
 E0 = 0.4 ln K. Niu et al., arXiv 2302.12400. Deviations: e_m is 0.029 ln K, which is the paper's 0.2 at K = 1000 (the
 constant 0.2 resets any good model of few classes); the update is skipped by count where a filter leaves nothing; the
@@ -74,7 +74,7 @@ class SAR(GradientMethod):
         reason = self.descend(again[second].mean(), leaves)
         if reason is not None:
             return reason
-        mean, old = float(again.detach().mean()), self.memory["entropy"]
+        mean, old = float(again[second].detach().mean()), self.memory["entropy"]
         self.memory["entropy"] = mean if old is None else 0.9 * old + 0.1 * mean
         if self.memory["entropy"] < config.reset_below * math.log(outputs.logits.shape[1]):
             self.restart()

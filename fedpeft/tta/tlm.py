@@ -3,12 +3,13 @@
 With l(x) the mean negative log likelihood of the tokens of x after the first (nats, so perplexity is exp l):
 
     S(x) = lambda exp(l(x) - l_0)  where l(x) > l_0, else 0        (a constant to the gradient)
-    L = (1/N) sum_x S(x) l(x),  one step a batch over the LoRA factors
+    L = sum_x S(x) l(x) / #{x: l(x) > l_0},  one step a batch over the LoRA factors
 
 Hu et al., arXiv 2505.20633: l_0 = 3, lambda = 0.1, lr 5e-5, batches of 8. Needs a causal-lm of `fedpeft.models`. The
 answer is the distribution of the token that comes next, over the vocabulary [N, V], or over `label_words` [N, K] where
-classes have words; the authors generate, which is outside of the contract. Adam divides the gradient by its own size,
-so with it lambda matters only at 0, and S only in weighing texts against each other.
+classes have words; the authors generate, which is outside of the contract. This is the online one of their two modes;
+the offline one trains on all inputs before it answers any, and takes S from the model without its adapter. Adam divides
+the gradient by its own size, so with it lambda matters only at 0, and S only in weighing texts against each other.
 
     >>> import torch
     >>> [round(value, 3) for value in weights(torch.tensor([2.0, 4.0]), 3.0, 0.1).tolist()]
@@ -75,7 +76,7 @@ class TLM(GradientMethod):
         factor = weights(nats.detach(), self.config.threshold, self.config.lambda_)
         if not factor.any():
             return "no text is above the threshold"
-        return self.descend((factor * nats).mean(), outputs.extra["leaves"])
+        return self.descend((factor * nats).sum() / (factor > 0).sum(), outputs.extra["leaves"])
 
 
 def surprise(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

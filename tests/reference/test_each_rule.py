@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft import config as configs
 from fedpeft.errors import InputError
 from fedpeft.strategies.base import ServerState, Update
 
@@ -309,3 +310,13 @@ def test_flowers_fedadam_keeps_its_moments_in_the_server_state(dense):
 def test_an_unknown_flower_rule_is_refused(dense):
     with pytest.raises(InputError, match="FedAvg"):
         dense.make("flower", rule="FedAverage")
+
+
+@pytest.mark.parametrize(("rule", "said"), [
+    ("DifferentialPrivacyServerSideAdaptiveClipping", "the wrong way.*privacy.unit=client"),
+    ("DifferentialPrivacyClientSideAdaptiveClipping", "the wrong way.*privacy.unit=client"),
+    ("DifferentialPrivacyServerSideFixedClipping", "no ledger.*privacy.unit=client"),
+])  # fmt: skip
+def test_flowers_own_dp_is_refused_with_the_reason(rule, said):
+    with pytest.raises(InputError, match=said):
+        configs.load("quickstart", ["strategy.name=flower", f"strategy.rule={rule}"])

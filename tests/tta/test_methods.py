@@ -307,6 +307,23 @@ def test_sar_without_radius_is_filtered_entropy_descent():
                for name, value in sharp.memory["student"].items())
 
 
+def test_sar_averages_the_entropy_of_what_passes_both_filters():
+    batch = parts.images(64)
+    plain = parts.method("sar", parts.conv())
+    before = scores.entropy(plain._outputs(batch, learn=True).logits).detach().sort().values
+    limit = float(before[40] + before[41]) / 2  # some below it will be above it once they are perturbed
+    method = parts.method("sar", parts.conv(), margin=limit / math.log(3), lr=0.0)
+    outputs = method._outputs(batch, learn=True)
+    first = scores.entropy(outputs.logits).detach() < limit
+    gradients = method.gradients(scores.entropy(outputs.logits)[first].mean(), outputs.extra["leaves"])
+    moved = sar.perturbed(method.memory["student"], gradients, 0.05)
+    again = scores.entropy(method.forward(batch, moved, method.statistics(batch)).logits)
+    both = first & (again < limit)
+    assert 0 < int(both.sum()) < int(first.sum()), "the second filter must matter here"
+    method.step(batch)
+    assert method.memory["entropy"] == pytest.approx(float(again[both].mean()), abs=1e-4)
+
+
 def test_sar_takes_the_perturbation_off_exactly_and_leaves_the_top_alone():
     method = parts.method("sar", parts.conv(), lr=0.0, rho=10.0)
     start = {name: value.clone() for name, value in method.memory["student"].items()}

@@ -58,7 +58,7 @@ def test_tlm_weighs_texts_by_their_perplexity_and_steps_along_the_gradient(reade
         tensors = {name: before[name] + scale * step[name] for name in before}
         method.memory["student"] = tensors
         seen = method._outputs(batch, learn=True).extra["surprise"].double().tolist()
-        return sum(one * two for one, two in zip(factor, seen, strict=True)) / len(seen)
+        return sum(one * two for one, two in zip(factor, seen, strict=True)) / 3  # the texts above the threshold
 
     slope = (loss(0.01) - loss(-0.01)) / 0.02
     assert slope == pytest.approx(-length / 0.5, rel=0.02)

@@ -17,7 +17,7 @@ from fedpeft import seeds
 from fedpeft.data.encode import Encoded
 from fedpeft.tta import itta, lsa, memo, petal, roid, rotta, scores, t3a, teacher
 from fedpeft.tta.base import make
-from fedpeft.tta.model import deploy
+from fedpeft.tta.model import batch_statistics, deploy
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -82,6 +82,17 @@ def test_memo_with_one_plain_view_is_tents_loss_and_forgets():
     assert torch.equal(method.predict(parts.images(2)), first)
     plain = make("source", parts.conv()).predict(parts.images(2))
     assert bool((scores.entropy_of(first) < scores.entropy_of(plain)).all())
+
+
+def test_memo_answers_under_the_statistics_it_was_told_to_mix():
+    images = {"pixel_values": 3 * parts.images(1)["pixel_values"] + 1}
+    still = parts.method("memo", parts.conv(), lr=0.0, bn_alpha=0.5, views=2)
+    norms = parts.method("bn_adapt", parts.conv(), bn_alpha=0.5)
+    mixed = norms.forward(images, {}, batch_statistics(0.5)).prediction
+    assert torch.allclose(still.predict(images), mixed, atol=1e-6)
+    plain = make("source", parts.conv()).predict(images)
+    assert not torch.allclose(mixed, plain, atol=1e-3)
+    assert torch.allclose(parts.method("memo", parts.conv(), lr=0.0, views=2).predict(images), plain, atol=1e-6)
 
 
 def test_t3a_keeps_the_most_certain_supports_of_each_class():

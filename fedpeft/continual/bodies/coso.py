@@ -18,10 +18,12 @@ first order to earlier gradients. `in` does the same to G^T: M lives in the inpu
 the inputs of earlier tasks. On the embedded streams `in` forgets far less.
 
 Deviations from the authors' code: directions with sigma_i <= 1e-6 sigma_1 are left out of P, and P is projected off M
-once more (surplus columns of U are arbitrary and leak into the protected space); M is made orthonormal again after
-each task (they concatenate); Q is not shrunk before it is merged; at least one direction is kept; M grows to at most
-`cap` of the space, and a layer above 90 % is reported; the learning rate is constant. Signs of U are fixed, so that
-moments mean the same after a refresh, and `rotate_moments` turns them into the new basis. Algebra in float64.
+once more (surplus columns of U are arbitrary and leak into the protected space); M is made orthonormal again after each
+task (they concatenate); the 1e-6 of Adam is added to the corrected root of v, where they add it before the correction,
+which makes it 32 times as large at the first step and 1.6 times at the 500th; Q is not shrunk before it is merged; at
+least one direction is kept; M grows to at most `cap` of the space, and a layer above 90 % is reported; the learning
+rate is constant. Signs of U are fixed, so that moments mean the same after a refresh, and `rotate_moments` turns them
+into the new basis. Algebra in float64.
 
     >>> merge_sketches([torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [1.0]])]).square().round().tolist()
     [[3.0], [0.0]]

@@ -7,18 +7,19 @@ Gao et al., arXiv 2303.10070 (learning, accumulation, ensemble). `on` is what tr
     tasks >= 1      in the first `frozen_epochs` epochs only the classifier trains, then on too
     prediction      max(softmax(scores of on), softmax(scores of off)), class by class
 
-What trains (`form`), in the adapted layers or in the attention modules around them, with a learned scale s from 1 on:
+What trains (`form`), in the adapted layers or in the attention modules around them, s a learned scale from 1 on:
 
     lora      y + s B A x at every adapted layer
     adapter   y + s B gelu(A x) beside an attention module, x its input and y its output
-    prefix    `length` learned keys and values in an attention, calibrated: see `fedpeft.continual.prefix`
+    prefix    `length` learned keys and values in an attention, calibrated, without a scale, as the authors run it:
+              see `fedpeft.continual.prefix`
 
 a is retention^(1 / steps of the task): how much of `off` is left of it after a task. The authors' a = 0.9999 means a
 retention of 0.90 on their CIFAR-100 (1,040 steps a task) and would freeze `off` in a short run. The combined scores
 are maxima of probabilities and do not sum to 1.
 
 Deviations: the layers are those of the run, where the authors take the first blocks and, for LoRA, keys and values.
-B starts at zero; prefixes start normal with deviation 0.02, which the paper does not say. No biases in the adapter.
+B starts at zero; prefixes start normal with deviation 0.02, theirs uniform on 0 to 0.01. No biases in the adapter.
 Where `frozen_epochs` is not below the run's epochs, `on` does not move after task 0.
 
     >>> scores = {"online": torch.tensor([[0.0, 2.0]]), "offline": torch.tensor([[3.0, 0.0]])}

@@ -8,8 +8,10 @@ When task i ends, m_i = s |B_i A_i|_F, so that putting it by changes nothing. A 
 D_i = 0. Magnitudes are one number for each layer and old task, in `parameters` as `layer/magnitudes` [t - 1]; a
 direction is kept as the pair B_i / |B_i A_i|_F and A_i.
 
-Deviations: the variants that lower the rank (RR) or absorb directions (KD) are left out. The start of m_i is chosen
-here for continuity.
+Deviations: the variants that lower the rank (RR) or absorb directions (KD) are left out. The paper's equations are
+followed where the authors' code has others: there m_i is one number for all layers, starts at 0.8 and not where it
+keeps the function; D_i is divided by |B_i|_F |A_i|_F, about sqrt(r) times as much (|B A|_F is 0.35 of it for random
+factors of rank 8); and the new LoRA has a trained factor, 0.8 at first, in place of s.
 
     >>> import torch
     >>> B, magnitude = direction(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]]), 0.5)

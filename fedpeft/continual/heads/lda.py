@@ -8,7 +8,9 @@ Panos et al. (first-session adaptation), arXiv 2303.13199; the classical rule:
 
 Deviations: the authors' code takes the total covariance of all features (about the origin of the grand mean) plus I;
 `covariance: total` gives that, `within` the within-class scatter of the textbook rule. The ridge is relative: it is
-multiplied by the mean of the diagonal of S, so that it means the same at every feature scale. All in float64.
+multiplied by the mean of the diagonal of S, so that it means the same at every feature scale. Theirs divides by N - 1
+where ours has N: with a relative ridge that is one factor on all scores, and changes no answer without `prior`. All in
+float64.
 """
 
 from __future__ import annotations
