@@ -126,10 +126,15 @@ def corrupted(inputs: dict[str, Tensor], name: str, severity: int, draws: np.ran
 
 
 def last_tokens(data: Encoded) -> Encoded:
-    """Texts [N, T] without their last token, and that token as label [N]; texts of one token are left out."""
+    """Texts [N, T] without their last token, and that token as label [N]; texts of one token are left out.
+
+    The end token, which says nothing of a text, is taken off before.
+    """
     mask = data.inputs["attention_mask"]
+    rows = torch.arange(len(mask))
     length = mask.sum(1)
-    rows = torch.arange(len(length))
+    length = length - (data.inputs["input_ids"][rows, length - 1] == (-1 if data.end is None else data.end)).long()
+    mask = mask * (torch.arange(mask.shape[1]) < length[:, None])
     cut = mask.clone()
     cut[rows, length - 1] = 0
     ids = data.inputs["input_ids"]

@@ -189,23 +189,26 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, float]:
-    """Accuracy and mean loss; for causal-lm the accuracy is that of the next token, and `token_loss` is the mean over
-    all `test_tokens` of them, where `loss` is the mean over texts.
+    """Accuracy and mean loss of the records that have something to predict, and how many these are.
+
+    For causal-lm the accuracy is that of the next token, and `token_loss` is the mean over all `test_tokens` of them,
+    where `loss` is the mean over texts.
     """
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
-    loss, right, made, over_tokens = 0.0, 0, 0, 0.0
+    loss, right, made, over_tokens, teaching = 0.0, 0, 0, 0.0, data.teaching()
     with first_token(model, data):
-        for start in range(0, len(data), batch_size):
-            index = np.arange(start, min(start + batch_size, len(data)))
-            logits, labels = _predictions(model, *on_device(data, index, device))
+        for start in range(0, len(teaching), batch_size):
+            logits, labels = _predictions(model, *on_device(data, teaching[start : start + batch_size], device))
             each, counts = _losses(logits, labels).double(), (labels != IGNORE).reshape(len(labels), -1).sum(1)
             loss += float(each.sum())
             over_tokens += float((each * counts).sum())
             right += int((logits.argmax(-1) == labels).logical_and(labels != IGNORE).sum())
             made += int((labels != IGNORE).sum())
-    tokens = {"test_tokens": made, "token_loss": over_tokens / max(made, 1)} if model.base.task == "causal-lm" else {}
-    return {"accuracy": right / max(made, 1), "loss": loss / len(data), "num-examples": len(data), **tokens}
+    accuracy, loss, token_loss = (total / count if count else math.nan for total, count in (
+        (right, made), (loss, len(teaching)), (over_tokens, made)))
+    tokens = {"test_tokens": made, "token_loss": token_loss} if model.base.task == "causal-lm" else {}
+    return {"accuracy": accuracy, "loss": loss, "num-examples": len(teaching), **tokens}
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

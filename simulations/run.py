@@ -121,6 +121,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
                 "trainable_parameters": trainable(here),
                 "personalised": personal,
                 "test_fingerprint": here.test.fingerprint,
+                "skipped": [entry.tree() for entry in here.skipped],
             }
         )
         record({"event": "evaluate", "round": 0, **score(here, server)})
@@ -233,6 +234,7 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
             folder.save(flat(own), run / "adapter" / "clients" / client, **options)
     events = read(run / "metrics.jsonl")
     extra = {
+        "skipped": [entry.tree() for entry in here.skipped],
         "privacy": privacy.section(here),
         "continual": continual.section(here, server),
         "tta": stream.describe(config, events),

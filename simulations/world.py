@@ -23,6 +23,7 @@ from fedpeft.config import Config
 from fedpeft.continual import curriculum
 from fedpeft.data import source, split
 from fedpeft.data.encode import Encoded, encode
+from fedpeft.data.skipped import Skipped, said_elsewhere
 from fedpeft.data.source import Records
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
@@ -35,7 +36,7 @@ from fedpeft.strategies.learning.rounds import learning_of
 
 @dataclass
 class World:
-    """Everything of one run in one process."""
+    """Everything of one run in one process. `skipped` is what of the data is not learned from, or cut."""
 
     config: Config
     strategy: FederatedStrategy
@@ -45,6 +46,7 @@ class World:
     test: Records
     train_encoded: Encoded
     test_encoded: Encoded
+    skipped: tuple[Skipped, ...] = ()
 
 
 class Shares(Mapping[str, Encoded]):
@@ -76,15 +78,23 @@ def world(text: str, run: Path) -> World:
     labels = len(train.label_names)
     model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
     processor, length = model.base.processor, config.model.max_length
-    train_encoded = encode(train, processor, config.model.task, length)
-    test_encoded = encode(test, processor, config.model.task, length)
+    train_encoded = encode(train, processor, config.model.task, length, "training texts")
+    test_encoded = encode(test, processor, config.model.task, length, "test texts")
+    if not len(test_encoded.teaching()):
+        raise InputError("data.test: no test text has two tokens, so there is nothing to evaluate.")
     strategy = build_strategy(config, labels)
     learning = learning_of(strategy)
     start = strategy.initial(model.state(), config.run.seed)
     own: dict[str, np.ndarray] = {}
     held: dict[str, np.ndarray] = {}
+    teaches = np.zeros(len(train), dtype=bool)
+    teaches[train_encoded.teaching()] = True
     for client, indices in client_split(config, train, run).items():
-        order = numpy_generator(config.run.seed, "holdout", client).permutation(indices)
+        mine = np.array(indices)[teaches[indices]]
+        if not len(mine):
+            raise InputError(f"data.partition: none of the {len(indices)} texts of {client} has two tokens, so nothing "
+                             "can be predicted. Give it longer ones, or split the data otherwise.")
+        order = numpy_generator(config.run.seed, "holdout", client).permutation(mine)
         kept = int(len(order) * config.data.holdout)
         if config.data.holdout and not 0 < kept < len(order):
             raise InputError(
@@ -98,10 +108,11 @@ def world(text: str, run: Path) -> World:
     parts = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
                                         for task in range(len(plan.groups))]
     for part in parts:  # every task has an account, and so a plan, of its own
-        guard.require({client: len(mine) for client, mine in part.items()})
+        guard.require({client: len(mine) for client, mine in part.items() if len(mine)})
     shares = Shares(train_encoded, own), Shares(train_encoded, held)
     local = Local(config, model, start.adapter, *shares, store, guard)
-    return World(config, strategy, local, start, train, test, train_encoded, test_encoded)
+    found = train.skipped + train_encoded.skipped + test_encoded.skipped + split.left_out(run / "split.json")
+    return World(config, strategy, local, start, train, test, train_encoded, test_encoded, found)
 
 
 def client_split(config: Config, train: Records, run: Path) -> dict[str, list[int]]:
@@ -121,9 +132,9 @@ def client_split(config: Config, train: Records, run: Path) -> dict[str, list[in
 
 def _split(config: Config, partitioner: Any, train: Records, clients: int) -> list[list[int]]:
     """Every client's record numbers. In a sequence of tasks each task's records are split anew, so that skew is within
-    tasks and every client meets every task.
+    tasks and every client meets every task; but for records with owners, which stay with their client.
     """
-    if config.continual.body is None:
+    if config.continual.body is None or config.data.partition.name == "column":
         found: list[list[int]] = partitioner.split(train.labels, train.columns, clients, config.run.seed)
         return found
     plan = curriculum.make(config.continual, len(train.label_names), config.run.rounds, config.run.seed)
@@ -156,7 +167,8 @@ def name_of(context: Context) -> str:
 
 def make_app(text: str, run: Path) -> ClientApp:
     """The ClientApp of a run, its world loaded; picklable by name for worker processes and Ray actors."""
-    local = world(text, run).local
+    with said_elsewhere():
+        local = world(text, run).local
     mods = [faults.mod(local.config.run.faults, name_of)] if local.config.run.faults else []
     return client_app(lambda: local, name_of, mods)
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.data import skipped
+from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.source import Records
 from fedpeft.errors import InputError
 
+log = logging.getLogger("fedpeft.data")
 IGNORE = -100
 CHUNK = 256
 
@@ -29,11 +33,14 @@ CHUNK = 256
 class Encoded:
     """Model inputs by name, each [N, ...], and labels.
 
-    `labels` is int64 [N]; for causal-lm [N, T], the input ids with IGNORE at the padding.
+    `labels` is int64 [N]; for causal-lm [N, T], the input ids with IGNORE at the padding; `end` is the token that
+    follows the texts then, if any. `skipped` is what of the records is not in them.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    skipped: tuple[Skipped, ...] = ()
+    end: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +48,13 @@ class Encoded:
     def subset(self, indices: np.ndarray) -> Encoded:
         """The records with these numbers, in this order."""
         index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        return Encoded({name: value[index] for name, value in self.inputs.items()}, self.labels[index])
+        return Encoded({name: value[index] for name, value in self.inputs.items()}, self.labels[index], end=self.end)
+
+    def teaching(self) -> np.ndarray:
+        """Numbers of the records that have something to predict: all, but for texts of one token in causal-lm."""
+        if self.labels.ndim == 1:
+            return np.arange(len(self))
+        return np.flatnonzero((self.labels[:, 1:] != IGNORE).any(1).numpy())
 
     def batch(self, indices: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and labels of these records; texts are cut to the longest of them."""
@@ -54,13 +67,16 @@ class Encoded:
         return {name: value[:, :longest] for name, value in chosen.inputs.items()}, labels
 
 
-def encode(records: Records, processor: Any, task: str, max_length: int) -> Encoded:
-    """All records as tensors.
+def encode(records: Records, processor: Any, task: str, max_length: int, what: str = "texts") -> Encoded:
+    """All records as tensors. Texts that are cut, and those with nothing to predict, are counted and said.
+
+    For causal-lm the tokenizer's end token follows every text that has room for it, so that a model learns to stop.
 
     Args:
         processor: a transformers tokenizer for texts; an image processor, or None for images that go in as they are
             (uint8 scaled to [0, 1]).
-        max_length: longest text in tokens; longer ones lose their end.
+        max_length: longest text in tokens, with what the tokenizer puts around it; longer ones lose their end.
+        what: the texts, for what is said of them.
 
     Raises:
         InputError: the records are of a kind that the task or the processor does not take.
@@ -73,18 +89,68 @@ def encode(records: Records, processor: Any, task: str, max_length: int) -> Enco
         return Encoded({"pixel_values": pixels}, torch.from_numpy(records.labels))
     if processor is None:
         raise InputError(f"model.task={task}: the model has no tokenizer.")
-    tokens = processor(
-        list(records.inputs),
-        padding=True,
-        truncation=True,
-        max_length=max_length,
-        padding_side="right",
-        return_tensors="pt",
-    )
-    inputs = {name: tokens[name] for name in processor.model_input_names if name in tokens}
-    if task == "causal-lm":
-        return Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
-    return Encoded(inputs, torch.from_numpy(records.labels))
+    causal = task == "causal-lm"
+    end = processor.eos_token_id if causal else None
+    rows, cut, longest = _tokenized(list(records.inputs), processor, max_length, causal, end)
+    inputs = _padded(rows, processor)
+    found: tuple[Skipped, ...] = ()
+    if cut:
+        long = f"{what} have more tokens{', with their end token,' if end is not None else ''} and are cut; the longest"
+        found = (Skipped(f"model.max_length={max_length}", f"{long} has {longest}", len(cut), len(records)),)
+    if not causal:
+        skipped.say(found)
+        return Encoded(inputs, torch.from_numpy(records.labels), found)
+    data = Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
+    silent = [repr(records.inputs[index][:20]) for index in np.setdiff1d(np.arange(len(records)), data.teaching())]
+    found += some(task, f"{what} have nothing to predict, as they have fewer than two tokens, and are left out", silent,
+                  len(records))
+    if end is None:
+        endless = f"{what} have no end token, as the tokenizer has none: the model does not learn where a text ends"
+        found += (Skipped(task, endless, len(records), len(records)),)
+    else:
+        log.info("%s: the end token %s follows %d of %d %s.", task, processor.eos_token, len(records) - len(cut),
+                 len(records), what)
+    skipped.say(found)
+    return Encoded(data.inputs, data.labels, found, end)
+
+
+def _tokenized(texts: list[str], tokenizer: Any, max_length: int, causal: bool, end: int | None
+               ) -> tuple[dict[str, list[list[int]]], list[int], int]:
+    """Rows of every model input, of at most `max_length` tokens; which texts were cut; tokens of the longest.
+
+    A cut text of a language model ends where it is cut: what a tokenizer puts at an end is not to be learned there.
+    """
+    tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)
+    rows = {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}
+    if end is not None:
+        added = {"input_ids": end, "attention_mask": 1}
+        for index, ids in enumerate(rows["input_ids"]):
+            if not ids or ids[-1] != end:
+                for name, values in rows.items():
+                    values[index] = [*values[index], added.get(name, 0)]
+    longest = max((len(ids) for ids in rows["input_ids"]), default=0)
+    cut = [index for index, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
+    if causal:
+        rows = {name: [row[:max_length] for row in values] for name, values in rows.items()}
+    elif cut:
+        short = tokenizer([texts[index] for index in cut], padding=False, truncation=True, max_length=max_length)
+        for name, values in rows.items():
+            for index, row in zip(cut, short[name], strict=True):
+                values[index] = row
+    return rows, cut, longest
+
+
+def _padded(rows: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, Tensor]:
+    """[N, T] of every model input, padded on the right to the longest text."""
+    filler = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    longest = max((len(row) for row in rows["input_ids"]), default=0)
+    padded = {}
+    for name, values in rows.items():
+        table = np.full((len(values), longest), filler.get(name) or 0, dtype=np.int64)
+        for row, value in zip(table, values, strict=True):
+            row[: len(value)] = value
+        padded[name] = torch.from_numpy(table)
+    return padded
 
 
 def _plain(images: np.ndarray) -> Tensor:

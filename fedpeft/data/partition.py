@@ -19,8 +19,7 @@ McMahan et al. 2017 (arXiv:1602.05629).
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,9 +27,10 @@ import numpy as np
 
 from fedpeft import seeds
 from fedpeft.config import option
+from fedpeft.data import skipped
+from fedpeft.data.columns import EXACT, as_text, present
+from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
-
-log = logging.getLogger("fedpeft")
 
 TRIES = 100
 
@@ -96,7 +96,10 @@ class Dirichlet:
 
 
 class Column:
-    """A natural column says who owns a record: the largest groups become the clients, the largest first."""
+    """A natural column says who owns a record: the largest groups become the clients, the largest first.
+
+    Records with no value there have no owner, and are left out: together they are nobody's.
+    """
 
     @dataclass
     class Config:
@@ -111,27 +114,56 @@ class Column:
         if self.column not in columns:
             raise InputError(
                 f"data.partition.column: '{self.column}' is no column of the data. Natural columns: "
-                f"{', '.join(columns) or 'none'}."
+                f"{', '.join(columns) or 'none'}. Columns of lists or objects, the text and the label are none."
             )
-        _, group, sizes = np.unique(columns[self.column], return_inverse=True, return_counts=True)
+        values = columns[self.column]
+        owned = np.flatnonzero(present(values))
+        _require_exact(self.column, values[owned])
+        _, group, sizes = np.unique(values[owned], return_inverse=True, return_counts=True)
         ranked = [int(g) for g in np.argsort(-sizes, kind="stable") if sizes[g] >= self.min_examples]
         if len(ranked) < clients:
+            nobodys = len(values) - len(owned)
             raise InputError(
                 f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
-                f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all). "
-                f"Set data.clients to at most {len(ranked)}."
+                f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all"
+                f"{f'; {nobodys} records have no value there' if nobodys else ''}). "
+                + (f"Set data.clients to at most {len(ranked)}." if ranked else "Choose another data.partition.column.")
             )
-        parts = [np.flatnonzero(group == g) for g in ranked[:clients]]
-        left_out = len(labels) - sum(len(part) for part in parts)
-        if left_out:
-            log.warning(
-                "partition by column %s: %d of %d records are in the %d groups that are left out",
-                self.column,
-                left_out,
-                len(labels),
-                len(sizes) - clients,
-            )
+        parts = [owned[group == g] for g in ranked[:clients]]
+        skipped.say(unowned(self.column, values, parts))
         return parts
+
+
+def owners(values: np.ndarray, parts: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Client -> whose records it has by a natural column, where all of them are of one."""
+    found = {client: {as_text(values[index]) for index in part} for client, part in parts.items()}
+    return {client: min(names) for client, names in found.items() if len(names) == 1}
+
+
+def unowned(column: str, values: np.ndarray, parts: Sequence[Sequence[int] | np.ndarray]) -> tuple[Skipped, ...]:
+    """The records that no client has because of their value in a natural column."""
+    rest = np.ones(len(values), dtype=bool)
+    for part in parts:
+        rest[part] = False
+    owned, where = present(values), f"data.partition.column={column}"
+    nobodys = int((rest & ~owned).sum())
+    names = [as_text(value) for value in values[rest & owned]]
+    others = tuple(dict.fromkeys(names))
+    found: tuple[Skipped, ...] = ()
+    if nobodys:
+        found += (Skipped(where, "records have no value there, so no owner, and are left out", nobodys, len(values)),)
+    if names:
+        what = f"records are in the {len(others)} groups that are left out, as they are not among the largest"
+        found += (Skipped(where, what, len(names), len(values), others[:skipped.SHOWN]),)
+    return found
+
+
+def _require_exact(column: str, values: np.ndarray) -> None:
+    if values.dtype.kind == "f" and len(values) and abs(values).max() >= EXACT:
+        raise InputError(
+            f"data.partition.column: '{column}' holds numbers up to {abs(values).max():.0f} as floating point, which "
+            "tells no two neighbours apart: owners may be mixed up. Save it as whole numbers or strings."
+        )
 
 
 class Shards:

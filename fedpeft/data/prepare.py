@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft import __version__, registry
+from fedpeft.data import readers
 from fedpeft.data.recipe import Recipe, sha256
 from fedpeft.data.tables import Table, Tables
 from fedpeft.errors import InputError
@@ -137,8 +138,6 @@ def read(source: str) -> Tables:
 
 def read_folder(folder: Path, part: str = "") -> Tables:
     """The same from any folder that `prepare` made."""
-    import pandas
-
     about = json.loads((folder / ABOUT).read_text())
     if about["kind"] == "model":
         raise InputError(f"{folder} is a model, not data. {about.get('use', f'Use it as model.name={folder}.')}")
@@ -148,12 +147,10 @@ def read_folder(folder: Path, part: str = "") -> Tables:
 
     def table(which: str) -> Table:
         path = folder / part / f"{which}.parquet"
-        frame = pandas.read_parquet(path)
-        columns: dict[str, Any] = {str(name): frame[name].tolist() for name in frame.columns}
+        columns: dict[str, Any] = dict(readers.parquet(path))
         if about["kind"] == "image":
-            columns["image"] = np.frombuffer(b"".join(columns["image"]), dtype=np.uint8).reshape(
-                len(frame), *about["image_shape"]
-            )
+            pixels = np.frombuffer(b"".join(columns["image"]), dtype=np.uint8)
+            columns["image"] = pixels.reshape(-1, *about["image_shape"])
         return Table(columns, str(path))
 
     return Tables(table("train"), table("test"))

@@ -18,7 +18,8 @@ import numpy as np
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
-from fedpeft.data import prepare, tables
+from fedpeft.data import columns, prepare, skipped, tables
+from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
 
 KINDS = {"image-classification": "image", "sequence-classification": "text", "causal-lm": "text"}
@@ -33,6 +34,7 @@ class Records:
         labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
         columns: natural columns (strings or numbers), each [N].
         kind: "text" or "image".
+        skipped: what the source has besides, and is not in the records.
     """
 
     inputs: list[str] | np.ndarray
@@ -40,6 +42,7 @@ class Records:
     label_names: list[str]
     columns: dict[str, np.ndarray]
     kind: str
+    skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,16 +81,22 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
     The test set is `config.test`, else the source's own test split, else a stratified `config.test_fraction`. With
     `config.limit` both are stratified samples of at most that size. Every choice derives from `seed`.
 
+    What the source has besides is said once, and stands in both sets' `skipped`.
+
     Raises:
-        InputError: nothing of that name, a column that is missing, a record without text, image or label, a label that
-            only the test set has, or data of another kind than `task` needs.
+        InputError: nothing of that name, a column that is missing, a record without text, image or label, a single
+            class, a label that only the test set has, or data of another kind than `task` needs.
     """
     train, test = _read(config.source, "data.source", config, task)
     if config.labels:
         train = _align(train, config.labels, "data.source", "data.labels")
+    notes = train.skipped if test is None or config.test is not None else train.skipped + test.skipped
+    if task != "causal-lm":
+        _require_classes(train, config)
     if config.test is not None:
         first, second = _read(config.test, "data.test", config, task)
         test = _align(second or first, train.label_names)
+        notes += test.skipped
     elif test is not None:
         test = _align(test, train.label_names)
     else:
@@ -102,7 +111,19 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
             f"{config.test or config.source}: the test set has labels that no training record has: {names}"
             f"{' and more' if len(unseen) > 5 else ''}. Remove them, or raise data.limit if that is set."
         )
-    return train, test
+    skipped.say(notes)
+    return replace(train, skipped=notes), replace(test, skipped=notes)
+
+
+def _require_classes(records: Records, config: DataConfig) -> None:
+    """Refuse what holds one class only: whoever always says it is always right."""
+    found = np.unique(records.labels)
+    if len(found) == 1:
+        raise InputError(
+            f"data.source: the {len(records)} records of {config.source} have one class only, the label "
+            f"'{records.label_names[found[0]]}'. A classifier needs records of at least two; is data.label the right "
+            "column?"
+        )
 
 
 def whole(source: str, key: str, config: DataConfig, task: str, test: bool = False) -> Records:
@@ -113,6 +134,7 @@ def whole(source: str, key: str, config: DataConfig, task: str, test: bool = Fal
     """
     train, own = _read(source, key, config, task)
     records = own if test and own is not None else train
+    skipped.say(records.skipped)
     return _align(records, config.labels, key, "data.labels") if config.labels else records
 
 
@@ -153,25 +175,41 @@ def _tables(source: str, key: str) -> tables.Tables:
 def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     kind = KINDS[task]
     if kind == "image":
-        _require_kind(kind if tables.find_column(table, "image", config.image) else "text", task, table.where)
-    name = tables.column(table, kind, config.image if kind == "image" else config.text)
-    label = (
-        tables.column(table, "label", config.label)
-        if task != "causal-lm"
-        else tables.find_column(table, "label", config.label)
-    )
-    inputs: Any = tables.images(table, name) if kind == "image" else tables.texts(table, name)
-    if label is None:
-        labels, label_names = np.zeros(len(inputs), dtype=np.int64), ["all"]
-    else:
-        labels, label_names = tables.labels(table, label)
+        _require_kind(kind if columns.find_column(table, "image", config.image) else "text", task, table.where)
+    name = columns.column(table, kind, config.image if kind == "image" else config.text)
+    label, labels, label_names, notes = _labels(table, config, task)
+    if task == "causal-lm" and config.text is None:
+        columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
+    inputs: Any = tables.images(table, name) if kind == "image" else columns.texts(table, name)
     natural = {
         other: values
         for other in table.columns
         if other not in (name, label)
-        if (values := tables.natural(table.columns[other])) is not None
+        if (values := columns.natural(table.columns[other])) is not None
     }
-    return Records(inputs, labels, label_names, natural, kind)
+    return Records(inputs, labels, label_names, natural, kind, table.skipped + notes)
+
+
+def _labels(table: tables.Table, config: DataConfig, task: str
+            ) -> tuple[str | None, np.ndarray, list[str], tuple[Skipped, ...]]:
+    """Column, indices and names of the labels, and what is to be said of them.
+
+    A language model needs none: a column that has only the name of labels is left alone where it holds others.
+    """
+    none = np.zeros(len(next(iter(table.columns.values()))), dtype=np.int64)
+    if task != "causal-lm":
+        name = columns.column(table, "label", config.label)
+        return (name, *columns.labels(table, name))
+    found = columns.find_column(table, "label", config.label)
+    if found is None:
+        return None, none, ["all"], ()
+    try:
+        return (found, *columns.labels(table, found))
+    except InputError as error:
+        if config.label is not None:
+            raise
+        note = Skipped(table.where, f"labels are not read: a language model needs none ({error})", len(none), len(none))
+        return None, none, ["all"], (note,)
 
 
 def _require_kind(kind: str, task: str, where: str) -> None:

@@ -1,4 +1,8 @@
-"""split.json: which client has which training records, and their label histogram; saved once, reused by later runs."""
+"""split.json: which client has which training records, and their label histogram; saved once, reused by later runs.
+
+Where clients are the owners of records by a natural column, `owners` says which client is whom, and `left_out` which
+records are no client's.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from fedpeft.config import Config, to_tree
+from fedpeft.data.partition import owners, unowned
+from fedpeft.data.skipped import Skipped
 from fedpeft.data.source import Records
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
@@ -42,6 +48,11 @@ def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config:
         },
         "clients": {client: [int(index) for index in part] for client, part in parts.items()},
     }
+    column = config.data.partition.options.get("column")
+    if column in train.columns:
+        values = train.columns[column]
+        tree["owners"] = owners(values, parts)
+        tree["left_out"] = [entry.tree() for entry in unowned(column, values, list(parts.values()))]
     write_bytes(path, (json.dumps(tree) + "\n").encode())
 
 
@@ -83,3 +94,9 @@ def load(path: Path, fingerprint: str, clients: Sequence[str]) -> dict[str, list
     if len(set(everything)) < len(everything):
         raise InputError(f"data.split: {path} gives a record to a client twice, or to two clients.")
     return parts
+
+
+def left_out(path: Path) -> tuple[Skipped, ...]:
+    """What a split that `save` wrote gives to no client."""
+    found = json.loads(path.read_text()).get("left_out", [])
+    return tuple(Skipped(**{**entry, "examples": tuple(entry["examples"])}) for entry in found)

@@ -1,16 +1,13 @@
-"""Tables of records as they lie in files, folders and on the hub, and what their columns hold.
+"""Tables of records as they lie in files, folders and on the hub.
 
-Files: .csv, .jsonl (an object a line), .json (a list of objects), .parquet. Folders: saved by
-`datasets.save_to_disk`, or images in one sub-folder per label (which may lie under train/ and test/). A csv has text
-only: numbers stay as written, and an empty field is missing.
+Files: .csv and .tsv, .jsonl (an object a line), .json (a list of objects), .parquet (`fedpeft.data.readers`). Folders:
+saved by `datasets.save_to_disk`, or images in one sub-folder per label, which may lie under train/ and test/ or val/
+(`fedpeft.data.folders`).
 """
 
 from __future__ import annotations
 
 import io
-import json
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,41 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft import registry
+from fedpeft.data import folders, readers
+from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
     import datasets
 
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-COLUMNS = {
-    "text": (
-        "text",
-        "sentence",
-        "content",
-        "description",
-        "document",
-        "review",
-        "comment",
-        "message",
-        "body",
-        "question",
-        "prompt",
-    ),
-    "label": ("label", "labels", "class", "target", "category", "y"),
-    "image": ("image", "images", "img", "pixel_values"),
-}
-
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, `where` they come from (for messages), names of class indices, folder of image paths."""
+    """Columns of equal length, `where` they come from (for messages), names of class indices, folder of image paths,
+    and what was left out.
+    """
 
     columns: dict[str, Sequence[Any]]
     where: str
     names: dict[str, list[str]] = field(default_factory=dict)
     folder: Path = Path()
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +54,8 @@ def is_local(source: str, key: str) -> bool:
     path = Path(source)
     if path.exists():
         return True
-    if path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+    file = readers.ending(path) in readers.ENDINGS
+    if file or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise InputError(f"{key}: no file or folder {source}.")
     return False
 
@@ -82,17 +64,21 @@ def local(source: str) -> Tables:
     """The tables of a file or folder."""
     path = Path(source)
     if path.is_file():
-        return Tables(_file(path))
+        columns, skipped = readers.read(path)
+        return Tables(Table(columns, str(path), folder=path.parent, skipped=skipped))
+    if not path.is_dir():
+        raise InputError(f"{path}: neither a file nor a folder.")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
         try:
             return _dataset(datasets.load_from_disk(str(path)), source)
-        except (OSError, ValueError, KeyError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # of datasets, pyarrow, json and the file system
             raise InputError(f"{path}: not readable as a saved data set: {error}") from error
-    if (path / "train").is_dir():
-        return Tables(_image_folder(path / "train"), _image_folder(path / "test") if (path / "test").is_dir() else None)
-    return Tables(_image_folder(path))
+    train, test, beside = folders.splits(path)
+    return Tables(_image_folder(train, beside), None if test is None else _image_folder(test))
 
 
 def hub(source: str) -> Tables:
@@ -107,58 +93,6 @@ def hub(source: str) -> Tables:
     return _dataset(found, source)
 
 
-def _file(path: Path) -> Table:
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: files are read by their ending; allowed: {', '.join(SUFFIXES)}.")
-    try:
-        if path.suffix == ".csv":
-            columns = _csv(path)
-        elif path.suffix == ".parquet":
-            import pandas
-
-            frame = pandas.read_parquet(path)
-            columns = {str(name): frame[name].tolist() for name in frame.columns}
-        else:
-            columns = _json(path)
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
-        raise (
-            error
-            if isinstance(error, InputError)
-            else InputError(f"{path}: not readable as {path.suffix[1:]}: {error}")
-        ) from error
-    if not columns or not len(next(iter(columns.values()))):
-        raise InputError(f"{path}: no records.")
-    return Table(columns, str(path), folder=path.parent)
-
-
-def _csv(path: Path) -> dict[str, Sequence[Any]]:
-    import pandas
-
-    frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
-    if not isinstance(frame.index, pandas.RangeIndex):
-        raise InputError(f"{path}: the rows have more fields than the header. Name every column.")
-    frame = frame.fillna("")  # fields that a short row lacks
-    return {str(name): frame[name].tolist() for name in frame.columns}
-
-
-def _json(path: Path) -> dict[str, Sequence[Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        rows = json.loads(text)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise InputError(f"{path}: line {number} is no JSON: {error}.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: expected objects, one per record.")
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
 def _dataset(found: Any, where: str) -> Tables:
     import datasets
 
@@ -168,10 +102,12 @@ def _dataset(found: Any, where: str) -> Tables:
         raise InputError(f"{where}: no split named train; it has {', '.join(found)}. Save the wanted split by itself.")
     train = found["train"] if "train" in found else next(iter(found.values()))
     name = next((name for name in ("test", "validation") if name in found and found[name] is not train), None)
-    return Tables(_split(train, f"{where} (train)"), _split(found[name], f"{where} ({name})") if name else None)
+    unused = [f"{other} ({len(part)})" for other, part in found.items() if part is not train and other != name]
+    return Tables(_split(train, f"{where} (train)", some(where, "other splits are not used", unused)),
+                  _split(found[name], f"{where} ({name})") if name else None)
 
 
-def _split(found: datasets.Dataset, where: str) -> Table:
+def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = ()) -> Table:
     import datasets
 
     names = {
@@ -179,92 +115,17 @@ def _split(found: datasets.Dataset, where: str) -> Table:
         for name, feature in found.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    return Table({name: list(found[name]) for name in found.column_names}, where, names)
+    return Table({name: list(found[name]) for name in found.column_names}, where, names, skipped=skipped)
 
 
-def _image_folder(folder: Path) -> Table:
-    paths = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES)
-    if not paths:
-        raise InputError(
-            f"{folder}: neither a folder saved by datasets.save_to_disk nor one with images in a sub-folder per label "
-            f"(LABEL/NAME, endings {', '.join(IMAGES)})."
-        )
-    return Table({"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}, str(folder))
+def _image_folder(folder: Path, beside: tuple[Skipped, ...] = ()) -> Table:
+    paths, skipped = folders.pictures(folder)
+    columns: dict[str, Sequence[Any]] = {"image": [str(path) for path in paths],
+                                         "label": [path.parent.name for path in paths]}
+    return Table(columns, str(folder), skipped=beside + skipped)
 
 
-# Columns ----------------------------------------------------------------------------------------------------
-
-
-def find_column(table: Table, what: str, given: str | None) -> str | None:
-    """The column for `what` (text, label, image): the one given, else the first usual name that there is."""
-    if given is not None:
-        if given not in table.columns:
-            raise InputError(registry.unknown(f"data.{what}", given, table.columns) + f" (columns of {table.where})")
-        return given
-    lower = {name.lower(): name for name in reversed(list(table.columns))}
-    return next((lower[name] for name in COLUMNS[what] if name in lower), None)
-
-
-def column(table: Table, what: str, given: str | None) -> str:
-    """Like `find_column`, but there must be one."""
-    name = find_column(table, what, given)
-    if name is None:
-        raise InputError(
-            f"{table.where}: no {what} column (looked for {', '.join(COLUMNS[what])}). Its columns: "
-            f"{', '.join(table.columns)}. Name one with data.{what}."
-        )
-    return name
-
-
-def texts(table: Table, name: str) -> list[str]:
-    for number, value in enumerate(table.columns[name], 1):
-        if not isinstance(value, str) or not value.strip():
-            raise InputError(
-                f"{table.where}: column {name}: record {number} has no text, but {value!r}. Remove or fill it."
-            )
-    return list(table.columns[name])
-
-
-def labels(table: Table, name: str) -> tuple[np.ndarray, list[str]]:
-    """int64 [N] class indices and class names; strings and whole numbers become classes in sorted order."""
-    values = table.columns[name]
-    for number, value in enumerate(values, 1):
-        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-            raise InputError(f"{table.where}: column {name}: record {number} has no label. Remove or fill it.")
-    if name in table.names:
-        indices, names = np.array(values, dtype=np.int64), table.names[name]
-        outside = np.flatnonzero((indices < 0) | (indices >= len(names)))
-        if len(outside):
-            raise InputError(
-                f"{table.where}: column {name}: record {outside[0] + 1} has the label {indices[outside[0]]}; the "
-                f"classes are 0 to {len(names) - 1} (a negative one often marks a hidden label)."
-            )
-        return indices, names
-    if all(isinstance(value, str) for value in values):
-        whole = all(re.fullmatch(r"0|-?[1-9]\d*", value) for value in values)
-        return _classes([int(value) for value in values] if whole else values)
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, int | float | np.number) or value != int(value):
-            raise InputError(
-                f"{table.where}: column {name}: record {number} has {value!r}; labels must be all strings or all whole "
-                "numbers."
-            )
-    return _classes([int(value) for value in values])
-
-
-def _classes(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    names = sorted(set(values))
-    index = {name: position for position, name in enumerate(names)}
-    return np.array([index[value] for value in values], dtype=np.int64), [str(name) for name in names]
-
-
-def natural(values: Sequence[Any]) -> np.ndarray | None:
-    """A column of strings or numbers as an array, a missing string as ""; None for nested columns."""
-    if all(isinstance(value, str) or value is None for value in values):
-        return np.array([value or "" for value in values], dtype=str)
-    if all(isinstance(value, int | float | np.number) or value is None for value in values):
-        return np.array([math.nan if value is None else value for value in values])
-    return None
+# Images -----------------------------------------------------------------------------------------------------
 
 
 def images(table: Table, name: str) -> np.ndarray:

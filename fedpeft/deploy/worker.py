@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -121,7 +120,10 @@ def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encod
     if not len(records):
         raise InputError(f"data.source: {config.data.source} has no records.")
     encoded = encode(records, processor, config.model.task, config.model.max_length)
-    order = numpy_generator(config.run.seed, "holdout", name).permutation(np.arange(len(records)))
+    teaching = encoded.teaching()
+    if not len(teaching):
+        raise InputError(f"data.source: no text of {config.data.source} has two tokens: nothing to predict.")
+    order = numpy_generator(config.run.seed, "holdout", name).permutation(teaching)
     kept = int(len(order) * config.data.holdout)
     return encoded.subset(order[kept:]), encoded.subset(order[:kept])
 

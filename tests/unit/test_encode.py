@@ -71,10 +71,58 @@ def test_language_model_labels_ignore_padding_but_not_the_padding_token(tokenize
     finally:
         tokenizer.pad_token = "<pad>"
     ids = data.inputs["input_ids"]
-    assert ids[0, 2] == ids[0, 3] == tokenizer.eos_token_id
-    assert data.labels.tolist() == [[*ids[0, :3].tolist(), -100], ids[1].tolist()]
+    assert ids[0, 2] == ids[0, 3] == ids[0, 4] == ids[1, 4] == tokenizer.eos_token_id
+    assert data.labels.tolist() == [[*ids[0, :3].tolist(), -100, -100], ids[1].tolist()]
     inputs, labels = data.batch(np.array([0]))
     assert inputs["input_ids"].shape == labels.shape == (1, 3) and (labels != -100).all()
+
+
+def test_every_text_with_room_ends_with_the_end_token(tokenizer):
+    data = encode(records(["ab", "abcd", "abc<eos>", "a"]), tokenizer, "causal-lm", 4)
+    end = tokenizer.eos_token_id
+    last = [row[row != -100][-1].item() for row in data.labels]
+    assert [value == end for value in last] == [True, False, True, True] and data.end == end
+    assert [int((row == end).sum()) for row in data.labels] == [1, 0, 1, 1]
+    assert torch.equal(data.labels != -100, data.inputs["attention_mask"] == 1)
+    assert data.inputs["attention_mask"].sum(1).tolist() == [3, 4, 4, 2]
+    assert data.subset([3]).end == end and encode(records(), tokenizer, "sequence-classification", 4).end is None
+
+
+def test_texts_that_are_cut_are_counted_with_their_share(tokenizer, caplog):
+    data = encode(records(), tokenizer, "sequence-classification", 3)
+    assert "model.max_length=3: 1 of 4 texts have more tokens and are cut; the longest has 6" in caplog.text
+    assert [(entry.count, entry.total) for entry in data.skipped] == [(1, 4)]
+    caplog.clear()
+    exact = encode(records(["abc", "ab"]), tokenizer, "causal-lm", 3, "test texts")
+    assert "1 of 2 test texts have more tokens, with their end token, and are cut; the longest has 4" in caplog.text
+    assert exact.skipped[0].tree()["count"] == 1
+    caplog.clear()
+    assert not encode(records(), tokenizer, "sequence-classification", 6).skipped and not caplog.records
+
+
+def test_what_a_tokenizer_puts_around_a_text_stays_around_a_cut_one():
+    from tokenizers.processors import TemplateProcessing
+
+    framed = byte_tokenizer()
+    a, b, c = framed.convert_tokens_to_ids(["a", "b", "c"])
+    framed.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A <eos>",
+                                                                 special_tokens=[("<pad>", 0), ("<eos>", 1)])
+    data = encode(records(["ab", "abcdef"]), framed, "sequence-classification", 5)
+    assert data.inputs["input_ids"].tolist() == [[0, a, b, 1, 0], [0, a, b, c, 1]]
+    language = encode(records(["ab", "abcdef"]), framed, "causal-lm", 4)
+    assert language.inputs["input_ids"].tolist() == [[0, a, b, 1], [0, a, b, c]]  # a cut text does not end
+
+
+def test_texts_with_nothing_to_predict_are_counted(tokenizer, caplog):
+    data = encode(records(["a", "ab", "b"]), tokenizer, "causal-lm", 1)
+    assert data.teaching().tolist() == [] and "3 of 3 texts have nothing to predict" in caplog.text
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    data = encode(records(["a", "ab", "b"]), endless, "causal-lm", 8)
+    assert data.teaching().tolist() == [1] and [entry.count for entry in data.skipped] == [2, 3]
+    assert "2 of 3 texts have nothing to predict" in caplog.text and "'a', 'b'" in caplog.text
+    assert "the model does not learn where a text ends" in caplog.text
+    assert encode(records(), tokenizer, "sequence-classification", 1).teaching().tolist() == [0, 1, 2, 3]
 
 
 def images(array):

@@ -84,6 +84,46 @@ def test_column_refusals_say_how_many_groups_there_are():
         Column("sit").split(np.zeros(4, dtype=np.int64), columns, 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array(["N", "", "S", " ", "N", ""], dtype=object), [[0, 4], [2]]),
+        (np.array(["N", "", "S", "", "N", ""]), [[0, 4], [2]]),
+        (np.array([2**53, None, 2**53 + 1, None, 2**53, None], dtype=object), [[0, 4], [2]]),
+        (np.array([1.0, np.nan, 2.0, np.nan, 1.0, np.nan]), [[0, 4], [2]]),
+    ],
+    ids=["strings", "fixed width", "whole numbers", "floats"],
+)
+def test_records_without_an_owner_are_nobodys_and_said(values, expected, caplog):
+    parts = Column("site").split(np.zeros(6, dtype=np.int64), {"site": values}, 2, 0)
+    assert [part.tolist() for part in parts] == expected
+    assert "column=site: 3 of 6 records have no value there, so no owner, and are left out" in caplog.text
+    with pytest.raises(InputError, match=r"has 2 groups .*3 records have no value there\)\. Set data\.clients"):
+        Column("site").split(np.zeros(6, dtype=np.int64), {"site": values}, 3, 0)
+
+
+def test_owners_that_floats_cannot_tell_apart_are_refused():
+    with pytest.raises(InputError, match="as floating point"):
+        Column("site").split(np.zeros(3, dtype=np.int64), {"site": np.array([2.0**60, 1.0, np.nan])}, 1, 0)
+    with pytest.raises(InputError, match="0 groups in all; 2 records have no value"):
+        Column("site").split(np.zeros(2, dtype=np.int64), {"site": np.array(["", ""], dtype=object)}, 1, 0)
+
+
+def test_a_saved_split_says_whose_records_a_client_has_and_what_is_left_out(tmp_path):
+    site = np.array([7, None, 2**53 + 1, 7, None, 9], dtype=object)
+    train = Records(list("abcdef"), np.array([0, 1, 0, 1, 0, 1]), ["no", "yes"], {"site": site}, "text")
+    config = Config()
+    config.data.partition.name, config.data.partition.options = "column", {"column": "site", "min_examples": 1}
+    parts = Column("site").split(train.labels, train.columns, 2, 0)
+    split.save(tmp_path / "split.json", dict(zip(NAMES, parts, strict=True)), train, config)
+    tree = json.loads((tmp_path / "split.json").read_text())
+    assert tree["clients"] == {"client-000": [0, 3], "client-001": [5]}
+    assert tree["owners"] == {"client-000": "7", "client-001": "9"}
+    found = split.left_out(tmp_path / "split.json")
+    assert [(entry.count, entry.total, entry.examples) for entry in found] == [(2, 6, ()), (1, 6, (str(2**53 + 1),))]
+    assert [entry.tree() for entry in found] == tree["left_out"]
+
+
 def test_shards_bound_the_labels_of_a_client():
     table = counts(Shards(2).split(LABELS, {}, 10, seed=0))
     assert (table.sum(1) == 30).all() and ((table > 0).sum(1) <= 2).all()

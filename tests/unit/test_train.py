@@ -321,6 +321,21 @@ def test_evaluate_a_language_model_by_hand(llama):
     assert 0 < some < made and evaluate(llama, half, batch_size=3)["accuracy"] == pytest.approx(some / made)
 
 
+def test_texts_with_nothing_to_predict_do_not_count(llama):
+    data = small.texts(6, causal=True)
+    wanted = evaluate(llama, data)
+    silent = torch.full_like(data.labels[:4], IGNORE)
+    silent[:, 0] = data.labels[:4, 0]  # a first token has nothing before it
+    for order in (np.arange(10), np.arange(9, -1, -1)):
+        both = Encoded({name: torch.cat([value, value[:4]]) for name, value in data.inputs.items()},
+                       torch.cat([data.labels, silent])).subset(order)
+        found = evaluate(llama, both, batch_size=4)
+        assert found["num-examples"] == 6 and found["accuracy"] == wanted["accuracy"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    nothing = evaluate(llama, Encoded({name: value[:4] for name, value in data.inputs.items()}, silent))
+    assert nothing["num-examples"] == 0 and np.isnan(nothing["loss"]) and np.isnan(nothing["accuracy"])
+
+
 def guessed(model, data):
     """The same texts with the model's own guesses as labels."""
     labels = torch.full_like(data.labels, IGNORE)

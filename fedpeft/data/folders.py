@@ -1,0 +1,87 @@
+"""Folders of pictures, LABEL/NAME: which are the records, and what else lies there and is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedpeft.data.readers import ENDINGS, ending
+from fedpeft.data.skipped import Skipped, some
+from fedpeft.errors import InputError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+HIDDEN = {"__macosx", "@eadir", "__pycache__", "thumbs.db", "desktop.ini", "$recycle.bin"}
+TEST = ("test", "validation", "val", "valid", "dev")  # the first one there is the test set, where there is train/
+
+
+def splits(root: Path) -> tuple[Path, Path | None, tuple[Skipped, ...]]:
+    """The folder of training pictures, of test pictures, and what lies beside them.
+
+    A folder `train` without sub-folders of its own is the class of pictures of trains.
+    """
+    beside = {path.name: path for path in _entries(root) if path.is_dir() and not hidden(path)}
+    train = beside.pop("train", None)
+    if train is None or not any(path.is_dir() and not hidden(path) for path in _entries(train)):
+        return root, None, ()
+    test = next((beside.pop(name) for name in TEST if name in beside), None)
+    files = [path.name for path in _entries(root) if not path.is_dir() and not hidden(path)]
+    what = f"folders or files beside train{f' and {test.name}' if test else ''} are left out"
+    skipped = some(str(root), what, sorted([f"{name}/" for name in beside] + files))
+    if test is not None and test.name != TEST[0]:
+        skipped += some(str(root), "other folder is the test set, as there is none named test", [f"{test.name}/"])
+    return train, test, skipped
+
+
+def pictures(root: Path) -> tuple[list[Path], tuple[Skipped, ...]]:
+    """Pictures LABEL/NAME of a folder in the order of their paths, and what is there besides.
+
+    Raises:
+        InputError: there are none; says what there is.
+    """
+    found: list[Path] = []
+    out: dict[str, list[str]] = {}
+
+    def leave(path: Path, why: str) -> None:
+        out.setdefault(why, []).append(str(path.relative_to(root)) + "/" * path.is_dir())
+
+    for path in _entries(root):
+        if hidden(path):
+            leave(path, "hidden files or folders are left out")
+        elif not path.is_dir():
+            leave(path, "files in no folder of a label are left out")
+        else:
+            mine = len(found)
+            for inner in _entries(path):
+                if hidden(inner):
+                    leave(inner, "hidden files or folders are left out")
+                elif inner.is_dir():
+                    leave(inner, "folders deeper than LABEL/NAME are left out")
+                elif inner.suffix.lower() not in PICTURES:
+                    leave(inner, f"files of other endings than {', '.join(PICTURES)} are left out")
+                else:
+                    found.append(inner)
+            if len(found) == mine:
+                leave(path, "folders have no picture in them, so they are no labels")
+    skipped = tuple(entry for why, names in out.items() for entry in some(str(root), why, names))
+    if not found:
+        raise InputError(_nothing(root, skipped))
+    return sorted(found), skipped
+
+
+def hidden(path: Path) -> bool:
+    """What file managers, archives and notebooks leave behind."""
+    return path.name.startswith(".") or path.name.lower() in HIDDEN
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be read: {error.strerror}.") from error
+
+
+def _nothing(root: Path, skipped: tuple[Skipped, ...]) -> str:
+    readable = [path.name for path in _entries(root) if ending(path) in ENDINGS]
+    hint = f" It holds {', '.join(readable[:5])}: give a file by its own path." if readable else ""
+    there = "".join(f" {entry}." for entry in skipped) if not hint else ""
+    return (f"{root}: neither a folder saved by datasets.save_to_disk nor one with images in a sub-folder per label "
+            f"(LABEL/NAME, endings {', '.join(PICTURES)}).{hint}{there}")
