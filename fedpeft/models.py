@@ -6,7 +6,8 @@ weights and a byte tokenizer: they exercise the text path without a download and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedpeft import seeds
+from fedpeft import agreement, seeds
 from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.errors import InputError
+
+log = logging.getLogger("fedpeft")
 
 EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -131,49 +134,51 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
         "sequence-classification": "AutoModelForSequenceClassification",
         "causal-lm": "AutoModelForCausalLM",
     }
+    agreement.require_base(config.name)
     try:
         if pooled:
-            model = transformers.AutoModel.from_pretrained(config.name, **arguments)
-        elif config.task == "causal-lm":
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                config.name, output_loading_info=True, **arguments
-            )
-            _require_decoder(config, model, loading["missing_keys"])
+            kind = transformers.AutoModel
         else:
-            model = getattr(transformers, kinds[config.task]).from_pretrained(
-                config.name, num_labels=labels, ignore_mismatched_sizes=True, **arguments)
+            kind = getattr(transformers, kinds[config.task])
+        if config.task != "causal-lm" and not pooled:
+            arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+        model, loading = kind.from_pretrained(config.name, output_loading_info=True, **arguments)
         if config.task == "image-classification":
-            return model, transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.name)
+            processor = transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
+        else:
+            processor = transformers.AutoTokenizer.from_pretrained(config.name)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
             f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
             f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)})."
         ) from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
+    _require_agreement(config, model, processor, loading, pooled)
+    return model, processor
+
+
+def _require_agreement(config: ModelConfig, model: Any, processor: Any, loading: dict[str, Any], pooled: bool) -> None:
+    """Refuse what does not belong together; a tokenizer that cannot pad gets its end token for it."""
+    if config.task == "causal-lm":
+        agreement.require_causal(config, model)
+        if loading["missing_keys"]:
+            raise InputError(f"model.name: '{config.name}' is no causal-lm checkpoint: it lacks "
+                             f"{', '.join(sorted(loading['missing_keys'])[:3])}.")
+    heads = () if pooled or config.task == "causal-lm" else _heads(model)
+    agreement.require_covered(config.name, model, loading, heads, ("pooler",) if pooled else ())
+    if config.task == "image-classification":
+        return
+    agreement.require_tokenizer(config.name, processor)
+    if processor.pad_token is None:
+        if processor.eos_token is None:
             raise InputError(
                 f"model.name: the tokenizer of '{config.name}' has neither a padding nor an end token; give it one."
             )
-        tokenizer.pad_token = tokenizer.eos_token
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-    if config.max_length > longest:
-        raise InputError(f"model.max_length={config.max_length}: '{config.name}' takes at most {longest} tokens.")
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def _require_decoder(config: ModelConfig, model: Any, missing: Collection[str]) -> None:
-    """A causal-lm must look back only, and its output layer must be trained: transformers builds others silently."""
-    if getattr(model.config, "is_decoder", True) is False:
-        raise InputError(
-            f"model.name: '{config.name}' is a {model.config.model_type} encoder: it sees the tokens that a causal-lm "
-            "has to predict. Give a decoder (Llama, GPT-2, ...), or model.task=sequence-classification."
-        )
-    if missing:
-        raise InputError(
-            f"model.name: '{config.name}' is no causal-lm checkpoint: it lacks {', '.join(sorted(missing)[:3])}."
-        )
+        processor.pad_token = processor.eos_token
+        log.info("model.name: the tokenizer of '%s' has no padding token; its end token %s pads, and is masked",
+                 config.name, processor.eos_token)
+    model.config.pad_token_id = processor.pad_token_id
+    stated = min(processor.model_max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    agreement.require_positions(config, model.eval(), stated)
 
 
 def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:

@@ -13,8 +13,8 @@ import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
+from fedpeft import agreement, seeds
 from fedpeft import config as configs
-from fedpeft import seeds
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.private import Guard
@@ -82,6 +82,8 @@ def world(text: str, run: Path) -> World:
     test_encoded = encode(test, processor, config.model.task, length, "test texts")
     if not len(test_encoded.teaching()):
         raise InputError("data.test: no test text has two tokens, so there is nothing to evaluate.")
+    agreement.require_records(model.base, train_encoded, "data.source")
+    agreement.require_records(model.base, test_encoded, "data.test")
     strategy = build_strategy(config, labels)
     learning = learning_of(strategy)
     start = strategy.initial(model.state(), config.run.seed)

@@ -19,7 +19,7 @@ LAYERS = (
     {"errors", "seeds", "registry", "sections", "values", "overrides", "config", "lowrank", "metrics", "files",
      "findings", "lead", "words", "foreign", "console"},
     {"state"},
-    {"models", "adapters", "privacy", "data"},
+    {"models", "agreement", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},
     {"strategies", "clients"},
     {"checkpoint", "report", "side_by_side", "pages", "drawing", "plots", "client_plots", "catalogue"},
