@@ -185,8 +185,8 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
         raise InputError(
             f"{key}: {int(beyond.any(dim=1).sum())} of {len(ids)} records have tokens that '{base.source}' has no "
             f"embedding for, as {base.processor.convert_ids_to_tokens(token)!r} (number {token}; the embedding has "
-            f"{rows} rows, the tokenizer {len(base.processor)} tokens). Take the tokenizer that belongs to the model, or save "
-            "the model with model.resize_token_embeddings(len(tokenizer)) and its new rows trained."
+            f"{rows} rows, the tokenizer {len(base.processor)} tokens). Take the tokenizer that belongs to the model, "
+            "or save the model with model.resize_token_embeddings(len(tokenizer)) and its new rows trained."
         )
     mask = encoded.inputs.get("attention_mask")
     longest = 0 if mask is None else int(mask.sum(1).argmax())

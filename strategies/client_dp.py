@@ -105,7 +105,7 @@ class ClientDP(Wrapper):
         if privacy.epsilon is None:
             raise InputError("privacy.epsilon=null and privacy.noise_multiplier=null: give exactly one.")
         return accounting.noise_multiplier(self.sample_rate, privacy.epsilon, self.rounds, privacy.delta,
-                                           privacy.accountant, accounting.QUICK_GRID)
+                                           privacy.accountant)
 
     @property
     def count_noise(self) -> float:

@@ -34,6 +34,8 @@ def privacy_epsilon(
     given |= {"steps": steps, "delta": delta}
     found = accounting.epsilon(**given, accountant=accountant)
     assumptions = list(accounting.ASSUMPTIONS)
+    if accounting.bounded(((sample_rate, noise_multiplier, steps),), delta, accountant):
+        assumptions.append(accounting.BOUNDED)
     result = {"epsilon": found, **given, "accountant": accountant, "assumptions": assumptions}
     console.emit(result, as_json, console.privacy)
 
@@ -53,6 +55,8 @@ def privacy_noise(
     given: dict[str, Any] = {"sample_rate": sample_rate, "epsilon": epsilon, "steps": steps, "delta": delta}
     found = accounting.noise_multiplier(**given, accountant=accountant)
     assumptions = list(accounting.ASSUMPTIONS)
+    if accounting.bounded(((sample_rate, found, steps),), delta, accountant):
+        assumptions.append(accounting.BOUNDED)
     result = {"noise_multiplier": found, **given, "accountant": accountant, "assumptions": assumptions}
     console.emit(result, as_json, console.privacy)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpeft.config import ClientConfig, PrivacyConfig
 from fedpeft.errors import InputError
-from fedpeft.privacy.accounting import QUICK_GRID, Release, composed, noise_multiplier
+from fedpeft.privacy.accounting import Release, composed, noise_multiplier
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.noise import Randomness
 
@@ -91,7 +91,7 @@ def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int
     steps = (client.local_steps or 0) * (privacy.planned_rounds or rounds)
     rate, sigma, epsilon = client.batch_size / records, privacy.noise_multiplier, privacy.epsilon
     if sigma is None and epsilon is not None:
-        sigma = noise_multiplier(rate, epsilon, steps, privacy.delta, privacy.accountant, QUICK_GRID)
+        sigma = noise_multiplier(rate, epsilon, steps, privacy.delta, privacy.accountant)
     if sigma is None:
         raise InputError("privacy.epsilon and privacy.noise_multiplier are both null; give one.")
     if epsilon is None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import resource
+import time
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, get_epsilon_gaussian, pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
+from fedpeft.config import ClientConfig, PrivacyConfig
 from fedpeft.errors import InputError
-from fedpeft.privacy.accounting import GRID, QUICK_GRID, composed, epsilon, noise_multiplier
+from fedpeft.privacy.accounting import bounded, composed, epsilon, noise_multiplier
+from fedpeft.privacy.plan import make
 
 # sample rate, noise multiplier, steps, delta, PLD, RDP, PRV: published in the project's privacy notes, made by
 # dp-accounting 0.6.0 and (PRV) Opacus 1.6.0 on other machines; RDP differs from Opacus where fractional orders decide.
@@ -42,20 +47,19 @@ def test_any_answer_is_that_of_the_accounting_library(rate, noise, steps, delta)
     event = SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
     exact = pld.PLDAccountant(value_discretization_interval=1e-4).compose(event).get_epsilon(delta)
     renyi = rdp.RdpAccountant().compose(event).get_epsilon(delta)
-    assert epsilon(rate, noise, steps, delta) == pytest.approx(exact, abs=1e-9)
+    assert epsilon(rate, noise, steps, delta) == pytest.approx(exact, abs=1e-4)
     assert epsilon(rate, noise, steps, delta, "rdp") == pytest.approx(renyi, abs=1e-9)
     assert exact <= renyi + 1e-3
-    assert exact <= composed(((rate, noise, steps),), delta, grid=QUICK_GRID) <= exact + 2e-3
     assert 0 <= epsilon(rate, noise, steps, delta, "prv") - exact <= 0.012
 
 
-@pytest.mark.parametrize(("accountant", "grid"), [("pld", GRID), ("pld", QUICK_GRID), ("rdp", GRID), ("prv", GRID)])
-def test_parts_cost_what_the_whole_does_and_order_is_no_matter(accountant, grid):
+@pytest.mark.parametrize("accountant", ["pld", "rdp", "prv"])
+def test_parts_cost_what_the_whole_does_and_order_is_no_matter(accountant):
     parts = ((0.02, 1.0, 30), (0.05, 0.9, 50), (0.02, 1.0, 70))
-    whole = composed(((0.02, 1.0, 100), (0.05, 0.9, 50)), 1e-5, accountant, grid)
-    assert composed(parts, 1e-5, accountant, grid) == composed(parts[::-1], 1e-5, accountant, grid) == whole
-    assert whole > composed(parts[:2], 1e-5, accountant, grid)
-    assert composed((), 1e-5, accountant, grid) == 0
+    whole = composed(((0.02, 1.0, 100), (0.05, 0.9, 50)), 1e-5, accountant)
+    assert composed(parts, 1e-5, accountant) == composed(parts[::-1], 1e-5, accountant) == whole
+    assert whole > composed(parts[:2], 1e-5, accountant)
+    assert composed((), 1e-5, accountant) == 0
 
 
 # records, steps, epsilon, sigma by PRV, sigma by RDP: for expected batches of 128 at delta 1e-5, with the sampling rate
@@ -95,7 +99,7 @@ def test_without_sampling_it_is_the_exact_gaussian_mechanism(noise, steps):
     (0.008, 1.0, 400, 1e-5, 0.9800, 1.1365),
 ])
 def test_the_noise_for_a_target(rate, target, steps, delta, pld, rdp):
-    found = noise_multiplier(rate, target, steps, delta, grid=QUICK_GRID)
+    found = noise_multiplier(rate, target, steps, delta)
     assert found == pytest.approx(pld, abs=3e-4)
     assert target - 1e-2 < epsilon(rate, found, steps, delta) <= target
     assert noise_multiplier(rate, target, steps, delta, "rdp") == pytest.approx(rdp, abs=3e-4)
@@ -133,3 +137,71 @@ def test_what_makes_no_sense_is_refused(change, named):
     values = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5, "accountant": "pld"} | change
     with pytest.raises(InputError, match=named):
         epsilon(**values)
+
+
+# Any arguments: an answer or a refusal within seconds ----------------------------------------------------------------
+
+EXTREME = [
+    (0.1, 0.01, 2, 1e-5), (0.5, 1e-4, 10**12, 1e-9), (1e-5, 1.0, 10**7, 1e-5), (1e-9, 1.0, 10, 1e-5),
+    (0.01, 1e9, 1, 1e-5), (0.02, 1.0, 100, 1e-30), (1.0, 2.0, 1, 1e-300), (0.02, 1.0, 40, 0.5),
+]
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta"), EXTREME)
+@pytest.mark.parametrize("accountant", ["pld", "prv"])
+def test_any_numbers_are_answered_or_refused_soon_and_in_little_memory(rate, noise, steps, delta, accountant):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        found = epsilon(rate, noise, steps, delta, accountant)
+    except InputError as error:
+        assert accountant == "prv" and "Take pld or rdp" in str(error)
+    else:
+        assert 0 <= found < math.inf
+    assert time.process_time() - start < 20  # seconds of a slow and busy machine
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
+
+
+@pytest.mark.parametrize(("noise", "steps", "delta"), [(0.002, 2, 1e-5), (0.02, 7, 1e-6), (1.0, 3, 1e-30)])
+def test_no_answer_is_below_the_exact_one(noise, steps, delta):
+    """Every record in every step: the Gaussian mechanism, whose delta at epsilon is known in closed form."""
+    found = epsilon(1.0, noise, steps, delta)
+    mu = math.sqrt(steps) / noise
+    lost = norm.logsf(found / mu - mu / 2)
+    gained = found + norm.logsf(found / mu + mu / 2)
+    assert lost + math.log1p(-math.exp(gained - lost)) <= math.log(delta) + 1e-6
+    assert epsilon(0.1, noise, steps, delta) <= found
+
+
+def test_less_noise_costs_more_also_where_the_distributions_end():
+    costs = [epsilon(0.1, noise, 2, 1e-5) for noise in (1e-4, 1e-3, 0.004, 0.01, 0.2)]
+    assert costs == sorted(costs, reverse=True)
+    assert bounded(((0.1, 1e-4, 2),), 1e-5, "pld") and not bounded(((0.1, 0.2, 2),), 1e-5, "pld")
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"steps": math.nan}, "--steps"), ({"steps": math.inf}, "--steps"), ({"steps": 10**400}, "--steps"),
+    ({"steps": 1.5}, "--steps"), ({"steps": -1}, "--steps"), ({"delta": 0.0}, "--delta"),
+    ({"delta": math.nan}, "--delta"),
+    ({"noise_multiplier": 0.0}, "--noise-multiplier"), ({"noise_multiplier": math.inf}, "--noise-multiplier"),
+    ({"sample_rate": math.nan}, "--sample-rate"), ({"sample_rate": -0.1}, "--sample-rate"),
+])
+def test_numbers_out_of_their_range_are_refused_by_name(change, named):
+    values = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5} | change
+    with pytest.raises(InputError, match=named):
+        epsilon(**values)
+    if "noise_multiplier" not in change:
+        with pytest.raises(InputError, match=named):
+            noise_multiplier(epsilon=1.0, **{key: value for key, value in values.items() if key != "noise_multiplier"})
+
+
+@pytest.mark.parametrize(("rate", "target", "steps"), [(1.0, 0.5, 10), (0.1, 500.0, 2)])
+def test_the_smallest_noise_is_found_whatever_the_target(rate, target, steps):
+    found = noise_multiplier(rate, target, steps, 1e-5)
+    assert epsilon(rate, found, steps, 1e-5) <= target < epsilon(rate, found - 1.1e-4 * max(1, found), steps, 1e-5)
+
+
+def test_the_ledger_the_plan_and_the_calculator_agree():
+    privacy = PrivacyConfig(unit="sample", epsilon=3.0)
+    plan = make(privacy, ClientConfig(batch_size=4, local_steps=10, local_epochs=None), 5, 200)
+    cost = epsilon(*plan.release, plan.budget.delta)
+    assert cost == composed((plan.release,), plan.budget.delta) and 2.99 < cost <= 3.0

@@ -118,7 +118,8 @@ def test_a_pooler_without_weights_is_said(tmp_path, caplog):
 def test_an_end_token_that_pads_is_said(tmp_path, caplog):
     small.save("llama", tmp_path)
     path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}))
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in found.items() if key != "pad_token"}))
     caplog.set_level(logging.INFO, "fedpeft")
     load(tmp_path, small.LM)
     assert "its end token <eos> pads" in caplog.text
@@ -132,7 +133,7 @@ def test_tokens_beyond_the_embedding_are_counted_and_named(tmp_path, name, task)
     within = encode(texts("plain words", "more"), base.processor, task, 32)
     agreement.require_records(base, within, "data.source")
     beyond = encode(texts("plain", "a <|call|> b", "<|call|>"), base.processor, task, 32)
-    with pytest.raises(InputError, match=r"data\.source: 2 of 3 records .*'<\|call\|>' \(number 258; .* 258 rows, .* 259"):
+    with pytest.raises(InputError, match=r"data\.source: 2 of 3 records .*'<\|call\|>' \(number 258; .* 258 .* 259"):
         agreement.require_records(base, beyond, "data.source")
 
 
@@ -145,7 +146,7 @@ def test_pictures_of_another_size_or_with_other_channels_are_a_sentence(tmp_path
         if fits:
             agreement.require_records(base, encoded, "data.source")
         else:
-            with pytest.raises(InputError, match=r"data\.source: the model .* does not take the longest record \(pixel"):
+            with pytest.raises(InputError, match=r"data\.source: the model .* does not take the longest record"):
                 agreement.require_records(base, encoded, "data.source")
 
 
