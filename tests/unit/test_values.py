@@ -91,7 +91,7 @@ def test_a_tilde_is_somebodys_home_wherever_a_path_stands(monkeypatch, tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     given = ["data.source=~/d.csv", "data.test=~/t.csv", "model.name=~/m", "privacy.policy=~/p.yaml", "data.split=~/s",
              "data.label=~/not-a-path"]
-    (tmp_path / "p.yaml").write_text("max_epsilon: 3\n")
+    (tmp_path / "p.yaml").write_text("max_epsilon: 3\nunbounded: [max_rounds, records]\n")
     config = load({}, given)
     assert [config.data.source, config.data.test, config.model.name, config.privacy.policy, config.data.split] == [
         str(tmp_path / name) for name in ("d.csv", "t.csv", "m", "p.yaml", "s")]
