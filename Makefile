@@ -4,7 +4,14 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow attack claims gpu lint checkpoint smoke clean
+# Tests of bit-equality, engines and claims, for `make kernels`: other processors have other kernels, which round otherwise.
+ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack" -o timeout=900 \
+	tests/unit/test_ledger_runs.py tests/reference/test_client_dp_account.py tests/reference/test_cohort.py \
+	tests/integration/test_engines.py tests/integration/test_resume.py tests/integration/test_kill_points.py \
+	tests/integration/test_secagg_rounds.py tests/conformance tests/continual/test_conformance_continual.py \
+	tests/continual/test_claims.py tests/integration/test_benchmark_claims.py
+
+.PHONY: demo test slow attack claims kernels gpu lint checkpoint smoke clean
 
 demo: .venv/ready
 	rm -rf runs/quickstart
@@ -21,6 +28,13 @@ attack: .venv/ready
 
 claims: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m claims -o timeout=900
+
+kernels: .venv/ready
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(ROUNDING)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX MKL_ENABLE_INSTRUCTIONS=AVX $(ROUNDING)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(ROUNDING)
+	! grep -q avx512f /proc/cpuinfo || ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
+		MKL_ENABLE_INSTRUCTIONS=AVX512 $(ROUNDING)
 
 gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu

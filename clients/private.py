@@ -156,14 +156,19 @@ class Guard:
     def ledger(self, account: str) -> Ledger:
         return Ledger(self.folder / f"{account}.jsonl")
 
-    def spending(self, clients: list[str]) -> dict[str, dict[str, Any]]:
+    def spending(self, clients: list[str], until: int | None = None) -> dict[str, dict[str, Any]]:
         """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier.
+
+        Args:
+            until: the last round of this run that counts; a run that was resumed may have counted later ones before.
 
         In a sequence of tasks epsilon is that of the task that cost most: a record is in one task only.
         """
         privacy, table = self.config.privacy, {}
         for client in clients:
-            accounts = [ledger.entries() for ledger in accounts_of(self.folder, client)]
+            accounts = [[entry for entry in ledger.entries()
+                         if until is None or entry.run != self.run or entry.round <= until]
+                        for ledger in accounts_of(self.folder, client)]
             entries = [entry for account in accounts for entry in account]
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {

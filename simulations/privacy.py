@@ -11,11 +11,11 @@ from fedpeft.strategies.client_dp import ClientDP, describe
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
 
 
-def spent(here: World) -> dict[str, float]:
-    """`epsilon_max`, the most that any client has spent so far, under sample-level DP."""
+def spent(here: World, number: int | None = None) -> dict[str, float]:
+    """`epsilon_max`, the most that any client has spent up to round `number`, under sample-level DP."""
     if here.config.privacy.unit != "sample":
         return {}
-    table = here.local.guard.spending(list(here.local.train_data))
+    table = here.local.guard.spending(list(here.local.train_data), number)
     return {"epsilon_max": max(row["epsilon"] for row in table.values())}
 
 

@@ -103,7 +103,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
 
     def record(event: dict[str, Any]) -> None:
         if event["event"] == "round":
-            event = {**event, **privacy.spent(here)}
+            event = {**event, **privacy.spent(here, event["round"])}
         recorder.record(event)
         on_event(event)
 

@@ -189,19 +189,19 @@ class ClientDP(Wrapper):
         try:
             Ledger(self.ledger).reserve(entry, budget, plan, once=True)
         except BudgetExhausted as error:
-            raise RoundFailed(f"round {number}: {error} Spent so far: {self.spent(number - 1):.6g}.") from error
+            raise RoundFailed(f"round {number}: {error} Spent so far: {self.spent_in_all(self.ledger):.6g}.") from error
 
     def spent(self, rounds: int) -> float:
-        """Epsilon of all that the ledger holds; without one, of this many rounds."""
+        """Epsilon of this many rounds; by the ledger, if there is one, of all that was released in them."""
         privacy = self.privacy
-        if self.ledger is not None:
-            return Ledger(self.ledger).spent(privacy.delta, privacy.accountant)
         releases = ((self.sample_rate, self.noise_multiplier, rounds),) if rounds else ()
+        if self.ledger is not None:
+            releases = tuple(entry.release for entry in Ledger(self.ledger).entries() if entry.round <= rounds)
         return accounting.composed(releases, privacy.delta, privacy.accountant)
 
-    def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
-        """Nothing: the server sees single updates, and the guarantee does not cover what it says of them."""
-        return {}
+    def spent_in_all(self, ledger: Path) -> float:
+        """Epsilon of all that the ledger holds."""
+        return Ledger(ledger).spent(self.privacy.delta, self.privacy.accountant)
 
     def conclude(self, server: ServerState, updates: list[Update], bad: dict[str, str], rules: Rules,
                  record: Callable[[dict[str, Any]], None]) -> tuple[ServerState, dict[str, Any]]:
@@ -302,7 +302,7 @@ def describe(strategy: ClientDP) -> str:
     epsilon = accounting.composed(((q, z, strategy.rounds),), privacy.delta, privacy.accountant)
     sampling = (f"each client joins a round with probability {q:g}; who joined must stay with the server"
                 if privacy.client_sampling == "poisson" else "a fixed number of clients a round, no amplification")
-    spent = f"; spent so far {strategy.spent(0):.4g}" if strategy.ledger is not None else ""
+    spent = f"; spent so far {strategy.spent_in_all(strategy.ledger):.4g}" if strategy.ledger is not None else ""
     private = privacy.randomness == "os"
     return "\n".join([
         f"client-level differential privacy: epsilon={epsilon:.4g} at delta={privacy.delta:g} after {strategy.rounds} "

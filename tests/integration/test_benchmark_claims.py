@@ -8,6 +8,7 @@ from fedpeft.simulations.benchmarks.federated import DP, SKEW, dp_methods, skew_
 from fedpeft.simulations.benchmarks.federated_report import paired
 from fedpeft.simulations.benchmarks.toy import make_world, simulate
 
+pytestmark = pytest.mark.claims  # how the rules compute is in tests/reference: test_fedsvd, test_lora_fair
 SEEDS = range(8)
 
 
