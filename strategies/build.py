@@ -59,6 +59,7 @@ def check(config: Config) -> None:
     """Refuse what a strategy cannot do, before anything is loaded."""
     strategy = build(config)
     name = config.strategy.name
+    require_clients(strategy, config.run.clients_per_round or config.data.clients)
     if strategy.adapter != config.adapter.name:
         raise InputError(f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
                          f"Set adapter.name={strategy.adapter}.")
@@ -83,6 +84,14 @@ def check(config: Config) -> None:
             f"strategy.name={name} changes the base weights; model.dtype={config.model.dtype} would round its changes "
             "away. Set model.dtype=float32."
         )
+
+
+def require_clients(strategy: FederatedStrategy | None, count: int) -> None:
+    """Refuse a rule, however deep inside, that needs more updates than a round can have."""
+    while strategy is not None:
+        if hasattr(strategy, "require_clients"):
+            strategy.require_clients(count)
+        strategy = getattr(strategy, "inner", None)
 
 
 def _entry(entry: Any) -> tuple[str, dict[str, Any]]:

@@ -44,12 +44,17 @@ class Krum(Wrapper):
         super().__init__(inner)
         self.byzantine, self.keep = byzantine, keep
 
-    def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
-        count, least = len(updates), max(self.byzantine + 3, self.keep)
+    def require_clients(self, count: int) -> None:
+        """Raise InputError if a round of this many updates leaves a score without a term."""
+        least = max(self.byzantine + 3, self.keep)
         if count < least:
             raise InputError(f"strategy.wrap: krum with byzantine={self.byzantine} and keep={self.keep} needs at least "
                              f"{least} updates (byzantine + 3, and keep), got {count}. Ask more clients, or lower "
                              "byzantine or keep.")
+
+    def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
+        self.require_clients(len(updates))
+        count = len(updates)
         if count < 2 * self.byzantine + 3:
             log.warning("krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold", count,
                         2 * self.byzantine + 3)

@@ -186,6 +186,14 @@ def test_wrappers_and_head_options_are_typed_by_their_own_fields():
         load(HELD, ["continual.head_options.features=many"])
 
 
+@pytest.mark.parametrize(("clients", "options"), [(3, "byzantine: 1"), (5, "byzantine: 3"), (6, "keep: 7")])
+def test_too_few_clients_for_krum_are_refused_before_the_first_round(clients, options):
+    given = [f"strategy.wrap=[{{name: krum, {options}}}, norm_clip]", f"run.clients_per_round={clients}"]
+    with pytest.raises(InputError, match=rf"krum .* needs at least \d+ updates .* got {clients}"):
+        load({}, given)
+    assert load({}, [given[0], "run.clients_per_round=8"]).run.clients_per_round == 8
+
+
 def test_a_section_in_one_line_replaces_the_files():
     config = load({"strategy": {"name": "lora_fair", "lambda": 3.0}}, ["strategy={name: fedsvd, every: 02}"])
     assert config.strategy.name == "fedsvd" and config.strategy.options["every"] == 2
