@@ -32,9 +32,8 @@ def of(events: list[Event], config: dict[str, Any], found: dict[str, Any]) -> di
     """Entries of the summary beside `found`, what `metrics.summarise` has computed; some take the place of its own."""
     given = _baselines(events)
     entries: dict[str, Any] = {"baselines": given}
-    tasks = [event for event in events if event["event"] == "task"]
-    if tasks or (config.get("continual") or {}).get("body") is not None:
-        entries |= _sequence(tasks, config, found, given)
+    if any(event["event"] == "task" for event in events) or (config.get("continual") or {}).get("body") is not None:
+        entries |= _sequence(events, config, found, given)
     else:
         entries |= {**_tested(events, found), "last_rounds": _last_rounds(found)}
     whole = {**found, **entries}
@@ -134,12 +133,13 @@ def comparable(summary: dict[str, Any]) -> dict[str, float]:
 # A sequence of tasks --------------------------------------------------------------------------------------------------
 
 
-def _sequence(tasks: list[Event], config: dict[str, Any], found: dict[str, Any],
+def _sequence(events: list[Event], config: dict[str, Any], found: dict[str, Any],
               given: dict[str, Any]) -> dict[str, Any]:
     """`final` is the head that answers, over the classes of all tasks so far; there is no best over unlike classes.
 
     The classifier that was trained stands in `sequence.trained_classifier`: for many heads it is not what answers.
     """
+    tasks = [event for event in events if event["event"] == "task"]
     section = config.get("continual") or {}
     done, planned = len(tasks), int(section.get("tasks") or len(tasks))
     curve = [sum(event["right"][: number + 1]) / max(1, sum(event["count"][: number + 1]))
@@ -159,10 +159,20 @@ def _sequence(tasks: list[Event], config: dict[str, Any], found: dict[str, Any],
         "forgetting": _forgetting(tasks), "frozen_head_accuracy": frozen,
         "frozen_head_by_task": given.get(f"{FROZEN_HEAD}_by_task"),
         "frozen_head_forgetting": given.get(f"{FROZEN_HEAD}_forgetting"),
-        "trained_classifier": found["final"],
+        "trained_classifier": _trained(events, found),
     }
     return {"final": final, "best": None, "baseline": baseline, "evaluated_on": SERVER, "last_rounds": None,
-            "test_records": records, "test_tokens": None, "sequence": sequence}
+            "test_records": records, "test_tokens": None, "sequence": sequence, "evaluated_rounds": None,
+            "accuracy_by_round": None}
+
+
+def _trained(events: list[Event], found: dict[str, Any]) -> dict[str, Any] | None:
+    """The classifier as trained: its last score, and those of all rounds with the number of classes behind each."""
+    if found["final"] is None:
+        return None
+    classes = {event["round"]: event.get("classes") for event in events if event["event"] == "round"}
+    return {**found["final"], "rounds": found["evaluated_rounds"], "accuracy_by_round": found["accuracy_by_round"],
+            "classes_by_round": [classes.get(number) for number in found["evaluated_rounds"]]}
 
 
 def _forgetting(tasks: list[Event]) -> float | None:

@@ -18,7 +18,7 @@ from fedpeft.pages import html_folded, html_image, html_list, html_note, html_pa
 from fedpeft.words import number, percent, plain, points
 
 MOST_ROWS = 1000  # of a table with a row for each client and round
-APART = ("privacy", "continual", "sequence", "tta", "headline")  # entries with a place of their own on the page
+APART = ("privacy", "continual", "sequence", "tta", "headline", "comparison")  # have a place of their own
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,9 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
     body += [html_image(plain(name), image) for name, image in images.items()]
     if run.hides_counts:
-        body.append(html_note("Numbers of records of each client, and of its labels, are left out: the guarantee does "
-                              "not cover them. privacy.release_metrics=true shows them."))
+        body.append(html_note("Each client's numbers of records and of labels are left out: the guarantee does not "
+                              "cover them. They stand in the simulation's own split.json, which is not to be passed "
+                              "on; privacy.release_metrics=true shows them here."))
     if summary.get("privacy"):
         body += _privacy(summary["privacy"])
     if summary.get("continual"):
@@ -269,7 +270,10 @@ def _rounds(run: Run) -> str:
             number(event["bytes_up"] / drawing.MB), number(event["bytes_down"] / drawing.MB),
             number(event["seconds"]),
         ])
-    heads = ["round", "updates used", "training loss", "loss", "accuracy", "MB up", "MB down", "seconds"]
+    what = "accuracy"
+    if run.summary.get("sequence"):
+        what = "accuracy of the classifier as trained, classes so far"
+    heads = ["round", "updates used", "training loss", "loss", what, "MB up", "MB down", "seconds"]
     return html_folded(f"{len(rows)} rounds", html_table(heads, rows))
 
 

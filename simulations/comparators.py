@@ -29,7 +29,7 @@ def constant(here: World) -> dict[str, Any]:
     if len(here.test_encoded):
         values, counts = _answers(here.test_encoded, here.config.model.task).unique(return_counts=True)
         best = int(counts.argmax())
-        found = {"largest_class": float(counts[best] / counts.sum()),
+        found = {"largest_class": int(counts[best]) / int(counts.sum()),
                  "largest_class_name": _name(here, int(values[best]))}
     held, privacy = here.local.holdout, here.config.privacy
     covered = privacy.unit == "none" or privacy.release_metrics

@@ -49,11 +49,8 @@ def outside(here: World) -> list[str]:
                      "gives another: it sets the client's sampling rate and noise")
     if privacy.release_metrics:
         lines.append("loss, accuracy and counts of each client, its labels' too (privacy.release_metrics)")
-    if config.run.engine != "sites":
-        lines.append("split.json, which has every client's records and label counts: it is the simulation's own and is "
-                     "not to be passed on")
-        if config.run.baselines and config.model.task != "causal-lm":
-            lines.append("the logistic regressions of the table and the frozen model's head, which only a simulation "
-                         "can fit on all records")
+    if config.run.baselines and config.model.task != "causal-lm":
+        lines.append("the logistic regressions of the table (in a sequence the frozen model's head too), which only a "
+                     "simulation can fit on all records")
     lines.append("which clients took part or failed, and how long they took")
     return lines

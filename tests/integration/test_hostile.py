@@ -31,6 +31,10 @@ def accuracy(summary: dict) -> float:
     return summary["final"]["accuracy"]
 
 
+def updates_of(summary: dict, client: str) -> dict:
+    return next(row for row in summary["updates"] if row["client"] == client)
+
+
 @pytest.mark.parametrize("wrapper", ["trimmed_mean", "median", "krum"])
 def test_a_robust_run_survives_hostile_clients_and_names_them(wrapper, tiny):
     entry = {"name": "krum", "byzantine": 1, "keep": 4} if wrapper == "krum" else wrapper
@@ -41,6 +45,11 @@ def test_a_robust_run_survives_hostile_clients_and_names_them(wrapper, tiny):
     reasons = {row["client"]: row["reason"] for row in hostile["quarantined"]}
     assert "NaN" in reasons["client-000"] and "describes" in reasons["client-002"]
     assert "adapter" in reasons["client-004"] and "injected crash" in reasons["client-006"]
+    loud = updates_of(hostile, "client-008")
+    assert loud["far_rounds"] == loud["treated_rounds"] == [1, 2, 3, 4, 5, 6] and loud["times_median"] > 100
+    assert loud["treated"] == "not selected" if wrapper == "krum" else loud["treated"].startswith("trimmed in ")
+    assert not any(row["far_rounds"] for row in hostile["updates"] if row["client"] != "client-008")
+    assert not any(row["far_rounds"] for row in clean["updates"])
     # The test set has 597 records: a standard error of at most 2 points for each run.
     noise = 3 * math.sqrt(2 * 0.25 / 597)
     assert accuracy(hostile) > accuracy(clean) - noise
@@ -51,6 +60,8 @@ def test_without_a_robust_wrapper_the_scaled_update_ruins_the_run(tiny):
     config = {**RUN, "run.rounds": 3}
     clean, ruined = tiny("clean", config), tiny("ruined", {**config, "run.faults": {"client-008": "scale"}})
     assert accuracy(ruined) < accuracy(clean) - 0.2
+    assert updates_of(ruined, "client-008")["far_rounds"] == [1, 2, 3]
+    assert updates_of(ruined, "client-008")["treated"] is None
 
 
 def test_a_norm_bound_names_the_scaled_update(tiny):

@@ -264,8 +264,9 @@ def test_compare_puts_runs_side_by_side(tmp_path):
     rows = side_by_side.table([slow, fast])
     assert [row["run"] for row in rows] == ["one/run", "two/run"]
     assert rows[1] == {"run": "two/run", "strategy": "fedsvd", "rounds": 3, "test_records": None,
-                       "frozen_accuracy": 0.2, "best_baseline_accuracy": 0.2, "largest_class_accuracy": None, "standard_error": None,
-                       "common_accuracy": pytest.approx(0.8), "last_rounds_accuracy": pytest.approx(0.6),
+                       "frozen_accuracy": 0.2, "best_baseline_accuracy": 0.2, "largest_class_accuracy": None,
+                       "standard_error": None, "common_accuracy": pytest.approx(0.8),
+                       "last_rounds_accuracy": pytest.approx(0.6),
                        "final_accuracy": pytest.approx(0.8), "best_accuracy": pytest.approx(0.8), "mb_up": 0.75,
                        "mb_down": pytest.approx(1.2), "seconds": 1.5, "epsilon_max": None,
                        "evaluated_on": metrics.SERVER}

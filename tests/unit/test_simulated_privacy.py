@@ -161,4 +161,5 @@ def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):
     rate = max(row["sample_rate"] for row in clients)
     assert by_round == pytest.approx([composed(((rate, 1.0, steps),), DELTA, "rdp") for steps in (2, 4)])
     assert summary["epsilon_max"] == by_round[1] == max(row["epsilon"] for row in clients)
-    assert summary["baselines"] == {} and not any("regression" in line for line in summary["privacy"]["outside"])
+    assert set(summary["baselines"]) == {"largest_class", "largest_class_name"}
+    assert not any("regression" in line for line in summary["privacy"]["outside"])
