@@ -20,6 +20,7 @@ import yaml
 
 from fedpeft.errors import InputError
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # of a client, a run: good as a file's on every system
 TEXT_BYTES = 2048
 YAML_BYTES = 64 * 1024
 DEPTH = 16

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import InputError
+from fedpeft.foreign import read_json, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,49 +147,92 @@ def pack(state: AdapterState) -> tuple[np.ndarray, str]:
 
     The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
     """
-    entries = [
-        [key, str(value.dtype).removeprefix("torch."), list(value.shape)] for key, value in state.tensors.items()
-    ]
-    manifest = json.dumps({"tensors": entries, "sites": {name: asdict(site) for name, site in state.sites.items()}})
     values = [value.detach().cpu().contiguous().reshape(-1) for value in state.tensors.values()]
-    dtypes = {value.dtype for value in values}
-    if len(dtypes) == 1 and next(iter(dtypes)) != torch.bool:
-        flat = torch.cat(values)
-        return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest
-    flat = torch.cat([value.view(torch.uint8) for value in values]) if values else torch.empty(0, dtype=torch.uint8)
-    return flat.numpy(), manifest
+    flat = torch.cat(values) if _one_dtype(state) else torch.cat(
+        [torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest_of(state)
 
 
-def unpack(array: np.ndarray, manifest: str) -> AdapterState:
+def manifest_of(state: AdapterState) -> str:
+    """What tells the tensors of a packed array apart."""
+    entries = [[key, str(value.dtype).removeprefix("torch."), list(value.shape)]
+               for key, value in state.tensors.items()]
+    return json.dumps({"tensors": entries, "sites": {name: asdict(site) for name, site in state.sites.items()}})
+
+
+def packed_form(form: AdapterState) -> tuple[str, int]:
+    """numpy's name of the dtype, and the length, of the array that `pack` makes of a state of this form."""
+    if not _one_dtype(form):
+        return "uint8", form.nbytes
+    dtype = next(iter(form.tensors.values())).dtype
+    return "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."), form.parameters
+
+
+def _one_dtype(state: AdapterState) -> bool:
+    dtypes = {value.dtype for value in state.tensors.values()}
+    return len(dtypes) == 1 and torch.bool not in dtypes
+
+
+def described(manifest: str, longest: int | None = None) -> AdapterState:
+    """The form that a manifest tells: its tensors without values (torch's meta device), and the sites.
+
+    Args:
+        longest: bytes of the manifest; None takes any.
+
+    Raises:
+        StateMismatch: the manifest is malformed or too long.
+    """
+    try:
+        meta = read_json(manifest, "manifest", len(manifest.encode()) if longest is None else longest)
+        names = [key for key, _, _ in meta["tensors"]]
+        if names != sorted(set(names)):
+            raise ValueError("names are not sorted, or not different")
+        tensors = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
+                   for key, dtype, shape in meta["tensors"]}
+        sites = {name: Site(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
+                 for name, site in meta["sites"].items()}
+        return AdapterState(tensors, sites)
+    except Exception as error:  # of a structure that somebody else made, whatever is wrong with it
+        raise StateMismatch(f"manifest is not valid: {shown(repr(error), 500)}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) > 8 or any(type(size) is not int or size < 0 for size in values):
+        raise ValueError(f"{values!r} is no shape")
+    return tuple(values)
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no scaling")
+    return float(value)
+
+
+def unpack(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
     """The inverse of `pack`, bit for bit.
+
+    Args:
+        manifest: as `pack` made it, or what `described` read in it.
 
     Raises:
         StateMismatch: the manifest is malformed or does not describe this array.
     """
-    try:
-        meta = json.loads(manifest)
-        entries = [(str(key), DTYPES[dtype], [int(size) for size in shape]) for key, dtype, shape in meta["tensors"]]
-        sites = {
-            name: Site(str(site["kind"]), tuple(site["shape"]), float(site["scaling"]))
-            for name, site in meta["sites"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateMismatch(f"manifest is not valid: {error!r}") from error
-    raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
+    form = described(manifest) if isinstance(manifest, str) else manifest
+    if array.nbytes != form.nbytes:
+        raise StateMismatch(f"array has {array.nbytes} bytes, its manifest describes {form.nbytes}.")
     tensors: dict[str, Tensor] = {}
+    raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
     start = 0
-    for key, dtype, shape in entries:
-        count = dtype.itemsize
-        for size in shape:
-            if size < 0:
-                raise StateMismatch(f"manifest: {key} has shape {shape}.")
-            count *= size
-        if start + count <= raw.numel():
-            tensors[key] = raw[start : start + count].clone().view(dtype).reshape(shape)
-        start += count
-    if start != raw.numel():
-        raise StateMismatch(f"array has {raw.numel()} bytes, its manifest describes {start}.")
-    return AdapterState(tensors, sites)
+    for key, value in form.tensors.items():
+        tensors[key] = raw[start : start + value.nbytes].clone().view(value.dtype).reshape(value.shape)
+        start += value.nbytes
+    return AdapterState(tensors, form.sites)
 
 
 def to_dict(state: AdapterState) -> dict[str, Any]:

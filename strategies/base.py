@@ -326,7 +326,7 @@ class FederatedStrategy(Strategy):
         results = {}
         for client in sorted(roster):
             try:
-                results[client] = wire.metrics(replies[roster[client]])
+                results[client] = wire.scores(replies[roster[client]])
             except wire.BadReply as error:
                 log.warning("round %d: %s was not evaluated: %s", server.round, client, error)
                 record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})

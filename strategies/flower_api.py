@@ -97,7 +97,8 @@ def aggregate_train(
     answered: dict[str, Message | None] = dict.fromkeys(last.sent)
     for reply in replies:
         if (client := str(reply.metadata.src_node_id)) in answered:
-            answered[client] = reply
+            first = answered[client] is None
+            answered[client] = reply if first else wire.refused(reply, "it answered one message twice")
     updates, bad = strategy.check(last.server, last.sent, answered, last.rules, last.codec)
     server, event = strategy.conclude(last.server, updates, bad, last.rules, lambda event: None)
     return replace(last, server=server), _arrays(strategy, last.codec, server), _train_metrics(event)

@@ -37,6 +37,7 @@ WORD = np.dtype("<u4")
 MODULUS = 2**32
 PRIME = 2**521 - 1
 KEY_BYTES, NONCE_BYTES, SHARE_BYTES = 32, 12, 68  # a share is two bytes of x and 66 of y
+SEALED_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + 16  # two shares, and the tag of the authenticated encryption
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -7,27 +7,34 @@ one ConfigRecord (ours: the manifest and the task as JSON), and on the way back 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedpeft.errors import RunError
-from fedpeft.state import AdapterState, Site, StateMismatch, pack, unpack
+from fedpeft.foreign import NAME, shown
+from fedpeft.state import AdapterState, Site, StateMismatch, manifest_of, pack
+from fedpeft.strategies import opening
+from fedpeft.strategies.opening import BadMessage, reading
 
+log = logging.getLogger("fedpeft")
 POLL_S = 0.05
 JOIN_DEADLINE_S = 120.0
 ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
-# What reading a record that somebody else filled may raise: numpy and JSON have no common error.
-MALFORMED = (StateMismatch, KeyError, ValueError, TypeError, AttributeError, EOFError, IndexError)
+OWN = 2**30  # bytes of a manifest that is not foreign
+SLACK = 4096  # bytes of a foreign one, so that a tensor too many can be named
 
 
-class BadReply(ValueError):
-    """A reply that may not be aggregated, with the reason."""
+class BadReply(BadMessage):
+    """A reply that may not be aggregated, with the reason: one line of at most 2 kB."""
 
 
 class Codec(Protocol):
@@ -42,17 +49,23 @@ class Packed:
 
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
         """Client name -> node id, once `expected` nodes have joined."""
-        nodes = joined(grid, expected)
-        names = {}
+        nodes, names, silent = joined(grid, expected), {}, {}
         for start in range(0, len(nodes), ROLL):
             asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
             for node, reply in ask(grid, "query", asked, JOIN_DEADLINE_S).items():
-                reason = failure(reply)
-                if reply is None or reason:
-                    raise RunError(f"node {node} does not tell its name: {reason}")
-                names[str(reply.content["identity"]["name"])] = node
-        if len(names) < len(nodes):
-            raise RunError(f"{len(nodes)} nodes have only {len(names)} different names: {sorted(names)}.")
+                try:
+                    name = identity(reply)
+                except BadReply as error:
+                    silent[node] = str(error)
+                    log.warning("node %d takes no part, as it does not tell its name: %s", node, error)
+                    continue
+                if name in names:
+                    raise RunError(f"nodes {names[name]} and {node} both say that they are {name}: {len(nodes)} nodes "
+                                   "must have different names.")
+                names[name] = node
+        if len(names) < (expected or 1):
+            raise RunError(f"{len(names)} of {expected or 1} clients told their names. "
+                           + "; ".join(f"node {node}: {reason}" for node, reason in list(silent.items())[:ROLL]))
         return names
 
     def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict:
@@ -61,11 +74,20 @@ class Packed:
                            "config": ConfigRecord({"manifest": manifest, "task": json.dumps(task)})})
 
     @staticmethod
-    def open(content: RecordDict) -> tuple[AdapterState, dict[str, Any]]:
-        """Adapter and task of a message: what the client calls."""
-        config = content["config"]
-        flat = content.array_records["arrays"]["adapter"].numpy()
-        return unpack(flat, str(config["manifest"])), json.loads(str(config["task"]))
+    def open(content: RecordDict, longest: int | None = None,
+             check: Callable[[AdapterState], None] = lambda form: None) -> tuple[AdapterState, dict[str, Any]]:
+        """Adapter and task of a message: what the client calls.
+
+        Args:
+            longest: bytes of the manifest; without a bound the message is one's own, and may have more records.
+            check: raises for a form that may not be sent (see `opening.packed`).
+
+        Raises:
+            BadMessage: it is malformed, or more than the bounds allow.
+        """
+        if longest is None:
+            return opening.packed(content, OWN, check, tuple(name for name in content if name not in opening.PARTS))
+        return opening.packed(content, longest, check)
 
     def reply(self, adapter: AdapterState, metrics: dict[str, float], number: int) -> RecordDict:
         content = self.content(adapter, {"round": number})
@@ -79,15 +101,14 @@ class Packed:
         Raises:
             BadReply: error, missing, extra or misshapen tensors, NaN or inf, weight not positive or finite, old round.
         """
-        values = metrics(reply)
-        try:
-            adapter, task = self.open(opened(reply))
-            answered = task["round"]
-        except MALFORMED as error:
-            raise BadReply(f"unreadable arrays: {error}") from error
-        if answered != number:
-            raise BadReply(f"stale: an update of round {answered}, not {number}")
-        return checked(AdapterState(adapter.tensors, sent.sites), sent.select(uploads)), values
+        content, wanted = opened(reply), sent.select(uploads)
+        values = metrics(content)
+        with reading("reply", BadReply):
+            adapter, task = opening.packed(content, manifest_bytes(sent),
+                                           lambda form: wanted.require_same_form(form, "update"), ("metrics",))
+        if task["round"] != number:
+            raise BadReply(f"stale: an update of round {task['round']}, not {number}")
+        return checked(AdapterState(adapter.tensors, sent.sites), wanted), values
 
 
 @dataclass(frozen=True)
@@ -143,17 +164,20 @@ class Named:
 
     def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
              number: int) -> tuple[AdapterState, dict[str, float]]:
-        values = metrics(reply)
+        content = opened(reply)
+        values = metrics(content, strict=False)
         keys = {name: key for key, name in self.names.items()}
-        tensors = {}
-        for record in opened(reply).array_records.values():
-            for name, array in record.items():
-                if name not in keys:
-                    raise BadReply(f"unexpected array {name}")
-                try:
-                    tensors[keys[name]] = torch.from_numpy(array.numpy())
-                except MALFORMED as error:
-                    raise BadReply(f"unreadable array {name}: {error}") from error
+        found = [item for record in content.array_records.values() for item in record.items()]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, array in found:
+            if name not in keys:
+                raise BadReply(f"unexpected array {name}")
+            if keys[name] in tensors:
+                raise BadReply(f"array {name} comes twice")
+            like = sent[keys[name]].numpy()
+            with reading(f"array {name}", BadReply):
+                given = opening.array(array, str(like.dtype), like.shape, f"array {name}")
+            tensors[keys[name]] = torch.from_numpy(given.copy())
         wanted = sent.select(uploads)
         for key, value in tensors.items():
             if key not in wanted and not torch.equal(value, sent[key]):
@@ -202,8 +226,24 @@ def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: floa
         sent |= dict.fromkeys((name for name in grid.push_messages([Message(content, node, kind)]) if name), node)
     replies: dict[int, Message | None] = dict.fromkeys(contents)
     for reply in collect(grid, list(sent), deadline_s):
-        replies[sent[reply.metadata.reply_to_message_id]] = reply
+        node = sent[reply.metadata.reply_to_message_id]
+        given = replies[node]
+        if given is not None:
+            reply = refused(given, "it answered one message twice")
+        elif not reply.has_error() and reply.metadata.src_node_id != node:
+            reply = refused(reply, f"node {reply.metadata.src_node_id} answered in its name")
+        replies[node] = reply
     return replies
+
+
+def manifest_bytes(form: AdapterState) -> int:
+    """The most that a foreign manifest of this form may have."""
+    return 2 * len(manifest_of(form)) + SLACK
+
+
+def refused(reply: Message, reason: str) -> Message:
+    """An error in the place of a reply."""
+    return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=reply)
 
 
 def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Message]:
@@ -229,7 +269,7 @@ def failure(reply: Message | None) -> str | None:
     if reply is None:
         return "no reply before the deadline"
     if reply.has_error():
-        return f"client error: {reply.error.reason}"
+        return shown(f"client error: {reply.error.reason}")
     return None
 
 
@@ -242,19 +282,41 @@ def opened(reply: Message | None) -> RecordDict:
     reason = failure(reply)
     if reply is None or reason:
         raise BadReply(reason)
+    if not reply.has_content():
+        raise BadReply("a reply without content")
     return reply.content
 
 
-def metrics(reply: Message | None) -> dict[str, float]:
-    """The MetricRecord's scalars, `num-examples` checked to be positive and finite."""
-    values = {key: float(value) for record in opened(reply).metric_records.values() for key, value in record.items()
-              if isinstance(value, int | float)}
-    count = values.get("num-examples")
-    if count is None:
-        raise BadReply("no num-examples in the reply")
-    if not (math.isfinite(count) and count > 0):
-        raise BadReply(f"num-examples is {count}, not positive and finite")
-    return values
+def identity(reply: Message | None) -> str:
+    """The name that a client gives itself.
+
+    Raises:
+        BadReply: no reply, or no name.
+    """
+    content = opened(reply)
+    with reading("identity", BadReply):
+        opening.require_names(content, ("identity",), "records")
+        record = content.config_records["identity"]
+        opening.require_names(record, ("name",), "identity")
+        name = record["name"]
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise BadReply(f"{shown(name, 100)!r} is no name of a client: at most 63 letters, digits, dots, hyphens "
+                           "and underscores")
+        return name
+
+
+def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
+    """The scalars of a reply, finite, and `num-examples` positive (see `opening.metrics`)."""
+    with reading("metrics", BadReply):
+        return opening.metrics(content, strict)
+
+
+def scores(reply: Message | None) -> dict[str, float]:
+    """The metrics of a reply that has nothing else."""
+    content = opened(reply)
+    with reading("reply", BadReply):
+        opening.require_names(content, ("metrics",), "records")
+    return metrics(content)
 
 
 def checked(adapter: AdapterState, wanted: AdapterState) -> AdapterState:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 from fedpeft import config as configs
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.errors import InputError
+from fedpeft.foreign import NAME
 from fedpeft.sections import option
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 QUIET = {  # Flower reports, asks for updates and installs packages unless told not to
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

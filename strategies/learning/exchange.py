@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpeft.state import AdapterState
-from fedpeft.strategies import wire
+from fedpeft.strategies import opening, wire
 from fedpeft.strategies.base import RoundFailed, Rules
 from fedpeft.strategies.learning.coso import merged
 from fedpeft.strategies.learning.rounds import Learning
@@ -44,10 +43,7 @@ def sums(grid: Grid, codec: wire.Packed, learning: Learning, rules: Rules, recor
     found, names = [], []
     for client in sorted(roster):
         try:
-            tensors, weight = read(replies[roster[client]], number)
-            if {key: tuple(value.shape) for key, value in tensors.items()} != form:
-                raise wire.BadReply("sums of another form than was asked for")
-            found.append((tensors, weight))
+            found.append(read(replies[roster[client]], number, form))
             names.append(client)
         except wire.BadReply as error:
             log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
@@ -63,20 +59,27 @@ def sums(grid: Grid, codec: wire.Packed, learning: Learning, rules: Rules, recor
     return found
 
 
-def read(reply: Any, number: int) -> tuple[dict[str, Tensor], float]:
+def read(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], float]:
     """Tensors of one reply by name, and its weight.
 
     Raises:
-        BadReply: an error, another round's, or not finite.
+        BadReply: an error, of another form or round, or not finite.
     """
-    weight = wire.metrics(reply)["num-examples"]
-    try:
-        adapter, task = wire.PACKED.open(wire.opened(reply))
-        answered = task["round"]
-    except (*wire.MALFORMED, json.JSONDecodeError) as error:
-        raise wire.BadReply(f"unreadable sums: {error}") from error
-    if answered != number:
-        raise wire.BadReply(f"stale: sums of round {answered}, not {number}")
+
+    def check(given: AdapterState) -> None:
+        named = {key.partition(":")[2]: value for key, value in given.tensors.items()}
+        if ({key: tuple(value.shape) for key, value in named.items()} != form or len(named) < len(given.tensors)
+                or not all(value.dtype in (torch.float32, torch.float64) for value in named.values())):
+            raise wire.BadReply("sums of another form than was asked for")
+
+    content = wire.opened(reply)
+    weight = wire.metrics(content)["num-examples"]
+    longest = wire.manifest_bytes(AdapterState({f"sketch:{key}": torch.empty(shape, device="meta")
+                                                for key, shape in form.items()}))
+    with opening.reading("sums", wire.BadReply):
+        adapter, task = opening.packed(content, longest, check, ("metrics",))
+    if task["round"] != number:
+        raise wire.BadReply(f"stale: sums of round {task['round']}, not {number}")
     for key, value in adapter.tensors.items():
         if not torch.isfinite(value).all():
             raise wire.BadReply(f"{key} has NaN or inf")

@@ -61,14 +61,14 @@ BAD = {
     "client error": (lambda message: Error(2, "CUDA out of memory"), "client error: CUDA out of memory"),
     "silent": (lambda message: None, "no reply before the deadline"),
     "no records": (raw(), "num-examples"),
-    "no arrays": (raw(metrics=MetricRecord({"num-examples": 10})), "unreadable arrays"),
+    "no arrays": (raw(metrics=MetricRecord({"num-examples": 10})), "records: missing arrays, config"),
     "no manifest": (
         raw(
             metrics=MetricRecord({"num-examples": 10}),
             config=ConfigRecord({"task": "{}"}),
             arrays=ArrayRecord({"adapter": Array(np.zeros(3, np.float32))}),
         ),
-        "unreadable arrays",
+        "config: missing manifest",
     ),
     "task is no mapping": (
         raw(
@@ -80,11 +80,11 @@ BAD = {
     ),
     "arrays of another kind": (
         raw(arrays=MetricRecord({"adapter": 1.0, "num-examples": 10}), config=ConfigRecord(TASK)),
-        "unreadable arrays",
+        "no num-examples",
     ),
-    "no bytes": (with_bytes(b""), "unreadable arrays"),
-    "junk bytes": (with_bytes(b"junk"), "unreadable arrays"),
-    "truncated array": (truncated, "unreadable arrays"),
+    "no bytes": (with_bytes(b""), "0 bytes, expected 56 and a header for float32 [14]"),
+    "junk bytes": (with_bytes(b"junk" * 20), "unreadable header"),
+    "truncated array": (truncated, "float32 [11], expected float32 [14]"),
 }
 
 
@@ -169,7 +169,8 @@ def test_replies_are_matched_by_message_not_by_the_node_that_they_claim():
         def pull_messages(self, message_ids):
             replies = super().pull_messages(message_ids)
             for reply in replies:
-                reply.metadata.__dict__["_src_node_id"] = 100
+                if reply.has_error():
+                    reply.metadata.__dict__["_src_node_id"] = 100
             return replies[::-1]
 
     events: list = []

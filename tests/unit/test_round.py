@@ -161,7 +161,7 @@ def test_every_client_is_chosen_about_equally_often():
 def test_two_nodes_of_one_name_are_refused():
     grid = ScriptedGrid({"a": good(1.0), "b": good(1.0)})
     grid.names = dict.fromkeys(grid.names, "a")
-    with pytest.raises(RunError, match="2 nodes have only 1 different names"):
+    with pytest.raises(RunError, match="nodes 100 and 101 both say that they are a"):
         FedIT().run(grid, ServerState(START), Rules(rounds=1, clients=2))
 
 

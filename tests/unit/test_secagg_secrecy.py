@@ -15,7 +15,7 @@ from fedpeft.errors import InputError
 from fedpeft.strategies import masking
 from fedpeft.strategies.fedit import FedIT
 from fedpeft.strategies.secagg import Plan, check, describe
-from fedpeft.strategies.secagg_stages import KINDS, RECORD, listed
+from fedpeft.strategies.secagg_stages import KINDS, RECORD
 from fedpeft.strategies.wire import PACKED, ask
 
 pytestmark = pytest.mark.usefixtures("flower_run")
@@ -45,7 +45,7 @@ def shared_secrets(grid: Watched, own: Config) -> dict[str, dict[str, bytes]]:
         if stage == 3 and not reply.has_error():
             asked = request.content[RECORD]
             owners = [(name, kind) for kind in ("uploaded", "silent") for name in asked[kind]]
-            for (name, kind), share in zip(owners, listed(reply.content, "shares"), strict=True):
+            for (name, kind), share in zip(owners, reply.content[RECORD]["shares"], strict=True):
                 given[kind].setdefault(name, []).append(share)
     return {kind: {name: masking.combine(shares, Plan.of(own).threshold) for name, shares in owners.items()}
             for kind, owners in given.items()}

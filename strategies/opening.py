@@ -1,0 +1,166 @@
+"""Messages that somebody else filled, opened: every part is looked at before it is parsed, and what is over is refused.
+
+What a part may be follows from what was asked: the names of records and arrays, each array's dtype, shape and length in
+bytes, the length of the manifest, the tensors that it lists. Only then is anything decoded, and never by pickle.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import Array, RecordDict
+from flwr.common.constant import SType
+from numpy.lib import format as npy
+
+from fedpeft.foreign import read_json, shown
+from fedpeft.state import AdapterState, StateMismatch, described, packed_form, unpack
+
+PARTS = ("arrays", "config")  # records of every message that has an adapter
+HEADER_BYTES = 4096  # of an npy file; ours have 128
+TASK_BYTES = 2**20
+METRICS, METRIC_NAME = 64, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:/ -]{0,99}")
+LARGEST, MOST_EXAMPLES = 1e30, 1e12  # beyond them a weighted mean could overflow
+
+
+class BadMessage(ValueError):
+    """What somebody else sent may not be used, with the reason: one line of at most 2 kB."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(shown(reason))
+
+
+class _Named(Protocol):
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+
+@contextmanager
+def reading(what: str, error: type[BadMessage] = BadMessage) -> Iterator[None]:
+    """Turn whatever decoding a foreign message raises (MemoryError and RecursionError too) into one sentence."""
+    try:
+        yield
+    except BadMessage as known:
+        raise (known if isinstance(known, error) else error(known)) from known.__cause__
+    except StateMismatch as known:
+        raise error(known) from known
+    except Exception as unknown:
+        said = str(unknown) or "it cannot be decoded"
+        raise error(f"unreadable {what}: {said if isinstance(unknown, ValueError) else repr(unknown)}") from unknown
+
+
+def require_names(found: _Named, wanted: tuple[str, ...], what: str) -> None:
+    """Raise BadMessage unless exactly these names are there."""
+    given = list(found)
+    if len(given) != len(wanted) or set(given) != set(wanted):
+        unexpected = [shown(name, 60) for name in given if name not in wanted]
+        missing = [name for name in wanted if name not in given]
+        few = ", ".join(unexpected[:3]) + (f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else "")
+        raise BadMessage(f"{what}: missing {', '.join(missing) or 'nothing'}; unexpected {few or 'nothing'}")
+
+
+def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """The values of an array that must be of this dtype and shape; a view of its bytes, not to be written to.
+
+    Raises:
+        BadMessage: any of its fields, its header or its length says otherwise.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if given.stype != SType.NUMPY or given.dtype != dtype or tuple(given.shape) != shape:
+        coded = "" if given.stype == SType.NUMPY else f" in {shown(given.stype, 60)}"
+        raise BadMessage(f"{what}: {shown(given.dtype, 60)} {shown(list(given.shape[:9]), 200)}{coded}, expected "
+                         f"{dtype} {list(shape)}")
+    if not size < len(given.data) <= size + HEADER_BYTES:
+        raise BadMessage(f"{what}: {len(given.data)} bytes, expected {size} and a header for {dtype} {list(shape)}")
+    file = io.BytesIO(given.data[:HEADER_BYTES])
+    with reading(f"header of {what}"):
+        version = npy.read_magic(file)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        said, fortran, kind = read(file, max_header_size=HEADER_BYTES)
+    if said != shape or kind != np.dtype(dtype) or file.tell() + size != len(given.data):
+        raise BadMessage(f"{what}: its header says {shown(kind, 60)} {shown(list(said), 200)}, expected {dtype} "
+                         f"{list(shape)} in {len(given.data)} bytes")
+    flat = np.frombuffer(given.data, np.dtype(dtype), offset=file.tell())
+    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+
+
+def packed(content: RecordDict, longest: int, check: Callable[[AdapterState], None],
+           also: tuple[str, ...] = ()) -> tuple[AdapterState, dict[str, Any]]:
+    """Adapter and task of a message of ours.
+
+    Args:
+        longest: bytes of its manifest.
+        check: raises for a form (a state without values) that was not to be sent; called before any value is read.
+        also: records that may be there beside `arrays` and `config`.
+
+    Raises:
+        BadMessage: anything in it is of another kind, name or size.
+    """
+    with reading("message"):
+        require_names(content, (*PARTS, *(name for name in also if name in content)), "records")
+        arrays, config = _kind(content.array_records, "arrays"), _kind(content.config_records, "config")
+        require_names(config, ("manifest", "task"), "config")
+    with reading("arrays"):
+        require_names(arrays, ("adapter",), "arrays")
+        form = described(_text(config, "manifest"), longest)
+        check(form)
+        dtype, count = packed_form(form)
+        values = array(arrays["adapter"], dtype, (count,), "the adapter's array")
+    with reading("task"):
+        task = read_json(_text(config, "task"), "the task", TASK_BYTES)
+        if not isinstance(task, dict) or type(task.get("round")) is not int:
+            raise BadMessage("the task is no mapping with a round")
+    with reading("arrays"):
+        return unpack(values, form), task
+
+
+def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
+    """The scalars of the MetricRecord, `num-examples` among them.
+
+    Args:
+        strict: one record, and numbers only, as our client app sends; a stock app's may have lists, which are left out.
+
+    Raises:
+        BadMessage: too many, another kind of value or name, or not finite.
+    """
+    found = dict(content.metric_records.items())
+    if strict:
+        found = {"metrics": found["metrics"]} if "metrics" in found else {}
+    items = [(key, value) for record in found.values() for key, value in record.items()]
+    if len(items) > METRICS:
+        raise BadMessage(f"{len(items)} metrics; at most {METRICS} are read")
+    values = {key: _metric(key, value) for key, value in items if strict or not isinstance(value, list)}
+    count = values.get("num-examples")
+    if count is None:
+        raise BadMessage("no num-examples in the reply")
+    if not 0 < count <= MOST_EXAMPLES:
+        raise BadMessage(f"num-examples is {count:g}, not positive and at most {MOST_EXAMPLES:g}")
+    return values
+
+
+def _metric(key: str, value: Any) -> float:
+    if not METRIC_NAME.fullmatch(key):
+        raise BadMessage(f"metric {shown(key, 120)!r}: no name of a metric")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadMessage(f"{key} is a {type(value).__name__}, not a number")
+    if not abs(value) <= LARGEST:
+        raise BadMessage(f"{key} is {shown(value, 60)}, not finite and at most {LARGEST:g}")
+    return float(value)
+
+
+def _kind(records: Mapping[str, Any], name: str) -> Any:
+    if name not in records:
+        raise BadMessage(f"record {name} is of another kind")
+    return records[name]
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise BadMessage(f"{key} is a {type(value).__name__}, not a text")
+    return value
