@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from fedpeft.clients import secagg
+from fedpeft.clients import requests, secagg
 from fedpeft.clients.local import Local
 from fedpeft.state import AdapterState
 from fedpeft.strategies.wire import PACKED
@@ -38,15 +38,18 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
 
     opened: dict[str, tuple[AdapterState, dict[str, Any]]] = {}  # by message id, what `prepare` has opened
 
+    def read(message: Message) -> tuple[AdapterState, dict[str, Any]]:
+        return requests.opened(message.content, local().initial)
+
     def request(message: Message) -> tuple[AdapterState, dict[str, Any]]:
         known = message.metadata.message_id in opened
-        return opened.pop(message.metadata.message_id) if known else PACKED.open(message.content)
+        return opened.pop(message.metadata.message_id) if known else read(message)
 
     def prepare(messages: list[tuple[Message, Context]]) -> None:
         kind = secagg.UPLOAD if local().config.secagg.enabled else "train"
         mine = [(message, name(context)) for message, context in messages if message.metadata.message_type == kind]
         opened.clear()
-        opened.update((message.metadata.message_id, PACKED.open(message.content)) for message, _ in mine)
+        opened.update((message.metadata.message_id, read(message)) for message, _ in mine)
         local().prepare([(client, *opened[message.metadata.message_id]) for message, client in mine])
 
     app = CohortApp(prepare)
@@ -64,13 +67,13 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
 
     @app.evaluate()
     def score(message: Message, context: Context) -> Message:
-        received, task = PACKED.open(message.content)
+        received, task = read(message)
         metrics = local().evaluate(name(context), received, task)
         return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
 
     @app.query("sums")
     def sums(message: Message, context: Context) -> Message:
-        received, task = PACKED.open(message.content)
+        received, task = read(message)
         found, metrics = local().sums(name(context), received, task)
         return Message(PACKED.reply(found, metrics, int(task["round"])), reply_to=message)
 

@@ -33,6 +33,7 @@ from fedpeft.deploy.build import bare
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError, RunError
+from fedpeft.foreign import shown
 from fedpeft.seeds import numpy_generator
 from fedpeft.strategies.base import FederatedStrategy
 
@@ -60,8 +61,8 @@ class Resident:
             log.info("%s: answered in %.3f s", message.metadata.message_type, time.monotonic() - begun)
             return reply
         except RunError as error:
-            log.warning("refused or failed: %s", error)
-            reason = str(error)
+            reason = shown(error)
+            log.warning("refused or failed: %s", reason)
         except Exception:
             log.exception("a message could not be answered; the server is not told why")
             reason = "the site could not take part; its own log says why."

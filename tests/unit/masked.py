@@ -51,7 +51,7 @@ class Watched(LocalGrid):
     """
 
     def __init__(self, own: Config, after: dict[str, AdapterState], dies=None, late=None) -> None:
-        local = SimpleNamespace(config=own, prepare=lambda requests: None,
+        local = SimpleNamespace(config=own, initial=START, prepare=lambda requests: None,
                                 train=lambda client, received, task: (after[client], {"secret": 1.0}))
         self.app_of = client_app(lambda: local, lambda context: client_name(int(context.node_config["partition-id"])))
         super().__init__(lambda: self.app_of, {index + 2: {"partition-id": index} for index in range(len(after))})

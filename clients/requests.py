@@ -1,0 +1,54 @@
+"""A server's message, opened at a client: its largest size follows from the client's own model, and is looked at first.
+
+What its tensors and its task mean is checked after that, where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import RecordDict
+
+from fedpeft.clients.policy import Refused
+from fedpeft.foreign import shown
+from fedpeft.state import AdapterState, manifest_of
+from fedpeft.strategies import opening
+from fedpeft.strategies.opening import BadMessage
+
+MANIFESTS, STATES = 8, 4  # times its own that a client takes: controls, cores and residuals come beside the adapter
+SMALL = 2**20  # bytes that are taken whatever the model
+BESIDE = ("secagg", "fedpeft.run")  # records that a message may have, which are read elsewhere
+
+
+def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, dict[str, Any]]:
+    """Adapter and task of a request.
+
+    Args:
+        own: an adapter of the client's own model.
+
+    Raises:
+        Refused: it is malformed, or larger than the client's model can need; one sentence of at most 2 kB.
+    """
+    most = most_bytes(own)
+
+    def check(form: AdapterState) -> None:
+        if form.nbytes > most:
+            raise BadMessage(f"{form.nbytes} bytes of tensors; this client's model takes at most {most}")
+        for name, site in form.sites.items():
+            mine = own.sites.get(name)
+            if mine is None or (mine.kind, mine.shape) != (site.kind, site.shape):
+                raise BadMessage(f"site {shown(name, 200)} of kind {shown(site.kind, 60)} and shape "
+                                 f"{list(site.shape)} is not one of this client's model")
+
+    try:
+        with opening.reading("message"):
+            return opening.packed(content, MANIFESTS * len(manifest_of(own)) + SMALL, check, BESIDE)
+    except BadMessage as error:
+        raise Refused(f"refused: the server's message: {error}") from error
+
+
+def most_bytes(own: AdapterState) -> int:
+    """Bytes of the largest state that a strategy may send: beside adapters, dense changes of the base as factors."""
+    dense = sum(8 * (rows + columns) * min(rows, columns)
+                for rows, columns in (site.shape for site in own.sites.values() if len(site.shape) == 2))
+    return STATES * own.nbytes + dense + SMALL
