@@ -50,7 +50,9 @@ class Packed:
 
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
         """Client name -> node id, once `expected` nodes have joined."""
-        nodes, names, silent = joined(grid, expected), {}, {}
+        nodes = joined(grid, expected)
+        names: dict[str, int] = {}
+        silent: dict[int, str] = {}
         for start in range(0, len(nodes), ROLL):
             asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
             for node, reply in ask(grid, "query", asked, JOIN_DEADLINE_S).items():

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 POLL_S = 0.5
+LARGEST_CALL = 32 * 2**20  # bytes
 OWN_POLL_S = 0.1  # of what is in the same process
 
 
@@ -68,8 +69,10 @@ def follow(parent: int) -> None:
 
 
 def superlink(arguments: list[str]) -> None:
+    """Flower's SuperLink takes 2 GB in one call; what a site sends comes in chunks of at most 20 MiB."""
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
+    vars(sys.modules[flower_superlink.__module__])["GRPC_MAX_MESSAGE_LENGTH"] = LARGEST_CALL
     sys.argv = ["flower-superlink", *arguments]
     flower_superlink()
 

@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import Message, RecordDict
+import httpx
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.keys import pem
+from fedpeft.foreign import shown
 from fedpeft.strategies.wire import Packed
 
 log = logging.getLogger("fedpeft")
@@ -73,11 +76,30 @@ class SiteGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self.look_for_late()
         begun = time.monotonic()
-        replies = list(self.grid.pull_messages(list(message_ids)))
+        replies = self.pulled(message_ids)
         if replies:
             self.transfer_s["pull_s"] += time.monotonic() - begun
         else:
             time.sleep(POLL_S)
+        return replies
+
+    def pulled(self, names: Iterable[str]) -> list[Message]:
+        """Replies to these messages. They are asked for one by one: Flower puts together what it pulls, and one that a
+        site made so that this fails would take those of the others with it.
+        """
+        replies: list[Message] = []
+        for name in names:
+            try:
+                replies += self.grid.pull_messages([name])
+            except httpx.HTTPError:  # the SuperLink's, not the reply's
+                raise
+            except Exception as error:  # of objects that somebody else made, whatever is wrong with them
+                reason = shown(f"unreadable reply: {error!r}")
+                node = self.sent.get(name, 0)
+                about = Metadata(run_id=self.grid.run.run_id, message_id="", src_node_id=node, dst_node_id=0,
+                                 reply_to_message_id=name, group_id="", created_at=time.time(), ttl=1.0,
+                                 message_type="train")
+                replies.append(make_message(about, error=Error(ErrorCode.UNKNOWN, reason)))
         return replies
 
     def transferred_s(self) -> dict[str, float]:
@@ -96,14 +118,15 @@ class SiteGrid(Grid):
         if not self.late or time.monotonic() - self.looked < LATE_S:
             return
         self.looked = time.monotonic()
-        for reply in self.grid.pull_messages(list(self.late)):
+        for reply in self.pulled(list(self.late)):
             node, _ = self.late.pop(reply.metadata.reply_to_message_id)
             if reply.has_error() and reply.error.code not in FROM_SITES:
                 continue  # Flower's word that the message has expired
             site = self.names.get(node, str(node))
             what = "reported an error" if reply.has_error() else "sent its update"
             log.warning("%s %s after the deadline; it is dropped.", site, what)
-            self.record({"event": "late", "client": site, "error": reply.error.reason if reply.has_error() else None})
+            said = shown(reply.error.reason) if reply.has_error() else None
+            self.record({"event": "late", "client": site, "error": said})
         self.late = {name: (node, until) for name, (node, until) in self.late.items() if self.looked < until}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
+from fedpeft import foreign
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.errors import InputError
-from fedpeft.foreign import NAME
 from fedpeft.sections import option
 
+NAME = foreign.NAME
 QUIET = {  # Flower reports, asks for updates and installs packages unless told not to
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fedpeft import console
 from fedpeft.console import out
@@ -62,7 +63,7 @@ def rounds(history: list[dict[str, Any]]) -> Table:
         left = "; ".join(f"{name}: {reason}" for name, reason in (event.get("quarantined") or {}).items())
         accuracy = event.get("accuracy")
         seconds = event.get("seconds")
-        table.add_row(str(event["round"]), ", ".join(event["clients"] or []), left or "-",
+        table.add_row(str(event["round"]), ", ".join(event["clients"] or []), Text(left or "-"),
                       "-" if seconds is None else f"{seconds:.1f}", "-" if accuracy is None else f"{accuracy:.1%}")
     return table
 

@@ -318,6 +318,42 @@ def test_sites_join_from_round_to_round_and_late_replies_are_named_and_dropped(r
     assert [(event["event"], event["client"]) for event in events] == [("late", "south")]
 
 
+def test_a_reply_that_flower_cannot_put_together_takes_no_other_with_it(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+    class Breaking(FakeGrid):
+        run = SimpleNamespace(run_id=1)
+
+        def pull_messages(self, names):
+            if "message-2" in names:
+                raise KeyError("Evil\x1b[2J" * 5000)
+            return super().pull_messages(names)
+
+    grid = Breaking()
+    sites = roster.SiteGrid(grid, Envelope("run-1", "", (), ""), 5.0, lambda event: None)
+    asked = [Message(RecordDict({}), node, "train") for node in (1, 2, 3)]
+    names = sites.push_messages(asked)
+    for name, message in zip(names, asked, strict=True):
+        message.metadata.__dict__["_message_id"] = name
+        grid.replies.append(Message(RecordDict({}), reply_to=message))
+    found = {reply.metadata.reply_to_message_id: reply for reply in sites.pull_messages(names)}
+    assert sorted(found) == ["message-1", "message-2", "message-3"]
+    assert [name for name, reply in found.items() if reply.has_error()] == ["message-2"]
+    said = found["message-2"].error.reason
+    assert "KeyError" in said and said.isprintable() and len(said.encode()) <= 2048
+
+
+def test_a_reason_with_markup_is_shown_as_it_is():
+    from rich.console import Console
+
+    from fedpeft.deploy import show
+
+    console = Console(record=True, width=120)
+    console.print(show.rounds([{"round": 1, "clients": ["a"], "quarantined": {"b": "[/red] [link=x]y"}}]))
+    assert "b: [/red] [link=x]y" in console.export_text()
+
+
 def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
     """Flower makes a task before the message is there; a coordinator that dies in between leaves one for hours."""
     never, answered, tokens = threading.Event(), threading.Event(), ["stuck", "next"]
