@@ -69,7 +69,7 @@ def follow(parent: int) -> None:
 
 
 def superlink(arguments: list[str]) -> None:
-    """Flower's SuperLink takes 2 GB in one call; what a site sends comes in chunks of at most 20 MiB."""
+    """Flower's SuperLink takes 2 GB in one call; what a site sends comes in chunks of at most 5 MiB."""
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     vars(sys.modules[flower_superlink.__module__])["GRPC_MAX_MESSAGE_LENGTH"] = LARGEST_CALL
