@@ -194,10 +194,10 @@ class ClientDP(Wrapper):
     def spent(self, rounds: int) -> float:
         """Epsilon of this many rounds; by the ledger, if there is one, of all that was released in them."""
         privacy = self.privacy
-        releases = ((self.sample_rate, self.noise_multiplier, rounds),) if rounds else ()
+        releases = [(self.sample_rate, self.noise_multiplier, rounds)] if rounds else []
         if self.ledger is not None:
-            releases = tuple(entry.release for entry in Ledger(self.ledger).entries() if entry.round <= rounds)
-        return accounting.composed(releases, privacy.delta, privacy.accountant)
+            releases = [entry.release for entry in Ledger(self.ledger).entries() if entry.round <= rounds]
+        return accounting.composed(tuple(releases), privacy.delta, privacy.accountant)
 
     def spent_in_all(self, ledger: Path) -> float:
         """Epsilon of all that the ledger holds."""

@@ -1,0 +1,97 @@
+"""Which clients train together in a worker hangs on their number alone; a worker ends with the run that started it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+
+import pytest
+
+from fedpeft.simulations.workers import Pool, end_with_parent
+
+
+class Fake:
+    """A worker that only takes down which shares it was given."""
+
+    def __init__(self):
+        self.pipe, self.theirs = multiprocessing.Pipe()
+        self.ready, self.jobs = True, deque()
+
+    def get_ready(self):
+        self.ready = True
+
+    def end(self):
+        self.pipe.close()
+
+    def given(self):
+        return [message for message, _ in self.theirs.recv()]
+
+
+@pytest.mark.parametrize(("count", "share", "expected"), [
+    (5, 256, [[0, 1, 2], [3, 4]]), (5, 2, [[0, 1], [2, 3], [4]]), (1, 256, [[0]]), (7, 3, [[0, 1, 2], [3, 4, 5], [6]])])
+@pytest.mark.parametrize("slow", [0, 1])
+def test_shares_are_the_same_whichever_worker_is_idle_first(slow, count, share, expected):
+    pool = Pool(Fake, 2, share)
+    busy = pool.workers[slow]
+    busy.ready = False  # as one that was started anew
+    for number in range(count):
+        pool.submit(str(number), number, None)
+    pool.finished([])
+    found = []
+    while any(worker.jobs for worker in pool.workers):
+        worker = next(worker for worker in pool.workers if worker.jobs)
+        found.append(worker.given())
+        worker.jobs.clear()
+        busy.ready = True
+        pool.finished([])
+    assert found == expected
+    pool.close()
+
+
+def test_cancelled_jobs_are_in_no_share():
+    pool = Pool(Fake, 1, 2)
+    for number in range(5):
+        pool.submit(str(number), number, None)
+    pool.finished([])
+    pool.cancel(["2", "3", "4"])
+    assert pool.workers[0].given() == [0, 1] and not pool.shares
+    pool.close()
+
+
+def test_a_worker_ends_when_the_process_that_started_it_is_killed():
+    """One that went on would write ledgers and replies beside the run that is resumed."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def worker():
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        theirs.send(os.getpid())
+        time.sleep(60)
+
+    def run():
+        child = context.Process(target=worker)
+        child.start()
+        time.sleep(60)
+
+    parent = context.Process(target=run)
+    parent.start()
+    number = ours.recv()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    until = time.monotonic() + 20
+    while time.monotonic() < until and alive(number):
+        time.sleep(0.02)
+    assert not alive(number)
+
+
+def alive(number):
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
