@@ -306,16 +306,21 @@ def audit_result(result: dict[str, Any]) -> None:
     for column in ("check", "measured", "allowed", "", "what"):
         table.add_column(column, justify="right" if column in ("measured", "allowed") else "left")
     for check in result["checks"]:
-        low, high = (f"{bound:.4g}" for bound in check["allowed"])
+        low, high = ("" if bound is None else f"{bound:.4g}" for bound in check["allowed"])
         measured = "not finite" if check["measured"] is None else f"{check['measured']:.4g}"
         verdict, style = ("ok", None) if check["passed"] else ("FAILED", "bold red")
-        allowed = low if low == high else f"{low} to {high}"
+        allowed = low if low == high else f"{low} to {high}" if low and high else f"from {low}" if low else f"to {high}"
         table.add_row(check["name"], measured, allowed, verdict, check["what"], style=style)
     out.print(table)
-    claim = result["claim"]
-    out.print(f"claimed epsilon {claim['epsilon']:.4g} at delta {claim['delta']:g}: {claim['steps']} steps, q = "
-              f"{claim['sample_rate']:.4g}, sigma = {claim['noise_multiplier']:.4g}; measured at least "
+    claim, seen = result["claim"], result["seen"]
+    asked = "none is asked for" if claim["asked"] is None else f"asked for: {claim['asked']:g}"
+    out.print(f"claimed epsilon {claim['epsilon']:.4g} ({asked}) at delta {claim['delta']:g}: {claim['steps']} steps, "
+              f"q = {claim['sample_rate']:.4g}, sigma = {claim['noise_multiplier']:.4g}; measured at least "
               f"{result['measured_epsilon']:.4g}", style="bold", markup=False)
-    out.print(result["limits"], style="dim", markup=False)
+    out.print(f"Seen: {len(seen['clients'])} of {seen['of']} clients ({', '.join(seen['clients'])}), rounds "
+              f"{', '.join(map(str, seen['rounds']))}, trained {' and in a '.join(seen['engines'])}. A right program "
+              f"fails a check in {result['false_alarm']:g} of audits at most.", style="dim", markup=False)
+    for sentence in result["limits"]:
+        out.print(f"- {sentence}", style="dim", markup=False)
     failed = [check["name"] for check in result["checks"] if not check["passed"]]
     out.print(f"failed: {', '.join(failed)}" if failed else "passed", style="bold red" if failed else "bold green")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 
 from fedpeft.privacy.plan import Plan
-from fedpeft.simulations import audit
+from fedpeft.simulations import audit, rounds_seen
 
 PRIVATE = ["privacy.unit=sample", "privacy.noise_multiplier=1", "strategy=fedit", "strategy.weighting=uniform"]
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(audit, "STEPS", 40)
+    monkeypatch.setattr(audit, "EMPTY", 40)
+    monkeypatch.setattr(rounds_seen, "VALUES", 1)
+    monkeypatch.setattr(rounds_seen, "ROWS", 16)
 
 
 def test_it_passes(fedpeft, tiny_options):
@@ -22,7 +24,9 @@ def test_it_passes(fedpeft, tiny_options):
     assert result["passed"] and result["config"]["privacy"]["unit"] == "sample"
     assert result["claim"]["steps"] == 4 and 0 < result["measured_epsilon"] < result["claim"]["epsilon"]
     assert {"sensitivity", "noise size", "batch size", "empty batches", "frozen tensors rest", "ledger",
-            "canaries"} < {check["name"] for check in result["checks"]}
+            "claim", "streams of noise", "canaries"} < {check["name"] for check in result["checks"]}
+    assert result["claim"]["asked"] is None and result["false_alarm"] == 1e-6 and result["limits"]
+    assert result["seen"]["engines"] == ["alone", "cohort"] and result["seen"]["of"] == len(result["seen"]["clients"])
     assert all(set(check) == {"name", "measured", "allowed", "passed", "what"} for check in result["checks"])
 
 
@@ -30,12 +34,14 @@ def test_a_failure_is_shown_and_ends_with_code_1(fedpeft, tiny_options, monkeypa
     """Noise of twice the size is more private than claimed, and not what is accounted."""
     real = Plan.noised_mean
     monkeypatch.setattr(Plan, "noised_mean", lambda plan, total, source: real(plan, 0.5 * total, source) * 2)
-    monkeypatch.setattr(audit.Audit, "sensitivity", lambda subject: [])  # the longest part
+    for part in ("sensitivity", "empty", "streams"):
+        monkeypatch.setattr(audit.Audit, part, lambda subject: [])
     done = fedpeft("audit", "quickstart", *tiny_options, *PRIVATE)
     assert done.code == 1
     failed = done.out.rpartition("failed: ")[2]
     assert "noise size" in failed and "ledger" not in failed and "ok" in done.out and "FAILED" in done.out
-    assert "claimed epsilon" in done.out and "a factor 2 in the sensitivity" in done.out
+    assert "claimed epsilon" in done.out and "none is asked for" in done.out and "Seen: 4 of 4 clients" in done.out
+    assert "a factor 2 in the sensitivity" in done.out
 
 
 def test_it_refuses_other_units(fedpeft):

@@ -1,0 +1,86 @@
+"""Sets of records that differ by one, chosen to make the difference large: what a sensitivity is measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients import train as training
+from fedpeft.data.encode import IGNORE, Encoded
+
+
+def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Encoded, list[Encoded]]]:
+    """Sets of records, and each set with one record more: an ordinary one, or an adversary's.
+
+    The sets: none; one or `count` records labelled with what the model answers, whose gradients are small, and near
+    zero where it is sure; `count` as they are. The adversary's records: one of the set with the runner-up as its label,
+    which pulls against it; the least likely label; inputs out of all proportion, or not numbers; texts of full length,
+    or of one token; no label, and so no gradient.
+    """
+    first, last = data.subset(np.arange(1)), data.subset(np.array([len(data) - 1]))
+    many = data.subset(np.arange(min(count, len(data) - 1)))
+    sets = [data.subset(np.arange(0)), labelled(model, first, best), labelled(model, many, best), many]
+    more = [last, labelled(model, first, second), labelled(model, last, worst), unlabelled(last),
+            *(labelled(model, record, worst) for record in extreme(last))]
+    for some in sets:
+        yield some, [joined(some, record) for record in more]
+
+
+def gradients(clip: float, width: int = 64) -> list[tuple[Tensor, list[Tensor]]]:
+    """Cases as per-sample gradients [N, P]: aligned ones of several norms, and an adversary's against them."""
+    axis, corner = torch.eye(1, width) * clip, torch.full((1, width), -clip)
+    adversary = [-1e6 * axis, -axis, corner, 1e-3 * axis, math.nan * axis, math.inf * corner, 0.0 * axis]
+    alike = [(size * axis).repeat(count, 1) for size in (1e-2, 1.0, 1e3) for count in (0, 1, 20)]
+    return [(some, [torch.cat([some, one]) for one in adversary]) for some in alike]
+
+
+def best(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def second(logits: Tensor) -> Tensor:
+    return logits.topk(2).indices[..., 1]
+
+
+def worst(logits: Tensor) -> Tensor:
+    return logits.argmin(-1)
+
+
+@torch.no_grad()
+def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) -> Encoded:
+    """The records with labels chosen from the model's own logits; for causal-lm, token by token."""
+    device, labels = next(iter(model.parameters.values())).device, data.labels.clone()
+    for index in range(len(data)):
+        inputs, _ = training.on_device(data, np.array([index]), device)
+        answer = choose(model.logits(inputs))[0].cpu()
+        if labels.ndim == 1:
+            labels[index] = answer
+        else:
+            labels[index, 1 : len(answer)] = answer[:-1]
+    return Encoded(data.inputs, labels)
+
+
+def unlabelled(data: Encoded) -> Encoded:
+    return Encoded(data.inputs, torch.full_like(data.labels, IGNORE))
+
+
+def extreme(record: Encoded) -> list[Encoded]:
+    """A record with inputs that no honest client has."""
+    if "attention_mask" in record.inputs:
+        mask = record.inputs["attention_mask"]
+        first = torch.zeros_like(mask)
+        first[:, 0] = 1
+        return [Encoded({**record.inputs, "attention_mask": value}, record.labels)
+                for value in (torch.ones_like(mask), first)]
+    return [Encoded({name: factor * value for name, value in record.inputs.items()}, record.labels)
+            for factor in (1e3, -1e3, math.nan)]
+
+
+def joined(some: Encoded, record: Encoded) -> Encoded:
+    return Encoded({name: torch.cat([value, record.inputs[name]]) for name, value in some.inputs.items()},
+                   torch.cat([some.labels, record.labels]))

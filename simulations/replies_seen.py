@@ -1,0 +1,109 @@
+"""What a round's ledger, reply and masks must be, judged from outside (`simulations.watched`)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.clients.train import CONTROL, make_optimizer, new_control
+from fedpeft.config import ClientConfig, Config
+from fedpeft.privacy.audit import Check
+from fedpeft.privacy.plan import Plan
+from fedpeft.simulations.watched import Seen
+
+FOLLOWS = 1e-3  # of how far an update moves: rounding of two optimizers' steps
+
+
+def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list[Check]:
+    """Checks of many rounds."""
+    taken = sum(len(one.steps) for one in seen)
+    reserved = sum(entry.steps for one in seen for entry in one.entries)
+    again = [one.again for one in seen if one.again is not None]
+    twice = sum(len(other.steps) + abs(len(other.entries) - 1) + (other.update.sha256() != one.update.sha256())
+                for one, other in ((one, one.again) for one in seen) if other is not None)
+    return [
+        Check("ledger", float(reserved), float(taken), float(taken), "steps reserved; allowed: noisy steps taken"),
+        Check("ledger entries", float(sum(not _entered(one, plans[one.client]) for one in seen)), 0.0, 0.0,
+              f"of {len(seen)} rounds, those whose rate, noise or steps are not in it as they were"),
+        Check("ledger comes first", float(sum(one.name not in {entry.request for entry in one.entries}
+                                                for one in seen)), 0.0, 0.0, f"of {len(seen)} rounds, those whose update was handed out before the ledger had it"),
+        Check("replies are kept", float(sum(not _same(one) for one in seen)), 0.0, 0.0,
+              f"of {len(seen)} rounds, those whose reply is not what a repeated request would get"),
+        Check("asked again", float(twice), 0.0, 0.0, f"steps, entries and changes by {len(again)} repeated requests"),
+        Check("update", max((_strays(one, config.client) for one in seen), default=0.0), 0.0, FOLLOWS,
+              "distance of an update from the same start and noised steps taken by another optimizer, over its length"),
+        Check("what leaves", float(max(_surplus(one, config) for one in seen)), 0.0, 0.0,
+              "tensors and metrics beside what noised steps determine"),
+        Check("masks are fresh", float(_repeated(seen)), 0.0, 0.0, "seeds of dropout's masks that were there before"),
+    ]
+
+
+def _entered(one: Seen, plan: Plan) -> bool:
+    return [entry.release for entry in one.entries] == [(plan.sample_rate, plan.noise_multiplier, len(one.steps))]
+
+
+def _same(one: Seen) -> bool:
+    return one.kept is not None and one.kept.keys() == one.update.tensors.keys() and all(
+        torch.equal(value, one.update[key]) for key, value in one.kept.items())
+
+
+def _strays(one: Seen, client: ClientConfig) -> float:
+    """How far an update is from what the optimizer's steps lead to, from the start that the request asks for."""
+    if not one.steps:
+        return math.inf
+    start = one.start.select(one.task["trains"]).tensors
+    weights = nn.Parameter(_flat(start, one.steps[0].before))
+    optimizer = make_optimizer([weights], client)
+    begin = weights.detach().clone()
+    for step in one.steps:
+        if step.released.shape != weights.shape:
+            return math.inf
+        weights.grad = step.released.clone()
+        optimizer.step()
+    parts = [one.start.replace(dict(zip(start, value.detach().cpu().split([part.numel() for part in start.values()]),
+                                        strict=True))) for value in (begin, weights)]
+    return _distance(one, {key: (parts[0][key].view_as(value), parts[1][key].view_as(value))
+                           for key, value in start.items()}, client)
+
+
+def _distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]], client: ClientConfig) -> float:
+    control = {key.removeprefix(CONTROL): value for key, value in one.received.select(("control",)).tensors.items()}
+    apart, length = 0.0, 0.0
+    for key, value in one.update.tensors.items():
+        site = key.removeprefix(CONTROL)
+        before, after = ends.get(site, (one.start.tensors.get(key),) * 2)
+        if before is None or after is None or before.shape != value.shape:
+            continue  # what should not be there at all is counted as such
+        if key.startswith(CONTROL):
+            zero = {site: torch.zeros_like(value)}
+            after = new_control(zero, {site: control[site]}, {site: before}, {site: after}, len(one.steps),
+                                client.lr)[site]
+            before = torch.zeros_like(value)
+        apart += float((value.double() - after.double()).square().sum())
+        length += float((after.double() - before.double()).square().sum())
+    return math.sqrt(apart / max(length, 1e-30)) if apart else 0.0
+
+
+def _flat(start: dict[str, Tensor], like: Tensor) -> Tensor:
+    return torch.cat([value.flatten() for value in start.values()]).to(like)
+
+
+def _surplus(one: Seen, config: Config) -> int:
+    expected = set(one.start.select(one.task["uploads"]).tensors)
+    expected |= set(one.received.select(("control",)).tensors)
+    metrics = 0 if config.privacy.release_metrics else len(set(one.metrics) - {"num-examples"})
+    weight = 0 if config.privacy.release_metrics else int(one.metrics.get("num-examples") != 1.0)
+    return len(set(one.update.tensors) ^ expected) + metrics + weight
+
+
+def _repeated(seen: Sequence[Seen]) -> int:
+    """A cohort's clients have their masks in common; else each client's round has its own."""
+    groups: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    for one in seen:
+        key = (one.run, one.number) if one.engine == "cohort" else (one.run, one.number, one.client)
+        groups[key] |= {step.mask for step in one.steps if step.mask is not None}
+    return sum(len(masks) for masks in groups.values()) - len(set().union(*groups.values()))
