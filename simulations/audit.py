@@ -1,9 +1,9 @@
 """`fedpeft audit`: the checks of `fedpeft.privacy.audit` on a config's own model, data, sampling, noise and ledger.
 
 What is tested is what a client runs. `simulations.rounds_seen` has whole rounds from request to reply, by `Local`,
-alone and in a cohort, with records, without, and without noise. Single steps of both engines are asked for sensitivity: at
-the adapter that clients start from and at one with random, large weights (a server may send any), at the config's clip
-and a thousandth of it, where every record is clipped. Dropout is off there: its masks are drawn for a batch as a whole,
+alone and in a cohort, with records, without, and without noise. Single steps of both engines are asked for sensitivity:
+at the adapter that clients start from and at one with random, large weights (a server may send any), at the config's
+clip and a thousandth of it, where every record is clipped. Dropout is off there: its masks are drawn for a batch as a whole,
 so neighbours would differ by them and not by the record. That costs nothing as long as the masks are secret, drawn as
 the noise is; masks made from the run's seed are not (`public_seed`).
 

@@ -22,6 +22,7 @@ def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list
     """Checks of many rounds."""
     taken = sum(len(one.steps) for one in seen)
     reserved = sum(entry.steps for one in seen for entry in one.entries)
+    late = sum(one.name not in {entry.request for entry in one.entries} for one in seen)
     again = [one.again for one in seen if one.again is not None]
     twice = sum(len(other.steps) + abs(len(other.entries) - 1) + (other.update.sha256() != one.update.sha256())
                 for one, other in ((one, one.again) for one in seen) if other is not None)
@@ -29,8 +30,8 @@ def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list
         Check("ledger", float(reserved), float(taken), float(taken), "steps reserved; allowed: noisy steps taken"),
         Check("ledger entries", float(sum(not _entered(one, plans[one.client]) for one in seen)), 0.0, 0.0,
               f"of {len(seen)} rounds, those whose rate, noise or steps are not in it as they were"),
-        Check("ledger comes first", float(sum(one.name not in {entry.request for entry in one.entries}
-                                                for one in seen)), 0.0, 0.0, f"of {len(seen)} rounds, those whose update was handed out before the ledger had it"),
+        Check("ledger comes first", float(late), 0.0, 0.0,
+              f"of {len(seen)} rounds, those whose update was handed out before the ledger had it"),
         Check("replies are kept", float(sum(not _same(one) for one in seen)), 0.0, 0.0,
               f"of {len(seen)} rounds, those whose reply is not what a repeated request would get"),
         Check("asked again", float(twice), 0.0, 0.0, f"steps, entries and changes by {len(again)} repeated requests"),
