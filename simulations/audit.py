@@ -3,9 +3,9 @@
 What is tested is what a client runs. `simulations.rounds_seen` has whole rounds from request to reply, by `Local`,
 alone and in a cohort, with records, without, and without noise. Single steps of both engines are asked for sensitivity:
 at the adapter that clients start from and at one with random, large weights (a server may send any), at the config's
-clip and a thousandth of it, where every record is clipped. Dropout is off there: its masks are drawn for a batch as a whole,
-so neighbours would differ by them and not by the record. That costs nothing as long as the masks are secret, drawn as
-the noise is; masks made from the run's seed are not (`public_seed`).
+clip and a thousandth of it, where every record is clipped. Dropout is off there: its masks are drawn for a batch as a
+whole, so neighbours would differ by them and not by the record. That costs nothing as long as the masks are secret,
+drawn as the noise is; masks made from the run's seed are not (`public_seed`).
 
 What is released is judged by its own numbers: the clipped mean by a sum computed here, the noise by what is left of a
 step without it, epsilon by a second accountant, the update by the optimizer's steps over again.
