@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# pip's advice (a newer pip, who it runs as, where its scripts lie) is no part of a demo.
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export PIP_ROOT_USER_ACTION ?= ignore
+export PIP_NO_WARN_SCRIPT_LOCATION ?= 1
 
 # Tests of bit-equality, engines and claims, for `make kernels`: other processors have other kernels, which round otherwise.
 ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack" -o timeout=900 \
@@ -14,8 +18,7 @@ ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gp
 .PHONY: demo test slow attack claims kernels gpu lint checkpoint smoke clean
 
 demo: .venv/ready
-	rm -rf runs/quickstart
-	$(BIN)/fedpeft simulate quickstart --out runs/quickstart
+	$(BIN)/fedpeft simulate quickstart
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims"

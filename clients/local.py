@@ -329,7 +329,7 @@ class Local:
         """Under DP the server is not told what went wrong: it may have to do with a record."""
         try:
             yield
-        except (Refused, BudgetExhausted):
+        except (Refused, BudgetExhausted, OSError):  # a disk that is full has nothing to do with a record
             raise
         except Exception as error:
             if not self.guard.private:

@@ -108,7 +108,7 @@ def corruptions(config: Config, client: str) -> list[str]:
         order = seeds.numpy_generator(seed, "tta", client, "corruptions").permutation(len(CORRUPTIONS))
         return [list(CORRUPTIONS)[place] for place in order]
     if chosen == PER_CLIENT:
-        names = [client_name(index) for index in range(config.data.clients)]
+        names = [client_name(index) for index in range(config.data.clients or 0)]
         order = seeds.numpy_generator(seed, "tta", "corruptions").permutation(len(CORRUPTIONS))
         # A real site has a name of its own, and no number.
         place = names.index(client) if client in names else seeds.derive(seed, "tta", client)

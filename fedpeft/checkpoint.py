@@ -41,9 +41,13 @@ def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
     tensors |= {f"memory:{key}": value for key, value in server.memory.items()}
     data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     meta = {"round": server.round, "numbers": server.numbers, "sites": to_dict(server.adapter)}
-    write_bytes(temporary / "state.safetensors", data)
-    write_bytes(temporary / "state.json", json.dumps({**meta, "sha256": _digest(data, meta)}).encode())
-    os.replace(temporary, final)
+    try:
+        write_bytes(temporary / "state.safetensors", data)
+        write_bytes(temporary / "state.json", json.dumps({**meta, "sha256": _digest(data, meta)}).encode())
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync_folder(folder)
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old)

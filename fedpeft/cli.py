@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +16,10 @@ import typer
 
 from fedpeft import __version__, console
 from fedpeft.deploy.cli import server_app, site_app
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError, RunError, Stopped
+from fedpeft.files import explained
 from fedpeft.privacy.cli import privacy_app
 from fedpeft.simulations.benchmarks.cli import bench_app
-
-INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Federated and continual fine-tuning of peft adapters.")
@@ -42,7 +45,7 @@ Overrides = Annotated[
 def simulate(
     config: ConfigName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; new or empty.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; new or empty. Default: runs/NAME-1, -2, ...")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a federation on this machine."""
@@ -226,7 +229,7 @@ def _at_home(argument: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time."""
+    """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time, 130 Ctrl-C, 143 SIGTERM."""
     from rich.logging import RichHandler
 
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower's default is to report
@@ -235,18 +238,38 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
-        app([_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)], prog_name="fedpeft")
+        with stopped_by_signals():
+            app([_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)], prog_name="fedpeft")
     except InputError as error:
         console.fail(str(error))
         sys.exit(2)
     except RunError as error:
         console.fail(str(error))
         sys.exit(1)
-    except SystemExit as error:
-        if error.code != INTERRUPTED:
-            raise
-        console.fail("interrupted; a simulation goes on with `fedpeft resume DIR`")
+    except OSError as error:  # a full disk, a missing right: the machine's, not the program's
+        console.fail(explained(error))
         sys.exit(1)
+    except Stopped as stop:
+        console.note(f"{'interrupted' if stop.number == signal.SIGINT else 'terminated'}. {stop.advice}".strip())
+        sys.exit(128 + stop.number)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise `Stopped` in the main thread, so that what was begun is put away."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[st
     """
     tree = source if isinstance(source, dict) else _mapping(find(source))
     tree = _named_sections(tree)
-    apply(tree, overrides)
+    given = overrides if isinstance(overrides, dict) else parse_overrides(overrides)
+    apply(tree, given)
+    _count_by_column(tree, given)
     try:
         tree = values.interpolated(tree, to_tree(Config()), foreign)
     except InputError as error:
@@ -158,7 +160,10 @@ def check(config: Config) -> None:
             f"client.local_steps={client.local_steps} and client.local_epochs={client.local_epochs}: give exactly "
             "one (set the other to null)."
         )
-    if run.clients_per_round is not None and run.clients_per_round > data.clients:
+    if data.clients is None and data.partition.name != "column" and data.split is None:
+        raise InputError(f"data.clients=null: all groups of a column, but data.partition.name={data.partition.name}. "
+                         "Give a number, or set data.partition.name=column and data.partition.column.")
+    if run.clients_per_round is not None and data.clients is not None and run.clients_per_round > data.clients:
         raise InputError(f"run.clients_per_round={run.clients_per_round} is more than data.clients={data.clients}.")
     if run.deadline_s is not None and run.engine == "cohort" and run.workers == 0:
         raise InputError(
@@ -214,6 +219,19 @@ def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(node, dict) and isinstance(node.get(last), str) and not values.is_null(node[last]):
             node[last] = {NAME_KEYS.get(path, "name"): node[last]}
     return tree
+
+
+def _count_by_column(tree: dict[str, Any], given: dict[str, Any]) -> None:
+    """Set data.clients to null where it is not given beside the column that the clients are groups of.
+
+    A file's number belongs to the file's column: an override of the column, or to it, drops the number.
+    """
+    data = tree.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("partition"), dict):
+        return
+    changed = {"data.partition", "data.partition.name", "data.partition.column"} & set(given)
+    if data["partition"].get("name") == "column" and "data.clients" not in given and ("clients" not in data or changed):
+        data["clients"] = None
 
 
 def build(cls: Any, tree: Any, path: str) -> Any:

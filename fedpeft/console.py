@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fedpeft import folders
+from fedpeft.errors import RunError, Stopped
+from fedpeft.files import explained
 from fedpeft.lead import warnings
 
 out = Console(highlight=False)
@@ -30,6 +35,11 @@ def fail(message: str) -> None:
     err.print(message, markup=False, soft_wrap=True)
 
 
+def note(message: str) -> None:
+    """A line that is no error, on standard error."""
+    err.print(message, markup=False, soft_wrap=True)
+
+
 class Progress:
     """A progress bar over rounds, fed with a run's events; one line a round where there is no terminal."""
 
@@ -38,6 +48,7 @@ class Progress:
         self.bar: Any = None
         self.task: Any = None
         self.rounds = 0
+        self.folder: Path | None = None
 
     def __enter__(self) -> Progress:
         if not self.quiet and err.is_terminal:
@@ -51,11 +62,23 @@ class Progress:
             self.task = self.bar.add_task("loading model and data", total=None)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.bar:
             self.bar.stop()
+        if isinstance(error, KeyboardInterrupt):
+            error = Stopped(signal.SIGINT)
+        if isinstance(error, Stopped):
+            error.advice = folders.advice(self.folder) if self.folder else ""
+            raise error
+        if isinstance(error, OSError) and self.folder is not None:
+            raise RunError(f"{explained(error)} {folders.advice(self.folder)}") from error
 
     def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "folder":
+            self.folder = Path(event["path"])
+            if not (self.quiet or event["given"]):
+                note(f"run folder {self.folder}")
+            return
         if self.quiet:
             return
         if event["event"] == "start":
@@ -73,7 +96,7 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, description=text, completed=event.get("round", 0), total=self.rounds or None)
         else:
-            err.print(text, markup=False)
+            note(text)
 
 
 def run_result(summary: dict[str, Any]) -> None:
@@ -86,11 +109,17 @@ def run_result(summary: dict[str, Any]) -> None:
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("loss", justify="right")
+    reasons: list[str] = []
     for name, row in _models(summary):
         if row and row.get("accuracy") is not None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
             table.add_row(name, _sure(row), loss, style="bold" if name.startswith("federated, final") else None)
+        elif row and row.get("reason"):
+            table.add_row(name, "not fitted", "")
+            reasons.append(f"{name}: not fitted: {row['reason']}")
     out.print(table)
+    for line in reasons:
+        out.print(line, style="yellow", markup=False, soft_wrap=True)
     fitted = any(key.endswith("_logistic") for key in summary.get("baselines") or {})
     pooled = "; the logistic regressions see all clients' data pooled" if fitted else ""
     count = f", n = {summary['test_records']:,}" if summary.get("test_records") else ""
@@ -199,8 +228,8 @@ def _by_client(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _row(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
-    value = (summary.get("baselines") or {}).get(key)
-    return None if value is None else {"accuracy": value}
+    found = summary.get("baselines") or {}
+    return {"accuracy": found.get(key), "reason": found.get(f"{key}_reason")}
 
 
 def aggregate_result(result: dict[str, Any]) -> None:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FULL = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room within the quota",
+        errno.EFBIG: "raise the largest size of a file (ulimit -f)", errno.EROFS: "make that disk writable",
+        errno.EACCES: "give yourself the right to it", errno.EPERM: "give yourself the right to it",
+        errno.EMFILE: "raise the number of open files (ulimit -n)", errno.EIO: "see to that disk"}
+
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and sync it and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all, and sync it and its folder.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    with blamed(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -35,3 +52,22 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Let an OSError of writing name the file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def explained(error: OSError) -> str:
+    """An OSError as a sentence: the file, what is wrong, and what to do where that is known."""
+    reason = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = FULL.get(error.errno or 0)
+    return f"{where}{reason[:1].lower()}{reason[1:]}{f'; {remedy}' if remedy else ''}."

@@ -23,6 +23,7 @@ from typing import Any
 
 from fedpeft import findings
 from fedpeft.errors import InputError
+from fedpeft.files import blamed, write_bytes
 from fedpeft.findings import SERVER as SERVER
 from fedpeft.lead import headline
 
@@ -51,7 +52,7 @@ class Recorder:
         if not self._mine and self.path.exists() and self.path.stat().st_size > 0:
             raise InputError(f"{self.path}: already holds the events of a run; resume it or choose another folder.")
         line = json.dumps({**finite(event), "time": round(time.time(), 3)}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with blamed(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             if event["event"] == "round":
                 file.flush()
@@ -78,9 +79,7 @@ class Recorder:
         reached = max((event["round"] for event in kept if event["event"] == "round"), default=0)
         if reached < number:
             raise InputError(f"{self.path}: ends in round {reached}; the checkpoint is of round {number}.")
-        draft = self.path.with_name(self.path.name + ".tmp")
-        draft.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-        os.replace(draft, self.path)
+        write_bytes(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())
         self._mine = True
 
 

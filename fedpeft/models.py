@@ -6,6 +6,7 @@ weights and a byte tokenizer: they exercise the text path without a download and
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,26 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
                     {"classifier": head}, processor, source, config.task)
     heads = {} if config.task == "causal-lm" else _heads(model)
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
+
+
+def fingerprint(base: Base, heads: bool) -> str:
+    """sha256 of the base as it was loaded, over names, shapes and values; what an adapter has put into it is left out.
+
+    Args:
+        heads: count the heads too (those that are not trained).
+    """
+    inside = {id(value) for module in base.heads.values() for value in module.state_dict(keep_vars=True).values()}
+    digest = hashlib.sha256()
+    tensors = {name.replace(".base_layer.", "."): value
+               for name, value in base.backbone.state_dict(keep_vars=True).items() if ".lora_" not in name}
+    for name, value in sorted(tensors.items()):
+        if not heads and (id(value) in inside or value.requires_grad):
+            continue
+        whole = value.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(whole.shape)}{whole.dtype}".encode())
+        if whole.numel():
+            digest.update(whole.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedpeft import drawing, lead, metrics, plots
 from fedpeft.errors import InputError
+from fedpeft.files import write_bytes
 from fedpeft.pages import html_folded, html_image, html_list, html_note, html_page, html_table
 from fedpeft.words import number, percent, plain, points
 
+log = logging.getLogger("fedpeft")
 MOST_ROWS = 1000  # of a table with a row for each client and round
 APART = ("privacy", "continual", "sequence", "tta", "headline", "comparison")  # have a place of their own
 
@@ -63,14 +66,18 @@ def write(run: Path) -> list[Path]:
     images: dict[str, bytes] = {}
     with drawing.style():
         for name, draw in plots.PLOTS.items():
-            figure = draw(loaded)
+            try:
+                figure = draw(loaded)
+            except Exception as error:  # one plot must not cost the page
+                log.warning("the plot %s could not be drawn: %s: %s", name, type(error).__name__, error)
+                figure = None
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)  # left by a report of an earlier state of the run
                 continue
             images[name] = drawing.png(figure)
-            (folder / f"{name}.png").write_bytes(images[name])
+            write_bytes(folder / f"{name}.png", images[name])
     page = run / "report.html"
-    page.write_text(_run_page(loaded, images), encoding="utf-8")
+    write_bytes(page, _run_page(loaded, images).encode())
     return [*(folder / f"{name}.png" for name in images), page]
 
 

@@ -77,10 +77,17 @@ class DataConfig:
     label: str | None = option(None, "label column; found by name when null")
     labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
     limit: int | None = option(None, "use at most this many training records", low=1)
-    clients: int = option(10, "how many clients the data is split over", low=1)
+    clients: int | None = option(10, "how many clients the data is split over; null, the default with data.partition="
+                                 "column, is all groups of the column", low=1)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     split: str | None = option(None, "reuse the split saved in this split.json", path=True)
     holdout: float = option(0.0, "share of each client's records kept for its own evaluation", low=0, high=0.9)
+
+    @property
+    def count(self) -> int:
+        """Number of clients, once the data have said it where `clients` is null."""
+        assert self.clients is not None
+        return self.clients
 
 
 @dataclass

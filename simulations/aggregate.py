@@ -10,6 +10,7 @@ from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.adapters.peft_files import require_numbers
 from fedpeft.errors import InputError
+from fedpeft.folders import filled, require_new
 from fedpeft.strategies.build import named
 from fedpeft.strategies.offline import aggregate
 
@@ -29,7 +30,7 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     """
     if not folders:
         raise InputError("ADAPTER_DIR: give at least one adapter folder.")
-    require_free(out)
+    require_new(out, "--out")
     given = configs.parse_overrides(options)
     rule = named(strategy, given, "")
     adapters = [folder.load(path) for path in folders]
@@ -40,7 +41,8 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     names = [str(path) for path in folders]
     result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None, names)
     require_numbers(out, result.tensors)
-    folder.save(result, out, **about)
+    with filled(out, "--out") as draft:
+        folder.save(result, draft, **about)
     ranks = {result.rank(site) for site in result.lora_sites()}
     return {
         "strategy": strategy,
@@ -50,12 +52,6 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
         "notes": notes,
         "out": str(out),
     }
-
-
-def require_free(out: Path) -> None:
-    """Raise InputError where a result would go among other files."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} is not an empty folder.")
 
 
 def parse_numbers(flag: str, text: str | None, count: int) -> list[float] | None:

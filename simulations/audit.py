@@ -44,7 +44,7 @@ from fedpeft.simulations import rounds_seen, streams
 from fedpeft.simulations.neighbours import gradients, neighbours
 from fedpeft.simulations.rounds_seen import ROUNDING
 from fedpeft.simulations.watched import Watch, watched
-from fedpeft.simulations.world import World, world
+from fedpeft.simulations.world import World, settle, world
 from fedpeft.state import AdapterState
 
 log = logging.getLogger("fedpeft")
@@ -67,6 +67,7 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
     if config.privacy.unit != "sample":
         raise InputError(f"privacy.unit={config.privacy.unit}: the audit tests DP-SGD at the clients. Set privacy.unit="
                          "sample, with privacy.epsilon or privacy.noise_multiplier.")
+    settle(config)
     with TemporaryDirectory() as folder:
         here = world(configs.to_yaml(config), Path(folder))
         try:

@@ -5,6 +5,8 @@ Both are fitted on the pooled training data, which a federation does not have: t
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,23 +21,42 @@ if TYPE_CHECKING:
     from fedpeft.data.source import Records
     from fedpeft.simulations.world import World
 
+log = logging.getLogger("fedpeft")
 MAX_TRAIN = 5000
 
 
-def baselines(here: World) -> dict[str, float]:
+def baselines(here: World) -> dict[str, Any]:
     """Test accuracy of logistic regression on frozen features and on pixels or words; empty for causal-lm.
 
-    At most MAX_TRAIN training records are used.
+    At most MAX_TRAIN training records are used. A row that cannot be fitted is None, and `<row>_reason` says why: a run
+    does not end because of what only stands beside it.
     """
     if here.config.model.task == "causal-lm":
         return {}
-    model = here.local.model
-    model.write(here.start.adapter)
     few = numpy_generator(here.config.run.seed, "baselines").permutation(len(here.train))[:MAX_TRAIN]
     y, y_test = here.train.labels[few], here.test.labels
-    frozen = logistic(_features(model, here.train_encoded.subset(few)), y, _features(model, here.test_encoded), y_test)
-    x, x_test = raw(here.train.take(few), here.test)
-    return {"frozen_logistic": frozen, "pixels_or_words_logistic": logistic(x, y, x_test, y_test)}
+
+    def frozen() -> dict[str, Any]:
+        model = here.local.model
+        model.write(here.start.adapter)
+        x, x_test = (_features(model, part) for part in (here.train_encoded.subset(few), here.test_encoded))
+        return {"frozen_logistic": logistic(x, y, x_test, y_test)}
+
+    def pixels_or_words() -> dict[str, Any]:
+        x, x_test = raw(here.train.take(few), here.test)
+        return {"pixels_or_words_logistic": logistic(x, y, x_test, y_test)}
+
+    return {**attempted("frozen_logistic", frozen), **attempted("pixels_or_words_logistic", pixels_or_words)}
+
+
+def attempted(name: str, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What stands beside a run, or `name` as None with the reason for it."""
+    try:
+        return fit()
+    except Exception as error:  # whatever scikit-learn, or a model that meets odd records, may raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("%s: not fitted: %s", name, reason)
+        return {name: None, f"{name}_reason": reason}
 
 
 def _features(model: Adapted, data: Encoded) -> np.ndarray:

@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedpeft import config as configs
-from fedpeft import models
+from fedpeft import folders, models
 from fedpeft.adapters import folder
-from fedpeft.errors import InputError
+from fedpeft.config import Config
+from fedpeft.errors import InputError, RunError
+from fedpeft.simulations import identity
 from fedpeft.state import AdapterState
+
+log = logging.getLogger("fedpeft")
 
 
 def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
     """Copy `run/adapter` to `to`, or save the base model with the adapter merged in (and its tokenizer or processor).
 
     Raises:
-        InputError: `run` has no finished adapter, or `to` is not empty.
+        InputError: `run` has no finished adapter, its base has become another model, or `to` is not empty.
+        RunError: the model cannot be written.
     """
+    run = folders.run_folder(run)
     source = run / "adapter"
     if not (source / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"--to: {to} is not an empty folder.")
-    if not merge:
-        shutil.copytree(source, to, dirs_exist_ok=True)
-        return {"adapter": str(to)}
     config = configs.load(run / "resolved.yaml")
-    adapter = folder.load(source)
-    names = _label_names(run / "split.json")
-    base = models.load(config.model, len(names), config.run.seed)
-    merge_into(base, adapter)
+    with folders.filled(to, "--to") as draft:
+        if not merge:
+            if config.model.name not in models.EMBEDDED:
+                _compare(run, config)
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+            return {"adapter": str(to)}
+        names = _label_names(run / "split.json")
+        base = models.load(config.model, len(names), config.run.seed)
+        identity.hold(run, {"base model": identity.of_base(base, config)}, config)
+        merge_into(base, folder.load(source))
+        try:
+            _save(base, names, draft)
+        except SafetensorError as error:  # its writer has no OSError
+            raise RunError(f"{to}: the model could not be written: {error}.") from error
+        if (source / folder.HEAD).exists():
+            shutil.copy2(source / folder.HEAD, draft / folder.HEAD)
+        return {"model": str(to)}
+
+
+def _compare(run: Path, config: Config) -> None:
+    """Refuse an adapter whose base has become another one. A base that is not on this machine is said to be unknown."""
+    try:
+        base = models.load(config.model, len(_label_names(run / "split.json")), config.run.seed)
+    except InputError as error:
+        log.warning("the base model cannot be loaded here, so whether it is the one of the run is not known: %s", error)
+        return
+    identity.hold(run, {"base model": identity.of_base(base, config)}, config)
+
+
+def _save(base: models.Base, names: list[str], to: Path) -> None:
     merged: Any = base.backbone
-    if config.model.task != "causal-lm":
+    if base.task != "causal-lm":
         merged.config.id2label = dict(enumerate(names))
         merged.config.label2id = {name: index for index, name in enumerate(names)}
     merged.save_pretrained(to)
     if base.processor is not None:
         base.processor.save_pretrained(to)
-    if (source / folder.HEAD).exists():
-        shutil.copy2(source / folder.HEAD, to / folder.HEAD)
-    return {"model": str(to)}
 
 
 def _label_names(path: Path) -> list[str]:

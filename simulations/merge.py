@@ -8,8 +8,9 @@ from typing import Any
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.errors import InputError
+from fedpeft.folders import filled, require_new
 from fedpeft.merging.base import make
-from fedpeft.simulations.aggregate import parse_numbers, require_free
+from fedpeft.simulations.aggregate import parse_numbers
 
 
 def merge_folders(method: str, folders: list[Path], options: list[str], numbers: str | None, out: Path,
@@ -24,7 +25,7 @@ def merge_folders(method: str, folders: list[Path], options: list[str], numbers:
     Raises:
         InputError: unreadable or unlike adapters, bad numbers or options, an `out` that is not empty.
     """
-    require_free(out)
+    require_new(out, "--out")
     merger = make(method, configs.parse_overrides(options))
     merger.require(len(folders))
     if numbers is not None and not merger.number:
@@ -40,7 +41,8 @@ def merge_folders(method: str, folders: list[Path], options: list[str], numbers:
             raise InputError(f"{path}: {error}") from error
         ranks |= {adapter.rank(site) for site in adapter.lora_sites()}
     result = merger.result(state)
-    folder.save(result, out, **about)
+    with filled(out, "--out") as draft:
+        folder.save(result, draft, **about)
     rank = max(result.rank(site) for site in result.lora_sites())
     notes = merger.notes(state)
     if rank > max(ranks):

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpeft.clients.app import CohortApp
-from fedpeft.simulations.workers import Job, Worker, handle
+from fedpeft.errors import RunError
+from fedpeft.simulations.workers import Answer, Broken, Channel, Job, Worker, outcomes, shared_memory
 
 
 class Actor:
@@ -33,11 +33,8 @@ class Actor:
     def ready(self) -> None:
         """Returns once the actor has its model."""
 
-    def answer(self, jobs: list[tuple[Message, Context]]) -> Iterator[tuple[Message, RecordDict | None]]:
-        if isinstance(self.app, CohortApp):
-            self.app.prepare(jobs)
-        for message, context in jobs:
-            yield handle(self.app, message, context)
+    def answer(self, jobs: list[tuple[Message, Context]]) -> Iterator[Answer | Broken]:
+        yield from outcomes(self.app, jobs)
 
 
 class RayWorker(Worker):
@@ -51,9 +48,13 @@ class RayWorker(Worker):
         import ray
 
         self.actor: Any = ray.remote(Actor).options(num_cpus=1, num_gpus=gpus).remote(make_app, threads)
-        self.pipe, theirs = multiprocessing.Pipe()
+        ours, theirs = multiprocessing.Pipe()
+        self.pipe = Channel(ours)
         self.ready, self.jobs = False, deque[Job]()
-        threading.Thread(target=bridge, args=(theirs, self.actor), daemon=True).start()
+        threading.Thread(target=bridge, args=(Channel(theirs), self.actor), daemon=True).start()
+
+    def death(self) -> Broken | str:
+        return "the client's actor ended"
 
     def end(self) -> None:
         import ray
@@ -62,32 +63,48 @@ class RayWorker(Worker):
         self.pipe.close()
 
 
-def bridge(pipe: Connection[Any, Any], actor: Any) -> None:
-    """Shares from the pool to the actor, outcomes back one by one; the pipe closes when the actor has ended."""
+def bridge(pipe: Channel, actor: Any) -> None:
+    """Shares from the pool to the actor, outcomes back one by one; the pipe closes when the actor has ended.
+
+    What else Ray raises is of the machine: an object store in /dev/shm that is full, a disk. It is told as that.
+    """
     import ray
 
-    with pipe:
-        try:
-            ray.get(actor.ready.remote())
-            pipe.send(None)
-            while True:
-                for outcome in actor.answer.options(num_returns="streaming").remote(pipe.recv()):
-                    pipe.send(ray.get(outcome))
-        except ray.exceptions.RayError as error:
-            if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
-                pipe.send(str(error).strip().splitlines()[-1])
-        except (EOFError, OSError):  # the pool has closed
-            return
+    try:
+        ray.get(actor.ready.remote())
+        pipe.send(None)
+        while True:
+            for outcome in actor.answer.options(num_returns="streaming").remote(pipe.recv()):
+                pipe.send(ray.get(outcome))
+    except ray.exceptions.RayActorError as error:
+        if error.actor_init_failed:
+            pipe.send(str(error).strip().splitlines()[-1])
+    except ray.exceptions.RayError as error:
+        pipe.send(Broken(f"Ray: {str(error).strip().splitlines()[0]} {shared_memory()}".strip()))
+    except (EOFError, OSError):  # the pool has closed
+        return
+    finally:
+        pipe.close()
 
 
 def start_ray(workers: int) -> Callable[[Callable[[], ClientApp], int], Worker]:
     """Start Ray, or join a cluster, and give what makes a worker; `workers` share the GPUs there are."""
+    if lack := shared_memory():  # Ray would wait for its object store for minutes, or lose clients' replies
+        raise RunError(f"run.engine=ray needs shared memory. {lack} run.engine=cohort with run.workers does without.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     library: Any = ray  # its functions have no types
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cpus = None if os.environ.get("RAY_ADDRESS") else workers
-    library.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=cpus)
+    try:
+        library.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=cpus)
+    except Exception as error:  # a raylet that does not come up: RuntimeError, TimeoutError and others
+        why = f"{str(error).strip().splitlines()[0]} {shared_memory()}".strip()
+        raise RunError(f"Ray could not start: {why}") from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray's own would end the process without its farewell
+            signal.signal(number, handler)
     gpus = min(1.0, library.cluster_resources().get("GPU", 0.0) / workers)
     return lambda make_app, threads: RayWorker(make_app, threads, gpus)
 

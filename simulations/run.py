@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,22 +12,21 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from fedpeft import checkpoint, models, registry, report
+from fedpeft import checkpoint, folders, models, registry, report
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.clients import stream
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
-from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.metrics import Recorder, read, summarise
-from fedpeft.simulations import comparators, continual, faults, privacy
-from fedpeft.simulations.baselines import baselines
+from fedpeft.simulations import comparators, continual, faults, identity, privacy
+from fedpeft.simulations.baselines import attempted, baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
-from fedpeft.simulations.world import World, make_app, world
+from fedpeft.simulations.world import World, make_app, records, settle, world
 from fedpeft.strategies import secagg, wire
 from fedpeft.strategies.base import Rules, ServerState
 from fedpeft.strategies.client_dp import ClientDP
@@ -49,8 +47,10 @@ def simulate(
     Args:
         source: a config file, the name of a shipped config, or a mapping.
         overrides: `key=value` strings or a mapping of dotted keys.
-        out: the run folder; default is runs/<config>-<strategy>-seed<seed>. It must be new or empty.
-        on_event: receives every event that goes to metrics.jsonl.
+        out: the run folder, new or empty. Default is runs/NAME-1, -2, ..., the one after the highest that is there,
+            with NAME = <config>-<strategy>-seed<seed>; runs/NAME is a link to the newest.
+        on_event: receives every event that goes to metrics.jsonl, and before them `folder` with its `path`,
+            `given` by the caller or not.
 
     Returns:
         The content of summary.json, and `out`.
@@ -62,33 +62,45 @@ def simulate(
     config = configs.load(source, overrides)
     if config.run.engine == "sites":
         raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
-    faults.check(config.run, [client_name(index) for index in range(config.data.clients)])
     _absolute(config)
-    stem = "run" if isinstance(source, dict) else Path(source).stem
-    run = Path(out or Path("runs") / f"{stem}-{config.strategy.name}-seed{config.run.seed}").expanduser().absolute()
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError(f"--out: {run} is not empty. Give a new folder, or go on with `fedpeft resume {run}`.")
-    run.mkdir(parents=True, exist_ok=True)
-    write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
-    try:
-        return _go(config, run, on_event)
-    except InputError:
-        if not (run / "metrics.jsonl").exists():  # nothing was trained: the same command, mended, may use the folder
-            shutil.rmtree(run)
-        raise
+    records.cache_clear()  # files may have changed since an earlier run of this process
+    faults.check(config.run, settle(config))
+    name = f"{'run' if isinstance(source, dict) else Path(source).stem}-{config.strategy.name}-seed{config.run.seed}"
+    with folders.new(out, Path("runs") / name, hint=", or go on with `fedpeft resume {}`") as made:
+        run = made.path
+        on_event({"event": "folder", "path": str(run), "given": out is not None})
+
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] == "start":
+                made.point()
+            on_event(event)
+
+        try:
+            write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
+            identity.begin(run)
+            return _go(config, run, tell)
+        except InputError:
+            if not (run / "metrics.jsonl").exists():  # nothing was trained: the command, mended, may use the folder
+                made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
+            raise
 
 
 def resume(run: str | Path, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """Go on with a run after its last complete checkpoint; a finished run is only reported again.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, another process works in it, or the base or the data are others now.
+        RunError: the run failed; it can be resumed.
     """
-    run = Path(run).absolute()
-    if not (run / "resolved.yaml").is_file():
-        raise InputError(f"{run}: no resolved.yaml, so this is not a run folder.")
+    run = folders.run_folder(run)
     config = configs.load(run / "resolved.yaml")
-    return _go(config, run, on_event)
+    if config.run.engine == "sites":
+        raise InputError(f"{run}: a run of real sites; its coordinator goes on with it by `fedpeft server start`.")
+    with folders.alone(run):
+        on_event({"event": "folder", "path": str(run), "given": True})
+        identity.compare_versions(run)
+        records.cache_clear()
+        return _go(config, run, on_event)
 
 
 def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
                 "strategy": config.strategy.name,
                 "engine": config.run.engine,
                 "seed": config.run.seed,
-                "clients": config.data.clients,
+                "clients": config.data.count,
                 "rounds": config.run.rounds,
                 "trainable_parameters": trainable(here),
                 "personalised": personal,
@@ -133,7 +145,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
     rules = Rules(
         rounds=config.run.rounds,
         seed=config.run.seed,
-        clients=config.data.clients,
+        clients=config.data.count,
         clients_per_round=config.run.clients_per_round,
         deadline_s=config.run.deadline_s,
         quorum=config.run.quorum,
@@ -167,7 +179,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
 
 def trained_elsewhere(here: World) -> dict[str, Any]:
     """Test accuracies of what needs no federation: logistic regressions, and in a sequence the frozen model's head."""
-    return {**baselines(here), **comparators.frozen_head(here)}
+    return {**baselines(here), **attempted("frozen_head", partial(comparators.frozen_head, here))}
 
 
 def _absolute(config: Config) -> None:
@@ -187,8 +199,8 @@ def _absolute(config: Config) -> None:
 
 def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerState]) -> ServerState:
     nodes: dict[int, dict[str, bool | int | float | str]] = {
-        index + 2: {"partition-id": index, "num-partitions": config.data.clients}
-        for index in range(config.data.clients)
+        index + 2: {"partition-id": index, "num-partitions": config.data.count}
+        for index in range(config.data.count)
     }
     share = 1 if config.run.faults else 256  # a client that hangs must not take others with it
     options: dict[str, Any] = {"start": start_ray(config.run.workers)} if config.run.engine == "ray" else {}
@@ -243,5 +255,11 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
     }
     summary = summarise(events, configs.to_tree(config), extra)
     write_bytes(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    report.write(run)
+    try:
+        report.write(run)
+    except OSError:  # `resume` of the finished run writes it, once there is room
+        raise
+    except Exception as error:  # the run is complete and on the disk: a page about it must not end it
+        log.warning("the report could not be written: %s: %s. `fedpeft report %s` writes it again.",
+                    type(error).__name__, error, run)
     return {**summary, "out": str(run)}

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -22,10 +26,40 @@ from flwr.common.constant import ErrorCode
 
 from fedpeft.clients.app import CohortApp
 from fedpeft.errors import RunError
+from fedpeft.files import explained
 
 POLL_S = 0.05
-Outcome = tuple[Message, RecordDict | None] | str
+SHM = Path("/dev/shm")
+LITTLE = 16e6  # bytes of it
+Answer = tuple[Message, RecordDict | None]
+Outcome = Answer | str
 Job = tuple[str, Message, Context]  # a name of ours, and what the ClientApp is called with
+
+
+@dataclass(frozen=True)
+class Broken:
+    """In place of an outcome: the machine, on which all clients are, cannot go on, and why."""
+
+    reason: str
+
+
+class Channel:
+    """One end of a pipe. Objects go as plain bytes: what multiprocessing would send of torch may lie in /dev/shm."""
+
+    def __init__(self, pipe: Connection[Any, Any]) -> None:
+        self.pipe = pipe
+
+    def send(self, value: Any) -> None:
+        self.pipe.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+    def recv(self) -> Any:
+        return pickle.loads(self.pipe.recv_bytes())
+
+    def fileno(self) -> int:
+        return self.pipe.fileno()
+
+    def close(self) -> None:
+        self.pipe.close()
 
 
 class Worker:
@@ -33,9 +67,15 @@ class Worker:
 
     def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
+        self.pipe = Channel(ours)
         self.process = context.Process(target=serve, args=(theirs, make_app, threads), daemon=True)
-        self.process.start()
+        # Ctrl-C reaches every process of the terminal. It is the parent's to handle: it ends its workers.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
         theirs.close()
         self.ready = False
         self.jobs: deque[Job] = deque()
@@ -53,6 +93,14 @@ class Worker:
         if failure is not None:
             raise RunError(f"a worker process could not start: {failure}")
         self.ready = True
+
+    def death(self) -> Broken | str:
+        """Why the pipe has closed: what a client did to its process, or the machine."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGBUS:
+            return Broken(f"a worker process ended with SIGBUS: its shared memory could not be had. {shared_memory()}")
+        return f"the client's process ended ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
     def end(self) -> None:
         self.process.kill()
@@ -75,9 +123,15 @@ class Pool:
         self.start, self.share = start, share
         self.jobs: deque[Job] = deque()
         self.shares: deque[list[Job]] = deque()
-        self.workers = [start() for _ in range(workers)]
-        for worker in self.workers:
-            worker.get_ready()
+        self.workers: list[Worker] = []
+        try:
+            for _ in range(workers):
+                self.workers.append(start())
+            for worker in self.workers:
+                worker.get_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, name: str, message: Message, context: Context) -> None:
         """Queue a job; it is handed out when outcomes are asked for, with all that are queued by then."""
@@ -88,8 +142,8 @@ class Pool:
         self._hand_out()
         done: list[tuple[str, Outcome]] = []
         awaited = [worker for worker in self.workers if worker.jobs or not worker.ready]
-        spoke = wait([worker.pipe for worker in awaited], timeout=POLL_S)
-        for worker in (worker for worker in awaited if worker.pipe in spoke):
+        spoke = wait([worker.pipe.pipe for worker in awaited], timeout=POLL_S)
+        for worker in (worker for worker in awaited if worker.pipe.pipe in spoke):
             if not worker.ready:
                 worker.get_ready()
             elif worker.jobs:
@@ -110,12 +164,16 @@ class Pool:
 
     def _outcome(self, worker: Worker) -> Outcome:
         try:
-            outcome: Outcome = worker.pipe.recv()
-            worker.jobs.popleft()
-            return outcome
+            outcome: Outcome | Broken = worker.pipe.recv()
         except (EOFError, ConnectionError):
-            self._replace(worker, list(worker.jobs)[1:])
-            return "the client's process ended"
+            outcome = worker.death()
+            if not isinstance(outcome, Broken):
+                self._replace(worker, list(worker.jobs)[1:])
+        else:
+            worker.jobs.popleft()
+        if isinstance(outcome, Broken):
+            raise RunError(outcome.reason)
+        return outcome
 
     def _hand_out(self) -> None:
         size = min(self.share, -(-len(self.jobs) // len(self.workers)))
@@ -137,7 +195,8 @@ class Pool:
 
 def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads: int) -> None:
     """The worker's loop: a share of messages in, their outcomes out one by one, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel(pipe)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
@@ -146,18 +205,27 @@ def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads
     try:
         app = make_app()
     except Exception as error:  # reported to the parent, which raises it
-        pipe.send(f"{type(error).__name__}: {error}")
+        channel.send(f"{type(error).__name__}: {error}")
         return
-    pipe.send(None)
+    channel.send(None)
     while True:
         try:
-            jobs = pipe.recv()
+            jobs = channel.recv()
         except EOFError:
             return
+        for outcome in outcomes(app, jobs):
+            channel.send(outcome)
+
+
+def outcomes(app: ClientApp, jobs: list[tuple[Message, Context]]) -> Iterator[Answer | Broken]:
+    """Of each job in order; the machine's failure ends them."""
+    try:
         if isinstance(app, CohortApp):
             app.prepare(jobs)
         for message, context in jobs:
-            pipe.send(handle(app, message, context))
+            yield handle(app, message, context)
+    except OSError as error:
+        yield Broken(f"{explained(error)} {shared_memory()}".strip())
 
 
 def end_with_parent() -> None:
@@ -168,11 +236,33 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def handle(app: ClientApp, message: Message, context: Context) -> tuple[Message, RecordDict | None]:
-    """Reply and new client state; an exception becomes Flower's error reply."""
+def shared_memory() -> str:
+    """What is wrong with /dev/shm; empty if nothing is."""
+    if not SHM.is_dir():
+        return f"There is no {SHM}; in a container give it one (--shm-size)."
+    free = shutil.disk_usage(SHM).free
+    if not os.access(SHM, os.W_OK):
+        return f"{SHM} cannot be written."
+    return f"{SHM} has {free / 1e6:.1f} MB left; in a container give it more (--shm-size)." if free < LITTLE else ""
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether an error is of this machine (its disk, its rights, its limits) and not of a client."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(
+        error, ConnectionError | TimeoutError)
+
+
+def handle(app: ClientApp, message: Message, context: Context) -> Answer:
+    """Reply and new client state; an exception becomes Flower's error reply.
+
+    Raises:
+        OSError: it is the machine's, on which all simulated clients are, and so not for one client to answer for.
+    """
     try:
         return app(message, context), context.state
     except Exception as error:  # what a ClientApp may raise is not known here
+        if of_machine(error):
+            raise
         reason = f"{type(error)}:<'{error}'>"
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""

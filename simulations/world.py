@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,17 @@ from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
-from fedpeft.config import Config
+from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
 from fedpeft.data import source, split
 from fedpeft.data.encode import Encoded, encode
+from fedpeft.data.partition import Column
 from fedpeft.data.skipped import Skipped, said_elsewhere
 from fedpeft.data.source import Records
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.seeds import numpy_generator
-from fedpeft.simulations import faults
+from fedpeft.simulations import faults, identity
 from fedpeft.strategies.base import FederatedStrategy, ServerState
 from fedpeft.strategies.build import build as build_strategy
 from fedpeft.strategies.learning.rounds import learning_of
@@ -74,7 +76,7 @@ def world(text: str, run: Path) -> World:
     """Build (once a process) the world of a resolved config; its split is read from, or written to, the run folder."""
     config = configs.from_yaml(text)
     torch.set_num_threads(config.run.threads)
-    train, test = source.load(config.data, config.model.task, config.run.seed)
+    train, test = records(data_key(config))
     labels = len(train.label_names)
     model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
     processor, length = model.base.processor, config.model.max_length
@@ -87,6 +89,9 @@ def world(text: str, run: Path) -> World:
     strategy = build_strategy(config, labels)
     learning = learning_of(strategy)
     start = strategy.initial(model.state(), config.run.seed)
+    identity.hold(run, {"base model": identity.of_base(model.base, config), "training records": train.fingerprint,
+                        "test records": test.fingerprint,
+                        "processed inputs": identity.of_inputs(train_encoded, test_encoded)}, config)
     own: dict[str, np.ndarray] = {}
     held: dict[str, np.ndarray] = {}
     teaches = np.zeros(len(train), dtype=bool)
@@ -104,8 +109,10 @@ def world(text: str, run: Path) -> World:
                 "held out."
             )
         own[client], held[client] = order[kept:], order[:kept]
+    if strategy.client_ranks:
+        strategy.client_ranks = dict(zip(own, strategy.client_ranks.values(), strict=True))
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
-    guard = Guard(config, run / "ledger", run.name)
+    guard = Guard(config, run / "ledger", identity.name_of(run))
     plan = None if learning is None else learning.curriculum
     parts = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
                                         for task in range(len(plan.groups))]
@@ -117,19 +124,67 @@ def world(text: str, run: Path) -> World:
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded, found)
 
 
+@functools.lru_cache(maxsize=1)
+def records(text: str) -> tuple[Records, Records]:
+    """Training and test records (read once a process) of a config that `data_key` made the text of."""
+    tree = json.loads(text)
+    return source.load(configs.build(DataConfig, tree["data"], "data"), tree["task"], tree["seed"])
+
+
+def data_key(config: Config) -> str:
+    """What reading the data depends on."""
+    data = configs.to_tree(config.data)
+    own = {key: value for key, value in data.items() if key not in ("clients", "partition", "split", "holdout")}
+    return json.dumps({"data": own, "task": config.model.task, "seed": config.run.seed})
+
+
+def settle(config: Config) -> list[str]:
+    """The names of a config's clients; sets `data.clients` where it is null and so for the data to say."""
+    names = client_names(config)
+    if config.data.clients is None:
+        config.data.clients = len(names)
+        configs.check(config)
+    return names
+
+
+def client_names(config: Config) -> list[str]:
+    """The clients of a config, in their order; those that own their records are named by the data, which are read."""
+    if config.data.split:
+        return split.names(Path(config.data.split))
+    partitioner = partitioner_of(config)
+    if isinstance(partitioner, Column):
+        train, _ = records(data_key(config))
+        return split.owner_names(partitioner.owners(train.columns, config.data.clients))
+    return [client_name(index) for index in range(config.data.count)]
+
+
+def partitioner_of(config: Config) -> Any:
+    section = config.data.partition
+    return configs.method("partitioners", section.name, section.options, "data.partition")
+
+
 def client_split(config: Config, train: Records, run: Path) -> dict[str, list[int]]:
     """Client name -> indices of its records: the run's own saved split, the one asked for, or a new one (saved)."""
-    names = [client_name(index) for index in range(config.data.clients)]
-    saved = run / "split.json"
+    saved, count = run / "split.json", config.data.count
     if not saved.exists():
+        partitioner = partitioner_of(config)
         if config.data.split:
-            parts = split.load(Path(config.data.split), train.fingerprint, names)
+            parts = _saved(Path(config.data.split), train, count)
+        elif isinstance(partitioner, Column):
+            names = split.owner_names(partitioner.owners(train.columns, count))
+            found = partitioner.split(train.labels, train.columns, count, config.run.seed)
+            parts = dict(zip(names, map(np.ndarray.tolist, found), strict=True))
         else:
-            section = config.data.partition
-            partitioner = configs.method("partitioners", section.name, section.options, "data.partition")
-            parts = dict(zip(names, _split(config, partitioner, train, len(names)), strict=True))
+            names = [client_name(index) for index in range(count)]
+            parts = dict(zip(names, _split(config, partitioner, train, count), strict=True))
         split.save(saved, parts, train, config)
-    return split.load(saved, train.fingerprint, names)
+    return _saved(saved, train, count)
+
+
+def _saved(path: Path, train: Records, count: int) -> dict[str, list[int]]:
+    names = split.names(path)
+    expected = names if len(names) == count else [client_name(index) for index in range(count)]
+    return split.load(path, train.fingerprint, expected)
 
 
 def _split(config: Config, partitioner: Any, train: Records, clients: int) -> list[list[int]]:
@@ -163,15 +218,14 @@ def device(name: str) -> torch.device:
     )
 
 
-def name_of(context: Context) -> str:
-    return client_name(int(context.node_config["partition-id"]))
-
-
 def make_app(text: str, run: Path) -> ClientApp:
     """The ClientApp of a run, its world loaded; picklable by name for worker processes and Ray actors."""
     with said_elsewhere():
         local = world(text, run).local
+    names = list(local.train_data)
+
+    def name_of(context: Context) -> str:
+        return names[int(context.node_config["partition-id"])]
+
     mods = [faults.mod(local.config.run.faults, name_of)] if local.config.run.faults else []
     return client_app(lambda: local, name_of, mods)
-
-

@@ -39,7 +39,8 @@ def build(config: Config, classes: int | None = None) -> FederatedStrategy:
     strategy.population = config.data.clients
     if config.adapter.client_ranks:
         ranks = config.adapter.client_ranks
-        strategy.client_ranks = {client_name(index): ranks[index % len(ranks)] for index in range(config.data.clients)}
+        strategy.client_ranks = {client_name(index): ranks[index % len(ranks)]
+                                 for index in range(config.data.clients or 0)}
     return strategy
 
 

@@ -261,7 +261,7 @@ def check(config: Config) -> None:
     if privacy.unit != "client":
         return
     checks.require_covered(config)
-    if privacy.delta >= 1 / data.clients:
+    if data.clients is not None and privacy.delta >= 1 / data.clients:
         raise InputError(f"privacy.delta={privacy.delta:g} must be below 1 / data.clients = {1 / data.clients:g}: at "
                          "that delta a whole client may be published.")
     strategy = build(config)

@@ -61,7 +61,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config) -> Plan:
-        own, clients = config.secagg, config.run.clients_per_round or config.data.clients
+        own, clients = config.secagg, config.run.clients_per_round or config.data.count
         neighbours = clients - 1 if own.neighbours is None else own.neighbours
         threshold = math.ceil(own.threshold * (neighbours + 1) - 1e-9)  # 0.55 * 100 is a little over 55
         return cls(clients, neighbours, threshold, own.clip, own.bits)
@@ -72,6 +72,8 @@ def check(config: Config) -> None:
     if not config.secagg.enabled:
         return
     _check_strategy(config)
+    if config.run.clients_per_round is None and config.data.clients is None:
+        return  # checked again once the data have said how many there are
     own, plan = config.secagg, Plan.of(config)
     if plan.clients < 3:
         raise InputError(f"secagg.enabled=true with {plan.clients} clients a round: with fewer than 3 the sum tells a "

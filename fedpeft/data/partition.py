@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -110,26 +110,38 @@ class Column:
         self.column = column
         self.min_examples = min_examples
 
-    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+    def owners(self, columns: Mapping[str, np.ndarray], clients: int | None = None) -> list[Any]:
+        """The values of the column that become clients, in their order; all of them if no number is given.
+
+        Raises:
+            InputError: there is no such column, or it has too few groups; names them.
+        """
         if self.column not in columns:
             raise InputError(
                 f"data.partition.column: '{self.column}' is no column of the data. Natural columns: "
                 f"{', '.join(columns) or 'none'}. Columns of lists or objects, the text and the label are none."
             )
         values = columns[self.column]
-        owned = np.flatnonzero(present(values))
-        _require_exact(self.column, values[owned])
-        _, group, sizes = np.unique(values[owned], return_inverse=True, return_counts=True)
-        ranked = [int(g) for g in np.argsort(-sizes, kind="stable") if sizes[g] >= self.min_examples]
-        if len(ranked) < clients:
+        owned = values[present(values)]
+        _require_exact(self.column, owned)
+        groups, sizes = np.unique(owned, return_counts=True)
+        ranked = [groups[g] for g in np.argsort(-sizes, kind="stable") if sizes[g] >= self.min_examples]
+        if len(ranked) < (clients or 1):
             nobodys = len(values) - len(owned)
+            shown = ", ".join(map(str, ranked[:10])) + (", ..." if len(ranked) > 10 else "")
             raise InputError(
                 f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
                 f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all"
-                f"{f'; {nobodys} records have no value there' if nobodys else ''}). "
-                + (f"Set data.clients to at most {len(ranked)}." if ranked else "Choose another data.partition.column.")
+                f"{f'; {nobodys} records have no value there' if nobodys else ''}): {shown or 'none'}. "
+                + (f"Set data.clients to at most {len(ranked)}, or to null for all groups." if ranked
+                   else "Choose another data.partition.column.")
             )
-        parts = [owned[group == g] for g in ranked[:clients]]
+        return ranked[:clients]
+
+    def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
+        owners = self.owners(columns, clients)
+        values = columns[self.column]
+        parts = [np.flatnonzero(values == owner) for owner in owners]
         skipped.say(unowned(self.column, values, parts))
         return parts
 

@@ -6,7 +6,11 @@ records are no client's.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from fedpeft.data.source import Records
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 
+LONGEST = 120  # bytes of a client's name: with what is added it must be a file's name
 
 def client_name(index: int) -> str:
     """The stable name of a simulated client; sorts like its index.
@@ -28,6 +33,52 @@ def client_name(index: int) -> str:
     'client-007'
     """
     return f"client-{index:03d}"
+
+
+def owner_names(owners: Sequence[Any]) -> list[str]:
+    """Names of clients that are the owners of their records: as the data have them, but safe as names of files.
+
+    What is no letter, digit, or one of `-_.@` and the space is escaped as %XX; so are a dot or space at an end. Long
+    names are cut. Names that a file system may take for one another (by case, or by how an accent is written), and cut
+    ones, end in ~ and a hash of the owner. Different owners never have the same name.
+
+    >>> owner_names(["Ward 3", "../etc", "a+b", "north", "North"])
+    ['Ward 3', '%2E.%2Fetc', 'a%2Bb', 'north~cebd708c', 'North~22dc2a67']
+    """
+    plain = [_escaped(str(owner)) for owner in owners]
+    alike = Counter(_folded(name) for name in plain)
+    return [f"{_cut(name)}~{hashlib.sha256(repr(owner).encode()).hexdigest()[:8]}"
+            if alike[_folded(name)] > 1 or _cut(name) != name else name
+            for name, owner in zip(plain, map(str, owners), strict=True)]
+
+
+def is_name(text: str) -> bool:
+    """Whether a client's name is as safe as those of `client_name` and `owner_names`."""
+    body = re.sub("~[0-9a-f]{8}$", "", text)
+    return (bool(body) and len(text.encode()) <= LONGEST + 9 and body[0] not in ". " and text[-1] not in ". "
+            and all(_kept(char) or char == "%" for char in body))
+
+
+def _escaped(text: str) -> str:
+    if not text:
+        return "%"
+    last = len(text) - 1
+    return "".join(
+        char if _kept(char) and not (char in ". " and place in (0, last)) else
+        "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
+        for place, char in enumerate(text))
+
+
+def _kept(char: str) -> bool:
+    return char in "-_.@ " or unicodedata.category(char)[0] in "LNM"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", _cut(name)).casefold())
+
+
+def _cut(name: str) -> str:
+    return name.encode()[:LONGEST].decode(errors="ignore")
 
 
 def histogram(parts: Mapping[str, Sequence[int]], labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
@@ -56,20 +107,27 @@ def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config:
     write_bytes(path, (json.dumps(tree) + "\n").encode())
 
 
+def names(path: Path) -> list[str]:
+    """The clients of a saved split, in their order.
+
+    Raises:
+        InputError: not a split file, or a name that no client can have: files are named after it.
+    """
+    found = list(_read(path)[2])
+    wrong = [name for name in found if not is_name(name)] or found * (len({*map(_folded, found)}) < len(found))
+    if wrong:
+        raise InputError(f"data.split: {path}: no client can have the name {', '.join(map(repr, wrong[:3]))}: files "
+                         "are named after it, and file systems take some names for one another.")
+    return found
+
+
 def load(path: Path, fingerprint: str, clients: Sequence[str]) -> dict[str, list[int]]:
     """Client name -> numbers of its records, from a saved split of the same data over the same clients.
 
     Raises:
         InputError: not a split file, a split of other data or over other clients, or numbers that are no split.
     """
-    try:
-        tree = json.loads(path.read_text())
-        found, records = str(tree["fingerprint"]), int(tree["records"])
-        parts = {str(client): [int(index) for index in part] for client, part in tree["clients"].items()}
-    except OSError as error:
-        raise InputError(f"data.split: cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"data.split: {path} is no split.json: {error!r}.") from error
+    found, records, parts = _read(path)
     if found != fingerprint:
         raise InputError(
             f"data.split: {path} splits other training records (data fingerprint {found[:12]}; these have "
@@ -100,3 +158,14 @@ def left_out(path: Path) -> tuple[Skipped, ...]:
     """What a split that `save` wrote gives to no client."""
     found = json.loads(path.read_text()).get("left_out", [])
     return tuple(Skipped(**{**entry, "examples": tuple(entry["examples"])}) for entry in found)
+
+
+def _read(path: Path) -> tuple[str, int, dict[str, list[int]]]:
+    try:
+        tree = json.loads(path.read_text())
+        parts = {str(client): [int(index) for index in part] for client, part in tree["clients"].items()}
+        return str(tree["fingerprint"]), int(tree["records"]), parts
+    except OSError as error:
+        raise InputError(f"data.split: cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"data.split: {path} is no split.json: {error!r}.") from error

@@ -22,7 +22,7 @@ from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_htt
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedpeft import checkpoint
+from fedpeft import checkpoint, folders
 from fedpeft import config as configs
 from fedpeft.config import Config
 from fedpeft.data import source
@@ -33,7 +33,7 @@ from fedpeft.deploy.roster import Roster, SiteGrid
 from fedpeft.deploy.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
 from fedpeft.metrics import Recorder
-from fedpeft.simulations import comparators, continual
+from fedpeft.simulations import comparators, continual, identity
 from fedpeft.simulations.run import finish, score, trainable
 from fedpeft.simulations.world import World
 from fedpeft.strategies import secagg
@@ -44,6 +44,7 @@ from fedpeft.strategies.learning import exchange
 log = logging.getLogger("fedpeft")
 PATIENCE = 5  # times that one round is tried before the run is given up
 PAUSE_S = 10.0
+ORPHAN_S = 10.0
 T = TypeVar("T")
 
 
@@ -82,8 +83,15 @@ def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None)
     Args:
         registered: sites that may take part; None asks each node for its name (without authentication).
     """
+    with folders.alone(run, patience_s=ORPHAN_S):  # a process of a coordinator that was killed misses it soon
+        return _play(run, grid, registered)
+
+
+def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
     config = configs.load(run / "resolved.yaml")
     here, labels = world_of(config, run)
+    tests = {} if config.data.test is None else {"test records": here.test.fingerprint}
+    identity.hold(run, {"base model": identity.of_base(here.local.model.base, config), **tests}, config)
     if isinstance(here.strategy, ClientDP):
         here.strategy.ledger = run / "ledger" / "server.jsonl"
     cover = envelope.Envelope(run.name, configs.to_yaml(config), tuple(labels),
@@ -119,7 +127,7 @@ def rounds(config: Config, here: World, server: ServerState, sites: SiteGrid, ro
     rules = Rules(rounds=chosen.rounds, seed=chosen.seed, clients_per_round=chosen.clients_per_round,
                   deadline_s=chosen.deadline_s, quorum=chosen.quorum, max_update_norm=chosen.max_update_norm,
                   secagg=secagg.exchange(config))
-    wanted = config.data.clients
+    wanted = config.data.count
 
     def after_round(state: ServerState) -> None:
         if state.round % chosen.checkpoint_every == 0 or state.round == chosen.rounds:

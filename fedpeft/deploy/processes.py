@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -74,17 +73,3 @@ def end(children: list[Child]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-class Terminated(BaseException):
-    """SIGTERM or Ctrl-C."""
-
-
-def end_on_signals() -> None:
-    """Let SIGTERM and SIGINT raise `Terminated` in the main thread."""
-
-    def raised(number: int, frame: object) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, raised)
-    signal.signal(signal.SIGINT, raised)

@@ -7,7 +7,6 @@ checkpoint; Flower itself has no such thing.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -23,12 +22,13 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from fedpeft import folders
 from fedpeft.deploy import address, settings
 from fedpeft.deploy import server as commands
 from fedpeft.deploy.control import Control
-from fedpeft.deploy.processes import Child, Terminated, end, end_on_signals, launch
+from fedpeft.deploy.processes import Child, end, launch
 from fedpeft.deploy.settings import Server
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import write_bytes
 
 log = logging.getLogger("fedpeft")
@@ -59,7 +59,6 @@ def serve(path: Path, insecure: bool = False) -> None:
                      {**env, "FLWR_LOG_LEVEL": "WARNING"}, server.path / "logs" / "superlink.log")
         coordinator = Coordinator(server, insecure, env)
         try:
-            end_on_signals()
             link.start()
             _wait_for(server, link)
             log.info("coordinator ready: sites reach it at %s; %d sites added.",
@@ -68,7 +67,7 @@ def serve(path: Path, insecure: bool = False) -> None:
                 link.keep()
                 coordinator.step()
                 time.sleep(POLL_S)
-        except Terminated:
+        except Stopped:
             log.info("coordinator stops; runs go on when it is started again.")
         finally:
             end([link, *coordinator.children.values()])
@@ -170,18 +169,9 @@ class Coordinator:
 @contextmanager
 def _alone(server: Server, insecure: bool) -> Iterator[None]:
     """Hold the folder's lock, and say in it that this process runs."""
-    with (server.path / "running.json").open("a+") as file:
-        for attempt in range(10):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # a command that only looks holds it for an instant
-                if attempt == 9:
-                    raise InputError(f"DIR: a coordinator is already running in {server.path}.") from None
-                time.sleep(0.05)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "insecure": insecure}))
-        file.flush()
+    file = server.path / commands.RUNNING
+    with folders.alone(server.path, file.name, patience_s=0.5):  # a command that only looks holds it for an instant
+        file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "insecure": insecure}))
         yield
 
 

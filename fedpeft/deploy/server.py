@@ -13,13 +13,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
-from fedpeft import foreign, metrics
+from fedpeft import folders, foreign, metrics
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
 
 log = logging.getLogger("fedpeft")
+RUNNING = "running.json"  # the lock of a coordinator's folder
 ENDED = ("done", "failed", "stopped")
 
 
@@ -138,15 +139,13 @@ def fetch(path: Path, name: str, to: Path) -> dict[str, Any]:
     folder = settings.server(path).run(name)
     if get_status(folder)["state"] != "done":
         raise InputError(f"RUN: {name} is {get_status(folder)['state']}, not done; there is no adapter yet.")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"--to: {to} is not empty.")
-    to.mkdir(parents=True, exist_ok=True)
     wanted = ("adapter", "plots", "metrics.jsonl", "summary.json", "report.html", "resolved.yaml")
-    for source in (folder / entry for entry in wanted):
-        if source.is_dir():
-            shutil.copytree(source, to / source.name)
-        elif source.exists():
-            shutil.copy2(source, to / source.name)
+    with folders.filled(to, "--to") as draft:
+        for source in (folder / entry for entry in wanted):
+            if source.is_dir():
+                shutil.copytree(source, draft / source.name)
+            elif source.exists():
+                shutil.copy2(source, draft / source.name)
     return {"run": name, **{entry: str(to / entry) for entry in wanted if (to / entry).exists()}}
 
 
@@ -181,13 +180,13 @@ def state(server: Server) -> dict[str, Any] | None:
     import fcntl
 
     try:
-        with (server.path / "running.json").open() as file:
+        with (server.path / RUNNING).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the coordinator holds it as long as it lives
         return None
     except FileNotFoundError:
         return None
     except BlockingIOError:
-        found: dict[str, Any] = json.loads((server.path / "running.json").read_text())
+        found: dict[str, Any] = json.loads((server.path / RUNNING).read_text())
         return found
 
 

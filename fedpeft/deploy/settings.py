@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
-from fedpeft import foreign
+from fedpeft import folders, foreign
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.errors import InputError
 from fedpeft.sections import option
@@ -136,11 +136,9 @@ def new_folder(path: Path) -> Path:
     Raises:
         InputError: it exists and is not empty.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"DIR: {path} is not empty.")
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
-    return path.absolute()
+    folder = folders.empty(path, "DIR", "").path
+    folder.chmod(0o700)
+    return folder
 
 
 def new_secret() -> bytes:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
+from fedpeft import folders
 from fedpeft.config import Config
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.address import parse_endpoint, proxy_of
-from fedpeft.deploy.processes import Child, Terminated, end, end_on_signals, launch
+from fedpeft.deploy.processes import Child, end, launch
 from fedpeft.deploy.settings import Site, SiteSettings
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import write_bytes
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
+RUNNING = "running"  # the lock of a site's folder
 SKEW_S = 60.0  # Flower takes clocks that are up to 300 s behind and 5 s ahead
 INSECURE = "INSECURE: no TLS and no authentication; whoever is on the way can read and change what is sent."
 POLICY = """\
@@ -127,7 +127,7 @@ def start(path: Path, insecure: bool = False) -> None:
     if not insecure and not (site.path / "ca.crt").is_file():
         raise InputError(f"{site.path}: no ca.crt; it is the coordinator's, and it is what makes sure whom this site "
                          "talks to.")
-    with _alone(site):
+    with folders.alone(site.path, RUNNING, patience_s=0.5):  # `site check` looks for an instant
         policies.record(bounds)
         if insecure:
             log.warning(INSECURE)
@@ -140,7 +140,6 @@ def start(path: Path, insecure: bool = False) -> None:
             Child("proxy", launch("proxy", site.path, address, pipe), env),
         ]
         try:
-            end_on_signals()
             for child in children:
                 child.start()
             log.info("site %s started; its coordinator is %s.", site.settings.name, site.settings.server)
@@ -150,7 +149,7 @@ def start(path: Path, insecure: bool = False) -> None:
                 time.sleep(POLL_S)
                 for child in children:
                     child.keep()
-        except Terminated:
+        except Stopped:
             log.info("site %s stops.", site.settings.name)
         finally:
             end(children)
@@ -172,19 +171,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def _alone(site: Site) -> Iterator[None]:
-    with (site.path / "running").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"DIR: site {site.settings.name} is already running from {site.path}.") from None
-        yield
-
-
 def _running(site: Site) -> bool:
     try:
-        with _alone(site):
+        with folders.alone(site.path, RUNNING):
             return False
     except InputError:
         return True

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import sync_folder
+from fedpeft.files import blamed, sync_folder
 from fedpeft.privacy.accounting import Release, composed, require_release
 
 TASK = "+task-"  # between a client and a task in the name of an account
@@ -119,7 +119,7 @@ class Ledger:
 
     def _append(self, entry: Entry) -> None:
         line = json.dumps({**asdict(entry), "time": round(time.time(), 3)}) + "\n"
-        with self.path.open("r+b") as file:
+        with blamed(self.path), self.path.open("r+b") as file:
             content = file.read()
             file.seek(content.rfind(b"\n") + 1)  # a torn last line was never acted upon
             file.truncate()

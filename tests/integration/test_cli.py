@@ -192,8 +192,11 @@ def test_a_run_that_fails_is_exit_code_1(fedpeft, tmp_path, tiny_options):
     assert "error: round 1: 1 good replies of 3" in done.err and "client-000" in done.err and "client-001" in done.err
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("the machine is on fire")])
-def test_interrupted_or_failed_is_exit_code_1(fedpeft, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (KeyboardInterrupt(), 130, "interrupted."), (RunError("it is on fire"), 1, "error: it is on fire"),
+    (OSError(28, "No space left on device", "x"), 1, "error: x: no space left on device; make room on that disk."),
+])
+def test_interrupted_or_failed_has_its_exit_code(fedpeft, tmp_path, monkeypatch, error, code, said):
     from fedpeft.simulations import run
 
     def broken(*arguments, **options):
@@ -201,8 +204,7 @@ def test_interrupted_or_failed_is_exit_code_1(fedpeft, tmp_path, monkeypatch, er
 
     monkeypatch.setattr(run, "simulate", broken)
     done = fedpeft("simulate", "fedit", "--out", tmp_path)
-    assert done.code == 1
-    assert ("fedpeft resume" if isinstance(error, KeyboardInterrupt) else "the machine is on fire") in done.err
+    assert (done.code, done.err) == (code, said)
 
 
 def test_help_and_version(fedpeft):

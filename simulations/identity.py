@@ -1,0 +1,131 @@
+"""What a run depends on and its folder does not hold: base model, records, and what the processor makes of them.
+
+    identity.json   name (of the run in its ledgers), versions, fingerprints
+
+A resumed run whose base or data has become another one would mix two runs without a word, so it is refused. A name
+that was written down stays that of the ledgers when the folder is moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpeft import models
+from fedpeft.config import Config
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import InputError
+from fedpeft.files import write_bytes
+from fedpeft.models import Base
+
+log = logging.getLogger("fedpeft")
+FILE = "identity.json"
+CLOSE = 1e-4  # relative: processors of images round otherwise on another machine
+PACKAGES = ("fedpeft", "torch", "transformers", "peft")
+
+
+def begin(run: Path) -> None:
+    """Write the run's name and what it runs on."""
+    _write(run, {"name": run.name, "versions": versions(), "fingerprints": {}})
+
+
+def name_of(run: Path) -> str:
+    """The run's name in ledgers: that of its folder when it began."""
+    return str(_read(run).get("name") or run.name)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
+
+
+def hold(run: Path, found: dict[str, Any], config: Config) -> None:
+    """Write fingerprints down, or compare them with those that the folder has.
+
+    Raises:
+        InputError: one differs; says which, and what to do.
+    """
+    tree = _read(run)
+    known = tree.get("fingerprints") or {}
+    wrong = [key for key, value in found.items() if key in known and not _same(known[key], value)]
+    if wrong:
+        raise InputError(refusal(run, wrong[0], known[wrong[0]], found[wrong[0]], config))
+    if set(found) - set(known):
+        if (run / "checkpoints").exists():
+            log.warning("%s has no fingerprint of %s: whether they are those that it began with is not known.", run,
+                        " and ".join(sorted(set(found) - set(known))))
+        _write(run, {"name": run.name, "versions": versions(), **tree, "fingerprints": {**known, **found}})
+
+
+def compare_versions(run: Path) -> None:
+    """Say where a run goes on with other software: it then need not end with the same bits."""
+    then, now = _read(run).get("versions") or {}, versions()
+    changed = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
+    if changed:
+        log.warning("%s: %s. The result may differ from that of a run that was not interrupted.", run,
+                    "; ".join(changed))
+
+
+def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
+    what = {
+        "base model": f"model.name={config.model.name}: another base model lies there than",
+        "training records": f"data.source={config.data.source}: its training records are not those",
+        "test records": f"data.test={config.data.test or config.data.source}: the test records are not those",
+        "processed inputs": f"model.name={config.model.name}: its tokenizer or image processor makes other inputs of "
+                            "the same records than it did",
+    }[key]
+    return (f"{what} when {run} began (fingerprint {_brief(known)} then, {_brief(value)} now). Put back what was "
+            "there, or start a new run in a new folder.")
+
+
+def of_base(base: Base, config: Config) -> str:
+    """Hash of all weights that a run does not train; those of an embedded model are fedpeft's own."""
+    if config.model.name in models.EMBEDDED:
+        return config.model.name
+    return models.fingerprint(base, heads=not config.adapter.train_head)
+
+
+def of_inputs(*parts: Encoded) -> list[Any]:
+    """Token ids by hash; pixels by their mean and standard deviation."""
+    return [_tensor(value) for part in parts for _, value in sorted(part.inputs.items())]
+
+
+def _tensor(value: Tensor) -> Any:
+    if value.is_floating_point():
+        return [list(value.shape), *(float(number) for number in torch.std_mean(value, correction=0))]
+    return hashlib.sha256(f"{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE)
+    return bool(one == other)
+
+
+def _brief(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / FILE).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{run / FILE}: not readable: {error}. Without it nobody knows what the run depends on.") \
+            from error
+    return found if isinstance(found, dict) else {}
+
+
+def _write(run: Path, tree: dict[str, Any]) -> None:
+    write_bytes(run / FILE, (json.dumps(tree, indent=1) + "\n").encode())
