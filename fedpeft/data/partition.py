@@ -132,8 +132,8 @@ class Column:
             raise InputError(
                 f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
                 f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all"
-                f"{f'; {nobodys} records have no value there' if nobodys else ''}): {shown or 'none'}. "
-                + (f"Set data.clients to at most {len(ranked)}, or to null for all groups." if ranked
+                f"{f'; {nobodys} records have no value there' if nobodys else ''}). "
+                + (f"Set data.clients to at most {len(ranked)}, or to null for all groups: {shown}." if ranked
                    else "Choose another data.partition.column.")
             )
         return ranked[:clients]
