@@ -16,9 +16,8 @@ from fedpeft.clients import policy
 from fedpeft.clients.policy import BOUNDS
 from fedpeft.clients.private import Guard
 from fedpeft.deploy import envelope, site
-from fedpeft.deploy.processes import Terminated
 from fedpeft.deploy.settings import site as settings_of
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError, RunError, Stopped
 
 WHOLE = {"max_epsilon": 3.0, "max_rounds": 20, "records": 400}
 
@@ -126,10 +125,9 @@ def folder(tmp_path):
 
 def test_a_site_starts_under_no_file_that_is_no_policy_and_logs_the_one_in_force(folder, monkeypatch, caplog):
     def ended(child):
-        raise Terminated
+        raise Stopped(15)
 
     monkeypatch.setattr(site.Child, "start", ended)
-    monkeypatch.setattr(site, "end_on_signals", lambda: None)
     caplog.set_level(logging.INFO, "fedpeft")
     site.start(folder, insecure=True)
     said = next(record.message for record in caplog.records if "policy in force" in record.message)
