@@ -136,7 +136,7 @@ class Chunk:
             losses, slopes = self._slopes(values, piece, groups, None if private else 1 / counts)
             clients = self._index(piece.clients)
             if private:
-                add_clipped(total, slopes, clients, values.new_tensor([own.plan.clip for own in private]))
+                add_clipped(total, slopes, losses, clients, values.new_tensor([own.plan.clip for own in private]))
             else:
                 total.index_add_(0, self._index(groups), torch.cat([slope.flatten(1) for slope in slopes], dim=1))
             self.losses.index_add_(0, clients, losses)

@@ -77,7 +77,7 @@ def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: Cli
 def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
     """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
     sizes = [min(config.batch_size, len(job.data)) for job in jobs]
-    widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) for job in jobs]
+    widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
     order = sorted(range(len(jobs)), key=lambda i: (jobs[i].private is None, -steps_of(jobs[i], config), -widths[i]))
     chunk: list[int] = []
     for index in order:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.features import batches
+from fedpeft.clients.inputs import classes_of, width_of
 from fedpeft.clients.private import fingerprint, release
+from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import ClientConfig
 from fedpeft.continual.head import Head
@@ -91,13 +93,16 @@ def records(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
     Raises:
         RunError: it has none.
     """
+    found = of_task(data, task)
+    if len(found) == 0:
+        raise RunError(f"{client} has no records of task {task['learn']['task']}, so it sits this round out.")
+    return found
+
+
+def of_task(data: Encoded, task: dict[str, Any]) -> Encoded:
+    """The records of the round's task, which may be none, or all where there is no sequence."""
     learn = task.get("learn")
-    if learn is None:
-        return data
-    mine = np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"]))
-    if len(mine) == 0:
-        raise RunError(f"{client} has no records of task {learn['task']}, so it sits this round out.")
-    return data.subset(mine)
+    return data if learn is None else data.subset(np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"])))
 
 
 def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
@@ -149,52 +154,52 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
         RunError: the config has no such head or body, or no records of the task.
     """
     config, model = local.config, local.model
-    data = records(local.data(local.train_data, client), task, client)
+    private, sketched = local.guard.private, task["sums"] == "sketch"
+    if sketched and (private or local.sequence is None or not local.sequence.body.sketches):
+        raise RunError(f"continual.body={config.continual.body}: this client's config sends no sketches.")
+    if not sketched and (config.continual.body is None or not fits(config)):
+        raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
     start, _ = local.compose(client, received, task, before=int(task["round"]))
+    if private:
+        return private_answer(local, client, received, start, task)
+    data = local.records(client, task)
     model.write(start)
     weight = {"num-examples": float(len(data))}
-    if task["sums"] == "sketch":
-        if local.sequence is None or not local.sequence.body.sketches:
-            raise RunError(f"continual.body={config.continual.body}: this client's config sends no sketches.")
+    if sketched:
+        assert local.sequence is not None
         section = local.sequence.body.config
         with model.competing(compete(task)):
             found = gradient_sketch(model, data, section.r2, section.side == "in")
         return AdapterState({f"sketch:{site}": value.float() for site, value in found.items()}), weight
-    if config.continual.body is None or not fits(config):
-        raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
-    made = head(config, classes_of(model), width_of(model))
-    if not local.guard.private:
-        sums = head_sums(model, made, data)
-        return AdapterState({f"sum:{key}": value for key, value in sums.items()}), weight
-    noise = float(config.continual.statistics_noise or 0)
-    plan = local.guard.plan(client, lambda: len(data))
-    assert plan is not None
-    number, kept = int(task["round"]), f"{client}+sums-{task['view']}"
-    request = fingerprint(received, task)
-    answered = local.store.reply(kept, number, request)
-    if answered is None:
-        local.guard.afford(account(client, task), number, request, plan, noise)
-        source = local.guard.source(client, number, f"sums {task['view']}")
-        try:
-            answered = private_head_sums(model, made, data, noise, source), local.guard.allowed(client, {})
-        except Exception:
-            local.guard.spend_failed(account(client, task), number, plan, noise)
-            raise
-        local.store.save_reply(kept, number, request, *answered)
-    sums, metrics = answered
-    update = AdapterState({f"sum:{key}": value for key, value in sums.items()})
-    local.guard.spend(account(client, task), number, release(request, update), plan, noise)  # then it may leave
-    return update, local.guard.allowed(client, metrics)
+    sums = head_sums(model, head(config, classes_of(model), width_of(model)), data)
+    return AdapterState({f"sum:{key}": value for key, value in sums.items()}), weight
 
 
-def classes_of(model: Adapted) -> int:
-    """How many classes the base's head has."""
-    return [part for part in model.head().modules() if isinstance(part, nn.Linear)][-1].out_features
-
-
-def width_of(model: Adapted) -> int:
-    """Size of the features that enter the head."""
-    return next(part.in_features for part in model.head().modules() if isinstance(part, nn.Linear))
+def private_answer(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+                   ) -> tuple[AdapterState, dict[str, float]]:
+    """The sums for a head, noised, once on the disk and in the ledger; a failure costs what they would have."""
+    guard, store, model, number = local.guard, local.store, local.model, int(task["round"])
+    noise = float(local.config.continual.statistics_noise or 0)
+    spending = Spending(client, f"{client}+sums-{task['view']}", number, account(client, task),
+                        fingerprint(received, task), sums=noise)
+    answered = store.reply(spending.kept, number, spending.request)
+    with discreet(guard, store, spending):
+        plan = spending.plan = guard.plan(client, lambda: len(local.records(client, task)))
+        assert plan is not None
+        if answered is None:
+            guard.afford(spending.account, number, spending.request, plan, noise)
+            model.write(start)
+            made = head(local.config, classes_of(model), width_of(model))
+            source = guard.source(client, number, f"sums {task['view']}")
+            found = private_head_sums(model, made, local.records(client, task), noise, source)
+            answered = found, guard.allowed(client, {})
+            store.save_reply(spending.kept, number, spending.request, *answered)
+        elif not answered[0]:
+            spending.fail(guard)
+        sums, metrics = answered
+        update = AdapterState({f"sum:{key}": value for key, value in sums.items()})
+        guard.spend(spending.account, number, release(spending.request, update), plan, noise)  # then it may leave
+        return update, guard.allowed(client, metrics)
 
 
 def head_sums(model: Adapted, head: Head, data: Encoded) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -21,19 +21,19 @@ from torch import Tensor
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
-from fedpeft.clients import learning, rates, stream
+from fedpeft.clients import asked, inputs, learning, rates, stream
+from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort import Done, Job, cannot, train_cohort
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.private import Guard, fingerprint, release
+from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, Private, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.gradients import verify
-from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.state import AdapterState
-from fedpeft.strategies.build import build
 from fedpeft.strategies.fedthe import FEATURES
 from fedpeft.strategies.learning.rounds import Learning, learning_of
 from fedpeft.tta.fedthe import mean_feature
@@ -43,6 +43,7 @@ T = TypeVar("T")
 log = logging.getLogger("fedpeft")
 Request = tuple[str, AdapterState, dict[str, Any]]  # client, what it received, its task
 Answer = tuple[AdapterState, dict[str, float]]  # update, metrics
+VERIFIED = 32  # tokens of the texts that gradients are verified on, if the model takes as many
 COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
 
 
@@ -57,7 +58,7 @@ class Visit:
     task: dict[str, Any]
     start: AdapterState
     kept: dict[str, Tensor]
-    request: str
+    spending: Spending
     job: Job
     count: int
     answered: Answer | None = None
@@ -91,24 +92,30 @@ class Local:
         stream.require(self.config, self.model)
 
     @cached_property
+    def own(self) -> Own:
+        """This process's own reading of its config: what a server may ask."""
+        tasks = self.config.continual.body is not None
+        return Own(self.config, self.initial, inputs.classes_of(self.model) if tasks else None)
+
+    @property
     def sequence(self) -> Learning | None:
         """The sequence of tasks of this process's own config."""
-        if self.config.continual.body is None:
-            return None
-        return learning_of(build(self.config, learning.classes_of(self.model)))
+        return learning_of(self.own.strategy)
 
     # A client's round ------------------------------------------------------------------------------------------------
 
     def train(self, client: str, received: AdapterState, task: dict[str, Any]) -> Answer:
         """One round at one client.
 
-        Under sample-level DP the client's policy is asked before its records are touched, the noisy steps are in its
-        ledger before the update leaves, and the same request again gets the same update, which costs nothing more.
+        Under sample-level DP the request is checked and the policy asked before records are touched, the noisy steps
+        are in the ledger before the update leaves, and the same request again gets the same update, which costs
+        nothing more. What the client sends is a function of request, config, policy and ledger, and of noised sums
+        that are in the ledger: a failure after records were touched is one sentence, and counted as if it were them.
 
         Raises:
             Refused, BudgetExhausted: the client takes no part in this round.
         """
-        found = self.ready.pop((client, int(task["round"])), None)
+        found = self.ready.pop((client, asked.number(task)), None)
         if isinstance(found, Exception):
             raise found
         if found is not None:
@@ -129,40 +136,46 @@ class Local:
         self.ready = {}
         for (client, _, task), given in zip(requests, opened, strict=True):
             answer = _attempt(self._finish, given, next(each)) if isinstance(given, Visit) else given
-            self.ready[client, int(task["round"])] = answer
+            self.ready[client, asked.number(task)] = answer
 
     def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Visit:
-        number = int(task["round"])
+        number = asked.number(task)
         self.guard.admit(client, number)
+        received = self.own.accept(client, received, task, max(number - 1, 0))
         task = learning.own(self.sequence, task)
         start, kept = self.compose(client, received, task, before=number)
-        request, private, answered = "", None, None
+        spending, private, answered = Spending(client, client, number, learning.account(client, task)), None, None
         if self.guard.private:
-            request = fingerprint(received, task)
-            if found := self.store.reply(client, number, request):
+            spending.request = fingerprint(received, task)
+            if found := self.store.reply(client, number, spending.request):
                 answered = AdapterState(found[0], received.sites), found[1]
-        with self._discreet(client, number):
-            plan = self.guard.plan(client, lambda: len(self._records(client, task)))
-            data = self._records(client, task)
-            if plan is not None:
-                self._verify(data, task["trains"])
+            with self._discreet(spending):
+                plan = spending.plan = self.guard.plan(client, lambda: len(self.records(client, task)))
+                assert plan is not None
                 if answered is None:
-                    self.guard.afford(learning.account(client, task), number, request, plan)
-                private = Private(plan, self.guard.source(client, number))
+                    self.guard.afford(spending.account, number, spending.request, plan)
+                elif not answered[0].tensors:
+                    spending.fail(self.guard)
+            private = Private(plan, self.guard.source(client, number))
+        with self._discreet(spending):
+            data = self.records(client, task)
+        if private is not None:
+            with self._discreet(Spending(client, client, number, client)):  # costs nothing: it is about no record
+                self._require_apart(data, task["trains"])
         corrections = None
         if control := received.select(("control",)).tensors:
             own = _own_control(control, kept)
             corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
         tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
         seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
-        mixed = learning.replayed(self.data(self.train_data, client), task, self.config.client, seed)
+        mixed = learning.replayed(self.train_data[client], task, self.config.client, seed)
         job = Job(tensors, data if mixed is None else mixed, seed, float(task.get("prox_mu", 0.0)), corrections,
                   private, in_order=mixed is not None)
-        return Visit(client, received, task, start, kept, request, job, len(data), answered)
+        return Visit(client, received, task, start, kept, spending, job, len(data), answered)
 
     def _finish(self, visit: Visit, done: Done | Exception | None = None) -> Answer:
         """Train, unless it has been done in a cohort, and close. What was answered before is answered again."""
-        with self._discreet(visit.client, int(visit.task["round"])):
+        with self._discreet(visit.spending):
             if visit.answered is not None:
                 return self._leave(visit, *visit.answered)
             if isinstance(done, Exception):
@@ -196,7 +209,7 @@ class Local:
                 reason = self.sequential[trains] = str(error)
             for visit in visits:  # each alone takes the draws from their beginning, as if nothing had been tried
                 if visit.job.private is not None:
-                    source = self.guard.source(visit.client, int(visit.task["round"]))
+                    source = self.guard.source(visit.client, visit.spending.number)
                     visit.job.private = replace(visit.job.private, source=source)
         if reason not in self.said:
             self.said.add(reason)
@@ -207,7 +220,8 @@ class Local:
         client, task, start = visit.client, visit.task, visit.start
         after = AdapterState(done.after, start.sites)
         still = all(torch.equal(value, start[key]) for key, value in after.tensors.items())
-        if still and "learn" not in task:  # a client with one class of a task has nothing to learn
+        # A client with one class of a task has nothing to learn; whether a private one has is nobody's business.
+        if still and "learn" not in task and visit.job.private is None:
             raise RunError(f"no trained tensor moved in {done.steps} steps; check client.lr and the adapter.")
         update = after.select(task["uploads"])
         keep = after.select(task["keeps"]).tensors
@@ -218,7 +232,7 @@ class Local:
             new = new_control(own, control, before, ended, done.steps, self.config.client.lr)
             update = update.replace({key: new[key] - own[key] for key in new})
             keep = {**keep, **new}
-        number = int(task["round"])
+        number = visit.spending.number
         if visit.job.private is None and (sent := visit.received.select(("rates",)).tensors):
             self.model.write(start)
             update = update.replace(rates.learned(self.model, sent, visit.job.data, task["atp"], visit.job.seed))
@@ -235,7 +249,7 @@ class Local:
             metrics["missed_tasks"] = float(missed)
         metrics = self.guard.allowed(client, metrics)
         if visit.job.private is not None:
-            self.store.save_reply(client, number, visit.request, update.tensors, metrics)
+            self.store.save_reply(client, number, visit.spending.request, update.tensors, metrics)
         return self._leave(visit, update, metrics)
 
     def _leave(self, visit: Visit, update: AdapterState, metrics: dict[str, float]) -> Answer:
@@ -246,8 +260,9 @@ class Local:
         answer to the same request (a lost file, other noise) is another release.
         """
         if visit.job.private is not None:
-            self.guard.spend(learning.account(visit.client, visit.task), int(visit.task["round"]),
-                             release(visit.request, update), visit.job.private.plan)
+            spending = visit.spending
+            self.guard.spend(spending.account, spending.number, release(spending.request, update),
+                             visit.job.private.plan)
         return update, self.guard.allowed(visit.client, metrics)
 
     # Parts -----------------------------------------------------------------------------------------------------------
@@ -277,28 +292,22 @@ class Local:
         return self.initial.replace(tensors), kept
 
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
-        self.guard.admit(client, int(task["round"]))
+        number = asked.number(task)
+        self.guard.admit(client, number)
         self.guard.admit_evaluation(client)
+        received = self.own.accept(client, received, task, number)
         task = learning.own(self.sequence, task)
-        data = learning.known(self.data(self.holdout, client), task, client)
-        start, _ = self.compose(client, received, task, before=int(task["round"]) + 1)
-        self.model.write(start)
-        with self.model.competing(task["learn"]["seen"] if "learn" in task else None):
-            metrics = evaluate(self.model, data)
-            if self.config.tta.method is not None:
-                train_data = learning.known(self.data(self.train_data, client), task, client)
-                metrics |= stream.score(self.config, self.model, client, received, data, train_data, self.store,
-                                        int(task["round"]))
-        return metrics
-
-    def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
-        found = table.get(client)
-        if found is None or len(found) == 0:
-            raise RunError(f"{client} has no records here.")
-        return found
-
-    def _records(self, client: str, task: dict[str, Any]) -> Encoded:
-        return learning.records(self.data(self.train_data, client), task, client)
+        start, _ = self.compose(client, received, task, before=number + 1)
+        with self._discreet(Spending(client, client, number, client)):
+            data = self._usable(learning.known(self.data(self.holdout, client), task, client))
+            self.model.write(start)
+            with self.model.competing(task["learn"]["seen"] if "learn" in task else None):
+                metrics = evaluate(self.model, data)
+                if self.config.tta.method is not None:
+                    train_data = self._usable(learning.known(self.data(self.train_data, client), task, client))
+                    metrics |= stream.score(self.config, self.model, client, received, data, train_data, self.store,
+                                            number)
+            return metrics
 
     def sums(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
         """Sums over the client's records of a task that a head or a body of the server asks for (`clients.learning`).
@@ -306,36 +315,59 @@ class Local:
         Raises:
             Refused, BudgetExhausted: nothing leaves.
         """
-        self.guard.admit(client, int(task["round"]))
-        task = learning.own(self.sequence, task)
-        with self._discreet(client, int(task["round"])):
-            return learning.answer(self, client, received, task)
+        self.guard.admit(client, asked.number(task))
+        received = self.own.accept_sums(received, task)
+        return learning.answer(self, client, received, learning.own(self.sequence, task))
 
-    def _verify(self, data: Encoded, trains: list[str]) -> None:
-        """Compare per-sample gradients of two records with autograd, once for each set of trained roles."""
-        if tuple(trains) in self.verified:
-            return
-        parameters = self.model.train_roles(trains)
-        device = next(iter(parameters.values())).device
-        inputs, labels = on_device(data, np.array([0, len(data) - 1]), device)
-        self.model.training_mode()
-        with first_token(self.model, data):
-            verify(self.model.modules, parameters, partial(per_sample_loss, self.model), inputs, labels)
-        self.model.base.backbone.eval()
-        self.verified.add(tuple(trains))
+    def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
+        found = table.get(client)
+        if found is None or len(found) == 0:
+            raise RunError(f"{client} has no records here.")
+        return found
 
-    @contextmanager
-    def _discreet(self, client: str, number: int) -> Iterator[None]:
-        """Under DP the server is not told what went wrong: it may have to do with a record."""
+    def records(self, client: str, task: dict[str, Any]) -> Encoded:
+        """The client's records of the round's task; under DP those that the model can take, which may be none."""
+        if not self.guard.private:
+            return learning.records(self.data(self.train_data, client), task, client)
+        return self._usable(learning.of_task(self.train_data[client], task))
+
+    def _usable(self, data: Encoded) -> Encoded:
+        return inputs.usable(self.model, data) if self.guard.private else data
+
+    def _require_apart(self, like: Encoded, trains: list[str]) -> None:
         try:
-            yield
-        except (Refused, BudgetExhausted, OSError):  # a disk that is full has nothing to do with a record
-            raise
-        except Exception as error:
-            if not self.guard.private:
-                raise
-            log.exception("%s failed in round %d; the server is not told why", client, number)
-            raise RunError("the client failed; the reason stays with it.") from error
+            self.require_apart(like, trains)
+        except InputError as error:
+            raise Refused(str(error)) from error
+
+    def require_apart(self, like: Encoded, *trains: list[str]) -> None:
+        """Compare per-sample gradients with autograd, once for each set of trained roles, on drawn inputs.
+
+        Values are those of round 0, so that nothing here depends on a request's values or on a record.
+
+        Args:
+            like: records to take the form of the inputs from.
+            trains: sets of roles; none is all that a round of the config may train.
+
+        Raises:
+            InputError: they differ; names the parameter.
+        """
+        for roles in trains or self.own.trained(self.config.run.rounds):
+            if tuple(roles) in self.verified:
+                continue
+            self.model.write(self.initial)
+            parameters = self.model.train_roles(roles)
+            device = next(iter(parameters.values())).device
+            made = inputs.drawn(self.model, like, min(self.config.model.max_length, VERIFIED))
+            batch, labels = on_device(made, np.arange(len(made)), device)
+            self.model.training_mode()
+            with first_token(self.model, made):
+                verify(self.model.modules, parameters, partial(per_sample_loss, self.model), batch, labels)
+            self.model.base.backbone.eval()
+            self.verified.add(tuple(roles))
+
+    def _discreet(self, spending: Spending) -> AbstractContextManager[None]:
+        return discreet(self.guard, self.store, spending)
 
 
 def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -127,9 +126,9 @@ class Guard:
         """
         self.ledger(account).reserve(*self._release(account, number, release, plan, sums), once=True)
 
-    def spend_failed(self, account: str, number: int, plan: Plan, sums: float | None = None) -> None:
-        """Count what failed after records were touched, each time anew: that it failed may have to do with a record."""
-        self.spend(account, number, f"failed {secrets.token_hex(16)}", plan, sums)
+    def spend_failed(self, account: str, number: int, request: str, plan: Plan, sums: float | None = None) -> None:
+        """Count what failed after records were touched, once a request: that it failed may have to do with a record."""
+        self.spend(account, number, f"failed {request}", plan, sums)
 
     def _release(self, account: str, number: int, name: str, plan: Plan, sums: float | None
                  ) -> tuple[Entry, Budget, Release | None, Budget | None, list[Entry]]:

@@ -27,13 +27,13 @@ def frozen(values: list[Tensor], like: Tensor) -> tuple[Tensor, bool]:
     return rows([{"": value} for value in values], {"": like}).view(-1, *like.shape), True
 
 
-def add_clipped(total: Tensor, slopes: list[Tensor], clients: Tensor, clips: Tensor) -> None:
+def add_clipped(total: Tensor, slopes: list[Tensor], losses: Tensor, clients: Tensor, clips: Tensor) -> None:
     """Add to each client's row [K, P] its samples' gradients, parameter by parameter [N, ...], clipped as in
-    `Plan.clipped_sum`: in the norm over all parameters, a gradient that is not finite without influence.
+    `Plan.clipped_sum`: in the norm over all parameters, zero where a gradient or a loss [N] is not finite.
     """
     parts = [slope.flatten(1) for slope in slopes]
     each = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
-    factors = clip_factors(torch.linalg.vector_norm(each, dim=0), clips[clients]).to(total)
+    factors = clip_factors(torch.linalg.vector_norm(each, dim=0), clips[clients], losses).to(total)
     mix = total.new_zeros(len(total), len(clients))  # a product with it is the sum of each client's samples
     mix[clients, torch.arange(len(clients), device=clients.device)] = factors
     for part, own in zip(parts, total.split([part.shape[1] for part in parts], dim=1), strict=True):

@@ -22,6 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
+from fedpeft.clients.asked import number
 from fedpeft.config import Config
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
@@ -34,6 +35,8 @@ UPLOAD = f"train.{ACTIONS[2]}"
 Request = Callable[[Message], tuple[AdapterState, dict[str, Any]]]
 Train = Callable[[Context, AdapterState, dict[str, Any]], AdapterState]
 Asked = dict[str, Any]
+FORMS = ((), ("names", "masks", "boxes"), ("names", "sealed"), ("uploaded", "silent"))  # lists that a stage gets
+BYTES = ("masks", "boxes", "sealed")
 
 
 def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Context], str], request: Request,
@@ -44,7 +47,7 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
         own = config()
         if not own.secagg.enabled:
             raise RunError("this client's config has secagg.enabled=false.")
-        asked = {**message.content.config_records[RECORD]}
+        asked = require_form(stage, message.content.config_records.get(RECORD))
         member = Member(context, name(context), stage, asked, Plan.of(own))
         return Message(respond(member), reply_to=message)
 
@@ -60,11 +63,34 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
     def upload(message: Message, context: Context) -> Message:
         received, task = request(message)
         return answer(2, message, context, lambda member: member.upload(
-            reference(received, tuple(task["uploads"])), lambda: train(context, received, task), int(task["round"])))
+            lambda: reference(received, tuple(task["uploads"])), lambda: train(context, received, task), number(task)))
 
     @app.query(ACTIONS[3])
     def unmask(message: Message, context: Context) -> Message:
         return answer(3, message, context, Member.reveal)
+
+
+def require_form(stage: int, record: ConfigRecord | None) -> Asked:
+    """What a stage was asked, if it has that stage's keys and types.
+
+    Raises:
+        RunError: names the key.
+    """
+    where = f"secure aggregation, stage {stage} ({NAMES[stage]})"
+    if record is None:
+        raise RunError(f"{where}: the message has no record {RECORD}.")
+    lists, lengths = FORMS[stage], []
+    for key in lists:
+        kind = bytes if key in BYTES else str
+        value: Any = record.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise RunError(f"{where}: {key} must be a list of {kind.__name__}.")
+        if key in ("masks", "boxes") and any(len(item) != masking.KEY_BYTES for item in value):
+            raise RunError(f"{where}: {key} must be keys of {masking.KEY_BYTES} bytes.")
+        lengths.append(len(value))
+    if type(record.get("round")) is not int or (stage < 3 and len(set(lengths)) > 1):
+        raise RunError(f"{where}: a round's number, and {', '.join(lists) or 'nothing'} of one length, are needed.")
+    return {key: record[key] for key in ("round", *lists)}
 
 
 def refuse_clear(config: Config) -> None:
@@ -108,14 +134,19 @@ class Member:
         seed, number = os.urandom(masking.KEY_BYTES), len(names) + 1
         seeds = masking.split(seed, self.plan.threshold, number)
         secrets = masking.split(self.state["mask_secret"], self.plan.threshold, number)
-        keys = [masking.agree(self.state["box_secret"], box, "box") for box in boxes]
+        try:
+            keys = [masking.agree(self.state["box_secret"], box, "box") for box in boxes]
+            for mask in masks:
+                masking.agree(self.state["mask_secret"], mask, "mask")
+        except ValueError as error:
+            raise RunError("a neighbour's public key is none.") from error
         sealed = [masking.seal(key, one + other, self.label(self.name, name))
                   for name, key, one, other in zip(names, keys, seeds[1:], secrets[1:], strict=True)]
         self.leave(stage=1, mask_secret=self.state["mask_secret"], seed=seed, names=names, masks=masks, keys=keys,
                    seed_share=seeds[0], secret_share=secrets[0])
         return RecordDict({RECORD: ConfigRecord({"sealed": sealed})})
 
-    def upload(self, start: AdapterState, train: Callable[[], AdapterState], number: int) -> RecordDict:
+    def upload(self, start: Callable[[], AdapterState], train: Callable[[], AdapterState], number: int) -> RecordDict:
         """Stage 2: train, and send the change from `start` in fixed point under all masks."""
         names, sealed = list(self.asked["names"]), list(self.asked["sealed"])
         self.enough(len(set(names)) + 1, "have sent shares")
@@ -133,7 +164,8 @@ class Member:
                 raise RunError(f"the shares from {name}: {error}.") from error
             seeds.append(opened[: masking.SHARE_BYTES])
             secrets.append(opened[masking.SHARE_BYTES :])
-        words = self.quantised(start, train())
+        update = train()  # which checks what was received
+        words = self.quantised(start(), update)
         words = words + masking.stream(self.state["seed"], words.size)
         for name in names:
             mask = masking.stream(masking.agree(self.state["mask_secret"], masks[name], "mask"), words.size)

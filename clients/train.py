@@ -122,7 +122,7 @@ def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parame
             inputs, labels = on_device(data, drawn[start : start + 2 * config.batch_size], device)
             gradients, each = per_sample_gradients(model.modules, parameters, partial(per_sample_loss, model), inputs,
                                                    labels)
-            total += plan.clipped_sum(gradients)
+            total += plan.clipped_sum(gradients, each)
             losses += list(each)
         noised = plan.noised_mean(total, source)
         pieces = noised.split([parameter.numel() for parameter in parameters.values()])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedpeft.adapters import features
-from fedpeft.clients.learning import unit, width_of
+from fedpeft.clients.inputs import width_of
+from fedpeft.clients.learning import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.continual.head import Head

@@ -120,6 +120,8 @@ def world(text: str, run: Path) -> World:
         guard.require({client: len(mine) for client, mine in part.items() if len(mine)})
     shares = Shares(train_encoded, own), Shares(train_encoded, held)
     local = Local(config, model, start.adapter, *shares, store, guard)
+    if guard.private:
+        local.require_apart(train_encoded)
     found = train.skipped + train_encoded.skipped + test_encoded.skipped + split.left_out(run / "split.json")
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded, found)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.clients import asked
 from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.policy import Policy, Refused
@@ -35,9 +37,21 @@ from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import shown
 from fedpeft.seeds import numpy_generator
-from fedpeft.strategies.base import FederatedStrategy
 
 log = logging.getLogger("fedpeft")
+
+
+class Unreadable(Mapping[str, Encoded]):
+    """Records that could not be read."""
+
+    def __getitem__(self, client: str) -> Encoded:
+        raise RunError(f"the records of {client} cannot be read.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 class Resident:
@@ -48,7 +62,6 @@ class Resident:
         self.held: Envelope | None = None
         self.bounds: Policy | None = None
         self.local: Local | None = None
-        self.strategy: FederatedStrategy | None = None
         self.app: ClientApp = client_app(self.current, lambda context: self.name)
 
     def answer(self, message: Message, context: Context) -> Message:
@@ -76,22 +89,21 @@ class Resident:
         if bounds != self.bounds:
             policies.record(bounds)
             self.bounds = bounds
-        config = envelope.admitted(cover, self.site, bounds, int(task.get("round", 0)))
+        config = envelope.admitted(cover, self.site, bounds, asked.number(task) if "round" in task else 0)
         if cover != self.held:
             self.held, self.local = None, None  # the old model goes before the new one comes
-            self.strategy, self.local = self.build(cover, config)
-            self.held = cover
+            self.local = self.build(cover, config)
+            self.held = None if isinstance(self.local.train_data, Unreadable) else cover
         self.current().guard.policy.cache_clear()  # what the site allows now
-        if self.strategy is not None and self.strategy.keeps:
-            asked = set(task.get("uploads", [])) & set(self.strategy.keeps)
-            if asked:
-                raise Refused(f"{', '.join(sorted(asked))} stays with the site under {config.strategy.name}.")
 
-    def build(self, cover: Envelope, config: Config) -> tuple[FederatedStrategy, Local]:
+    def build(self, cover: Envelope, config: Config) -> Local:
         """Model and data of a run.
 
+        Under sample-level DP records that cannot be read are no answer of their own: they fail where they are used, as
+        everything does then that may have to do with a record.
+
         Raises:
-            RunError: the base model is another one than the coordinator's.
+            RunError: the base model is another one than the coordinator's, or it mixes records.
         """
         log.info("run %s: loading model and data", cover.run)
         config.data.labels = None if config.model.task == "causal-lm" else list(cover.labels)
@@ -100,10 +112,23 @@ class Resident:
         local = here.local
         if envelope.base_fingerprint(local.model.base) != cover.base:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
-        own, held = load_data(config, self.name, local.model.base.processor)
+        private = local.guard.private
+        try:
+            own, held = load_data(config, self.name, local.model.base.processor)
+        except Exception:
+            if not private:
+                raise
+            log.exception("run %s: the records cannot be read; the server is not told", cover.run)
+            local.train_data = local.holdout = Unreadable()
+            return local
         local.train_data, local.holdout = {self.name: own}, {self.name: held}
-        log.info("run %s: %d records to train on", cover.run, len(local.train_data[self.name]))
-        return here.strategy, local
+        log.info("run %s: %d records to train on", cover.run, len(own))
+        if private:
+            try:
+                local.require_apart(own)
+            except InputError as error:
+                raise Refused(str(error)) from error
+        return local
 
     def current(self) -> Local:
         if self.local is None:

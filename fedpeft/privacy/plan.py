@@ -7,7 +7,8 @@ One step (Abadi et al. 2016, arXiv 1607.00133), with g_i the gradient of record 
 
 q and b are public constants: b is the expected batch, not the size drawn, and an empty draw is a step of pure noise.
 Two data sets that differ by one record give sums at most C apart, so `steps` such steps cost what the accountant says
-for (q, sigma, steps), whoever sees each of them. A record whose gradient is not finite counts as without influence.
+for (q, sigma, steps), whoever sees each of them. A record whose gradient or loss is not finite counts as zero, so that
+training does not fail by a record.
 
 The trainer gets its batches from here, never from a loader of its own.
 """
@@ -57,9 +58,13 @@ class Plan:
         """Indices of the records that join a step."""
         return np.flatnonzero(source.uniform(count) < self.sample_rate)
 
-    def clipped_sum(self, gradients: Tensor) -> Tensor:
-        """Sum over the batch of per-sample gradients [N, P], each scaled down to norm C where it is above; [P]."""
-        factors = clip_factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64), self.clip)
+    def clipped_sum(self, gradients: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Sum over the batch of per-sample gradients [N, P], each scaled down to norm C where it is above; [P].
+
+        Args:
+            losses: [N]; a record whose loss is not finite has no part in the sum.
+        """
+        factors = clip_factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64), self.clip, losses)
         total: Tensor = factors.to(gradients) @ gradients.masked_fill(factors[:, None] == 0, 0.0)
         return total
 
@@ -69,13 +74,15 @@ class Plan:
         return (total + self.noise_multiplier * self.clip * noise) / self.expected_batch
 
 
-def clip_factors(norms: Tensor, clip: float | Tensor) -> Tensor:
+def clip_factors(norms: Tensor, clip: float | Tensor, losses: Tensor | None = None) -> Tensor:
     """What gradients with these norms [N] (in float64: sums of float32 squares come out too small) are multiplied by.
 
-    Zero for a norm that is not a number, infinite, or so large that float32 could not hold its factor.
+    Zero for a norm that is not a number, infinite, or so large that float32 could not hold its factor, and for a loss
+    [N] that is not finite.
     """
     factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-    return torch.where(norms < 1e30, factors, 0.0)
+    good = norms < 1e30 if losses is None else (norms < 1e30) & torch.isfinite(losses)
+    return torch.where(good, factors, 0.0)
 
 
 def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int) -> Plan:

@@ -66,7 +66,10 @@ class Rig:
             node[last] = value
         server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
         sent = self.here.strategy.broadcast(server, "clinic")
-        content = PACKED.content(sent, {**self.here.strategy.task(server), "round": number, **dict(task)})
+        told = self.here.strategy.task(server)
+        if kind == "query.sums":
+            told = {"learn": told["learn"]}
+        content = PACKED.content(sent, {**told, "round": number, **dict(task)})
         message = Message(content, 7, kind)
         Envelope(run, text or yaml.safe_dump(tree), tuple(labels), self.base).put(message, name)
         context = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})

@@ -12,6 +12,7 @@ import torch
 from fedpeft import checkpoint, seeds
 from fedpeft import config as configs
 from fedpeft.clients import stream
+from fedpeft.clients.policy import Refused
 from fedpeft.errors import InputError
 from fedpeft.simulations.world import world
 from fedpeft.strategies.fedthe import FEATURES
@@ -95,7 +96,10 @@ def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_a
     size = (here.local.model.head().in_features,) if extra == "mean" else ()
     received = server.adapter.replace({more: torch.zeros(size)})
     task = {**here.strategy.task(server), "round": 1, **asked}
-    update, _ = here.local.train("client-000", received, {**task, "uploads": [*task["uploads"], extra]})
+    for told in (task, {**task, "uploads": [*task["uploads"], extra]}):
+        with pytest.raises(Refused, match=r"sends no such tensor|task\.uploads|task: 'atp'"):
+            here.local.train("client-000", received, told)
+    update, _ = here.local.train("client-000", server.adapter, {**here.strategy.task(server), "round": 1})
     assert more not in update and update.tensors
 
 

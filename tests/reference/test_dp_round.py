@@ -15,16 +15,17 @@ from fedpeft import registry
 from fedpeft.clients.local import Local
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
-from fedpeft.config import Config, PrivacyConfig
+from fedpeft.config import Config, DataConfig, PrivacyConfig, StrategyConfig
 from fedpeft.privacy.noise import OperatingSystem
 from fedpeft.strategies.build import named
 
 
-def client(adapted, data, folder, sigma=1.0, randomness="os", records=None, **client):
+def client(adapted, data, folder, sigma=1.0, randomness="os", records=None, name="fedit", **client):
     """A private client "a" that takes every record in every step."""
     config = Config(client=replace(SGD, batch_size=records or len(data), local_steps=3, **client),
                     privacy=PrivacyConfig(unit="sample", noise_multiplier=sigma, accountant="rdp", records=records,
-                                          randomness=randomness))
+                                          randomness=randomness),
+                    strategy=StrategyConfig(name=name), data=DataConfig(clients=1))
     return Local(config, adapted, adapted.state(), {"a": single(data)}, {}, Store(folder / "store", 3),
                  Guard(config, folder / "ledger", "run"))
 
@@ -39,7 +40,7 @@ def one_round(name, adapted, folder):
     """A round of this strategy: where the client began, where it ended, and what the strategy declares."""
     strategy = named(name, {}, "strategy")
     server = strategy.before_round(strategy.initial(adapted.state(), 0))
-    local = client(adapted, records("vit", 6), folder)
+    local = client(adapted, records("vit", 6), folder, name=name)
     local.initial = server.adapter
     task = {**strategy.task(server), "round": 1}
     start, _ = local.compose("a", strategy.broadcast(server, "a"), task, before=1)

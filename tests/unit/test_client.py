@@ -13,7 +13,7 @@ from fedpeft.clients.app import Local
 from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, train
-from fedpeft.config import ClientConfig, Config
+from fedpeft.config import ClientConfig, Config, StrategyConfig
 from fedpeft.errors import RunError
 from fedpeft.strategies.fedit import FedIT
 
@@ -35,8 +35,12 @@ def model(bert):
 
 @pytest.fixture
 def local(model, tmp_path):
+    return make(model, tmp_path)
+
+
+def make(model, tmp_path, **strategy):
     return Local(
-        Config(client=SGD),
+        Config(client=SGD, strategy=StrategyConfig(**strategy)),
         model,
         model.state(),
         {"a": small.texts(10)},
@@ -71,8 +75,9 @@ def test_a_client_round_is_training_from_what_was_sent(local, model):
     assert local.train("a", sent, task(round=2))[0].sha256() != update.sha256()
 
 
-def test_a_client_uploads_no_more_than_it_is_asked_for_and_keeps_the_rest(local, model):
-    sent = small.randomised(model, seed=11).without(("B",))
+def test_a_client_uploads_no_more_than_it_is_asked_for_and_keeps_the_rest(model, tmp_path):
+    local = make(model, tmp_path, name="fedsa")
+    sent = small.randomised(model, seed=11).without(("B", "head"))
     update, _ = local.train("a", sent, task(uploads=["A"], keeps=["B", "head"]))
     assert {update.role(key) for key in update.tensors} == {"A"}
     kept = local.store.load("a", before=2)
@@ -83,7 +88,8 @@ def test_a_client_uploads_no_more_than_it_is_asked_for_and_keeps_the_rest(local,
     assert all(torch.equal(mine[key], sent[key]) for key in sent.select(("A",)).tensors)
 
 
-def test_a_scaffold_client_sends_the_change_of_its_control(local, model):
+def test_a_scaffold_client_sends_the_change_of_its_control(model, tmp_path):
+    local = make(model, tmp_path, wrap=["scaffold"])
     sent = small.randomised(model, seed=11)
     server = {f"{CONTROL}{key}": value for key, value in small.offsets(model).items()}
     update, _ = local.train("a", sent.replace(server), task())

@@ -293,7 +293,7 @@ def test_any_other_request_is_a_new_release(change, start, tmp_path):
         key = next(iter(sent.tensors))
         sent = sent.replace({key: sent[key] + torch.finfo(torch.float32).eps})
     else:
-        told = task(2) if change == "round" else task(prox_mu=0.1)
+        told = task(2) if change == "round" else task(uploads=["A", "B"])
     second, _ = local.train("a", sent, told)
     assert second.distance(first) > 0
     assert len(local.guard.ledger("a").entries()) == 2
@@ -352,25 +352,30 @@ def test_an_answer_that_is_lost_and_made_again_is_another_release_unless_it_is_t
     assert len(local.guard.ledger("a").entries()) == counted
 
 
-def test_steps_of_which_nothing_left_are_not_counted(start, tmp_path, monkeypatch):
+def test_what_fails_beside_records_is_counted_once_and_answered_again(start, tmp_path, monkeypatch):
+    """That it failed may have to do with a record; the same request gets the same sentence, which costs nothing."""
     local = start(tmp_path)
 
     def train(*arguments, **keywords):
         raise MemoryError
 
     monkeypatch.setattr("fedpeft.clients.local.train", train)
-    with pytest.raises(RunError):
-        local.train("a", local.initial, task())
-    assert local.guard.ledger("a").entries() == []
-    monkeypatch.undo()
-    local.train("a", local.initial, task())
+    for _ in range(2):
+        with pytest.raises(RunError, match="the client failed; the reason stays with it"):
+            local.train("a", local.initial, task())
     assert [one.steps for one in local.guard.ledger("a").entries()] == [2]
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="the client failed; the reason stays with it"):
+        start(tmp_path).train("a", local.initial, task())
+    assert [one.steps for one in local.guard.ledger("a").entries()] == [2]
+    local.train("a", local.initial, task(2))
+    assert [one.steps for one in local.guard.ledger("a").entries()] == [2, 2]
 
 
 def test_nothing_leaves_where_the_ledger_cannot_be_written(start, tmp_path, monkeypatch):
     local = start(tmp_path)
     monkeypatch.setattr(private.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
     for _ in range(2):  # the saved answer does not leave either
-        with pytest.raises(RunError):
+        with pytest.raises(OSError, match="full"):
             local.train("a", local.initial, task())
     assert local.guard.ledger("a").entries() == []

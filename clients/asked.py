@@ -1,0 +1,176 @@
+"""What a client accepts of a request, before it touches a record: the task and the tensors that its own strategy sends.
+
+From its config a client makes the strategy that the server runs, and so knows which keys a task may have, which roles a
+round trains, and the names and shapes of what it is sent. Anything else is refused by name. What is refused here
+depends on the request and the config alone, so the reason may be told.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from fedpeft import registry
+from fedpeft.clients.policy import Refused
+from fedpeft.config import Config
+from fedpeft.foreign import shown
+from fedpeft.state import AdapterState, Site
+from fedpeft.strategies.base import ServerState
+from fedpeft.strategies.build import build
+
+LARGEST = 1e9  # of a value that a server may send: no training that works comes near it
+ROUNDS = 10**6
+ROLES = ("trains", "uploads", "keeps")
+SUMS = ("head", "sketch")
+VIEW = re.compile(r"[A-Za-z0-9_-]{1,40}")
+RESIDUAL = ("residual_B", "residual_A")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def number(task: Any) -> int:
+    """The round of a task.
+
+    Raises:
+        Refused: there is none.
+    """
+    found = task.get("round") if isinstance(task, dict) else None
+    if type(found) is not int or not 0 <= found <= ROUNDS:
+        raise Refused(f"task.round={_said(found)}: it must be a number of a round, 0 to {ROUNDS}.")
+    return found
+
+
+class Own:
+    """The client's own reading of its config.
+
+    Args:
+        initial: the strategy's round-0 adapter.
+        classes: of the data, where the config has a sequence of tasks.
+    """
+
+    def __init__(self, config: Config, initial: AdapterState, classes: int | None) -> None:
+        self.initial, self.name = initial, config.strategy.name
+        self.strategy = build(config, classes)
+        self.seed = config.run.seed
+
+    @cached_property
+    def start(self) -> ServerState:
+        return self.strategy.initial(self.initial, self.seed)
+
+    def trained(self, rounds: int) -> list[list[str]]:
+        """The sets of roles that rounds may train, once each."""
+        found = {tuple(self.strategy.trained(replace(self.start, round=done))) for done in range(rounds)}
+        return [list(roles) for roles in sorted(found)]
+
+    def accept(self, client: str, received: AdapterState, task: dict[str, Any], done: int) -> AdapterState:
+        """What was received for training or evaluation, checked, with the sites that the client itself knows.
+
+        Args:
+            done: rounds that the server has behind it.
+
+        Raises:
+            Refused: names the key or the tensor, what was seen and what is allowed.
+        """
+        server = replace(self.start, round=done)
+        self._require_task(task, {**self.strategy.task(server), "round": done})
+        return self._tensors(received, self.strategy.broadcast(server, client))
+
+    def accept_sums(self, received: AdapterState, task: dict[str, Any]) -> AdapterState:
+        """The same for a request of sums over records."""
+        _require_keys(task, ("round", "sums", "view", "learn"), ("round", "sums", "view"))
+        if task["sums"] not in SUMS:
+            raise Refused(f"task.sums={_said(task['sums'])}: allowed are {' and '.join(SUMS)}.")
+        if not isinstance(task["view"], str) or not VIEW.fullmatch(task["view"]):
+            raise Refused(f"task.view={_said(task['view'])}: it must be the name of a view of the adapter.")
+        whole = self.start.adapter  # a view has it all, or what clients cannot draw from the seed
+        return self._tensors(received, whole, set(whole.tensors) & set(self.strategy.broadcast(self.start, "").tensors))
+
+    def _require_task(self, task: dict[str, Any], own: dict[str, Any]) -> None:
+        _require_keys(task, (*own, "learn"), ("round", *ROLES))
+        strategy = self.strategy
+        beside = set(own["uploads"]) - {*strategy.trains, *strategy.keeps}  # control variates, rates
+        for key in ROLES:
+            roles = task[key]
+            if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+                raise Refused(f"task.{key}={_said(roles)}: it must be a list of roles.")
+            if not roles and key != "keeps":
+                raise Refused(f"task.{key}=[]: it may not be empty.")
+            known = {"trains": set(strategy.trains), "keeps": set(strategy.keeps),
+                     "uploads": {*roles} & {*task["trains"], *beside}}[key]
+            staying = sorted({*roles} & {*strategy.keeps}) if key == "uploads" else []
+            if staying:
+                raise Refused(f"{', '.join(staying)} stays with the site under {self.name}.")
+            strange = sorted({*roles} - known)
+            if strange or len(set(roles)) != len(roles):
+                raise Refused(f"task.{key}={_said(roles)}: under strategy {self.name} it may have "
+                              f"{', '.join(sorted({*own[key]})) or 'none'}, each once"
+                              f"{', of those that it trains' if key == 'uploads' else ''}.")
+        for key in set(task) & set(own) - {"round", "learn", *ROLES}:
+            _require_option(key, task[key], own[key], self.name)
+
+    def _tensors(self, received: AdapterState, form: AdapterState, needed: set[str] | None = None) -> AdapterState:
+        """The tensors, if they are those of the form and, where the strategy changes the base, of a residual.
+
+        Args:
+            needed: tensors that may not be missing; None is all of the form.
+        """
+        sites = self.initial.sites
+        own = AdapterState(received.tensors, sites)
+        for key, value in own.tensors.items():
+            if key not in form and not (self.strategy.changes_base and own.role(key) in RESIDUAL
+                                        and key.rpartition("/")[0] in self.initial.lora_sites()):
+                raise Refused(f"{shown(key, 200)}: strategy {self.name} sends no such tensor.")
+            if not value.dtype.is_floating_point or value.dtype.itemsize < 4:
+                raise Refused(f"{key} has dtype {value.dtype}; allowed are float32 and float64.")
+            if key in form and value.shape != form[key].shape:
+                raise Refused(f"{key} has shape {list(value.shape)}, expected {list(form[key].shape)}.")
+            if not bool((value.abs() <= LARGEST).all()):
+                raise Refused(f"{key} has a value that is not a number or above {LARGEST:g}.")
+        missing = next((key for key in form.tensors if key not in own and (needed is None or key in needed)), None)
+        if missing is not None:
+            raise Refused(f"{missing} is missing: strategy {self.name} sends it.")
+        for site in self.initial.lora_sites():
+            _require_residual(own, site, sites[site])
+        return own
+
+
+def _require_residual(state: AdapterState, site: str, place: Site) -> None:
+    keys = [f"{site}/{role}" for role in RESIDUAL]
+    found = [key for key in keys if key in state]
+    if not found:
+        return
+    shapes = [list(state[key].shape) for key in found]
+    out, width = place.shape[0], place.shape[-1]
+    rank = state[found[0]].shape[-1] if state[found[0]].ndim else 0
+    if len(found) < 2 or not 0 < rank <= min(out, width) or shapes != [[out, rank], [rank, width]]:
+        raise Refused(f"{', '.join(found)}: shapes {shapes}; a residual of this site is [{out}, q] and [q, {width}], "
+                      f"1 <= q <= {min(out, width)}, both or neither.")
+
+
+def _require_keys(task: dict[str, Any], allowed: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    unknown = next((key for key in task if key not in allowed), None)
+    if unknown is not None:
+        raise Refused(shown(registry.unknown("task", shown(unknown, 100), list(dict.fromkeys(allowed)))))
+    missing = next((key for key in needed if key not in task), None)
+    if missing is not None:
+        raise Refused(f"task.{missing} is missing; a task has {', '.join(needed)}.")
+
+
+def _require_option(key: str, value: Any, own: Any, name: str) -> None:
+    """What a strategy tells beside roles: numbers in bounds, all else as in the client's own config."""
+    if key == "static":
+        known = isinstance(value, dict) and set(value) == {"roles", "sha256"} and value["roles"] == own["roles"]
+        if not known or not isinstance(value["sha256"], str) or not DIGEST.fullmatch(value["sha256"]):
+            raise Refused(f"task.static={_said(value)}: strategy {name} gives the roles {', '.join(own['roles'])} and "
+                          "their sha256.")
+    elif isinstance(own, int | float) and not isinstance(own, bool):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+            raise Refused(f"task.{key}={_said(value)}: it must be a number from 0 to {LARGEST:g}.")
+    elif value != own:
+        raise Refused(f"task.{key}={_said(value)}: this client's config has {_said(own)}.")
+
+
+def _said(value: Any) -> str:
+    return shown(repr(value), 200)
+

@@ -1,0 +1,70 @@
+"""Inputs as a model takes them: drawn ones of the records' form, and which records it can take at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.data.encode import IGNORE, Encoded
+
+DRAWN = 3
+
+
+def classes_of(model: Adapted) -> int:
+    """How many classes the base's head has."""
+    return [part for part in model.head().modules() if isinstance(part, nn.Linear)][-1].out_features
+
+
+def width_of(model: Adapted) -> int:
+    """Size of the features that enter the head."""
+    return next(part.in_features for part in model.head().modules() if isinstance(part, nn.Linear))
+
+
+def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
+    """Records from a public seed, texts of unequal lengths.
+
+    Args:
+        like: records to take the names of the inputs from, and of images the shape; no value is looked at.
+        length: tokens of the longest text: the config's, not that of a record.
+    """
+    generator = torch.Generator().manual_seed(0)
+    words = words_of(model)
+    lengths = torch.tensor([max(1, length // part) for part in range(1, DRAWN + 1)])
+    mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    ids = torch.randint(1, max(2, words), (DRAWN, length), generator=generator) * mask
+    made: dict[str, Tensor] = {}
+    for name, value in like.inputs.items():
+        if "attention_mask" not in like.inputs:
+            made[name] = torch.randn((DRAWN, *value.shape[1:]), generator=generator).to(value.dtype)
+        else:
+            made[name] = {"input_ids": ids, "attention_mask": mask}.get(name, torch.zeros_like(mask)).to(value.dtype)
+    if like.labels.ndim == 2:
+        return Encoded(made, ids.masked_fill(mask == 0, IGNORE))
+    return Encoded(made, torch.randint(0, classes_of(model), (DRAWN,), generator=generator))
+
+
+def words_of(model: Adapted) -> int:
+    """Size of the vocabulary; 0 for images."""
+    try:
+        found = model.base.backbone.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return 0
+    return int(getattr(found, "num_embeddings", 0))
+
+
+def usable(model: Adapted, data: Encoded) -> Encoded:
+    """The records that the model can take: numbers that are finite, tokens that it knows, labels of its classes.
+
+    Each is looked at alone, so one more record moves nobody else's place. One that is left out counts as one whose
+    gradient is zero, and a private client has nothing else to say of it.
+    """
+    labels = data.labels.flatten(1) if data.labels.ndim > 1 else data.labels[:, None]
+    most = words_of(model) if data.labels.ndim > 1 else classes_of(model)
+    good = ((labels >= 0) & (labels < most) | (labels == IGNORE) & (data.labels.ndim > 1)).all(1)
+    for name, value in data.inputs.items():
+        if value.is_floating_point():
+            good &= torch.isfinite(value).flatten(1).all(1)
+        elif name == "input_ids":
+            good &= ((value >= 0) & (value < words_of(model))).all(1)
+    return data if bool(good.all()) else data.subset(good.nonzero()[:, 0].numpy())
