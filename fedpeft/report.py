@@ -170,6 +170,8 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
         body.append(html_note("Each client's numbers of records and of labels are left out: the guarantee does not "
                               "cover them. They stand in the simulation's own split.json, which is not to be passed "
                               "on; privacy.release_metrics=true shows them here."))
+    if summary.get("skipped") and not run.hides_counts:
+        body += _skipped(summary["skipped"])
     if summary.get("privacy"):
         body += _privacy(summary["privacy"])
     if summary.get("continual"):
@@ -210,6 +212,13 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
         body.append(f"<p>The classifier as trained has {percent(trained['accuracy'])} after round "
                     f"{trained['round']}, on the classes seen by then.</p>")
     return body
+
+
+def _skipped(entries: list[dict[str, Any]]) -> list[str]:
+    """What of the data was left out or cut, with a few examples."""
+    rows = [[entry["where"], " of ".join(str(entry[key]) for key in ("count", "total") if entry[key]), entry["what"],
+             ", ".join(entry["examples"])] for entry in entries]
+    return ["<h2>Left out or cut</h2>", html_table(["where", "how many", "what", "for example"], rows)]
 
 
 def _privacy(section: dict[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ class ModelConfig:
                        choices=("image-classification", "sequence-classification", "causal-lm"))
     pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
                           "auto is mean for sentence encoders", choices=("auto", "model", "mean"))
-    max_length: int = option(128, "longest input in tokens; longer texts are cut", low=1)
+    max_length: int = option(128, "longest input in tokens; longer texts are cut, which is counted and said", low=1)
     dtype: str = option("float32", "dtype of the frozen base; auto is bfloat16 where products in it are faster (a GPU, "
                         "AMX) and stands in the run's config as what it came to",
                         choices=("float32", "bfloat16", "auto"))
@@ -67,7 +67,7 @@ class PartitionConfig:
 
 @dataclass
 class DataConfig:
-    source: str = option("digits", "embedded or prepared data set, file, folder (csv, jsonl, parquet, saved) or hub id",
+    source: str = option("digits", "embedded or prepared data set, file (csv, jsonl, parquet, ...), folder or hub id",
                          path=True)
     test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out",
                               path=True)
