@@ -80,5 +80,5 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     def update(context: Context, received: AdapterState, task: dict[str, Any]) -> AdapterState:
         return local().train(name(context), received, task)[0]
 
-    secagg.register(app, lambda: local().config, name, request, update, mods or [])
+    secagg.register(app, lambda: local().config, name, request, update, lambda: local().store, mods or [])
     return app

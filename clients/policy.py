@@ -51,6 +51,8 @@ class Policy:
     metrics: list[str] = option([], f"what may leave beside the update: {', '.join(METRICS)}")
     records: int | None = option(None, "public number of records, for the sampling rate; null takes privacy.records, "
                                  "else the true count", low=1)
+    min_clients: int | None = option(None, "fewest clients whose updates may be summed under secure aggregation; null "
+                                     "does not ask for it", low=2)
     seeded_noise: bool = option(False, "allow noise that can be reproduced (tests, simulations): no privacy")
     unbounded: list[str] = option([], f"which of {', '.join(BOUNDS)} are left open on purpose")
 
@@ -89,6 +91,9 @@ class Policy:
         if privacy.unit == "sample" and self.records is not None and config.continual.body is not None:
             reasons.append(f"records={self.records} is of all records, but continual.body={config.continual.body} "
                            "samples from those of a task")
+        if self.min_clients is not None and (summed := _fewest(config)) < self.min_clients:
+            reasons.append(f"updates are seen in sums of {summed} clients or more; min_clients={self.min_clients} "
+                           f"needs secagg.enabled=true and secagg.min_clients={self.min_clients}")
         if privacy.unit == "sample" and privacy.randomness != "os" and not self.seeded_noise:
             reasons.append("privacy.randomness=seeded is reproducible; it must be os")
         if reasons:
@@ -104,6 +109,13 @@ class Policy:
         if sigma < self.min_noise_multiplier:
             raise Refused(f"refused by the site's policy: the planned noise multiplier is under "
                           f"{self.min_noise_multiplier:g}.")
+
+
+def _fewest(config: Config) -> int:
+    """Fewest clients in a sum that this config lets a server see."""
+    from fedpeft.strategies.secagg import Plan
+
+    return Plan.of(config).fewest if config.secagg.enabled else 1
 
 
 def load(path: Path) -> Policy:
@@ -157,6 +169,8 @@ def sentences(policy: Policy) -> list[str]:
         "records: " + ("what the run says, else the true number counts as public" if policy.records is None else
                        f"{policy.records}, whatever the true number is"),
     ]
+    if policy.min_clients is not None:
+        lines.append(f"min_clients: updates leave in sums of at least {policy.min_clients} clients only")
     if policy.seeded_noise:
         lines.append("seeded_noise: NOISE THAT THE COORDINATOR CAN REPRODUCE IS ALLOWED: no privacy")
     return [*lines, f"left open: {', '.join(allows(policy)['open']) or 'nothing'}"]

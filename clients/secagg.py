@@ -5,7 +5,11 @@ the Flower context's state, which goes back to it with each message; a new round
 deletes it, so that a second question finds nothing to give away. All secrets are the operating system's randomness.
 
 A client refuses to train twice under one mask, to upload in the clear while its config asks for secure aggregation, to
-give shares of both secrets of one client, and to give any while fewer than the threshold have uploaded.
+give shares of both secrets of one client, and to give any while fewer than `secagg.min_clients` have uploaded.
+
+It gives shares for one set of clients for one start state and round, and what that set was is on its disk before they
+leave: sums over two sets of the same updates would tell the difference. The same set again is the same sum, so that a
+round that was broken off can be done again. With `secagg.neighbours` below all others the set is what it sees of it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
 from fedpeft.clients.asked import number
+from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
@@ -40,7 +45,7 @@ BYTES = ("masks", "boxes", "sealed")
 
 
 def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Context], str], request: Request,
-             train: Train, mods: list[Mod]) -> None:
+             train: Train, store: Callable[[], Store], mods: list[Mod]) -> None:
     """Let a ClientApp answer the four stages; `train` gives the update that it would send in the clear to a request."""
 
     def answer(stage: int, message: Message, context: Context, respond: Callable[[Member], RecordDict]) -> Message:
@@ -48,7 +53,7 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
         if not own.secagg.enabled:
             raise RunError("this client's config has secagg.enabled=false.")
         asked = require_form(stage, message.content.config_records.get(RECORD))
-        member = Member(context, name(context), stage, asked, Plan.of(own))
+        member = Member(context, name(context), stage, asked, Plan.of(own), store())
         return Message(respond(member), reply_to=message)
 
     @app.query(ACTIONS[0])
@@ -63,7 +68,8 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
     def upload(message: Message, context: Context) -> Message:
         received, task = request(message)
         return answer(2, message, context, lambda member: member.upload(
-            lambda: reference(received, tuple(task["uploads"])), lambda: train(context, received, task), number(task)))
+            lambda: reference(received, tuple(task["uploads"])), lambda: train(context, received, task), number(task),
+            received.sha256()))
 
     @app.query(ACTIONS[3])
     def unmask(message: Message, context: Context) -> Message:
@@ -106,8 +112,8 @@ class Member:
         RunError: the stage is not the next one of this round.
     """
 
-    def __init__(self, context: Context, name: str, stage: int, asked: Asked, plan: Plan) -> None:
-        self.context, self.name, self.asked, self.plan = context, name, asked, plan
+    def __init__(self, context: Context, name: str, stage: int, asked: Asked, plan: Plan, store: Store) -> None:
+        self.context, self.name, self.asked, self.plan, self.store = context, name, asked, plan, store
         self.round = int(asked["round"])
         self.state: Asked = {}
         if stage:
@@ -146,10 +152,14 @@ class Member:
                    seed_share=seeds[0], secret_share=secrets[0])
         return RecordDict({RECORD: ConfigRecord({"sealed": sealed})})
 
-    def upload(self, start: Callable[[], AdapterState], train: Callable[[], AdapterState], number: int) -> RecordDict:
-        """Stage 2: train, and send the change from `start` in fixed point under all masks."""
+    def upload(self, start: Callable[[], AdapterState], train: Callable[[], AdapterState], number: int, state: str
+               ) -> RecordDict:
+        """Stage 2: train, and send the change from `start` in fixed point under all masks; `state` names the start."""
         names, sealed = list(self.asked["names"]), list(self.asked["sealed"])
         self.enough(len(set(names)) + 1, "have sent shares")
+        for given in self.given(state):
+            if not given <= {self.name, *names}:
+                raise self.another_set(given, {self.name, *names})
         if number != self.round:
             raise RunError(f"the task is of round {number}, the keys of round {self.round}.")
         keys = dict(zip(self.state["names"], self.state["keys"], strict=True))
@@ -170,7 +180,7 @@ class Member:
         for name in names:
             mask = masking.stream(masking.agree(self.state["mask_secret"], masks[name], "mask"), words.size)
             words = words + mask if self.name < name else words - mask
-        self.leave(stage=2, names=[self.name, *names], seed_shares=seeds, secret_shares=secrets)
+        self.leave(stage=2, start=state, names=[self.name, *names], seed_shares=seeds, secret_shares=secrets)
         return RecordDict({"arrays": ArrayRecord({"adapter": Array(words)}), RECORD: ConfigRecord({})})
 
     def reveal(self) -> RecordDict:
@@ -187,15 +197,29 @@ class Member:
         if self.name not in uploaded:
             raise RunError("asked for shares, though its own upload is not in the sum.")
         self.enough(len(set(uploaded)), "have uploaded")
+        for given in self.given(self.state["start"]):
+            if given != set(uploaded):
+                raise self.another_set(given, set(uploaded))
+        self.store.save_sum(self.name, self.round, self.state["start"], sorted(set(uploaded)))
         del self.context.state[RECORD]
         shares = [*(seeds[name] for name in uploaded), *(secrets[name] for name in silent)]
         return RecordDict({RECORD: ConfigRecord({"shares": shares})})
 
+    def given(self, start: str) -> list[set[str]]:
+        """The sets of clients for whose sum from this start state shares are given away."""
+        return [set(entry["clients"]) for entry in self.store.sums(self.name, self.round) if entry["start"] == start]
+
+    def another_set(self, given: set[str], asked: set[str]) -> RunError:
+        apart = ", ".join(sorted(given ^ asked))
+        return RunError(f"round {self.round}: shares for a sum from this start state were given before, and {apart} "
+                        "would be in one of the two sums only, which tells what is between them. Go on with a new "
+                        "round.")
+
     def enough(self, count: int, what: str) -> None:
-        """Raise RunError unless `count`, the client itself among them, reaches the threshold."""
-        if count < self.plan.threshold:
-            raise RunError(f"{count} of this client and its neighbours {what}; secagg.threshold needs "
-                           f"{self.plan.threshold}.")
+        """Raise RunError unless `count`, the client itself among them, is as many as must be there."""
+        if count < self.plan.fewest:
+            key = "threshold" if self.plan.fewest == self.plan.threshold else "min_clients"
+            raise RunError(f"{count} of this client and its neighbours {what}; secagg.{key} needs {self.plan.fewest}.")
 
     def quantised(self, start: AdapterState, update: AdapterState) -> masking.Words:
         """The change of every coordinate in fixed point. How many were clipped is logged here and goes nowhere else."""

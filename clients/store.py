@@ -81,6 +81,21 @@ class Store:
             if int(path.stem.removeprefix("reply-")) < number - self.history:
                 path.unlink(missing_ok=True)
 
+    def sums(self, client: str, number: int) -> list[dict[str, Any]]:
+        """What the client has given shares for in round `number`: the start state, and the clients of each sum."""
+        path = self.root / client / f"sums-{number:06d}.json"
+        found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        return found
+
+    def save_sum(self, client: str, number: int, start: str, clients: list[str]) -> None:
+        """Remember, durably, that shares for the sum over these clients from this start state are given away."""
+        known = self.sums(client, number)
+        entry = {"start": start, "clients": sorted(clients)}
+        if entry not in known:
+            path = self.root / client / f"sums-{number:06d}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, json.dumps([*known, entry]).encode())
+
     def _drop(self, client: str, number: int, pattern: str = ROUND) -> None:
         old = [version for version in self._versions(client, pattern) if version < number - self.history]
         for version in old[:-1]:

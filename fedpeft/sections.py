@@ -148,6 +148,8 @@ class SecAggConfig:
     threshold: float = option(0.6, "share of a client's neighbours that must stay for its masks to be removed",
                               above=0, high=1)
     neighbours: int | None = option(None, "clients that one client shares masks with; null is all others", low=2)
+    min_clients: int | None = option(None, "fewest clients, as each of them sees, whose sum is given away; null is "
+                                     "what secagg.threshold comes to", low=2)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from fedpeft.adapters.flat import flat
 from fedpeft.clients import stream
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
-from fedpeft.errors import InputError
+from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
 from fedpeft.metrics import Recorder, read, summarise
 from fedpeft.simulations import comparators, continual, faults, identity, privacy
@@ -31,6 +31,7 @@ from fedpeft.strategies import secagg, wire
 from fedpeft.strategies.base import Rules, ServerState
 from fedpeft.strategies.client_dp import ClientDP
 from fedpeft.strategies.learning import exchange
+from fedpeft.strategies.state import DROPPED
 
 log = logging.getLogger("fedpeft")
 OnEvent = Callable[[dict[str, Any]], None]
@@ -234,7 +235,14 @@ def trainable(here: World) -> int:
 
 
 def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
-    """Write the adapter folders, summary, plots and report."""
+    """Write the adapter folders, summary, plots and report.
+
+    Raises:
+        RunError: every round was dropped, so there is nothing to write.
+    """
+    if 0 < server.round == server.numbers.get(DROPPED, 0):
+        last = [event["reason"] for event in read(run / "metrics.jsonl") if event["event"] == "round_dropped"][-1:]
+        raise RunError(f"none of the {server.round} rounds had a result. {' '.join(last)}")
     config, base = here.config, here.local.model.base
     pooled = "classifier" in base.heads and not hasattr(base.backbone, "classifier")
     options: dict[str, Any] = {"base": base.source, "task": config.model.task, "pooled_head": pooled}

@@ -15,8 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,75 +29,22 @@ from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdapterState
 from fedpeft.strategies import flower_api, round_facts, wire
+from fedpeft.strategies.state import (
+    DROPPED,
+    DROPS,
+    Exchange,
+    Needs,
+    RoundDropped,
+    RoundFailed,
+    Rules,
+    ServerState,
+    Update,
+)
+
+__all__ = ["Exchange", "FederatedStrategy", "Needs", "RoundDropped", "RoundFailed", "Rules", "ServerState", "Update",
+           "choose", "same_scale"]
 
 log = logging.getLogger("fedpeft")
-
-
-class Needs(Enum):
-    """SUM: only the weighted sum of updates (secure aggregation is possible). INDIVIDUAL: each update in the clear."""
-
-    SUM = "sum"
-    INDIVIDUAL = "individual"
-
-
-# (grid, roster, strategy, server, sent, contents, rules) -> updates, reason for each client without one, traffic
-Exchange = Callable[..., tuple[list["Update"], dict[str, str], dict[str, Any]]]
-
-
-class RoundFailed(RunError):
-    """Too few good replies; the message names every client that failed and why."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One client's checked reply: what it uploaded, its weight (> 0) and its metrics.
-
-    `count` is how many clients it stands for: more than one after a robust statistic has merged their updates.
-    """
-
-    client: str
-    weight: float
-    adapter: AdapterState
-    metrics: dict[str, float] = field(default_factory=dict)
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """What the server knows between rounds: the global adapter, the strategy's own tensors and numbers (JSON-ready)."""
-
-    adapter: AdapterState
-    round: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> ServerState:
-        """A copy whose adapter has these tensors, each in the dtype that it had before (new ones in float32)."""
-        old = self.adapter.tensors
-        cast = {
-            key: value.to(old[key].dtype if key in old else torch.float32).contiguous()
-            for key, value in tensors.items()
-        }
-        return replace(self, adapter=self.adapter.replace(cast))
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1.
-
-    `secagg` is the exchange of a round under secure aggregation, None in the clear.
-    """
-
-    rounds: int
-    seed: int = 0
-    clients: int | None = None
-    clients_per_round: int | None = None
-    deadline_s: float | None = None
-    quorum: float = 0.5
-    max_update_norm: float | None = None
-    evaluate_every: int = 1
-    evaluate_clients: bool = False
-    secagg: Exchange | None = None
 
 
 class FederatedStrategy(Strategy):
@@ -213,27 +159,17 @@ class FederatedStrategy(Strategy):
 
         Raises:
             RoundFailed: fewer than quorum x asked good replies.
-            RunError: too few clients joined.
+            RunError: too few clients joined, or one round after another was dropped.
         """
         roster, warned = codec.roster(grid, rules.clients), set[str]()
         while server.round < rules.rounds:
             number, begun = server.round + 1, time.monotonic()
-            # 1. Choose clients, by stable name.  2. Plan what each receives and trains.
-            server, sent, contents = self.plan(server, roster, rules, codec)
-            # 3. Send.  4. Wait until all answered, or the deadline.
-            # 5. Check every reply; the bad ones are left out.
-            if rules.secagg is None:
-                replies = wire.ask(grid, "train", contents, rules.deadline_s)
-                answered = {client: replies[roster[client]] for client in sent}
-                updates, bad = self.check(server, sent, answered, rules, codec)
-                traffic = wire.traffic(sent, [update.adapter for update in updates])
-            else:
-                updates, bad, traffic = rules.secagg(grid, roster, self, server, sent, contents, rules)
-            # 6. Aggregate.  7. The new strategy state.
-            facts = self.facts(server, sent, updates) if rules.secagg is None else {}
-            server, event = self.conclude(server, updates, bad, rules, record)
-            event |= {"clients": [client for client in sorted(sent) if client not in bad], **traffic,
-                      **round_facts.told(number, facts, self.treatments(), warned)}
+            try:
+                server, event = self.attempt(grid, server, roster, rules, codec, record, warned)
+            except RoundDropped as error:
+                server = self.drop(server, error, record)
+                after_round(server)
+                continue
             # 8. Evaluate, record, checkpoint.
             if number % rules.evaluate_every == 0 or number == rules.rounds:
                 if rules.evaluate_clients:
@@ -243,6 +179,49 @@ class FederatedStrategy(Strategy):
             record({**event, "seconds": round(time.monotonic() - begun, 3)})
             after_round(server)
         return server
+
+    def attempt(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules, codec: wire.Codec,
+                record: Callable[[dict[str, Any]], None], warned: set[str]) -> tuple[ServerState, dict[str, Any]]:
+        """One round, but for its evaluation: the state after it and its event.
+
+        Raises:
+            RoundFailed, RoundDropped: it has no result.
+        """
+        # 1. Choose clients, by stable name.  2. Plan what each receives and trains.
+        number = server.round + 1
+        server, sent, contents = self.plan(server, roster, rules, codec)
+        # 3. Send.  4. Wait until all answered, or the deadline.
+        # 5. Check every reply; the bad ones are left out.
+        if rules.secagg is None:
+            replies = wire.ask(grid, "train", contents, rules.deadline_s)
+            answered = {client: replies[roster[client]] for client in sent}
+            updates, bad = self.check(server, sent, answered, rules, codec)
+            traffic = wire.traffic(sent, [update.adapter for update in updates])
+        else:
+            updates, bad, traffic = rules.secagg(grid, roster, self, server, sent, contents, rules)
+        # 6. Aggregate.  7. The new strategy state.
+        facts = self.facts(server, sent, updates) if rules.secagg is None else {}
+        try:
+            server, event = self.conclude(server, updates, bad, rules, record)
+        except RoundFailed as error:
+            if rules.secagg is None:
+                raise
+            raise RoundDropped(str(error)) from error  # the sum is known: the same number again would tell differences
+        return server, {**event, "clients": [client for client in sorted(sent) if client not in bad], **traffic,
+                        **round_facts.told(number, facts, self.treatments(), warned)}
+
+    def drop(self, server: ServerState, error: RoundDropped, record: Callable[[dict[str, Any]], None]) -> ServerState:
+        """The state before the round, under its number; recorded.
+
+        Raises:
+            RunError: it is the third in a row.
+        """
+        number, dropped = server.round + 1, server.numbers.get(DROPPED, 0) + 1
+        record({"event": "round_dropped", "round": number, "reason": str(error)})
+        log.warning("round %d is dropped: %s", number, error)
+        if dropped == DROPS:
+            raise RunError(f"{error} {DROPS} rounds in a row were dropped, so the run stops.") from error
+        return replace(server, round=number, numbers={**server.numbers, DROPPED: dropped})
 
     def plan(
         self, server: ServerState, roster: dict[str, int], rules: Rules, codec: wire.Codec
@@ -281,7 +260,9 @@ class FederatedStrategy(Strategy):
                 f"{needed}. {reasons}"
             )
         try:
-            server = replace(self.aggregate(server, updates), round=number)
+            after = self.aggregate(server, updates)
+            numbers = {key: value for key, value in after.numbers.items() if key != DROPPED}
+            server = replace(after, round=number, numbers=numbers)
         except InputError as error:
             raise RoundFailed(f"round {number}: {error}") from error
         broken = [key for key, value in server.adapter.tensors.items() if not torch.isfinite(value).all()]

@@ -54,7 +54,7 @@ class FlowerRule(FederatedStrategy):
 
     def __init__(self, rule: str = "FedAvg", rule_options: dict[str, Any] | None = None) -> None:
         if rule.startswith("DifferentialPrivacy"):
-            wrong = "Flower 1.39 moves an adaptive clip the wrong way, up when it is too large. " if "Adapt" in rule else ""
+            wrong = "Flower 1.39 moves an adaptive clip the wrong way, up if too large. " if "Adapt" in rule else ""
             raise InputError(f"strategy.rule={rule}: {wrong}Flower's DP wrappers keep no ledger and are not offered. "
                              "Use privacy.unit=client for DP at the server, privacy.unit=sample for DP at the clients.")
         if rule not in RULES:

@@ -10,6 +10,11 @@ q_i is the change of what the client uploads in fixed point (`masking` has the a
 own seed, s_ij the key that i and j agree on. `secagg_stages` has the four stages of a round. The strategy gets one
 update, the plain mean over the clients that uploaded: it may need sums only, and weights are uniform.
 
+Two sums that differ in one client tell its update by subtraction. So a client gives shares for one set of clients for
+one start state and round (`clients.secagg`), and a round that failed once updates may have been sent is dropped: the
+next one has a new number, and with it fresh batches. One client can upload anything: a sum outside of what the clips of
+all allow drops the round; within it, it can shift a coordinate of the sum by up to (n - 1) clip and nobody sees it.
+
 Deviations: keys are not signed, so this holds against a server that follows the protocol and tries to learn more, not
 against one that invents clients. The graph is a circle in random order, drawn by the operating system's generator. The
 threshold must be a majority of those who hold shares, so that two groups that are told different things about who
@@ -50,12 +55,14 @@ class Plan:
     Attributes:
         clients: asked in a round.
         neighbours: of each client, itself not counted.
-        threshold: how many of a client and its neighbours must be there in every stage.
+        threshold: how many of a client and its neighbours must be there for shares to give a secret.
+        fewest: how many of them must be there in every stage.
     """
 
     clients: int
     neighbours: int
     threshold: int
+    fewest: int
     clip: float
     bits: int
 
@@ -64,7 +71,7 @@ class Plan:
         own, clients = config.secagg, config.run.clients_per_round or config.data.count
         neighbours = clients - 1 if own.neighbours is None else own.neighbours
         threshold = math.ceil(own.threshold * (neighbours + 1) - 1e-9)  # 0.55 * 100 is a little over 55
-        return cls(clients, neighbours, threshold, own.clip, own.bits)
+        return cls(clients, neighbours, threshold, max(threshold, own.min_clients or 0), own.clip, own.bits)
 
 
 def check(config: Config) -> None:
@@ -85,6 +92,9 @@ def check(config: Config) -> None:
         raise InputError(f"secagg.threshold={own.threshold:g} of a client and its {plan.neighbours} neighbours is "
                          f"{plan.threshold}; at least {(plan.neighbours + 1) // 2 + 1} must be needed, so that no two "
                          "groups can unmask apart. Raise secagg.threshold.")
+    if plan.fewest > plan.neighbours + 1:
+        raise InputError(f"secagg.min_clients={own.min_clients}: a client sees itself and its {plan.neighbours} "
+                         f"neighbours only. Allowed are at most {plan.neighbours + 1}.")
     most = masking.max_bits(plan.clients)
     if plan.bits > most:
         raise InputError(f"secagg.bits={plan.bits}: the sum of {plan.clients} clients a round could overflow 32 bits. "
@@ -119,7 +129,7 @@ def _check_strategy(config: Config) -> None:
 def describe(config: Config) -> str:
     """What each party sees under secure aggregation, and what that rests on; for the summary of a run."""
     plan = Plan.of(config)
-    text = (f"Secure aggregation: the server sees only sums of at least {plan.threshold} clients' updates, and who "
+    text = (f"Secure aggregation: the server sees only sums of at least {plan.fewest} clients' updates, and who "
             "took part, if it follows the protocol: keys are not signed, so a server that invents clients can unmask "
             "the others. Clients that collude with it can take their own updates out of the sum")
     text += (f", and {plan.threshold} of a client's {plan.neighbours} neighbours can unmask that client."
@@ -148,7 +158,8 @@ class SecAgg:
         """One round: a single update, the reason for each client that is not in it, and the traffic.
 
         Raises:
-            RoundFailed: too few clients were left in a stage; names the stage and every client's reason.
+            RoundFailed: too few clients were left in a stage; names the stage and every client's reason. RoundDropped
+                once updates may have been sent, and where the sum is outside of what the clip allows.
             RunError: more clients than planned, or they are not all sent the same.
         """
         plan, clients = self.plan, sorted(sent)
@@ -158,13 +169,12 @@ class SecAgg:
         for client, start in zip(clients, starts, strict=True):
             if any(not torch.equal(value, start[key]) for key, value in starts[0].tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
-        stages = Stages(grid, {client: roster[client] for client in clients}, plan.neighbours, plan.threshold,
-                        server.round + 1, rules.deadline_s)
+        stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules.deadline_s)
         total, uploaded = stages.run({client: contents[roster[client]] for client in clients}, starts[0].parameters)
         try:
             mean = masking.dequantise(total, len(uploaded), plan.clip, plan.bits)
         except ValueError as error:
-            raise stages.failed(3, f"an upload was damaged: {error}") from error
+            raise stages.failed(3, f"an upload was damaged or made up: {error}") from error
         update = Update("secure sum", 1.0, _moved(starts[0], mean), {}, count=len(uploaded))
         return [update], stages.without_upload(uploaded), stages.report(uploaded)
 

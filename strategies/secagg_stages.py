@@ -14,14 +14,17 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.strategies import masking, opening, wire
-from fedpeft.strategies.base import RoundFailed
+from fedpeft.strategies import masking, wire
+from fedpeft.strategies.base import RoundDropped, RoundFailed
+
+if TYPE_CHECKING:
+    from fedpeft.strategies.secagg import Plan
 
 NAMES = ("key exchange", "key shares", "masked upload", "unmask")
 ACTIONS = ("secagg_keys", "secagg_shares", "secagg_upload", "secagg_unmask")
@@ -39,9 +42,8 @@ class Stages:
         bytes_up, bytes_down: moved so far.
     """
 
-    def __init__(self, grid: Grid, nodes: dict[str, int], neighbours: int, threshold: int, number: int,
-                 deadline_s: float | None) -> None:
-        self.grid, self.nodes, self.neighbours, self.threshold = grid, nodes, neighbours, threshold
+    def __init__(self, grid: Grid, nodes: dict[str, int], plan: Plan, number: int, deadline_s: float | None) -> None:
+        self.grid, self.nodes, self.plan = grid, nodes, plan
         self.number, self.deadline_s = number, deadline_s
         self.lost: dict[str, tuple[int, str]] = {}
         self.bytes_up = self.bytes_down = 0
@@ -53,15 +55,15 @@ class Stages:
             contents: what each client would be sent in the clear.
 
         Raises:
-            RoundFailed: too few clients were left in a stage.
+            RoundFailed: too few clients were left in a stage; RoundDropped once updates may have been sent.
         """
-        graph = circle(list(contents), self.neighbours)
-        keys = self.ask(0, {client: {} for client in contents}, lambda client, reply: public_keys(reply))
+        graph = circle(list(contents), self.plan.neighbours)
+        keys = self.ask(0, {client: {} for client in contents}, lambda client, reply: (
+            field(reply, "mask", masking.KEY_BYTES), field(reply, "box", masking.KEY_BYTES)))
         near = {client: [other for other in graph[client] if other in keys] for client in keys}
         sealed = self.ask(1, {client: {"names": near[client], "masks": [keys[other][0] for other in near[client]],
                                        "boxes": [keys[other][1] for other in near[client]]} for client in keys},
-                          lambda client, reply: dict(zip(near[client], listed(
-                              reply, "sealed", len(near[client]), masking.SEALED_BYTES), strict=True)))
+                          lambda client, reply: dict(zip(near[client], listed(reply, "sealed"), strict=True)))
         near = {client: [other for other in near[client] if other in sealed] for client in sealed}
         held = {client: [sealed[other][client] for other in near[client]] for client in sealed}
         vectors = self.ask(2, {client: {"names": near[client], "sealed": held[client]} for client in sealed},
@@ -69,9 +71,8 @@ class Stages:
         uploaded = {client: [client, *(other for other in near[client] if other in vectors)] for client in vectors}
         silent = {client: [other for other in near[client] if other not in vectors] for client in vectors}
         shares = self.ask(3, {client: {"uploaded": uploaded[client], "silent": silent[client]} for client in vectors},
-                          lambda client, reply: dict(zip(uploaded[client] + silent[client], listed(
-                              reply, "shares", len(uploaded[client] + silent[client]), masking.SHARE_BYTES),
-                              strict=True)))
+                          lambda client, reply: dict(zip(uploaded[client] + silent[client], listed(reply, "shares"),
+                                                         strict=True)))
         total = np.zeros(size, dtype=masking.WORD)
         for client, upload in vectors.items():
             total += upload - masking.stream(self.secret(client, shares), size)
@@ -87,7 +88,7 @@ class Stages:
         """What each client answers; who does not, or wrongly, is lost.
 
         Raises:
-            RoundFailed: fewer than the threshold are left.
+            RoundFailed: too few are left.
         """
         messages = {client: RecordDict({**(contents[client] if contents else {}),
                                         RECORD: ConfigRecord({**fields, "round": self.number})})
@@ -99,28 +100,31 @@ class Stages:
         for client in asked:
             try:
                 content = wire.opened(replies[self.nodes[client]])
-                with opening.reading("reply", wire.BadReply):
-                    answers[client] = read(client, content)
                 self.bytes_up += payload(content)
+                answers[client] = read(client, content)
             except wire.BadReply as error:
                 self.lost[client] = stage, str(error)
-        if len(answers) < self.threshold:
-            raise self.failed(stage, f"{len(answers)} of {len(self.nodes)} clients are left, but secagg.threshold "
-                                     f"needs {self.threshold}")
+            except wire.MALFORMED as error:
+                self.lost[client] = stage, f"unreadable reply: {error}"
+        if len(answers) < self.plan.fewest:
+            key = "threshold" if self.plan.fewest == self.plan.threshold else "min_clients"
+            raise self.failed(stage, f"{len(answers)} of {len(self.nodes)} clients are left, but secagg.{key} "
+                                     f"needs {self.plan.fewest}")
         return answers
 
     def secret(self, client: str, shares: dict[str, dict[str, bytes]]) -> bytes:
         """The seed or the key of `client`, from the shares that others gave away."""
         given = [held[client] for held in shares.values() if client in held]
         try:
-            return masking.combine(given, self.threshold)
+            return masking.combine(given, self.plan.threshold)
         except ValueError as error:
             raise self.failed(3, f"the masks of {client} cannot be removed: {error}") from error
 
     def failed(self, stage: int, what: str) -> RoundFailed:
         reasons = "; ".join(f"{client}: {reason}" for client, reason in self.without_upload([]).items())
         where = f"round {self.number}: secure aggregation, stage {stage} ({NAMES[stage]})"
-        return RoundFailed(f"{where}: {what}. {reasons}".rstrip())
+        kind = RoundFailed if stage < 2 else RoundDropped
+        return kind(f"{where}: {what}. {reasons}".rstrip())
 
     def without_upload(self, uploaded: list[str]) -> dict[str, str]:
         """Stage and reason of each lost client that is not among `uploaded`."""
@@ -133,7 +137,7 @@ class Stages:
                    for index, name in enumerate(NAMES)}
         return {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up,
                 "secagg": {"uploaded": len(uploaded), "dropped": {name: who for name, who in dropped.items() if who},
-                           "neighbours": self.neighbours, "threshold": self.threshold}}
+                           "neighbours": self.plan.neighbours, "threshold": self.plan.threshold}}
 
 
 def circle(clients: list[str], count: int) -> dict[str, list[str]]:
@@ -147,52 +151,27 @@ def circle(clients: list[str], count: int) -> dict[str, list[str]]:
             for place, client in enumerate(order)}
 
 
-def fields(content: RecordDict, keys: tuple[str, ...], also: tuple[str, ...] = ()) -> ConfigRecord:
-    """A stage's record, if it has these fields and the message no other record than it and those in `also`.
-
-    Raises:
-        BadMessage: anything else is there, or missing.
-    """
-    opening.require_names(content, (RECORD, *also), "records")
-    record = content.config_records.get(RECORD)
-    if record is None:
-        raise opening.BadMessage(f"record {RECORD} is of another kind")
-    opening.require_names(record, keys, RECORD)
-    return record
-
-
-def pieces(value: Any, key: str, count: int, length: int) -> list[bytes]:
-    """A list of so many byte strings of one length.
-
-    Raises:
-        BadMessage: it is anything else.
-    """
-    if not isinstance(value, list) or len(value) != count or any(
-            not isinstance(item, bytes) or len(item) != length for item in value):
-        raise opening.BadMessage(f"{key} is not a list of {count} times {length} bytes")
+def field(reply: RecordDict, key: str, length: int) -> bytes:
+    """Bytes of this length in a reply."""
+    value = reply.config_records[RECORD][key]
+    if not isinstance(value, bytes) or len(value) != length:
+        raise wire.BadReply(f"{key} is not {length} bytes")
     return value
 
 
-def public_keys(reply: RecordDict) -> tuple[bytes, bytes]:
-    """The two keys of a client, both good to agree with."""
-    record = fields(reply, ("mask", "box"))
-    mask, box = pieces([record["mask"], record["box"]], "mask or box", 2, masking.KEY_BYTES)
-    for key in (mask, box):
-        masking.agree(masking.keypair()[0], key, "mask")  # raises for one that is no public key
-    return mask, box
-
-
-def listed(reply: RecordDict, key: str, count: int, length: int) -> list[bytes]:
-    """The only field of a reply, a list of so many byte strings of one length."""
-    return pieces(fields(reply, (key,))[key], key, count, length)
+def listed(reply: RecordDict, key: str) -> list[bytes]:
+    values = reply.config_records[RECORD][key]
+    if not isinstance(values, list):
+        raise wire.BadReply(f"{key} is not a list")
+    return [value for value in values if isinstance(value, bytes)]
 
 
 def vector(reply: RecordDict, size: int) -> masking.Words:
     """The masked upload."""
-    fields(reply, (), ("arrays",))
-    arrays = reply.array_records["arrays"]
-    opening.require_names(arrays, ("adapter",), "arrays")
-    return opening.array(arrays["adapter"], "uint32", (size,), "the masked upload")
+    words = reply.array_records["arrays"]["adapter"].numpy()
+    if words.dtype != masking.WORD or words.shape != (size,):
+        raise wire.BadReply(f"masked upload of {words.dtype} {list(words.shape)}, expected {masking.WORD} [{size}]")
+    return words
 
 
 def payload(content: RecordDict) -> int:

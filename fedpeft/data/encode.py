@@ -84,14 +84,14 @@ def encode(records: Records, processor: Any, task: str, max_length: int, what: s
     if (records.kind == "image") != (task == "image-classification"):
         raise InputError(f"model.task={task} does not take {records.kind}s.")
     if records.kind == "image":
-        images = np.asarray(records.inputs)
+        images: Any = records.inputs
         pixels = _plain(images) if processor is None else _processed(images, processor)
         return Encoded({"pixel_values": pixels}, torch.from_numpy(records.labels))
     if processor is None:
         raise InputError(f"model.task={task}: the model has no tokenizer.")
     causal = task == "causal-lm"
     end = processor.eos_token_id if causal else None
-    rows, cut, longest = _tokenized(list(records.inputs), processor, max_length, causal, end)
+    rows, cut, longest = _tokenized(_texts(records), processor, max_length, causal, end)
     inputs = _padded(rows, processor)
     found: tuple[Skipped, ...] = ()
     if cut:
@@ -112,6 +112,10 @@ def encode(records: Records, processor: Any, task: str, max_length: int, what: s
                  len(records), what)
     skipped.say(found)
     return Encoded(data.inputs, data.labels, found, end)
+
+
+def _texts(records: Records) -> list[str]:
+    return [str(text) for text in records.inputs]
 
 
 def _tokenized(texts: list[str], tokenizer: Any, max_length: int, causal: bool, end: int | None
@@ -153,25 +157,38 @@ def _padded(rows: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, Tenso
     return padded
 
 
-def _plain(images: np.ndarray) -> Tensor:
+def _plain(images: np.ndarray | list[np.ndarray]) -> Tensor:
+    if isinstance(images, list):
+        first, number = images[0], next(n for n, image in enumerate(images, 1) if image.shape != images[0].shape)
+        other = images[number - 1]
+        raise InputError(
+            f"images differ in size: record 1 is {first.shape[1]}x{first.shape[0]}, record {number} is "
+            f"{other.shape[1]}x{other.shape[0]}, and the model has no image processor that brings them to one. Resize "
+            "them, or take a model with a processor."
+        )
     scaled = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
-def _processed(images: np.ndarray, processor: Any) -> Tensor:
-    """Through a transformers image processor; grey images get as many channels as it normalises."""
-    channels = (
-        len(processor.image_mean)
-        if isinstance(getattr(processor, "image_mean", None), list | tuple)
-        else images.shape[3]
-    )
-    if images.shape[3] == 1 and channels > 1:
-        images = np.repeat(images, channels, axis=3)
-    scaling = {} if images.dtype == np.uint8 else {"do_rescale": False}
+def _processed(images: np.ndarray | list[np.ndarray], processor: Any) -> Tensor:
+    """Through a transformers image processor, each by itself where sizes differ; grey images get as many channels as it
+    normalises.
+    """
+    first = images[0]
+    mean = getattr(processor, "image_mean", None)
+    channels = len(mean) if isinstance(mean, list | tuple) else first.shape[2]
+    if first.shape[2] == 1 and channels > 1:
+        each = isinstance(images, list)
+        images = [np.repeat(one, channels, axis=2) for one in images] if each else np.repeat(images, channels, axis=3)
+    scaling = {} if first.dtype == np.uint8 else {"do_rescale": False}
+    step = 1 if isinstance(images, list) else CHUNK
     done = [
         processor(
-            list(images[start : start + CHUNK]), return_tensors="pt", input_data_format="channels_last", **scaling
+            list(images[start : start + step]), return_tensors="pt", input_data_format="channels_last", **scaling
         )["pixel_values"]
-        for start in range(0, len(images), CHUNK)
+        for start in range(0, len(images), step)
     ]
+    sizes = {tuple(pixels.shape[1:]) for pixels in done}
+    if len(sizes) > 1:
+        raise InputError(f"the model's image processor does not bring images to one size: {sorted(sizes)[:3]}.")
     return torch.cat(done).float()

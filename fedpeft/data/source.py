@@ -18,7 +18,7 @@ import numpy as np
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
-from fedpeft.data import columns, prepare, skipped, tables
+from fedpeft.data import columns, pictures, prepare, skipped, tables
 from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
 
@@ -30,14 +30,15 @@ class Records:
     """Raw labelled records before any tokenizer or image processor.
 
     Attributes:
-        inputs: N texts, or images [N, H, W, C], uint8 or float32 in [0, 1].
+        inputs: N texts, or images [N, H, W, C], uint8 or float32 in [0, 1]; a list of [H, W, C] where they differ in
+            size.
         labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
         columns: natural columns (strings or numbers), each [N].
         kind: "text" or "image".
         skipped: what the source has besides, and is not in the records.
     """
 
-    inputs: list[str] | np.ndarray
+    inputs: list[str] | np.ndarray | list[np.ndarray]
     labels: np.ndarray
     label_names: list[str]
     columns: dict[str, np.ndarray]
@@ -67,8 +68,8 @@ class Records:
             digest.update(f"{self.inputs.dtype}{self.inputs.shape}".encode())
             digest.update(np.ascontiguousarray(self.inputs).data)
         else:
-            for text in self.inputs:
-                data = text.encode()
+            for value in self.inputs:
+                data = value.encode() if isinstance(value, str) else pictures.as_bytes(value)
                 digest.update(len(data).to_bytes(8, "big") + data)
         digest.update(np.ascontiguousarray(self.labels).data)
         digest.update("\0".join(self.label_names).encode())
@@ -180,7 +181,9 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     label, labels, label_names, notes = _labels(table, config, task)
     if task == "causal-lm" and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
-    inputs: Any = tables.images(table, name) if kind == "image" else columns.texts(table, name)
+    what = f"{table.where}: column {name}"
+    inputs: Any = (pictures.read_column(table.columns[name], what, table.folder) if kind == "image"
+                   else columns.texts(table, name))
     natural = {
         other: values
         for other in table.columns

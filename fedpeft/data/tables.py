@@ -7,13 +7,10 @@ saved by `datasets.save_to_disk`, or images in one sub-folder per label, which m
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fedpeft.data import folders, readers
 from fedpeft.data.skipped import Skipped, some
@@ -115,6 +112,9 @@ def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = (
         for name, feature in found.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
+    for name, feature in found.features.items():  # our loader decodes pictures, and names the record that it cannot
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, datasets.Image(decode=False))
     return Table({name: list(found[name]) for name in found.column_names}, where, names, skipped=skipped)
 
 
@@ -123,57 +123,3 @@ def _image_folder(folder: Path, beside: tuple[Skipped, ...] = ()) -> Table:
     columns: dict[str, Sequence[Any]] = {"image": [str(path) for path in paths],
                                          "label": [path.parent.name for path in paths]}
     return Table(columns, str(folder), skipped=beside + skipped)
-
-
-# Images -----------------------------------------------------------------------------------------------------
-
-
-def images(table: Table, name: str) -> np.ndarray:
-    """uint8 [N, H, W, C], float32 for arrays of fractions; grey images become RGB where others have colour."""
-    values = table.columns[name]
-    if isinstance(values, np.ndarray):
-        return values
-    arrays = []
-    for number, value in enumerate(values, 1):
-        try:
-            arrays.append(_image(value, table.folder))
-        except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: Pillow on a broken PNG
-            raise InputError(f"{table.where}: column {name}: record {number} is no readable image: {error}") from error
-    channels = max(array.shape[2] for array in arrays)
-    for number, array in enumerate(arrays, 1):
-        if array.shape[:2] != arrays[0].shape[:2]:
-            raise InputError(
-                f"{table.where}: images differ in size: record 1 is {_size(arrays[0])}, record {number} is "
-                f"{_size(array)}. Resize them to one size."
-            )
-    return np.stack([np.repeat(array, channels, axis=2) if array.shape[2] == 1 else array for array in arrays])
-
-
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[1]}x{array.shape[0]}"
-
-
-def _image(value: Any, folder: Path) -> np.ndarray:
-    from PIL import Image
-
-    if isinstance(value, dict):  # how datasets stores an image in parquet
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        value = Image.open(folder / value)
-    elif isinstance(value, bytes):
-        value = Image.open(io.BytesIO(value))
-    if isinstance(value, Image.Image):
-        array = np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB"))
-    else:
-        array = np.array([[np.asarray(cell) for cell in row] for row in value])
-        whole = array.dtype.kind in "iu"
-        if array.size and not (array.min() >= 0 and array.max() <= (255 if whole else 1)):
-            raise ValueError(
-                f"values from {array.min()} to {array.max()}; allowed are whole numbers 0 to 255 or fractions 0 to 1"
-            )
-        array = array.astype(np.uint8 if whole else np.float32)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3):
-        raise ValueError(f"shape {list(array.shape)}, expected [H, W], [H, W, 1] or [H, W, 3]")
-    return array

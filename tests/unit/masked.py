@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from flwr.app import Error, Message
 
 from fedpeft.clients.app import client_app
+from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.split import client_name
 from fedpeft.simulations.grid import LocalGrid
@@ -51,7 +54,9 @@ class Watched(LocalGrid):
     """
 
     def __init__(self, own: Config, after: dict[str, AdapterState], dies=None, late=None) -> None:
-        local = SimpleNamespace(config=own, initial=START, prepare=lambda requests: None,
+        self.kept = tempfile.TemporaryDirectory()
+        self.local = local = SimpleNamespace(config=own, initial=START, prepare=lambda requests: None,
+                                             store=Store(Path(self.kept.name), 9),
                                 train=lambda client, received, task: (after[client], {"secret": 1.0}))
         self.app_of = client_app(lambda: local, lambda context: client_name(int(context.node_config["partition-id"])))
         super().__init__(lambda: self.app_of, {index + 2: {"partition-id": index} for index in range(len(after))})

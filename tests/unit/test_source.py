@@ -193,7 +193,7 @@ def test_image_folder(tmp_path):
 
 def test_number_arrays_outside_their_range_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": [[0.0, 16.0]], "label": 1}) + "\n")
-    with pytest.raises(InputError, match=r"record 1 is no readable image: values from 0\.0 to 16\.0"):
+    with pytest.raises(InputError, match=r"record 1 is no picture that can be read: fractions from 0 to 16"):
         source.load(DataConfig(source=str(tmp_path / "a.jsonl")), IMAGE, 0)
 
 
