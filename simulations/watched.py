@@ -53,7 +53,8 @@ class Watched(Encoded):
         chosen, origin = super().subset(indices), self.origin[indices]
         self.taken.append(origin)
         self.masks.append(torch.initial_seed())
-        return Watched(chosen.inputs, chosen.labels, self.client, origin, self.taken, self.masks)
+        return Watched(chosen.inputs, chosen.labels, chosen.skipped, chosen.end, self.client, origin, self.taken,
+                       self.masks)
 
     def forget(self) -> tuple[np.ndarray, int | None]:
         """What was taken since the last call: numbers of records, in order, and the seed of their masks."""
@@ -65,7 +66,7 @@ class Watched(Encoded):
 
 
 def watched(data: Encoded, client: str) -> Watched:
-    return Watched(data.inputs, data.labels, client, np.arange(len(data)))
+    return Watched(data.inputs, data.labels, data.skipped, data.end, client, np.arange(len(data)))
 
 
 @dataclass(frozen=True)

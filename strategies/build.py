@@ -60,7 +60,9 @@ def check(config: Config) -> None:
     """Refuse what a strategy cannot do, before anything is loaded."""
     strategy = build(config)
     name = config.strategy.name
-    require_clients(strategy, config.run.clients_per_round or config.data.clients)
+    count = config.run.clients_per_round or config.data.clients
+    if count is not None:  # else as many as the records have groups, which is known once they are read
+        require_clients(strategy, count)
     if strategy.adapter != config.adapter.name:
         raise InputError(f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
                          f"Set adapter.name={strategy.adapter}.")
