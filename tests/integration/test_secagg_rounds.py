@@ -64,7 +64,7 @@ def test_faulty_clients_are_left_out_with_the_stage(tiny, tmp_path):
 
 def test_too_many_faulty_clients_end_the_run(tiny):
     faults = {f"client-00{index}": "crash" for index in range(3)}
-    with pytest.raises(RunError, match=r"none of the 1 rounds had a result. round 1: .*stage 2 .*: 2 of 5 .*client-002"):
+    with pytest.raises(RunError, match=r"none of the 1 rounds had a result.*stage 2 .*: 2 of 5 .*client-002"):
         tiny("run", {**ON, "run.faults": faults})
 
 

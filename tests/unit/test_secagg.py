@@ -212,7 +212,7 @@ def test_a_damaged_upload_is_noticed_in_the_sum():
                 reply.content["arrays"]["adapter"] = Array(words * np.uint32(3))
             return reply
 
-    with pytest.raises(RoundFailed, match=r"stage 3 \(unmask\): an upload was damaged .*: 1\d+ of 1600 sums are outside"):
+    with pytest.raises(RoundFailed, match=r"stage 3 .*: an upload was damaged .*: 1\d+ of 1600 sums are outside"):
         play(Damaging(config(), updates(5)), config())
 
 
