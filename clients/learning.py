@@ -59,7 +59,9 @@ def own(sequence: Learning | None, task: dict[str, Any]) -> dict[str, Any]:
     return task
 
 
-def _brief(learn: dict[str, Any] | None) -> str:
+def _brief(learn: Any) -> str:
+    if learn is not None and not isinstance(learn, dict):
+        return f"{type(learn).__name__}, which is no task"
     return "no sequence of tasks" if learn is None else f"task {learn.get('task')}, classes {learn.get('classes')}"
 
 

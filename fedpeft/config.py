@@ -203,7 +203,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as YAML: {error}") from error
     tree = values.read(text, str(path))
-    if tree is None:
+    if values.is_null(tree):
         return {}
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, found {type(tree).__name__}.")
@@ -288,14 +288,22 @@ def _filled(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any], pat
 def _entry_options(of: tuple[str, str], name: Any, given: Any, key: str) -> Any:
     """Options of a registry entry, or a list of entries with options, each typed by the entry's own field."""
     if isinstance(given, list):
-        return [{of[1]: entry[of[1]], **_entry_options(of, str(entry[of[1]]),
-                                                       {name: value for name, value in entry.items() if name != of[1]},
-                                                       f"{key}.{entry[of[1]]}")}
-                if isinstance(entry, dict) and isinstance(entry.get(of[1]), str) else entry for entry in given]
+        return [_entry(of, entry, key) for entry in given]
     owner = registry.load(of[0], name, key)
     checked = _method_options(owner, given, key)
     items = options_of(owner)
     return {option: checked[items[option].name] for option in given}
+
+
+def _entry(of: tuple[str, str], entry: Any, key: str) -> Any:
+    """One of a list of registry entries: a name, or a mapping with a name and options."""
+    if isinstance(entry, str):
+        return str(values.unquoted(entry))
+    if not isinstance(entry, dict) or not isinstance(entry.get(of[1]), str):
+        return entry
+    name = str(values.unquoted(entry[of[1]]))
+    options = {option: value for option, value in entry.items() if option != of[1]}
+    return {of[1]: name, **_entry_options(of, name, options, f"{key}.{name}")}
 
 
 def _value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
