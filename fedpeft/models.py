@@ -223,7 +223,8 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if config.name == "tiny-llama":
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
+            model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**common, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
         elif config.pooling == "mean":
             model = transformers.BertModel(transformers.BertConfig(**common))
         else:
