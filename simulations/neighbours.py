@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,11 +63,11 @@ def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) 
             labels[index] = answer
         else:
             labels[index, 1 : len(answer)] = answer[:-1]
-    return Encoded(data.inputs, labels)
+    return replace(data, labels=labels)
 
 
 def unlabelled(data: Encoded) -> Encoded:
-    return Encoded(data.inputs, torch.full_like(data.labels, IGNORE))
+    return replace(data, labels=torch.full_like(data.labels, IGNORE))
 
 
 def extreme(record: Encoded) -> list[Encoded]:
@@ -75,12 +76,12 @@ def extreme(record: Encoded) -> list[Encoded]:
         mask = record.inputs["attention_mask"]
         first = torch.zeros_like(mask)
         first[:, 0] = 1
-        return [Encoded({**record.inputs, "attention_mask": value}, record.labels)
+        return [replace(record, inputs={**record.inputs, "attention_mask": value})
                 for value in (torch.ones_like(mask), first)]
-    return [Encoded({name: factor * value for name, value in record.inputs.items()}, record.labels)
+    return [replace(record, inputs={name: factor * value for name, value in record.inputs.items()})
             for factor in (1e3, -1e3, math.nan)]
 
 
 def joined(some: Encoded, record: Encoded) -> Encoded:
-    return Encoded({name: torch.cat([value, record.inputs[name]]) for name, value in some.inputs.items()},
-                   torch.cat([some.labels, record.labels]))
+    return replace(some, inputs={name: torch.cat([value, record.inputs[name]]) for name, value in some.inputs.items()},
+                   labels=torch.cat([some.labels, record.labels]))

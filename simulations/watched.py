@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,8 +53,7 @@ class Watched(Encoded):
         chosen, origin = super().subset(indices), self.origin[indices]
         self.taken.append(origin)
         self.masks.append(torch.initial_seed())
-        return Watched(chosen.inputs, chosen.labels, chosen.skipped, chosen.end, self.client, origin, self.taken,
-                       self.masks)
+        return Watched(**_parts(chosen), client=self.client, origin=origin, taken=self.taken, masks=self.masks)
 
     def forget(self) -> tuple[np.ndarray, int | None]:
         """What was taken since the last call: numbers of records, in order, and the seed of their masks."""
@@ -66,7 +65,11 @@ class Watched(Encoded):
 
 
 def watched(data: Encoded, client: str) -> Watched:
-    return Watched(data.inputs, data.labels, data.skipped, data.end, client, np.arange(len(data)))
+    return Watched(**_parts(data), client=client, origin=np.arange(len(data)))
+
+
+def _parts(data: Encoded) -> dict[str, Any]:
+    return {part.name: getattr(data, part.name) for part in fields(Encoded)}
 
 
 @dataclass(frozen=True)
