@@ -28,7 +28,7 @@ from torch import Tensor
 from fedpeft import config as configs
 from fedpeft.clients import train as training
 from fedpeft.clients.cohort import Job, cannot, train_cohort
-from fedpeft.clients.learning import account, records
+from fedpeft.clients.learning import account
 from fedpeft.clients.private import Guard
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -110,7 +110,7 @@ class Audit:
         self.client = self.clients[0]
         server = here.strategy.before_round(here.start)
         self.task = here.strategy.task(server)
-        self.data = records(self.local.train_data[self.client], self.task, self.client)
+        self.data = self.local.records(self.client, self.task)
         self.plan = self.plan_of(self.client)
         self.claim = self.cost(self.plan)
         self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.task, 1)
@@ -135,7 +135,7 @@ class Audit:
             return [Check(name, math.nan, 0.0, 0.0, f"stopped: {error}")]
 
     def plan_of(self, client: str) -> Plan:
-        plan = self.local.guard.plan(client, lambda: len(records(self.local.train_data[client], self.task, client)))
+        plan = self.local.guard.plan(client, lambda: len(self.local.records(client, self.task)))
         assert plan is not None  # the config is private
         return plan
 
@@ -159,7 +159,7 @@ class Audit:
         off: dict[str, float] = {}
         for name in self.clients:
             plan = self.plan_of(name)
-            count = self.local.guard.records(name) or len(records(self.local.train_data[name], self.task, name))
+            count = self.local.guard.records(name) or len(self.local.records(name, self.task))
             costs[name] = self.cost(plan)
             given = {"sample_rate": client.batch_size / count, "expected_batch": client.batch_size,
                      "clip": privacy.clip, "noise_multiplier": privacy.noise_multiplier or plan.noise_multiplier,

@@ -36,7 +36,7 @@ from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.privacy.plan import Plan
 from fedpeft.simulations.replies_seen import judged
-from fedpeft.simulations.watched import Probe, Seen, Step, Watch, round_of, watched, without_dropout
+from fedpeft.simulations.watched import Probe, Seen, Step, Watch, Watched, round_of, watched, without_dropout
 from fedpeft.simulations.world import World
 from fedpeft.state import AdapterState
 
@@ -80,8 +80,9 @@ class Rounds:
         self.origins: dict[str, np.ndarray] = {}
         for client in clients:
             data = watched(self.local.train_data[client], client)
-            mine = learning.records(data, self.task, client)
-            self.origins[client] = mine.origin if mine is not data else data.origin  # type: ignore[attr-defined]
+            mine = replace(self.local, train_data={client: data}, ready={}).records(client, self.task)
+            assert isinstance(mine, Watched)
+            self.origins[client] = mine.origin
             plan = self.local.guard.plan(client, lambda count=len(mine): count)  # type: ignore[misc]
             assert plan is not None
             self.plans[client] = plan

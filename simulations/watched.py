@@ -42,18 +42,22 @@ class Watched(Encoded):
 
     Attributes:
         origin: the records' numbers among all of the client's.
+        outside: torch's seed where nothing trains; what is looked at then is not drawn.
     """
 
     client: str = ""
     origin: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     taken: list[np.ndarray] = field(default_factory=list)
     masks: list[int] = field(default_factory=list)
+    outside: int = field(default_factory=torch.initial_seed)
 
     def subset(self, indices: np.ndarray) -> Watched:
         chosen, origin = super().subset(indices), self.origin[indices]
-        self.taken.append(origin)
-        self.masks.append(torch.initial_seed())
-        return Watched(**_parts(chosen), client=self.client, origin=origin, taken=self.taken, masks=self.masks)
+        if torch.initial_seed() != self.outside:
+            self.taken.append(origin)
+            self.masks.append(torch.initial_seed())
+        return Watched(**_parts(chosen), client=self.client, origin=origin, taken=self.taken, masks=self.masks,
+                       outside=self.outside)
 
     def forget(self) -> tuple[np.ndarray, int | None]:
         """What was taken since the last call: numbers of records, in order, and the seed of their masks."""
@@ -171,7 +175,6 @@ class Probe(Guard):
 
     def source(self, client: str, number: int, *purpose: str) -> Randomness:
         self.watch.current = client
-        self.watch.data[client].forget()  # what was looked at before a step is not drawn
         return super().source(client, number, *purpose)
 
     def afford(self, account: str, number: int, request: str, plan: Plan, sums: float | None = None) -> None:

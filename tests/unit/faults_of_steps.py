@@ -23,7 +23,8 @@ def finite(gradients):
 
 def of_clip(part: str, check: str):
     def note(clip):
-        FAULTS[clip.__name__] = part, check, lambda put: put(Plan, "clipped_sum", clip)
+        FAULTS[clip.__name__] = part, check, lambda put: put(
+            Plan, "clipped_sum", lambda plan, gradients, losses=None: clip(plan, gradients))
         return clip
     return note
 
@@ -83,33 +84,33 @@ def of_cohort(part: str, check: str):
 
 
 @of_cohort("sensitivity", "sensitivity in a cohort")
-def twice_the_clip_in_a_cohort(real, total, slopes, clients, clips):
-    real(total, slopes, clients, 2 * clips)
+def twice_the_clip_in_a_cohort(real, total, slopes, losses, clients, clips):
+    real(total, slopes, losses, clients, 2 * clips)
 
 
 @of_cohort("rounds", "clipped sums")
-def nothing_clipped_in_a_cohort(real, total, slopes, clients, clips):
-    real(total, slopes, clients, 1e9 * clips)
+def nothing_clipped_in_a_cohort(real, total, slopes, losses, clients, clips):
+    real(total, slopes, losses, clients, 1e9 * clips)
 
 
 @of_cohort("rounds", "clipped sums")
-def each_tensor_clipped_in_a_cohort(real, total, slopes, clients, clips):
+def each_tensor_clipped_in_a_cohort(real, total, slopes, losses, clients, clips):
     sizes = [slope[0].numel() for slope in slopes]
     for part, slope in zip(total.split(sizes, dim=1), slopes, strict=True):
-        real(part, [slope], clients, clips)
+        real(part, [slope], losses, clients, clips)
 
 
 @of_cohort("rounds", "clipped sums")
-def mean_of_those_drawn_in_a_cohort(real, total, slopes, clients, clips):
+def mean_of_those_drawn_in_a_cohort(real, total, slopes, losses, clients, clips):
     counts = torch.bincount(clients, minlength=len(total)).clamp(min=1)
     fresh = torch.zeros_like(total)
-    real(fresh, slopes, clients, clips)
+    real(fresh, slopes, losses, clients, clips)
     total += 6 * fresh / counts[:, None]
 
 
 @of_cohort("rounds", "clipped sums")
-def a_client_gets_anothers_records(real, total, slopes, clients, clips):
-    real(total, slopes, clients.clamp(max=2), clips)
+def a_client_gets_anothers_records(real, total, slopes, losses, clients, clips):
+    real(total, slopes, losses, clients.clamp(max=2), clips)
 
 
 def faulty_steps(clip):
