@@ -19,7 +19,7 @@ m and r are fixed here, so that nothing is picked for its result. A canary's gra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TypeVar
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
-from fedpeft.privacy.tails import binomial, kolmogorov, limit, worst
+from fedpeft.privacy.tails import binomial, chi_square, kolmogorov, limit, worst
 
 Records = TypeVar("Records")
 CANARIES, GUESSES, LOUDNESS, PIECE = 2000, 400, 5.0, 256
@@ -113,26 +113,29 @@ def sampler(draws: Sequence[Draws]) -> list[Check]:
               f"by client, engine and record, {count} in all; worst: {name}; in standard errors"),
         Check("once in a batch", float(max(own.counts.max() for own in draws)), 0.0, 1.0,
               "times that a step took one record, at most"),
-        _sizes(draws), _again(draws), _company(draws),
+        *_sizes(draws), _again(draws), _company(draws),
     ]
 
 
-def _sizes(draws: Sequence[Draws]) -> Check:
+def _sizes(draws: Sequence[Draws]) -> Iterator[Check]:
     """Sizes at their places in the binomial distribution, uniform by a random share of the probability of each size."""
-    worst_, most, generator = 0.0, 0, np.random.default_rng(0)
-    engines = sorted({own.engine for own in draws})
-    for engine in engines:
-        places = []
-        for own in draws:
-            if own.engine == engine:
-                sizes, count = own.counts.sum(-1).astype(np.int64).ravel(), own.counts.shape[-1]
-                below = _cumulative(count, own.rate, int(sizes.max()))
-                places.append(below[sizes] + generator.random(len(sizes)) * (below[sizes + 1] - below[sizes]))
-        values = np.sort(np.concatenate(places))
-        distance = float(np.abs(values - (np.arange(len(values)) + 0.5) / len(values)).max()) * math.sqrt(len(values))
-        worst_, most = max(worst_, distance), max(most, len(values))
-    return Check("batch size", worst_, 0.0, kolmogorov(len(engines)) + 0.5 / math.sqrt(most),
-                 f"distance of the sizes of {most} batches to the binomial distribution (Kolmogorov)")
+    generator, engines = np.random.default_rng(0), sorted({own.engine for own in draws})
+    places: dict[str, list[np.ndarray]] = {engine: [] for engine in engines}
+    for own in draws:
+        sizes, count = own.counts.sum(-1).astype(np.int64).ravel(), own.counts.shape[-1]
+        below = _cumulative(count, own.rate, int(sizes.max()))
+        places[own.engine].append(below[sizes] + generator.random(len(sizes)) * (below[sizes + 1] - below[sizes]))
+    lines = [np.sort(np.concatenate(places[engine])) for engine in engines]
+    distances = [float(np.abs(line - (np.arange(len(line)) + 0.5) / len(line)).max()) * math.sqrt(len(line))
+                 for line in lines]
+    least = min(map(len, lines))
+    yield Check("batch size", max(distances), 0.0, kolmogorov(len(engines)) + 0.5 / math.sqrt(least),
+                f"distance of the sizes of {least} batches to the binomial distribution (Kolmogorov)")
+    every = torch.from_numpy(np.concatenate(lines)).clamp(1e-15, 1 - 1e-15)
+    spread = float(chi_square(torch.special.ndtri(every).square().sum(), len(every)))
+    yield Check("batch size spread", spread, -limit(), limit(),
+                f"how far the sizes of {len(every)} batches are spread: little if they are alike, much if records "
+                "come together; in standard errors")
 
 
 def _cumulative(count: int, rate: float, most: int) -> np.ndarray:

@@ -6,7 +6,7 @@ by sigma C / b. All of that should be independent standard normal values. So, ea
     size     over everything; by engine, client, round, step, with records and without; of each tensor, step, coordinate
     shape    Kolmogorov's distance; how many are far out
     fresh    inner products of all pairs of steps, and of all steps that differ in their number, round, client or run
-             only, tensor by tensor; steps whose values are another's in another order
+             only, also tensor by tensor; steps whose values are another's in another order
     apart    inner products of coordinates over steps; the sum of squares of all inner products of steps, which is too
              large if coordinates have anything in common
 """
@@ -112,7 +112,8 @@ def _fresh(blocks: Sequence[Block], rows: Tensor, sizes: dict[str, int]) -> list
     for block in blocks:
         for axis in range(len(AXES)):
             lines = block.values.movedim(axis, 0)
-            found += [alike(part.flatten(1)) for part in lines.split(list(sizes.values()), -1) if len(lines) > 1]
+            if len(lines) > 1:
+                found += [alike(part.flatten(1)) for part in (lines, *lines.split(list(sizes.values()), -1))]
     pairs = sum(count for _, count in found)
     return [
         Check("noise is fresh", worst([value for value, _ in found]), -limit(pairs), limit(pairs),

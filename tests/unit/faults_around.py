@@ -124,15 +124,17 @@ def entered_by_another_name(put):
     put(Guard, "spend", lambda guard, account, number, name, *rest: real(guard, account, number, "round", *rest))
 
 
-@fault("rounds", "replies are kept")
+@fault("rounds", "rounds")
 def another_reply_kept(put):
+    """What is sent next time is another release, which the budget does not have."""
     real = Store.save_reply
     put(Store, "save_reply", lambda store, client, number, request, tensors, *rest: real(
         store, client, number, request, {key: value + 1e-6 for key, value in tensors.items()}, *rest))
 
 
-@fault("rounds", "asked again")
+@fault("rounds", "rounds")
 def no_reply_kept(put):
+    """A repeated request is trained again, which the budget does not have."""
     put(Store, "save_reply", lambda *given: None)
 
 

@@ -221,7 +221,7 @@ def runs_share_noise(put):
     put(Guard, "source", lambda guard, client, number, *_: Seeded(0, "client", client, number))
 
 
-@fault("rounds", "noise is fresh")
+@fault("exact_rounds", "noise is fresh")
 def clients_share_a_part(put):
     class Mixed(Seeded):
         def __init__(self, seed, client, number):

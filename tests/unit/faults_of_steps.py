@@ -188,7 +188,7 @@ def rate_a_third_higher(plan, count, source):
     return DRAW(replace(plan, sample_rate=min(1.0, 1.3 * plan.sample_rate)), count, source)
 
 
-@of_sample("rounds", "records are independent")
+@of_sample("exact_rounds", "batch size spread")
 def records_in_pairs(plan, count, source):
     return np.flatnonzero(np.repeat(source.uniform(-(-count // 2)), 2)[:count] < plan.sample_rate)
 
