@@ -4,7 +4,8 @@
 
 Weights play no part: a client could claim any. The strategy inside then sees one update.
 
-Deviations: none. A warning is logged where floor(fraction n) = 0, since the result is then the plain unweighted mean.
+Deviations: none. Where floor(fraction n) = 0 the result is the plain unweighted mean: a run whose rounds are all that
+small is refused, and a warning is logged where a round lost clients.
 
     >>> TrimmedMean(fraction=0.25).fraction
     0.25
@@ -12,6 +13,7 @@ Deviations: none. A warning is logged where floor(fraction n) = 0, since the res
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 
@@ -38,6 +40,14 @@ class TrimmedMean(Wrapper):
             raise InputError(f"trimmed_mean fraction={fraction}: allowed is 0 <= fraction < 0.5.")
         super().__init__(inner)
         self.fraction = fraction
+
+    def require_clients(self, count: int) -> None:
+        """Raise InputError if nothing would be trimmed of a round of this many updates; fraction 0 asks for that."""
+        if self.fraction and int(self.fraction * count) < 1:
+            least = next(number for number in itertools.count(count + 1) if int(self.fraction * number))
+            raise InputError(f"strategy.wrap: trimmed_mean with fraction={self.fraction:g} trims nothing of {count} "
+                             f"updates (floor(fraction n) = 0); it needs at least {least}. Ask more clients, or raise "
+                             "fraction.")
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         cut = int(self.fraction * len(updates))

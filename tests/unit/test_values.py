@@ -194,6 +194,16 @@ def test_too_few_clients_for_krum_are_refused_before_the_first_round(clients, op
     assert load({}, [given[0], "run.clients_per_round=8"]).run.clients_per_round == 8
 
 
+@pytest.mark.parametrize(("clients", "fraction", "least"), [(4, 0.2, 5), (3, 0.25, 4), (2, 0.4, 3), (99, 0.01, 100)])
+def test_too_few_clients_for_a_trimmed_mean_are_refused_before_the_first_round(clients, fraction, least):
+    given = [f"strategy.wrap=[norm_clip, {{name: trimmed_mean, fraction: {fraction}}}]", "data.clients=200"]
+    with pytest.raises(InputError, match=rf"trimmed_mean .*{fraction} trims nothing of {clients} .* at least {least}"):
+        load({}, [*given, f"run.clients_per_round={clients}"])
+    assert load({}, [*given, f"run.clients_per_round={least}"]).run.clients_per_round == least
+    given[0] = "strategy.wrap=[{name: trimmed_mean, fraction: 0}]"
+    assert load({}, [*given, f"run.clients_per_round={clients}"]).run.clients_per_round == clients
+
+
 def test_a_section_in_one_line_replaces_the_files():
     config = load({"strategy": {"name": "lora_fair", "lambda": 3.0}}, ["strategy={name: fedsvd, every: 02}"])
     assert config.strategy.name == "fedsvd" and config.strategy.options["every"] == 2
