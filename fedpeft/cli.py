@@ -49,10 +49,13 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a federation on this machine."""
+    from fedpeft import shortened
+    from fedpeft.config import parse_overrides
     from fedpeft.simulations.run import simulate as run
 
+    given = shortened.rounds(config, parse_overrides(overrides or []))
     with console.Progress(quiet=as_json) as progress:
-        summary = run(config, overrides or [], out, progress)
+        summary = run(config, given, out, progress)
     console.emit(summary, as_json, console.run_result)
 
 

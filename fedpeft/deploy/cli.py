@@ -15,7 +15,7 @@ site_app = typer.Typer(no_args_is_help=True, help="A site: its keys, its policy,
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
 SiteDir = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, as `server status` shows it.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run, as `server status` shows it, or last.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS, no authentication: for tests on one machine only.")]
 
 
@@ -56,11 +56,19 @@ def server_add_site(
 
 
 @server_app.command("sites")
-def server_sites(folder: Dir, as_json: Json = False) -> None:
+def server_sites(
+    folder: Dir,
+    wait: Annotated[
+        int | None,
+        typer.Option(min=0, help="First wait until the coordinator answers and so many sites are connected."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the sites and whether they are connected."""
     from fedpeft.deploy import server, show
 
-    console.emit(server.sites(folder), as_json, show.sites)
+    result = server.sites(folder) if wait is None else server.await_sites(folder, wait)
+    console.emit(result, as_json, show.sites)
 
 
 @server_app.command("run")
@@ -84,7 +92,7 @@ def server_run(
 @server_app.command("status")
 def server_status(
     folder: Dir,
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run; default is all.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run, or last; default is all.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch this run until it has ended.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +108,7 @@ def server_status(
 @server_app.command("logs")
 def server_logs(
     folder: Dir,
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; default is the SuperLink.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run, or last; default is the SuperLink.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a run, or of the SuperLink."""

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
-from fedpeft import folders, foreign, metrics
+from fedpeft import folders, foreign, metrics, shortened
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
 from fedpeft.errors import InputError, RunError
@@ -66,6 +66,33 @@ def sites(path: Path) -> dict[str, Any]:
             "sites": [{"name": name, "status": online.get(name, "unknown")} for name in server.sites()]}
 
 
+def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float = 0.5) -> dict[str, Any]:
+    """What `sites` says as soon as the coordinator answers and `count` of them are connected.
+
+    Raises:
+        InputError: fewer sites were added.
+        RunError: that has not come about within `patience_s`.
+    """
+    added = len(settings.server(path).sites())
+    if count > added:
+        raise InputError(f"--wait: {count} sites, but {added} were added. Add one with `fedpeft server add-site {path} "
+                         "NAME KEY`.")
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            seen = sites(path)
+            online = [row["name"] for row in seen["sites"] if row["status"] == "online"]
+            if seen["running"] and len(online) >= count:
+                return seen
+            missing = (f"{len(online)} of {count} sites are connected ({', '.join(online) or 'none'})"
+                       if seen["running"] else f"{path}: the coordinator is not running")
+        except RunError as error:  # it has begun, and does not answer yet
+            missing = str(error)
+        if time.monotonic() > until:
+            raise RunError(f"--wait: after {patience_s:g} s, {missing}.")
+        time.sleep(poll_s)
+
+
 def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     """Submit a run: check its config and give it a folder; the coordinator starts what it finds.
 
@@ -85,7 +112,8 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     if not running["insecure"] and not count and "data.clients" not in given:
         raise InputError(f"{path}: no site has been added. Add one with `fedpeft server add-site {path} NAME KEY`.")
     forced = {"run.engine": "sites", "run.baselines": False}
-    checked = configs.load(config, {"data.clients": count or 1, "privacy.randomness": "os", **given, **forced})
+    given = {"data.clients": count or 1, "privacy.randomness": "os", **given, **forced}
+    checked = configs.load(config, shortened.rounds(config, given))
     if checked.adapter.client_ranks:
         raise InputError("adapter.client_ranks: given by the order of simulated clients; sites have names.")
     if checked.run.faults:
@@ -125,9 +153,9 @@ def stop(path: Path, name: str) -> dict[str, Any]:
     server = settings.server(path)
     folder = server.run(name)
     if get_status(folder)["state"] in ENDED:
-        raise InputError(f"RUN: {name} has ended ({get_status(folder)['state']}).")
+        raise InputError(f"RUN: {folder.name} has ended ({get_status(folder)['state']}).")
     put_status(folder, state="stopped")
-    return {"run": name, "state": "stopped"}
+    return {"run": folder.name, "state": "stopped"}
 
 
 def fetch(path: Path, name: str, to: Path) -> dict[str, Any]:
@@ -138,7 +166,7 @@ def fetch(path: Path, name: str, to: Path) -> dict[str, Any]:
     """
     folder = settings.server(path).run(name)
     if get_status(folder)["state"] != "done":
-        raise InputError(f"RUN: {name} is {get_status(folder)['state']}, not done; there is no adapter yet.")
+        raise InputError(f"RUN: {folder.name} is {get_status(folder)['state']}, not done; there is no adapter yet.")
     wanted = ("adapter", "plots", "metrics.jsonl", "summary.json", "report.html", "resolved.yaml")
     with folders.filled(to, "--to") as draft:
         for source in (folder / entry for entry in wanted):
@@ -146,7 +174,7 @@ def fetch(path: Path, name: str, to: Path) -> dict[str, Any]:
                 shutil.copytree(source, draft / source.name)
             elif source.exists():
                 shutil.copy2(source, draft / source.name)
-    return {"run": name, **{entry: str(to / entry) for entry in wanted if (to / entry).exists()}}
+    return {"run": folder.name, **{entry: str(to / entry) for entry in wanted if (to / entry).exists()}}
 
 
 def wait(path: Path, name: str, on_event: Any, poll_s: float = 0.5) -> dict[str, Any]:
@@ -168,7 +196,7 @@ def wait(path: Path, name: str, on_event: Any, poll_s: float = 0.5) -> dict[str,
         time.sleep(poll_s)
     last = _run_status(folder)
     if last["state"] != "done":
-        raise RunError(f"{name}: {last['state']}. {last.get('reason') or ''}".strip())
+        raise RunError(f"{folder.name}: {last['state']}. {last.get('reason') or ''}".strip())
     return last
 
 

@@ -19,6 +19,7 @@ from fedpeft.errors import InputError
 from fedpeft.sections import option
 
 NAME = foreign.NAME
+LAST = "last"  # stands for a run; names of runs end in the time of their start
 QUIET = {  # Flower reports, asks for updates and installs packages unless told not to
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -76,11 +77,13 @@ class Server:
         return f"127.0.0.1:{self.settings.control_port}"
 
     def run(self, name: str) -> Path:
-        """The folder of a run.
+        """The folder of a run; `last` is the one that was submitted last.
 
         Raises:
             InputError: there is no such run.
         """
+        if name == LAST and (runs := self.all_runs()):
+            return runs[-1]
         if not NAME.fullmatch(name) or not (self.runs / name).is_dir():
             known = [path.name for path in self.all_runs()]
             raise InputError(f"RUN: no run '{name}' in {self.runs}. Runs: {', '.join(known) or 'none'}.")

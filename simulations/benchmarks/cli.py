@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedpeft import console
+from fedpeft import console, shortened
 from fedpeft.errors import InputError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")
@@ -25,7 +25,7 @@ def bench_federated(
     """Federated LoRA rules under sample-level DP and label skew, at one learning rate and at each rule's own."""
     from fedpeft.simulations.benchmarks import federated, federated_report
 
-    console.emit(federated.run(out, seeds, quick), as_json, federated_report.show)
+    console.emit(federated.run(out, shortened.seeds(seeds, 2), quick), as_json, federated_report.show)
 
 
 @bench_app.command("private")
@@ -38,7 +38,7 @@ def bench_private(
     """FedIT, FFA-LoRA and FedSVD on a real model at several epsilons."""
     from fedpeft.simulations.benchmarks import private
 
-    console.emit(private.run(out, seeds, quick), as_json, private.show)
+    console.emit(private.run(out, shortened.seeds(seeds, 2), quick), as_json, private.show)
 
 
 @bench_app.command("server")
@@ -115,7 +115,7 @@ def bench_tta(
     def tell(line: str) -> None:
         console.err.print(line, markup=False, soft_wrap=True)
 
-    console.emit(tta.run(out, stream, methods, models, seeds, quick, tell), as_json, tta_report.show)
+    console.emit(tta.run(out, stream, methods, models, shortened.seeds(seeds), quick, tell), as_json, tta_report.show)
 
 
 @bench_app.command("continual")
@@ -141,7 +141,7 @@ def bench_continual(
         console.err.print(line, markup=False, soft_wrap=True)
 
     given: dict[str, Any] = {"quick": quick, "validation": validation, "settings": settings, "tell": tell}
-    console.emit(continual.run(out, stream, bodies, heads, seeds, **given), as_json, continual_report.show)
+    console.emit(continual.run(out, stream, bodies, heads, shortened.seeds(seeds), **given), as_json, continual_report.show)
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 from deployed import free_ports
-
-GUIDE = Path(__file__).parents[2] / "DEPLOY.md"
+from guides import DEPLOY, script
 
 
 def test_a_stranger_can_follow_the_guide(tmp_path):
-    script = "".join(re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.DOTALL))
-    assert script.count("fedpeft ") > 15
+    text = script(DEPLOY)
+    assert text.count("fedpeft ") > 15
     for fixed, free in zip(("9092", "9093"), free_ports(2), strict=True):
-        script = script.replace(fixed, str(free))
-    (tmp_path / "guide.sh").write_text("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + script)
+        text = text.replace(fixed, str(free))
+    (tmp_path / "guide.sh").write_text("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + text)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(["bash", "-eu", "-o", "pipefail", "guide.sh"], cwd=tmp_path, timeout=280, text=True,
                           capture_output=True, env={**os.environ, "PATH": path, "COLUMNS": "200"})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+from guides import README, blocks
 
 
 def test_the_script_runs_and_is_short(tmp_path, monkeypatch, capsys):
-    scripts = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    scripts = [text for _, text in blocks(README, "python")]
     assert len(scripts) == 1
     lines = [line for line in scripts[0].splitlines() if line.strip()]
     assert len(lines) <= 10

@@ -17,7 +17,7 @@ MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ tha
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
     {"errors", "seeds", "registry", "sections", "values", "overrides", "config", "lowrank", "metrics", "files",
-     "findings", "folders", "lead", "words", "foreign", "console"},
+     "findings", "folders", "lead", "words", "foreign", "console", "shortened"},
     {"state"},
     {"models", "agreement", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},

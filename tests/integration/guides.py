@@ -1,0 +1,58 @@
+"""README.md and DEPLOY.md as what they tell a reader to type, and what that reader has at hand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import transformers
+
+from fedpeft.models import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+README, DEPLOY = ROOT / "README.md", ROOT / "DEPLOY.md"
+SITES = ("north", "south", "west")
+
+
+def blocks(guide: Path, languages: str = "bash|python") -> list[tuple[str, str]]:
+    """(language, text) of the blocks that are to be run, in their order; one marked `no-run` is none of them."""
+    return re.findall(rf"```({languages})\n(.*?)```", guide.read_text(), re.DOTALL)
+
+
+def script(guide: Path) -> str:
+    """All of them as one shell script."""
+    return "\n".join(text if language == "bash" else f"python - <<'EOF'\n{text}EOF\n"
+                     for language, text in blocks(guide))
+
+
+def commands(guide: Path) -> list[list[str]]:
+    """The arguments of every `fedpeft` that the shell blocks call."""
+    lines = [line for _, text in blocks(guide, "bash") for line in text.splitlines() if line.startswith("fedpeft ")]
+    return [[word for word in shlex.split(line, comments=True)[1:] if word != "&"] for line in lines]
+
+
+def at_hand(folder: Path) -> None:
+    """Put into an empty folder what the README takes for granted: the checkout's Makefile with its environment set up,
+    and the reader's own models and records.
+    """
+    binaries = folder / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    here = Path(sys.executable).parent
+    for name in ("Makefile", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    (binaries / "fedpeft").symlink_to(here / "fedpeft")
+    (binaries / "activate").write_text(f"export PATH={shlex.quote(str(here))}:$PATH\n")
+    (folder / ".venv" / "ready").touch()
+    sizes = {"vocab_size": len(byte_tokenizer()), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 24, "max_position_embeddings": 128, "pad_token_id": 0}
+    for name, model in (("minilm", transformers.BertModel(transformers.BertConfig(**sizes))),
+                        ("smollm2", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))):
+        model.save_pretrained(folder / "models" / name)
+        byte_tokenizer().save_pretrained(folder / "models" / name)
+    notes = [f"{SITES[number % 3]},note {number} of a {'calm' if number % 2 else 'restless'} night,"
+             f"{'day' if number % 2 else 'night'} ward" for number in range(90)]
+    (folder / "notes.csv").write_text("\n".join(["site,note,ward", *notes]) + "\n")
+    (folder / "letters.jsonl").write_text("".join(f'{{"text": "Dear colleague, this is letter {number}."}}\n'
+                                                  for number in range(60)))

@@ -1,0 +1,96 @@
+"""Every command of README.md and DEPLOY.md works as it is written there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+from deployed import free_ports
+from guides import DEPLOY, README, ROOT, at_hand, commands, script
+
+from fedpeft import config as configs
+from fedpeft.cli import app
+
+GROUP = typer.main.get_command(app)
+TAKES_CONFIG = ("simulate", "audit")
+ALL = [*commands(README), *commands(DEPLOY)]
+
+
+def leaf(words):
+    """The command that these words name, and the words after its name."""
+    command, words = GROUP, list(words)
+    while hasattr(command, "commands"):
+        assert words and words[0] in command.commands, f"no command {' '.join(words)!r}"
+        command = command.commands[words.pop(0)]
+    return command, words
+
+
+def test_the_guides_are_read():
+    assert len(commands(README)) >= 18 and len(commands(DEPLOY)) >= 18
+    assert ["audit", "fedsvd_dp"] in ALL and ["site", "start", "north"] in ALL
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_a_command_s_arguments_config_and_overrides_are_right(words):
+    command, rest = leaf(words)
+    context = command.make_context(command.name, list(rest))  # raises what a wrong argument or option raises
+    if words[0] in TAKES_CONFIG or words[:2] == ["server", "run"]:
+        configs.load(context.params["config"], context.params["overrides"] or [])
+
+
+def test_results_go_to_folders_of_their_own():
+    outs = [words[words.index(flag) + 1] for words in ALL for flag in ("--out", "--to") if flag in words]
+    outs += re.findall(r'out="([^"]+)"', README.read_text())
+    assert len(outs) >= 4 and len(set(outs)) == len(outs)
+
+
+def test_the_commands_and_options_of_the_table_exist():
+    column = "\n".join(re.findall(r"^\| (`.+?) \|", README.read_text(), re.MULTILINE))
+    named = [text for text in re.findall(r"`([^`]+)`", column) if re.match(r"(fedpeft )?[a-z]+( |$)", text)]
+    named = [text.removeprefix("fedpeft ") for text in named if text.split()[-1] != "..."]
+    shown = [text for text in named if text.split()[0] in GROUP.commands]
+    assert len(shown) >= 20
+    for text in shown:
+        command, rest = leaf(text.split())
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", " ".join(rest))) <= known, text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_command_of_both_guides_in_their_order_in_one_folder(tmp_path):
+    at_hand(tmp_path)
+    text = script(README)
+    assert re.findall("^make test .*\n", text, re.MULTILINE), "the one line left out: it would run this test"
+    text = re.sub("^make test .*\n", "", text, flags=re.MULTILINE) + script(DEPLOY)
+    for fixed, free in zip(("9092", "9093"), free_ports(2), strict=True):
+        text = text.replace(fixed, str(free))
+    trap = "trap 'echo \"FAILED: $BASH_COMMAND\" >&2' ERR\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"
+    (tmp_path / "guides.sh").write_text(trap + text)
+    short = {"FEDPEFT_ROUNDS": "2", "FEDPEFT_SEEDS": "1", "COLUMNS": "200"}
+    with (tmp_path / "said.txt").open("w") as said:
+        done = subprocess.run(["bash", "-eu", "-o", "pipefail", "guides.sh"], cwd=tmp_path, timeout=2900, stdout=said,
+                              stderr=said, env={**os.environ, **short})
+    told = (tmp_path / "said.txt").read_text()
+    assert done.returncode == 0, told[-6000:]
+    assert "run.rounds is 2 instead of 5" in told
+    made = [Path(words[words.index("--out") + 1]) for words in ALL if "--out" in words]
+    assert all((tmp_path / folder / "report.html").is_file() for folder in [*made, "runs/script", "result"])
+
+
+def named_tests(text):
+    """Names of the tests that a text names in backticks."""
+    return re.findall(r"`(test_\w+)`", text)
+
+
+def test_every_test_that_the_table_of_adversaries_names_is_there():
+    table = re.search(r"## Who can learn or break what\n(.*?)\n## ", DEPLOY.read_text(), re.DOTALL)
+    rows = re.findall(r"^\| (?!who|---)(.*) \|$", table.group(1), re.MULTILINE)
+    assert len(rows) >= 8 and all(named_tests(row) for row in rows)
+    there = {name for path in (ROOT / "tests").rglob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    assert not set(named_tests(table.group(1))) - there
