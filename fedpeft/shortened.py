@@ -1,4 +1,4 @@
-"""FEDPEFT_ROUNDS and FEDPEFT_SEEDS: environment variables that shorten what the command line starts, to see that it runs.
+"""FEDPEFT_ROUNDS and FEDPEFT_SEEDS: environment variables that shorten what a command starts, to see that it runs.
 
 What was left out is said, and `resolved.yaml` or `results.json` hold the numbers that were run with.
 """

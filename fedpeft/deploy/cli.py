@@ -108,7 +108,7 @@ def server_status(
 @server_app.command("logs")
 def server_logs(
     folder: Dir,
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run, or last; default is the SuperLink.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Name, or last; default is the SuperLink.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a run, or of the SuperLink."""

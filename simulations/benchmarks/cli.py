@@ -141,7 +141,8 @@ def bench_continual(
         console.err.print(line, markup=False, soft_wrap=True)
 
     given: dict[str, Any] = {"quick": quick, "validation": validation, "settings": settings, "tell": tell}
-    console.emit(continual.run(out, stream, bodies, heads, shortened.seeds(seeds), **given), as_json, continual_report.show)
+    result = continual.run(out, stream, bodies, heads, shortened.seeds(seeds), **given)
+    console.emit(result, as_json, continual_report.show)
 
 
 def _listed(text: str) -> tuple[str, ...]:

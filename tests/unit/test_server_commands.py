@@ -27,7 +27,7 @@ def put_run(folder, name, at, state="done"):
 
 def test_last_is_the_run_that_was_submitted_last_whatever_its_name(folder):
     found = settings.server(folder)
-    with pytest.raises(InputError, match="no run 'last'.*Runs: none"):
+    with pytest.raises(InputError, match=r"no run 'last'.*Runs: none"):
         found.run("last")
     old, new = put_run(folder, "zeta-1", at=1000), put_run(folder, "alpha-2", at=2000, state="running")
     assert found.run("last") == new and found.run("zeta-1") == old
