@@ -57,7 +57,7 @@ def test_texts_with_nothing_to_predict_are_no_ones_records(endless, tmp_path, ca
     assert len(mixed.local.train_data[large]) == 8 and len(mixed.local.train_data[small]) == 4
     counts = {(entry.count, entry.total) for entry in mixed.skipped}
     assert {(4, 16), (1, 3), (16, 16), (3, 3)} <= counts
-    with pytest.raises(InputError, match="none of the 2 texts of .* has two tokens"):
+    with pytest.raises(InputError, match=r"none of the 2 texts of .* has two tokens"):
         here({**LANGUAGE, "data.source": letters(tmp_path / "c.jsonl", [*texts, "q", "r"], ["N"] * 12 + ["S"] * 2),
               "data.test": test}, tmp_path, "none")
     with pytest.raises(InputError, match="no test text has two tokens"):
