@@ -13,6 +13,7 @@ from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.data.source import load
 from fedpeft.errors import InputError
+from fedpeft.sections import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, options_of
 
 MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
 PARTITION_OPTIONS = {
@@ -41,8 +42,8 @@ def test_an_entry_documents_itself_and_its_options(table, name):
             or name in ("flower", "norm_clip", "median")
         ), cls.paper
     arguments = set(inspect.signature(cls).parameters) - {"inner"}
-    assert arguments == {item.name for item in configs.options_of(cls).values()}
-    for item in configs.options_of(cls).values():
+    assert arguments == {item.name for item in options_of(cls).values()}
+    for item in options_of(cls).values():
         assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
         default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
         assert inspect.signature(cls).parameters[item.name].default in (
@@ -51,13 +52,13 @@ def test_an_entry_documents_itself_and_its_options(table, name):
         )
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, table in configs.METHOD_SECTIONS.items()
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, table in METHOD_SECTIONS.items()
                                             for name in registry.names(table)])
 def test_a_config_with_the_method_is_read_as_it_was_written(path, name):
     """An option that had the name of a key of the section would take its place."""
-    section, cls = configs._section_class(path), registry.load(configs.METHOD_SECTIONS[path], name)
-    assert not {item.name for item in dataclasses.fields(section)} & set(configs.options_of(cls))
-    built = configs.build(section, {configs.NAME_KEYS.get(path, "name"): name}, path)
+    section, cls = SECTION_CLASSES[path], registry.load(METHOD_SECTIONS[path], name)
+    assert not {item.name for item in dataclasses.fields(section)} & set(options_of(cls))
+    built = configs.build(section, {NAME_KEYS.get(path, "name"): name}, path)
     assert configs.build(section, configs.to_tree(built), path) == built
 
 
@@ -70,7 +71,7 @@ def test_a_test_time_method_documents_itself_and_its_options(name):
     parameters = list(inspect.signature(cls).parameters.values())
     assert [(item.name, item.kind.name) for item in parameters] == [
         ("model", "POSITIONAL_OR_KEYWORD"), ("seed", "POSITIONAL_OR_KEYWORD"), ("options", "VAR_KEYWORD")]
-    items = configs.options_of(cls)
+    items = options_of(cls)
     assert {"order"} <= set(items), "each says when it predicts"
     for item in items.values():
         assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"

@@ -291,7 +291,7 @@ def test_one_class_is_refused_by_that_name(tmp_path):
 
 def picture(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(path, format="PNG")
+    Image.fromarray(17 * np.arange(16, dtype=np.uint8).reshape(4, 4)).save(path, format="PNG")
 
 
 @pytest.fixture
