@@ -31,6 +31,8 @@ def settings(name: str) -> dict[str, Any]:
         config["client.optimizer"] = "sgd"
     if name == "krum":
         config |= {"strategy.byzantine": 0, "strategy.keep": 2}
+    if name == "trimmed_mean":
+        config["strategy.fraction"] = 0.4  # one of three clients at each end
     return config
 
 

@@ -329,7 +329,7 @@ def test_an_answer_is_on_the_disk_before_it_is_counted_and_counted_before_it_lea
 def test_what_was_saved_and_not_counted_is_counted_once_when_it_leaves(randomness, start, tmp_path, monkeypatch):
     local = start(tmp_path, rounds=1, randomness=randomness)
     monkeypatch.setattr(private.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(RunError):
+    with pytest.raises(OSError, match="killed"):
         local.train("a", local.initial, task())
     monkeypatch.undo()
     saved, _ = local.store.reply("a", 1, private.fingerprint(local.initial, task()))
