@@ -212,6 +212,10 @@ class ClientDP(Wrapper):
         return after, {**event, "epsilon_max": self.spent(after.round), "clip": self.clip(server),
                        "noise_multiplier": self.noise_multiplier}
 
+    def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
+        """Nothing: the server sees single updates, and the guarantee does not cover what it says of them."""
+        return {}
+
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         raise InputError("client_dp accounts for the rounds of a run; finished adapters have no rounds. "
                          f"Aggregate them with {name_of(innermost(self))}, without privacy.")

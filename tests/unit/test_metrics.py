@@ -158,6 +158,7 @@ def test_summary_numbers_by_hand():
         "evaluated_on": SERVER, "evaluated_rounds": [1, 2, 3], "accuracy_by_round": [0.5, 0.75, 0.625],
         "bytes_up": 60, "bytes_down": 6000, "seconds": 1.5,
         "quarantined": [{"round": 2, "client": "c", "reason": "A has NaN or inf"}],
+        "dropped_rounds": [],
         "epsilon_max": None, "device": "cpu", "baselines": {}, "test_records": None, "test_tokens": None,
         "standard_error": None, "last_rounds": {"rounds": [1, 2, 3], "accuracy": 0.625}, "updates": [],
         "comparison": {"baseline": "frozen", "accuracy": 0.25, "gap": 0.375, "constant": None,
