@@ -19,8 +19,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
-from fedpeft.foreign import NAME, shown
+from fedpeft.foreign import shown
 from fedpeft.state import AdapterState, Site, StateMismatch, manifest_of, pack
 from fedpeft.strategies import opening
 from fedpeft.strategies.opening import BadMessage, reading
@@ -302,9 +303,9 @@ def identity(reply: Message | None) -> str:
         record = content.config_records["identity"]
         opening.require_names(record, ("name",), "identity")
         name = record["name"]
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise BadReply(f"{shown(name, 100)!r} is no name of a client: at most 63 letters, digits, dots, hyphens "
-                           "and underscores")
+        if not isinstance(name, str) or not is_name(name):
+            raise BadReply(f"{shown(name, 100)!r} is no name of a client: letters, digits, spaces inside, '-_.@', "
+                           "and others as %XX")
         return name
 
 

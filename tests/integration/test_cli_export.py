@@ -121,6 +121,6 @@ def test_a_causal_model_is_merged_too(fedpeft, tmp_path, runs):
 
 def test_export_refuses(fedpeft, tmp_path, runs):
     done = fedpeft("export", tmp_path, "--to", tmp_path / "out")
-    assert done.code == 2 and "is it a run folder" in done.err
+    assert done.code == 2 and "this is not a run folder" in done.err
     done = fedpeft("export", runs["fedit"], "--to", runs["fedex"])
     assert done.code == 2 and "is not an empty folder" in done.err
