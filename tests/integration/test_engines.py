@@ -33,9 +33,11 @@ def function(path: Path) -> dict[str, torch.Tensor]:
     """
     tensors = {key: value.double() for key, value in load_file(path).items()}
     sites = [key for key in tensors if ".lora_A." in key]
+    if all(not tensors[key.replace(".lora_A.", ".lora_B.")].any() for key in sites):  # B stays with the clients
+        return {key: value for key, value in tensors.items() if value.any()}
     products = {key.replace(".lora_A.", "."): tensors.pop(key.replace(".lora_A.", ".lora_B.")) @ tensors.pop(key)
                 for key in sites}
-    assert sites == [] or min(float(value.abs().max()) for value in products.values()) > 0, "trained"
+    assert min(float(value.abs().max()) for value in products.values()) > 0, "trained"
     return {**products, **tensors}
 
 

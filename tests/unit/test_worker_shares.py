@@ -11,14 +11,15 @@ from collections import deque
 
 import pytest
 
-from fedpeft.simulations.workers import Pool, end_with_parent
+from fedpeft.simulations.workers import Channel, Pool, end_with_parent
 
 
 class Fake:
     """A worker that only takes down which shares it was given."""
 
     def __init__(self):
-        self.pipe, self.theirs = multiprocessing.Pipe()
+        ours, self.theirs = multiprocessing.Pipe()
+        self.pipe = Channel(ours)
         self.ready, self.jobs = True, deque()
 
     def get_ready(self):
