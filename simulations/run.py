@@ -143,18 +143,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
     else:
         recorder.resume(server.round, continual.unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": config.run.rounds})
-    rules = Rules(
-        rounds=config.run.rounds,
-        seed=config.run.seed,
-        clients=config.data.count,
-        clients_per_round=config.run.clients_per_round,
-        deadline_s=config.run.deadline_s,
-        quorum=config.run.quorum,
-        max_update_norm=config.run.max_update_norm,
-        evaluate_every=config.run.evaluate_every,
-        evaluate_clients=config.data.holdout > 0,
-        secagg=secagg.exchange(config),
-    )
+    rules = rules_of(config)
 
     def after_round(state: ServerState) -> None:
         if state.round % config.run.checkpoint_every == 0 or state.round == config.run.rounds:
@@ -176,6 +165,22 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         server = _with_grid(config, text, run, partial(play, server))
     record({"event": "end", "round": server.round})
     return finish(here, server, run)
+
+
+def rules_of(config: Config) -> Rules:
+    """How the rounds of a simulation are run."""
+    return Rules(
+        rounds=config.run.rounds,
+        seed=config.run.seed,
+        clients=config.data.count,
+        clients_per_round=config.run.clients_per_round,
+        deadline_s=config.run.deadline_s,
+        quorum=config.run.quorum,
+        max_update_norm=config.run.max_update_norm,
+        evaluate_every=config.run.evaluate_every,
+        evaluate_clients=config.data.holdout > 0,
+        secagg=secagg.exchange(config),
+    )
 
 
 def trained_elsewhere(here: World) -> dict[str, Any]:
