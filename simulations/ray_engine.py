@@ -54,7 +54,7 @@ class RayWorker(Worker):
         threading.Thread(target=bridge, args=(Channel(theirs), self.actor), daemon=True).start()
 
     def death(self) -> Broken | str:
-        return "the client's actor ended"
+        return "the client's process ended (a Ray actor)"
 
     def end(self) -> None:
         import ray
