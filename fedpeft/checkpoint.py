@@ -32,7 +32,7 @@ log = logging.getLogger("fedpeft")
 
 
 def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
-    """Save the state of a complete round below `folder`; keep the newest `keep` checkpoints."""
+    """Save the state of a complete round below `folder`; keep those of the newest `keep` rounds."""
     final = folder / _name(server.round, folder)
     temporary = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".round-*"):  # of a process that was killed; one process at a time has the run
@@ -49,7 +49,8 @@ def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder)
-    for old in _folders(folder)[:-keep]:
+    rounds = sorted({_place(path)[0] for path in _folders(folder)})[-keep:]
+    for old in (path for path in _folders(folder) if _place(path)[0] < rounds[0]):
         shutil.rmtree(old)
     return final
 

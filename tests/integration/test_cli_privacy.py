@@ -23,4 +23,4 @@ def test_noise(fedpeft):
 def test_bad_values_end_with_code_2(fedpeft):
     numbers = ["--noise-multiplier", "1", "--steps", "1", "--delta", "1e-5"]
     done = fedpeft("privacy", "epsilon", "--sample-rate", "2", *numbers)
-    assert done.code == 2 and "--sample-rate: 2.0 is not in (0, 1]" in done.err
+    assert done.code == 2 and "--sample-rate: 2.0 is not allowed; it must be in (0, 1]" in done.err

@@ -17,8 +17,8 @@ TINY = {"data.limit": 240, "run.rounds": 2, "continual.tasks": 2, "client.local_
 def test_rows_of_other_tasks_stay_bit_for_bit(tmp_path, tokens):
     changes = {**TINY, "run.cohort_tokens": tokens}
     simulate("continual_dp", changes, tmp_path / "run")
-    before, after = (checkpoint.read(tmp_path / "run" / "checkpoints" / f"round-{number:06d}").adapter
-                     for number in (1, 2))
+    kept = tmp_path / "run" / "checkpoints"  # a task that was closed after a round is another state of that round
+    before, after = (checkpoint.read(max(kept.glob(f"round-{number:06d}*"))).adapter for number in (1, 2))
     config = load("continual_dp", changes)
     plan = make(config.continual, 10, config.run.rounds, config.run.seed)
     for key in ("classifier/weight", "classifier/bias"):
