@@ -14,9 +14,10 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -113,32 +114,34 @@ def _short(path: Path) -> str:
 
 
 @contextmanager
-def new(path: Path | str | None, default: Path, flag: str = "--out", hint: str = "") -> Iterator[Made]:
+def new(path: Path | str | None, default: Path, flag: str = "--out", hint: str = "", own: Sequence[str] = ()
+        ) -> Iterator[Made]:
     """A new or empty folder, held by this process; it is for the caller to undo it where nothing comes of it.
 
     Args:
         default: NAME, where no path is given: the folder is NAME-1, NAME-2, ..., the one after the highest there is.
         flag: what to blame.
         hint: what else could be done with a folder that is not empty; {} is the folder.
+        own: patterns of names that may be in it: results that the caller goes on with.
 
     Raises:
         InputError: it is not empty, in use, or it cannot be made or written in.
     """
-    made = _numbered(default) if path is None else empty(path, flag, hint)
+    made = _numbered(default) if path is None else empty(path, flag, hint, own)
     try:
         with alone(made.path):
-            _require_empty(made.path, flag, hint)  # another process may have come and gone before it was locked
+            _require_empty(made.path, flag, hint, own)  # another process may have come and gone before it was locked
             yield made
     except InputError:
         made.undo()
         raise
 
 
-def empty(path: Path | str, flag: str, hint: str) -> Made:
+def empty(path: Path | str, flag: str, hint: str, own: Sequence[str] = ()) -> Made:
     """An empty folder, made if it is not there; InputError where that cannot be."""
     made = Made(real(path, flag))
     try:
-        _require_empty(made.path, flag, hint)
+        _require_empty(made.path, flag, hint, own)
         _make(made.path, made.created)
         if not os.access(made.path, os.W_OK | os.X_OK):
             raise PermissionError(None, "nothing can be written in it")
@@ -153,9 +156,17 @@ def require_new(path: Path | str, flag: str) -> None:
     _require_empty(real(path, flag), flag, "")
 
 
-def _require_empty(folder: Path, flag: str, hint: str) -> None:
-    if folder.exists() and (not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())):
-        what = "a file" if not folder.is_dir() else "not empty" if hint else "not an empty folder"
+def _require_empty(folder: Path, flag: str, hint: str, own: Sequence[str] = ()) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{flag}: {folder} is a file. Give a new folder{hint.format(folder)}.")
+    other = [entry.name for entry in folder.iterdir()
+             if entry.name != LOCK and not any(fnmatchcase(entry.name, pattern) for pattern in own)]
+    if other:
+        what = "not empty" if hint else "not an empty folder"
+        if own:
+            what = f"not a folder of this benchmark's results: {min(other)} is in it"
         raise InputError(f"{flag}: {folder} is {what}. Give a new folder{hint.format(folder)}.")
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import platform
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import stdev
@@ -22,6 +23,44 @@ from fedpeft import config as configs
 from fedpeft.errors import InputError
 
 Row = dict[str, Any]
+Tell = Callable[[str], None]
+
+
+class Progress:
+    """Says of every finished part of a benchmark: what, how many of how many, and about how long the rest takes.
+
+    Args:
+        tell: is given a line.
+        total: parts in all.
+    """
+
+    def __init__(self, tell: Tell, total: int) -> None:
+        self.tell, self.total = tell, total
+        self.done = self.ran = 0
+        self.started = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        self.done, self.ran = self.done + 1, self.ran + 1
+        rest = (time.monotonic() - self.started) / self.ran * (self.total - self.done)
+        self.tell(f"{self.done}/{self.total} {line}" + (f", {about(rest)} left" if self.done < self.total else ""))
+
+    def skip(self, parts: int = 1) -> None:
+        """Count what was there already: it took no time, so the rest is not reckoned from it."""
+        self.done += parts
+
+
+def about(seconds: float) -> str:
+    """
+    >>> about(12.4), about(150), about(9000)
+    ('12 s', '2 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def silent(line: str) -> None:
+    """Tell nobody."""
 
 
 def entries(text: str) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedpeft import console, shortened
-from fedpeft.errors import InputError
+from fedpeft import console, folders, shortened
+from fedpeft.errors import InputError, Stopped
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")
 
+CELLS = ("cells", "manifests", "sources", "state", "results.json", "report.html", "*.png")  # what is gone on with
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -23,9 +26,11 @@ def bench_federated(
     as_json: Json = False,
 ) -> None:
     """Federated LoRA rules under sample-level DP and label skew, at one learning rate and at each rule's own."""
-    from fedpeft.simulations.benchmarks import federated, federated_report
+    with _folder("federated", out) as out:
+        from fedpeft.simulations.benchmarks import federated, federated_report
 
-    console.emit(federated.run(out, shortened.seeds(seeds, 2), quick), as_json, federated_report.show)
+        result = federated.run(out, shortened.seeds(seeds, 2), quick, tell=console.note)
+        console.emit(result, as_json, federated_report.show)
 
 
 @bench_app.command("private")
@@ -36,9 +41,10 @@ def bench_private(
     as_json: Json = False,
 ) -> None:
     """FedIT, FFA-LoRA and FedSVD on a real model at several epsilons."""
-    from fedpeft.simulations.benchmarks import private
+    with _folder("private", out, own=CELLS) as out:
+        from fedpeft.simulations.benchmarks import private
 
-    console.emit(private.run(out, shortened.seeds(seeds, 2), quick), as_json, private.show)
+        console.emit(private.run(out, shortened.seeds(seeds, 2), quick, console.note), as_json, private.show)
 
 
 @bench_app.command("server")
@@ -53,11 +59,11 @@ def bench_server(
     as_json: Json = False,
 ) -> None:
     """What aggregation costs the server for a large model: seconds and peak memory, beside the dense way."""
-    from fedpeft.simulations.benchmarks import server_cost
+    with _folder("server", out) as out:
+        from fedpeft.simulations.benchmarks import server_cost
 
-    console.emit(
-        server_cost.run(out, sites=sites, m=m, n=n, r=r, clients=clients, quick=quick), as_json, server_cost.show
-    )
+        sizes = {"sites": sites, "m": m, "n": n, "r": r, "clients": clients}
+        console.emit(server_cost.run(out, **sizes, quick=quick, tell=console.note), as_json, server_cost.show)
 
 
 @bench_app.command("speed")
@@ -75,12 +81,13 @@ def bench_speed(
     as_json: Json = False,
 ) -> None:
     """The cohort engine against a peft loop, Opacus, and Flower's simulation engine."""
-    from fedpeft.simulations.benchmarks import speed
+    with _folder("speed", out) as out:
+        from fedpeft.simulations.benchmarks import speed
 
-    lists: dict[str, Any] = {"models": _listed(models), "engines": _listed(engines),
-                             "clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
-    given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
-    console.emit(speed.run(out, **lists, **given), as_json, speed.show)
+        lists: dict[str, Any] = {"models": _listed(models), "engines": _listed(engines),
+                                 "clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
+        given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
+        console.emit(speed.run(out, **lists, **given, tell=console.note), as_json, speed.show)
 
 
 @bench_app.command("memory")
@@ -90,9 +97,10 @@ def bench_memory(
     as_json: Json = False,
 ) -> None:
     """Peak memory of a simulated run against the number of its clients, 64 of which are asked a round."""
-    from fedpeft.simulations.benchmarks import memory
+    with _folder("memory", out) as out:
+        from fedpeft.simulations.benchmarks import memory
 
-    console.emit(memory.run(out, _numbers("clients", clients)), as_json, memory.show)
+        console.emit(memory.run(out, _numbers("clients", clients), console.note), as_json, memory.show)
 
 
 @bench_app.command("tta")
@@ -110,12 +118,11 @@ def bench_tta(
     as_json: Json = False,
 ) -> None:
     """Test-time methods on drifting streams, built in or of prepared real records: error, calibration, cost."""
-    from fedpeft.simulations.benchmarks import tta, tta_report
+    with _folder("tta", out, own=CELLS) as out:
+        from fedpeft.simulations.benchmarks import tta, tta_report
 
-    def tell(line: str) -> None:
-        console.err.print(line, markup=False, soft_wrap=True)
-
-    console.emit(tta.run(out, stream, methods, models, shortened.seeds(seeds), quick, tell), as_json, tta_report.show)
+        result = tta.run(out, stream, methods, models, shortened.seeds(seeds), quick, console.note)
+        console.emit(result, as_json, tta_report.show)
 
 
 @bench_app.command("continual")
@@ -135,14 +142,30 @@ def bench_continual(
     as_json: Json = False,
 ) -> None:
     """Continual learning on a stream of tasks: accuracy, forgetting, bytes kept and cost of bodies and heads."""
-    from fedpeft.simulations.benchmarks import continual, continual_report
+    with _folder("continual", out, own=CELLS) as out:
+        from fedpeft.simulations.benchmarks import continual, continual_report
 
-    def tell(line: str) -> None:
-        console.err.print(line, markup=False, soft_wrap=True)
+        given: dict[str, Any] = {"quick": quick, "validation": validation, "settings": settings, "tell": console.note}
+        result = continual.run(out, stream, bodies, heads, shortened.seeds(seeds), **given)
+        console.emit(result, as_json, continual_report.show)
 
-    given: dict[str, Any] = {"quick": quick, "validation": validation, "settings": settings, "tell": tell}
-    result = continual.run(out, stream, bodies, heads, shortened.seeds(seeds), **given)
-    console.emit(result, as_json, continual_report.show)
+
+@contextmanager
+def _folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The folder of a benchmark's results, held by this process; says at once that there is life.
+
+    Args:
+        own: names of results that are gone on with; none: the folder must be new or empty.
+    """
+    console.note(f"bench {name}: loading ...")
+    with folders.new(out, Path(), own=own) as made:
+        try:
+            yield made.path
+        except BaseException as error:
+            if isinstance(error, Stopped) and own:
+                error.advice = f"What is finished stays in {made.path}; the same command goes on with the rest."
+            made.undo(folders.LOCK)
+            raise
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,8 +92,7 @@ class World:
 
 
 def run(out: Path, name: str, bodies: str = "", heads: str = "", seeds: int = 3, quick: bool = False,
-        validation: bool = False, settings: list[str] | None = None, tell: Callable[[str], None] = lambda line: None
-        ) -> Row:
+        validation: bool = False, settings: list[str] | None = None, tell: cells.Tell = cells.silent) -> Row:
     """Run what is missing of the table into `out`, then write results.json, plots and report.html.
 
     Args:
@@ -118,10 +116,11 @@ def run(out: Path, name: str, bodies: str = "", heads: str = "", seeds: int = 3,
     asked = [entry("bodies", text, "--bodies") for text in dict.fromkeys(cells.entries(bodies or every))]
     shown, added = all_heads(heads)
     rows: list[Row] = []
+    progress = cells.Progress(tell, seeds * len(asked) * len(shown))
     for seed in range(seeds):
         world = World(label, source, seed, validation, out / "manifests")
         for body in asked:
-            rows += body_rows(out, world, body, shown, train, tell)
+            rows += body_rows(out, world, body, shown, train, progress)
     given = [f"--stream {name}", f"--bodies {bodies}" if bodies else "", f"--heads {heads}" if heads else "",
              *(f"--set {text}" for text in settings or []), f"--seeds {seeds}", "--validation" if validation else "",
              "--quick" if quick else ""]
@@ -191,7 +190,7 @@ def trainings(body: Entry, heads: list[Entry], scenario: str) -> list[list[Entry
 
 
 def body_rows(out: Path, world: World, body: Entry, heads: list[Entry], train: TrainConfig,
-              tell: Callable[[str], None]) -> list[Row]:
+              progress: cells.Progress) -> list[Row]:
     """The rows of one body and seed, in the order of the heads."""
     common = {"version": VERSION, "stream": world.name, "manifest_sha256": world.manifest,
               "validation": world.validation, "seed": world.seed, "train": dataclasses.asdict(train),
@@ -200,12 +199,13 @@ def body_rows(out: Path, world: World, body: Entry, heads: list[Entry], train: T
     stem = f"{world.path.stem}-{slug(body.text)}"
     paths = {head.text: out / "cells" / f"{stem}-{slug(head.text)}.json" for head in heads}
     rows = {text: row for text, key in keys.items() if (row := cells.read(paths[text], key)) is not None}
+    progress.skip(len(rows))
     for group in trainings(body, [head for head in heads if head.text not in rows], world.source.scenario):
         state = out / "state" / f"{stem}-{_sha256([keys[head.text] for head in group])[:12]}.pt"
         for text, found in trained(world, body, group, train, state).items():
             rows[text] = {**keys[text], **found}
             cells.write(paths[text], rows[text])
-            tell(f"{world.name} seed {world.seed} {body.text} {text}: " + (
+            progress(f"{world.name} seed {world.seed} {body.text} {text}: " + (
                 f"refused: {found['refused']}" if found["refused"] else
                 f"{100 * found['metrics']['acc_micro']:.1f} % after the last task"))
         state.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from fedpeft import __version__, files, registry
 from fedpeft.errors import InputError
 from fedpeft.seeds import derive
 from fedpeft.simulations.benchmarks.accounting import sigma, spent
+from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.federated_report import TUNED, Row, claims, figures
 from fedpeft.simulations.benchmarks.toy import SITE, Method, Protocol, Run, World, make_world, simulate
 from fedpeft.simulations.benchmarks.toy_baselines import baselines
@@ -97,7 +98,7 @@ def skew_methods() -> list[Method]:
 # Experiments ----------------------------------------------------------------------------------------------------------
 
 
-def dp_experiment(count: int, quick: bool) -> list[Row]:
+def dp_experiment(count: int, quick: bool, done: Tell = silent) -> list[Row]:
     """Rows of the DP experiment for seeds 0 to `count` - 1."""
     protocol = replace(DP, rounds=8) if quick else DP
     grid, shared, epsilons = ((0.5, 1.0), (1.0,), (None, 6.0, 1.0)) if quick else (DP_GRID, DP_SHARED, EPSILONS)
@@ -107,10 +108,11 @@ def dp_experiment(count: int, quick: bool) -> list[Row]:
         for one in dp_methods():
             where = {"experiment": "dp", "setting": "no DP" if epsilon is None else f"epsilon {epsilon:g}"}
             rows += _compare(where, protocol, worlds, tuning, one, shared, grid, "final", epsilon)
+            done(f"dp, {where['setting']}: {one.name}")
     return rows
 
 
-def skew_experiment(count: int, quick: bool) -> list[Row]:
+def skew_experiment(count: int, quick: bool, done: Tell = silent) -> list[Row]:
     """Rows of the heterogeneity experiment; rates are tuned in the main setting only."""
     settings = {"main": (replace(SKEW, rounds=4), 0.3)} if quick else SKEW_SETTINGS
     grid = (0.15, 0.3) if quick else SKEW_GRID
@@ -121,6 +123,7 @@ def skew_experiment(count: int, quick: bool) -> list[Row]:
         for one in skew_methods():
             where = {"experiment": "heterogeneity", "setting": setting}
             rows += _compare(where, protocol, worlds, tuning, one, (lr,), grid, "average", None)
+            done(f"heterogeneity, {setting}: {one.name}")
     return rows
 
 
@@ -175,7 +178,7 @@ def _max_epsilon(protocol: Protocol, world: World, run: Run, epsilon: float) -> 
     return highest
 
 
-def rowspace_experiment(count: int, quick: bool) -> list[Row]:
+def rowspace_experiment(count: int, quick: bool, done: Tell = silent) -> list[Row]:
     """FedSVD in float64 without DP, against FFA-LoRA with orthonormal rows; FedIT is the contrast.
 
     `path_difference` is the largest relative distance between the two paths of B A over all rounds, `span_deviation`
@@ -197,6 +200,7 @@ def rowspace_experiment(count: int, quick: bool) -> list[Row]:
             outside = max(_relative(A[seed] - A[seed] @ basis.T @ basis, A[seed]) for _, A in path)
             rows.append({"experiment": "rowspace", "method": one.name, "seed": seed, "rounds": protocol.rounds,
                          "path_difference": apart, "span_deviation": outside})
+        done(f"rowspace: {one.name}")
     return rows
 
 
@@ -216,12 +220,20 @@ def _relative(difference: Tensor, to: Tensor) -> float:
     return float(difference.norm() / to.norm())
 
 
-def run(out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[str] = EXPERIMENTS) -> Row:
+def parts(quick: bool) -> Row:
+    """How many methods and settings each experiment has, each told of when it is finished."""
+    epsilons, settings = (3, 1) if quick else (len(EPSILONS), len(SKEW_SETTINGS))
+    return {"dp": epsilons * len(dp_methods()), "heterogeneity": settings * len(skew_methods()), "rowspace": 3}
+
+
+def run(out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[str] = EXPERIMENTS,
+        tell: Tell = silent) -> Row:
     """Run the experiments and write results.json and plots to `out`.
 
     Args:
         seeds: number of reported seeds, two at least.
         quick: few rounds, settings and rates: shows that the benchmark works, says nothing about methods.
+        tell: is given a line for every method and setting.
 
     Raises:
         InputError: an unknown experiment, or fewer than two seeds.
@@ -232,10 +244,11 @@ def run(out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[st
             raise InputError(registry.unknown("experiments", name, functions))
     if seeds < 2:
         raise InputError(f"seeds={seeds}: a paired difference needs two seeds at least.")
+    progress = Progress(tell, sum(parts(quick)[name] for name in experiments))
     rows, seconds = [], {}
     for name in experiments:
         started = time.perf_counter()
-        rows += functions[name](seeds, quick)
+        rows += functions[name](seeds, quick, progress)
         seconds[name] = time.perf_counter() - started
     reference = [row for name, protocol in (("dp", DP), ("heterogeneity", SKEW)) if name in experiments
                  for row in baselines(name, _worlds(protocol, seeds))]

@@ -24,6 +24,7 @@ import torch
 
 from fedpeft import files, seeds
 from fedpeft.errors import InputError
+from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.server_cost import resident
 
 ASKED, ROUNDS, TOKENS, LABELS = 64, 3, 16, 4
@@ -31,8 +32,10 @@ KB_PER_CLIENT = 1.0  # record numbers 0.4, node 0.3, name 0.1, rounded up
 Row = dict[str, Any]
 
 
-def run(out: Path, clients: tuple[int, ...] = (100, 1000, 10_000)) -> Row:
+def run(out: Path, clients: tuple[int, ...] = (100, 1000, 10_000), tell: Tell = silent) -> Row:
     """One run for each number of clients, in a process of its own; writes results.json to `out`.
+
+    `tell` is given a line for each.
 
     Raises:
         InputError: no number of clients, or one below 1.
@@ -41,9 +44,11 @@ def run(out: Path, clients: tuple[int, ...] = (100, 1000, 10_000)) -> Row:
         raise InputError(f"--clients: {clients}: give numbers from 1 up.")
     records = 2 * max(*clients, ASKED)
     peaks: dict[int, tuple[float | None, float | None]] = {}
+    progress = Progress(tell, len(clients))
     for count in sorted(clients):
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
             peaks[count] = pool.submit(measure, count, records).result()
+        progress(f"{count} clients")
     first = peaks[min(peaks)][0]
     rows = [{"clients": count, "asked": min(ASKED, count), "peak_mb": peak, "with_report_mb": report,
              "formula_mb": None if first is None else first + (count - min(peaks)) * KB_PER_CLIENT / 1e3}

@@ -8,6 +8,7 @@ were looked at. A cell that is there is not run again, so an interrupted benchma
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft import __version__, files
 from fedpeft.errors import InputError
+from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.federated_report import above, distinct, equal, paired, select
 
 if TYPE_CHECKING:
@@ -37,12 +39,13 @@ PAIRS = (("FedSVD", "FFA", above), ("FedSVD", "FedIT", above), ("FFA", "FedIT", 
 Row = dict[str, Any]
 
 
-def run(out: Path, seeds: int = 3, quick: bool = False) -> Row:
+def run(out: Path, seeds: int = 3, quick: bool = False, tell: Tell = silent) -> Row:
     """Run what is missing of the grid into `out`/cells, and write results.json and accuracy.png.
 
     Args:
         seeds: runs of each cell, two at least.
         quick: two rounds, one rate, two epsilons: shows that the benchmark works, says nothing about rules.
+        tell: is given a line for every cell that is run.
 
     Raises:
         InputError: fewer than two seeds.
@@ -50,8 +53,15 @@ def run(out: Path, seeds: int = 3, quick: bool = False) -> Row:
     if seeds < 2:
         raise InputError(f"seeds={seeds}: a paired difference needs two seeds at least.")
     epsilons, rates = ((1.0, 6.0), (0.25,)) if quick else (EPSILONS, RATES)
-    rows = [cell(out / "cells", name, epsilon, rate, seed, quick)
-            for epsilon in epsilons for rate in rates for seed in range(seeds) for name in METHODS]
+    progress, rows = Progress(tell, len(epsilons) * len(rates) * seeds * len(METHODS)), []
+    for epsilon, rate, seed, name in itertools.product(epsilons, rates, range(seeds), METHODS):
+        where = (out / "cells", name, epsilon, rate, seed, quick)
+        there = (folder_of(*where) / "summary.json").exists()
+        rows.append(cell(*where))
+        if there:
+            progress.skip()
+        else:
+            progress(f"{name} epsilon {epsilon:g} lr {rate:g} seed {seed}: {rows[-1]['final']:.1f} %")
     import torch
 
     command = f"fedpeft bench private --out DIR --seeds {seeds}{' --quick' if quick else ''}"
@@ -66,11 +76,15 @@ def run(out: Path, seeds: int = 3, quick: bool = False) -> Row:
     return results
 
 
+def folder_of(cells: Path, name: str, epsilon: float, rate: float, seed: int, quick: bool) -> Path:
+    return cells / f"{name.replace(' ', '_')}-epsilon{epsilon:g}-lr{rate:g}-seed{seed}{'-quick' if quick else ''}"
+
+
 def cell(folder: Path, name: str, epsilon: float, rate: float, seed: int, quick: bool) -> Row:
     """One run's row, from its summary if it has been run."""
     from fedpeft.simulations.run import simulate
 
-    where = folder / f"{name.replace(' ', '_')}-epsilon{epsilon:g}-lr{rate:g}-seed{seed}{'-quick' if quick else ''}"
+    where = folder_of(folder, name, epsilon, rate, seed, quick)
     if not (where / "summary.json").exists():
         shutil.rmtree(where, ignore_errors=True)  # a run that was cut off
         changes = {**METHODS[name], "privacy.epsilon": epsilon, "client.lr": rate, "run.seed": seed,

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedpeft import __version__, files, registry, seeds
 from fedpeft.errors import InputError, RunError
+from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
 
@@ -191,12 +192,13 @@ def resident(key: str) -> int | None:
 
 
 def run(out: Path, sites: int = 224, m: int = 4096, n: int = 4096, r: int = 16, clients: int = 20,
-        quick: bool = False, dense_sites: int = 1) -> dict[str, Any]:
+        quick: bool = False, dense_sites: int = 1, tell: Tell = silent) -> dict[str, Any]:
     """Measure every method in a process of its own and write results.json to `out`.
 
     Args:
         sites, m, n, r: adapted layers, their shape and the rank.
         quick: 4 sites of 512 x 512 and 4 clients, whatever the sizes given.
+        tell: is given a line for every measurement.
         dense_sites: sites on which the dense way is measured before it is scaled to `sites`.
 
     Raises:
@@ -207,11 +209,13 @@ def run(out: Path, sites: int = 224, m: int = 4096, n: int = 4096, r: int = 16, 
     if min(asdict(size).values()) < 1 or size.r > min(size.m, size.n) or not 1 <= dense_sites <= size.sites:
         raise InputError(f"bench server: {asdict(size)}, dense_sites={dense_sites}: all must be at least 1, r at most "
                          "min(m, n), dense_sites at most sites.")
-    rows = []
+    rows, progress = [], Progress(tell, len(OPTIONS) + len(DENSE))
     for name in OPTIONS:
         row = {"method": name, **_child(name, size, "factors")}
+        progress(f"{name}: {row['seconds']:.1f} s for {size.sites} sites")
         if name in DENSE:
             measured = _child(name, replace(size, sites=dense_sites), "dense")
+            progress(f"{name}, dense: {measured['seconds']:.1f} s for {dense_sites} sites")
             row |= {"dense_sites": dense_sites, "dense_seconds": measured["seconds"],
                     "dense_seconds_scaled": measured["seconds"] * size.sites / dense_sites,
                     "dense_peak_bytes": measured["peak_bytes"]}

@@ -28,6 +28,7 @@ from fedpeft import __version__, files, seeds
 from fedpeft.config import base_dtype
 from fedpeft.errors import InputError, RunError
 from fedpeft.simulations.benchmarks import whole_run
+from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.server_cost import resident
 from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Engine, adapted, make
 from fedpeft.simulations.benchmarks.speed_work import MODELS, Work, work
@@ -45,12 +46,13 @@ Times = dict[str, list[tuple[float, float]]]  # engine -> wall and CPU seconds o
 
 def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = (8, 64),
         batch: tuple[int, ...] = (1, 2, 4, 8, 16), engines: tuple[str, ...] = (), repeats: int = 5, seq: int = 64,
-        steps: int = 2, quick: bool = False, device: str = "auto") -> Row:
+        steps: int = 2, quick: bool = False, device: str = "auto", tell: Tell = silent) -> Row:
     """Check, time, and write results.json and speed.png to `out`.
 
     Args:
         engines: of `speed_engines.ENGINES` and `whole_run.ENGINES`; none are all that can be run here.
         quick: a tiny model and a few clients, to see that it works.
+        tell: is given a line for every engine's peak memory and every race.
 
     Raises:
         InputError: an unknown name, a number below 1, or an engine that cannot run here.
@@ -65,22 +67,31 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
         names = engines or DEFAULT
     _require(models, names, (*(clients or (0,)), *(batch or (0,)), repeats, seq, steps), where)
     local = [name for name in names if name in ENGINES]
+    whole = [name for name in names if name in whole_run.ENGINES]
+    sizes = len(models) * len(clients) * len(batch)
+    progress = Progress(tell, sizes * (1 + bool(whole)) + bool(local))
     rows, before = [], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         distance = check(local, where) if local else None
+        if local:
+            progress("engines checked against each other")
         for model in models:
             built = {name: make(name, model, where) for name in local}
             start = adapted(model, where, torch.float32).state().tensors
             cells = [(count, size) for count in clients for size in batch]
-            timed = [race(built, work(start, count, size, seq, steps), repeats, where) for count, size in cells]
+            timed = []
+            for count, size in cells:
+                timed.append(race(built, work(start, count, size, seq, steps), repeats, where))
+                progress(f"{model}, {count} clients, batch {size}: local training timed")
             built.clear()
             for (count, size), times in zip(cells, timed, strict=True):
                 case = {"model": model, "clients": count, "batch": size, "seq": seq, "steps": steps}
                 peaks = {name: _child(name, case, where.type) for name in local}
                 rows += [{**case, **row} for row in summarise(times, peaks, "peft")]
-                if whole := [name for name in names if name in whole_run.ENGINES]:
+                if whole:
                     rows += [{**case, "rounds": ROUNDS, **row} for row in _whole(out, whole, case, repeats, where)]
+                    progress(f"{model}, {count} clients, batch {size}: whole runs timed")
     finally:
         torch.set_num_threads(before)
     listed = {"models": models, "clients": clients, "batch": batch, "engines": names}

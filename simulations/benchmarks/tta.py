@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ class World:
 
 
 def run(out: Path, streams: str, methods: str = "", models: str = "", seeds: int = 3, quick: bool = False,
-        tell: Callable[[str], None] = lambda line: None) -> Row:
+        tell: cells.Tell = cells.silent) -> Row:
     """Run what is missing of the grid into `out`, then write results.json, plots and report.html.
 
     Args:
@@ -85,13 +84,13 @@ def run(out: Path, streams: str, methods: str = "", models: str = "", seeds: int
         raise InputError("--stream: none given; for example digits-c/iid.")
     chosen = asked_methods(methods, quick)
     grid = [(bench, model) for bench in benches for model in asked_models(bench, models)]
-    rows = []
+    rows, progress = [], cells.Progress(tell, len(grid) * seeds * len(chosen))
     for bench, model in grid:
         for seed in range(seeds):
             plan = manifest(out / "manifests", bench, seed)
             world = World(bench, plan, model, seed, out / "sources")
             for method in chosen:
-                rows.append(cell(out / "cells", world, method, quick, tell))
+                rows.append(cell(out / "cells", world, method, quick, progress))
     command = "fedpeft bench tta --stream " + ",".join(bench.name for bench in benches)
     command += f" --methods {methods}" if methods else ""
     command += f" --models {models}" if models else ""
@@ -143,7 +142,7 @@ def manifest(folder: Path, bench: Bench, seed: int) -> Row:
     return plan
 
 
-def cell(folder: Path, world: World, method: str, quick: bool, tell: Callable[[str], None] = lambda line: None) -> Row:
+def cell(folder: Path, world: World, method: str, quick: bool, progress: cells.Progress) -> Row:
     """The row of one cell, read if it has been run.
 
     Raises:
@@ -155,11 +154,12 @@ def cell(folder: Path, world: World, method: str, quick: bool, tell: Callable[[s
            "model": world.model, "method": method, "options": options, "seed": world.seed, "quick": quick}
     path = folder / f"{slug(world.bench.name)}-{world.model}-{slug(method)}-seed{world.seed}.json"
     if (found := cells.read(path, key)) is not None:
+        progress.skip()
         return found
     row = {**key, **world.facts, **play(world, name, options)}
     cells.write(path, row)
     outcome = f"refused: {row['refused']}" if row["refused"] else f"error {100 * row['error']:.1f} %"
-    tell(f"{world.bench.name} {world.model} seed {world.seed} {method}: {outcome}")
+    progress(f"{world.bench.name} {world.model} seed {world.seed} {method}: {outcome}")
     return row
 
 

@@ -191,7 +191,8 @@ def test_finished_cells_are_read_and_missing_ones_are_run(hand, trained, tmp_pat
     (tmp_path / "cells" / "hand-seed0-sequential-lda.json").unlink()
     again = bench(tmp_path, "frozen,sequential", seeds=2, tell=told.append)
     assert [heads for _, heads, _ in trained[2:]] == [["lda"], *[["linear", "ranpac", "lda"]] * 2]
-    assert [line.split(":")[0] for line in told[6:8]] == ["hand seed 0 sequential lda", "hand seed 1 frozen linear"]
+    assert [line.split(":")[0] for line in told[6:8]] == ["6/12 hand seed 0 sequential lda",
+                                                        "7/12 hand seed 1 frozen linear"]
     assert list(map(without_cost, again["rows"][:6])) == list(map(without_cost, first["rows"]))
 
 

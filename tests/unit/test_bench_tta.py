@@ -192,7 +192,8 @@ def test_finished_cells_are_read_and_missing_ones_are_run(hand, played, tmp_path
     gone = tmp_path / "cells" / "hand-norms-tent-seed0.json"
     gone.unlink()
     again = tta.run(tmp_path, "hand", METHODS, "norms", 2, tell=told.append)
-    assert [line.split(":")[0] for line in told[7:9]] == ["hand norms seed 0 tent", "hand norms seed 1 source"]
+    assert [line.split(":")[0] for line in told[7:9]] == ["6/14 hand norms seed 0 tent",
+                                                        "8/14 hand norms seed 1 source"]
     assert len(told) == len(played) == 7 + 1 + 7
     rows = [{key: value for key, value in row.items() if key != "cost"} for row in again["rows"][:7]]
     assert rows == [{key: value for key, value in row.items() if key != "cost"} for row in first["rows"]]
