@@ -193,7 +193,7 @@ def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
     from fedpeft.cli import app
 
     given = []
-    monkeypatch.setattr(speed, "run", lambda *a, **options: given.append(options) or {"rows": []})
+    monkeypatch.setattr(speed, "run", lambda *a, tell, **options: given.append(options) or {"rows": []})
     options = ["--models", "S,minilm", "--clients", "8, 64", "--batch", "1", "--engines", "peft,flower"]
     done = CliRunner().invoke(app, ["bench", "speed", "--out", str(tmp_path), *options, "--repeats", "2", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout) == {"rows": []}
