@@ -304,7 +304,7 @@ def test_bench_passes_its_options_on(fedpeft, tmp_path, monkeypatch):
 
     asked = []
     for module in (federated, server_cost):
-        monkeypatch.setattr(module, "run", lambda *values, tell, **named: asked.append((values, named)) or {"done": True})
+        monkeypatch.setattr(module, "run", lambda *a, tell, **named: asked.append((a, named)) or {"done": True})
     done = fedpeft("bench", "federated", "--seeds", 3, "--quick", "--out", tmp_path, "--json")
     assert done.code == 0 and done.json == {"done": True}
     done = fedpeft(
