@@ -6,12 +6,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedpeft import registry
 from fedpeft.clients import policy
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
@@ -23,6 +21,7 @@ from fedpeft.privacy.ledger import Budget, Entry, Ledger, accounts_of, client_of
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
+from fedpeft.strategies.learning.build import sums_of_a_task
 
 log = logging.getLogger("fedpeft")
 
@@ -82,13 +81,8 @@ class Guard:
             return None
         bounds = self.policy(client)
         records = self.records(client) or count()
-        plan = plans.make(self.config.privacy, self.config.client, self.rounds, records)
-        sums = self.config.continual.statistics_noise
-        if sums is not None:  # a task's account has the steps of its rounds, and what its head is fitted on
-            body = registry.load("server_bodies", self.config.continual.body or "", "continual.body")
-            both = (plan.release, (1.0, sums, body.most_views))
-            epsilon = composed(both, plan.budget.delta, plan.budget.accountant)
-            plan = replace(plan, budget=replace(plan.budget, epsilon=epsilon))
+        sums = sums_of_a_task(self.config)  # a task's account has them beside the steps of its rounds
+        plan = plans.make(self.config.privacy, self.config.client, self.rounds, records, sums)
         if bounds is not None:
             bounds.require_noise(plan.noise_multiplier)
         return plan

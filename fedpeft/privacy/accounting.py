@@ -173,25 +173,33 @@ def _unresolvable(reason: str) -> InputError:
 
 
 @functools.lru_cache(maxsize=1024)
-def noise_multiplier(sample_rate: float, epsilon: float, steps: int, delta: float, accountant: str = "pld") -> float:
+def noise_multiplier(sample_rate: float, epsilon: float, steps: int, delta: float, accountant: str = "pld",
+                     beside: tuple[Release, ...] = ()) -> float:
     """The smallest noise multiplier (1e-4, or 1e-4 of it, too large at most) at which the steps cost at most `epsilon`.
 
+    Args:
+        beside: other releases that `epsilon` has to pay for too.
+
     Raises:
-        InputError: a value out of its range, or an unknown accountant.
+        InputError: a value out of its range, an unknown accountant, or `beside` leaves nothing for the steps.
     """
     _check(sample_rate=sample_rate, delta=delta, steps=steps, epsilon=epsilon)
     _known(accountant)
+    if (others := composed(beside, delta, accountant)) >= epsilon:
+        raise InputError(f"--epsilon: {epsilon:g} leaves nothing for the steps: what is released beside them costs "
+                         f"{others:.4g}.")
 
     def cost(sigma: float, name: str = accountant) -> float:
-        return composed(((sample_rate, sigma, steps),), delta, name)
+        return composed((*beside, (sample_rate, sigma, steps)), delta, name)
 
     # The Renyi bound is quick and never below: it gives the slower accountants a narrow bracket.
     low, high = LEAST_NOISE, 1.0
-    while cost(high, "rdp") > epsilon:
-        low, high = high, 4 * high
-        if high > MOST_NOISE:
-            raise InputError(f"--epsilon: {epsilon:g} needs a noise multiplier above {MOST_NOISE:g}.")
-    high = _smallest(lambda sigma: cost(sigma, "rdp"), epsilon, low, high)
+    if composed(beside, delta, "rdp") < epsilon:
+        while cost(high, "rdp") > epsilon:
+            low, high = high, 4 * high
+            if high > MOST_NOISE:
+                raise InputError(f"--epsilon: {epsilon:g} needs a noise multiplier above {MOST_NOISE:g}.")
+        high = _smallest(lambda sigma: cost(sigma, "rdp"), epsilon, low, high)
     if accountant == "rdp":
         return high
     low, most = max(LEAST_NOISE, 0.5 * high), 1e3 * high
@@ -199,6 +207,8 @@ def noise_multiplier(sample_rate: float, epsilon: float, steps: int, delta: floa
         low, high = high, 1.5 * high
         if high > most:
             raise InputError(f"--epsilon: {epsilon:g} is below what the accountant {accountant} can resolve; take rdp.")
+    while low > LEAST_NOISE and cost(low) <= epsilon:  # Renyi may take most of epsilon for what is beside
+        low, high = max(LEAST_NOISE, 0.5 * low), low
     return _smallest(cost, epsilon, low, high)
 
 

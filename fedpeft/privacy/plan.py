@@ -85,11 +85,13 @@ def clip_factors(norms: Tensor, clip: float | Tensor, losses: Tensor | None = No
     return torch.where(good, factors, 0.0)
 
 
-def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int) -> Plan:
+def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int, beside: tuple[Release, ...] = ()
+         ) -> Plan:
     """The plan of a client with this public number of records.
 
     Args:
         rounds: rounds that the run may ask it for; `privacy.planned_rounds` overrides.
+        beside: what else the budget pays for: the sums that a head is fitted on.
 
     Raises:
         InputError: as `require`.
@@ -98,11 +100,11 @@ def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int
     steps = (client.local_steps or 0) * (privacy.planned_rounds or rounds)
     rate, sigma, epsilon = client.batch_size / records, privacy.noise_multiplier, privacy.epsilon
     if sigma is None and epsilon is not None:
-        sigma = noise_multiplier(rate, epsilon, steps, privacy.delta, privacy.accountant)
+        sigma = noise_multiplier(rate, epsilon, steps, privacy.delta, privacy.accountant, beside)
     if sigma is None:
         raise InputError("privacy.epsilon and privacy.noise_multiplier are both null; give one.")
     if epsilon is None:
-        epsilon = composed(((rate, sigma, steps),), privacy.delta, privacy.accountant)
+        epsilon = composed(((rate, sigma, steps), *beside), privacy.delta, privacy.accountant)
     budget = Budget(epsilon, privacy.delta, privacy.accountant)
     return Plan(rate, float(client.batch_size), privacy.clip, sigma, steps, budget)
 

@@ -7,6 +7,7 @@ from fedpeft.config import Config, method
 from fedpeft.continual import curriculum
 from fedpeft.continual.head import Head
 from fedpeft.errors import InputError
+from fedpeft.privacy.accounting import Release, composed
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.learning.base import ServerBody
 from fedpeft.strategies.learning.rounds import Learning
@@ -105,7 +106,17 @@ def private(config: Config, fitted: bool, body: ServerBody) -> None:
     if section.statistics_noise is None:
         raise InputError(f"privacy.unit=sample: continual.head={section.head} is fitted on sums over records. Set "
                          "continual.statistics_noise (their noise multiplier), or continual.head=linear.")
-    if privacy.epsilon is not None:
-        raise InputError(f"privacy.epsilon={privacy.epsilon:g}: it plans the noise of training alone, and the sums for "
-                         f"continual.head={section.head} cost more. Give privacy.noise_multiplier instead; the budget "
-                         "then covers both.")
+    budget, sums = privacy.epsilon, sums_of_a_task(config)
+    if budget is not None and (cost := composed(sums, privacy.delta, privacy.accountant)) >= budget:
+        raise InputError(f"privacy.epsilon={budget:g}: the sums for continual.head={section.head} cost {cost:.4g} of "
+                         "it for every task, and nothing is left for training. Raise it, or "
+                         f"continual.statistics_noise={section.statistics_noise:g}.")
+
+
+def sums_of_a_task(config: Config) -> tuple[Release, ...]:
+    """What a private client's account of a task pays for beside training: sums over all records, one for each view."""
+    section = config.continual
+    if section.statistics_noise is None:
+        return ()
+    body = registry.load("server_bodies", section.body or "", "continual.body")
+    return ((1.0, section.statistics_noise, body.most_views),)

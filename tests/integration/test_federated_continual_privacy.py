@@ -97,6 +97,12 @@ def test_a_server_cannot_open_a_new_account_for_the_same_records(private):
         here.local.train(client, received, train)
 
 
+def test_a_run_that_is_asked_for_an_epsilon_claims_no_more_with_its_heads_sums(go):
+    summary = go("run", "continual_dp", {**DP_LDA, "privacy.noise_multiplier": None, "privacy.epsilon": 3.0})
+    claims = [client["epsilon"] for client in summary["privacy"]["clients"].values()]
+    assert len(claims) == 3 and 2.9 < max(claims) <= 3.0 and not summary["quarantined"]
+
+
 @pytest.mark.parametrize("name, options", [("ncm", {}), ("ranpac", {"features": 50}), ("aligned", {"epochs": 2})])
 def test_a_head_is_fitted_on_noised_sums_or_refused_beforehand(name, options, go):
     """Noised counts may be negative and a noised Gram matrix has negative eigenvalues: no reason to lose a run."""

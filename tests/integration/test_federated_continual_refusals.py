@@ -7,6 +7,7 @@ import pytest
 from fedpeft import config as configs
 from fedpeft.clients.private import Guard
 from fedpeft.errors import InputError
+from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.simulations.run import simulate
 
@@ -33,8 +34,11 @@ REFUSED = {
     "sketch": (COSO_LINEAR[0], {**COSO_LINEAR[1], **SAMPLE},
                r"privacy\.unit=sample.*coso.*Set continual\.basis=random"),
     "fitted": ("continual_dp", {"continual.head": "lda"}, r"continual\.head=lda.*Set continual\.statistics_noise"),
-    "epsilon": ("continual_dp", {**DP_LDA, "privacy.epsilon": 3.0, "privacy.noise_multiplier": None},
-                r"privacy\.epsilon=3: .*lda.*Give privacy\.noise_multiplier"),
+    "epsilon": ("continual_dp", {**DP_LDA, "privacy.epsilon": 1.0, "privacy.noise_multiplier": None},
+                r"privacy\.epsilon=1: the sums for continual\.head=lda cost 1\.[0-9]+ of it.*nothing is left"),
+    "epsilon-views": ("continual_dp", {**DP_LDA, "privacy.epsilon": 1.6, "privacy.noise_multiplier": None,
+                                       "continual.body": "lae", "strategy.name": "ffa_lora"},
+                      r"privacy\.epsilon=1\.6: the sums .* cost [12]\.[0-9]+ of it.*statistics_noise=2\."),
     "lacking": ("continual_coso", {"continual.side": "out", "strategy": "ffa_lora", "strategy.transport": "dense"},
                 r"continual\.body=coso: it needs clients that train A; strategy ffa_lora trains B, head"),
     "rule": ("continual_coso", {"strategy": "lora_fair"},
@@ -96,3 +100,25 @@ def test_a_task_pays_for_its_rounds_and_the_sums_of_its_bodys_views_and_no_more(
         guard.spend("client-000", guard.rounds, "one more", plan, 2.0)
     with pytest.raises(BudgetExhausted):
         guard.spend("client-000", guard.rounds + 1, "one more", plan)
+
+
+@pytest.mark.parametrize(("body", "views", "noise", "epsilon"), [("sequential", 1, 2.0, 3.0), ("lae", 2, 1.2, 5.0)])
+def test_epsilon_pays_for_the_rounds_of_a_task_and_its_sums_together(tmp_path, body, views, noise, epsilon):
+    """The noise is the least with which both stay within the epsilon that was asked for."""
+    config = configs.load("continual_dp", {**DP_LDA, "continual.statistics_noise": noise, "continual.body": body,
+                                           "strategy.name": "ffa_lora", "privacy.accountant": "rdp",
+                                           "privacy.noise_multiplier": None, "privacy.epsilon": epsilon,
+                                           "client.batch_size": 8, "client.local_steps": 2})
+    guard = Guard(config, tmp_path, "run")
+    plan = guard.plan("client-000", lambda: 60)
+    assert plan.budget.epsilon == epsilon
+    for number in range(1, guard.rounds + 1):
+        guard.spend("client-000", number, f"round {number}", plan)
+    for view in range(views):
+        guard.spend("client-000", guard.rounds, f"view {view}", plan, noise)
+    assert 0.995 * epsilon < guard.ledger("client-000").spent(1e-3, "rdp") <= epsilon
+    rate, sigma, steps = plan.release
+    less = composed(((rate, 0.998 * sigma, steps), (1.0, noise, views)), 1e-3, "rdp")
+    assert less > epsilon, "with less noise it would not do"
+    with pytest.raises(BudgetExhausted):
+        guard.spend("client-000", guard.rounds, "one more", plan, noise)

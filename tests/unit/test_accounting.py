@@ -200,6 +200,17 @@ def test_the_smallest_noise_is_found_whatever_the_target(rate, target, steps):
     assert epsilon(rate, found, steps, 1e-5) <= target < epsilon(rate, found - 1.1e-4 * max(1, found), steps, 1e-5)
 
 
+@pytest.mark.parametrize(("accountant", "rate", "target", "beside"), [
+    ("rdp", 1.0, 3.0, ((1.0, 2.0, 1),)), ("rdp", 1.0, 14.0, ((1.0, 0.5, 2),)), ("pld", 1.0, 1.5, ((1.0, 2.0, 1),))])
+def test_noise_is_found_beside_other_releases(accountant, rate, target, beside):
+    """Also where the Renyi bound alone would leave nothing for the steps."""
+    found = noise_multiplier(rate, target, 4, 1e-3, accountant, beside)
+    assert composed((*beside, (rate, found, 4)), 1e-3, accountant) <= target
+    assert composed((*beside, (rate, 0.998 * found, 4)), 1e-3, accountant) > target
+    with pytest.raises(InputError, match="leaves nothing for the steps: what is released beside them costs"):
+        noise_multiplier(rate, 0.9 * composed(beside, 1e-3, accountant), 4, 1e-3, accountant, beside)
+
+
 def test_the_ledger_the_plan_and_the_calculator_agree():
     privacy = PrivacyConfig(unit="sample", epsilon=3.0)
     plan = make(privacy, ClientConfig(batch_size=4, local_steps=10, local_epochs=None), 5, 200)
