@@ -22,6 +22,7 @@ from typing import Any
 from fedpeft import config as configs
 from fedpeft.config import Config, option
 from fedpeft.errors import InputError, RunError
+from fedpeft.foreign import YAML_BYTES, read_yaml
 from fedpeft.privacy.ledger import Budget
 
 BOUNDS = ("max_epsilon", "max_rounds", "records")
@@ -119,30 +120,42 @@ def _fewest(config: Config) -> int:
 
 
 def load(path: Path) -> Policy:
-    """Read a policy file.
+    """Read a policy file, which a site may have from elsewhere: at most 64 kB, no aliases, no tags.
 
     Raises:
-        InputError: no such file, an unknown key, a value out of its bounds, a bound neither set nor left open by name.
+        InputError: no such file, an unknown key, a value out of its bounds, a bound neither set nor left open by name;
+            names the file.
     """
     if not path.is_file():
         raise InputError(f"privacy.policy: no file {path}.")
-    tree = configs.read_yaml(path)
-    if not tree:
+    try:
+        with path.open("rb") as file:
+            text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {error}") from error
+    if not read_yaml(text, str(path)):
         raise InputError(f"{path}: it is empty, and an empty policy bounds nothing. {UNSET}")
-    policy: Policy = configs.build(Policy, tree, "policy")
-    if path.read_text(encoding="utf-8").rstrip(" ")[-1:] not in ("\n", "]", "}"):
+    try:
+        policy: Policy = configs.build(Policy, configs.read_yaml(path), "policy")  # typed by its fields, not by YAML
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    if text.rstrip(" ")[-1:] not in ("\n", "]", "}"):
         raise InputError(f"{path}: its last line does not end, so the file may be cut off. End it with a newline.")
+    _require_bounds(policy, path)
+    return policy
+
+
+def _require_bounds(policy: Policy, path: Path) -> None:
     for key, allowed in (("metrics", METRICS), ("unbounded", BOUNDS)):
         unknown = sorted(set(getattr(policy, key)) - set(allowed))
         if unknown:
-            raise InputError(f"policy.{key}: {', '.join(unknown)} not known. Allowed: {', '.join(allowed)}.")
+            raise InputError(f"{path}: policy.{key}: {', '.join(unknown)} not known. Allowed: {', '.join(allowed)}.")
     for key in BOUNDS:
         value = getattr(policy, key)
         if value is None and key not in policy.unbounded:
             raise InputError(f"{path}: policy.{key} is not set. {UNSET}")
         if value is not None and key in policy.unbounded:
             raise InputError(f"{path}: policy.{key} is {value:g}, and named in policy.unbounded too. Take one out.")
-    return policy
 
 
 def allows(policy: Policy) -> dict[str, Any]:

@@ -73,6 +73,30 @@ def test_unknown_names_are_refused_with_the_nearest(more, reason, file):
         policy.load(file({**WHOLE, **more}))
 
 
+@pytest.mark.parametrize(("text", "reason"), [
+    ("a: &a [1]\nmetrics: *a\n", "it has an anchor or an alias"),
+    ("bounds: &b {max_epsilon: 3}\n<<: *b\n", "it has an anchor or an alias"),
+    ("max_epsilon: !!float 3\n", "it has a tag"),
+    ("strategies: !!python/name:os.system\n", "it has a tag"),
+    ("strategies: " + "[" * 40 + "]" * 40 + "\n", "nests deeper"),
+    ("# " + "x" * 70_000 + "\nmax_epsilon: 3\n", "at most 65536 bytes are read"),
+    ("max_epsilon: three\n", r"policy\.max_epsilon"),
+    ("max_epsilon: 3\nmetrics: [everything]\n", r"policy\.metrics: everything not known"),
+])
+def test_a_file_from_elsewhere_is_bounded_before_it_is_read_and_named(text, reason, file):
+    path = file(text)
+    with pytest.raises(InputError, match=reason) as raised:
+        policy.load(path)
+    assert str(raised.value).startswith(f"{path}: ") and str(raised.value).count(str(path)) == 1
+
+
+def test_values_are_read_as_they_are_typed_not_as_yaml_takes_them(file):
+    """YAML 1.1 has 010 for 8, and 1:30 for 90."""
+    assert policy.load(file("max_rounds: 010\nunbounded: [max_epsilon, records]\n")).max_rounds == 10
+    with pytest.raises(InputError, match=r"policy\.max_epsilon"):
+        policy.load(file("max_epsilon: 1:30\nunbounded: [max_rounds, records]\n"))
+
+
 def test_a_number_that_may_be_cut_in_the_middle_is_refused(file):
     """1.0e-1 is what is left of 1.0e-12, and 0. of 0.5."""
     text = yaml.safe_dump(WHOLE, sort_keys=False)
