@@ -152,15 +152,11 @@ def admitted(envelope: Envelope, site: Site, bounds: Policy, number: int) -> Con
     return config
 
 
-def base_fingerprint(base: Base) -> str:
-    """A short hash of the frozen base: names, shapes and the first values of every parameter."""
-    digest = hashlib.sha256()
-    for name, value in sorted(base.backbone.named_parameters()):
-        if value.requires_grad or ".lora_" in name:
-            continue
-        first = value.detach().flatten()[:8].float().cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(value.shape)}".encode() + first)
-    return digest.hexdigest()[:16]
+def base_fingerprint(base: Base, config: Config) -> str:
+    """Hash of all values that the run does not train, at the coordinator as at a site."""
+    from fedpeft import models
+
+    return models.fingerprint(base, heads=not config.adapter.train_head)
 
 
 def classes(config: Config, found: list[str] | None) -> list[str]:

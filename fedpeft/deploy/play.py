@@ -95,7 +95,7 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
     if isinstance(here.strategy, ClientDP):
         here.strategy.ledger = run / "ledger" / "server.jsonl"
     cover = envelope.Envelope(run.name, configs.to_yaml(config), tuple(labels),
-                              envelope.base_fingerprint(here.local.model.base))
+                              envelope.base_fingerprint(here.local.model.base, config))
     cover.require()
     recorder = Recorder(run / "metrics.jsonl")
     sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record)

@@ -110,7 +110,7 @@ class Resident:
         here = bare(config, self.site.path / "state" / cover.run, list(cover.labels), self.site.path / "ledger",
                     cover.account(config))
         local = here.local
-        if envelope.base_fingerprint(local.model.base) != cover.base:
+        if envelope.base_fingerprint(local.model.base, config) != cover.base:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
         private = local.guard.private
         try:

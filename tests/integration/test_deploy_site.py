@@ -40,7 +40,7 @@ class Rig:
         self.policy(**POLICY)
         self.resident = worker.Resident(settings.site(self.folder))
         self.begin({})
-        self.base = envelope.base_fingerprint(self.here.local.model.base)
+        self.base = envelope.base_fingerprint(self.here.local.model.base, self.config)
 
     def begin(self, overrides):
         """Make a config the one of the runs that follow."""

@@ -90,6 +90,49 @@ def test_a_fingerprint_of_the_base_sees_any_weight_and_not_the_adapter():
     assert models.fingerprint(models.load(config.model, 10, 0), heads=True) != other
 
 
+@pytest.mark.parametrize("where", [0, 9, -1])
+def test_sites_and_coordinator_compare_every_value_of_the_base(where):
+    from fedpeft.adapters.adapted import build
+    from fedpeft.config import load
+    from fedpeft.deploy.envelope import base_fingerprint
+    config = load("quickstart", {**BASE, "adapter.train_head": False})
+    model = build(config.model, config.adapter, 10, 0)
+    first = base_fingerprint(model.base, config)
+    with torch.no_grad():
+        for key, value in model.parameters.items():
+            if "classifier" not in key:
+                value.add_(1.0)
+    assert base_fingerprint(model.base, config) == first, "the adapter is no part of the base"
+    weights = [*model.frozen.values()][-1].get_parameter("weight"), model.head().get_parameter("weight")
+    for weight in weights:
+        with torch.no_grad():
+            weight.view(-1)[where].add_(1e-4)
+        assert base_fingerprint(model.base, config) != first
+        with torch.no_grad():
+            weight.view(-1)[where].sub_(1e-4)
+    trained = load("quickstart", BASE)
+    first = base_fingerprint(model.base, trained)
+    with torch.no_grad():
+        weights[1].add_(1.0)
+    assert base_fingerprint(model.base, trained) == first, "a head that is trained is no part of it"
+
+
+def test_a_base_that_is_drawn_is_the_same_with_other_last_bits():
+    """Processors draw them otherwise; another draw is another base."""
+    from fedpeft.config import ModelConfig
+    drawn = ModelConfig(name="tiny-bert", task="sequence-classification")
+    base = models.load(drawn, 2, 0)
+    first = models.fingerprint(base, heads=False)
+    with torch.no_grad():
+        for value in base.backbone.parameters():
+            value.mul_(1 + 1e-6)
+    assert models.fingerprint(base, heads=False) == first
+    with torch.no_grad():
+        value = max(base.backbone.parameters(), key=torch.numel)
+        value.copy_(value.flip(0))
+    assert models.fingerprint(base, heads=False) != first
+
+
 def test_a_moved_folder_goes_on_under_its_own_name_by_a_link_too(tmp_path):
     whole = tmp_path / "whole"
     simulate("quickstart", BASE, whole)
