@@ -20,6 +20,7 @@ get, from the same distribution.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from fedpeft.adapters.tail import first_token
 from fedpeft.clients.batched import Pass, layers, replaced
 from fedpeft.clients.chunk import Chunk, Done, Job, steps_of
 from fedpeft.clients.pieces import token_counts
+from fedpeft.clients.train import taught
 from fedpeft.config import ClientConfig
 from fedpeft.errors import InputError
 
@@ -55,9 +57,11 @@ def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: Cli
 
     Raises:
         InputError: the model cannot be trained so (`cannot`, or a layer that does not keep samples apart).
+        RunError: no record of a job has something to predict.
     """
     if not jobs:
         return []
+    jobs = [replace(job, data=taught(job.data, job.private)) for job in jobs]
     problem = cannot(model, trains)
     if problem:
         raise InputError(f"run.engine=cohort: {problem}.")

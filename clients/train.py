@@ -12,6 +12,7 @@ control variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.errors import RunError
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
 
+log = logging.getLogger("fedpeft")
 CONTROL = "control:"
 
 
@@ -62,7 +65,11 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
 
     Returns:
         Steps taken and mean loss (of private steps: of the records that were drawn; it is not private).
+
+    Raises:
+        RunError: no record has something to predict.
     """
+    data = taught(data, private)
     parameters = model.train_roles(trains)
     device = next(iter(parameters.values())).device
     start = {key: value.detach().clone() for key, value in parameters.items()}
@@ -92,6 +99,22 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
             steps += 1
     model.base.backbone.eval()
     return steps, float(torch.stack(losses).mean()) if losses else math.nan
+
+
+def taught(data: Encoded, private: Private | None) -> Encoded:
+    """The records of which a plain step takes the mean: those with something to predict; it says what it leaves out.
+
+    A private step keeps them all: they count zero there, and the divisor is public.
+
+    Raises:
+        RunError: nothing is left.
+    """
+    if private is not None or len(teaching := data.teaching()) == len(data):
+        return data
+    if not len(teaching):
+        raise RunError(f"none of {len(data)} texts has a token to predict, so there is nothing to train on.")
+    log.warning("%d of %d texts have nothing to predict and are left out", len(data) - len(teaching), len(data))
+    return data.subset(teaching)
 
 
 Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen

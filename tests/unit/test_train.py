@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import seeds
+from fedpeft.clients.chunk import Job
+from fedpeft.clients.cohort import train_cohort
 from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.errors import RunError
 
 CPU = torch.device("cpu")
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
@@ -334,6 +337,34 @@ def test_texts_with_nothing_to_predict_do_not_count(llama):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     nothing = evaluate(llama, Encoded({name: value[:4] for name, value in data.inputs.items()}, silent))
     assert nothing["num-examples"] == 0 and np.isnan(nothing["loss"]) and np.isnan(nothing["accuracy"])
+
+
+@pytest.mark.parametrize(("silent", "first"), [([3], 1), ([0, 5, 9], 0), ([1, 2, 4, 6, 7, 8, 9], 1)])
+def test_texts_with_nothing_to_predict_are_left_out_of_training_by_both_engines(llama, silent, first, caplog):
+    """They are not records of loss zero, that a mean would be divided by; a first token is never predicted."""
+    data, start = small.texts(10, causal=True), small.randomised(llama)
+    whole = Encoded(data.inputs, data.labels.clone())
+    whole.labels[silent, first:] = IGNORE
+    part = whole.subset(np.setdiff1d(np.arange(10), silent))
+    found = []
+    for records in (whole, part):
+        llama.write(start)
+        steps, loss = train(llama, records, ["A", "B"], SGD, 7)
+        alone = llama.state().tensors
+        done = train_cohort(llama, [Job(start.tensors, records, 7)], ["A", "B"], SGD, 4096)[0]
+        assert done.steps == steps == 5 and done.loss == pytest.approx(loss, rel=1e-4)
+        for key, value in done.after.items():
+            assert torch.allclose(value, alone[key], atol=1e-5), key
+        found.append((alone, done.after, loss))
+    assert found[0][2] == found[1][2] and all(
+        torch.equal(value, other[key]) for one, other in zip(found[0][:2], found[1][:2], strict=True)
+        for key, value in one.items())
+    assert caplog.text.count(f"{len(silent)} of 10 texts have nothing to predict and are left out") == 2
+    nothing = Encoded(data.inputs, torch.full_like(data.labels, IGNORE))
+    for run in (lambda: train(llama, nothing, ["A", "B"], SGD, 7),
+                lambda: train_cohort(llama, [Job(start.tensors, nothing, 7)], ["A", "B"], SGD, 4096)):
+        with pytest.raises(RunError, match="none of 10 texts has a token to predict"):
+            run()
 
 
 def guessed(model, data):
