@@ -21,11 +21,11 @@ from torch import Tensor
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
-from fedpeft.clients import asked, inputs, learning, rates, stream
+from fedpeft.clients import asked, inputs, rates, sequence, test_time
 from fedpeft.clients.asked import Own
-from fedpeft.clients.cohort import Done, Job, cannot, train_cohort
+from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
+from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.policy import Refused
-from fedpeft.clients.private import Guard, fingerprint, release
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, Private, evaluate, new_control, on_device, per_sample_loss, train
@@ -34,10 +34,10 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
-from fedpeft.strategies.fedthe import FEATURES
-from fedpeft.strategies.learning.rounds import Learning, learning_of
-from fedpeft.tta.fedthe import mean_feature
-from fedpeft.tta.model import deploy
+from fedpeft.strategies.sequence.sequence import Learning, learning_of
+from fedpeft.strategies.wrappers.fedthe import FEATURES
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.methods.fedthe import mean_feature
 
 T = TypeVar("T")
 log = logging.getLogger("fedpeft")
@@ -89,7 +89,7 @@ class Local:
     said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        stream.require(self.config, self.model)
+        test_time.require(self.config, self.model)
 
     @cached_property
     def own(self) -> Own:
@@ -142,9 +142,9 @@ class Local:
         number = asked.number(task)
         self.guard.admit(client, number)
         received = self.own.accept(client, received, task, max(number - 1, 0))
-        task = learning.own(self.sequence, task)
+        task = sequence.own(self.sequence, task)
         start, kept = self.compose(client, received, task, before=number)
-        spending, private, answered = Spending(client, client, number, learning.account(client, task)), None, None
+        spending, private, answered = Spending(client, client, number, sequence.account(client, task)), None, None
         if self.guard.private:
             spending.request = fingerprint(received, task)
             if found := self.store.reply(client, number, spending.request):
@@ -168,7 +168,7 @@ class Local:
             corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
         tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
         seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
-        mixed = learning.replayed(self.train_data[client], task, self.config.client, seed)
+        mixed = sequence.replayed(self.train_data[client], task, self.config.client, seed)
         job = Job(tensors, data if mixed is None else mixed, seed, float(task.get("prox_mu", 0.0)), corrections,
                   private, in_order=mixed is not None)
         return Visit(client, received, task, start, kept, spending, job, len(data), answered)
@@ -185,7 +185,7 @@ class Local:
     def _alone(self, visit: Visit) -> Done:
         self.model.write(visit.start)
         job, trains = visit.job, visit.task["trains"]
-        with self.model.competing(learning.compete(visit.task)):
+        with self.model.competing(sequence.compete(visit.task)):
             steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, prox_mu=job.prox_mu,
                                 control=job.control, private=job.private, in_order=job.in_order)
         return Done(self.model.read(visit.start.select(trains)).tensors, steps, loss)
@@ -202,7 +202,7 @@ class Local:
         if reason is None:
             try:
                 self.model.write(visits[0].start)  # what a strategy adds to the base weights is the same for all
-                with self.model.competing(learning.compete(visits[0].task)):
+                with self.model.competing(sequence.compete(visits[0].task)):
                     return train_cohort(self.model, [visit.job for visit in visits], list(trains), self.config.client,
                                         tokens)
             except InputError as error:
@@ -240,7 +240,7 @@ class Local:
         if FEATURES in visit.received and visit.job.private is None:  # else nothing would cover it
             self.model.write(start.replace(after))
             update = update.replace({FEATURES: mean_feature(deploy(self.model), visit.job.data).cpu()})
-        marks, missed = learning.joined(visit.kept, task, client)
+        marks, missed = sequence.joined(visit.kept, task, client)
         keep = {**keep, **marks}
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(client, number, {**visit.kept, **keep})
@@ -296,16 +296,16 @@ class Local:
         self.guard.admit(client, number)
         self.guard.admit_evaluation(client)
         received = self.own.accept(client, received, task, number)
-        task = learning.own(self.sequence, task)
+        task = sequence.own(self.sequence, task)
         start, _ = self.compose(client, received, task, before=number + 1)
         with self._discreet(Spending(client, client, number, client)):
-            data = self._usable(learning.known(self.data(self.holdout, client), task, client))
+            data = self._usable(sequence.known(self.data(self.holdout, client), task, client))
             self.model.write(start)
             with self.model.competing(task["learn"]["seen"] if "learn" in task else None):
                 metrics = evaluate(self.model, data)
                 if self.config.tta.method is not None:
-                    train_data = self._usable(learning.known(self.data(self.train_data, client), task, client))
-                    metrics |= stream.score(self.config, self.model, client, received, data, train_data, self.store,
+                    train_data = self._usable(sequence.known(self.data(self.train_data, client), task, client))
+                    metrics |= test_time.score(self.config, self.model, client, received, data, train_data, self.store,
                                             number)
             return metrics
 
@@ -317,7 +317,7 @@ class Local:
         """
         self.guard.admit(client, asked.number(task))
         received = self.own.accept_sums(received, task)
-        return learning.answer(self, client, received, learning.own(self.sequence, task))
+        return sequence.answer(self, client, received, sequence.own(self.sequence, task))
 
     def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
         found = table.get(client)
@@ -328,8 +328,8 @@ class Local:
     def records(self, client: str, task: dict[str, Any]) -> Encoded:
         """The client's records of the round's task; under DP those that the model can take, which may be none."""
         if not self.guard.private:
-            return learning.records(self.data(self.train_data, client), task, client)
-        return self._usable(learning.of_task(self.train_data[client], task))
+            return sequence.records(self.data(self.train_data, client), task, client)
+        return self._usable(sequence.of_task(self.train_data[client], task))
 
     def _usable(self, data: Encoded) -> Encoded:
         return inputs.usable(self.model, data) if self.guard.private else data

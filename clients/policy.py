@@ -114,7 +114,7 @@ class Policy:
 
 def _fewest(config: Config) -> int:
     """Fewest clients in a sum that this config lets a server see."""
-    from fedpeft.strategies.secagg import Plan
+    from fedpeft.strategies.secagg.terms import Plan
 
     return Plan.of(config).fewest if config.secagg.enabled else 1
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.clients.stream import by_name
+from fedpeft.clients.test_time import by_name
 from fedpeft.data.encode import Encoded
-from fedpeft.tta.atp import ATP
-from fedpeft.tta.model import deploy
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.methods.atp import ATP
 
 
 def learned(model: Adapted, rates: dict[str, Tensor], data: Encoded, options: dict[str, Any],

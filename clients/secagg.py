@@ -31,9 +31,8 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
-from fedpeft.strategies import masking
-from fedpeft.strategies.secagg import Plan, reference
-from fedpeft.strategies.secagg_stages import ACTIONS, NAMES, RECORD
+from fedpeft.strategies.secagg.stages import ACTIONS, NAMES, RECORD
+from fedpeft.strategies.secagg.terms import Plan, masking, reference
 
 log = logging.getLogger("fedpeft")
 UPLOAD = f"train.{ACTIONS[2]}"

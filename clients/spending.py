@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.policy import Refused
-from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.errors import RunError
 from fedpeft.privacy.ledger import BudgetExhausted

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from fedpeft import config as configs
 from fedpeft.clients import train as training
-from fedpeft.clients.cohort import Job, cannot, train_cohort
-from fedpeft.clients.learning import account
-from fedpeft.clients.private import Guard
+from fedpeft.clients.cohort.engine import Job, cannot, train_cohort
+from fedpeft.clients.guard import Guard
+from fedpeft.clients.sequence import account
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError

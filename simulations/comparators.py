@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fedpeft.adapters import features
-from fedpeft.clients.learning import unit
+from fedpeft.clients.sequence import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.simulations import continual
 from fedpeft.simulations.world import Shares, World
-from fedpeft.strategies.learning.build import fits
-from fedpeft.strategies.learning.rounds import learning_of
+from fedpeft.strategies.sequence.build import fits
+from fedpeft.strategies.sequence.sequence import learning_of
 
 
 def constant(here: World) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpeft.adapters import features
 from fedpeft.clients.inputs import width_of
-from fedpeft.clients.learning import unit
+from fedpeft.clients.sequence import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.continual.head import Head
@@ -26,10 +26,10 @@ from fedpeft.data.encode import Encoded
 from fedpeft.simulations.world import World
 from fedpeft.state import AdapterState
 from fedpeft.strategies.base import FederatedStrategy, ServerState
-from fedpeft.strategies.learning import exchange
-from fedpeft.strategies.learning.base import KEEP
-from fedpeft.strategies.learning.build import fits, head
-from fedpeft.strategies.learning.rounds import Learning, learning_of
+from fedpeft.strategies.sequence import exchange
+from fedpeft.strategies.sequence.base import KEEP
+from fedpeft.strategies.sequence.build import fits, head
+from fedpeft.strategies.sequence.sequence import Learning, learning_of
 
 ROWS, SUMS = f"{KEEP}rows", f"{KEEP}sums|"
 Record = Callable[[dict[str, Any]], None]

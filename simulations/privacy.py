@@ -6,7 +6,7 @@ from typing import Any
 
 from fedpeft.privacy.plan import RELATION
 from fedpeft.simulations.world import World
-from fedpeft.strategies.client_dp import ClientDP, describe
+from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
 
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
 

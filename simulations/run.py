@@ -16,7 +16,7 @@ from fedpeft import checkpoint, folders, models, registry, report
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
-from fedpeft.clients import stream
+from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
@@ -27,11 +27,12 @@ from fedpeft.simulations.baselines import attempted, baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
 from fedpeft.simulations.world import World, make_app, records, settle, world
-from fedpeft.strategies import secagg, wire
+from fedpeft.strategies import wire
 from fedpeft.strategies.base import Rules, ServerState
-from fedpeft.strategies.client_dp import ClientDP
-from fedpeft.strategies.learning import exchange
+from fedpeft.strategies.secagg import terms
+from fedpeft.strategies.sequence import exchange
 from fedpeft.strategies.state import DROPPED
+from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 log = logging.getLogger("fedpeft")
 OnEvent = Callable[[dict[str, Any]], None]
@@ -179,7 +180,7 @@ def rules_of(config: Config) -> Rules:
         max_update_norm=config.run.max_update_norm,
         evaluate_every=config.run.evaluate_every,
         evaluate_clients=config.data.holdout > 0,
-        secagg=secagg.exchange(config),
+        secagg=terms.exchange(config),
     )
 
 
@@ -262,8 +263,8 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
         "skipped": [entry.tree() for entry in here.skipped],
         "privacy": privacy.section(here),
         "continual": continual.section(here, server),
-        "tta": stream.describe(config, events),
-        "secure_aggregation": secagg.describe(config) if config.secagg.enabled else None,
+        "tta": test_time.describe(config, events),
+        "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
     }
     summary = summarise(events, configs.to_tree(config), extra)

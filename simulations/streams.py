@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.errors import RunError
 from fedpeft.privacy.audit import Check
 from fedpeft.privacy.audit_noise import alike

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedpeft.clients import cohort
-from fedpeft.clients.chunk import Chunk, Done
+from fedpeft.clients.cohort import engine as cohort
+from fedpeft.clients.cohort.chunk import Chunk, Done
+from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.local import Local, Request
-from fedpeft.clients.private import Guard, fingerprint, release
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.ledger import Entry, accounts_of, client_of

@@ -18,7 +18,7 @@ from fedpeft import agreement, seeds
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local, client_app
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
@@ -33,7 +33,7 @@ from fedpeft.seeds import numpy_generator
 from fedpeft.simulations import faults, identity
 from fedpeft.strategies.base import FederatedStrategy, ServerState
 from fedpeft.strategies.build import build as build_strategy
-from fedpeft.strategies.learning.rounds import learning_of
+from fedpeft.strategies.sequence.sequence import learning_of
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Server strategies: one file per aggregation rule, `base.py` holds the round.
+"""Server strategies: `base` holds the round, `rules/` one file an aggregation rule, `wrappers/` what goes around it.
 
 `from fedpeft.strategies import FedSVD` works for every registered class, and imports that one only.
 """

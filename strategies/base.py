@@ -4,7 +4,7 @@ A strategy subclasses Flower's `Strategy`, so it runs in any Flower app. A concr
 train (`trains`), what stays with them (`keeps`), and how updates become the next global adapter (`aggregate`, pure).
 Whatever it keeps between rounds is in `ServerState`, plain data, so that checkpoint and resume need no code of its own.
 
-    >>> from fedpeft.strategies.fedit import FedIT
+    >>> from fedpeft.strategies.rules.fedit import FedIT
     >>> FedIT().trains, FedIT().needs.value
     (('A', 'B', 'head'), 'sum')
 """

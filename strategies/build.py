@@ -28,11 +28,11 @@ def build(config: Config, classes: int | None = None) -> FederatedStrategy:
                              f"Wrappers: {', '.join(wrappers())}.")
         strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
     if config.continual.body is not None:
-        from fedpeft.strategies.learning.build import around
+        from fedpeft.strategies.sequence.build import around
 
         strategy = around(strategy, config, classes)
     if config.privacy.unit == "client":
-        from fedpeft.strategies.client_dp import ClientDP
+        from fedpeft.strategies.wrappers.client_dp import ClientDP
 
         strategy = ClientDP(strategy, config.privacy, config.run)
     strategy.weighting = section.weighting

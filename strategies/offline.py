@@ -10,7 +10,7 @@ from fedpeft.adapters.flat import flat, require_same_sites
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState
 from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
-from fedpeft.strategies.wrapper import name_of
+from fedpeft.strategies.wrappers.wrapper import name_of
 
 
 def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights: list[float] | None = None,

@@ -9,7 +9,7 @@ import torch
 
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded

@@ -29,7 +29,7 @@ def server_init(
     as_json: Json = False,
 ) -> None:
     """Make a coordinator: its authority, its certificate, its settings."""
-    from fedpeft.deploy import server
+    from fedpeft.deploy.coordinator import server
 
     console.emit(server.init(folder, host, port, control_port, listen), as_json, console.pairs)
 
@@ -37,7 +37,7 @@ def server_init(
 @server_app.command("start")
 def server_start(folder: Dir, insecure: Insecure = False) -> None:
     """Serve sites and go on with unfinished runs, until stopped."""
-    from fedpeft.deploy.serve import serve
+    from fedpeft.deploy.coordinator.daemon import serve
 
     serve(folder, insecure)
 
@@ -50,7 +50,7 @@ def server_add_site(
     as_json: Json = False,
 ) -> None:
     """Let a site in; also in mid-run."""
-    from fedpeft.deploy import server
+    from fedpeft.deploy.coordinator import server
 
     console.emit(server.add_site(folder, name, public_key), as_json, console.pairs)
 
@@ -65,7 +65,8 @@ def server_sites(
     as_json: Json = False,
 ) -> None:
     """List the sites and whether they are connected."""
-    from fedpeft.deploy import server, show
+    from fedpeft.deploy import show
+    from fedpeft.deploy.coordinator import server
 
     result = server.sites(folder) if wait is None else server.await_sites(folder, wait)
     console.emit(result, as_json, show.sites)
@@ -80,7 +81,8 @@ def server_run(
     as_json: Json = False,
 ) -> None:
     """Submit a run and watch it; Ctrl-C ends the watching, not the run."""
-    from fedpeft.deploy import server, show
+    from fedpeft.deploy import show
+    from fedpeft.deploy.coordinator import server
 
     submitted = server.run(folder, config, overrides or [])
     if not detach:
@@ -97,7 +99,8 @@ def server_status(
     as_json: Json = False,
 ) -> None:
     """Show sites and runs: rounds, who took part, who was left out and why."""
-    from fedpeft.deploy import server, show
+    from fedpeft.deploy import show
+    from fedpeft.deploy.coordinator import server
 
     if follow and run:
         with show.Watch(folder, run, quiet=as_json) as watch:
@@ -112,7 +115,8 @@ def server_logs(
     as_json: Json = False,
 ) -> None:
     """Print the log of a run, or of the SuperLink."""
-    from fedpeft.deploy import server, show
+    from fedpeft.deploy import show
+    from fedpeft.deploy.coordinator import server
 
     console.emit({"log": server.logs(folder, run)}, as_json, show.text)
 
@@ -120,7 +124,7 @@ def server_logs(
 @server_app.command("stop")
 def server_stop(folder: Dir, run: Run, as_json: Json = False) -> None:
     """Stop a run; what it has reached stays in its folder."""
-    from fedpeft.deploy import server
+    from fedpeft.deploy.coordinator import server
 
     console.emit(server.stop(folder, run), as_json, console.pairs)
 
@@ -133,7 +137,7 @@ def server_fetch(
     as_json: Json = False,
 ) -> None:
     """Copy a finished run's adapter, metrics and report."""
-    from fedpeft.deploy import server
+    from fedpeft.deploy.coordinator import server
 
     console.emit(server.fetch(folder, run, to), as_json, console.pairs)
 
@@ -149,7 +153,7 @@ def site_init(
     as_json: Json = False,
 ) -> None:
     """Make a site: its key pair is born here; prints the public key for the coordinator."""
-    from fedpeft.deploy import site
+    from fedpeft.deploy.site import site
 
     result: dict[str, Any] = site.init(folder, name, server, ca, data, model)
     console.emit(result, as_json, console.pairs)
@@ -158,7 +162,8 @@ def site_init(
 @site_app.command("check")
 def site_check(folder: SiteDir, as_json: Json = False) -> None:
     """Check policy, keys, data, model, server and clock; exit code 1 if any is not in order."""
-    from fedpeft.deploy import show, site
+    from fedpeft.deploy import show
+    from fedpeft.deploy.site import site
 
     result = site.check(folder)
     console.emit(result, as_json, show.checks)
@@ -172,7 +177,8 @@ def site_policy(
     as_json: Json = False,
 ) -> None:
     """Print what a policy allows, and what it leaves open."""
-    from fedpeft.deploy import show, site
+    from fedpeft.deploy import show
+    from fedpeft.deploy.site import site
 
     console.emit(site.policy(file), as_json, show.policies)
 
@@ -180,6 +186,6 @@ def site_policy(
 @site_app.command("start")
 def site_start(folder: SiteDir, insecure: Insecure = False) -> None:
     """Take part in the coordinator's runs, within the policy, until stopped."""
-    from fedpeft.deploy.site import start
+    from fedpeft.deploy.site.site import start
 
     start(folder, insecure)

@@ -30,15 +30,15 @@ def main(arguments: list[str]) -> None:
     elif role == "supernode":
         supernode(rest)
     elif role == "run":
-        from fedpeft.deploy.play import main as play
+        from fedpeft.deploy.coordinator.run import main as play
 
         play(Path(folder), *rest)
     elif role == "proxy":
-        from fedpeft.deploy.proxy import main as proxy
+        from fedpeft.deploy.site.proxy import main as proxy
 
         proxy(Path(folder), *rest)
     elif role == "worker":
-        from fedpeft.deploy.worker import main as worker
+        from fedpeft.deploy.site.worker import main as worker
 
         worker(Path(folder), *rest)
     else:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fedpeft.config import option
 from fedpeft.data.encode import Encoded
-from fedpeft.tta import scores
-from fedpeft.tta.base import TTAMethod, source_batches
+from fedpeft.tta.method import TTAMethod, source_batches
+from fedpeft.tta.parts import scores
 
 
 @dataclass

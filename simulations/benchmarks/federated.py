@@ -35,7 +35,7 @@ from fedpeft.simulations.benchmarks.federated_report import TUNED, Row, claims, 
 from fedpeft.simulations.benchmarks.toy import SITE, Method, Protocol, Run, World, make_world, simulate
 from fedpeft.simulations.benchmarks.toy_baselines import baselines
 from fedpeft.strategies.base import ServerState, Update
-from fedpeft.strategies.lora_fair import LoRAFAIR
+from fedpeft.strategies.rules.lora_fair import LoRAFAIR
 
 EXPERIMENTS = ("dp", "heterogeneity", "rowspace")
 TUNING_SEEDS = 3

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.clients.cohort import train_cohort
+from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.local import COHORT_TOKENS
 from fedpeft.clients.train import on_device, train
 from fedpeft.models import Base

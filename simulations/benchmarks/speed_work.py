@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.clients.cohort import Job
+from fedpeft.clients.cohort.engine import Job
 from fedpeft.clients.train import Private, batches
 from fedpeft.config import AdapterConfig, ClientConfig
 from fedpeft.data.encode import Encoded

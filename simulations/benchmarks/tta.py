@@ -23,9 +23,9 @@ from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import cells, tta_report, tta_sources, tta_streams
 from fedpeft.simulations.benchmarks.cells import slug
 from fedpeft.simulations.benchmarks.tta_streams import Bench
-from fedpeft.tta.base import make
-from fedpeft.tta.model import Deployed
-from fedpeft.tta.run import run_stream, source_answers
+from fedpeft.tta.deployed import Deployed
+from fedpeft.tta.method import make
+from fedpeft.tta.play import run_stream, source_answers
 
 if TYPE_CHECKING:
     from torch import Tensor

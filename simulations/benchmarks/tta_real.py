@@ -28,7 +28,7 @@ from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.source import Records, load, whole
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import tta_sources
-from fedpeft.tta.model import Deployed
+from fedpeft.tta.deployed import Deployed
 
 VERSION = 1
 IMAGES, TEXTS = "image-classification", "sequence-classification"

@@ -21,8 +21,8 @@ from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.tta import digits_c
-from fedpeft.tta.model import Deployed, deploy
+from fedpeft.simulations.benchmarks import digits_c
+from fedpeft.tta.deployed import Deployed, deploy
 
 WIDTHS = (32, 64, 128)
 IMAGE_EPOCHS, IMAGE_RATE = 10, 2e-3

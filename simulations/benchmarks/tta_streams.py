@@ -23,11 +23,10 @@ from fedpeft.data.corruptions import CORRUPTIONS
 from fedpeft.data.drift import Stream, StreamSpec
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.simulations.benchmarks import tta_real
+from fedpeft.simulations.benchmarks import digits_c, tta_real
 from fedpeft.simulations.benchmarks.cells import canonical, named
 from fedpeft.simulations.benchmarks.tta_real import ImageOptions, RealImages, RealTexts, TextOptions
-from fedpeft.tta import digits_c
-from fedpeft.tta.model import Deployed
+from fedpeft.tta.deployed import Deployed
 
 QUICK: dict[str, dict[str, Any]] = {
     "digits-c": {"limit": 96, "corruptions": "gaussian+contrast"},

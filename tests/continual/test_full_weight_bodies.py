@@ -11,10 +11,10 @@ import torch
 from full_weight_parts import BODIES, CASES, WIDTH, bare, drawn, flat, learner, made, plastic, records, three_tasks
 
 from fedpeft import config as configs
-from fedpeft.continual import forms
 from fedpeft.continual import stream as streams
 from fedpeft.continual.body import Body, TrainConfig, leaf
 from fedpeft.continual.learner import Learner
+from fedpeft.continual.parts import forms
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 

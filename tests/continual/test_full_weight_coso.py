@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpeft.continual.body import Body
 from fedpeft.continual.model import Plastic
-from fedpeft.continual.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
+from fedpeft.continual.parts.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
 from fedpeft.models import Base
 
 

@@ -11,11 +11,11 @@ from lora_parts import TRAIN, begun, learner, move, same, stepped, vit
 from torch import nn
 from torch.nn import functional as F
 
-from fedpeft.continual import replay
 from fedpeft.continual.bodies import conpet, lae
 from fedpeft.continual.body import TrainConfig, leaf
 from fedpeft.continual.model import Plastic, low_rank
-from fedpeft.continual.prefix import attend, prefixed
+from fedpeft.continual.parts import replay
+from fedpeft.continual.parts.prefix import attend, prefixed
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.models import Base

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.continual.learner import Learner
-from fedpeft.continual.prefix import attend
+from fedpeft.continual.parts.prefix import attend
 from fedpeft.errors import InputError
 
 FORMS = ["lora", "adapter", "prefix"]

@@ -11,11 +11,11 @@ import torch
 from lora_parts import TOY, TRAIN, VIT, begun, digits_stream, learner, move, same, stepped, vit, without_times
 from torch.nn import functional as F
 
-from fedpeft.continual import lora
 from fedpeft.continual import stream as streams
 from fedpeft.continual.bodies import inflora, sdlora
 from fedpeft.continual.body import TrainConfig
 from fedpeft.continual.learner import Learner
+from fedpeft.continual.parts import lora
 from fedpeft.errors import InputError
 
 

@@ -14,7 +14,7 @@ import small_models as small
 import torch
 from test_cohort import ADAMW, EPOCHS, EVEN, SGD, UNEVEN, WIDE, make_jobs, one_by_one, private
 
-from fedpeft.clients.cohort import train_cohort
+from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate
 from fedpeft.simulations.run import simulate
 

@@ -17,7 +17,8 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 
 from fedpeft.adapters import folder
-from fedpeft.deploy import probe, settings
+from fedpeft.deploy import settings
+from fedpeft.deploy.site import probe
 from fedpeft.privacy.ledger import Ledger
 
 

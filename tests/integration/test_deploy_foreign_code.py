@@ -19,8 +19,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedpeft import config as configs
-from fedpeft.deploy import serve, settings
-from fedpeft.deploy.control import Control
+from fedpeft.deploy import settings
+from fedpeft.deploy.coordinator import daemon
+from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.processes import Child, end, launch
 
@@ -58,12 +59,12 @@ def taken_over(tmp_path):
     write_records(tmp_path / "own.csv", 20, 0)
     made.add_site("clinic", tmp_path / "own.csv")
     server = settings.server(made.coordinator)
-    link = Child("superlink", launch("superlink", made.coordinator, *serve.superlink_options(server, False)),
+    link = Child("superlink", launch("superlink", made.coordinator, *daemon.superlink_options(server, False)),
                  settings.environment(made.coordinator), tmp_path / "superlink.log")
     link.start()
     control = Control(server, insecure=False)
     try:
-        until(lambda: all(serve.answers(*place) for place in serve.ports(server)), "the SuperLink")
+        until(lambda: all(daemon.answers(*place) for place in daemon.ports(server)), "the SuperLink")
         control.register_missing()
         made.start("clinic")
         yield made, server, control
@@ -85,7 +86,7 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
     marker.unlink()
 
     control.client.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", fab, {}))))
-    hostile = serve.Coordinator(server, False, {})
+    hostile = daemon.Coordinator(server, False, {})
     task = hostile.runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
     grid = HttpGrid(server.control, False, (made.coordinator / "ca.crt").read_bytes(), token=task.token)
     given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
@@ -110,7 +111,7 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
 def test_nobody_without_the_secret_is_given_work(taken_over):
     """Another user of the coordinator's machine reaches the port, but is handed no task."""
     _, server, control = taken_over
-    stranger = serve.Coordinator(server, False, {})
+    stranger = daemon.Coordinator(server, False, {})
     control.start_run("run-1")
     stranger.runtime._interceptors = stranger.runtime._interceptors[:1]
     with pytest.raises(httpx.HTTPStatusError) as refused:

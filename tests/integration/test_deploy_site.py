@@ -22,8 +22,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft import config as configs
 from fedpeft.clients.policy import BOUNDS
 from fedpeft.data import source
-from fedpeft.deploy import build, envelope, keys, proxy, roster, settings, site, worker
+from fedpeft.deploy import build, envelope, keys, settings
+from fedpeft.deploy.coordinator import roster
 from fedpeft.deploy.envelope import Envelope
+from fedpeft.deploy.site import proxy, site, worker
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.strategies.wire import PACKED, BadReply
 
@@ -259,13 +261,13 @@ def test_an_update_with_nan_is_quarantined(rig):
 
 
 def test_the_proxy_imports_no_torch():
-    code = "import sys; import fedpeft.deploy.proxy, fedpeft.deploy.launch; print('torch' in sys.modules)"
+    code = "import sys; import fedpeft.deploy.site.proxy, fedpeft.deploy.launch; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_private_files_are_their_owner_s_alone(tmp_path):
-    from fedpeft.deploy import server
+    from fedpeft.deploy.coordinator import server
 
     server.init(tmp_path / "server", "example.org", 9092, 9093, "127.0.0.1")
     site.init(tmp_path / "site", "clinic", "example.org:9092", tmp_path / "server" / "ca.crt", None, "tiny-bert")
@@ -376,7 +378,7 @@ def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
 
 
 def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, monkeypatch):
-    from fedpeft.deploy import play
+    from fedpeft.deploy.coordinator import run as play
     from fedpeft.metrics import Recorder, read
     from fedpeft.strategies.base import RoundFailed
 

@@ -19,15 +19,15 @@ from sequences import DP_LDA, SMALL, ended
 
 from fedpeft import checkpoint, report
 from fedpeft.adapters.features import batches
-from fedpeft.clients import learning
-from fedpeft.clients.learning import head_sums
+from fedpeft.clients import sequence
+from fedpeft.clients.sequence import head_sums
 from fedpeft.continual import matrix
 from fedpeft.errors import RunError
 from fedpeft.metrics import read
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.world import world
-from fedpeft.strategies.learning.build import head as build_head
-from fedpeft.strategies.learning.rounds import TASK, Learning
+from fedpeft.strategies.sequence.build import head as build_head
+from fedpeft.strategies.sequence.sequence import TASK, Learning
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "factor_coso": ("continual", {"continual.side": "both"}),
@@ -81,7 +81,7 @@ def test_a_federated_head_is_the_one_of_the_pooled_records(go, tmp_path, name):
     server, run = ended(tmp_path / "run"), tmp_path / "run"
     here = world((run / "resolved.yaml").read_text(), run)
     here.local.model.write(server.adapter)
-    central = build_head(here.config, 10, learning.width_of(here.local.model))
+    central = build_head(here.config, 10, sequence.width_of(here.local.model))
     pooled = head_sums(here.local.model, central, here.train_encoded)
     assert pooled
     for key, value in pooled.items():
@@ -293,4 +293,4 @@ def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):
         task = {**here.strategy.task(state), "round": number}
         _, metrics = here.local.train("client-000", here.strategy.broadcast(state, "client-000"), task)
         data = here.local.train_data["client-000"]
-        assert metrics["num-examples"] == len(learning.records(data, task, "client-000"))
+        assert metrics["num-examples"] == len(sequence.records(data, task, "client-000"))

@@ -7,7 +7,7 @@ import torch
 from sequences import DP_LDA, SMALL, ended
 
 from fedpeft import config as configs
-from fedpeft.clients import learning
+from fedpeft.clients import sequence
 from fedpeft.clients.local import Local
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.accounting import composed
@@ -59,7 +59,7 @@ def test_sums_are_in_the_ledger_before_they_leave_and_cost_once(private, tmp_pat
     def fail(*arguments):
         raise ValueError("record 17 is odd")
 
-    monkeypatch.setattr(learning, "private_head_sums", fail)
+    monkeypatch.setattr(sequence, "private_head_sums", fail)
     monkeypatch.setattr(here.local.store, "reply", lambda *request: None)
     path.write_bytes(b"".join(before.splitlines(keepends=True)[:-1]))  # as before the sums were asked for
     with pytest.raises(RunError, match="the reason stays with it"):

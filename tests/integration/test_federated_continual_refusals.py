@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedpeft import config as configs
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted

@@ -11,13 +11,13 @@ import torch
 
 from fedpeft import checkpoint, seeds
 from fedpeft import config as configs
-from fedpeft.clients import stream
+from fedpeft.clients import test_time
 from fedpeft.clients.policy import Refused
 from fedpeft.errors import InputError
 from fedpeft.simulations.world import world
-from fedpeft.strategies.fedthe import FEATURES
-from fedpeft.tta.base import make
-from fedpeft.tta.model import deploy
+from fedpeft.strategies.wrappers.fedthe import FEATURES
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.method import make
 
 PRIVATE: dict[str, Any] = {
     "data.limit": 60, "data.clients": 2, "data.partition": "iid", "client.local_steps": 2, "client.local_epochs": None,
@@ -79,7 +79,7 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
         method = make("fedthe", deploy(here.local.model), {"head_lr": 0.05},
                       seeds.derive(here.config.run.seed, "tta", client, "method"))
         method.receive(here.local.train_data[client], server.memory[FEATURES].float())
-        given = stream.stream(here.config, client, here.local.holdout[client])
+        given = test_time.stream(here.config, client, here.local.holdout[client])
         probs = torch.cat([method.step(batch)[0] for batch in given.batches()])
         assert result["tta_accuracy"] == pytest.approx(float((probs.argmax(-1) == given.labels).double().mean()))
         moved += result["tta_accuracy"] != result["tta_source_accuracy"]

@@ -13,15 +13,15 @@ import torch
 
 from fedpeft import checkpoint, console
 from fedpeft import config as configs
-from fedpeft.clients import stream
+from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.data.corruptions import CORRUPTIONS, corrupt
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.world import World, world
-from fedpeft.tta.base import make
-from fedpeft.tta.model import deploy
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.method import make
 
 HELD = {"data.holdout": 0.5, "run.rounds": 1, "client.local_steps": 4, "tta.batch_size": 6, "data.limit": 56,
         "data.test_fraction": 0.05, "data.clients": 2}
@@ -60,7 +60,7 @@ def test_a_client_reports_what_the_method_gives_by_hand_on_its_stream(method, op
     for client, result in reported.items():
         written(here, server, client)
         held, config = here.local.holdout[client], here.config
-        given = stream.stream(config, client, held)
+        given = test_time.stream(config, client, held)
         model = deploy(here.local.model)
         played = make(method, model, config.tta.options, runs_seed(config, client), here.local.train_data[client])
         adapted = labels_right([played.step(batch)[0] for batch in given.batches()], given.labels)
@@ -88,27 +88,27 @@ def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_pat
     tiny("run", {**HELD, "data.clients": 4, "tta.method": "source", "tta.severity": 3})
     assert not list((tmp_path / "run").rglob("tta-*.pt")), "nothing is kept unless tta.keep says so"
     here, _ = again(tmp_path / "run")
-    names = {client: stream.corruptions(here.config, client) for client in here.local.holdout}
+    names = {client: test_time.corruptions(here.config, client) for client in here.local.holdout}
     assert len({name for (name,) in names.values()}) == 4, "each client has another one"
     other = dataclasses.replace(here.config, run=dataclasses.replace(here.config.run, seed=1))
-    assert {client: stream.corruptions(other, client) for client in names} != names
+    assert {client: test_time.corruptions(other, client) for client in names} != names
     client, held = "client-001", here.local.holdout["client-001"]
-    given = stream.stream(here.config, client, held)
+    given = test_time.stream(here.config, client, held)
     assert sorted(given.labels.tolist()) == sorted(held.labels.tolist())
     assert [len(batch["pixel_values"]) for batch in given.batches()] == [6] * (len(held) // 6) + [len(held) % 6][: len(
         held) % 6]
-    same = stream.stream(here.config, client, held)
+    same = test_time.stream(here.config, client, held)
     assert torch.equal(given.inputs["pixel_values"], same.inputs["pixel_values"])
     # contrast and its like have no noise: the pixels can be found again among the originals
     quiet = dataclasses.replace(here.config, tta=dataclasses.replace(here.config.tta, corruption="contrast"))
-    given = stream.stream(quiet, client, held)
+    given = test_time.stream(quiet, client, held)
     wanted = np.stack([corrupt(image[0].numpy(), "contrast", 3, np.random.default_rng(0))
                        for image in held.inputs["pixel_values"]]).astype(np.float32)
     found = given.inputs["pixel_values"][:, 0].numpy()
     assert {row.tobytes() for row in wanted} == {row.tobytes() for row in found}
     assert not np.array_equal(wanted, found), "and shuffled"
     whole = dataclasses.replace(here.config, tta=dataclasses.replace(here.config.tta, corruption="sequence"))
-    long = stream.stream(whole, client, held)
+    long = test_time.stream(whole, client, held)
     assert long.rows == 9 * len(held) and {name.partition("-")[0] for name in long.domains} == set(CORRUPTIONS)
     assert [long.domains[part.start] == long.domains[part.stop - 1] for part in long.parts] == [True] * len(long)
 
@@ -132,7 +132,7 @@ def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
         assert [row[key] for row in rows["whole"]] == [row[key] for row in rows["broken"]]
     states = {run: [torch.load(tmp_path / run / "clients" / "client-000" / f"tta-00000{number}.pt", weights_only=True)
                     for number in (1, 2, 3)] for run in ("whole", "broken")}
-    given = len(stream.stream(*stream_of(tmp_path / "whole", "client-000")))
+    given = len(test_time.stream(*stream_of(tmp_path / "whole", "client-000")))
     assert [state["batches"] for state in states["whole"]] == [given, 2 * given, 3 * given]
     for one, two in zip(states["whole"], states["broken"], strict=True):
         for name, value in one["memory"]["student"].items():
@@ -142,7 +142,7 @@ def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
     written(here, server, "client-000")
     method = make("tent", deploy(here.local.model), here.config.tta.options)
     method.load(states["whole"][1])
-    played = stream.stream(*stream_of(tmp_path / "whole", "client-000"))
+    played = test_time.stream(*stream_of(tmp_path / "whole", "client-000"))
     accuracy = labels_right([method.step(batch)[0] for batch in played.batches()], played.labels)
     assert rows["whole"][2]["clients"]["client-000"]["tta_accuracy"] == pytest.approx(accuracy)
     assert all(torch.equal(value, states["whole"][2]["memory"]["student"][name])
@@ -157,7 +157,7 @@ def stream_of(folder: Path, client: str) -> tuple[Any, ...]:
 def test_kept_memory_meets_what_is_prepared_on_the_model_of_now():
     now = {"prepared": {"fisher": 2}, "ready": True, "memory": 0, "base": {"prepared": {}, "ready": True, "memory": 1}}
     old = {"prepared": {"fisher": 1}, "ready": True, "memory": 5, "base": {"prepared": {}, "ready": True, "memory": 6}}
-    assert stream._on(now, old) == {**old, "prepared": {"fisher": 2}}
+    assert test_time._on(now, old) == {**old, "prepared": {"fisher": 2}}
 
 
 def test_personal_models_are_adapted_from_what_each_client_keeps(tiny, tmp_path):
@@ -166,7 +166,7 @@ def test_personal_models_are_adapted_from_what_each_client_keeps(tiny, tmp_path)
     reported = events(tmp_path / "run", "clients_evaluated")[-1]["clients"]
     for client, result in reported.items():
         written(here, server, client)
-        given = stream.stream(*stream_of(tmp_path / "run", client))
+        given = test_time.stream(*stream_of(tmp_path / "run", client))
         plain = evaluate(here.local.model, Encoded(given.inputs, given.labels))["accuracy"]
         assert result["tta_source_accuracy"] == pytest.approx(plain)
 
@@ -179,7 +179,7 @@ def test_a_language_model_learns_from_its_inputs_and_is_asked_for_the_last_token
     client, result = next(iter(events(tmp_path / "run", "clients_evaluated")[-1]["clients"].items()))
     written(here, server, client)
     held = here.local.holdout[client]
-    cut = stream.last_tokens(held)
+    cut = test_time.last_tokens(held)
     for row in range(len(held)):
         ids = held.inputs["input_ids"][row][: int(held.inputs["attention_mask"][row].sum())]
         kept = int(cut.inputs["attention_mask"][row].sum())
@@ -219,8 +219,8 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
     model = deploy(here.local.model)
     method = make("atp", model, here.config.tta.options)
     sent = {key: float(value) for key, value in received.select(("rates",)).tensors.items()}
-    method.receive(stream.by_name(here.local.model, model, sent))
-    given = stream.stream(*stream_of(tmp_path / "run", client))
+    method.receive(test_time.by_name(here.local.model, model, sent))
+    given = test_time.stream(*stream_of(tmp_path / "run", client))
     assert result["tta_accuracy"] == pytest.approx(
         labels_right([method.step(batch)[0] for batch in given.batches()], given.labels))
 

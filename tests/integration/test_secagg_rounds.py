@@ -10,7 +10,7 @@ import pytest
 from fedpeft import checkpoint
 from fedpeft.errors import RunError
 from fedpeft.simulations import run as runs
-from fedpeft.strategies import masking
+from fedpeft.strategies.secagg import masking
 
 CONFIG = {"data.clients": 5, "strategy.weighting": "uniform", "run.rounds": 1}
 ON = {**CONFIG, "secagg.enabled": True}

@@ -11,7 +11,7 @@ import yaml
 
 from fedpeft import report
 from fedpeft.adapters import features
-from fedpeft.clients.learning import width_of
+from fedpeft.clients.sequence import width_of
 from fedpeft.continual.heads.ncm import NCM
 from fedpeft.simulations.world import world
 

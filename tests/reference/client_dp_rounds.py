@@ -11,7 +11,7 @@ from fedpeft import registry
 from fedpeft.config import PrivacyConfig, RunConfig
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
-from fedpeft.strategies.client_dp import ClientDP
+from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 INNER = ("fedit", "ffa_lora", "fedsvd", "rolora", "fed_sb")
 

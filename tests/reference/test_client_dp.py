@@ -19,7 +19,7 @@ from fedpeft.privacy import accounting
 from fedpeft.seeds import numpy_generator
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
-from fedpeft.strategies.client_dp import CLIP, clipped_sum, sum_multiplier
+from fedpeft.strategies.wrappers.client_dp import CLIP, clipped_sum, sum_multiplier
 
 # The sum -------------------------------------------------------------------------------------------------------------
 

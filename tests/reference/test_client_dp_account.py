@@ -17,8 +17,8 @@ from fedpeft.privacy.ledger import Ledger
 from fedpeft.seeds import numpy_generator
 from fedpeft.simulations import run as runs
 from fedpeft.strategies.base import RoundFailed, Rules, ServerState
-from fedpeft.strategies.client_dp import describe
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.wrappers.client_dp import describe
 
 # Sampling and account ------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import seeds
-from fedpeft.clients.batched import Pass, layers, replaced
-from fedpeft.clients.cohort import Job, cannot, train_cohort
+from fedpeft.clients.cohort.engine import Job, cannot, train_cohort
+from fedpeft.clients.cohort.layers import Pass, layers, replaced
 from fedpeft.clients.train import Private, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -303,7 +303,7 @@ def test_forwards_come_back_after_an_exception(build, monkeypatch):
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("fedpeft.clients.chunk.per_sample_loss", fails)
+    monkeypatch.setattr("fedpeft.clients.cohort.chunk.per_sample_loss", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         train_cohort(model, make_jobs(model, EVEN), ALL, SGD, WIDE)
     assert torch.equal(model.logits(inputs), expected)

@@ -12,8 +12,8 @@ from dp_steps import ROLES, SGD, adversaries, joined
 from per_sample import records, single, without_dropout
 
 from fedpeft import registry
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.local import Local
-from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig, PrivacyConfig, StrategyConfig
 from fedpeft.privacy.noise import OperatingSystem

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.clients.rows import add_clipped
+from fedpeft.clients.cohort.rows import add_clipped
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.plan import Plan
 

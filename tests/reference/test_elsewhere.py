@@ -17,8 +17,8 @@ import torch
 from elsewhere import ELSEWHERE, There, elsewhere
 from test_cohort import ADAMW, EPOCHS, UNEVEN, WIDE, make_jobs, one_by_one, private, records
 
-from fedpeft.clients.chunk import Chunk
-from fedpeft.clients.cohort import train_cohort
+from fedpeft.clients.cohort.chunk import Chunk
+from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate
 
 KINDS = ["bert", "roberta", "vit", "llama"]

@@ -13,11 +13,11 @@ import torch
 
 from fedpeft import registry
 from fedpeft.continual.curriculum import Curriculum
-from fedpeft.continual.subspace import sketch
+from fedpeft.continual.parts.subspace import sketch
 from fedpeft.errors import InputError
 from fedpeft.strategies.base import Update
-from fedpeft.strategies.learning.coso import merged
-from fedpeft.strategies.learning.rounds import Learning
+from fedpeft.strategies.sequence.coso import merged
+from fedpeft.strategies.sequence.sequence import Learning
 
 SHAPES = {"u": (12, 14), "v": (13, 12)}
 WEIGHTS = [10.0, 30.0, 20.0, 5.0, 15.0]

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fedpeft import registry
 from fedpeft.adapters import features
-from fedpeft.clients.cohort import Job, train_cohort
-from fedpeft.clients.learning import BOUND, gradient_sketch, head_sums, joined, private_head_sums, records, replayed
+from fedpeft.clients.cohort.engine import Job, train_cohort
+from fedpeft.clients.sequence import BOUND, gradient_sketch, head_sums, joined, private_head_sums, records, replayed
 from fedpeft.clients.train import per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded

@@ -8,8 +8,8 @@ import torch
 
 from fedpeft.errors import InputError
 from fedpeft.merging.base import make, merge
-from fedpeft.merging.lora_squeeze import squeeze
-from fedpeft.merging.orthogonal_adaptation import initial, rows
+from fedpeft.merging.methods.lora_squeeze import squeeze
+from fedpeft.merging.methods.orthogonal_adaptation import initial, rows
 from fedpeft.state import AdapterState, Site, StateMismatch
 
 SHAPES = {"u": (7, 9), "v": (6, 5)}

@@ -7,7 +7,7 @@ import small_models as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.clients.pieces import assemble, cut, token_counts
+from fedpeft.clients.cohort.passes import assemble, cut, token_counts
 from fedpeft.data.encode import Encoded
 
 WIDE = 10**6  # tokens: everything at once

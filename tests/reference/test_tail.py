@@ -11,7 +11,7 @@ from test_cohort import ADAMW, WIDE, make_jobs, one_by_one, private
 from torch import nn
 
 from fedpeft.adapters.tail import find, first_token
-from fedpeft.clients.cohort import train_cohort
+from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate, per_sample_loss
 from fedpeft.data.encode import Encoded
 from fedpeft.models import Base

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.data.encode import Encoded
-from fedpeft.tta.base import TTAMethod, make
-from fedpeft.tta.model import Deployed, deploy
+from fedpeft.tta.deployed import Deployed, deploy
+from fedpeft.tta.method import TTAMethod, make
 
 CLASSES = 3
 # So small that a stream takes milliseconds, so lenient that random models pass the filters.

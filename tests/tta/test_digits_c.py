@@ -1,4 +1,7 @@
-"""The quick acceptance gates of digits-C for seed 1; `python -m fedpeft.tta.gates` runs all of them, over seeds."""
+"""The quick acceptance gates of digits-C for seed 1.
+
+`python -m fedpeft.simulations.benchmarks.tta_gates` runs all of them, over seeds.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import torch
 from fedpeft.data.corruptions import CORRUPTIONS
 from fedpeft.data.drift import build
 from fedpeft.errors import InputError
-from fedpeft.tta import gates
-from fedpeft.tta.digits_c import source_data, source_model
-from fedpeft.tta.model import deploy
-from fedpeft.tta.run import run_stream
+from fedpeft.simulations.benchmarks import tta_gates
+from fedpeft.simulations.benchmarks.digits_c import source_data, source_model
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.play import run_stream
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def cnn():
 
 
 def test_the_quick_gates_hold(cnn):
-    rows = [*gates.quick_gates(1, cnn), gates.prior_gate(1)]
+    rows = [*tta_gates.quick_gates(1, cnn), tta_gates.prior_gate(1)]
     assert len(rows) == 5 and not [row for row in rows if not row["holds"]]
 
 

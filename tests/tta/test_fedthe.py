@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.tta import scores
-from fedpeft.tta.base import make
-from fedpeft.tta.fedthe import head_gradients, mean_feature, mixing, moving
-from fedpeft.tta.model import deploy, size
+from fedpeft.tta.deployed import deploy, size
+from fedpeft.tta.method import make
+from fedpeft.tta.methods.fedthe import head_gradients, mean_feature, mixing, moving
+from fedpeft.tta.parts import scores
 
 OWN = Encoded(parts.images(24, 99), torch.arange(24) % 2)  # the client has never seen class 2
 

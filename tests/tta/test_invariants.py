@@ -14,8 +14,8 @@ from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.data.drift import Stream
 from fedpeft.errors import InputError
-from fedpeft.tta.base import make
-from fedpeft.tta.run import run_stream
+from fedpeft.tta.method import make
+from fedpeft.tta.play import run_stream
 
 NAMES = registry.names("tta")
 VIEWS = {"aug_average", "cotta", "petal", "roid", "memo", "fedthe"}  # random views, by row or by batch

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedpeft.errors import InputError
-from fedpeft.tta import eata, em_prior, lame, optim, sar, scores
-from fedpeft.tta.base import make
-from fedpeft.tta.model import batch_statistics, deploy
+from fedpeft.tta.deployed import batch_statistics, deploy
+from fedpeft.tta.method import make
+from fedpeft.tta.methods import eata, em_prior, lame, sar
+from fedpeft.tta.parts import optim, scores
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

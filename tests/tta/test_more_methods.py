@@ -11,11 +11,13 @@ from torch import nn
 
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
+from fedpeft.merging import arithmetic
 from fedpeft.state import AdapterState, Site
-from fedpeft.tta import arithmetic, atp, scores
-from fedpeft.tta.base import make
-from fedpeft.tta.ear import codes, route
-from fedpeft.tta.model import deploy
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.method import make
+from fedpeft.tta.methods import atp
+from fedpeft.tta.methods.ear import codes, route
+from fedpeft.tta.parts import scores
 
 # TLM -----------------------------------------------------------------------------------------------------------------
 

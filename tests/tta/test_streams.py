@@ -15,10 +15,11 @@ from fedpeft.data import drift
 from fedpeft.data.corruptions import CORRUPTIONS, corrupt
 from fedpeft.data.drift import Stream, StreamSpec
 from fedpeft.errors import InputError
-from fedpeft.tta import run, scores
-from fedpeft.tta.base import make
-from fedpeft.tta.model import deploy
+from fedpeft.tta import play
+from fedpeft.tta.deployed import deploy
+from fedpeft.tta.method import make
 from fedpeft.tta.monitor import Monitor
+from fedpeft.tta.parts import scores
 
 SMALL = {"corruptions": ("blur", "fog"), "limit": 90}
 # What version 1 is; a change of any corruption or kind of stream needs another version.
@@ -115,16 +116,16 @@ def test_severity_moves_an_image_further(name):
 def test_measures_by_hand():
     probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])
     labels = torch.tensor([0, 1, 1, 0])
-    found = run.measures(probs, labels)
+    found = play.measures(probs, labels)
     assert found["error"] == 0.25 and found["classes"] == 2
     assert math.isclose(found["nll"], -np.log([0.8, 0.4, 0.7, 0.9]).mean(), rel_tol=1e-5)
     assert math.isclose(found["brier"], np.mean([0.08, 0.72, 0.18, 0.02]), rel_tol=1e-5)
     assert math.isclose(found["ece"], (0.2 + 0.6 + 0.3 + 0.1) / 4, rel_tol=1e-5)  # four bins
     p, q = np.array([0.65, 0.35]), np.array([0.5, 0.5])
     assert math.isclose(found["drift"], float((p * np.log(p / q)).sum()), rel_tol=1e-4)
-    assert run.worst_window(torch.tensor([0, 0, 1, 1, 0]).bool(), 2) == 1.0
-    assert run.worst_window(torch.tensor([0, 1]).bool(), 256) == 0.5
-    assert run.by_domain(torch.tensor([1, 0, 1]).bool(), ["a", "b", "a"]) == {"a": 1.0, "b": 0.0}
+    assert play.worst_window(torch.tensor([0, 0, 1, 1, 0]).bool(), 2) == 1.0
+    assert play.worst_window(torch.tensor([0, 1]).bool(), 256) == 0.5
+    assert play.by_domain(torch.tensor([1, 0, 1]).bool(), ["a", "b", "a"]) == {"a": 1.0, "b": 0.0}
 
 
 def test_a_played_stream_is_json_with_cost_and_diagnostics():
@@ -132,26 +133,26 @@ def test_a_played_stream_is_json_with_cost_and_diagnostics():
                                                                               slice(14, 20)])
     inputs = stream.inputs["pixel_values"]
     inputs[8] = torch.nan
-    result = run.run_stream("tent", stream, parts.conv())
+    result = play.run_stream("tent", stream, parts.conv())
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["cost"]["forwards"] == 3 and result["cost"]["backwards"] == 2 and result["skipped"] == 1
     assert result["cost"]["held"] == 3 * 16, "student and two moments of 16 norm weights"
     assert [entry["reason"] for entry in result["batches"]] == [None, "1 of 7 inputs are not finite", None]
     assert result["order"] == "before" and result["method"] == "tent"
-    source = run.run_stream("source", stream, parts.conv())
+    source = play.run_stream("source", stream, parts.conv())
     assert source["cost"]["held"] == 0 and source["batches"][0]["changed"] == 0.0
-    assert run.run_stream("tent", stream, parts.conv(), {"order": "after"})["cost"]["forwards"] == 5
+    assert play.run_stream("tent", stream, parts.conv(), {"order": "after"})["cost"]["forwards"] == 5
 
 
 def test_an_oracle_resets_where_the_domain_changes_and_says_so():
     parts_ = [slice(0, 7), slice(7, 14), slice(14, 21)]
     stream = Stream("hand", parts.images(21), torch.arange(21) % 3, ["a"] * 14 + ["b"] * 7, parts_)
-    result = run.run_stream("tent", stream, parts.conv(), {"lr": 0.1}, oracle=True)
+    result = play.run_stream("tent", stream, parts.conv(), {"lr": 0.1}, oracle=True)
     assert result["oracle"] and result["cost"]["resets"] == 1
     alone = make("tent", parts.conv(), {"lr": 0.1})
     first = float(scores.entropy_of(alone.predict({"pixel_values": stream.inputs["pixel_values"][14:]})).mean())
     assert math.isclose(result["batches"][2]["entropy"], first, rel_tol=1e-5)
-    assert run.run_stream("tent", stream, parts.conv(), {"lr": 0.1})["cost"]["resets"] == 0
+    assert play.run_stream("tent", stream, parts.conv(), {"lr": 0.1})["cost"]["resets"] == 0
 
 
 # The monitor ----------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_the_monitor_resets_a_method_that_collapses():
         method = make("tent", model, {"lr": 0.3})
         monitor = Monitor.on_source(method, parts.source(), window=40, class_share=0.0, entropy_share=0.2,
                                     max_drift=10.0, reset=reset)
-        result = run.run_stream(method, stream, model, monitor=monitor)
+        result = play.run_stream(method, stream, model, monitor=monitor)
         errors[reset] = result["error"]
         assert result["alarms"] > 0 and (result["cost"]["resets"] > 0) == reset
         assert result["batches"][monitor.alarms[0]["batch"]]["alarm"] == monitor.alarms[0]["signs"]

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from fedpeft import seeds
 from fedpeft.data.encode import Encoded
-from fedpeft.tta import itta, lsa, memo, petal, roid, rotta, scores, t3a, teacher
-from fedpeft.tta.base import make
-from fedpeft.tta.model import batch_statistics, deploy
+from fedpeft.tta.deployed import batch_statistics, deploy
+from fedpeft.tta.method import make
+from fedpeft.tta.methods import itta, lsa, memo, petal, roid, rotta, t3a
+from fedpeft.tta.parts import scores, teacher
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

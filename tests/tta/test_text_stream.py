@@ -13,8 +13,8 @@ from fedpeft.data.source import Records
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import tta, tta_real, tta_sources, tta_streams
 from fedpeft.simulations.benchmarks.tta_real import Domain, ImageOptions, Material, RealImages, RealTexts, TextOptions
-from fedpeft.tta.base import make
-from fedpeft.tta.run import run_stream
+from fedpeft.tta.method import make
+from fedpeft.tta.play import run_stream
 
 WORDS = {"good": ("great", "lovely", "superb", "fine"), "bad": ("awful", "dreadful", "poor", "grim")}
 

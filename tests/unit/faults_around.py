@@ -7,8 +7,8 @@ from dataclasses import replace
 from audit_faults import FAULTS, fault
 
 from fedpeft.clients import local
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.local import Local
-from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import Private
 from fedpeft.privacy import accounting

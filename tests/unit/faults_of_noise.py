@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from audit_faults import FAULTS, HEAD, fault, planned
 
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.privacy.noise import OperatingSystem, Seeded
 from fedpeft.privacy.plan import Plan
 

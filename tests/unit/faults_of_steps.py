@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from audit_faults import FAULTS, HEAD, fault, planned
 
-from fedpeft.clients import chunk, local, train
-from fedpeft.clients.private import Guard
+from fedpeft.clients import local, train
+from fedpeft.clients.cohort import chunk
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.train import Private
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.plan import Plan

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedpeft.clients.app import Local, client_app
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import ClientConfig, Config, ContinualConfig, DataConfig, PrivacyConfig, RunConfig, StrategyConfig
 from fedpeft.data.encode import Encoded

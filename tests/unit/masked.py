@@ -16,9 +16,9 @@ from fedpeft.data.split import client_name
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.base import Rules, ServerState
-from fedpeft.strategies.fedit import FedIT
-from fedpeft.strategies.secagg import exchange
-from fedpeft.strategies.secagg_stages import KINDS
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.secagg.stages import KINDS
+from fedpeft.strategies.secagg.terms import exchange
 from fedpeft.strategies.wire import PACKED
 
 SITES = {"q": Site("lora", (60, 40), 2.0)}

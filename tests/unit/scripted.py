@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 
 SITES = {"q": Site("lora", (3, 4), 2.0)}

@@ -9,8 +9,10 @@ import threading
 import pytest
 import yaml
 
-from fedpeft.deploy import address, keys, serve, server, settings, site
-from fedpeft.deploy.serve import superlink_options
+from fedpeft.deploy import address, keys, settings
+from fedpeft.deploy.coordinator import daemon, server
+from fedpeft.deploy.coordinator.daemon import superlink_options
+from fedpeft.deploy.site import site
 from fedpeft.errors import InputError
 
 
@@ -107,7 +109,7 @@ def test_a_coordinator_with_ipv6_prints_and_binds_addresses_with_brackets(tmp_pa
     assert made["fleet"] == "[::1]:9092"
     options = superlink_options(settings.server(tmp_path / "c"), insecure=False)
     assert options[options.index("--fleet-api-address") + 1] == "[::]:9092"
-    assert serve.ports(settings.server(tmp_path / "c")) == [("127.0.0.1", 9093), ("::1", 9092)]
+    assert daemon.ports(settings.server(tmp_path / "c")) == [("127.0.0.1", 9093), ("::1", 9092)]
 
 
 @pytest.mark.parametrize(

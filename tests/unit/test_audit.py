@@ -13,8 +13,9 @@ import torch
 from audit_faults import FAULTS
 
 from fedpeft import config as configs
-from fedpeft.clients import chunk, train
-from fedpeft.clients.private import Guard
+from fedpeft.clients import train
+from fedpeft.clients.cohort import chunk
+from fedpeft.clients.guard import Guard
 from fedpeft.errors import InputError
 from fedpeft.simulations import audit, rounds_seen
 from fedpeft.simulations.world import world

@@ -20,7 +20,7 @@ from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import tta, tta_report, tta_streams
 from fedpeft.simulations.benchmarks.cells import entries, named
 from fedpeft.simulations.benchmarks.tta_streams import open_stream
-from fedpeft.tta.model import deploy
+from fedpeft.tta.deployed import deploy
 
 SMALL = drift.StreamSpec("iid", corruptions=("blur", "fog"), limit=60, batch=25)
 METHODS = "bn_adapt,tent,lame:base=bn_adapt"

@@ -10,12 +10,12 @@ import torch
 
 from fedpeft import seeds
 from fedpeft.clients.app import Local
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import CONTROL, train
 from fedpeft.config import ClientConfig, Config, StrategyConfig
 from fedpeft.errors import RunError
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
 
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
 ROLES = ["A", "B", "head"]

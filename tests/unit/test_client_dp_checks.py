@@ -11,8 +11,8 @@ from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.strategies.base import Needs
 from fedpeft.strategies.build import build
-from fedpeft.strategies.client_dp import ClientDP
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 GOOD: dict[str, Any] = {"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp",
                         "strategy.weighting": "uniform"}

@@ -17,8 +17,8 @@ from fedpeft.report import html_table
 from fedpeft.state import AdapterState
 from fedpeft.strategies import wire
 from fedpeft.strategies.base import Rules, ServerState
-from fedpeft.strategies.fedit import FedIT
-from fedpeft.strategies.learning import exchange
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.sequence import exchange
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

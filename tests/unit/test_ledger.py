@@ -14,9 +14,9 @@ import pytest
 import small_models as small
 import torch
 
-from fedpeft.clients import private
+from fedpeft.clients import guard
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.local import Local
-from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import ClientConfig, Config, PrivacyConfig, RunConfig
 from fedpeft.errors import InputError, RunError
@@ -312,14 +312,14 @@ def test_rounds_are_refused_when_the_budget_is_spent_and_earlier_answers_stay_fr
 
 def test_an_answer_is_on_the_disk_before_it_is_counted_and_counted_before_it_leaves(start, tmp_path, monkeypatch):
     local, seen = start(tmp_path), []
-    reserve, request = private.Ledger.reserve, private.fingerprint(local.initial, task())
+    reserve, request = guard.Ledger.reserve, guard.fingerprint(local.initial, task())
 
     def watched(*arguments, **options):
         saved = local.store.reply("a", 1, request)
-        seen.append((saved is not None, private.release(request, AdapterState(saved[0])) == arguments[1].request))
+        seen.append((saved is not None, guard.release(request, AdapterState(saved[0])) == arguments[1].request))
         reserve(*arguments, **options)
 
-    monkeypatch.setattr(private.Ledger, "reserve", watched)
+    monkeypatch.setattr(guard.Ledger, "reserve", watched)
     local.train("a", local.initial, task())
     assert seen == [(True, True)]
     assert [one.steps for one in local.guard.ledger("a").entries()] == [2]
@@ -328,11 +328,11 @@ def test_an_answer_is_on_the_disk_before_it_is_counted_and_counted_before_it_lea
 @pytest.mark.parametrize("randomness", ["os", "seeded"])
 def test_what_was_saved_and_not_counted_is_counted_once_when_it_leaves(randomness, start, tmp_path, monkeypatch):
     local = start(tmp_path, rounds=1, randomness=randomness)
-    monkeypatch.setattr(private.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(guard.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         local.train("a", local.initial, task())
     monkeypatch.undo()
-    saved, _ = local.store.reply("a", 1, private.fingerprint(local.initial, task()))
+    saved, _ = local.store.reply("a", 1, guard.fingerprint(local.initial, task()))
     for again in (start(tmp_path, rounds=1, randomness=randomness), local):
         update, _ = again.train("a", local.initial, task())
         assert update.tensors.keys() == saved.keys()
@@ -374,7 +374,7 @@ def test_what_fails_beside_records_is_counted_once_and_answered_again(start, tmp
 
 def test_nothing_leaves_where_the_ledger_cannot_be_written(start, tmp_path, monkeypatch):
     local = start(tmp_path)
-    monkeypatch.setattr(private.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(guard.Ledger, "_append", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
     for _ in range(2):  # the saved answer does not leave either
         with pytest.raises(OSError, match="full"):
             local.train("a", local.initial, task())

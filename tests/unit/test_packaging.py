@@ -93,7 +93,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     code = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import fedpeft, fedpeft.strategies.fedsvd, fedpeft.clients.store, fedpeft.simulations.grid
+import fedpeft, fedpeft.strategies.rules.fedsvd, fedpeft.clients.store, fedpeft.simulations.grid
 from fedpeft import config, registry
 from fedpeft.simulations import run
 few = {"run.rounds": 1, "data.clients": 2, "data.limit": 60, "run.clients_per_round": 2, "run.baselines": False,

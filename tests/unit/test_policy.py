@@ -16,8 +16,8 @@ from fedpeft import config as configs
 from fedpeft.clients import local as locals_
 from fedpeft.clients import policy, train
 from fedpeft.clients.app import Local, client_app
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.policy import Policy, Refused
-from fedpeft.clients.private import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import ClientConfig, Config, PrivacyConfig, RunConfig, StrategyConfig
 from fedpeft.errors import InputError

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from fedpeft import config as configs
 from fedpeft.cli import app
 from fedpeft.clients import policy
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.policy import BOUNDS
-from fedpeft.clients.private import Guard
-from fedpeft.deploy import envelope, site
+from fedpeft.deploy import envelope
 from fedpeft.deploy.settings import site as settings_of
+from fedpeft.deploy.site import site
 from fedpeft.errors import InputError, RunError, Stopped
 
 WHOLE = {"max_epsilon": 3.0, "max_rounds": 20, "records": 400}

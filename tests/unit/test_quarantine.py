@@ -13,7 +13,7 @@ from scripted import START, Reply, ScriptedGrid, good, raw, run, spoiled, with_v
 
 from fedpeft.state import AdapterState, pack
 from fedpeft.strategies.base import RoundFailed, Rules, ServerState
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 
 pytestmark = pytest.mark.usefixtures("flower_run")

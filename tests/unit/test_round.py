@@ -12,7 +12,7 @@ from scripted import START, Reply, ScriptedGrid, good, run
 from fedpeft.errors import RunError
 from fedpeft.strategies import wire
 from fedpeft.strategies.base import Rules, ServerState, choose
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 
 pytestmark = pytest.mark.usefixtures("flower_run")

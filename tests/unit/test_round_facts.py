@@ -13,7 +13,7 @@ from scripted import START, good, run
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies import round_facts
 from fedpeft.strategies.base import ServerState, Update
-from fedpeft.strategies.client_dp import ClientDP
+from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 SITES = {"q": Site("lora", (3, 4))}

@@ -14,11 +14,10 @@ from masked import SIZE, START, Watched, changes, config, exchanged, play, updat
 
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
-from fedpeft.strategies import masking
 from fedpeft.strategies.base import RoundFailed, Rules, ServerState
-from fedpeft.strategies.fedit import FedIT
-from fedpeft.strategies.secagg import Plan, exchange
-from fedpeft.strategies.secagg_stages import NAMES, RECORD, circle
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.secagg.stages import NAMES, RECORD, circle
+from fedpeft.strategies.secagg.terms import Plan, exchange, masking
 from fedpeft.strategies.wire import PACKED
 
 pytestmark = pytest.mark.usefixtures("flower_run")

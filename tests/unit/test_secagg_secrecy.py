@@ -12,10 +12,9 @@ from fedpeft import config as configs
 from fedpeft.clients.app import client_app
 from fedpeft.config import Config
 from fedpeft.errors import InputError
-from fedpeft.strategies import masking
-from fedpeft.strategies.fedit import FedIT
-from fedpeft.strategies.secagg import Plan, check, describe
-from fedpeft.strategies.secagg_stages import KINDS, RECORD
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.secagg.stages import KINDS, RECORD
+from fedpeft.strategies.secagg.terms import Plan, check, describe, masking
 from fedpeft.strategies.wire import PACKED, ask
 
 pytestmark = pytest.mark.usefixtures("flower_run")

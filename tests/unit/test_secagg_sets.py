@@ -10,9 +10,9 @@ from masked import START, Watched, changes, config, play, updates
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.errors import InputError, RunError
 from fedpeft.strategies.base import RoundDropped, RoundFailed, Rules, ServerState
-from fedpeft.strategies.fedit import FedIT
-from fedpeft.strategies.secagg import Plan, check, exchange
-from fedpeft.strategies.secagg_stages import RECORD
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.secagg.stages import RECORD
+from fedpeft.strategies.secagg.terms import Plan, check, exchange
 from fedpeft.strategies.state import DROPPED
 from fedpeft.strategies.wire import PACKED
 

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from fedpeft.deploy import server, settings
+from fedpeft.deploy import settings
+from fedpeft.deploy.coordinator import server
 from fedpeft.errors import InputError, RunError
 
 

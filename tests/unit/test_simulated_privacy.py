@@ -11,12 +11,12 @@ import pytest
 from allowed import opened
 
 from fedpeft import config as configs
-from fedpeft.clients.private import Guard
+from fedpeft.clients.guard import Guard
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, Entry
 from fedpeft.simulations.privacy import outside, section, spent
 from fedpeft.strategies.build import build
-from fedpeft.strategies.client_dp import ClientDP
+from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 DELTA = 1e-5
 NONE: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from scripted import Reply, ScriptedGrid
 
 from fedpeft.errors import RunError
-from fedpeft.strategies.fedit import FedIT
+from fedpeft.strategies.rules.fedit import FedIT
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.continual.forms import FormBody, FormConfig
+from fedpeft.continual.parts.forms import FormBody, FormConfig
 
 
 class CLASSP(FormBody):

@@ -1,7 +1,7 @@
 """Dynamic ConPET: an expert (LoRA and linear head) for each task, and a selector that says which experts to ask.
 
 Song et al., arXiv 2309.14763. From the second task k on, with batches of dynamic replay (see
-`fedpeft.continual.replay`; an epoch is `batches` of them):
+`fedpeft.continual.parts.replay`; an epoch is `batches` of them):
 
     1. selector: its LoRA goes on from the last task's, its head gets one row more; CE on the number of the task
     2. expert k: a new LoRA and a head over the task's classes C_k, from the base. For every record the n best tasks of
@@ -44,9 +44,9 @@ from torch.nn import functional as F
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual import lora, replay
 from fedpeft.continual.body import Body, Classifier, leaf, only
 from fedpeft.continual.model import Change, Inputs, low_rank
+from fedpeft.continual.parts import lora, replay
 from fedpeft.data.encode import Encoded
 
 NOT_ASKED = -100.0

@@ -1,15 +1,15 @@
 """Static ConPET: one LoRA for all tasks, kept from forgetting by dynamic replay of everything that was stored.
 
 Song et al., arXiv 2309.14763. From the second task on, an epoch is `batches` batches, each half new and half old (see
-`fedpeft.continual.replay`), so that every task costs the same. The classifier competes over all seen classes. The first
-task is trained as usual.
+`fedpeft.continual.parts.replay`), so that every task costs the same. The classifier competes over all seen classes. The
+first task is trained as usual.
 
 It stores all records of all tasks: in a federation they stay with their client, but they stay.
 
 Deviations: the authors split an epoch's batches 0.8 : 0.2 into training and validation and keep the best epoch; here
 all train and the last epoch is kept. They take AdamW with clipping; here every body has the learner's Adam.
 
-    >>> from fedpeft.continual.replay import draw
+    >>> from fedpeft.continual.parts.replay import draw
     >>> import numpy as np
     >>> draw(np.random.default_rng(0), [3, 3], 4).tasks.tolist()
     [1, 1, 0, 0]
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual import lora, replay
 from fedpeft.continual.body import Body
 from fedpeft.continual.model import Change, Inputs, low_rank
+from fedpeft.continual.parts import lora, replay
 
 
 class ConPETStatic(Body):

@@ -40,7 +40,7 @@ from torch import Tensor
 from fedpeft.config import option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, dense
-from fedpeft.continual.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
+from fedpeft.continual.parts.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
 from fedpeft.data.encode import Encoded
 
 __all__ = ["CoSO", "leading", "merge_sketches", "project", "sketch"]

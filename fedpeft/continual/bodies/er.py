@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual.forms import FormBody, FormConfig
 from fedpeft.continual.model import Inputs
+from fedpeft.continual.parts.forms import FormBody, FormConfig
 from fedpeft.data.encode import Encoded
 
 

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from fedpeft import seeds
 from fedpeft.config import option
 from fedpeft.continual.body import Classifier, only
-from fedpeft.continual.forms import FormBody, FormConfig
 from fedpeft.continual.model import Inputs
+from fedpeft.continual.parts.forms import FormBody, FormConfig
 from fedpeft.data.encode import Encoded
 
 

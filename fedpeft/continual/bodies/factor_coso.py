@@ -1,6 +1,6 @@
 """CoSO's two projections in factor space, for one learner: each task's LoRA is orthogonal to those of earlier tasks.
 
-The central form of `fedpeft.strategies.learning.factor_coso`, where the derivation is. With dW = s B A, A frozen:
+The central form of `fedpeft.strategies.sequence.factor_coso`, where the derivation is. With dW = s B A, A frozen:
 
     in    A with orthonormal rows, orthogonal to the rows of all earlier A          => dW N = 0
     out   B's gradient and B itself pass through I - M M^T, M spans earlier B       => M^T dW = 0
@@ -18,8 +18,8 @@ import torch
 from fedpeft.config import option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank, together
-from fedpeft.continual.orthogonal import extended, outside
-from fedpeft.continual.subspace import leading, project
+from fedpeft.continual.parts.orthogonal import extended, outside
+from fedpeft.continual.parts.subspace import leading, project
 
 
 class FactorCoSO(Body):

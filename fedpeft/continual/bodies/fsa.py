@@ -11,7 +11,7 @@ first session's classifier and no steps in the learning rate; epochs, batch and 
 
 from __future__ import annotations
 
-from fedpeft.continual.forms import FormBody
+from fedpeft.continual.parts.forms import FormBody
 
 
 class FSA(FormBody):

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.continual import lora
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank
+from fedpeft.continual.parts import lora
 from fedpeft.data.encode import Encoded
 
 NOTHING = 1e-8  # of tr G: what an eigenvalue must exceed to be a direction and not rounding (M is float32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from fedpeft.continual.forms import FormBody
+from fedpeft.continual.parts.forms import FormBody
 from fedpeft.continual.stream import Task
 from fedpeft.data.encode import Encoded
 

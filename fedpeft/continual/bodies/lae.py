@@ -12,7 +12,7 @@ What trains (`form`), in the adapted layers or in the attention modules around t
     lora      y + s B A x at every adapted layer
     adapter   y + s B gelu(A x) beside an attention module, x its input and y its output
     prefix    `length` learned keys and values in an attention, calibrated, without a scale, as the authors run it:
-              see `fedpeft.continual.prefix`
+              see `fedpeft.continual.parts.prefix`
 
 a is retention^(1 / steps of the task): how much of `off` is left of it after a task. The authors' a = 0.9999 means a
 retention of 0.90 on their CIFAR-100 (1,040 steps a task) and would freeze `off` in a short run. The combined scores
@@ -38,10 +38,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.config import option
-from fedpeft.continual import lora
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, Patch, low_rank
-from fedpeft.continual.prefix import attentions, prefixed, widths
+from fedpeft.continual.parts import lora
+from fedpeft.continual.parts.prefix import attentions, prefixed, widths
 
 
 class LAE(Body):

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from fedpeft.config import option
 from fedpeft.continual.body import Classifier
-from fedpeft.continual.forms import FormBody, FormConfig
 from fedpeft.continual.model import Inputs
+from fedpeft.continual.parts.forms import FormBody, FormConfig
 
 
 class LwF(FormBody):

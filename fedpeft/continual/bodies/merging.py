@@ -29,11 +29,11 @@ from torch import Tensor
 
 from fedpeft import registry
 from fedpeft.config import option
-from fedpeft.continual import lora
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank
+from fedpeft.continual.parts import lora
 from fedpeft.merging.base import make
-from fedpeft.merging.orthogonal_adaptation import rows
+from fedpeft.merging.methods.orthogonal_adaptation import rows
 from fedpeft.state import AdapterState, Site
 
 

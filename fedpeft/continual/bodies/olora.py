@@ -13,7 +13,7 @@ are summed over entries as in that code, so they grow with tasks, rank and layer
 (0 to 5 in the authors' scripts).
 
     >>> import torch
-    >>> from fedpeft.continual.lora import overlap
+    >>> from fedpeft.continual.parts.lora import overlap
     >>> old = torch.tensor([[1.0, 0.0, 0.0]])
     >>> overlap(torch.tensor([[3.0, 4.0, 0.0]]), [(old.T, old)]).item()
     3.0
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.continual import lora
 from fedpeft.continual.body import Body, Classifier
 from fedpeft.continual.model import Change, Inputs, low_rank
+from fedpeft.continual.parts import lora
 
 
 class OLoRA(Body):

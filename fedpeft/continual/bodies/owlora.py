@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.continual import lora
 from fedpeft.continual.body import Body, Classifier, leaf
 from fedpeft.continual.model import Change, Inputs, low_rank
+from fedpeft.continual.parts import lora
 
 
 class OWLoRA(Body):

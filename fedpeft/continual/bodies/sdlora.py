@@ -28,9 +28,9 @@ from torch import Tensor
 
 from fedpeft import lowrank
 from fedpeft.config import option
-from fedpeft.continual import lora
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank
+from fedpeft.continual.parts import lora
 
 
 class SDLoRA(Body):

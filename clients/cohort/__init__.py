@@ -1,0 +1,1 @@
+"""The cohort engine: many clients' adapters are trained together on one base."""

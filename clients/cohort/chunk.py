@@ -1,0 +1,182 @@
+"""The steps of some clients that train together: their batches, gradients and updates. See `clients.cohort`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.cohort.layers import Pass
+from fedpeft.clients.cohort.passes import Piece, assemble, cut, token_counts
+from fedpeft.clients.cohort.rows import add_clipped, frozen, rows, shrink
+from fedpeft.clients.train import Private, batches, make_optimizer, per_sample_loss
+from fedpeft.config import ClientConfig
+from fedpeft.data.encode import Encoded
+from fedpeft.privacy.noise import Ahead
+
+
+@dataclass
+class Job:
+    """One client's round.
+
+    Attributes:
+        start: adapter tensors to start from, by parameter name; ranks may be below the model's. What is not named
+            keeps the model's value.
+        seed, prox_mu, control, private, in_order: as of `clients.train.train`.
+    """
+
+    start: dict[str, Tensor]
+    data: Encoded
+    seed: int
+    prox_mu: float = 0.0
+    control: dict[str, Tensor] | None = None
+    private: Private | None = None
+    in_order: bool = False
+
+
+@dataclass
+class Done:
+    """The trained tensors, cut to the shapes of the start, on the CPU; steps taken and mean loss, as of `train`."""
+
+    after: dict[str, Tensor]
+    steps: int
+    loss: float
+
+
+def steps_of(job: Job, config: ClientConfig) -> int:
+    """Steps that a job takes."""
+    if job.private is not None:
+        return config.local_steps or 0
+    if job.in_order:
+        return -(-len(job.data) // config.batch_size)
+    return config.local_steps or -(-len(job.data) // config.batch_size) * (config.local_epochs or 1)
+
+
+class Chunk:
+    """The matrix of some clients' values, and their steps. Clients are sorted by their number of steps, so those that
+    go on are the first rows.
+    """
+
+    def __init__(self, model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int,
+                 now: Pass) -> None:
+        self.model, self.jobs, self.config, self.tokens, self.now = model, jobs, config, tokens, now
+        own = {key: value.detach() for key, value in model.parameters.items()}
+        trained = {key: own[key] for key in model.form.select(trains).tensors}
+        self.shapes = {key: value.shape for key, value in trained.items()}
+        self.device = next(iter(own.values())).device
+        starts = [{**own, **job.start} for job in jobs]
+        self.values = rows(starts, trained)
+        self.frozen = {key: frozen([start[key] for start in starts], own[key])
+                       for key in own if key not in self.shapes}
+        self.lengths = [token_counts(model, job.data) for job in jobs]
+        self.steps = [steps_of(job, config) for job in jobs]
+        self.draws = [self._draws(job) for job in jobs]
+        self.mu = self.values.new_tensor([job.prox_mu for job in jobs])[:, None]
+        self.start = self.values.clone() if any(job.prox_mu for job in jobs) else None
+        none = {key: torch.zeros(0, *shape[1:]) for key, shape in self.shapes.items()}
+        controls = [none if job.control is None else job.control for job in jobs]
+        self.control = None if all(control is none for control in controls) else rows(controls, trained)
+        still = model.still()
+        masks = {key: torch.zeros(shape, dtype=torch.bool, device=self.device) for key, shape in self.shapes.items()}
+        for key, mask in still.items():
+            if key in masks:
+                masks[key][mask] = True
+        self.still = torch.cat([mask.flatten() for mask in masks.values()]) if still else None
+        self.threads = None if self.device.type == "cpu" else ThreadPoolExecutor()
+        self.losses, self.seen = self.values.new_zeros(len(jobs)), np.zeros(len(jobs))
+
+    def run(self) -> list[Done]:
+        weights = nn.Parameter(self.values)
+        optimizer = make_optimizer([weights], self.config)
+        masks = [seeds.derive(job.seed, "dropout") if job.private is None else job.private.secret_seed()
+                 for job in self.jobs]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(masks[0] if len(masks) == 1 else seeds.derive(*masks))
+            for step in range(max(self.steps)):
+                active = sum(steps > step for steps in self.steps)
+                shrink(optimizer, weights, active)
+                weights.grad = self._gradient(weights.detach())
+                optimizer.step()
+        values, losses = self.values.cpu(), (self.losses.cpu() / torch.from_numpy(self.seen)).tolist()
+        return [Done(self._after(job, row), steps, loss if steps else math.nan)
+                for job, row, steps, loss in zip(self.jobs, values, self.steps, losses, strict=True)]
+
+    def _draws(self, job: Job) -> Iterator[np.ndarray]:
+        """The records of each step. Drawn step by step, as sampling and noise may share a source."""
+        if job.private is None:
+            rng = None if job.in_order else seeds.numpy_generator(job.seed, "batches")
+            yield from batches(len(job.data), self.config, rng)
+        else:
+            for _ in range(self.config.local_steps or 0):
+                yield job.private.plan.sample(len(job.data), job.private.source)
+
+    def _after(self, job: Job, row: Tensor) -> dict[str, Tensor]:
+        parts = row.split([shape.numel() for shape in self.shapes.values()])
+        return {key: part.view(shape)[tuple(map(slice, job.start[key].shape if key in job.start else shape))].clone()
+                for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def _gradient(self, values: Tensor) -> Tensor:
+        """What the optimizer gets: the gradient of every row's loss, or of its DP-SGD, and what is added to it."""
+        active = len(values)
+        drawn = [next(draw) for draw in self.draws[:active]]
+        counts = np.array([len(index) for index in drawn])
+        total = torch.zeros_like(values)
+        private = [job.private for job in self.jobs[:active] if job.private is not None]
+        sources = [own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads)
+                   for own in private]
+        for piece in cut(self.lengths[:active], drawn, self.tokens):
+            groups = piece.clients if private else piece.groups()
+            losses, slopes = self._slopes(values, piece, groups, None if private else 1 / counts)
+            clients = self._index(piece.clients)
+            if private:
+                add_clipped(total, slopes, losses, clients, values.new_tensor([own.plan.clip for own in private]))
+            else:
+                total.index_add_(0, self._index(groups), torch.cat([slope.flatten(1) for slope in slopes], dim=1))
+            self.losses.index_add_(0, clients, losses)
+        self.seen[:active] += counts if private else 1
+        if private:
+            total = torch.stack([own.plan.noised_mean(row, source)
+                                 for own, row, source in zip(private, total, sources, strict=True)])
+            if self.still is not None:
+                total[:, self.still] = 0
+        if self.start is not None:
+            total += self.mu[:active] * (values - self.start[:active])
+        if self.control is not None:
+            total += self.control[:active]
+        if self.config.max_grad_norm is not None:
+            norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+            total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        return total
+
+    def _slopes(self, values: Tensor, piece: Piece, groups: np.ndarray, shares: np.ndarray | None
+                ) -> tuple[Tensor, list[Tensor]]:
+        """Weighted losses of the samples, and the gradient of their sum in each parameter of each group [G, ...].
+
+        Args:
+            shares: weight of a sample of each client; None is 1.
+        """
+        chosen = slice(len(values)) if np.array_equal(groups, np.arange(len(values))) else self._index(groups)
+        parts = values[chosen].split([shape.numel() for shape in self.shapes.values()], dim=1)
+        leaves = {key: part.unflatten(1, shape).requires_grad_()
+                  for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        fixed = {key: value[chosen] if own else value for key, (value, own) in self.frozen.items()}
+        self.now.samples, self.now.groups, self.now.values = len(piece.clients), len(groups), {**fixed, **leaves}
+        inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
+        inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        losses = per_sample_loss(self.model, inputs, labels.to(self.device, non_blocking=True))
+        if shares is not None:
+            losses = losses * torch.from_numpy(shares[piece.clients]).to(losses)
+        slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        self.now.values = {}
+        return losses.detach(), [torch.zeros_like(leaf) if slope is None else slope
+                                 for leaf, slope in zip(leaves.values(), slopes, strict=True)]
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)

@@ -1,0 +1,95 @@
+"""Many clients trained at once over one frozen base, exactly: each ends where `clients.train` would have ended.
+
+The trained values of K clients are the rows of one matrix [K, P]. A step runs the batches of all clients through the
+model as one, every layer with the factors of the client that a sample is of (`clients.batched`), takes the gradient of
+all rows in one backward pass and updates the matrix with one optimizer, which acts on every entry alone and so is K
+optimizers. Under DP-SGD each sample carries its own copy of its client's factors: their gradients are the per-sample
+gradients, clipped and summed per client. A client that has taken its steps leaves; the others go on.
+
+Jobs are taken in chunks of so many clients that a step has at most `tokens` tokens, and a step whose batch comes out
+longer, or uneven in length, is taken in pieces whose gradients add up. So memory does not grow with the number of jobs.
+
+Layers of the last block that work for tokens nobody reads are spared them (`fedpeft.adapters.tail`), here as in
+`clients.train`.
+
+Sums are taken in another order than one client at a time takes them, so results agree to rounding (1e-12 in float64),
+also between chunk sizes. Dropout draws from one generator for the chunk: other masks than one client at a time would
+get, from the same distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
+from fedpeft.clients.cohort.chunk import Chunk, Done, Job, steps_of
+from fedpeft.clients.cohort.layers import Pass, layers, replaced
+from fedpeft.clients.cohort.passes import token_counts
+from fedpeft.clients.train import taught
+from fedpeft.config import ClientConfig
+from fedpeft.errors import InputError
+
+__all__ = ["Done", "Job", "cannot", "train_cohort"]
+
+TYPICAL = 0.9  # quantile of a client's text lengths that chunks are planned with
+
+
+def cannot(model: Adapted, trains: list[str]) -> str | None:
+    """Why these roles cannot be trained in a cohort; None if they can."""
+    if not model.form.select(trains).tensors:
+        return f"no parameter has a role of {', '.join(trains)}"
+    try:
+        layers(model)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int) -> list[Done]:
+    """What `model.write(job.start)` and `train` do, of all jobs; the model's own values stay as they are.
+
+    Args:
+        tokens: that a pass over the model should have, padding included; a chunk has at least one client.
+
+    Raises:
+        InputError: the model cannot be trained so (`cannot`, or a layer that does not keep samples apart).
+        RunError: no record of a job has something to predict.
+    """
+    if not jobs:
+        return []
+    jobs = [replace(job, data=taught(job.data, job.private)) for job in jobs]
+    problem = cannot(model, trains)
+    if problem:
+        raise InputError(f"run.engine=cohort: {problem}.")
+    found, now = layers(model), Pass()
+    done: dict[int, Done] = {}
+    model.training_mode()
+    try:
+        with first_token(model, jobs[0].data), replaced(found, now):
+            for chunk in _chunks(model, jobs, config, tokens):
+                results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
+                done |= dict(zip(chunk, results, strict=True))
+    finally:
+        model.base.backbone.eval()
+    return [done[index] for index in range(len(jobs))]
+
+
+def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
+    """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
+    sizes = [min(config.batch_size, len(job.data)) for job in jobs]
+    widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
+    order = sorted(range(len(jobs)), key=lambda i: (jobs[i].private is None, -steps_of(jobs[i], config), -widths[i]))
+    chunk: list[int] = []
+    for index in order:
+        together = [*chunk, index]
+        rows = sum(sizes[i] for i in together) * max(widths[i] for i in together)
+        if chunk and (rows > tokens or (jobs[index].private is None) != (jobs[chunk[0]].private is None)):
+            yield chunk
+            together = [index]
+        chunk = together
+    if chunk:
+        yield chunk

@@ -1,0 +1,268 @@
+"""A client's part in learning a sequence of tasks: which of its records a round trains, and the sums that heads need.
+
+Which classes a round is about a client reads off its own config; a server that says something else is refused. Of its
+own records it takes those; where the body replays, every batch is half new and half old, an old record drawn by its
+task (all earlier tasks alike) and then within the task. What was shown stays on the client's disk; sums over records go
+out only where the config's head or body asks for them, under DP clipped and noised, and in the ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.features import batches
+from fedpeft.clients.guard import fingerprint, release
+from fedpeft.clients.inputs import classes_of, width_of
+from fedpeft.clients.spending import Spending, discreet
+from fedpeft.clients.train import on_device, per_sample_loss
+from fedpeft.config import ClientConfig
+from fedpeft.continual.head import Head
+from fedpeft.continual.parts.subspace import sketch
+from fedpeft.data.encode import Encoded
+from fedpeft.errors import RunError
+from fedpeft.privacy.ledger import TASK
+from fedpeft.privacy.noise import Randomness
+from fedpeft.privacy.plan import clip_factors
+from fedpeft.state import AdapterState
+from fedpeft.strategies.sequence.build import fits, head
+from fedpeft.strategies.sequence.sequence import Learning
+
+if TYPE_CHECKING:
+    from fedpeft.clients.local import Local
+
+log = logging.getLogger("fedpeft")
+JOINED = "task:joined"  # kept at the client: tasks that it took part in
+SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
+BOUND = math.sqrt(3.0)  # norm of (one-hot, feature, feature x feature) at unit norm: what LDA sums for a record
+
+
+def own(sequence: Learning | None, task: dict[str, Any]) -> dict[str, Any]:
+    """The task with `learn` as the client's own config has it for the round.
+
+    What a round is about decides which records are read and whose account pays, so it is not the server's to say.
+
+    Raises:
+        RunError: the server says something else.
+    """
+    learn = None if sequence is None else sequence.learn(sequence.curriculum.task(max(int(task["round"]), 1)))
+    if task.get("learn") != learn:
+        raise RunError(f"round {task['round']}: the server's task ({_brief(task.get('learn'))}) is not that of this "
+                       f"client's config ({_brief(learn)}).")
+    return task
+
+
+def _brief(learn: Any) -> str:
+    if learn is not None and not isinstance(learn, dict):
+        return f"{type(learn).__name__}, which is no task"
+    return "no sequence of tasks" if learn is None else f"task {learn.get('task')}, classes {learn.get('classes')}"
+
+
+def compete(task: dict[str, Any]) -> list[int] | None:
+    """Classes that compete in the loss of a round; None is all."""
+    return task["learn"]["compete"] if "learn" in task else None
+
+
+def known(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+    """The client's records of all classes seen so far, or all where there is no sequence.
+
+    Raises:
+        RunError: it has none.
+    """
+    if "learn" not in task:
+        return data
+    return records(data, {"learn": {**task["learn"], "classes": task["learn"]["seen"]}}, client)
+
+
+def account(client: str, task: dict[str, Any]) -> str:
+    """The name of a client's ledger in a round.
+
+    Each task has its own: a record takes part in the rounds of its own task only, so what tasks cost does not add up.
+    """
+    return f"{client}{TASK}{task['learn']['task']}" if "learn" in task else client
+
+
+def records(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+    """The client's records of the round's task, or all where there is no sequence.
+
+    Raises:
+        RunError: it has none.
+    """
+    found = of_task(data, task)
+    if len(found) == 0:
+        raise RunError(f"{client} has no records of task {task['learn']['task']}, so it sits this round out.")
+    return found
+
+
+def of_task(data: Encoded, task: dict[str, Any]) -> Encoded:
+    """The records of the round's task, which may be none, or all where there is no sequence."""
+    learn = task.get("learn")
+    return data if learn is None else data.subset(np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"])))
+
+
+def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
+    """The rows of a round's batches in order, each batch half new and half old; None where nothing is replayed.
+
+    An odd batch has one more new record. New records come in shuffled passes.
+    """
+    learn = task.get("learn")
+    if learn is None or not learn["replay"] or learn["task"] == 0:
+        return None
+    labels, rng = data.labels.numpy(), seeds.numpy_generator(seed, "replay")
+    new = np.flatnonzero(np.isin(labels, learn["classes"]))
+    old = [found for group in learn["groups"][:-1] if len(found := np.flatnonzero(np.isin(labels, group)))]
+    if not old:
+        log.info("task %s: a client has no records of earlier tasks, so it replays none", learn["task"])
+        return None
+    size = config.batch_size
+    steps = config.local_steps or -(-len(new) // size) * (config.local_epochs or 1)
+    fresh = -(-size // 2)
+    passes = [rng.permutation(new) for _ in range(-(-steps * fresh // len(new)))]
+    line = iter(np.concatenate(passes))
+    order = []
+    for _ in range(steps):
+        order += [next(line) for _ in range(fresh)]
+        order += [rng.choice(old[rng.integers(len(old))]) for _ in range(size - fresh)]
+    return data.subset(np.array(order))
+
+
+def joined(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[dict[str, Tensor], int]:
+    """What a client keeps to know the tasks that it took part in, and how many it missed before; it says so."""
+    learn = task.get("learn")
+    if learn is None:
+        return {}, 0
+    before = set(kept[JOINED].tolist()) if JOINED in kept else set()
+    now = int(learn["task"])
+    missed = sorted(set(range(now)) - before)
+    if missed and now not in before:
+        log.info("%s missed task %s; it goes on with what the server has", client, ", ".join(map(str, missed)))
+    return {JOINED: torch.tensor(sorted(before | {now}))}, len(missed)
+
+
+def answer(local: Local, client: str, received: AdapterState, task: dict[str, Any]
+           ) -> tuple[AdapterState, dict[str, float]]:
+    """Sums over a task's records for the config's head at the received model, or a sketch of full weights' gradients.
+
+    Which of the two the server asks for with `task["sums"]`; whether it may, the client's own config says.
+
+    Raises:
+        RunError: the config has no such head or body, or no records of the task.
+    """
+    config, model = local.config, local.model
+    private, sketched = local.guard.private, task["sums"] == "sketch"
+    if sketched and (private or local.sequence is None or not local.sequence.body.sketches):
+        raise RunError(f"continual.body={config.continual.body}: this client's config sends no sketches.")
+    if not sketched and (config.continual.body is None or not fits(config)):
+        raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
+    start, _ = local.compose(client, received, task, before=int(task["round"]))
+    if private:
+        return private_answer(local, client, received, start, task)
+    data = local.records(client, task)
+    model.write(start)
+    weight = {"num-examples": float(len(data))}
+    if sketched:
+        assert local.sequence is not None
+        section = local.sequence.body.config
+        with model.competing(compete(task)):
+            found = gradient_sketch(model, data, section.r2, section.side == "in")
+        return AdapterState({f"sketch:{site}": value.float() for site, value in found.items()}), weight
+    sums = head_sums(model, head(config, classes_of(model), width_of(model)), data)
+    return AdapterState({f"sum:{key}": value for key, value in sums.items()}), weight
+
+
+def private_answer(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+                   ) -> tuple[AdapterState, dict[str, float]]:
+    """The sums for a head, noised, once on the disk and in the ledger; a failure costs what they would have."""
+    guard, store, model, number = local.guard, local.store, local.model, int(task["round"])
+    noise = float(local.config.continual.statistics_noise or 0)
+    spending = Spending(client, f"{client}+sums-{task['view']}", number, account(client, task),
+                        fingerprint(received, task), sums=noise)
+    answered = store.reply(spending.kept, number, spending.request)
+    with discreet(guard, store, spending):
+        plan = spending.plan = guard.plan(client, lambda: len(local.records(client, task)))
+        assert plan is not None
+        if answered is None:
+            guard.afford(spending.account, number, spending.request, plan, noise)
+            model.write(start)
+            made = head(local.config, classes_of(model), width_of(model))
+            source = guard.source(client, number, f"sums {task['view']}")
+            found = private_head_sums(model, made, local.records(client, task), noise, source)
+            answered = found, guard.allowed(client, {})
+            store.save_reply(spending.kept, number, spending.request, *answered)
+        elif not answered[0]:
+            spending.fail(guard)
+        sums, metrics = answered
+        update = AdapterState({f"sum:{key}": value for key, value in sums.items()})
+        guard.spend(spending.account, number, release(spending.request, update), plan, noise)  # then it may leave
+        return update, guard.allowed(client, metrics)
+
+
+def head_sums(model: Adapted, head: Head, data: Encoded) -> dict[str, Tensor]:
+    """Sums of a head's statistics over records, in float64."""
+    total: dict[str, Tensor] = {}
+    for features, _, labels in batches(model, data):
+        for key, value in head.statistics(features, labels).items():
+            total[key] = total[key] + value if key in total else value
+    return total
+
+
+def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, source: Randomness) -> dict[str, Tensor]:
+    """The same sums under the Gaussian mechanism.
+
+    Features are scaled to norm 1, and a record's statistics, all tensors together, are clipped to norm BOUND: adding or
+    removing a record moves the sums by at most that, and the noise has standard deviation `noise` x BOUND.
+    """
+    nothing = head.statistics(torch.zeros(0, head.width), torch.zeros(0, dtype=torch.int64))
+    total = {key: torch.zeros_like(value) for key, value in nothing.items()}
+    for features, _, labels in batches(model, data):
+        for row in range(len(labels)):
+            found = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
+            norm = torch.cat([value.double().flatten() for value in found.values()]).norm()
+            factor = float(clip_factors(norm, BOUND))
+            if factor == 0:
+                continue  # a record that is not finite has no influence
+            for key, value in found.items():
+                total[key] += factor * value
+    return {key: value + noise * BOUND * torch.from_numpy(source.normal(value.numel())).view(value.shape)
+            for key, value in total.items()}
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features scaled to norm 1."""
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def gradient_sketch(model: Adapted, data: Encoded, columns: int, inputs: bool) -> dict[str, Tensor]:
+    """Frequent Directions of the full weights' gradients at the model as it is, [d, columns] by site.
+
+    Args:
+        inputs: sketch right singular directions (d = inputs) instead of left ones (d = outputs).
+    """
+    weights = {site: layer.get_parameter("weight") for site, layer in model.frozen.items()}
+    device = next(iter(weights.values())).device
+    sketches: dict[str, Tensor] = {}
+    for value in weights.values():
+        value.requires_grad_(True)
+    try:
+        for start in range(0, len(data), SKETCH_ROWS):
+            index = np.arange(start, min(start + SKETCH_ROWS, len(data)))
+            loss = per_sample_loss(model, *on_device(data, index, device)).mean()
+            slopes = torch.autograd.grad(loss, list(weights.values()))
+            for (site, layer), slope in zip(model.frozen.items(), slopes, strict=True):
+                gradient = slope.cpu().double()
+                if (type(layer).__name__ == "Conv1D") != inputs:
+                    gradient = gradient.T
+                before = sketches.get(site, gradient.new_zeros(len(gradient), columns))
+                sketches[site] = sketch(before, gradient)[0]
+    finally:
+        for value in weights.values():
+            value.requires_grad_(False)
+    return sketches
+

@@ -1,0 +1,224 @@
+"""Test-time adaptation at a client: its model meets a stream of the client's own, with and without the method.
+
+The stream is made of the client's held-out records: images go through corruptions (`fedpeft.data.corruptions`), a text
+for a language model is cut before its last token, which is then the label. Order, corruption and noise derive from the
+seed and the client's name, so the stream is the same at every evaluation and accuracies of rounds can be compared. A
+method that asks for source data is given the client's training records. In a sequence of tasks both are those of the
+classes seen so far, and the trained classifier is what is adapted.
+
+With `tta.keep` the method goes on from what it had learned at the evaluation before, on the model of now. What it took
+from source data is taken again. It must not adapt what the rounds train: the old values would undo the new round's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft import lead, registry, seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.store import Store
+from fedpeft.config import Config
+from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
+from fedpeft.data.drift import Stream
+from fedpeft.data.encode import Encoded
+from fedpeft.data.split import client_name
+from fedpeft.errors import InputError
+from fedpeft.state import AdapterState
+from fedpeft.strategies.wrappers.fedthe import FEATURES
+from fedpeft.tta.deployed import Deployed, deploy, take
+from fedpeft.tta.method import TTAMethod, Wrapper, make
+from fedpeft.tta.methods.atp import ATP
+from fedpeft.tta.methods.fedthe import FedTHE
+from fedpeft.tta.play import run_stream
+
+PER_CLIENT, SEQUENCE = "per_client", "sequence"
+RATES = "rates:"
+
+
+def score(config: Config, model: Adapted, client: str, received: AdapterState, held: Encoded, train: Encoded,
+          store: Store, number: int) -> dict[str, float]:
+    """Accuracy on the client's stream of the model as written, without and with the method of `tta`."""
+    deployed = deploy(model)
+    given = stream(config, client, held)
+    method = build(config, model, deployed, client, received, train)
+    old = store.load_state(client, number) if config.tta.keep else None
+    if old is not None:
+        method.load(_on(method.state(), old))
+    adapted = run_stream(method, given, deployed)
+    if config.tta.keep:
+        store.save_state(client, number, method.state())
+    return {"tta_source_accuracy": source_accuracy(deployed, given),
+            "tta_accuracy": 1 - round(adapted["error"] * given.rows) / given.rows}
+
+
+def build(config: Config, model: Adapted, deployed: Deployed, client: str, received: AdapterState,
+          train: Encoded) -> TTAMethod:
+    """The client's method, ready for its stream."""
+    method = _named(config, deployed, seeds.derive(config.run.seed, "tta", client, "method"))
+    if isinstance(method, ATP):
+        rates = received.select(("rates",)).tensors
+        method.receive(by_name(model, deployed, {key: float(value) for key, value in rates.items()}))
+    elif method.needs_source != "none":
+        if isinstance(method, FedTHE):
+            method.receive(train, received[FEATURES])
+        else:
+            method.prepare(train)
+    return method
+
+
+def by_name(model: Adapted, deployed: Deployed, rates: dict[str, float]) -> dict[str, float]:
+    """Rates under the deployed model's tensor names instead of `rates:site/role`."""
+    names = {id(deployed.tensor(name)): name for name in deployed.slots}
+    return {names[id(model.parameters[key.removeprefix(RATES)])]: rate for key, rate in rates.items()}
+
+
+def source_accuracy(deployed: Deployed, given: Stream) -> float:
+    """Accuracy of the model as it is."""
+    source = make("source", deployed)
+    labels = torch.cat([source.predict(batch).argmax(-1).cpu() for batch in given.batches()])
+    return float((labels == given.labels).double().mean())
+
+
+def stream(config: Config, client: str, held: Encoded) -> Stream:
+    """The client's stream: `tta.batch_size` rows a batch; batches end where a corruption ends."""
+    data = held if config.model.task != "causal-lm" else last_tokens(held)
+    inputs, labels, domains, parts = [], [], [], []
+    for number, name in enumerate(corruptions(config, client)):
+        rows = seeds.numpy_generator(config.run.seed, "tta", client, "order", number).permutation(len(data))
+        chosen = data.subset(rows)
+        draws = seeds.numpy_generator(config.run.seed, "tta", client, "noise", number)
+        inputs.append(corrupted(chosen.inputs, name, config.tta.severity, draws))
+        labels.append(chosen.labels)
+        domains += [name if name == CLEAN else f"{name}-{config.tta.severity}"] * len(data)
+        first = number * len(data)
+        parts += [slice(first + start, min(first + start + config.tta.batch_size, first + len(data)))
+                  for start in range(0, len(data), config.tta.batch_size)]
+    joined = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}
+    return Stream(client, joined, torch.cat(labels), domains, parts)
+
+
+def corruptions(config: Config, client: str) -> list[str]:
+    """What the client's images go through, one after another. `per_client` deals all nine before one comes twice."""
+    chosen, seed = config.tta.corruption, config.run.seed
+    if chosen == SEQUENCE:
+        order = seeds.numpy_generator(seed, "tta", client, "corruptions").permutation(len(CORRUPTIONS))
+        return [list(CORRUPTIONS)[place] for place in order]
+    if chosen == PER_CLIENT:
+        names = [client_name(index) for index in range(config.data.clients or 0)]
+        order = seeds.numpy_generator(seed, "tta", "corruptions").permutation(len(CORRUPTIONS))
+        # A real site has a name of its own, and no number.
+        place = names.index(client) if client in names else seeds.derive(seed, "tta", client)
+        return [list(CORRUPTIONS)[order[place % len(CORRUPTIONS)]]]
+    return [chosen]
+
+
+def corrupted(inputs: dict[str, Tensor], name: str, severity: int, draws: np.random.Generator) -> dict[str, Tensor]:
+    """Images [N, C, H, W] in [0, 1] under a corruption, channel by channel; `clean` leaves all as it is."""
+    if name == CLEAN:
+        return inputs
+    images = inputs["pixel_values"].numpy()
+    made = np.stack([np.stack([corrupt(channel, name, severity, draws) for channel in image]) for image in images])
+    return {**inputs, "pixel_values": torch.from_numpy(made.astype(np.float32))}
+
+
+def last_tokens(data: Encoded) -> Encoded:
+    """Texts [N, T] without their last token, and that token as label [N]; texts of one token are left out.
+
+    The end token, which says nothing of a text, is taken off before.
+    """
+    mask = data.inputs["attention_mask"]
+    rows = torch.arange(len(mask))
+    length = mask.sum(1)
+    length = length - (data.inputs["input_ids"][rows, length - 1] == (-1 if data.end is None else data.end)).long()
+    mask = mask * (torch.arange(mask.shape[1]) < length[:, None])
+    cut = mask.clone()
+    cut[rows, length - 1] = 0
+    ids = data.inputs["input_ids"]
+    labels = ids[rows, length - 1]
+    shorter: Any = take({**data.inputs, "attention_mask": cut, "input_ids": ids * cut}, length > 1)
+    return Encoded(shorter, labels[length > 1])
+
+
+def require(config: Config, model: Adapted) -> None:
+    """Refuse a method that cannot work on this model, before anything is trained.
+
+    Raises:
+        InputError: from the method itself, or images that do not go in as they are, or `tta.keep` with what trains.
+    """
+    tta = config.tta
+    if tta.method is None:
+        return
+    deployed = deploy(model)
+    method = _named(config, deployed, 0)
+    if tta.corruption != CLEAN and model.base.processor is not None:
+        raise InputError(f"tta.corruption={tta.corruption}: {config.model.name} normalises its images; corruptions "
+                         "work on images in [0, 1] that go in as they are. Set tta.corruption=clean.")
+    trained = {id(parameter) for parameter in model.parameters.values()}
+    both = [name for name in _adapts(method, deployed) if id(deployed.tensor(name)) in trained]
+    if tta.keep and both:
+        raise InputError(f"tta.keep=true: {tta.method} adapts {both[0]}, which the rounds train: what was kept would "
+                         "undo the new round's values. Set tta.keep=false, or tta.adapt=norm_affine.")
+
+
+def check(config: Config) -> None:
+    """Refuse a `tta` section that cannot work, before anything is loaded."""
+    tta = config.tta
+    if tta.method is None:
+        return
+    if config.data.holdout == 0:
+        raise InputError(f"tta.method={tta.method}: a client's stream is made of its held-out records, and "
+                         "data.holdout=0 holds none out. Set data.holdout (for example 0.3).")
+    allowed = [*CORRUPTIONS, PER_CLIENT, SEQUENCE, CLEAN]
+    if tta.corruption not in allowed:
+        raise InputError(registry.unknown("tta.corruption", tta.corruption, allowed))
+    if tta.corruption != CLEAN and config.model.task != "image-classification":
+        raise InputError(f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
+                         f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts.")
+    wraps = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
+    for name, what in (("atp", "learn its rates"), ("fedthe", "average the clients' mean features")):
+        if tta.method == name and name not in [config.strategy.name, *wraps]:
+            raise InputError(f"tta.method={name}: the federation has to {what}. Set strategy.wrap=[{name}].")
+
+
+def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the summary says of the last evaluation; None without a method."""
+    last = next((event for event in reversed(events) if event["event"] == "clients_evaluated"), None)
+    if config.tta.method is None or last is None:
+        return None
+    passes = len(CORRUPTIONS) if config.tta.corruption == SEQUENCE else 1  # of the held-out records
+    clients = {client: {"stream": SEQUENCE if config.tta.corruption == SEQUENCE else corruptions(config, client)[0],
+                        "records": int(result["num-examples"]),
+                        "rows": int(result["num-examples"]) * passes, "accuracy": result["accuracy"],
+                        "source_accuracy": result["tta_source_accuracy"], "tta_accuracy": result["tta_accuracy"]}
+               for client, result in last["clients"].items() if "tta_accuracy" in result}
+    if not clients:
+        return None
+    total = sum(row["records"] for row in clients.values())
+    means = {key: sum(row[key] * row["records"] for row in clients.values()) / total
+             for key in ("accuracy", "source_accuracy", "tta_accuracy")}
+    found = {"method": config.tta.method, "severity": config.tta.severity, "round": last["round"], **means,
+             "clients": clients}
+    return {**found, **lead.gains(found)}
+
+
+def _named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:
+    assert config.tta.method is not None
+    return make(config.tta.method, deployed, config.tta.options, seed)
+
+
+def _adapts(method: TTAMethod, deployed: Deployed) -> list[str]:
+    """Tensors that a method (or the one below it) adapts; not those that ATP and FedTHE forget after each batch."""
+    own = getattr(method.config, "adapt", None)
+    forgets = isinstance(method, FedTHE) or (isinstance(method, ATP) and method.config.mode == "batch")
+    names = [] if own is None or forgets else deployed.select(own)
+    return names + (_adapts(method.base, deployed) if isinstance(method, Wrapper) else [])
+
+
+def _on(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """An old state with what `prepare` found now."""
+    state = {**old, "prepared": now["prepared"], "ready": now["ready"]}
+    return {**state, "base": _on(now["base"], old["base"])} if "base" in old else state

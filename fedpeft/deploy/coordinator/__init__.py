@@ -1,0 +1,1 @@
+"""The side that coordinates: `fedpeft server`, its SuperLink, the runs and the roster of sites."""

@@ -1,0 +1,205 @@
+"""`fedpeft server start`: the SuperLink, a process for every run at work, and what brings both back.
+
+This process takes Flower's place as the executor of runs: what the SuperLink hands out is a run's name, and what is
+started for it is the installed fedpeft. A run whose process or SuperLink ended is started again from its last
+checkpoint; Flower itself has no such thing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+
+from fedpeft import folders
+from fedpeft.deploy import address, settings
+from fedpeft.deploy.coordinator import server as commands
+from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.processes import Child, end, launch
+from fedpeft.deploy.settings import Server
+from fedpeft.errors import InputError, RunError, Stopped
+from fedpeft.files import write_bytes
+
+log = logging.getLogger("fedpeft")
+POLL_S = 0.25
+CHECK_S = 1.0  # between looks at sites and runs that were added, stopped or broken off
+START_S = 60.0
+BEFORE = ("pending", "starting")
+AUTHENTICATED = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+INSECURE = ("INSECURE: no TLS and no authentication. Anyone who reaches port %d can read every update and pose as a "
+            "site. For tests on one machine only.")
+
+
+def serve(path: Path, insecure: bool = False) -> None:
+    """Run until SIGTERM or Ctrl-C.
+
+    Raises:
+        InputError: the folder is in use, or a port is.
+        RunError: the SuperLink does not come up.
+    """
+    server = settings.server(path)
+    with _alone(server, insecure):
+        for place in ports(server):
+            require_free(*place)
+        if insecure:
+            log.warning(INSECURE, server.settings.port)
+        env = settings.environment(server.path)
+        link = Child("superlink", launch("superlink", server.path, *superlink_options(server, insecure)),
+                     {**env, "FLWR_LOG_LEVEL": "WARNING"}, server.path / "logs" / "superlink.log")
+        coordinator = Coordinator(server, insecure, env)
+        try:
+            link.start()
+            _wait_for(server, link)
+            log.info("coordinator ready: sites reach it at %s; %d sites added.",
+                     address.join(server.settings.host, server.settings.port), len(server.sites()))
+            while True:
+                link.keep()
+                coordinator.step()
+                time.sleep(POLL_S)
+        except Stopped:
+            log.info("coordinator stops; runs go on when it is started again.")
+        finally:
+            end([link, *coordinator.children.values()])
+
+
+def superlink_options(server: Server, insecure: bool) -> list[str]:
+    """The SuperLink's command line: Fleet API over gRPC in public, everything else on loopback."""
+    chosen, folder = server.settings, server.path
+    tls = ["--insecure"] if insecure else [
+        "--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt"),
+        "--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
+    return ["--host", "127.0.0.1", "--port", str(chosen.control_port),
+            "--fleet-api-type", "grpc-rere", "--fleet-api-address", address.join(chosen.listen, chosen.port), *tls,
+            "--database", str(folder / ("insecure.db" if insecure else "state.db")),
+            "--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret"),
+            "--disable-runtime-dependency-installation"]
+
+
+class Coordinator:
+    """Hands runs to processes, and brings back those that ended before their time."""
+
+    def __init__(self, server: Server, insecure: bool, env: dict[str, str]) -> None:
+        self.server, self.insecure, self.env = server, insecure, env
+        self.children: dict[str, Child] = {}
+        self.control = Control(server, insecure)
+        root = None if insecure else (server.path / "ca.crt").read_bytes()
+        self.runtime = RuntimeHttpClient.from_server_address(
+            server.control, insecure, root,
+            [RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+             SuperExecAuthHttpInterceptor(master_secret=(server.path / "secret").read_bytes(),
+                                          protected_methods=AUTHENTICATED)])
+        self.checked = -CHECK_S
+        self.sites: dict[str, str] = {}
+        self.submitted: set[str] = set()
+
+    def step(self) -> None:
+        """Look once for work. A SuperLink that does not answer is waited for."""
+        try:
+            if time.monotonic() - self.checked > CHECK_S:
+                if not self.insecure and self.sites != self.server.sites():
+                    self.control.register_missing()
+                    self.sites = self.server.sites()
+                self.look_at_runs()
+                self.checked = time.monotonic()
+            self.take()
+        except httpx.HTTPError as error:
+            log.debug("the SuperLink does not answer: %s", error)
+
+    def take(self) -> None:
+        """Start the process of a run that Flower has ready."""
+        answer = self.runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+        if not (answer.HasField("task") and answer.token):
+            return
+        name = self.named(int(answer.task.run_id))
+        if name is None:  # submitted by somebody else on this machine; its code is not run
+            log.warning("run %d is none of this coordinator's and is ignored.", answer.task.run_id)
+            self.control.stop_run(int(answer.task.run_id))
+            return
+        folder = self.server.runs / name
+        env = {**self.env, "FEDPEFT_TASK_TOKEN": answer.token}  # not in the arguments, which every user can read
+        child = Child(f"run {name}", launch("run", self.server.path, name, "insecure" if self.insecure else "tls"), env,
+                      folder / "log.txt")
+        child.start()
+        self.children[name] = child
+        log.info("run %s: started.", name)
+
+    def look_at_runs(self) -> None:
+        """Submit new runs and those that nobody works on any more; after a start that is all that have not ended."""
+        for folder in self.server.all_runs():
+            name, number = folder.name, self.flower_number(folder)
+            child = self.children.get(name)
+            alive = child is not None and child.process is not None and child.process.poll() is None
+            if commands.get_status(folder)["state"] in commands.ENDED:
+                if child is not None:
+                    end([child])
+                    self.control.stop_run(number)
+                    del self.children[name]
+                continue
+            if alive or (child is None and name in self.submitted and self.control.run_status(number) in BEFORE):
+                continue
+            if number:
+                log.warning("run %s: goes on from its last checkpoint.", name)
+                self.control.stop_run(number)
+            self.children.pop(name, None)
+            write_bytes(folder / "flower.json", json.dumps({"run_id": self.control.start_run(name)}).encode())
+            self.submitted.add(name)
+
+    def named(self, number: int) -> str | None:
+        """The run that was last submitted under Flower's number."""
+        return next((folder.name for folder in self.server.all_runs() if self.flower_number(folder) == number), None)
+
+    @staticmethod
+    def flower_number(folder: Path) -> int:
+        """Flower's number of the run that works on this folder; 0 if it was never submitted."""
+        file = folder / "flower.json"
+        return int(json.loads(file.read_text())["run_id"]) if file.exists() else 0
+
+
+@contextmanager
+def _alone(server: Server, insecure: bool) -> Iterator[None]:
+    """Hold the folder's lock, and say in it that this process runs."""
+    file = server.path / commands.RUNNING
+    with folders.alone(server.path, file.name, patience_s=0.5):  # a command that only looks holds it for an instant
+        file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "insecure": insecure}))
+        yield
+
+
+def ports(server: Server) -> list[tuple[str, int]]:
+    """Where this machine reaches the control port and the Fleet port."""
+    chosen = server.settings
+    return [("127.0.0.1", chosen.control_port), (address.own_address(chosen.listen), chosen.port)]
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise InputError if something listens on a port of this machine."""
+    if answers(host, port):
+        raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
+
+
+def _wait_for(server: Server, link: Child) -> None:
+    until = time.monotonic() + START_S
+    for host, port in ports(server):
+        while not answers(host, port):
+            if link.process is None or link.process.poll() is not None or time.monotonic() > until:
+                raise RunError(f"the SuperLink does not come up; see {link.output}.")
+            time.sleep(0.2)
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False

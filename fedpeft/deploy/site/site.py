@@ -1,0 +1,296 @@
+"""A site's commands: init, check, start."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedpeft import config as configs
+from fedpeft import folders
+from fedpeft.config import Config
+from fedpeft.deploy import keys, settings
+from fedpeft.deploy.address import parse_endpoint, proxy_of
+from fedpeft.deploy.processes import Child, end, launch
+from fedpeft.deploy.settings import Site, SiteSettings
+from fedpeft.errors import InputError, RunError, Stopped
+from fedpeft.files import write_bytes
+
+log = logging.getLogger("fedpeft")
+POLL_S = 0.25
+RUNNING = "running"  # the lock of a site's folder
+SKEW_S = 60.0  # Flower takes clocks that are up to 300 s behind and 5 s ahead
+INSECURE = "INSECURE: no TLS and no authentication; whoever is on the way can read and change what is sent."
+POLICY = """\
+# What this site allows, whatever a coordinator asks. It is read anew for every message. Of max_epsilon, max_rounds and
+# records each is set, or named as left open on purpose; they come last, so that a file that is cut off lacks them.
+# `fedpeft site policy policy.yaml` says what the file allows.
+unit: sample                # every record is protected by DP-SGD; none lets plain training through
+max_delta: 1.0e-5
+min_noise_multiplier: 0.3
+strategies: null            # names that may ask, as [fedsvd, ffa_lora]; null is all
+metrics: []                 # beside the update, of: train_loss, loss, accuracy, num-examples, missed_tasks
+seeded_noise: false         # true: noise that the coordinator can reproduce, so no privacy; for tests
+max_epsilon: 3.0            # of one record, over all runs that this site's ledger counts
+max_rounds: 200             # of one run
+records: null               # public number of records, where the true one is not to be told
+unbounded: [records]        # what is left open on purpose, of: max_epsilon, max_rounds, records
+"""
+
+
+def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, model: str) -> dict[str, Any]:
+    """Make a site's folder: its key pair is born here, and only the public half is to be sent away.
+
+    Raises:
+        InputError: the folder is not empty, or a value is no good.
+    """
+    tree: dict[str, Any] = {"name": name, "server": server, "model": _absolute(model),
+                            "data": {"source": _absolute(data) if data else None, "text": None, "image": None,
+                                     "label": None},
+                            "device": "auto", "threads": 1}
+    configs.build(SiteSettings, tree, "site")
+    parse_endpoint(server, "--server")
+    settings.require_name(name, "--name")
+    if ca is not None and not ca.is_file():
+        raise InputError(f"--ca: no file {ca}. It is the coordinator's ca.crt.")
+    folder = settings.new_folder(path)
+    line = keys.site_keys(folder)
+    keys.write_mode(folder / "secret", settings.new_secret(), keys.PRIVATE)
+    if ca is not None:
+        shutil.copyfile(ca, folder / "ca.crt")
+    write_bytes(folder / "site.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+    write_bytes(folder / "policy.yaml", POLICY.encode())
+    return {"folder": str(folder), "public_key": line,
+            "next": f"send the public key to the coordinator; read {folder}/policy.yaml; fedpeft site check {path}"}
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Whether the site could take part: a row for each thing that it needs, `ok` and what was seen."""
+    site = settings.site(path)
+    found: dict[str, Any] = {}
+
+    def row(name: str, look: Callable[[], str]) -> dict[str, Any]:
+        try:
+            return {"check": name, "ok": True, "seen": look()}
+        except Exception as error:  # whatever is wrong, the other checks are to be made too
+            return {"check": name, "ok": False, "seen": str(error) or type(error).__name__}
+
+    rows = [
+        row("policy", lambda: _policy(site)),
+        row("keys", lambda: _keys(site)),
+        row("data", lambda: _data(site)),
+        row("model", lambda: _model(site)),
+        row("server", lambda: _server(site, found)),
+        row("clock", lambda: _clock(site, found)),
+    ]
+    return {"site": site.settings.name, "ok": all(row["ok"] for row in rows), "checks": rows}
+
+
+def policy(path: Path) -> dict[str, Any]:
+    """What a policy file, a site's, or each of a folder of them allows and leaves open.
+
+    Raises:
+        InputError: one of them is no policy, or there is none.
+    """
+    from fedpeft.clients import policy as policies
+
+    path = path / "policy.yaml" if (path / "site.yaml").exists() else path
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: no *.yaml in this folder.")
+    found = []
+    for file in files:
+        bounds = policies.load(file)
+        found.append({"file": str(file), **policies.allows(bounds), "says": policies.sentences(bounds)})
+    return {"policies": found}
+
+
+def start(path: Path, insecure: bool = False) -> None:
+    """Run the site until SIGTERM or Ctrl-C.
+
+    Raises:
+        InputError: the folder is in use, or something is missing in it.
+    """
+    from fedpeft.clients import policy as policies
+
+    site = settings.site(path)
+    bounds = policies.load(site.policy)
+    if site.settings.data.source is None:
+        raise InputError(f"site.data.source: no data are named in {site.path / 'site.yaml'}.")
+    if not insecure and not (site.path / "ca.crt").is_file():
+        raise InputError(f"{site.path}: no ca.crt; it is the coordinator's, and it is what makes sure whom this site "
+                         "talks to.")
+    with folders.alone(site.path, RUNNING, patience_s=0.5):  # `site check` looks for an instant
+        policies.record(bounds)
+        if insecure:
+            log.warning(INSECURE)
+        place = Path(tempfile.mkdtemp(prefix="fedpeft-"))  # mode 0700; socket names must be short
+        pipe, address = str(place / "worker"), f"127.0.0.1:{free_port()}"
+        env = settings.environment(site.path)
+        children = [
+            Child("worker", launch("worker", site.path, pipe), env),
+            Child("supernode", launch("supernode", site.path, *supernode_options(site, address, insecure)), env),
+            Child("proxy", launch("proxy", site.path, address, pipe), env),
+        ]
+        try:
+            for child in children:
+                child.start()
+            log.info("site %s started; its coordinator is %s.", site.settings.name, site.settings.server)
+            if proxy := proxy_of(parse_endpoint(site.settings.server, "site.server")[0]):
+                log.warning("gRPC goes to the coordinator through the proxy of %s.", proxy)
+            while True:
+                time.sleep(POLL_S)
+                for child in children:
+                    child.keep()
+        except Stopped:
+            log.info("site %s stops.", site.settings.name)
+        finally:
+            end(children)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def supernode_options(site: Site, address: str, insecure: bool) -> list[str]:
+    """The SuperNode's command line: gRPC to the coordinator, its runtime API on loopback, no process of its own."""
+    host, _, port = address.rpartition(":")
+    tls = ["--insecure"] if insecure else ["--root-certificates", str(site.path / "ca.crt"),
+                                           "--auth-supernode-private-key", str(site.path / "site.key")]
+    return ["--grpc-rere", "--superlink", site.settings.server, *tls, "--host", host, "--port", port,
+            "--isolation", "process", "--superexec-auth-secret-file", str(site.path / "secret")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _running(site: Site) -> bool:
+    try:
+        with folders.alone(site.path, RUNNING):
+            return False
+    except InputError:
+        return True
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _policy(site: Site) -> str:
+    from fedpeft.clients import policy as policies
+
+    bounds = policies.load(site.policy)
+    epsilon = "any epsilon" if bounds.max_epsilon is None else f"epsilon up to {bounds.max_epsilon:g}"
+    warning = "; SEEDED NOISE IS ALLOWED: no privacy" if bounds.seeded_noise else ""
+    left = ", ".join(policies.allows(bounds)["open"]) or "nothing"
+    return (f"unit {bounds.unit}, {epsilon}, at most {bounds.max_rounds or 'any number of'} rounds; left open: "
+            f"{left}{warning}")
+
+
+def _keys(site: Site) -> str:
+    mode = (site.path / "site.key").stat().st_mode & 0o777
+    if mode & 0o077:
+        raise InputError(f"site.key can be read by others (mode {mode:o}); chmod 600 {site.path / 'site.key'}")
+    return "private key readable by its owner only"
+
+
+def _config(site: Site) -> Config:
+    """A config to look at data and model with; which task it is shows in the data."""
+    from fedpeft.models import EMBEDDED
+
+    own, tree = site.settings, {}
+    if own.model in EMBEDDED:
+        tree = {"model.task": EMBEDDED[own.model]}
+    columns = {f"data.{key}": getattr(own.data, key) for key in ("source", "text", "image", "label")}
+    if own.data.source is None:
+        raise InputError("site.data.source: no data are named.")
+    return configs.load({}, {"model.name": own.model, **tree, **columns})
+
+
+def _data(site: Site) -> str:
+    from fedpeft.data import source
+
+    config, failures = _config(site), []
+    tasks = dict.fromkeys([config.model.task, *source.KINDS])
+    for task in tasks:
+        try:
+            records = source.whole(config.data.source, "data.source", config.data, task)
+            return f"{len(records)} records, {records.kind}, labels: {', '.join(records.label_names[:10])}"
+        except InputError as error:
+            failures.append(str(error))
+    raise InputError(failures[0])
+
+
+def _model(site: Site) -> str:
+    import torch
+
+    from fedpeft.models import EMBEDDED
+    from fedpeft.simulations.world import device
+
+    name, place = site.settings.model, device(site.settings.device)
+    if name in EMBEDDED:
+        from transformers.utils import logging as notices
+
+        from fedpeft import models
+
+        told = notices.get_verbosity()
+        notices.set_verbosity_error()  # a head of another size is no news here
+        try:
+            base = models.load(_config(site).model, 2, 0)
+        finally:
+            notices.set_verbosity(told)
+        count = sum(value.numel() for value in base.backbone.parameters())
+        torch.empty(1, device=place)
+        return f"{name}, {count:,} parameters, on {place}"
+    from transformers import AutoConfig, AutoModel
+
+    from fedpeft.data import prepare
+
+    found = str(prepare.model(name) or name)
+    kind = AutoConfig.from_pretrained(found, local_files_only=True, trust_remote_code=False).model_type
+    model = AutoModel.from_pretrained(found, local_files_only=True, trust_remote_code=False)
+    return f"{name} ({kind}), {sum(value.numel() for value in model.parameters()):,} parameters, on {place}"
+
+
+def _server(site: Site, found: dict[str, Any]) -> str:
+    from fedpeft.deploy.site import probe
+
+    host, port = parse_endpoint(site.settings.server, "site.server")
+    proxy = proxy_of(host)
+    if proxy:
+        way = f"through the proxy of {proxy}"
+    else:
+        way = ", ".join(map(str, probe.tls_of(host, port, site.path / "ca.crt")))
+    found["reached"] = True
+    running = _running(site)
+    if not running:
+        try:
+            registered = probe.known(site)
+        except RunError as error:
+            raise RunError(f"{error} ({way}; no_proxy={host} goes past it)" if proxy else str(error)) from error
+        if not registered:
+            raise RunError(f"{site.settings.server} answers, but does not know this site's key; has the coordinator "
+                           f"added it? Its public key is in {site.path / 'site.pub'}.")
+    return f"{site.settings.server}, {way}; {'the site is running' if running else 'its key is registered'}"
+
+
+def _clock(site: Site, found: dict[str, Any]) -> str:
+    from fedpeft.deploy.site import probe
+
+    if "reached" not in found:
+        raise RunError("not checked: the server was not reached")
+    behind = probe.clock_behind_s(site)
+    if behind > SKEW_S:
+        raise RunError(f"{behind:.0f} s behind the coordinator's; keep it within {SKEW_S:g} s (NTP)")
+    return f"{behind:.0f} s behind the coordinator's" if behind >= 1 else "within 1 s to 5 s of the coordinator's"
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).exists() else name
+

@@ -1,0 +1,122 @@
+"""From the `continual` section of a config to the body around a strategy, and the combinations that are refused."""
+
+from __future__ import annotations
+
+from fedpeft import registry
+from fedpeft.config import Config, method
+from fedpeft.continual import curriculum
+from fedpeft.continual.head import Head
+from fedpeft.errors import InputError
+from fedpeft.privacy.accounting import Release, composed
+from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.sequence.base import ServerBody
+from fedpeft.strategies.sequence.sequence import Learning
+
+ROBUST = ("norm_clip", "trimmed_mean", "median", "krum")
+
+
+def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> FederatedStrategy:
+    """The strategy with the config's body around it.
+
+    Args:
+        classes: of the data, in tasks of which it is to be run; None for one that is only looked at.
+    """
+    section = config.continual
+    name = str(section.body)
+    body: ServerBody = method("server_bodies", name, section.options, "continual.body")
+    compete = registry.load("heads", section.head, "continual.head").loss
+    plan = curriculum.make(section, classes or section.tasks, config.run.rounds, config.run.seed)
+    return Learning(strategy, body, plan, compete, name)
+
+
+def head(config: Config, classes: int, width: int) -> Head:
+    """The config's head over features of this width."""
+    section = config.continual
+    registry.load("heads", section.head, "continual.head")
+    made: Head = method("heads", section.head, section.head_options, "continual.head_options", classes=classes,
+                        width=width, seed=config.run.seed)
+    return made
+
+
+def fits(config: Config) -> bool:
+    """Whether the config's head is fitted on sums over records, and so asks for them after every task."""
+    return type(head(config, 1, 1)).statistics is not Head.statistics
+
+
+def check(config: Config) -> None:
+    """Refuse what a sequence of tasks cannot be run with, before anything is loaded."""
+    section, privacy = config.continual, config.privacy
+    fitted = section.body is not None and fits(config)
+    if section.statistics_noise is not None and not (fitted and privacy.unit == "sample"):
+        raise InputError(f"continual.statistics_noise={section.statistics_noise:g}: it is for heads that are fitted on "
+                         f"sums (continual.head={section.head}) of private records (privacy.unit={privacy.unit}). Set "
+                         "it to null.")
+    if section.body is None:
+        return
+    body: ServerBody = method("server_bodies", section.body, section.options, "continual.body")
+    if config.run.rounds % section.tasks:
+        raise InputError(f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
+                         "and every task has the same number of rounds.")
+    if config.model.task == "causal-lm":
+        raise InputError("continual.body: tasks are groups of classes, and model.task=causal-lm has none.")
+    if not config.adapter.train_head:
+        raise InputError("adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
+                         "adapter.train_head=true.")
+    in_the_clear(config, fitted, body)
+    if privacy.unit == "sample":
+        private(config, fitted, body)
+
+
+def in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
+    """Refuse sums and sketches beside a protection of the updates that would not hold for them."""
+    section = config.continual
+    if not (fitted or body.sketches):
+        return
+    more = f"sums for continual.head={section.head}" if fitted else f"sketches for continual.body={section.body}"
+    way = "Set continual.head=linear and a body without sketches (coso: continual.basis=random)."
+    if config.privacy.unit == "client":
+        raise InputError(f"privacy.unit=client: clients would send {more}, which the noise on updates does not cover. "
+                         f"{way}")
+    if config.secagg.enabled:
+        raise InputError(f"secagg.enabled=true: {more} would be sent in the clear. {way}")
+    wrapped = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
+    robust = [name for name in (config.strategy.name, *wrapped) if name in ROBUST]
+    if robust:
+        raise InputError(f"strategy.wrap: {robust[0]} guards updates, but {more} would go around it. {way}")
+
+
+def private(config: Config, fitted: bool, body: ServerBody) -> None:
+    """Refuse what sample-level DP with an account for every task does not cover."""
+    section, privacy = config.continual, config.privacy
+    if privacy.records is not None:
+        raise InputError(f"privacy.records={privacy.records}: a sequence samples from the records of a task, whose "
+                         "number this does not give. Set privacy.records=null.")
+    if body.replays:
+        raise InputError(f"privacy.unit=sample: continual.body={section.body} shows earlier records again in later "
+                         "tasks, so their privacy loss would add up over all tasks. Take a body without replay.")
+    if body.sketches:
+        raise InputError(f"privacy.unit=sample: continual.body={section.body} sends sketches of gradients without "
+                         "noise. Set continual.basis=random.")
+    if not fitted:
+        return
+    if not registry.load("heads", section.head).takes_noise:
+        able = [name for name in registry.names("heads") if registry.load("heads", name).takes_noise]
+        raise InputError(f"privacy.unit=sample: continual.head={section.head} cannot be fitted on noised sums. Heads "
+                         f"that can: {', '.join(able)}, and linear, which needs none.")
+    if section.statistics_noise is None:
+        raise InputError(f"privacy.unit=sample: continual.head={section.head} is fitted on sums over records. Set "
+                         "continual.statistics_noise (their noise multiplier), or continual.head=linear.")
+    budget, sums = privacy.epsilon, sums_of_a_task(config)
+    if budget is not None and (cost := composed(sums, privacy.delta, privacy.accountant)) >= budget:
+        raise InputError(f"privacy.epsilon={budget:g}: the sums for continual.head={section.head} cost {cost:.4g} of "
+                         "it for every task, and nothing is left for training. Raise it, or "
+                         f"continual.statistics_noise={section.statistics_noise:g}.")
+
+
+def sums_of_a_task(config: Config) -> tuple[Release, ...]:
+    """What a private client's account of a task pays for beside training: sums over all records, one for each view."""
+    section = config.continual
+    if section.statistics_noise is None:
+        return ()
+    body = registry.load("server_bodies", section.body or "", "continual.body")
+    return ((1.0, section.statistics_noise, body.most_views),)

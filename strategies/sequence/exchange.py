@@ -1,0 +1,98 @@
+"""Asking clients for sums over their records: what a head is fitted on after a task, or a sketch before it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedpeft.state import AdapterState
+from fedpeft.strategies import opening, wire
+from fedpeft.strategies.base import RoundFailed, Rules
+from fedpeft.strategies.sequence.coso import merged
+from fedpeft.strategies.sequence.sequence import Learning
+
+log = logging.getLogger("fedpeft")
+Record = Callable[[dict[str, Any]], None]
+Answers = list[tuple[dict[str, Tensor], float]]
+
+
+def sums(grid: Grid, codec: wire.Packed, learning: Learning, rules: Rules, record: Record, number: int, what: str,
+         view: str, adapter: AdapterState, form: dict[str, tuple[int, ...]]) -> Answers:
+    """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
+
+    Args:
+        number: round whose task is meant: the first one for a sketch, the last one for a head.
+        what: "head" or "sketch".
+        view: the adapter's name among the body's views.
+        form: names and shapes that an answer must have.
+
+    Raises:
+        RoundFailed: fewer than the quorum answered.
+    """
+    roster = codec.roster(grid, rules.clients)
+    task = learning.curriculum.task(number)
+    message = {"round": number, "sums": what, "view": view, "learn": learning.learn(task)}
+    content = {node: codec.content(adapter, message) for node in roster.values()}
+    replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
+    found, names = [], []
+    for client in sorted(roster):
+        try:
+            found.append(read(replies[roster[client]], number, form))
+            names.append(client)
+        except wire.BadReply as error:
+            log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
+            record({"event": "sums_missing", "round": number, "task": task, "sums": what, "client": client,
+                    "reason": str(error)})
+    needed = math.ceil(rules.quorum * len(roster))
+    if len(found) < needed:
+        raise RoundFailed(f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="
+                          f"{rules.quorum} needs {needed}.")
+    sent = sum(value.numel() * value.element_size() for tensors, _ in found for value in tensors.values())
+    record({"event": "sums", "round": number, "task": task, "sums": what, "view": view, "clients": names,
+            "bytes_up": sent, "bytes_down": adapter.nbytes * len(roster)})
+    return found
+
+
+def read(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], float]:
+    """Tensors of one reply by name, and its weight.
+
+    Raises:
+        BadReply: an error, of another form or round, or not finite.
+    """
+
+    def check(given: AdapterState) -> None:
+        named = {key.partition(":")[2]: value for key, value in given.tensors.items()}
+        if ({key: tuple(value.shape) for key, value in named.items()} != form or len(named) < len(given.tensors)
+                or not all(value.dtype in (torch.float32, torch.float64) for value in named.values())):
+            raise wire.BadReply("sums of another form than was asked for")
+
+    content = wire.opened(reply)
+    weight = wire.metrics(content)["num-examples"]
+    longest = wire.manifest_bytes(AdapterState({f"sketch:{key}": torch.empty(shape, device="meta")
+                                                for key, shape in form.items()}))
+    with opening.reading("sums", wire.BadReply):
+        adapter, task = opening.packed(content, longest, check, ("metrics",))
+    if task["round"] != number:
+        raise wire.BadReply(f"stale: sums of round {task['round']}, not {number}")
+    for key, value in adapter.tensors.items():
+        if not torch.isfinite(value).all():
+            raise wire.BadReply(f"{key} has NaN or inf")
+    return {key.partition(":")[2]: value for key, value in adapter.tensors.items()}, weight
+
+
+def head_sums(answers: Answers) -> dict[str, Tensor]:
+    """The sum over clients: that of all their records."""
+    first = answers[0][0]
+    return {key: torch.stack([tensors[key].double() for tensors, _ in answers]).sum(0) for key in first}
+
+
+def sketch(answers: Answers, uniform: bool) -> dict[str, Tensor]:
+    """One sketch of all clients' gradients by site, weighted like their updates."""
+    weights = [1.0 if uniform else weight for _, weight in answers]
+    return {site: merged([tensors[site] for tensors, _ in answers], weights) for site in answers[0][0]}

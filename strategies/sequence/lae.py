@@ -1,0 +1,68 @@
+"""LAE in a federation: the strategy trains the online adapter, the server keeps its moving average, both predict.
+
+Gao et al., arXiv 2303.10070. With theta the aggregated online adapter after a round and R rounds a task:
+
+    task 0        no average; inference with theta alone
+    task 1 on     theta' <- theta at its start;  after every round  theta' <- a theta' + (1 - a) theta,  a = rho^(1/R)
+    first rounds of a task (`frozen_rounds`, from task 1 on)       only the head trains
+    scores        elementwise max of the soft-maxes of both
+
+Deviations: the paper averages after every optimizer step of one learner. Here the average is taken over rounds, at the
+server: it costs no upload, under DP it is post-processing, and `retention` rho says directly how much of an old average
+is left after a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedpeft.config import option
+from fedpeft.state import AdapterState
+from fedpeft.strategies.base import ServerState
+from fedpeft.strategies.sequence.base import Place, ServerBody, recalled, remember
+
+OFFLINE = "|offline"
+
+
+class LAE(ServerBody):
+    """Online adapter, and its average over rounds, as two experts."""
+
+    paper = "Gao et al. 2023, arXiv 2303.10070"
+    needs = ("head",)
+    averages = True
+    most_views = 2
+
+    @dataclass
+    class Config:
+        retention: float = option(0.9, "share of the average that a task leaves", low=0, high=1)
+        frozen_rounds: int = option(1, "rounds of each task but the first in which only the head trains", low=0)
+
+    def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
+        if place.task != 1:
+            return server
+        return remember(server, {key + OFFLINE: value.clone() for key, value in self._own(server).items()})
+
+    def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
+        return ("head",) if place.task > 0 and place.before < self.config.frozen_rounds else roles
+
+    def after(self, server: ServerState, place: Place) -> ServerState:
+        if place.task == 0:
+            return server
+        alpha = self.config.retention ** (1 / place.rounds)
+        now, average = self._own(server), recalled(server, OFFLINE)
+        return remember(server, {key + OFFLINE: torch.lerp(now[key], value, alpha) for key, value in average.items()})
+
+    def views(self, server: ServerState) -> dict[str, AdapterState]:
+        average = recalled(server, OFFLINE)
+        online = {"online": server.adapter}
+        return {**online, "offline": server.adapter.replace(average)} if average else online
+
+    def combine(self, scores: dict[str, Tensor]) -> Tensor:
+        return torch.stack([value.softmax(-1) for value in scores.values()]).amax(0)
+
+    def _own(self, server: ServerState) -> dict[str, Tensor]:
+        """The adapter, without the head that both experts share."""
+        return server.adapter.without(("head", "residual_A", "residual_B")).tensors

@@ -1,0 +1,114 @@
+"""A strategy that learns a sequence of tasks: the body's half around any other strategy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fedpeft.continual.curriculum import Curriculum
+from fedpeft.errors import InputError
+from fedpeft.state import AdapterState
+from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody
+from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
+
+TASK = f"{KEEP}task"  # the last task that has begun
+
+
+class Learning(Wrapper):
+    """Tells clients which classes to train, and calls the body where a task begins and after every round.
+
+    Args:
+        compete: "local", where the task's own classes compete in the loss, or "seen", all so far.
+    """
+
+    def __init__(self, inner: FederatedStrategy, body: ServerBody, curriculum: Curriculum, compete: str, name: str
+                 ) -> None:
+        super().__init__(inner)
+        self.body, self.curriculum, self.compete = body, curriculum, compete
+        self.changes_base = self.inner.changes_base or body.folds
+        self._require(name)
+
+    def begun(self, server: ServerState) -> int:
+        return int(server.numbers.get(TASK, -1))
+
+    def begin(self, server: ServerState, task: int, sketch: dict[str, Tensor]) -> ServerState:
+        """The state before the first round of a task; the strategy starts anew where the body drew a new A."""
+        moved = self.body.begin(server, self.place(server.round + 1), self.seed, sketch)
+        if self.body.changes_A:
+            fresh = self.inner.initial(moved.adapter, self.seed)
+            moved = replace(moved, adapter=fresh.adapter, memory={**moved.memory, **fresh.memory},
+                            numbers={**moved.numbers, **fresh.numbers})
+        return replace(moved, numbers={**moved.numbers, TASK: task})
+
+    def place(self, number: int) -> Place:
+        """Where round `number` is."""
+        return Place(self.curriculum.task(number), self.curriculum.place(number), self.curriculum.rounds)
+
+    def initial(self, adapter: AdapterState, seed: int) -> ServerState:
+        self.seed = seed
+        self.body.require(adapter, len(self.curriculum.groups))
+        return self.inner.initial(adapter, seed)
+
+    def trained(self, server: ServerState) -> tuple[str, ...]:
+        return self.body.trained(self.inner.trained(server), self.place(server.round + 1))
+
+    def uploads(self, server: ServerState) -> tuple[str, ...]:
+        trained, kept_back = self.trained(server), set(self.inner.trained(server))
+        return tuple(role for role in self.inner.uploads(server) if role in trained or role not in kept_back)
+
+    def learn(self, task: int) -> dict[str, Any]:
+        """What clients are told of a task. They make the same from their own config, and refuse another."""
+        seen, classes = self.curriculum.seen(task), self.curriculum.classes(task)
+        return {"task": task, "classes": classes, "seen": seen, "replay": self.body.replays,
+                "compete": seen if self.compete == "seen" or self.body.replays else classes,
+                "groups": [list(group) for group in self.curriculum.groups[: task + 1]]}
+
+    def task(self, server: ServerState) -> dict[str, Any]:
+        begun = self.begun(server)  # also after its last round, when clients evaluate
+        begun = begun if begun >= 0 else self.curriculum.task(server.round + 1)
+        return {**self.inner.task(server), "trains": list(self.trained(server)), "uploads": list(self.uploads(server)),
+                "learn": self.learn(begun)}
+
+    def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
+        """The strategy's rule, and what the body does after it. Factors that nobody trained stay as they were."""
+        uploads = self.inner.uploads(server)
+        fixed = server.adapter.select([role for role in uploads if role not in self.trained(server)])
+        if fixed.tensors:  # the rule sees them from every client as they were sent
+            updates = [replace(update, adapter=fixed.replace(update.adapter)) for update in updates]
+        after = self.inner.aggregate(server, updates)
+        return self.body.after(after.with_tensors(fixed.tensors), self.place(server.round + 1))
+
+    def _require(self, name: str) -> None:
+        lacking = [role for role in self.body.needs if role not in self.trains]
+        inside = innermost(self.inner)
+        if lacking:
+            raise InputError(f"continual.body={name}: it needs clients that train {', '.join(lacking)}; strategy "
+                             f"{name_of(inside)} trains {', '.join(self.trains)}.")
+        if self.body.rules is not None and name_of(inside) not in self.body.rules:
+            raise InputError(f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
+                             f"{name_of(inside)} cannot do. Strategies that can: {', '.join(self.body.rules)}.")
+        if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
+            raise InputError(f"continual.body={name}: it averages the factors over rounds, but strategy "
+                             f"{name_of(inside)} gives them new coordinates, or another base, in every round. Take "
+                             "fedit, ffa_lora, lora_fair or rolora.")
+        if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
+            raise InputError(f"continual.body={name}: some rounds train the head alone, which the control variates of "
+                             "scaffold cannot. Set continual.frozen_rounds=0.")
+        if self.keeps:
+            raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
+                             "each client, so there is no one model whose tasks could be counted.")
+        if self.body.changes_A and self.transport != "dense":
+            raise InputError(f"strategy.transport={self.transport}: continual.body={name} chooses new factors for "
+                             "every task, which clients cannot draw from the run's seed. Set strategy.transport=dense.")
+
+
+def learning_of(strategy: FederatedStrategy) -> Learning | None:
+    """The `Learning` among a strategy's wrappers."""
+    while isinstance(strategy, Wrapper):
+        if isinstance(strategy, Learning):
+            return strategy
+        strategy = strategy.inner
+    return None

@@ -1,0 +1,40 @@
+"""FedProx: a proximal term keeps clients near what they were sent. Li et al., MLSys 2020, arXiv 1812.06127.
+
+    local loss + (mu / 2) ||theta - theta_global||^2   over the trained tensors
+
+The aggregation is that of the strategy inside.
+
+The term is not invariant to the gauge of the factors: (B Q, Q^-1 A) is the same function with another penalty.
+
+Deviations: none. Clients add mu (theta - theta_global) to the gradient, which is the term's.
+
+    >>> from fedpeft.strategies.wrappers.fedprox import FedProx
+    >>> FedProx(mu=0.1).mu
+    0.1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft.config import option
+from fedpeft.strategies.base import FederatedStrategy, ServerState
+from fedpeft.strategies.wrappers.wrapper import Wrapper
+
+
+class FedProx(Wrapper):
+    """A proximal term in the clients' loss."""
+
+    paper = "Li et al. 2018, arXiv 1812.06127"
+
+    @dataclass
+    class Config:
+        mu: float = option(0.01, "weight of the proximal term", low=0)
+
+    def __init__(self, inner: FederatedStrategy | None = None, mu: float = 0.01) -> None:
+        super().__init__(inner)
+        self.mu = mu
+
+    def task(self, server: ServerState) -> dict[str, Any]:
+        return {**super().task(server), "prox_mu": self.mu}
