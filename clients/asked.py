@@ -16,8 +16,7 @@ from fedpeft import registry
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
 from fedpeft.foreign import shown
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import ServerState
+from fedpeft.state import AdapterState, ServerState, Site
 from fedpeft.strategies.build import build
 
 LARGEST = 1e9  # of a value that a server may send: no training that works comes near it

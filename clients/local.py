@@ -310,7 +310,7 @@ class Local:
             return metrics
 
     def sums(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
-        """Sums over the client's records of a task that a head or a body of the server asks for (`clients.learning`).
+        """Sums over the client's records of a task that a head or a body of the server asks for (`clients.sequence`).
 
         Raises:
             Refused, BudgetExhausted: nothing leaves.

@@ -11,7 +11,8 @@ from flwr.app import RecordDict
 
 from fedpeft.clients.policy import Refused
 from fedpeft.foreign import shown
-from fedpeft.state import AdapterState, manifest_of
+from fedpeft.packing import manifest_of
+from fedpeft.state import AdapterState
 from fedpeft.strategies import opening
 from fedpeft.strategies.opening import BadMessage
 

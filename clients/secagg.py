@@ -31,8 +31,9 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
+from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import ACTIONS, NAMES, RECORD
-from fedpeft.strategies.secagg.terms import Plan, masking, reference
+from fedpeft.strategies.secagg.terms import Plan, reference
 
 log = logging.getLogger("fedpeft")
 UPLOAD = f"train.{ACTIONS[2]}"

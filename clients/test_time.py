@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft import lead, registry, seeds
+from fedpeft import registry, seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
@@ -27,6 +27,7 @@ from fedpeft.data.drift import Stream
 from fedpeft.data.encode import Encoded
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
+from fedpeft.record import lead
 from fedpeft.state import AdapterState
 from fedpeft.strategies.wrappers.fedthe import FEATURES
 from fedpeft.tta.deployed import Deployed, deploy, take

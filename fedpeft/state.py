@@ -1,4 +1,6 @@
-"""AdapterState: the only thing on the wire and on disk. Named tensors, and per adapted module (site) what they mean.
+"""Plain data of a run: adapters, updates, the server's state, the rules of its rounds, and how a round can fail.
+
+AdapterState is the only thing on the wire and on disk: named tensors, and per adapted module (site) what they mean.
 
 A tensor is named `site/role`: the module's path in the base model, and what the tensor is there. Roles of a LoRA site:
 
@@ -15,23 +17,18 @@ prefix.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedpeft.errors import InputError
-from fedpeft.foreign import read_json, shown
+from fedpeft.errors import InputError, RunError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)}
+DROPS = 3  # rounds dropped one after another, after which a run stops
+DROPPED = "dropped"  # how many have been, in the state's numbers
 
 
 class StateMismatch(InputError):
@@ -142,99 +139,6 @@ def _bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def pack(state: AdapterState) -> tuple[np.ndarray, str]:
-    """All tensors in one flat array, and the manifest (JSON) that tells them apart.
-
-    The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
-    """
-    values = [value.detach().cpu().contiguous().reshape(-1) for value in state.tensors.values()]
-    flat = torch.cat(values) if _one_dtype(state) else torch.cat(
-        [torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
-    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest_of(state)
-
-
-def manifest_of(state: AdapterState) -> str:
-    """What tells the tensors of a packed array apart."""
-    entries = [[key, str(value.dtype).removeprefix("torch."), list(value.shape)]
-               for key, value in state.tensors.items()]
-    return json.dumps({"tensors": entries, "sites": {name: asdict(site) for name, site in state.sites.items()}})
-
-
-def packed_form(form: AdapterState) -> tuple[str, int]:
-    """numpy's name of the dtype, and the length, of the array that `pack` makes of a state of this form."""
-    if not _one_dtype(form):
-        return "uint8", form.nbytes
-    dtype = next(iter(form.tensors.values())).dtype
-    return "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."), form.parameters
-
-
-def _one_dtype(state: AdapterState) -> bool:
-    dtypes = {value.dtype for value in state.tensors.values()}
-    return len(dtypes) == 1 and torch.bool not in dtypes
-
-
-def described(manifest: str, longest: int | None = None) -> AdapterState:
-    """The form that a manifest tells: its tensors without values (torch's meta device), and the sites.
-
-    Args:
-        longest: bytes of the manifest; None takes any.
-
-    Raises:
-        StateMismatch: the manifest is malformed or too long.
-    """
-    try:
-        meta = read_json(manifest, "manifest", len(manifest.encode()) if longest is None else longest)
-        names = [key for key, _, _ in meta["tensors"]]
-        if names != sorted(set(names)):
-            raise ValueError("names are not sorted, or not different")
-        tensors = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
-                   for key, dtype, shape in meta["tensors"]}
-        sites = {name: Site(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
-                 for name, site in meta["sites"].items()}
-        return AdapterState(tensors, sites)
-    except Exception as error:  # of a structure that somebody else made, whatever is wrong with it
-        raise StateMismatch(f"manifest is not valid: {shown(repr(error), 500)}") from error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
-    return value
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or len(values) > 8 or any(type(size) is not int or size < 0 for size in values):
-        raise ValueError(f"{values!r} is no shape")
-    return tuple(values)
-
-
-def _finite(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no scaling")
-    return float(value)
-
-
-def unpack(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
-    """The inverse of `pack`, bit for bit.
-
-    Args:
-        manifest: as `pack` made it, or what `described` read in it.
-
-    Raises:
-        StateMismatch: the manifest is malformed or does not describe this array.
-    """
-    form = described(manifest) if isinstance(manifest, str) else manifest
-    if array.nbytes != form.nbytes:
-        raise StateMismatch(f"array has {array.nbytes} bytes, its manifest describes {form.nbytes}.")
-    tensors: dict[str, Tensor] = {}
-    raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
-    start = 0
-    for key, value in form.tensors.items():
-        tensors[key] = raw[start : start + value.nbytes].clone().view(value.dtype).reshape(value.shape)
-        start += value.nbytes
-    return AdapterState(tensors, form.sites)
-
-
 def to_dict(state: AdapterState) -> dict[str, Any]:
     """The sites as JSON-ready data; the tensors go to safetensors beside it."""
     return {name: asdict(site) for name, site in state.sites.items()}
@@ -244,3 +148,74 @@ def from_dict(tensors: dict[str, Tensor], sites: dict[str, Any]) -> AdapterState
     return AdapterState(
         tensors, {name: Site(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()}
     )
+
+
+class Needs(Enum):
+    """SUM: only the weighted sum of updates (secure aggregation is possible). INDIVIDUAL: each update in the clear."""
+
+    SUM = "sum"
+    INDIVIDUAL = "individual"
+
+
+# (grid, roster, strategy, server, sent, contents, rules) -> updates, reason for each client without one, traffic
+Exchange = Callable[..., tuple[list["Update"], dict[str, str], dict[str, Any]]]
+
+
+class RoundFailed(RunError):
+    """Too few good replies; the message names every client that failed and why."""
+
+
+class RoundDropped(RoundFailed):
+    """Updates may have been sent, and no sum that counts came of them: its number is not tried again."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's checked reply: what it uploaded, its weight (> 0) and its metrics.
+
+    `count` is how many clients it stands for: more than one after a robust statistic has merged their updates.
+    """
+
+    client: str
+    weight: float
+    adapter: AdapterState
+    metrics: dict[str, float] = field(default_factory=dict)
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server knows between rounds: the global adapter, the strategy's own tensors and numbers (JSON-ready)."""
+
+    adapter: AdapterState
+    round: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> ServerState:
+        """A copy whose adapter has these tensors, each in the dtype that it had before (new ones in float32)."""
+        old = self.adapter.tensors
+        cast = {
+            key: value.to(old[key].dtype if key in old else torch.float32).contiguous()
+            for key, value in tensors.items()
+        }
+        return replace(self, adapter=self.adapter.replace(cast))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1.
+
+    `secagg` is the exchange of a round under secure aggregation, None in the clear.
+    """
+
+    rounds: int
+    seed: int = 0
+    clients: int | None = None
+    clients_per_round: int | None = None
+    deadline_s: float | None = None
+    quorum: float = 0.5
+    max_update_norm: float | None = None
+    evaluate_every: int = 1
+    evaluate_clients: bool = False
+    secagg: Exchange | None = None

@@ -24,8 +24,8 @@ from fedpeft.continual.body import only
 from fedpeft.continual.head import Head
 from fedpeft.data.encode import Encoded
 from fedpeft.simulations.world import World
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, ServerState
+from fedpeft.state import AdapterState, ServerState
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence import exchange
 from fedpeft.strategies.sequence.base import KEEP
 from fedpeft.strategies.sequence.build import fits, head

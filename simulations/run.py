@@ -12,8 +12,8 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from fedpeft import checkpoint, folders, models, registry, report
 from fedpeft import config as configs
+from fedpeft import folders, models, registry
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.clients import test_time
@@ -21,17 +21,17 @@ from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
-from fedpeft.metrics import Recorder, read, summarise
+from fedpeft.record import checkpoint, report
+from fedpeft.record.metrics import Recorder, read, summarise
 from fedpeft.simulations import comparators, continual, faults, identity, privacy
 from fedpeft.simulations.baselines import attempted, baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
 from fedpeft.simulations.world import World, make_app, records, settle, world
+from fedpeft.state import DROPPED, Rules, ServerState
 from fedpeft.strategies import wire
-from fedpeft.strategies.base import Rules, ServerState
 from fedpeft.strategies.secagg import terms
 from fedpeft.strategies.sequence import exchange
-from fedpeft.strategies.state import DROPPED
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 log = logging.getLogger("fedpeft")

@@ -20,7 +20,7 @@ def main() -> int:
         for name in configs.shipped_configs():
             out = Path(root) / name
             tiny = [*TINY, "continual.tasks=2"] if configs.load(name).continual.body else TINY
-            command = [sys.executable, "-m", "fedpeft.cli", "simulate", name, *tiny, "--out", str(out), "--json"]
+            command = [sys.executable, "-m", "fedpeft.cli.main", "simulate", name, *tiny, "--out", str(out), "--json"]
             done = subprocess.run(command, capture_output=True, text=True)
             good = done.returncode == 0 and (out / "adapter" / "adapter_model.safetensors").exists()
             detail = f"{json.loads(done.stdout)['seconds']:.1f} s" if good else done.stderr[-2000:]

@@ -31,7 +31,8 @@ from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.seeds import numpy_generator
 from fedpeft.simulations import faults, identity
-from fedpeft.strategies.base import FederatedStrategy, ServerState
+from fedpeft.state import ServerState
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build as build_strategy
 from fedpeft.strategies.sequence.sequence import learning_of
 

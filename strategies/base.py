@@ -27,12 +27,10 @@ from torch import Tensor
 from fedpeft import lowrank, seeds
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState
-from fedpeft.strategies import flower_api, round_facts, wire
-from fedpeft.strategies.state import (
+from fedpeft.state import (
     DROPPED,
     DROPS,
-    Exchange,
+    AdapterState,
     Needs,
     RoundDropped,
     RoundFailed,
@@ -40,9 +38,7 @@ from fedpeft.strategies.state import (
     ServerState,
     Update,
 )
-
-__all__ = ["Exchange", "FederatedStrategy", "Needs", "RoundDropped", "RoundFailed", "Rules", "ServerState", "Update",
-           "choose", "same_scale"]
+from fedpeft.strategies import flower_api, round_facts, wire
 
 log = logging.getLogger("fedpeft")
 

@@ -20,7 +20,8 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies import wire
 
 if TYPE_CHECKING:
-    from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState
+    from fedpeft.state import Rules, ServerState
+    from fedpeft.strategies.base import FederatedStrategy
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -107,7 +108,7 @@ def aggregate_train(
 def _open(
     strategy: FederatedStrategy, arrays: ArrayRecord, config: ConfigRecord | None, rounds: int, deadline_s: float | None
 ) -> tuple[wire.Named, ServerState, Rules]:
-    from fedpeft.strategies.base import Rules
+    from fedpeft.state import Rules
 
     if strategy.changes_base or strategy.keeps:
         raise RunError(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from fedpeft import registry
 from fedpeft.adapters.flat import flat, require_same_sites
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.wrapper import name_of
 
 

@@ -19,7 +19,8 @@ from flwr.common.constant import SType
 from numpy.lib import format as npy
 
 from fedpeft.foreign import read_json, shown
-from fedpeft.state import AdapterState, StateMismatch, described, packed_form, unpack
+from fedpeft.packing import described, packed_form, unpack
+from fedpeft.state import AdapterState, StateMismatch
 
 PARTS = ("arrays", "config")  # records of every message that has an adapter
 HEADER_BYTES = 4096  # of an npy file; ours have 128

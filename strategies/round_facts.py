@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpeft.state import AdapterState
 
 if TYPE_CHECKING:
-    from fedpeft.strategies.base import Update
+    from fedpeft.state import Update
 
 log = logging.getLogger("fedpeft")
 FAR = 10.0

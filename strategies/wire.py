@@ -22,7 +22,8 @@ from flwr.serverapp import Grid
 from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
 from fedpeft.foreign import shown
-from fedpeft.state import AdapterState, Site, StateMismatch, manifest_of, pack
+from fedpeft.packing import manifest_of, pack
+from fedpeft.state import AdapterState, Site, StateMismatch
 from fedpeft.strategies import opening
 from fedpeft.strategies.opening import BadMessage, reading
 

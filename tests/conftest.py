@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """`tiny(name, config)` runs a tiny simulation into tmp_path/name and returns its summary, without plots."""
-    from fedpeft import report
+    from fedpeft.record import report
     from fedpeft.simulations.run import simulate
 
     monkeypatch.setattr(report, "write", lambda run: [])

@@ -52,7 +52,7 @@ def simulated(preset: dict[str, Any], config: dict[str, Any]) -> str:
     """The last checkpoint and the peft folder of one run."""
     from safetensors.torch import load_file
 
-    from fedpeft import checkpoint, report
+    from fedpeft.record import checkpoint, report
     from fedpeft.simulations.run import simulate
 
     report.write = lambda run: []

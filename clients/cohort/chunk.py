@@ -1,4 +1,4 @@
-"""The steps of some clients that train together: their batches, gradients and updates. See `clients.cohort`."""
+"""The steps of some clients that train together: their batches, gradients and updates. See `engine`."""
 
 from __future__ import annotations
 

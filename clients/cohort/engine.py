@@ -1,7 +1,7 @@
 """Many clients trained at once over one frozen base, exactly: each ends where `clients.train` would have ended.
 
 The trained values of K clients are the rows of one matrix [K, P]. A step runs the batches of all clients through the
-model as one, every layer with the factors of the client that a sample is of (`clients.batched`), takes the gradient of
+model as one, every layer with the factors of the client that a sample is of (`layers`), takes the gradient of
 all rows in one backward pass and updates the matrix with one optimizer, which acts on every entry alone and so is K
 optimizers. Under DP-SGD each sample carries its own copy of its client's factors: their gradients are the per-sample
 gradients, clipped and summed per client. A client that has taken its steps leaves; the others go on.

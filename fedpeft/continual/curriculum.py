@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedpeft.config.schema import ContinualConfig
 from fedpeft.continual.stream import groups
-from fedpeft.sections import ContinualConfig
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 from fedpeft import config as configs
 from fedpeft import folders, foreign
+from fedpeft.config.schema import option
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.errors import InputError
-from fedpeft.sections import option
 
 NAME = foreign.NAME
 LAST = "last"  # stands for a run; names of runs end in the time of their start

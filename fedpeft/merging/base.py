@@ -33,7 +33,8 @@ from fedpeft import config as configs
 from fedpeft import lowrank
 from fedpeft.adapters.flat import flat, require_same_sites
 from fedpeft.errors import InputError
-from fedpeft.state import DTYPES, AdapterState, from_dict, to_dict
+from fedpeft.packing import DTYPES
+from fedpeft.state import AdapterState, from_dict, to_dict
 
 State = dict[str, Any]
 Tensors = dict[str, Tensor]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpeft.data.drift import Stream
 from fedpeft.data.encode import Encoded
-from fedpeft.metrics import finite
+from fedpeft.record.metrics import finite
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import TTAMethod, make
 from fedpeft.tta.monitor import Monitor

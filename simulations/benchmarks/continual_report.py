@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import drawing, pages, words
 from fedpeft.continual.matrix import NAMES, accuracies, curve
+from fedpeft.record import drawing, pages, words
 from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
@@ -82,7 +82,7 @@ def _means(ran: list[Row]) -> Row:
 
 def show(results: Row) -> None:
     """Print the table, what was refused, and the command that makes it."""
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     out.print(f"{headline(results)}", markup=False, style="bold")
     for text in lines(results["summary"]):

@@ -124,7 +124,7 @@ def ours(root: Path) -> dict[str, Any]:
     coordinator = prepared(root)
     config = root / "overhead.yaml"
     config.write_text(json.dumps(CONFIG))
-    cli = [sys.executable, "-m", "fedpeft.cli"]
+    cli = [sys.executable, "-m", "fedpeft.cli.main"]
     starts = {"coordinator": ["server", "start", str(coordinator)]}
     starts |= {name: ["site", "start", str(root / name)] for name in SITES}
     with running(root, {name: [*cli, *command] for name, command in starts.items()}):

@@ -34,7 +34,7 @@ from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.federated_report import TUNED, Row, claims, figures
 from fedpeft.simulations.benchmarks.toy import SITE, Method, Protocol, Run, World, make_world, simulate
 from fedpeft.simulations.benchmarks.toy_baselines import baselines
-from fedpeft.strategies.base import ServerState, Update
+from fedpeft.state import ServerState, Update
 from fedpeft.strategies.rules.lora_fair import LoRAFAIR
 
 EXPERIMENTS = ("dp", "heterogeneity", "rowspace")

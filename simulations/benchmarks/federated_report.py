@@ -133,7 +133,7 @@ def _claim(rows: list[Row], setting: str, column: str, one: str, two: str, key: 
 
 def show(results: Row) -> None:
     """Print the tables and the command that makes them."""
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     for table in tables(results):
         out.print(table)
@@ -204,7 +204,7 @@ def _points(rows: list[Row], key: str) -> torch.Tensor:
 
 def figures(rows: list[Row]) -> dict[str, bytes]:
     """PNG images by name, of the experiments that `rows` has."""
-    from fedpeft import drawing
+    from fedpeft.record import drawing
 
     drawn = {}
     with drawing.style():
@@ -219,7 +219,7 @@ def _dp_figure(rows: list[Row]) -> Figure:
     """Final accuracy by privacy setting, at the shared learning rate 1 and at tuned ones; bars are standard errors."""
     from matplotlib.figure import Figure
 
-    from fedpeft.drawing import COLORS
+    from fedpeft.record.drawing import COLORS
 
     figure = Figure(figsize=(10, 4))
     settings, methods = distinct(rows, "setting"), distinct(rows, "method")
@@ -242,7 +242,7 @@ def _skew_figure(rows: list[Row]) -> Figure:
     """Accuracy by round in the first setting at its shared rate, and the paired difference from FedIT with error."""
     from matplotlib.figure import Figure
 
-    from fedpeft.drawing import COLORS
+    from fedpeft.record.drawing import COLORS
 
     own = select(rows, **_cells(rows)[0])
     names = [name for name in distinct(own, "method") if "absolute" not in name]

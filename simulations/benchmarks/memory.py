@@ -96,7 +96,7 @@ def show(results: Row) -> None:
     """Print the rows."""
     from rich.table import Table
 
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     table = Table(title=f"peak memory of a run, {results['records']} records in all, up to {ASKED} clients a round")
     for column in ("clients", "peak MB", "formula MB", "MB with the report"):

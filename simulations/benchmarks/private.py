@@ -69,7 +69,7 @@ def run(out: Path, seeds: int = 3, quick: bool = False, tell: Tell = silent) -> 
     results = {"reproduce": command, "quick": quick, "config": CONFIG, "seeds": seeds, "versions": versions,
                "claims": claims(rows), "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    from fedpeft import drawing
+    from fedpeft.record import drawing
 
     with drawing.style():
         files.write_bytes(out / "accuracy.png", drawing.png(figure(rows)))
@@ -138,7 +138,7 @@ def show(results: Row) -> None:
     """Print accuracies and claims."""
     from rich.table import Table
 
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     rows = results["rows"]
     columns = [(epsilon, rate) for epsilon in distinct(rows, "epsilon") for rate in distinct(rows, "lr")]

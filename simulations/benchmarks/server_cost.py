@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedpeft import __version__, files, registry, seeds
 from fedpeft.errors import InputError, RunError
 from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.strategies.base import FederatedStrategy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -262,7 +262,7 @@ def _megabytes(count: int | None) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     out.print(table(results))
     out.print(f"peak MB is above the imports and with one site in memory; the uploads of all sites are "

@@ -103,7 +103,7 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
                "device": f"{where.type} ({machine})", "threads": 1, "largest_difference": distance,
                "versions": versions, "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    from fedpeft import drawing
+    from fedpeft.record import drawing
 
     with drawing.style():
         files.write_bytes(out / "speed.png", drawing.png(figure(rows)))
@@ -252,7 +252,7 @@ def show(results: Row) -> None:
     """Print the rows."""
     from rich.table import Table
 
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     table = Table(title=f"seconds of a round's local training on {results['device']}, one thread, medians of "
                         f"{results['repeats']}", title_justify="left")

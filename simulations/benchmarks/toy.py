@@ -30,8 +30,8 @@ from torch import Tensor
 from fedpeft import registry, seeds
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks.accounting import sigma
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState, Update, choose
+from fedpeft.state import AdapterState, Rules, ServerState, Site, Update
+from fedpeft.strategies.base import FederatedStrategy, choose
 
 SITE = "hidden"
 VALIDATION_SHARE = 1 / 6

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import drawing, pages
+from fedpeft.record import drawing, pages
 from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
@@ -77,7 +77,7 @@ def _means(ran: list[Row], source: dict[int, float]) -> Row:
 
 def show(results: Row) -> None:
     """Print a table for every stream and source model, notes on its methods, and the command that makes them."""
-    from fedpeft.console import out
+    from fedpeft.cli.console import out
 
     for where, own in cells(results["summary"]):
         out.print(f"{where['stream']}, {where['model']}, {results['seeds']} seeds", markup=False, style="bold")

@@ -74,8 +74,8 @@ def ours(folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: i
     }
     name = f"run-{time.time_ns()}"
     (folder / f"{name}.yaml").write_text(json.dumps(config))  # JSON is YAML
-    return [sys.executable, "-m", "fedpeft.cli", "simulate", str(folder / f"{name}.yaml"), "--out", str(folder / name),
-            "--json"]
+    return [sys.executable, "-m", "fedpeft.cli.main", "simulate", str(folder / f"{name}.yaml"), "--out",
+            str(folder / name), "--json"]
 
 
 def stock(engine: str, folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Update
 
 
 def orthonormal(adapter: AdapterState) -> AdapterState:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import lowrank
-from fedpeft.strategies.base import ServerState
+from fedpeft.state import ServerState
 
 
 def with_change(server: ServerState, changes: dict[str, tuple[Tensor, Tensor]]) -> ServerState:

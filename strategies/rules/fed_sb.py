@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from fedpeft.config import option
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.parts import frozen_factors
 
 SAME_SPACE = 1e-5  # singular values below this share of the largest are rounding of float32 adapters

@@ -18,7 +18,8 @@ adds the transpose of R, right for GPT-2's Conv1D and wrong for nn.Linear.
 from __future__ import annotations
 
 from fedpeft import lowrank
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.parts.residuals import with_change
 
 

@@ -10,7 +10,8 @@ Deviations: the FedIT branch of the public FLoRA repository drops all clients bu
 
 from __future__ import annotations
 
-from fedpeft.strategies.base import FederatedStrategy, Needs
+from fedpeft.state import Needs
+from fedpeft.strategies.base import FederatedStrategy
 
 
 class FedIT(FederatedStrategy):

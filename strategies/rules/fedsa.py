@@ -13,8 +13,8 @@ Deviations: none known; the repository's settings (RoBERTa-large, 3 clients) are
 
 from __future__ import annotations
 
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 
 class FedSA(FederatedStrategy):

@@ -15,7 +15,7 @@ direction without signal is then lost for ever.
 
     >>> import torch
     >>> from fedpeft.state import AdapterState, Site
-    >>> from fedpeft.strategies.base import ServerState
+    >>> from fedpeft.state import ServerState
     >>> factors = {"q/A": torch.tensor([[3.0, 4.0]]), "q/B": torch.tensor([[1.0], [2.0]])}
     >>> adapter = AdapterState(factors, {"q": Site("lora", (2, 2))})
     >>> server = FedSVD().before_round(FedSVD().initial(adapter, seed=0))
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from fedpeft import lowrank
 from fedpeft.config import option
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.parts import frozen_factors
 
 

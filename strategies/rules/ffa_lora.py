@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.config import option
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.parts import frozen_factors
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fedpeft import lowrank
 from fedpeft.config import option
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.parts import ranks
 
 SIGNAL = 1e-12  # share of the largest singular value below which a direction is rounding noise of float64

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from fedpeft import lowrank, seeds
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.parts import ranks
 from fedpeft.strategies.parts.residuals import with_change
 

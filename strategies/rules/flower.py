@@ -29,8 +29,8 @@ from torch import Tensor
 from fedpeft import registry
 from fedpeft.config import option
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 # Rules that aggregate arrays, and what each keeps between rounds, per tensor.
 RULES: dict[str, tuple[str, ...]] = {

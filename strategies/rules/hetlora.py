@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 
 from fedpeft import lowrank
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.parts import ranks
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fedpeft import lowrank
 from fedpeft.config import option
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 
 class LoRAFAIR(FederatedStrategy):

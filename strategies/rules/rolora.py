@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from fedpeft.config import option
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.parts import frozen_factors
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.state import RoundDropped, RoundFailed
 from fedpeft.strategies import wire
-from fedpeft.strategies.base import RoundDropped, RoundFailed
 from fedpeft.strategies.secagg import masking
 
 if TYPE_CHECKING:

@@ -40,8 +40,8 @@ from torch import Tensor
 from fedpeft import registry
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import Exchange, FederatedStrategy, Needs, Rules, ServerState, Update
+from fedpeft.state import AdapterState, Exchange, Needs, Rules, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import Stages

@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import ServerState
+from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.parts.residuals import with_change
 
 KEEP = "continual:"

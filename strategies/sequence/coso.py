@@ -27,7 +27,7 @@ from torch import Tensor
 from fedpeft.config import option
 from fedpeft.continual.parts.orthogonal import extended, outside
 from fedpeft.continual.parts.subspace import leading, merge_sketches, project
-from fedpeft.strategies.base import ServerState
+from fedpeft.state import ServerState
 from fedpeft.strategies.sequence.base import Place, ServerBody, folded, recalled, remember
 
 BASIS, SKETCH = "|M", "|S"

@@ -11,9 +11,8 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedpeft.state import AdapterState
+from fedpeft.state import AdapterState, RoundFailed, Rules
 from fedpeft.strategies import opening, wire
-from fedpeft.strategies.base import RoundFailed, Rules
 from fedpeft.strategies.sequence.coso import merged
 from fedpeft.strategies.sequence.sequence import Learning
 

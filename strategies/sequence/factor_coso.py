@@ -31,8 +31,7 @@ from fedpeft.config import option
 from fedpeft.continual.parts.orthogonal import extended, outside
 from fedpeft.continual.parts.subspace import leading, project
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import ServerState
+from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.sequence.base import Place, ServerBody, folded, recalled, remember
 
 log = logging.getLogger("fedpeft")

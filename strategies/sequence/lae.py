@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import ServerState
+from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.sequence.base import Place, ServerBody, recalled, remember
 
 OFFLINE = "|offline"

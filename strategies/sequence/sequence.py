@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody
 from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
 

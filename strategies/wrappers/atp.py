@@ -26,8 +26,8 @@ from torch import Tensor
 from fedpeft import config as configs
 from fedpeft.config import option
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.wrappers.wrapper import Wrapper
 
 SCALES = ("none", "root", "size")

@@ -53,8 +53,8 @@ from fedpeft.errors import InputError
 from fedpeft.privacy import accounting, checks
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, RoundFailed, Rules, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, RoundFailed, Rules, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.build import build
 from fedpeft.strategies.parts import releases
 from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.wrappers.wrapper import Wrapper, name_of, require_fixed_basis
 
 

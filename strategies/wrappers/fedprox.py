@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.config import option
-from fedpeft.strategies.base import FederatedStrategy, ServerState
+from fedpeft.state import ServerState
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.wrapper import Wrapper
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fedpeft.config import option
 from fedpeft.errors import InputError
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.state import Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened, require_equal_shapes
 
 log = logging.getLogger("fedpeft")

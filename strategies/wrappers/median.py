@@ -13,7 +13,7 @@ Deviations: none.
 
 from __future__ import annotations
 
-from fedpeft.strategies.base import Needs, ServerState, Update
+from fedpeft.state import Needs, ServerState, Update
 from fedpeft.strategies.wrappers.wrapper import Wrapper, merged
 
 

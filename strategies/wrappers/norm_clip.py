@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fedpeft.config import option
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.round_facts import median
 from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from fedpeft.config import option
 from fedpeft.errors import InputError
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.state import Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.wrapper import Wrapper, merged
 
 log = logging.getLogger("fedpeft")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedpeft import registry
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import FederatedStrategy, Needs, Rules, ServerState, Update, same_scale
+from fedpeft.state import AdapterState, Needs, Rules, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 
 def _forwarded(name: str) -> Any:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft import registry
+from fedpeft.config.schema import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, options_of
 from fedpeft.data.source import load
 from fedpeft.errors import InputError
-from fedpeft.sections import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, options_of
 
 MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
 PARTITION_OPTIONS = {

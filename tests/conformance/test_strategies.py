@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from fedpeft import checkpoint, registry
+from fedpeft import registry
+from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.world import world
 

@@ -11,7 +11,8 @@ import continual_parts as parts
 import pytest
 import torch
 
-from fedpeft import catalogue, registry
+from fedpeft import registry
+from fedpeft.cli import catalogue
 from fedpeft.registry import TABLES
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()

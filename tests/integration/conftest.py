@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import cli, console, report
+from fedpeft.cli import console, main
+from fedpeft.record import report
 from fedpeft.simulations.run import simulate
 
 sys.path.insert(0, str(Path(__file__).parent))  # for deployed.py and sequences.py
@@ -46,7 +47,7 @@ def fedpeft(capsys, monkeypatch):
     def call(*arguments) -> Result:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
+            main.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return Result(caught.value.code or 0, captured.out, " ".join(captured.err.split()))
 
@@ -55,7 +56,7 @@ def fedpeft(capsys, monkeypatch):
 
 def simulated(path, *arguments):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["simulate", *arguments, "--out", str(path), "--json"])
+        main.main(["simulate", *arguments, "--out", str(path), "--json"])
     assert not caught.value.code
     return path
 

@@ -19,7 +19,7 @@ from fedpeft import config as configs
 from fedpeft.data import source, split
 from fedpeft.simulations.run import simulate
 
-FEDPEFT = [sys.executable, "-m", "fedpeft.cli"]
+FEDPEFT = [sys.executable, "-m", "fedpeft.cli.main"]
 WORDS = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"]}
 LABELS = list(WORDS)
 TRAIN = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedpeft import checkpoint
+from fedpeft.record import checkpoint
 
 SMALL: dict[str, Any] = {
     "data.limit": 200, "data.clients": 3, "data.partition": "iid", "continual.tasks": 2, "run.rounds": 4,

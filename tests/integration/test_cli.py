@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpeft import __version__, catalogue
+from fedpeft import __version__
 from fedpeft import config as configs
+from fedpeft.cli import catalogue
 from fedpeft.errors import RunError
 
 SUMMARY = {
@@ -232,7 +233,8 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
 
 
 def test_the_installed_command_and_the_module_are_the_same():
-    done = subprocess.run([sys.executable, "-m", "fedpeft.cli", "validate", "no-such"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "fedpeft.cli.main", "validate", "no-such"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "error: CONFIG: 'no-such' is not known" in done.stderr and done.stdout == ""
 
 

@@ -352,10 +352,10 @@ def test_a_reply_that_flower_cannot_put_together_takes_no_other_with_it(monkeypa
 def test_a_reason_with_markup_is_shown_as_it_is():
     from rich.console import Console
 
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
 
     console = Console(record=True, width=120)
-    console.print(show.rounds([{"round": 1, "clients": ["a"], "quarantined": {"b": "[/red] [link=x]y"}}]))
+    console.print(deploy_tables.rounds([{"round": 1, "clients": ["a"], "quarantined": {"b": "[/red] [link=x]y"}}]))
     assert "b: [/red] [link=x]y" in console.export_text()
 
 
@@ -379,8 +379,8 @@ def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
 
 def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, monkeypatch):
     from fedpeft.deploy.coordinator import run as play
-    from fedpeft.metrics import Recorder, read
-    from fedpeft.strategies.base import RoundFailed
+    from fedpeft.record.metrics import Recorder, read
+    from fedpeft.state import RoundFailed
 
     monkeypatch.setattr(play, "PAUSE_S", 0.0)
     recorder, answers = Recorder(tmp_path / "metrics.jsonl"), iter([RoundFailed("one"), RoundFailed("two"), 7])

@@ -13,8 +13,8 @@ from deployed import NAMES, TRAIN, simulated, three_sites, until
 from safetensors.torch import load_file
 
 from fedpeft.adapters import folder
-from fedpeft.metrics import read
 from fedpeft.privacy.ledger import Ledger
+from fedpeft.record.metrics import read
 
 WORDS = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"], "up": ["hill", "sky"], "down": ["well", "pit"]}
 CLEAR = {"privacy": {"unit": "none"}}

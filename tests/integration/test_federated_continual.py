@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from sequences import DP_LDA, SMALL, ended
 
-from fedpeft import checkpoint, report
 from fedpeft.adapters.features import batches
 from fedpeft.clients import sequence
 from fedpeft.clients.sequence import head_sums
 from fedpeft.continual import matrix
 from fedpeft.errors import RunError
-from fedpeft.metrics import read
+from fedpeft.record import checkpoint, report
+from fedpeft.record.metrics import read
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.world import world
 from fedpeft.strategies.sequence.build import head as build_head

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedpeft import checkpoint, seeds
 from fedpeft import config as configs
+from fedpeft import seeds
 from fedpeft.clients import test_time
 from fedpeft.clients.policy import Refused
 from fedpeft.errors import InputError
+from fedpeft.record import checkpoint
 from fedpeft.simulations.world import world
 from fedpeft.strategies.wrappers.fedthe import FEATURES
 from fedpeft.tta.deployed import deploy

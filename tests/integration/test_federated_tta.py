@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft import checkpoint, console
 from fedpeft import config as configs
+from fedpeft.cli import console
 from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.data.corruptions import CORRUPTIONS, corrupt
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
+from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.world import World, world
 from fedpeft.tta.deployed import deploy

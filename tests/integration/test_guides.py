@@ -13,7 +13,7 @@ from deployed import free_ports
 from guides import DEPLOY, README, ROOT, at_hand, commands, script
 
 from fedpeft import config as configs
-from fedpeft.cli import app
+from fedpeft.cli.main import app
 
 GROUP = typer.main.get_command(app)
 TAKES_CONFIG = ("simulate", "audit")

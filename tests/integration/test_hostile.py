@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fedpeft.errors import InputError
-from fedpeft.strategies.base import RoundFailed
+from fedpeft.state import RoundFailed
 
 # 12 clients, half of them hostile in one way or another; x1000 is not malformed and has to be survived by the rule.
 FAULTS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedpeft import checkpoint
 from fedpeft.config import load
 from fedpeft.continual.curriculum import make
+from fedpeft.record import checkpoint
 from fedpeft.simulations.run import simulate
 
 TINY = {"data.limit": 240, "run.rounds": 2, "continual.tasks": 2, "client.local_steps": 2, "run.baselines": False}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpeft import checkpoint
 from fedpeft.errors import InputError
+from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 
 KILLS = 10

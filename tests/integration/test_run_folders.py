@@ -11,9 +11,10 @@ import signal
 import pytest
 import torch
 
-from fedpeft import metrics, models, plots
+from fedpeft import models
 from fedpeft.adapters import folder as adapters
 from fedpeft.errors import InputError, RunError
+from fedpeft.record import metrics, plots
 from fedpeft.simulations import baselines, identity
 from fedpeft.simulations.run import resume, simulate
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from fedpeft import checkpoint
 from fedpeft.errors import RunError
+from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.strategies.secagg import masking
 

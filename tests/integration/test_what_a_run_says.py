@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from fedpeft import report
 from fedpeft.adapters import features
 from fedpeft.clients.sequence import width_of
 from fedpeft.continual.heads.ncm import NCM
+from fedpeft.record import report
 from fedpeft.simulations.world import world
 
 WRITE = report.write

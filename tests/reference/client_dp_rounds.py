@@ -9,8 +9,8 @@ import torch
 
 from fedpeft import registry
 from fedpeft.config import PrivacyConfig, RunConfig
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 INNER = ("fedit", "ffa_lora", "fedsvd", "rolora", "fed_sb")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fedpeft import registry
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.strategies.base import FederatedStrategy
 
 SHAPES = {"u": (7, 9), "v": (6, 5)}
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from fedpeft import registry
 from fedpeft.privacy import accounting
 from fedpeft.seeds import numpy_generator
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.client_dp import CLIP, clipped_sum, sum_multiplier
 
 # The sum -------------------------------------------------------------------------------------------------------------

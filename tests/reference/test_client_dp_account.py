@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from client_dp_rounds import INNER, Quiet, cohort, ones, private
 
-from fedpeft import checkpoint
 from fedpeft.errors import InputError
 from fedpeft.privacy import accounting
 from fedpeft.privacy.ledger import Ledger
+from fedpeft.record import checkpoint
 from fedpeft.seeds import numpy_generator
 from fedpeft.simulations import run as runs
-from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.client_dp import describe
 

@@ -10,7 +10,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft.errors import InputError
-from fedpeft.strategies.base import ServerState, Update
+from fedpeft.state import ServerState, Update
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 

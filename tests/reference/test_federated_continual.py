@@ -15,7 +15,7 @@ from fedpeft import registry
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.continual.parts.subspace import sketch
 from fedpeft.errors import InputError
-from fedpeft.strategies.base import Update
+from fedpeft.state import Update
 from fedpeft.strategies.sequence.coso import merged
 from fedpeft.strategies.sequence.sequence import Learning
 

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 EXACT = ["ffa_lora", "fedsvd", "flora", "fedex", "rolora", "fed_sb"]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import Update
+from fedpeft.state import AdapterState, Site, Update
 
 WEIGHTS = [10.0, 30.0, 20.0]
 TRANSPORTS = ["core", "dense"]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Site, Update
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 

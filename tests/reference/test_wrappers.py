@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 KEYS = ["out/weight", "u/A", "u/B", "v/A", "v/B"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, ServerState, Update
+from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import named
 
 M, N, R, S = 7, 9, 3, 2.0

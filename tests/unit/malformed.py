@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from scripted import START
 
-from fedpeft.state import pack
+from fedpeft.packing import pack
 
 MB = 2**20
 FLAT, MANIFEST = pack(START)

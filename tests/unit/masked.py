@@ -14,8 +14,7 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.split import client_name
 from fedpeft.simulations.grid import LocalGrid
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import Rules, ServerState
+from fedpeft.state import AdapterState, Rules, ServerState, Site
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS
 from fedpeft.strategies.secagg.terms import exchange

@@ -9,8 +9,8 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.state import AdapterState, Site
-from fedpeft.strategies.base import FederatedStrategy, Rules, ServerState
+from fedpeft.state import AdapterState, Rules, ServerState, Site
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 

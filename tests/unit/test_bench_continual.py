@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from fedpeft import catalogue
-from fedpeft.cli import app
+from fedpeft.cli import catalogue
+from fedpeft.cli.main import app
 from fedpeft.config import option
 from fedpeft.continual import matrix
 from fedpeft.continual.body import TrainConfig

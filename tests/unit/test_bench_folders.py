@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedpeft import folders
-from fedpeft.cli import app
+from fedpeft.cli import bench as cli
+from fedpeft.cli.main import app
 from fedpeft.errors import InputError, Stopped
-from fedpeft.simulations.benchmarks import cells, cli, memory, private
+from fedpeft.simulations.benchmarks import cells, memory, private
 
 SUMMARY = {"final": {"accuracy": 0.5}, "baseline": {"accuracy": 0.1}, "epsilon_max": 1.0, "bytes_up": 1, "seconds": 1.0}
 

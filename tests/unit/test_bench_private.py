@@ -12,9 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from fedpeft import config as configs
-from fedpeft import report
-from fedpeft.cli import app
+from fedpeft.cli.main import app
 from fedpeft.errors import InputError
+from fedpeft.record import report
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.benchmarks import private
 
@@ -71,7 +71,7 @@ def test_claims_are_paired_differences_with_verdicts(cells, tmp_path):
 
 
 def test_the_table_has_a_row_a_rule_and_a_column_a_cell(cells, tmp_path, monkeypatch):
-    from fedpeft import console
+    from fedpeft.cli import console
 
     monkeypatch.setattr(console.out, "width", 200)
     with console.out.capture() as captured:

@@ -152,7 +152,7 @@ def test_whole_runs_are_of_the_same_job(tmp_path):
     our, their, pfl = whole_run.ours(*sizes), whole_run.stock("flower", *sizes), whole_run.stock("pfl", *sizes)
     config, job, other = (json.loads(Path(path).read_text()) for path in (our[4], their[3], pfl[3]))
     assert {**job, "out": ""} == {**other, "out": ""} and "flower_loop" in their[2] and "pfl_loop" in pfl[2]
-    assert our[1:4] == ["-m", "fedpeft.cli", "simulate"]
+    assert our[1:4] == ["-m", "fedpeft.cli.main", "simulate"]
     assert (config["model"]["name"], config["data"]["source"]) == (job["model"], job["train"])
     assert (config["client"]["local_steps"], config["run"]["rounds"]) == (job["steps"], job["rounds"]) == (5, 10)
     assert config["client"]["batch_size"] == job["batch"] == 2 and config["data"]["clients"] == job["clients"]
@@ -190,7 +190,7 @@ def test_shares_are_copied_when_asked_for(start):
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from fedpeft.cli import app
+    from fedpeft.cli.main import app
 
     given = []
     monkeypatch.setattr(speed, "run", lambda *a, tell, **options: given.append(options) or {"rows": []})

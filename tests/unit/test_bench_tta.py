@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from fedpeft.cli import app
+from fedpeft.cli.main import app
 from fedpeft.data import drift
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError

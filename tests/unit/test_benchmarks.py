@@ -182,8 +182,7 @@ def test_required_claims_are_marked():
 
 
 def test_absolute_lambda_is_the_closed_form_as_written():
-    from fedpeft.state import AdapterState, Site
-    from fedpeft.strategies.base import ServerState, Update
+    from fedpeft.state import AdapterState, ServerState, Site, Update
 
     sites = {toy.SITE: Site("lora", (2, 2))}
 

@@ -9,7 +9,7 @@ import pytest
 from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.errors import InputError
-from fedpeft.strategies.base import Needs
+from fedpeft.state import Needs
 from fedpeft.strategies.build import build
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.client_dp import ClientDP

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft import console
+from fedpeft.cli import console
 
 SUMMARY: dict[str, Any] = {
     "strategy": "fedsvd", "wrap": [], "clients": 4, "rounds": 3, "seed": 0, "evaluated_on": "server's test set",

@@ -13,10 +13,9 @@ from scripted import START, ScriptedGrid, good, raw, run
 
 from fedpeft.errors import RunError
 from fedpeft.foreign import TEXT_BYTES
-from fedpeft.report import html_table
-from fedpeft.state import AdapterState
+from fedpeft.record.report import html_table
+from fedpeft.state import AdapterState, Rules, ServerState
 from fedpeft.strategies import wire
-from fedpeft.strategies.base import Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.sequence import exchange
 

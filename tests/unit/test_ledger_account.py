@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fedpeft.cli import app
+from fedpeft.cli.main import app
 from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger, account, exposures
@@ -107,7 +107,7 @@ def test_the_command_as_a_program_calls_it(run):
 
 
 def test_the_command_as_a_person_calls_it(run, monkeypatch):
-    from fedpeft import console
+    from fedpeft.cli import console
 
     monkeypatch.setattr(console.out, "width", 200)
     with console.out.capture() as captured:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import InputError
-from fedpeft.metrics import CLIENTS, SERVER, Recorder, baseline, evaluations, finite, read, summarise
+from fedpeft.record.metrics import CLIENTS, SERVER, Recorder, baseline, evaluations, finite, read, summarise
 
 START = {"event": "start", "strategy": "fedsvd", "engine": "cohort", "seed": 3, "clients": 4, "rounds": 3,
          "trainable_parameters": 120}

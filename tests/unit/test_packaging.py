@@ -79,7 +79,7 @@ def test_metadata(wheel):
     plain = [text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
     assert len(plain) == len(declared["dependencies"])
     scripts = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
-    assert "fedpeft = fedpeft.cli:main" in scripts
+    assert "fedpeft = fedpeft.cli.main:main" in scripts
 
 
 def test_the_version_is_that_of_the_module(wheel):

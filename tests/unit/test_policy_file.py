@@ -11,7 +11,7 @@ from allowed import opened
 from typer.testing import CliRunner
 
 from fedpeft import config as configs
-from fedpeft.cli import app
+from fedpeft.cli.main import app
 from fedpeft.clients import policy
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.policy import BOUNDS

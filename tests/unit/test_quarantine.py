@@ -11,8 +11,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from scripted import START, Reply, ScriptedGrid, good, raw, run, spoiled, with_value
 
-from fedpeft.state import AdapterState, pack
-from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.packing import pack
+from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 

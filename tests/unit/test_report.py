@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedpeft import metrics, plots, report, side_by_side
 from fedpeft.errors import InputError
+from fedpeft.record import metrics, plots, report, side_by_side
 
 CONFIG = "strategy:\n  name: {strategy}\ndata:\n  clients: {clients}\nprivacy:\n  unit: none\nrun:\n  seed: {seed}\n"
 

@@ -10,8 +10,9 @@ from flwr.app import Error, Message, MetricRecord, RecordDict
 from scripted import START, Reply, ScriptedGrid, good, run
 
 from fedpeft.errors import RunError
+from fedpeft.state import Rules, ServerState
 from fedpeft.strategies import wire
-from fedpeft.strategies.base import Rules, ServerState, choose
+from fedpeft.strategies.base import choose
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 

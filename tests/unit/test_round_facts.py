@@ -10,9 +10,8 @@ import torch
 from handmade import make
 from scripted import START, good, run
 
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdapterState, ServerState, Site, Update
 from fedpeft.strategies import round_facts
-from fedpeft.strategies.base import ServerState, Update
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 pytestmark = pytest.mark.usefixtures("flower_run")

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
 from fedpeft.errors import RunError
-from fedpeft.state import AdapterState
-from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import NAMES, RECORD, circle
 from fedpeft.strategies.secagg.terms import Plan, exchange, masking

@@ -9,11 +9,10 @@ from masked import START, Watched, changes, config, play, updates
 
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.errors import InputError, RunError
-from fedpeft.strategies.base import RoundDropped, RoundFailed, Rules, ServerState
+from fedpeft.state import DROPPED, RoundDropped, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import RECORD
 from fedpeft.strategies.secagg.terms import Plan, check, exchange
-from fedpeft.strategies.state import DROPPED
 from fedpeft.strategies.wire import PACKED
 
 pytestmark = pytest.mark.usefixtures("flower_run")

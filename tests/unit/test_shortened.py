@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from fedpeft import shortened
+from fedpeft.config import shortened
 from fedpeft.errors import InputError
 
 

@@ -9,7 +9,8 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from fedpeft.errors import RunError
-from fedpeft.state import AdapterState, Site, StateMismatch, from_dict, pack, to_dict, unpack
+from fedpeft.packing import pack, unpack
+from fedpeft.state import AdapterState, Site, StateMismatch, from_dict, to_dict
 from fedpeft.strategies.wire import Named, named_site
 
 

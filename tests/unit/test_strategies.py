@@ -29,9 +29,9 @@ from fedpeft import registry
 from fedpeft.adapters.flat import flat
 from fedpeft.config import options_of
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdapterState, Needs, ServerState, Site
 from fedpeft.strategies import offline
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import named
 
 

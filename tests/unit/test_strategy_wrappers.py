@@ -23,9 +23,9 @@ from handmade import (
 )
 
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 from fedpeft.strategies import offline
-from fedpeft.strategies.base import FederatedStrategy, Needs, ServerState, Update
+from fedpeft.strategies.base import FederatedStrategy
 
 # Wrappers ------------------------------------------------------------------------------------------------------------
 

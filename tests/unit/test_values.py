@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
-from fedpeft import cli, values
-from fedpeft.config import build, from_yaml, load, read_yaml, to_yaml
+from fedpeft.cli.main import main
+from fedpeft.config import build, from_yaml, load, read_yaml, to_yaml, values
+from fedpeft.config.values import Plain, typed
 from fedpeft.deploy.settings import SiteSettings
 from fedpeft.errors import InputError
-from fedpeft.values import Plain, typed
 
 NAMES = [
     ("[off, On, y]", ["off", "On", "y"]),
@@ -101,7 +101,7 @@ def test_a_tilde_is_somebodys_home_wherever_a_path_stands(monkeypatch, tmp_path)
     assert site.model == str(tmp_path / "m") and site.data.source == str(tmp_path / "d.csv")
     (tmp_path / "c.yaml").write_text("run: {rounds: 7}")
     assert load("~/c.yaml").run.rounds == 7
-    home = [cli._at_home(text) for text in ("--out=~/r", "~/a", "data.source=~/d", "--json", "x~")]
+    home = [main._at_home(text) for text in ("--out=~/r", "~/a", "data.source=~/d", "--json", "x~")]
     assert home == [f"--out={tmp_path}/r", f"{tmp_path}/a", "data.source=~/d", "--json", "x~"]
 
 

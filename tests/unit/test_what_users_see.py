@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fedpeft import config as configs
-from fedpeft import console, lead, metrics, plots, report, side_by_side
+from fedpeft.cli import console
+from fedpeft.record import lead, metrics, plots, report, side_by_side
 
 Event = dict[str, Any]
 

@@ -22,8 +22,8 @@ from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_htt
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedpeft import checkpoint, folders
 from fedpeft import config as configs
+from fedpeft import folders
 from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.encode import encode
@@ -32,11 +32,12 @@ from fedpeft.deploy.build import bare
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
-from fedpeft.metrics import Recorder
+from fedpeft.record import checkpoint
+from fedpeft.record.metrics import Recorder
 from fedpeft.simulations import comparators, continual, identity
 from fedpeft.simulations.run import finish, score, trainable
 from fedpeft.simulations.world import World
-from fedpeft.strategies.base import RoundFailed, Rules, ServerState
+from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies.secagg import terms
 from fedpeft.strategies.sequence import exchange
 from fedpeft.strategies.wrappers.client_dp import ClientDP

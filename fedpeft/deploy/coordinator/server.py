@@ -13,11 +13,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
-from fedpeft import folders, foreign, metrics, shortened
+from fedpeft import folders, foreign
+from fedpeft.config import shortened
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
+from fedpeft.record import metrics
 
 log = logging.getLogger("fedpeft")
 RUNNING = "running.json"  # the lock of a coordinator's folder

@@ -15,7 +15,7 @@ from rich.table import Table
 from fedpeft import folders
 from fedpeft.errors import RunError, Stopped
 from fedpeft.files import explained
-from fedpeft.lead import warnings
+from fedpeft.record.lead import warnings
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.words import percent
+from fedpeft.record.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from fedpeft.metrics import Event
-    from fedpeft.report import Run
+    from fedpeft.record.metrics import Event
+    from fedpeft.record.report import Run
 
 MB = 1e6  # bytes
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#5b5b5b")  # colour-blind safe

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft import console
-from fedpeft.console import out
+from fedpeft.cli import console
+from fedpeft.cli.console import out
 
 COLORS = {"done": "green", "running": "cyan", "waiting": "yellow", "failed": "red", "stopped": "red", "online": "green"}
 ROUNDS = 8  # newest rounds in the live table

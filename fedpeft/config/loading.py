@@ -17,49 +17,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedpeft import registry, values
-from fedpeft.errors import InputError
-from fedpeft.overrides import apply, parse_overrides
-from fedpeft.sections import (
+from fedpeft import registry
+from fedpeft.config import values
+from fedpeft.config.overrides import apply, parse_overrides
+from fedpeft.config.schema import (
     INFINITY,
     METHOD_SECTIONS,
     NAME_KEYS,
-    AdapterConfig,
-    ClientConfig,
     Config,
-    ContinualConfig,
-    DataConfig,
-    ModelConfig,
-    PartitionConfig,
-    PrivacyConfig,
-    RunConfig,
-    SecAggConfig,
-    StrategyConfig,
-    TTAConfig,
     default_of,
-    option,
     options_of,
 )
-
-__all__ = [
-    "AdapterConfig",
-    "ClientConfig",
-    "Config",
-    "ContinualConfig",
-    "DataConfig",
-    "ModelConfig",
-    "PartitionConfig",
-    "PrivacyConfig",
-    "RunConfig",
-    "SecAggConfig",
-    "StrategyConfig",
-    "TTAConfig",
-    "default_of",
-    "option",
-    "options_of",
-    "parse_overrides",
-]
-
+from fedpeft.errors import InputError
 
 
 def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (),

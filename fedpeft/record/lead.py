@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.findings import FROZEN, NAMES, SERVER
-from fedpeft.words import number, percent, points
+from fedpeft.record.findings import FROZEN, NAMES, SERVER
+from fedpeft.record.words import number, percent, points
 
 SEEDED = "seeded: not private"
 FAR_RULE = "over 10 times the median norm of the other clients' updates in a round"

@@ -14,12 +14,13 @@ from typing import Annotated
 
 import typer
 
-from fedpeft import __version__, console
-from fedpeft.deploy.cli import server_app, site_app
+from fedpeft import __version__
+from fedpeft.cli import console
+from fedpeft.cli.bench import bench_app
+from fedpeft.cli.deploy import server_app, site_app
+from fedpeft.cli.privacy import privacy_app
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explained
-from fedpeft.privacy.cli import privacy_app
-from fedpeft.simulations.benchmarks.cli import bench_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Federated and continual fine-tuning of peft adapters.")
@@ -49,8 +50,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a federation on this machine."""
-    from fedpeft import shortened
-    from fedpeft.config import parse_overrides
+    from fedpeft.config import parse_overrides, shortened
     from fedpeft.simulations.run import simulate as run
 
     given = shortened.rounds(config, parse_overrides(overrides or []))
@@ -126,7 +126,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what can be named in a config."""
-    from fedpeft import catalogue
+    from fedpeft.cli import catalogue
 
     console.emit(catalogue.entries(table), as_json, console.listing)
 
@@ -134,7 +134,7 @@ def list_(
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Any listed name, or table/name.")], as_json: Json = False) -> None:
     """Show one entry: options with defaults and meaning, paper, needs."""
-    from fedpeft import catalogue
+    from fedpeft.cli import catalogue
 
     console.emit(catalogue.describe(name), as_json, console.entry)
 
@@ -155,8 +155,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a run's report again, or put several runs side by side."""
-    from fedpeft import report as reports
-    from fedpeft import side_by_side
+    from fedpeft.record import report as reports
+    from fedpeft.record import side_by_side
 
     if len(runs) == 1:
         reports.write(runs[0])

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedpeft import config as configs
-from fedpeft import registry, sections
+from fedpeft import registry
+from fedpeft.config import schema
 from fedpeft.errors import InputError
 
 TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams", "server_bodies",
@@ -116,10 +117,10 @@ def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any
         meta = item.metadata
         if not meta:
             continue
-        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -sections.INFINITY) + [f"> {meta['above']:g}"] * (
-            meta["above"] > -sections.INFINITY
+        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -schema.INFINITY) + [f"> {meta['above']:g}"] * (
+            meta["above"] > -schema.INFINITY
         )
-        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < sections.INFINITY)
+        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < schema.INFINITY)
         allowed = (
             ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
         )

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fedpeft import console, folders, shortened
+from fedpeft import folders
+from fedpeft.cli import console
+from fedpeft.config import shortened
 from fedpeft.errors import InputError, Stopped
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fedpeft.client_plots import clients_accuracy, clients_by_label, participation, test_time
-from fedpeft.drawing import (
+from fedpeft.record.client_plots import clients_accuracy, clients_by_label, participation, test_time
+from fedpeft.record.drawing import (
     COLORS,
     DASHES,
     GREY,
@@ -27,15 +27,15 @@ from fedpeft.drawing import (
     round_axis,
     with_legends,
 )
-from fedpeft.findings import SERVER
-from fedpeft.words import number, percent
+from fedpeft.record.findings import SERVER
+from fedpeft.record.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedpeft.metrics import Event
-    from fedpeft.report import Run
+    from fedpeft.record.metrics import Event
+    from fedpeft.record.report import Run
 
 REFERENCES = {  # key of the baselines event -> what it is
     "frozen_logistic": "logistic regression on frozen features",

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedpeft import drawing, plots
 from fedpeft.errors import InputError
-from fedpeft.findings import NAMES, comparable
-from fedpeft.pages import html_image, html_list, html_note, html_page, html_table
-from fedpeft.report import Run, cell, load
-from fedpeft.words import percent
+from fedpeft.record import drawing, plots
+from fedpeft.record.findings import NAMES, comparable
+from fedpeft.record.pages import html_image, html_list, html_note, html_page, html_table
+from fedpeft.record.report import Run, cell, load
+from fedpeft.record.words import percent
 
 COLUMNS = {  # key of a table's row -> its head on the page
     "run": "run",

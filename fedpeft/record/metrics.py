@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedpeft import findings
 from fedpeft.errors import InputError
 from fedpeft.files import blamed, write_bytes
-from fedpeft.findings import SERVER as SERVER
-from fedpeft.lead import headline
+from fedpeft.record import findings
+from fedpeft.record.findings import SERVER as SERVER
+from fedpeft.record.lead import headline
 
 log = logging.getLogger("fedpeft")
 
@@ -167,8 +167,8 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
     `accuracy_by_round` runs beside `evaluated_rounds`. `rounds` counts complete rounds, `seconds` is their sum, however
     often the run was resumed. `bytes_up` and `bytes_down` are payload totals. `epsilon_max` is the largest one of the
     round events, null when `privacy.unit` is none. `headline` is what the report and the terminal say first. What
-    `fedpeft.findings` adds: `test_records`, `standard_error`, `last_rounds`, `baselines`, `comparison`, `updates` and,
-    of a sequence of tasks, `sequence`. There `final` is the answering head's, over all classes so far; what would join
+    `findings` adds: `test_records`, `standard_error`, `last_rounds`, `baselines`, `comparison`, `updates` and, of a
+    sequence of tasks, `sequence`. There `final` is the answering head's, over all classes so far; what would join
     unlike classes (`best`, `accuracy_by_round`) is null, and stands with its classes in `sequence.trained_classifier`.
 
     Args:

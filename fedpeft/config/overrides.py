@@ -10,9 +10,10 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from fedpeft import registry, values
+from fedpeft import registry
+from fedpeft.config import values
+from fedpeft.config.schema import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, Config, options_of
 from fedpeft.errors import InputError
-from fedpeft.sections import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, Config, options_of
 
 log = logging.getLogger("fedpeft")
 

@@ -26,7 +26,7 @@ from fedpeft.files import sync_folder, write_bytes
 from fedpeft.state import from_dict, to_dict
 
 if TYPE_CHECKING:
-    from fedpeft.strategies.base import ServerState
+    from fedpeft.state import ServerState
 
 log = logging.getLogger("fedpeft")
 
@@ -61,7 +61,7 @@ def read(path: Path) -> ServerState:
     Raises:
         InputError: a file is missing, truncated or was changed.
     """
-    from fedpeft.strategies.base import ServerState
+    from fedpeft.state import ServerState
 
     try:
         meta = json.loads((path / "state.json").read_text())

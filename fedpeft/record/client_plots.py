@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fedpeft.drawing import (
+from fedpeft.record.drawing import (
     COLORS,
     GREY,
     accuracy_axis,
@@ -19,13 +19,13 @@ from fedpeft.drawing import (
     round_axis,
     with_legends,
 )
-from fedpeft.words import percent
+from fedpeft.record.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedpeft.report import Run
+    from fedpeft.record.report import Run
 
 
 def clients_accuracy(run: Run) -> Figure | None:

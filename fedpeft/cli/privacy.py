@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedpeft import console
+from fedpeft.cli import console
 
 privacy_app = typer.Typer(no_args_is_help=True, help="A calculator for sample-level differential privacy.")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedpeft import console
+from fedpeft.cli import console
 
 server_app = typer.Typer(no_args_is_help=True, help="The coordinator of real sites: gRPC over TLS, keys, runs.")
 site_app = typer.Typer(no_args_is_help=True, help="A site: its keys, its policy, its data, its worker.")
@@ -65,11 +65,11 @@ def server_sites(
     as_json: Json = False,
 ) -> None:
     """List the sites and whether they are connected."""
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
     from fedpeft.deploy.coordinator import server
 
     result = server.sites(folder) if wait is None else server.await_sites(folder, wait)
-    console.emit(result, as_json, show.sites)
+    console.emit(result, as_json, deploy_tables.sites)
 
 
 @server_app.command("run")
@@ -81,14 +81,14 @@ def server_run(
     as_json: Json = False,
 ) -> None:
     """Submit a run and watch it; Ctrl-C ends the watching, not the run."""
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
     from fedpeft.deploy.coordinator import server
 
     submitted = server.run(folder, config, overrides or [])
     if not detach:
-        with show.Watch(folder, submitted["run"], quiet=as_json) as watch:
+        with deploy_tables.Watch(folder, submitted["run"], quiet=as_json) as watch:
             submitted |= server.wait(folder, submitted["run"], watch)
-    console.emit(submitted, as_json, show.run)
+    console.emit(submitted, as_json, deploy_tables.run)
 
 
 @server_app.command("status")
@@ -99,13 +99,13 @@ def server_status(
     as_json: Json = False,
 ) -> None:
     """Show sites and runs: rounds, who took part, who was left out and why."""
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
     from fedpeft.deploy.coordinator import server
 
     if follow and run:
-        with show.Watch(folder, run, quiet=as_json) as watch:
+        with deploy_tables.Watch(folder, run, quiet=as_json) as watch:
             server.wait(folder, run, watch)
-    console.emit(server.status(folder, run), as_json, show.status)
+    console.emit(server.status(folder, run), as_json, deploy_tables.status)
 
 
 @server_app.command("logs")
@@ -115,10 +115,10 @@ def server_logs(
     as_json: Json = False,
 ) -> None:
     """Print the log of a run, or of the SuperLink."""
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
     from fedpeft.deploy.coordinator import server
 
-    console.emit({"log": server.logs(folder, run)}, as_json, show.text)
+    console.emit({"log": server.logs(folder, run)}, as_json, deploy_tables.text)
 
 
 @server_app.command("stop")
@@ -162,11 +162,11 @@ def site_init(
 @site_app.command("check")
 def site_check(folder: SiteDir, as_json: Json = False) -> None:
     """Check policy, keys, data, model, server and clock; exit code 1 if any is not in order."""
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
     from fedpeft.deploy.site import site
 
     result = site.check(folder)
-    console.emit(result, as_json, show.checks)
+    console.emit(result, as_json, deploy_tables.checks)
     if not result["ok"]:
         raise typer.Exit(1)
 
@@ -177,10 +177,10 @@ def site_policy(
     as_json: Json = False,
 ) -> None:
     """Print what a policy allows, and what it leaves open."""
-    from fedpeft.deploy import show
+    from fedpeft.cli import deploy_tables
     from fedpeft.deploy.site import site
 
-    console.emit(site.policy(file), as_json, show.policies)
+    console.emit(site.policy(file), as_json, deploy_tables.policies)
 
 
 @site_app.command("start")

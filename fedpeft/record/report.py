@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft import drawing, lead, metrics, plots
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
-from fedpeft.pages import html_folded, html_image, html_list, html_note, html_page, html_table
-from fedpeft.words import number, percent, plain, points
+from fedpeft.record import drawing, lead, metrics, plots
+from fedpeft.record.pages import html_folded, html_image, html_list, html_note, html_page, html_table
+from fedpeft.record.words import number, percent, plain, points
 
 log = logging.getLogger("fedpeft")
 MOST_ROWS = 1000  # of a table with a row for each client and round

@@ -1,0 +1,64 @@
+"""The config of a run: `schema` has its sections, `loading` fills and checks them, `values` says what a text means.
+
+What methods and programs need of it is named here.
+"""
+
+from fedpeft.config.loading import (
+    base_dtype,
+    build,
+    check,
+    from_yaml,
+    load,
+    method,
+    read_yaml,
+    shipped_configs,
+    to_tree,
+    to_yaml,
+)
+from fedpeft.config.overrides import parse_overrides
+from fedpeft.config.schema import (
+    AdapterConfig,
+    ClientConfig,
+    Config,
+    ContinualConfig,
+    DataConfig,
+    ModelConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    RunConfig,
+    SecAggConfig,
+    StrategyConfig,
+    TTAConfig,
+    default_of,
+    option,
+    options_of,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "ClientConfig",
+    "Config",
+    "ContinualConfig",
+    "DataConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "SecAggConfig",
+    "StrategyConfig",
+    "TTAConfig",
+    "base_dtype",
+    "build",
+    "check",
+    "default_of",
+    "from_yaml",
+    "load",
+    "method",
+    "option",
+    "options_of",
+    "parse_overrides",
+    "read_yaml",
+    "shipped_configs",
+    "to_tree",
+    "to_yaml",
+]

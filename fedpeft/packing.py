@@ -1,0 +1,116 @@
+"""Adapter states as one flat array and a manifest in JSON, bit for bit: what is on the wire.
+
+A manifest may have been written by somebody else: its size, depth and values are checked before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedpeft.foreign import read_json, shown
+from fedpeft.state import AdapterState, Site, StateMismatch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)}
+
+
+def pack(state: AdapterState) -> tuple[np.ndarray, str]:
+    """All tensors in one flat array, and the manifest (JSON) that tells them apart.
+
+    The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
+    """
+    values = [value.detach().cpu().contiguous().reshape(-1) for value in state.tensors.values()]
+    flat = torch.cat(values) if _one_dtype(state) else torch.cat(
+        [torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest_of(state)
+
+
+def manifest_of(state: AdapterState) -> str:
+    """What tells the tensors of a packed array apart."""
+    entries = [[key, str(value.dtype).removeprefix("torch."), list(value.shape)]
+               for key, value in state.tensors.items()]
+    return json.dumps({"tensors": entries, "sites": {name: asdict(site) for name, site in state.sites.items()}})
+
+
+def packed_form(form: AdapterState) -> tuple[str, int]:
+    """numpy's name of the dtype, and the length, of the array that `pack` makes of a state of this form."""
+    if not _one_dtype(form):
+        return "uint8", form.nbytes
+    dtype = next(iter(form.tensors.values())).dtype
+    return "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."), form.parameters
+
+
+def _one_dtype(state: AdapterState) -> bool:
+    dtypes = {value.dtype for value in state.tensors.values()}
+    return len(dtypes) == 1 and torch.bool not in dtypes
+
+
+def described(manifest: str, longest: int | None = None) -> AdapterState:
+    """The form that a manifest tells: its tensors without values (torch's meta device), and the sites.
+
+    Args:
+        longest: bytes of the manifest; None takes any.
+
+    Raises:
+        StateMismatch: the manifest is malformed or too long.
+    """
+    try:
+        meta = read_json(manifest, "manifest", len(manifest.encode()) if longest is None else longest)
+        names = [key for key, _, _ in meta["tensors"]]
+        if names != sorted(set(names)):
+            raise ValueError("names are not sorted, or not different")
+        tensors = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
+                   for key, dtype, shape in meta["tensors"]}
+        sites = {name: Site(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
+                 for name, site in meta["sites"].items()}
+        return AdapterState(tensors, sites)
+    except Exception as error:  # of a structure that somebody else made, whatever is wrong with it
+        raise StateMismatch(f"manifest is not valid: {shown(repr(error), 500)}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) > 8 or any(type(size) is not int or size < 0 for size in values):
+        raise ValueError(f"{values!r} is no shape")
+    return tuple(values)
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no scaling")
+    return float(value)
+
+
+def unpack(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
+    """The inverse of `pack`, bit for bit.
+
+    Args:
+        manifest: as `pack` made it, or what `described` read in it.
+
+    Raises:
+        StateMismatch: the manifest is malformed or does not describe this array.
+    """
+    form = described(manifest) if isinstance(manifest, str) else manifest
+    if array.nbytes != form.nbytes:
+        raise StateMismatch(f"array has {array.nbytes} bytes, its manifest describes {form.nbytes}.")
+    tensors: dict[str, Tensor] = {}
+    raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
+    start = 0
+    for key, value in form.tensors.items():
+        tensors[key] = raw[start : start + value.nbytes].clone().view(value.dtype).reshape(value.shape)
+        start += value.nbytes
+    return AdapterState(tensors, form.sites)
