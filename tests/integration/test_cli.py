@@ -220,7 +220,7 @@ def test_help_and_version(fedpeft):
 def test_help_imports_nothing_heavy():
     code = """
 import sys
-from fedpeft import cli
+from fedpeft.cli import main as cli
 try:
     cli.main(["--help"])
 except SystemExit as error:

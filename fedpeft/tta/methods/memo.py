@@ -8,7 +8,7 @@ statistics are mixed in for the step and the sample's own for the answer, as the
 = 1 - bn_alpha.
 
     >>> import torch
-    >>> from fedpeft.tta import scores
+    >>> from fedpeft.tta.parts import scores
     >>> logits = torch.tensor([[2.0, 0.0]])
     >>> bool(torch.isclose(marginal_entropy(logits), scores.entropy(logits).mean()))     # one view: TENT's loss
     True

@@ -6,7 +6,7 @@ Wang et al., arXiv 2006.10726. As in the authors' code batch norms use the batch
 batch of one keeps the running statistics and is not learned from, and layer norms are adapted too.
 
     >>> import torch
-    >>> from fedpeft.tta import scores
+    >>> from fedpeft.tta.parts import scores
     >>> from fedpeft.tta.method import make
     >>> net = torch.nn.Sequential(torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
     >>> method, x = make("tent", net, {"lr": 0.05}), torch.eye(3)
