@@ -21,7 +21,7 @@ from fedpeft.privacy.ledger import Budget, Entry, Ledger, accounts_of, client_of
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
-from fedpeft.strategies.learning.build import sums_of_a_task
+from fedpeft.strategies.sequence.build import sums_of_a_task
 
 log = logging.getLogger("fedpeft")
 
