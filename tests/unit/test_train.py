@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import seeds
-from fedpeft.clients.cohort import train_cohort
 from fedpeft.clients.cohort.chunk import Job
+from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import IGNORE, Encoded
