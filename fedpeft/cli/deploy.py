@@ -161,7 +161,7 @@ def site_init(
 
 @site_app.command("check")
 def site_check(folder: SiteDir, as_json: Json = False) -> None:
-    """Check policy, keys, data, model, server and clock; exit code 1 if any is not in order."""
+    """Check policy, keys, data, model, whether both agree, server and clock; exit code 1 if any is not in order."""
     from fedpeft.cli import deploy_tables
     from fedpeft.deploy.site import site
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import small_models as small
 import torch
 import transformers
+from PIL import Image
 
 from fedpeft import agreement, models
 from fedpeft.config import ModelConfig
 from fedpeft.data.encode import encode
 from fedpeft.data.source import Records
+from fedpeft.deploy.site import site
+from fedpeft.deploy.site.worker import require_fit
 from fedpeft.errors import InputError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -158,3 +162,62 @@ def test_a_model_whose_answers_are_not_finite_is_refused():
         next(base.backbone.parameters())[:] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         agreement.require_records(base, encoded, "data.source")
+
+
+@pytest.fixture
+def records_of(tmp_path):
+    """`records_of(data, model)`: what `site check` says of whether they agree."""
+
+    def look(data, model):
+        place = tmp_path / f"site-{len(list(tmp_path.iterdir()))}"
+        site.init(place, "clinic", "localhost:1", None, str(data), str(model))
+        found = {row["check"]: row for row in site.check(place)["checks"]}
+        assert list(found) == ["policy", "keys", "data", "model", "records", "server", "clock"]
+        return found["records"]
+
+    return look
+
+
+def test_a_site_hears_before_it_enrols_that_its_texts_do_not_fit(tmp_path, records_of):
+    tokenizer, (good, bad) = models.byte_tokenizer(), (tmp_path / "good.csv", tmp_path / "bad.csv")
+    tokenizer.add_tokens(["<|call|>"])
+    good.write_text("text,label\nplain,a\nwords,b\n")
+    bad.write_text("text,label\nplain,a\n<|call|> words,b\n")
+    bert, llama = (saved(tmp_path / name, small.make(name), tokenizer) for name in ("bert", "llama"))
+    assert records_of(good, bert)["ok"]
+    for model in (bert, llama):
+        row = records_of(bad, model)
+        assert not row["ok"] and "site.data.source: 1 of 2 records have tokens that" in row["seen"]
+    assert "tiny-vit is for image-classification" in records_of(good, "tiny-vit")["seen"]
+    assert records_of(tmp_path / "none.csv", bert) == {"check": "records", "ok": False,
+                                                       "seen": "not checked: that takes data and a model"}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 12)])
+def test_a_site_hears_before_it_enrols_that_its_pictures_do_not_fit(tmp_path, records_of, shape):
+    small.save("vit", tmp_path / "vit")
+    settings = tmp_path / "vit" / "preprocessor_config.json"
+    set_in(settings, do_resize=False)
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        picture = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+        Image.fromarray(picture).save(tmp_path / "data" / label / "1.png")
+    row = records_of(tmp_path / "data", tmp_path / "vit")
+    assert row["ok"] == (shape == (8, 8)) and (row["ok"] or "does not take the longest record" in row["seen"])
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_private_site_keeps_it_to_itself_that_a_record_does_not_fit(tmp_path, private, caplog):
+    tokenizer = models.byte_tokenizer()
+    tokenizer.add_tokens(["<|call|>"])
+    base = load(saved(tmp_path, small.make("bert"), tokenizer))
+    here = SimpleNamespace(model=SimpleNamespace(base=base), guard=SimpleNamespace(private=private))
+    require_fit(here, encode(texts("plain", "words"), base.processor, small.TEXT, 32))
+    assert not caplog.text
+    beyond = encode(texts("plain", "<|call|>"), base.processor, small.TEXT, 32)
+    if private:
+        require_fit(here, beyond)
+        assert "the server is not told: data.source: 1 of 2 records" in caplog.text
+    else:
+        with pytest.raises(InputError, match=r"data\.source: 1 of 2 records"):
+            require_fit(here, beyond)

@@ -7,9 +7,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -22,6 +24,9 @@ from fedpeft.deploy.processes import Child, end, launch
 from fedpeft.deploy.settings import Site, SiteSettings
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import write_bytes
+
+if TYPE_CHECKING:
+    from fedpeft.data.source import Records
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
@@ -85,8 +90,9 @@ def check(path: Path) -> dict[str, Any]:
     rows = [
         row("policy", lambda: _policy(site)),
         row("keys", lambda: _keys(site)),
-        row("data", lambda: _data(site)),
-        row("model", lambda: _model(site)),
+        row("data", lambda: _data(site, found)),
+        row("model", lambda: _model(site, found)),
+        row("records", lambda: _records(site, found)),
         row("server", lambda: _server(site, found)),
         row("clock", lambda: _clock(site, found)),
     ]
@@ -213,49 +219,91 @@ def _config(site: Site) -> Config:
     return configs.load({}, {"model.name": own.model, **tree, **columns})
 
 
-def _data(site: Site) -> str:
+def _readings(config: Config) -> Iterator[tuple[str, Records]]:
+    """The records as each task reads them, of those that can.
+
+    Raises:
+        InputError: none can; what the first said.
+    """
     from fedpeft.data import source
 
-    config, failures = _config(site), []
-    tasks = dict.fromkeys([config.model.task, *source.KINDS])
+    failures, tasks = [], dict.fromkeys([config.model.task, *source.KINDS])
     for task in tasks:
         try:
-            records = source.whole(config.data.source, "data.source", config.data, task)
-            return f"{len(records)} records, {records.kind}, labels: {', '.join(records.label_names[:10])}"
+            records = source.whole(str(config.data.source), "data.source", config.data, task)
         except InputError as error:
             failures.append(str(error))
-    raise InputError(failures[0])
+            continue
+        yield task, records
+    if len(failures) == len(tasks):
+        raise InputError(failures[0])
 
 
-def _model(site: Site) -> str:
+def _data(site: Site, found: dict[str, Any]) -> str:
+    _, records = next(_readings(_config(site)))
+    found["data"] = True
+    return f"{len(records)} records, {records.kind}, labels: {', '.join(records.label_names[:10])}"
+
+
+def _model(site: Site, found: dict[str, Any]) -> str:
     import torch
 
-    from fedpeft.models import EMBEDDED
+    from fedpeft import models
     from fedpeft.simulations.world import device
 
     name, place = site.settings.model, device(site.settings.device)
-    if name in EMBEDDED:
-        from transformers.utils import logging as notices
-
-        from fedpeft import models
-
-        told = notices.get_verbosity()
-        notices.set_verbosity_error()  # a head of another size is no news here
-        try:
+    if name in models.EMBEDDED:
+        with _quiet():
             base = models.load(_config(site).model, 2, 0)
-        finally:
-            notices.set_verbosity(told)
         count = sum(value.numel() for value in base.backbone.parameters())
         torch.empty(1, device=place)
+        found["positions"] = None
         return f"{name}, {count:,} parameters, on {place}"
     from transformers import AutoConfig, AutoModel
 
     from fedpeft.data import prepare
 
-    found = str(prepare.model(name) or name)
-    kind = AutoConfig.from_pretrained(found, local_files_only=True, trust_remote_code=False).model_type
-    model = AutoModel.from_pretrained(found, local_files_only=True, trust_remote_code=False)
-    return f"{name} ({kind}), {sum(value.numel() for value in model.parameters()):,} parameters, on {place}"
+    path = str(prepare.model(name) or name)
+    settings_of = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    model = AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    found["positions"] = getattr(settings_of, "max_position_embeddings", None)
+    count = sum(value.numel() for value in model.parameters())
+    return f"{name} ({settings_of.model_type}), {count:,} parameters, on {place}"
+
+
+def _records(site: Site, found: dict[str, Any]) -> str:
+    """Whether model, tokenizer or processor and records agree, in a task that the records are of."""
+    from fedpeft import agreement, models
+    from fedpeft.data.encode import encode
+
+    if not {"data", "positions"} <= found.keys():
+        raise RunError("not checked: that takes data and a model")
+    config, failures = _config(site), []
+    length = min(config.model.max_length, found["positions"] or config.model.max_length)
+    for task, records in _readings(config):
+        try:
+            with _quiet():
+                base = models.load(replace(config.model, task=task, max_length=length), len(records.label_names), 0)
+                encoded = encode(records, base.processor, task, length)
+                agreement.require_records(base, encoded, "site.data.source")
+        except InputError as error:
+            failures.append(str(error))
+            continue
+        return f"the model takes them ({task}, tried with the longest)"
+    raise InputError(failures[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A head of another size is no news here."""
+    from transformers.utils import logging as notices
+
+    told = notices.get_verbosity()
+    notices.set_verbosity_error()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(told)
 
 
 def _server(site: Site, found: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft import agreement
 from fedpeft.clients import asked
 from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
@@ -115,6 +116,8 @@ class Resident:
         private = local.guard.private
         try:
             own, held = load_data(config, self.name, local.model.base.processor)
+            for part in (own, held):
+                require_fit(local, part)
         except Exception:
             if not private:
                 raise
@@ -152,6 +155,18 @@ def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encod
     order = numpy_generator(config.run.seed, "holdout", name).permutation(teaching)
     kept = int(len(order) * config.data.holdout)
     return encoded.subset(order[kept:]), encoded.subset(order[:kept])
+
+
+def require_fit(local: Local, data: Encoded) -> None:
+    """Raise InputError for records that the model cannot take; of a private site only its log says so, as one
+    record must not decide whether it answers.
+    """
+    try:
+        agreement.require_records(local.model.base, data, "data.source")
+    except InputError as error:
+        if not local.guard.private:
+            raise
+        log.error("the records do not fit the model; the server is not told: %s", error)
 
 
 def _task(message: Message) -> dict[str, Any]:
