@@ -19,6 +19,7 @@ from fedpeft.adapters.flat import flat
 from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
+from fedpeft.data import split
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
 from fedpeft.record import checkpoint, report
@@ -261,6 +262,7 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
     events = read(run / "metrics.jsonl")
     extra = {
         "skipped": [entry.tree() for entry in here.skipped],
+        "owner": split.owners_of(run / "split.json"),
         "privacy": privacy.section(here),
         "continual": continual.section(here, server),
         "tta": test_time.describe(config, events),

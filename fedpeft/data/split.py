@@ -154,6 +154,12 @@ def load(path: Path, fingerprint: str, clients: Sequence[str]) -> dict[str, list
     return parts
 
 
+def owners_of(path: Path) -> dict[str, str]:
+    """Client -> whose records it has, as a split that `save` wrote says; empty where there is no split (real sites)."""
+    found: dict[str, str] = json.loads(path.read_text()).get("owners", {}) if path.exists() else {}
+    return found
+
+
 def left_out(path: Path) -> tuple[Skipped, ...]:
     """What a split that `save` wrote gives to no client."""
     found = json.loads(path.read_text()).get("left_out", [])

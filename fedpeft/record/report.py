@@ -9,10 +9,12 @@ from __future__ import annotations
 import html
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpeft import foreign
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.record import drawing, lead, metrics, plots
@@ -20,8 +22,9 @@ from fedpeft.record.pages import html_folded, html_image, html_list, html_note, 
 from fedpeft.record.words import number, percent, plain, points
 
 log = logging.getLogger("fedpeft")
+LONGEST_NAME = 100  # bytes of an owner's
 MOST_ROWS = 1000  # of a table with a row for each client and round
-APART = ("privacy", "continual", "sequence", "tta", "headline", "comparison")  # have a place of their own
+APART = ("privacy", "continual", "sequence", "tta", "headline", "comparison", "owner")  # have a place of their own
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ def load(path: Path, label: str) -> Run:
         written = _json(path / "summary.json")
         summary |= {key: value for key, value in written.items() if key not in summary}
     split = _split(path / "split.json") if (path / "split.json").exists() else None
+    if split and (names := _owners(split)):
+        events, summary = _renamed(events, names), _renamed(summary, names)
+        split["clients"] = {names.get(client, client): part for client, part in split["clients"].items()}
     return Run(path, label, events, config, config_text, summary, split, ended)
 
 
@@ -144,7 +150,28 @@ def _split(path: Path) -> dict[str, Any]:
         if len(rows) != len(clients) or any(len(row) != width for row in rows):
             raise InputError(f"{path}: histogram.counts must have a row for each of the {len(clients)} clients and a "
                              f"column for each of the {width} labels.")
+    owners = split.get("owners", {})
+    if not isinstance(owners, dict) or not all(isinstance(name, str) for name in owners.values()):
+        raise InputError(f"{path}: `owners` must map names of clients to names of their owners.")
     return split
+
+
+def _owners(split: dict[str, Any]) -> dict[str, str]:
+    """Client -> owner, for those whose owner has another name; an owner of several clients is named with each."""
+    owners = split.get("owners", {})
+    names = {client: foreign.shown(owners.get(client, client), LONGEST_NAME) for client in split["clients"]}
+    times = Counter(names.values())
+    return {client: name if times[name] == 1 else f"{client} ({name})"
+            for client, name in names.items() if name != client}
+
+
+def _renamed(tree: Any, names: dict[str, str]) -> Any:
+    """A copy of plain data in which clients, as keys or as whole texts, have these names."""
+    if isinstance(tree, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_renamed(value, names) for value in tree]
+    return names.get(tree, tree) if isinstance(tree, str) else tree
 
 
 # The page -------------------------------------------------------------------------------------------------------------

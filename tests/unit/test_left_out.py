@@ -76,6 +76,7 @@ def test_a_run_says_once_what_it_leaves_out_and_whose_a_client_is(tmp_path, capl
         assert caplog.text.count(entry["what"]) == 1
     tree = json.loads((tmp_path / "run" / "split.json").read_text())
     assert list(tree["owners"].values()) == [str(2**53), str(2**53 + 1)]
+    assert summary["owner"] == tree["owners"]
     start = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert start["skipped"] == summary["skipped"]
     page = (tmp_path / "run" / "report.html").read_text()

@@ -183,6 +183,33 @@ def test_participation_marks_who_was_used_and_who_was_quarantined(tmp_path):
     assert names == [f"client-{index}" for index in range(12)]  # client-10 after client-9
 
 
+OWNERS = {"client-0": "St. Mary", "client-1": "<b>N & Sons</b>", "client-2": "South", "client-3": "South"}
+
+
+def test_a_client_is_named_by_its_owner_where_the_split_says_so(tmp_path):
+    """In tables, plots and sentences; an owner of two clients is named with each, a client without one as it is."""
+    clients = {f"client-{index}": {"epsilon": 0.5 + index} for index in range(5)}
+    section = {"unit": "none", "delta": 1e-5, "claim": "c", "outside": [], "clients": clients}
+    run = make_run(tmp_path / "run", clients=5, bad={2: ("client-1", "NaN")}, epsilon=0.7, extra={"privacy": section})
+    path = run / "split.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "owners": OWNERS}))
+    names = ["St. Mary", "<b>N & Sons</b>", "client-2 (South)", "client-3 (South)", "client-4"]
+    figures = drawn(run)
+    for name, axis in (("participation", figures["participation"].axes[0].yaxis),
+                       ("clients_by_label", figures["clients_by_label"].axes[1].xaxis)):
+        assert {label.get_text() for label in axis.get_ticklabels()} == set(names), name
+    heights = [bar.get_height() for bar in figures["clients_by_label"].axes[0].patches]
+    assert heights == [3, 9, 15, 21, 27], "each beside its own records"
+    report.write(run)
+    rows = cells((run / "report.html").read_text())
+    assert ["2", "&lt;b&gt;N &amp; Sons&lt;/b&gt;", "NaN"] in rows
+    assert {"client-2 (South)": "2.5", "client-4": "4.5", "St. Mary": "0.5"}.items() <= {
+        row[0]: row[1] for row in rows if len(row) == 2}.items()
+    text = (run / "report.html").read_text()
+    assert "client-0" not in text and "client-1" not in text and "<b>N" not in text
+    assert metrics.read(run / "metrics.jsonl")[2]["clients"][0] == "client-0", "the record keeps the client's name"
+
+
 def test_only_what_there_is_to_show_is_drawn(tmp_path):
     run = make_run(tmp_path / "run")
     assert not {"participation", "clients_accuracy"} & set(drawn(run))  # all took part, none was evaluated
@@ -316,6 +343,7 @@ def test_compared_runs_stay_apart_however_many(tmp_path, many):
     ("summary.json", "[]", r"summary\.json: expected a JSON object"),
     ("split.json", "{", r"split\.json: not readable as JSON"),
     ("split.json", "{}", r"split\.json: `clients`"),
+    ("split.json", '{"clients": {"a": [1]}, "owners": {"a": 7}}', r"split\.json: `owners` must map"),
     ("split.json", '{"clients": {"a": [1]}, "histogram": {"labels": ["0"], "counts": [[1, 2]]}}', r"json: histogram"),
 ])
 def test_a_missing_or_broken_file_is_named(tmp_path, file, content, message):
