@@ -17,6 +17,7 @@ from fedpeft.strategies import opening
 from fedpeft.strategies.opening import BadMessage
 
 MANIFESTS, STATES = 8, 4  # times its own that a client takes: controls, cores and residuals come beside the adapter
+PREFIX = 40  # characters that a strategy puts before or after a tensor's name: control:, rates:, residual_B
 SMALL = 2**20  # bytes that are taken whatever the model
 BESIDE = ("secagg", "fedpeft.run")  # records that a message may have, which are read elsewhere
 
@@ -31,10 +32,14 @@ def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, dict[s
         Refused: it is malformed, or larger than the client's model can need; one sentence of at most 2 kB.
     """
     most = most_bytes(own)
+    longest = max(map(len, own.tensors), default=0) + PREFIX
 
     def check(form: AdapterState) -> None:
         if form.nbytes > most:
             raise BadMessage(f"{form.nbytes} bytes of tensors; this client's model takes at most {most}")
+        for name in form.tensors:
+            if not name.isprintable() or len(name) > longest:
+                raise BadMessage(f"{shown(name, 200)} is no name of a tensor of this client's model")
         for name, site in form.sites.items():
             mine = own.sites.get(name)
             if mine is None or (mine.kind, mine.shape) != (site.kind, site.shape):

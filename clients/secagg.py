@@ -29,6 +29,7 @@ from flwr.clientapp.typing import Mod
 from fedpeft.clients.asked import number
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
+from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
 from fedpeft.strategies.secagg import masking
@@ -52,8 +53,9 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
         own = config()
         if not own.secagg.enabled:
             raise RunError("this client's config has secagg.enabled=false.")
-        asked = require_form(stage, message.content.config_records.get(RECORD))
-        member = Member(context, name(context), stage, asked, Plan.of(own), store())
+        plan = Plan.of(own)
+        asked = require_form(stage, message.content.config_records.get(RECORD), plan.clients)
+        member = Member(context, name(context), stage, asked, plan, store())
         return Message(respond(member), reply_to=message)
 
     @app.query(ACTIONS[0])
@@ -76,8 +78,11 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
         return answer(3, message, context, Member.reveal)
 
 
-def require_form(stage: int, record: ConfigRecord | None) -> Asked:
+def require_form(stage: int, record: ConfigRecord | None, clients: int) -> Asked:
     """What a stage was asked, if it has that stage's keys and types.
+
+    Args:
+        clients: of a round; no list is longer.
 
     Raises:
         RunError: names the key.
@@ -91,6 +96,10 @@ def require_form(stage: int, record: ConfigRecord | None) -> Asked:
         value: Any = record.get(key)
         if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
             raise RunError(f"{where}: {key} must be a list of {kind.__name__}.")
+        if len(value) > clients:
+            raise RunError(f"{where}: {key} has {len(value)} entries; a round has at most {clients} clients.")
+        if kind is str and not all(map(is_name, value)):
+            raise RunError(f"{where}: {key} has something that is no name of a client.")
         if key in ("masks", "boxes") and any(len(item) != masking.KEY_BYTES for item in value):
             raise RunError(f"{where}: {key} must be keys of {masking.KEY_BYTES} bytes.")
         lengths.append(len(value))

@@ -13,11 +13,11 @@ from malformed import ARRAYS, MANIFESTS, MB, RECORDS, message
 from scripted import START
 
 from fedpeft import config as configs
-from fedpeft.clients import requests
+from fedpeft.clients import requests, secagg
 from fedpeft.clients.app import client_app
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.deploy import envelope, settings
-from fedpeft.errors import InputError
+from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import TEXT_BYTES, YAML_BYTES
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.wire import PACKED
@@ -29,6 +29,9 @@ REQUESTS = {
        for kind, make in MANIFESTS.items() if kind not in ("an entry too many", "an entry too few")},  # no client knows
     **{f"records: {kind}": make for kind, make in RECORDS.items()},
     "a larger state": lambda: PACKED.content(START.replace({"q/C": START["q/A"].new_zeros(2 * MB)}), {"round": 1}),
+    "a name of a tensor that is a page": lambda: PACKED.content(START.replace({"q/" + "C" * 999: START["q/A"]}),
+                                                                {"round": 1}),
+    "a name of a tensor that rings": lambda: PACKED.content(START.replace({"q/C\a": START["q/A"]}), {"round": 1}),
     "another site": lambda: PACKED.content(AdapterState(START.tensors, {"k": Site("lora", (3, 4), 2.0)}), {"round": 1}),
     "a site as head": lambda: PACKED.content(AdapterState(START.tensors, {"q": Site("head", (3, 4))}), {"round": 1}),
     "a task that is no mapping": lambda: message(metrics={}, task="[]"),
@@ -38,7 +41,8 @@ REQUESTS = {
 }
 SAMPLE = ("array: a header of 10^13 elements", "array: a pickle", "array: compressed", "array: a second array of 64 MB",
           "manifest: 100000 brackets", "manifest: spaces around it", "manifest: sizes that overflow",
-          "records: a field too many", "records: no record", "a larger state", "a site as head", "a deep task")
+          "manifest: a name with escapes", "a name of a tensor that is a page", "records: a field too many",
+          "records: no record", "a larger state", "a site as head", "a deep task")
 
 
 def refused(content: RecordDict, kind: str) -> None:
@@ -78,6 +82,22 @@ def test_the_message_that_they_are_made_from_is_opened_whatever_a_strategy_sends
     beside = START.replace({f"control:{key}": value for key, value in START.tensors.items()})
     beside = beside.replace({"q/residual_B": START["q/A"].new_ones(3, 3), "q/residual_A": START["q/A"].new_ones(3, 4)})
     assert requests.opened(PACKED.content(beside, {"round": 1}), START)[0].sha256() == beside.sha256()
+
+
+@pytest.mark.parametrize(("stage", "asked"), [
+    (1, {"names": ["b"] * 5, "masks": [bytes(32)] * 5, "boxes": [bytes(32)] * 5}),
+    (1, {"names": ["b\x1b[2J"], "masks": [bytes(32)], "boxes": [bytes(32)]}),
+    (2, {"names": ["x" * 10**6], "sealed": [b""]}), (2, {"names": [""], "sealed": [b""]}),
+    (3, {"uploaded": ["../b"], "silent": []}), (3, {"uploaded": ["a"], "silent": ["b"] * 10**5}),
+])
+def test_stages_of_secure_aggregation_name_clients_of_the_round(stage, asked):
+    good = {"names": ["b"], "masks": [bytes(32)], "boxes": [bytes(32)], "sealed": [b""], "uploaded": ["a"],
+            "silent": []}
+    kept = {key: good[key] for key in secagg.FORMS[stage]}
+    assert secagg.require_form(stage, ConfigRecord({"round": 1, **kept}), 4) == {"round": 1, **kept}
+    with pytest.raises(RunError, match=r"no name of a client|a round has at most 4 clients") as error:
+        secagg.require_form(stage, ConfigRecord({"round": 1, **asked}), 4)
+    assert str(error.value).isprintable() and len(str(error.value)) < 200
 
 
 # The run's record ----------------------------------------------------------------------------------------------------
