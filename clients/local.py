@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -21,14 +22,14 @@ from torch import Tensor
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
-from fedpeft.clients import asked, inputs, rates, sequence, test_time
+from fedpeft.clients import asked, inputs, rates, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
-from fedpeft.clients.train import CONTROL, Private, evaluate, new_control, on_device, per_sample_loss, train
+from fedpeft.clients.train import CONTROL, Private, new_control, on_device, per_sample_loss, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
@@ -244,7 +245,8 @@ class Local:
         keep = {**keep, **marks}
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(client, number, {**visit.kept, **keep})
-        metrics = {"num-examples": float(visit.count), "train_loss": done.loss}
+        loss = 0.0 if visit.job.private is not None and math.isnan(done.loss) else done.loss  # it drew no record
+        metrics = {"num-examples": float(visit.count), "train_loss": loss}
         if "learn" in task:
             metrics["missed_tasks"] = float(missed)
         metrics = self.guard.allowed(client, metrics)
@@ -298,16 +300,7 @@ class Local:
         received = self.own.accept(client, received, task, number)
         task = sequence.own(self.sequence, task)
         start, _ = self.compose(client, received, task, before=number + 1)
-        with self._discreet(Spending(client, client, number, client)):
-            data = self._usable(sequence.known(self.data(self.holdout, client), task, client))
-            self.model.write(start)
-            with self.model.competing(task["learn"]["seen"] if "learn" in task else None):
-                metrics = evaluate(self.model, data)
-                if self.config.tta.method is not None:
-                    train_data = self._usable(sequence.known(self.data(self.train_data, client), task, client))
-                    metrics |= test_time.score(self.config, self.model, client, received, data, train_data, self.store,
-                                            number)
-            return metrics
+        return scoring.answer(self, client, received, start, task)
 
     def sums(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
         """Sums over the client's records of a task that a head or a body of the server asks for (`clients.sequence`).
@@ -329,9 +322,9 @@ class Local:
         """The client's records of the round's task; under DP those that the model can take, which may be none."""
         if not self.guard.private:
             return sequence.records(self.data(self.train_data, client), task, client)
-        return self._usable(sequence.of_task(self.train_data[client], task))
+        return self.usable(sequence.of_task(self.train_data[client], task))
 
-    def _usable(self, data: Encoded) -> Encoded:
+    def usable(self, data: Encoded) -> Encoded:
         return inputs.usable(self.model, data) if self.guard.private else data
 
     def _require_apart(self, like: Encoded, trains: list[str]) -> None:

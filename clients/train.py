@@ -64,7 +64,8 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
         in_order: take the records as they stand, not shuffled.
 
     Returns:
-        Steps taken and mean loss (of private steps: of the records that were drawn; it is not private).
+        Steps taken and mean loss (of private steps: of the records that were drawn and whose loss is finite; it is not
+        private). NaN where there are none.
 
     Raises:
         RunError: no record has something to predict.
@@ -98,7 +99,8 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
             losses += loss
             steps += 1
     model.base.backbone.eval()
-    return steps, float(torch.stack(losses).mean()) if losses else math.nan
+    seen = torch.stack(losses) if losses else torch.zeros(0)
+    return steps, float((seen if private is None else seen[torch.isfinite(seen)]).mean())
 
 
 def taught(data: Encoded, private: Private | None) -> Encoded:

@@ -90,7 +90,7 @@ class Chunk:
                 masks[key][mask] = True
         self.still = torch.cat([mask.flatten() for mask in masks.values()]) if still else None
         self.threads = None if self.device.type == "cpu" else ThreadPoolExecutor()
-        self.losses, self.seen = self.values.new_zeros(len(jobs)), np.zeros(len(jobs))
+        self.losses, self.seen = self.values.new_zeros(len(jobs)), self.values.new_zeros(len(jobs))
 
     def run(self) -> list[Done]:
         weights = nn.Parameter(self.values)
@@ -104,7 +104,7 @@ class Chunk:
                 shrink(optimizer, weights, active)
                 weights.grad = self._gradient(weights.detach())
                 optimizer.step()
-        values, losses = self.values.cpu(), (self.losses.cpu() / torch.from_numpy(self.seen)).tolist()
+        values, losses = self.values.cpu(), (self.losses.cpu() / self.seen.cpu().double()).tolist()
         return [Done(self._after(job, row), steps, loss if steps else math.nan)
                 for job, row, steps, loss in zip(self.jobs, values, self.steps, losses, strict=True)]
 
@@ -139,8 +139,12 @@ class Chunk:
                 add_clipped(total, slopes, losses, clients, values.new_tensor([own.plan.clip for own in private]))
             else:
                 total.index_add_(0, self._index(groups), torch.cat([slope.flatten(1) for slope in slopes], dim=1))
-            self.losses.index_add_(0, clients, losses)
-        self.seen[:active] += counts if private else 1
+            good = torch.isfinite(losses) if private else torch.ones_like(losses, dtype=torch.bool)
+            self.losses.index_add_(0, clients, losses.where(good, 0.0))
+            if private:
+                self.seen.index_add_(0, clients, good.to(self.seen))
+        if not private:
+            self.seen[:active] += 1
         if private:
             total = torch.stack([own.plan.noised_mean(row, source)
                                  for own, row, source in zip(private, total, sources, strict=True)])

@@ -112,7 +112,11 @@ def measures(probs: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Expected calibration error: mean over rows of |accuracy - mean confidence| of their confidence bin."""
+    """Expected calibration error: mean over rows of |accuracy - mean confidence| of their confidence bin.
+
+    A confidence that is not a number counts as none at all, as one broken row must not cost the stream its scores.
+    """
+    confidence = confidence.nan_to_num(0.0)
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gap = torch.zeros(BINS).index_add(0, bins, right - confidence)
     return float(gap.abs().sum() / len(confidence))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from typing import Any
@@ -10,68 +11,91 @@ import numpy as np
 import small_models as small
 import torch
 from flwr.app import Context, Message, RecordDict
+from flwr.common.serde import recorddict_to_proto
 
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
-from fedpeft.config import ClientConfig, Config, ContinualConfig, DataConfig, PrivacyConfig, RunConfig, StrategyConfig
-from fedpeft.data.encode import Encoded
+from fedpeft.config import (
+    ClientConfig,
+    Config,
+    ContinualConfig,
+    DataConfig,
+    ModelConfig,
+    PrivacyConfig,
+    RunConfig,
+    SecAggConfig,
+    StrategyConfig,
+    TTAConfig,
+)
+from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.simulations.workers import handle
 from fedpeft.state import AdapterState
 from fedpeft.strategies.wire import PACKED
 
 COUNT = 12
 CLASSES = small.LABELS
+TEXT = {"word": 10**6, "negative": -5, "long": "long", "bare": "bare", "gone": None}
 RECORDS = {  # kind of model -> name -> what is done to the last of the records
     "vit": {"huge": 1e30, "nan": torch.nan, "inf": -torch.inf, "label": 77, "rare": 2, "gone": None},
-    "bert": {"word": 10**6, "negative": -5, "long": "long", "label": -3, "gone": None},
+    "bert": {**TEXT, "label": -3},
+    "llama": {**TEXT, "label": 10**6, "silent": IGNORE},
 }
 STRATEGIES = {"fedit": {}, "fedsa": {}, "rolora": {}, "fedex": {}, "scaffold": {"wrap": ["scaffold"]},
               "prox": {"name": "fedprox"}, "fedsvd": {"name": "fedsvd"}, "tasks": {}}
 
 
-def data(kind: str, extreme: str | None) -> Encoded:
+def data(kind: str, extreme: str | None, count: int = COUNT) -> Encoded:
     """Records of two of three classes, the last one as RECORDS says; None is the plain one."""
-    labels = torch.arange(COUNT) % (CLASSES - 1)
     if kind == "vit":
-        pixels = torch.linspace(-1, 1, COUNT * 64).reshape(COUNT, 1, 8, 8).roll(3, 0)
-        made = Encoded({"pixel_values": pixels}, labels)
+        pixels = torch.linspace(-1, 1, COUNT * 64)[: count * 64].reshape(count, 1, 8, 8).roll(3, 0)
+        made = Encoded({"pixel_values": pixels}, torch.arange(count) % (CLASSES - 1))
     else:
-        made = replace(small.texts(COUNT), labels=labels)
+        made = small.texts(count, causal=kind == "llama")
+        made = made if kind == "llama" else replace(made, labels=torch.arange(count) % (CLASSES - 1))
     if extreme is None:
         return made
-    what: Any = RECORDS[kind][extreme]
-    inputs, labels = {name: value.clone() for name, value in made.inputs.items()}, labels.clone()
     if extreme == "gone":
-        return made.subset(np.arange(COUNT - 1))
-    if extreme in ("label", "rare"):
+        return made.subset(np.arange(count - 1))
+    what: Any = RECORDS[kind][extreme]
+    inputs, labels = {name: value.clone() for name, value in made.inputs.items()}, made.labels.clone()
+    if extreme in ("label", "rare", "silent"):
         labels[-1] = what
     elif kind == "vit":
         inputs["pixel_values"][-1] = what
     elif extreme == "long":
-        wide = {name: torch.nn.functional.pad(value, (0, 57)) for name, value in inputs.items()}
-        wide["input_ids"][-1], wide["attention_mask"][-1] = 9, 1
-        inputs = wide
+        inputs = {name: torch.nn.functional.pad(value, (0, 57)) for name, value in inputs.items()}
+        labels = labels if labels.ndim == 1 else torch.nn.functional.pad(labels, (0, 57), value=IGNORE)
+        inputs["input_ids"][-1], inputs["attention_mask"][-1] = 9, 1
+    elif extreme == "bare":
+        inputs["attention_mask"][-1] = 0
     else:
         inputs["input_ids"][-1, 0] = what
     return Encoded(inputs, labels)
 
 
 class Site:
-    """A private client "a" with a public number of records."""
+    """A private client "a" with a public number of records.
 
-    def __init__(self, model: Any, folder: Any, strategy: str, own: Encoded, client: dict[str, Any],
-                 privacy: dict[str, Any]) -> None:
+    Args:
+        sections: options of the config's `client`, `privacy`, `secagg` and `tta`.
+    """
+
+    def __init__(self, kind: str, model: Any, folder: Any, strategy: str, own: Encoded, held: Encoded,
+                 **sections: dict[str, Any]) -> None:
         section = {"name": strategy if strategy not in ("scaffold", "tasks") else "fedit", **STRATEGIES[strategy]}
         tasks = {"body": "sequential", "tasks": 3, "head": "lda", "statistics_noise": 2.0, "shuffle": False}
-        fast = {"optimizer": "sgd", "lr": 0.1, "local_steps": 2, "local_epochs": None, "batch_size": 4, **client}
-        settings = {"noise_multiplier": 1.0, "accountant": "rdp", "records": COUNT, **privacy}
+        fast = {"optimizer": "sgd", "lr": 0.1, "local_steps": 2, "local_epochs": None, "batch_size": 4}
+        settings = {"noise_multiplier": 1.0, "accountant": "rdp", "records": COUNT}
+        secagg = sections.get("secagg", {})
         self.config = Config(
-            client=ClientConfig(**fast), run=RunConfig(rounds=3), data=DataConfig(clients=1),
-            privacy=PrivacyConfig(unit="sample", randomness="seeded", **settings),
-            strategy=StrategyConfig(weighting="uniform", **section),
-            continual=ContinualConfig(**tasks) if strategy == "tasks" else ContinualConfig())
-        self.local = Local(self.config, model, small.randomised(model), {"a": own}, {"a": own},
+            model=ModelConfig(task=small.KINDS[kind][0]), data=DataConfig(clients=4 if secagg else 1),
+            client=ClientConfig(**{**fast, **sections.get("client", {})}), run=RunConfig(rounds=3),
+            privacy=PrivacyConfig(unit="sample", randomness="seeded", **{**settings, **sections.get("privacy", {})}),
+            strategy=StrategyConfig(weighting="uniform", **section), secagg=SecAggConfig(**secagg),
+            continual=ContinualConfig(**tasks) if strategy == "tasks" else ContinualConfig(),
+            tta=TTAConfig(**{"corruption": "clean", **sections.get("tta", {})}))
+        self.local = Local(self.config, model, small.randomised(model), {"a": own}, {"a": held},
                            Store(folder / "store", 3), Guard(self.config, folder / "ledger", "run"))
         self.context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict({}), run_config={})
         self.app = client_app(lambda: self.local, lambda context: "a")
@@ -89,23 +113,43 @@ class Site:
         found = self.local.sequence
         return {} if found is None else {"learn": found.learn(found.curriculum.task(max(number, 1)))}
 
+    def ask(self, kind: str, content: RecordDict) -> Message:
+        """The reply. What a failed message did to the client's Flower state is lost, as it is there."""
+        context = copy.deepcopy(self.context)
+        reply, state = handle(self.app, Message(content, 2, kind), context)
+        if state is not None:
+            self.context.state = state
+        return reply
+
     def answer(self, kind: str, received: AdapterState, task: dict[str, Any]) -> tuple[Any, ...]:
-        """Everything of the reply but the values of its arrays: they are the noised sums."""
-        reply, _ = handle(self.app, Message(PACKED.content(received, task), 2, kind), self.context)
+        return self.seen(self.ask(kind, PACKED.content(received, task)))
+
+    def seen(self, reply: Message) -> tuple[Any, ...]:
+        """Everything of a reply but the values of its arrays, which are the noised sums, of secrets, which are random,
+        and of metrics that the config releases. All numbers have one length, whatever they are.
+        """
         if reply.has_error():
             return "error", reply.error.code, reply.error.reason
         content = reply.content
-        config = {key: dict(value) for key, value in content.config_records.items()}
-        metrics = {key: dict(value) for key, value in content.metric_records.items()}
+        config = {key: {name: _without_values(value) for name, value in record.items()}
+                  for key, record in content.config_records.items()}
+        metrics = {key: {name: type(value).__name__ if self.config.privacy.release_metrics else (type(value), value)
+                         for name, value in record.items()} for key, record in content.metric_records.items()}
         arrays = {name: [(key, value.dtype, tuple(value.shape), len(value.data)) for key, value in record.items()]
                   for name, record in content.array_records.items()}
-        return "ok", str(config), str(metrics), str(arrays)
+        return "ok", str(config), str(metrics), str(arrays), recorddict_to_proto(content).ByteSize()
 
     def entries(self) -> list[tuple[Any, ...]]:
         """The ledger, without the names of releases, which are hashes of what was sent."""
         return [(path.name, entry.round, entry.sample_rate, entry.noise_multiplier, entry.steps)
                 for path in sorted(self.local.guard.folder.glob("*.jsonl"))
                 for entry in self.local.guard.ledger(path.stem).entries()]
+
+
+def _without_values(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return len(value)
+    return list(map(_without_values, value)) if isinstance(value, list) else value
 
 
 VALUES = (torch.nan, torch.inf, -torch.inf, 1e30, 1e20, -1e9, 1e8, 1e5, 30.0, 0.0, 1e-30)

@@ -1,0 +1,70 @@
+"""Scores of a received model on a client's held-out records.
+
+A private client sends them only where its config releases them, unprotected. What the config does not release is
+whether scoring went well: which records a client has, and what they do to a model or a test-time method, must not show
+in a status. So it answers in one form whatever happens, with NaN where there is no number; why, its own log says.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.clients import sequence, test_time
+from fedpeft.clients.train import evaluate
+from fedpeft.config import Config
+from fedpeft.errors import RunError
+from fedpeft.state import AdapterState
+
+if TYPE_CHECKING:
+    from fedpeft.clients.local import Local
+
+log = logging.getLogger("fedpeft")
+COUNT = "num-examples"
+
+
+def answer(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+           ) -> dict[str, float]:
+    """What leaves for one request.
+
+    Args:
+        received: what the server sent, checked.
+        start: the adapter to score.
+
+    Raises:
+        RunError: there are no records; never from a private client.
+        OSError: a disk that cannot be written has nothing to do with a record.
+    """
+    if not local.guard.private:
+        return scores(local, client, received, start, task)
+    found: dict[str, float] = {}
+    try:
+        found = scores(local, client, received, start, task)
+    except OSError:
+        raise
+    except Exception:  # of what kind may depend on a record
+        log.exception("%s was not scored in round %s; the server is not told why", client, task["round"])
+    return {key: float(found.get(key, 0.0 if key == COUNT else math.nan)) for key in names(local.config)}
+
+
+def scores(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+           ) -> dict[str, float]:
+    """Accuracy and loss, and with `tta` those of the client's stream."""
+    held = local.usable(sequence.known(local.data(local.holdout, client), task, client))
+    if len(held) == 0:
+        raise RunError(f"{client} has no held-out records that the model can take.")
+    local.model.write(start)
+    with local.model.competing(task["learn"]["seen"] if "learn" in task else None):
+        found = evaluate(local.model, held)
+        if local.config.tta.method is not None:
+            own = local.usable(sequence.known(local.data(local.train_data, client), task, client))
+            found |= test_time.score(local.config, local.model, client, received, held, own, local.store, task["round"])
+    return found
+
+
+def names(config: Config) -> list[str]:
+    """The scores that a client of this config has."""
+    tokens = ["test_tokens", "token_loss"] if config.model.task == "causal-lm" else []
+    adapted = ["tta_source_accuracy", "tta_accuracy"] if config.tta.method is not None else []
+    return ["accuracy", "loss", COUNT, *tokens, *adapted]
