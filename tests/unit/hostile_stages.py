@@ -13,9 +13,9 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from hostile import Site, spoiled
 
 from fedpeft.clients.secagg import FORMS, Member
-from fedpeft.strategies import masking
-from fedpeft.strategies.secagg import Plan
-from fedpeft.strategies.secagg_stages import KINDS, RECORD
+from fedpeft.strategies.secagg import masking
+from fedpeft.strategies.secagg.stages import KINDS, RECORD
+from fedpeft.strategies.secagg.terms import Plan
 from fedpeft.strategies.wire import PACKED
 
 PEERS = ("b", "c", "d")

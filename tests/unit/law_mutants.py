@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fedpeft.clients import inputs, learning, local, scoring
+from fedpeft.clients import inputs, local, scoring, sequence
+from fedpeft.clients.guard import Guard
 from fedpeft.clients.local import Local
-from fedpeft.clients.private import Guard
 from fedpeft.errors import RunError
 from fedpeft.privacy.plan import Plan
 
@@ -122,14 +122,14 @@ def count_again(monkeypatch: Any) -> None:
 
 def sums_of_some(monkeypatch: Any) -> None:
     """Sums for a head fail where a task has an odd number of records."""
-    genuine = learning.private_head_sums
+    genuine = sequence.private_head_sums
 
     def sums(model, head, data, noise, source):
         if len(data) % 2:
             raise ValueError("the covariance of odd records is singular")
         return genuine(model, head, data, noise, source)
 
-    monkeypatch.setattr(learning, "private_head_sums", sums)
+    monkeypatch.setattr(sequence, "private_head_sums", sums)
 
 
 def score_or_fail(monkeypatch: Any) -> None:
