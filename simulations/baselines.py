@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedpeft.adapters.adapted import Adapted
     from fedpeft.data.encode import Encoded
     from fedpeft.data.source import Records
-    from fedpeft.simulations.world import World
+    from fedpeft.run.world import World
 
 log = logging.getLogger("fedpeft")
 MAX_TRAIN = 5000

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedpeft import config as configs
@@ -17,18 +19,21 @@ from fedpeft import folders, models, registry
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.clients import test_time
+from fedpeft.clients.app import client_app
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
 from fedpeft.data import split
+from fedpeft.data.skipped import said_elsewhere
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
 from fedpeft.record import checkpoint, report
 from fedpeft.record.metrics import Recorder, read, summarise
-from fedpeft.simulations import comparators, continual, faults, identity, privacy
+from fedpeft.run import comparators, guarantee, identity, sequence
+from fedpeft.run.world import World, records, settle, world
+from fedpeft.simulations import faults
 from fedpeft.simulations.baselines import attempted, baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
-from fedpeft.simulations.world import World, make_app, records, settle, world
 from fedpeft.state import DROPPED, Rules, ServerState
 from fedpeft.strategies import wire
 from fedpeft.strategies.secagg import terms
@@ -118,7 +123,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
 
     def record(event: dict[str, Any]) -> None:
         if event["event"] == "round":
-            event = {**event, **privacy.spent(here, event["round"])}
+            event = {**event, **guarantee.spent(here, event["round"])}
         recorder.record(event)
         on_event(event)
 
@@ -143,7 +148,7 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
         record({"event": "baselines", **comparators.constant(here), **(trained_elsewhere(here) if config.run.baselines
                                                                        else {})})
     else:
-        recorder.resume(server.round, continual.unfinished(server))
+        recorder.resume(server.round, sequence.unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": config.run.rounds})
     rules = rules_of(config)
 
@@ -160,10 +165,10 @@ def _go(config: Config, run: Path, on_event: OnEvent) -> dict[str, Any]:
     def play(state: ServerState, grid: Grid) -> ServerState:
         if not tasks:
             return rounds(grid, state, config.run.rounds)
-        ask = partial(exchange.sums, grid, wire.PACKED, continual.required(here.strategy), rules, record)
-        return continual.run(here, state, partial(rounds, grid), ask, record, after_round)
+        ask = partial(exchange.sums, grid, wire.PACKED, sequence.required(here.strategy), rules, record)
+        return sequence.run(here, state, partial(rounds, grid), ask, record, after_round)
 
-    if server.round < config.run.rounds or (tasks and not continual.complete(here, server)):
+    if server.round < config.run.rounds or (tasks and not sequence.complete(here, server)):
         server = _with_grid(config, text, run, partial(play, server))
     record({"event": "end", "round": server.round})
     return finish(here, server, run)
@@ -223,10 +228,23 @@ def _with_grid(config: Config, text: str, run: Path, play: Callable[..., ServerS
             stop_ray()
 
 
+def make_app(text: str, run: Path) -> ClientApp:
+    """The ClientApp of a run, its world loaded; picklable by name for worker processes and Ray actors."""
+    with said_elsewhere():
+        local = world(text, run).local
+    names = list(local.train_data)
+
+    def name_of(context: Context) -> str:
+        return names[int(context.node_config["partition-id"])]
+
+    mods = [faults.mod(local.config.run.faults, name_of)] if local.config.run.faults else []
+    return client_app(lambda: local, name_of, mods)
+
+
 def score(here: World, server: ServerState) -> dict[str, float]:
     """Accuracy and loss of the global model on the server's test set; in a sequence, on that of the classes so far."""
     if here.config.continual.body is not None:
-        return continual.score(here, server)
+        return sequence.score(here, server)
     here.local.model.write(server.adapter)
     result = evaluate(here.local.model, here.test_encoded)
     return {**{key: value for key, value in result.items() if key != "num-examples"},
@@ -263,8 +281,8 @@ def finish(here: World, server: ServerState, run: Path) -> dict[str, Any]:
     extra = {
         "skipped": [entry.tree() for entry in here.skipped],
         "owner": split.owners_of(run / "split.json"),
-        "privacy": privacy.section(here),
-        "continual": continual.section(here, server),
+        "privacy": guarantee.section(here),
+        "continual": sequence.section(here, server),
         "tta": test_time.describe(config, events),
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],

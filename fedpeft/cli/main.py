@@ -86,7 +86,7 @@ def aggregate(
     as_json: Json = False,
 ) -> None:
     """Aggregate peft adapter folders once, offline."""
-    from fedpeft.simulations.aggregate import aggregate_folders
+    from fedpeft.run.offline import aggregate_folders
 
     options, folders = options_and_folders(arguments)
     console.emit(aggregate_folders(strategy, folders, options, weights, start, out, base), as_json,
@@ -108,7 +108,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge peft adapter folders that were trained one after another."""
-    from fedpeft.simulations.merge import merge_folders
+    from fedpeft.run.offline import merge_folders
 
     options, folders = options_and_folders(arguments)
     console.emit(merge_folders(method, folders, options, numbers, out, base), as_json, console.aggregate_result)
@@ -177,7 +177,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Copy the adapter out of a run, or merge it into its base model."""
-    from fedpeft.simulations.export import export as run
+    from fedpeft.run.export import export as run
 
     console.emit(run(run_dir, to, merge), as_json, console.pairs)
 
@@ -185,7 +185,7 @@ def export(
 @app.command()
 def audit(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Test on a config's own steps what its privacy accountant assumes, and bound epsilon from below."""
-    from fedpeft.simulations.audit import run
+    from fedpeft.run.audit.audit import run
 
     result = run(config, overrides or [])
     console.emit(result, as_json, console.audit_result)

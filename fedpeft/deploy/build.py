@@ -14,7 +14,7 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.data.source import KINDS, Records
-from fedpeft.simulations.world import World, device
+from fedpeft.run.world import World, device
 from fedpeft.strategies.build import build as build_strategy
 
 

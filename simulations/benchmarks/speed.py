@@ -27,12 +27,12 @@ import torch
 from fedpeft import __version__, files, seeds
 from fedpeft.config import base_dtype
 from fedpeft.errors import InputError, RunError
+from fedpeft.run.world import device as device_of
 from fedpeft.simulations.benchmarks import whole_run
 from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.server_cost import resident
 from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Engine, adapted, make
 from fedpeft.simulations.benchmarks.speed_work import MODELS, Work, work
-from fedpeft.simulations.world import device as device_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

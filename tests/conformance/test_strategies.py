@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification
 
 from fedpeft import registry
 from fedpeft.record import checkpoint
+from fedpeft.run.world import world
 from fedpeft.simulations import run as runs
-from fedpeft.simulations.world import world
 
 STRATEGIES = registry.names("strategies")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedpeft.privacy.plan import Plan
-from fedpeft.simulations import audit, rounds_seen
-from fedpeft.simulations.neighbours import neighbours
+from fedpeft.run.audit import audit, rounds_seen
+from fedpeft.run.audit.neighbours import neighbours
 
 PRIVATE = ["privacy.unit=sample", "privacy.noise_multiplier=1", "strategy=fedit", "strategy.weighting=uniform"]
 

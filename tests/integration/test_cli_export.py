@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.models import mean_pool
-from fedpeft.simulations.world import world
+from fedpeft.run.world import world
 
 
 def test_report_of_one_run(fedpeft, runs):

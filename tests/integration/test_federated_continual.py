@@ -24,8 +24,8 @@ from fedpeft.continual import matrix
 from fedpeft.errors import RunError
 from fedpeft.record import checkpoint, report
 from fedpeft.record.metrics import read
+from fedpeft.run.world import world
 from fedpeft.simulations import run as runs
-from fedpeft.simulations.world import world
 from fedpeft.strategies.sequence.build import head as build_head
 from fedpeft.strategies.sequence.sequence import TASK, Learning
 

@@ -12,7 +12,7 @@ from fedpeft.clients.local import Local
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted, Ledger
-from fedpeft.simulations.world import world
+from fedpeft.run.world import world
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fedpeft.clients import test_time
 from fedpeft.clients.policy import Refused
 from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
-from fedpeft.simulations.world import world
+from fedpeft.run.world import world
 from fedpeft.strategies.wrappers.fedthe import FEATURES
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make

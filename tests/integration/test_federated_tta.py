@@ -19,8 +19,8 @@ from fedpeft.data.corruptions import CORRUPTIONS, corrupt
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
+from fedpeft.run.world import World, world
 from fedpeft.simulations import run as runs
-from fedpeft.simulations.world import World, world
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
 

@@ -15,7 +15,8 @@ from fedpeft import models
 from fedpeft.adapters import folder as adapters
 from fedpeft.errors import InputError, RunError
 from fedpeft.record import metrics, plots
-from fedpeft.simulations import baselines, identity
+from fedpeft.run import identity
+from fedpeft.simulations import baselines
 from fedpeft.simulations.run import resume, simulate
 
 BASE = {"strategy": "fedit", "data.limit": 60, "data.clients": 2, "data.partition": "iid", "client.local_steps": 1,

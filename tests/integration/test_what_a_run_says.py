@@ -13,7 +13,7 @@ from fedpeft.adapters import features
 from fedpeft.clients.sequence import width_of
 from fedpeft.continual.heads.ncm import NCM
 from fedpeft.record import report
-from fedpeft.simulations.world import world
+from fedpeft.run.world import world
 
 WRITE = report.write
 

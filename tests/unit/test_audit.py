@@ -17,8 +17,8 @@ from fedpeft.clients import train
 from fedpeft.clients.cohort import chunk
 from fedpeft.clients.guard import Guard
 from fedpeft.errors import InputError
-from fedpeft.simulations import audit, rounds_seen
-from fedpeft.simulations.world import world
+from fedpeft.run.audit import audit, rounds_seen
+from fedpeft.run.world import world
 
 SETTING = {
     "model.task": "image-classification", "adapter.r": 2, "data.limit": 96, "data.clients": 4,

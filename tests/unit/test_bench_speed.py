@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError, RunError
+from fedpeft.run.world import Shares
 from fedpeft.simulations.benchmarks import memory, speed, whole_run
 from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Ours, adapted
 from fedpeft.simulations.benchmarks.speed_work import work
-from fedpeft.simulations.world import Shares
 
 CPU = torch.device("cpu")
 HERE = ["peft", "sequential", "cohort", "cohort-dp", "opacus", "opacus-ghost"]

@@ -22,6 +22,7 @@ LAYERS = (
     {"models", "agreement", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},
     {"strategies", "clients"},
+    {"run"},
     {"simulations"},
     {"deploy"},
     {"cli", "simulations.benchmarks"},

@@ -9,8 +9,8 @@ from fedpeft import config as configs
 from fedpeft import models
 from fedpeft.data.source import Records
 from fedpeft.errors import InputError
+from fedpeft.run.world import client_split, world
 from fedpeft.simulations.run import simulate
-from fedpeft.simulations.world import client_split, world
 
 LANGUAGE = {"model.name": "tiny-llama", "model.task": "causal-lm", "model.max_length": 12, "data.clients": 2,
             "data.partition": "column", "data.partition.column": "site", "run.rounds": 1, "run.baselines": False,

@@ -17,8 +17,7 @@ from fedpeft.adapters import folder
 from fedpeft.adapters.peft_files import UNDERSTOOD
 from fedpeft.errors import InputError
 from fedpeft.merging.base import make
-from fedpeft.simulations.aggregate import aggregate_folders
-from fedpeft.simulations.merge import merge_folders
+from fedpeft.run.offline import aggregate_folders, merge_folders
 
 IDS = torch.tensor([[3, 4, 7, 20, 30, 11]])
 REFUSED = {  # fields of peft's config that change what the factors compute, each with a value that switches it on

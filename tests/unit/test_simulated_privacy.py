@@ -14,7 +14,7 @@ from fedpeft import config as configs
 from fedpeft.clients.guard import Guard
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, Entry
-from fedpeft.simulations.privacy import outside, section, spent
+from fedpeft.run.guarantee import outside, section, spent
 from fedpeft.strategies.build import build
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 

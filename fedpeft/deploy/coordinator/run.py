@@ -34,9 +34,9 @@ from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
 from fedpeft.record import checkpoint
 from fedpeft.record.metrics import Recorder
-from fedpeft.simulations import comparators, continual, identity
+from fedpeft.run import comparators, identity, sequence
+from fedpeft.run.world import World
 from fedpeft.simulations.run import finish, score, trainable
-from fedpeft.simulations.world import World
 from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies.secagg import terms
 from fedpeft.strategies.sequence import exchange
@@ -114,7 +114,7 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
             recorder.record({"event": "evaluate", "round": 0, **score(here, server)})
             recorder.record({"event": "baselines", **comparators.constant(here)})
     else:
-        recorder.resume(server.round, continual.unfinished(server))
+        recorder.resume(server.round, sequence.unfinished(server))
         log.info("goes on after round %d", server.round)
     server = rounds(config, here, server, sites, roster, recorder, run, tested)
     recorder.record({"event": "end", "round": server.round})
@@ -151,13 +151,13 @@ def rounds(config: Config, here: World, server: ServerState, sites: SiteGrid, ro
 
     def ask(number: int, *what: Any) -> exchange.Answers:
         quorum = replace(rules, clients=math.ceil(rules.quorum * wanted))
-        learning = continual.required(here.strategy)
+        learning = sequence.required(here.strategy)
         return patiently(recorder, number, partial(
             exchange.sums, sites, roster, learning, quorum, record, number, *what))
 
     if config.continual.body is None:
         return play(server, chosen.rounds)
-    return continual.run(here, server, play, ask, record, after_round)
+    return sequence.run(here, server, play, ask, record, after_round)
 
 
 def patiently(recorder: Recorder, number: int, act: Callable[[], T]) -> T:

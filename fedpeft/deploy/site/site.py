@@ -249,7 +249,7 @@ def _model(site: Site, found: dict[str, Any]) -> str:
     import torch
 
     from fedpeft import models
-    from fedpeft.simulations.world import device
+    from fedpeft.run.world import device
 
     name, place = site.settings.model, device(site.settings.device)
     if name in models.EMBEDDED:

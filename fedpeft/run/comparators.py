@@ -13,8 +13,8 @@ from fedpeft.clients.sequence import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.data.encode import IGNORE, Encoded
-from fedpeft.simulations import continual
-from fedpeft.simulations.world import Shares, World
+from fedpeft.run import sequence
+from fedpeft.run.world import Shares, World
 from fedpeft.strategies.sequence.build import fits
 from fedpeft.strategies.sequence.sequence import learning_of
 
@@ -65,7 +65,7 @@ def frozen_head(here: World) -> dict[str, Any]:
     test = [torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.test_encoded), strict=True)]
     labels = test[2].numpy()
     count = [len(plan.of(labels, task)) for task in range(len(plan.groups))]
-    made = continual.unfitted(here) if fits(here.config) else None
+    made = sequence.unfitted(here) if fits(here.config) else None
     for task in range(len(plan.groups)):
         seen = plan.seen(task)
         if made is None:
@@ -83,7 +83,7 @@ def frozen_head(here: World) -> dict[str, Any]:
 
 def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
     """The head's sums over those of these records that clients train on."""
-    shares, made = here.local.train_data, continual.unfitted(here)
+    shares, made = here.local.train_data, sequence.unfitted(here)
     assert isinstance(shares, Shares)
     own = np.intersect1d(numbers, np.concatenate([*map(np.asarray, shares.parts.values())]))
     total: dict[str, Tensor] = {}

@@ -35,9 +35,9 @@ from fedpeft.privacy.audit_noise import Block, noise
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.privacy.plan import Plan
-from fedpeft.simulations.replies_seen import judged
-from fedpeft.simulations.watched import Probe, Seen, Step, Watch, Watched, round_of, watched, without_dropout
-from fedpeft.simulations.world import World
+from fedpeft.run.audit.replies_seen import judged
+from fedpeft.run.audit.watched import Probe, Seen, Step, Watch, Watched, round_of, watched, without_dropout
+from fedpeft.run.world import World
 from fedpeft.state import AdapterState
 
 CLIENTS, ROUNDS, FEW = 8, 4, (4, 2)  # at most, without records; clients and rounds with records

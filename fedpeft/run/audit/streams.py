@@ -21,8 +21,8 @@ from fedpeft.errors import RunError
 from fedpeft.privacy.audit import Check
 from fedpeft.privacy.audit_noise import alike
 from fedpeft.privacy.tails import limit, worst
-from fedpeft.simulations.rounds_seen import Rounds, Way
-from fedpeft.simulations.world import World
+from fedpeft.run.audit.rounds_seen import Rounds, Way
+from fedpeft.run.world import World
 
 T = TypeVar("T")
 PATIENCE_S, SAMPLES = 120.0, 4096

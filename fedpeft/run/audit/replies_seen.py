@@ -1,4 +1,4 @@
-"""What a round's ledger, reply and masks must be, judged from outside (`simulations.watched`)."""
+"""What a round's ledger, reply and masks must be, judged from outside (`watched`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpeft.clients.train import CONTROL, make_optimizer, new_control
 from fedpeft.config import ClientConfig, Config
 from fedpeft.privacy.audit import Check
 from fedpeft.privacy.plan import Plan
-from fedpeft.simulations.watched import Seen
+from fedpeft.run.audit.watched import Seen
 
 FOLLOWS = 1e-3  # of how far an update moves: rounding of two optimizers' steps
 

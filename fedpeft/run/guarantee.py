@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedpeft.privacy.plan import RELATION
-from fedpeft.simulations.world import World
+from fedpeft.run.world import World
 from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
 
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}

@@ -23,7 +23,7 @@ from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.continual.head import Head
 from fedpeft.data.encode import Encoded
-from fedpeft.simulations.world import World
+from fedpeft.run.world import World
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence import exchange

@@ -16,7 +16,7 @@ from fedpeft import folders, models
 from fedpeft.adapters import folder
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
-from fedpeft.simulations import identity
+from fedpeft.run import identity
 from fedpeft.state import AdapterState
 
 log = logging.getLogger("fedpeft")

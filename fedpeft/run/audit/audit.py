@@ -1,6 +1,6 @@
 """`fedpeft audit`: the checks of `fedpeft.privacy.audit` on a config's own model, data, sampling, noise and ledger.
 
-What is tested is what a client runs. `simulations.rounds_seen` has whole rounds from request to reply, by `Local`,
+What is tested is what a client runs. `rounds_seen` has whole rounds from request to reply, by `Local`,
 alone and in a cohort, with records, without, and without noise. Single steps of both engines are asked for sensitivity:
 at the adapter that clients start from and at one with random, large weights (a server may send any), at the config's
 clip and a thousandth of it, where every record is clipped. Dropout is off there: its masks are drawn for a batch as a
@@ -39,12 +39,12 @@ from fedpeft.privacy.ledger import Entry
 from fedpeft.privacy.noise import Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.privacy.tails import ALARM
+from fedpeft.run.audit import rounds_seen, streams
+from fedpeft.run.audit.neighbours import gradients, neighbours
+from fedpeft.run.audit.rounds_seen import ROUNDING
+from fedpeft.run.audit.watched import Watch, watched
+from fedpeft.run.world import World, settle, world
 from fedpeft.seeds import torch_generator
-from fedpeft.simulations import rounds_seen, streams
-from fedpeft.simulations.neighbours import gradients, neighbours
-from fedpeft.simulations.rounds_seen import ROUNDING
-from fedpeft.simulations.watched import Watch, watched
-from fedpeft.simulations.world import World, settle, world
 from fedpeft.state import AdapterState
 
 log = logging.getLogger("fedpeft")

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Context
-from flwr.clientapp import ClientApp
 
 from fedpeft import agreement, seeds
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import build as build_adapted
-from fedpeft.clients.app import Local, client_app
+from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig
@@ -25,12 +23,12 @@ from fedpeft.continual import curriculum
 from fedpeft.data import source, split
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.partition import Column
-from fedpeft.data.skipped import Skipped, said_elsewhere
+from fedpeft.data.skipped import Skipped
 from fedpeft.data.source import Records
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
+from fedpeft.run import identity
 from fedpeft.seeds import numpy_generator
-from fedpeft.simulations import faults, identity
 from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build as build_strategy
@@ -219,16 +217,3 @@ def device(name: str) -> torch.device:
         if torch.accelerator.is_available()
         else torch.device("cpu")
     )
-
-
-def make_app(text: str, run: Path) -> ClientApp:
-    """The ClientApp of a run, its world loaded; picklable by name for worker processes and Ray actors."""
-    with said_elsewhere():
-        local = world(text, run).local
-    names = list(local.train_data)
-
-    def name_of(context: Context) -> str:
-        return names[int(context.node_config["partition-id"])]
-
-    mods = [faults.mod(local.config.run.faults, name_of)] if local.config.run.faults else []
-    return client_app(lambda: local, name_of, mods)

@@ -1,0 +1,1 @@
+"""`fedpeft audit`: whole rounds watched from outside, and what their replies must be."""
