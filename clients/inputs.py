@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 
 DRAWN = 3
 

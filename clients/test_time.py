@@ -27,10 +27,11 @@ from fedpeft.data.drift import Stream
 from fedpeft.data.encode import Encoded
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import load_objective
 from fedpeft.record import lead
 from fedpeft.state import AdapterState
 from fedpeft.strategies.wrappers.fedthe import FEATURES
-from fedpeft.tta.deployed import Deployed, deploy, take
+from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod, Wrapper, make
 from fedpeft.tta.methods.atp import ATP
 from fedpeft.tta.methods.fedthe import FedTHE
@@ -86,7 +87,7 @@ def source_accuracy(deployed: Deployed, given: Stream) -> float:
 
 def stream(config: Config, client: str, held: Encoded) -> Stream:
     """The client's stream: `tta.batch_size` rows a batch; batches end where a corruption ends."""
-    data = held if config.model.task != "causal-lm" else last_tokens(held)
+    data = load_objective(config.model.task).stream(held)
     inputs, labels, domains, parts = [], [], [], []
     for number, name in enumerate(corruptions(config, client)):
         rows = seeds.numpy_generator(config.run.seed, "tta", client, "order", number).permutation(len(data))
@@ -126,24 +127,6 @@ def corrupted(inputs: dict[str, Tensor], name: str, severity: int, draws: np.ran
     return {**inputs, "pixel_values": torch.from_numpy(made.astype(np.float32))}
 
 
-def last_tokens(data: Encoded) -> Encoded:
-    """Texts [N, T] without their last token, and that token as label [N]; texts of one token are left out.
-
-    The end token, which says nothing of a text, is taken off before.
-    """
-    mask = data.inputs["attention_mask"]
-    rows = torch.arange(len(mask))
-    length = mask.sum(1)
-    length = length - (data.inputs["input_ids"][rows, length - 1] == (-1 if data.end is None else data.end)).long()
-    mask = mask * (torch.arange(mask.shape[1]) < length[:, None])
-    cut = mask.clone()
-    cut[rows, length - 1] = 0
-    ids = data.inputs["input_ids"]
-    labels = ids[rows, length - 1]
-    shorter: Any = take({**data.inputs, "attention_mask": cut, "input_ids": ids * cut}, length > 1)
-    return Encoded(shorter, labels[length > 1])
-
-
 def require(config: Config, model: Adapted) -> None:
     """Refuse a method that cannot work on this model, before anything is trained.
 
@@ -176,7 +159,7 @@ def check(config: Config) -> None:
     allowed = [*CORRUPTIONS, PER_CLIENT, SEQUENCE, CLEAN]
     if tta.corruption not in allowed:
         raise InputError(registry.unknown("tta.corruption", tta.corruption, allowed))
-    if tta.corruption != CLEAN and config.model.task != "image-classification":
+    if tta.corruption != CLEAN and load_objective(config.model.task).records != "image":
         raise InputError(f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
                          f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts.")
     wraps = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.config import ClientConfig
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
@@ -191,49 +192,30 @@ def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[d
 
 
 def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Loss [N] of each sample.
-
-    A text's loss is the mean over its own tokens: a mean over the batch's tokens would couple the samples.
-    """
-    return _losses(*_predictions(model, inputs, labels))
+    """Loss [N] of each sample, as the model's objective has it."""
+    return model.base.objective.losses(*_predict(model, inputs, labels))
 
 
-def _predictions(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, K] and labels [N]; of a text's tokens [N, T - 1, K] and, each one's successor, [N, T - 1]."""
+def _predict(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores in float32 at least, and the targets that they are for."""
     logits = model.logits(inputs)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits[:, :-1], labels[:, 1:]) if model.base.task == "causal-lm" else (logits, labels)
-
-
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    if labels.ndim == 1:
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-    return losses.sum(1) / (labels != IGNORE).sum(1).clamp(min=1)
+    return model.base.objective.pair(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
 @torch.no_grad()
 def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, float]:
-    """Accuracy and mean loss of the records that have something to predict, and how many these are.
-
-    For causal-lm the accuracy is that of the next token, and `token_loss` is the mean over all `test_tokens` of them,
-    where `loss` is the mean over texts.
-    """
+    """What the model's objective measures of the records that have something to predict; `num-examples` of them."""
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
-    loss, right, made, over_tokens, teaching = 0.0, 0, 0, 0.0, data.teaching()
+    objective, teaching = model.base.objective, data.teaching()
+    sums: defaultdict[str, float] = defaultdict(int)
     with first_token(model, data):
         for start in range(0, len(teaching), batch_size):
-            logits, labels = _predictions(model, *on_device(data, teaching[start : start + batch_size], device))
-            each, counts = _losses(logits, labels).double(), (labels != IGNORE).reshape(len(labels), -1).sum(1)
-            loss += float(each.sum())
-            over_tokens += float((each * counts).sum())
-            right += int((logits.argmax(-1) == labels).logical_and(labels != IGNORE).sum())
-            made += int((labels != IGNORE).sum())
-    accuracy, loss, token_loss = (total / count if count else math.nan for total, count in (
-        (right, made), (loss, len(teaching)), (over_tokens, made)))
-    tokens = {"test_tokens": made, "token_loss": token_loss} if model.base.task == "causal-lm" else {}
-    return {"accuracy": accuracy, "loss": loss, "num-examples": len(teaching), **tokens}
+            scores, targets = _predict(model, *on_device(data, teaching[start : start + batch_size], device))
+            losses = objective.losses(scores, targets).double()
+            for key, value in objective.measure(scores, targets, losses).items():
+                sums[key] += value
+    return objective.metrics(sums, len(teaching))
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

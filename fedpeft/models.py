@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedpeft import agreement, seeds
 from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import Objective, load_objective
 
 log = logging.getLogger("fedpeft")
 
@@ -49,6 +51,11 @@ class Base:
     source: str
     task: str
 
+    @cached_property
+    def objective(self) -> Objective:
+        """What the model is trained to do."""
+        return load_objective(self.task)
+
 
 def load(config: ModelConfig, labels: int, seed: int) -> Base:
     """Load and freeze the base model of a config; a head that the checkpoint lacks is drawn from `seed`.
@@ -57,7 +64,8 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a
             model for another task.
     """
-    if config.name in EMBEDDED and EMBEDDED[config.name] != config.task:
+    objective = load_objective(config.task)
+    if config.name in EMBEDDED and load_objective(EMBEDDED[config.name]).auto_class != objective.auto_class:
         raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seeds.derive(seed, "head"))
@@ -66,7 +74,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             pooled = config.pooling == "mean"
         else:
             config = replace(config, name=str(prepare.model(config.name) or config.name))
-            pooled = config.task == "sequence-classification" and _mean_pooled(config)
+            pooled = objective.mean_pooled and _mean_pooled(config)
             model, processor = _pretrained(config, labels, pooled)
             source = config.name
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
@@ -75,7 +83,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         head.requires_grad_(False)
         return Base(model, lambda batch: head(mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])),
                     {"classifier": head}, processor, source, config.task)
-    heads = {} if config.task == "causal-lm" else _heads(model)
+    heads = _heads(model) if objective.classes else {}
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
 
 
@@ -153,22 +161,15 @@ def _mean_pooled(config: ModelConfig) -> bool:
 def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, Any]:
     import transformers
 
+    objective = load_objective(config.task)
     arguments = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
-    kinds = {
-        "image-classification": "AutoModelForImageClassification",
-        "sequence-classification": "AutoModelForSequenceClassification",
-        "causal-lm": "AutoModelForCausalLM",
-    }
     agreement.require_base(config.name)
     try:
-        if pooled:
-            kind = transformers.AutoModel
-        else:
-            kind = getattr(transformers, kinds[config.task])
-        if config.task != "causal-lm" and not pooled:
+        kind = transformers.AutoModel if pooled else getattr(transformers, objective.auto_class)
+        if objective.classes and not pooled:
             arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
         model, loading = kind.from_pretrained(config.name, output_loading_info=True, **arguments)
-        if config.task == "image-classification":
+        if objective.records == "image":
             processor = transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
         else:
             processor = transformers.AutoTokenizer.from_pretrained(config.name)
@@ -177,20 +178,21 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
             f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
             f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)})."
         ) from error
-    _require_agreement(config, model, processor, loading, pooled)
+    _require_agreement(config, objective, model, processor, loading, pooled)
     return model, processor
 
 
-def _require_agreement(config: ModelConfig, model: Any, processor: Any, loading: dict[str, Any], pooled: bool) -> None:
+def _require_agreement(config: ModelConfig, objective: Objective, model: Any, processor: Any, loading: dict[str, Any],
+                       pooled: bool) -> None:
     """Refuse what does not belong together; a tokenizer that cannot pad gets its end token for it."""
-    if config.task == "causal-lm":
+    if objective.causal:
         agreement.require_causal(config, model)
         if loading["missing_keys"]:
-            raise InputError(f"model.name: '{config.name}' is no causal-lm checkpoint: it lacks "
+            raise InputError(f"model.name: '{config.name}' is no {config.task} checkpoint: it lacks "
                              f"{', '.join(sorted(loading['missing_keys'])[:3])}.")
-    heads = () if pooled or config.task == "causal-lm" else _heads(model)
+    heads = _heads(model) if objective.classes and not pooled else ()
     agreement.require_covered(config.name, model, loading, heads, ("pooler",) if pooled else ())
-    if config.task == "image-classification":
+    if objective.records == "image":
         return
     agreement.require_tokenizer(config.name, processor)
     if processor.pad_token is None:

@@ -40,6 +40,11 @@ TABLES: dict[str, dict[str, str]] = {
         "median": "fedpeft.strategies.wrappers.median:Median",
         "krum": "fedpeft.strategies.wrappers.krum:Krum",
     },
+    "objectives": {
+        "image-classification": "fedpeft.objectives.image_classification:ImageClassification",
+        "sequence-classification": "fedpeft.objectives.sequence_classification:SequenceClassification",
+        "causal-lm": "fedpeft.objectives.causal_lm:CausalLM",
+    },
     "adapters": {
         "lora": "fedpeft.adapters.lora:Lora",
         "lora_sb": "fedpeft.adapters.lora_sb:LoraSB",

@@ -26,12 +26,12 @@ MAX_TRAIN = 5000
 
 
 def baselines(here: World) -> dict[str, Any]:
-    """Test accuracy of logistic regression on frozen features and on pixels or words; empty for causal-lm.
+    """Test accuracy of logistic regression on frozen features and on pixels or words; empty without classes.
 
     At most MAX_TRAIN training records are used. A row that cannot be fitted is None, and `<row>_reason` says why: a run
     does not end because of what only stands beside it.
     """
-    if here.config.model.task == "causal-lm":
+    if not here.local.model.base.objective.classes:
         return {}
     few = numpy_generator(here.config.run.seed, "baselines").permutation(len(here.train))[:MAX_TRAIN]
     y, y_test = here.train.labels[few], here.test.labels

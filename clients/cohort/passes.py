@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 
 LONGEST = 2.0  # padded tokens of a pass / tokens asked for: a planned batch that comes out longer is seldom cut
 WASTE = 0.125  # tokens of a pass that are padding / tokens asked for: costs what another pass would cost in overhead

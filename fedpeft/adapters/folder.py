@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedpeft import registry
 from fedpeft.adapters.peft_files import (
     PREFIX,
     named_parameter,
@@ -25,10 +26,10 @@ from fedpeft.adapters.peft_files import (
 )
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes, write_tensors
+from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState, Site
 
 WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
-TASKS = {"image-classification": None, "sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 POOLED = "FEATURE_EXTRACTION"
 
 
@@ -59,7 +60,7 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
         "peft_type": "LORA",
-        "task_type": POOLED if pooled_head else TASKS.get(task or ""),
+        "task_type": POOLED if pooled_head else load_objective(task).peft_task if task else None,
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -90,7 +91,7 @@ def about(folder: Path) -> dict[str, Any]:
     kind, saved = config.get("task_type"), config.get("modules_to_save") or []
     found = (saved_module(name.removeprefix(PREFIX), saved) for name in _weight_names(folder)) if saved else ()
     return {"base": str(config.get("base_model_name_or_path") or ""), "revision": config.get("revision"),
-            "task": next((name for name, value in TASKS.items() if value and value == kind), None),
+            "task": _task_of(kind),
             "pooled_head": kind == POOLED and (folder / HEAD).exists(),
             "modules": sorted({module for module in found if module}) or None}
 
@@ -147,6 +148,12 @@ def _place(base: str) -> str:
 
 def _named(about: dict[str, Any]) -> str:
     return f"'{about['base']}'" + (f" at revision {about['revision']}" if about["revision"] else "")
+
+
+def _task_of(kind: str | None) -> str | None:
+    """The first objective that peft has this `task_type` for."""
+    names = registry.names("objectives") if kind else []
+    return next((name for name in names if load_objective(name).peft_task == kind), None)
 
 
 def _head(about: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from fedpeft import registry
 from fedpeft.config import schema
 from fedpeft.errors import InputError
 
-TABLES = ("strategies", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams", "server_bodies",
-          "mergers", "models", "recipes", "sections", "configs")
+TABLES = ("strategies", "objectives", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams",
+          "server_bodies", "mergers", "models", "recipes", "sections", "configs")
 
 
 def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -121,7 +121,6 @@ def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any
             meta["above"] > -schema.INFINITY
         )
         bounds += [f"<= {meta['high']:g}"] * (meta["high"] < schema.INFINITY)
-        allowed = (
-            ", ".join(map(str, meta["choices"])) or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
-        )
+        choices = ", ".join(schema.choices_of(item))
+        allowed = choices or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
         yield {"name": name, "default": configs.default_of(item), "allowed": allowed, "help": meta["help"]}

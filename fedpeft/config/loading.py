@@ -25,6 +25,7 @@ from fedpeft.config.schema import (
     METHOD_SECTIONS,
     NAME_KEYS,
     Config,
+    choices_of,
     default_of,
     options_of,
 )
@@ -285,8 +286,9 @@ def _value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
         return value
     if meta["path"]:
         return str(Path(value).expanduser()) if value.startswith("~") else value
-    if meta["choices"] and value not in meta["choices"]:
-        raise InputError(registry.unknown(key, value, [str(choice) for choice in meta["choices"]]))
+    allowed = choices_of(item)
+    if allowed and str(value) not in allowed:
+        raise InputError(registry.unknown(key, value, allowed))
     _require_within(value, meta, key)
     return value
 

@@ -6,20 +6,24 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedpeft import registry
+
 INFINITY = float("inf")
 
 
 def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INFINITY, above: float = -INFINITY,
-           choices: tuple[Any, ...] = (), path: bool = False, options_of: tuple[str, str] | None = None) -> Any:
+           choices: tuple[Any, ...] = (), table: str = "", path: bool = False,
+           options_of: tuple[str, str] | None = None) -> Any:
     """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`.
 
     Args:
+        table: the choices are the names of this registry table.
         path: it may be a place in the file system, so a `~` in front is somebody's home folder.
         options_of: it holds options of an entry of this registry table ("" is none of ours), whose name stands in this
             field beside it; or a list of entries, whose names stand in this key of each.
     """
-    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "path": path,
-            "options_of": options_of}
+    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "table": table,
+            "path": path, "options_of": options_of}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -29,8 +33,8 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
 class ModelConfig:
     name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id",
                        path=True)
-    task: str = option("image-classification", "what the model does",
-                       choices=("image-classification", "sequence-classification", "causal-lm"))
+    task: str = option("image-classification", "what the model is trained to do: a registered objective",
+                       table="objectives")
     pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
                           "auto is mean for sentence encoders", choices=("auto", "model", "mean"))
     max_length: int = option(128, "longest input in tokens; longer texts are cut, which is counted and said", low=1)
@@ -230,6 +234,12 @@ def options_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     """
     config = getattr(cls, "Config", None)
     return {item.name.rstrip("_"): item for item in dataclasses.fields(config)} if config else {}
+
+
+def choices_of(item: dataclasses.Field[Any]) -> list[str]:
+    """The values that a field may have, as users write them; empty where they are not counted."""
+    table = item.metadata.get("table")
+    return registry.names(table) if table else [str(choice) for choice in item.metadata.get("choices", ())]
 
 
 def default_of(item: dataclasses.Field[Any]) -> Any:

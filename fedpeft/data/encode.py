@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.data import skipped
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped
 from fedpeft.data.source import Records
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import IGNORE, load_objective
 
-log = logging.getLogger("fedpeft.data")
-IGNORE = -100
 CHUNK = 256
 
 
@@ -70,60 +67,48 @@ class Encoded:
 def encode(records: Records, processor: Any, task: str, max_length: int, what: str = "texts") -> Encoded:
     """All records as tensors. Texts that are cut, and those with nothing to predict, are counted and said.
 
-    For causal-lm the tokenizer's end token follows every text that has room for it, so that a model learns to stop.
-
     Args:
         processor: a transformers tokenizer for texts; an image processor, or None for images that go in as they are
             (uint8 scaled to [0, 1]).
+        task: name of the objective, which makes inputs and labels of the records.
         max_length: longest text in tokens, with what the tokenizer puts around it; longer ones lose their end.
         what: the texts, for what is said of them.
 
     Raises:
         InputError: the records are of a kind that the task or the processor does not take.
     """
-    if (records.kind == "image") != (task == "image-classification"):
+    objective = load_objective(task)
+    if records.kind != objective.records:
         raise InputError(f"model.task={task} does not take {records.kind}s.")
-    if records.kind == "image":
-        images: Any = records.inputs
-        pixels = _plain(images) if processor is None else _processed(images, processor)
-        return Encoded({"pixel_values": pixels}, torch.from_numpy(records.labels))
-    if processor is None:
+    if records.kind == "text" and processor is None:
         raise InputError(f"model.task={task}: the model has no tokenizer.")
-    causal = task == "causal-lm"
-    end = processor.eos_token_id if causal else None
-    rows, cut, longest = _tokenized(_texts(records), processor, max_length, causal, end)
-    inputs = _padded(rows, processor)
-    found: tuple[Skipped, ...] = ()
-    if cut:
-        long = f"{what} have more tokens{', with their end token,' if end is not None else ''} and are cut; the longest"
-        found = (Skipped(f"model.max_length={max_length}", f"{long} has {longest}", len(cut), len(records)),)
-    if not causal:
-        skipped.say(found)
-        return Encoded(inputs, torch.from_numpy(records.labels), found)
-    data = Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
-    silent = [repr(records.inputs[index][:20]) for index in np.setdiff1d(np.arange(len(records)), data.teaching())]
-    found += some(task, f"{what} have nothing to predict, as they have fewer than two tokens, and are left out", silent,
-                  len(records))
-    if end is None:
-        endless = f"{what} have no end token, as the tokenizer has none: the model does not learn where a text ends"
-        found += (Skipped(task, endless, len(records), len(records)),)
-    else:
-        log.info("%s: the end token %s follows %d of %d %s.", task, processor.eos_token, len(records) - len(cut),
-                 len(records), what)
-    skipped.say(found)
-    return Encoded(data.inputs, data.labels, found, end)
+    return objective.encode(records, processor, max_length, what)
 
 
-def _texts(records: Records) -> list[str]:
-    return [str(text) for text in records.inputs]
+def encode_images(images: Any, processor: Any) -> Tensor:
+    """Pixels float32 [N, C, H, W] of images [N, H, W, C], or of a list of images that differ in size."""
+    return _plain(images) if processor is None else _processed(images, processor)
 
 
-def _tokenized(texts: list[str], tokenizer: Any, max_length: int, causal: bool, end: int | None
-               ) -> tuple[dict[str, list[list[int]]], list[int], int]:
-    """Rows of every model input, of at most `max_length` tokens; which texts were cut; tokens of the longest.
+def encode_texts(records: Records, tokenizer: Any, max_length: int, what: str, *, end: int | None = None,
+                 keep_start: bool = False) -> tuple[dict[str, Tensor], tuple[Skipped, ...]]:
+    """Inputs [N, T] of texts, padded on the right, and what is to be said of those that are cut.
 
-    A cut text of a language model ends where it is cut: what a tokenizer puts at an end is not to be learned there.
+    Args:
+        end: token to put after every text that does not end in it.
+        keep_start: a text that is too long ends where it is cut, without what the tokenizer puts at an end.
     """
+    rows, cut, longest = _tokenize([str(text) for text in records.inputs], tokenizer, max_length, keep_start, end)
+    if not cut:
+        return _padded(rows, tokenizer), ()
+    with_end = ", with their end token," if end is not None else ""
+    text = f"{what} have more tokens{with_end} and are cut; the longest has {longest}"
+    return _padded(rows, tokenizer), (Skipped(f"model.max_length={max_length}", text, len(cut), len(records)),)
+
+
+def _tokenize(texts: list[str], tokenizer: Any, max_length: int, keep_start: bool, end: int | None
+              ) -> tuple[dict[str, list[list[int]]], list[int], int]:
+    """Rows of every model input, of at most `max_length` tokens; which texts were cut; tokens of the longest."""
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)
     rows = {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}
     if end is not None:
@@ -134,7 +119,7 @@ def _tokenized(texts: list[str], tokenizer: Any, max_length: int, causal: bool, 
                     values[index] = [*values[index], added.get(name, 0)]
     longest = max((len(ids) for ids in rows["input_ids"]), default=0)
     cut = [index for index, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-    if causal:
+    if keep_start:
         rows = {name: [row[:max_length] for row in values] for name, values in rows.items()}
     elif cut:
         short = tokenizer([texts[index] for index in cut], padding=False, truncation=True, max_length=max_length)

@@ -21,8 +21,7 @@ from fedpeft.config import DataConfig
 from fedpeft.data import columns, pictures, prepare, skipped, tables
 from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
-
-KINDS = {"image-classification": "image", "sequence-classification": "text", "causal-lm": "text"}
+from fedpeft.objectives.base import load_objective
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
     if config.labels:
         train = _align(train, config.labels, "data.source", "data.labels")
     notes = train.skipped if test is None or config.test is not None else train.skipped + test.skipped
-    if task != "causal-lm":
+    if load_objective(task).classes:
         _require_classes(train, config)
     if config.test is not None:
         first, second = _read(config.test, "data.test", config, task)
@@ -174,12 +173,13 @@ def _tables(source: str, key: str) -> tables.Tables:
 
 
 def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
-    kind = KINDS[task]
+    objective = load_objective(task)
+    kind = objective.records
     if kind == "image":
         _require_kind(kind if columns.find_column(table, "image", config.image) else "text", task, table.where)
     name = columns.column(table, kind, config.image if kind == "image" else config.text)
-    label, labels, label_names, notes = _labels(table, config, task)
-    if task == "causal-lm" and config.text is None:
+    label, labels, label_names, notes = _labels(table, config, objective.classes)
+    if objective.causal and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
     what = f"{table.where}: column {name}"
     inputs: Any = (pictures.read_column(table.columns[name], what, table.folder) if kind == "image"
@@ -193,14 +193,14 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     return Records(inputs, labels, label_names, natural, kind, table.skipped + notes)
 
 
-def _labels(table: tables.Table, config: DataConfig, task: str
+def _labels(table: tables.Table, config: DataConfig, needed: bool
             ) -> tuple[str | None, np.ndarray, list[str], tuple[Skipped, ...]]:
     """Column, indices and names of the labels, and what is to be said of them.
 
-    A language model needs none: a column that has only the name of labels is left alone where it holds others.
+    Where none are needed, a column that has only the name of labels is left alone if it holds others.
     """
     none = np.zeros(len(next(iter(table.columns.values()))), dtype=np.int64)
-    if task != "causal-lm":
+    if needed:
         name = columns.column(table, "label", config.label)
         return (name, *columns.labels(table, name))
     found = columns.find_column(table, "label", config.label)
@@ -216,10 +216,11 @@ def _labels(table: tables.Table, config: DataConfig, task: str
 
 
 def _require_kind(kind: str, task: str, where: str) -> None:
-    if kind != KINDS[task]:
-        tasks = [other for other, needed in KINDS.items() if needed == kind]
+    needed = load_objective(task).records
+    if kind != needed:
+        tasks = [other for other in registry.names("objectives") if load_objective(other).records == kind]
         raise InputError(
-            f"model.task={task} needs {KINDS[task]} data; {where} has {kind}s. Tasks for {kind}s: {', '.join(tasks)}."
+            f"model.task={task} needs {needed} data; {where} has {kind}s. Tasks for {kind}s: {', '.join(tasks)}."
         )
 
 

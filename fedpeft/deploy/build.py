@@ -13,7 +13,7 @@ from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
-from fedpeft.data.source import KINDS, Records
+from fedpeft.data.source import Records
 from fedpeft.run.world import World, device
 from fedpeft.strategies.build import build as build_strategy
 
@@ -34,7 +34,7 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     store = Store(run, history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, ledger or run / "ledger", name or run.name)
     local = Local(config, model, start.adapter, {}, {}, store, guard)
-    kind = KINDS[config.model.task]
+    kind = model.base.objective.records
     none = Records(np.zeros((0, 1, 1, 1), np.uint8) if kind == "image" else [], np.zeros(0, np.int64), labels, {}, kind)
     nothing = Encoded({}, torch.zeros(0, dtype=torch.int64))
     return World(config, strategy, local, start, none, none, nothing, nothing)

@@ -23,6 +23,7 @@ from fedpeft.config import Config
 from fedpeft.deploy import settings
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import load_objective
 
 if TYPE_CHECKING:
     from fedpeft.models import Base
@@ -165,7 +166,7 @@ def classes(config: Config, found: list[str] | None) -> list[str]:
     Raises:
         InputError: nobody says what the classes are.
     """
-    if config.model.task == "causal-lm":
+    if not load_objective(config.model.task).classes:
         return ["all"]
     names: Any = config.data.labels or found
     if not names:

@@ -37,9 +37,9 @@ def of(events: list[Event], config: dict[str, Any], found: dict[str, Any]) -> di
     else:
         entries |= {**_tested(events, found), "last_rounds": _last_rounds(found)}
     whole = {**found, **entries}
-    language = (config.get("model") or {}).get("task") == "causal-lm"
-    entries["standard_error"] = None if language else standard_error(whole["final"], whole["test_records"])
-    if language and whole["final"] is not None:
+    tokens = whole["test_tokens"] is not None  # accuracy is then a share of tokens, which are not independent
+    entries["standard_error"] = None if tokens else standard_error(whole["final"], whole["test_records"])
+    if tokens and whole["final"] is not None:
         entries["perplexity"] = _perplexity(events, whole)
     return {**entries, "comparison": _comparison({**whole, **entries}), "updates": _updates(events)}
 

@@ -100,7 +100,7 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
 
 def _score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     final, where = summary["final"], f"on the {summary['evaluated_on']} after round {summary['final']['round']}"
-    if (config.get("model") or {}).get("task") == "causal-lm" and summary.get("perplexity") is not None:
+    if summary.get("perplexity") is not None:
         tokens = f"over {number(summary['test_tokens'])} tokens of {number(summary['test_records'])} texts "
         right = f"; next-token accuracy {percent(final['accuracy'])}" if final["accuracy"] is not None else ""
         text = f"Perplexity {number(summary['perplexity'])} {tokens}{where}, loss {number(final['loss'])}{right}"

@@ -12,7 +12,8 @@ from fedpeft.adapters import features
 from fedpeft.clients.sequence import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 from fedpeft.run import sequence
 from fedpeft.run.world import Shares, World
 from fedpeft.strategies.sequence.build import fits
@@ -27,29 +28,25 @@ def constant(here: World) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if len(here.test_encoded):
-        values, counts = _answers(here.test_encoded, here.config.model.task).unique(return_counts=True)
+        values, counts = _targets(here, here.test_encoded).unique(return_counts=True)
         best = int(counts.argmax())
+        base = here.local.model.base
         found = {"largest_class": int(counts[best]) / int(counts.sum()),
-                 "largest_class_name": _name(here, int(values[best]))}
+                 "largest_class_name": base.objective.describe_answer(int(values[best]), here.test.label_names,
+                                                                      base.processor)}
     held, privacy = here.local.holdout, here.config.privacy
     covered = privacy.unit == "none" or privacy.release_metrics
     if here.config.data.holdout and isinstance(held, Shares) and covered:
-        each = [_answers(held[client], here.config.model.task).unique(return_counts=True)[1] for client in held]
+        each = [_targets(here, held[client]).unique(return_counts=True)[1] for client in held]
         right, total = sum(int(counts.max()) for counts in each), sum(int(counts.sum()) for counts in each)
         found["clients_largest_class"] = right / total
     return found
 
 
-def _answers(data: Encoded, task: str) -> Tensor:
+def _targets(here: World, data: Encoded) -> Tensor:
     """What a model should say, one after another."""
-    labels = data.labels[:, 1:] if task == "causal-lm" else data.labels
-    return labels[labels != IGNORE]
-
-
-def _name(here: World, answer: int) -> str:
-    if here.config.model.task != "causal-lm":
-        return str(here.test.label_names[answer])
-    return str(here.local.model.base.processor.decode([answer]))
+    targets = here.local.model.base.objective.targets(data.labels)
+    return targets[targets != IGNORE]
 
 
 def frozen_head(here: World) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _compare(run: Path, config: Config) -> None:
 
 def _save(base: models.Base, names: list[str], to: Path) -> None:
     merged: Any = base.backbone
-    if base.task != "causal-lm":
+    if base.objective.classes:
         merged.config.id2label = dict(enumerate(names))
         merged.config.label2id = {name: index for index, name in enumerate(names)}
     merged.save_pretrained(to)

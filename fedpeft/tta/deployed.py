@@ -209,11 +209,11 @@ def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tenso
         return model
     if isinstance(model, Adapted | Base):
         base = model.base if isinstance(model, Adapted) else model
-        if base.task == "causal-lm":
+        if not base.objective.classes:
             backbone: Any = base.backbone
             layer = backbone.get_output_embeddings()
             output = next(name for name, part in backbone.named_modules() if part is layer)
-            return Deployed([backbone], _named(lambda batch: next_token(base.forward(batch), batch)), None,
+            return Deployed([backbone], _named(lambda batch: base.objective.answer(base.forward(batch), batch)), None,
                             output=output)
         owner = _Heads(base.heads)
         inside = {id(part) for part in base.backbone.modules()}
@@ -280,15 +280,6 @@ def finite_rows(batch: Batch) -> Tensor:
         if value.is_floating_point():
             good &= value.flatten(1).isfinite().all(1)
     return good
-
-
-def next_token(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Of token scores [N, T, V], those after each text's last real token [N, V], wherever its padding is."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return logits[:, -1]
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
-    return logits[torch.arange(len(logits), device=logits.device), last]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from fedpeft.config import Config, method
 from fedpeft.continual import curriculum
 from fedpeft.continual.head import Head
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import load_objective
 from fedpeft.privacy.accounting import Release, composed
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence.base import ServerBody
@@ -57,8 +58,8 @@ def check(config: Config) -> None:
     if config.run.rounds % section.tasks:
         raise InputError(f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
                          "and every task has the same number of rounds.")
-    if config.model.task == "causal-lm":
-        raise InputError("continual.body: tasks are groups of classes, and model.task=causal-lm has none.")
+    if not load_objective(config.model.task).classes:
+        raise InputError(f"continual.body: tasks are groups of classes, and model.task={config.model.task} has none.")
     if not config.adapter.train_head:
         raise InputError("adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
                          "adapter.train_head=true.")

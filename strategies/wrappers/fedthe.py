@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedpeft import config as configs
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.build import build
@@ -91,7 +92,7 @@ def check(config: configs.Config) -> None:
     if "head" in keeps:
         raise InputError(f"strategy.wrap: fedthe mixes a personal with the global head, but {name} leaves "
                          f"{', '.join(keeps)} with each client, so there is no global one.")
-    if config.model.task == "causal-lm" or not config.adapter.train_head:
+    if not load_objective(config.model.task).classes or not config.adapter.train_head:
         raise InputError(f"strategy.wrap: fedthe needs a head that the clients train; model.task={config.model.task}, "
                          f"adapter.train_head={str(config.adapter.train_head).lower()} has none.")
     if config.continual.body is not None:

@@ -18,6 +18,7 @@ from fedpeft.clients.train import evaluate
 from fedpeft.data.corruptions import CORRUPTIONS, corrupt
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
+from fedpeft.objectives.causal_lm import CausalLM
 from fedpeft.record import checkpoint
 from fedpeft.run.world import World, world
 from fedpeft.simulations import run as runs
@@ -180,7 +181,7 @@ def test_a_language_model_learns_from_its_inputs_and_is_asked_for_the_last_token
     client, result = next(iter(events(tmp_path / "run", "clients_evaluated")[-1]["clients"].items()))
     written(here, server, client)
     held = here.local.holdout[client]
-    cut = test_time.last_tokens(held)
+    cut = CausalLM("causal-lm").stream(held)
     for row in range(len(held)):
         ids = held.inputs["input_ids"][row][: int(held.inputs["attention_mask"][row].sum())]
         kept = int(cut.inputs["attention_mask"][row].sum())

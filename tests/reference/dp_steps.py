@@ -13,7 +13,8 @@ from torch import nn
 
 from fedpeft.clients.train import Private, private_steps
 from fedpeft.config import ClientConfig
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.plan import Plan

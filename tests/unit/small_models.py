@@ -13,8 +13,9 @@ from torch import Tensor
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
 from fedpeft.models import byte_tokenizer
+from fedpeft.objectives.base import IGNORE
 from fedpeft.state import AdapterState
 
 WIDTH, LABELS, POSITIONS = 16, 3, 130

@@ -19,7 +19,7 @@ LAYERS = (
     {"errors", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
     {"state", "packing"},
     {"record"},
-    {"models", "agreement", "adapters", "privacy", "data"},
+    {"objectives", "models", "agreement", "adapters", "privacy", "data"},
     {"continual", "tta", "merging"},
     {"strategies", "clients"},
     {"run"},

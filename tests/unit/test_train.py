@@ -16,8 +16,9 @@ from fedpeft.clients.cohort.chunk import Job
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
+from fedpeft.objectives.base import IGNORE
 
 CPU = torch.device("cpu")
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)

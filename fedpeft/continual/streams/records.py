@@ -12,6 +12,7 @@ from typing import Any
 from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.continual.streams.base import Material, Source, labelled
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import load_objective
 
 
 class Records(Source):
@@ -26,8 +27,8 @@ class Records(Source):
         test: str | None = option(None, "the test set where the source has none; else a share of it is held out")
         limit: int | None = option(None, "at most so many records in the training and in the test set", low=1)
         model: str = option("tiny-vit", "base model: embedded, prepared, local folder or hub id")
-        kind: str = option("image-classification", "what the model does",
-                           choices=("image-classification", "sequence-classification"))
+        kind: str = option("image-classification", "what the model is trained to do: an objective with classes",
+                           table="objectives")
         max_length: int = option(64, "longest text in tokens", low=1)
         scenario: str = option("class", "what a task is", choices=("class", "task", "domain"))
         tasks: int = option(5, "number of tasks of class and task streams", low=1)
@@ -37,6 +38,8 @@ class Records(Source):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.scenario = self.config.scenario
+        if not load_objective(self.config.kind).classes:
+            raise InputError(f"stream.kind={self.config.kind}: it has no classes, and tasks are made of them.")
         if (self.config.column is not None) != (self.scenario == "domain"):
             raise InputError(f"stream.column={self.config.column} with stream.scenario={self.scenario}: a domain "
                              "stream needs a column, and no other has one.")

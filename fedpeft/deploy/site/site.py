@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
-from fedpeft import folders
+from fedpeft import folders, registry
 from fedpeft.config import Config
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.address import parse_endpoint, proxy_of
@@ -227,7 +227,7 @@ def _readings(config: Config) -> Iterator[tuple[str, Records]]:
     """
     from fedpeft.data import source
 
-    failures, tasks = [], dict.fromkeys([config.model.task, *source.KINDS])
+    failures, tasks = [], dict.fromkeys([config.model.task, *registry.names("objectives")])
     for task in tasks:
         try:
             records = source.whole(str(config.data.source), "data.source", config.data, task)

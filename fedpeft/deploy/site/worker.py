@@ -37,6 +37,7 @@ from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import shown
+from fedpeft.objectives.base import load_objective
 from fedpeft.seeds import numpy_generator
 
 log = logging.getLogger("fedpeft")
@@ -107,7 +108,7 @@ class Resident:
             RunError: the base model is another one than the coordinator's, or it mixes records.
         """
         log.info("run %s: loading model and data", cover.run)
-        config.data.labels = None if config.model.task == "causal-lm" else list(cover.labels)
+        config.data.labels = list(cover.labels) if load_objective(config.model.task).classes else None
         here = bare(config, self.site.path / "state" / cover.run, list(cover.labels), self.site.path / "ledger",
                     cover.account(config))
         local = here.local

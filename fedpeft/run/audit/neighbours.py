@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients import train as training
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 
 
 def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Encoded, list[Encoded]]]:

@@ -1,0 +1,105 @@
+"""What every objective says of itself. `model.task` names one of the table `objectives`, and nothing else asks for it.
+
+An objective is what a model is trained to do: what a record is, which inputs and labels it becomes, the loss of each
+sample, what an evaluation measures, and what transformers and peft call it.
+
+    >>> import torch
+    >>> objective = load_objective("image-classification")
+    >>> objective.records, objective.classes, objective.auto_class
+    ('image', True, 'AutoModelForImageClassification')
+    >>> objective.losses(torch.zeros(2, 4), torch.tensor([0, 3])).exp().round().tolist()
+    [4.0, 4.0]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedpeft import registry
+
+if TYPE_CHECKING:
+    from fedpeft.data.encode import Encoded
+    from fedpeft.data.source import Records
+
+IGNORE = -100  # the label of what is not to be predicted
+
+class Objective:
+    """Base of all objectives: a head scores classes.
+
+    Attributes:
+        records: what a record is, "text" or "image".
+        auto_class: transformers' class that loads a base model for it.
+        peft_task: peft's `task_type`; None where peft has none.
+        classes: labels are classes, for which the model has a head; else a label is no class and there is no head.
+        causal: every token is predicted from those before it, so a model that sees later ones is refused.
+        mean_pooled: a linear head on mean-pooled features can take the place of the model's own.
+    """
+
+    records: ClassVar[str]
+    auto_class: ClassVar[str]
+    peft_task: ClassVar[str | None] = None
+    classes: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
+    mean_pooled: ClassVar[bool] = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
+        """Inputs and labels of the records, see `fedpeft.data.encode.encode`."""
+        raise NotImplementedError
+
+    def pair(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [N, ..., K] and the labels [N, ...] that they are for, IGNORE where there is nothing to predict."""
+        return logits, self.targets(labels)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """What is to be predicted, of the labels of records [N, ...]."""
+        return labels
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Loss [N] of each sample, which must not depend on the others in its batch: privacy is a sample's own."""
+        return F.cross_entropy(scores, targets, reduction="none")
+
+    def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
+        """Sums over the samples of a batch, of which `metrics` makes its means; `losses` [N] are float64."""
+        known = targets != IGNORE
+        return {"loss": float(losses.sum()), "right": int((scores.argmax(-1) == targets).logical_and(known).sum()),
+                "targets": int(known.sum())}
+
+    def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
+        """What an evaluation says: `accuracy`, `loss` and whatever else, of the sums over all samples (0 of none)."""
+        return {"accuracy": divide(sums["right"], sums["targets"]), "loss": divide(sums["loss"], samples),
+                "num-examples": samples}
+
+    def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The scores [N, K] of one answer for each record, which test-time methods adapt."""
+        return logits
+
+    def stream(self, data: Encoded) -> Encoded:
+        """Records as a test-time stream has them, labels [N] being the answers."""
+        return data
+
+    def describe_answer(self, answer: int, label_names: Sequence[str], processor: Any) -> str:
+        """A target in words."""
+        return str(label_names[answer])
+
+
+def load_objective(task: str) -> Objective:
+    """The objective of a `model.task`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    objective: Objective = registry.load("objectives", task, "model.task")(task)
+    return objective
+
+
+def divide(total: float, count: float) -> float:
+    """A mean; NaN of nothing."""
+    return total / count if count else math.nan

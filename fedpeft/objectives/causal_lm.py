@@ -1,0 +1,96 @@
+"""Language modelling: each token of a text is predicted from those before; a text's loss is the mean of its tokens'."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedpeft.data import skipped
+from fedpeft.data.encode import Encoded, encode_texts
+from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.source import Records
+from fedpeft.objectives.base import IGNORE, Objective, divide
+
+log = logging.getLogger("fedpeft.data")
+
+
+class CausalLM(Objective):
+    """The next token of each text, at every place."""
+
+    records = "text"
+    auto_class = "AutoModelForCausalLM"
+    peft_task = "CAUSAL_LM"
+    classes = False
+    causal = True
+
+    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
+        """Labels are the input ids, IGNORE at the padding. The tokenizer's end token follows every text that has room
+        for it, so that a model learns to stop.
+        """
+        end, total = processor.eos_token_id, len(records)
+        inputs, cut = encode_texts(records, processor, max_length, what, end=end, keep_start=True)
+        data = Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
+        silent = [repr(records.inputs[index][:20]) for index in np.setdiff1d(np.arange(total), data.teaching())]
+        left_out = some(self.name, f"{what} have nothing to predict, as they have fewer than two tokens, and are left "
+                        "out", silent, total)
+        endless: tuple[Skipped, ...] = ()
+        if end is None:
+            endless = (Skipped(self.name, f"{what} have no end token, as the tokenizer has none: the model does not "
+                               "learn where a text ends", total, total),)
+        else:
+            log.info("%s: the end token %s follows %d of %d %s.", self.name, processor.eos_token,
+                     total - sum(entry.count for entry in cut), total, what)
+        skipped.say(cut + left_out + endless)
+        return Encoded(data.inputs, data.labels, cut + left_out + endless, end)
+
+    def pair(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores at each token are for its successor: [N, T - 1, K] and [N, T - 1]."""
+        return logits[:, :-1], self.targets(labels)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return labels[:, 1:]
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Mean over a text's own tokens: a mean over the batch's tokens would couple the samples."""
+        losses = F.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
+        return losses.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
+
+    def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
+        over_tokens = float((losses * (targets != IGNORE).sum(1)).sum())
+        return {**super().measure(scores, targets, losses), "over_tokens": over_tokens}
+
+    def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
+        """`loss` is the mean over texts, `token_loss` that over all their tokens, which are `test_tokens`."""
+        return {**super().metrics(sums, samples), "test_tokens": sums["targets"],
+                "token_loss": divide(sums["over_tokens"], sums["targets"])}
+
+    def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Of token scores [N, T, V], those after each text's last real token [N, V], wherever its padding is."""
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return logits[:, -1]
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return logits[torch.arange(len(logits), device=logits.device), last]
+
+    def stream(self, data: Encoded) -> Encoded:
+        """Texts [N, T] without their last token, and that token as label [N]; texts of one token are left out.
+
+        The end token, which says nothing of a text, is taken off before.
+        """
+        ids, mask = data.inputs["input_ids"], data.inputs["attention_mask"]
+        rows = torch.arange(len(mask))
+        length = mask.sum(1)
+        length = length - (ids[rows, length - 1] == (-1 if data.end is None else data.end)).long()
+        shorter = mask * (torch.arange(mask.shape[1]) < (length - 1)[:, None])
+        inputs = {**data.inputs, "attention_mask": shorter, "input_ids": ids * shorter}
+        kept = length > 1
+        return Encoded({name: value[kept] for name, value in inputs.items()}, ids[rows, length - 1][kept])
+
+    def describe_answer(self, answer: int, label_names: Sequence[str], processor: Any) -> str:
+        return str(processor.decode([answer]))

@@ -1,0 +1,21 @@
+"""Image classification: a head scores the classes of each image; the loss is cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedpeft.data.encode import Encoded, encode_images
+from fedpeft.data.source import Records
+from fedpeft.objectives.base import Objective
+
+
+class ImageClassification(Objective):
+    """One of several classes for each image."""
+
+    records = "image"
+    auto_class = "AutoModelForImageClassification"
+
+    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
+        return Encoded({"pixel_values": encode_images(records.inputs, processor)}, torch.from_numpy(records.labels))
