@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.clients import sequence, test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config
 from fedpeft.errors import RunError
+from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState
 
 if TYPE_CHECKING:
@@ -65,6 +67,6 @@ def scores(local: Local, client: str, received: AdapterState, start: AdapterStat
 
 def names(config: Config) -> list[str]:
     """The scores that a client of this config has."""
-    tokens = ["test_tokens", "token_loss"] if config.model.task == "causal-lm" else []
+    measured = load_objective(config.model.task).metrics(defaultdict(int), 0)
     adapted = ["tta_source_accuracy", "tta_accuracy"] if config.tta.method is not None else []
-    return ["accuracy", "loss", COUNT, *tokens, *adapted]
+    return [*measured, *adapted]

@@ -13,7 +13,6 @@ control variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - 
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass

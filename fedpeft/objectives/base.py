@@ -73,7 +73,10 @@ class Objective:
                 "targets": int(known.sum())}
 
     def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
-        """What an evaluation says: `accuracy`, `loss` and whatever else, of the sums over all samples (0 of none)."""
+        """What an evaluation says, of the sums over all samples: `accuracy`, `loss`, `num-examples` and whatever else.
+
+        It has the same keys whatever the sums, all 0 of no sample: a private client answers with the keys alone.
+        """
         return {"accuracy": divide(sums["right"], sums["targets"]), "loss": divide(sums["loss"], samples),
                 "num-examples": samples}
 
