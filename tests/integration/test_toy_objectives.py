@@ -18,8 +18,8 @@ from fedpeft.errors import InputError
 from fedpeft.objectives.base import IGNORE, Objective, divide, load_objective
 from fedpeft.objectives.causal_lm import CausalLM
 from fedpeft.record import checkpoint
+from fedpeft.run.world import world
 from fedpeft.simulations import run as runs
-from fedpeft.simulations.world import world
 
 
 class Hinge(Objective):
