@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
+from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import IGNORE
 
 DRAWN = 3

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.adapters.adapted import Adapted
-from fedpeft.adapters.tail import first_token
 from fedpeft.clients import asked, inputs, rates, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
@@ -33,6 +31,8 @@ from fedpeft.clients.train import CONTROL, Private, new_control, on_device, per_
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
+from fedpeft.models.adapted import Adapted
+from fedpeft.models.tail import first_token
 from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
 from fedpeft.strategies.sequence.sequence import Learning, learning_of

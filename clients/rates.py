@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.test_time import by_name
 from fedpeft.data.encode import Encoded
+from fedpeft.models.adapted import Adapted
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.methods.atp import ATP
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.features import batches
 from fedpeft.clients.guard import fingerprint, release
 from fedpeft.clients.inputs import classes_of, width_of
@@ -28,6 +27,7 @@ from fedpeft.continual.head import Head
 from fedpeft.continual.parts.subspace import sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
+from fedpeft.models.adapted import Adapted
 from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import clip_factors

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedpeft import config as configs
-from fedpeft import folders, models, registry
+from fedpeft import folders, registry
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.clients import test_time
@@ -26,6 +26,7 @@ from fedpeft.data import split
 from fedpeft.data.skipped import said_elsewhere
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import write_bytes
+from fedpeft.models import loading
 from fedpeft.record import checkpoint, report
 from fedpeft.record.metrics import Recorder, read, summarise
 from fedpeft.run import comparators, guarantee, identity, sequence
@@ -205,7 +206,7 @@ def _absolute(config: Config) -> None:
         (config.privacy, "policy", ""),
     ):
         value = getattr(section, key)
-        known = registry.names(table) if table else models.EMBEDDED
+        known = registry.names(table) if table else loading.EMBEDDED
         if value and value not in known and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
 

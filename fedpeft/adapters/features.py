@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
+from fedpeft.models.adapted import Adapted
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
-from fedpeft.adapters.adapted import Injected
-from fedpeft.adapters.targets import lora_layers
 from fedpeft.config import AdapterConfig, option
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models.adapted import Injected
+from fedpeft.models.base import Base
+from fedpeft.models.targets import lora_layers
 from fedpeft.state import Site
 
 

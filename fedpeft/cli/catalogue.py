@@ -46,7 +46,7 @@ def _names(table: str) -> list[str]:
     if table == "sections":
         return [item.name for item in dataclasses.fields(configs.Config)]
     if table == "models":
-        from fedpeft.models import EMBEDDED
+        from fedpeft.models.loading import EMBEDDED
 
         return list(EMBEDDED)
     if table == "recipes":
@@ -63,7 +63,7 @@ def _row(table: str, name: str) -> dict[str, Any]:
     if table == "sections":
         return {"name": name, "summary": "config section"}
     if table == "models":
-        from fedpeft.models import EMBEDDED
+        from fedpeft.models.loading import EMBEDDED
 
         return {"name": name, "summary": f"embedded, for {EMBEDDED[name]}"}
     if table == "recipes":

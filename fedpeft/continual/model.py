@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpeft.adapters.targets import resolve
-from fedpeft.models import Base
+from fedpeft.models.base import Base
+from fedpeft.models.targets import resolve
 
 Inputs = dict[str, Tensor]
 Patch = Callable[[Tensor, Tensor], Tensor]  # input x and output y of a module -> its new output

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fedpeft import registry, seeds
 from fedpeft.continual import procedural
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 
 INPUTS = {"signals": "signal", "drawings": "pixel_values"}  # what it was pre-trained on -> name of its input
 LAYERS = ["fc2"]

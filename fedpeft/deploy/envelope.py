@@ -26,7 +26,7 @@ from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 
 if TYPE_CHECKING:
-    from fedpeft.models import Base
+    from fedpeft.models.base import Base
 
 log = logging.getLogger("fedpeft")
 RECORD = "fedpeft.run"
@@ -155,9 +155,9 @@ def admitted(envelope: Envelope, site: Site, bounds: Policy, number: int) -> Con
 
 def base_fingerprint(base: Base, config: Config) -> str:
     """Hash of all values that the run does not train, at the coordinator as at a site."""
-    from fedpeft import models
+    from fedpeft.models import loading
 
-    return models.fingerprint(base, heads=not config.adapter.train_head)
+    return loading.fingerprint(base, heads=not config.adapter.train_head)
 
 
 def classes(config: Config, found: list[str] | None) -> list[str]:

@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 
 from fedpeft import config as configs
-from fedpeft import folders, models
+from fedpeft import folders
 from fedpeft.adapters import folder
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
+from fedpeft.models import loading
+from fedpeft.models.base import Base
 from fedpeft.run import identity
 from fedpeft.state import AdapterState
 
@@ -36,12 +38,12 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
     config = configs.load(run / "resolved.yaml")
     with folders.filled(to, "--to") as draft:
         if not merge:
-            if config.model.name not in models.EMBEDDED:
+            if config.model.name not in loading.EMBEDDED:
                 _compare(run, config)
             shutil.copytree(source, draft, dirs_exist_ok=True)
             return {"adapter": str(to)}
         names = _label_names(run / "split.json")
-        base = models.load(config.model, len(names), config.run.seed)
+        base = loading.load(config.model, len(names), config.run.seed)
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
         merge_into(base, folder.load(source))
         try:
@@ -56,14 +58,14 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
 def _compare(run: Path, config: Config) -> None:
     """Refuse an adapter whose base has become another one. A base that is not on this machine is said to be unknown."""
     try:
-        base = models.load(config.model, len(_label_names(run / "split.json")), config.run.seed)
+        base = loading.load(config.model, len(_label_names(run / "split.json")), config.run.seed)
     except InputError as error:
         log.warning("the base model cannot be loaded here, so whether it is the one of the run is not known: %s", error)
         return
     identity.hold(run, {"base model": identity.of_base(base, config)}, config)
 
 
-def _save(base: models.Base, names: list[str], to: Path) -> None:
+def _save(base: Base, names: list[str], to: Path) -> None:
     merged: Any = base.backbone
     if base.objective.classes:
         merged.config.id2label = dict(enumerate(names))
@@ -82,7 +84,7 @@ def _label_names(path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def merge_into(base: models.Base, adapter: AdapterState) -> None:
+def merge_into(base: Base, adapter: AdapterState) -> None:
     """W <- W + s B A at every site, heads replaced."""
     for site in adapter.lora_sites():
         layer = base.backbone.get_submodule(site)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft import models
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
-from fedpeft.models import Base
+from fedpeft.models import loading
+from fedpeft.models.base import Base
 
 log = logging.getLogger("fedpeft")
 FILE = "identity.json"
@@ -88,9 +88,9 @@ def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
 
 def of_base(base: Base, config: Config) -> str:
     """Hash of all weights that a run does not train; those of an embedded model are fedpeft's own."""
-    if config.model.name in models.EMBEDDED:
+    if config.model.name in loading.EMBEDDED:
         return config.model.name
-    return models.fingerprint(base, heads=not config.adapter.train_head)
+    return loading.fingerprint(base, heads=not config.adapter.train_head)
 
 
 def of_inputs(*parts: Encoded) -> list[Any]:

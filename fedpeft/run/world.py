@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpeft import agreement, seeds
 from fedpeft import config as configs
-from fedpeft.adapters.adapted import build as build_adapted
+from fedpeft import seeds
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
@@ -27,6 +26,8 @@ from fedpeft.data.skipped import Skipped
 from fedpeft.data.source import Records
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
+from fedpeft.models import agreement
+from fedpeft.models.adapted import build as build_adapted
 from fedpeft.run import identity
 from fedpeft.seeds import numpy_generator
 from fedpeft.state import ServerState

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import registry
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models.adapted import Adapted
+from fedpeft.models.base import Base
 
 Batch = Tensor | dict[str, Tensor]
 Tensors = Mapping[str, Tensor]

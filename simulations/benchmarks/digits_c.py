@@ -13,7 +13,7 @@ from fedpeft.config import ModelConfig
 from fedpeft.data.drift import split, thinned
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.errors import InputError
-from fedpeft.models import load
+from fedpeft.models.loading import load
 from fedpeft.tta.deployed import Deployed, deploy
 
 MODELS = ("cnn", "vit")

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fedpeft import models, registry, seeds
+from fedpeft import registry, seeds
 from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
 from fedpeft.data.drift import Stream, bursts, plan_hash
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.source import Records, load, whole
 from fedpeft.errors import InputError
+from fedpeft.models import loading
 from fedpeft.simulations.benchmarks import tta_sources
 from fedpeft.tta.deployed import Deployed
 
@@ -193,7 +194,7 @@ class RealTexts(Real):
     @cached_property
     def tokenizer(self) -> Any:
         config = ModelConfig(name=self.encoder, task=TEXTS, pooling="mean", max_length=self.options.tokens)
-        return models.load(config, 2, 0).processor
+        return loading.load(config, 2, 0).processor
 
     def encoded(self, records: Records) -> Encoded:
         return encode(records, self.tokenizer, TEXTS, self.options.tokens)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpeft import files, models, registry, seeds
-from fedpeft.adapters.adapted import Adapted, build
+from fedpeft import files, registry, seeds
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
+from fedpeft.models import loading
+from fedpeft.models.adapted import Adapted, build
+from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks import digits_c
 from fedpeft.tta.deployed import Deployed, deploy
 
@@ -68,13 +70,13 @@ def text_model(kind: str, encoder: str, data: Encoded, classes: int, seed: int, 
     if kind not in ("lora", "head"):
         raise InputError(registry.unknown("--models", kind, ("lora", "head")))
     config = ModelConfig(name=encoder, task="sequence-classification", pooling="mean", max_length=tokens)
-    model: Adapted | models.Base
+    model: Adapted | Base
     if kind == "lora":
         model = build(config, AdapterConfig(r=RANK, alpha=2.0 * RANK), classes, seed)
         trained = model.train_roles(("A", "B", "weight", "bias"))
         work = Work(model.logits, data, epochs, TEXT_RATE)
     else:
-        model = models.load(config, classes, seed)
+        model = loading.load(config, classes, seed)
         head = model.heads["classifier"]
         trained = dict(head.named_parameters())
         work = Work(lambda batch: head(batch["features"]), data, HEAD_EPOCHS, HEAD_RATE)

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpeft import models
 from fedpeft.config import ModelConfig
 from fedpeft.continual import stream as streams
 from fedpeft.continual.body import Body, TrainConfig
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
 from fedpeft.data.encode import Encoded
-from fedpeft.models import Base
+from fedpeft.models import loading
+from fedpeft.models.base import Base
 
 INPUTS, WIDTH, HIDDEN, CLASSES = 8, 12, 16, 6
 LAYERS = ["fc2"]
@@ -93,7 +93,7 @@ def stream(scenario: str = "class", tasks: int = 3, rows: int = 12, seed: int = 
 
 def vit() -> Plastic:
     """The embedded vision transformer, queries and values adapted: a base with attention."""
-    return Plastic(models.load(ModelConfig(), CLASSES, 0), None)
+    return Plastic(loading.load(ModelConfig(), CLASSES, 0), None)
 
 
 def images(tasks: int = 3) -> streams.Stream:

@@ -14,7 +14,7 @@ from fedpeft.continual.body import Body, Classifier, TrainConfig
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
 from fedpeft.data.encode import Encoded
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 
 WIDTH, CLASSES = 4, 6
 BODIES = {

@@ -13,7 +13,8 @@ from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
 from fedpeft.data.drift import split
 from fedpeft.data.encode import Encoded, encode
-from fedpeft.models import Base, load
+from fedpeft.models.base import Base
+from fedpeft.models.loading import load
 
 TOY = {"olora": {"r": 2}, "owlora": {"r": 2}, "sdlora": {"r": 2}, "inflora": {"r": 2, "threshold": 0.6},
        "lae": {"r": 2, "frozen_epochs": 1}, "conpet_static": {"r": 2, "batches": 4},

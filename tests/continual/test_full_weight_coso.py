@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedpeft.continual.body import Body
 from fedpeft.continual.model import Plastic
 from fedpeft.continual.parts.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 
 
 def coso(side: str = "out", m: int = 4, n: int = 4, **options: object) -> Body:

@@ -18,7 +18,7 @@ from fedpeft.continual.parts import replay
 from fedpeft.continual.parts.prefix import attend, prefixed
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 
 
 @pytest.fixture(autouse=True)

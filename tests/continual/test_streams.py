@@ -21,7 +21,8 @@ from fedpeft.continual.streams.base import Prepared, Source
 from fedpeft.continual.streams.glyph1d_blurry import scattered
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.models import Base, mean_pool
+from fedpeft.models.base import Base
+from fedpeft.models.loading import mean_pool
 
 CLASS = {"digits5": {}, "glyph1d": {"train": 10, "test": 5}, "records": {"limit": 300}, "text": {"limit": 60}}
 OTHER = {"glyph1d_domain": {"train": 10, "test": 5}, "glyph1d_blurry": {"train": 20, "test": 5}}

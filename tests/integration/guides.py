@@ -9,7 +9,7 @@ from pathlib import Path
 
 import transformers
 
-from fedpeft.models import byte_tokenizer
+from fedpeft.models.loading import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README, DEPLOY = ROOT / "README.md", ROOT / "DEPLOY.md"

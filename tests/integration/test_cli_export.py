@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft.adapters import folder
-from fedpeft.models import mean_pool
+from fedpeft.models.loading import mean_pool
 from fedpeft.run.world import world
 
 
@@ -53,9 +53,9 @@ def scores_of_adapter(run, batch):
         )
         return peft.PeftModel.from_pretrained(base, adapter).eval()(**batch).logits.detach()
     config = configs.load(run / "resolved.yaml")
-    from fedpeft import models
+    from fedpeft.models import loading
 
-    fresh = models.load(config.model, len(here.train.label_names), config.run.seed).backbone
+    fresh = loading.load(config.model, len(here.train.label_names), config.run.seed).backbone
     hidden = peft.PeftModel.from_pretrained(fresh, adapter).eval()(**batch).last_hidden_state
     return pooled_scores(hidden, batch, adapter)
 

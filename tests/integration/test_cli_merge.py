@@ -16,10 +16,10 @@ from fedpeft.state import AdapterState, Site
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     """`vit()`: a fresh base model; its folder; and the names and shapes of two kinds of layers of unequal width."""
-    from fedpeft import models
     from fedpeft.config import ModelConfig
+    from fedpeft.models import loading
 
-    source = models.load(ModelConfig(name="tiny-vit"), 10, 0).source
+    source = loading.load(ModelConfig(name="tiny-vit"), 10, 0).source
 
     def load():
         return transformers.AutoModelForImageClassification.from_pretrained(source, num_labels=10).eval()

@@ -11,9 +11,9 @@ import signal
 import pytest
 import torch
 
-from fedpeft import models
 from fedpeft.adapters import folder as adapters
 from fedpeft.errors import InputError, RunError
+from fedpeft.models import loading
 from fedpeft.record import metrics, plots
 from fedpeft.run import identity
 from fedpeft.simulations import baselines
@@ -63,14 +63,14 @@ def test_another_data_file_or_processor_is_refused(tmp_path, text_run, monkeypat
             resume(run)
     data.write_text(before)
     with monkeypatch.context() as patch:
-        load = models.byte_tokenizer
+        load = loading.byte_tokenizer
 
         def shifted():
             tokenizer = load()
             tokenizer.add_tokens(["note"])
             return tokenizer
 
-        patch.setattr(models, "byte_tokenizer", shifted)
+        patch.setattr(loading, "byte_tokenizer", shifted)
         with pytest.raises(InputError, match="makes other inputs of the same records"):
             resume(run)
     assert resume(run)["rounds"] == 3
@@ -79,24 +79,24 @@ def test_another_data_file_or_processor_is_refused(tmp_path, text_run, monkeypat
 def test_a_fingerprint_of_the_base_sees_any_weight_and_not_the_adapter():
     from fedpeft.config import load
     config = load("quickstart", {**BASE})
-    base = models.load(config.model, 10, 0)
-    first = models.fingerprint(base, heads=False)
+    base = loading.load(config.model, 10, 0)
+    first = loading.fingerprint(base, heads=False)
     name, weight = next((name, value) for name, value in base.backbone.named_parameters() if value.numel() > 99)
     with torch.no_grad():
         weight.flatten()[57].add_(1e-3)
-    assert models.fingerprint(base, heads=False) != first, name
+    assert loading.fingerprint(base, heads=False) != first, name
     with torch.no_grad():
         weight.flatten()[57].sub_(1e-3)
         next(iter(base.heads.values())).weight.add_(1.0)
-    other = models.fingerprint(base, heads=True)
-    assert models.fingerprint(models.load(config.model, 10, 0), heads=True) != other
+    other = loading.fingerprint(base, heads=True)
+    assert loading.fingerprint(loading.load(config.model, 10, 0), heads=True) != other
 
 
 @pytest.mark.parametrize("where", [0, 9, -1])
 def test_sites_and_coordinator_compare_every_value_of_the_base(where):
-    from fedpeft.adapters.adapted import build
     from fedpeft.config import load
     from fedpeft.deploy.envelope import base_fingerprint
+    from fedpeft.models.adapted import build
     config = load("quickstart", {**BASE, "adapter.train_head": False})
     model = build(config.model, config.adapter, 10, 0)
     first = base_fingerprint(model.base, config)
@@ -123,16 +123,16 @@ def test_a_base_that_is_drawn_is_the_same_with_other_last_bits():
     """Processors draw them otherwise; another draw is another base."""
     from fedpeft.config import ModelConfig
     drawn = ModelConfig(name="tiny-bert", task="sequence-classification")
-    base = models.load(drawn, 2, 0)
-    first = models.fingerprint(base, heads=False)
+    base = loading.load(drawn, 2, 0)
+    first = loading.fingerprint(base, heads=False)
     with torch.no_grad():
         for value in base.backbone.parameters():
             value.mul_(1 + 1e-6)
-    assert models.fingerprint(base, heads=False) == first
+    assert loading.fingerprint(base, heads=False) == first
     with torch.no_grad():
         value = max(base.backbone.parameters(), key=torch.numel)
         value.copy_(value.flip(0))
-    assert models.fingerprint(base, heads=False) != first
+    assert loading.fingerprint(base, heads=False) != first
 
 
 def test_a_moved_folder_goes_on_under_its_own_name_by_a_link_too(tmp_path):

@@ -10,8 +10,8 @@ import torch
 from per_sample import EXACT, KINDS, Net, as_double, compare, one_by_one, records, toy
 from torch import nn
 
-from fedpeft.adapters.targets import linear_layers, resolve
 from fedpeft.data.encode import Encoded
+from fedpeft.models.targets import linear_layers, resolve
 from fedpeft.privacy.gradients import per_sample_gradients, verify
 
 # Parameters that no linear layer owns ---------------------------------------------------------------------------------

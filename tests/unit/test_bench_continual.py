@@ -25,7 +25,7 @@ from fedpeft.continual.model import Plastic
 from fedpeft.continual.streams.base import Material, Source
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks import continual, continual_report
 
 CLASSES, WIDTH = 6, 8

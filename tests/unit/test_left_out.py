@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedpeft import config as configs
-from fedpeft import models
 from fedpeft.data.source import Records
 from fedpeft.errors import InputError
+from fedpeft.models import loading
 from fedpeft.run.world import client_split, world
 from fedpeft.simulations.run import simulate
 
@@ -20,14 +20,14 @@ LANGUAGE = {"model.name": "tiny-llama", "model.task": "causal-lm", "model.max_le
 @pytest.fixture
 def endless(monkeypatch):
     """The byte tokenizer with no end token: a text of one byte has nothing to predict."""
-    made = models.byte_tokenizer
+    made = loading.byte_tokenizer
 
     def without():
         tokenizer = made()
         tokenizer.eos_token = None
         return tokenizer
 
-    monkeypatch.setattr(models, "byte_tokenizer", without)
+    monkeypatch.setattr(loading, "byte_tokenizer", without)
 
 
 def letters(path, texts, sites):

@@ -9,10 +9,10 @@ import pytest
 import small_models as small
 import torch
 
-from fedpeft import models
 from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError
-from fedpeft.models import EMBEDDED, byte_tokenizer, mean_pool
+from fedpeft.models import loading
+from fedpeft.models.loading import EMBEDDED, byte_tokenizer, mean_pool
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def bert_trunk(tmp_path_factory):
 
 
 def load(folder, task=small.TEXT, labels=small.LABELS, seed=0, **options):
-    return models.load(ModelConfig(name=str(folder), task=task, **options), labels, seed)
+    return loading.load(ModelConfig(name=str(folder), task=task, **options), labels, seed)
 
 
 def endings(model):
@@ -242,7 +242,7 @@ def test_a_bfloat16_sentence_encoder_scores(bert_trunk):
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_models_do_not_depend_on_the_seed(name):
-    bases = [models.load(ModelConfig(name=name, task=EMBEDDED[name]), 10, seed) for seed in (0, 1)]
+    bases = [loading.load(ModelConfig(name=name, task=EMBEDDED[name]), 10, seed) for seed in (0, 1)]
     states = [
         {key: value for key, value in base.backbone.state_dict().items() if not key.startswith("classifier")}
         for base in bases
@@ -254,7 +254,7 @@ def test_embedded_models_do_not_depend_on_the_seed(name):
 def test_embedded_models_refuse_another_task(name):
     for task in set(EMBEDDED.values()) - {EMBEDDED[name]}:
         with pytest.raises(InputError, match=rf"model\.task: {name} is for {EMBEDDED[name]}, not {task}"):
-            models.load(ModelConfig(name=name, task=task), 10, 0)
+            loading.load(ModelConfig(name=name, task=task), 10, 0)
 
 
 def test_the_byte_tokenizer_gives_every_text_back():

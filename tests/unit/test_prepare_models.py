@@ -15,7 +15,7 @@ from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.data.recipes import models
 from fedpeft.errors import InputError
-from fedpeft.models import byte_tokenizer, load
+from fedpeft.models.loading import byte_tokenizer, load
 
 
 def test_minilm_is_unpacked_as_it_is(tmp_path, monkeypatch):

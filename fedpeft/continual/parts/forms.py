@@ -8,7 +8,7 @@
 leaves them as they are.
 
     >>> import torch
-    >>> from fedpeft.models import Base
+    >>> from fedpeft.models.base import Base
     >>> norm = torch.nn.LayerNorm(2)
     >>> model = Plastic(Base(net := torch.nn.Sequential(norm, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)),
     ...                      lambda batch: net(batch["x"]), {"2": net[2]}, None, "", "image-classification"), ["1"])

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft.adapters.targets import ATTENTION
 from fedpeft.continual.model import Patch, Plastic
 from fedpeft.errors import InputError
+from fedpeft.models.targets import ATTENTION
 
 NAME = "fedpeft_prefix"
 SMALLEST = 1e-12  # prefix mass that is still divided by

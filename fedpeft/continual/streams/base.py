@@ -14,14 +14,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedpeft import models, seeds
+from fedpeft import seeds
 from fedpeft.config import DataConfig, ModelConfig
 from fedpeft.continual import stream
 from fedpeft.continual.stream import Stream
 from fedpeft.data import source
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models import loading
+from fedpeft.models.base import Base
 
 HELD_OUT = 0.2  # share of the training set that validation takes
 
@@ -155,7 +156,7 @@ def labelled(data: DataConfig, model: ModelConfig, layers: list[str] | None, see
         column: natural column whose values are the domains.
 
     Raises:
-        InputError: as `source.load` and `models.load`; or there is no such column.
+        InputError: as `source.load` and `loading.load`; or there is no such column.
     """
     train, test = source.load(data, model.task, seed)
     domains, names = None, []
@@ -166,7 +167,7 @@ def labelled(data: DataConfig, model: ModelConfig, layers: list[str] | None, see
         values = [part.columns[column].astype(str) for part in (train, test)]
         names = sorted(set(values[0].tolist()) | set(values[1].tolist()))
         domains = (np.searchsorted(names, values[0]), np.searchsorted(names, values[1]))
-    base = models.load(model, len(train.label_names), 0)
+    base = loading.load(model, len(train.label_names), 0)
     encoded = [encode(part, base.processor, model.task, model.max_length) for part in (train, test)]
     return Material(encoded[0], encoded[1], base, layers, domains, names, train.label_names)
 

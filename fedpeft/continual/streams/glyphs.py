@@ -23,7 +23,7 @@ from fedpeft.continual.streams.base import Material, Source, per_class
 from fedpeft.data import source
 from fedpeft.data.encode import encode
 from fedpeft.data.source import Records
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 
 CLASSES, TASK, LAYERS = 36, "image-classification", ["q_proj", "v_proj"]
 DISPLAY = "fonts-aenigma"

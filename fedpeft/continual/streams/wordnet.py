@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft import models
 from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.continual.streams import cache
 from fedpeft.continual.streams.base import Material, Source, per_class
 from fedpeft.data import source
 from fedpeft.data.encode import Encoded, encode
-from fedpeft.models import Base
+from fedpeft.models import loading
+from fedpeft.models.base import Base
 
 CLASSES, LOWER = 35, 3
 TASK = "sequence-classification"
@@ -43,7 +43,7 @@ class WordNet(Source):
 
     def records(self, seed: int) -> Material:
         cache.about("wordnet"), cache.about("minilm")
-        base = models.load(ModelConfig(name="minilm", task=TASK, max_length=self.config.max_length), CLASSES, 0)
+        base = loading.load(ModelConfig(name="minilm", task=TASK, max_length=self.config.max_length), CLASSES, 0)
         settings = {"train": self.config.train, "test": self.config.test, "max_length": self.config.max_length,
                     "lower": LOWER}
         found = cache.tensors(f"layer{LOWER}", "wordnet", settings, lambda: self._lower(base), also=("minilm",))

@@ -208,7 +208,7 @@ def _keys(site: Site) -> str:
 
 def _config(site: Site) -> Config:
     """A config to look at data and model with; which task it is shows in the data."""
-    from fedpeft.models import EMBEDDED
+    from fedpeft.models.loading import EMBEDDED
 
     own, tree = site.settings, {}
     if own.model in EMBEDDED:
@@ -248,13 +248,13 @@ def _data(site: Site, found: dict[str, Any]) -> str:
 def _model(site: Site, found: dict[str, Any]) -> str:
     import torch
 
-    from fedpeft import models
+    from fedpeft.models import loading
     from fedpeft.run.world import device
 
     name, place = site.settings.model, device(site.settings.device)
-    if name in models.EMBEDDED:
+    if name in loading.EMBEDDED:
         with _quiet():
-            base = models.load(_config(site).model, 2, 0)
+            base = loading.load(_config(site).model, 2, 0)
         count = sum(value.numel() for value in base.backbone.parameters())
         torch.empty(1, device=place)
         found["positions"] = None
@@ -273,8 +273,8 @@ def _model(site: Site, found: dict[str, Any]) -> str:
 
 def _records(site: Site, found: dict[str, Any]) -> str:
     """Whether model, tokenizer or processor and records agree, in a task that the records are of."""
-    from fedpeft import agreement, models
     from fedpeft.data.encode import encode
+    from fedpeft.models import agreement, loading
 
     if not {"data", "positions"} <= found.keys():
         raise RunError("not checked: that takes data and a model")
@@ -283,7 +283,7 @@ def _records(site: Site, found: dict[str, Any]) -> str:
     for task, records in _readings(config):
         try:
             with _quiet():
-                base = models.load(replace(config.model, task=task, max_length=length), len(records.label_names), 0)
+                base = loading.load(replace(config.model, task=task, max_length=length), len(records.label_names), 0)
                 encoded = encode(records, base.processor, task, length)
                 agreement.require_records(base, encoded, "site.data.source")
         except InputError as error:

@@ -23,7 +23,6 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpeft import agreement
 from fedpeft.clients import asked
 from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
@@ -37,6 +36,7 @@ from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import shown
+from fedpeft.models import agreement
 from fedpeft.objectives.base import load_objective
 from fedpeft.seeds import numpy_generator
 

@@ -20,7 +20,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
-    from fedpeft.models import Base
+    from fedpeft.models.base import Base
 
 log = logging.getLogger("fedpeft")
 

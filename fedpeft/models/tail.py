@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
+from fedpeft.models.adapted import Adapted
 
 log = logging.getLogger("fedpeft")
 REFUSALS = (RuntimeError, IndexError, ValueError)  # of a model that gets what it was not made for

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedpeft import agreement, seeds
+from fedpeft import seeds
 from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.errors import InputError
+from fedpeft.models import agreement
+from fedpeft.models.base import Base
 from fedpeft.objectives.base import Objective, load_objective
 
 log = logging.getLogger("fedpeft")
@@ -30,31 +31,6 @@ log = logging.getLogger("fedpeft")
 EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class Base:
-    """A frozen base model.
-
-    Attributes:
-        backbone: the transformers model that adapters go into.
-        forward: inputs -> logits [N, labels] ([N, T, vocabulary] for causal-lm).
-        heads: module name -> head module; names are those of the checkpoint (`classifier`).
-        processor: tokenizer, image processor, or None where images go in as they are.
-        source: what `AutoModel...from_pretrained` takes to get this base again.
-    """
-
-    backbone: nn.Module
-    forward: Callable[[dict[str, Tensor]], Tensor]
-    heads: dict[str, nn.Module]
-    processor: Any
-    source: str
-    task: str
-
-    @cached_property
-    def objective(self) -> Objective:
-        """What the model is trained to do."""
-        return load_objective(self.task)
 
 
 def load(config: ModelConfig, labels: int, seed: int) -> Base:
@@ -212,7 +188,7 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
     import transformers
 
     if config.name == "tiny-vit":
-        folder = str(Path(__file__).parent / "assets" / "tiny-vit")
+        folder = str(Path(__file__).parents[1] / "assets" / "tiny-vit")
         model = transformers.AutoModelForImageClassification.from_pretrained(
             folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=DTYPES[config.dtype])
         return model, None, folder

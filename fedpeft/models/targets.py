@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import InputError
-from fedpeft.models import Base
+from fedpeft.models.base import Base
 
 # transformers 5 renamed ViT's projections, so peft's table by model type can be stale: what counts is what is there.
 ATTENTION = (

@@ -14,8 +14,8 @@ from fedpeft import config as configs
 from fedpeft import seeds
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.errors import InputError
-from fedpeft.models import Base
-from fedpeft.models import load as load_base
+from fedpeft.models.base import Base
+from fedpeft.models.loading import load as load_base
 from fedpeft.state import AdapterState, Site
 
 NEVER = -1e4
