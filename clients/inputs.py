@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import IGNORE
 
 DRAWN = 3
+BLOCK = 256  # records that are looked at together
 
 
 def classes_of(model: Adapted) -> int:
@@ -35,12 +37,14 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
     mask = (torch.arange(length)[None] < lengths[:, None]).long()
     ids = torch.randint(1, max(2, words), (DRAWN, length), generator=generator) * mask
     made: dict[str, Tensor] = {}
-    for name, value in like.inputs.items():
-        if "attention_mask" not in like.inputs:
+    none = like.view(np.arange(0))
+    form = none.inputs
+    for name, value in form.items():
+        if "attention_mask" not in form:
             made[name] = torch.randn((DRAWN, *value.shape[1:]), generator=generator).to(value.dtype)
         else:
             made[name] = {"input_ids": ids, "attention_mask": mask}.get(name, torch.zeros_like(mask)).to(value.dtype)
-    if like.labels.ndim == 2:
+    if none.labels.ndim == 2:
         return Encoded(made, ids.masked_fill(mask == 0, IGNORE))
     return Encoded(made, torch.randint(0, classes_of(model), (DRAWN,), generator=generator))
 
@@ -60,12 +64,21 @@ def usable(model: Adapted, data: Encoded) -> Encoded:
     Each is looked at alone, so one more record moves nobody else's place. One that is left out counts as one whose
     gradient is zero, and a private client has nothing else to say of it.
     """
-    labels = data.labels.flatten(1) if data.labels.ndim > 1 else data.labels[:, None]
-    most = words_of(model) if data.labels.ndim > 1 else classes_of(model)
-    good = ((labels >= 0) & (labels < most) | (labels == IGNORE) & (data.labels.ndim > 1)).all(1)
+    good = torch.cat([_good(model, data.view(block)) for block in np.split(np.arange(len(data)), range(
+        BLOCK, len(data), BLOCK))])
+    return data if bool(good.all()) else data.view(good.nonzero()[:, 0].numpy())
+
+
+def _good(model: Adapted, data: Encoded) -> Tensor:
+    """Whether the model can take each record, bool [N]."""
+    labels = data.labels
+    texts = labels.ndim > 1
+    labels = labels.flatten(1) if texts else labels[:, None]
+    most = words_of(model) if texts else classes_of(model)
+    good = ((labels >= 0) & (labels < most) | (labels == IGNORE) & texts).all(1)
     for name, value in data.inputs.items():
         if value.is_floating_point():
             good &= torch.isfinite(value).flatten(1).all(1)
         elif name == "input_ids":
             good &= ((value >= 0) & (value < words_of(model))).all(1)
-    return data if bool(good.all()) else data.subset(good.nonzero()[:, 0].numpy())
+    return good

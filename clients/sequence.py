@@ -104,7 +104,7 @@ def records(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
 def of_task(data: Encoded, task: dict[str, Any]) -> Encoded:
     """The records of the round's task, which may be none, or all where there is no sequence."""
     learn = task.get("learn")
-    return data if learn is None else data.subset(np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"])))
+    return data if learn is None else data.view(np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"])))
 
 
 def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
@@ -130,7 +130,7 @@ def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: in
     for _ in range(steps):
         order += [next(line) for _ in range(fresh)]
         order += [rng.choice(old[rng.integers(len(old))]) for _ in range(size - fresh)]
-    return data.subset(np.array(order))
+    return data.view(np.array(order))
 
 
 def joined(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[dict[str, Tensor], int]:

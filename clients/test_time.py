@@ -91,7 +91,7 @@ def stream(config: Config, client: str, held: Encoded) -> Stream:
     inputs, labels, domains, parts = [], [], [], []
     for number, name in enumerate(corruptions(config, client)):
         rows = seeds.numpy_generator(config.run.seed, "tta", client, "order", number).permutation(len(data))
-        chosen = data.subset(rows)
+        chosen = data.view(rows)
         draws = seeds.numpy_generator(config.run.seed, "tta", client, "noise", number)
         inputs.append(corrupted(chosen.inputs, name, config.tta.severity, draws))
         labels.append(chosen.labels)

@@ -116,7 +116,7 @@ def taught(data: Encoded, private: Private | None) -> Encoded:
     if not len(teaching):
         raise RunError(f"none of {len(data)} texts has a token to predict, so there is nothing to train on.")
     log.warning("%d of %d texts have nothing to predict and are left out", len(data) - len(teaching), len(data))
-    return data.subset(teaching)
+    return data.view(teaching)
 
 
 Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen

@@ -39,7 +39,7 @@ def baselines(here: World) -> dict[str, Any]:
     def frozen() -> dict[str, Any]:
         model = here.local.model
         model.write(here.start.adapter)
-        x, x_test = (_features(model, part) for part in (here.train_encoded.subset(few), here.test_encoded))
+        x, x_test = (_features(model, part) for part in (here.train_encoded.view(few), here.test_encoded))
         return {"frozen_logistic": logistic(x, y, x_test, y_test)}
 
     def pixels_or_words() -> dict[str, Any]:

@@ -40,10 +40,10 @@ class Piece:
 
 def token_counts(model: Adapted, data: Encoded) -> np.ndarray:
     """Tokens of each record, without padding; of an image, its patches (of 16 x 16 where the model does not say)."""
-    mask = data.inputs.get("attention_mask")
-    if mask is not None:
-        return mask.sum(1).numpy()
-    height, width = next(iter(data.inputs.values())).shape[-2:]
+    form = data.view(np.arange(0)).inputs
+    if "attention_mask" in form:
+        return data.lengths
+    height, width = next(iter(form.values())).shape[-2:]
     settings: Any = getattr(model.base.backbone, "config", None)
     patch = np.broadcast_to(getattr(settings, "patch_size", None) or 16, 2)
     return np.full(len(data), -(-height // int(patch[0])) * -(-width // int(patch[1])) + 1)
@@ -81,12 +81,13 @@ def cut(lengths: list[np.ndarray], drawn: list[np.ndarray], tokens: int) -> Iter
 def assemble(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels of the samples, texts cut or padded to one width, on the CPU."""
     present, first = np.unique(piece.clients, return_index=True)
-    parts = [data[client].subset(records)
+    parts = [data[client].view(records)
              for client, records in zip(present, np.split(piece.records, first[1:]), strict=True)]
-    inputs, labels = {}, [part.labels for part in parts]
-    for name in parts[0].inputs:
-        values = [part.inputs[name] for part in parts]
-        if "attention_mask" in parts[0].inputs:
+    tables, labels = [part.inputs for part in parts], [part.labels for part in parts]
+    inputs = {}
+    for name in tables[0]:
+        values = [table[name] for table in tables]
+        if "attention_mask" in tables[0]:
             settings: Any = getattr(model.base.backbone, "config", None)
             filler = (getattr(settings, "pad_token_id", None) or 0) if name == "input_ids" else 0
             values = [_wide(value, piece.width, filler) for value in values]

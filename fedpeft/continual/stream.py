@@ -102,8 +102,8 @@ def build(manifest: dict[str, Any], train: Encoded, test: Encoded) -> Stream:
     found = _hash(train, test)
     if manifest.setdefault("records_sha256", found) != found:
         raise InputError(f"stream manifest: '{manifest['name']}' was made from other records than these.")
-    tasks = tuple(Task(task["name"], tuple(task["classes"]), train.subset(np.array(task["train"], dtype=np.int64)),
-                       test.subset(np.array(task["test"], dtype=np.int64))) for task in manifest["tasks"])
+    tasks = tuple(Task(task["name"], tuple(task["classes"]), train.view(np.array(task["train"], dtype=np.int64)),
+                       test.view(np.array(task["test"], dtype=np.int64))) for task in manifest["tasks"])
     for task in tasks:
         if len(task.train) == 0:
             raise InputError(f"stream '{manifest['name']}': {task.name} has no training records.")

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,42 +28,92 @@ from fedpeft.objectives.base import IGNORE, load_objective
 CHUNK = 256
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Model inputs by name, each [N, ...], and labels.
-
-    `labels` is int64 [N]; for causal-lm [N, T], the input ids with IGNORE at the padding; `end` is the token that
-    follows the texts then, if any. `skipped` is what of the records is not in them.
-    """
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """All records of a data set as tensors. Its views read them, and none copies them."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    skipped: tuple[Skipped, ...] = ()
-    end: int | None = None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        mask = self.inputs.get("attention_mask")
+        return np.ones(len(self.labels), dtype=np.int64) if mask is None else mask.sum(1).numpy()
+
+    @cached_property
+    def teaches(self) -> np.ndarray:
+        """Whether each record has something to predict; a text of one token in causal-lm has not."""
+        if self.labels.ndim == 1:
+            return np.ones(len(self.labels), dtype=bool)
+        return (self.labels[:, 1:] != IGNORE).any(1).numpy()
+
+
+class Encoded:
+    """A data set as a model takes it: all records of a storage, or a view of some of them.
+
+    A view is a list of numbers on the same storage, and a view of a view is one list too: a client's share, its task or
+    the order of its batches costs 8 bytes a record, whatever the records weigh. Only `batch`, and `inputs` and `labels`
+    of a view, copy what they are asked for.
+
+    Args:
+        inputs: model inputs by name, each [N, ...]; texts are padded on the right.
+        labels: int64 [N]; for causal-lm [N, T], the input ids with IGNORE at the padding.
+        skipped: what of the records is not in them.
+        end: the token that follows the texts in causal-lm, if any.
+    """
+
+    def __init__(self, inputs: dict[str, Tensor], labels: Tensor, skipped: tuple[Skipped, ...] = (),
+                 end: int | None = None) -> None:
+        self.stored, self.skipped, self.end = Stored(inputs, labels), skipped, end
+        self._rows: np.ndarray | None = None  # all of them, in order
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.stored.labels if self._rows is None else self._rows)
 
-    def subset(self, indices: np.ndarray) -> Encoded:
-        """The records with these numbers, in this order."""
-        index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        return Encoded({name: value[index] for name, value in self.inputs.items()}, self.labels[index], end=self.end)
+    @property
+    def rows(self) -> np.ndarray:
+        """The records' numbers in the storage, int64 [N]."""
+        return np.arange(len(self)) if self._rows is None else self._rows
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Inputs by name, each [N, ...] at full width; of a view, copies."""
+        return {name: self._chosen(value) for name, value in self.stored.inputs.items()}
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [N], or [N, T] at full width; no input is touched."""
+        return self._chosen(self.stored.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each record without padding, int64 [N]; 1 for what is no text."""
+        return self.stored.lengths if self._rows is None else self.stored.lengths[self._rows]
+
+    def view(self, indices: np.ndarray) -> Self:
+        """The records with these numbers, in this order, a number as often as it is there."""
+        chosen = copy.copy(self)
+        indices = np.ascontiguousarray(indices, dtype=np.int64)
+        chosen._rows = indices if self._rows is None else self._rows[indices]
+        chosen.skipped = ()
+        return chosen
 
     def teaching(self) -> np.ndarray:
-        """Numbers of the records that have something to predict: all, but for texts of one token in causal-lm."""
-        if self.labels.ndim == 1:
-            return np.arange(len(self))
-        return np.flatnonzero((self.labels[:, 1:] != IGNORE).any(1).numpy())
+        """Numbers of the records that have something to predict."""
+        return np.flatnonzero(self.stored.teaches if self._rows is None else self.stored.teaches[self._rows])
 
     def batch(self, indices: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and labels of these records; texts are cut to the longest of them."""
-        chosen = self.subset(indices)
-        mask = chosen.inputs.get("attention_mask")
-        if mask is None:
-            return chosen.inputs, chosen.labels
-        longest = max(1, int(mask.sum(1).max()))
-        labels = chosen.labels[:, :longest] if chosen.labels.ndim == 2 else chosen.labels
-        return {name: value[:, :longest] for name, value in chosen.inputs.items()}, labels
+        chosen = self.view(indices)
+        inputs, labels = chosen.inputs, chosen.labels
+        if "attention_mask" not in inputs:
+            return inputs, labels
+        longest = int(chosen.lengths.max(initial=1))
+        cut = {name: value[:, :longest] for name, value in inputs.items()}
+        return cut, labels[:, :longest] if labels.ndim == 2 else labels
+
+    def _chosen(self, value: Tensor) -> Tensor:
+        return value if self._rows is None else value[torch.from_numpy(self._rows)]
 
 
 def encode(records: Records, processor: Any, task: str, max_length: int, what: str = "texts") -> Encoded:

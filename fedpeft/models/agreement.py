@@ -188,10 +188,9 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
             f"{rows} rows, the tokenizer {len(base.processor)} tokens). Take the tokenizer that belongs to the model, "
             "or save the model with model.resize_token_embeddings(len(tokenizer)) and its new rows trained."
         )
-    mask = encoded.inputs.get("attention_mask")
-    longest = 0 if mask is None else int(mask.sum(1).argmax())
     place = next(base.backbone.parameters()).device
-    one = {name: value[longest : longest + 1].to(place) for name, value in encoded.inputs.items()}
+    longest, _ = encoded.batch(encoded.lengths.argmax(keepdims=True))
+    one = {name: value.to(place) for name, value in longest.items()}
     try:
         found = base.forward(one)
     except FAILURES as error:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ def _random(model: Adapted, data: Encoded) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     words = int(getattr(getattr(model.base.backbone, "config", None), "vocab_size", 2))
     made = {}
-    for name, value in data.inputs.items():
+    for name, value in data.view(np.arange(0)).inputs.items():
         shape = (2, *value.shape[1:])
         if value.is_floating_point():
             made[name] = torch.randn(shape, generator=generator).to(value.dtype)

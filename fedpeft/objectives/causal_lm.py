@@ -83,12 +83,13 @@ class CausalLM(Objective):
 
         The end token, which says nothing of a text, is taken off before.
         """
-        ids, mask = data.inputs["input_ids"], data.inputs["attention_mask"]
+        inputs = data.inputs
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         rows = torch.arange(len(mask))
         length = mask.sum(1)
         length = length - (ids[rows, length - 1] == (-1 if data.end is None else data.end)).long()
         shorter = mask * (torch.arange(mask.shape[1]) < (length - 1)[:, None])
-        inputs = {**data.inputs, "attention_mask": shorter, "input_ids": ids * shorter}
+        inputs |= {"attention_mask": shorter, "input_ids": ids * shorter}
         kept = length > 1
         return Encoded({name: value[kept] for name, value in inputs.items()}, ids[rows, length - 1][kept])
 

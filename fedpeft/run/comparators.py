@@ -15,7 +15,7 @@ from fedpeft.continual.body import only
 from fedpeft.data.encode import Encoded
 from fedpeft.objectives.base import IGNORE
 from fedpeft.run import sequence
-from fedpeft.run.world import Shares, World
+from fedpeft.run.world import World
 from fedpeft.strategies.sequence.build import fits
 from fedpeft.strategies.sequence.sequence import learning_of
 
@@ -36,7 +36,7 @@ def constant(here: World) -> dict[str, Any]:
                                                                       base.processor)}
     held, privacy = here.local.holdout, here.config.privacy
     covered = privacy.unit == "none" or privacy.release_metrics
-    if here.config.data.holdout and isinstance(held, Shares) and covered:
+    if here.config.data.holdout and held and covered:
         each = [_targets(here, held[client]).unique(return_counts=True)[1] for client in held]
         right, total = sum(int(counts.max()) for counts in each), sum(int(counts.sum()) for counts in each)
         found["clients_largest_class"] = right / total
@@ -81,10 +81,9 @@ def frozen_head(here: World) -> dict[str, Any]:
 def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
     """The head's sums over those of these records that clients train on."""
     shares, made = here.local.train_data, sequence.unfitted(here)
-    assert isinstance(shares, Shares)
-    own = np.intersect1d(numbers, np.concatenate([*map(np.asarray, shares.parts.values())]))
+    own = np.intersect1d(numbers, np.concatenate([share.rows for share in shares.values()]))
     total: dict[str, Tensor] = {}
-    for found, _, labels in features.batches(here.local.model, here.train_encoded.subset(own)):
+    for found, _, labels in features.batches(here.local.model, here.train_encoded.view(own)):
         for key, value in made.statistics(_shaped(here, found), labels).items():
             total[key] = total[key] + value if key in total else value
     return total

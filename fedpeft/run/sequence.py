@@ -110,7 +110,7 @@ def score(here: World, server: ServerState) -> dict[str, float]:
     if len(mine) == 0:
         return {"accuracy": float("nan"), "loss": float("nan"), "test_records": 0, "classes": len(seen)}
     right, loss = 0, 0.0
-    for scores, labels in scored(here, learning, server, data.subset(mine), seen, None):
+    for scores, labels in scored(here, learning, server, data.view(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())
         if len(learning.body.views(server)) == 1:
             loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
@@ -125,7 +125,7 @@ def counts(here: World, learning: Learning, server: ServerState, task: int) -> t
     heads = fitted(here, learning, server, seen)
     right, count = [], []
     for other in range(len(learning.curriculum.groups)):
-        part = data.subset(learning.curriculum.of(data.labels.numpy(), other))
+        part = data.view(learning.curriculum.of(data.labels.numpy(), other))
         right.append(sum(int((scores.argmax(-1) == labels).sum())
                          for scores, labels in scored(here, learning, server, part, seen, heads)))
         count.append(len(part))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,26 +48,6 @@ class World:
     train_encoded: Encoded
     test_encoded: Encoded
     skipped: tuple[Skipped, ...] = ()
-
-
-class Shares(Mapping[str, Encoded]):
-    """Each client's records, copied out of the whole set only when asked for: a client costs its list of numbers.
-
-    Args:
-        parts: client -> numbers of its records.
-    """
-
-    def __init__(self, whole: Encoded, parts: dict[str, np.ndarray]) -> None:
-        self.whole, self.parts = whole, parts
-
-    def __getitem__(self, client: str) -> Encoded:
-        return self.whole.subset(self.parts[client])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -118,8 +97,8 @@ def world(text: str, run: Path) -> World:
                                         for task in range(len(plan.groups))]
     for part in parts:  # every task has an account, and so a plan, of its own
         guard.require({client: len(mine) for client, mine in part.items() if len(mine)})
-    shares = Shares(train_encoded, own), Shares(train_encoded, held)
-    local = Local(config, model, start.adapter, *shares, store, guard)
+    train_data, holdout = ({client: train_encoded.view(mine) for client, mine in part.items()} for part in (own, held))
+    local = Local(config, model, start.adapter, train_data, holdout, store, guard)
     if guard.private:
         local.require_apart(train_encoded)
     found = train.skipped + train_encoded.skipped + test_encoded.skipped + split.left_out(run / "split.json")

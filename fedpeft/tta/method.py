@@ -26,6 +26,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -342,8 +343,8 @@ def make(name: str, model: Any, options: dict[str, Any] | None = None, seed: int
 
 def source_batches(source: Encoded, rows: int = BATCH) -> list[tuple[Batch, Tensor]]:
     """All of a source set in order."""
-    return [({name: value[start : start + rows] for name, value in source.inputs.items()},
-             source.labels[start : start + rows]) for start in range(0, len(source), rows)]
+    parts = [source.view(np.arange(start, min(start + rows, len(source)))) for start in range(0, len(source), rows)]
+    return [(part.inputs, part.labels) for part in parts]
 
 
 def on(device: torch.device, value: Any) -> Any:

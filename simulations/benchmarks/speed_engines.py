@@ -182,7 +182,7 @@ class Graphs(Peft):
             for value in state.values():
                 value.zero_()
         for index in work.drawn(client, dp=False):
-            chosen = data.subset(index)
+            chosen = data.view(index)
             ids.copy_(chosen.inputs["input_ids"])
             labels.copy_(chosen.labels)
             graph.replay()

@@ -29,7 +29,7 @@ def uneven() -> streams.Stream:
     """Four tasks of 8, 16, 40 and 24 records."""
     whole = parts.stream(tasks=4, rows=20)
     sizes = [8, 16, 40, 24]
-    tasks = tuple(dataclasses.replace(task, train=task.train.subset(np.arange(size)))
+    tasks = tuple(dataclasses.replace(task, train=task.train.view(np.arange(size)))
                   for task, size in zip(whole.tasks, sizes, strict=True))
     return dataclasses.replace(whole, tasks=tasks)
 

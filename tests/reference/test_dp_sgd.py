@@ -75,7 +75,7 @@ def sensitivity(step, at, kind):
     happens where a new one shifts the weight of all others.
     """
     worst, strangers, some = 0.0, adversaries(kind), records(kind)
-    crowd = strangers.get("shortest", strangers["plain"]).subset(np.zeros(12))
+    crowd = strangers.get("shortest", strangers["plain"]).view(np.zeros(12))
     for how in (plan(), plan(clip=float(at.rows(crowd).norm(dim=1).max()))):
         for base, place in ((some, 0), (some, len(some)), (crowd, 0), (records(kind, 0), 0)):
             without = step(at, base, how, Fixed())

@@ -54,7 +54,7 @@ def test_replayed_batches_are_half_new_and_half_old(size, steps):
     for batch in mixed.labels.split(size):
         assert int((batch == 3).sum()) == fresh
     for start in range(0, len(mixed), size):
-        part = mixed.subset(np.arange(start, start + size))
+        part = mixed.view(np.arange(start, start + size))
         new += part.inputs["number"][part.labels == 3].tolist()
     passes = [new[start : start + 45] for start in range(0, len(new) - 44, 45)]
     assert len(passes) >= 2 and all(sorted(one) == list(range(55, 100)) for one in passes) and passes[0] != passes[1]
@@ -144,7 +144,7 @@ def test_per_sample_gradients_under_the_mask_are_autograds_of_the_smaller_softma
         got, losses = per_sample_gradients(model.modules, parameters, lambda *batch: per_sample_loss(model, *batch),
                                            data.inputs, data.labels)
     for index in range(5):
-        part = data.subset(np.array([index]))
+        part = data.view(np.array([index]))
         loss = F.cross_entropy(model.base.forward(part.inputs)[:, [0, 2]], part.labels // 2)
         expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(parameters.values()))])
         torch.testing.assert_close(got[index], expected, atol=1e-12, rtol=0)
@@ -162,7 +162,7 @@ def test_a_record_moves_private_sums_by_at_most_the_bound(build, name, noise):
     made = registry.load("heads", name)(small.LABELS, small.WIDTH, 0)
     whole = private_head_sums(model, made, data, noise, Seeded(0, "sums"))
     for gone in (0, 8):
-        fewer = private_head_sums(model, made, data.subset(np.delete(np.arange(9), gone)), noise, Seeded(0, "sums"))
+        fewer = private_head_sums(model, made, data.view(np.delete(np.arange(9), gone)), noise, Seeded(0, "sums"))
         moved = sum(float((whole[key] - fewer[key]).square().sum()) for key in whole) ** 0.5
         assert 1.0 <= moved <= BOUND + 1e-6
     if noise:
@@ -182,7 +182,7 @@ def test_a_record_that_is_not_finite_has_no_influence(build):
     model, data = build("vit"), images(6)
     model.write(small.randomised(model, 1, 0.3))
     made = registry.load("heads", "lda")(small.LABELS, small.WIDTH, 0)
-    clean = private_head_sums(model, made, data.subset(np.arange(5)), 0.0, Seeded(0, "sums"))
+    clean = private_head_sums(model, made, data.view(np.arange(5)), 0.0, Seeded(0, "sums"))
     data.inputs["pixel_values"][5] = float("nan")
     broken = private_head_sums(model, made, data, 0.0, Seeded(0, "sums"))
     for key, value in broken.items():
@@ -193,7 +193,7 @@ def test_sums_over_owners_are_those_of_all_records(build):
     model, data = build("vit"), images(300)
     model.write(small.randomised(model, 1, 0.3))
     made = registry.load("heads", "lda")(small.LABELS, small.WIDTH, 0)
-    parts = [head_sums(model, made, data.subset(part)) for part in np.split(np.arange(300), [7, 270])]
+    parts = [head_sums(model, made, data.view(part)) for part in np.split(np.arange(300), [7, 270])]
     for key, value in head_sums(model, made, data).items():
         torch.testing.assert_close(sum(part[key] for part in parts), value, atol=1e-5, rtol=0)
 
@@ -211,7 +211,7 @@ def test_a_client_sketches_the_gradients_of_full_weights(build, inputs):
         assert not layer.weight.requires_grad
         expected = torch.zeros(layer.weight.shape[1 if inputs else 0], dtype=torch.float64).diag()
         for start in (0, 64):
-            part = data.subset(np.arange(start, min(start + 64, 100)))
+            part = data.view(np.arange(start, min(start + 64, 100)))
             layer.weight.requires_grad_(True)
             (G,) = torch.autograd.grad(F.cross_entropy(model.base.forward(part.inputs), part.labels), [layer.weight])
             layer.weight.requires_grad_(False)

@@ -52,11 +52,11 @@ def data(kind: str, extreme: str | None, count: int = COUNT) -> Encoded:
         made = Encoded({"pixel_values": pixels}, torch.arange(count) % (CLASSES - 1))
     else:
         made = small.texts(count, causal=kind == "llama")
-        made = made if kind == "llama" else replace(made, labels=torch.arange(count) % (CLASSES - 1))
+        made = made if kind == "llama" else Encoded(made.inputs, torch.arange(count) % (CLASSES - 1))
     if extreme is None:
         return made
     if extreme == "gone":
-        return made.subset(np.arange(count - 1))
+        return made.view(np.arange(count - 1))
     what: Any = RECORDS[kind][extreme]
     inputs, labels = {name: value.clone() for name, value in made.inputs.items()}, made.labels.clone()
     if extreme in ("label", "rare", "silent"):

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.run.world import Shares
 from fedpeft.simulations.benchmarks import memory, speed, whole_run
 from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Ours, adapted
 from fedpeft.simulations.benchmarks.speed_work import work
@@ -175,16 +174,6 @@ def test_a_whole_run_is_measured_with_all_its_processes():
 def test_a_failed_whole_run_is_an_error():
     with pytest.raises(RunError, match="no such thing"):
         whole_run.watched([sys.executable, "-c", "raise SystemExit('no such thing')"], {})
-
-
-def test_shares_are_copied_when_asked_for(start):
-    data = work(start, 1, 1, 4, 1).data[0]
-    shares = Shares(data, {"b": np.array([3, 1]), "a": np.array([], dtype=np.int64)})
-    assert list(shares) == ["b", "a"] and len(shares) == 2 and len(shares["a"]) == 0 and "c" not in shares
-    assert torch.equal(shares["b"].labels, data.labels[[3, 1]]) and shares["b"] is not shares["b"]
-    assert shares.get("c") is None
-
-
 
 
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch):

@@ -57,8 +57,8 @@ def test_a_batch_is_cut_to_its_longest_text_in_the_order_asked(tokenizer):
 
 def test_subset_then_batch_is_batch_of_the_chosen(tokenizer):
     data = encode(records(), tokenizer, "sequence-classification", 16)
-    assert len(data.subset([2, 0])) == 2
-    inputs, labels = data.subset([2, 0]).batch(np.array([1]))
+    assert len(data.view([2, 0])) == 2
+    inputs, labels = data.view([2, 0]).batch(np.array([1]))
     expected, expected_labels = data.batch(np.array([0]))
     assert labels.tolist() == expected_labels.tolist() == [0]
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
@@ -85,7 +85,7 @@ def test_every_text_with_room_ends_with_the_end_token(tokenizer):
     assert [int((row == end).sum()) for row in data.labels] == [1, 0, 1, 1]
     assert torch.equal(data.labels != -100, data.inputs["attention_mask"] == 1)
     assert data.inputs["attention_mask"].sum(1).tolist() == [3, 4, 4, 2]
-    assert data.subset([3]).end == end and encode(records(), tokenizer, "sequence-classification", 4).end is None
+    assert data.view([3]).end == end and encode(records(), tokenizer, "sequence-classification", 4).end is None
 
 
 def test_texts_that_are_cut_are_counted_with_their_share(tokenizer, caplog):

@@ -20,6 +20,7 @@ from fedpeft.clients.guard import Guard
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.clients.store import Store
 from fedpeft.config import ClientConfig, Config, PrivacyConfig, RunConfig, StrategyConfig
+from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted
@@ -308,7 +309,7 @@ def test_records_that_cannot_be_used_are_not_described(site):
     assert "the reason stays with it" in reason and "3" not in reason
     labels = broken.train_data["a"].labels.clone()
     labels[0] = 77
-    broken.train_data["a"] = replace(broken.train_data["a"], labels=labels)
+    broken.train_data["a"] = Encoded(broken.train_data["a"].inputs, labels)
     assert not message(broken).has_error()
 
 

@@ -39,7 +39,7 @@ def scored(model, folder, held, unit="sample", **sections):
     return site.local.evaluate("a", *site.request("evaluate", 1))
 
 
-NONE = hostile.data("vit", None).subset(np.arange(0))
+NONE = hostile.data("vit", None).view(np.arange(0))
 UNUSABLE = {"none": NONE, "one that is not finite": hostile.data("vit", "nan", 1),
             "one of a strange class": hostile.data("vit", "label", 1)}
 
@@ -98,7 +98,7 @@ def test_one_record_without_a_finite_loss_does_not_take_the_loss_of_the_others(e
     plain = hostile.data("vit", None)
     spoiled = Encoded({"pixel_values": plain.inputs["pixel_values"].clone()}, plain.labels)
     spoiled.inputs["pixel_values"][-1] = torch.nan
-    others = loss_of(model, plain.subset(np.arange(11)), engine)
+    others = loss_of(model, plain.view(np.arange(11)), engine)
     assert math.isfinite(others) and others != loss_of(model, plain, engine)
     first = loss_of(model, spoiled, engine)
     assert first == pytest.approx(others, abs=0.2) and math.isfinite(first)

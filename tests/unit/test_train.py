@@ -332,7 +332,7 @@ def test_texts_with_nothing_to_predict_do_not_count(llama):
     silent[:, 0] = data.labels[:4, 0]  # a first token has nothing before it
     for order in (np.arange(10), np.arange(9, -1, -1)):
         both = Encoded({name: torch.cat([value, value[:4]]) for name, value in data.inputs.items()},
-                       torch.cat([data.labels, silent])).subset(order)
+                       torch.cat([data.labels, silent])).view(order)
         found = evaluate(llama, both, batch_size=4)
         assert found["num-examples"] == 6 and found["accuracy"] == wanted["accuracy"]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
@@ -346,7 +346,7 @@ def test_texts_with_nothing_to_predict_are_left_out_of_training_by_both_engines(
     data, start = small.texts(10, causal=True), small.randomised(llama)
     whole = Encoded(data.inputs, data.labels.clone())
     whole.labels[silent, first:] = IGNORE
-    part = whole.subset(np.setdiff1d(np.arange(10), silent))
+    part = whole.view(np.setdiff1d(np.arange(10), silent))
     found = []
     for records in (whole, part):
         llama.write(start)

@@ -43,13 +43,13 @@ class ER(FormBody):
         replay: int = option(32, "old records in a batch", low=1)
 
     def batch(self, step: int) -> tuple[Inputs, Tensor]:
-        new = self.records().subset(self.order(step))
+        new = self.records().view(self.order(step))
         raw = self.memory["raw"]
         if not raw:
             return new.batch(np.arange(len(new)))
         rng = seeds.numpy_generator(self.seed, "replay", self.index, step)
         old = Encoded(raw["inputs"], raw["labels"])
-        mixed = joined(new, old.subset(rng.permutation(len(old))[: self.config.replay]))
+        mixed = joined(new, old.view(rng.permutation(len(old))[: self.config.replay]))
         return mixed.batch(np.arange(len(mixed)))
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
@@ -61,7 +61,7 @@ class ER(FormBody):
         rng = seeds.numpy_generator(self.seed, "reservoir", self.index)
         for number, place in places(rng, offered, len(new), self.config.capacity):
             chosen[place : place + 1] = [held + number]
-        kept = pool.subset(np.array(chosen))
+        kept = pool.view(np.array(chosen))
         self.memory["raw"] = {"inputs": kept.inputs, "labels": kept.labels}
         numbers["offered"] = offered + len(new)
 
@@ -79,5 +79,6 @@ def places(rng: np.random.Generator, offered: int, count: int, capacity: int) ->
 
 def joined(first: Encoded, second: Encoded) -> Encoded:
     """The records of both, in order."""
-    inputs = {name: torch.cat([value, second.inputs[name]]) for name, value in first.inputs.items()}
+    more = second.inputs
+    inputs = {name: torch.cat([value, more[name]]) for name, value in first.inputs.items()}
     return Encoded(inputs, torch.cat([first.labels, second.labels]))

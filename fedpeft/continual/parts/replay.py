@@ -55,14 +55,16 @@ def draw(rng: np.random.Generator, sizes: Sequence[int], count: int) -> Draw:
 def gather(stores: Sequence[Encoded], drawn: Draw) -> tuple[Inputs, Tensor]:
     """The records of a draw, in its order; texts are cut to the longest of them."""
     order = np.argsort(drawn.tasks, kind="stable")
-    parts = [stores[task].subset(drawn.rows[drawn.tasks == task]) for task in np.unique(drawn.tasks)]
-    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+    parts = [stores[task].view(drawn.rows[drawn.tasks == task]) for task in np.unique(drawn.tasks)]
+    tables = [part.inputs for part in parts]
+    inputs = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
     return Encoded(inputs, torch.cat([part.labels for part in parts])).batch(np.argsort(order))
 
 
 def keep(data: Encoded) -> dict[str, Any]:
     """Records as plain data for `memory["raw"]`."""
-    return {"inputs": {name: value.clone() for name, value in data.inputs.items()}, "labels": data.labels.clone()}
+    every = data.view(np.arange(len(data)))  # a copy, so that what is kept does not change with the data set
+    return {"inputs": every.inputs, "labels": every.labels}
 
 
 def stores(raw: dict[str, Any], present: int, now: Encoded) -> list[Encoded]:

@@ -128,7 +128,7 @@ def held_out(found: Material, seed: int) -> Material:
         chosen[members[: round(HELD_OUT * len(members))]] = True
     kept, moved = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     split = None if found.domains is None else (domains[kept], domains[moved])
-    return replace(found, train=found.train.subset(kept), test=found.train.subset(moved), domains=split)
+    return replace(found, train=found.train.view(kept), test=found.train.view(moved), domains=split)
 
 
 def domain_plan(name: str, found: Material, seed: int, **more: Any) -> dict[str, Any]:

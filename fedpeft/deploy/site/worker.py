@@ -155,7 +155,7 @@ def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encod
         raise InputError(f"data.source: no text of {config.data.source} has two tokens: nothing to predict.")
     order = numpy_generator(config.run.seed, "holdout", name).permutation(teaching)
     kept = int(len(order) * config.data.holdout)
-    return encoded.subset(order[kept:]), encoded.subset(order[:kept])
+    return encoded.view(order[kept:]), encoded.view(order[:kept])
 
 
 def require_fit(local: Local, data: Encoded) -> None:

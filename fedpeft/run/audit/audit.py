@@ -42,7 +42,7 @@ from fedpeft.privacy.tails import ALARM
 from fedpeft.run.audit import rounds_seen, streams
 from fedpeft.run.audit.neighbours import gradients, neighbours
 from fedpeft.run.audit.rounds_seen import ROUNDING
-from fedpeft.run.audit.watched import Watch, watched
+from fedpeft.run.audit.watched import Watch, Watched
 from fedpeft.run.world import World, settle, world
 from fedpeft.seeds import torch_generator
 from fedpeft.state import AdapterState
@@ -188,7 +188,7 @@ class Audit:
         """What a step releases [P] of each of these sets of records, by one engine; zeros for one that is left out."""
         model, trains = self.local.model, self.task["trains"]
         client = replace(self.config.client, local_steps=1)
-        data = {str(index): watched(some, str(index)) for index, some in enumerate(sets)}
+        data = {str(index): Watched(some, str(index)) for index, some in enumerate(sets)}
         jobs = {name: Job(start.tensors, some, 0, private=training.Private(plan, source))
                 for name, some in data.items()}
         with Watch(data) as watch:
@@ -246,7 +246,7 @@ class Audit:
         """Two rounds that differ in the seed of the run only, over how far they move."""
         model, client, trains = self.local.model, replace(self.config.client, local_steps=2), self.task["trains"]
         plan = replace(self.plan, sample_rate=1.0, noise_multiplier=0.0)
-        data = self.data.subset(np.arange(min(len(self.data), client.batch_size)))
+        data = self.data.view(np.arange(min(len(self.data), client.batch_size)))
         changes = []
         for engine in self.engines:
             ends = []
@@ -267,10 +267,10 @@ class Audit:
     def empty(self) -> list[Check]:
         """Both engines on so few records that a batch has one on average."""
         few = min(len(self.data), max(1, round(1 / self.plan.sample_rate)))
-        data, source = self.data.subset(np.arange(few)), self.source(self.client, 1)
+        data, source = self.data.view(np.arange(few)), self.source(self.client, 1)
         sizes = []
         for engine in self.engines:
-            some = watched(data, "0")
+            some = Watched(data, "0")
             with Watch({"0": some}) as watch:
                 watch.current = "0"
                 self._train(engine, some, replace(self.config.client, local_steps=EMPTY), source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,9 +23,9 @@ def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Enco
     which pulls against it; the least likely label; inputs out of all proportion, or not numbers; texts of full length,
     or of one token; no label, and so no gradient.
     """
-    first, last = data.subset(np.arange(1)), data.subset(np.array([len(data) - 1]))
-    many = data.subset(np.arange(min(count, len(data) - 1)))
-    sets = [data.subset(np.arange(0)), labelled(model, first, best), labelled(model, many, best), many]
+    first, last = data.view(np.arange(1)), data.view(np.array([len(data) - 1]))
+    many = data.view(np.arange(min(count, len(data) - 1)))
+    sets = [data.view(np.arange(0)), labelled(model, first, best), labelled(model, many, best), many]
     more = [last, labelled(model, first, second), labelled(model, last, worst), unlabelled(last),
             *(labelled(model, record, worst) for record in extreme(last))]
     for some in sets:
@@ -64,25 +63,27 @@ def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) 
             labels[index] = answer
         else:
             labels[index, 1 : len(answer)] = answer[:-1]
-    return replace(data, labels=labels)
+    return Encoded(data.inputs, labels, end=data.end)
 
 
 def unlabelled(data: Encoded) -> Encoded:
-    return replace(data, labels=torch.full_like(data.labels, IGNORE))
+    return Encoded(data.inputs, torch.full_like(data.labels, IGNORE), end=data.end)
 
 
 def extreme(record: Encoded) -> list[Encoded]:
     """A record with inputs that no honest client has."""
-    if "attention_mask" in record.inputs:
-        mask = record.inputs["attention_mask"]
+    inputs, labels = record.inputs, record.labels
+    if "attention_mask" in inputs:
+        mask = inputs["attention_mask"]
         first = torch.zeros_like(mask)
         first[:, 0] = 1
-        return [replace(record, inputs={**record.inputs, "attention_mask": value})
+        return [Encoded({**inputs, "attention_mask": value}, labels, end=record.end)
                 for value in (torch.ones_like(mask), first)]
-    return [replace(record, inputs={name: factor * value for name, value in record.inputs.items()})
+    return [Encoded({name: factor * value for name, value in inputs.items()}, labels)
             for factor in (1e3, -1e3, math.nan)]
 
 
 def joined(some: Encoded, record: Encoded) -> Encoded:
-    return replace(some, inputs={name: torch.cat([value, record.inputs[name]]) for name, value in some.inputs.items()},
-                   labels=torch.cat([some.labels, record.labels]))
+    more = record.inputs
+    return Encoded({name: torch.cat([value, more[name]]) for name, value in some.inputs.items()},
+                   torch.cat([some.labels, record.labels]), end=some.end)

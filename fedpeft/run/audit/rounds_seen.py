@@ -36,7 +36,7 @@ from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.privacy.plan import Plan
 from fedpeft.run.audit.replies_seen import judged
-from fedpeft.run.audit.watched import Probe, Seen, Step, Watch, Watched, round_of, watched, without_dropout
+from fedpeft.run.audit.watched import Probe, Seen, Step, Watch, Watched, round_of, without_dropout
 from fedpeft.run.world import World
 from fedpeft.state import AdapterState
 
@@ -79,10 +79,10 @@ class Rounds:
         self.plans: dict[str, Plan] = {}
         self.origins: dict[str, np.ndarray] = {}
         for client in clients:
-            data = watched(self.local.train_data[client], client)
+            data = Watched(self.local.train_data[client], client)
             mine = replace(self.local, train_data={client: data}, ready={}).records(client, self.task)
             assert isinstance(mine, Watched)
-            self.origins[client] = mine.origin
+            self.origins[client] = mine.rows
             plan = self.local.guard.plan(client, lambda count=len(mine): count)  # type: ignore[misc]
             assert plan is not None
             self.plans[client] = plan
@@ -139,7 +139,7 @@ class Rounds:
         folder = self.folder / f"{engine}-{way.name}-{number}"
         seed = seeds.derive(self.config.run.seed, "audit", engine, way.name, number) if seed is None else seed
         config = replace(self.config, run=replace(self.config.run, seed=seed))
-        data = {client: watched(self.local.train_data[client], client) for client in way.clients}
+        data = {client: Watched(self.local.train_data[client], client) for client in way.clients}
         found = []
         with Watch(data) as watch:
             for round_ in range(1, way.rounds + 1):
@@ -246,7 +246,7 @@ class Rounds:
         """What moves in the model around rounds of the first client."""
         client, model = self.clients[0], self.local.model
         way = Way("coverage", [client], 1, {})
-        data: dict[str, Encoded] = {client: watched(self.local.train_data[client], client)}
+        data: dict[str, Encoded] = {client: Watched(self.local.train_data[client], client)}
         with Watch(data) as watch:  # type: ignore[arg-type]
             local = self.seen_local(self.config, self.folder / "coverage", 1, watch, {})
             requests = self.requests(way, 1)
@@ -283,7 +283,7 @@ def padded(value: Tensor, like: Tensor) -> Tensor:
 def steps_over_budget(here: World, client: str, folder: Path) -> int:
     """Steps that a client takes whose ledger in this folder is full."""
     rounds = Rounds(here, [client], ["alone"], folder)
-    data = {client: watched(here.local.train_data[client], client)}
+    data = {client: Watched(here.local.train_data[client], client)}
     with Watch(data) as watch:
         guard = Probe(here.config, folder, watch, {})
         local = replace(here.local, guard=guard, store=Store(folder / "clients", 1), train_data=data, ready={})

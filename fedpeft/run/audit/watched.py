@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,28 +36,26 @@ from fedpeft.state import AdapterState
 ENGINES = ("alone", "cohort")
 
 
-@dataclass(frozen=True)
 class Watched(Encoded):
-    """Records that note which of them are taken, and the seed that dropout's masks would then be drawn from.
+    """A client's records that note which of them are taken, and the seed that dropout's masks would then be drawn from.
 
     Attributes:
-        origin: the records' numbers among all of the client's.
         outside: torch's seed where nothing trains; what is looked at then is not drawn.
     """
 
-    client: str = ""
-    origin: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    taken: list[np.ndarray] = field(default_factory=list)
-    masks: list[int] = field(default_factory=list)
-    outside: int = field(default_factory=torch.initial_seed)
+    def __init__(self, data: Encoded, client: str) -> None:
+        super().__init__(data.inputs, data.labels, end=data.end)
+        self.client, self.outside = client, torch.initial_seed()
+        self.taken: list[np.ndarray] = []
+        self.masks: list[int] = []
 
-    def subset(self, indices: np.ndarray) -> Watched:
-        chosen, origin = super().subset(indices), self.origin[indices]
-        if torch.initial_seed() != self.outside:
-            self.taken.append(origin)
-            self.masks.append(torch.initial_seed())
-        return Watched(**_parts(chosen), client=self.client, origin=origin, taken=self.taken, masks=self.masks,
-                       outside=self.outside)
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        seed = torch.initial_seed()
+        if self._rows is not None and len(self) and seed != self.outside:
+            self.taken.append(self.rows)
+            self.masks.append(seed)
+        return super().inputs
 
     def forget(self) -> tuple[np.ndarray, int | None]:
         """What was taken since the last call: numbers of records, in order, and the seed of their masks."""
@@ -66,14 +64,6 @@ class Watched(Encoded):
         self.taken.clear()
         self.masks.clear()
         return numbers, mask
-
-
-def watched(data: Encoded, client: str) -> Watched:
-    return Watched(**_parts(data), client=client, origin=np.arange(len(data)))
-
-
-def _parts(data: Encoded) -> dict[str, Any]:
-    return {part.name: getattr(data, part.name) for part in fields(Encoded)}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class EMPrior(Wrapper):
     needs_source: str = "labels"
 
     def _prepare(self, source: Encoded) -> dict[str, Any]:
-        logits = self.forward({name: value[:1] for name, value in source.inputs.items()}).logits
+        logits = self.forward(source.view(np.arange(1)).inputs).logits
         counts = torch.bincount(source.labels, minlength=logits.shape[1])
         return {"prior": scores.on_simplex(counts.to(logits), FLOOR)}
 
