@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -189,7 +190,7 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
             "or save the model with model.resize_token_embeddings(len(tokenizer)) and its new rows trained."
         )
     place = next(base.backbone.parameters()).device
-    longest, _ = encoded.batch(encoded.lengths.argmax(keepdims=True))
+    longest, _ = encoded.batch(np.array([encoded.lengths.argmax()]))
     one = {name: value.to(place) for name, value in longest.items()}
     try:
         found = base.forward(one)
