@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from fedpeft import registry
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
@@ -88,7 +90,6 @@ class Own:
     def _require_task(self, task: dict[str, Any], own: dict[str, Any]) -> None:
         _require_keys(task, (*own, "learn"), ("round", *ROLES))
         strategy = self.strategy
-        beside = set(own["uploads"]) - {*strategy.trains, *strategy.keeps}  # control variates, rates
         for key in ROLES:
             roles = task[key]
             if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
@@ -96,7 +97,7 @@ class Own:
             if not roles and key != "keeps":
                 raise Refused(f"task.{key}=[]: it may not be empty.")
             known = {"trains": set(strategy.trains), "keeps": set(strategy.keeps),
-                     "uploads": {*roles} & {*task["trains"], *beside}}[key]
+                     "uploads": {*roles} & {*task["trains"]}}[key]
             staying = sorted({*roles} & {*strategy.keeps}) if key == "uploads" else []
             if staying:
                 raise Refused(f"{', '.join(staying)} stays with the site under {self.name}.")
@@ -105,8 +106,8 @@ class Own:
                 raise Refused(f"task.{key}={_said(roles)}: under strategy {self.name} it may have "
                               f"{', '.join(sorted({*own[key]})) or 'none'}, each once"
                               f"{', of those that it trains' if key == 'uploads' else ''}.")
-        for key in set(task) & set(own) - {"round", "learn", *ROLES}:
-            _require_option(key, task[key], own[key], self.name)
+        if "static" in task:
+            _require_static(task["static"], own["static"], self.name)
 
     def _tensors(self, received: AdapterState, form: AdapterState, needed: set[str] | None = None) -> AdapterState:
         """The tensors, if they are those of the form and, where the strategy changes the base, of a residual.
@@ -115,23 +116,38 @@ class Own:
             needed: tensors that may not be missing; None is all of the form.
         """
         sites = self.initial.sites
-        own = AdapterState(received.tensors, sites)
+        own = replace(received, sites=sites)
+        self._require_extra(own, form if needed is None else replace(form, extra={}))
         for key, value in own.tensors.items():
             if key not in form and not (self.strategy.changes_base and own.role(key) in RESIDUAL
                                         and key.rpartition("/")[0] in self.initial.lora_sites()):
                 raise Refused(f"{shown(key, 200)}: strategy {self.name} sends no such tensor.")
-            if not value.dtype.is_floating_point or value.dtype.itemsize < 4:
-                raise Refused(f"{key} has dtype {value.dtype}; allowed are float32 and float64.")
-            if key in form and value.shape != form[key].shape:
-                raise Refused(f"{key} has shape {list(value.shape)}, expected {list(form[key].shape)}.")
-            if not bool((value.abs() <= LARGEST).all()):
-                raise Refused(f"{key} has a value that is not a number or above {LARGEST:g}.")
+            _require_values(key, value, form.tensors.get(key))
         missing = next((key for key in form.tensors if key not in own and (needed is None or key in needed)), None)
         if missing is not None:
             raise Refused(f"{missing} is missing: strategy {self.name} sends it.")
         for site in self.initial.lora_sites():
             _require_residual(own, site, sites[site])
         return own
+
+    def _require_extra(self, received: AdapterState, form: AdapterState) -> None:
+        """What travels beside the adapter is what this strategy sends there."""
+        for name, value in received.extra.items():
+            if name not in form.extra:
+                raise Refused(f"{shown(name, 200)}: strategy {self.name} sends no such tensor beside the adapter.")
+            _require_values(name, value, form.extra[name])
+        missing = next((name for name in form.extra if name not in received.extra), None)
+        if missing is not None:
+            raise Refused(f"{missing} is missing: strategy {self.name} sends it beside the adapter.")
+
+
+def _require_values(key: str, value: Tensor, like: Tensor | None) -> None:
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 4:
+        raise Refused(f"{key} has dtype {value.dtype}; allowed are float32 and float64.")
+    if like is not None and value.shape != like.shape:
+        raise Refused(f"{key} has shape {list(value.shape)}, expected {list(like.shape)}.")
+    if not bool((value.abs() <= LARGEST).all()):
+        raise Refused(f"{key} has a value that is not a number or above {LARGEST:g}.")
 
 
 def _require_residual(state: AdapterState, site: str, place: Site) -> None:
@@ -156,18 +172,12 @@ def _require_keys(task: dict[str, Any], allowed: tuple[str, ...], needed: tuple[
         raise Refused(f"task.{missing} is missing; a task has {', '.join(needed)}.")
 
 
-def _require_option(key: str, value: Any, own: Any, name: str) -> None:
-    """What a strategy tells beside roles: numbers in bounds, all else as in the client's own config."""
-    if key == "static":
-        known = isinstance(value, dict) and set(value) == {"roles", "sha256"} and value["roles"] == own["roles"]
-        if not known or not isinstance(value["sha256"], str) or not DIGEST.fullmatch(value["sha256"]):
-            raise Refused(f"task.static={_said(value)}: strategy {name} gives the roles {', '.join(own['roles'])} and "
-                          "their sha256.")
-    elif isinstance(own, int | float) and not isinstance(own, bool):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
-            raise Refused(f"task.{key}={_said(value)}: it must be a number from 0 to {LARGEST:g}.")
-    elif value != own:
-        raise Refused(f"task.{key}={_said(value)}: this client's config has {_said(own)}.")
+def _require_static(value: Any, own: Any, name: str) -> None:
+    """The hash of tensors that the client draws itself is one, and of the roles that its strategy names."""
+    known = isinstance(value, dict) and set(value) == {"roles", "sha256"} and value["roles"] == own["roles"]
+    if not known or not isinstance(value["sha256"], str) or not DIGEST.fullmatch(value["sha256"]):
+        raise Refused(f"task.static={_said(value)}: strategy {name} gives the roles {', '.join(own['roles'])} and "
+                      "their sha256.")
 
 
 def _said(value: Any) -> str:

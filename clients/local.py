@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.clients import asked, inputs, rates, scoring, sequence, test_time
+from fedpeft.clients import asked, inputs, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
-from fedpeft.clients.train import CONTROL, Private, new_control, on_device, per_sample_loss, train
+from fedpeft.clients.train import Private, on_device, per_sample_loss, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
@@ -35,10 +35,8 @@ from fedpeft.models.adapted import Adapted
 from fedpeft.models.tail import first_token
 from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
+from fedpeft.strategies.client import ClientHalf, Visit, halves
 from fedpeft.strategies.sequence.sequence import Learning, learning_of
-from fedpeft.strategies.wrappers.fedthe import FEATURES
-from fedpeft.tta.deployed import deploy
-from fedpeft.tta.methods.fedthe import mean_feature
 
 T = TypeVar("T")
 log = logging.getLogger("fedpeft")
@@ -49,16 +47,13 @@ COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
 
 
 @dataclass
-class Visit:
-    """A client's round that has been opened: what it starts from, what it kept, the job to train, how many records of
-    its own are in it, and what it answered before, if this very request has come before.
+class Opened:
+    """A client's round that has been opened: the visit, the job to train, how many records of its own are in it, and
+    what it answered before, if this very request has come before.
     """
 
-    client: str
-    received: AdapterState
+    visit: Visit
     task: dict[str, Any]
-    start: AdapterState
-    kept: dict[str, Tensor]
     spending: Spending
     job: Job
     count: int
@@ -98,6 +93,11 @@ class Local:
         tasks = self.config.continual.body is not None
         return Own(self.config, self.initial, inputs.classes_of(self.model) if tasks else None)
 
+    @cached_property
+    def halves(self) -> list[ClientHalf]:
+        """What the methods of this process's own config do at a client beside training."""
+        return halves(self.own.strategy)
+
     @property
     def sequence(self) -> Learning | None:
         """The sequence of tasks of this process's own config."""
@@ -130,16 +130,16 @@ class Local:
         beside a client decides how its sums are rounded, so a run that was killed in mid-round must not have others.
         """
         opened = [_attempt(self._open, *request) for request in requests]
-        visits = [visit for visit in opened if isinstance(visit, Visit)]
-        known = all(visit.answered is not None for visit in visits)
-        done = None if known else _attempt(self._together, visits)
-        each = iter(done if isinstance(done, list) else [done] * len(visits))
+        good = [one for one in opened if isinstance(one, Opened)]
+        known = all(one.answered is not None for one in good)
+        done = None if known else _attempt(self._together, good)
+        each = iter(done if isinstance(done, list) else [done] * len(good))
         self.ready = {}
         for (client, _, task), given in zip(requests, opened, strict=True):
-            answer = _attempt(self._finish, given, next(each)) if isinstance(given, Visit) else given
+            answer = _attempt(self._finish, given, next(each)) if isinstance(given, Opened) else given
             self.ready[client, asked.number(task)] = answer
 
-    def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Visit:
+    def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Opened:
         number = asked.number(task)
         self.guard.admit(client, number)
         received = self.own.accept(client, received, task, max(number - 1, 0))
@@ -149,13 +149,13 @@ class Local:
         if self.guard.private:
             spending.request = fingerprint(received, task)
             if found := self.store.reply(client, number, spending.request):
-                answered = AdapterState(found[0], received.sites), found[1]
+                answered = replace(found[0], sites=received.sites), found[1]
             with self._discreet(spending):
                 plan = spending.plan = self.guard.plan(client, lambda: len(self.records(client, task)))
                 assert plan is not None
                 if answered is None:
                     self.guard.afford(spending.account, number, spending.request, plan)
-                elif not answered[0].tensors:
+                elif not answered[0].payload:
                     spending.fail(self.guard)
             private = Private(plan, self.guard.source(client, number))
         with self._discreet(spending):
@@ -163,109 +163,99 @@ class Local:
         if private is not None:
             with self._discreet(Spending(client, client, number, client)):  # costs nothing: it is about no record
                 self._require_apart(data, task["trains"])
-        corrections = None
-        if control := received.select(("control",)).tensors:
-            own = _own_control(control, kept)
-            corrections = {key.removeprefix(CONTROL): value - own[key] for key, value in control.items()}
-        tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
         seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
         mixed = sequence.replayed(self.train_data[client], task, self.config.client, seed)
-        job = Job(tensors, data if mixed is None else mixed, seed, float(task.get("prox_mu", 0.0)), corrections,
-                  private, in_order=mixed is not None)
-        return Visit(client, received, task, start, kept, spending, job, len(data), answered)
+        shown = data if mixed is None else mixed
+        visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed)
+        offset: dict[str, Tensor] = {}
+        for half in self.halves:
+            for key, value in half.gradient_offset(visit).items():
+                offset[key] = offset[key] + value if key in offset else value
+        tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
+        job = Job(tensors, shown, seed, sum(half.proximal(visit) for half in self.halves),
+                  offset or None, private, in_order=mixed is not None)
+        return Opened(visit, task, spending, job, len(data), answered)
 
-    def _finish(self, visit: Visit, done: Done | Exception | None = None) -> Answer:
+    def _finish(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
         """Train, unless it has been done in a cohort, and close. What was answered before is answered again."""
-        with self._discreet(visit.spending):
-            if visit.answered is not None:
-                return self._leave(visit, *visit.answered)
+        with self._discreet(opened.spending):
+            if opened.answered is not None:
+                return self._leave(opened, *opened.answered)
             if isinstance(done, Exception):
                 raise done
-            return self._close(visit, done or self._alone(visit))
+            return self._close(opened, done or self._alone(opened))
 
-    def _alone(self, visit: Visit) -> Done:
-        self.model.write(visit.start)
-        job, trains = visit.job, visit.task["trains"]
-        with self.model.competing(sequence.compete(visit.task)):
-            steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, prox_mu=job.prox_mu,
-                                control=job.control, private=job.private, in_order=job.in_order)
-        return Done(self.model.read(visit.start.select(trains)).tensors, steps, loss)
+    def _alone(self, opened: Opened) -> Done:
+        start, job, trains = opened.visit.start, opened.job, opened.task["trains"]
+        self.model.write(start)
+        with self.model.competing(sequence.compete(opened.task)):
+            steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, proximal=job.proximal,
+                                offset=job.offset, private=job.private, in_order=job.in_order)
+        return Done(self.model.read(start.select(trains)).tensors, steps, loss)
 
-    def _together(self, visits: list[Visit]) -> list[Done] | None:
+    def _together(self, cohort: list[Opened]) -> list[Done] | None:
         """Train a cohort; None where clients have to be trained one after another, which is said once."""
         tokens = self.config.run.cohort_tokens
         if tokens is None:
             tokens = COHORT_TOKENS.get(next(iter(self.model.parameters.values())).device.type, 16384)
-        if len(visits) < 2 or tokens == 0:
+        if len(cohort) < 2 or tokens == 0:
             return None
-        trains = tuple(visits[0].task["trains"])
-        reason = self.sequential.get(trains) or cannot(self.model, list(trains)) or _unlike(visits)
+        trains = tuple(cohort[0].task["trains"])
+        reason = self.sequential.get(trains) or cannot(self.model, list(trains)) or _unlike(cohort)
         if reason is None:
             try:
-                self.model.write(visits[0].start)  # what a strategy adds to the base weights is the same for all
-                with self.model.competing(sequence.compete(visits[0].task)):
-                    return train_cohort(self.model, [visit.job for visit in visits], list(trains), self.config.client,
+                self.model.write(cohort[0].visit.start)  # what a strategy adds to the base weights is the same for all
+                with self.model.competing(sequence.compete(cohort[0].task)):
+                    return train_cohort(self.model, [opened.job for opened in cohort], list(trains), self.config.client,
                                         tokens)
             except InputError as error:
                 reason = self.sequential[trains] = str(error)
-            for visit in visits:  # each alone takes the draws from their beginning, as if nothing had been tried
-                if visit.job.private is not None:
-                    source = self.guard.source(visit.client, visit.spending.number)
-                    visit.job.private = replace(visit.job.private, source=source)
+            for opened in cohort:  # each alone takes the draws from their beginning, as if nothing had been tried
+                if opened.job.private is not None:
+                    source = self.guard.source(opened.visit.client, opened.spending.number)
+                    opened.job.private = replace(opened.job.private, source=source)
         if reason not in self.said:
             self.said.add(reason)
             log.warning("clients are trained one after another, not as a cohort: %s", reason)
         return None
 
-    def _close(self, visit: Visit, done: Done) -> Answer:
-        client, task, start = visit.client, visit.task, visit.start
-        after = AdapterState(done.after, start.sites)
-        still = all(torch.equal(value, start[key]) for key, value in after.tensors.items())
+    def _close(self, opened: Opened, done: Done) -> Answer:
+        visit, task, private = opened.visit, opened.task, opened.job.private
+        trained = AdapterState(done.after, visit.start.sites)
+        still = all(torch.equal(value, visit.start[key]) for key, value in trained.tensors.items())
         # A client with one class of a task has nothing to learn; whether a private one has is nobody's business.
-        if still and "learn" not in task and visit.job.private is None:
+        if still and "learn" not in task and private is None:
             raise RunError(f"no trained tensor moved in {done.steps} steps; check client.lr and the adapter.")
-        update = after.select(task["uploads"])
-        keep = after.select(task["keeps"]).tensors
-        if control := visit.received.select(("control",)).tensors:
-            own = _own_control(control, visit.kept)
-            before = {f"{CONTROL}{key}": value for key, value in start.tensors.items()}
-            ended = {f"{CONTROL}{key}": value for key, value in after.tensors.items()}
-            new = new_control(own, control, before, ended, done.steps, self.config.client.lr)
-            update = update.replace({key: new[key] - own[key] for key in new})
-            keep = {**keep, **new}
-        number = visit.spending.number
-        if visit.job.private is None and (sent := visit.received.select(("rates",)).tensors):
-            self.model.write(start)
-            update = update.replace(rates.learned(self.model, sent, visit.job.data, task["atp"], visit.job.seed))
-            self.model.write(start.replace(after))
-        if FEATURES in visit.received and visit.job.private is None:  # else nothing would cover it
-            self.model.write(start.replace(after))
-            update = update.replace({FEATURES: mean_feature(deploy(self.model), visit.job.data).cpu()})
-        marks, missed = sequence.joined(visit.kept, task, client)
+        visit.steps = done.steps
+        update, keep = trained.select(task["uploads"]), trained.select(task["keeps"]).tensors
+        for half in self.halves:
+            sent, kept = half.finish(visit, trained)
+            update, keep = update.beside(sent), {**keep, **kept}
+        marks, missed = sequence.joined(visit.kept, task, visit.client)
         keep = {**keep, **marks}
         if keep:  # what this round did not touch (the inactive factor's control) stays
-            self.store.save(client, number, {**visit.kept, **keep})
-        loss = 0.0 if visit.job.private is not None and math.isnan(done.loss) else done.loss  # it drew no record
-        metrics = {"num-examples": float(visit.count), "train_loss": loss}
+            self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep})
+        loss = 0.0 if private is not None and math.isnan(done.loss) else done.loss  # it drew no record
+        metrics = {"num-examples": float(opened.count), "train_loss": loss}
         if "learn" in task:
             metrics["missed_tasks"] = float(missed)
-        metrics = self.guard.allowed(client, metrics)
-        if visit.job.private is not None:
-            self.store.save_reply(client, number, visit.spending.request, update.tensors, metrics)
-        return self._leave(visit, update, metrics)
+        metrics = self.guard.allowed(visit.client, metrics)
+        if private is not None:
+            self.store.save_reply(visit.client, opened.spending.number, opened.spending.request, update, metrics)
+        return self._leave(opened, update, metrics)
 
-    def _leave(self, visit: Visit, update: AdapterState, metrics: dict[str, float]) -> Answer:
+    def _leave(self, opened: Opened, update: AdapterState, metrics: dict[str, float]) -> Answer:
         """An answer, under DP once it is in the ledger.
 
         It is on the disk before it is counted, so that a process that is killed in between releases the very same
         one later, and it is counted before it leaves. Its number in the ledger is a hash of what it says: another
         answer to the same request (a lost file, other noise) is another release.
         """
-        if visit.job.private is not None:
-            spending = visit.spending
+        if opened.job.private is not None:
+            spending = opened.spending
             self.guard.spend(spending.account, spending.number, release(spending.request, update),
-                             visit.job.private.plan)
-        return update, self.guard.allowed(visit.client, metrics)
+                             opened.job.private.plan)
+        return update, self.guard.allowed(opened.visit.client, metrics)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 
@@ -284,14 +274,11 @@ class Local:
                 "server's (another torch or transformers version?). Set strategy.transport=dense."
             )
         kept = self.store.load(client, before)
-        tensors = {
-            key: value for key, value in received.tensors.items() if ":" not in key and received.role(key) != "M"
-        }
-        for key, core in received.select(("M",)).tensors.items():
-            A = f"{key.removesuffix('/M')}/A"
-            tensors[A] = (core.double() @ self.initial[A].double()).to(self.initial[A].dtype)
-        tensors |= {key: value for key, value in kept.items() if ":" not in key}
-        return self.initial.replace(tensors), kept
+        personal = {key: value for key, value in kept.items() if key in self.initial}
+        start = self.initial.replace({**received.tensors, **personal})
+        for half in self.halves:
+            start = half.start(start)
+        return start, kept
 
     def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
         number = asked.number(task)
@@ -371,16 +358,11 @@ def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
         return error
 
 
-def _own_control(control: dict[str, Tensor], kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SCAFFOLD's c_k, zero before its first round."""
-    return {key: kept.get(key, torch.zeros_like(value)) for key, value in control.items()}
-
-
-def _unlike(visits: list[Visit]) -> str | None:
-    """Why these visits cannot share one pass over the model; None if they can."""
+def _unlike(cohort: list[Opened]) -> str | None:
+    """Why these clients cannot share one pass over the model; None if they can."""
     roles = ("residual_A", "residual_B")
-    if any(visit.task["trains"] != visits[0].task["trains"] for visit in visits):
+    if any(opened.task["trains"] != cohort[0].task["trains"] for opened in cohort):
         return "they train different roles"
-    if len({visit.start.select(roles).sha256() for visit in visits}) > 1:
+    if len({opened.visit.start.select(roles).sha256() for opened in cohort}) > 1:
         return "their base weights differ"
     return None

@@ -16,7 +16,7 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies import opening
 from fedpeft.strategies.opening import BadMessage
 
-MANIFESTS, STATES = 8, 4  # times its own that a client takes: controls, cores and residuals come beside the adapter
+MANIFESTS, STATES = 8, 4  # times its own that a client takes: controls, cores and residuals come with the adapter
 PREFIX = 40  # characters that a strategy puts before or after a tensor's name: control:, rates:, residual_B
 SMALL = 2**20  # bytes that are taken whatever the model
 BESIDE = ("secagg", "fedpeft.run")  # records that a message may have, which are read elsewhere

@@ -233,8 +233,8 @@ class Member:
     def quantised(self, start: AdapterState, update: AdapterState) -> masking.Words:
         """The change of every coordinate in fixed point. How many were clipped is logged here and goes nowhere else."""
         start.require_same_form(update, "update")
-        changes = [(value.cpu().double() - start[key].cpu().double()).reshape(-1)
-                   for key, value in update.tensors.items()]
+        changes = [(after.cpu().double() - before.cpu().double()).reshape(-1)
+                   for after, before in zip(update.payload, start.payload, strict=True)]
         change = torch.cat(changes).numpy()
         if not np.isfinite(change).all():
             raise RunError("its update has NaN or inf; it is not sent.")

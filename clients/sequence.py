@@ -172,9 +172,9 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
         section = local.sequence.body.config
         with model.competing(compete(task)):
             found = gradient_sketch(model, data, section.r2, section.side == "in")
-        return AdapterState({f"sketch:{site}": value.float() for site, value in found.items()}), weight
+        return AdapterState({}, extra={site: value.float() for site, value in found.items()}), weight
     sums = head_sums(model, head(config, classes_of(model), width_of(model)), data)
-    return AdapterState({f"sum:{key}": value for key, value in sums.items()}), weight
+    return AdapterState({}, extra=sums), weight
 
 
 def private_answer(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
@@ -194,12 +194,11 @@ def private_answer(local: Local, client: str, received: AdapterState, start: Ada
             made = head(local.config, classes_of(model), width_of(model))
             source = guard.source(client, number, f"sums {task['view']}")
             found = private_head_sums(model, made, local.records(client, task), noise, source)
-            answered = found, guard.allowed(client, {})
+            answered = AdapterState({}, extra=found), guard.allowed(client, {})
             store.save_reply(spending.kept, number, spending.request, *answered)
-        elif not answered[0]:
+        elif not answered[0].payload:
             spending.fail(guard)
-        sums, metrics = answered
-        update = AdapterState({f"sum:{key}": value for key, value in sums.items()})
+        update, metrics = answered
         guard.spend(spending.account, number, release(spending.request, update), plan, noise)  # then it may leave
         return update, guard.allowed(client, metrics)
 

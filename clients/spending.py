@@ -13,6 +13,7 @@ from fedpeft.clients.store import Store
 from fedpeft.errors import RunError
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.privacy.plan import Plan
+from fedpeft.state import AdapterState
 
 log = logging.getLogger("fedpeft")
 
@@ -68,5 +69,5 @@ def discreet(guard: Guard, store: Store, spending: Spending) -> Iterator[None]:
         log.exception("%s failed in round %d; the server is not told why", spending.client, spending.number)
         if spending.plan is None:
             raise Failed from error
-        store.save_reply(spending.kept, spending.number, spending.request, {}, {})
+        store.save_reply(spending.kept, spending.number, spending.request, AdapterState({}), {})
         spending.fail(guard)

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpeft.files import write_bytes, write_tensors
+from fedpeft.state import AdapterState
 
+EXTRA = "extra:"  # in a file's names, of what travels beside an adapter
 ROUND, STATE = "round-*.safetensors", "tta-*.pt"
 
 
@@ -59,8 +61,8 @@ class Store:
         write_bytes(self._file(client, number, STATE), file.getvalue())
         self._drop(client, number, STATE)
 
-    def reply(self, client: str, number: int, request: str) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        """The update and the metrics that answered this very request of round `number`."""
+    def reply(self, client: str, number: int, request: str) -> tuple[AdapterState, dict[str, float]] | None:
+        """The update, without its sites, and the metrics that answered this very request of round `number`."""
         path = self.root / client / f"reply-{number:06d}.safetensors"
         if not path.exists():
             return None
@@ -68,14 +70,17 @@ class Store:
             metadata = file.metadata() or {}
             if metadata.get("request") != request:
                 return None
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(metadata.get("metrics", "{}"))
+            named = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        extra = {key.removeprefix(EXTRA): value for key, value in named.items() if key.startswith(EXTRA)}
+        tensors = {key: value for key, value in named.items() if not key.startswith(EXTRA)}
+        return AdapterState(tensors, extra=extra), json.loads(metadata.get("metrics", "{}"))
 
-    def save_reply(self, client: str, number: int, request: str, tensors: dict[str, Tensor],
+    def save_reply(self, client: str, number: int, request: str, update: AdapterState,
                    metrics: dict[str, float]) -> None:
         """Keep an answer, so that a repeated request need not release anything new; drop what no resume asks for."""
         folder = self.root / client
-        write_tensors(folder / f"reply-{number:06d}.safetensors", tensors,
+        named = {**update.tensors, **{f"{EXTRA}{name}": value for name, value in update.extra.items()}}
+        write_tensors(folder / f"reply-{number:06d}.safetensors", named,
                       {"request": request, "metrics": json.dumps(metrics)})
         for path in folder.glob("reply-*.safetensors"):
             if int(path.stem.removeprefix("reply-")) < number - self.history:

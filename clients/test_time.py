@@ -12,6 +12,7 @@ from source data is taken again. It must not adapt what the rounds train: the ol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,23 +31,20 @@ from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import load_objective
 from fedpeft.record import lead
 from fedpeft.state import AdapterState
-from fedpeft.strategies.wrappers.fedthe import FEATURES
+from fedpeft.strategies.client import ClientHalf
 from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod, Wrapper, make
-from fedpeft.tta.methods.atp import ATP
-from fedpeft.tta.methods.fedthe import FedTHE
 from fedpeft.tta.play import run_stream
 
 PER_CLIENT, SEQUENCE = "per_client", "sequence"
-RATES = "rates:"
 
 
 def score(config: Config, model: Adapted, client: str, received: AdapterState, held: Encoded, train: Encoded,
-          store: Store, number: int) -> dict[str, float]:
+          store: Store, number: int, halves: Sequence[ClientHalf] = ()) -> dict[str, float]:
     """Accuracy on the client's stream of the model as written, without and with the method of `tta`."""
     deployed = deploy(model)
     given = stream(config, client, held)
-    method = build(config, model, deployed, client, received, train)
+    method = build(config, model, deployed, client, received, train, halves)
     old = store.load_state(client, number) if config.tta.keep else None
     if old is not None:
         method.load(_on(method.state(), old))
@@ -57,25 +55,14 @@ def score(config: Config, model: Adapted, client: str, received: AdapterState, h
             "tta_accuracy": 1 - round(adapted["error"] * given.rows) / given.rows}
 
 
-def build(config: Config, model: Adapted, deployed: Deployed, client: str, received: AdapterState,
-          train: Encoded) -> TTAMethod:
-    """The client's method, ready for its stream."""
+def build(config: Config, model: Adapted, deployed: Deployed, client: str, received: AdapterState, train: Encoded,
+          halves: Sequence[ClientHalf] = ()) -> TTAMethod:
+    """The client's method, ready for its stream; `halves` give it what the federation learned for it."""
     method = _named(config, deployed, seeds.derive(config.run.seed, "tta", client, "method"))
-    if isinstance(method, ATP):
-        rates = received.select(("rates",)).tensors
-        method.receive(by_name(model, deployed, {key: float(value) for key, value in rates.items()}))
-    elif method.needs_source != "none":
-        if isinstance(method, FedTHE):
-            method.receive(train, received[FEATURES])
-        else:
-            method.prepare(train)
+    equipped = any(half.equip(method, model, deployed, received, train) for half in halves)
+    if not equipped and method.needs_source != "none":
+        method.prepare(train)
     return method
-
-
-def by_name(model: Adapted, deployed: Deployed, rates: dict[str, float]) -> dict[str, float]:
-    """Rates under the deployed model's tensor names instead of `rates:site/role`."""
-    names = {id(deployed.tensor(name)): name for name in deployed.slots}
-    return {names[id(model.parameters[key.removeprefix(RATES)])]: rate for key, rate in rates.items()}
 
 
 def source_accuracy(deployed: Deployed, given: Stream) -> float:
@@ -163,9 +150,10 @@ def check(config: Config) -> None:
         raise InputError(f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
                          f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts.")
     wraps = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
-    for name, what in (("atp", "learn its rates"), ("fedthe", "average the clients' mean features")):
-        if tta.method == name and name not in [config.strategy.name, *wraps]:
-            raise InputError(f"tta.method={name}: the federation has to {what}. Set strategy.wrap=[{name}].")
+    partner = registry.load("tta", tta.method, "tta.method").pairs_with
+    if partner is not None and partner not in [config.strategy.name, *wraps]:
+        raise InputError(f"tta.method={tta.method}: the federation has to learn what it needs. Set "
+                         f"strategy.wrap=[{partner}].")
 
 
 def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -195,10 +183,9 @@ def _named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:
 
 
 def _adapts(method: TTAMethod, deployed: Deployed) -> list[str]:
-    """Tensors that a method (or the one below it) adapts; not those that ATP and FedTHE forget after each batch."""
+    """Tensors that a method (or the one below it) adapts; not those that it forgets after each batch."""
     own = getattr(method.config, "adapt", None)
-    forgets = isinstance(method, FedTHE) or (isinstance(method, ATP) and method.config.mode == "batch")
-    names = [] if own is None or forgets else deployed.select(own)
+    names = [] if own is None or method.forgets else deployed.select(own)
     return names + (_adapts(method.base, deployed) if isinstance(method, Wrapper) else [])
 
 

@@ -1,13 +1,10 @@
 """The local step loop: what a client does with an adapter, its data and its task.
 
     for each step:  g = gradient of the mean per-sample loss, or of DP-SGD (fedpeft.privacy.plan)
-                    g += mu (theta - theta_0)  and  c - c_k,  where the strategy has them
+                    g += mu (theta - theta_0) + offset,  where the method's client half has them
                     optimizer step (a new optimizer every round)
 
 What is added to a private gradient afterwards depends on noised or public values only, so it costs no privacy.
-
-FedProx (Li et al., arXiv 1812.06127) adds the proximal term, SCAFFOLD (Karimireddy et al., arXiv 1910.06378) the
-control variates, whose new value is its option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr).
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +30,6 @@ from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
 
 log = logging.getLogger("fedpeft")
-CONTROL = "control:"
-
 
 @dataclass(frozen=True)
 class Private:
@@ -51,15 +45,15 @@ class Private:
         return int(self.source.uniform(1)[0] * 2**53)
 
 
-def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig, seed: int, *, prox_mu: float = 0.0,
-          control: dict[str, Tensor] | None = None, private: Private | None = None, in_order: bool = False
+def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig, seed: int, *, proximal: float = 0.0,
+          offset: dict[str, Tensor] | None = None, private: Private | None = None, in_order: bool = False
           ) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
     Args:
         seed: of the batches and of dropout, where it is not private; two calls with one seed do the same.
-        prox_mu: weight of the proximal term around the values at the start.
-        control: c - c_k by parameter name, added to every gradient.
+        proximal: weight of the proximal term around the values at the start.
+        offset: by parameter name, what is added to every gradient.
         private: train by DP-SGD.
         in_order: take the records as they stand, not shuffled.
 
@@ -87,10 +81,10 @@ def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig
         for gradients, loss in gradients_of_steps:
             for key, parameter in parameters.items():
                 gradient = gradients[key]
-                if prox_mu:
-                    gradient = gradient + prox_mu * (parameter.detach() - start[key])
-                if control is not None:
-                    gradient = gradient + _padded(control[key], parameter)
+                if proximal:
+                    gradient = gradient + proximal * (parameter.detach() - start[key])
+                if offset is not None:
+                    gradient = gradient + _padded(offset[key], parameter)
                 parameter.grad = gradient
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
@@ -223,15 +217,3 @@ def _padded(value: Tensor, like: Tensor) -> Tensor:
     full = torch.zeros_like(like)
     full[tuple(map(slice, value.shape))] = value.to(like.device)
     return full
-
-
-def new_control(
-    old: dict[str, Tensor],
-    server: dict[str, Tensor],
-    before: dict[str, Tensor],
-    after: dict[str, Tensor],
-    steps: int,
-    lr: float,
-) -> dict[str, Any]:
-    """SCAFFOLD's option II: c_k - c + (theta_0 - theta) / (steps lr)."""
-    return {key: old[key] - server[key] + (before[key] - after[key]) / (steps * lr) for key in server}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)}
+PARTS = ("tensors", "extra")  # of a state, in the order in which they are packed
 
 
 def pack(state: AdapterState) -> tuple[np.ndarray, str]:
@@ -28,7 +29,7 @@ def pack(state: AdapterState) -> tuple[np.ndarray, str]:
 
     The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
     """
-    values = [value.detach().cpu().contiguous().reshape(-1) for value in state.tensors.values()]
+    values = [value.detach().cpu().contiguous().reshape(-1) for value in state.payload]
     flat = torch.cat(values) if _one_dtype(state) else torch.cat(
         [torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest_of(state)
@@ -36,21 +37,22 @@ def pack(state: AdapterState) -> tuple[np.ndarray, str]:
 
 def manifest_of(state: AdapterState) -> str:
     """What tells the tensors of a packed array apart."""
-    entries = [[key, str(value.dtype).removeprefix("torch."), list(value.shape)]
-               for key, value in state.tensors.items()]
-    return json.dumps({"tensors": entries, "sites": {name: asdict(site) for name, site in state.sites.items()}})
+    listed = {part: [[key, str(value.dtype).removeprefix("torch."), list(value.shape)]
+                     for key, value in getattr(state, part).items()] for part in PARTS}
+    return json.dumps({**listed, "sites": {name: asdict(site) for name, site in state.sites.items()}})
 
 
 def packed_form(form: AdapterState) -> tuple[str, int]:
     """numpy's name of the dtype, and the length, of the array that `pack` makes of a state of this form."""
     if not _one_dtype(form):
         return "uint8", form.nbytes
-    dtype = next(iter(form.tensors.values())).dtype
-    return "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."), form.parameters
+    dtype = form.payload[0].dtype
+    count = sum(value.numel() for value in form.payload)
+    return "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."), count
 
 
 def _one_dtype(state: AdapterState) -> bool:
-    dtypes = {value.dtype for value in state.tensors.values()}
+    dtypes = {value.dtype for value in state.payload}
     return len(dtypes) == 1 and torch.bool not in dtypes
 
 
@@ -65,14 +67,16 @@ def described(manifest: str, longest: int | None = None) -> AdapterState:
     """
     try:
         meta = read_json(manifest, "manifest", len(manifest.encode()) if longest is None else longest)
-        names = [key for key, _, _ in meta["tensors"]]
-        if names != sorted(set(names)):
-            raise ValueError("names are not sorted, or not different")
-        tensors = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
-                   for key, dtype, shape in meta["tensors"]}
+        listed = {}
+        for part in PARTS:
+            names = [key for key, _, _ in meta[part]]
+            if names != sorted(set(names)):
+                raise ValueError("names are not sorted, or not different")
+            listed[part] = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
+                            for key, dtype, shape in meta[part]}
         sites = {name: Site(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
                  for name, site in meta["sites"].items()}
-        return AdapterState(tensors, sites)
+        return AdapterState(**listed, sites=sites)
     except Exception as error:  # of a structure that somebody else made, whatever is wrong with it
         raise StateMismatch(f"manifest is not valid: {shown(repr(error), 500)}") from error
 
@@ -107,10 +111,11 @@ def unpack(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
     form = described(manifest) if isinstance(manifest, str) else manifest
     if array.nbytes != form.nbytes:
         raise StateMismatch(f"array has {array.nbytes} bytes, its manifest describes {form.nbytes}.")
-    tensors: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
     start = 0
-    for key, value in form.tensors.items():
-        tensors[key] = raw[start : start + value.nbytes].clone().view(value.dtype).reshape(value.shape)
-        start += value.nbytes
-    return AdapterState(tensors, form.sites)
+    for part in PARTS:
+        for key, value in getattr(form, part).items():
+            parts[part][key] = raw[start : start + value.nbytes].clone().view(value.dtype).reshape(value.shape)
+            start += value.nbytes
+    return AdapterState(**parts, sites=form.sites)

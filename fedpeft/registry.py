@@ -138,7 +138,7 @@ TABLES: dict[str, dict[str, str]] = {
         "continual": "fedpeft.strategies.sequence.build:check",
         "privacy": "fedpeft.clients.guard:check",
         "tta": "fedpeft.clients.test_time:check",
-        "atp": "fedpeft.strategies.wrappers.atp:check",
+        "client_half": "fedpeft.strategies.client:check",
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
     },
     "partitioners": {

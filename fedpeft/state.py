@@ -9,9 +9,9 @@ A tensor is named `site/role`: the module's path in the base model, and what the
     R            [r, r]      core of LoRA-SB: the product is scaling * B R A
     residual_B, residual_A   factored change of the frozen weight: W <- W + residual_B residual_A (scaling included)
 
-Tensors of a trained head keep their parameter names as roles; asking for the role "head" means all of them. A tensor
-that a strategy sends beside the adapter is named `role:site/role`, as SCAFFOLD's `control:site/A`; its role is the
-prefix.
+Tensors of a trained head keep their parameter names as roles; asking for the role "head" means all of them. What a
+method sends beside the adapter (SCAFFOLD's controls, sums for a head) is no adapter: it travels in `extra`, which no
+role selects, no distance measures and no rule averages.
 """
 
 from __future__ import annotations
@@ -46,13 +46,20 @@ class Site:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Tensors by `site/role`, in sorted order, and the sites they belong to. Treat both dicts as read-only."""
+    """Tensors by `site/role`, in sorted order, and the sites they belong to. Treat the dicts as read-only.
+
+    Attributes:
+        extra: what travels beside the adapter, by names of the method's own.
+    """
 
     tensors: dict[str, Tensor]
     sites: dict[str, Site] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", {key: self.tensors[key] for key in sorted(self.tensors)})
+        for name in ("tensors", "extra"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, {key: values[key] for key in sorted(values)})
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
@@ -61,10 +68,7 @@ class AdapterState:
         return key in self.tensors
 
     def role(self, key: str) -> str:
-        """What the tensor is: "head" for every tensor of a head, the prefix for what is sent beside the adapter."""
-        prefix, colon, _ = key.partition(":")
-        if colon:
-            return prefix
+        """What the tensor is: "head" for every tensor of a head."""
         site, _, role = key.rpartition("/")
         return "head" if site in self.sites and self.sites[site].kind == "head" else role
 
@@ -75,23 +79,25 @@ class AdapterState:
         return self.tensors[f"{site}/A"].shape[0]
 
     def select(self, roles: Iterable[str]) -> AdapterState:
-        """The tensors whose role is one of `roles`; all sites are kept, so that nothing loses its meaning."""
+        """The tensors whose role is one of `roles`; sites and `extra` stay, so that nothing loses its meaning."""
         roles = set(roles)
-        return AdapterState({key: value for key, value in self.tensors.items() if self.role(key) in roles}, self.sites)
+        return replace(self, tensors={key: value for key, value in self.tensors.items() if self.role(key) in roles})
 
     def without(self, roles: Iterable[str]) -> AdapterState:
         roles = set(roles)
-        return AdapterState(
-            {key: value for key, value in self.tensors.items() if self.role(key) not in roles}, self.sites
-        )
+        return replace(self, tensors={key: value for key, value in self.tensors.items() if self.role(key) not in roles})
+
+    def beside(self, extra: dict[str, Tensor]) -> AdapterState:
+        """A copy that also takes these tensors along."""
+        return replace(self, extra={**self.extra, **extra})
 
     def replace(self, tensors: dict[str, Tensor] | AdapterState) -> AdapterState:
         """A copy with these tensors put in, or added."""
         new = tensors.tensors if isinstance(tensors, AdapterState) else tensors
-        return AdapterState({**self.tensors, **new}, self.sites)
+        return replace(self, tensors={**self.tensors, **new})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
-        return AdapterState({key: function(value) for key, value in self.tensors.items()}, self.sites)
+        return replace(self, tensors={key: function(value) for key, value in self.tensors.items()})
 
     def clone(self) -> AdapterState:
         return self.map(lambda value: value.detach().clone())
@@ -101,8 +107,13 @@ class AdapterState:
         return sum(value.numel() for value in self.tensors.values())
 
     @property
+    def payload(self) -> list[Tensor]:
+        """All values that travel: tensors, then `extra`, each in the order of names."""
+        return [*self.tensors.values(), *self.extra.values()]
+
+    @property
     def nbytes(self) -> int:
-        return sum(value.numel() * value.element_size() for value in self.tensors.values())
+        return sum(value.numel() * value.element_size() for value in self.payload)
 
     def distance(self, other: AdapterState) -> float:
         """L2 distance over the tensors of `self`."""
@@ -112,19 +123,22 @@ class AdapterState:
     def sha256(self) -> str:
         """Hash of names, dtypes, shapes and bits."""
         digest = hashlib.sha256()
-        for key, value in self.tensors.items():
+        named = [*self.tensors.items(), *((f"extra {key}", value) for key, value in self.extra.items())]
+        for key, value in named:
             digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(_bytes(value))
         return digest.hexdigest()
 
     def require_same_form(self, other: AdapterState, what: str) -> None:
-        """Raise StateMismatch unless `other` has exactly the tensors of `self`, in the same shapes and dtypes."""
-        missing = [key for key in self.tensors if key not in other.tensors]
-        extra = [key for key in other.tensors if key not in self.tensors]
-        if missing or extra:
-            raise StateMismatch(f"{what}: missing {_few(missing)}; unexpected {_few(extra)}.")
-        for key, value in self.tensors.items():
-            given = other[key]
+        """Raise StateMismatch unless `other` has exactly what `self` has, in the same shapes and dtypes."""
+        mine, others = [{**state.tensors, **{f"extra {key}": value for key, value in state.extra.items()}}
+                        for state in (self, other)]
+        missing = [key for key in mine if key not in others]
+        unexpected = [key for key in others if key not in mine]
+        if missing or unexpected:
+            raise StateMismatch(f"{what}: missing {_few(missing)}; unexpected {_few(unexpected)}.")
+        for key, value in mine.items():
+            given = others[key]
             if given.shape != value.shape:
                 raise StateMismatch(f"{what}: {key} has shape {list(given.shape)}, expected {list(value.shape)}.")
             if given.dtype != value.dtype:

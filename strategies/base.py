@@ -39,6 +39,7 @@ from fedpeft.state import (
     Update,
 )
 from fedpeft.strategies import flower_api, round_facts, wire
+from fedpeft.strategies.client import ClientHalf
 
 log = logging.getLogger("fedpeft")
 
@@ -57,6 +58,7 @@ class FederatedStrategy(Strategy):
         fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate
             state over rounds (server optimizers, SCAFFOLD) needs it.
         plain_sgd: whether its client half is only right with plain SGD as the local optimizer.
+        client_half: what the method does at a client beside training.
         needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be
             aggregated together with the adapter that they started from.
     """
@@ -72,6 +74,7 @@ class FederatedStrategy(Strategy):
     plain_sgd: bool = False
     needs_start: bool = False
     wraps: ClassVar[bool] = False
+    client_half: ClassVar[type[ClientHalf]] = ClientHalf
 
     weighting: str = "examples"
     client_ranks: dict[str, int] | None = None
@@ -94,7 +97,11 @@ class FederatedStrategy(Strategy):
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
         """What this client receives. Trained roles that it does not keep must be among them."""
-        return server.adapter.without(self.keeps)
+        return server.adapter.without(self.keeps).beside(self.extra(server))
+
+    def extra(self, server: ServerState) -> dict[str, Tensor]:
+        """What the method itself sends beside the adapter; clients send back tensors of the same names and shapes."""
+        return {}
 
     def uploads(self, server: ServerState) -> tuple[str, ...]:
         """Roles sent back: what is trained and not kept."""
@@ -110,7 +117,7 @@ class FederatedStrategy(Strategy):
 
     def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
         """What the round's event says of single updates."""
-        return round_facts.of_single(sent, updates, [role for role in self.uploads(server) if role in self.trains])
+        return round_facts.of_single(sent, updates, list(self.uploads(server)))
 
     def treatments(self) -> dict[str, str]:
         """Clients that the last `aggregate` cut, clipped or left out, and how; for the record alone."""
@@ -131,6 +138,12 @@ class FederatedStrategy(Strategy):
         first = updates[0].adapter
         keys = first.tensors if roles is None else first.select(roles).tensors
         return {key: lowrank.mean([update.adapter[key] for update in updates], weights) for key in keys}
+
+    @staticmethod
+    def average_extra(updates: list[Update], names: Iterable[str]) -> dict[str, Tensor]:
+        """Weighted mean of what clients sent under these names beside their updates, in float64."""
+        weights = [update.weight for update in updates]
+        return {name: lowrank.mean([update.adapter.extra[name] for update in updates], weights) for name in names}
 
     # The round -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +298,7 @@ class FederatedStrategy(Strategy):
                 bad[client] = str(error)
                 continue
             limit = rules.max_update_norm
-            if limit is not None and (moved := adapter.without(("control",)).distance(sent[client])) > limit:
+            if limit is not None and (moved := adapter.distance(sent[client])) > limit:
                 bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={limit:g}"
                 continue
             count = metrics.pop("num-examples")
@@ -367,7 +380,7 @@ def _rescaled(like: AdapterState, update: Update) -> Update:
         key = next((f"{site}/{role}" for role in ("R", "B", "A") if f"{site}/{role}" in tensors), None)
         if key is not None and ratio != 1:
             tensors[key] = tensors[key].double() * ratio
-    return replace(update, adapter=AdapterState(tensors, like.sites))
+    return replace(update, adapter=replace(update.adapter, tensors=tensors, sites=like.sites))
 
 
 def choose(names: list[str], rules: Rules, number: int) -> list[str]:

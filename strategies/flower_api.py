@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
 from fedpeft.strategies import wire
+from fedpeft.strategies.client import halves
 
 if TYPE_CHECKING:
     from fedpeft.state import Rules, ServerState
@@ -115,6 +116,10 @@ def _open(
             f"{type(strategy).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
             "Use fedpeft's client app."
         )
+    needed = next((half.strategy for half in halves(strategy) if not half.alone), None)
+    if needed is not None:
+        raise RunError(f"{type(needed).__name__} needs its half at the clients, which a stock Flower app has not. Use "
+                       "fedpeft's client app.")
     strategy.transport = "dense"
     settings: dict[str, Any] = dict(config or {})
     codec, adapter = wire.Named.of(arrays, settings)

@@ -1,6 +1,7 @@
 """Adapter states as Flower messages, and the checks that every reply passes before it may be aggregated.
 
-What crosses the wire, each way: one ArrayRecord (ours: a single packed array; a stock Flower app: an array per tensor),
+What crosses the wire, each way: one ArrayRecord (ours: a single packed array, the adapter's values and then those of
+what travels beside it, which the manifest lists apart; a stock Flower app: an array per tensor),
 one ConfigRecord (ours: the manifest and the task as JSON), and on the way back one MetricRecord with `num-examples`.
 """
 
@@ -11,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -113,7 +114,7 @@ class Packed:
                                            lambda form: wanted.require_same_form(form, "update"), ("metrics",))
         if task["round"] != number:
             raise BadReply(f"stale: an update of round {task['round']}, not {number}")
-        return checked(AdapterState(adapter.tensors, sent.sites), wanted), values
+        return checked(replace(adapter, sites=sent.sites), wanted), values
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,7 @@ def checked(adapter: AdapterState, wanted: AdapterState) -> AdapterState:
         wanted.require_same_form(adapter, "update")
     except StateMismatch as error:
         raise BadReply(str(error)) from error
-    for key, value in adapter.tensors.items():
+    for key, value in (*adapter.tensors.items(), *adapter.extra.items()):
         if not torch.isfinite(value).all():
             raise BadReply(f"{key} has NaN or inf")
     return adapter

@@ -29,14 +29,14 @@ class Job:
     Attributes:
         start: adapter tensors to start from, by parameter name; ranks may be below the model's. What is not named
             keeps the model's value.
-        seed, prox_mu, control, private, in_order: as of `clients.train.train`.
+        seed, proximal, offset, private, in_order: as of `clients.train.train`.
     """
 
     start: dict[str, Tensor]
     data: Encoded
     seed: int
-    prox_mu: float = 0.0
-    control: dict[str, Tensor] | None = None
+    proximal: float = 0.0
+    offset: dict[str, Tensor] | None = None
     private: Private | None = None
     in_order: bool = False
 
@@ -78,11 +78,11 @@ class Chunk:
         self.lengths = [token_counts(model, job.data) for job in jobs]
         self.steps = [steps_of(job, config) for job in jobs]
         self.draws = [self._draws(job) for job in jobs]
-        self.mu = self.values.new_tensor([job.prox_mu for job in jobs])[:, None]
-        self.start = self.values.clone() if any(job.prox_mu for job in jobs) else None
+        self.mu = self.values.new_tensor([job.proximal for job in jobs])[:, None]
+        self.start = self.values.clone() if any(job.proximal for job in jobs) else None
         none = {key: torch.zeros(0, *shape[1:]) for key, shape in self.shapes.items()}
-        controls = [none if job.control is None else job.control for job in jobs]
-        self.control = None if all(control is none for control in controls) else rows(controls, trained)
+        offsets = [none if job.offset is None else job.offset for job in jobs]
+        self.offset = None if all(offset is none for offset in offsets) else rows(offsets, trained)
         still = model.still()
         masks = {key: torch.zeros(shape, dtype=torch.bool, device=self.device) for key, shape in self.shapes.items()}
         for key, mask in still.items():
@@ -152,8 +152,8 @@ class Chunk:
                 total[:, self.still] = 0
         if self.start is not None:
             total += self.mu[:active] * (values - self.start[:active])
-        if self.control is not None:
-            total += self.control[:active]
+        if self.offset is not None:
+            total += self.offset[:active]
         if self.config.max_grad_norm is not None:
             norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)

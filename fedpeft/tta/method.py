@@ -79,12 +79,14 @@ class TTAMethod:
         reason: why the last batch was not learned from, None when it was.
         cost: forward passes, rows in them, backward passes, restarts since the reset.
         ready: nothing is missing that only `prepare` can give.
+        pairs_with: the wrapper of a federation that learns what it needs.
     """
 
     Config: ClassVar[Any] = MethodConfig
     paper: ClassVar[str] = ""
     needs_source: str = "none"  # "inputs", "labels": what `prepare` must be given
     min_batch: ClassVar[int] = 1  # rows below which nothing is learned from a batch
+    pairs_with: ClassVar[str | None] = None
 
     def __init__(self, model: Deployed, seed: int = 0, **options: Any) -> None:
         self.model = deploy(model)
@@ -100,6 +102,11 @@ class TTAMethod:
         self._restart()
 
     # What a method defines.
+
+    @property
+    def forgets(self) -> bool:
+        """Whether what it adapts is put back after each batch."""
+        return False
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         """Predictions for a batch without a change of state; a graph is kept when `learn`."""

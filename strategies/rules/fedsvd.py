@@ -35,7 +35,19 @@ from fedpeft import lowrank
 from fedpeft.config import option
 from fedpeft.state import AdapterState, Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.client import ClientHalf, Tensors
 from fedpeft.strategies.parts import frozen_factors
+
+
+class FedSVDClient(ClientHalf):
+    """Makes A = M A_0 from the core that it is sent and the A_0 that it drew."""
+
+    def start(self, adapter: AdapterState) -> AdapterState:
+        made: Tensors = {}
+        for key, core in adapter.select(("M",)).tensors.items():
+            A = f"{key.removesuffix('/M')}/A"
+            made[A] = (core.double() @ adapter[A].double()).to(adapter[A].dtype)
+        return adapter.without(("M",)).replace(made)
 
 
 class FedSVD(FederatedStrategy):
@@ -45,6 +57,7 @@ class FedSVD(FederatedStrategy):
     needs = Needs.SUM
     trains = ("B", "head")
     fixed_basis = False
+    client_half = FedSVDClient
 
     @dataclass
     class Config:

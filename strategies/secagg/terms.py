@@ -29,13 +29,13 @@ dropped out cannot both reach it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from fedpeft import registry
 from fedpeft.config import Config
@@ -170,7 +170,8 @@ class SecAgg:
             if any(not torch.equal(value, start[key]) for key, value in starts[0].tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
         stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules.deadline_s)
-        total, uploaded = stages.run({client: contents[roster[client]] for client in clients}, starts[0].parameters)
+        total, uploaded = stages.run({client: contents[roster[client]] for client in clients},
+                                     sum(value.numel() for value in starts[0].payload))
         try:
             mean = masking.dequantise(total, len(uploaded), plan.clip, plan.bits)
         except ValueError as error:
@@ -180,18 +181,16 @@ class SecAgg:
 
 
 def reference(adapter: AdapterState, roles: tuple[str, ...]) -> AdapterState:
-    """What an upload of these roles is a change of: the values sent; zero for controls, which are changes already."""
+    """What an upload of these roles is a change of: the values sent; zero for what travels beside, summed as it is."""
     chosen = adapter.select(roles)
-    return AdapterState({key: torch.zeros_like(value) if chosen.role(key) == "control" else value
-                         for key, value in chosen.tensors.items()}, chosen.sites)
+    return replace(chosen, extra={name: torch.zeros_like(value) for name, value in chosen.extra.items()})
 
 
 def _moved(start: AdapterState, mean: masking.Floats) -> AdapterState:
     """`start` plus a flat vector of changes, in float64."""
-    tensors: dict[str, Tensor] = {}
-    place = 0
-    for key, value in start.tensors.items():
-        change = torch.from_numpy(mean[place : place + value.numel()]).reshape(value.shape)
-        tensors[key] = value.cpu().double() + change
-        place += value.numel()
-    return AdapterState(tensors, start.sites)
+    parts = np.split(mean, np.cumsum([value.numel() for value in start.payload])[:-1])
+    moved = [value.cpu().double() + torch.from_numpy(part).reshape(value.shape)
+             for value, part in zip(start.payload, parts, strict=True)]
+    tensors, extra = moved[: len(start.tensors)], moved[len(start.tensors) :]
+    return replace(start, tensors=dict(zip(start.tensors, tensors, strict=True)),
+                   extra=dict(zip(start.extra, extra, strict=True)))

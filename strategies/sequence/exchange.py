@@ -66,23 +66,22 @@ def read(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dic
     """
 
     def check(given: AdapterState) -> None:
-        named = {key.partition(":")[2]: value for key, value in given.tensors.items()}
-        if ({key: tuple(value.shape) for key, value in named.items()} != form or len(named) < len(given.tensors)
-                or not all(value.dtype in (torch.float32, torch.float64) for value in named.values())):
+        if (given.tensors or {name: tuple(value.shape) for name, value in given.extra.items()} != form
+                or not all(value.dtype in (torch.float32, torch.float64) for value in given.extra.values())):
             raise wire.BadReply("sums of another form than was asked for")
 
     content = wire.opened(reply)
     weight = wire.metrics(content)["num-examples"]
-    longest = wire.manifest_bytes(AdapterState({f"sketch:{key}": torch.empty(shape, device="meta")
-                                                for key, shape in form.items()}))
+    wanted = {name: torch.empty(shape, device="meta") for name, shape in form.items()}
+    longest = wire.manifest_bytes(AdapterState({}, extra=wanted))
     with opening.reading("sums", wire.BadReply):
-        adapter, task = opening.packed(content, longest, check, ("metrics",))
+        answer, task = opening.packed(content, longest, check, ("metrics",))
     if task["round"] != number:
         raise wire.BadReply(f"stale: sums of round {task['round']}, not {number}")
-    for key, value in adapter.tensors.items():
+    for name, value in answer.extra.items():
         if not torch.isfinite(value).all():
-            raise wire.BadReply(f"{key} has NaN or inf")
-    return {key.partition(":")[2]: value for key, value in adapter.tensors.items()}, weight
+            raise wire.BadReply(f"{name} has NaN or inf")
+    return answer.extra, weight
 
 
 def head_sums(answers: Answers) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """ATP in a federation: clients learn the adaptation rates of `fedpeft.tta.methods.atp`, the server averages them.
 
-    client:  a_k from a, by passes over its labelled records at the adapter that it received (fedpeft.clients.rates)
+    client:  a_k from a, by passes over its labelled records at the adapter that it received
     server:  a <- sum_k p_k a_k,  beside the aggregation of the strategy inside
 
-One rate for every tensor that the strategy trains, sent beside the adapter as `rates:site/role`: some dozens of
+One rate for every tensor that the strategy trains, sent beside the adapter (`rates:` and its name): some dozens of
 numbers. They are used where clients evaluate with `tta.method=atp`. Bao, Wei, Wang and He, arXiv 2310.18816.
 
 Deviations: rates are learned in the same rounds as the adapter, not after it; only tensors of the adapter (and the
@@ -17,26 +17,71 @@ of a round equally (`strategy.weighting=uniform` does).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedpeft import config as configs
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import option
-from fedpeft.errors import InputError
+from fedpeft.data.encode import Encoded
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
+from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
+from fedpeft.tta.deployed import Deployed, deploy
+from fedpeft.tta.method import TTAMethod
+from fedpeft.tta.methods.atp import ATP as TestTimeATP
 
+RATES = "rates:"  # and the name of the tensor that it is of
 SCALES = ("none", "root", "size")
+
+
+class ATPClient(ClientHalf):
+    """Learns better rates from its labelled records, at the adapter that it received."""
+
+    sends = "rates learned from labelled records"
+    alone = False
+    strategy: ATP
+
+    def finish(self, visit: Visit, trained: AdapterState) -> tuple[Tensors, Tensors]:
+        visit.model.write(visit.start)
+        deployed, rates = deploy(visit.model), received_rates(visit.received)
+        names = {name: key for key, name in names_at(visit.model, deployed, rates).items()}
+        options = self.strategy
+        learned = TestTimeATP(deployed).learn({name: rates[key] for name, key in names.items()}, visit.data,
+                                              options.lr, options.epochs, options.batch_size, options.scale,
+                                              visit.seed)
+        visit.model.write(visit.start.replace(trained))
+        return {f"{RATES}{names[name]}": torch.tensor([value], dtype=torch.float32)
+                for name, value in learned.items()}, {}
+
+    def equip(self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState,
+              data: Encoded) -> bool:
+        if not isinstance(method, TestTimeATP):
+            return False
+        rates = received_rates(received)
+        method.receive({name: rates[key] for key, name in names_at(model, deployed, rates).items()})
+        return True
+
+
+def received_rates(received: AdapterState) -> dict[str, float]:
+    """Rates by the name of the adapter's tensor."""
+    return {name.removeprefix(RATES): float(value) for name, value in received.extra.items() if name.startswith(RATES)}
+
+
+def names_at(model: Adapted, deployed: Deployed, keys: Iterable[str]) -> dict[str, str]:
+    """The deployed model's names of these tensors of the adapter."""
+    names = {id(deployed.tensor(name)): name for name in deployed.slots}
+    return {key: names[id(model.parameters[key])] for key in keys}
 
 
 class ATP(Wrapper):
     """Adaptation rates for test time, learned by the clients and averaged."""
 
     paper = "Bao et al. 2023, arXiv 2310.18816"
+    client_half = ATPClient
 
     @dataclass
     class Config:
@@ -50,37 +95,19 @@ class ATP(Wrapper):
         super().__init__(inner)
         self.lr, self.epochs, self.batch_size, self.scale = lr, epochs, batch_size, scale
 
+    def extra(self, server: ServerState) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in self._rates(server).items()}
+
     def _rates(self, server: ServerState) -> dict[str, Tensor]:
         """a of every trained tensor [1], zero before the first round."""
-        return {f"rates:{key}": server.memory.get(f"rates:{key}", torch.zeros(1, dtype=torch.float64))
+        return {f"{RATES}{key}": server.memory.get(f"{RATES}{key}", torch.zeros(1, dtype=torch.float64))
                 for key in server.adapter.select(self.trains).tensors}
-
-    def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        rates = {key: value.float() for key, value in self._rates(server).items()}
-        return self.inner.broadcast(server, client).replace(rates)
-
-    def uploads(self, server: ServerState) -> tuple[str, ...]:
-        return (*self.inner.uploads(server), "rates")
-
-    def task(self, server: ServerState) -> dict[str, Any]:
-        options = {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size, "scale": self.scale}
-        return {**self.inner.task(server), "uploads": list(self.uploads(server)), "atp": options}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
-        plain = [replace(update, adapter=update.adapter.without(("rates",))) for update in updates]
-        after = self.inner.aggregate(server, plain)
-        return replace(after, memory={**after.memory, **self.average(updates, ("rates",))})
+        after = self.inner.aggregate(server, updates)
+        return replace(after, memory={**after.memory, **self.average_extra(updates, self._rates(server))})
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         adapter, notes = self.inner.offline(server, updates)
         return adapter, [*notes, "atp: finished adapters have no rates; only the adapters were aggregated."]
-
-
-def check(config: configs.Config) -> None:
-    """Refuse rates where a guarantee would not cover them."""
-    names = [config.strategy.name, *(entry if isinstance(entry, str) else entry.get("name")
-                                     for entry in config.strategy.wrap)]
-    if "atp" in names and config.privacy.unit != "none":
-        raise InputError(f"strategy.wrap: atp learns rates from labelled records, and privacy.unit="
-                         f"{config.privacy.unit} does not cover them. Set privacy.unit=none, or take atp out.")

@@ -279,23 +279,23 @@ def _require_sum(inner: FederatedStrategy) -> None:
     while isinstance(layers[-1], Wrapper):
         layers.append(layers[-1].inner)
     for layer in layers:
-        problem = _problem(type(layer), name_of(layer))
+        problem = _problem(type(layer))
         if problem:
             fits = [name for name in registry.names("strategies")
                     if (cls := registry.load("strategies", name)).wraps == type(layer).wraps
-                    and not _problem(cls, name)]
+                    and not _problem(cls)]
             key = "strategy.wrap" if type(layer).wraps else "strategy.name"
             raise InputError(f"{key}: {name_of(layer)} {problem}, so privacy.unit=client cannot protect it. Allowed: "
                              f"{', '.join(fits)}.")
 
 
-def _problem(cls: type[FederatedStrategy], name: str) -> str | None:
+def _problem(cls: type[FederatedStrategy]) -> str | None:
     if cls.needs is Needs.INDIVIDUAL:
         return "looks at single updates, before they are clipped and noised"
     if cls.changes_base:
         return "changes the base weights beside the update"
-    if name == "scaffold":
-        return "has clients send control variates, a second release of their data"
+    if cls.client_half.sends:
+        return f"has clients send {cls.client_half.sends}, a second release of their data"
     return None
 
 

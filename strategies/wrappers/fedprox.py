@@ -16,18 +16,28 @@ Deviations: none. Clients add mu (theta - theta_global) to the gradient, which i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fedpeft.config import option
-from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.client import ClientHalf, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
+
+
+class FedProxClient(ClientHalf):
+    """Adds the proximal term."""
+
+    alone = False
+    strategy: FedProx
+
+    def proximal(self, visit: Visit) -> float:
+        return self.strategy.mu
 
 
 class FedProx(Wrapper):
     """A proximal term in the clients' loss."""
 
     paper = "Li et al. 2018, arXiv 1812.06127"
+    client_half = FedProxClient
 
     @dataclass
     class Config:
@@ -36,6 +46,3 @@ class FedProx(Wrapper):
     def __init__(self, inner: FederatedStrategy | None = None, mu: float = 0.01) -> None:
         super().__init__(inner)
         self.mu = mu
-
-    def task(self, server: ServerState) -> dict[str, Any]:
-        return {**super().task(server), "prox_mu": self.mu}

@@ -22,21 +22,46 @@ import torch
 from torch import Tensor
 
 from fedpeft import config as configs
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.build import build
+from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
+from fedpeft.tta.deployed import Deployed, deploy
+from fedpeft.tta.method import TTAMethod
+from fedpeft.tta.methods.fedthe import FedTHE as TestTimeFedTHE
+from fedpeft.tta.methods.fedthe import mean_feature
 
-ROLE = "mean"
-FEATURES = f"{ROLE}:features"
+FEATURES = "mean:features"
+
+
+class FedTHEClient(ClientHalf):
+    """Sends the mean feature of its records under the adapter that it has just trained."""
+
+    sends = "mean features of their records"
+    alone = False
+
+    def finish(self, visit: Visit, trained: AdapterState) -> tuple[Tensors, Tensors]:
+        visit.model.write(visit.start.replace(trained))
+        return {FEATURES: mean_feature(deploy(visit.model), visit.data).cpu()}, {}
+
+    def equip(self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState,
+              data: Encoded) -> bool:
+        if not isinstance(method, TestTimeFedTHE):
+            return False
+        method.receive(data, received.extra[FEATURES])
+        return True
 
 
 class FedTHE(Wrapper):
     """The mean feature of all clients' training records, for head ensembles at test time."""
 
     paper = "Jiang and Lin 2022, arXiv 2205.10920"
+    client_half = FedTHEClient
 
     def __init__(self, inner: FederatedStrategy | None = None) -> None:
         super().__init__(inner)
@@ -46,20 +71,13 @@ class FedTHE(Wrapper):
         found = server.memory.get(FEATURES)
         return torch.zeros(width(server.adapter), dtype=torch.float64) if found is None else found
 
-    def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        return self.inner.broadcast(server, client).replace({FEATURES: self._mean(server).float()})
-
-    def uploads(self, server: ServerState) -> tuple[str, ...]:
-        return (*self.inner.uploads(server), ROLE)
-
-    def task(self, server: ServerState) -> dict[str, object]:
-        return {**self.inner.task(server), "uploads": list(self.uploads(server))}
+    def extra(self, server: ServerState) -> dict[str, Tensor]:
+        return {FEATURES: self._mean(server).float()}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
-        plain = [replace(update, adapter=update.adapter.without((ROLE,))) for update in updates]
-        after = self.inner.aggregate(server, plain)
-        return replace(after, memory={**after.memory, **self.average(updates, (ROLE,))})
+        after = self.inner.aggregate(server, updates)
+        return replace(after, memory={**after.memory, **self.average_extra(updates, (FEATURES,))})
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         adapter, notes = self.inner.offline(server, updates)
@@ -85,9 +103,6 @@ def check(config: configs.Config) -> None:
     name = config.strategy.name
     if "fedthe" not in [name, *wraps]:
         return
-    if [name, *wraps][-1] != "fedthe":
-        raise InputError(f"strategy.wrap: {wraps[-1]} goes around fedthe and would take its mean features for a part "
-                         "of the update. Put fedthe last.")
     keeps = build(config).keeps
     if "head" in keeps:
         raise InputError(f"strategy.wrap: fedthe mixes a personal with the global head, but {name} leaves "
@@ -98,11 +113,7 @@ def check(config: configs.Config) -> None:
     if config.continual.body is not None:
         raise InputError(f"strategy.wrap: fedthe's mean features are those of one task, and continual.body="
                          f"{config.continual.body} learns a sequence. Set continual.body=null, or take fedthe out.")
-    if config.privacy.unit != "none":
-        raise InputError(f"strategy.wrap: fedthe has clients send mean features of their records, and privacy.unit="
-                         f"{config.privacy.unit} does not cover them. Set privacy.unit=none, or take fedthe out.")
-    for key, is_set in (("secagg.enabled=true", config.secagg.enabled),
-                        ("run.max_update_norm", config.run.max_update_norm is not None)):
-        if is_set:
-            raise InputError(f"{key}: fedthe sends mean features beside the update, and they would be bounded as if "
-                             "they were a part of it. Unset it, or take fedthe out of strategy.wrap.")
+    if config.secagg.enabled:
+        raise InputError("secagg.enabled=true: secagg.clip bounds changes of an adapter, and fedthe's mean features, "
+                         "which are summed beside them, may be larger. Set secagg.enabled=false, or take fedthe out "
+                         "of strategy.wrap.")

@@ -25,6 +25,7 @@ from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.client import names_that_add_up
 from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened, require_equal_shapes
 
 log = logging.getLogger("fedpeft")
@@ -60,7 +61,9 @@ class Krum(Wrapper):
             log.warning("krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold", count,
                         2 * self.byzantine + 3)
         require_equal_shapes(updates, "krum")
-        order = scores(torch.stack([flattened(update) for update in updates]), self.byzantine).argsort(stable=True)
+        beside = names_that_add_up(self.inner, server)
+        points = torch.stack([flattened(update, beside) for update in updates])
+        order = scores(points, self.byzantine).argsort(stable=True)
         self.treated = {updates[index].client: "not selected" for index in sorted(order[self.keep :].tolist())}
         return [updates[index] for index in sorted(order[: self.keep].tolist())]
 

@@ -3,7 +3,8 @@
     theta_k <- theta + min(1, C / ||theta_k - theta||) (theta_k - theta),   theta what client k was sent
 
 The norm is L2 over all uploaded tensors together. `bound: null` takes C as the median of the round's norms. Control
-variates (SCAFFOLD) are uploaded as differences and clipped as such.
+variates (SCAFFOLD), which add up as updates do, are a part of the norm and are clipped with it; what else travels
+beside an update (ATP's rates, FedTHE's mean features) is no part of it and is not bounded.
 
 Deviations: none of the paper's noise is added, so this bounds influence and gives no privacy.
 
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from fedpeft.config import option
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.state import Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.client import names_that_add_up
 from fedpeft.strategies.round_facts import median
 from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened
 
@@ -43,29 +45,34 @@ class NormClip(Wrapper):
         self.bound = bound
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
-        moves = [self._moved(server, update) for update in updates]
-        norms = torch.stack([flattened(move).norm() for move in moves])
+        beside = names_that_add_up(self.inner, server)
+        norms = torch.stack([self._move(server, update, beside).norm() for update in updates])
         bound = float(median(norms)) if self.bound is None else self.bound
         self.treated = {update.client: f"clipped to {100 * bound / norm:.3g} % of its length"
                         for update, norm in zip(updates, norms.tolist(), strict=True) if norm > bound}
-        clipped = []
-        for update, move, norm in zip(updates, moves, norms.tolist(), strict=True):
-            back = max(0.0, 1 - bound / norm) if norm > 0 else 0.0
-            tensors = {key: value.double() - back * move.adapter[key] for key, value in update.adapter.tensors.items()}
-            clipped.append(replace(update, adapter=AdapterState(tensors, update.adapter.sites)))
-        return clipped
+        return [self._shortened(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)
+                for update, norm in zip(updates, norms.tolist(), strict=True)]
 
-    def _moved(self, server: ServerState, update: Update) -> Update:
-        """The update minus what was sent, in float64."""
+    def _move(self, server: ServerState, update: Update, beside: set[str]) -> Tensor:
+        """The update minus what was sent, and what adds up beside it, as one float64 vector.
+
+        Raises:
+            InputError: shapes differ.
+        """
         sent = self.broadcast(server, update.client)
-
-        def difference(key: str, value: Tensor) -> Tensor:
-            if sent.role(key) == "control":
-                return value.double()
+        for key, value in update.adapter.tensors.items():
             if sent[key].shape != value.shape:
                 raise InputError(f"strategy.wrap: norm_clip: {update.client} was sent {key} as {list(sent[key].shape)} "
                                  f"and gives {list(value.shape)}.")
-            return value.double() - sent[key].double()
+        moved = update.adapter.replace({key: value.double() - sent[key].double()
+                                        for key, value in update.adapter.tensors.items()})
+        return flattened(replace(update, adapter=moved), beside)
 
-        moved = {key: difference(key, value) for key, value in update.adapter.tensors.items()}
-        return replace(update, adapter=AdapterState(moved, update.adapter.sites))
+    def _shortened(self, server: ServerState, update: Update, beside: set[str], back: float) -> Update:
+        """The update, moved back to what was sent by this share of its way."""
+        sent, adapter = self.broadcast(server, update.client), update.adapter
+        tensors = {key: value.double() - back * (value.double() - sent[key].double())
+                   for key, value in adapter.tensors.items()}
+        extra = {name: value.double() * (1 - back) if name in beside else value
+                 for name, value in adapter.extra.items()}
+        return replace(update, adapter=replace(adapter, tensors=tensors, extra=extra))

@@ -3,10 +3,10 @@
     client:  y <- y - eta (g - c_k + c);   c_k+ = c_k - c + (x - y) / (steps eta)   (option II)
     server:  x <- x + eta_g (agg(y) - x);   c <- c + |S| / N mean_k(c_k+ - c_k)
 
-The server sends c beside the adapter as `control:site/role` for each trained tensor; clients send back c_k+ - c_k
-under the same names. agg is the strategy inside (its weights); controls take the plain mean. N is the number of all
-clients. Traffic doubles, and a control fits its coordinates only while they mean the same, hence strategies with a
-fixed basis only.
+The server sends c beside the adapter, one control for each trained tensor (`control:` and its name); clients send
+back c_k+ - c_k under the same names and keep c_k. agg is the strategy inside (its weights); controls take the plain
+mean. N is the number of all clients. Traffic doubles, and a control fits its coordinates only while they mean the same,
+hence strategies with a fixed basis only.
 
 Deviations: none. With a local optimizer other than plain SGD (x - y) / (steps eta) is no longer a mean gradient, so the
 others are refused.
@@ -19,7 +19,6 @@ others are refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,37 @@ from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
+from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of, require_fixed_basis
+
+CONTROL = "control:"  # and the name of the tensor that it corrects
+
+
+class ScaffoldClient(ClientHalf):
+    """Corrects every gradient by c - c_k, and keeps c_k."""
+
+    sends = "control variates"
+    covered_by_dp = True  # a function of the noised steps
+    adds_up = True
+    alone = False
+
+    def gradient_offset(self, visit: Visit) -> Tensors:
+        controls = visit.received.extra
+        return {name.removeprefix(CONTROL): controls[name] - known for name, known in _known(visit).items()}
+
+    def finish(self, visit: Visit, trained: AdapterState) -> tuple[Tensors, Tensors]:
+        known, new = _known(visit), {}
+        for name, control in known.items():
+            key = name.removeprefix(CONTROL)
+            mean_gradient = (visit.start[key] - trained[key]) / (visit.steps * visit.config.lr)
+            new[name] = control - visit.received.extra[name] + mean_gradient
+        return {name: new[name] - control for name, control in known.items()}, new
+
+
+def _known(visit: Visit) -> Tensors:
+    """c_k, zero before the client's first round."""
+    return {name: visit.kept.get(name, torch.zeros_like(value)) for name, value in visit.received.extra.items()
+            if name.startswith(CONTROL)}
 
 
 class Scaffold(Wrapper):
@@ -36,6 +65,7 @@ class Scaffold(Wrapper):
 
     paper = "Karimireddy et al. 2020, arXiv 1910.06378"
     plain_sgd = True
+    client_half = ScaffoldClient
 
     @dataclass
     class Config:
@@ -53,33 +83,26 @@ class Scaffold(Wrapper):
     def _controls(self, server: ServerState) -> dict[str, Tensor]:
         """c of every tensor that clients send back this round; zero before its first update."""
         shared = server.adapter.select(self.inner.uploads(server)).tensors
-        return {f"control:{key}": server.memory.get(f"control:{key}", torch.zeros_like(value, dtype=torch.float64))
+        return {f"{CONTROL}{key}": server.memory.get(f"{CONTROL}{key}", torch.zeros_like(value, dtype=torch.float64))
                 for key, value in shared.items()}
 
-    def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        controls = {key: value.to(server.adapter[key.removeprefix("control:")].dtype)
-                    for key, value in self._controls(server).items()}
-        return self.inner.broadcast(server, client).replace(controls)
-
-    def uploads(self, server: ServerState) -> tuple[str, ...]:
-        return (*self.inner.uploads(server), "control")
-
-    def task(self, server: ServerState) -> dict[str, Any]:
-        return {**self.inner.task(server), "uploads": list(self.uploads(server)), "scaffold": True}
+    def extra(self, server: ServerState) -> dict[str, Tensor]:
+        return {name: value.to(server.adapter[name.removeprefix(CONTROL)].dtype)
+                for name, value in self._controls(server).items()}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         if self.population is None:
             raise InputError("scaffold: the strategy's population (number of all clients, data.clients) is not set.")
         updates = same_scale(server, updates)
-        plain = [replace(update, adapter=update.adapter.without(("control",))) for update in updates]
-        after = self.inner.aggregate(server, plain)
+        after = self.inner.aggregate(server, updates)
         old = server.adapter.select(self.inner.uploads(server)).tensors
         stepped = {key: torch.lerp(value.double(), after.adapter[key].double(), self.server_lr)
                    for key, value in old.items()}
         memory = dict(after.memory)
-        for key, value in self._controls(server).items():
-            total = sum((update.count * update.adapter[key].double() for update in updates), torch.zeros_like(value))
-            memory[key] = value + total / self.population
+        for name, value in self._controls(server).items():
+            total = sum((update.count * update.adapter.extra[name].double() for update in updates),
+                        torch.zeros_like(value))
+            memory[name] = value + total / self.population
         return replace(after.with_tensors(stepped), memory=memory)
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:

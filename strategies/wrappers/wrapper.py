@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -57,7 +58,7 @@ class Wrapper(FederatedStrategy):
         return self.inner.trained(server)
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        return self.inner.broadcast(server, client)
+        return self.inner.broadcast(server, client).beside(self.extra(server))
 
     def uploads(self, server: ServerState) -> tuple[str, ...]:
         return self.inner.uploads(server)
@@ -123,20 +124,27 @@ def merged(updates: list[Update], cut: int, name: str) -> tuple[list[Update], di
     """
     require_equal_shapes(updates, name)
     first, count = updates[0].adapter, len(updates)
-    tensors, outside, differ = {}, torch.zeros(count, dtype=torch.int64), 0
+    tensors, extra, outside, differ = {}, {}, torch.zeros(count, dtype=torch.int64), 0
+    for name in first.extra:  # coordinate by coordinate too: a rate or a control of one client may be anything
+        extra[name] = _middle([update.adapter.extra[name] for update in updates], cut)[0]
     for key in first.tensors:
         values = torch.stack([update.adapter[key].double() for update in updates])
-        ordered = values.sort(dim=0).values
-        kept = ordered[cut : count - cut]
-        tensors[key] = kept.mean(dim=0)
+        tensors[key], ordered, kept = _middle(list(values), cut)
         outside += ((values < kept[0]) | (values > kept[-1])).reshape(count, -1).sum(1).cpu()
         differ += int((ordered[0] != ordered[-1]).sum())
     shares = (outside / max(differ, 1)).tolist()
     limit = (1 + 2 * cut / count) / 2
-    return ([Update(name, sum(update.weight for update in updates), AdapterState(tensors, first.sites),
+    return ([Update(name, sum(update.weight for update in updates), AdapterState(tensors, first.sites, extra),
                     count=sum(update.count for update in updates))],
             {update.client: f"trimmed in {100 * share:.0f} % of its values"
              for update, share in zip(updates, shares, strict=True) if cut and share > limit})
+
+
+def _middle(values: list[Tensor], cut: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean without `cut` values at each end of every coordinate; all in order, and those that it is of."""
+    ordered = torch.stack([value.double() for value in values]).sort(dim=0).values
+    kept = ordered[cut : len(values) - cut]
+    return kept.mean(dim=0), ordered, kept
 
 
 def require_equal_shapes(updates: list[Update], name: str) -> None:
@@ -151,6 +159,7 @@ def require_equal_shapes(updates: list[Update], name: str) -> None:
                                  "Use equal ranks (adapter.client_ranks=null).")
 
 
-def flattened(update: Update) -> Tensor:
-    """All uploaded values in one float64 vector, in the order of tensor names."""
-    return torch.cat([value.double().flatten() for value in update.adapter.tensors.values()])
+def flattened(update: Update, beside: Collection[str] = ()) -> Tensor:
+    """All uploaded values in one float64 vector, in the order of tensor names; then those of these names beside."""
+    chosen = [*update.adapter.tensors.values(), *(update.adapter.extra[name] for name in sorted(beside))]
+    return torch.cat([value.double().flatten() for value in chosen])

@@ -55,16 +55,16 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
     summary = tiny("run", CONFIG)
     here, server = again(tmp_path / "run")
     first = checkpoint.read(tmp_path / "run" / "checkpoints" / "round-000001")
-    assert not here.strategy.broadcast(here.start, "client-000")[FEATURES].any()
+    assert not here.strategy.broadcast(here.start, "client-000").extra[FEATURES].any()
     total, count = torch.zeros(()), 0
     for client, data in here.local.train_data.items():
         task, received = {**here.strategy.task(first), "round": 2}, here.strategy.broadcast(first, client)
-        assert torch.equal(received[FEATURES], first.memory[FEATURES].float()) and received[FEATURES].any()
+        assert torch.equal(received.extra[FEATURES], first.memory[FEATURES].float()) and received.extra[FEATURES].any()
         update, _ = here.local.train(client, received, task)
         start, _ = here.local.compose(client, received, task, before=2)
-        own = features(here, start.replace(update.without(("mean",))), data).mean(0)
-        torch.testing.assert_close(update[FEATURES], own, rtol=1e-4, atol=1e-5)
-        total, count = total + len(data) * update[FEATURES].double(), count + len(data)
+        own = features(here, start.replace(update), data).mean(0)
+        torch.testing.assert_close(update.extra[FEATURES], own, rtol=1e-4, atol=1e-5)
+        total, count = total + len(data) * update.extra[FEATURES].double(), count + len(data)
     torch.testing.assert_close(server.memory[FEATURES], total / count, rtol=1e-4, atol=1e-5)
     # The adapter's rounds are what they are without it.
     tiny("plain", {key: value for key, value in CONFIG.items() if not key.startswith(("strategy", "tta"))})
@@ -95,13 +95,13 @@ def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_a
     trained = next(iter(server.adapter.select(here.strategy.trains).tensors))
     more = FEATURES if extra == "mean" else f"rates:{trained}"
     size = (here.local.model.head().in_features,) if extra == "mean" else ()
-    received = server.adapter.replace({more: torch.zeros(size)})
+    received = server.adapter.beside({more: torch.zeros(size)})
     task = {**here.strategy.task(server), "round": 1, **asked}
     for told in (task, {**task, "uploads": [*task["uploads"], extra]}):
         with pytest.raises(Refused, match=r"sends no such tensor|task\.uploads|task: 'atp'"):
             here.local.train("client-000", received, told)
     update, _ = here.local.train("client-000", server.adapter, {**here.strategy.task(server), "round": 1})
-    assert more not in update and update.tensors
+    assert not update.extra and update.tensors
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -110,11 +110,11 @@ def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_a
     ({"adapter.train_head": False}, "adapter.train_head=false has none"),
     ({"model.task": "causal-lm", "model.name": "tiny-llama", "data.source": "docstrings", "tta.corruption": "clean",
       "data.partition": "iid"}, "model.task=causal-lm"),
-    ({"strategy.wrap": ["fedthe", "median"]}, "Put fedthe last"),
-    ({"run.max_update_norm": 5.0}, "beside the update"),
-    ({"secagg.enabled": True, "strategy.weighting": "uniform", "data.clients": 4}, "beside the update"),
+    ({"secagg.enabled": True, "strategy.weighting": "uniform", "data.clients": 4}, "summed beside them, may be larger"),
     ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
-      "privacy.release_metrics": True}, "does not cover"),
+      "privacy.release_metrics": True}, "fedthe has clients send mean features of their records, a second release"),
+    ({"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
+      "privacy.release_metrics": True, "client.local_epochs": None, "client.local_steps": 2}, "does not cover"),
     ({"continual.body": "sequential", "continual.tasks": 2}, "continual.body=null"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_trained(changes, words, tiny, tmp_path):

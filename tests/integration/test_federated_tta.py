@@ -22,6 +22,7 @@ from fedpeft.objectives.causal_lm import CausalLM
 from fedpeft.record import checkpoint
 from fedpeft.run.world import World, world
 from fedpeft.simulations import run as runs
+from fedpeft.strategies.wrappers.atp import names_at, received_rates
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
 
@@ -207,7 +208,7 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
         task = {**here.strategy.task(first), "round": 2}
         update, metrics = here.local.train(client, here.strategy.broadcast(first, client), task)
         assert metrics["num-examples"] == len(data)
-        sums = {key: sums[key] + len(data) * float(update[key]) for key in sums}
+        sums = {key: sums[key] + len(data) * float(update.extra[key]) for key in sums}
         total += len(data)
     for key, value in sums.items():
         assert float(rates[key]) == pytest.approx(value / total, rel=1e-4, abs=1e-9), key
@@ -220,8 +221,8 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
     received = written(here, server, client)
     model = deploy(here.local.model)
     method = make("atp", model, here.config.tta.options)
-    sent = {key: float(value) for key, value in received.select(("rates",)).tensors.items()}
-    method.receive(test_time.by_name(here.local.model, model, sent))
+    sent = received_rates(received)
+    method.receive({name: sent[key] for key, name in names_at(here.local.model, model, sent).items()})
     given = test_time.stream(*stream_of(tmp_path / "run", client))
     assert result["tta_accuracy"] == pytest.approx(
         labels_right([method.step(batch)[0] for batch in given.batches()], given.labels))

@@ -164,7 +164,7 @@ def make(name, **options) -> FederatedStrategy:
 def received(strategy, server, origin, client) -> AdapterState:
     """What a client holds after a message: frozen factors that are not sent are the round-0 ones, A = M A_0 by core."""
     sent = strategy.broadcast(server, client)
-    tensors = {key: value for key, value in sent.tensors.items() if sent.role(key) not in ("M", "control")}
+    tensors = {key: value for key, value in sent.tensors.items() if sent.role(key) != "M"}
     for key, value in sent.tensors.items():
         if sent.role(key) == "M":
             A0 = origin[f"{key[:-2]}/A"]
@@ -192,10 +192,10 @@ def play(strategy, server, origin, weights, seeds=None, train=drift) -> Round:
         name = f"c{index}"
         models[name] = train(received(strategy, server, origin, name), roles, seed)
         sent = strategy.broadcast(server, name)
-        controls = (
-            drift(sent.select(("control",)), ("control",), seed + 1) if "control" in uploads else AdapterState({})
-        )
-        updates.append(Update(name, weight, models[name].select(uploads).replace(controls), {}))
+        random = np.random.default_rng(seed + 1)
+        extra = {key: value + 0.3 * torch.tensor(random.standard_normal(tuple(value.shape)), dtype=value.dtype)
+                 for key, value in sent.extra.items()}
+        updates.append(Update(name, weight, models[name].select(uploads).beside(extra), {}))
     after = replace(strategy.aggregate(server, updates), round=server.round + 1)
     return Round(server, models, updates, after)
 

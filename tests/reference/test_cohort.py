@@ -54,7 +54,7 @@ def one_by_one(model, jobs, trains, config):
     ends = []
     for job in jobs:
         model.write(AdapterState(job.start, model.sites))
-        steps, loss = train(model, job.data, trains, config, job.seed, prox_mu=job.prox_mu, control=job.control,
+        steps, loss = train(model, job.data, trains, config, job.seed, proximal=job.proximal, offset=job.offset,
                             private=job.private)
         ends.append((model.read(AdapterState(job.start, model.sites).select(trains)).tensors, steps, loss))
     return ends
@@ -123,7 +123,7 @@ def test_what_does_not_train_is_the_clients_own(build, method, trains, same):
 
 def test_proximal_term_control_and_norm(build):
     model = build()
-    jobs = [replace(job, prox_mu=mu, control=control) for job, mu, control in zip(
+    jobs = [replace(job, proximal=mu, offset=control) for job, mu, control in zip(
         make_jobs(model, UNEVEN), (0.0, 0.5, 2.0, 0.1),
         (None, small.offsets(model), small.offsets(model, seed=8), None), strict=True)]
     check(model, jobs, ALL, SGD)
@@ -137,7 +137,7 @@ def test_norm_is_a_clients_own(build):
     huge = {key: 1e6 * value for key, value in small.offsets(model).items()}
     config = replace(SGD, max_grad_norm=0.5)
     alone = train_cohort(model, jobs[:1], ALL, config, WIDE)[0]
-    beside = train_cohort(model, [jobs[0], replace(jobs[1], control=huge)], ALL, config, WIDE)[0]
+    beside = train_cohort(model, [jobs[0], replace(jobs[1], offset=huge)], ALL, config, WIDE)[0]
     assert max(float((alone.after[key] - beside.after[key]).abs().max()) for key in alone.after) < EXACT
 
 
@@ -150,7 +150,7 @@ def test_unequal_ranks(build):
                 job.start[key] = value[:rank]
             if key.endswith("/B"):
                 job.start[key] = value[:, :rank]
-        job.control = {key: 0.05 * value for key, value in job.start.items()}
+        job.offset = {key: 0.05 * value for key, value in job.start.items()}
     check(model, jobs, ALL, SGD)
     check(model, jobs, ALL, ADAMW)
 

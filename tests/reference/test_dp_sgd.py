@@ -178,7 +178,7 @@ def test_training_is_the_slow_loop_step_after_step(roles, folder):
     uniforms = [rng.random(8), np.ones(8), rng.random(8), rng.random(8)]
     control = {key: value.double() for key, value in small.offsets(adapted).items()}
     source = Fixed(uniforms)
-    steps, _ = train(adapted, data, roles, config, 0, prox_mu=0.3, control=control, private=Private(how, source))
+    steps, _ = train(adapted, data, roles, config, 0, proximal=0.3, offset=control, private=Private(how, source))
     assert steps == 4 and not source.uniforms
     found = adapted.state()
 

@@ -74,7 +74,7 @@ def test_training(pair, kind, noisy):
     trains = ["A", "B", "head"] if small.HEADS[kind] else ["A", "B"]
 
     def jobs():
-        made = make_jobs(here, UNEVEN, kind, prox_mu=0.1, control=small.offsets(here))
+        made = make_jobs(here, UNEVEN, kind, proximal=0.1, offset=small.offsets(here))
         return [replace(job, private=private(1.0, 0.4, k) if noisy else None) for k, job in enumerate(made)]
 
     for config in (replace(ADAMW, max_grad_norm=0.5), EPOCHS) if not noisy else (ADAMW,):

@@ -11,6 +11,7 @@ import torch
 
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.strategies.client import halves
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 KEYS = ["out/weight", "u/A", "u/B", "v/A", "v/B"]
@@ -181,14 +182,13 @@ def test_ranks_and_population_reach_the_inner_strategy(dense):
 def test_fedprox_tells_clients_mu_and_aggregates_as_before(dense):
     strategy = dense.make("fedprox", mu=0.3)
     server, updates = cohort(dense)
-    assert strategy.task(server)["prox_mu"] == 0.3
+    assert [half.proximal(None) for half in halves(strategy)] == [0.0, 0.3]
     after, plain = strategy.aggregate(server, updates).adapter, dense.make("fedit").aggregate(server, updates).adapter
     assert after.sha256() == plain.sha256()
 
 
 def controls(strategy, server):
-    sent = strategy.broadcast(server, "c0").select(("control",))
-    return {key: value.double().numpy() for key, value in sent.tensors.items()}
+    return {key: value.double().numpy() for key, value in strategy.broadcast(server, "c0").extra.items()}
 
 
 def test_scaffold_server_step(dense):
@@ -197,8 +197,6 @@ def test_scaffold_server_step(dense):
     strategy.population = 8
     start = dense.fresh()
     server = strategy.initial(start, 0)
-    task = strategy.task(server)
-    assert task["scaffold"] is True and "control" in task["uploads"]
     zero = controls(strategy, server)
     assert set(zero) == {f"control:{key}" for key in KEYS} and not any(value.any() for value in zero.values())
     expected = zero
@@ -208,7 +206,7 @@ def test_scaffold_server_step(dense):
             old, new = dense.array(server.adapter[key]), dense.array(done.server.adapter[key])
             mean = np.mean([dense.array(model[key]) for model in done.models.values()], axis=0)
             np.testing.assert_allclose(new, old + 0.5 * (mean - old), atol=1e-13)
-        moves = [update.adapter.select(("control",)) for update in done.updates]
+        moves = [update.adapter.extra for update in done.updates]
         expected = {
             key: value + 2 / 8 * np.mean([dense.array(move[key]) for move in moves], axis=0)
             for key, value in expected.items()
@@ -226,7 +224,7 @@ def test_scaffold_controls_are_not_weighted_by_examples(dense):
     done = dense.play(strategy, strategy.initial(start, 0), start, [1.0, 99.0])
     got = controls(strategy, done.server)
     for key, value in got.items():
-        expected = np.mean([dense.array(update.adapter[key]) for update in done.updates], axis=0)
+        expected = np.mean([dense.array(update.adapter.extra[key]) for update in done.updates], axis=0)
         np.testing.assert_allclose(value, expected, atol=2e-7)
 
 

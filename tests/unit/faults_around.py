@@ -128,8 +128,8 @@ def entered_by_another_name(put):
 def another_reply_kept(put):
     """What is sent next time is another release, which the budget does not have."""
     real = Store.save_reply
-    put(Store, "save_reply", lambda store, client, number, request, tensors, *rest: real(
-        store, client, number, request, {key: value + 1e-6 for key, value in tensors.items()}, *rest))
+    put(Store, "save_reply", lambda store, client, number, request, update, *rest: real(
+        store, client, number, request, update.map(lambda value: value + 1e-6), *rest))
 
 
 @fault("rounds", "rounds")

@@ -54,9 +54,8 @@ def test_what_the_own_strategy_sends_is_accepted_as_it_is(strategy, state):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"prox_nu": 1.0}, "task: 'prox_nu' is not known. Did you mean 'prox_mu'"),
-    ({"prox_mu": float("nan")}, "task.prox_mu=nan: it must be a number from 0"),
-    ({"prox_mu": 1e30}, "task.prox_mu=1e+30"), ({"prox_mu": -1}, "task.prox_mu=-1"), ({"prox_mu": "1"}, "prox_mu='1'"),
+    ({"train": ["A"]}, "task: 'train' is not known. Did you mean 'trains'"),
+    ({"prox_mu": 1e30}, "task: 'prox_mu' is not known"), ({"scaffold": True}, "task: 'scaffold' is not known"),
     ({"trains": ["A", "R"]}, "task.trains=['A', 'R']: under strategy fedprox it may have A, B, head, each once"),
     ({"trains": "A"}, "task.trains='A': it must be a list of roles"), ({"trains": []}, "it may not be empty"),
     ({"trains": ["A", "A"]}, "each once"), ({"uploads": ["control"]}, "task.uploads=['control']"),
@@ -87,10 +86,12 @@ def test_what_is_missing_in_a_task_is_named(state):
 def test_values_that_no_training_comes_near_are_refused(role, value, words, state):
     mine = own(state, wrap=["scaffold"])
     received, task = honest(mine)
-    key = next(key for key in received.tensors if received.role(key) == role)
-    tensor = received[key].clone()
+    key, tensor = next((key, tensor.clone()) for key, tensor in (*received.tensors.items(), *received.extra.items())
+                       if key.startswith("control:") == (role == "control")
+                       and role in ("control", received.role(key)))
     tensor.view(-1)[-1] = value
-    said = refusal(mine, received.replace({key: tensor}), task)
+    changed = received.beside({key: tensor}) if role == "control" else received.replace({key: tensor})
+    said = refusal(mine, changed, task)
     assert key in said and words in said
 
 
@@ -119,6 +120,20 @@ def test_tensors_of_another_strategys_roles_are_refused_by_name(name, state):
     assert f"{key}: strategy fedit sends no such tensor" in said
     for extra in ("control:x/A", "rates:x/A", "mean:features", "", "../../x/A"):
         assert "sends no such tensor" in refusal(mine, received.replace({extra: torch.ones(1)}), task)
+        assert "sends no such tensor beside" in refusal(mine, received.beside({extra: torch.ones(1)}), task)
+
+
+def test_what_travels_beside_the_adapter_is_what_the_own_strategy_sends_there(state):
+    mine = own(state, wrap=["scaffold"])
+    received, task = honest(mine)
+    key = next(iter(received.extra))
+    value = received.extra[key]
+    for wrong, words in ((value[:1], "has shape"), (value.half(), "dtype"), (None, "is missing")):
+        extra = {name: tensor for name, tensor in received.extra.items() if name != key}
+        said = refusal(mine, replace(received, extra=extra if wrong is None else {**extra, key: wrong}), task)
+        assert key in said and words in said
+    plain = own(state)
+    assert "beside the adapter" in refusal(plain, received, honest(plain)[1])
 
 
 def test_a_residual_comes_in_pairs_of_the_sites_shape_and_within_bounds(model, state):

@@ -12,10 +12,11 @@ from fedpeft import seeds
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
-from fedpeft.clients.train import CONTROL, train
+from fedpeft.clients.train import train
 from fedpeft.config import ClientConfig, Config, StrategyConfig
 from fedpeft.errors import RunError
 from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.wrappers.scaffold import CONTROL
 
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
 ROLES = ["A", "B", "head"]
@@ -92,16 +93,16 @@ def test_a_scaffold_client_sends_the_change_of_its_control(model, tmp_path):
     local = make(model, tmp_path, wrap=["scaffold"])
     sent = small.randomised(model, seed=11)
     server = {f"{CONTROL}{key}": value for key, value in small.offsets(model).items()}
-    update, _ = local.train("a", sent.replace(server), task())
+    update, _ = local.train("a", sent.beside(server), task())
     model.write(sent)
     corrections = {key.removeprefix(CONTROL): value for key, value in server.items()}  # c_k is zero at first
-    train(model, small.texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"), control=corrections)
+    train(model, small.texts(10), ROLES, SGD, seeds.derive(0, "round", 1, "client", "a"), offset=corrections)
     end = model.state()
     kept = local.store.load("a", before=2)
     for key, value in sent.tensors.items():
         assert torch.equal(update[key], end[key])
         expected = -server[f"{CONTROL}{key}"] + (value - end[key]) / (5 * SGD.lr)
-        torch.testing.assert_close(update[f"{CONTROL}{key}"], expected)
+        torch.testing.assert_close(update.extra[f"{CONTROL}{key}"], expected)
         torch.testing.assert_close(kept[f"{CONTROL}{key}"], expected)
 
 

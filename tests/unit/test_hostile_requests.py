@@ -79,7 +79,7 @@ def test_every_hostile_request_is_refused_in_a_sentence(kind, asked):
 def test_the_message_that_they_are_made_from_is_opened_whatever_a_strategy_sends_beside_the_adapter():
     received, task = requests.opened(message(metrics={}), START)
     assert received.sha256() == START.sha256() and task == {"round": 1}
-    beside = START.replace({f"control:{key}": value for key, value in START.tensors.items()})
+    beside = START.beside({f"control:{key}": value for key, value in START.tensors.items()})
     beside = beside.replace({"q/residual_B": START["q/A"].new_ones(3, 3), "q/residual_A": START["q/A"].new_ones(3, 4)})
     assert requests.opened(PACKED.content(beside, {"round": 1}), START)[0].sha256() == beside.sha256()
 

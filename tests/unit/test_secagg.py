@@ -178,16 +178,17 @@ def test_traffic_is_what_was_moved():
 def test_controls_are_changes_already():
     """What SCAFFOLD sends beside the adapter is not measured from what was sent."""
     control = {f"control:{key}": value + 0.5 for key, value in START.tensors.items()}
-    after = {name: update.replace({key: value + 0.1 for key, value in control.items()})
+    after = {name: update.beside({key: value + 0.1 for key, value in control.items()})
              for name, update in updates(5).items()}
     own, strategy = config(), FedIT()
-    strategy.uploads = lambda server: ("A", "B", "control")
-    strategy.broadcast = lambda server, client: START.replace(control)
-    strategy.task = lambda server: {"trains": ["A", "B"], "uploads": ["A", "B", "control"], "keeps": []}
+    strategy.uploads = lambda server: ("A", "B")
+    strategy.broadcast = lambda server, client: START.beside(control)
+    strategy.task = lambda server: {"trains": ["A", "B"], "uploads": ["A", "B"], "keeps": []}
     grid = Watched(own, after)
     server, sent, contents = strategy.plan(ServerState(START), grid.roster, Rules(rounds=1), PACKED)
     (update,), _, _ = exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))
-    torch.testing.assert_close(update.adapter["control:q/B"], control["control:q/B"].double() + 0.1, atol=1e-6, rtol=0)
+    wanted = control["control:q/B"].double() + 0.1
+    torch.testing.assert_close(update.adapter.extra["control:q/B"], wanted, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("change", [

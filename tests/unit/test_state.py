@@ -151,17 +151,30 @@ def test_form_names_shapes_and_dtypes():
 
 def test_roles():
     state = AdapterState(
-        {"layer/A": torch.zeros(1), "head/weight": torch.zeros(1), "control:layer/A": torch.zeros(1)},
+        {"layer/A": torch.zeros(1), "head/weight": torch.zeros(1)},
         {"layer": Site("lora"), "head": Site("head")},
     )
-    assert {key: state.role(key) for key in state.tensors} == {
-        "layer/A": "A",
-        "head/weight": "head",
-        "control:layer/A": "control",
-    }
+    assert {key: state.role(key) for key in state.tensors} == {"layer/A": "A", "head/weight": "head"}
     assert list(state.select(("A",)).tensors) == ["layer/A"]
-    assert list(state.without(("A", "control")).tensors) == ["head/weight"]
+    assert list(state.without(("A",)).tensors) == ["head/weight"]
     assert state.select(("A",)).sites == state.sites
+
+
+def test_what_travels_beside_is_packed_hashed_and_checked_but_is_no_adapter():
+    plain, extra = lora(), {"control:layer/A": torch.full((2, 5), 7.0), "mean": torch.ones(3, dtype=torch.float64)}
+    state = plain.beside(extra)
+    array, manifest = pack(state)
+    back = unpack(array, manifest)
+    assert back.sha256() == state.sha256() != plain.sha256() and list(back.extra) == ["control:layer/A", "mean"]
+    assert back.extra["mean"].dtype == torch.float64 and back.tensors.keys() == plain.tensors.keys()
+    assert state.distance(plain) == 0.0 and state.parameters == plain.parameters
+    assert state.nbytes == plain.nbytes + 40 + 24 == array.nbytes
+    for changed in (state.select(("A",)), state.without(("A",)), state.map(lambda value: value * 2), state.clone()):
+        assert changed.extra.keys() == extra.keys() and torch.equal(changed.extra["mean"], extra["mean"])
+    with pytest.raises(StateMismatch, match="unexpected extra control:layer/A"):
+        plain.require_same_form(state, "reply")
+    with pytest.raises(StateMismatch, match="extra mean has dtype"):
+        state.require_same_form(state.beside({"mean": torch.ones(3)}), "reply")
 
 
 def test_hash_sees_names_bits_dtypes_and_shapes_only():

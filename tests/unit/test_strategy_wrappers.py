@@ -126,7 +126,7 @@ def scaffold_update(
     strategy: FederatedStrategy, server: ServerState, values: dict[str, float], moved: dict[str, float]
 ) -> list[Update]:
     states = {
-        name: scalar(value).replace(
+        name: scalar(value).beside(
             {"control:q/A": torch.zeros(1, 1).double(), "control:q/B": torch.full((1, 1), moved[name]).double()}
         )
         for name, value in values.items()
@@ -137,23 +137,18 @@ def scaffold_update(
 def test_scaffold_server_step() -> None:
     strategy, server = make("fedit", "scaffold", server_lr=0.5), ServerState(scalar(1.0))
     sent = strategy.broadcast(server, "c0")
-    assert sent["control:q/B"].item() == 0.0 and sent.role("control:q/B") == "control"
-    assert strategy.task(server)["scaffold"] is True and strategy.task(server)["uploads"] == [
-        "A",
-        "B",
-        "head",
-        "control",
-    ]
-    assert "control:q/A" in sent.select(strategy.uploads(server))
+    assert sent.extra["control:q/B"].item() == 0.0 and "control:q/B" not in sent
+    assert strategy.task(server)["uploads"] == ["A", "B", "head"]
+    assert set(sent.extra) == {"control:q/A", "control:q/B"}
     after = strategy.aggregate(
         server, scaffold_update(strategy, server, {"c0": 3.0, "c1": 5.0}, {"c0": 2.0, "c1": 4.0})
     )
     assert float(after.adapter["q/B"]) == 1 + 0.5 * (4 - 1)
-    assert float(strategy.broadcast(after, "c0")["control:q/B"]) == pytest.approx(2 / 10 * 3)
+    assert float(strategy.broadcast(after, "c0").extra["control:q/B"]) == pytest.approx(2 / 10 * 3)
     assert "control:q/B" not in after.adapter
     robust = make("fedit", "scaffold", "median")
     merged = robust.aggregate(server, scaffold_update(robust, server, {"c0": 3.0, "c1": 5.0}, {"c0": 2.0, "c1": 4.0}))
-    assert float(robust.broadcast(merged, "c0")["control:q/B"]) == pytest.approx(2 / 10 * 3)
+    assert float(robust.broadcast(merged, "c0").extra["control:q/B"]) == pytest.approx(2 / 10 * 3)
     strategy.population = None
     with pytest.raises(InputError, match="population"):
         strategy.aggregate(server, [])
@@ -163,7 +158,7 @@ def test_scaffold_server_step() -> None:
 
 def test_fedprox_tells_clients_mu_and_leaves_the_rule_alone() -> None:
     strategy, server = make("lora_fair", "fedprox", mu=0.3), ServerState(random_adapter(0))
-    assert strategy.task(server)["prox_mu"] == 0.3
+    assert strategy.client_half(strategy).proximal(None) == 0.3
     own = make("lora_fair").aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter
     assert strategy.aggregate(server, updates_of(ADAPTERS, WEIGHTS)).adapter.sha256() == own.sha256()
 

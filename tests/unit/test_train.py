@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from fedpeft import seeds
 from fedpeft.clients.cohort.chunk import Job
 from fedpeft.clients.cohort.engine import train_cohort
-from fedpeft.clients.train import CONTROL, batches, evaluate, new_control, on_device, per_sample_loss, train
+from fedpeft.clients.train import batches, evaluate, on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
 from fedpeft.objectives.base import IGNORE
+from fedpeft.state import AdapterState
+from fedpeft.strategies.client import Visit, halves
+from fedpeft.strategies.wrappers.scaffold import CONTROL, Scaffold
 
 CPU = torch.device("cpu")
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
@@ -177,7 +180,7 @@ def check_against_slow_loop(model, config, roles=ROLES, mu=0.0, control=None):
     expected, mean_loss = slow_loop(model, data, start, config, 7, roles, mu, control)
     model.write(start)
     own = None if control is None else {key: control[key] for key in start.select(roles).tensors}
-    steps, loss = train(model, data, roles, config, 7, prox_mu=mu, control=own)
+    steps, loss = train(model, data, roles, config, 7, proximal=mu, offset=own)
     assert steps == (config.local_steps or 3 * config.local_epochs)
     assert loss == pytest.approx(mean_loss, rel=1e-4)
     end = model.state()
@@ -193,7 +196,7 @@ def test_the_proximal_term_holds_back(model):
     moved = []
     for mu in (0.0, 3.0):
         model.write(start)
-        train(model, small.texts(), ROLES, SGD, 7, prox_mu=mu)
+        train(model, small.texts(), ROLES, SGD, 7, proximal=mu)
         moved.append(model.state().distance(start))
     assert moved[1] < 0.9 * moved[0]
 
@@ -221,25 +224,27 @@ def test_a_smaller_clients_control_is_padded(model, still):
     start = replace(state, tensors=narrow)
     model.write(start)
     control = {key: torch.full_like(value, 0.1) for key, value in narrow.items()}
-    train(model, small.texts(), ROLES, SGD, 7, control=control)
+    train(model, small.texts(), ROLES, SGD, 7, offset=control)
     for site in state.lora_sites():
         assert torch.count_nonzero(model.parameters[f"{site}/A"][2:]) == 0
         assert torch.count_nonzero(model.parameters[f"{site}/B"][:, 2:]) == 0
         assert not torch.equal(model.parameters[f"{site}/A"][:2], start[f"{site}/A"])
 
 
+def scaffold_visit(start, extra, kept, steps, lr):
+    config = replace(SGD, lr=lr)
+    return Visit("a", config, None, AdapterState({}, extra=extra), start, kept, None, 0, steps)
+
+
 def test_the_new_control_by_hand():
-    value = {
-        name: {"control:q/A": torch.tensor(numbers)}
-        for name, numbers in (
-            ("own", [1.0, 2.0]),
-            ("server", [0.5, -1.0]),
-            ("before", [3.0, 4.0]),
-            ("after", [2.0, 4.5]),
-        )
-    }
-    new = new_control(value["own"], value["server"], value["before"], value["after"], steps=5, lr=0.1)
-    torch.testing.assert_close(new["control:q/A"], torch.tensor([1.0 - 0.5 + 2.0, 2.0 + 1.0 - 1.0]))
+    """Option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr); c_k+ - c_k is sent, c_k+ is kept."""
+    (half,) = [one for one in halves(Scaffold()) if one.sends]
+    visit = scaffold_visit(AdapterState({"q/A": torch.tensor([3.0, 4.0])}), {"control:q/A": torch.tensor([0.5, -1.0])},
+                           {"control:q/A": torch.tensor([1.0, 2.0])}, steps=5, lr=0.1)
+    sent, kept = half.finish(visit, AdapterState({"q/A": torch.tensor([2.0, 4.5])}))
+    torch.testing.assert_close(kept["control:q/A"], torch.tensor([1.0 - 0.5 + 2.0, 2.0 + 1.0 - 1.0]))
+    torch.testing.assert_close(sent["control:q/A"], kept["control:q/A"] - torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(half.gradient_offset(visit)["q/A"], torch.tensor([0.5 - 1.0, -1.0 - 2.0]))
 
 
 def test_the_new_control_is_the_mean_gradient(model, still):
@@ -248,9 +253,8 @@ def test_the_new_control_is_the_mean_gradient(model, still):
     zero = {f"{CONTROL}{key}": torch.zeros_like(value) for key, value in start.tensors.items()}
     one_step = replace(SGD, local_steps=1, batch_size=100)
     train(model, small.texts(), ROLES, one_step, 7)
-    end = model.state()
-    named = [{f"{CONTROL}{key}": value for key, value in state.tensors.items()} for state in (start, end)]
-    new = new_control(zero, zero, *named, steps=1, lr=SGD.lr)
+    (half,) = [one for one in halves(Scaffold()) if one.sends]
+    _, new = half.finish(scaffold_visit(start, zero, {}, 1, SGD.lr), model.state())
     model.write(start)
     trained = model.train_roles(ROLES)
     loss = per_sample_loss(model, *on_device(small.texts(), np.arange(10), CPU)).mean()

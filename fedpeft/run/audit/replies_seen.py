@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fedpeft.clients.train import CONTROL, make_optimizer, new_control
+from fedpeft.clients.train import make_optimizer
 from fedpeft.config import ClientConfig, Config
 from fedpeft.privacy.audit import Check
 from fedpeft.privacy.plan import Plan
 from fedpeft.run.audit.watched import Seen
+from fedpeft.state import AdapterState
 
 FOLLOWS = 1e-3  # of how far an update moves: rounding of two optimizers' steps
 
@@ -48,8 +50,7 @@ def _entered(one: Seen, plan: Plan) -> bool:
 
 
 def _same(one: Seen) -> bool:
-    return one.kept is not None and one.kept.keys() == one.update.tensors.keys() and all(
-        torch.equal(value, one.update[key]) for key, value in one.kept.items())
+    return one.kept is not None and replace(one.kept, sites=one.update.sites).sha256() == one.update.sha256()
 
 
 def _strays(one: Seen, client: ClientConfig) -> float:
@@ -68,22 +69,19 @@ def _strays(one: Seen, client: ClientConfig) -> float:
     parts = [one.start.replace(dict(zip(start, value.detach().cpu().split([part.numel() for part in start.values()]),
                                         strict=True))) for value in (begin, weights)]
     return _distance(one, {key: (parts[0][key].view_as(value), parts[1][key].view_as(value))
-                           for key, value in start.items()}, client)
+                           for key, value in start.items()})
 
 
-def _distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]], client: ClientConfig) -> float:
-    control = {key.removeprefix(CONTROL): value for key, value in one.received.select(("control",)).tensors.items()}
+def _distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]]) -> float:
+    trained = AdapterState({key: after for key, (_, after) in ends.items()}, one.start.sites)
+    visit = replace(one.visit, steps=len(one.steps))
+    expected = {name: (torch.zeros_like(value), value) for half in one.halves
+                for name, value in half.finish(visit, trained)[0].items()}
     apart, length = 0.0, 0.0
-    for key, value in one.update.tensors.items():
-        site = key.removeprefix(CONTROL)
-        before, after = ends.get(site, (one.start.tensors.get(key),) * 2)
+    for key, value in (*one.update.tensors.items(), *one.update.extra.items()):
+        before, after = ends.get(key) or expected.get(key) or (one.start.tensors.get(key),) * 2
         if before is None or after is None or before.shape != value.shape:
             continue  # what should not be there at all is counted as such
-        if key.startswith(CONTROL):
-            zero = {site: torch.zeros_like(value)}
-            after = new_control(zero, {site: control[site]}, {site: before}, {site: after}, len(one.steps),
-                                client.lr)[site]
-            before = torch.zeros_like(value)
         apart += float((value.double() - after.double()).square().sum())
         length += float((after.double() - before.double()).square().sum())
     return math.sqrt(apart / max(length, 1e-30)) if apart else 0.0
@@ -95,10 +93,10 @@ def _flat(start: dict[str, Tensor], like: Tensor) -> Tensor:
 
 def _surplus(one: Seen, config: Config) -> int:
     expected = set(one.start.select(one.task["uploads"]).tensors)
-    expected |= set(one.received.select(("control",)).tensors)
     metrics = 0 if config.privacy.release_metrics else len(set(one.metrics) - {"num-examples"})
     weight = 0 if config.privacy.release_metrics else int(one.metrics.get("num-examples") != 1.0)
-    return len(set(one.update.tensors) ^ expected) + metrics + weight
+    beside = set(one.update.extra) ^ (set(one.received.extra) if any(half.sends for half in one.halves) else set())
+    return len(set(one.update.tensors) ^ expected) + len(beside) + metrics + weight
 
 
 def _repeated(seen: Sequence[Seen]) -> int:

@@ -25,7 +25,7 @@ from fedpeft import seeds
 from fedpeft.clients import sequence
 from fedpeft.clients.local import Local, Request
 from fedpeft.clients.store import Store
-from fedpeft.clients.train import CONTROL, on_device, per_sample_loss
+from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.models.tail import first_token
@@ -200,13 +200,13 @@ class Rounds:
         if len(step.released) != len(self.moving):
             return torch.full((len(self.moving),), math.nan, dtype=torch.float64)
         released = step.released.double().cpu()
-        mu = float(one.task.get("prox_mu", 0.0))
-        if mu:
-            released = released - mu * (step.before - one.steps[0].before).double().cpu()
-        control = {key.removeprefix(CONTROL): value for key, value in one.received.select(("control",)).tensors.items()}
-        if control:  # the client's own is zero, as it has no state
-            released = released - torch.cat([padded(control[key], value).flatten() for key, value in
-                                             self.local.model.form.select(self.task["trains"]).tensors.items()]).double()
+        trained = self.local.model.form.select(self.task["trains"]).tensors
+        for half in one.halves:
+            if mu := half.proximal(one.visit):
+                released = released - mu * (step.before - one.steps[0].before).double().cpu()
+            if offset := half.gradient_offset(one.visit):
+                released = released - torch.cat([padded(offset[key], value).flatten()
+                                                 for key, value in trained.items()]).double()
         return released
 
     def _mean(self, one: Seen, step: Step, plan: Plan | None) -> Tensor:

@@ -32,6 +32,7 @@ from fedpeft.privacy.ledger import Entry, accounts_of, client_of
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
+from fedpeft.strategies.client import ClientHalf, Visit
 
 ENGINES = ("alone", "cohort")
 
@@ -193,6 +194,7 @@ class Seen:
         name: what the update is called there.
         kept: the reply that the client would send if it was asked again.
         run: what tells runs apart.
+        visit, halves: what its config's methods do at the client beside training.
         again: the same request, asked a second time.
     """
 
@@ -207,8 +209,10 @@ class Seen:
     name: str
     update: AdapterState
     metrics: dict[str, float]
-    kept: dict[str, Tensor] | None
+    kept: AdapterState | None
     run: str
+    visit: Visit
+    halves: list[ClientHalf]
     again: Seen | None = None
 
 
@@ -224,6 +228,8 @@ def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -
         update, metrics = local.train(client, received, task)
         found, kept = entries(local.guard.folder, client, number), local.store.reply(client, number, request)
         seen.append(Seen(engine, client, number, received, task, start, [], found, release(request, update), update,
-                         metrics, None if kept is None else kept[0], str(local.guard.folder)))
+                         metrics, None if kept is None else kept[0], str(local.guard.folder),
+                         Visit(client, local.config.client, local.model, received, start, {}, local.train_data[client],
+                               seed=0), local.halves))
     steps = watch.take()
     return [replace(one, steps=steps.get(one.client, [])) for one in seen]

@@ -68,6 +68,11 @@ class ATP(TTAMethod):
     Config: ClassVar[Any] = ATPConfig
     paper = "Bao et al. 2023, arXiv 2310.18816"
     needs_source: str = "labels"
+    pairs_with = "atp"
+
+    @property
+    def forgets(self) -> bool:
+        return bool(self.config.mode == "batch")
 
     def receive(self, rates: dict[str, float]) -> None:
         """Take rates that were learned elsewhere, by tensor name, and start afresh.

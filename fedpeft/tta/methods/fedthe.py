@@ -77,6 +77,11 @@ class FedTHE(TTAMethod):
     Config: ClassVar[Any] = FedTHEConfig
     paper = "Jiang and Lin 2022, arXiv 2205.10920"
     needs_source: str = "labels"
+    pairs_with = "fedthe"
+
+    @property
+    def forgets(self) -> bool:
+        return True
 
     def __init__(self, model: Any, seed: int = 0, **options: Any) -> None:
         super().__init__(model, seed, **options)
