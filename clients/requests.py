@@ -37,7 +37,7 @@ def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, dict[s
     def check(form: AdapterState) -> None:
         if form.nbytes > most:
             raise BadMessage(f"{form.nbytes} bytes of tensors; this client's model takes at most {most}")
-        for name in form.tensors:
+        for name in (*form.tensors, *form.extra):
             if not name.isprintable() or len(name) > longest:
                 raise BadMessage(f"{shown(name, 200)} is no name of a tensor of this client's model")
         for name, site in form.sites.items():

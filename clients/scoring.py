@@ -61,7 +61,8 @@ def scores(local: Local, client: str, received: AdapterState, start: AdapterStat
         found = evaluate(local.model, held)
         if local.config.tta.method is not None:
             own = local.usable(sequence.known(local.data(local.train_data, client), task, client))
-            found |= test_time.score(local.config, local.model, client, received, held, own, local.store, task["round"])
+            found |= test_time.score(local.config, local.model, client, received, held, own, local.store, task["round"],
+                                     local.halves)
     return found
 
 

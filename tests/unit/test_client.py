@@ -111,8 +111,9 @@ def test_a_client_without_records_is_an_error(local):
         local.train("b", local.initial, task())
 
 
-def test_a_core_stands_for_a_frozen_A(local):
+def test_a_core_stands_for_a_frozen_A(model, tmp_path):
     """FedSVD's r x r transport: A is the core times the A that the client drew itself."""
+    local = make(model, tmp_path, name="fedsvd")
     site = local.initial.lora_sites()[0]
     core = torch.arange(16.0).reshape(4, 4)
     received = replace(local.initial, tensors={f"{site}/M": core})
