@@ -157,11 +157,14 @@ VALUES = (torch.nan, torch.inf, -torch.inf, 1e30, 1e20, -1e9, 1e8, 1e5, 30.0, 0.
 
 def spoiled(received: AdapterState, task: dict[str, Any], draw: random.Random) -> tuple[AdapterState, dict[str, Any]]:
     """The request with one to three things wrong with it, or only unusual."""
-    tensors, told = {key: value.clone() for key, value in received.tensors.items()}, dict(task)
+    whole = {**received.tensors, **received.extra}
+    tensors, told = {key: value.clone() for key, value in whole.items()}, dict(task)
     for _ in range(draw.randint(1, 3)):
         key = draw.choice(sorted(tensors)) if tensors else "none"
         draw.choice((_value, _value, _value, _whole, _tensor, _extra, _task, _task, _roles))(tensors, told, key, draw)
-    return AdapterState(tensors, received.sites), told
+    beside = {key for key in tensors if key in received.extra or ":" in key}
+    return AdapterState({key: value for key, value in tensors.items() if key not in beside}, received.sites,
+                        {key: tensors[key] for key in beside}), told
 
 
 def _value(tensors, task, key, draw):

@@ -147,8 +147,8 @@ FORM = {"x": (2, 3), "n": (2,)}
 
 
 def sums(number: int = 1, **changed) -> RecordDict:
-    tensors = {"sum:x": torch.ones(2, 3, dtype=torch.float64), "sum:n": torch.ones(2, dtype=torch.float64), **changed}
-    state = AdapterState({key: value for key, value in tensors.items() if value is not None})
+    tensors = {"x": torch.ones(2, 3, dtype=torch.float64), "n": torch.ones(2, dtype=torch.float64), **changed}
+    state = AdapterState({}, extra={key: value for key, value in tensors.items() if value is not None})
     return wire.PACKED.reply(state, {"num-examples": 5.0}, number)
 
 
@@ -158,9 +158,9 @@ def test_sums_are_opened_as_updates_are(flower_run):
 
     tensors, weight = read(sums())
     assert {key: tuple(value.shape) for key, value in tensors.items()} == FORM and weight == 5.0
-    hostile = [sums(0), sums(**{"sum:n": None}), sums(**{"sum:x": torch.ones(6)}),
-               sums(**{"other:x": torch.ones(2, 3)}),
-               sums(**{"sum:x": torch.full((2, 3), NAN)}), sums(**{"sum:x": torch.ones(2, 3, dtype=torch.int64)}),
+    hostile = [sums(0), sums(n=None), sums(x=torch.ones(6)), sums(other=torch.ones(2, 3)),
+               sums(x=torch.full((2, 3), NAN)), sums(x=torch.ones(2, 3, dtype=torch.int64)),
+               wire.PACKED.reply(AdapterState({"x": torch.ones(2, 3), "n": torch.ones(2)}), {"num-examples": 5.0}, 1),
                *(make() for kind, make in RECORDS.items() if kind != "a record of 64 MB too many"),
                message(manifest="[" * 50_000), message(metrics={"num-examples": INF})]
     for content in hostile:
