@@ -243,7 +243,7 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
     ({"tta.keep": True, "tta.method": "rdumb", "tta.base": "tent", "tta.base_options": {"adapt": "all"}},
      "which the rounds train"),
     ({"strategy.wrap": ["atp"], "privacy.unit": "client", "privacy.noise_multiplier": 1.0,
-      "strategy.weighting": "uniform", "privacy.release_metrics": True}, "does not cover"),
+      "strategy.weighting": "uniform", "privacy.release_metrics": True}, "a second release of their data"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_trained(changes, words, tiny, tmp_path):
     with pytest.raises(InputError, match=words):
