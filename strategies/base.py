@@ -153,6 +153,7 @@ class FederatedStrategy(Strategy):
         server: ServerState,
         rules: Rules,
         *,
+        stop: int | None = None,
         codec: wire.Codec = wire.PACKED,
         evaluate: Callable[[ServerState], dict[str, float]] | None = None,
         record: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -161,6 +162,7 @@ class FederatedStrategy(Strategy):
         """Run rounds from `server.round` + 1 to `rules.rounds`.
 
         Args:
+            stop: the round to return after, where others will run those that are left.
             codec: how states become messages; a stock Flower app speaks another than ours.
             evaluate: metrics of the global model; called every `rules.evaluate_every` rounds and after the last.
             record: receives one JSON-ready event at a time.
@@ -171,7 +173,7 @@ class FederatedStrategy(Strategy):
             RunError: too few clients joined, or one round after another was dropped.
         """
         roster, warned = codec.roster(grid, rules.clients), set[str]()
-        while server.round < rules.rounds:
+        while server.round < (stop or rules.rounds):
             number, begun = server.round + 1, time.monotonic()
             try:
                 server, event = self.attempt(grid, server, roster, rules, codec, record, warned)

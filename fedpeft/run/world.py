@@ -50,10 +50,8 @@ class World:
     skipped: tuple[Skipped, ...] = ()
 
 
-@functools.lru_cache(maxsize=1)
-def world(text: str, run: Path) -> World:
-    """Build (once a process) the world of a resolved config; its split is read from, or written to, the run folder."""
-    config = configs.from_yaml(text)
+def load_world(config: Config, run: Path) -> World:
+    """The world of a resolved config; its split is read from, or written to, the run folder."""
     torch.set_num_threads(config.run.threads)
     train, test = records(data_key(config))
     labels = len(train.label_names)

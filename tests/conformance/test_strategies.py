@@ -11,9 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.record import checkpoint
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
 
 STRATEGIES = registry.names("strategies")
@@ -80,7 +81,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, tiny, tmp_p
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tiny, tmp_path):
     tiny("run", {**settings(name), "run.rounds": 1})
-    here = world((tmp_path / "run" / "resolved.yaml").read_text(), tmp_path / "run")
+    here = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run")
     local, strategy = here.local, here.strategy
     server = strategy.before_round(here.start)
     client = "client-001"
@@ -106,7 +107,7 @@ def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tiny, 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_stock_peft_loads_the_adapter_and_computes_the_same(name, tiny, tmp_path):
     tiny("run", settings(name))
-    here = world((tmp_path / "run" / "resolved.yaml").read_text(), tmp_path / "run")
+    here = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run")
     server = checkpoint.latest(tmp_path / "run" / "checkpoints")
     folder, adapter = tmp_path / "run" / "adapter", server.adapter
     if here.strategy.keeps:  # the clients' own adapters are the result

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.models.loading import mean_pool
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 
 
 def test_report_of_one_run(fedpeft, runs):
@@ -38,7 +38,7 @@ def test_report_of_two_runs(fedpeft, tmp_path, runs):
 
 def inside(run):
     """The run's own world, its model with the run's adapter, and a test batch."""
-    here = world(configs.to_yaml(configs.load(run / "resolved.yaml")), run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     batch, labels = here.test_encoded.batch(range(20))
     return here, batch, labels
 
@@ -46,7 +46,7 @@ def inside(run):
 def scores_of_adapter(run, batch):
     """By stock peft on the base model that the folder names; the text model is made by fedpeft, its head is ours."""
     adapter = run / "adapter"
-    here = world(configs.to_yaml(configs.load(run / "resolved.yaml")), run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     if here.config.model.task == "image-classification":
         base = transformers.AutoModelForImageClassification.from_pretrained(
             folder.about(adapter)["base"], num_labels=10

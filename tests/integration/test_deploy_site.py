@@ -378,12 +378,14 @@ def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
 
 
 def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, monkeypatch):
-    from fedpeft.deploy.coordinator import run as play
-    from fedpeft.record.metrics import Recorder, read
+    from fedpeft.run import loop
     from fedpeft.state import RoundFailed
 
-    monkeypatch.setattr(play, "PAUSE_S", 0.0)
-    recorder, answers = Recorder(tmp_path / "metrics.jsonl"), iter([RoundFailed("one"), RoundFailed("two"), 7])
+    monkeypatch.setattr(loop, "PAUSE_S", 0.0)
+    events, answers = [], iter([RoundFailed("one"), RoundFailed("two"), 7])
+
+    def session(steady):
+        return loop.Session(None, tmp_path, loop.Federation(None, PACKED, steady, lambda number: {}), events.append)
 
     def act():
         answer = next(answers)
@@ -391,9 +393,11 @@ def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, mo
             raise answer
         return answer
 
-    assert play.patiently(recorder, 3, act) == 7
-    assert [(event["event"], event["round"], event["reason"]) for event in read(recorder.path)] == [
+    assert session(steady=False).attempt(3, act) == 7
+    assert [(event["event"], event["round"], event["reason"]) for event in events] == [
         ("round_failed", 3, "one"), ("round_failed", 3, "two")]
     answers = (RoundFailed(str(number)) for number in range(99))
-    with pytest.raises(RoundFailed, match=str(play.PATIENCE - 1)):
-        play.patiently(recorder, 4, act)
+    with pytest.raises(RoundFailed, match=str(loop.TRIES - 1)):
+        session(steady=False).attempt(4, act)
+    with pytest.raises(RoundFailed, match=str(loop.TRIES)):  # a simulation's clients would fail again
+        session(steady=True).attempt(4, act)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from sequences import DP_LDA, SMALL, ended
 
+from fedpeft import config as configs
 from fedpeft.adapters.features import batches
 from fedpeft.clients import sequence
 from fedpeft.clients.sequence import head_sums
@@ -24,7 +25,7 @@ from fedpeft.continual import matrix
 from fedpeft.errors import RunError
 from fedpeft.record import checkpoint, report
 from fedpeft.record.metrics import read
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
 from fedpeft.strategies.sequence.build import head as build_head
 from fedpeft.strategies.sequence.sequence import TASK, Learning
@@ -79,7 +80,7 @@ def test_a_federated_head_is_the_one_of_the_pooled_records(go, tmp_path, name):
     options = {"continual.head_options": {"features": 64}} if name == "ranpac" else {}
     summary = go("run", "continual_lae", {"continual.tasks": 1, "run.rounds": 1, "continual.head": name, **options})
     server, run = ended(tmp_path / "run"), tmp_path / "run"
-    here = world((run / "resolved.yaml").read_text(), run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     here.local.model.write(server.adapter)
     central = build_head(here.config, 10, sequence.width_of(here.local.model))
     pooled = head_sums(here.local.model, central, here.train_encoded)
@@ -246,7 +247,7 @@ def without_task_1(go, tmp_path) -> Path:
     """A split in which client-002 has records of task 0 alone."""
     go("first", "continual", {"run.rounds": 2})
     run = tmp_path / "first"
-    here = world((run / "resolved.yaml").read_text(), run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     tree = json.loads((run / "split.json").read_text())
     mine = np.array(tree["clients"]["client-002"])
     of = np.isin(here.train.labels[mine], here.strategy.curriculum.groups[1])
@@ -286,7 +287,7 @@ def test_a_client_that_missed_a_task_says_so(go, tmp_path, monkeypatch, caplog):
 def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):
     """Else all weigh the same from task 1 on, and one with no past to replay weighs many times as much."""
     run, _ = whole("conpet_static")
-    here = world((run / "resolved.yaml").read_text(), run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     server = here.strategy.before_round(here.start)
     for number, begun in ((1, 0), (3, 1)):
         state = replace(server, round=number - 1, numbers={**server.numbers, TASK: begun})

@@ -12,7 +12,7 @@ from fedpeft.clients.local import Local
 from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted, Ledger
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def private(go, tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "sums", lambda self, *request: (asked.append(request), sums(self, *request))[1])
     summary = go("run", "continual_dp", DP_LDA)
     run = tmp_path / "run"
-    return summary, world((run / "resolved.yaml").read_text(), run), asked
+    return summary, load_world(configs.load(run / "resolved.yaml"), run), asked
 
 
 def test_every_task_has_an_account_with_its_training_and_its_sums(private, tmp_path):

@@ -15,7 +15,7 @@ from fedpeft.clients import test_time
 from fedpeft.clients.policy import Refused
 from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 from fedpeft.strategies.wrappers.fedthe import FEATURES
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
 
 
 def again(folder: Path) -> tuple[Any, Any]:
-    return world((folder / "resolved.yaml").read_text(), folder), checkpoint.latest(folder / "checkpoints")
+    return load_world(configs.load(folder / "resolved.yaml"), folder), checkpoint.latest(folder / "checkpoints")
 
 
 def evaluated(folder: Path) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
 
 @pytest.mark.parametrize(("extra", "asked"), [("mean", {}), ("rates", {"atp": {"eta": 0.1}})])
 def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_asks(extra, asked, tmp_path):
-    here = world(configs.to_yaml(configs.load({}, PRIVATE)), tmp_path)
+    here = load_world(configs.load({}, PRIVATE), tmp_path)
     server = here.start
     trained = next(iter(server.adapter.select(here.strategy.trains).tensors))
     more = FEATURES if extra == "mean" else f"rates:{trained}"

@@ -20,7 +20,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.objectives.causal_lm import CausalLM
 from fedpeft.record import checkpoint
-from fedpeft.run.world import World, world
+from fedpeft.run.world import World, load_world
 from fedpeft.simulations import run as runs
 from fedpeft.strategies.wrappers.atp import names_at, received_rates
 from fedpeft.tta.deployed import deploy
@@ -32,7 +32,7 @@ SEQUENCE = {**HELD, "tta.corruption": "sequence", "tta.severity": 4}
 
 
 def again(folder: Path) -> tuple[World, Any]:
-    return world((folder / "resolved.yaml").read_text(), folder), checkpoint.latest(folder / "checkpoints")
+    return load_world(configs.load(folder / "resolved.yaml"), folder), checkpoint.latest(folder / "checkpoints")
 
 
 def written(here: World, server: Any, client: str) -> Any:

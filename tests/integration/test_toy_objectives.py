@@ -18,7 +18,7 @@ from fedpeft.errors import InputError
 from fedpeft.objectives.base import IGNORE, Objective, divide, load_objective
 from fedpeft.objectives.causal_lm import CausalLM
 from fedpeft.record import checkpoint
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
 
 
@@ -98,7 +98,7 @@ def test_it_trains_is_evaluated_and_resumes(objective, tiny, tmp_path):
     runs.resume(tmp_path / "half")
     for key, value in factors(tmp_path / "whole").items():
         assert torch.equal(value, factors(tmp_path / "half")[key])
-    here = world((tmp_path / "whole" / "resolved.yaml").read_text(), tmp_path / "whole")
+    here = load_world(configs.load(tmp_path / "whole" / "resolved.yaml"), tmp_path / "whole")
     here.local.model.write(checkpoint.latest(tmp_path / "whole" / "checkpoints").adapter)
     losses, scores = by_hand(name, here)
     assert last["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
 
+from fedpeft import config as configs
 from fedpeft.adapters import features
 from fedpeft.clients.sequence import width_of
 from fedpeft.continual.heads.ncm import NCM
 from fedpeft.record import report
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 
 WRITE = report.write
 
@@ -27,8 +27,7 @@ def test_the_frozen_model_with_the_same_head_is_that_of_the_pooled_records(go, t
     """The head's sums of all clients together, fitted on a frozen model by hand; and the head that answers."""
     summary = go("run", "continual", {"continual.head": "ncm", "continual.head_options": {}, "run.baselines": True})
     run = tmp_path / "run"
-    text = yaml.safe_dump(yaml.safe_load((run / "resolved.yaml").read_text()))
-    here = world(text, run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     here.local.model.write(here.start.adapter)
     x, _, y = (torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.train_encoded), strict=True))
     z, _, wanted = (torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.test_encoded),
@@ -51,7 +50,7 @@ def test_the_largest_class_is_that_of_the_test_set_and_stands_without_other_base
     monkeypatch.setattr(report, "write", WRITE)
     summary = tiny("run", {"data.holdout": 0.3})
     run = tmp_path / "run"
-    here = world(yaml.safe_dump(yaml.safe_load((run / "resolved.yaml").read_text())), run)
+    here = load_world(configs.load(run / "resolved.yaml"), run)
     counts = np.bincount(here.test.labels)
     assert summary["baselines"]["largest_class"] == counts.max() / counts.sum()
     assert summary["baselines"]["largest_class_name"] == here.test.label_names[int(counts.argmax())]

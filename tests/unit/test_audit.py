@@ -18,7 +18,7 @@ from fedpeft.clients.cohort import chunk
 from fedpeft.clients.guard import Guard
 from fedpeft.errors import InputError
 from fedpeft.run.audit import audit, rounds_seen
-from fedpeft.run.world import world
+from fedpeft.run.world import load_world
 
 SETTING = {
     "model.task": "image-classification", "adapter.r": 2, "data.limit": 96, "data.clients": 4,
@@ -40,7 +40,7 @@ def here(tmp_path_factory):
     """A small ViT and four clients of 24 records, so q = 1/4."""
     root = tmp_path_factory.mktemp("audit")
     config = configs.load({}, {**SETTING, "model.name": str(small.save("vit", root / "vit"))})
-    return world.__wrapped__(configs.to_yaml(config), root / "run")
+    return load_world(config, root / "run")
 
 
 def other(here, privacy=None, client=None):

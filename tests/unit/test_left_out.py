@@ -9,7 +9,7 @@ from fedpeft import config as configs
 from fedpeft.data.source import Records
 from fedpeft.errors import InputError
 from fedpeft.models import loading
-from fedpeft.run.world import client_split, world
+from fedpeft.run.world import client_split, load_world
 from fedpeft.simulations.run import simulate
 
 LANGUAGE = {"model.name": "tiny-llama", "model.task": "causal-lm", "model.max_length": 12, "data.clients": 2,
@@ -37,9 +37,8 @@ def letters(path, texts, sites):
 
 
 def here(config, tmp_path, name):
-    world.cache_clear()
     (tmp_path / name).mkdir()
-    return world(configs.to_yaml(configs.load({}, config)), tmp_path / name)
+    return load_world(configs.load({}, config), tmp_path / name)
 
 
 def test_texts_with_nothing_to_predict_are_no_ones_records(endless, tmp_path, caplog):

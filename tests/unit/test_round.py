@@ -121,6 +121,22 @@ def test_evaluate_record_and_after_round_are_called_in_order():
     ]
 
 
+def test_rounds_called_one_by_one_are_evaluated_as_in_one_call():
+    rules, evaluated = Rules(rounds=5, clients=2, evaluate_every=3), []
+    grid = ScriptedGrid({"a": good(1.0), "b": good(2.0)})
+
+    def evaluate(server):
+        evaluated.append(server.round)
+        return {"accuracy": 0.5}
+
+    whole = FedIT().run(grid, ServerState(START), rules, evaluate=evaluate)
+    server = ServerState(START)
+    for number in range(1, 6):
+        server = FedIT().run(grid, server, rules, stop=number, evaluate=evaluate)
+        assert server.round == number
+    assert evaluated == [3, 5, 3, 5] and server.adapter.sha256() == whole.adapter.sha256()
+
+
 def test_only_trained_roles_are_expected_and_changed():
     server, _, _ = run({"a": good(1.0)}, Staged([]))
     assert torch.equal(server.adapter["q/A"], START["q/A"])

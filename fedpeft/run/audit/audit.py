@@ -43,7 +43,7 @@ from fedpeft.run.audit import rounds_seen, streams
 from fedpeft.run.audit.neighbours import gradients, neighbours
 from fedpeft.run.audit.rounds_seen import ROUNDING
 from fedpeft.run.audit.watched import Watch, Watched
-from fedpeft.run.world import World, settle, world
+from fedpeft.run.world import World, load_world, settle
 from fedpeft.seeds import torch_generator
 from fedpeft.state import AdapterState
 
@@ -69,11 +69,8 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
                          "sample, with privacy.epsilon or privacy.noise_multiplier.")
     settle(config)
     with TemporaryDirectory() as folder:
-        here = world(configs.to_yaml(config), Path(folder))
-        try:
-            return {"config": configs.to_tree(config), **report(Audit(here, Path(folder)))}
-        finally:
-            world.cache_clear()  # its folder is gone
+        subject = Audit(load_world(config, Path(folder)), Path(folder))
+        return {"config": configs.to_tree(config), **report(subject)}
 
 
 def report(subject: Audit) -> dict[str, Any]:

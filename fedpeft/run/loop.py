@@ -1,0 +1,208 @@
+"""The loop of a run, simulated or over real sites: from its last checkpoint on, round after round, to its results.
+
+    begin, or the last checkpoint;  rounds, or tasks of rounds (`sequence.run`);  results (`results.finish`)
+
+A simulation and a coordinator give it a world and a way to the clients, and nothing else tells them apart. Strategies
+decide what a round computes, and when it is evaluated (`strategies.base`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flwr.serverapp import Grid
+
+from fedpeft.config import Config
+from fedpeft.record import checkpoint
+from fedpeft.record.metrics import Recorder
+from fedpeft.run import comparators, results, sequence
+from fedpeft.run.world import World
+from fedpeft.state import RoundFailed, Rules, ServerState
+from fedpeft.strategies import wire
+from fedpeft.strategies.secagg import terms
+from fedpeft.strategies.sequence import exchange
+from fedpeft.strategies.wrappers.client_dp import ClientDP
+
+log = logging.getLogger("fedpeft")
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+T = TypeVar("T")
+TRIES = 5  # of one round, before a run over clients that come and go is given up
+PAUSE_S = 10.0  # between two of them
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The way to a run's clients.
+
+    Attributes:
+        grid: carries messages.
+        codec: what messages hold, and who is there.
+        steady: every client is there from the first round to the last, as in a simulation. Sites come and go: they are
+            asked for before every round, a quorum is enough after the first, and a round that failed is tried again.
+        describe_round: what is added to the event of a round, by its number.
+    """
+
+    grid: Grid
+    codec: wire.Packed
+    steady: bool
+    describe_round: Callable[[int], dict[str, float]]
+
+
+def run(world: World, folder: Path, recorder: Recorder,
+        open_federation: Callable[[], AbstractContextManager[Federation]], on_event: Listener,
+        fit_baselines: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
+    """Run what is left of a run, and write its results; its summary.
+
+    Args:
+        folder: of the run.
+        recorder: of its events.
+        open_federation: opens the way to the clients, which costs processes; called where rounds are left.
+        on_event: receives every event that is recorded, and `resume` where the run goes on.
+        fit_baselines: test accuracies of what needs no federation, to stand beside the run's.
+
+    Raises:
+        RoundFailed: too few clients answered, as often as a round may be tried.
+        RunError: the rounds have no result.
+    """
+    if isinstance(world.strategy, ClientDP):
+        world.strategy.ledger = folder / "ledger" / "server.jsonl"
+
+    def record(event: Event) -> None:
+        recorder.record(event)
+        on_event(event)
+
+    server = checkpoint.latest(folder / "checkpoints")
+    if server is None:
+        recorder.path.unlink(missing_ok=True)  # of a process that ended before its first checkpoint
+        server = begin(world, record, fit_baselines)
+    else:
+        recorder.resume(server.round, sequence.unfinished(server))
+        on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
+    if not is_complete(world, server):
+        with open_federation() as federation:
+            server = Session(world, folder, federation, record).play(server)
+    record({"event": "end", "round": server.round})
+    return results.finish(world, server, folder)
+
+
+def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, Any]]) -> ServerState:
+    """The state before round 1; what the run is, and how good the model is before it, are recorded."""
+    config, start = world.config, world.start
+    record({"event": "start", "strategy": config.strategy.name, "engine": config.run.engine, "seed": config.run.seed,
+            "clients": config.data.count, "rounds": config.run.rounds,
+            "trainable_parameters": count_trainable(world), "personalised": bool(world.strategy.keeps),
+            "test_fingerprint": world.test.fingerprint if len(world.test) else None,
+            "skipped": [entry.tree() for entry in world.skipped]})
+    if len(world.test):
+        record({"event": "evaluate", "round": 0, **results.score(world, start)})
+        record({"event": "baselines", **comparators.constant(world), **fit_baselines()})
+    return start
+
+
+def count_trainable(world: World) -> int:
+    """Parameters that a client trains over two rounds, as some strategies train other roles in every second one."""
+    adapter, strategy = world.start.adapter, world.strategy
+    roles = {role for rounds in range(2) for role in strategy.trained(ServerState(adapter, round=rounds))}
+    return adapter.select(roles).parameters
+
+
+def is_complete(world: World, server: ServerState) -> bool:
+    """Whether nothing is left to do at the clients: no round, and in a sequence no sums after the last one."""
+    if world.config.continual.body is not None and not sequence.complete(world, server):
+        return False
+    return server.round >= world.config.run.rounds
+
+
+def rules_of(config: Config) -> Rules:
+    """How the rounds of a run are run."""
+    return Rules(
+        rounds=config.run.rounds,
+        seed=config.run.seed,
+        clients=config.data.count,
+        clients_per_round=config.run.clients_per_round,
+        deadline_s=config.run.deadline_s,
+        quorum=config.run.quorum,
+        max_update_norm=config.run.max_update_norm,
+        evaluate_every=config.run.evaluate_every,
+        evaluate_clients=config.data.holdout > 0,
+        secagg=terms.exchange(config),
+    )
+
+
+@dataclass(frozen=True)
+class Session:
+    """The rounds of a run over its clients."""
+
+    world: World
+    folder: Path
+    federation: Federation
+    record: Listener
+
+    def play(self, server: ServerState) -> ServerState:
+        """The state after all that is left."""
+        if self.world.config.continual.body is None:
+            return self.play_rounds(server, self.world.config.run.rounds)
+        return sequence.run(self.world, server, self.play_rounds, self.ask_for_sums, self.record, self.save)
+
+    def play_rounds(self, server: ServerState, until: int) -> ServerState:
+        """The state after round `until`, by one call of the strategy where clients are steady, else one a round."""
+        world, federation = self.world, self.federation
+        tested = len(world.test) and not world.strategy.keeps  # else there is no single model, or nothing to test it on
+        evaluate = partial(results.score, world) if tested else None
+        while server.round < until:
+            number = server.round + 1
+            rules = replace(rules_of(world.config), rounds=until, clients=self.count_awaited(number))
+            server = self.attempt(number, partial(
+                world.strategy.run, federation.grid, server, rules, stop=until if federation.steady else number,
+                codec=federation.codec, evaluate=evaluate, record=self.record_round, after_round=self.save))
+        return server
+
+    def count_awaited(self, number: int) -> int:
+        """Clients that must be there before a round begins."""
+        section, count = self.world.config.run, self.world.config.data.count
+        if self.federation.steady or number == 1:
+            return count
+        return math.ceil(section.quorum * min(count, section.clients_per_round or count))
+
+    def ask_for_sums(self, number: int, *what: Any) -> exchange.Answers:
+        """Every client's sums over the records of a task (`exchange.sums`)."""
+        config = self.world.config
+        count = config.data.count if self.federation.steady else math.ceil(config.run.quorum * config.data.count)
+        return self.attempt(number, partial(
+            exchange.sums, self.federation.grid, self.federation.codec, sequence.required(self.world.strategy),
+            replace(rules_of(config), clients=count), self.record, number, *what))
+
+    def attempt(self, number: int, act: Callable[[], T]) -> T:
+        """What `act` returns; where clients come and go a round that failed is tried again, after a pause."""
+        failures = 0
+        while True:
+            try:
+                return act()
+            except RoundFailed as error:
+                if self.federation.steady:
+                    raise
+                failures += 1
+                self.record({"event": "round_failed", "round": number, "reason": str(error)})
+                if failures == TRIES:
+                    raise
+                log.warning("%s It is tried again in %g s.", error, PAUSE_S)
+                time.sleep(PAUSE_S)
+
+    def record_round(self, event: Event) -> None:
+        about = self.federation.describe_round(event["round"]) if event["event"] == "round" else {}
+        self.record({**event, **about})
+
+    def save(self, server: ServerState) -> None:
+        """Write a checkpoint where one is due: a run goes on from there, and repeats what came after."""
+        section = self.world.config.run
+        if server.round % section.checkpoint_every == 0 or server.round == section.rounds:
+            checkpoint.write(self.folder / "checkpoints", server)

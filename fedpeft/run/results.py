@@ -1,0 +1,75 @@
+"""What a run leaves: how good its model is, and its adapter folders, summary, plots and report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fedpeft import config as configs
+from fedpeft.adapters import folder
+from fedpeft.adapters.flat import flat
+from fedpeft.clients import test_time
+from fedpeft.clients.train import evaluate
+from fedpeft.data import split
+from fedpeft.errors import RunError
+from fedpeft.files import write_bytes
+from fedpeft.record import report
+from fedpeft.record.metrics import read, summarise
+from fedpeft.run import guarantee, sequence
+from fedpeft.run.world import World
+from fedpeft.state import DROPPED, ServerState
+from fedpeft.strategies.secagg import terms
+
+log = logging.getLogger("fedpeft")
+
+
+def score(world: World, server: ServerState) -> dict[str, float]:
+    """Accuracy and loss of the global model on the server's test set; in a sequence, on that of the classes so far."""
+    if world.config.continual.body is not None:
+        return sequence.score(world, server)
+    world.local.model.write(server.adapter)
+    result = evaluate(world.local.model, world.test_encoded)
+    return {**{key: value for key, value in result.items() if key != "num-examples"},
+            "test_records": int(result["num-examples"])}
+
+
+def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
+    """Write the adapter folders, summary, plots and report.
+
+    Raises:
+        RunError: every round was dropped, so there is nothing to write.
+    """
+    if 0 < server.round == server.numbers.get(DROPPED, 0):
+        last = [event["reason"] for event in read(run / "metrics.jsonl") if event["event"] == "round_dropped"][-1:]
+        raise RunError(f"none of the {server.round} rounds had a result. {' '.join(last)}")
+    config, base = world.config, world.local.model.base
+    pooled = "classifier" in base.heads and not hasattr(base.backbone, "classifier")
+    options: dict[str, Any] = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
+    folder.save(flat(world.strategy.before_round(server).adapter), run / "adapter", **options)
+    if world.strategy.keeps:
+        for client in world.local.train_data:
+            sent, task = world.strategy.broadcast(server, client), dict(world.strategy.task(server))
+            adapter, _ = world.local.compose(client, sent, task, before=server.round + 1)
+            folder.save(flat(adapter), run / "adapter" / "clients" / client, **options)
+    events = read(run / "metrics.jsonl")
+    extra = {
+        "skipped": [entry.tree() for entry in world.skipped],
+        "owner": split.owners_of(run / "split.json"),
+        "privacy": guarantee.section(world),
+        "continual": sequence.section(world, server),
+        "tta": test_time.describe(config, events),
+        "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
+        "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
+    }
+    summary = summarise(events, configs.to_tree(config), extra)
+    write_bytes(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    try:
+        report.write(run)
+    except OSError:  # `resume` of the finished run writes it, once there is room
+        raise
+    except Exception as error:  # the run is complete and on the disk: a page about it must not end it
+        log.warning("the report could not be written: %s: %s. `fedpeft report %s` writes it again.",
+                    type(error).__name__, error, run)
+    return {**summary, "out": str(run)}
