@@ -29,8 +29,8 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
 from fedpeft.models.adapted import Adapted
 from fedpeft.privacy.ledger import TASK
+from fedpeft.privacy.mechanism import add_noise, clipped_sum
 from fedpeft.privacy.noise import Randomness
-from fedpeft.privacy.plan import clip_factors
 from fedpeft.state import AdapterState
 from fedpeft.strategies.sequence.build import fits, head
 from fedpeft.strategies.sequence.sequence import Learning
@@ -219,18 +219,18 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
     removing a record moves the sums by at most that, and the noise has standard deviation `noise` x BOUND.
     """
     nothing = head.statistics(torch.zeros(0, head.width), torch.zeros(0, dtype=torch.int64))
-    total = {key: torch.zeros_like(value) for key, value in nothing.items()}
+    total = _flat(nothing)
     for features, _, labels in batches(model, data):
-        for row in range(len(labels)):
-            found = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
-            norm = torch.cat([value.double().flatten() for value in found.values()]).norm()
-            factor = float(clip_factors(norm, BOUND))
-            if factor == 0:
-                continue  # a record that is not finite has no influence
-            for key, value in found.items():
-                total[key] += factor * value
-    return {key: value + noise * BOUND * torch.from_numpy(source.normal(value.numel())).view(value.shape)
-            for key, value in total.items()}
+        for row in range(len(labels)):  # one at a time: statistics of wide features are large
+            statistics = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
+            total += clipped_sum(_flat(statistics)[None], BOUND)
+    sizes = [value.numel() for value in nothing.values()]
+    noised = add_noise(total, noise, BOUND, source).split(sizes)
+    return {key: part.view(value.shape) for (key, value), part in zip(nothing.items(), noised, strict=True)}
+
+
+def _flat(statistics: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.double().flatten() for value in statistics.values()])
 
 
 def unit(features: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedpeft.config import ClientConfig, PrivacyConfig
 from fedpeft.errors import InputError
+from fedpeft.privacy import mechanism
 from fedpeft.privacy.accounting import Release, composed, noise_multiplier
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.noise import Randomness
@@ -59,30 +59,16 @@ class Plan:
         return np.flatnonzero(source.uniform(count) < self.sample_rate)
 
     def clipped_sum(self, gradients: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Sum over the batch of per-sample gradients [N, P], each scaled down to norm C where it is above; [P].
+        """The sum [P] over the batch of per-sample gradients [N, P], each clipped to norm C (`privacy.mechanism`).
 
         Args:
             losses: [N]; a record whose loss is not finite has no part in the sum.
         """
-        factors = clip_factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64), self.clip, losses)
-        total: Tensor = factors.to(gradients) @ gradients.masked_fill(factors[:, None] == 0, 0.0)
-        return total
+        return mechanism.clipped_sum(gradients, self.clip, losses)
 
     def noised_mean(self, total: Tensor, source: Randomness) -> Tensor:
         """The step's gradient [P] from the clipped sum: noise once, division once."""
-        noise = torch.from_numpy(source.normal(total.numel())).to(total)
-        return (total + self.noise_multiplier * self.clip * noise) / self.expected_batch
-
-
-def clip_factors(norms: Tensor, clip: float | Tensor, losses: Tensor | None = None) -> Tensor:
-    """What gradients with these norms [N] (in float64: sums of float32 squares come out too small) are multiplied by.
-
-    Zero for a norm that is not a number, infinite, or so large that float32 could not hold its factor, and for a loss
-    [N] that is not finite.
-    """
-    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-    good = norms < 1e30 if losses is None else (norms < 1e30) & torch.isfinite(losses)
-    return torch.where(good, factors, 0.0)
+        return mechanism.add_noise(total, self.noise_multiplier, self.clip, source) / self.expected_batch
 
 
 def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int, beside: tuple[Release, ...] = ()

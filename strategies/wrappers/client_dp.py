@@ -52,6 +52,7 @@ from fedpeft.config import Config, PrivacyConfig, RunConfig
 from fedpeft.errors import InputError
 from fedpeft.privacy import accounting, checks
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
+from fedpeft.privacy.mechanism import add_noise, clipped_sum
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.state import AdapterState, Needs, RoundFailed, Rules, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
@@ -61,6 +62,7 @@ from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
 
 log = logging.getLogger("fedpeft")
 CLIP = "client_dp/clip"  # in ServerState.numbers
+COUNT = 0.5  # a client moves the shifted count by this
 
 
 class ClientDP(Wrapper):
@@ -161,11 +163,13 @@ class ClientDP(Wrapper):
 
     def _noised(self, start: AdapterState, server: ServerState, updates: list[Update]) -> tuple[Tensor, float | None]:
         clip, z, adaptive = self.clip(server), self.noise_multiplier, self.privacy.adaptive_clip
-        total, unclipped = clipped_sum(start, same_scale(server, updates), clip)
+        total, unclipped = sum_changes(start, same_scale(server, updates), clip)
         source = self.randomness("noise", server.round + 1)
-        deviation = clip * (sum_multiplier(z, self.count_noise) if adaptive else z)
-        total += deviation * torch.from_numpy(source.normal(total.numel()))
-        return total, unclipped + self.count_noise * float(source.normal(1)[0]) if adaptive else None
+        noised = add_noise(total, sum_multiplier(z, self.count_noise) if adaptive else z, clip, source)
+        if not adaptive:
+            return noised, None
+        count = torch.tensor([unclipped], dtype=torch.float64)
+        return noised, float(add_noise(count, 2 * self.count_noise, COUNT, source))
 
     def _reserve(self, number: int, z: float, name: str) -> None:
         """Count the release of round `number` as made, durably if there is a ledger; the very same one only once.
@@ -221,7 +225,7 @@ class ClientDP(Wrapper):
                          f"Aggregate them with {name_of(innermost(self))}, without privacy.")
 
 
-def clipped_sum(start: AdapterState, updates: list[Update], clip: float) -> tuple[Tensor, float]:
+def sum_changes(start: AdapterState, updates: list[Update], clip: float) -> tuple[Tensor, float]:
     """Sum of the clipped changes, one float64 vector, and sum_k (1[norm <= clip] - 1/2).
 
     A change whose norm is not a finite number adds nothing: no upload whatever moves the sum by more than `clip`.
@@ -230,10 +234,8 @@ def clipped_sum(start: AdapterState, updates: list[Update], clip: float) -> tupl
     for update in updates:
         change = torch.cat([(update.adapter[key].double() - value.double()).flatten()
                             for key, value in start.tensors.items()])
-        norm = float(change.norm())
-        if math.isfinite(norm):
-            total += change * (clip / max(norm, clip))
-        unclipped += 0.5 if norm <= clip else -0.5
+        total += clipped_sum(change[None], clip, slack=0.0)
+        unclipped += COUNT if float(change.norm()) <= clip else -COUNT
     return total, unclipped
 
 

@@ -19,7 +19,7 @@ from fedpeft.privacy import accounting
 from fedpeft.seeds import numpy_generator
 from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 from fedpeft.strategies.base import FederatedStrategy
-from fedpeft.strategies.wrappers.client_dp import CLIP, clipped_sum, sum_multiplier
+from fedpeft.strategies.wrappers.client_dp import CLIP, sum_changes, sum_multiplier
 
 # The sum -------------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def test_sum_and_count_together_move_by_at_most_one_over_z(z, excess, size):
     count_noise, clip = excess * z / 2, 0.7
     start = AdapterState({"h/w": torch.zeros(4).double()}, {"h": Site("head", (4,))})
     update = Update("c", 1.0, start.map(lambda value: value + 10.0**size / 2))
-    total, unclipped = clipped_sum(start, [update], clip)
+    total, unclipped = sum_changes(start, [update], clip)
     moved = math.hypot(float(total.norm()) / (sum_multiplier(z, count_noise) * clip), unclipped / count_noise)
     assert moved <= (1 + 1e-9) / z
     assert moved >= (1 - 1e-9) / z or 10.0**size < clip

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.clients.cohort.rows import add_clipped
 from fedpeft.privacy.ledger import Budget
+from fedpeft.privacy.mechanism import add_clipped
 from fedpeft.privacy.plan import Plan
 
 CLIP = 0.7
