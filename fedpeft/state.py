@@ -10,7 +10,7 @@ A tensor is named `site/role`: the module's path in the base model, and what the
     residual_B, residual_A   factored change of the frozen weight: W <- W + residual_B residual_A (scaling included)
 
 Tensors of a trained head keep their parameter names as roles; asking for the role "head" means all of them. What a
-method sends beside the adapter (SCAFFOLD's controls, sums for a head) is no adapter: it travels in `extra`, which no
+method sends beside the adapter (control variates, sums for a head) is no adapter: it travels in `extra`, which no
 role selects, no distance measures and no rule averages.
 """
 

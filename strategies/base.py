@@ -56,7 +56,7 @@ class FederatedStrategy(Strategy):
         unequal_ranks: whether clients may have ranks below the server's.
         changes_base: whether it moves the frozen base (the exported adapter then has a higher rank).
         fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate
-            state over rounds (server optimizers, SCAFFOLD) needs it.
+            state over rounds (server optimizers, control variates) needs it.
         plain_sgd: whether its client half is only right with plain SGD as the local optimizer.
         client_half: what the method does at a client beside training.
         needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be

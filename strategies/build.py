@@ -58,6 +58,9 @@ def wrappers() -> list[str]:
 
 def check(config: Config) -> None:
     """Refuse what a strategy cannot do, before anything is loaded."""
+    from fedpeft.strategies.client import layers
+    from fedpeft.strategies.wrappers.wrapper import name_of
+
     strategy = build(config)
     name = config.strategy.name
     count = config.run.clients_per_round or config.data.clients
@@ -72,10 +75,11 @@ def check(config: Config) -> None:
                          f"Strategies for unequal ranks: {', '.join(able)}.")
     client = config.client
     if strategy.plain_sgd and (client.optimizer != "sgd" or client.momentum or client.max_grad_norm is not None):
+        needing = next(layer for layer in layers(strategy) if type(layer).plain_sgd)
         raise InputError(
             f"client.optimizer={client.optimizer}, client.momentum={client.momentum:g}, client.max_grad_norm="
-            f"{client.max_grad_norm}: the control variates of scaffold need plain SGD. Set client.optimizer=sgd, "
-            "client.momentum=0 and client.max_grad_norm=null."
+            f"{client.max_grad_norm}: the {needing.client_half.sends} of {name_of(needing)} need plain SGD. Set "
+            "client.optimizer=sgd, client.momentum=0 and client.max_grad_norm=null."
         )
     if strategy.keeps and config.data.holdout == 0:
         raise InputError(

@@ -5,7 +5,7 @@ so a server cannot ask for what the client's config does not do. Training asks t
 
     start              the adapter that training begins with        (FedSVD: A = M A_0)
     proximal           mu of (mu / 2) ||theta - theta_0||^2          (FedProx)
-    gradient_offset    what is added to every gradient              (SCAFFOLD: c - c_k)
+    gradient_offset    what is added to every gradient              (control variates: c - c_k)
     finish             what is sent beside the update, and what the client keeps on its disk
     equip              a test-time method gets what the federation learned for it
 

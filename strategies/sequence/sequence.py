@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fedpeft import registry
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.client import layers
 from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody
 from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
 
@@ -91,12 +93,17 @@ class Learning(Wrapper):
             raise InputError(f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
                              f"{name_of(inside)} cannot do. Strategies that can: {', '.join(self.body.rules)}.")
         if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
+            able = [other for other in registry.names("strategies") if (cls := registry.load("strategies", other))
+                    and cls.fixed_basis and cls.adapter == self.adapter
+                    and not (cls.changes_base or cls.keeps or cls.wraps)]
             raise InputError(f"continual.body={name}: it averages the factors over rounds, but strategy "
-                             f"{name_of(inside)} gives them new coordinates, or another base, in every round. Take "
-                             "fedit, ffa_lora, lora_fair or rolora.")
+                             f"{name_of(inside)} gives them new coordinates, or another base, in every round. "
+                             f"Strategies that do not: {', '.join(able)}.")
         if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
-            raise InputError(f"continual.body={name}: some rounds train the head alone, which the control variates of "
-                             "scaffold cannot. Set continual.frozen_rounds=0.")
+            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            raise InputError(f"continual.body={name}: some rounds train the head alone, which the "
+                             f"{needing.client_half.sends} of {name_of(needing)} cannot. Set "
+                             "continual.frozen_rounds=0.")
         if self.keeps:
             raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
                              "each client, so there is no one model whose tasks could be counted.")

@@ -3,7 +3,7 @@
     theta_k <- theta + min(1, C / ||theta_k - theta||) (theta_k - theta),   theta what client k was sent
 
 The norm is L2 over all uploaded tensors together. `bound: null` takes C as the median of the round's norms. Control
-variates (SCAFFOLD), which add up as updates do, are a part of the norm and are clipped with it; what else travels
+variates, which add up as updates do, are a part of the norm and are clipped with it; what else travels
 beside an update (ATP's rates, FedTHE's mean features) is no part of it and is not bounded.
 
 Deviations: none of the paper's noise is added, so this bounds influence and gives no privacy.
