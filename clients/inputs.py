@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpeft.data.encode import Encoded
 from fedpeft.models.adapted import Adapted
@@ -12,16 +12,6 @@ from fedpeft.objectives.base import IGNORE
 
 DRAWN = 3
 BLOCK = 256  # records that are looked at together
-
-
-def classes_of(model: Adapted) -> int:
-    """How many classes the base's head has."""
-    return [part for part in model.head().modules() if isinstance(part, nn.Linear)][-1].out_features
-
-
-def width_of(model: Adapted) -> int:
-    """Size of the features that enter the head."""
-    return next(part.in_features for part in model.head().modules() if isinstance(part, nn.Linear))
 
 
 def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
@@ -46,7 +36,7 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
             made[name] = {"input_ids": ids, "attention_mask": mask}.get(name, torch.zeros_like(mask)).to(value.dtype)
     if none.labels.ndim == 2:
         return Encoded(made, ids.masked_fill(mask == 0, IGNORE))
-    return Encoded(made, torch.randint(0, classes_of(model), (DRAWN,), generator=generator))
+    return Encoded(made, torch.randint(0, model.base.classes, (DRAWN,), generator=generator))
 
 
 def words_of(model: Adapted) -> int:
@@ -74,7 +64,7 @@ def _good(model: Adapted, data: Encoded) -> Tensor:
     labels = data.labels
     texts = labels.ndim > 1
     labels = labels.flatten(1) if texts else labels[:, None]
-    most = words_of(model) if texts else classes_of(model)
+    most = words_of(model) if texts else model.base.classes
     good = ((labels >= 0) & (labels < most) | (labels == IGNORE) & texts).all(1)
     for name, value in data.inputs.items():
         if value.is_floating_point():

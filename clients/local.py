@@ -91,7 +91,7 @@ class Local:
     def own(self) -> Own:
         """This process's own reading of its config: what a server may ask."""
         tasks = self.config.continual.body is not None
-        return Own(self.config, self.initial, inputs.classes_of(self.model) if tasks else None)
+        return Own(self.config, self.initial, self.model.base.classes if tasks else None)
 
     @cached_property
     def halves(self) -> list[ClientHalf]:
@@ -342,7 +342,7 @@ class Local:
             batch, labels = on_device(made, np.arange(len(made)), device)
             self.model.training_mode()
             with first_token(self.model, made):
-                verify(self.model.modules, parameters, partial(per_sample_loss, self.model), batch, labels)
+                verify(self.model.base.modules, parameters, partial(per_sample_loss, self.model), batch, labels)
             self.model.base.backbone.eval()
             self.verified.add(tuple(roles))
 

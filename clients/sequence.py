@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.adapters.features import batches
 from fedpeft.clients.guard import fingerprint, release
-from fedpeft.clients.inputs import classes_of, width_of
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import ClientConfig
@@ -28,6 +26,7 @@ from fedpeft.continual.parts.subspace import sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
 from fedpeft.models.adapted import Adapted
+from fedpeft.models.base import orient
 from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.mechanism import add_noise, clipped_sum
 from fedpeft.privacy.noise import Randomness
@@ -173,7 +172,7 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
         with model.competing(compete(task)):
             found = gradient_sketch(model, data, section.r2, section.side == "in")
         return AdapterState({}, extra={site: value.float() for site, value in found.items()}), weight
-    sums = head_sums(model, head(config, classes_of(model), width_of(model)), data)
+    sums = head_sums(model, head(config, model.base.classes, model.base.width), data)
     return AdapterState({}, extra=sums), weight
 
 
@@ -191,7 +190,7 @@ def private_answer(local: Local, client: str, received: AdapterState, start: Ada
         if answered is None:
             guard.afford(spending.account, number, spending.request, plan, noise)
             model.write(start)
-            made = head(local.config, classes_of(model), width_of(model))
+            made = head(local.config, model.base.classes, model.base.width)
             source = guard.source(client, number, f"sums {task['view']}")
             found = private_head_sums(model, made, local.records(client, task), noise, source)
             answered = AdapterState({}, extra=found), guard.allowed(client, {})
@@ -206,7 +205,7 @@ def private_answer(local: Local, client: str, received: AdapterState, start: Ada
 def head_sums(model: Adapted, head: Head, data: Encoded) -> dict[str, Tensor]:
     """Sums of a head's statistics over records, in float64."""
     total: dict[str, Tensor] = {}
-    for features, _, labels in batches(model, data):
+    for features, _, labels in model.features(data):
         for key, value in head.statistics(features, labels).items():
             total[key] = total[key] + value if key in total else value
     return total
@@ -220,7 +219,7 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
     """
     nothing = head.statistics(torch.zeros(0, head.width), torch.zeros(0, dtype=torch.int64))
     total = _flat(nothing)
-    for features, _, labels in batches(model, data):
+    for features, _, labels in model.features(data):
         for row in range(len(labels)):  # one at a time: statistics of wide features are large
             statistics = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
             total += clipped_sum(_flat(statistics)[None], BOUND)
@@ -244,7 +243,8 @@ def gradient_sketch(model: Adapted, data: Encoded, columns: int, inputs: bool) -
     Args:
         inputs: sketch right singular directions (d = inputs) instead of left ones (d = outputs).
     """
-    weights = {site: layer.get_parameter("weight") for site, layer in model.frozen.items()}
+    layers = {site: model.base.layer(site) for site in model.form.lora_sites()}
+    weights = {site: layer.get_parameter("weight") for site, layer in layers.items()}
     device = next(iter(weights.values())).device
     sketches: dict[str, Tensor] = {}
     for value in weights.values():
@@ -254,10 +254,9 @@ def gradient_sketch(model: Adapted, data: Encoded, columns: int, inputs: bool) -
             index = np.arange(start, min(start + SKETCH_ROWS, len(data)))
             loss = per_sample_loss(model, *on_device(data, index, device)).mean()
             slopes = torch.autograd.grad(loss, list(weights.values()))
-            for (site, layer), slope in zip(model.frozen.items(), slopes, strict=True):
-                gradient = slope.cpu().double()
-                if (type(layer).__name__ == "Conv1D") != inputs:
-                    gradient = gradient.T
+            for (site, layer), slope in zip(layers.items(), slopes, strict=True):
+                gradient = orient(layer, slope.cpu().double())
+                gradient = gradient.T if inputs else gradient
                 before = sketches.get(site, gradient.new_zeros(len(gradient), columns))
                 sketches[site] = sketch(before, gradient)[0]
     finally:

@@ -139,8 +139,8 @@ def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parame
         losses: list[Tensor] = []
         for start in range(0, len(drawn), 2 * config.batch_size):
             inputs, labels = on_device(data, drawn[start : start + 2 * config.batch_size], device)
-            gradients, each = per_sample_gradients(model.modules, parameters, partial(per_sample_loss, model), inputs,
-                                                   labels)
+            gradients, each = per_sample_gradients(model.base.modules, parameters, partial(per_sample_loss, model),
+                                                   inputs, labels)
             total += plan.clipped_sum(gradients, each)
             losses += list(each)
         noised = plan.noised_mean(total, source)

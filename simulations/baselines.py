@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fedpeft.adapters.features import batches
 from fedpeft.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def attempted(name: str, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _features(model: Adapted, data: Encoded) -> np.ndarray:
-    return torch.cat([found for found, _, _ in batches(model, data)]).numpy()
+    return torch.cat([found for found, _, _ in model.features(data)]).numpy()
 
 
 def raw(train: Records, test: Records) -> tuple[Any, Any]:

@@ -91,7 +91,7 @@ def layers(model: Adapted) -> list[Layer]:
     keys = {id(parameter): key for key, parameter in model.parameters.items()}
     found: list[Layer] = []
     inside: set[int] = set()
-    for root in model.modules:
+    for root in model.base.modules:
         for name, module in root.named_modules():
             if isinstance(module, LoraLayer):
                 parts = [module.lora_A["default"], *module.lora_B["default"].modules()] if _plain(module) else []

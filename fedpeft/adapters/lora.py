@@ -19,10 +19,9 @@ class Lora:
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         layers = lora_layers(base, config)
-        parameters, sites, frozen = {}, {}, {}
+        parameters, sites = {}, {}
         for site, layer in layers.items():
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             parameters[f"{site}/A"], parameters[f"{site}/B"] = A, B
             sites[site] = Site("lora", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
-            frozen[site] = layer.get_base_layer()
-        return Injected(parameters, sites, frozen)
+        return Injected(parameters, sites)

@@ -40,9 +40,9 @@ class LoraSB:
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         parameters: dict[str, nn.Parameter] = {}
-        sites, frozen = {}, {}
+        sites: dict[str, Site] = {}
         for site, layer in lora_layers(base, config).items():
-            weight = layer.get_base_layer().weight
+            weight = base.weight(site)
             if config.r > min(weight.shape):
                 raise InputError(
                     f"adapter.r={config.r}: {site} is {weight.shape[0]} x {weight.shape[1]}, and frozen orthonormal "
@@ -52,30 +52,21 @@ class LoraSB:
             down, up = layer.lora_A["default"], layer.lora_B["default"]
             core = nn.Linear(config.r, config.r, bias=False)
             nn.init.zeros_(core.weight)
-            B, A = self.factors(
-                weight,
-                config.r,
-                (up.weight.shape[0], down.weight.shape[1]),
-                seeds.torch_generator(seed, "lora_sb", site),
-            )
+            B, A = self.factors(weight, config.r, seeds.torch_generator(seed, "lora_sb", site))
             down.weight.data, up.weight.data = A, B
             layer.lora_B["default"] = nn.Sequential(core, up)
             parameters |= {f"{site}/A": down.weight, f"{site}/B": up.weight, f"{site}/R": core.get_parameter("weight")}
             sites[site] = Site("lora_sb", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
-            frozen[site] = layer.get_base_layer()
-        return Injected(parameters, sites, frozen)
+        return Injected(parameters, sites)
 
-    def factors(
-        self, weight: Tensor, r: int, shape: tuple[int, int], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """B [out, r] with orthonormal columns and A [r, in] with orthonormal rows; signs fixed."""
-        out, width = shape
+    def factors(self, weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """B [out, r] with orthonormal columns and A [r, in] with orthonormal rows, of a weight's shape; signs fixed."""
+        out, width = weight.shape
         if self.init == "random":
             B = torch.linalg.qr(torch.randn(out, r, generator=generator, dtype=torch.float64)).Q
             A = torch.linalg.qr(torch.randn(width, r, generator=generator, dtype=torch.float64)).Q.T
         else:
-            dense = weight.detach().double() if tuple(weight.shape) == shape else weight.detach().double().T
-            U, _, Vt = torch.linalg.svd(dense, full_matrices=False)
+            U, _, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
             sign = torch.where(Vt[torch.arange(r), Vt[:r].abs().argmax(1)] < 0, -1.0, 1.0).double()
             B, A = U[:, :r] * sign, Vt[:r] * sign[:, None]
         return B.float().contiguous(), A.float().contiguous()

@@ -51,7 +51,7 @@ class Learner:
         self.heads: dict[str, dict[str, Head]] = {name: {"online": self._head(name, given)}
                                                   for name, given in heads.items()}
         self.options = heads
-        self.classifier = Classifier(stream.classes, model.width, seed, train.head_lr)
+        self.classifier = Classifier(stream.classes, model.base.width, seed, train.head_lr)
         self.body.classifier = self.classifier
         self.loss = self._loss(body)
         self.task, self.step_number = 0, 0
@@ -60,7 +60,7 @@ class Learner:
 
     def _head(self, name: str, options: dict[str, Any]) -> Head:
         head: Head = configs.method("heads", name, options, f"head.{name}", classes=self.stream.classes,
-                                    width=self.model.width, seed=self.seed)
+                                    width=self.model.base.width, seed=self.seed)
         return head
 
     def _loss(self, body: str) -> str:

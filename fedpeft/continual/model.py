@@ -7,8 +7,8 @@ tensors a change was made of.
     >>> import torch
     >>> model = Plastic(Base(net := torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)),
     ...                      lambda batch: net(batch["x"]), {"1": net[1]}, None, "", "image-classification"), ["0"])
-    >>> model.layers, model.width, model.shape("0")
-    (('0',), 3, (3, 2))
+    >>> model.layers
+    ('0',)
     >>> x = {"x": torch.ones(5, 2)}
     >>> moved = model.features(x, {"0": dense(torch.ones(3, 2))}) - model.features(x)
     >>> moved.round(decimals=4).unique().tolist()
@@ -34,49 +34,31 @@ Change = Mapping[str, Patch]
 
 
 class Plastic:
-    """One frozen base, the layers that bodies may change, and the features that heads see.
+    """One frozen base, the layers of it that bodies may change, and its features under a change.
 
     Args:
         layers: endings of the names of the layers to adapt, None for the attention's query and value projections.
 
     Attributes:
         layers: full names of the adaptable layers, sorted.
-        width: D of the features [N, D]: what enters the base's classification head.
         passes: forward passes made, in rows.
     """
 
     def __init__(self, base: Base, layers: list[str] | None = None) -> None:
         self.base = base
         self.layers = tuple(resolve(base, layers))
-        self.modules: dict[str, nn.Module] = dict(base.backbone.named_modules())
-        self.head = next(iter(base.heads.values()))
-        self.width = next(part.in_features for part in self.head.modules() if isinstance(part, nn.Linear))
         self.passes = 0
-
-    def shape(self, layer: str) -> tuple[int, int]:
-        """(outputs, inputs) of an adaptable layer, however it stores its weight."""
-        weight = self.modules[layer].get_parameter("weight")
-        rows, columns = weight.shape
-        return (columns, rows) if self._stores_transposed(layer) else (rows, columns)
-
-    def weight(self, layer: str) -> Tensor:
-        """The frozen weight [out, in]."""
-        weight = self.modules[layer].get_parameter("weight").detach().float()
-        return weight.T if self._stores_transposed(layer) else weight
 
     def features(self, inputs: Inputs, change: Change | None = None) -> Tensor:
         """Features [N, D] under a change; the base in evaluation mode, so that no row depends on another."""
-        caught: list[Tensor] = []
         self.base.backbone.eval()
         with ExitStack() as stack:
             for name, patch in (change or {}).items():
-                stack.callback(self.modules[name].register_forward_hook(_patched(patch), with_kwargs=True).remove)
-            hook = self.head.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
-            stack.callback(hook.remove)
-            self.base.forward(inputs)
-        self.passes += len(caught[0])
-        found = caught[0].float()
-        return found[:, 0] if found.ndim == 3 else found
+                layer = self.base.layer(name)
+                stack.callback(layer.register_forward_hook(_patched(patch), with_kwargs=True).remove)
+            features = self.base.features(inputs)
+        self.passes += len(features)
+        return features
 
     def observe(self, inputs: Inputs, change: Change | None = None) -> dict[str, Tensor]:
         """What enters each adaptable layer, as rows [tokens, in]; padding is left out where there is a mask."""
@@ -88,10 +70,6 @@ class Plastic:
         kept = None if mask is None else mask.bool()
         return {name: value[kept] if kept is not None and value.shape[:2] == kept.shape else value.flatten(0, -2)
                 for name, value in seen.items()}
-
-    def _stores_transposed(self, layer: str) -> bool:
-        """transformers' Conv1D stores [in, out]."""
-        return type(self.modules[layer]).__name__ == "Conv1D"
 
 
 def dense(delta: Tensor) -> Patch:

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpeft import config as configs
 from fedpeft import seeds
 from fedpeft.config import AdapterConfig, ModelConfig
-from fedpeft.errors import InputError
+from fedpeft.data.encode import Encoded
 from fedpeft.models.base import Base
 from fedpeft.models.loading import load as load_base
 from fedpeft.state import AdapterState, Site
@@ -23,11 +24,10 @@ NEVER = -1e4
 
 @dataclass(frozen=True)
 class Injected:
-    """What an adapter put into the backbone: parameters by `site/role`, sites, and each site's frozen layer."""
+    """What an adapter put into the backbone: parameters by `site/role`, and sites by the name of their layer."""
 
     parameters: dict[str, nn.Parameter]
     sites: dict[str, Site]
-    frozen: dict[str, nn.Module]
 
 
 class Adapter(Protocol):
@@ -53,7 +53,6 @@ class Adapted:
         self.base = base
         self.parameters = dict(injected.parameters)
         self.sites = dict(injected.sites)
-        self.frozen = injected.frozen
         self.originals: dict[str, Tensor] = {}
         self.compete: list[int] | None = None
         self.tail: list[nn.Module] | None = None
@@ -91,14 +90,14 @@ class Adapted:
             if value.shape != parameter.shape:
                 parameter.zero_()
             parameter[tuple(map(slice, value.shape))] = value.to(parameter.device)
-        for site, layer in self.frozen.items():
+        for site in self.form.lora_sites():
             if f"{site}/residual_B" in state:
-                weight = layer.get_parameter("weight")
-                original = self.originals.setdefault(site, weight.detach().clone())
-                change = (state[f"{site}/residual_B"].double() @ state[f"{site}/residual_A"].double()).to(original)
-                weight.copy_(original + (change.T if _transposed(layer) else change))
+                weight = self.base.weight(site)
+                original = self.originals.setdefault(site, weight.clone())
+                change = state[f"{site}/residual_B"].double() @ state[f"{site}/residual_A"].double()
+                weight.copy_(original + change.to(original))
             elif site in self.originals:
-                layer.get_parameter("weight").copy_(self.originals.pop(site))
+                self.base.weight(site).copy_(self.originals.pop(site))
 
     def train_roles(self, roles: Iterable[str]) -> dict[str, nn.Parameter]:
         """Switch gradients on for these roles and off for all others; the parameters that train."""
@@ -107,22 +106,6 @@ class Adapted:
             parameter.requires_grad_(key in chosen)
         return {key: self.parameters[key] for key in chosen}
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The backbone, and heads outside of it: all modules that hold parameters."""
-        inside = {id(module) for module in self.base.backbone.modules()}
-        return [self.base.backbone, *(head for head in self.base.heads.values() if id(head) not in inside)]
-
-    def head(self) -> nn.Module:
-        """The (first) classification head.
-
-        Raises:
-            InputError: the model has none.
-        """
-        if not self.base.heads:
-            raise InputError(f"model.task={self.base.task}: the model has no classification head.")
-        return next(iter(self.base.heads.values()))
-
     def still(self) -> dict[str, Tensor]:
         """Rows of the last layer, by parameter name, whose classes do not compete: no record has a gradient there.
 
@@ -130,7 +113,7 @@ class Adapted:
         """
         if self.compete is None:
             return {}
-        last = [part for part in self.head().modules() if isinstance(part, nn.Linear)][-1]
+        last = self.base.head_layers[-1]
         mask = torch.ones(last.out_features, dtype=torch.bool, device=last.weight.device)
         mask[self.compete] = False
         mine = {id(value) for value in last.parameters()}
@@ -146,7 +129,19 @@ class Adapted:
                 module.eval()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        logits = self.base.forward(batch)
+        return self._among_competing(self.base.forward(batch))
+
+    @torch.no_grad()
+    def features(self, data: Encoded, size: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features [N, D], logits [N, labels] and labels [N] of all records in order, in batches, on the CPU."""
+        device = next(self.base.head.parameters()).device
+        self.base.backbone.eval()
+        for start in range(0, len(data), size):
+            inputs, labels = data.batch(np.arange(start, min(start + size, len(data))))
+            features, logits = self.base.features_and_logits({key: value.to(device) for key, value in inputs.items()})
+            yield features.cpu(), self._among_competing(logits).float().cpu(), labels
+
+    def _among_competing(self, logits: Tensor) -> Tensor:
         if self.compete is None:
             return logits
         others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -163,9 +158,7 @@ class Adapted:
             self.compete = before
 
     def to(self, device: torch.device) -> Adapted:
-        self.base.backbone.to(device)
-        for head in self.base.heads.values():
-            head.to(device)
+        self.base.to(device)
         return self
 
 
@@ -185,8 +178,3 @@ def _as_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor
     """Inputs of a float32 head behind a base in a smaller dtype."""
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) for value in inputs)
-
-
-def _transposed(layer: nn.Module) -> bool:
-    """transformers' Conv1D stores [in, out]."""
-    return type(layer).__name__ == "Conv1D"

@@ -66,7 +66,7 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
         return (x, *args[1:])
 
     kinds = (nn.Linear, nn.LayerNorm, BaseTunerLayer)
-    alone = [module for root in model.modules for module in root.modules() if isinstance(module, kinds)]
+    alone = [module for root in model.base.modules for module in root.modules() if isinstance(module, kinds)]
     inside = {part for module in alone for part in module.modules() if part is not module}  # parts of adapters' layers
     handles = [module.register_forward_pre_hook(note) for module in alone if module not in inside]
     try:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import InputError
-from fedpeft.models.base import Base
+from fedpeft.models.base import Base, is_linear
 
 # transformers 5 renamed ViT's projections, so peft's table by model type can be stale: what counts is what is there.
 ATTENTION = (
@@ -33,7 +33,7 @@ def linear_layers(base: Base) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in backbone.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if is_linear(module)
         and id(module) not in heads
         and module is not output
     }

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.adapters import features
 from fedpeft.clients.sequence import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
@@ -59,7 +58,7 @@ def frozen_head(here: World) -> dict[str, Any]:
         return {}
     plan, rows = learning.curriculum, []
     here.local.model.write(here.start.adapter)
-    test = [torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.test_encoded), strict=True)]
+    test = [torch.cat(parts) for parts in zip(*here.local.model.features(here.test_encoded), strict=True)]
     labels = test[2].numpy()
     count = [len(plan.of(labels, task)) for task in range(len(plan.groups))]
     made = sequence.unfitted(here) if fits(here.config) else None
@@ -83,7 +82,7 @@ def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
     shares, made = here.local.train_data, sequence.unfitted(here)
     own = np.intersect1d(numbers, np.concatenate([share.rows for share in shares.values()]))
     total: dict[str, Tensor] = {}
-    for found, _, labels in features.batches(here.local.model, here.train_encoded.view(own)):
+    for found, _, labels in here.local.model.features(here.train_encoded.view(own)):
         for key, value in made.statistics(_shaped(here, found), labels).items():
             total[key] = total[key] + value if key in total else value
     return total

@@ -87,11 +87,8 @@ def _label_names(path: Path) -> list[str]:
 def merge_into(base: Base, adapter: AdapterState) -> None:
     """W <- W + s B A at every site, heads replaced."""
     for site in adapter.lora_sites():
-        layer = base.backbone.get_submodule(site)
         change = adapter.sites[site].scaling * (adapter[f"{site}/B"].double() @ adapter[f"{site}/A"].double())
-        if type(layer).__name__ == "Conv1D":
-            change = change.T
-        weight = layer.get_parameter("weight")
+        weight = base.weight(site)
         weight.copy_((weight.double() + change).to(weight.dtype))
     for key, value in adapter.tensors.items():
         if adapter.role(key) == "head":

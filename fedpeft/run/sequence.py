@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft.adapters import features
-from fedpeft.clients.inputs import width_of
 from fedpeft.clients.sequence import unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
@@ -85,7 +83,7 @@ def close(here: World, ask: Ask, learning: Learning, server: ServerState, task: 
     if fits(here.config):
         views = learning.body.views(server)
         memory = dict(server.memory)
-        nothing = unfitted(here).statistics(torch.zeros(0, width_of(here.local.model)), torch.zeros(0).long())
+        nothing = unfitted(here).statistics(torch.zeros(0, here.local.model.base.width), torch.zeros(0).long())
         form = {key: tuple(value.shape) for key, value in nothing.items()}
         for view, adapter in views.items():
             answers = ask(server.round, "head", view, adapter, form)
@@ -148,7 +146,7 @@ def fitted(here: World, learning: Learning, server: ServerState, seen: list[int]
 
 def unfitted(here: World) -> Head:
     """The config's head, before it has seen a record."""
-    return head(here.config, len(here.train.label_names), width_of(here.local.model))
+    return head(here.config, len(here.train.label_names), here.local.model.base.width)
 
 
 def scored(here: World, learning: Learning, server: ServerState, data: Encoded, seen: list[int],
@@ -158,7 +156,7 @@ def scored(here: World, learning: Learning, server: ServerState, data: Encoded, 
     for view, adapter in learning.body.views(server).items():
         model.write(adapter)
         by_view[view] = [(_answer(here, heads, view, found, logits, seen), labels)
-                         for found, logits, labels in features.batches(model, data)]
+                         for found, logits, labels in model.features(data)]
     first = next(iter(by_view.values()))
     return [(learning.body.combine({view: parts[number][0] for view, parts in by_view.items()}), labels)
             for number, (_, labels) in enumerate(first)]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.models.adapted import Adapted
-from fedpeft.models.base import Base
+from fedpeft.models.base import Base, catch_inputs
 
 Batch = Tensor | dict[str, Tensor]
 Tensors = Mapping[str, Tensor]
@@ -40,7 +40,10 @@ SETS = ("norm_affine", "lora", "head", "all")
 
 
 class Deployed:
-    """A frozen model: logits [N, K], the features [N, D] that enter its last linear layer, its tensors by name.
+    """A frozen base: logits [N, K], the features [N, D] that enter its last linear layer, its tensors by name.
+
+    Args:
+        forward: a batch -> logits.
 
     Attributes:
         slots: parameter name -> the places (module, attribute) that hold it; tied parameters have one name.
@@ -49,13 +52,10 @@ class Deployed:
         output: of a causal language model, the module that gives the scores of every token [N, T, V]; else None.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], forward: Callable[[Batch], Tensor], head: nn.Linear | None,
-                 head_names: Sequence[str] = (), output: str | None = None) -> None:
-        self.forward, self.head, self.output = forward, head, output
-        self.modules: dict[str, nn.Module] = {}
-        for module in modules:
-            for name, part in module.named_modules():
-                self.modules.setdefault(name, part)
+    def __init__(self, base: Base, forward: Callable[[Batch], Tensor], output: str | None = None) -> None:
+        self.base, self.forward, self.output = base, forward, output
+        self.head = base.head_layers[-1] if base.head_layers else None
+        self.modules = base.named_modules
         self.slots: dict[str, list[tuple[nn.Module, str]]] = {}
         self._names: dict[int, str] = {}
         for prefix, part in self.modules.items():
@@ -65,7 +65,6 @@ class Deployed:
                     self.slots.setdefault(name, []).append((part, attribute))
         self.norms: dict[str, Any] = {
             name: part for name, part in self.modules.items() if isinstance(part, BATCH_NORM)}
-        self.head_names = tuple(head_names)
 
     def __call__(self, batch: Batch, overlay: Tensors | None = None, statistics: Statistics | None = None,
                  hooks: Hooks | None = None) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +76,6 @@ class Deployed:
             statistics: what batch norms normalise with; None is their running statistics.
             hooks: module name -> what its output goes through.
         """
-        seen: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(self._evaluating())
             stack.enter_context(self._with(overlay or {}))
@@ -85,11 +83,9 @@ class Deployed:
                 stack.enter_context(self._normalising(statistics))
             for name, change in (hooks or {}).items():
                 stack.callback(self.modules[name].register_forward_hook(_changed(change)).remove)
-            if self.head is not None:
-                handle = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-                stack.callback(handle.remove)
+            caught = stack.enter_context(catch_inputs(self.head)) if self.head is not None else []
             logits = self.forward(self.moved(batch)).float()
-        return logits, (seen[-1].float() if seen else None)
+        return logits, (caught[-1].float() if caught else None)
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +142,7 @@ class Deployed:
             names = [name for name in self.slots if ".lora_" in f".{name}"]
         elif which == "head":
             inside = {id(part) for name, part in self.modules.items()
-                      if any(name == head or name.startswith(f"{head}.") for head in self.head_names)}
+                      if any(name == head or name.startswith(f"{head}.") for head in self.base.heads)}
             names = [name for name, places in self.slots.items() if id(places[0][0]) in inside]
         else:
             names = [name for name in self.slots if any(fnmatchcase(name, pattern) for pattern in which)]
@@ -208,26 +204,23 @@ def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tenso
     if isinstance(model, Deployed):
         return model
     if isinstance(model, Adapted | Base):
-        base = model.base if isinstance(model, Adapted) else model
-        if not base.objective.classes:
-            backbone: Any = base.backbone
-            layer = backbone.get_output_embeddings()
-            output = next(name for name, part in backbone.named_modules() if part is layer)
-            return Deployed([backbone], _named(lambda batch: base.objective.answer(base.forward(batch), batch)), None,
-                            output=output)
-        owner = _Heads(base.heads)
-        inside = {id(part) for part in base.backbone.modules()}
-        outside = [] if all(id(part) in inside for part in base.heads.values()) else [owner]
-        linear = [part for part in owner.modules() if isinstance(part, nn.Linear)]
-        head_layer = linear[-1] if linear else None
-        forward = _named(model.logits if isinstance(model, Adapted) else base.forward)
-        return Deployed([base.backbone, *outside], forward, head_layer, list(base.heads))
+        base, logits = (model.base, model.logits) if isinstance(model, Adapted) else (model, model.forward)
+        answer = _named(lambda batch: base.objective.answer(logits(batch), batch))
+        return Deployed(base, answer, None if base.objective.classes else _output(base))
     parts = dict(model.named_modules())
     if head is not None and not isinstance(parts.get(head), nn.Linear):
         raise InputError(registry.unknown("head", head, [name for name, part in parts.items()
                                                          if isinstance(part, nn.Linear)]))
-    chosen: Any = parts[head] if head is not None else None
-    return Deployed([model], forward or (lambda batch: _call(model, batch)), chosen, [head] if head else [])
+    forward = forward or (lambda batch: _call(model, batch))
+    return Deployed(Base(model, forward, {head: parts[head]} if head else {}, None, "", ""), forward)
+
+
+def _output(base: Base) -> str:
+    """Name of the module that scores the tokens."""
+    backbone: Any = base.backbone
+    layer = backbone.get_output_embeddings()
+    name: str = next(name for name, part in backbone.named_modules() if part is layer)
+    return name
 
 
 def batch_statistics(alpha: float) -> Statistics | None:
@@ -284,15 +277,6 @@ def finite_rows(batch: Batch) -> Tensor:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-class _Heads(nn.Module):
-    """Heads under their own names."""
-
-    def __init__(self, heads: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, head in heads.items():
-            self.add_module(name, head)
 
 
 def _call(model: nn.Module, batch: Batch) -> Tensor:

@@ -65,7 +65,7 @@ def made(name: str, model: Plastic, data: Encoded, classes: tuple[int, ...] = (0
     """A body at the beginning of its first task."""
     body: Body = configs.method("bodies", name, dict(options), "body", model=model, seed=0,
                                 train=TrainConfig(epochs=1, batch_size=4, lr=lr))
-    body.classifier = Classifier(model.head.out_features, model.width, 0, 1e-3)
+    body.classifier = Classifier(model.base.classes, model.base.width, 0, 1e-3)
     body.feed(0, streams.Task("task-0", classes, data, data), list(classes))
     body.start()
     return body

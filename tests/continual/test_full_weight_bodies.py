@@ -236,7 +236,7 @@ def test_first_session_adaptation_learns_in_the_first_task_only(form):
 
 def test_film_is_what_training_the_norms_own_gain_and_shift_is():
     model = plastic()
-    norm = model.modules["1"]
+    norm = model.base.layer("1")
     norm.weight.data, norm.bias.data = drawn(WIDTH, seed=2), drawn(WIDTH, seed=3)
     g, b = drawn(WIDTH, seed=4), drawn(WIDTH, seed=5)
     x = {"x": drawn(7, WIDTH)}

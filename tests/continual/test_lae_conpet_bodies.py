@@ -98,7 +98,7 @@ def slow_attention(x, module, K, V, heads, prefix=True):
 def test_prefix_in_a_model_is_the_slow_reference():
     model, seen = vit(), {}
     name = "vit.layers.0.attention"
-    module = model.modules[name]
+    module = model.base.layer(name)
     hook = module.register_forward_hook(lambda m, a, o: seen.update(x=a[0], y=o[0]))  # runs before those of the change
     K, V = torch.randn(3, 64), torch.randn(3, 64)
     inputs = {"pixel_values": torch.rand(2, 1, 8, 8)}
@@ -148,7 +148,8 @@ def test_prefix_in_a_decoder_looks_back_only_and_knows_grouped_heads():
     body.begin_task()
     place, seen = "model.layers.0.self_attn", []
     assert body.parameters[f"{place}/K"].shape == (2, 4)
-    model.modules[f"{place}.o_proj"].register_forward_hook(lambda module, args, out: seen.append(args[0][0].detach()))
+    layer = model.base.layer(f"{place}.o_proj")
+    layer.register_forward_hook(lambda module, args, out: seen.append(args[0][0].detach()))
     zero, V = torch.zeros(2, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.0, 6.0]])
     for implementation in ("sdpa", "eager"):
         net.set_attn_implementation(implementation)

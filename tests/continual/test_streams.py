@@ -83,7 +83,7 @@ def test_layers_are_there_and_the_base_is_frozen(built, name):
     model = Plastic(made.base, made.layers)
     assert len(model.layers) >= 3 and not any(value.requires_grad for value in made.base.backbone.parameters())
     inputs, _ = made.stream.tasks[0].test.batch(np.arange(2))
-    assert model.features(inputs).shape == (2, model.width)
+    assert model.features(inputs).shape == (2, model.base.width)
     assert made.base.forward(inputs).shape == (2, made.stream.classes)
 
 

@@ -34,7 +34,7 @@ def models(tmp_path_factory):
             small.save(kind, root / kind)
         if (kind, device) not in made:
             model = small.adapted(root / kind, kind, r=4).to(device)
-            for module in model.modules:
+            for module in model.base.modules:
                 module.double()
             model.training_mode = lambda: None
             made[kind, device] = model

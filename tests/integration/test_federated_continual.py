@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from sequences import DP_LDA, SMALL, ended
 
 from fedpeft import config as configs
-from fedpeft.adapters.features import batches
 from fedpeft.clients import sequence
 from fedpeft.clients.sequence import head_sums
 from fedpeft.continual import matrix
@@ -82,7 +81,7 @@ def test_a_federated_head_is_the_one_of_the_pooled_records(go, tmp_path, name):
     server, run = ended(tmp_path / "run"), tmp_path / "run"
     here = load_world(configs.load(run / "resolved.yaml"), run)
     here.local.model.write(server.adapter)
-    central = build_head(here.config, 10, sequence.width_of(here.local.model))
+    central = build_head(here.config, 10, here.local.model.base.width)
     pooled = head_sums(here.local.model, central, here.train_encoded)
     assert pooled
     for key, value in pooled.items():
@@ -92,7 +91,7 @@ def test_a_federated_head_is_the_one_of_the_pooled_records(go, tmp_path, name):
     other.update({key: server.memory[f"continual:sums|online|{key}"] for key in pooled}, list(range(10)))
     central.update(pooled, list(range(10)))
     right = 0
-    for found, _, labels in batches(here.local.model, here.test_encoded):
+    for found, _, labels in here.local.model.features(here.test_encoded):
         answers = central.scores(found, None).argmax(1)
         assert torch.equal(other.scores(found, None).argmax(1), answers)
         right += int((answers == labels).sum())

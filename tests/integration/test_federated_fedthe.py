@@ -44,7 +44,7 @@ def features(here: Any, state: Any, data: Any) -> torch.Tensor:
     """What enters the head [N, D], with a hook of our own."""
     here.local.model.write(state)
     seen: list[torch.Tensor] = []
-    handle = here.local.model.head().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = here.local.model.base.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         here.local.model.logits(data.inputs)
     handle.remove()
@@ -94,7 +94,7 @@ def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_a
     server = here.start
     trained = next(iter(server.adapter.select(here.strategy.trains).tensors))
     more = FEATURES if extra == "mean" else f"rates:{trained}"
-    size = (here.local.model.head().in_features,) if extra == "mean" else ()
+    size = (here.local.model.base.head.in_features,) if extra == "mean" else ()
     received = server.adapter.beside({more: torch.zeros(size)})
     task = {**here.strategy.task(server), "round": 1, **asked}
     for told in (task, {**task, "uploads": [*task["uploads"], extra]}):

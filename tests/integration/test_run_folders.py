@@ -105,7 +105,7 @@ def test_sites_and_coordinator_compare_every_value_of_the_base(where):
             if "classifier" not in key:
                 value.add_(1.0)
     assert base_fingerprint(model.base, config) == first, "the adapter is no part of the base"
-    weights = [*model.frozen.values()][-1].get_parameter("weight"), model.head().get_parameter("weight")
+    weights = model.base.weight(model.form.lora_sites()[-1]), model.base.head.get_parameter("weight")
     for weight in weights:
         with torch.no_grad():
             weight.view(-1)[where].add_(1e-4)

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from fedpeft import config as configs
-from fedpeft.adapters import features
-from fedpeft.clients.sequence import width_of
 from fedpeft.continual.heads.ncm import NCM
 from fedpeft.record import report
 from fedpeft.run.world import load_world
@@ -29,11 +27,11 @@ def test_the_frozen_model_with_the_same_head_is_that_of_the_pooled_records(go, t
     run = tmp_path / "run"
     here = load_world(configs.load(run / "resolved.yaml"), run)
     here.local.model.write(here.start.adapter)
-    x, _, y = (torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.train_encoded), strict=True))
-    z, _, wanted = (torch.cat(parts) for parts in zip(*features.batches(here.local.model, here.test_encoded),
+    x, _, y = (torch.cat(parts) for parts in zip(*here.local.model.features(here.train_encoded), strict=True))
+    z, _, wanted = (torch.cat(parts) for parts in zip(*here.local.model.features(here.test_encoded),
                                                       strict=True))
     classes = len(here.train.label_names)
-    head = NCM(classes, width_of(here.local.model), 0)
+    head = NCM(classes, here.local.model.base.width, 0)
     head.update(head.statistics(x, y), list(range(classes)))
     right = float((head.scores(z, None).argmax(-1) == wanted).double().mean())
     assert summary["sequence"]["frozen_head_accuracy"] == pytest.approx(right, abs=2 / len(wanted))

@@ -85,7 +85,7 @@ class Setup:
     def rows(self, data):
         """Per-sample gradients of all records, [N, P]."""
         loss = loss_of(self.model)
-        return per_sample_gradients(self.model.modules, self.parameters, loss, *data.batch(range(len(data))))[0]
+        return per_sample_gradients(self.model.base.modules, self.parameters, loss, *data.batch(range(len(data))))[0]
 
     def sizes(self):
         return [value.numel() for value in self.parameters.values()]

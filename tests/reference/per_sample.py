@@ -18,7 +18,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def as_double(adapted):
-    for module in adapted.modules:
+    for module in adapted.base.modules:
         module.double()
     return adapted
 
@@ -73,7 +73,7 @@ def one_by_one(parameters, loss, data):
 def compare(adapted, parameters, data, least=1e-3):
     """The two ways agree on all records; and the reference is not trivially zero."""
     loss = loss_of(adapted)
-    fast, losses = per_sample_gradients(adapted.modules, parameters, loss, *batch(data))
+    fast, losses = per_sample_gradients(adapted.base.modules, parameters, loss, *batch(data))
     slow, expected = one_by_one(parameters, loss, data)
     assert fast.dtype == torch.float64 and fast.shape == slow.shape and not fast.requires_grad
     assert slow.abs().amax(1).min() > least

@@ -240,8 +240,8 @@ def test_per_sample_gradients_are_autograds(build, kind, method):
     with replaced(layers(model), Pass(5, 5, leaves)):
         losses = per_sample_loss(model, inputs, labels)
         mine = torch.cat([slope.flatten(1) for slope in torch.autograd.grad(losses.sum(), list(leaves.values()))], 1)
-    hooks, each = per_sample_gradients(model.modules, trained, lambda *batch: per_sample_loss(model, *batch), inputs,
-                                       labels)
+    hooks, each = per_sample_gradients(model.base.modules, trained, lambda *batch: per_sample_loss(model, *batch),
+                                       inputs, labels)
     alone = []
     for n in range(5):
         loss = per_sample_loss(model, {key: value[n : n + 1] for key, value in inputs.items()}, labels[n : n + 1])
@@ -279,7 +279,8 @@ def test_bfloat16_base_keeps_adapters_in_float32(build, tmp_path):
 
 
 def snapshot(model, jobs):
-    values = [parameter for root in model.modules for parameter in root.parameters()] + list(model.parameters.values())
+    values = [parameter for root in model.base.modules for parameter in root.parameters()]
+    values += model.parameters.values()
     return ([value.detach().clone() for value in values], [value.requires_grad for value in values],
             [{key: value.clone() for key, value in job.start.items()} for job in jobs])
 
@@ -292,7 +293,7 @@ def test_nothing_is_changed(build):
     after = snapshot(model, jobs)
     assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True)) and before[1] == after[1]
     assert all(torch.equal(one[key], two[key]) for one, two in zip(before[2], after[2], strict=True) for key in one)
-    assert not any("forward" in vars(module) for root in model.modules for module in root.modules())
+    assert not any("forward" in vars(module) for root in model.base.modules for module in root.modules())
 
 
 def test_forwards_come_back_after_an_exception(build, monkeypatch):

@@ -167,7 +167,7 @@ def test_training_is_the_slow_loop_step_after_step(roles, folder):
     """Four steps of SGD, one of them on nobody, with the proximal term and control variates."""
     adapted = small.adapted(folder("bert"), "bert")
     without_dropout(adapted)
-    for module in adapted.modules:
+    for module in adapted.base.modules:
         module.double()
     start = small.randomised(adapted, scale=0.3).map(lambda value: value.double())
     adapted.write(start)

@@ -53,7 +53,7 @@ def pair(folder):
     def make(kind, **adapter):
         models = [small.adapted(folder(kind), kind, r=4, **adapter) for _ in range(2)]
         for model in models:
-            for module in model.modules:
+            for module in model.base.modules:
                 module.double()
         with elsewhere() as device:
             models[1].to(device)

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from fedpeft import registry
-from fedpeft.adapters import features
 from fedpeft.clients.cohort.engine import Job, train_cohort
 from fedpeft.clients.sequence import BOUND, gradient_sketch, head_sums, joined, private_head_sums, records, replayed
 from fedpeft.clients.train import per_sample_loss, train
@@ -141,8 +140,8 @@ def test_per_sample_gradients_under_the_mask_are_autograds_of_the_smaller_softma
     data = images(5, labels=[0, 2, 2, 0, 2])
     parameters = model.train_roles(["A", "B", "head"])
     with model.competing([0, 2]):
-        got, losses = per_sample_gradients(model.modules, parameters, lambda *batch: per_sample_loss(model, *batch),
-                                           data.inputs, data.labels)
+        got, losses = per_sample_gradients(model.base.modules, parameters,
+                                           lambda *batch: per_sample_loss(model, *batch), data.inputs, data.labels)
     for index in range(5):
         part = data.view(np.array([index]))
         loss = F.cross_entropy(model.base.forward(part.inputs)[:, [0, 2]], part.labels // 2)
@@ -171,7 +170,7 @@ def test_a_record_moves_private_sums_by_at_most_the_bound(build, name, noise):
         assert float(drawn.std()) == pytest.approx(noise * BOUND, rel=0.25)
     elif name == "lda":
         plain = [torch.cat(parts) for parts in list(zip(*((found.double(), labels) for found, _, labels in
-                                                          features.batches(model, data)), strict=True))]
+                                                          model.features(data)), strict=True))]
         one = F.normalize(plain[0], dim=1)
         torch.testing.assert_close(whole["gram"], one.T @ one, atol=1e-6, rtol=0)  # features are float32
         assert float(whole["count"].sum()) == pytest.approx(9, abs=1e-5)
@@ -207,7 +206,8 @@ def test_a_client_sketches_the_gradients_of_full_weights(build, inputs):
     model, data = build("vit"), images(100)
     model.write(small.randomised(model))
     got = gradient_sketch(model, data, 32, inputs)
-    for site, layer in model.frozen.items():
+    for site in model.form.lora_sites():
+        layer = model.base.layer(site)
         assert not layer.weight.requires_grad
         expected = torch.zeros(layer.weight.shape[1 if inputs else 0], dtype=torch.float64).diag()
         for start in (0, 64):

@@ -24,7 +24,7 @@ def test_what_we_ship_passes_and_is_as_before(kind, method, folder):
     torch.manual_seed(0)
     random = torch.get_rng_state()
     for roles in roles_of(method, adapted):
-        verify(adapted.modules, adapted.train_roles(roles), loss_of(adapted), *batch(data))
+        verify(adapted.base.modules, adapted.train_roles(roles), loss_of(adapted), *batch(data))
     assert all(torch.equal(value, before[key]) for key, value in adapted.base.backbone.state_dict().items())
     assert [module.training for module in adapted.base.backbone.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)

@@ -74,9 +74,10 @@ def test_all_that_trains_is_in_the_vector(kind, folder):
         adapted = small.adapted(folder(kind), kind, method=method)
         for roles in roles_of(method, adapted):
             parameters = adapted.train_roles(roles)
-            training = {id(value) for root in adapted.modules for value in root.parameters() if value.requires_grad}
+            training = {id(value) for root in adapted.base.modules for value in root.parameters()
+                        if value.requires_grad}
             assert training == {id(value) for value in parameters.values()}
-            rows, _ = per_sample_gradients(adapted.modules, parameters, loss_of(adapted), *batch(records(kind, 2)))
+            rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), *batch(records(kind, 2)))
             assert rows.shape == (2, sum(value.numel() for value in parameters.values()))
 
 
@@ -85,9 +86,9 @@ def test_a_record_gets_the_same_gradient_in_any_company(kind, model):
     adapted = model(kind)
     parameters, data = adapted.train_roles(("A", "B", "head")), records(kind, 8)
     loss = loss_of(adapted)
-    whole, _ = per_sample_gradients(adapted.modules, parameters, loss, *batch(data))
+    whole, _ = per_sample_gradients(adapted.base.modules, parameters, loss, *batch(data))
     for company in ([3], [3, 0], [7, 3, 3], [5, 4, 3, 2, 1, 0]):
-        rows, _ = per_sample_gradients(adapted.modules, parameters, loss, *data.batch(company))
+        rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss, *data.batch(company))
         torch.testing.assert_close(rows, whole[company], **EXACT)
 
 
@@ -95,10 +96,11 @@ def test_a_record_gets_the_same_gradient_in_any_company(kind, model):
 def test_a_poisoned_record_leaves_the_others_alone(poison, model):
     adapted = model("vit")
     parameters, data = adapted.train_roles(("A", "B", "head")), records("vit")
-    clean, _ = per_sample_gradients(adapted.modules, parameters, loss_of(adapted), *batch(data))
+    clean, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), *batch(data))
     images = data.inputs["pixel_values"].clone()
     images[1] = poison
-    rows, _ = per_sample_gradients(adapted.modules, parameters, loss_of(adapted), {"pixel_values": images}, data.labels)
+    rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), {"pixel_values": images},
+                                   data.labels)
     others = [0, 2, 3, 4]
     torch.testing.assert_close(rows[others], clean[others], **EXACT)
     assert not torch.isfinite(rows[1]).all()
@@ -114,8 +116,8 @@ def test_a_bfloat16_base_gives_float32_gradients(kind, folder):
     found = []
     for one in (adapted, exact):
         parameters = one.train_roles(("A", "B", "head"))
-        verify(one.modules, parameters, loss_of(one), *data.batch([0, 1]))
-        found.append(per_sample_gradients(one.modules, parameters, loss_of(one), *batch(data))[0])
+        verify(one.base.modules, parameters, loss_of(one), *data.batch([0, 1]))
+        found.append(per_sample_gradients(one.base.modules, parameters, loss_of(one), *batch(data))[0])
     rough, fine = found
     assert rough.dtype == torch.float32
     assert ((rough - fine).norm(dim=1) / fine.norm(dim=1)).max() < 0.05
@@ -140,7 +142,7 @@ def test_dropout_acts_and_every_record_has_a_mask_of_its_own(folder):
                    data.labels[:1].expand(4))
     adapted.training_mode()
     torch.manual_seed(7)
-    rows, _ = per_sample_gradients(adapted.modules, parameters, loss_of(adapted), *batch(same))
+    rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), *batch(same))
     torch.manual_seed(7)
     slow = torch.stack(  # autograd under the very same masks: the gradient of one loss of the batch
         [torch.cat([part.flatten() for part in torch.autograd.grad(losses[index], list(parameters.values()))])
@@ -167,7 +169,7 @@ def test_equal_to_the_hooks_of_opacus(kind, folder):
     parameters, data = adapted.train_roles(("A", "B", "head")), records(kind)
     inputs, labels = batch(data)
     inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
-    ours, _ = per_sample_gradients(adapted.modules, parameters, loss_of(adapted), inputs, labels)
+    ours, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), inputs, labels)
     without_dropout(adapted).train()  # Opacus notes nothing in evaluation mode
     wrapped = GradSampleModule(adapted.base.backbone, loss_reduction="sum")
     adapted.base.forward = lambda batch: wrapped(**batch).logits

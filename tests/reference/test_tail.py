@@ -112,7 +112,7 @@ def test_a_layer_that_wants_all_tokens_is_left_alone(folder):
 def test_losses_and_gradients_are_the_same(folder, kind, targets):
     """Also where the layers that are cut have adapters themselves; padded texts of unequal length."""
     model = small.adapted(folder(kind), kind, r=2, target_modules=targets.get(kind))
-    for module in model.modules:
+    for module in model.base.modules:
         module.double()
     model.write(small.randomised(model, scale=0.3))
     data = records(kind)
@@ -134,7 +134,7 @@ def test_losses_and_gradients_are_the_same(folder, kind, targets):
 def test_training_is_the_same(folder, kind, noisy):
     """A cohort and one client after another, with the last block whole and cut."""
     model = small.adapted(folder(kind), kind, r=4, target_modules=LINEAR[kind])
-    for module in model.modules:
+    for module in model.base.modules:
         module.double()
     model.training_mode = lambda: None
 
@@ -186,8 +186,8 @@ def test_model_stays_what_it_is(folder):
     assert [module.training for module in model.base.backbone.modules()] == modes
     assert {key: value.requires_grad for key, value in model.parameters.items()} == needs
     assert all(value.grad is None for value in model.parameters.values())
-    assert not any(module._forward_pre_hooks for root in model.modules for name, module in root.named_modules()
-                   if module is not model.head())
+    assert not any(module._forward_pre_hooks for root in model.base.modules for name, module in root.named_modules()
+                   if module is not model.base.head)
 
 
 def test_private_gradients_are_verified_on_the_model_that_trains(tiny, monkeypatch):

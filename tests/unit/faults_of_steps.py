@@ -125,7 +125,7 @@ def faulty_steps(clip):
             drawn = plan.sample(len(data), source)
             if len(drawn):
                 gradients, _ = per_sample_gradients(
-                    model.modules, parameters, lambda *batch: train.per_sample_loss(model, *batch),
+                    model.base.modules, parameters, lambda *batch: train.per_sample_loss(model, *batch),
                     *train.on_device(data, drawn, device))
                 total = clip(plan, finite(gradients), sizes)
             pieces = plan.noised_mean(total, source).split(sizes)

@@ -113,10 +113,10 @@ class ConPET(Body):
 
     def _fresh(self, rows: int, purpose: str) -> Tensors:
         """A LoRA that changes nothing, and a head of so many rows."""
-        weight = torch.randn(rows, self.model.width, generator=self.generator("head", purpose))
+        weight = torch.randn(rows, self.model.base.width, generator=self.generator("head", purpose))
         fresh = {"weight": 1e-3 * weight, "bias": torch.zeros(rows)}
         for layer in self.model.layers:
-            m, n = self.model.shape(layer)
+            m, n = self.model.base.shape(layer)
             fresh[f"{layer}/A"] = lora.drawn(n, self.config.r, self.generator("A", purpose, layer))
             fresh[f"{layer}/B"] = torch.zeros(m, self.config.r)
         return fresh

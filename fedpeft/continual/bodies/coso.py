@@ -80,7 +80,7 @@ class CoSO(Body):
     def begin_task(self) -> None:
         adapters = self.memory["adapters"]
         for layer in self.model.layers:
-            W = self.parameters.setdefault(f"{layer}/W", leaf(torch.zeros(*self.model.shape(layer))))
+            W = self.parameters.setdefault(f"{layer}/W", leaf(torch.zeros(*self.model.base.shape(layer))))
             rows, columns = self._side(W).shape
             self.memory["bases"].setdefault(f"{layer}/M", W.new_zeros(rows, 0))
             self.memory["statistics"][f"{layer}/S"] = W.new_zeros(rows, self.config.r2)

@@ -40,7 +40,7 @@ class FactorCoSO(Body):
         inputs, outputs = self.config.side != "out", self.config.side != "in"
         bases, adapters = self.memory["bases"], self.memory["adapters"]
         for layer in self.model.layers:
-            m, n = self.model.shape(layer)
+            m, n = self.model.base.shape(layer)
             if self.index > 0:
                 A, B = adapters.pop(f"now/{layer}/A"), self.parameters[f"{layer}/B"].detach().clone()
                 adapters[f"past/{self.index - 1}/{layer}/A"], adapters[f"past/{self.index - 1}/{layer}/B"] = A, B

@@ -61,7 +61,7 @@ class InfLoRA(Body):
         self.parameters = {}  # the new task's inputs are those under the finished adapters
         gram = self.statistics(self.records())
         for layer in self.model.layers:
-            m, n = self.model.shape(layer)
+            m, n = self.model.base.shape(layer)
             M = self.memory["bases"].setdefault(f"{layer}/M", torch.zeros(n, 0))
             self.parameters[f"{layer}/A"] = leaf(rows(gram[f"{layer}/G"], M, self.config.r))
             self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
@@ -81,7 +81,7 @@ class InfLoRA(Body):
         """`layer/G` [n, n]: sums of x x^T over all tokens, in float64."""
         change = self.change()
         grams = {f"{layer}/G": torch.zeros(n, n).double() for layer, (_, n) in
-                 ((layer, self.model.shape(layer)) for layer in self.model.layers)}
+                 ((layer, self.model.base.shape(layer)) for layer in self.model.layers)}
         for inputs, _ in self.each_batch(data):
             for layer, x in self.model.observe(inputs, change).items():
                 grams[f"{layer}/G"] += x.double().T @ x.double()
@@ -100,7 +100,7 @@ class InfLoRA(Body):
     def saturation(self) -> dict[str, float]:
         """Share D/n of each layer's input space that is protected."""
         bases = self.memory["bases"]
-        return {layer: bases[f"{layer}/M"].shape[1] / self.model.shape(layer)[1] for layer in self.model.layers}
+        return {layer: bases[f"{layer}/M"].shape[1] / self.model.base.shape(layer)[1] for layer in self.model.layers}
 
 
 def rows(gram: Tensor, M: Tensor, r: int) -> Tensor:

@@ -78,7 +78,7 @@ class LAE(Body):
         if self.config.form == "prefix":
             shape = (self.config.length, self.sizes[place])
             return {role: 0.02 * torch.randn(*shape, generator=self.generator(role, place)) for role in ("K", "V")}
-        m, n = self.model.shape(layer)
+        m, n = self.model.base.shape(layer)
         if self.config.form == "adapter":
             m = n  # beside an attention: from hidden states to hidden states
         return {"A": lora.drawn(n, self.config.r, self.generator("A", place)),

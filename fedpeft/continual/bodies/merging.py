@@ -60,7 +60,7 @@ class Merging(Body):
 
     def begin_task(self) -> None:
         for layer in self.model.layers:
-            m, _ = self.model.shape(layer)
+            m, _ = self.model.base.shape(layer)
             self.parameters[f"{layer}/A"] = leaf(self._start(layer, self.index))
             self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
 
@@ -91,21 +91,22 @@ class Merging(Body):
                                    **{f"merged/{key}": value for key, value in merged.items()}}
 
     def _start(self, layer: str, task: int) -> Tensor:
-        _, n = self.model.shape(layer)
+        _, n = self.model.base.shape(layer)
         if self.config.start == "orthogonal":
             return rows(n, self.config.r, task, self.seed, layer).float()
         return lora.drawn(n, self.config.r, self.generator("A", layer))
 
     def _adapter(self, tensors: dict[str, Tensor]) -> AdapterState:
         scale = self.config.alpha / self.config.r
-        return AdapterState(tensors, {layer: Site("lora", self.model.shape(layer), scale)
+        return AdapterState(tensors, {layer: Site("lora", self.model.base.shape(layer), scale)
                                       for layer in self.model.layers})
 
     def _rehearse(self) -> None:
         """Merge two adapters of noise: a merger that cannot take what comes says so before anything was trained."""
         layer, state = self.model.layers[0], self.merger.start()
         for task in range(2):
-            noise = torch.randn(self.model.shape(layer)[0], self.config.r, generator=self.generator("rehearsal", task))
+            outputs, _ = self.model.base.shape(layer)
+            noise = torch.randn(outputs, self.config.r, generator=self.generator("rehearsal", task))
             pair = {f"{layer}/A": self._start(layer, task), f"{layer}/B": noise}
             state = self.merger.add(state, AdapterState(pair, {layer: self._adapter({}).sites[layer]}))
         self.merger.result(state)

@@ -28,7 +28,7 @@ class Sequential(Body):
 
     def begin_task(self) -> None:
         for layer in self.model.layers if not self.parameters else ():
-            m, n = self.model.shape(layer)
+            m, n = self.model.base.shape(layer)
             if self.config.form == "full":
                 self.parameters[f"{layer}/W"] = leaf(torch.zeros(m, n))
             else:

@@ -74,7 +74,7 @@ def start(model: Plastic, form: str, r: int, generator: Callable[[str], torch.Ge
         return {f"{name}/{role}": torch.zeros(width) for name, width in found.items() for role in ("g", "b")}
     values = {}
     for layer in model.layers:
-        m, n = model.shape(layer)
+        m, n = model.base.shape(layer)
         if form == "full":
             values[f"{layer}/W"] = torch.zeros(m, n)
         else:
@@ -93,15 +93,15 @@ def change(model: Plastic, leaves: Mapping[str, Tensor], scale: float = 1.0) -> 
         elif role == "B":
             patches[layer] = low_rank(leaves[key], leaves[f"{layer}/A"], scale)
         elif role == "g":
-            first = type(model.modules[layer]).__name__.startswith(CHANNELS_FIRST)
+            first = type(model.base.layer(layer)).__name__.startswith(CHANNELS_FIRST)
             patches[layer] = modulate(leaves[key], leaves[f"{layer}/b"], first)
     return patches
 
 
 def norms(model: Plastic) -> dict[str, int]:
     """Normalisation layers with a gain, and their channels; the head's own are left out."""
-    head = {id(module) for module in model.head.modules()}
-    return {name: weight.numel() for name, module in model.modules.items()
+    head = {id(module) for module in model.base.head.modules()}
+    return {name: weight.numel() for name, module in model.base.backbone.named_modules()
             if "Norm" in type(module).__name__ and id(module) not in head
             and isinstance(weight := getattr(module, "weight", None), nn.Parameter)}
 

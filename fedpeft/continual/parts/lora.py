@@ -22,7 +22,7 @@ def drawn(width: int, r: int, generator: torch.Generator) -> Tensor:
 def begin(body: Body, r: int, *path: str | int) -> None:
     """A fresh pair of rank r in `parameters` for every layer; `path` names the draw."""
     for layer in body.model.layers:
-        m, n = body.model.shape(layer)
+        m, n = body.model.base.shape(layer)
         body.parameters[f"{layer}/A"] = leaf(drawn(n, r, body.generator("A", layer, *path)))
         body.parameters[f"{layer}/B"] = leaf(torch.zeros(m, r))
 

@@ -41,7 +41,7 @@ def attentions(model: Plastic, body: str) -> dict[str, str]:
     queries = {group[0] for group in ATTENTION}
     found = {}
     for parent in sorted({layer.rpartition(".")[0] for layer in model.layers}):
-        inside = [name for name, _ in model.modules[parent].named_children() if name in queries]
+        inside = [name for name, _ in model.base.layer(parent).named_children() if name in queries]
         if parent and inside:
             found[parent] = f"{parent}.{inside[0]}"
     if not found:
@@ -56,7 +56,7 @@ def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -
     Raises (when it runs):
         InputError: the module does not take its attention function from transformers' registry.
     """
-    module: Any = model.modules[attention]
+    module: Any = model.base.layer(attention)
     waiting: list[str] = []
 
     def arm(x: Tensor, y: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ def widths(model: Plastic, attention: str, query: str) -> int:
         InputError: queries and keys have no projections of their own.
     """
     *parents, name = query.split(".")
-    if name not in SEPARATE or not hasattr(model.modules[attention], "config"):
+    if name not in SEPARATE or not hasattr(model.base.layer(attention), "config"):
         raise InputError(f"{attention}: a prefix needs separate query and key projections "
                          f"({', '.join(SEPARATE)}); found '{name}'. Use form=lora or form=adapter.")
-    return model.shape(".".join([*parents, SEPARATE[name]]))[0]
+    return model.base.shape(".".join([*parents, SEPARATE[name]]))[0]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, K: Tensor, V: Tensor, mask: Tensor | None,

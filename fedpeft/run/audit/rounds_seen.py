@@ -231,7 +231,7 @@ class Rounds:
                 parameter.copy_(part.view_as(parameter))
         model.training_mode()
         with without_dropout(), first_token(model, data), model.competing(sequence.compete(self.task)):
-            rows, _ = per_sample_gradients(model.modules, parameters, partial(per_sample_loss, model),
+            rows, _ = per_sample_gradients(model.base.modules, parameters, partial(per_sample_loss, model),
                                            *on_device(data, numbers, device))
         model.base.backbone.eval()
         return rows.double().cpu()
@@ -258,7 +258,7 @@ class Rounds:
         return audit.coverage(before, after, trains, min((len(step.released) for step in one.steps), default=0))
 
     def _named(self) -> Iterable[tuple[str, Tensor]]:
-        for index, module in enumerate(self.local.model.modules):
+        for index, module in enumerate(self.local.model.base.modules):
             for name, value in [*module.named_parameters(), *module.named_buffers()]:
                 yield f"{index}.{name}", value
 
