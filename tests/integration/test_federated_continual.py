@@ -293,4 +293,5 @@ def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):
         task = {**here.strategy.task(state), "round": number}
         _, metrics = here.local.train("client-000", here.strategy.broadcast(state, "client-000"), task)
         data = here.local.train_data["client-000"]
+        assert data.stored is here.train_encoded.stored  # a share is a view of the run's records
         assert metrics["num-examples"] == len(sequence.records(data, task, "client-000"))
