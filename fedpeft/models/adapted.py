@@ -41,7 +41,7 @@ class Adapted:
 
     `compete` names the classes whose logits count; None is all. The others' are NEVER, so low that softmax gives them
     exactly 0, and finite, so that entropies are too. `tail` are the layers that need one token only; None until
-    `adapters.tail` has looked for them.
+    `models.tail` has looked for them.
 
     Adapter and head are float32 whatever the dtype of the base.
 
