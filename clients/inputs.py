@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
-from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import IGNORE
 
 DRAWN = 3

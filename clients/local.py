@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
 from fedpeft.clients import asked, inputs, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
@@ -31,8 +33,6 @@ from fedpeft.clients.train import Private, on_device, per_sample_loss, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
-from fedpeft.models.adapted import Adapted
-from fedpeft.models.tail import first_token
 from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf, Visit, halves

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.guard import fingerprint, release
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.train import on_device, per_sample_loss
@@ -25,7 +26,6 @@ from fedpeft.continual.head import Head
 from fedpeft.continual.parts.subspace import sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
-from fedpeft.models.adapted import Adapted
 from fedpeft.models.base import orient
 from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.mechanism import add_noise, clipped_sum

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import registry, seeds
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
@@ -27,7 +28,6 @@ from fedpeft.data.drift import Stream
 from fedpeft.data.encode import Encoded
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
-from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import load_objective
 from fedpeft.record import lead
 from fedpeft.state import AdapterState

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
-from fedpeft.models.adapted import Adapted
-from fedpeft.models.tail import first_token
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan

@@ -15,9 +15,9 @@ import torch
 from fedpeft.seeds import numpy_generator
 
 if TYPE_CHECKING:
+    from fedpeft.adapters.adapted import Adapted
     from fedpeft.data.encode import Encoded
     from fedpeft.data.source import Records
-    from fedpeft.models.adapted import Adapted
     from fedpeft.run.world import World
 
 log = logging.getLogger("fedpeft")

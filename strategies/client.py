@@ -23,9 +23,9 @@ from torch import Tensor
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
+    from fedpeft.adapters.adapted import Adapted
     from fedpeft.config import ClientConfig, Config
     from fedpeft.data.encode import Encoded
-    from fedpeft.models.adapted import Adapted
     from fedpeft.state import AdapterState, ServerState
     from fedpeft.strategies.base import FederatedStrategy
     from fedpeft.tta.deployed import Deployed

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.layers import Pass
 from fedpeft.clients.cohort.passes import Piece, assemble, cut, token_counts
 from fedpeft.clients.cohort.rows import frozen, rows, shrink
 from fedpeft.clients.train import Private, batches, make_optimizer, per_sample_loss
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.models.adapted import Adapted
 from fedpeft.privacy.mechanism import add_clipped
 from fedpeft.privacy.noise import Ahead
 

@@ -9,7 +9,7 @@ gradients, clipped and summed per client. A client that has taken its steps leav
 Jobs are taken in chunks of so many clients that a step has at most `tokens` tokens, and a step whose batch comes out
 longer, or uneven in length, is taken in pieces whose gradients add up. So memory does not grow with the number of jobs.
 
-Layers of the last block that work for tokens nobody reads are spared them (`fedpeft.models.tail`), here as in
+Layers of the last block that work for tokens nobody reads are spared them (`fedpeft.adapters.tail`), here as in
 `clients.train`.
 
 Sums are taken in another order than one client at a time takes them, so results agree to rounding (1e-12 in float64),
@@ -24,14 +24,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.chunk import Chunk, Done, Job, steps_of
 from fedpeft.clients.cohort.layers import Pass, layers, replaced
 from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.train import taught
 from fedpeft.config import ClientConfig
 from fedpeft.errors import InputError
-from fedpeft.models.adapted import Adapted
-from fedpeft.models.tail import first_token
 
 __all__ = ["Done", "Job", "cannot", "train_cohort"]
 

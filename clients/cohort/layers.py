@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.errors import InputError
-from fedpeft.models.adapted import Adapted
 
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
-from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import IGNORE
 
 LONGEST = 2.0  # padded tokens of a pass / tokens asked for: a planned batch that comes out longer is seldom cut

@@ -5,8 +5,8 @@ A [r, in] is Kaiming-uniform (a = sqrt 5), B [out, r] zero, as peft draws them.
 
 from __future__ import annotations
 
+from fedpeft.adapters.adapted import Injected
 from fedpeft.config import AdapterConfig
-from fedpeft.models.adapted import Injected
 from fedpeft.models.base import Base
 from fedpeft.models.targets import lora_layers
 from fedpeft.state import Site

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Injected
 from fedpeft.config import AdapterConfig, option
 from fedpeft.errors import InputError
-from fedpeft.models.adapted import Injected
 from fedpeft.models.base import Base
 from fedpeft.models.targets import lora_layers
 from fedpeft.state import Site

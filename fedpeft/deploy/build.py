@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.data.source import Records
-from fedpeft.models.adapted import build as build_adapted
 from fedpeft.run.world import World, device
 from fedpeft.strategies.build import build as build_strategy
 

@@ -1,1 +1,6 @@
-"""The one view of a frozen base model, how it is loaded, and what is put over it."""
+"""The one view of a frozen base model, how it is loaded, and what is read off it."""
+
+from fedpeft.models.base import Base
+from fedpeft.models.loading import byte_tokenizer, load
+
+__all__ = ["Base", "byte_tokenizer", "load"]

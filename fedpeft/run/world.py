@@ -13,6 +13,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft import seeds
+from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
@@ -26,7 +27,6 @@ from fedpeft.data.source import Records
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.models import agreement
-from fedpeft.models.adapted import build as build_adapted
 from fedpeft.run import identity
 from fedpeft.seeds import numpy_generator
 from fedpeft.state import ServerState

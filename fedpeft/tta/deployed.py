@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import registry
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.errors import InputError
-from fedpeft.models.adapted import Adapted
 from fedpeft.models.base import Base, catch_inputs
 
 Batch = Tensor | dict[str, Tensor]

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import config as configs
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.local import COHORT_TOKENS
 from fedpeft.clients.train import on_device, train
-from fedpeft.models.adapted import Adapted
 from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks.speed_work import LORA, Work, backbone
 from fedpeft.state import AdapterState

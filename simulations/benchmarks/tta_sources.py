@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpeft import files, registry, seeds
+from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.models import loading
-from fedpeft.models.adapted import Adapted, build
 from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks import digits_c
 from fedpeft.tta.deployed import Deployed, deploy

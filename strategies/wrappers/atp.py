@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import option
 from fedpeft.data.encode import Encoded
-from fedpeft.models.adapted import Adapted
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.client import ClientHalf, Tensors, Visit

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fedpeft import config as configs
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.models.adapted import Adapted
 from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale

@@ -94,9 +94,9 @@ def test_a_fingerprint_of_the_base_sees_any_weight_and_not_the_adapter():
 
 @pytest.mark.parametrize("where", [0, 9, -1])
 def test_sites_and_coordinator_compare_every_value_of_the_base(where):
+    from fedpeft.adapters.adapted import build
     from fedpeft.config import load
     from fedpeft.deploy.envelope import base_fingerprint
-    from fedpeft.models.adapted import build
     config = load("quickstart", {**BASE, "adapter.train_head": False})
     model = build(config.model, config.adapter, 10, 0)
     first = base_fingerprint(model.base, config)

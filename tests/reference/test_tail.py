@@ -10,11 +10,11 @@ from per_sample import records
 from test_cohort import ADAMW, WIDE, make_jobs, one_by_one, private
 from torch import nn
 
+from fedpeft.adapters.tail import find, first_token
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate, per_sample_loss
 from fedpeft.data.encode import Encoded
 from fedpeft.models.base import Base
-from fedpeft.models.tail import find, first_token
 
 BERT = [*(f"attention.output.{name}" for name in ("dense", "LayerNorm")), "intermediate.dense",
         *(f"output.{name}" for name in ("dense", "LayerNorm"))]

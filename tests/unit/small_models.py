@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor
 
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.models.adapted import Adapted, build
 from fedpeft.models.loading import byte_tokenizer
 from fedpeft.objectives.base import IGNORE
 from fedpeft.state import AdapterState

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
+from fedpeft.adapters.tail import first_token
 from fedpeft.clients import sequence
 from fedpeft.clients.local import Local, Request
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
-from fedpeft.models.tail import first_token
 from fedpeft.privacy import audit
 from fedpeft.privacy.audit import Check, Draws
 from fedpeft.privacy.audit_noise import Block, noise

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
-from fedpeft.models.adapted import Adapted
 
 log = logging.getLogger("fedpeft")
 REFUSALS = (RuntimeError, IndexError, ValueError)  # of a model that gets what it was not made for
