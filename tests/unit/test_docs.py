@@ -33,6 +33,19 @@ def test_the_walk_is_short():
     assert 20 < len(HOPS) <= 30 and len({file for file, _ in HOPS}) <= 18
 
 
-def test_the_page_is_linked():
-    for page in ("README.md", "CONTRIBUTING.md"):
-        assert "docs/how_a_round_works.md" in (ROOT / page).read_text()
+def test_the_pages_are_linked():
+    readme, contributing = ((ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md"))
+    assert all(f"docs/{page}.md" in readme for page in ("how_a_round_works", "architecture"))
+    assert "docs/how_a_round_works.md" in contributing
+
+
+def test_every_folder_of_the_architecture_is_there_and_every_folder_is_in_it():
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    package = {path.name for path in (ROOT / "fedpeft").iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert package <= set(re.findall(r"^  (\w+)/", tree, flags=re.M))
+    for folder in ("strategies", "clients", "simulations"):
+        inner = {path.name for path in (ROOT / folder).iterdir() if (path / "__init__.py").exists()}
+        assert all(f"{name}/" in tree for name in inner)
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        found = [path for top in ("fedpeft", "strategies", "clients", "simulations") for path in (ROOT / top).rglob(name)]
+        assert found, name
