@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MAPPED = ("strategies", "clients", "simulations")
 PAGE = (ROOT / "docs" / "how_a_round_works.md").read_text()
 HOPS = re.findall(r"^\| \d+ \| `([\w/.]+)` `([\w.]+)` \|", PAGE, flags=re.M)
 
@@ -43,9 +44,9 @@ def test_every_folder_of_the_architecture_is_there_and_every_folder_is_in_it():
     tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
     package = {path.name for path in (ROOT / "fedpeft").iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     assert package <= set(re.findall(r"^  (\w+)/", tree, flags=re.M))
-    for folder in ("strategies", "clients", "simulations"):
+    for folder in MAPPED:
         inner = {path.name for path in (ROOT / folder).iterdir() if (path / "__init__.py").exists()}
         assert all(f"{name}/" in tree for name in inner)
     for name in re.findall(r"\b(\w+\.py)\b", tree):
-        found = [path for top in ("fedpeft", "strategies", "clients", "simulations") for path in (ROOT / top).rglob(name)]
+        found = [path for top in ("fedpeft", *MAPPED) for path in (ROOT / top).rglob(name)]
         assert found, name
