@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedpeft.objectives.base import load_objective
 from fedpeft.privacy.plan import RELATION
 from fedpeft.run.world import World
 from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
@@ -49,7 +50,7 @@ def outside(here: World) -> list[str]:
                      "gives another: it sets the client's sampling rate and noise")
     if privacy.release_metrics:
         lines.append("loss, accuracy and counts of each client, its labels' too (privacy.release_metrics)")
-    if config.run.baselines and here.local.model.base.objective.classes:
+    if config.run.baselines and load_objective(config.model.task).classes:
         lines.append("the logistic regressions of the table (in a sequence the frozen model's head too), which only a "
                      "simulation can fit on all records")
     lines.append("which clients took part or failed, and how long they took")

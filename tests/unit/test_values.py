@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from fedpeft.cli.main import main
+from fedpeft.cli import main
 from fedpeft.config import build, from_yaml, load, read_yaml, to_yaml, values
 from fedpeft.config.values import Plain, typed
 from fedpeft.deploy.settings import SiteSettings
