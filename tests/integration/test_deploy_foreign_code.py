@@ -7,6 +7,7 @@ import sys
 
 import httpx
 import pytest
+import yaml
 from deployed import LABELS, TRAIN, Deployment, until, write_records
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
@@ -100,7 +101,7 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
     tree["strategy"]["name"] = "evil.app:app"
     bare = Message(RecordDict({"config": ConfigRecord({"task": "{}"})}), node, "train")
     named = Message(RecordDict({"config": ConfigRecord({"task": "{}"})}), node, "train")
-    Envelope("run-1", configs.OmegaConf.to_yaml(tree), tuple(LABELS), "").put(named, "clinic")
+    Envelope("run-1", yaml.safe_dump(tree), tuple(LABELS), "").put(named, "clinic")
     said = [reply.error.reason for message in (bare, named)
             for reply in grid.send_and_receive([message], timeout=90)]
     assert len(said) == 2 and "does not say what run" in said[0] and "strategy.name" in said[1]

@@ -259,7 +259,7 @@ def test_learners_learn(name, model):
     """Predictions at the end differ from those of a fresh method: it is not the identity."""
     if name not in LEARNERS:
         return
-    used = parts.method(name, model, **({"lr": 0.05} if hasattr(configs.registry.load("tta", name).Config(), "lr")
+    used = parts.method(name, model, **({"lr": 0.05} if hasattr(registry.load("tta", name).Config(), "lr")
                                         else {"period": 100} if name == "rdumb" else {}))
     batches = parts.stream(5, model=model)
     parts.play(used, batches)
