@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedpeft.continual import stream as streams
 from fedpeft.continual.model import low_rank
+from fedpeft.data.encode import Encoded
 
 # chi-squared, 0.999 quantile, by degrees of freedom
 CHI2 = {2: 13.82, 3: 16.27}
@@ -197,8 +198,9 @@ def test_with_one_choice_and_forcing_an_expert_is_trained_on_its_own_task_only()
     """The only selected expert of an old record is its own, which is frozen: replay gives the new expert no gradient,
     so other records in task 0 change expert 0 and no other."""
     plain = parts.stream()
-    moved = {"pixel_values": plain.tasks[0].train.inputs["pixel_values"] + 1.0}
-    first = dataclasses.replace(plain.tasks[0], train=dataclasses.replace(plain.tasks[0].train, inputs=moved))
+    records = plain.tasks[0].train
+    moved = Encoded({"pixel_values": records.inputs["pixel_values"] + 1.0}, records.labels)
+    first = dataclasses.replace(plain.tasks[0], train=moved)
     changed = dataclasses.replace(plain, tasks=(first, *plain.tasks[1:]))
     one, two = (experts(parts.run("conpet", options={"top": 1}, given=given).body) for given in (plain, changed))
     assert one.keys() == two.keys()

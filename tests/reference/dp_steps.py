@@ -14,7 +14,7 @@ from torch import nn
 from fedpeft.clients.train import Private, private_steps
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.objectives.base import IGNORE
+from fedpeft.objectives.base import IGNORE, load_objective
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.plan import Plan
@@ -113,12 +113,8 @@ class Line(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(width, small.LABELS)
-        self.base = SimpleNamespace(task=small.IMAGE, backbone=self)
+        self.base = SimpleNamespace(objective=load_objective(small.IMAGE), backbone=self, modules=[self.layer])
         self.parameters_ = {f"layer/{name}": value for name, value in self.layer.named_parameters()}
-
-    @property
-    def modules(self):
-        return [self.layer]
 
     def logits(self, inputs):
         return self.layer(inputs["pixel_values"])
