@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
+from fedpeft.models import agreement
 from fedpeft.objectives.base import IGNORE
 
 DRAWN = 3
@@ -41,11 +42,7 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
 
 def words_of(model: Adapted) -> int:
     """Size of the vocabulary; 0 for images."""
-    try:
-        found = model.base.backbone.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return 0
-    return int(getattr(found, "num_embeddings", 0))
+    return agreement.rows_of(model.base.backbone) or 0
 
 
 def usable(model: Adapted, data: Encoded) -> Encoded:

@@ -163,7 +163,14 @@ class Local:
         if private is not None:
             with self._discreet(Spending(client, client, number, client)):  # costs nothing: it is about no record
                 self._require_apart(data, task["trains"])
-        seed = seeds.derive(self.config.run.seed, "round", number, "client", client)
+        with self._discreet(spending):  # replay and the halves see records
+            visit, job = self._plan(client, received, task, start, kept, data, private)
+        return Opened(visit, task, spending, job, len(data), answered)
+
+    def _plan(self, client: str, received: AdapterState, task: dict[str, Any], start: AdapterState,
+              kept: dict[str, Tensor], data: Encoded, private: Private | None) -> tuple[Visit, Job]:
+        """The visit that client halves see, and the job that they have made of the round."""
+        seed = seeds.derive(self.config.run.seed, "round", asked.number(task), "client", client)
         mixed = sequence.replayed(self.train_data[client], task, self.config.client, seed)
         shown = data if mixed is None else mixed
         visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed)
@@ -172,9 +179,8 @@ class Local:
             for key, value in half.gradient_offset(visit).items():
                 offset[key] = offset[key] + value if key in offset else value
         tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
-        job = Job(tensors, shown, seed, sum(half.proximal(visit) for half in self.halves),
-                  offset or None, private, in_order=mixed is not None)
-        return Opened(visit, task, spending, job, len(data), answered)
+        return visit, Job(tensors, shown, seed, sum(half.proximal(visit) for half in self.halves), offset or None,
+                          private, in_order=mixed is not None)
 
     def _finish(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
         """Train, unless it has been done in a cohort, and close. What was answered before is answered again."""

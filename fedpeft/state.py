@@ -92,9 +92,10 @@ class AdapterState:
         return replace(self, extra={**self.extra, **extra})
 
     def replace(self, tensors: dict[str, Tensor] | AdapterState) -> AdapterState:
-        """A copy with these tensors put in, or added."""
-        new = tensors.tensors if isinstance(tensors, AdapterState) else tensors
-        return replace(self, tensors={**self.tensors, **new})
+        """A copy with these tensors put in, or added; of another state also what travels beside it."""
+        if isinstance(tensors, AdapterState):
+            return replace(self, tensors={**self.tensors, **tensors.tensors}, extra={**self.extra, **tensors.extra})
+        return replace(self, tensors={**self.tensors, **tensors})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
         return replace(self, tensors={key: function(value) for key, value in self.tensors.items()})

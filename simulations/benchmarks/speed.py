@@ -94,20 +94,25 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
                     progress(f"{model}, {count} clients, batch {size}: whole runs timed")
     finally:
         torch.set_num_threads(before)
-    listed = {"models": models, "clients": clients, "batch": batch, "engines": names}
-    options = [f"--{key} {','.join(map(str, value))}" for key, value in listed.items()]
-    command = f"fedpeft bench speed --out DIR {' '.join(options)} --repeats {repeats} --seq {seq} --steps {steps}"
-    versions = {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    machine = torch.cuda.get_device_name() if where.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    results = {"reproduce": f"{command}{' --quick' if quick else ''}", "quick": quick, "repeats": repeats,
-               "device": f"{where.type} ({machine})", "threads": 1, "largest_difference": distance,
-               "versions": versions, "rows": rows}
+    asked = {"models": models, "clients": clients, "batch": batch, "engines": names}
+    options = {"repeats": repeats, "seq": seq, "steps": steps}
+    results = {**describe(asked, options, quick, where), "largest_difference": distance, "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     from fedpeft.record import drawing
 
     with drawing.style():
         files.write_bytes(out / "speed.png", drawing.png(figure(rows)))
     return results
+
+
+def describe(asked: dict[str, tuple[Any, ...]], options: dict[str, int], quick: bool, where: torch.device) -> Row:
+    """The command that makes these figures again, and what they were measured on."""
+    words = [f"--{key} {','.join(map(str, value))}" for key, value in asked.items()]
+    words += [f"--{key} {value}" for key, value in options.items()]
+    machine = torch.cuda.get_device_name() if where.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"reproduce": f"fedpeft bench speed --out DIR {' '.join(words)}{' --quick' if quick else ''}",
+            "quick": quick, "repeats": options["repeats"], "device": f"{where.type} ({machine})", "threads": 1,
+            "versions": {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}}
 
 
 def _require(models: tuple[str, ...], names: tuple[str, ...], numbers: tuple[int, ...], where: torch.device) -> None:

@@ -160,6 +160,9 @@ def require_equal_shapes(updates: list[Update], name: str) -> None:
 
 
 def flattened(update: Update, beside: Collection[str] = ()) -> Tensor:
-    """All uploaded values in one float64 vector, in the order of tensor names; then those of these names beside."""
-    chosen = [*update.adapter.tensors.values(), *(update.adapter.extra[name] for name in sorted(beside))]
+    """All uploaded values in one float64 vector, in the order of tensor names; then those of these names beside, which
+    finished adapters do not have.
+    """
+    extra = update.adapter.extra
+    chosen = [*update.adapter.tensors.values(), *(extra[name] for name in sorted(beside) if name in extra)]
     return torch.cat([value.double().flatten() for value in chosen])

@@ -13,7 +13,7 @@ from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.state import AdapterState, Rules, ServerState, Site, Update
-from fedpeft.strategies import base, client
+from fedpeft.strategies import client
 from fedpeft.strategies.client import ClientHalf, halves
 from fedpeft.strategies.wrappers import atp, fedthe, krum, median, norm_clip, scaffold, wrapper
 
@@ -117,10 +117,27 @@ def test_rates_are_no_part_of_an_updates_norm_and_controls_are():
     assert float(clipped.adapter.extra["control:q/B"]) == pytest.approx(3.0 / length)
 
 
-def test_the_bound_on_updates_does_not_see_what_travels_beside():
-    given = update("a", 0.5, {"rates:q/A": 3.0, "rates:q/B": 3.0})
-    assert given.adapter.distance(START.adapter) == 0.5
-    assert base.FederatedStrategy.average([given]).keys() == {"q/A", "q/B"}
+@pytest.mark.parametrize(("length", "rate", "within"), [(0.5, 50.0, True), (2.0, 0.0, False)])
+def test_the_bound_on_updates_does_not_see_what_travels_beside(length, rate, within):
+    given = update("a", length, {"rates:q/A": rate, "rates:q/B": rate}).adapter
+
+    class Codec:
+        def read(self, *arguments):
+            return given, {"num-examples": 1.0}
+
+    rules = Rules(rounds=1, max_update_norm=1.0)
+    updates, bad = atp.ATP().check(START, {"a": START.adapter}, {"a": None}, rules, Codec())
+    assert (len(updates), list(bad)) == ((1, []) if within else (0, ["a"]))
+    assert within or "update norm 2 is over run.max_update_norm=1" in bad["a"]
+    assert within is False or updates[0].adapter.extra == given.extra
+
+
+def test_finished_adapters_have_nothing_beside_and_robust_rules_take_them_as_they_are():
+    """What is inside then says why it cannot be, in its own words."""
+    five = [update(name, 1.0, {}) for name in "abcde"]
+    for outer in (krum.Krum(scaffold.Scaffold(), byzantine=1), norm_clip.NormClip(scaffold.Scaffold(), bound=1.0)):
+        with pytest.raises(InputError, match="finished adapters have no control variates"):
+            outer.offline(START, five)
 
 
 def test_a_median_takes_each_of_both_by_itself():
@@ -153,10 +170,9 @@ def test_what_a_half_says_of_itself_is_so(name):
     """Whoever sends something has it in `extra`, and whoever does not, has nothing there."""
     cls = registry.load("strategies", name)
     half = halves(cls())[-1]
-    assert type(half) is cls.client_half and half.strategy is not None
     head = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1), "head/weight": torch.ones(2, 3)},
                         {"q": Site("lora", (3, 2)), "head": Site("head", (2, 3))})
     assert bool(half.sends) == bool(cls().extra(ServerState(head)))
     assert half.sends or not (half.covered_by_dp or half.adds_up)
-    assert client.names_that_add_up(cls(), ServerState(head)) <= set(cls().extra(ServerState(head)))
-    assert Rules(rounds=1).max_update_norm is None
+    own = set(cls().extra(ServerState(head)))
+    assert client.names_that_add_up(cls(), ServerState(head)) == (own if half.adds_up else set())

@@ -349,16 +349,6 @@ def test_a_reply_that_flower_cannot_put_together_takes_no_other_with_it(monkeypa
     assert "KeyError" in said and said.isprintable() and len(said.encode()) <= 2048
 
 
-def test_a_reason_with_markup_is_shown_as_it_is():
-    from rich.console import Console
-
-    from fedpeft.cli import deploy_tables
-
-    console = Console(record=True, width=120)
-    console.print(deploy_tables.rounds([{"round": 1, "clients": ["a"], "quarantined": {"b": "[/red] [link=x]y"}}]))
-    assert "b: [/red] [link=x]y" in console.export_text()
-
-
 def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
     """Flower makes a task before the message is there; a coordinator that dies in between leaves one for hours."""
     never, answered, tokens = threading.Event(), threading.Event(), ["stuck", "next"]
@@ -375,29 +365,3 @@ def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
     threading.Thread(target=proxy.main, args=(rig.folder, "", ""), daemon=True).start()
     assert answered.wait(10)
     never.set()
-
-
-def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, monkeypatch):
-    from fedpeft.run import loop
-    from fedpeft.state import RoundFailed
-
-    monkeypatch.setattr(loop, "PAUSE_S", 0.0)
-    events, answers = [], iter([RoundFailed("one"), RoundFailed("two"), 7])
-
-    def session(steady):
-        return loop.Session(None, tmp_path, loop.Federation(None, PACKED, steady, lambda number: {}), events.append)
-
-    def act():
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert session(steady=False).attempt(3, act) == 7
-    assert [(event["event"], event["round"], event["reason"]) for event in events] == [
-        ("round_failed", 3, "one"), ("round_failed", 3, "two")]
-    answers = (RoundFailed(str(number)) for number in range(99))
-    with pytest.raises(RoundFailed, match=str(loop.TRIES - 1)):
-        session(steady=False).attempt(4, act)
-    with pytest.raises(RoundFailed, match=str(loop.TRIES)):  # a simulation's clients would fail again
-        session(steady=True).attempt(4, act)

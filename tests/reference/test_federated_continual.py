@@ -302,6 +302,17 @@ def test_lae_trains_the_head_alone_in_frozen_rounds(dense, rule):
             before = done.server.adapter
 
 
+def test_what_travels_beside_reaches_the_strategy_inside_in_frozen_rounds_too(dense):
+    strategy, frozen = learning(dense, "lae", "fedit", wrap="atp", frozen_rounds=1), 0
+    for _, _, played in sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES)):
+        for done in played:
+            frozen += strategy.trained(done.sent) == ("head",)
+            for key in ("rates:u/A", "rates:out/weight"):
+                mean = dense.mean([update.adapter.extra[key] for update in done.updates], dense.fractions(WEIGHTS))
+                np.testing.assert_allclose(dense.array(done.server.memory[key]), mean, atol=1e-12)
+    assert frozen
+
+
 def test_lae_refuses_control_variates_where_the_head_trains_alone(dense):
     with pytest.raises(InputError, match=r"lae.*scaffold.*continual\.frozen_rounds=0"):
         learning(dense, "lae", "fedit", wrap="scaffold", frozen_rounds=1)

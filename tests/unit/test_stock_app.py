@@ -8,6 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from scripted import Reply, ScriptedGrid
 
+from fedpeft import registry
 from fedpeft.errors import RunError
 from fedpeft.strategies.rules.fedit import FedIT
 
@@ -87,6 +88,14 @@ def test_start_quarantines_unreadable_and_unknown_arrays():
     config = ConfigRecord({"min-available-nodes": 3})
     with pytest.raises(RunError, match=r"1 good replies of 3.*2: .*; 3: unexpected array other\.weight"):
         FrozenA().start(grid, initial_arrays(), num_rounds=1, timeout=5, train_config=config)
+
+
+@pytest.mark.parametrize("wrapper", ["fedprox", "scaffold", "atp"])
+def test_a_method_whose_clients_do_more_than_train_is_refused(wrapper):
+    strategy = registry.load("strategies", wrapper)()
+    grid = ScriptedGrid({"1": stock({})}, {"1": 1})
+    with pytest.raises(RunError, match="needs its half at the clients"):
+        strategy.start(grid, initial_arrays(), num_rounds=1, timeout=5)
 
 
 @pytest.mark.parametrize("attribute", [{"changes_base": True}, {"keeps": ("B",)}])

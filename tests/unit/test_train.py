@@ -19,9 +19,6 @@ from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
 from fedpeft.objectives.base import IGNORE
-from fedpeft.state import AdapterState
-from fedpeft.strategies.client import Visit, halves
-from fedpeft.strategies.wrappers.scaffold import CONTROL, Scaffold
 
 CPU = torch.device("cpu")
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
@@ -229,37 +226,6 @@ def test_a_smaller_clients_control_is_padded(model, still):
         assert torch.count_nonzero(model.parameters[f"{site}/A"][2:]) == 0
         assert torch.count_nonzero(model.parameters[f"{site}/B"][:, 2:]) == 0
         assert not torch.equal(model.parameters[f"{site}/A"][:2], start[f"{site}/A"])
-
-
-def scaffold_visit(start, extra, kept, steps, lr):
-    config = replace(SGD, lr=lr)
-    return Visit("a", config, None, AdapterState({}, extra=extra), start, kept, None, 0, steps)
-
-
-def test_the_new_control_by_hand():
-    """Option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr); c_k+ - c_k is sent, c_k+ is kept."""
-    (half,) = [one for one in halves(Scaffold()) if one.sends]
-    visit = scaffold_visit(AdapterState({"q/A": torch.tensor([3.0, 4.0])}), {"control:q/A": torch.tensor([0.5, -1.0])},
-                           {"control:q/A": torch.tensor([1.0, 2.0])}, steps=5, lr=0.1)
-    sent, kept = half.finish(visit, AdapterState({"q/A": torch.tensor([2.0, 4.5])}))
-    torch.testing.assert_close(kept["control:q/A"], torch.tensor([1.0 - 0.5 + 2.0, 2.0 + 1.0 - 1.0]))
-    torch.testing.assert_close(sent["control:q/A"], kept["control:q/A"] - torch.tensor([1.0, 2.0]))
-    torch.testing.assert_close(half.gradient_offset(visit)["q/A"], torch.tensor([0.5 - 1.0, -1.0 - 2.0]))
-
-
-def test_the_new_control_is_the_mean_gradient(model, still):
-    """With plain SGD, option II recovers the mean gradient that was met (theta_0 - theta = lr sum of g + c - c_k)."""
-    start = model.state()
-    zero = {f"{CONTROL}{key}": torch.zeros_like(value) for key, value in start.tensors.items()}
-    one_step = replace(SGD, local_steps=1, batch_size=100)
-    train(model, small.texts(), ROLES, one_step, 7)
-    (half,) = [one for one in halves(Scaffold()) if one.sends]
-    _, new = half.finish(scaffold_visit(start, zero, {}, 1, SGD.lr), model.state())
-    model.write(start)
-    trained = model.train_roles(ROLES)
-    loss = per_sample_loss(model, *on_device(small.texts(), np.arange(10), CPU)).mean()
-    for key, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
-        torch.testing.assert_close(new[f"{CONTROL}{key}"], gradient, atol=1e-5, rtol=1e-3)
 
 
 # Losses and scores ----------------------------------------------------------------------------------------------------
