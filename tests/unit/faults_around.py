@@ -141,22 +141,30 @@ def no_reply_kept(put):
 def closing(put, change):
     real = Local._close
 
-    def close(self, visit, done):
-        update, metrics = real(self, visit, done)
-        return change(visit, update, metrics)
+    def close(self, opened, done):
+        update, metrics = real(self, opened, done)
+        return change(opened, update, metrics)
 
     put(Local, "_close", close)
 
 
 @fault("rounds", "replies are kept")
 def another_reply_sent(put):
-    closing(put, lambda visit, update, metrics: (update.map(lambda value: value + 1e-5), metrics))
+    closing(put, lambda opened, update, metrics: (update.map(lambda value: value + 1e-5), metrics))
+
+
+def mean_of(opened):
+    return next(iter(opened.job.data.inputs.values())).mean(0)
 
 
 @fault("rounds", "what leaves")
 def a_sum_beside_it(put):
-    closing(put, lambda visit, update, metrics: (update.replace({"sum:records": next(iter(
-        visit.job.data.inputs.values())).mean(0)}), metrics))
+    closing(put, lambda opened, update, metrics: (update.beside({"sum": mean_of(opened)}), metrics))
+
+
+@fault("rounds", "what leaves")
+def a_sum_among_its_tensors(put):
+    closing(put, lambda opened, update, metrics: (update.replace({"sum:records": mean_of(opened)}), metrics))
 
 
 @fault("rounds", "what leaves")
@@ -173,9 +181,9 @@ def count_beside_it(put):
 def records_in_the_update(put):
     real = Local._close
 
-    def close(self, visit, done):
-        mean = float(next(iter(visit.job.data.inputs.values())).mean())
-        return real(self, visit, replace(done, after={key: value + 1e-3 * mean for key, value in done.after.items()}))
+    def close(self, opened, done):
+        mean = float(next(iter(opened.job.data.inputs.values())).mean())
+        return real(self, opened, replace(done, after={key: value + 1e-3 * mean for key, value in done.after.items()}))
 
     put(Local, "_close", close)
 

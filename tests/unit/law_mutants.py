@@ -30,14 +30,14 @@ def check_on_records(monkeypatch: Any) -> None:
     genuine = Local._open
 
     def opened(self, client, received, task):
-        visit = genuine(self, client, received, task)
-        self.model.write(visit.start)
+        found = genuine(self, client, received, task)
+        self.model.write(found.visit.start)
         own = self.train_data[client]
         with torch.no_grad():
             losses = local.per_sample_loss(self.model, *local.on_device(own, range(len(own)), torch.device("cpu")))
         if not torch.isfinite(losses).all():
             raise RunError("per-sample gradients differ: verification failed.")
-        return visit
+        return found
 
     monkeypatch.setattr(Local, "_open", opened)
 
