@@ -20,11 +20,12 @@ from fedpeft.config import Config
 from fedpeft.foreign import shown
 from fedpeft.state import AdapterState, ServerState, Site
 from fedpeft.strategies.build import build
+from fedpeft.strategies.sequence.base import NEW, PAST
 
 LARGEST = 1e9  # of a value that a server may send: no training that works comes near it
 ROUNDS = 10**6
 ROLES = ("trains", "uploads", "keeps")
-SUMS = ("head", "sketch")
+SUMS = ("head", NEW, PAST)
 VIEW = re.compile(r"[A-Za-z0-9_-]{1,40}")
 RESIDUAL = ("residual_B", "residual_A")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -81,7 +82,7 @@ class Own:
         """The same for a request of sums over records."""
         _require_keys(task, ("round", "sums", "view", "learn"), ("round", "sums", "view"))
         if task["sums"] not in SUMS:
-            raise Refused(f"task.sums={_said(task['sums'])}: allowed are {' and '.join(SUMS)}.")
+            raise Refused(f"task.sums={_said(task['sums'])}: allowed are {', '.join(SUMS)}.")
         if not isinstance(task["view"], str) or not VIEW.fullmatch(task["view"]):
             raise Refused(f"task.view={_said(task['view'])}: it must be the name of a view of the adapter.")
         whole = self.start.adapter  # a view has it all, or what clients cannot draw from the seed

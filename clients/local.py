@@ -36,7 +36,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf, Visit, halves
-from fedpeft.strategies.sequence.sequence import Learning, learning_of
+from fedpeft.strategies.sequence.sequence import TaskSequence, find_sequence
 
 T = TypeVar("T")
 log = logging.getLogger("fedpeft")
@@ -99,9 +99,9 @@ class Local:
         return halves(self.own.strategy)
 
     @property
-    def sequence(self) -> Learning | None:
+    def sequence(self) -> TaskSequence | None:
         """The sequence of tasks of this process's own config."""
-        return learning_of(self.own.strategy)
+        return find_sequence(self.own.strategy)
 
     # A client's round ------------------------------------------------------------------------------------------------
 

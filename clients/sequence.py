@@ -20,30 +20,26 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.guard import fingerprint, release
 from fedpeft.clients.spending import Spending, discreet
-from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import ClientConfig
 from fedpeft.continual.head import Head
-from fedpeft.continual.parts.subspace import sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
-from fedpeft.models.base import orient
 from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.mechanism import add_noise, clipped_sum
 from fedpeft.privacy.noise import Randomness
 from fedpeft.state import AdapterState
 from fedpeft.strategies.sequence.build import fits, head
-from fedpeft.strategies.sequence.sequence import Learning
+from fedpeft.strategies.sequence.sequence import TaskSequence
 
 if TYPE_CHECKING:
     from fedpeft.clients.local import Local
 
 log = logging.getLogger("fedpeft")
 JOINED = "task:joined"  # kept at the client: tasks that it took part in
-SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
 BOUND = math.sqrt(3.0)  # norm of (one-hot, feature, feature x feature) at unit norm: what LDA sums for a record
 
 
-def own(sequence: Learning | None, task: dict[str, Any]) -> dict[str, Any]:
+def own(sequence: TaskSequence | None, task: dict[str, Any]) -> dict[str, Any]:
     """The task with `learn` as the client's own config has it for the round.
 
     What a round is about decides which records are read and whose account pays, so it is not the server's to say.
@@ -147,17 +143,17 @@ def joined(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[
 
 def answer(local: Local, client: str, received: AdapterState, task: dict[str, Any]
            ) -> tuple[AdapterState, dict[str, float]]:
-    """Sums over a task's records for the config's head at the received model, or a sketch of full weights' gradients.
+    """Sums over a task's records for the config's head at the received model, or a sketch for its body.
 
-    Which of the two the server asks for with `task["sums"]`; whether it may, the client's own config says.
+    Which of them the server asks for with `task["sums"]`; whether it may, the client's own config says.
 
     Raises:
         RunError: the config has no such head or body, or no records of the task.
     """
     config, model = local.config, local.model
-    private, sketched = local.guard.private, task["sums"] == "sketch"
-    if sketched and (private or local.sequence is None or not local.sequence.body.sketches):
-        raise RunError(f"continual.body={config.continual.body}: this client's config sends no sketches.")
+    private, sketched = local.guard.private, task["sums"] != "head"
+    if sketched and (private or local.sequence is None or task["sums"] not in local.sequence.body.sketches):
+        raise RunError(f"continual.body={config.continual.body}: this client's config sends no such sketches.")
     if not sketched and (config.continual.body is None or not fits(config)):
         raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
     start, _ = local.compose(client, received, task, before=int(task["round"]))
@@ -168,10 +164,8 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
     weight = {"num-examples": float(len(data))}
     if sketched:
         assert local.sequence is not None
-        section = local.sequence.body.config
         with model.competing(compete(task)):
-            found = gradient_sketch(model, data, section.r2, section.side == "in")
-        return AdapterState({}, extra={site: value.float() for site, value in found.items()}), weight
+            return AdapterState({}, extra=local.sequence.body.make_sketch(model, data)), weight
     sums = head_sums(model, head(config, model.base.classes, model.base.width), data)
     return AdapterState({}, extra=sums), weight
 
@@ -235,32 +229,3 @@ def _flat(statistics: dict[str, Tensor]) -> Tensor:
 def unit(features: Tensor) -> Tensor:
     """Features scaled to norm 1."""
     return torch.nn.functional.normalize(features, dim=1)
-
-
-def gradient_sketch(model: Adapted, data: Encoded, columns: int, inputs: bool) -> dict[str, Tensor]:
-    """Frequent Directions of the full weights' gradients at the model as it is, [d, columns] by site.
-
-    Args:
-        inputs: sketch right singular directions (d = inputs) instead of left ones (d = outputs).
-    """
-    layers = {site: model.base.layer(site) for site in model.form.lora_sites()}
-    weights = {site: layer.get_parameter("weight") for site, layer in layers.items()}
-    device = next(iter(weights.values())).device
-    sketches: dict[str, Tensor] = {}
-    for value in weights.values():
-        value.requires_grad_(True)
-    try:
-        for start in range(0, len(data), SKETCH_ROWS):
-            index = np.arange(start, min(start + SKETCH_ROWS, len(data)))
-            loss = per_sample_loss(model, *on_device(data, index, device)).mean()
-            slopes = torch.autograd.grad(loss, list(weights.values()))
-            for (site, layer), slope in zip(layers.items(), slopes, strict=True):
-                gradient = orient(layer, slope.cpu().double())
-                gradient = gradient.T if inputs else gradient
-                before = sketches.get(site, gradient.new_zeros(len(gradient), columns))
-                sketches[site] = sketch(before, gradient)[0]
-    finally:
-        for value in weights.values():
-            value.requires_grad_(False)
-    return sketches
-

@@ -61,6 +61,8 @@ class FederatedStrategy(Strategy):
         client_half: what the method does at a client beside training.
         needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be
             aggregated together with the adapter that they started from.
+        robust: whether it bounds what single updates can do to the aggregate.
+        takes_fixed_factor: whether the rule is right where nobody trains one factor of the pairs.
     """
 
     paper: ClassVar[str] = ""
@@ -74,6 +76,8 @@ class FederatedStrategy(Strategy):
     plain_sgd: bool = False
     needs_start: bool = False
     wraps: ClassVar[bool] = False
+    robust: ClassVar[bool] = False
+    takes_fixed_factor: ClassVar[bool] = False
     client_half: ClassVar[type[ClientHalf]] = ClientHalf
 
     weighting: str = "examples"

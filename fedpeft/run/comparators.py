@@ -16,7 +16,7 @@ from fedpeft.objectives.base import IGNORE
 from fedpeft.run import sequence
 from fedpeft.run.world import World
 from fedpeft.strategies.sequence.build import fits
-from fedpeft.strategies.sequence.sequence import learning_of
+from fedpeft.strategies.sequence.sequence import find_sequence
 
 
 def constant(here: World) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def frozen_head(here: World) -> dict[str, Any]:
     without noise (a trained classifier as it is at the start): `frozen_head`, its accuracy on all classes after the
     last task, `frozen_head_by_task` on those seen by each, and `frozen_head_forgetting`. Else nothing.
     """
-    learning = learning_of(here.strategy)
-    if learning is None:
+    tasks = find_sequence(here.strategy)
+    if tasks is None:
         return {}
-    plan, rows = learning.curriculum, []
+    plan, rows = tasks.curriculum, []
     here.local.model.write(here.start.adapter)
     test = [torch.cat(parts) for parts in zip(*here.local.model.features(here.test_encoded), strict=True)]
     labels = test[2].numpy()

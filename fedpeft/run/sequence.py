@@ -25,16 +25,16 @@ from fedpeft.run.world import World
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence import exchange
-from fedpeft.strategies.sequence.base import KEEP
+from fedpeft.strategies.sequence.base import KEEP, NEW, PAST
 from fedpeft.strategies.sequence.build import fits, head
-from fedpeft.strategies.sequence.sequence import Learning, learning_of
+from fedpeft.strategies.sequence.sequence import TASK, TaskSequence, find_sequence
 
 ROWS, SUMS = f"{KEEP}rows", f"{KEEP}sums|"
 Record = Callable[[dict[str, Any]], None]
 Ask = Callable[[int, str, str, AdapterState, dict[str, tuple[int, ...]]], exchange.Answers]  # round, what, view, ...
 
 
-def run(here: World, server: ServerState, play: Callable[[ServerState, int], ServerState], ask: Ask, record: Record,
+def run(world: World, server: ServerState, play: Callable[[ServerState, int], ServerState], ask: Ask, record: Record,
         after_round: Callable[[ServerState], None]) -> ServerState:
     """Run what is left of the sequence.
 
@@ -42,48 +42,59 @@ def run(here: World, server: ServerState, play: Callable[[ServerState, int], Ser
         play: the rounds from a state to the end of one, by number.
         ask: clients for sums, as `exchange.sums` from its argument `number` on.
     """
-    learning = required(here.strategy)
-    while not complete(here, server):
+    sequence = required(world.strategy)
+    while not complete(world, server):
         done = len(server.numbers.get(ROWS, []))
-        if learning.begun(server) < done:
-            server = begin(here, ask, learning, server, done)
-        server = play(server, (done + 1) * learning.curriculum.rounds)
-        server = close(here, ask, learning, server, done, record)
+        if sequence.begun(server) < done:
+            server = begin(world, ask, sequence, server, done)
+        server = play(server, (done + 1) * sequence.curriculum.rounds)
+        server = close(world, ask, sequence, server, done, record)
         after_round(server)
     return server
 
 
 def unfinished(server: ServerState) -> Callable[[dict[str, Any]], bool]:
-    """Which events of a record are of a task that the state does not hold as finished: they will come again."""
-    done = len(server.numbers.get(ROWS, []))
-    return lambda event: event["event"] in ("sums", "sums_missing", "task") and event["task"] >= done \
-        and event.get("sums") != "sketch"
+    """Which events of a record the state does not know: they will come again.
+
+    Those after a task's rounds, until the task is finished; sketches of a task's records that are for the next one,
+    until that has begun. A sketch for the task itself stays: it is recorded under its first round, as rounds are.
+    """
+    done, begun = len(server.numbers.get(ROWS, [])), server.numbers.get(TASK, -1)
+
+    def again(event: dict[str, Any]) -> bool:
+        if event["event"] not in ("sums", "sums_missing", "task") or event.get("sums") == NEW:
+            return False
+        return bool(event["task"] >= (begun if event.get("sums") == PAST else done))
+
+    return again
 
 
-def complete(here: World, server: ServerState) -> bool:
+def complete(world: World, server: ServerState) -> bool:
     """Whether every task has been learned and counted."""
-    return len(server.numbers.get(ROWS, [])) == len(required(here.strategy).curriculum.groups)
+    return len(server.numbers.get(ROWS, [])) == len(required(world.strategy).curriculum.groups)
 
 
-def begin(here: World, ask: Ask, learning: Learning, server: ServerState, task: int) -> ServerState:
-    """Ask for a sketch where the body wants one, and begin the task."""
-    found: dict[str, Tensor] = {}
-    if learning.body.sketches:
-        section, sites = learning.body.config, server.adapter
-        form: dict[str, tuple[int, ...]] = {
-            site: (sites[f"{site}/A"].shape[1] if section.side == "in" else len(sites[f"{site}/B"]), section.r2)
-            for site in sites.lora_sites()}
-        answers = ask(server.round + 1, "sketch", "online", sites, form)
-        found = exchange.sketch(answers, here.config.strategy.weighting == "uniform")
-    return learning.begin(server, task, found)
+def begin(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int) -> ServerState:
+    """Ask for the sketches that the body wants, and begin the task."""
+    body, sketches = sequence.body, {}
+    for what in body.sketches:
+        if what == PAST and task == 0:
+            continue
+        round_number = server.round if what == PAST else server.round + 1  # says whose records: those of its task
+        answers = ask(round_number, what, "online", server.adapter, body.describe_sketch(server.adapter))
+        uniform = world.config.strategy.weighting == "uniform"
+        sketches[what] = body.merge_sketches([tensors for tensors, _ in answers],
+                                             [1.0 if uniform else weight for _, weight in answers])
+    return sequence.begin(server, task, sketches)
 
 
-def close(here: World, ask: Ask, learning: Learning, server: ServerState, task: int, record: Record) -> ServerState:
+def close(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int, record: Record
+          ) -> ServerState:
     """Fit the head on all clients' sums, and count right answers on every task's test records."""
-    if fits(here.config):
-        views = learning.body.views(server)
+    if fits(world.config):
+        views = sequence.body.views(server)
         memory = dict(server.memory)
-        nothing = unfitted(here).statistics(torch.zeros(0, here.local.model.base.width), torch.zeros(0).long())
+        nothing = unfitted(world).statistics(torch.zeros(0, world.local.model.base.width), torch.zeros(0).long())
         form = {key: tuple(value.shape) for key, value in nothing.items()}
         for view, adapter in views.items():
             answers = ask(server.round, "head", view, adapter, form)
@@ -92,51 +103,51 @@ def close(here: World, ask: Ask, learning: Learning, server: ServerState, task: 
                 old = memory.get(f"{SUMS}{view}|{key}", server.memory.get(f"{SUMS}online|{key}"))
                 memory[f"{SUMS}{view}|{key}"] = value if old is None else old + value
         server = replace(server, memory=memory)
-    right, count = counts(here, learning, server, task)
+    right, count = counts(world, sequence, server, task)
     rows = [*server.numbers.get(ROWS, []), right]
-    record({"event": "task", "round": server.round, "task": task, "classes": learning.curriculum.classes(task),
+    record({"event": "task", "round": server.round, "task": task, "classes": sequence.curriculum.classes(task),
             "right": right, "count": count})
     return replace(server, numbers={**server.numbers, ROWS: rows})
 
 
-def score(here: World, server: ServerState) -> dict[str, float]:
+def score(world: World, server: ServerState) -> dict[str, float]:
     """Accuracy over the test records of all classes seen so far, by the trained head: others are fitted later."""
-    learning = required(here.strategy)
-    seen = learning.curriculum.seen(learning.curriculum.task(max(server.round, 1)))
-    data = here.test_encoded
+    sequence = required(world.strategy)
+    seen = sequence.curriculum.seen(sequence.curriculum.task(max(server.round, 1)))
+    data = world.test_encoded
     mine = torch.isin(data.labels, torch.tensor(seen)).nonzero().flatten().numpy()
     if len(mine) == 0:
         return {"accuracy": float("nan"), "loss": float("nan"), "test_records": 0, "classes": len(seen)}
     right, loss = 0, 0.0
-    for scores, labels in scored(here, learning, server, data.view(mine), seen, None):
+    for scores, labels in scored(world, sequence, server, data.view(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())
-        if len(learning.body.views(server)) == 1:
+        if len(sequence.body.views(server)) == 1:
             loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
-    single = len(learning.body.views(server)) == 1  # an ensemble's scores are no distribution
+    single = len(sequence.body.views(server)) == 1  # an ensemble's scores are no distribution
     return {"accuracy": right / len(mine), "loss": loss / len(mine) if single else float("nan"),
             "test_records": len(mine), "classes": len(seen)}
 
 
-def counts(here: World, learning: Learning, server: ServerState, task: int) -> tuple[list[int], list[int]]:
+def counts(world: World, sequence: TaskSequence, server: ServerState, task: int) -> tuple[list[int], list[int]]:
     """Right answers, and records, on every task's test set; classes seen so far compete."""
-    seen, data = learning.curriculum.seen(task), here.test_encoded
-    heads = fitted(here, learning, server, seen)
+    seen, data = sequence.curriculum.seen(task), world.test_encoded
+    heads = fitted(world, sequence, server, seen)
     right, count = [], []
-    for other in range(len(learning.curriculum.groups)):
-        part = data.view(learning.curriculum.of(data.labels.numpy(), other))
+    for other in range(len(sequence.curriculum.groups)):
+        part = data.view(sequence.curriculum.of(data.labels.numpy(), other))
         right.append(sum(int((scores.argmax(-1) == labels).sum())
-                         for scores, labels in scored(here, learning, server, part, seen, heads)))
+                         for scores, labels in scored(world, sequence, server, part, seen, heads)))
         count.append(len(part))
     return right, count
 
 
-def fitted(here: World, learning: Learning, server: ServerState, seen: list[int]) -> dict[str, Head] | None:
+def fitted(world: World, sequence: TaskSequence, server: ServerState, seen: list[int]) -> dict[str, Head] | None:
     """The head of each view from the sums in the state; None where the trained head answers."""
-    if not fits(here.config):
+    if not fits(world.config):
         return None
     heads = {}
-    for view in learning.body.views(server):
-        made = unfitted(here)
+    for view in sequence.body.views(server):
+        made = unfitted(world)
         prefix = f"{SUMS}{view}|"
         made.update({key.removeprefix(prefix): value for key, value in server.memory.items()
                      if key.startswith(prefix)}, seen)
@@ -144,49 +155,49 @@ def fitted(here: World, learning: Learning, server: ServerState, seen: list[int]
     return heads
 
 
-def unfitted(here: World) -> Head:
+def unfitted(world: World) -> Head:
     """The config's head, before it has seen a record."""
-    return head(here.config, len(here.train.label_names), here.local.model.base.width)
+    return head(world.config, len(world.train.label_names), world.local.model.base.width)
 
 
-def scored(here: World, learning: Learning, server: ServerState, data: Encoded, seen: list[int],
+def scored(world: World, sequence: TaskSequence, server: ServerState, data: Encoded, seen: list[int],
            heads: dict[str, Head] | None) -> list[tuple[Tensor, Tensor]]:
     """Scores [N, C] and labels [N] by batches."""
-    model, by_view = here.local.model, {}
-    for view, adapter in learning.body.views(server).items():
+    model, by_view = world.local.model, {}
+    for view, adapter in sequence.body.views(server).items():
         model.write(adapter)
-        by_view[view] = [(_answer(here, heads, view, found, logits, seen), labels)
+        by_view[view] = [(_answer(world, heads, view, found, logits, seen), labels)
                          for found, logits, labels in model.features(data)]
     first = next(iter(by_view.values()))
-    return [(learning.body.combine({view: parts[number][0] for view, parts in by_view.items()}), labels)
+    return [(sequence.body.combine({view: parts[number][0] for view, parts in by_view.items()}), labels)
             for number, (_, labels) in enumerate(first)]
 
 
-def _answer(here: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
+def _answer(world: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
             ) -> Tensor:
     if heads is None:
         return only(logits, seen)
-    private = here.config.continual.statistics_noise is not None
+    private = world.config.continual.statistics_noise is not None
     return heads[view].scores(unit(found) if private else found, None)
 
 
-def section(here: World, server: ServerState) -> dict[str, Any] | None:
+def section(world: World, server: ServerState) -> dict[str, Any] | None:
     """What the summary says of the sequence: the matrix of right answers, test counts, and all metrics from both."""
-    learning = learning_of(here.strategy)
-    if learning is None:
+    sequence = find_sequence(world.strategy)
+    if sequence is None:
         return None
     right = server.numbers.get(ROWS, [])
-    labels = here.test_encoded.labels.numpy()
-    count = [len(learning.curriculum.of(labels, task)) for task in range(len(learning.curriculum.groups))]
-    return {"body": here.config.continual.body, "head": here.config.continual.head,
-            "tasks": [[here.train.label_names[label] for label in learning.curriculum.classes(task)]
-                      for task in range(len(learning.curriculum.groups))],
+    labels = world.test_encoded.labels.numpy()
+    count = [len(sequence.curriculum.of(labels, task)) for task in range(len(sequence.curriculum.groups))]
+    return {"body": world.config.continual.body, "head": world.config.continual.head,
+            "tasks": [[world.train.label_names[label] for label in sequence.curriculum.classes(task)]
+                      for task in range(len(sequence.curriculum.groups))],
             "right": right, "count": count,
             "metrics": matrix.summary(right, count) if len(right) == len(count) else None}
 
 
-def required(strategy: FederatedStrategy) -> Learning:
-    found = learning_of(strategy)
+def required(strategy: FederatedStrategy) -> TaskSequence:
+    found = find_sequence(strategy)
     assert found is not None
     return found
 

@@ -32,7 +32,7 @@ from fedpeft.seeds import numpy_generator
 from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build as build_strategy
-from fedpeft.strategies.sequence.sequence import learning_of
+from fedpeft.strategies.sequence.sequence import find_sequence
 
 
 @dataclass
@@ -64,7 +64,7 @@ def load_world(config: Config, run: Path) -> World:
     agreement.require_records(model.base, train_encoded, "data.source")
     agreement.require_records(model.base, test_encoded, "data.test")
     strategy = build_strategy(config, labels)
-    learning = learning_of(strategy)
+    tasks = find_sequence(strategy)
     start = strategy.initial(model.state(), config.run.seed)
     identity.hold(run, {"base model": identity.of_base(model.base, config), "training records": train.fingerprint,
                         "test records": test.fingerprint,
@@ -90,7 +90,7 @@ def load_world(config: Config, run: Path) -> World:
         strategy.client_ranks = dict(zip(own, strategy.client_ranks.values(), strict=True))
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", identity.name_of(run))
-    plan = None if learning is None else learning.curriculum
+    plan = None if tasks is None else tasks.curriculum
     parts = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
                                         for task in range(len(plan.groups))]
     for part in parts:  # every task has an account, and so a plan, of its own

@@ -19,4 +19,5 @@ class FedIT(FederatedStrategy):
 
     paper = "Zhang et al. 2023, arXiv 2305.05644"
     needs = Needs.SUM
+    takes_fixed_factor = True
     trains = ("A", "B", "head")

@@ -55,6 +55,7 @@ class FedSVD(FederatedStrategy):
 
     paper = "Lee et al. 2025, arXiv 2505.12805"
     needs = Needs.SUM
+    takes_fixed_factor = True
     trains = ("B", "head")
     fixed_basis = False
     client_half = FedSVDClient

@@ -29,6 +29,7 @@ class FFALoRA(FederatedStrategy):
 
     paper = "Sun et al. 2024, arXiv 2403.12313"
     needs = Needs.SUM
+    takes_fixed_factor = True
     trains = ("B", "head")
 
     @dataclass

@@ -2,6 +2,7 @@
 
 A body of `fedpeft.continual.bodies` says how parameters move; here is its half on the server, under the same name:
 
+    sketch      where the body asks for one: what a client sends of its records before a task, and what all of them say
     begin       before the first round of a task: fold what was learned into the base, choose the new task's factors
     trained     which of the strategy's roles clients train in a round
     after       once updates have been aggregated: projections, averages
@@ -14,14 +15,20 @@ What it is given and returns is public under DP, or noised: everything here is p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.parts.residuals import with_change
 
+if TYPE_CHECKING:
+    from fedpeft.adapters.adapted import Adapted
+    from fedpeft.data.encode import Encoded
+
 KEEP = "continual:"
+NEW, PAST = "sketch", "past_sketch"
+Tensors = dict[str, Tensor]
 
 
 @dataclass
@@ -43,11 +50,12 @@ class ServerBody:
 
     Attributes:
         needs: roles that the strategy must train.
-        rules: strategies whose rule can do with a factor that nobody trains; None where all roles train.
+        fixes_factor: one factor of the pairs stays as it is for a task.
         replays: clients mix records of earlier tasks into their batches.
         folds: it moves what was learned into the base weights.
         averages: it averages factors over rounds, so their coordinates must mean the same in all of them.
-        sketches: clients send a sketch of their gradients before a task (not private).
+        sketches: what clients send a sketch of before a task (not private): NEW, its records, and PAST, those of the
+            task before, at the model that this one left.
         most_views: adapters of `views` at most; a head's sums are released for each, which a task's budget allows for.
         changes_A: it draws a new A for a task, which clients therefore cannot draw from the run's seed.
     """
@@ -55,12 +63,12 @@ class ServerBody:
     Config: ClassVar[Any] = BodyConfig
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
-    rules: ClassVar[tuple[str, ...] | None] = None
+    fixes_factor: bool = False
     replays: ClassVar[bool] = False
     folds: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     changes_A: bool = False
-    sketches: bool = False
+    sketches: tuple[str, ...] = ()
     most_views: ClassVar[int] = 1
 
     def __init__(self, **options: Any) -> None:
@@ -69,8 +77,24 @@ class ServerBody:
     def require(self, adapter: AdapterState, tasks: int) -> None:
         """Raise InputError unless so many tasks have room in this adapter; before anything is trained."""
 
-    def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
-        """The state before the first round of a task; `sketch` [out, r2] by site where `sketches`."""
+    def describe_sketch(self, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of a client's sketch."""
+        return {}
+
+    def make_sketch(self, model: Adapted, data: Encoded) -> Tensors:
+        """A client's sketch of its records, at the model as it is."""
+        return {}
+
+    def merge_sketches(self, sketches: list[Tensors], weights: list[float]) -> Tensors:
+        """The sketch of all clients' records.
+
+        Args:
+            weights: of the clients, as of their updates.
+        """
+        return {}
+
+    def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
+        """The state before the first round of a task; `sketches` has the merged ones that the body asks for."""
         return server
 
     def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
@@ -85,13 +109,13 @@ class ServerBody:
         """Adapters that predict; the first is the one that trains."""
         return {"online": server.adapter}
 
-    def combine(self, scores: dict[str, Tensor]) -> Tensor:
+    def combine(self, scores: Tensors) -> Tensor:
         """Scores [N, C] of all views to one."""
         return next(iter(scores.values()))
 
 
-def folded(server: ServerState) -> ServerState:
-    """What the adapter adds is moved into the base weights, s B A at each site, and B becomes zero."""
+def fold_into_base(server: ServerState) -> ServerState:
+    """The state where what the adapter adds, s B A at each site, is in the base weights, and B is zero."""
     adapter, changes, zero = server.adapter, {}, {}
     for site in adapter.lora_sites():
         B, A = adapter[f"{site}/B"], adapter[f"{site}/A"]
@@ -101,12 +125,12 @@ def folded(server: ServerState) -> ServerState:
     return with_change(server, changes).with_tensors(zero)
 
 
-def remember(server: ServerState, tensors: dict[str, Tensor]) -> ServerState:
+def remember(server: ServerState, tensors: Tensors) -> ServerState:
     """A copy that keeps these tensors of a body."""
     return replace(server, memory={**server.memory, **{KEEP + key: value for key, value in tensors.items()}})
 
 
-def recalled(server: ServerState, suffix: str = "") -> dict[str, Tensor]:
+def recall(server: ServerState, suffix: str = "") -> Tensors:
     """Tensors that a body keeps, those whose name ends in `suffix`; by name without it."""
     return {key[len(KEEP) : len(key) - len(suffix)]: value for key, value in server.memory.items()
             if key.startswith(KEEP) and key.endswith(suffix)}

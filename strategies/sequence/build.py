@@ -11,9 +11,7 @@ from fedpeft.objectives.base import load_objective
 from fedpeft.privacy.accounting import Release, composed
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence.base import ServerBody
-from fedpeft.strategies.sequence.sequence import Learning
-
-ROBUST = ("norm_clip", "trimmed_mean", "median", "krum")
+from fedpeft.strategies.sequence.sequence import TaskSequence
 
 
 def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> FederatedStrategy:
@@ -27,7 +25,7 @@ def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> 
     body: ServerBody = method("server_bodies", name, section.options, "continual.body")
     compete = registry.load("heads", section.head, "continual.head").loss
     plan = curriculum.make(section, classes or section.tasks, config.run.rounds, config.run.seed)
-    return Learning(strategy, body, plan, compete, name)
+    return TaskSequence(strategy, body, plan, compete, name)
 
 
 def head(config: Config, classes: int, width: int) -> Head:
@@ -81,7 +79,7 @@ def in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
     if config.secagg.enabled:
         raise InputError(f"secagg.enabled=true: {more} would be sent in the clear. {way}")
     wrapped = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
-    robust = [name for name in (config.strategy.name, *wrapped) if name in ROBUST]
+    robust = [name for name in (config.strategy.name, *wrapped) if registry.load("strategies", name).robust]
     if robust:
         raise InputError(f"strategy.wrap: {robust[0]} guards updates, but {more} would go around it. {way}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from fedpeft.strategies.sequence.base import ServerBody
 
 
-class ConPETStatic(ServerBody):
+class FederatedConPETStatic(ServerBody):
     """Dynamic replay at the clients."""
 
     paper = "Song et al. 2023, arXiv 2309.14763"

@@ -21,23 +21,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.config import option
 from fedpeft.continual.parts.orthogonal import extended, outside
-from fedpeft.continual.parts.subspace import leading, merge_sketches, project
-from fedpeft.state import ServerState
-from fedpeft.strategies.sequence.base import Place, ServerBody, folded, recalled, remember
+from fedpeft.continual.parts.subspace import leading, merge_sketches, project, sketch
+from fedpeft.data.encode import Encoded
+from fedpeft.models.base import orient
+from fedpeft.state import AdapterState, ServerState
+from fedpeft.strategies.sequence.base import NEW, Place, ServerBody, Tensors, fold_into_base, recall, remember
 
 BASIS, SKETCH = "|M", "|S"
+SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
 
 
-class CoSO(ServerBody):
+class FederatedCoSO(ServerBody):
     """Coefficients in a shared subspace, orthogonal to those of earlier tasks."""
 
     paper = "Cheng et al. 2025, arXiv 2505.11816"
-    rules = ("fedit", "ffa_lora", "fedsvd")
+    fixes_factor = True
     folds = True
 
     @dataclass
@@ -50,8 +56,8 @@ class CoSO(ServerBody):
         eps_th: float = option(0.9, "share of a task's squared singular values that is protected", above=0, high=1)
 
     @property
-    def sketches(self) -> bool:  # type: ignore[override]
-        return bool(self.config.basis == "sketch")
+    def sketches(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (NEW,) if self.config.basis == "sketch" else ()
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -65,9 +71,24 @@ class CoSO(ServerBody):
         fixed = "B" if self.config.side == "out" else "A"
         return tuple(role for role in roles if role != fixed)
 
-    def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
+    def describe_sketch(self, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
         out = self.config.side == "out"
-        bases, old = recalled(server, BASIS), recalled(server, SKETCH)
+        return {site: (len(adapter[f"{site}/B"]) if out else adapter[f"{site}/A"].shape[1], self.config.r2)
+                for site in adapter.lora_sites()}
+
+    def make_sketch(self, model: Adapted, data: Encoded) -> Tensors:
+        return {site: sketch.float() for site, sketch in
+                sketch_gradients(model, data, self.config.r2, self.config.side == "in").items()}
+
+    def merge_sketches(self, sketches: list[Tensors], weights: list[float]) -> Tensors:
+        """Each client's is weighted like its update; the sketches' errors add up."""
+        roots = [(weight / sum(weights)) ** 0.5 for weight in weights]
+        return {site: merge_sketches([Q[site].double() * root for Q, root in zip(sketches, roots, strict=True)])
+                for site in sketches[0]}
+
+    def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
+        out, sketch = self.config.side == "out", sketches.get(NEW, {})
+        bases, old = recall(server, BASIS), recall(server, SKETCH)
         tensors: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
         for site in server.adapter.lora_sites():
@@ -82,7 +103,7 @@ class CoSO(ServerBody):
             tensors[f"{site}/A"] = torch.zeros_like(A) if out else P.T
             if self.sketches:
                 kept[site + SKETCH] = sketch[site].double()
-        server = remember(folded(server) if place.task > 0 else server, kept)
+        server = remember(fold_into_base(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
 
     def _protected(self, sketch: Tensor, M: Tensor | None) -> Tensor:
@@ -102,7 +123,29 @@ class CoSO(ServerBody):
         return torch.cat([found, rest], dim=1)
 
 
-def merged(sketches: list[Tensor], weights: list[float]) -> Tensor:
-    """The sketch [d, r2] of all clients' gradients, each weighted like its update; the sketches' errors add up."""
-    total = sum(weights)
-    return merge_sketches([Q.double() * (weight / total) ** 0.5 for Q, weight in zip(sketches, weights, strict=True)])
+def sketch_gradients(model: Adapted, data: Encoded, columns: int, inputs: bool) -> Tensors:
+    """Frequent Directions of the full weights' gradients at the model as it is, [d, columns] by site.
+
+    Args:
+        inputs: sketch right singular directions (d = inputs) instead of left ones (d = outputs).
+    """
+    layers = {site: model.base.layer(site) for site in model.form.lora_sites()}
+    weights = {site: layer.get_parameter("weight") for site, layer in layers.items()}
+    device = next(iter(weights.values())).device
+    sketches: Tensors = {}
+    for value in weights.values():
+        value.requires_grad_(True)
+    try:
+        for start in range(0, len(data), SKETCH_ROWS):
+            index = np.arange(start, min(start + SKETCH_ROWS, len(data)))
+            loss = per_sample_loss(model, *on_device(data, index, device)).mean()
+            slopes = torch.autograd.grad(loss, list(weights.values()))
+            for (site, layer), slope in zip(layers.items(), slopes, strict=True):
+                gradient = orient(layer, slope.cpu().double())
+                gradient = gradient.T if inputs else gradient
+                before = sketches.get(site, gradient.new_zeros(len(gradient), columns))
+                sketches[site] = sketch(before, gradient)[0]
+    finally:
+        for value in weights.values():
+            value.requires_grad_(False)
+    return sketches

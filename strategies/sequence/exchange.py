@@ -13,21 +13,20 @@ from torch import Tensor
 
 from fedpeft.state import AdapterState, RoundFailed, Rules
 from fedpeft.strategies import opening, wire
-from fedpeft.strategies.sequence.coso import merged
-from fedpeft.strategies.sequence.sequence import Learning
+from fedpeft.strategies.sequence.sequence import TaskSequence
 
 log = logging.getLogger("fedpeft")
 Record = Callable[[dict[str, Any]], None]
 Answers = list[tuple[dict[str, Tensor], float]]
 
 
-def sums(grid: Grid, codec: wire.Packed, learning: Learning, rules: Rules, record: Record, number: int, what: str,
+def sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: Rules, record: Record, number: int, what: str,
          view: str, adapter: AdapterState, form: dict[str, tuple[int, ...]]) -> Answers:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
     Args:
-        number: round whose task is meant: the first one for a sketch, the last one for a head.
-        what: "head" or "sketch".
+        number: round whose task is meant: the first one for a sketch of its records, the last one for a head.
+        what: "head", or one of the body's `sketches`.
         view: the adapter's name among the body's views.
         form: names and shapes that an answer must have.
 
@@ -35,8 +34,8 @@ def sums(grid: Grid, codec: wire.Packed, learning: Learning, rules: Rules, recor
         RoundFailed: fewer than the quorum answered.
     """
     roster = codec.roster(grid, rules.clients)
-    task = learning.curriculum.task(number)
-    message = {"round": number, "sums": what, "view": view, "learn": learning.learn(task)}
+    task = sequence.curriculum.task(number)
+    message = {"round": number, "sums": what, "view": view, "learn": sequence.learn(task)}
     content = {node: codec.content(adapter, message) for node in roster.values()}
     replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
     found, names = [], []
@@ -88,9 +87,3 @@ def head_sums(answers: Answers) -> dict[str, Tensor]:
     """The sum over clients: that of all their records."""
     first = answers[0][0]
     return {key: torch.stack([tensors[key].double() for tensors, _ in answers]).sum(0) for key in first}
-
-
-def sketch(answers: Answers, uniform: bool) -> dict[str, Tensor]:
-    """One sketch of all clients' gradients by site, weighted like their updates."""
-    weights = [1.0 if uniform else weight for _, weight in answers]
-    return {site: merged([tensors[site] for tensors, _ in answers], weights) for site in answers[0][0]}

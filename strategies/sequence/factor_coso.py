@@ -32,19 +32,19 @@ from fedpeft.continual.parts.orthogonal import extended, outside
 from fedpeft.continual.parts.subspace import leading, project
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState
-from fedpeft.strategies.sequence.base import Place, ServerBody, folded, recalled, remember
+from fedpeft.strategies.sequence.base import Place, ServerBody, Tensors, fold_into_base, recall, remember
 
 log = logging.getLogger("fedpeft")
 ROWS, COLUMNS = "|N", "|M"
 FULL = 0.9  # share of protected directions above which a site hardly learns
 
 
-class FactorCoSO(ServerBody):
+class FederatedFactorCoSO(ServerBody):
     """Each task in a subspace orthogonal to those of earlier tasks, with uploads of B only."""
 
     paper = "Cheng et al. 2025, arXiv 2505.11816; factor form derived here"
     needs = ("B",)
-    rules = ("fedit", "ffa_lora", "fedsvd")
+    fixes_factor = True
     folds = True
 
     @dataclass
@@ -67,9 +67,9 @@ class FactorCoSO(ServerBody):
                                  f"orthogonal rows, but {site} has {n} inputs. Lower adapter.r or continual.tasks (at "
                                  f"most {n // r}), or set continual.side=out.")
 
-    def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
+    def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         inputs, outputs = self.config.side != "out", self.config.side != "in"
-        rows, columns = recalled(server, ROWS), recalled(server, COLUMNS)
+        rows, columns = recall(server, ROWS), recall(server, COLUMNS)
         kept: dict[str, Tensor] = {}
         tensors: dict[str, Tensor] = {}
         for site in server.adapter.lora_sites():
@@ -85,10 +85,10 @@ class FactorCoSO(ServerBody):
                     kept[site + ROWS] = extended(rows.get(site), A.T)
                 r, n = A.shape
                 tensors[f"{site}/A"] = outside(kept.get(site + ROWS), n, r, seed, site, place.task).T
-        server = remember(folded(server) if place.task > 0 else server, kept)
+        server = remember(fold_into_base(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
 
     def after(self, server: ServerState, place: Place) -> ServerState:
-        columns = recalled(server, COLUMNS)
+        columns = recall(server, COLUMNS)
         return server.with_tensors({f"{site}/B": project(server.adapter[f"{site}/B"].double(), M)
                                     for site, M in columns.items()})

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from fedpeft.config import option
 from fedpeft.state import AdapterState, ServerState
-from fedpeft.strategies.sequence.base import Place, ServerBody, recalled, remember
+from fedpeft.strategies.sequence.base import Place, ServerBody, Tensors, recall, remember
 
 OFFLINE = "|offline"
 
 
-class LAE(ServerBody):
+class FederatedLAE(ServerBody):
     """Online adapter, and its average over rounds, as two experts."""
 
     paper = "Gao et al. 2023, arXiv 2303.10070"
@@ -39,7 +39,7 @@ class LAE(ServerBody):
         retention: float = option(0.9, "share of the average that a task leaves", low=0, high=1)
         frozen_rounds: int = option(1, "rounds of each task but the first in which only the head trains", low=0)
 
-    def begin(self, server: ServerState, place: Place, seed: int, sketch: dict[str, Tensor]) -> ServerState:
+    def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         if place.task != 1:
             return server
         return remember(server, {key + OFFLINE: value.clone() for key, value in self._own(server).items()})
@@ -51,11 +51,11 @@ class LAE(ServerBody):
         if place.task == 0:
             return server
         alpha = self.config.retention ** (1 / place.rounds)
-        now, average = self._own(server), recalled(server, OFFLINE)
+        now, average = self._own(server), recall(server, OFFLINE)
         return remember(server, {key + OFFLINE: torch.lerp(now[key], value, alpha) for key, value in average.items()})
 
     def views(self, server: ServerState) -> dict[str, AdapterState]:
-        average = recalled(server, OFFLINE)
+        average = recall(server, OFFLINE)
         online = {"online": server.adapter}
         return {**online, "offline": server.adapter.replace(average)} if average else online
 

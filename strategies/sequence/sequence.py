@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from fedpeft import registry
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.client import layers
-from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody
+from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody, Tensors
 from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
 
 TASK = f"{KEEP}task"  # the last task that has begun
 
 
-class Learning(Wrapper):
+class TaskSequence(Wrapper):
     """Tells clients which classes to train, and calls the body where a task begins and after every round.
 
     Args:
@@ -36,9 +34,9 @@ class Learning(Wrapper):
     def begun(self, server: ServerState) -> int:
         return int(server.numbers.get(TASK, -1))
 
-    def begin(self, server: ServerState, task: int, sketch: dict[str, Tensor]) -> ServerState:
+    def begin(self, server: ServerState, task: int, sketches: dict[str, Tensors]) -> ServerState:
         """The state before the first round of a task; the strategy starts anew where the body drew a new A."""
-        moved = self.body.begin(server, self.place(server.round + 1), self.seed, sketch)
+        moved = self.body.begin(server, self.place(server.round + 1), self.seed, sketches)
         if self.body.changes_A:
             fresh = self.inner.initial(moved.adapter, self.seed)
             moved = replace(moved, adapter=fresh.adapter, memory={**moved.memory, **fresh.memory},
@@ -89,9 +87,11 @@ class Learning(Wrapper):
         if lacking:
             raise InputError(f"continual.body={name}: it needs clients that train {', '.join(lacking)}; strategy "
                              f"{name_of(inside)} trains {', '.join(self.trains)}.")
-        if self.body.rules is not None and name_of(inside) not in self.body.rules:
+        if self.body.fixes_factor and not inside.takes_fixed_factor:
+            able = [other for other in registry.names("strategies")
+                    if registry.load("strategies", other).takes_fixed_factor]
             raise InputError(f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
-                             f"{name_of(inside)} cannot do. Strategies that can: {', '.join(self.body.rules)}.")
+                             f"{name_of(inside)} cannot do. Strategies that can: {', '.join(able)}.")
         if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
             able = [other for other in registry.names("strategies") if (cls := registry.load("strategies", other))
                     and cls.fixed_basis and cls.adapter == self.adapter
@@ -112,10 +112,10 @@ class Learning(Wrapper):
                              "every task, which clients cannot draw from the run's seed. Set strategy.transport=dense.")
 
 
-def learning_of(strategy: FederatedStrategy) -> Learning | None:
-    """The `Learning` among a strategy's wrappers."""
+def find_sequence(strategy: FederatedStrategy) -> TaskSequence | None:
+    """The `TaskSequence` among a strategy's wrappers."""
     while isinstance(strategy, Wrapper):
-        if isinstance(strategy, Learning):
+        if isinstance(strategy, TaskSequence):
             return strategy
         strategy = strategy.inner
     return None

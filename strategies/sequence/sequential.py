@@ -5,5 +5,5 @@ from __future__ import annotations
 from fedpeft.strategies.sequence.base import ServerBody
 
 
-class Sequential(ServerBody):
+class FederatedSequential(ServerBody):
     """Nothing is done against forgetting."""

@@ -36,6 +36,7 @@ class Krum(Wrapper):
 
     paper = "Blanchard et al. 2017, arXiv 1703.02757"
     needs = Needs.INDIVIDUAL
+    robust = True
 
     @dataclass
     class Config:

@@ -22,6 +22,7 @@ class Median(Wrapper):
 
     paper = "Yin et al. 2018, arXiv 1803.01498"
     needs = Needs.INDIVIDUAL
+    robust = True
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         one, self.treated = merged(updates, (len(updates) - 1) // 2, "median")

@@ -34,6 +34,7 @@ class NormClip(Wrapper):
 
     paper = "Sun et al. 2019, arXiv 1911.07963"
     needs = Needs.INDIVIDUAL
+    robust = True
     needs_start = True
 
     @dataclass

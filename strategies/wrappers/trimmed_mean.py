@@ -31,6 +31,7 @@ class TrimmedMean(Wrapper):
 
     paper = "Yin et al. 2018, arXiv 1803.01498"
     needs = Needs.INDIVIDUAL
+    robust = True
 
     @dataclass
     class Config:

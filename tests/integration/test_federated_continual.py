@@ -27,7 +27,7 @@ from fedpeft.record.metrics import read
 from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
 from fedpeft.strategies.sequence.build import head as build_head
-from fedpeft.strategies.sequence.sequence import TASK, Learning
+from fedpeft.strategies.sequence.sequence import TASK, TaskSequence
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "factor_coso": ("continual", {"continual.side": "both"}),
@@ -268,14 +268,15 @@ def test_a_client_without_records_of_a_task_sits_out(go, tmp_path, monkeypatch):
         ["client-000", "client-001", "client-002"], ["client-000", "client-001"]]
     with pytest.raises(RunError, match=r"round 3: 2 good replies of 3, but run\.quorum=1.* needs 3"):
         go("strict", "continual", {**split, "run.quorum": 1.0})
-    monkeypatch.setattr(Learning, "choose", lambda self, names, rules, number: names[:2])  # sums are asked of all
+    monkeypatch.setattr(TaskSequence, "choose", lambda self, names, rules, number: names[:2])  # sums are asked of all
     with pytest.raises(RunError, match=r"task 1: sums from 2 of 3 clients, but run\.quorum=0\.9 needs 3"):
         go("sums", "continual", {**split, "run.quorum": 0.9})
 
 
 def test_a_client_that_missed_a_task_says_so(go, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="fedpeft")
-    monkeypatch.setattr(Learning, "choose", lambda self, names, rules, number: names[:1] if number < 3 else names[:2])
+    monkeypatch.setattr(TaskSequence, "choose",
+                        lambda self, names, rules, number: names[:1] if number < 3 else names[:2])
     go("run", "continual_lae", {"strategy.weighting": "uniform"})
     found = [event for event in read(tmp_path / "run" / "metrics.jsonl") if event["event"] == "round"]
     assert [event["missed_tasks"] for event in found] == [0.0, 0.0, 0.5, 0.5]  # mean of client-000's 0, client-001's 1

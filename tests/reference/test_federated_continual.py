@@ -16,8 +16,8 @@ from fedpeft.continual.curriculum import Curriculum
 from fedpeft.continual.parts.subspace import sketch
 from fedpeft.errors import InputError
 from fedpeft.state import Update
-from fedpeft.strategies.sequence.coso import merged
-from fedpeft.strategies.sequence.sequence import Learning
+from fedpeft.strategies.sequence.base import NEW
+from fedpeft.strategies.sequence.sequence import TaskSequence
 
 SHAPES = {"u": (12, 14), "v": (13, 12)}
 WEIGHTS = [10.0, 30.0, 20.0, 5.0, 15.0]
@@ -31,7 +31,7 @@ def learning(dense, body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=
     inner = dense.make(rule, **DENSE.get(rule, {}))
     inner = inner if wrap is None else dense.make(wrap, inner=inner)
     made = registry.load("server_bodies", body)(**options)
-    strategy = Learning(inner, made, Curriculum(tuple((task,) for task in range(TASKS)), rounds), compete, body)
+    strategy = TaskSequence(inner, made, Curriculum(tuple((task,) for task in range(TASKS)), rounds), compete, body)
     strategy.population = len(WEIGHTS)
     return strategy
 
@@ -41,7 +41,7 @@ def sequence(dense, strategy, start, sketches=None, tasks=TASKS):
     server = strategy.initial(start, 0)
     for task in range(tasks):
         ended = server
-        began = server = strategy.begin(ended, task, {} if sketches is None else sketches(task))
+        began = server = strategy.begin(ended, task, {} if sketches is None else {NEW: sketches(task)})
         played = []
         for _ in range(strategy.curriculum.rounds):
             played.append(dense.play(strategy, server, began.adapter, WEIGHTS))
@@ -215,7 +215,7 @@ def test_coso_fills_up_where_the_sketch_has_too_few_directions(dense):
     one = {site: torch.eye(n, 1, dtype=torch.float64) for site, (_, n) in SHAPES.items()}
     given = {site: torch.cat([value, value.new_zeros(len(value), 4)], dim=1) for site, value in one.items()}
     server = strategy.initial(dense.fresh(RANK, shapes=SHAPES), 0)
-    made = [strategy.begin(server, 0, given) for _ in range(2)]
+    made = [strategy.begin(server, 0, {NEW: given}) for _ in range(2)]
     for site in SHAPES:
         A = dense.array(made[0].adapter[f"{site}/A"])
         np.testing.assert_allclose(A @ A.T, np.eye(RANK), atol=1e-12)
@@ -252,7 +252,7 @@ def test_a_merged_sketch_obeys_the_summed_bound():
             S, delta = sketch(S, torch.tensor(U[:, :r2] * sigma[:r2]))
             bound += weight * delta
         sketches.append(S)
-    S = merged(sketches, WEIGHTS)
+    S = registry.load("server_bodies", "coso")().merge_sketches([{"u": one} for one in sketches], WEIGHTS)["u"]
     assert S.shape == (11, r2)
     stacked = np.hstack([np.sqrt(weight) * one.numpy() for weight, one in zip(p, sketches, strict=True)])
     bound += np.linalg.svd(stacked, compute_uv=False)[r2] ** 2

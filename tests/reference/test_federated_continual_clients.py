@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedpeft import registry
 from fedpeft.clients.cohort.engine import Job, train_cohort
-from fedpeft.clients.sequence import BOUND, gradient_sketch, head_sums, joined, private_head_sums, records, replayed
+from fedpeft.clients.sequence import BOUND, head_sums, joined, private_head_sums, records, replayed
 from fedpeft.clients.train import per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -18,6 +18,7 @@ from fedpeft.errors import RunError
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Seeded
 from fedpeft.state import AdapterState
+from fedpeft.strategies.sequence.coso import sketch_gradients
 
 # conpet_static --------------------------------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ def test_a_client_sketches_the_gradients_of_full_weights(build, inputs):
     """With as many columns as directions nothing is lost: S S^T is the sum of G^T G (inputs) or G G^T over batches."""
     model, data = build("vit"), images(100)
     model.write(small.randomised(model))
-    got = gradient_sketch(model, data, 32, inputs)
+    got = sketch_gradients(model, data, 32, inputs)
     for site in model.form.lora_sites():
         layer = model.base.layer(site)
         assert not layer.weight.requires_grad
