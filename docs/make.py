@@ -1,0 +1,86 @@
+"""What docs/ repeats from elsewhere, made from there: the tables of docs/methods.md and docs/figures/wordnet.svg.
+
+    python docs/make.py
+
+The tables come from the registry, the figure's numbers from the table in REPRODUCIBILITY.md and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedpeft import registry
+from fedpeft.cli import catalogue
+
+ROOT = Path(__file__).parents[1]
+METHODS, MEASURED, FIGURE = ROOT / "docs/methods.md", ROOT / "REPRODUCIBILITY.md", ROOT / "docs/figures/wordnet.svg"
+BODIES = {
+    "frozen": "MiniLM as it is",
+    "sequential:form=lora": "one LoRA, trained on",
+    "merging:method=opcm": "a LoRA a task, merged (OPCM)",
+    "olora": "O-LoRA",
+    "inflora": "InfLoRA",
+    "coso:side=in,refresh=2,eps_th=0.9": "CoSO",
+    "er:form=lora": "replay of old records",
+    "conpet_static": "ConPET, keeps all records",
+}
+HEADS = {"linear": ("trained classifier", "#b0543c"), "lda": ("LDA on the features", "#2f6d9e")}
+
+
+def table(kind: str) -> str:
+    """All entries of a registry table as Markdown: name, first line of its description, and paper where any has one."""
+    entries = catalogue.entries(kind)[kind]
+    papers = [getattr(registry.load(kind, entry["name"]), "paper", "") if kind in registry.TABLES else ""
+              for entry in entries]
+    rows = [["name", "what it is", "paper"], ["---"] * 3,
+            *([f"`{entry['name']}`", entry["summary"], paper] for entry, paper in zip(entries, papers, strict=True))]
+    return "\n".join(f"| {' | '.join(row if any(papers) else row[:2])} |".replace("  ", " ") for row in rows)
+
+
+def with_tables(page: str) -> str:
+    """The page with every block between `<!-- table KIND -->` and `<!-- end -->` made anew."""
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)", lambda found: f"{found[1]}{table(found[2])}\n", page,
+                  flags=re.DOTALL)
+
+
+def measured() -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard deviation over seeds, in %, by body and head, as REPRODUCIBILITY.md has them for `wordnet`."""
+    section = MEASURED.read_text().partition("\n### wordnet")[2].split("\n\n")[1]
+    header, _, *rows = (line.strip("| ").split(" | ") for line in section.splitlines())
+    cells = {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows}
+    numbers = {name: {head: cells[name][head].split(" ± ") for head in HEADS} for name in BODIES}
+    return {name: {head: (float(mean), float(sd)) for head, (mean, sd) in row.items()}
+            for name, row in numbers.items()}
+
+
+def draw(path: Path) -> None:
+    """A dot and its error bar for each body and head."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fedpeft", "font.family": "sans-serif", "font.size": 10}
+    with pyplot.rc_context(settings):
+        figure, axes = pyplot.subplots(figsize=(7.6, 4.2), layout="constrained")
+        for place, (name, row) in enumerate(reversed(measured().items())):
+            axes.axhline(place, color="#e4e4e4", linewidth=0.8, zorder=0)
+            for head, (mean, sd) in row.items():
+                color, shift = HEADS[head][1], 0.18 if head == "lda" else -0.18
+                axes.errorbar(mean, place + shift, xerr=sd, fmt="o", color=color, capsize=3, markersize=5)
+                axes.text(66, place + shift, f"{mean:.1f} ± {sd:.1f}", color=color, va="center", ha="right", fontsize=8)
+        axes.set_yticks(range(len(BODIES)), list(reversed(BODIES.values())))
+        axes.set_xlim(25, 66)
+        axes.set_xlabel("accuracy in % on 700 test texts, mean ± sd of 3 seeds")
+        axes.tick_params(left=False)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        for label, color in HEADS.values():
+            axes.plot([], [], "o", color=color, label=label)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    METHODS.write_text(with_tables(METHODS.read_text()))
+    draw(FIGURE)
