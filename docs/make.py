@@ -64,7 +64,7 @@ def draw(path: Path) -> None:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "fedpeft", "font.family": "sans-serif", "font.size": 10}
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(7.6, 4.2), layout="constrained")
-        for place, (name, row) in enumerate(reversed(measured().items())):
+        for place, row in enumerate(reversed(measured().values())):
             axes.axhline(place, color="#e4e4e4", linewidth=0.8, zorder=0)
             for head, (mean, sd) in row.items():
                 color, shift = HEADS[head][1], 0.18 if head == "lda" else -0.18

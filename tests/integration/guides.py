@@ -1,4 +1,4 @@
-"""README.md and DEPLOY.md as what they tell a reader to type, and what that reader has at hand."""
+"""README.md, the pages of docs/ and DEPLOY.md as what they tell a reader to type, and what that reader has at hand."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 
 from fedpeft.models.loading import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README, DEPLOY = ROOT / "README.md", ROOT / "DEPLOY.md"
+COMMANDS, METHODS = ROOT / "docs" / "commands.md", ROOT / "docs" / "methods.md"
+# In the order in which a reader who types everything meets them.
+GUIDES = (README, COMMANDS, *sorted(set((ROOT / "docs").glob("*.md")) - {COMMANDS}), DEPLOY)
 SITES = ("north", "south", "west")
 
 
@@ -34,8 +38,8 @@ def commands(guide: Path) -> list[list[str]]:
 
 
 def at_hand(folder: Path) -> None:
-    """Put into an empty folder what the README takes for granted: the checkout's Makefile with its environment set up,
-    and the reader's own models and records.
+    """Put into an empty folder what the guides take for granted: the checkout's Makefile with its environment set up,
+    and the reader's own models and records. The models are small and random, but their features tell texts apart.
     """
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True)
@@ -46,7 +50,8 @@ def at_hand(folder: Path) -> None:
     (binaries / "activate").write_text(f"export PATH={shlex.quote(str(here))}:$PATH\n")
     (folder / ".venv" / "ready").touch()
     sizes = {"vocab_size": len(byte_tokenizer()), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "intermediate_size": 24, "max_position_embeddings": 128, "pad_token_id": 0}
+             "intermediate_size": 24, "max_position_embeddings": 128, "pad_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(2)
     for name, model in (("minilm", transformers.BertModel(transformers.BertConfig(**sizes))),
                         ("smollm2", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))):
         model.save_pretrained(folder / "models" / name)

@@ -1,4 +1,4 @@
-"""Every shipped config is valid, says how to launch and override it, and what it says is true; likewise the README."""
+"""Every shipped config is valid, says how to launch and override it, and what it says is true; likewise the guides."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from fedpeft import config as configs
 
 SHIPPED = configs.shipped_configs()
-README = Path(__file__).parents[2] / "README.md"
-COMMAND = re.compile(r"fedpeft simulate ([^#\n(]+)")
+ROOT = Path(__file__).parents[2]
+GUIDES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "DEPLOY.md")
+COMMAND = re.compile(r"fedpeft simulate ([^#\n(`]+)")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -40,18 +41,19 @@ def test_a_shipped_config_is_valid_and_its_header_works(name):
         assert (changed != plain) == (len(words) > 1), words
 
 
-def test_commands_of_the_readme_are_valid():
-    lines = commands(README.read_text().replace("CONFIG [key=value ...]", "quickstart"))
-    assert len(lines) >= 4
+def test_commands_of_the_guides_are_valid():
+    text = "\n".join(guide.read_text() for guide in GUIDES)
+    lines = commands(re.sub(r"simulate (CONFIG \[key=value \.\.\.\]|NAME)", "simulate quickstart", text))
+    assert len(lines) >= 16
     for words in lines:
         configs.load(words[0], [word for word in words[1:] if "=" in word])
     assert configs.load("quickstart", ["strategy.name=lora_fair"]).strategy.name == "lora_fair"
 
 
-def test_every_strategy_of_the_readme_is_registered():
+def test_every_strategy_of_the_table_is_registered():
     from fedpeft import registry
 
-    table = README.read_text().partition("## Which strategy")[2].partition("##")[0]
+    table = (ROOT / "docs" / "methods.md").read_text().partition("## Which strategy")[2].partition("##")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     rules = {name for name in registry.names("strategies") if not registry.load("strategies", name).wraps}
     assert set(named) == rules - {"flower"}

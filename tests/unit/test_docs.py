@@ -1,8 +1,9 @@
-"""What docs/ says of the code is there."""
+"""What docs/ says of the code is there, and what README.md links is too."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,6 +13,21 @@ ROOT = Path(__file__).parents[2]
 MAPPED = ("strategies", "clients", "simulations")
 PAGE = (ROOT / "docs" / "how_a_round_works.md").read_text()
 HOPS = re.findall(r"^\| \d+ \| `([\w/.]+)` `([\w.]+)` \|", PAGE, flags=re.M)
+
+GUIDES = ("README", "DEPLOY", "CONTRIBUTING", "REPRODUCIBILITY", "SECURITY")
+PAGES = [ROOT / f"{name}.md" for name in GUIDES] + sorted((ROOT / "docs").glob("*.md"))
+WORDS = ("cohort", "body", "head", "stream", "sums", "refactored", "ledger", "quorum", "SecAgg+", "policy", "LDA",
+         "NCM", "RanPAC", "Poisson batches", "fleet", "control port", "SuperNode", "SuperLink", "round", "site",
+         "adapter", "client half", "role", "release", "quarantine")
+
+
+@pytest.fixture(scope="module")
+def make():
+    """docs/make.py as a module."""
+    spec = importlib.util.spec_from_file_location("docs_make", ROOT / "docs" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def defined(path: Path) -> set[str]:
@@ -36,8 +52,53 @@ def test_the_walk_is_short():
 
 def test_the_pages_are_linked():
     readme, contributing = ((ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md"))
-    assert all(f"docs/{page}.md" in readme for page in ("how_a_round_works", "architecture"))
-    assert "docs/how_a_round_works.md" in contributing
+    assert all(f"docs/{path.name}" in readme for path in (ROOT / "docs").glob("*.md"))
+    assert all(f"docs/{page}.md" in contributing for page in ("how_a_round_works", "architecture"))
+
+
+def anchors(path: Path) -> set[str]:
+    """A page's headings as GitHub links them."""
+    heads = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            page = (path.parent / file).resolve() if file else path
+            assert page.is_file(), target
+            assert not anchor or anchor in anchors(page), target
+
+
+def test_every_registered_method_is_in_its_table(make):
+    page = make.METHODS.read_text()
+    shown = set(re.findall(r"<!-- table (\w+) -->", page))
+    assert shown == set(make.catalogue.TABLES) - {"sections"}
+    assert make.with_tables(page) == page, "python docs/make.py writes the tables of docs/methods.md anew"
+
+
+def test_a_method_that_is_not_in_the_tables_is_noticed(make, monkeypatch):
+    table, page = make.registry.table, make.METHODS.read_text()
+    monkeypatch.setattr(make.registry, "table", lambda kind: {
+        **table(kind), **({"nearest": table("heads")["ncm"]} if kind == "heads" else {})})
+    assert "| `nearest` |" in make.with_tables(page) and "`nearest`" not in page
+
+
+def test_the_figure_shows_what_was_measured(make, tmp_path):
+    make.draw(tmp_path / "new.svg")
+    labels = [re.findall(r"[\d.]+ ± [\d.]+", path.read_text()) for path in (tmp_path / "new.svg", make.FIGURE)]
+    assert labels[0] == labels[1] and len(labels[0]) == 2 * len(make.BODIES)
+    measured = make.MEASURED.read_text()
+    assert all(label in measured for label in labels[1])
+
+
+def test_the_words_are_explained():
+    rows = re.findall(r"^\| ([^|]+) \| (.{15,}) \|$", (ROOT / "docs" / "glossary.md").read_text(), flags=re.M)
+    words = [word for word, _ in rows]
+    assert set(WORDS) <= set(words) and len(set(words)) == len(words)
+    assert words == sorted(words, key=str.lower)
 
 
 def test_every_folder_of_the_architecture_is_there_and_every_folder_is_in_it():
