@@ -12,8 +12,7 @@ export PIP_NO_WARN_SCRIPT_LOCATION ?= 1
 ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack" -o timeout=900 \
 	tests/unit/test_ledger_runs.py tests/reference/test_client_dp_account.py tests/reference/test_cohort.py \
 	tests/integration/test_engines.py tests/integration/test_resume.py tests/integration/test_kill_points.py \
-	tests/integration/test_secagg_rounds.py tests/conformance tests/continual/test_conformance_continual.py \
-	tests/continual/test_claims.py tests/integration/test_benchmark_claims.py
+	tests/integration/test_secagg_rounds.py tests/conformance tests/claims
 
 .PHONY: demo test slow attack claims kernels gpu lint checkpoint smoke clean
 

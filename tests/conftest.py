@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no telemetry, no hub, and a tiny simulation that takes half a second."""
+"""Shared by all tests: one thread, no telemetry, no hub, float64, checkpoints, and a simulation of half a second."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import os
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")
 torch.set_num_threads(1)
-
-TINY: dict[str, Any] = {
-    "data.limit": 120, "data.clients": 4, "data.partition": "iid", "client.local_steps": 2, "client.local_epochs": None,
-    "client.batch_size": 8, "client.lr": 0.01, "run.rounds": 3, "run.baselines": False,
-}
 
 
 @pytest.fixture
@@ -26,6 +22,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     """`tiny(name, config)` runs a tiny simulation into tmp_path/name and returns its summary, without plots."""
     from fedpeft.record import report
     from fedpeft.simulations.run import simulate
+    from support.methods import TINY
 
     monkeypatch.setattr(report, "write", lambda run: [])
 
@@ -33,3 +30,33 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
         return simulate({}, {**TINY, **(config or {})}, tmp_path / name, **arguments)
 
     return run
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything in float64, casts to float32 included, so that an identity of real numbers holds to 1e-10."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("vit", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("bert", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def language_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: saved(kind, tmp_path_factory) for kind in ("llama", "gpt2")}
+
+
+def saved(kind: str, factory: pytest.TempPathFactory) -> Path:
+    from support import small_models
+
+    return small_models.save(kind, factory.mktemp("models") / kind)

@@ -21,8 +21,6 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PAR
 
 import torch
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("conformance", "continual", "tta", "unit"))]
 torch.set_num_threads(1)
 
 
@@ -64,11 +62,9 @@ def simulated(preset: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def entries() -> Iterator[tuple[str, Callable[[], str]]]:
-    from conftest import TINY
-    from test_strategies import settings
-
     from fedpeft import config as configs
     from fedpeft import registry
+    from support.methods import TINY, settings
 
     for name in configs.shipped_configs():
         short = {"run.rounds": 2, "client.local_steps": 2, "client.local_epochs": None, "data.limit": 400}
@@ -86,17 +82,16 @@ def entries() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def body(name: str) -> str:
-    import continual_parts
-    from test_conformance_continual import heads_of
+    from support import continual_parts
 
-    made = continual_parts.learner(name, heads_of(name))
+    made = continual_parts.learner(name, continual_parts.heads_of(name))
     made.run()
     return digest(made.state())
 
 
 def adapted(name: str) -> str:
-    import parts
-    import small_models
+    from support import small_models
+    from support import tta_parts as parts
 
     with tempfile.TemporaryDirectory() as root:
         if name in parts.LANGUAGE:
@@ -107,9 +102,8 @@ def adapted(name: str) -> str:
 
 
 def merged(name: str) -> str:
-    from test_mergers import MADE, NUMBERS
-
     from fedpeft.merging.base import merge
+    from support.methods import MADE, NUMBERS
 
     return digest(dict(merge(name, MADE, None, NUMBERS.get(name)).tensors))
 

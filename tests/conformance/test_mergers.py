@@ -16,25 +16,9 @@ from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.merging.base import make, merge
 from fedpeft.state import AdapterState, Site, StateMismatch
+from support.methods import MADE, NUMBERS, adapter
 
 NAMES = registry.names("mergers")
-NUMBERS = {"metrics_weighted": [0.4, 0.2, 0.1]}
-
-
-def adapter(slot, dtype=torch.float32):
-    """Rank 2, in the first, second or third pair of axes of the input, so that orthogonal_adaptation takes it too."""
-    generator = torch.Generator().manual_seed(slot)
-    tensors = {"head/bias": torch.randn(3, generator=generator)}
-    sites = {"head": Site("head", (3,))}
-    for site, (m, n) in {"a.q": (5, 6), "a.v": (4, 7)}.items():
-        tensors[f"{site}/A"] = torch.zeros(2, n)
-        tensors[f"{site}/A"][:, 2 * slot : 2 * slot + 2] = torch.randn(2, 2, generator=generator)
-        tensors[f"{site}/B"] = torch.randn(m, 2, generator=generator)
-        sites[site] = Site("lora", (m, n), 2.0)
-    return AdapterState({key: value.to(dtype) for key, value in tensors.items()}, sites)
-
-
-MADE = [adapter(slot) for slot in range(3)]
 
 
 def number(name, index):

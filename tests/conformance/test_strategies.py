@@ -16,26 +16,9 @@ from fedpeft import registry
 from fedpeft.record import checkpoint
 from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
+from support.methods import settings
 
 STRATEGIES = registry.names("strategies")
-
-
-def settings(name: str) -> dict[str, Any]:
-    """What a strategy needs beside its name."""
-    cls = registry.load("strategies", name)
-    parts = cls() if cls.wraps else cls
-    config: dict[str, Any] = {"strategy": name}
-    if parts.adapter != "lora":
-        config["adapter"] = parts.adapter
-    if parts.keeps:
-        config["data.holdout"] = 0.25
-    if name == "scaffold":
-        config["client.optimizer"] = "sgd"
-    if name == "krum":
-        config |= {"strategy.byzantine": 0, "strategy.keep": 2}
-    if name == "trimmed_mean":
-        config["strategy.fraction"] = 0.4  # one of three clients at each end
-    return config
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,13 +10,13 @@ import os
 from dataclasses import replace
 
 import pytest
-import small_models as small
 import torch
-from test_cohort import ADAMW, EPOCHS, EVEN, SGD, UNEVEN, WIDE, make_jobs, one_by_one, private
 
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate
 from fedpeft.simulations.run import simulate
+from support import small_models as small
+from support.cohort_jobs import ADAMW, EPOCHS, EVEN, SGD, UNEVEN, WIDE, make_jobs, one_by_one, private
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device(os.environ.get("FEDPEFT_DEVICE", "cuda"))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from fedpeft.cli import console, main
 from fedpeft.record import report
 from fedpeft.simulations.run import simulate
-
-sys.path.insert(0, str(Path(__file__).parent))  # for deployed.py and sequences.py
+from support.sequences import SMALL
 
 FEW = [
     "data.limit=80",
@@ -85,8 +82,6 @@ def tiny_options():
 @pytest.fixture
 def go(tmp_path, monkeypatch):
     """`go(name, config, more)` runs a shipped continual config tiny into tmp_path/name, without plots."""
-    from sequences import SMALL
-
     monkeypatch.setattr(report, "write", lambda run: [])
 
     def run(name, config, more=None, **arguments):

@@ -12,7 +12,6 @@ import time
 import grpc
 import pytest
 import torch
-from deployed import NAMES, TRAIN, Deployment, children, listening, simulated, three_sites, until, write_records
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 
@@ -20,6 +19,7 @@ from fedpeft.adapters import folder
 from fedpeft.deploy import settings
 from fedpeft.deploy.site import probe
 from fedpeft.privacy.ledger import Ledger
+from support.deployed import NAMES, TRAIN, Deployment, children, listening, simulated, three_sites, until, write_records
 
 
 @pytest.fixture(scope="module")

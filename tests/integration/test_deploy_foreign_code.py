@@ -8,7 +8,6 @@ import sys
 import httpx
 import pytest
 import yaml
-from deployed import LABELS, TRAIN, Deployment, until, write_records
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, run_from_proto
@@ -25,6 +24,7 @@ from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.processes import Child, end, launch
+from support.deployed import LABELS, TRAIN, Deployment, until, write_records
 
 PROJECT = """
 [project]

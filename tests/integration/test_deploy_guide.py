@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deployed import free_ports
-from guides import DEPLOY, script
+from support.deployed import free_ports
+from support.guides import DEPLOY, script
 
 
 def test_a_stranger_can_follow_the_guide(tmp_path):

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from deployed import LABELS, TRAIN, write_records
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.proto.runtime_pb2 import AcquireTaskResponse
@@ -28,6 +27,7 @@ from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.site import proxy, site, worker
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.strategies.wire import PACKED, BadReply
+from support.deployed import LABELS, TRAIN, write_records
 
 POLICY = {"unit": "sample", "max_delta": 0.01, "seeded_noise": True}
 

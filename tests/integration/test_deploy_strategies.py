@@ -9,12 +9,12 @@ import json
 
 import pytest
 import torch
-from deployed import NAMES, TRAIN, simulated, three_sites, until
 from safetensors.torch import load_file
 
 from fedpeft.adapters import folder
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.record.metrics import read
+from support.deployed import NAMES, TRAIN, simulated, three_sites, until
 
 WORDS = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"], "up": ["hill", "sky"], "down": ["well", "pit"]}
 CLEAR = {"privacy": {"unit": "none"}}

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from elsewhere import elsewhere
+from support.elsewhere import elsewhere
 
 UNIFORM = {"privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"}
 PRIVATE = {"privacy.unit": "sample", "data.limit": 200, **UNIFORM}

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sequences import DP_LDA, SMALL, ended
 
 from fedpeft import config as configs
 from fedpeft.clients import sequence
@@ -28,6 +27,7 @@ from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
 from fedpeft.strategies.sequence.build import head as build_head
 from fedpeft.strategies.sequence.sequence import TASK, TaskSequence
+from support.sequences import DP_LDA, SMALL, ended
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "factor_coso": ("continual", {"continual.side": "both"}),

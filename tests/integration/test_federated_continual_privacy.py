@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sequences import DP_LDA, SMALL, ended
 
 from fedpeft import config as configs
 from fedpeft.clients import sequence
@@ -13,6 +12,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted, Ledger
 from fedpeft.run.world import load_world
+from support.sequences import DP_LDA, SMALL, ended
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from deployed import free_ports
-from guides import COMMANDS, DEPLOY, GUIDES, README, ROOT, at_hand, commands, script
 
 from fedpeft import config as configs
 from fedpeft.cli.main import app
+from support.deployed import free_ports
+from support.guides import COMMANDS, DEPLOY, GUIDES, README, ROOT, at_hand, commands, script
 
 GROUP = typer.main.get_command(app)
 TAKES_CONFIG = ("simulate", "audit")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_points import Left, facts, ledgers, watched
 
 from fedpeft.errors import InputError
 from fedpeft.simulations import run as runs
 from fedpeft.simulations import workers
+from support.kill_points import Left, facts, ledgers, watched
 
 SMALL: dict[str, Any] = {"data.limit": 36, "data.clients": 3, "client.local_steps": 1, "client.batch_size": 2,
                          "run.rounds": 2, "run.evaluate_every": 2, "data.test_fraction": 0.2}

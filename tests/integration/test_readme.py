@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import warnings
 
-from guides import README, at_hand, blocks
 from safetensors.torch import load_file
+
+from support.guides import README, at_hand, blocks
 
 
 def test_the_script_runs_and_is_short(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 
 from fedpeft.simulations.grid import LocalGrid
 
-SOURCE = Path(__file__).with_name("stock_app.py")
+SOURCE = Path(__file__).parents[1] / "support" / "stock_app.py"
 
 
 @pytest.fixture

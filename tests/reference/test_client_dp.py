@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from client_dp_rounds import INNER, Quiet, cohort, flat, ones, private
 from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideAdaptiveClipping, FedAvg
 from hypothesis import given, settings
@@ -20,15 +19,16 @@ from fedpeft.seeds import numpy_generator
 from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.client_dp import CLIP, sum_changes, sum_multiplier
+from support.client_dp_rounds import INNER, Quiet, cohort, flat, ones, private
 
 # The sum -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_a_round_is_the_noised_clipped_sum_over_a_constant(dense, inner):
+def test_a_round_is_the_noised_clipped_sum_over_a_constant(inner):
     """Reference: every client one long vector, clipped, added up, noise from the seed, divided by m = 7."""
     strategy = private(inner, population=7, run={"seed": 3}, clip=0.8, noise_multiplier=0.5)
-    server, updates = cohort(dense, strategy, [0.0, 0.3, 0.8, 2.0, 50.0], weights=[1, 9999, 3, 7, 20])
+    server, updates = cohort(strategy, [0.0, 0.3, 0.8, 2.0, 50.0], weights=[1, 9999, 3, 7, 20])
     roles = strategy.uploads(server)
     start = flat(server.adapter.select(roles))
     total = np.zeros_like(start)
@@ -49,21 +49,21 @@ class Spy(FederatedStrategy):
         return server
 
 
-def test_the_strategy_inside_sees_one_update_that_stands_for_all(dense):
+def test_the_strategy_inside_sees_one_update_that_stands_for_all():
     spy = Spy()
     strategy = private(spy)
-    server, updates = cohort(dense, strategy, [1.0, 1.0, 1.0], weights=[1, 2, 3])
+    server, updates = cohort(strategy, [1.0, 1.0, 1.0], weights=[1, 2, 3])
     strategy.aggregate(server, updates)
     (seen,) = spy.seen
     assert (seen.count, seen.weight, seen.metrics) == (3, 1.0, {})
     assert strategy.needs is Needs.INDIVIDUAL  # the server clips: no secure aggregation
 
 
-def test_server_optimizers_step_on_the_noised_mean(dense):
+def test_server_optimizers_step_on_the_noised_mean():
     """FedAdam around FedIT, by hand: m = 0.1 D, v = 0.01 D^2, one step of 0.1 m / (sqrt v + 1e-3)."""
     adam = registry.load("strategies", "fedadam")(inner=registry.load("strategies", "fedit")())
     strategy = private(adam, cls=Quiet, clip=1.0)
-    server, updates = cohort(dense, strategy, [4.0, 0.5])
+    server, updates = cohort(strategy, [4.0, 0.5])
     start = flat(server.adapter)
     changes = [flat(update.adapter) - start for update in updates]
     D = (changes[0] / 4.0 + changes[1]) / 5
@@ -96,9 +96,9 @@ def test_one_more_client_moves_the_mean_by_at_most_clip_over_cohort(tensors, siz
         assert np.linalg.norm(with_it - without) >= bound * (1 - 1e-9)
 
 
-def test_the_divisor_stays_when_clients_drop(dense):
+def test_the_divisor_stays_when_clients_drop():
     strategy = private(cls=Quiet, population=9, run={"clients_per_round": 6}, clip=10.0)
-    server, updates = cohort(dense, strategy, [1.0, 2.0, 3.0])
+    server, updates = cohort(strategy, [1.0, 2.0, 3.0])
     start = flat(server.adapter)
     for replied in (updates, updates[1:], updates[2:], []):
         total = sum((flat(update.adapter) - start for update in replied), np.zeros_like(start))
@@ -106,9 +106,9 @@ def test_the_divisor_stays_when_clients_drop(dense):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.7e308, 1e200])
-def test_what_has_no_finite_norm_adds_nothing(dense, value):
+def test_what_has_no_finite_norm_adds_nothing(value):
     strategy = private(cls=Quiet, clip=1.0)
-    server, updates = cohort(dense, strategy, [0.5, 0.5])
+    server, updates = cohort(strategy, [0.5, 0.5])
     server = replace(server, adapter=server.adapter.replace({"u/B": torch.full((7, 3), 1.7e308, dtype=torch.float64)}))
     updates = [replace(one, adapter=one.adapter.replace({"u/B": server.adapter["u/B"]})) for one in updates]
     bad = torch.full((7, 3), value, dtype=torch.float64)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_dp_rounds import INNER, Quiet, cohort, ones, private
 
 from fedpeft.errors import InputError
 from fedpeft.privacy import accounting
@@ -19,6 +18,7 @@ from fedpeft.simulations import run as runs
 from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.client_dp import describe
+from support.client_dp_rounds import INNER, Quiet, cohort, ones, private
 
 # Sampling and account ------------------------------------------------------------------------------------------------
 
@@ -133,19 +133,19 @@ def test_without_a_ledger_it_warns_once_and_keeps_to_the_planned_rounds(caplog):
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_metrics_of_clients_stay_out_of_the_event(dense, released):
+def test_metrics_of_clients_stay_out_of_the_event(released):
     strategy = private(cls=Quiet, release_metrics=released, accountant="rdp", clip=0.3)
-    server, updates = cohort(dense, strategy, [1.0, 1.0, 1.0])
+    server, updates = cohort(strategy, [1.0, 1.0, 1.0])
     after, event = strategy.conclude(server, updates, {}, Rules(rounds=1), lambda event: None)
     assert event.get("train_loss") == (1.0 if released else None)
     assert (event["clip"], event["noise_multiplier"]) == (0.3, 1.0)
     assert event["epsilon_max"] == accounting.composed(((1.0, 1.0, 1),), 1e-5, "rdp") and after.round == 1
 
 
-def test_finished_adapters_have_no_account(dense):
+def test_finished_adapters_have_no_account():
     strategy = private()
     with pytest.raises(InputError, match="client_dp accounts for the rounds"):
-        strategy.offline(*cohort(dense, strategy, [1.0]))
+        strategy.offline(*cohort(strategy, [1.0]))
 
 
 def test_the_summary_names_threat_guarantee_and_seed():

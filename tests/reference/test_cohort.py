@@ -8,56 +8,34 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft import seeds
-from fedpeft.clients.cohort.engine import Job, cannot, train_cohort
+from fedpeft.clients.cohort.engine import cannot, train_cohort
 from fedpeft.clients.cohort.layers import Pass, layers, replaced
-from fedpeft.clients.train import Private, per_sample_loss, train
-from fedpeft.config import ClientConfig
-from fedpeft.data.encode import Encoded
+from fedpeft.clients.train import per_sample_loss
 from fedpeft.errors import InputError
 from fedpeft.privacy.gradients import per_sample_gradients
-from fedpeft.privacy.ledger import Budget
-from fedpeft.privacy.noise import Seeded
-from fedpeft.privacy.plan import Plan
-from fedpeft.state import AdapterState
+from support import small_models as small
+from support.cohort_jobs import (
+    AB,
+    ADAMW,
+    ALL,
+    EPOCHS,
+    EVEN,
+    FEW,
+    HEAVY,
+    SGD,
+    UNEVEN,
+    WIDE,
+    make_jobs,
+    one_by_one,
+    private,
+    records,
+)
 
-SGD = ClientConfig(optimizer="sgd", lr=0.2, local_steps=4, local_epochs=None, batch_size=4)
-HEAVY = replace(SGD, momentum=0.9, weight_decay=0.05)
-ADAMW = replace(SGD, optimizer="adamw", lr=0.01, weight_decay=0.1)
-EPOCHS = replace(HEAVY, local_steps=None, local_epochs=2)  # clients leave at different steps, their moments with them
-ALL, AB = ["A", "B", "head"], ["A", "B"]
-EVEN, UNEVEN = (8, 8, 8, 8), (9, 3, 8, 1)
-FEW, WIDE = 40, 10**6  # tokens: chunks and passes of one or two clients; everything at once
 EXACT = 1e-12
-
-
-def records(kind, count, seed):
-    if kind == "vit":
-        draw = seeds.torch_generator(seed, "images")
-        images = torch.randn(count, 1, 8, 8, generator=draw, dtype=torch.float64)
-        return Encoded({"pixel_values": images}, torch.randint(0, small.LABELS, (count,), generator=draw))
-    return small.texts(count, small.KINDS[kind][0] == small.LM, seed)
-
-
-def make_jobs(model, sizes, kind="bert", **options):
-    return [Job(dict(small.randomised(model, seed=10 + k, scale=0.3).tensors), records(kind, size, k), seed=100 + k,
-                **options) for k, size in enumerate(sizes)]
-
-
-def one_by_one(model, jobs, trains, config):
-    """What `train` makes of each job."""
-    ends = []
-    for job in jobs:
-        model.write(AdapterState(job.start, model.sites))
-        steps, loss = train(model, job.data, trains, config, job.seed, proximal=job.proximal, offset=job.offset,
-                            private=job.private)
-        ends.append((model.read(AdapterState(job.start, model.sites).select(trains)).tensors, steps, loss))
-    return ends
 
 
 def difference(done, ends):
@@ -179,10 +157,6 @@ def test_any_cohort(build, sizes, batch, tokens):
 
 
 # Differential privacy -------------------------------------------------------------------------------------------------
-
-
-def private(sigma, rate, k, clip=0.5, expected=4.0):
-    return Private(Plan(rate, expected, clip, sigma, 100, Budget(8.0, 1e-5, "rdp")), Seeded(k, "source"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "llama"])

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from dp_steps import BATCH, CLIP, Fixed, blanks, plan, shipped
 
 from fedpeft.privacy.noise import Ahead, OperatingSystem, Seeded
+from support.dp_steps import BATCH, CLIP, Fixed, blanks, plan, shipped
 
 
 def noise_faults(step, at, source, steps=200, sigma=1.3):

@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
-from dp_steps import ROLES, SGD, adversaries, joined
-from per_sample import records, single, without_dropout
 
 from fedpeft import registry
 from fedpeft.clients.guard import Guard
@@ -18,6 +15,9 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig, PrivacyConfig, StrategyConfig
 from fedpeft.privacy.noise import OperatingSystem
 from fedpeft.strategies.build import named
+from support import small_models as small
+from support.dp_steps import ROLES, SGD, adversaries, joined
+from support.per_sample import records, single, without_dropout
 
 
 def client(adapted, data, folder, sigma=1.0, randomness="os", records=None, name="fedit", **client):

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
-from dp_steps import BATCH, CLIP, CPU, ROLES, SGD, Fixed, blanks, plan, shipped
-from per_sample import records, single
 
 from fedpeft.clients.train import Private, private_steps, train
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.noise import OperatingSystem, Seeded
+from support import small_models as small
+from support.dp_steps import BATCH, CLIP, CPU, ROLES, SGD, Fixed, blanks, plan, shipped
+from support.per_sample import records, single
 
 
 def sampling_faults(sample, count=40, rate=0.1, steps=20_000):

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
-from dp_steps import BATCH, ROLES, SGD, Fixed, adversaries, joined, plan, setup, shipped, shrunk
-from per_sample import KINDS, records, single, without_dropout
 
 from fedpeft.clients.train import Private, per_sample_loss, train
 from fedpeft.privacy.noise import OperatingSystem
+from support import small_models as small
+from support.dp_steps import BATCH, ROLES, SGD, Fixed, adversaries, joined, plan, setup, shipped, shrunk
+from support.per_sample import KINDS, records, single, without_dropout
 
 # The steps under test -------------------------------------------------------------------------------------------------
 

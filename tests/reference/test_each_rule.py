@@ -11,6 +11,7 @@ import torch
 from fedpeft import config as configs
 from fedpeft.errors import InputError
 from fedpeft.state import ServerState, Update
+from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 
@@ -18,7 +19,7 @@ WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 
 
 @pytest.mark.parametrize("options", [{}, {"init": "orthonormal"}, {"transport": "dense"}])
-def test_ffa_keeps_A_bit_for_bit_and_has_no_residual(dense, options):
+def test_ffa_keeps_A_bit_for_bit_and_has_no_residual(options):
     played = dense.rounds(dense.make("ffa_lora", **options), dense.fresh(dtype=torch.float32), WEIGHTS, 3)
     first = played[0].sent.adapter
     p = dense.fractions(WEIGHTS)
@@ -34,7 +35,7 @@ def test_ffa_keeps_A_bit_for_bit_and_has_no_residual(dense, options):
             assert np.linalg.norm(got - got @ dense.row_projector(A)) < 1e-6 * np.linalg.norm(got)
 
 
-def test_ffa_orthonormal_spans_the_same_rows(dense):
+def test_ffa_orthonormal_spans_the_same_rows():
     start = dense.fresh()
     server = dense.make("ffa_lora", init="orthonormal").initial(start, 0)
     for site in dense.SHAPES:
@@ -43,7 +44,7 @@ def test_ffa_orthonormal_spans_the_same_rows(dense):
         np.testing.assert_allclose(A.T @ A, dense.row_projector(A0), atol=1e-12)
 
 
-def test_ffa_tells_clients_the_hash_of_the_A_that_they_draw(dense):
+def test_ffa_tells_clients_the_hash_of_the_A_that_they_draw():
     strategy = dense.make("ffa_lora")
     server = strategy.initial(dense.fresh(), 0)
     static = strategy.task(server)["static"]
@@ -53,7 +54,7 @@ def test_ffa_tells_clients_the_hash_of_the_A_that_they_draw(dense):
     assert "static" not in sent.task(server) and sent.broadcast(server, "c0").select(("A",)).tensors
 
 
-def test_ffa_one_step_of_all_clients_is_the_centralised_step(dense):
+def test_ffa_one_step_of_all_clients_is_the_centralised_step():
     """tau = 1, full batches, weights by size: the mean of the clients' B is B - eta * gradient of the pooled loss."""
     random = np.random.default_rng(1)
     sizes, eta, s = [4, 9, 7], 0.3, 2.0
@@ -84,7 +85,7 @@ def test_ffa_one_step_of_all_clients_is_the_centralised_step(dense):
 # FLoRA and FedEx: what moves the base --------------------------------------------------------------------------------
 
 
-def test_flora_weights_one_factor_and_starts_again(dense):
+def test_flora_weights_one_factor_and_starts_again():
     strategy = dense.make("flora")
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 5)
     p = dense.fractions(WEIGHTS)
@@ -105,7 +106,7 @@ def test_flora_weights_one_factor_and_starts_again(dense):
         assert 0.6 / math.sqrt(9) < draw.abs().max() <= 1 / math.sqrt(9)
 
 
-def test_flora_fresh_A_depends_on_seed_and_round_only(dense):
+def test_flora_fresh_A_depends_on_seed_and_round_only():
     def draws(seed, weights):
         return [
             done.server.adapter["u/A"]
@@ -117,7 +118,7 @@ def test_flora_fresh_A_depends_on_seed_and_round_only(dense):
     assert not torch.equal(one[0], draws(4, WEIGHTS)[0])
 
 
-def test_flora_takes_unequal_ranks(dense):
+def test_flora_takes_unequal_ranks():
     strategy = dense.make("flora")
     strategy.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
@@ -132,7 +133,7 @@ def test_flora_takes_unequal_ranks(dense):
             assert dense.relative(dense.effective(done.server.adapter, site), expected) < 2e-6
 
 
-def test_fedex_keeps_the_means_and_puts_the_residual_into_the_base(dense):
+def test_fedex_keeps_the_means_and_puts_the_residual_into_the_base():
     played = dense.rounds(dense.make("fedex"), dense.fresh(), WEIGHTS, 5)
     p = dense.fractions(WEIGHTS)
     for done in played:
@@ -146,13 +147,13 @@ def test_fedex_keeps_the_means_and_puts_the_residual_into_the_base(dense):
             assert after[f"{site}/residual_B"].shape[1] <= min(m, n)
 
 
-def test_fedex_residual_of_two_clients_has_rank_r(dense):
+def test_fedex_residual_of_two_clients_has_rank_r():
     done = dense.rounds(dense.make("fedex"), dense.fresh(2), [1.0, 3.0], 1)[0]
     assert done.server.adapter["u/residual_B"].shape == (7, 2)
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex"])
-def test_what_moves_the_base_is_sent_to_everyone(dense, name):
+def test_what_moves_the_base_is_sent_to_everyone(name):
     strategy = dense.make(name)
     server = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)[-1].server
     sent = strategy.broadcast(server, "newcomer")
@@ -165,7 +166,7 @@ def test_what_moves_the_base_is_sent_to_everyone(dense, name):
 
 
 @pytest.mark.parametrize("split", ["us", "sqrt"])
-def test_flexlora_error_is_the_discarded_spectrum(dense, split):
+def test_flexlora_error_is_the_discarded_spectrum(split):
     done = dense.rounds(dense.make("flexlora", split=split), dense.fresh(), WEIGHTS, 1)[0]
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
@@ -180,7 +181,7 @@ def test_flexlora_error_is_the_discarded_spectrum(dense, split):
             np.testing.assert_allclose(A @ A.T, np.eye(3), atol=1e-12)
 
 
-def test_flexlora_sends_each_client_its_best_rank(dense):
+def test_flexlora_sends_each_client_its_best_rank():
     strategy = dense.make("flexlora")
     strategy.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
     first, second = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
@@ -193,7 +194,7 @@ def test_flexlora_sends_each_client_its_best_rank(dense):
             assert dense.relative(got, dense.best_of_rank(wanted, rank)) < 1e-9
 
 
-def test_flexlora_with_a_shared_A_is_fedsvds_refactor(dense):
+def test_flexlora_with_a_shared_A_is_fedsvds_refactor():
     start = dense.fresh()
     updates = [Update(f"c{index}", weight, dense.drift(start, ("B",), index)) for index, weight in enumerate(WEIGHTS)]
     flex = dense.make("flexlora").aggregate(ServerState(start), updates).adapter
@@ -206,7 +207,7 @@ def test_flexlora_with_a_shared_A_is_fedsvds_refactor(dense):
         assert dense.relative(dense.array(flex[key]), dense.array(refactored[key])) < 1e-9
 
 
-def test_hetlora_weights_by_norm_and_pads_with_zeros(dense):
+def test_hetlora_weights_by_norm_and_pads_with_zeros():
     strategy = dense.make("hetlora")
     strategy.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
@@ -222,7 +223,7 @@ def test_hetlora_weights_by_norm_and_pads_with_zeros(dense):
         assert torch.equal(sent["u/B"], played[0].server.adapter["u/B"][:, :rank])
 
 
-def test_hetlora_falls_back_to_the_sizes_where_all_B_are_zero(dense):
+def test_hetlora_falls_back_to_the_sizes_where_all_B_are_zero():
     start = dense.fresh()
     updates = [Update(f"c{index}", weight, dense.drift(start, ("A",), index)) for index, weight in enumerate(WEIGHTS)]
     after = dense.make("hetlora").aggregate(ServerState(start), updates).adapter
@@ -237,7 +238,7 @@ def test_hetlora_falls_back_to_the_sizes_where_all_B_are_zero(dense):
 
 
 @pytest.mark.parametrize(("options", "order"), [({}, "BABA"), ({"first": "A"}, "ABAB")])
-def test_rolora_alternates_and_only_moves_the_active_factor(dense, options, order):
+def test_rolora_alternates_and_only_moves_the_active_factor(options, order):
     played = dense.rounds(dense.make("rolora", **options), dense.fresh(), WEIGHTS, 4)
     for done, active in zip(played, order, strict=True):
         idle = "A" if active == "B" else "B"
@@ -248,7 +249,7 @@ def test_rolora_alternates_and_only_moves_the_active_factor(dense, options, orde
             assert sorted(update.adapter.tensors) == sorted(["out/weight", f"u/{active}", f"v/{active}"])
 
 
-def test_fedsa_shares_A_and_leaves_B_and_the_head_alone(dense):
+def test_fedsa_shares_A_and_leaves_B_and_the_head_alone():
     strategy = dense.make("fedsa")
     assert set(strategy.keeps) == {"B", "head"} and set(strategy.trains) == {"A", "B", "head"}
     done = dense.rounds(strategy, dense.fresh(), WEIGHTS, 1)[0]
@@ -261,7 +262,7 @@ def test_fedsa_shares_A_and_leaves_B_and_the_head_alone(dense):
         assert dense.relative(dense.array(done.server.adapter[f"{site}/A"]), expected) < 1e-12
 
 
-def test_fed_sb_averages_the_core_and_nothing_else(dense):
+def test_fed_sb_averages_the_core_and_nothing_else():
     strategy = dense.make("fed_sb")
     assert strategy.adapter == "lora_sb"
     start = dense.fresh(kind="lora_sb")
@@ -282,7 +283,7 @@ def test_fed_sb_averages_the_core_and_nothing_else(dense):
 # Stock Flower strategies ---------------------------------------------------------------------------------------------
 
 
-def test_flowers_fedavg_is_fedit_and_its_median_is_the_median_wrapper(dense):
+def test_flowers_fedavg_is_fedit_and_its_median_is_the_median_wrapper():
     start = dense.fresh(dtype=torch.float32)
     for stock, ours in (("FedAvg", "fedit"), ("FedMedian", "median"), ("FedTrimmedAvg", "trimmed_mean")):
         one = dense.rounds(dense.make("flower", rule=stock), start, WEIGHTS, 2)[-1].server.adapter
@@ -291,7 +292,7 @@ def test_flowers_fedavg_is_fedit_and_its_median_is_the_median_wrapper(dense):
             torch.testing.assert_close(one[key], value, rtol=1e-5, atol=1e-7)
 
 
-def test_flowers_fedadam_keeps_its_moments_in_the_server_state(dense):
+def test_flowers_fedadam_keeps_its_moments_in_the_server_state():
     strategy = dense.make(
         "flower", rule="FedAdam", rule_options={"eta": 0.1, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}
     )
@@ -307,7 +308,7 @@ def test_flowers_fedadam_keeps_its_moments_in_the_server_state(dense):
     assert first.memory or first.numbers
 
 
-def test_an_unknown_flower_rule_is_refused(dense):
+def test_an_unknown_flower_rule_is_refused():
     with pytest.raises(InputError, match="FedAvg"):
         dense.make("flower", rule="FedAverage")
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 from threading import current_thread, main_thread
 
 import pytest
-import small_models as small
 import torch
-from elsewhere import ELSEWHERE, There, elsewhere
-from test_cohort import ADAMW, EPOCHS, UNEVEN, WIDE, make_jobs, one_by_one, private, records
 
 from fedpeft.clients.cohort.chunk import Chunk
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate
+from support import small_models as small
+from support.cohort_jobs import ADAMW, EPOCHS, UNEVEN, WIDE, make_jobs, one_by_one, private, records
+from support.elsewhere import ELSEWHERE, There, elsewhere
 
 KINDS = ["bert", "roberta", "vit", "llama"]
 

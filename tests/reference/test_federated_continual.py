@@ -18,6 +18,7 @@ from fedpeft.errors import InputError
 from fedpeft.state import Update
 from fedpeft.strategies.sequence.base import NEW
 from fedpeft.strategies.sequence.sequence import TaskSequence
+from support import dense
 
 SHAPES = {"u": (12, 14), "v": (13, 12)}
 WEIGHTS = [10.0, 30.0, 20.0, 5.0, 15.0]
@@ -26,7 +27,7 @@ EXACT = 1e-10
 DENSE = {"fedsvd": {"transport": "dense"}, "ffa_lora": {"transport": "dense"}}
 
 
-def learning(dense, body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=None, **options):
+def learning(body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=None, **options):
     """A body around a strategy, with TASKS tasks of one class."""
     inner = dense.make(rule, **DENSE.get(rule, {}))
     inner = inner if wrap is None else dense.make(wrap, inner=inner)
@@ -36,7 +37,7 @@ def learning(dense, body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=
     return strategy
 
 
-def sequence(dense, strategy, start, sketches=None, tasks=TASKS):
+def sequence(strategy, start, sketches=None, tasks=TASKS):
     """Of each task: the state before it began, the state in which it began, its rounds."""
     server = strategy.initial(start, 0)
     for task in range(tasks):
@@ -75,12 +76,12 @@ def share(projected, whole):
 
 @pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora", "fedit"])
 @pytest.mark.parametrize("side", ["in", "out", "both"])
-def test_factor_coso_leaves_what_earlier_tasks_rely_on(dense, rule, side):
+def test_factor_coso_leaves_what_earlier_tasks_rely_on(rule, side):
     """The protected spaces are recomputed here from the factors that each task ended with, not read from the body."""
-    strategy = learning(dense, "factor_coso", rule, side=side, **({} if side == "in" else {"energy": 1.0}))
+    strategy = learning("factor_coso", rule, side=side, **({} if side == "in" else {"energy": 1.0}))
     rows = {site: np.zeros((n, 0)) for site, (_, n) in SHAPES.items()}
     columns = {site: np.zeros((m, 0)) for site, (m, _) in SHAPES.items()}
-    for _, began, played in sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES)):
+    for _, began, played in sequence(strategy, dense.fresh(RANK, shapes=SHAPES)):
         for site in SHAPES:
             before = dense.effective(began.adapter, site)
             for done in played:
@@ -100,9 +101,9 @@ def test_factor_coso_leaves_what_earlier_tasks_rely_on(dense, rule, side):
 
 
 @pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora"])
-def test_plain_training_would_not(dense, rule):
+def test_plain_training_would_not(rule):
     """The same federation, updates and checks with nothing done against forgetting."""
-    first, second, _ = sequence(dense, learning(dense, "sequential", rule), dense.fresh(RANK, shapes=SHAPES))
+    first, second, _ = sequence(learning("sequential", rule), dense.fresh(RANK, shapes=SHAPES))
     for site in SHAPES:
         old = first[2][-1].server.adapter
         change = dense.effective(second[2][-1].server.adapter, site) - dense.effective(old, site)
@@ -114,10 +115,10 @@ def test_plain_training_would_not(dense, rule):
     ("factor_coso", "fedsvd", {"side": "in"}), ("factor_coso", "fedsvd", {"side": "both"}),
     ("factor_coso", "ffa_lora", {"side": "out"}), ("coso", "fedit", {"basis": "random", "side": "out"}),
 ])
-def test_beginning_a_task_changes_no_function(dense, body, rule, options):
+def test_beginning_a_task_changes_no_function(body, rule, options):
     """What was learned moves into the base; B A starts at zero; later tasks add to the same base."""
-    strategy = learning(dense, body, rule, **options)
-    for task, (ended, began, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES))):
+    strategy = learning(body, rule, **options)
+    for task, (ended, began, played) in enumerate(sequence(strategy, dense.fresh(RANK, shapes=SHAPES))):
         for site in SHAPES:
             assert np.linalg.norm(dense.product(began.adapter, site)) == 0
             if task > 0:
@@ -128,20 +129,20 @@ def test_beginning_a_task_changes_no_function(dense, body, rule, options):
 
 
 @pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora", "fedit"])
-def test_factor_coso_uploads_B_and_the_head_alone(dense, rule):
+def test_factor_coso_uploads_B_and_the_head_alone(rule):
     """The docstring: A is frozen within a task, and uploads are B (and the head)."""
-    for _, began, played in sequence(dense, learning(dense, "factor_coso", rule), dense.fresh(RANK, shapes=SHAPES)):
+    for _, began, played in sequence(learning("factor_coso", rule), dense.fresh(RANK, shapes=SHAPES)):
         for done in played:
             for update in done.updates:
                 assert {update.adapter.role(key) for key in update.adapter.tensors} == {"B", "head"}
         assert {began.adapter.role(key) for key in began.adapter.tensors} >= {"A", "B", "head"}
 
 
-def test_factor_coso_protects_the_leading_columns_of_B(dense):
+def test_factor_coso_protects_the_leading_columns_of_B():
     """sigma^2 of B: 16, 4, 1 of 21. A share of 0.98 keeps two (20 / 21 = 0.952), one of 0.9 keeps one (0.762)."""
     U = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 3)))[0]
     for energy, width in [(0.98, 2), (0.9, 1), (1.0, 3)]:
-        strategy = learning(dense, "factor_coso", side="out", energy=energy)
+        strategy = learning("factor_coso", side="out", energy=energy)
         start = dense.fresh(RANK, shapes={"u": (12, 14)})
         server = strategy.begin(strategy.initial(start, 0), 0, {})
         moved = server.adapter.replace({"u/B": torch.tensor(U * [4.0, 2.0, 1.0])})
@@ -149,11 +150,11 @@ def test_factor_coso_protects_the_leading_columns_of_B(dense):
         np.testing.assert_allclose(M @ M.T, U[:, :width] @ U[:, :width].T, atol=1e-12)
 
 
-def test_factor_coso_refuses_tasks_that_have_no_room_before_the_first(dense):
+def test_factor_coso_refuses_tasks_that_have_no_room_before_the_first():
     """Seven inputs and rank 3 hold two tasks, not three; nine hold three; outputs have no such bound."""
     cases = [((9, 7), "in", False), ((9, 7), "both", False), ((9, 9), "in", True), ((9, 7), "out", True)]
     for shape, side, fits in cases:
-        strategy = learning(dense, "factor_coso", side=side)
+        strategy = learning("factor_coso", side=side)
         adapter = dense.fresh(RANK, shapes={"u": shape})
         if fits:
             strategy.initial(adapter, 0)
@@ -176,11 +177,11 @@ def sketches_of(side, columns=5, spread=0.3):
 
 
 @pytest.mark.parametrize("side, rule", [("in", "fedit"), ("in", "ffa_lora"), ("in", "fedsvd"), ("out", "fedit")])
-def test_coso_learns_coefficients_in_a_protected_subspace(dense, side, rule):
-    strategy = learning(dense, "coso", rule, side=side, eps_th=0.999)
+def test_coso_learns_coefficients_in_a_protected_subspace(side, rule):
+    strategy = learning("coso", rule, side=side, eps_th=0.999)
     given, M = sketches_of(side), {site: np.zeros((shape[0 if side == "out" else 1], 0))
                                    for site, shape in SHAPES.items()}
-    for task, (_, began, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES), given)):
+    for task, (_, began, played) in enumerate(sequence(strategy, dense.fresh(RANK, shapes=SHAPES), given)):
         for site in SHAPES:
             if task > 0:  # M is orthonormal, holds the old M and what leads in the last task's sketch outside of it
                 S = dense.array(given(task - 1)[site])
@@ -209,9 +210,9 @@ def test_coso_learns_coefficients_in_a_protected_subspace(dense, side, rule):
     assert all(M[site].shape[1] > RANK for site in SHAPES)
 
 
-def test_coso_fills_up_where_the_sketch_has_too_few_directions(dense):
+def test_coso_fills_up_where_the_sketch_has_too_few_directions():
     """One real direction of a zero-padded sketch: it is in P, the others are drawn, and all stay orthonormal."""
-    strategy = learning(dense, "coso", "fedit", side="in")
+    strategy = learning("coso", "fedit", side="in")
     one = {site: torch.eye(n, 1, dtype=torch.float64) for site, (_, n) in SHAPES.items()}
     given = {site: torch.cat([value, value.new_zeros(len(value), 4)], dim=1) for site, value in one.items()}
     server = strategy.initial(dense.fresh(RANK, shapes=SHAPES), 0)
@@ -224,11 +225,11 @@ def test_coso_fills_up_where_the_sketch_has_too_few_directions(dense):
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_coso_with_a_random_basis_needs_no_sketch_and_protects_earlier_ones(dense, side):
-    strategy = learning(dense, "coso", "fedit", side=side, basis="random")
-    assert not strategy.body.sketches and learning(dense, "coso", "fedit").body.sketches
+def test_coso_with_a_random_basis_needs_no_sketch_and_protects_earlier_ones(side):
+    strategy = learning("coso", "fedit", side=side, basis="random")
+    assert not strategy.body.sketches and learning("coso", "fedit").body.sketches
     seen = {site: [] for site in SHAPES}
-    for _, began, played in sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES)):
+    for _, began, played in sequence(strategy, dense.fresh(RANK, shapes=SHAPES)):
         for site in SHAPES:
             B, A = dense.array(began.adapter[f"{site}/B"]), dense.array(began.adapter[f"{site}/A"])
             P = B if side == "out" else A.T
@@ -264,11 +265,11 @@ def test_a_merged_sketch_obeys_the_summed_bound():
 # lae ------------------------------------------------------------------------------------------------------------------
 
 
-def test_lae_averages_over_rounds_in_closed_form(dense):
+def test_lae_averages_over_rounds_in_closed_form():
     """theta' = a^S theta_start + sum_s a^(S-s) (1 - a) theta_s, a^rounds = retention; none in task 0."""
-    strategy, past, apart = learning(dense, "lae", "fedit", retention=0.5, frozen_rounds=1), [], 0.0
+    strategy, past, apart = learning("lae", "fedit", retention=0.5, frozen_rounds=1), [], 0.0
     first, a = None, 0.5 ** (1 / ROUNDS)
-    for task, (ended, _, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES))):
+    for task, (ended, _, played) in enumerate(sequence(strategy, dense.fresh(RANK, shapes=SHAPES))):
         for done in played:
             views = strategy.body.views(done.server)
             assert views["online"] is done.server.adapter and set(views) == {"online", *(["offline"] * (task > 0))}
@@ -286,9 +287,9 @@ def test_lae_averages_over_rounds_in_closed_form(dense):
 
 
 @pytest.mark.parametrize("rule", ["fedit", "ffa_lora", "lora_fair", "rolora"])
-def test_lae_trains_the_head_alone_in_frozen_rounds(dense, rule):
-    strategy = learning(dense, "lae", rule, frozen_rounds=1)
-    for task, (_, began, played) in enumerate(sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES))):
+def test_lae_trains_the_head_alone_in_frozen_rounds(rule):
+    strategy = learning("lae", rule, frozen_rounds=1)
+    for task, (_, began, played) in enumerate(sequence(strategy, dense.fresh(RANK, shapes=SHAPES))):
         before = began.adapter
         for number, done in enumerate(played):
             frozen = task > 0 and number == 0
@@ -302,9 +303,9 @@ def test_lae_trains_the_head_alone_in_frozen_rounds(dense, rule):
             before = done.server.adapter
 
 
-def test_what_travels_beside_reaches_the_strategy_inside_in_frozen_rounds_too(dense):
-    strategy, frozen = learning(dense, "lae", "fedit", wrap="atp", frozen_rounds=1), 0
-    for _, _, played in sequence(dense, strategy, dense.fresh(RANK, shapes=SHAPES)):
+def test_what_travels_beside_reaches_the_strategy_inside_in_frozen_rounds_too():
+    strategy, frozen = learning("lae", "fedit", wrap="atp", frozen_rounds=1), 0
+    for _, _, played in sequence(strategy, dense.fresh(RANK, shapes=SHAPES)):
         for done in played:
             frozen += strategy.trained(done.sent) == ("head",)
             for key in ("rates:u/A", "rates:out/weight"):
@@ -313,16 +314,16 @@ def test_what_travels_beside_reaches_the_strategy_inside_in_frozen_rounds_too(de
     assert frozen
 
 
-def test_lae_refuses_control_variates_where_the_head_trains_alone(dense):
+def test_lae_refuses_control_variates_where_the_head_trains_alone():
     with pytest.raises(InputError, match=r"lae.*scaffold.*continual\.frozen_rounds=0"):
-        learning(dense, "lae", "fedit", wrap="scaffold", frozen_rounds=1)
-    learning(dense, "lae", "fedit", wrap="scaffold", frozen_rounds=0)
+        learning("lae", "fedit", wrap="scaffold", frozen_rounds=1)
+    learning("lae", "fedit", wrap="scaffold", frozen_rounds=0)
 
 
 @pytest.mark.parametrize("wrap", ["median", "trimmed_mean"])
-def test_a_wrapper_counts_in_frozen_rounds_too(dense, wrap):
+def test_a_wrapper_counts_in_frozen_rounds_too(wrap):
     """A robust rule must hold off one hostile head, and what rides beside an update must not become the adapter."""
-    strategy = learning(dense, "lae", "fedit", wrap=wrap, frozen_rounds=1)
+    strategy = learning("lae", "fedit", wrap=wrap, frozen_rounds=1)
     start = dense.fresh(RANK, shapes=SHAPES)
     server = replace(strategy.initial(start, 0), round=ROUNDS)
     server = strategy.before_round(strategy.begin(server, 1, {}))
@@ -334,11 +335,11 @@ def test_a_wrapper_counts_in_frozen_rounds_too(dense, wrap):
     assert float((after - start["out/weight"]).abs().max()) < 10
 
 
-def test_lae_needs_coordinates_that_mean_the_same_in_every_round(dense):
+def test_lae_needs_coordinates_that_mean_the_same_in_every_round():
     """An average of factors over rounds is none of products where every round turns the factors, or moves the base."""
     for rule in ("fedsvd", "flora", "fedex"):
         with pytest.raises(InputError, match=rf"lae.*{rule}|{rule}.*lae"):
-            learning(dense, "lae", rule)
+            learning("lae", rule)
 
 
 def test_lae_takes_the_larger_probability():

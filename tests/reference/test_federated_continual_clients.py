@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Seeded
 from fedpeft.state import AdapterState
 from fedpeft.strategies.sequence.coso import sketch_gradients
+from support import small_models as small
 
 # conpet_static --------------------------------------------------------------------------------------------------------
 

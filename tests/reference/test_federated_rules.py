@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 EXACT = ["ffa_lora", "fedsvd", "flora", "fedex", "rolora", "fed_sb"]
@@ -26,11 +27,11 @@ def tolerance(name):
     return 2e-6 if name in FLOAT32 else 1e-10
 
 
-def begin(dense, name, **more):
+def begin(name, **more):
     return dense.fresh(kind="lora_sb" if name == "fed_sb" else "lora", **more)
 
 
-def strategy_of(dense, name, **options):
+def strategy_of(name, **options):
     strategy = dense.make(name, **options)
     strategy.population = len(WEIGHTS)
     return strategy
@@ -40,8 +41,8 @@ def strategy_of(dense, name, **options):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_equal_clients_give_back_the_common_function(dense, name):
-    played = dense.rounds(strategy_of(dense, name), begin(dense, name), WEIGHTS, 3, seeds=[7] * len(WEIGHTS))
+def test_equal_clients_give_back_the_common_function(name):
+    played = dense.rounds(strategy_of(name), begin(name), WEIGHTS, 3, seeds=[7] * len(WEIGHTS))
     for number, done in enumerate(played):
         client = done.models["c0"]
         for site in dense.SHAPES:
@@ -55,8 +56,8 @@ def test_equal_clients_give_back_the_common_function(dense, name):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_exact_rules_add_the_mean_of_the_products(dense, name):
-    played = dense.rounds(strategy_of(dense, name), begin(dense, name), WEIGHTS, 4)
+def test_exact_rules_add_the_mean_of_the_products(name):
+    played = dense.rounds(strategy_of(name), begin(name), WEIGHTS, 4)
     p = dense.fractions(WEIGHTS)
     for done in played:
         for site in dense.SHAPES:
@@ -64,7 +65,7 @@ def test_exact_rules_add_the_mean_of_the_products(dense, name):
             assert dense.relative(dense.effective(done.server.adapter, site), expected) < tolerance(name)
 
 
-def test_fedit_is_the_product_of_means_and_not_exact(dense):
+def test_fedit_is_the_product_of_means_and_not_exact():
     done = dense.rounds(dense.make("fedit"), dense.fresh(), WEIGHTS, 1)[0]
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
@@ -83,8 +84,8 @@ def test_fedit_is_the_product_of_means_and_not_exact(dense):
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ROBUST])
-def test_heads_are_averaged_by_weight(dense, name):
-    done = dense.rounds(strategy_of(dense, name), begin(dense, name), WEIGHTS, 1)[0]
+def test_heads_are_averaged_by_weight(name):
+    done = dense.rounds(strategy_of(name), begin(name), WEIGHTS, 1)[0]
     expected = dense.mean(
         [dense.array(model["out/weight"]) for model in done.models.values()], dense.fractions(WEIGHTS)
     )
@@ -94,9 +95,9 @@ def test_heads_are_averaged_by_weight(dense, name):
 @pytest.mark.parametrize("name", [*RULES, "fedadam"])
 @settings(deadline=None, max_examples=4)
 @given(order=st.permutations(range(len(WEIGHTS))))
-def test_permuting_clients_changes_nothing_beyond_rounding(dense, name, order):
-    strategy = strategy_of(dense, name)
-    second = dense.rounds(strategy, begin(dense, name), WEIGHTS, 2)[1]
+def test_permuting_clients_changes_nothing_beyond_rounding(name, order):
+    strategy = strategy_of(name)
+    second = dense.rounds(strategy, begin(name), WEIGHTS, 2)[1]
     renamed = [
         Update(f"c{place}", second.updates[index].weight, second.updates[index].adapter)
         for place, index in enumerate(order)
@@ -109,9 +110,9 @@ def test_permuting_clients_changes_nothing_beyond_rounding(dense, name, order):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_weights_count_relative_to_the_participants(dense, name):
-    strategy = strategy_of(dense, name)
-    done = dense.rounds(strategy, begin(dense, name), WEIGHTS, 2)[1]
+def test_weights_count_relative_to_the_participants(name):
+    strategy = strategy_of(name)
+    done = dense.rounds(strategy, begin(name), WEIGHTS, 2)[1]
     scaled = [Update(update.client, 7 * update.weight, update.adapter) for update in done.updates]
     again = strategy.aggregate(done.sent, scaled)
     for site in dense.SHAPES:
@@ -121,9 +122,9 @@ def test_weights_count_relative_to_the_participants(dense, name):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_missing_clients_are_left_out_of_the_weights(dense, name):
-    strategy = strategy_of(dense, name)
-    done = dense.rounds(strategy, begin(dense, name), WEIGHTS, 1)[0]
+def test_missing_clients_are_left_out_of_the_weights(name):
+    strategy = strategy_of(name)
+    done = dense.rounds(strategy, begin(name), WEIGHTS, 1)[0]
     again = strategy.aggregate(done.sent, done.updates[:2])
     for site in dense.SHAPES:
         expected = dense.mean_product(dense.triples(done, site)[:2], [0.25, 0.75])
@@ -131,18 +132,18 @@ def test_missing_clients_are_left_out_of_the_weights(dense, name):
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "krum"])
-def test_one_client_gets_its_own_function_back(dense, name):
-    for done in dense.rounds(strategy_of(dense, name), begin(dense, name), [12.0], 2):
+def test_one_client_gets_its_own_function_back(name):
+    for done in dense.rounds(strategy_of(name), begin(name), [12.0], 2):
         for site in dense.SHAPES:
             expected = dense.base(done.sent.adapter, site) + dense.product(done.models["c0"], site)
             assert dense.relative(dense.effective(done.server.adapter, site), expected) < tolerance(name)
 
 
 @pytest.mark.parametrize("name", [*EXACT, "fedit", "lora_fair", "flexlora", "hetlora"])
-def test_another_scaling_of_a_client_is_folded_in(dense, name):
+def test_another_scaling_of_a_client_is_folded_in(name):
     """Client k's function is s_k B_k A_k: twice the scaling with half of B is the same client."""
-    strategy = strategy_of(dense, name)
-    done = dense.rounds(strategy, begin(dense, name), WEIGHTS, 1)[0]
+    strategy = strategy_of(name)
+    done = dense.rounds(strategy, begin(name), WEIGHTS, 1)[0]
     halved = "R" if name == "fed_sb" else "B"
     updates = []
     for index, update in enumerate(done.updates):
@@ -165,9 +166,9 @@ def test_another_scaling_of_a_client_is_folded_in(dense, name):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_aggregate_is_pure(dense, name):
-    strategy = strategy_of(dense, name)
-    done = dense.rounds(strategy, begin(dense, name), WEIGHTS, 2)[1]
+def test_aggregate_is_pure(name):
+    strategy = strategy_of(name)
+    done = dense.rounds(strategy, begin(name), WEIGHTS, 2)[1]
     before = (
         done.sent.adapter.sha256(),
         {key: value.clone() for key, value in done.sent.memory.items()},
@@ -182,10 +183,10 @@ def test_aggregate_is_pure(dense, name):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_all_state_is_in_the_server_state(dense, name):
+def test_all_state_is_in_the_server_state(name):
     """A new strategy object goes on from a state read back from plain data, bit for bit: what resume relies on."""
-    start = begin(dense, name, dtype=torch.float32)
-    played = dense.rounds(strategy_of(dense, name), start, WEIGHTS, 4)
+    start = begin(name, dtype=torch.float32)
+    played = dense.rounds(strategy_of(name), start, WEIGHTS, 4)
     middle = played[1].server
     state = ServerState(
         middle.adapter.clone(),
@@ -193,7 +194,7 @@ def test_all_state_is_in_the_server_state(dense, name):
         {key: value.clone() for key, value in middle.memory.items()},
         json.loads(json.dumps(middle.numbers)),
     )
-    other = strategy_of(dense, name)
+    other = strategy_of(name)
     origin = played[0].sent.adapter
     for expected in played[2:]:
         done = dense.play(other, state, origin, WEIGHTS)
@@ -203,22 +204,22 @@ def test_all_state_is_in_the_server_state(dense, name):
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtypes_are_kept(dense, name, dtype):
-    start = begin(dense, name, dtype=dtype)
-    server = dense.rounds(strategy_of(dense, name), start, WEIGHTS, 2)[-1].server
+def test_dtypes_are_kept(name, dtype):
+    start = begin(name, dtype=dtype)
+    server = dense.rounds(strategy_of(name), start, WEIGHTS, 2)[-1].server
     for key in start.tensors:
         assert server.adapter[key].dtype == dtype
         assert torch.isfinite(server.adapter[key]).all()
 
 
-def test_which_rules_need_individual_updates(dense):
+def test_which_rules_need_individual_updates():
     individual = {"lora_fair", "flora", "flexlora", "hetlora", "fedex", "norm_clip", "trimmed_mean", "median", "krum"}
     for name in RULES:
         if name != "flower":
             assert dense.make(name).needs is (Needs.INDIVIDUAL if name in individual else Needs.SUM), name
 
 
-def test_error_order_of_the_rules(dense):
+def test_error_order_of_the_rules():
     """Distance from the mean of products: FlexLoRA <= FAIR (lambda -> 0) <= FAIR <= FedIT, each strictly here."""
     p = dense.fractions(WEIGHTS)
     errors = []
@@ -242,7 +243,7 @@ def test_error_order_of_the_rules(dense):
     assert (np.diff(errors, axis=0) > 1e-6).all()
 
 
-def test_bytes_of_roberta_large(dense):
+def test_bytes_of_roberta_large():
     """q and v of 24 layers of width 1024, r = 8, float32: Table 6 of the FedSVD paper in bytes."""
     sites = {f"{index}": (1024, 1024) for index in range(48)}
     start = dense.fresh(8, 1.0, torch.float32, sites, head=False)

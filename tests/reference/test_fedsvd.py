@@ -11,12 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from fedpeft.state import AdapterState, Site, Update
+from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0]
 TRANSPORTS = ["core", "dense"]
 
 
-def refactored(dense, B, start=None, **options):
+def refactored(B, start=None, **options):
     """Strategy, the state after round 1 with these B at every site, and the same state refactored."""
     strategy = dense.make("fedsvd", **options)
     server = strategy.initial(start or dense.fresh(), 0)
@@ -41,7 +42,7 @@ def deficient(shape):
 # The refactorisation -------------------------------------------------------------------------------------------------
 
 
-def test_worked_example(dense):
+def test_worked_example():
     """B1 = [2, 0], B2 = [0, 4], equal weights, A = [3, 4]: sigma = 5 sqrt 5, A = [.6, .8], B = [5, 10]."""
     start = AdapterState(
         {"q/A": torch.tensor([[3.0, 4.0]]).double(), "q/B": torch.zeros(2, 1).double()},
@@ -64,8 +65,8 @@ def test_worked_example(dense):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("B", [full_rank, deficient])
-def test_refactor_invariants(dense, B, transport):
-    _, before, after = refactored(dense, B, transport=transport)
+def test_refactor_invariants(B, transport):
+    _, before, after = refactored(B, transport=transport)
     for site in dense.SHAPES:
         oldB, oldA, _ = dense.triple(before.adapter, site)
         newB, newA, _ = dense.triple(after.adapter, site)
@@ -78,10 +79,10 @@ def test_refactor_invariants(dense, B, transport):
         assert not np.allclose(newA, oldA, atol=1e-3)
 
 
-def test_largest_entry_of_each_row_is_positive(dense):
+def test_largest_entry_of_each_row_is_positive():
     for seed in range(8):
         _, _, after = refactored(
-            dense, lambda shape, seed=seed: np.random.default_rng(seed).standard_normal(tuple(shape))
+            lambda shape, seed=seed: np.random.default_rng(seed).standard_normal(tuple(shape))
         )
         for site in dense.SHAPES:
             for row in dense.array(after.adapter[f"{site}/A"]):
@@ -89,46 +90,46 @@ def test_largest_entry_of_each_row_is_positive(dense):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_idempotent(dense, transport):
-    strategy, _, once = refactored(dense, full_rank, transport=transport)
+def test_idempotent(transport):
+    strategy, _, once = refactored(full_rank, transport=transport)
     twice = strategy.before_round(once)
     for key, value in once.adapter.tensors.items():
         assert dense.relative(dense.array(twice.adapter[key]), dense.array(value)) < 1e-12
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_zero_B_leaves_A_alone(dense, transport):
-    _, before, after = refactored(dense, lambda shape: np.zeros(tuple(shape)), transport=transport)
+def test_zero_B_leaves_A_alone(transport):
+    _, before, after = refactored(lambda shape: np.zeros(tuple(shape)), transport=transport)
     assert after.adapter.sha256() == before.adapter.sha256()
 
 
-def test_a_site_whose_B_is_zero_is_skipped_alone(dense):
-    strategy, before, _ = refactored(dense, full_rank)
+def test_a_site_whose_B_is_zero_is_skipped_alone():
+    strategy, before, _ = refactored(full_rank)
     before = replace(before, adapter=before.adapter.replace({"u/B": torch.zeros(7, 3).double()}))
     after = strategy.before_round(before)
     assert torch.equal(after.adapter["u/A"], before.adapter["u/A"])
     assert not torch.equal(after.adapter["v/A"], before.adapter["v/A"])
 
 
-def test_the_function_is_the_same(dense):
-    _, before, after = refactored(dense, full_rank)
+def test_the_function_is_the_same():
+    _, before, after = refactored(full_rank)
     x = np.random.default_rng(0).standard_normal((9, 20))
     np.testing.assert_allclose(
         dense.product(after.adapter, "u") @ x, dense.product(before.adapter, "u") @ x, atol=1e-12
     )
 
 
-def test_float32_product_and_rows(dense):
+def test_float32_product_and_rows():
     sites = {"q": (256, 192)}
-    _, before, after = refactored(dense, full_rank, dense.fresh(8, 1.0, torch.float32, sites, head=False))
+    _, before, after = refactored(full_rank, dense.fresh(8, 1.0, torch.float32, sites, head=False))
     assert after.adapter["q/A"].dtype == after.adapter["q/B"].dtype == torch.float32
     assert dense.relative(dense.product(after.adapter, "q"), dense.product(before.adapter, "q")) < 5e-6
     A = dense.array(after.adapter["q/A"])
     assert np.abs(A @ A.T - np.eye(8)).max() < 5e-6
 
 
-def test_bfloat16_is_refactored_in_high_precision_and_rounded_once(dense):
-    _, before, after = refactored(dense, full_rank, dense.fresh(dtype=torch.bfloat16), transport="dense")
+def test_bfloat16_is_refactored_in_high_precision_and_rounded_once():
+    _, before, after = refactored(full_rank, dense.fresh(dtype=torch.bfloat16), transport="dense")
     for site in dense.SHAPES:
         B, A, _ = dense.triple(before.adapter, site)
         U, S, Vt = np.linalg.svd(B @ A)
@@ -140,8 +141,8 @@ def test_bfloat16_is_refactored_in_high_precision_and_rounded_once(dense):
         assert dense.relative(dense.product(after.adapter, site), dense.product(before.adapter, site)) < 1e-2
 
 
-def test_sqrt_split_shares_the_singular_values(dense):
-    _, before, after = refactored(dense, full_rank, split="sqrt")
+def test_sqrt_split_shares_the_singular_values():
+    _, before, after = refactored(full_rank, split="sqrt")
     for site in dense.SHAPES:
         B, A, _ = dense.triple(after.adapter, site)
         oldB, oldA, _ = dense.triple(before.adapter, site)
@@ -152,10 +153,10 @@ def test_sqrt_split_shares_the_singular_values(dense):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_rank_above_a_sites_width_keeps_shapes_and_product(dense, transport):
+def test_a_rank_above_a_sites_width_keeps_shapes_and_product(transport):
     """r = 4 at a site with 2 outputs (a small classifier) and at one with 3 inputs."""
     start = dense.fresh(4, shapes={"narrow": (2, 9), "short": (8, 3)}, head=False)
-    _, before, after = refactored(dense, full_rank, start, transport=transport)
+    _, before, after = refactored(full_rank, start, transport=transport)
     for key, value in before.adapter.tensors.items():
         assert after.adapter[key].shape == value.shape
     for site in ("narrow", "short"):
@@ -164,7 +165,7 @@ def test_a_rank_above_a_sites_width_keeps_shapes_and_product(dense, transport):
     np.testing.assert_allclose(A @ A.T, np.eye(4), atol=1e-12)
 
 
-def test_it_refactors_every_k_rounds(dense):
+def test_it_refactors_every_k_rounds():
     for every in (1, 2, 3):
         played = dense.rounds(
             dense.make("fedsvd", every=every, init="orthonormal"), dense.fresh(), WEIGHTS, 2 * every + 1
@@ -176,9 +177,9 @@ def test_it_refactors_every_k_rounds(dense):
         assert sum(changes) == 2, every
 
 
-def test_loss_gradient_is_bounded_by_the_inputs(dense):
+def test_loss_gradient_is_bounded_by_the_inputs():
     """||dloss/dB|| = s ||g|| ||A x|| <= s ||g|| ||x||, with equality for every x in the row space of A."""
-    _, _, after = refactored(dense, full_rank)
+    _, _, after = refactored(full_rank)
     random = np.random.default_rng(0)
     B, A, s = (torch.as_tensor(value) for value in dense.triple(after.adapter, "u"))
     for inside in (False, True):
@@ -196,7 +197,7 @@ def test_loss_gradient_is_bounded_by_the_inputs(dense):
 # The round -----------------------------------------------------------------------------------------------------------
 
 
-def test_A_is_neither_trained_nor_uploaded(dense):
+def test_A_is_neither_trained_nor_uploaded():
     strategy = dense.make("fedsvd")
     for done in dense.rounds(strategy, dense.fresh(), WEIGHTS, 3):
         assert strategy.trained(done.sent) == ("B", "head")
@@ -206,7 +207,7 @@ def test_A_is_neither_trained_nor_uploaded(dense):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clients_that_multiply_the_core_hold_the_servers_A_bit_for_bit(dense, dtype):
+def test_clients_that_multiply_the_core_hold_the_servers_A_bit_for_bit(dtype):
     strategy = dense.make("fedsvd")
     for done in dense.rounds(strategy, dense.fresh(dtype=dtype), WEIGHTS, 4):
         sent = strategy.broadcast(done.sent, "c0")
@@ -215,7 +216,7 @@ def test_clients_that_multiply_the_core_hold_the_servers_A_bit_for_bit(dense, dt
         assert strategy.task(done.sent)["static"]["roles"] == ["A"]
 
 
-def test_the_hash_is_that_of_the_round_0_A_in_every_round(dense):
+def test_the_hash_is_that_of_the_round_0_A_in_every_round():
     strategy = dense.make("fedsvd")
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 3)
     hashes = {strategy.task(done.sent)["static"]["sha256"] for done in played}
@@ -223,7 +224,7 @@ def test_the_hash_is_that_of_the_round_0_A_in_every_round(dense):
 
 
 @pytest.mark.parametrize("options", [{}, {"init": "orthonormal"}, {"every": 2}, {"split": "sqrt"}])
-def test_core_transport_is_dense_transport(dense, options):
+def test_core_transport_is_dense_transport(options):
     core = dense.rounds(dense.make("fedsvd", transport="core", **options), dense.fresh(), WEIGHTS, 5)
     full = dense.rounds(dense.make("fedsvd", transport="dense", **options), dense.fresh(), WEIGHTS, 5)
     for one, other in zip(core, full, strict=True):
@@ -231,7 +232,7 @@ def test_core_transport_is_dense_transport(dense, options):
             assert dense.relative(dense.array(one.server.adapter[key]), dense.array(value)) < 1e-9, key
 
 
-def test_the_row_space_never_leaves_that_of_the_first_A(dense):
+def test_the_row_space_never_leaves_that_of_the_first_A():
     played = dense.rounds(dense.make("fedsvd"), dense.fresh(), WEIGHTS, 6)
     for site in dense.SHAPES:
         first = dense.row_projector(dense.array(played[0].sent.adapter[f"{site}/A"]))
@@ -274,7 +275,7 @@ def trainer(optimizer):
     return train
 
 
-def products(dense, name, optimizer, **options):
+def products(name, optimizer, **options):
     """Products of both sites after each of 6 rounds."""
     start = dense.fresh(3, 2.0, shapes=NET, head=False)
     played = dense.rounds(
@@ -300,31 +301,31 @@ def momentum(parameters):
 
 @pytest.mark.parametrize("optimizer", [sgd, momentum])
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_under_sgd_fedsvd_is_ffa_on_an_orthonormal_basis(dense, optimizer, every):
-    svd = products(dense, "fedsvd", optimizer, init="orthonormal", every=every)
-    ffa = products(dense, "ffa_lora", optimizer, init="orthonormal")
+def test_under_sgd_fedsvd_is_ffa_on_an_orthonormal_basis(optimizer, every):
+    svd = products("fedsvd", optimizer, init="orthonormal", every=every)
+    ffa = products("ffa_lora", optimizer, init="orthonormal")
     assert np.linalg.norm(ffa[-1]) > 0.5 and np.linalg.norm(ffa[-1] - ffa[0]) > 0.1
     np.testing.assert_allclose(svd, ffa, atol=1e-10)
 
 
-def test_without_the_orthonormal_start_they_differ(dense):
-    svd = products(dense, "fedsvd", sgd)
-    assert dense.relative(svd[-1], products(dense, "ffa_lora", sgd)[-1]) > 0.1
-    assert dense.relative(svd[-1], products(dense, "ffa_lora", sgd, init="orthonormal")[-1]) > 1e-3  # round 1 differs
+def test_without_the_orthonormal_start_they_differ():
+    svd = products("fedsvd", sgd)
+    assert dense.relative(svd[-1], products("ffa_lora", sgd)[-1]) > 0.1
+    assert dense.relative(svd[-1], products("ffa_lora", sgd, init="orthonormal")[-1]) > 1e-3  # round 1 differs
     assert (
         dense.relative(
-            products(dense, "fedsvd", sgd, init="orthonormal", split="sqrt")[-1],
-            products(dense, "ffa_lora", sgd, init="orthonormal")[-1],
+            products("fedsvd", sgd, init="orthonormal", split="sqrt")[-1],
+            products("ffa_lora", sgd, init="orthonormal")[-1],
         )
         > 1e-2
     )
 
 
-def test_under_adam_they_differ(dense):
+def test_under_adam_they_differ():
     def adam(parameters):
         return torch.optim.Adam(parameters, lr=0.05)
 
-    svd = products(dense, "fedsvd", adam, init="orthonormal")
-    ffa = products(dense, "ffa_lora", adam, init="orthonormal")
+    svd = products("fedsvd", adam, init="orthonormal")
+    ffa = products("ffa_lora", adam, init="orthonormal")
     np.testing.assert_allclose(svd[0], ffa[0], atol=1e-10)  # before the first refactor
     assert dense.relative(svd[-1], ffa[-1]) > 0.05

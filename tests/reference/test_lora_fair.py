@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedpeft.state import AdapterState, ServerState, Site, Update
+from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 
@@ -26,7 +27,7 @@ def two_clients(A1, A2):
 
 
 @pytest.mark.parametrize(("absolute", "expected"), [(0.0, [0.25, 0.75]), (1.0, [0.3, 0.7]), (4.0, [0.375, 0.625])])
-def test_worked_example_a(dense, absolute, expected):
+def test_worked_example_a(absolute, expected):
     """A1 = [1, 0], A2 = [3, 0]: delta B = [-1, 1] / (4 + lambda), exact at lambda = 0. Here tr(A A^T) / r = 4."""
     server, updates = two_clients([1.0, 0.0], [3.0, 0.0])
     after = dense.make("lora_fair", lambda_=absolute / 4).aggregate(server, updates).adapter
@@ -37,7 +38,7 @@ def test_worked_example_a(dense, absolute, expected):
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.01, 100.0])
-def test_worked_example_b_cannot_be_corrected(dense, lambda_):
+def test_worked_example_b_cannot_be_corrected(lambda_):
     """A1 = [1, 0], A2 = [0, 1]: R A^T = 0, so B stays at its mean for every lambda."""
     server, updates = two_clients([1.0, 0.0], [0.0, 1.0])
     after = dense.make("lora_fair", lambda_=lambda_).aggregate(server, updates).adapter
@@ -45,14 +46,14 @@ def test_worked_example_b_cannot_be_corrected(dense, lambda_):
     np.testing.assert_allclose(dense.product(after, "q"), np.full((2, 2), 0.25), atol=1e-14)
 
 
-def corrected(dense, lambda_, weights=WEIGHTS, **options):
+def corrected(lambda_, weights=WEIGHTS, **options):
     """One round from a fresh adapter; the clients do not depend on lambda."""
     return dense.rounds(dense.make("lora_fair", lambda_=lambda_, **options), dense.fresh(), weights, 1)[0]
 
 
 @pytest.mark.parametrize("lambda_", [1e-3, 0.01, 0.3, 1.0, 20.0])
-def test_it_minimises_the_l2_form(dense, lambda_):
-    done = corrected(dense, lambda_)
+def test_it_minimises_the_l2_form(lambda_):
+    done = corrected(lambda_)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         clients = dense.triples(done, site)
@@ -63,8 +64,8 @@ def test_it_minimises_the_l2_form(dense, lambda_):
         assert dense.relative(dense.array(done.server.adapter[f"{site}/A"]), A) < 1e-12
 
 
-def test_large_lambda_is_fedit(dense):
-    done = corrected(dense, 1e12)
+def test_large_lambda_is_fedit():
+    done = corrected(1e12)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         assert (
@@ -73,8 +74,8 @@ def test_large_lambda_is_fedit(dense):
         )
 
 
-def test_small_lambda_projects_the_mean_product_on_the_rows_of_A(dense):
-    done = corrected(dense, 1e-13)
+def test_small_lambda_projects_the_mean_product_on_the_rows_of_A():
+    done = corrected(1e-13)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         clients = dense.triples(done, site)
@@ -89,11 +90,11 @@ def test_small_lambda_projects_the_mean_product_on_the_rows_of_A(dense):
         assert floor > 0.1 * np.linalg.norm(wanted)
 
 
-def test_correction_shrinks_and_error_grows_with_lambda(dense):
+def test_correction_shrinks_and_error_grows_with_lambda():
     p = dense.fractions(WEIGHTS)
     sizes, errors = [], []
     for lambda_ in (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0, 1e3):
-        done = corrected(dense, lambda_)
+        done = corrected(lambda_)
         site_sizes, site_errors = [], []
         for site in dense.SHAPES:
             clients = dense.triples(done, site)
@@ -108,9 +109,9 @@ def test_correction_shrinks_and_error_grows_with_lambda(dense):
     assert (np.diff(errors, axis=0) > 0).all()
 
 
-def test_lambda_is_relative_to_the_size_of_A(dense):
+def test_lambda_is_relative_to_the_size_of_A():
     """Clients with c A and B / c are the same functions: the corrected function does not depend on c."""
-    base = corrected(dense, 0.1)
+    base = corrected(0.1)
     for c in (0.01, 50.0):
         updates = [
             Update(
@@ -132,7 +133,7 @@ def test_lambda_is_relative_to_the_size_of_A(dense):
 
 
 @pytest.mark.parametrize("solver", ["closed", "cosine"])
-def test_nothing_is_corrected_where_nothing_is_lost(dense, solver):
+def test_nothing_is_corrected_where_nothing_is_lost(solver):
     strategy = dense.make("lora_fair", solver=solver)
     start = dense.fresh()
     p = dense.fractions(WEIGHTS)
@@ -150,7 +151,7 @@ def test_nothing_is_corrected_where_nothing_is_lost(dense, solver):
 
 @pytest.mark.parametrize("solver", ["closed", "cosine"])
 @pytest.mark.parametrize("lambda_", [0.0, 0.01])
-def test_all_B_zero_stays_zero(dense, solver, lambda_):
+def test_all_B_zero_stays_zero(solver, lambda_):
     start = dense.fresh()
     updates = [Update(f"c{index}", weight, dense.drift(start, ("A",), index)) for index, weight in enumerate(WEIGHTS)]
     after = dense.make("lora_fair", solver=solver, lambda_=lambda_).aggregate(ServerState(start), updates).adapter
@@ -159,7 +160,7 @@ def test_all_B_zero_stays_zero(dense, solver, lambda_):
         assert torch.isfinite(after[f"{site}/A"]).all()
 
 
-def test_clients_with_opposite_B_give_a_finite_cosine(dense):
+def test_clients_with_opposite_B_give_a_finite_cosine():
     """The mean B is zero while the mean product is not: the cosine's gradient has 0 in its denominator."""
     start = dense.fresh()
     one = dense.drift(start, ("A", "B"), 1)
@@ -170,9 +171,9 @@ def test_clients_with_opposite_B_give_a_finite_cosine(dense):
     assert all(torch.isfinite(value).all() for value in after.tensors.values())
 
 
-def test_cosine_solver_reaches_the_best_cosine(dense):
+def test_cosine_solver_reaches_the_best_cosine():
     """No correction of B can exceed ||W P|| / ||W||, P the projector on the rows of the mean A."""
-    done = corrected(dense, 0.0, solver="cosine", steps=4000, lr=0.2)
+    done = corrected(0.0, solver="cosine", steps=4000, lr=0.2)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         clients = dense.triples(done, site)
@@ -186,9 +187,9 @@ def test_cosine_solver_reaches_the_best_cosine(dense):
         assert fedit < got <= best + 1e-9 and got > best - 0.02 * (best - fedit)
 
 
-def test_cosine_solver_starts_from_zero_and_improves_on_fedit_as_published(dense):
+def test_cosine_solver_starts_from_zero_and_improves_on_fedit_as_published():
     """The paper's numbers (lambda = .01, 1000 steps of .01). A random start would end below FedIT."""
-    done = corrected(dense, 0.01, solver="cosine", steps=1000, lr=0.01)
+    done = corrected(0.01, solver="cosine", steps=1000, lr=0.01)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         clients = dense.triples(done, site)
@@ -196,7 +197,7 @@ def test_cosine_solver_starts_from_zero_and_improves_on_fedit_as_published(dense
         assert dense.cosine(dense.product(done.server.adapter, site), wanted) > dense.cosine(
             dense.fedit(clients, p, 2.0), wanted
         )
-    nothing = corrected(dense, 0.01, solver="cosine", steps=1, lr=0.0)
+    nothing = corrected(0.01, solver="cosine", steps=1, lr=0.0)
     for site in dense.SHAPES:
         assert (
             dense.relative(
@@ -206,10 +207,10 @@ def test_cosine_solver_starts_from_zero_and_improves_on_fedit_as_published(dense
         )
 
 
-def test_first_step_of_the_cosine_solver_is_the_published_gradient(dense):
+def test_first_step_of_the_cosine_solver_is_the_published_gradient():
     """-grad at 0 = [W / (||W|| ||X||) - c X / ||X||^2] A^T, X = B A, c = cos(W, X); one step of length lr."""
     lr = 1e-3
-    done = corrected(dense, 0.0, solver="cosine", steps=1, lr=lr)
+    done = corrected(0.0, solver="cosine", steps=1, lr=lr)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         clients = dense.triples(done, site)
@@ -220,8 +221,8 @@ def test_first_step_of_the_cosine_solver_is_the_published_gradient(dense):
         assert dense.relative(dense.array(done.server.adapter[f"{site}/B"]) - B, step) < 1e-6
 
 
-def test_each_site_is_corrected_by_itself(dense):
-    done = corrected(dense, 0.01)
+def test_each_site_is_corrected_by_itself():
+    done = corrected(0.01)
     alone = [
         Update(
             update.client,

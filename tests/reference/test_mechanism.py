@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from dp_steps import CLIP, Fixed, plan, shrunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.privacy.mechanism import add_clipped, add_noise, clipped_sum
+from support.dp_steps import CLIP, Fixed, plan, shrunk
 
 MODERATE = st.one_of(st.floats(-1000, 1000, width=32), st.floats(-(2.0**49), 2.0**49, width=32),
                      st.sampled_from([0.0, 1e-30]))

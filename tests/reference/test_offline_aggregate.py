@@ -10,6 +10,7 @@ from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, Site, StateMismatch
 from fedpeft.strategies.offline import aggregate
+from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0]
 DTYPES = [torch.float32, torch.float64]
@@ -17,7 +18,7 @@ SHARED_A = ("ffa_lora", "fedsvd", "fed_sb", "rolora")
 
 
 def adapters(
-    dense, *, dtype=torch.float64, roles=("A", "B", "head"), ranks=(3, 3, 3), scalings=(2.0, 2.0, 2.0), seed=0
+    *, dtype=torch.float64, roles=("A", "B", "head"), ranks=(3, 3, 3), scalings=(2.0, 2.0, 2.0), seed=0
 ):
     """Trained adapters of one start: those roles moved at random."""
     made = []
@@ -27,11 +28,11 @@ def adapters(
     return made
 
 
-def references(dense, made, site, weights):
+def references(made, site, weights):
     return [dense.triple(adapter, site) for adapter in made], dense.fractions(weights)
 
 
-def expected_product(dense, name, clients, p, s=2.0):
+def expected_product(name, clients, p, s=2.0):
     exact = dense.mean_product(clients, p)
     if name == "fedit":
         return dense.fedit(clients, p, s)
@@ -57,12 +58,12 @@ RULES = ["fedit", "lora_fair", "flexlora", "hetlora", "flora", "fedex", "flower"
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_result_is_the_dense_reference(dense, name, dtype, weights):
-    made = adapters(dense, dtype=dtype, roles=("B", "head") if name in SHARED_A else ("A", "B", "head"))
+def test_result_is_the_dense_reference(name, dtype, weights):
+    made = adapters(dtype=dtype, roles=("B", "head") if name in SHARED_A else ("A", "B", "head"))
     result, _ = aggregate(dense.make(name), made, weights)
     for site in dense.SHAPES:
-        clients, p = references(dense, made, site, weights or [1.0, 1.0, 1.0])
-        assert dense.relative(dense.effective(result, site), expected_product(dense, name, clients, p)) < 1e-6, site
+        clients, p = references(made, site, weights or [1.0, 1.0, 1.0])
+        assert dense.relative(dense.effective(result, site), expected_product(name, clients, p)) < 1e-6, site
         assert result.sites[site].kind == "lora"
     if name != "median":
         heads = dense.mean(
@@ -72,77 +73,77 @@ def test_result_is_the_dense_reference(dense, name, dtype, weights):
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora", "fedsvd", "lora_fair", "flexlora", "hetlora", "rolora"])
-def test_float64_adapters_are_aggregated_in_float64(dense, name):
-    made = adapters(dense, roles=("B", "head") if name in SHARED_A else ("A", "B", "head"))
+def test_float64_adapters_are_aggregated_in_float64(name):
+    made = adapters(roles=("B", "head") if name in SHARED_A else ("A", "B", "head"))
     result, _ = aggregate(dense.make(name), made, WEIGHTS)
     for site in dense.SHAPES:
-        clients, p = references(dense, made, site, WEIGHTS)
-        assert dense.relative(dense.effective(result, site), expected_product(dense, name, clients, p)) < 1e-11
+        clients, p = references(made, site, WEIGHTS)
+        assert dense.relative(dense.effective(result, site), expected_product(name, clients, p)) < 1e-11
         assert result[f"{site}/A"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora", "fedsvd", "lora_fair", "flexlora", "hetlora", "flora", "fedex"])
-def test_scalings_of_the_adapters_are_folded_in(dense, name):
+def test_scalings_of_the_adapters_are_folded_in(name):
     made = adapters(
-        dense, roles=("B", "head") if name in ("ffa_lora", "fedsvd") else ("A", "B", "head"), scalings=(2.0, 0.5, 8.0)
+        roles=("B", "head") if name in ("ffa_lora", "fedsvd") else ("A", "B", "head"), scalings=(2.0, 0.5, 8.0)
     )
     result, _ = aggregate(dense.make(name), made, WEIGHTS)
     for site in dense.SHAPES:
-        clients, p = references(dense, made, site, WEIGHTS)
+        clients, p = references(made, site, WEIGHTS)
         s = result.sites[site].scaling
-        assert dense.relative(dense.effective(result, site), expected_product(dense, name, clients, p, s)) < 1e-6
+        assert dense.relative(dense.effective(result, site), expected_product(name, clients, p, s)) < 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 7}, {"transport": "dense"}])
-def test_fedsvd_returns_orthonormal_rows_whatever_its_period(dense, options):
-    made = adapters(dense, roles=("B", "head"))
+def test_fedsvd_returns_orthonormal_rows_whatever_its_period(options):
+    made = adapters(roles=("B", "head"))
     result, _ = aggregate(dense.make("fedsvd", **options), made, WEIGHTS)
     for site in dense.SHAPES:
         B, A, _ = dense.triple(result, site)
-        clients, p = references(dense, made, site, WEIGHTS)
+        clients, p = references(made, site, WEIGHTS)
         np.testing.assert_allclose(A @ A.T, np.eye(3), atol=1e-12)
         np.testing.assert_allclose(2 * B @ A, dense.mean_product(clients, p), atol=1e-12)
         np.testing.assert_allclose(A.T @ A, dense.row_projector(clients[0][1]), atol=1e-12)
 
 
-def test_flora_stacks_the_adapters(dense):
-    made = adapters(dense, ranks=(1, 3, 2))
+def test_flora_stacks_the_adapters():
+    made = adapters(ranks=(1, 3, 2))
     result, _ = aggregate(dense.make("flora"), made, WEIGHTS)
     assert result.rank("u") == 1 + 3 + 2
     assert sorted(result.tensors) == ["out/weight", "u/A", "u/B", "v/A", "v/B"]
     for site in dense.SHAPES:
-        clients, p = references(dense, made, site, WEIGHTS)
+        clients, p = references(made, site, WEIGHTS)
         assert dense.relative(dense.product(result, site), dense.mean_product(clients, p)) < 1e-6
 
 
-def test_fedex_has_rank_K_r_and_no_residual_left_apart(dense):
-    result, _ = aggregate(dense.make("fedex"), adapters(dense, ranks=(2, 2, 2)), WEIGHTS)
+def test_fedex_has_rank_K_r_and_no_residual_left_apart():
+    result, _ = aggregate(dense.make("fedex"), adapters(ranks=(2, 2, 2)), WEIGHTS)
     assert result.rank("u") == 2 + 2 * 2
     assert not any("residual" in key for key in result.tensors)
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora"])
-def test_unequal_ranks(dense, name):
-    made = adapters(dense, ranks=(1, 3, 2))
+def test_unequal_ranks(name):
+    made = adapters(ranks=(1, 3, 2))
     result, _ = aggregate(dense.make(name), made, WEIGHTS)
     for site in dense.SHAPES:
-        clients, p = references(dense, made, site, WEIGHTS)
-        assert dense.relative(dense.effective(result, site), expected_product(dense, name, clients, p)) < 1e-6
+        clients, p = references(made, site, WEIGHTS)
+        assert dense.relative(dense.effective(result, site), expected_product(name, clients, p)) < 1e-6
 
 
 @pytest.mark.parametrize("common", ["A", "B"])
-def test_rolora_takes_either_common_factor(dense, common):
+def test_rolora_takes_either_common_factor(common):
     other = "B" if common == "A" else "A"
     start = dense.drift(dense.fresh(), ("A", "B"), 50)
     made = [dense.drift(start, (other, "head"), index) for index in range(3)]
     result, _ = aggregate(dense.make("rolora"), made, WEIGHTS)
     for site in dense.SHAPES:
-        clients, p = references(dense, made, site, WEIGHTS)
+        clients, p = references(made, site, WEIGHTS)
         assert dense.relative(dense.product(result, site), dense.mean_product(clients, p)) < 1e-12
 
 
-def test_fedsa_averages_both_as_a_start_and_says_so(dense):
-    made = adapters(dense)
+def test_fedsa_averages_both_as_a_start_and_says_so():
+    made = adapters()
     result, notes = aggregate(dense.make("fedsa"), made, WEIGHTS)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
@@ -152,7 +153,7 @@ def test_fedsa_averages_both_as_a_start_and_says_so(dense):
     assert any("B" in note for note in notes)
 
 
-def test_fed_sb_on_its_own_adapters_averages_the_cores(dense):
+def test_fed_sb_on_its_own_adapters_averages_the_cores():
     start = dense.fresh(kind="lora_sb")
     made = [dense.drift(start, ("R", "head"), index) for index in range(3)]
     result, notes = aggregate(dense.make("fed_sb"), made, WEIGHTS)
@@ -164,8 +165,8 @@ def test_fed_sb_on_its_own_adapters_averages_the_cores(dense):
     assert notes == []
 
 
-def test_fed_sb_notes_adapters_without_a_common_column_space(dense):
-    _, notes = aggregate(dense.make("fed_sb"), adapters(dense, roles=("B",)), WEIGHTS)
+def test_fed_sb_notes_adapters_without_a_common_column_space():
+    _, notes = aggregate(dense.make("fed_sb"), adapters(roles=("B",)), WEIGHTS)
     assert any("column space" in note for note in notes)
     start = dense.drift(dense.fresh(), ("B",), 3)
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +179,7 @@ def test_fed_sb_notes_adapters_without_a_common_column_space(dense):
     assert aggregate(dense.make("fed_sb"), shared, WEIGHTS)[1] == []
 
 
-def test_the_start_is_what_norm_clip_measures_from(dense):
+def test_the_start_is_what_norm_clip_measures_from():
     start = dense.fresh()
     made = [dense.drift(start, ("A", "B", "head"), index) for index in range(3)]
     result, _ = aggregate(dense.make("norm_clip", bound=1e-9), made, WEIGHTS, start)
@@ -189,8 +190,8 @@ def test_the_start_is_what_norm_clip_measures_from(dense):
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora", "flexlora", "fedsvd"])
-def test_inputs_are_left_alone_and_one_adapter_is_its_own_aggregate(dense, name):
-    made = adapters(dense, roles=("B", "head"))
+def test_inputs_are_left_alone_and_one_adapter_is_its_own_aggregate(name):
+    made = adapters(roles=("B", "head"))
     before = [adapter.sha256() for adapter in made]
     aggregate(dense.make(name), made, WEIGHTS)
     assert [adapter.sha256() for adapter in made] == before
@@ -203,16 +204,16 @@ def test_inputs_are_left_alone_and_one_adapter_is_its_own_aggregate(dense, name)
 
 
 @pytest.mark.parametrize("name", ["ffa_lora", "fedsvd", "fed_sb"])
-def test_a_frozen_A_must_be_the_same_on_all(dense, name):
-    made = adapters(dense, roles=("B", "head"))
+def test_a_frozen_A_must_be_the_same_on_all(name):
+    made = adapters(roles=("B", "head"))
     made[2] = made[2].replace({"v/A": made[2]["v/A"] + 1e-3})
     with pytest.raises(InputError, match=rf"(?s)(?=.*{name})(?=.*\bv\b)"):
         aggregate(dense.make(name), made, WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["ffa_lora", "fedsvd"])
-def test_a_frozen_A_must_be_that_of_the_start(dense, name):
-    made = adapters(dense, roles=("B", "head"))
+def test_a_frozen_A_must_be_that_of_the_start(name):
+    made = adapters(roles=("B", "head"))
     start = dense.fresh()
     aggregate(dense.make(name), made, WEIGHTS, start)
     with pytest.raises(InputError, match=name):
@@ -220,18 +221,18 @@ def test_a_frozen_A_must_be_that_of_the_start(dense, name):
 
 
 @pytest.mark.parametrize("name", ["fedit", "lora_fair", "fedex", "rolora", "median", "flower"])
-def test_unequal_ranks_are_refused_with_the_rules_that_take_them(dense, name):
+def test_unequal_ranks_are_refused_with_the_rules_that_take_them(name):
     with pytest.raises(InputError, match=r"(?s)(?=.*ranks)(?=.*flora)(?=.*flexlora)(?=.*hetlora)"):
-        aggregate(dense.make(name), adapters(dense, ranks=(1, 3, 2)), WEIGHTS)
+        aggregate(dense.make(name), adapters(ranks=(1, 3, 2)), WEIGHTS)
 
 
-def test_rolora_needs_a_common_factor(dense):
+def test_rolora_needs_a_common_factor():
     with pytest.raises(InputError, match="rolora"):
-        aggregate(dense.make("rolora"), adapters(dense), WEIGHTS)
+        aggregate(dense.make("rolora"), adapters(), WEIGHTS)
 
 
-def test_other_sites_or_shapes_are_refused(dense):
-    made = adapters(dense)
+def test_other_sites_or_shapes_are_refused():
+    made = adapters()
     with pytest.raises(StateMismatch, match="v/"):
         aggregate(
             dense.make("fedit"),
@@ -251,12 +252,12 @@ def test_other_sites_or_shapes_are_refused(dense):
 @pytest.mark.parametrize(
     "weights", [[1.0, 2.0], [1.0, -1.0, 1.0], [0.0, 1.0, 1.0], [float("nan"), 1.0, 1.0], [float("inf"), 1.0, 1.0]]
 )
-def test_weights_must_fit(dense, weights):
+def test_weights_must_fit(weights):
     with pytest.raises(InputError, match="weights"):
-        aggregate(dense.make("fedit"), adapters(dense), weights)
+        aggregate(dense.make("fedit"), adapters(), weights)
 
 
-def test_no_adapters(dense):
+def test_no_adapters():
     with pytest.raises(InputError, match="no adapters"):
         aggregate(dense.make("fedit"), [])
 
@@ -264,7 +265,7 @@ def test_no_adapters(dense):
 # Folding the residual and the core into plain factors ----------------------------------------------------------------
 
 
-def test_flat_keeps_the_function_and_the_scaling(dense):
+def test_flat_keeps_the_function_and_the_scaling():
     state = dense.rounds(dense.make("fedex"), dense.fresh(), WEIGHTS, 3)[-1].server.adapter
     plain = flat(state)
     for site in dense.SHAPES:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import small_models as small
 import torch
-from per_sample import ADAPTERS, KINDS, Net, batch, loss_of, records, roles_of, single, toy
 from torch import nn
 
 from fedpeft.errors import InputError
 from fedpeft.privacy.gradients import verify
+from support import small_models as small
+from support.per_sample import ADAPTERS, KINDS, Net, batch, loss_of, records, roles_of, single, toy
 
 
 @pytest.mark.parametrize("method", ADAPTERS)

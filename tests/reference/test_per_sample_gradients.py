@@ -6,9 +6,14 @@ The reference never batches: each record is alone, without padding, in float64.
 from __future__ import annotations
 
 import pytest
-import small_models as small
 import torch
-from per_sample import (
+
+from fedpeft import registry
+from fedpeft.clients.train import per_sample_loss
+from fedpeft.data.encode import Encoded
+from fedpeft.privacy.gradients import per_sample_gradients, verify
+from support import small_models as small
+from support.per_sample import (
     ADAPTERS,
     EXACT,
     KINDS,
@@ -22,11 +27,6 @@ from per_sample import (
     single,
     without_dropout,
 )
-
-from fedpeft import registry
-from fedpeft.clients.train import per_sample_loss
-from fedpeft.data.encode import Encoded
-from fedpeft.privacy.gradients import per_sample_gradients, verify
 
 # Exactness ------------------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import small_models as small
 import torch
-from per_sample import EXACT, KINDS, Net, as_double, compare, one_by_one, records, toy
 from torch import nn
 
 from fedpeft.data.encode import Encoded
 from fedpeft.models.targets import linear_layers, resolve
 from fedpeft.privacy.gradients import per_sample_gradients, verify
+from support import small_models as small
+from support.per_sample import EXACT, KINDS, Net, as_double, compare, one_by_one, records, toy
 
 # Parameters that no linear layer owns ---------------------------------------------------------------------------------
 

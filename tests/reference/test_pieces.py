@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import small_models as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.clients.cohort.passes import assemble, cut, token_counts
 from fedpeft.data.encode import Encoded
+from support import small_models as small
 
 WIDE = 10**6  # tokens: everything at once
 

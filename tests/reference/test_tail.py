@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
-from per_sample import records
-from test_cohort import ADAMW, WIDE, make_jobs, one_by_one, private
 from torch import nn
 
 from fedpeft.adapters.tail import find, first_token
@@ -15,6 +12,9 @@ from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate, per_sample_loss
 from fedpeft.data.encode import Encoded
 from fedpeft.models.base import Base
+from support import small_models as small
+from support.cohort_jobs import ADAMW, WIDE, make_jobs, one_by_one, private
+from support.per_sample import records
 
 BERT = [*(f"attention.output.{name}" for name in ("dense", "LayerNorm")), "intermediate.dense",
         *(f"output.{name}" for name in ("dense", "LayerNorm"))]

@@ -12,12 +12,13 @@ import torch
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 from fedpeft.strategies.client import halves
+from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 KEYS = ["out/weight", "u/A", "u/B", "v/A", "v/B"]
 
 
-def cohort(dense, count=5, outlier=0.0):
+def cohort(count=5, outlier=0.0):
     """A server in mid-run and `count` updates; the last is thrown far off by `outlier`."""
     start = dense.drift(dense.fresh(), ("A", "B", "head"), 99)
     updates = [
@@ -30,7 +31,7 @@ def cohort(dense, count=5, outlier=0.0):
     return ServerState(start), updates
 
 
-def vectors(dense, updates):
+def vectors(updates):
     return [np.concatenate([dense.array(update.adapter[key]).ravel() for key in KEYS]) for update in updates]
 
 
@@ -38,8 +39,8 @@ def vectors(dense, updates):
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_median_is_numpys(dense, count):
-    server, updates = cohort(dense, count)
+def test_median_is_numpys(count):
+    server, updates = cohort(count)
     after = dense.make("median").aggregate(server, updates).adapter
     for key in KEYS:
         expected = np.median([dense.array(update.adapter[key]) for update in updates], axis=0)
@@ -49,8 +50,8 @@ def test_median_is_numpys(dense, count):
 @pytest.mark.parametrize(
     ("fraction", "count", "cut"), [(0.2, 5, 1), (0.2, 9, 1), (0.4, 5, 2), (0.0, 4, 0), (0.2, 4, 0), (0.1, 10, 1)]
 )
-def test_trimmed_mean_cuts_from_each_end(dense, fraction, count, cut):
-    server, updates = cohort(dense, count)
+def test_trimmed_mean_cuts_from_each_end(fraction, count, cut):
+    server, updates = cohort(count)
     after = dense.make("trimmed_mean", fraction=fraction).aggregate(server, updates).adapter
     for key in KEYS:
         values = np.sort([dense.array(update.adapter[key]) for update in updates], axis=0)
@@ -58,9 +59,9 @@ def test_trimmed_mean_cuts_from_each_end(dense, fraction, count, cut):
 
 
 @pytest.mark.parametrize(("byzantine", "keep"), [(1, 1), (1, 3), (2, 2), (0, 4)])
-def test_krum_keeps_the_best_scores(dense, byzantine, keep):
-    server, updates = cohort(dense, 7, outlier=5.0)
-    scores = dense.krum_scores(vectors(dense, updates), byzantine)
+def test_krum_keeps_the_best_scores(byzantine, keep):
+    server, updates = cohort(7, outlier=5.0)
+    scores = dense.krum_scores(vectors(updates), byzantine)
     best = sorted(np.argsort(scores)[:keep])
     p = dense.fractions([updates[index].weight for index in best])
     after = dense.make("krum", byzantine=byzantine, keep=keep).aggregate(server, updates).adapter
@@ -70,15 +71,15 @@ def test_krum_keeps_the_best_scores(dense, byzantine, keep):
         np.testing.assert_allclose(dense.array(after[key]), expected, atol=1e-13)
 
 
-def test_krum_refuses_too_few_updates(dense):
-    server, updates = cohort(dense, 4)
+def test_krum_refuses_too_few_updates():
+    server, updates = cohort(4)
     with pytest.raises((InputError, RunError), match=r"krum.*\d"):
         dense.make("krum", byzantine=2).aggregate(server, updates)
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum"])
-def test_robust_rules_withstand_a_far_and_heavy_client(dense, name):
-    server, updates = cohort(dense, 5, outlier=1e6)
+def test_robust_rules_withstand_a_far_and_heavy_client(name):
+    server, updates = cohort(5, outlier=1e6)
     honest = [update for update in updates if update.client != "c-last"]
     after = dense.make(name).aggregate(server, updates).adapter
     for key in KEYS:
@@ -88,27 +89,27 @@ def test_robust_rules_withstand_a_far_and_heavy_client(dense, name):
 
 
 @pytest.mark.parametrize("bound", [1.5, None])
-def test_norm_clip_shortens_long_updates_and_leaves_short_ones(dense, bound):
-    server, updates = cohort(dense, 5)
-    moves = [vector - vectors(dense, [Update("s", 1.0, server.adapter)])[0] for vector in vectors(dense, updates)]
+def test_norm_clip_shortens_long_updates_and_leaves_short_ones(bound):
+    server, updates = cohort(5)
+    moves = [vector - vectors([Update("s", 1.0, server.adapter)])[0] for vector in vectors(updates)]
     norms = [np.linalg.norm(move) for move in moves]
     limit = np.median(norms) if bound is None else bound
     assert min(norms) < limit < max(norms)
     clipped = [move * min(1.0, limit / norm) for move, norm in zip(moves, norms, strict=True)]
-    expected = vectors(dense, [Update("s", 1.0, server.adapter)])[0] + dense.mean(clipped, dense.fractions(WEIGHTS))
+    expected = vectors([Update("s", 1.0, server.adapter)])[0] + dense.mean(clipped, dense.fractions(WEIGHTS))
     after = dense.make("norm_clip", bound=bound).aggregate(server, updates).adapter
-    np.testing.assert_allclose(vectors(dense, [Update("s", 1.0, after)])[0], expected, atol=1e-13)
+    np.testing.assert_allclose(vectors([Update("s", 1.0, after)])[0], expected, atol=1e-13)
 
 
-def test_norm_clip_with_a_loose_bound_is_the_inner_rule(dense):
-    server, updates = cohort(dense)
+def test_norm_clip_with_a_loose_bound_is_the_inner_rule():
+    server, updates = cohort()
     loose = dense.make("norm_clip", bound=1e9).aggregate(server, updates).adapter
     plain = dense.make("fedit").aggregate(server, updates).adapter
     for key in KEYS:
         np.testing.assert_allclose(dense.array(loose[key]), dense.array(plain[key]), atol=1e-13)
 
 
-def test_norm_clip_measures_from_what_a_client_of_low_rank_was_sent(dense):
+def test_norm_clip_measures_from_what_a_client_of_low_rank_was_sent():
     """Rank-1 and rank-3 clients: each is clipped around its own first rows, not around the server's factors."""
     inner = dense.make("flexlora")
     inner.client_ranks = {"c0": 1, "c1": 3}
@@ -129,14 +130,14 @@ def test_norm_clip_measures_from_what_a_client_of_low_rank_was_sent(dense):
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum"])
-def test_coordinate_statistics_refuse_unequal_ranks(dense, name):
+def test_coordinate_statistics_refuse_unequal_ranks(name):
     inner = dense.make("hetlora")
     inner.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
     with pytest.raises(InputError, match=r"shape|rank"):
         dense.rounds(dense.make(name, inner=inner), dense.fresh(), WEIGHTS, 1)
 
 
-def test_robust_rules_see_individual_updates(dense):
+def test_robust_rules_see_individual_updates():
     for name in ("norm_clip", "trimmed_mean", "median", "krum"):
         assert dense.make(name, inner=dense.make("ffa_lora")).needs is Needs.INDIVIDUAL
 
@@ -145,7 +146,7 @@ def test_robust_rules_see_individual_updates(dense):
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "norm_clip", "fedprox"])
-def test_a_wrapper_trains_sends_and_refactors_as_its_inner_strategy(dense, name):
+def test_a_wrapper_trains_sends_and_refactors_as_its_inner_strategy(name):
     wrapped = dense.make(name, inner=dense.make("fedsvd"))
     played = dense.rounds(wrapped, dense.fresh(), [1.0, 1.0, 1.0], 3, seeds=[5, 5, 5])
     plain = dense.rounds(dense.make("fedsvd"), dense.fresh(), [1.0, 1.0, 1.0], 3, seeds=[5, 5, 5])
@@ -156,19 +157,19 @@ def test_a_wrapper_trains_sends_and_refactors_as_its_inner_strategy(dense, name)
             np.testing.assert_allclose(dense.array(one.server.adapter[key]), dense.array(value), atol=1e-9)
 
 
-def test_wrappers_compose_in_order(dense):
+def test_wrappers_compose_in_order():
     """Clip to 0.7, then take the median: not the other way round."""
-    server, updates = cohort(dense)
+    server, updates = cohort()
     both = dense.make("norm_clip", inner=dense.make("median"), bound=0.7).aggregate(server, updates).adapter
-    origin = vectors(dense, [Update("s", 1.0, server.adapter)])[0]
-    moves = [vector - origin for vector in vectors(dense, updates)]
+    origin = vectors([Update("s", 1.0, server.adapter)])[0]
+    moves = [vector - origin for vector in vectors(updates)]
     clipped = [move * min(1.0, 0.7 / np.linalg.norm(move)) for move in moves]
     np.testing.assert_allclose(
-        vectors(dense, [Update("s", 1.0, both)])[0], origin + np.median(clipped, axis=0), atol=1e-13
+        vectors([Update("s", 1.0, both)])[0], origin + np.median(clipped, axis=0), atol=1e-13
     )
 
 
-def test_ranks_and_population_reach_the_inner_strategy(dense):
+def test_ranks_and_population_reach_the_inner_strategy():
     inner = dense.make("flora")
     outer = dense.make("fedprox", inner=dense.make("norm_clip", inner=inner))
     outer.client_ranks, outer.population = {"c0": 1}, 9
@@ -179,9 +180,9 @@ def test_ranks_and_population_reach_the_inner_strategy(dense):
 # FedProx and SCAFFOLD ------------------------------------------------------------------------------------------------
 
 
-def test_fedprox_tells_clients_mu_and_aggregates_as_before(dense):
+def test_fedprox_tells_clients_mu_and_aggregates_as_before():
     strategy = dense.make("fedprox", mu=0.3)
-    server, updates = cohort(dense)
+    server, updates = cohort()
     assert [half.proximal(None) for half in halves(strategy)] == [0.0, 0.3]
     after, plain = strategy.aggregate(server, updates).adapter, dense.make("fedit").aggregate(server, updates).adapter
     assert after.sha256() == plain.sha256()
@@ -191,7 +192,7 @@ def controls(strategy, server):
     return {key: value.double().numpy() for key, value in strategy.broadcast(server, "c0").extra.items()}
 
 
-def test_scaffold_server_step(dense):
+def test_scaffold_server_step():
     """c += |S| / N mean(delta c), unweighted; x += eta_g (mean y - x). Equal weights, 2 of 8 clients."""
     strategy = dense.make("scaffold", server_lr=0.5)
     strategy.population = 8
@@ -217,7 +218,7 @@ def test_scaffold_server_step(dense):
             np.testing.assert_allclose(got[key], value, atol=2e-7)
 
 
-def test_scaffold_controls_are_not_weighted_by_examples(dense):
+def test_scaffold_controls_are_not_weighted_by_examples():
     strategy = dense.make("scaffold")
     strategy.population = 2
     start = dense.fresh()
@@ -228,7 +229,7 @@ def test_scaffold_controls_are_not_weighted_by_examples(dense):
         np.testing.assert_allclose(value, expected, atol=2e-7)
 
 
-def test_scaffold_sends_controls_for_trained_tensors_only(dense):
+def test_scaffold_sends_controls_for_trained_tensors_only():
     strategy = dense.make("scaffold", inner=dense.make("ffa_lora"))
     server = strategy.initial(dense.fresh(), 0)
     assert set(controls(strategy, server)) == {"control:out/weight", "control:u/B", "control:v/B"}
@@ -236,7 +237,7 @@ def test_scaffold_sends_controls_for_trained_tensors_only(dense):
 
 @pytest.mark.parametrize("wrapper", ["scaffold", "fedadam", "fedyogi", "fedadagrad"])
 @pytest.mark.parametrize("inner", ["fedsvd", "flexlora"])
-def test_state_by_coordinate_refuses_a_moving_basis(dense, wrapper, inner):
+def test_state_by_coordinate_refuses_a_moving_basis(wrapper, inner):
     with pytest.raises(InputError, match=f"(?is)(?=.*{wrapper})(?=.*{inner})"):
         dense.make(wrapper, inner=dense.make(inner))
 
@@ -247,7 +248,7 @@ ETA, BETA_1, BETA_2, TAU = 0.1, 0.9, 0.99, 1e-3
 MOVES = [1.0, -2.0, 0.1, 0.5]
 
 
-def path(dense, name, moves, **options):
+def path(name, moves, **options):
     """B of a 1 x 1 site after each round whose clients' weighted mean moves B by these amounts; A never moves."""
     start = AdapterState(
         {"q/A": torch.ones(1, 1).double(), "q/B": torch.zeros(1, 1).double()}, {"q": Site("lora", (1, 1))}
@@ -283,29 +284,29 @@ def reference(name, moves):
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
-def test_server_optimizers_follow_their_equations(dense, name):
-    np.testing.assert_allclose(path(dense, name, MOVES), reference(name, MOVES), rtol=2e-6)
+def test_server_optimizers_follow_their_equations(name):
+    np.testing.assert_allclose(path(name, MOVES), reference(name, MOVES), rtol=2e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "first"), [("fedadam", 0.1 * 0.1 / 0.101), ("fedyogi", 0.1 * 0.1 / 0.101), ("fedadagrad", 0.1 / 1.001)]
 )
-def test_first_step_has_no_bias_correction(dense, name, first):
-    assert path(dense, name, [1.0])[0] == pytest.approx(first, rel=1e-6)
+def test_first_step_has_no_bias_correction(name, first):
+    assert path(name, [1.0])[0] == pytest.approx(first, rel=1e-6)
 
 
-def test_yogi_and_adam_part_when_moves_shrink(dense):
-    assert path(dense, "fedadam", MOVES)[:1] == pytest.approx(path(dense, "fedyogi", MOVES)[:1])
-    assert abs(path(dense, "fedadam", MOVES)[2] - path(dense, "fedyogi", MOVES)[2]) > 1e-6
+def test_yogi_and_adam_part_when_moves_shrink():
+    assert path("fedadam", MOVES)[:1] == pytest.approx(path("fedyogi", MOVES)[:1])
+    assert abs(path("fedadam", MOVES)[2] - path("fedyogi", MOVES)[2]) > 1e-6
 
 
-def test_options_of_the_server_optimizers(dense):
+def test_options_of_the_server_optimizers():
     """lr = 1, beta_1 = 0, beta_2 = 0: a step of move / (|move| + tau)."""
-    assert path(dense, "fedadam", [0.5], lr=1.0, beta_1=0.0, beta_2=0.0, tau=0.5)[0] == pytest.approx(0.5)
-    assert path(dense, "fedadagrad", [0.5], lr=2.0, tau=0.5)[0] == pytest.approx(1.0)
+    assert path("fedadam", [0.5], lr=1.0, beta_1=0.0, beta_2=0.0, tau=0.5)[0] == pytest.approx(0.5)
+    assert path("fedadagrad", [0.5], lr=2.0, tau=0.5)[0] == pytest.approx(1.0)
 
 
-def test_server_optimizers_move_every_trained_role_and_no_other(dense):
+def test_server_optimizers_move_every_trained_role_and_no_other():
     strategy = dense.make("fedadam", inner=dense.make("ffa_lora"))
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
     for done in played:

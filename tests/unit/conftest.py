@@ -1,13 +1,8 @@
-"""Lets the tests of this folder import scripted.py, and has Flower believe that it is inside a run."""
+"""Has Flower believe that it is inside a run."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

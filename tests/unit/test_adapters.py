@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import small_models as small
 import torch
 
 from fedpeft import seeds
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, Site
+from support import small_models as small
 
 # gpt2 stores its weights [in, out]; roberta's head has two layers.
 ARCHITECTURES = ["bert", "gpt2", "vit", "roberta"]

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
 import transformers
 from PIL import Image
@@ -20,6 +19,7 @@ from fedpeft.deploy.site import site
 from fedpeft.deploy.site.worker import require_fit
 from fedpeft.errors import InputError
 from fedpeft.models import agreement, loading
+from support import small_models as small
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import small_models as small
 import torch
 
 from fedpeft.clients.asked import LARGEST, Own, number
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config, DataConfig, StrategyConfig
+from support import small_models as small
 
 
 @pytest.fixture(scope="module")

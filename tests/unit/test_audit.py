@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import faults_around  # noqa: F401  # each adds its own to FAULTS
-import faults_of_noise  # noqa: F401
-import faults_of_steps  # noqa: F401
 import pytest
-import small_models as small
 import torch
-from audit_faults import FAULTS
 
 from fedpeft import config as configs
 from fedpeft.clients import train
@@ -19,6 +14,9 @@ from fedpeft.clients.guard import Guard
 from fedpeft.errors import InputError
 from fedpeft.run.audit import audit, rounds_seen
 from fedpeft.run.world import load_world
+from support import faults_around, faults_of_noise, faults_of_steps  # noqa: F401  # each adds its own to FAULTS
+from support import small_models as small
+from support.audit_faults import FAULTS
 
 SETTING = {
     "model.task": "image-classification", "adapter.r": 2, "data.limit": 96, "data.clients": 4,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import small_models as small
 import torch
 
 from fedpeft.errors import InputError
 from fedpeft.models.base import orient
 from fedpeft.tta.deployed import deploy
+from support import small_models as small
 
 CLASSIFIERS = [name for name, (task, _) in small.KINDS.items() if task != small.LM]
 

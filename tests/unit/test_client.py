@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import small_models as small
 import torch
 
 from fedpeft import seeds
@@ -17,6 +16,7 @@ from fedpeft.config import ClientConfig, Config, StrategyConfig
 from fedpeft.errors import RunError
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.scaffold import CONTROL
+from support import small_models as small
 
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
 ROLES = ["A", "B", "head"]

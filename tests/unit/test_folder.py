@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import peft
 import pytest
-import small_models as small
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, Site
+from support import small_models as small
 
 # gpt2 stores its weights [in, out]; roberta's head has two layers.
 ARCHITECTURES = ["bert", "gpt2", "vit", "roberta"]

@@ -8,8 +8,6 @@ import tracemalloc
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from malformed import ARRAYS, INF, MANIFESTS, MB, NAN, RECORDS, message
-from scripted import START, ScriptedGrid, good, raw, run
 
 from fedpeft.errors import RunError
 from fedpeft.foreign import TEXT_BYTES
@@ -18,6 +16,8 @@ from fedpeft.state import AdapterState, Rules, ServerState
 from fedpeft.strategies import wire
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.sequence import exchange
+from support.malformed import ARRAYS, INF, MANIFESTS, MB, NAN, RECORDS, message
+from support.scripted import START, ScriptedGrid, good, raw, run
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

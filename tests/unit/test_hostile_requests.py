@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from malformed import ARRAYS, MANIFESTS, MB, RECORDS, message
-from scripted import START
 
 from fedpeft import config as configs
 from fedpeft.clients import requests, secagg
@@ -21,6 +19,8 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import TEXT_BYTES, YAML_BYTES
 from fedpeft.state import AdapterState, Site
 from fedpeft.strategies.wire import PACKED
+from support.malformed import ARRAYS, MANIFESTS, MB, RECORDS, message
+from support.scripted import START
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 REQUESTS = {

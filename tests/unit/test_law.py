@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hostile
-import law
 import pytest
-import small_models as small
-from law_mutants import LEAKS
+
+from support import hostile, law
+from support import small_models as small
+from support.law_mutants import LEAKS
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 SAMPLE = {"training": 16, "sums": 3, "scoring": 6, "test-time": 4, "stages": 3}

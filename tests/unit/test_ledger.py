@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
 
 from fedpeft.clients import guard
@@ -23,6 +22,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy import plan as plans
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
+from support import small_models as small
 
 DELTA = 1e-5
 

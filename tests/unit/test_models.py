@@ -6,13 +6,13 @@ import json
 import shutil
 
 import pytest
-import small_models as small
 import torch
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError
 from fedpeft.models import loading
 from fedpeft.models.loading import EMBEDDED, byte_tokenizer, mean_pool
+from support import small_models as small
 
 
 @pytest.fixture(scope="module")

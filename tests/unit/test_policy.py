@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import small_models as small
 import torch
-from allowed import opened
 from flwr.app import Context, Message, RecordDict
 
 from fedpeft import config as configs
@@ -26,6 +24,8 @@ from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.simulations.workers import handle
 from fedpeft.strategies.wire import PACKED
+from support import small_models as small
+from support.allowed import opened
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import yaml
-from allowed import opened
 from typer.testing import CliRunner
 
 from fedpeft import config as configs
@@ -19,6 +18,7 @@ from fedpeft.deploy import envelope
 from fedpeft.deploy.settings import site as settings_of
 from fedpeft.deploy.site import site
 from fedpeft.errors import InputError, RunError, Stopped
+from support.allowed import opened
 
 WHOLE = {"max_epsilon": 3.0, "max_rounds": 20, "records": 400}
 

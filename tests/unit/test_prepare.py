@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pandas
 import pytest
-from packages import deb, tarball, trust
 
 from fedpeft.config import DataConfig
 from fedpeft.data import prepare, recipe, source
 from fedpeft.data.recipes import debian, fashion_mnist, glyphs, vader, wordnet
 from fedpeft.errors import InputError
+from support.packages import deb, tarball, trust
 
 NOUNS = """  1 This software and database is being provided to you
 00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived  

@@ -8,7 +8,6 @@ import zipfile
 import pytest
 import torch
 import transformers
-from packages import trust
 from safetensors.torch import load_file
 
 from fedpeft.config import ModelConfig
@@ -16,6 +15,7 @@ from fedpeft.data import prepare
 from fedpeft.data.recipes import models
 from fedpeft.errors import InputError
 from fedpeft.models.loading import byte_tokenizer, load
+from support.packages import trust
 
 
 def test_minilm_is_unpacked_as_it_is(tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from scripted import START, Reply, ScriptedGrid, good, raw, run, spoiled, with_value
 
 from fedpeft.packing import pack
 from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
+from support.scripted import START, Reply, ScriptedGrid, good, raw, run, spoiled, with_value
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from flwr.app import Error, Message, MetricRecord, RecordDict
-from scripted import START, Reply, ScriptedGrid, good, run
 
 from fedpeft.errors import RunError
 from fedpeft.state import Rules, ServerState
@@ -15,6 +14,7 @@ from fedpeft.strategies import wire
 from fedpeft.strategies.base import choose
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
+from support.scripted import START, Reply, ScriptedGrid, good, run
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

@@ -7,12 +7,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from handmade import make
-from scripted import START, good, run
 
 from fedpeft.state import AdapterState, ServerState, Site, Update
 from fedpeft.strategies import round_facts
 from fedpeft.strategies.wrappers.client_dp import ClientDP
+from support.handmade import make
+from support.scripted import START, good, run
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 SITES = {"q": Site("lora", (3, 4))}

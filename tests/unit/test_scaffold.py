@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
 
 from fedpeft.clients.train import on_device, per_sample_loss, train
@@ -12,6 +11,7 @@ from fedpeft.config import ClientConfig
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import Visit, halves
 from fedpeft.strategies.wrappers.scaffold import CONTROL, Scaffold
+from support import small_models as small
 
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=1, local_epochs=None, batch_size=100)
 ROLES = ["A", "B", "head"]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 
-import hostile
 import numpy as np
 import pytest
-import small_models as small
 import torch
-from hostile import Site
 
 from fedpeft.clients import scoring
 from fedpeft.clients.cohort.engine import Job, train_cohort
@@ -21,6 +18,9 @@ from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.noise import Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.tta.play import calibration_error
+from support import hostile
+from support import small_models as small
+from support.hostile import Site
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 EACH_STEP = ClientConfig(optimizer="sgd", lr=0.1, local_steps=2, local_epochs=None, batch_size=4)

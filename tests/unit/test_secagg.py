@@ -10,7 +10,6 @@ import torch
 from flwr.app import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
@@ -18,6 +17,7 @@ from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import NAMES, RECORD, circle
 from fedpeft.strategies.secagg.terms import Plan, exchange, masking
 from fedpeft.strategies.wire import PACKED
+from support.masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

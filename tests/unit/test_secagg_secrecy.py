@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 from scipy.stats import chisquare
 
 from fedpeft import config as configs
@@ -16,6 +15,7 @@ from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
 from fedpeft.strategies.secagg.terms import Plan, check, describe, masking
 from fedpeft.strategies.wire import PACKED, ask
+from support.masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array
-from masked import START, Watched, changes, config, play, updates
 
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.errors import InputError, RunError
@@ -14,6 +13,7 @@ from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import RECORD
 from fedpeft.strategies.secagg.terms import Plan, check, exchange
 from fedpeft.strategies.wire import PACKED
+from support.masked import START, Watched, changes, config, play, updates
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 ALL = [f"client-00{index}" for index in range(5)]

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from allowed import opened
 
 from fedpeft import config as configs
 from fedpeft.clients.guard import Guard
@@ -17,6 +16,7 @@ from fedpeft.privacy.ledger import Budget, Entry
 from fedpeft.run.guarantee import outside, section, spent
 from fedpeft.strategies.build import build
 from fedpeft.strategies.wrappers.client_dp import ClientDP
+from support.allowed import opened
 
 DELTA = 1e-5
 NONE: dict[str, Any] = {}

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from scripted import Reply, ScriptedGrid
 
 from fedpeft import registry
 from fedpeft.errors import RunError
 from fedpeft.strategies.rules.fedit import FedIT
+from support.scripted import Reply, ScriptedGrid
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 

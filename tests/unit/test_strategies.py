@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from handmade import (
+
+from fedpeft import registry
+from fedpeft.adapters.flat import flat
+from fedpeft.config import options_of
+from fedpeft.errors import InputError
+from fedpeft.state import AdapterState, Needs, ServerState, Site
+from fedpeft.strategies import offline
+from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.build import named
+from support.handmade import (
     ADAPTERS,
     RULES,
     SITES,
@@ -24,15 +33,6 @@ from handmade import (
     updates_of,
     uploaded,
 )
-
-from fedpeft import registry
-from fedpeft.adapters.flat import flat
-from fedpeft.config import options_of
-from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Needs, ServerState, Site
-from fedpeft.strategies import offline
-from fedpeft.strategies.base import FederatedStrategy
-from fedpeft.strategies.build import named
 
 
 @pytest.mark.parametrize("name", registry.names("strategies"))

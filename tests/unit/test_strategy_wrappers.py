@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from handmade import (
+
+from fedpeft.errors import InputError
+from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.strategies import offline
+from fedpeft.strategies.base import FederatedStrategy
+from support.handmade import (
     ADAPTERS,
     SITES,
     WEIGHTS,
@@ -21,11 +26,6 @@ from handmade import (
     updates_of,
     uploaded,
 )
-
-from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
-from fedpeft.strategies import offline
-from fedpeft.strategies.base import FederatedStrategy
 
 # Wrappers ------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import small_models as small
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +18,7 @@ from fedpeft.clients.train import taught
 from fedpeft.config import ClientConfig
 from fedpeft.continual import stream
 from fedpeft.data.encode import Encoded
+from support import small_models as small
 
 CLIENTS, SHARE, PIXELS, CLASSES = 1000, 12, 3 * 8 * 8, 4
 
