@@ -13,7 +13,7 @@ import typer
 from fedpeft import config as configs
 from fedpeft.cli.main import app
 from support.deployed import free_ports
-from support.guides import COMMANDS, DEPLOY, GUIDES, README, ROOT, at_hand, commands, script
+from support.guides import COMMANDS, DEPLOY, GUIDES, README, ROOT, at_hand, commands, foretold, masked, script
 
 GROUP = typer.main.get_command(app)
 TAKES_CONFIG = ("simulate", "audit")
@@ -77,6 +77,7 @@ def test_every_command_of_the_guides_in_their_order_in_one_folder(tmp_path):
     told = (tmp_path / "said.txt").read_text()
     assert done.returncode == 0, told[-6000:]
     assert "run.rounds is 2 instead of 5" in told
+    assert len(foretold(README)) > 8 and set(foretold(README)) <= set(masked(told))
     made = [Path(words[words.index("--out") + 1]) for words in ALL if "--out" in words]
     made += ["runs/notes", "runs/script", "result"]
     assert all((tmp_path / folder / "report.html").is_file() for folder in made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -17,6 +18,7 @@ README, DEPLOY = ROOT / "README.md", ROOT / "DEPLOY.md"
 COMMANDS, METHODS = ROOT / "docs" / "commands.md", ROOT / "docs" / "methods.md"
 # In the order in which a reader who types everything meets them.
 GUIDES = (README, COMMANDS, *sorted(set((ROOT / "docs").glob("*.md")) - {COMMANDS}), DEPLOY)
+FRAMES = "".join(map(chr, range(0x2500, 0x2580)))  # box-drawing characters
 SITES = ("north", "south", "west")
 
 
@@ -34,7 +36,21 @@ def script(guide: Path) -> str:
 def commands(guide: Path) -> list[list[str]]:
     """The arguments of every `fedpeft` that the shell blocks call."""
     lines = [line for _, text in blocks(guide, "bash") for line in text.splitlines() if line.startswith("fedpeft ")]
-    return [[word for word in shlex.split(line, comments=True)[1:] if word != "&"] for line in lines]
+    return [list(itertools.takewhile(lambda word: word not in ("&", "|"), shlex.split(line, comments=True)[1:]))
+            for line in lines]
+
+
+def masked(text: str) -> list[str]:
+    """The lines of a text as a guide can foretell them: no frames, paths by their ends, words with a digit alike."""
+    lines = (line.translate(dict.fromkeys(map(ord, FRAMES))).split() for line in text.splitlines())
+    ends = ([word.rpartition("/")[2] for word in line] for line in lines)
+    return [" ".join("#" if re.search(r"\d", word) else word for word in line) for line in ends]
+
+
+def foretold(guide: Path) -> list[str]:
+    """The lines that a guide says are printed, masked."""
+    texts = re.findall(r"```text\n(.*?)```", guide.read_text(), re.DOTALL)
+    return [line for line in masked("".join(texts)) if line]
 
 
 def at_hand(folder: Path) -> None:
