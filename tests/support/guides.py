@@ -15,7 +15,7 @@ from fedpeft.models.loading import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README, DEPLOY = ROOT / "README.md", ROOT / "DEPLOY.md"
-COMMANDS, METHODS = ROOT / "docs" / "commands.md", ROOT / "docs" / "methods.md"
+COMMANDS = ROOT / "docs" / "commands.md"
 # In the order in which a reader who types everything meets them.
 GUIDES = (README, COMMANDS, *sorted(set((ROOT / "docs").glob("*.md")) - {COMMANDS}), DEPLOY)
 FRAMES = "".join(map(chr, range(0x2500, 0x2580)))  # box-drawing characters

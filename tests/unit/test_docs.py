@@ -72,6 +72,14 @@ def test_every_link_leads_somewhere(path):
             assert not anchor or anchor in anchors(page), target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_file_that_a_page_names_is_there(path):
+    tops = "tests|docs|fedpeft|strategies|clients|simulations"
+    named = set(re.findall(rf"`((?:{tops})/[\w/.]+\.(?:py|md|yaml|svg))", path.read_text()))
+    examples = {name for name in named if name.endswith(("/foo.py", "/l2_pull.py"))}  # that CONTRIBUTING writes
+    assert [name for name in sorted(named - examples) if not (ROOT / name).is_file()] == []
+
+
 def test_every_registered_method_is_in_its_table(make):
     page = make.METHODS.read_text()
     shown = set(re.findall(r"<!-- table (\w+) -->", page))
