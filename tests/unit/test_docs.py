@@ -109,6 +109,14 @@ def test_the_words_are_explained():
     assert words == sorted(words, key=str.lower)
 
 
+def test_the_order_of_imports_is_the_one_that_is_held():
+    tree = ast.parse((ROOT / "tests" / "unit" / "test_imports.py").read_text())
+    (held,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "LAYERS")
+    order = (ROOT / "docs" / "architecture.md").read_text().partition("**Imports go one way**")[2].partition(".\n")[0]
+    told = [set(names.split(", ")) for names in re.findall(r"`([\w, ]+)`", order)]
+    assert told == [names - {"simulations.benchmarks"} for names in ast.literal_eval(held)]
+
+
 def test_every_folder_of_the_architecture_is_there_and_every_folder_is_in_it():
     tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
     package = {path.name for path in (ROOT / "fedpeft").iterdir() if path.is_dir() and (path / "__init__.py").exists()}
