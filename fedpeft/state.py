@@ -20,6 +20,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,6 +216,24 @@ class ServerState:
             for key, value in tensors.items()
         }
         return replace(self, adapter=self.adapter.replace(cast))
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a strategy knows of its run, given once, when it is built.
+
+    Attributes:
+        weighting: "examples", by the number of records, or "uniform".
+        population: clients of the federation, of which a round may ask some; None where nobody has counted them.
+        client_ranks: by client, where they differ from the server's.
+        ledger: file that client-level privacy writes every release to before it is used.
+    """
+
+    weighting: str = "examples"
+    population: int | None = None
+    client_ranks: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    ledger: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedpeft import lowrank, seeds
 from fedpeft.adapters.flat import flat
+from fedpeft.config import Configured
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import (
     DROPPED,
@@ -35,6 +36,7 @@ from fedpeft.state import (
     RoundDropped,
     RoundFailed,
     Rules,
+    RunContext,
     ServerState,
     Update,
 )
@@ -44,11 +46,10 @@ from fedpeft.strategies.client import ClientHalf
 log = logging.getLogger("fedpeft")
 
 
-class FederatedStrategy(Strategy):
+class FederatedStrategy(Configured, Strategy):
     """Base of all strategies. Class attributes declare; `aggregate` computes.
 
     Attributes:
-        paper: where the method comes from.
         needs: whether the server must see individual updates.
         trains: roles that clients train.
         keeps: roles that stay with each client (personalised parts).
@@ -65,7 +66,6 @@ class FederatedStrategy(Strategy):
         takes_fixed_factor: whether the rule is right where nobody trains one factor of the pairs.
     """
 
-    paper: ClassVar[str] = ""
     needs: Needs = Needs.SUM
     trains: tuple[str, ...] = ("A", "B", "head")
     keeps: tuple[str, ...] = ()
@@ -80,10 +80,9 @@ class FederatedStrategy(Strategy):
     takes_fixed_factor: ClassVar[bool] = False
     client_half: ClassVar[type[ClientHalf]] = ClientHalf
 
-    weighting: str = "examples"
-    client_ranks: dict[str, int] | None = None
-    population: int | None = None
-    transport: str = "dense"
+    def __init__(self, context: RunContext = RunContext(), **options: Any) -> None:
+        super().__init__(**options)
+        self.context = context
 
     # What a strategy defines ---------------------------------------------------------------------------------------
 
@@ -308,7 +307,7 @@ class FederatedStrategy(Strategy):
                 bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={limit:g}"
                 continue
             count = metrics.pop("num-examples")
-            updates.append(Update(client, count if self.weighting == "examples" else 1.0, adapter, metrics))
+            updates.append(Update(client, count if self.context.weighting == "examples" else 1.0, adapter, metrics))
         return updates, bad
 
     def evaluate_clients(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import registry
 from fedpeft.config import Config, method
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
+from fedpeft.state import RunContext
 
 if TYPE_CHECKING:
     from fedpeft.strategies.base import FederatedStrategy
 
 
-def build(config: Config, classes: int | None = None) -> FederatedStrategy:
-    """The strategy of a config, its wrappers and client-level privacy around it, its client ranks and weighting set.
+def build(config: Config, classes: int | None = None, clients: Sequence[str] | None = None,
+          ledger: Path | None = None) -> FederatedStrategy:
+    """The strategy of a config, its wrappers and client-level privacy around it.
 
     Args:
         classes: of the data, which a sequence of tasks is cut from; None where the strategy is not to be run.
+        clients: their names, where the data name them.
+        ledger: file for the releases under client-level privacy.
     """
     section = config.strategy
-    strategy = named(section.name, section.options, "strategy")
+    names = clients or [client_name(index) for index in range(config.data.clients or 0)]
+    ranks = dict(zip(names, itertools.cycle(config.adapter.client_ranks or ()), strict=False))
+    context = RunContext(section.weighting, config.data.clients, ranks, config.run.seed, ledger)
+    strategy = named(section.name, section.options, "strategy", context=context)
     for entry in section.wrap:
         name, options = _entry(entry)
         if not registry.load("strategies", name, "strategy.wrap").wraps:
@@ -35,20 +45,12 @@ def build(config: Config, classes: int | None = None) -> FederatedStrategy:
         from fedpeft.strategies.wrappers.client_dp import ClientDP
 
         strategy = ClientDP(strategy, config.privacy, config.run)
-    strategy.weighting = section.weighting
-    strategy.population = config.data.clients
-    if config.adapter.client_ranks:
-        ranks = config.adapter.client_ranks
-        strategy.client_ranks = {client_name(index): ranks[index % len(ranks)]
-                                 for index in range(config.data.clients or 0)}
     return strategy
 
 
-def named(name: str, options: dict[str, Any], key: str, inner: FederatedStrategy | None = None) -> FederatedStrategy:
-    """A registered strategy by name; a wrapper without `inner` goes around FedIT."""
-    cls = registry.load("strategies", name, f"{key}.name")
-    around = {"inner": inner or named("fedit", {}, key)} if cls.wraps else {}
-    strategy: FederatedStrategy = method("strategies", name, options, key, **around)
+def named(name: str, options: dict[str, Any], key: str, **given: Any) -> FederatedStrategy:
+    """A registered strategy by name, with its `context`; a wrapper with its `inner`, or around FedIT."""
+    strategy: FederatedStrategy = method("strategies", name, options, key, **given)
     return strategy
 
 

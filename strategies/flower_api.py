@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Result
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
 from fedpeft.strategies import wire
-from fedpeft.strategies.client import halves
+from fedpeft.strategies.client import halves, layers
 
 if TYPE_CHECKING:
     from fedpeft.state import Rules, ServerState
@@ -120,7 +120,9 @@ def _open(
     if needed is not None:
         raise RunError(f"{type(needed).__name__} needs its half at the clients, which a stock Flower app has not. Use "
                        "fedpeft's client app.")
-    strategy.transport = "dense"
+    rule = layers(strategy)[0]
+    if hasattr(rule.config, "transport"):  # a stock app draws no factors from a seed
+        rule.config = replace(rule.config, transport="dense")
     settings: dict[str, Any] = dict(config or {})
     codec, adapter = wire.Named.of(arrays, settings)
     rules = Rules(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fedpeft import registry
 
@@ -203,6 +203,25 @@ class RunConfig:
     faults: dict[str, Any] = option(
         {}, "client name -> fault to inject (nan, scale, shape, empty, crash, die, hang): for tests of robustness"
     )
+
+
+@dataclass
+class NoOptions:
+    """Of a method without options."""
+
+
+class Configured:
+    """What a registry names. Its options and their defaults are declared once, in `Config`, and read as `self.config`.
+
+    Attributes:
+        paper: where the method comes from.
+    """
+
+    Config: ClassVar[Any] = NoOptions
+    paper: ClassVar[str] = ""
+
+    def __init__(self, **options: Any) -> None:
+        self.config = self.Config(**options)
 
 
 @dataclass

@@ -7,20 +7,15 @@ added together are those of all their records, so a federated head equals the ce
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fedpeft.config import Configured
 from fedpeft.continual.body import Classifier, only
 
 
-@dataclass
-class HeadConfig:
-    pass
-
-
-class Head:
+class Head(Configured):
     """Base of all heads: the trained classifier itself.
 
     Attributes:
@@ -30,14 +25,12 @@ class Head:
         seen: classes that it can answer with.
     """
 
-    Config: ClassVar[Any] = HeadConfig
-    paper: ClassVar[str] = ""
     loss: ClassVar[str] = "local"
     takes_noise: ClassVar[bool] = False
 
     def __init__(self, classes: int, width: int, seed: int, **options: Any) -> None:
+        super().__init__(**options)
         self.classes, self.width, self.seed = classes, width, seed
-        self.config = self.Config(**options)
         self.sums: dict[str, Tensor] = {}
         self.seen: list[int] = []
 

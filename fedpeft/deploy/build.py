@@ -29,7 +29,7 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     """
     torch.set_num_threads(config.run.threads)
     model = build_adapted(config.model, config.adapter, len(labels), config.run.seed).to(device(config.run.device))
-    strategy = build_strategy(config, len(labels))
+    strategy = build_strategy(config, len(labels), ledger=run / "ledger" / "server.jsonl")
     start = strategy.initial(model.state(), config.run.seed)
     store = Store(run, history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, ledger or run / "ledger", name or run.name)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -42,12 +41,7 @@ Numbers = dict[str, Any]
 NOISE = 1e-14  # relative size of what is rounding in float64
 
 
-@dataclass
-class NoOptions:
-    """For mergers without options."""
-
-
-class Merger(ABC):
+class Merger(configs.Configured, ABC):
     """A way to merge; a subclass says what it keeps of an adapter, and what comes out of what was kept.
 
     Attributes:
@@ -55,13 +49,8 @@ class Merger(ABC):
         fewest: how many adapters `merge` needs.
     """
 
-    Config: ClassVar[Any] = NoOptions
-    paper: ClassVar[str]
     number: ClassVar[str] = ""
     fewest: ClassVar[int] = 2
-
-    def __init__(self, **options: Any) -> None:
-        self.config = self.Config(**options)
 
     @abstractmethod
     def update(self, state: State, adapter: AdapterState, number: float | None) -> tuple[Tensors, Numbers]:

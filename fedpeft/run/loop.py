@@ -29,7 +29,6 @@ from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies import wire
 from fedpeft.strategies.secagg import terms
 from fedpeft.strategies.sequence import exchange
-from fedpeft.strategies.wrappers.client_dp import ClientDP
 
 log = logging.getLogger("fedpeft")
 Event = dict[str, Any]
@@ -73,9 +72,6 @@ def run(world: World, folder: Path, recorder: Recorder,
         RoundFailed: too few clients answered, as often as a round may be tried.
         RunError: the rounds have no result.
     """
-    if isinstance(world.strategy, ClientDP):
-        world.strategy.ledger = folder / "ledger" / "server.jsonl"
-
     def record(event: Event) -> None:
         recorder.record(event)
         on_event(event)

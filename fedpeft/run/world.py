@@ -63,17 +63,18 @@ def load_world(config: Config, run: Path) -> World:
         raise InputError("data.test: no test text has two tokens, so there is nothing to evaluate.")
     agreement.require_records(model.base, train_encoded, "data.source")
     agreement.require_records(model.base, test_encoded, "data.test")
-    strategy = build_strategy(config, labels)
-    tasks = find_sequence(strategy)
-    start = strategy.initial(model.state(), config.run.seed)
     identity.hold(run, {"base model": identity.of_base(model.base, config), "training records": train.fingerprint,
                         "test records": test.fingerprint,
                         "processed inputs": identity.of_inputs(train_encoded, test_encoded)}, config)
+    parts = client_split(config, train, run)
+    strategy = build_strategy(config, labels, list(parts), run / "ledger" / "server.jsonl")
+    sequence = find_sequence(strategy)
+    start = strategy.initial(model.state(), config.run.seed)
     own: dict[str, np.ndarray] = {}
     held: dict[str, np.ndarray] = {}
     teaches = np.zeros(len(train), dtype=bool)
     teaches[train_encoded.teaching()] = True
-    for client, indices in client_split(config, train, run).items():
+    for client, indices in parts.items():
         mine = np.array(indices)[teaches[indices]]
         if not len(mine):
             raise InputError(f"data.partition: none of the {len(indices)} texts of {client} has two tokens, so nothing "
@@ -86,14 +87,12 @@ def load_world(config: Config, run: Path) -> World:
                 "held out."
             )
         own[client], held[client] = order[kept:], order[:kept]
-    if strategy.client_ranks:
-        strategy.client_ranks = dict(zip(own, strategy.client_ranks.values(), strict=True))
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", identity.name_of(run))
-    plan = None if tasks is None else tasks.curriculum
-    parts = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
+    plan = None if sequence is None else sequence.curriculum
+    tasks = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
                                         for task in range(len(plan.groups))]
-    for part in parts:  # every task has an account, and so a plan, of its own
+    for part in tasks:  # every task has an account, and so a plan, of its own
         guard.require({client: len(mine) for client, mine in part.items() if len(mine)})
     train_data, holdout = ({client: train_encoded.view(mine) for client, mine in part.items()} for part in (own, held))
     local = Local(config, model, start.adapter, train_data, holdout, store, guard)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fedpeft import config as configs
 from fedpeft import seeds
-from fedpeft.config import option
+from fedpeft.config import Configured, option
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.tta.deployed import Batch, Deployed, Hooks, Statistics, Tensors, deploy, finite_rows, size, take
@@ -69,7 +69,7 @@ class MethodConfig:
                         choices=("before", "after"))
 
 
-class TTAMethod:
+class TTAMethod(Configured):
     """Base of all methods. A subclass gives `_outputs`, and as needed `_update`, `_fresh`, `_prepare`.
 
     Attributes:
@@ -83,14 +83,13 @@ class TTAMethod:
     """
 
     Config: ClassVar[Any] = MethodConfig
-    paper: ClassVar[str] = ""
     needs_source: str = "none"  # "inputs", "labels": what `prepare` must be given
     min_batch: ClassVar[int] = 1  # rows below which nothing is learned from a batch
     pairs_with: ClassVar[str | None] = None
 
     def __init__(self, model: Deployed, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
         self.model = deploy(model)
-        self.config = self.Config(**options)
         self.seed = seed
         self.prepared: dict[str, Any] = {}
         self.classes = 0

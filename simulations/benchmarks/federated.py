@@ -62,7 +62,7 @@ class AbsoluteFAIR(LoRAFAIR):
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         A = self.average(updates)[f"{SITE}/A"]
-        return LoRAFAIR(self.lambda_ * A.shape[0] / float(A.square().sum())).aggregate(server, updates)
+        return LoRAFAIR(lambda_=self.config.lambda_ * A.shape[0] / float(A.square().sum())).aggregate(server, updates)
 
 
 def method(name: str, strategy: str, scale_A: float = 1.0, **options: Any) -> Method:
@@ -85,8 +85,8 @@ def skew_methods() -> list[Method]:
         method("FedIT", "fedit"),
         method("LoRA-FAIR .01", "lora_fair", lambda_=0.01),
         method("LoRA-FAIR 1", "lora_fair", lambda_=1.0),
-        Method("LoRA-FAIR .01 absolute", partial(AbsoluteFAIR, 0.01)),
-        Method("LoRA-FAIR 1 absolute", partial(AbsoluteFAIR, 1.0)),
+        Method("LoRA-FAIR .01 absolute", partial(AbsoluteFAIR, lambda_=0.01)),
+        Method("LoRA-FAIR 1 absolute", partial(AbsoluteFAIR, lambda_=1.0)),
         method("LoRA-FAIR cosine", "lora_fair", solver="cosine"),
         method("FlexLoRA", "flexlora"),
         method("FedEx", "fedex"),

@@ -14,8 +14,3 @@ def prefix(adapter: AdapterState, rank: int | None) -> AdapterState:
         cut[f"{site}/A"] = adapter[f"{site}/A"][:rank].contiguous()
         cut[f"{site}/B"] = adapter[f"{site}/B"][:, :rank].contiguous()
     return adapter.replace(cut)
-
-
-def of(ranks: dict[str, int] | None, client: str) -> int | None:
-    """The rank of a client; None is the server's."""
-    return None if ranks is None else ranks.get(client)

@@ -41,15 +41,12 @@ class FedSB(FederatedStrategy):
         transport: str = option("seed", "send A and B to the clients, or let them make them from the run's seed "
                                 "(their hash is checked)", choices=("seed", "dense"))
 
-    def __init__(self, transport: str = "seed") -> None:
-        self.transport = transport
-
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        return server.adapter if self.transport == "dense" else server.adapter.without(("A", "B"))
+        return server.adapter if self.config.transport == "dense" else server.adapter.without(("A", "B"))
 
     def task(self, server: ServerState) -> dict[str, Any]:
         task = super().task(server)
-        if self.transport == "dense":
+        if self.config.transport == "dense":
             return task
         return {**task, "static": frozen_factors.static(server.adapter, ("A", "B"))}
 

@@ -70,11 +70,8 @@ class FedSVD(FederatedStrategy):
         split: str = option("us", "us: B = U S, A = V^T; sqrt: B = U sqrt(S), A = sqrt(S) V^T (ablation)",
                             choices=("us", "sqrt"))
 
-    def __init__(self, every: int = 1, transport: str = "core", init: str = "kaiming", split: str = "us") -> None:
-        self.every, self.transport, self.init, self.split = every, transport, init, split
-
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
-        adapter = frozen_factors.orthonormal(adapter) if self.init == "orthonormal" else adapter
+        adapter = frozen_factors.orthonormal(adapter) if self.config.init == "orthonormal" else adapter
         memory = {}
         for site in adapter.lora_sites():
             A = adapter[f"{site}/A"]
@@ -83,7 +80,7 @@ class FedSVD(FederatedStrategy):
         return ServerState(adapter, memory=memory)
 
     def before_round(self, server: ServerState) -> ServerState:
-        return server if server.round % self.every else self.refactored(server)
+        return server if server.round % self.config.every else self.refactored(server)
 
     def refactored(self, server: ServerState) -> ServerState:
         """The same products with new factors, at every site whose B is not zero."""
@@ -93,7 +90,7 @@ class FedSVD(FederatedStrategy):
             B, A = server.adapter[f"{site}/B"], server.adapter[f"{site}/A"]
             if not B.any():
                 continue
-            B, A = lowrank.refactor(B, A, self.split)
+            B, A = lowrank.refactor(B, A, self.config.split)
             if f"{site}/A_0" in memory:
                 first = memory[f"{site}/A_0"].double()
                 core = (A @ torch.linalg.pinv(first)).to(memory[f"{site}/M"].dtype)
@@ -103,14 +100,14 @@ class FedSVD(FederatedStrategy):
         return replace(server.with_tensors(tensors), memory=memory)
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        if self.transport == "dense":
+        if self.config.transport == "dense":
             return server.adapter
         cores = {f"{site}/M": server.memory[f"{site}/M"] for site in server.adapter.lora_sites()}
         return server.adapter.without(("A",)).replace(cores)
 
     def task(self, server: ServerState) -> dict[str, Any]:
         task = super().task(server)
-        if self.transport == "dense":
+        if self.config.transport == "dense":
             return task
         first = {f"{site}/A": server.memory[f"{site}/A_0"] for site in server.adapter.lora_sites()}
         return {**task, "static": frozen_factors.static(AdapterState(first, server.adapter.sites), ("A",))}

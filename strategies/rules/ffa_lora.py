@@ -39,18 +39,17 @@ class FFALoRA(FederatedStrategy):
         transport: str = option("seed", "send A to the clients, or let them draw it from the run's seed (its hash is "
                                 "checked)", choices=("seed", "dense"))
 
-    def __init__(self, init: str = "kaiming", transport: str = "seed") -> None:
-        self.init, self.transport = init, transport
-
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
-        return ServerState(frozen_factors.orthonormal(adapter) if self.init == "orthonormal" else adapter)
+        return ServerState(frozen_factors.orthonormal(adapter) if self.config.init == "orthonormal" else adapter)
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        return server.adapter if self.transport == "dense" else server.adapter.without(("A",))
+        return server.adapter if self.config.transport == "dense" else server.adapter.without(("A",))
 
     def task(self, server: ServerState) -> dict[str, Any]:
         task = super().task(server)
-        return task if self.transport == "dense" else {**task, "static": frozen_factors.static(server.adapter, ("A",))}
+        if self.config.transport == "dense":
+            return task
+        return {**task, "static": frozen_factors.static(server.adapter, ("A",))}
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "ffa_lora")

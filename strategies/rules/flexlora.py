@@ -44,19 +44,16 @@ class FlexLoRA(FederatedStrategy):
     class Config:
         split: str = option("us", "us: B = U S, A = V^T; sqrt: B = U sqrt(S), A = sqrt(S) V^T", choices=("us", "sqrt"))
 
-    def __init__(self, split: str = "us") -> None:
-        self.split = split
-
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
         server = ServerState(adapter)
         tensors = {}
         for site in adapter.lora_sites():
             A, B = adapter[f"{site}/A"], adapter[f"{site}/B"]
-            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, A, self.split)
+            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, A, self.config.split)
         return server.with_tensors(tensors)
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        return ranks.prefix(server.adapter, ranks.of(self.client_ranks, client))
+        return ranks.prefix(server.adapter, self.context.client_ranks.get(client))
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
@@ -65,7 +62,7 @@ class FlexLoRA(FederatedStrategy):
         for site in server.adapter.lora_sites():
             B, A = lowrank.stack([update.adapter[f"{site}/B"] for update in updates],
                                  [update.adapter[f"{site}/A"] for update in updates], weights)
-            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, server.adapter[f"{site}/A"], self.split)
+            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, server.adapter[f"{site}/A"], self.config.split)
         return server.with_tensors(tensors)
 
 

@@ -9,7 +9,7 @@ Deviations: the stock `configure_train` is not called, since fedpeft runs the ro
 remembered are given to the rule. Tensors are float32 (float64 where the adapter is).
 
     >>> from fedpeft.strategies.rules.flower import FlowerRule
-    >>> FlowerRule("FedTrimmedAvg", {"beta": 0.1}).rule
+    >>> FlowerRule(rule="FedTrimmedAvg", rule_options={"beta": 0.1}).config.rule
     'FedTrimmedAvg'
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from fedpeft import registry
 from fedpeft.config import option
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState, Needs, ServerState, Update
+from fedpeft.state import AdapterState, Needs, RunContext, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 # Rules that aggregate arrays, and what each keeps between rounds, per tensor.
@@ -52,44 +52,46 @@ class FlowerRule(FederatedStrategy):
         rule: str = option("FedAvg", f"class in flwr.serverapp.strategy, of {', '.join(RULES)}")
         rule_options: dict[str, Any] = option({}, "its keyword arguments", options_of=("", "rule"))
 
-    def __init__(self, rule: str = "FedAvg", rule_options: dict[str, Any] | None = None) -> None:
+    def __init__(self, context: RunContext = RunContext(), **options: Any) -> None:
+        super().__init__(context, **options)
+        rule = self.config.rule
         if rule.startswith("DifferentialPrivacy"):
             wrong = "Flower 1.39 moves an adaptive clip the wrong way, up if too large. " if "Adapt" in rule else ""
             raise InputError(f"strategy.rule={rule}: {wrong}Flower's DP wrappers keep no ledger and are not offered. "
                              "Use privacy.unit=client for DP at the server, privacy.unit=sample for DP at the clients.")
         if rule not in RULES:
             raise InputError(registry.unknown("strategy.rule", rule, RULES))
-        self.rule, self.rule_options = rule, dict(rule_options or {})
         self.needs_start = rule in FROM_START
         self._build()
 
     def _build(self) -> Any:
         """A fresh stock strategy: it is never kept, so nothing hides in it."""
         try:
-            return getattr(stock, self.rule)(**self.rule_options)
+            return getattr(stock, self.config.rule)(**self.config.rule_options)
         except (TypeError, ValueError) as error:
-            raise InputError(f"strategy.rule_options={self.rule_options}: not taken by {self.rule}: {error}") from error
+            raise InputError(f"strategy.rule_options={self.config.rule_options}: not taken by {self.config.rule}: "
+                             f"{error}") from error
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
         current = server.adapter.select(self.uploads(server))
         rule, keys = self._build(), list(current.tensors)
-        if self.rule in FROM_START:
+        if self.config.rule in FROM_START:
             arrays = _arrays(current)
-            as_dict = "m_t" in RULES[self.rule]
+            as_dict = "m_t" in RULES[self.config.rule]
             rule.current_arrays = {key: array.numpy() for key, array in arrays.items()} if as_dict else arrays
         self._restore(rule, server.memory, keys)
         with _quiet():
             aggregated, _ = rule.aggregate_train(server.round + 1, _replies(updates, keys))
         if aggregated is None:
-            raise RunError(f"round {server.round + 1}: Flower's {self.rule} made nothing of {len(updates)} updates; "
-                           "it needs more of them.")
+            raise RunError(f"round {server.round + 1}: Flower's {self.config.rule} made nothing of {len(updates)} "
+                           "updates; it needs more of them.")
         tensors = {key: torch.from_numpy(aggregated[key].numpy()) for key in keys}
         return replace(server.with_tensors(tensors), memory={**server.memory, **self._saved(rule, keys)})
 
     def _saved(self, rule: Any, keys: list[str]) -> dict[str, Tensor]:
         memory: dict[str, Tensor] = {}
-        for name in RULES[self.rule]:
+        for name in RULES[self.config.rule]:
             values = getattr(rule, name)
             if values is None:
                 continue
@@ -98,7 +100,7 @@ class FlowerRule(FederatedStrategy):
         return memory
 
     def _restore(self, rule: Any, memory: dict[str, Tensor], keys: list[str]) -> None:
-        for name in RULES[self.rule]:
+        for name in RULES[self.config.rule]:
             if f"flower/{name}/{keys[0]}" in memory:
                 named = {key: memory[f"flower/{name}/{key}"].numpy().copy() for key in keys}
                 setattr(rule, name, list(named.values()) if name == "momentum_vector" else named)

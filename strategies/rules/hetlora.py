@@ -33,7 +33,7 @@ class HetLoRA(FederatedStrategy):
     unequal_ranks = True
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
-        return ranks.prefix(server.adapter, ranks.of(self.client_ranks, client))
+        return ranks.prefix(server.adapter, self.context.client_ranks.get(client))
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)

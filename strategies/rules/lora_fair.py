@@ -51,10 +51,8 @@ class LoRAFAIR(FederatedStrategy):
         steps: int = option(1000, "gradient steps (cosine)", low=1)
         lr: float = option(0.01, "step length (cosine)", above=0)
 
-    def __init__(self, lambda_: float = 0.01, solver: str = "closed", steps: int = 1000, lr: float = 0.01) -> None:
-        self.lambda_, self.solver, self.steps, self.lr = lambda_, solver, steps, lr
-
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
+        config = self.config
         updates = same_scale(server, updates)
         weights = [update.weight for update in updates]
         tensors = self.average(updates, self.uploads(server))
@@ -62,11 +60,12 @@ class LoRAFAIR(FederatedStrategy):
             Bs = [update.adapter[f"{site}/B"] for update in updates]
             As = [update.adapter[f"{site}/A"] for update in updates]
             B, A = tensors[f"{site}/B"], tensors[f"{site}/A"]
-            if self.solver == "closed":
+            if config.solver == "closed":
                 left, right = lowrank.residual(Bs, As, weights)
-                change = correction(left @ (right @ A.T), A, self.lambda_ * float(A.square().sum()) / A.shape[0])
+                change = correction(left @ (right @ A.T), A, config.lambda_ * float(A.square().sum()) / A.shape[0])
             else:
-                change = cosine_correction(lowrank.stack(Bs, As, weights), B, A, self.lambda_, self.steps, self.lr)
+                dense = lowrank.stack(Bs, As, weights)
+                change = cosine_correction(dense, B, A, config.lambda_, config.steps, config.lr)
             tensors[f"{site}/B"] = B + change
         return server.with_tensors(tensors)
 

@@ -34,12 +34,10 @@ class RoLoRA(FederatedStrategy):
     class Config:
         first: str = option("B", "factor trained in round 1", choices=("B", "A"))
 
-    def __init__(self, first: str = "B") -> None:
-        self.first = first
-
     def trained(self, server: ServerState) -> tuple[str, ...]:
-        second = "A" if self.first == "B" else "B"
-        return (self.first if server.round % 2 == 0 else second, "head")
+        first = self.config.first
+        second = "A" if first == "B" else "B"
+        return (first if server.round % 2 == 0 else second, "head")
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         apart = {role: frozen_factors.shared(server, updates, role) for role in ("A", "B")}

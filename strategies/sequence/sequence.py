@@ -36,9 +36,9 @@ class TaskSequence(Wrapper):
 
     def begin(self, server: ServerState, task: int, sketches: dict[str, Tensors]) -> ServerState:
         """The state before the first round of a task; the strategy starts anew where the body drew a new A."""
-        moved = self.body.begin(server, self.place(server.round + 1), self.seed, sketches)
+        moved = self.body.begin(server, self.place(server.round + 1), self.context.seed, sketches)
         if self.body.changes_A:
-            fresh = self.inner.initial(moved.adapter, self.seed)
+            fresh = self.inner.initial(moved.adapter, self.context.seed)
             moved = replace(moved, adapter=fresh.adapter, memory={**moved.memory, **fresh.memory},
                             numbers={**moved.numbers, **fresh.numbers})
         return replace(moved, numbers={**moved.numbers, TASK: task})
@@ -48,7 +48,6 @@ class TaskSequence(Wrapper):
         return Place(self.curriculum.task(number), self.curriculum.place(number), self.curriculum.rounds)
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
-        self.seed = seed
         self.body.require(adapter, len(self.curriculum.groups))
         return self.inner.initial(adapter, seed)
 
@@ -107,8 +106,9 @@ class TaskSequence(Wrapper):
         if self.keeps:
             raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
                              "each client, so there is no one model whose tasks could be counted.")
-        if self.body.changes_A and self.transport != "dense":
-            raise InputError(f"strategy.transport={self.transport}: continual.body={name} chooses new factors for "
+        transport = getattr(inside.config, "transport", "dense")
+        if self.body.changes_A and transport != "dense":
+            raise InputError(f"strategy.transport={transport}: continual.body={name} chooses new factors for "
                              "every task, which clients cannot draw from the run's seed. Set strategy.transport=dense.")
 
 

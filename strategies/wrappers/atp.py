@@ -27,7 +27,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import option
 from fedpeft.data.encode import Encoded
 from fedpeft.state import AdapterState, ServerState, Update
-from fedpeft.strategies.base import FederatedStrategy, same_scale
+from fedpeft.strategies.base import same_scale
 from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
 from fedpeft.tta.deployed import Deployed, deploy
@@ -49,7 +49,7 @@ class ATPClient(ClientHalf):
         visit.model.write(visit.start)
         deployed, rates = deploy(visit.model), received_rates(visit.received)
         names = {name: key for key, name in names_at(visit.model, deployed, rates).items()}
-        options = self.strategy
+        options = self.strategy.config
         learned = TestTimeATP(deployed).learn({name: rates[key] for name, key in names.items()}, visit.data,
                                               options.lr, options.epochs, options.batch_size, options.scale,
                                               visit.seed)
@@ -89,11 +89,6 @@ class ATP(Wrapper):
         epochs: int = option(1, "passes over a client's records a round", low=1)
         batch_size: int = option(32, "records in a batch; as many as on the stream", low=1)
         scale: str = option("root", "eta is divided by a tensor's entries to the power 0, 1/2 or 1", choices=SCALES)
-
-    def __init__(self, inner: FederatedStrategy | None = None, lr: float = 1e-3, epochs: int = 1, batch_size: int = 32,
-                 scale: str = "root") -> None:
-        super().__init__(inner)
-        self.lr, self.epochs, self.batch_size, self.scale = lr, epochs, batch_size, scale
 
     def extra(self, server: ServerState) -> dict[str, Tensor]:
         return {name: value.float() for name, value in self._rates(server).items()}

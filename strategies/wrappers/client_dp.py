@@ -68,13 +68,11 @@ COUNT = 0.5  # a client moves the shifted count by this
 class ClientDP(Wrapper):
     """The outermost wrapper: whatever is inside sees one noised update a round.
 
-    Attributes:
-        ledger: file that every release is written to before it is used; None keeps no account beyond the round number.
+    Without `context.ledger` it keeps no account beyond the round number.
     """
 
     paper = "McMahan et al. 2018, arXiv 1710.06963"
     needs = Needs.INDIVIDUAL
-    ledger: Path | None = None
 
     def __init__(self, inner: FederatedStrategy, privacy: PrivacyConfig, run: RunConfig) -> None:
         super().__init__(inner)
@@ -84,14 +82,16 @@ class ClientDP(Wrapper):
     @property
     def cohort(self) -> int:
         """m, the clients that a round is planned for."""
-        if self.population is None:
+        if self.context.population is None:
             raise InputError("client_dp: the strategy's population (number of all clients, data.clients) is not set.")
-        return self.run_config.clients_per_round or self.population
+        return self.run_config.clients_per_round or self.context.population
 
     @property
     def sample_rate(self) -> float:
         """The sample rate that is accounted for."""
-        return 1.0 if self.privacy.client_sampling == "fixed" else self.cohort / (self.population or self.cohort)
+        if self.privacy.client_sampling == "fixed":
+            return 1.0
+        return self.cohort / (self.context.population or self.cohort)
 
     @property
     def rounds(self) -> int:
@@ -157,9 +157,9 @@ class ClientDP(Wrapper):
 
     def _kept(self, number: int) -> Path | None:
         """Where a release that nobody could make again is kept."""
-        if self.ledger is None or self.privacy.randomness != "os":
+        if self.context.ledger is None or self.privacy.randomness != "os":
             return None
-        return self.ledger.parent / f"release-{number:06d}.safetensors"
+        return self.context.ledger.parent / f"release-{number:06d}.safetensors"
 
     def _noised(self, start: AdapterState, server: ServerState, updates: list[Update]) -> tuple[Tensor, float | None]:
         clip, z, adaptive = self.clip(server), self.noise_multiplier, self.privacy.adaptive_clip
@@ -178,10 +178,11 @@ class ClientDP(Wrapper):
             RoundFailed: the budget does not allow it.
         """
         privacy = self.privacy
-        if self.ledger is None:
+        path = self.context.ledger
+        if path is None:
             if not self._warned:
                 log.warning("client-level privacy without a ledger: releases of repeated or restarted rounds are not "
-                            "counted. Set the strategy's `ledger` to a file.")
+                            "counted. Give the strategy's context a `ledger`, a file.")
                 self._warned = True
             if privacy.epsilon is not None and number > self.rounds:
                 raise RoundFailed(f"round {number}: budget exhausted: privacy.epsilon={privacy.epsilon:g} is for "
@@ -191,16 +192,16 @@ class ClientDP(Wrapper):
         plan = None if privacy.epsilon is None else (self.sample_rate, z, self.rounds)
         entry = Entry("server", number, name, self.sample_rate, z, 1)  # the whole file is one run's
         try:
-            Ledger(self.ledger).reserve(entry, budget, plan, once=True)
+            Ledger(path).reserve(entry, budget, plan, once=True)
         except BudgetExhausted as error:
-            raise RoundFailed(f"round {number}: {error} Spent so far: {self.spent_in_all(self.ledger):.6g}.") from error
+            raise RoundFailed(f"round {number}: {error} Spent so far: {self.spent_in_all(path):.6g}.") from error
 
     def spent(self, rounds: int) -> float:
         """Epsilon of this many rounds; by the ledger, if there is one, of all that was released in them."""
         privacy = self.privacy
         releases = [(self.sample_rate, self.noise_multiplier, rounds)] if rounds else []
-        if self.ledger is not None:
-            releases = [entry.release for entry in Ledger(self.ledger).entries() if entry.round <= rounds]
+        if self.context.ledger is not None:
+            releases = [entry.release for entry in Ledger(self.context.ledger).entries() if entry.round <= rounds]
         return accounting.composed(tuple(releases), privacy.delta, privacy.accountant)
 
     def spent_in_all(self, ledger: Path) -> float:
@@ -308,7 +309,8 @@ def describe(strategy: ClientDP) -> str:
     epsilon = accounting.composed(((q, z, strategy.rounds),), privacy.delta, privacy.accountant)
     sampling = (f"each client joins a round with probability {q:g}; who joined must stay with the server"
                 if privacy.client_sampling == "poisson" else "a fixed number of clients a round, no amplification")
-    spent = f"; spent so far {strategy.spent_in_all(strategy.ledger):.4g}" if strategy.ledger is not None else ""
+    ledger = strategy.context.ledger
+    spent = f"; spent so far {strategy.spent_in_all(ledger):.4g}" if ledger is not None else ""
     private = privacy.randomness == "os"
     return "\n".join([
         f"client-level differential privacy: epsilon={epsilon:.4g} at delta={privacy.delta:g} after {strategy.rounds} "

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,14 @@ class ServerOptimizer(Wrapper):
 
     paper = "Reddi et al. 2020, arXiv 2003.00295"
     needs_start = True
-    beta_1: float = 0.0
 
-    def __init__(self, inner: FederatedStrategy | None, lr: float, tau: float) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: FederatedStrategy | None = None, **options: Any) -> None:
+        super().__init__(inner, **options)
         require_fixed_basis(self)
-        self.lr, self.tau = lr, tau
+
+    def first(self, m: Tensor, delta: Tensor) -> Tensor:
+        """The next first moment."""
+        return delta
 
     @abstractmethod
     def second(self, v: Tensor, delta: Tensor) -> Tensor:
@@ -59,10 +62,10 @@ class ServerOptimizer(Wrapper):
             delta = after.adapter[key].double() - old
             m = memory.get(f"{own}/m/{key}", torch.zeros_like(old))
             v = memory.get(f"{own}/v/{key}", torch.zeros_like(old))
-            m = self.beta_1 * m + (1 - self.beta_1) * delta
+            m = self.first(m, delta)
             v = self.second(v, delta)
             memory[f"{own}/m/{key}"], memory[f"{own}/v/{key}"] = m, v
-            tensors[key] = old + self.lr * m / (v.sqrt() + self.tau)
+            tensors[key] = old + self.config.lr * m / (v.sqrt() + self.config.tau)
         return replace(after.with_tensors(tensors), memory=memory)
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
@@ -81,13 +84,13 @@ class FedAdam(ServerOptimizer):
         beta_2: float = option(0.99, "decay of the mean square", low=0, high=0.9999)
         tau: float = option(1e-3, "added to sqrt v", above=0)
 
-    def __init__(self, inner: FederatedStrategy | None = None, lr: float = 0.1, beta_1: float = 0.9,
-                 beta_2: float = 0.99, tau: float = 1e-3) -> None:
-        super().__init__(inner, lr, tau)
-        self.beta_1, self.beta_2 = beta_1, beta_2
+    def first(self, m: Tensor, delta: Tensor) -> Tensor:
+        beta: float = self.config.beta_1
+        return beta * m + (1 - beta) * delta
 
     def second(self, v: Tensor, delta: Tensor) -> Tensor:
-        return self.beta_2 * v + (1 - self.beta_2) * delta.square()
+        beta: float = self.config.beta_2
+        return beta * v + (1 - beta) * delta.square()
 
 
 class FedYogi(FedAdam):
@@ -95,7 +98,8 @@ class FedYogi(FedAdam):
 
     def second(self, v: Tensor, delta: Tensor) -> Tensor:
         square = delta.square()
-        return v - (1 - self.beta_2) * square * torch.sign(v - square)
+        beta: float = self.config.beta_2
+        return v - (1 - beta) * square * torch.sign(v - square)
 
 
 class FedAdagrad(ServerOptimizer):
@@ -105,9 +109,6 @@ class FedAdagrad(ServerOptimizer):
     class Config:
         lr: float = option(0.1, "eta, the server's step", above=0)
         tau: float = option(1e-3, "added to sqrt v", above=0)
-
-    def __init__(self, inner: FederatedStrategy | None = None, lr: float = 0.1, tau: float = 1e-3) -> None:
-        super().__init__(inner, lr, tau)
 
     def second(self, v: Tensor, delta: Tensor) -> Tensor:
         return v + delta.square()

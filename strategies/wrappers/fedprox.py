@@ -9,7 +9,7 @@ The term is not invariant to the gauge of the factors: (B Q, Q^-1 A) is the same
 Deviations: none. Clients add mu (theta - theta_global) to the gradient, which is the term's.
 
     >>> from fedpeft.strategies.wrappers.fedprox import FedProx
-    >>> FedProx(mu=0.1).mu
+    >>> FedProx(mu=0.1).config.mu
     0.1
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft.config import option
-from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.client import ClientHalf, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
 
@@ -30,7 +29,7 @@ class FedProxClient(ClientHalf):
     strategy: FedProx
 
     def proximal(self, visit: Visit) -> float:
-        return self.strategy.mu
+        return float(self.strategy.config.mu)
 
 
 class FedProx(Wrapper):
@@ -42,7 +41,3 @@ class FedProx(Wrapper):
     @dataclass
     class Config:
         mu: float = option(0.01, "weight of the proximal term", low=0)
-
-    def __init__(self, inner: FederatedStrategy | None = None, mu: float = 0.01) -> None:
-        super().__init__(inner)
-        self.mu = mu

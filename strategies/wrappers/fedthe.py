@@ -27,7 +27,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState, ServerState, Update
-from fedpeft.strategies.base import FederatedStrategy, same_scale
+from fedpeft.strategies.base import same_scale
 from fedpeft.strategies.build import build
 from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
@@ -62,9 +62,6 @@ class FedTHE(Wrapper):
 
     paper = "Jiang and Lin 2022, arXiv 2205.10920"
     client_half = FedTHEClient
-
-    def __init__(self, inner: FederatedStrategy | None = None) -> None:
-        super().__init__(inner)
 
     def _mean(self, server: ServerState) -> Tensor:
         """h_g [D] in float64, zero before the first round."""

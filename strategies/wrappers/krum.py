@@ -24,7 +24,6 @@ from torch import Tensor
 from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import Needs, ServerState, Update
-from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.client import names_that_add_up
 from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened, require_equal_shapes
 
@@ -43,30 +42,27 @@ class Krum(Wrapper):
         byzantine: int = option(1, "f, how many clients of a round may be malicious", low=0)
         keep: int = option(1, "how many updates go on; 1 is Krum, more is multi-Krum", low=1)
 
-    def __init__(self, inner: FederatedStrategy | None = None, byzantine: int = 1, keep: int = 1) -> None:
-        super().__init__(inner)
-        self.byzantine, self.keep = byzantine, keep
-
     def require_clients(self, count: int) -> None:
         """Raise InputError if a round of this many updates leaves a score without a term."""
-        least = max(self.byzantine + 3, self.keep)
+        byzantine, keep = self.config.byzantine, self.config.keep
+        least = max(byzantine + 3, keep)
         if count < least:
-            raise InputError(f"strategy.wrap: krum with byzantine={self.byzantine} and keep={self.keep} needs at least "
-                             f"{least} updates (byzantine + 3, and keep), got {count}. Ask more clients, or lower "
+            raise InputError(f"strategy.wrap: krum with byzantine={byzantine} and keep={keep} needs at least {least} "
+                             f"updates (byzantine + 3, and keep), got {count}. Ask more clients, or lower "
                              "byzantine or keep.")
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         self.require_clients(len(updates))
         count = len(updates)
-        if count < 2 * self.byzantine + 3:
+        if count < 2 * self.config.byzantine + 3:
             log.warning("krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold", count,
-                        2 * self.byzantine + 3)
+                        2 * self.config.byzantine + 3)
         require_equal_shapes(updates, "krum")
         beside = names_that_add_up(self.inner, server)
         points = torch.stack([flattened(update, beside) for update in updates])
-        order = scores(points, self.byzantine).argsort(stable=True)
-        self.treated = {updates[index].client: "not selected" for index in sorted(order[self.keep :].tolist())}
-        return [updates[index] for index in sorted(order[: self.keep].tolist())]
+        order = scores(points, self.config.byzantine).argsort(stable=True)
+        self.treated = {updates[index].client: "not selected" for index in sorted(order[self.config.keep :].tolist())}
+        return [updates[index] for index in sorted(order[: self.config.keep].tolist())]
 
 
 def scores(points: Tensor, byzantine: int) -> Tensor:

@@ -23,7 +23,6 @@ from torch import Tensor
 from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import Needs, ServerState, Update
-from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.client import names_that_add_up
 from fedpeft.strategies.round_facts import median
 from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened
@@ -41,14 +40,10 @@ class NormClip(Wrapper):
     class Config:
         bound: float | None = option(None, "largest L2 norm of an update; null is the median of the round", above=0)
 
-    def __init__(self, inner: FederatedStrategy | None = None, bound: float | None = None) -> None:
-        super().__init__(inner)
-        self.bound = bound
-
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         beside = names_that_add_up(self.inner, server)
         norms = torch.stack([self._move(server, update, beside).norm() for update in updates])
-        bound = float(median(norms)) if self.bound is None else self.bound
+        bound = float(median(norms)) if self.config.bound is None else self.config.bound
         self.treated = {update.client: f"clipped to {100 * bound / norm:.3g} % of its length"
                         for update, norm in zip(updates, norms.tolist(), strict=True) if norm > bound}
         return [self._shortened(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)

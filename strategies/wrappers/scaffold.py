@@ -19,6 +19,7 @@ others are refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,14 +72,13 @@ class Scaffold(Wrapper):
     class Config:
         server_lr: float = option(1.0, "eta_g, step of the server towards the aggregate", above=0)
 
-    def __init__(self, inner: FederatedStrategy | None = None, server_lr: float = 1.0) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: FederatedStrategy | None = None, **options: Any) -> None:
+        super().__init__(inner, **options)
         require_fixed_basis(self)
         if self.keeps:
             raise InputError("strategy.wrap: scaffold steers every client towards one global model, but "
                              f"{name_of(innermost(self))} leaves {', '.join(self.keeps)} with each client.")
         self.unequal_ranks = False
-        self.server_lr = server_lr
 
     def _controls(self, server: ServerState) -> dict[str, Tensor]:
         """c of every tensor that clients send back this round; zero before its first update."""
@@ -91,18 +91,18 @@ class Scaffold(Wrapper):
                 for name, value in self._controls(server).items()}
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
-        if self.population is None:
+        if self.context.population is None:
             raise InputError("scaffold: the strategy's population (number of all clients, data.clients) is not set.")
         updates = same_scale(server, updates)
         after = self.inner.aggregate(server, updates)
         old = server.adapter.select(self.inner.uploads(server)).tensors
-        stepped = {key: torch.lerp(value.double(), after.adapter[key].double(), self.server_lr)
+        stepped = {key: torch.lerp(value.double(), after.adapter[key].double(), self.config.server_lr)
                    for key, value in old.items()}
         memory = dict(after.memory)
         for name, value in self._controls(server).items():
             total = sum((update.count * update.adapter.extra[name].double() for update in updates),
                         torch.zeros_like(value))
-            memory[name] = value + total / self.population
+            memory[name] = value + total / self.context.population
         return replace(after.with_tensors(stepped), memory=memory)
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from fedpeft.config import option
 from fedpeft.errors import InputError
@@ -37,11 +38,11 @@ class TrimmedMean(Wrapper):
     class Config:
         fraction: float = option(0.2, "share of the clients cut from each end, below 0.5", low=0, high=0.49)
 
-    def __init__(self, inner: FederatedStrategy | None = None, fraction: float = 0.2) -> None:
-        if not 0 <= fraction < 0.5:
-            raise InputError(f"trimmed_mean fraction={fraction}: allowed is 0 <= fraction < 0.5.")
-        super().__init__(inner)
-        self.fraction = fraction
+    def __init__(self, inner: FederatedStrategy | None = None, **options: Any) -> None:
+        super().__init__(inner, **options)
+        self.fraction = float(self.config.fraction)
+        if not 0 <= self.fraction < 0.5:
+            raise InputError(f"trimmed_mean fraction={self.fraction}: allowed is 0 <= fraction < 0.5.")
 
     def require_clients(self, count: int) -> None:
         """Raise InputError if nothing would be trimmed of a round of this many updates; fraction 0 asks for that."""

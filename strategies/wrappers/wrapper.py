@@ -16,30 +16,20 @@ from torch import Tensor
 
 from fedpeft import registry
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Needs, Rules, ServerState, Update
+from fedpeft.state import AdapterState, Needs, Rules, RunContext, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 
-def _forwarded(name: str) -> Any:
-    """An attribute that lives in the inner strategy."""
-    return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value))
-
-
 class Wrapper(FederatedStrategy):
-    """Delegates everything to `inner` (FedIT if None). A robust rule overrides `transform` alone.
-
-    What the run sets on the wrapper (client_ranks, population, transport, weighting) reaches the innermost strategy.
-    """
+    """Delegates everything to `inner` (FedIT if None). A robust rule overrides `transform` alone."""
 
     wraps: ClassVar[bool] = True
-    client_ranks = _forwarded("client_ranks")
-    population = _forwarded("population")
-    transport = _forwarded("transport")
-    weighting = _forwarded("weighting")
 
-    def __init__(self, inner: FederatedStrategy | None = None) -> None:
+    def __init__(self, inner: FederatedStrategy | None = None, context: RunContext = RunContext(), **options: Any
+                 ) -> None:
+        self.inner: FederatedStrategy = registry.load("strategies", "fedit")(context) if inner is None else inner
+        super().__init__(self.inner.context, **options)
         self.treated: dict[str, str] = {}  # what `transform` last did to whom
-        self.inner: FederatedStrategy = registry.load("strategies", "fedit")() if inner is None else inner
         individual = Needs.INDIVIDUAL in (type(self).needs, self.inner.needs)
         self.needs = Needs.INDIVIDUAL if individual else Needs.SUM
         self.trains, self.keeps, self.adapter = self.inner.trains, self.inner.keeps, self.inner.adapter

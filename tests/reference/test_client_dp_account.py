@@ -74,8 +74,7 @@ def test_every_release_is_on_the_disk_before_anything_is_made_of_it(randomness, 
             seen.append(len(path.read_text().splitlines()))
             return super().aggregate(server, updates)
 
-    strategy = private(Inner(), randomness=randomness, accountant="rdp")
-    strategy.ledger = path
+    strategy = private(Inner(), ledger=path, randomness=randomness, accountant="rdp")
     server, updates = ones(3)
     for number in range(3):
         strategy.aggregate(replace(server, round=number), updates)
@@ -85,39 +84,40 @@ def test_every_release_is_on_the_disk_before_anything_is_made_of_it(randomness, 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_same_round_is_the_same_release_and_other_updates_are_another(adaptive, tmp_path):
     """Two rounds are paid for. One of them may be done again, with the same updates and no others."""
-    strategy = private(epsilon=8.0, accountant="rdp", run={"rounds": 2}, adaptive_clip=adaptive, clip_count_noise=0.9)
-    strategy.ledger = tmp_path / "ledger" / "server.jsonl"
+    path = tmp_path / "ledger" / "server.jsonl"
+    strategy = private(epsilon=8.0, ledger=path, accountant="rdp", run={"rounds": 2}, adaptive_clip=adaptive,
+                       clip_count_noise=0.9)
     server, updates = ones(3)
     for number in (0, 1):
         once, twice = (strategy.aggregate(replace(server, round=number), updates) for _ in range(2))
         assert once.adapter.sha256() == twice.adapter.sha256() and once.numbers == twice.numbers
-    assert [entry.round for entry in Ledger(strategy.ledger).entries()] == [1, 2]
+    assert [entry.round for entry in Ledger(path).entries()] == [1, 2]
     more = replace(updates[0], adapter=updates[0].adapter.map(lambda value: value * 1.5))
     for other in (updates[:2], [*updates[1:], replace(updates[0], adapter=server.adapter)]):
         with pytest.raises(RoundFailed, match=r"round 2: budget exhausted.*epsilon=8 .*Spent so far: 7\.9"):
             strategy.aggregate(replace(server, round=1), other)
-    assert len(Ledger(strategy.ledger).entries()) == 2 and len(list((tmp_path / "ledger").iterdir())) == 1
+    assert len(Ledger(path).entries()) == 2 and len(list((tmp_path / "ledger").iterdir())) == 1
     assert "epsilon=8 at delta=1e-05 after 2 rounds (rdp); spent so far 8\n" in describe(strategy)
-    spare = private(accountant="rdp")
-    spare.ledger = tmp_path / "spare" / "server.jsonl"
+    path = tmp_path / "spare" / "server.jsonl"
+    spare = private(ledger=path, accountant="rdp")
     for given in (updates, updates[:2], [more, *updates[1:]], updates):
         spare.aggregate(server, given)
     changed = 2 if more.adapter.distance(server.adapter) > spare.clip(server) else 3  # clipped to what it was, or not
-    assert len(Ledger(spare.ledger).entries()) == changed
+    assert len(Ledger(path).entries()) == changed
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_noise_of_the_system_is_drawn_once_a_round_and_never_put_on_other_updates(adaptive, tmp_path):
     """Two sums under one noise would differ by a client's update; two noises would be two releases."""
-    strategies = [private(epsilon=8.0, accountant="rdp", run={"rounds": 1}, randomness="os", adaptive_clip=adaptive,
-                          clip_count_noise=0.9) for _ in range(2)]
+    path = tmp_path / "ledger" / "server.jsonl"
+    strategies = [private(epsilon=8.0, ledger=path, accountant="rdp", run={"rounds": 1}, randomness="os",
+                          adaptive_clip=adaptive, clip_count_noise=0.9) for _ in range(2)]
     server, updates = ones(3)
     after = []
     for strategy, given in zip(strategies, (updates, updates[:1]), strict=True):  # the second is after a kill
-        strategy.ledger = tmp_path / "ledger" / "server.jsonl"
         after.append(strategy.aggregate(server, given))
     assert after[0].adapter.sha256() == after[1].adapter.sha256() and after[0].numbers == after[1].numbers
-    assert len(Ledger(strategies[0].ledger).entries()) == 1
+    assert len(Ledger(path).entries()) == 1
     with pytest.raises(RoundFailed, match="budget exhausted"):  # from another state it is another round
         strategies[1].aggregate(ServerState(after[0].adapter), updates)
 

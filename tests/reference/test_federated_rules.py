@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.state import AdapterState, Needs, RunContext, ServerState, Site, Update
 from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
@@ -32,9 +32,7 @@ def begin(name, **more):
 
 
 def strategy_of(name, **options):
-    strategy = dense.make(name, **options)
-    strategy.population = len(WEIGHTS)
-    return strategy
+    return dense.make(name, context=RunContext(population=len(WEIGHTS)), **options)
 
 
 # What all rules share ------------------------------------------------------------------------------------------------

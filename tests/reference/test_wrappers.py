@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.state import AdapterState, Needs, RunContext, ServerState, Site, Update
 from fedpeft.strategies.client import halves
 from support import dense
 
@@ -111,8 +111,7 @@ def test_norm_clip_with_a_loose_bound_is_the_inner_rule():
 
 def test_norm_clip_measures_from_what_a_client_of_low_rank_was_sent():
     """Rank-1 and rank-3 clients: each is clipped around its own first rows, not around the server's factors."""
-    inner = dense.make("flexlora")
-    inner.client_ranks = {"c0": 1, "c1": 3}
+    inner = dense.make("flexlora", context=RunContext(client_ranks={"c0": 1, "c1": 3}))
     strategy = dense.make("norm_clip", inner=inner, bound=0.5)
     first, second = dense.rounds(strategy, dense.fresh(), [1.0, 3.0], 2)
     clipped = []
@@ -131,8 +130,8 @@ def test_norm_clip_measures_from_what_a_client_of_low_rank_was_sent():
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum"])
 def test_coordinate_statistics_refuse_unequal_ranks(name):
-    inner = dense.make("hetlora")
-    inner.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
+    ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
+    inner = dense.make("hetlora", context=RunContext(client_ranks=ranks))
     with pytest.raises(InputError, match=r"shape|rank"):
         dense.rounds(dense.make(name, inner=inner), dense.fresh(), WEIGHTS, 1)
 
@@ -151,7 +150,7 @@ def test_a_wrapper_trains_sends_and_refactors_as_its_inner_strategy(name):
     played = dense.rounds(wrapped, dense.fresh(), [1.0, 1.0, 1.0], 3, seeds=[5, 5, 5])
     plain = dense.rounds(dense.make("fedsvd"), dense.fresh(), [1.0, 1.0, 1.0], 3, seeds=[5, 5, 5])
     assert wrapped.trains == ("B", "head") and wrapped.uploads(played[0].sent) == ("B", "head")
-    assert "u/M" in wrapped.broadcast(played[1].sent, "c0") and wrapped.transport == "core"
+    assert "u/M" in wrapped.broadcast(played[1].sent, "c0") and wrapped.inner.config.transport == "core"
     for one, other in zip(played, plain, strict=True):
         for key, value in other.server.adapter.tensors.items():
             np.testing.assert_allclose(dense.array(one.server.adapter[key]), dense.array(value), atol=1e-9)
@@ -169,11 +168,10 @@ def test_wrappers_compose_in_order():
     )
 
 
-def test_ranks_and_population_reach_the_inner_strategy():
-    inner = dense.make("flora")
-    outer = dense.make("fedprox", inner=dense.make("norm_clip", inner=inner))
-    outer.client_ranks, outer.population = {"c0": 1}, 9
-    assert inner.client_ranks == {"c0": 1} and inner.population == 9
+def test_wrappers_know_what_the_inner_strategy_knows_of_the_run():
+    context = RunContext(client_ranks={"c0": 1}, population=9)
+    outer = dense.make("fedprox", inner=dense.make("norm_clip", inner=dense.make("flora", context=context)))
+    assert outer.context is outer.inner.context is context
     assert outer.unequal_ranks and outer.changes_base
 
 
@@ -194,8 +192,7 @@ def controls(strategy, server):
 
 def test_scaffold_server_step():
     """c += |S| / N mean(delta c), unweighted; x += eta_g (mean y - x). Equal weights, 2 of 8 clients."""
-    strategy = dense.make("scaffold", server_lr=0.5)
-    strategy.population = 8
+    strategy = dense.make("scaffold", context=RunContext(population=8), server_lr=0.5)
     start = dense.fresh()
     server = strategy.initial(start, 0)
     zero = controls(strategy, server)
@@ -219,8 +216,7 @@ def test_scaffold_server_step():
 
 
 def test_scaffold_controls_are_not_weighted_by_examples():
-    strategy = dense.make("scaffold")
-    strategy.population = 2
+    strategy = dense.make("scaffold", context=RunContext(population=2))
     start = dense.fresh()
     done = dense.play(strategy, strategy.initial(start, 0), start, [1.0, 99.0])
     got = controls(strategy, done.server)

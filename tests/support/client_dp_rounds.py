@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from fedpeft import registry
 from fedpeft.config import PrivacyConfig, RunConfig
-from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.state import AdapterState, RunContext, ServerState, Site, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 from support import dense
@@ -33,12 +34,11 @@ class Quiet(ClientDP):
 
 
 def private(inner: str | FederatedStrategy = "fedit", population: int = 5, cls: type[ClientDP] = ClientDP,
-            run: dict[str, Any] | None = None, **privacy: Any) -> ClientDP:
+            run: dict[str, Any] | None = None, ledger: Path | None = None, **privacy: Any) -> ClientDP:
     inside = registry.load("strategies", inner)() if isinstance(inner, str) else inner
+    inside.context = RunContext(population=population, ledger=ledger)
     budget = {} if "epsilon" in privacy else {"noise_multiplier": 1.0}
-    strategy = cls(inside, PrivacyConfig(unit="client", **{**budget, **privacy}), RunConfig(**(run or {})))
-    strategy.population = population
-    return strategy
+    return cls(inside, PrivacyConfig(unit="client", **{**budget, **privacy}), RunConfig(**(run or {})))
 
 
 def flat(adapter: AdapterState) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.state import AdapterState, RunContext, ServerState, Site, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import named
 
@@ -28,11 +28,11 @@ WRAPPERS = ("fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "atp", "f
             "median", "krum")
 
 
-def make(name: str, *wraps: str, **options: object) -> FederatedStrategy:
-    strategy = named(name, {}, "strategy") if wraps else named(name, options, "strategy")
+def make(name: str, *wraps: str, ranks: dict[str, int] | None = None, **options: object) -> FederatedStrategy:
+    context = RunContext(population=10, client_ranks=ranks or {})
+    strategy = named(name, {} if wraps else options, "strategy", context=context)
     for index, wrap in enumerate(wraps):
         strategy = named(wrap, options if index == len(wraps) - 1 else {}, "strategy.wrap", inner=strategy)
-    strategy.population = 10
     return strategy
 
 

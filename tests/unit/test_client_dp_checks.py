@@ -27,7 +27,7 @@ def test_the_config_puts_privacy_around_everything() -> None:
     strategy = build(config)
     assert isinstance(strategy, ClientDP)
     assert [type(layer).__name__ for layer in (strategy.inner, strategy.inner.inner)] == ["FedAdam", "FedProx"]
-    assert (strategy.cohort, strategy.population, strategy.weighting) == (4, 12, "uniform")
+    assert (strategy.cohort, strategy.context.population, strategy.context.weighting) == (4, 12, "uniform")
     assert strategy.privacy is config.privacy and strategy.needs is Needs.INDIVIDUAL
     assert not isinstance(build(configs.load({})), ClientDP)
 

@@ -235,7 +235,7 @@ def test_wrappers_by_name_or_with_options():
 
     config = load({"strategy": {"name": "ffa_lora", "wrap": ["median", {"name": "norm_clip", "bound": 2.0}]}})
     strategy = build(config)
-    assert type(strategy).__name__ == "NormClip" and strategy.bound == 2.0
+    assert type(strategy).__name__ == "NormClip" and strategy.config.bound == 2.0
     assert type(strategy.inner).__name__ == "Median" and type(strategy.inner.inner).__name__ == "FFALoRA"
 
 

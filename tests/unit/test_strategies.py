@@ -42,7 +42,7 @@ def test_registered_classes_declare_what_they_are(name: str) -> None:
     assert cls.wraps == (name in WRAPPERS)
     strategy = named(name, {}, "strategy")
     for option, item in options_of(cls).items():
-        assert getattr(strategy, item.name) is not None or option == "bound"
+        assert getattr(strategy.config, item.name) is not None or option == "bound"
         assert item.metadata["help"]
 
 
@@ -206,8 +206,7 @@ def test_lora_fair_cosine_reaches_the_best_direction_and_stays_put_at_zero() -> 
 
 def test_flexlora_is_the_best_approximation_and_its_prefixes_too() -> None:
     adapters = [random_adapter(1, rank=1), random_adapter(2, rank=2), random_adapter(3)]
-    strategy = make("flexlora")
-    strategy.client_ranks = {"c0": 1, "c1": 2}
+    strategy = make("flexlora", ranks={"c0": 1, "c1": 2})
     server = strategy.aggregate(ServerState(random_adapter(0)), updates_of(adapters, WEIGHTS))
     U, sigma, Vt = torch.linalg.svd(exact_mean(adapters, WEIGHTS))
     for client, rank in (("c0", 1), ("c1", 2), ("c2", R)):

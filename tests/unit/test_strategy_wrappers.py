@@ -11,6 +11,7 @@ from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
 from fedpeft.strategies import offline
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.wrappers.scaffold import Scaffold
 from support.handmade import (
     ADAPTERS,
     SITES,
@@ -58,9 +59,8 @@ def test_norm_clip_bounds_every_move() -> None:
 
 
 def test_norm_clip_measures_all_tensors_against_what_each_client_got() -> None:
-    strategy = make("hetlora", "norm_clip", bound=1e-3)
-    strategy.client_ranks = {"c0": 1}
-    assert strategy.inner.client_ranks == {"c0": 1}
+    strategy = make("hetlora", "norm_clip", ranks={"c0": 1}, bound=1e-3)
+    assert strategy.inner.context.client_ranks == {"c0": 1}
     server = ServerState(random_adapter(0))
     moved = strategy.transform(server, updates_of([random_adapter(1, rank=1), random_adapter(2)], [1.0, 1.0]))
     assert [update.adapter.distance(strategy.broadcast(server, update.client)) for update in moved] == pytest.approx(
@@ -149,9 +149,8 @@ def test_scaffold_server_step() -> None:
     robust = make("fedit", "scaffold", "median")
     merged = robust.aggregate(server, scaffold_update(robust, server, {"c0": 3.0, "c1": 5.0}, {"c0": 2.0, "c1": 4.0}))
     assert float(robust.broadcast(merged, "c0").extra["control:q/B"]) == pytest.approx(2 / 10 * 3)
-    strategy.population = None
     with pytest.raises(InputError, match="population"):
-        strategy.aggregate(server, [])
+        Scaffold().aggregate(server, [])
     with pytest.raises(InputError, match=r"scaffold.*fedsa leaves B, head"):
         make("fedsa", "scaffold")
 
@@ -165,8 +164,7 @@ def test_fedprox_tells_clients_mu_and_leaves_the_rule_alone() -> None:
 
 def test_wrappers_delegate_and_declare() -> None:
     strategy = make("fedsvd", "fedprox", "median")
-    strategy.transport = "dense"
-    assert strategy.inner.inner.transport == "dense" and strategy.population == strategy.inner.inner.population == 10
+    assert strategy.context is strategy.inner.inner.context and strategy.context.population == 10
     assert strategy.trains == ("B", "head") and not strategy.fixed_basis and strategy.needs is Needs.INDIVIDUAL
     assert make("ffa_lora", "fedprox").needs is Needs.SUM and make("flexlora", "fedprox").needs is Needs.INDIVIDUAL
     assert make("hetlora", "fedprox").unequal_ranks and make("flora", "norm_clip").changes_base

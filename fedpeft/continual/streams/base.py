@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.config import DataConfig, ModelConfig
+from fedpeft.config import Configured, DataConfig, ModelConfig
 from fedpeft.continual import stream
 from fedpeft.continual.stream import Stream
 from fedpeft.data import source
@@ -56,7 +56,7 @@ class Material:
     label_names: list[str] = field(default_factory=list)
 
 
-class Source:
+class Source(Configured):
     """Base of all streams.
 
     Attributes:
@@ -65,13 +65,9 @@ class Source:
         scenario: one of `stream.SCENARIOS`.
     """
 
-    Config: ClassVar[Any]
     name: ClassVar[str]
     summary: ClassVar[str]
     scenario: str = "class"
-
-    def __init__(self, **options: Any) -> None:
-        self.config = self.Config(**options)
 
     def records(self, seed: int) -> Material:
         """All records and the network."""
