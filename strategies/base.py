@@ -80,7 +80,7 @@ class FederatedStrategy(Configured, Strategy):
     takes_fixed_factor: ClassVar[bool] = False
     client_half: ClassVar[type[ClientHalf]] = ClientHalf
 
-    def __init__(self, context: RunContext = RunContext(), **options: Any) -> None:
+    def __init__(self, *, context: RunContext = RunContext(), **options: Any) -> None:
         super().__init__(**options)
         self.context = context
 

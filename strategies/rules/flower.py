@@ -52,8 +52,8 @@ class FlowerRule(FederatedStrategy):
         rule: str = option("FedAvg", f"class in flwr.serverapp.strategy, of {', '.join(RULES)}")
         rule_options: dict[str, Any] = option({}, "its keyword arguments", options_of=("", "rule"))
 
-    def __init__(self, context: RunContext = RunContext(), **options: Any) -> None:
-        super().__init__(context, **options)
+    def __init__(self, *, context: RunContext = RunContext(), **options: Any) -> None:
+        super().__init__(context=context, **options)
         rule = self.config.rule
         if rule.startswith("DifferentialPrivacy"):
             wrong = "Flower 1.39 moves an adaptive clip the wrong way, up if too large. " if "Adapt" in rule else ""

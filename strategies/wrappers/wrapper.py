@@ -25,10 +25,11 @@ class Wrapper(FederatedStrategy):
 
     wraps: ClassVar[bool] = True
 
-    def __init__(self, inner: FederatedStrategy | None = None, context: RunContext = RunContext(), **options: Any
+    def __init__(self, inner: FederatedStrategy | None = None, *, context: RunContext = RunContext(), **options: Any
                  ) -> None:
-        self.inner: FederatedStrategy = registry.load("strategies", "fedit")(context) if inner is None else inner
-        super().__init__(self.inner.context, **options)
+        fedit = registry.load("strategies", "fedit")
+        self.inner: FederatedStrategy = fedit(context=context) if inner is None else inner
+        super().__init__(context=self.inner.context, **options)
         self.treated: dict[str, str] = {}  # what `transform` last did to whom
         individual = Needs.INDIVIDUAL in (type(self).needs, self.inner.needs)
         self.needs = Needs.INDIVIDUAL if individual else Needs.SUM

@@ -190,7 +190,7 @@ def test_absolute_lambda_is_the_closed_form_as_written():
         return AdapterState({f"{toy.SITE}/A": torch.tensor([A]), f"{toy.SITE}/B": torch.tensor(B)[:, None]}, sites)
 
     updates = [Update("a", 1.0, adapter([1.0, 0.0], [1.0, 0.0])), Update("b", 1.0, adapter([3.0, 0.0], [0.0, 1.0]))]
-    server = federated.AbsoluteFAIR(1.0).aggregate(ServerState(adapter([1.0, 0.0], [0.0, 0.0])), updates)
+    server = federated.AbsoluteFAIR(lambda_=1.0).aggregate(ServerState(adapter([1.0, 0.0], [0.0, 0.0])), updates)
     assert torch.allclose(server.adapter[f"{toy.SITE}/B"].flatten(), torch.tensor([0.3, 0.7]))
 
 
