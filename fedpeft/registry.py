@@ -97,11 +97,9 @@ TABLES: dict[str, dict[str, str]] = {
         "factor_coso": "fedpeft.continual.bodies.factor_coso:FactorCoSO",
     },
     "server_bodies": {
-        "sequential": "fedpeft.strategies.sequence.sequential:FederatedSequential",
         "factor_coso": "fedpeft.strategies.sequence.factor_coso:FederatedFactorCoSO",
         "coso": "fedpeft.strategies.sequence.coso:FederatedCoSO",
         "lae": "fedpeft.strategies.sequence.lae:FederatedLAE",
-        "conpet_static": "fedpeft.strategies.sequence.conpet_static:FederatedConPETStatic",
     },
     "heads": {
         "linear": "fedpeft.continual.heads.linear:Linear",

@@ -14,7 +14,7 @@ from fedpeft.config import schema
 from fedpeft.errors import InputError
 
 TABLES = ("strategies", "objectives", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams",
-          "server_bodies", "mergers", "models", "recipes", "sections", "configs")
+          "mergers", "models", "recipes", "sections", "configs")
 
 
 def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -71,11 +71,11 @@ def _row(table: str, name: str) -> dict[str, Any]:
 
         return {"name": name, "summary": recipes()[name]}
     cls = registry.load(table, name)
-    row = {"name": name, "summary": (inspect.getdoc(cls) or "").splitlines()[0]}
+    row: dict[str, Any] = {"name": name, "summary": (inspect.getdoc(cls) or "").splitlines()[0]}
     if table == "strategies":
         row |= {"paper": cls.paper, "needs": cls.needs.value, "wraps": cls.wraps}
     if table == "bodies":
-        row |= {"paper": cls.paper, "needs": ", ".join(cls.needs)}
+        row |= {"paper": cls.paper, "needs": ", ".join(cls.needs), "federates": not cls.stays_central}
     return row
 
 
@@ -102,14 +102,20 @@ def _details(table: str, name: str) -> dict[str, Any]:
         if cls.wraps:
             notes.append("goes around another strategy: strategy.wrap=[" + name + "]; alone it goes around fedit")
     if table == "bodies":
-        notes = [f"needs: {', '.join(cls.needs) or 'nothing'}; heads: {', '.join(cls.heads or ['all'])}"]
+        notes = [f"needs: {', '.join(cls.needs) or 'nothing'}; heads: {', '.join(cls.heads or ['all'])}",
+                 f"in a federation: no, it {cls.stays_central}" if cls.stays_central else
+                 f"in a federation: continual.body={name}"]
     if table == "heads":
         notes = [f"classes that compete in the training loss: {cls.loss}"]
     if table == "streams":
         notes = [f"scenario: {cls.scenario}"]
-    module = inspect.getmodule(cls)
+    description = inspect.getdoc(inspect.getmodule(cls)) or ""
+    if table == "bodies" and name in registry.names("server_bodies"):
+        half = inspect.getmodule(registry.load("server_bodies", name))
+        central = description.partition("\n    >>>")[0]
+        description = f"{central}\n\nIn a federation\n---------------\n\n{inspect.getdoc(half)}"
     return {"options": list(_options(configs.options_of(cls))), "paper": getattr(cls, "paper", ""), "notes": notes,
-            "description": inspect.getdoc(module) or ""}
+            "description": description}
 
 
 def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any]]:

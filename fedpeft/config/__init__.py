@@ -10,6 +10,7 @@ from fedpeft.config.loading import (
     from_yaml,
     load,
     method,
+    read_options,
     read_yaml,
     shipped_configs,
     to_tree,
@@ -17,6 +18,8 @@ from fedpeft.config.loading import (
 )
 from fedpeft.config.overrides import parse_overrides
 from fedpeft.config.schema import (
+    FEDERATION,
+    LEARNER,
     AdapterConfig,
     ClientConfig,
     Config,
@@ -36,6 +39,8 @@ from fedpeft.config.schema import (
 )
 
 __all__ = [
+    "FEDERATION",
+    "LEARNER",
     "AdapterConfig",
     "ClientConfig",
     "Config",
@@ -59,6 +64,7 @@ __all__ = [
     "option",
     "options_of",
     "parse_overrides",
+    "read_options",
     "read_yaml",
     "shipped_configs",
     "to_tree",

@@ -21,7 +21,9 @@ from fedpeft import registry
 from fedpeft.config import values
 from fedpeft.config.overrides import apply, parse_overrides
 from fedpeft.config.schema import (
+    FEDERATION,
     INFINITY,
+    LEARNER,
     METHOD_SECTIONS,
     NAME_KEYS,
     Config,
@@ -119,7 +121,7 @@ def from_yaml(text: str) -> Config:
 def method(kind: str, name: str, options: dict[str, Any], key: str, **arguments: Any) -> Any:
     """An instance of the registered class `name` from its options (checked; `key` is blamed) and further arguments."""
     cls = registry.load(kind, name, f"{key}.name" if key else kind)
-    return cls(**arguments, **_method_options(cls, options, key))
+    return cls(**arguments, **read_options(cls, options, key))
 
 
 def check(config: Config) -> None:
@@ -222,19 +224,27 @@ def build(cls: Any, tree: Any, path: str) -> Any:
     name_key = NAME_KEYS.get(path, "name")
     if path in METHOD_SECTIONS and getattr(config, name_key) is not None:
         owner = registry.load(METHOD_SECTIONS[path], getattr(config, name_key), f"{path}.{name_key}")
-        checked = _method_options(owner, rest, path, also=list(items))
+        checked = read_options(owner, rest, path, also=list(items))
         config.options = {key.rstrip("_"): value for key, value in checked.items()}
     elif rest:
         raise InputError(_unknown_key(next(iter(rest)), path, list(items)))
     return config
 
 
-def _method_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[str] = ()) -> dict[str, Any]:
-    items = options_of(owner)
+def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of a registered class, typed and checked, by the names of their fields.
+
+    Raises:
+        InputError: one is not its own, or of its other kind of run, or out of bounds; `path` is the key to blame.
+    """
+    kind = FEDERATION if path == "continual" else LEARNER
+    items, every = options_of(owner, kind), options_of(owner)
     for key in given:
         if key not in items:
             where = f"{path}." if path else ""
             whose = f"{owner.__name__} has the options {', '.join(items) or 'none'}"
+            if key in every:
+                raise InputError(f"{where}{key}: {every[key].metadata['help']}. {kind.capitalize()} {whose}.")
             raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({where}name: {whose}.)")
     return _filled(items, given, path)
 
@@ -260,7 +270,7 @@ def _entry_options(of: tuple[str, str], name: Any, given: Any, key: str) -> Any:
     if isinstance(given, list):
         return [_entry(of, entry, key) for entry in given]
     owner = registry.load(of[0], name, key)
-    checked = _method_options(owner, given, key)
+    checked = read_options(owner, given, key)
     items = options_of(owner)
     return {option: checked[items[option].name] for option in given}
 

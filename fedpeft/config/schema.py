@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 from fedpeft import registry
 
 INFINITY = float("inf")
+LEARNER, FEDERATION = "for one learner", "in a federation"  # where a continual body runs
 
 
 def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INFINITY, above: float = -INFINITY,
            choices: tuple[Any, ...] = (), table: str = "", path: bool = False,
-           options_of: tuple[str, str] | None = None) -> Any:
+           options_of: tuple[str, str] | None = None, only: str = "") -> Any:
     """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`.
 
     Args:
@@ -21,9 +22,12 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
         path: it may be a place in the file system, so a `~` in front is somebody's home folder.
         options_of: it holds options of an entry of this registry table ("" is none of ours), whose name stands in this
             field beside it; or a list of entries, whose names stand in this key of each.
+        only: of a body's options, LEARNER or FEDERATION: where alone it means something; empty is both.
     """
+    if only:
+        help += f" ({only} only)"
     meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "table": table,
-            "path": path, "options_of": options_of}
+            "path": path, "options_of": options_of, "only": only}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -170,8 +174,8 @@ class TTAConfig:
 
 @dataclass
 class ContinualConfig:
-    body: str | None = option(None, "how the federation learns a sequence of tasks (a registered server body); null is "
-                              "no sequence")
+    body: str | None = option(None, "how the federation learns a sequence of tasks (a registered body); null is no "
+                              "sequence")
     options: dict[str, Any] = option({}, "options of the body named above")
     tasks: int = option(5, "tasks: groups of classes in a random order, each for run.rounds / tasks rounds", low=1)
     shuffle: bool = option(True, "draw the order of the classes; else they come as they are numbered")
@@ -240,19 +244,24 @@ class Config:
 
 # Sections that name a registered method -> its table; the key of the name, where it is another than `name`.
 METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners", "tta": "tta",
-                   "continual": "server_bodies"}
+                   "continual": "bodies"}
 NAME_KEYS = {"tta": "method", "continual": "body"}
 SECTION_CLASSES: dict[str, Any] = {"strategy": StrategyConfig, "adapter": AdapterConfig,
                                    "data.partition": PartitionConfig, "tta": TTAConfig, "continual": ContinualConfig}
 
 
-def options_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+def options_of(cls: Any, where: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Option name (as users write it) -> dataclass field of a registered class's `Config`.
 
     A field that would be a Python keyword has a trailing underscore that users do not write (`lambda_` is `lambda`).
+
+    Args:
+        where: LEARNER or FEDERATION, to leave out what means nothing there; empty is all.
     """
     config = getattr(cls, "Config", None)
-    return {item.name.rstrip("_"): item for item in dataclasses.fields(config)} if config else {}
+    items = dataclasses.fields(config) if config else ()
+    return {item.name.rstrip("_"): item for item in items
+            if not where or item.metadata.get("only", "") in ("", where)}
 
 
 def choices_of(item: dataclasses.Field[Any]) -> list[str]:

@@ -27,6 +27,7 @@ from fedpeft.continual.model import Change, Inputs, Plastic
 from fedpeft.continual.stream import Task
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
+from fedpeft.state import AdapterState
 
 KINDS = ("raw", "statistics", "bases", "adapters", "numbers")
 
@@ -56,6 +57,11 @@ class Body:
         loss: classes that compete in the training loss: "any" (the head says: the task's own, or all seen), or "seen"
             for bodies that replay.
         heads: registered heads that make sense with it, None for all.
+        stays_central: why a federation's server cannot run it, a sentence's end after "it"; empty where it can.
+        replays: batches are half new and half old records; in a federation of the client's own.
+        renews: every task trains a pair of its own, from no change.
+        adds_up: with `renews`, what predicts is the sum of all tasks' pairs; else what `merged` says.
+        surveys: it needs the sums of `statistics` over a task's records before it trains on them, too.
         parameters: what trains now, leaf tensors by `layer/role`.
         memory: what persists, by kind.
         classifier: what trains beside it; the learner sets it.
@@ -68,6 +74,21 @@ class Body:
     needs: ClassVar[tuple[str, ...]] = ()
     loss: ClassVar[str] = "any"
     heads: ClassVar[tuple[str, ...] | None] = None
+    stays_central: ClassVar[str] = "does not say that a server can run it (`Body.stays_central`)"
+    replays: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
+    surveys: ClassVar[bool] = False
+
+    @classmethod
+    def fixed_roles(cls, config: Any) -> tuple[str, ...]:
+        """Roles of `parameters` that stay as a task begins with them."""
+        return ()
+
+    @classmethod
+    def moves_in(cls, task: int) -> bool:
+        """Whether the body trains in this task, or the classifier alone."""
+        return True
 
     def __init__(self, model: Plastic, train: TrainConfig, seed: int, **options: Any) -> None:
         self.model, self.train, self.seed = model, train, seed
@@ -76,6 +97,7 @@ class Body:
         self.memory: dict[str, Any] = {kind: {} for kind in KINDS}
         self.optimizer: torch.optim.Optimizer | None = None
         self.index = -1
+        self.surveyed: dict[str, Tensor] | None = None
         self.task: Task | None = None
         self.seen: list[int] = []
 
@@ -114,7 +136,7 @@ class Body:
 
     def body_trains(self, step: int) -> bool:
         """Whether the body moves in this step, or the classifier alone."""
-        return bool(self.parameters)
+        return bool(self.parameters) and self.moves_in(self.index)
 
     def after_backward(self) -> None:
         """Change the gradients of `parameters`."""
@@ -134,6 +156,10 @@ class Body:
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         """The task is over."""
 
+    def merged(self) -> AdapterState | None:
+        """What predicts in the place of the pair that trains, where the body merges; None before it has."""
+        return None
+
     # What the learner calls ------------------------------------------------------------------------------------------
 
     def feed(self, index: int, task: Task, seen: list[int]) -> None:
@@ -146,7 +172,8 @@ class Body:
         self.restart_optimizer()
 
     def restart_optimizer(self) -> None:
-        leaves = list(self.parameters.values())
+        fixed = self.fixed_roles(self.config)
+        leaves = [value for key, value in self.parameters.items() if key.rpartition("/")[2] not in fixed]
         self.optimizer = torch.optim.Adam(leaves, lr=self.train.lr) if leaves else None
 
     def state(self) -> dict[str, Any]:
@@ -181,6 +208,10 @@ class Body:
     def records(self) -> Encoded:
         """The training records of the present task."""
         return self.current().train
+
+    def survey(self) -> dict[str, Tensor]:
+        """`statistics` of the task's records: those that all owners' make, where they were handed over."""
+        return self.statistics(self.records()) if self.surveyed is None else self.surveyed
 
     def per_epoch(self) -> int:
         return -(-len(self.records()) // self.train.batch_size)

@@ -17,7 +17,7 @@ tensors a change was made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpeft.models.base import Base
+from fedpeft.models.base import Base, catch_inputs
 from fedpeft.models.targets import resolve
 
 Inputs = dict[str, Tensor]
@@ -49,6 +49,13 @@ class Plastic:
         self.layers = tuple(resolve(base, layers))
         self.passes = 0
 
+    @classmethod
+    def over(cls, base: Base, layers: Iterable[str]) -> Plastic:
+        """One whose layers have these full names, though an adapter's may be around them."""
+        plastic = cls.__new__(cls)
+        plastic.base, plastic.layers, plastic.passes = base, tuple(sorted(layers)), 0
+        return plastic
+
     def features(self, inputs: Inputs, change: Change | None = None) -> Tensor:
         """Features [N, D] under a change; the base in evaluation mode, so that no row depends on another."""
         self.base.backbone.eval()
@@ -62,14 +69,14 @@ class Plastic:
 
     def observe(self, inputs: Inputs, change: Change | None = None) -> dict[str, Tensor]:
         """What enters each adaptable layer, as rows [tokens, in]; padding is left out where there is a mask."""
-        seen: dict[str, Tensor] = {}
-        watch = {name: _noted(seen, name, (change or {}).get(name)) for name in self.layers}
-        with torch.no_grad():
-            self.features(inputs, {**(change or {}), **watch})
+        with ExitStack() as stack, torch.no_grad():
+            caught = {name: stack.enter_context(catch_inputs(self.base.layer(name))) for name in self.layers}
+            self.features(inputs, change)
         mask = inputs.get("attention_mask")
-        kept = None if mask is None else mask.bool()
+        kept = None if mask is None else mask.bool().cpu()
+        entered = {name: values[-1].float().cpu() for name, values in caught.items()}
         return {name: value[kept] if kept is not None and value.shape[:2] == kept.shape else value.flatten(0, -2)
-                for name, value in seen.items()}
+                for name, value in entered.items()}
 
 
 def dense(delta: Tensor) -> Patch:
@@ -104,11 +111,3 @@ def _patched(patch: Patch) -> Callable[..., Any]:
         return (patch(x, output[0]), *output[1:]) if isinstance(output, tuple) else patch(x, output)
 
     return hook
-
-
-def _noted(seen: dict[str, Tensor], name: str, inner: Patch | None) -> Patch:
-    def patch(x: Tensor, y: Tensor) -> Tensor:
-        seen[name] = x.detach().float()
-        return y if inner is None else inner(x, y)
-
-    return patch

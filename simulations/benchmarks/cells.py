@@ -92,8 +92,8 @@ def registered(table: str, text: str, flag: str) -> tuple[str, dict[str, Any]]:
     for key in given:
         if key not in known:
             raise InputError(registry.unknown(f"{flag} {name}", key, known))
-    built = configs.build(cls.Config, {known[key].name: value for key, value in given.items()}, f"{flag} {name}")
-    return name, {key: getattr(built, known[key].name) for key in given}
+    built = configs.read_options(cls, given, f"{flag} {name}")
+    return name, {key: built[known[key].name] for key in given}
 
 
 def canonical(name: str, options: Any) -> str:

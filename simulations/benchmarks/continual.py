@@ -279,7 +279,7 @@ def _refusals(reasons: dict[str, str]) -> dict[str, Row]:
 def _full(table: str, given: Entry) -> Row:
     """All options, the defaults too: a row says what it was run with."""
     cls = registry.load(table, given.name)
-    known = configs.options_of(cls)
+    known = configs.options_of(cls, configs.LEARNER)
     built: Any = configs.build(cls.Config, {known[key].name: value for key, value in given.options.items()}, given.text)
     return {key: getattr(built, item.name) for key, item in known.items()}
 

@@ -1,6 +1,7 @@
-"""What a federation's server does for a body while tasks arrive. One file here is one body, around any strategy.
+"""What a federation's server does for a body while tasks arrive, around any strategy.
 
-A body of `fedpeft.continual.bodies` says how parameters move; here is its half on the server, under the same name:
+A body of `fedpeft.continual.bodies` says how parameters move. Its half on the server is `general`, which runs the
+body's own code between rounds, or a file of its own here, where the body is another one in a federation:
 
     sketch      where the body asks for one: what a client sends of its records before a task, and what all of them say
     begin       before the first round of a task: fold what was learned into the base, choose the new task's factors
@@ -15,7 +16,7 @@ What it is given and returns is public under DP, or noised: everything here is p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,16 +25,12 @@ from fedpeft.strategies.parts.residuals import with_change
 
 if TYPE_CHECKING:
     from fedpeft.adapters.adapted import Adapted
+    from fedpeft.continual.body import Body
     from fedpeft.data.encode import Encoded
 
 KEEP = "continual:"
 NEW, PAST = "sketch", "past_sketch"
 Tensors = dict[str, Tensor]
-
-
-@dataclass
-class BodyConfig:
-    pass
 
 
 @dataclass(frozen=True)
@@ -46,33 +43,40 @@ class Place:
 
 
 class ServerBody:
-    """Base of all: plain sequential training, which does nothing at a new task.
+    """Base of all, which does nothing at a new task. Options are those of the central body.
+
+    Args:
+        central: the body as one learner has it.
 
     Attributes:
-        needs: roles that the strategy must train.
+        needs: roles that the strategy must train; `without_needs` is the way to do without one, where there is.
         fixes_factor: one factor of the pairs stays as it is for a task.
         replays: clients mix records of earlier tasks into their batches.
         folds: it moves what was learned into the base weights.
+        needs_still_base: the strategy may not move the base weights itself.
         averages: it averages factors over rounds, so their coordinates must mean the same in all of them.
+        without_sketches: the way to do without them.
         sketches: what clients send a sketch of before a task (not private): NEW, its records, and PAST, those of the
             task before, at the model that this one left.
         most_views: adapters of `views` at most; a head's sums are released for each, which a task's budget allows for.
         changes_A: it draws a new A for a task, which clients therefore cannot draw from the run's seed.
     """
 
-    Config: ClassVar[Any] = BodyConfig
-    paper: ClassVar[str] = ""
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     fixes_factor: bool = False
-    replays: ClassVar[bool] = False
-    folds: ClassVar[bool] = False
-    averages: ClassVar[bool] = False
+    replays: bool = False
+    folds: bool = False
+    needs_still_base: bool = False
+    averages: bool = False
     changes_A: bool = False
     sketches: tuple[str, ...] = ()
-    most_views: ClassVar[int] = 1
+    without_needs: str = ""
+    without_sketches: str = "Take a body without sketches."
+    most_views: int = 1
 
-    def __init__(self, **options: Any) -> None:
-        self.config = self.Config(**options)
+    def __init__(self, central: type[Body], **options: Any) -> None:
+        self.central = central
+        self.config = central.Config(**options)
 
     def require(self, adapter: AdapterState, tasks: int) -> None:
         """Raise InputError unless so many tasks have room in this adapter; before anything is trained."""

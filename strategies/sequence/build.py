@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from fedpeft import registry
-from fedpeft.config import Config, method
+from fedpeft.config import Config, ContinualConfig, method, read_options
 from fedpeft.continual import curriculum
+from fedpeft.continual.body import Body
 from fedpeft.continual.head import Head
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 from fedpeft.privacy.accounting import Release, composed
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence.base import ServerBody
+from fedpeft.strategies.sequence.general import GeneralServerBody
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
 
@@ -21,11 +23,26 @@ def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> 
         classes: of the data, in tasks of which it is to be run; None for one that is only looked at.
     """
     section = config.continual
-    name = str(section.body)
-    body: ServerBody = method("server_bodies", name, section.options, "continual.body")
     compete = registry.load("heads", section.head, "continual.head").loss
     plan = curriculum.make(section, classes or section.tasks, config.run.rounds, config.run.seed)
-    return TaskSequence(strategy, body, plan, compete, name)
+    return TaskSequence(strategy, make_body(section), plan, compete, str(section.body))
+
+
+def make_body(section: ContinualConfig) -> ServerBody:
+    """The server half of the config's body: one of its own where there is one, else the general one.
+
+    Raises:
+        InputError: a federation cannot run the body; the message has its reason.
+    """
+    name = str(section.body)
+    central: type[Body] = registry.load("bodies", name, "continual.body")
+    if central.stays_central:
+        able = [other for other in registry.names("bodies") if not registry.load("bodies", other).stays_central]
+        raise InputError(f"continual.body={name}: a federation cannot run it, as it {central.stays_central}. Bodies "
+                         f"that it can run: {', '.join(able)}.")
+    half = registry.load("server_bodies", name) if name in registry.names("server_bodies") else GeneralServerBody
+    made: ServerBody = half(central, **read_options(central, section.options, "continual"))
+    return made
 
 
 def head(config: Config, classes: int, width: int) -> Head:
@@ -52,7 +69,7 @@ def check(config: Config) -> None:
                          "it to null.")
     if section.body is None:
         return
-    body: ServerBody = method("server_bodies", section.body, section.options, "continual.body")
+    body = make_body(section)
     if config.run.rounds % section.tasks:
         raise InputError(f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
                          "and every task has the same number of rounds.")
@@ -94,8 +111,8 @@ def private(config: Config, fitted: bool, body: ServerBody) -> None:
         raise InputError(f"privacy.unit=sample: continual.body={section.body} shows earlier records again in later "
                          "tasks, so their privacy loss would add up over all tasks. Take a body without replay.")
     if body.sketches:
-        raise InputError(f"privacy.unit=sample: continual.body={section.body} sends sketches of gradients without "
-                         "noise. Set continual.basis=random.")
+        raise InputError(f"privacy.unit=sample: continual.body={section.body} sends sketches of records without noise. "
+                         f"{body.without_sketches}")
     if not fitted:
         return
     if not registry.load("heads", section.head).takes_noise:
@@ -117,5 +134,4 @@ def sums_of_a_task(config: Config) -> tuple[Release, ...]:
     section = config.continual
     if section.statistics_noise is None:
         return ()
-    body = registry.load("server_bodies", section.body or "", "continual.body")
-    return ((1.0, section.statistics_noise, body.most_views),)
+    return ((1.0, section.statistics_noise, make_body(section).most_views),)

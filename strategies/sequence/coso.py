@@ -19,7 +19,7 @@ sketch is sent, which is the form that sample-level DP allows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import on_device, per_sample_loss
-from fedpeft.config import option
+from fedpeft.continual.body import Body
 from fedpeft.continual.parts.orthogonal import extended, outside
 from fedpeft.continual.parts.subspace import leading, merge_sketches, project, sketch
 from fedpeft.data.encode import Encoded
@@ -42,34 +42,17 @@ SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
 class FederatedCoSO(ServerBody):
     """Coefficients in a shared subspace, orthogonal to those of earlier tasks."""
 
-    paper = "Cheng et al. 2025, arXiv 2505.11816"
-    fixes_factor = True
-    folds = True
+    fixes_factor = folds = changes_A = True
+    without_sketches = "Set continual.basis=random."
 
-    @dataclass
-    class Config:
-        side: str = option("in", "which side of the gradient the subspace is of: out, as published, or in",
-                           choices=("out", "in"))
-        basis: str = option("sketch", "the task's subspace: from the clients' gradients, or drawn from the seed",
-                            choices=("sketch", "random"))
-        r2: int = option(16, "columns of a sketch", low=1)
-        eps_th: float = option(0.9, "share of a task's squared singular values that is protected", above=0, high=1)
-
-    @property
-    def sketches(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (NEW,) if self.config.basis == "sketch" else ()
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("A", "B") if self.config.side == "out" else ("B",)
-
-    @property
-    def changes_A(self) -> bool:  # type: ignore[override]
-        return True
+    def __init__(self, central: type[Body], **options: Any) -> None:
+        super().__init__(central, **options)
+        self.fixed, self.needs = ("B", ("A", "B")) if self.config.side == "out" else ("A", ("B",))
+        self.without_needs = "Set continual.side=in, or take a strategy that does (fedit)."
+        self.sketches = (NEW,) if self.config.basis == "sketch" else ()
 
     def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
-        fixed = "B" if self.config.side == "out" else "A"
-        return tuple(role for role in roles if role != fixed)
+        return tuple(role for role in roles if role != self.fixed)
 
     def describe_sketch(self, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
         out = self.config.side == "out"

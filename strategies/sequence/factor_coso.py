@@ -23,11 +23,11 @@ disjoint A is Orthogonal Adaptation's (arXiv 2312.02432), here inside a federate
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from fedpeft.config import option
+from fedpeft.continual.body import Body
 from fedpeft.continual.parts.orthogonal import extended, outside
 from fedpeft.continual.parts.subspace import leading, project
 from fedpeft.errors import InputError
@@ -42,19 +42,12 @@ FULL = 0.9  # share of protected directions above which a site hardly learns
 class FederatedFactorCoSO(ServerBody):
     """Each task in a subspace orthogonal to those of earlier tasks, with uploads of B only."""
 
-    paper = "Cheng et al. 2025, arXiv 2505.11816; factor form derived here"
     needs = ("B",)
-    fixes_factor = True
-    folds = True
+    fixes_factor = folds = True
 
-    @dataclass
-    class Config:
-        side: str = option("in", "what is protected: inputs, output directions, or both", choices=("in", "out", "both"))
-        energy: float = option(0.98, "side out: share of B's squared singular values to protect", above=0, high=1)
-
-    @property
-    def changes_A(self) -> bool:  # type: ignore[override]
-        return bool(self.config.side != "out")
+    def __init__(self, central: type[Body], **options: Any) -> None:
+        super().__init__(central, **options)
+        self.changes_A = self.config.side != "out"
 
     def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
         return tuple(role for role in roles if role != "A")

@@ -14,12 +14,9 @@ is left after a task.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fedpeft.config import option
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.sequence.base import Place, ServerBody, Tensors, recall, remember
 
@@ -29,15 +26,9 @@ OFFLINE = "|offline"
 class FederatedLAE(ServerBody):
     """Online adapter, and its average over rounds, as two experts."""
 
-    paper = "Gao et al. 2023, arXiv 2303.10070"
     needs = ("head",)
     averages = True
     most_views = 2
-
-    @dataclass
-    class Config:
-        retention: float = option(0.9, "share of the average that a task leaves", low=0, high=1)
-        frozen_rounds: int = option(1, "rounds of each task but the first in which only the head trains", low=0)
 
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         if place.task != 1:

@@ -85,12 +85,18 @@ class TaskSequence(Wrapper):
         inside = innermost(self.inner)
         if lacking:
             raise InputError(f"continual.body={name}: it needs clients that train {', '.join(lacking)}; strategy "
-                             f"{name_of(inside)} trains {', '.join(self.trains)}.")
+                             f"{name_of(inside)} trains {', '.join(self.trains)}. {self.body.without_needs}".rstrip())
         if self.body.fixes_factor and not inside.takes_fixed_factor:
             able = [other for other in registry.names("strategies")
                     if registry.load("strategies", other).takes_fixed_factor]
             raise InputError(f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
                              f"{name_of(inside)} cannot do. Strategies that can: {', '.join(able)}.")
+        if self.body.needs_still_base and self.inner.changes_base:
+            able = [other for other in registry.names("strategies") if (cls := registry.load("strategies", other))
+                    and cls.adapter == self.adapter and not (cls.changes_base or cls.keeps or cls.wraps)]
+            raise InputError(f"continual.body={name}: what a task trains must stay in the factors, but strategy "
+                             f"{name_of(inside)} moves it into the base in every round. Strategies that do not: "
+                             f"{', '.join(able)}.")
         if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
             able = [other for other in registry.names("strategies") if (cls := registry.load("strategies", other))
                     and cls.fixed_basis and cls.adapter == self.adapter
@@ -100,9 +106,10 @@ class TaskSequence(Wrapper):
                              f"Strategies that do not: {', '.join(able)}.")
         if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
             needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            way = "Set continual.frozen_rounds=0" if hasattr(self.body.config, "frozen_rounds") else (
+                f"Take {name_of(needing)} out of strategy.wrap")
             raise InputError(f"continual.body={name}: some rounds train the head alone, which the "
-                             f"{needing.client_half.sends} of {name_of(needing)} cannot. Set "
-                             "continual.frozen_rounds=0.")
+                             f"{needing.client_half.sends} of {name_of(needing)} cannot. {way}.")
         if self.keeps:
             raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
                              "each client, so there is no one model whose tasks could be counted.")

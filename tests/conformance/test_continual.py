@@ -276,7 +276,7 @@ def test_every_merger_merges_and_resumes(name):
     own = {"by": "step"} if name == "metrics_weighted" else {}  # no loss is known here
 
     def made() -> Learner:
-        return parts.learner("merging", options={"method": name, "options": own, "start": start, "r": 2})
+        return parts.learner("merging", options={"method": name, "method_options": own, "start": start, "r": 2})
 
     whole = made().run()
     assert not any(view.isnan().any() for view in parts.seen_by(whole))

@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conpet_static": ("continual_conpet", {}),
     "lae": ("continual_lae", {"continual.head": "lda"}),
     "private": ("continual_dp", DP_LDA),
+    "inflora": ("continual", {"continual.body": "inflora"}),
+    "merging": ("continual_lae", {"continual.body": "merging", "continual.method": "opcm", "strategy": "fedit"}),
 }
 SHIPPED = ["continual", "continual_coso", "continual_conpet", "continual_dp", "continual_lae"]
 ALONE = {"run.cohort_tokens": 0}
@@ -215,6 +217,7 @@ CUTS = {
     *(("factor_coso", cut) for cut in CUTS), ("private", "mid-task"), ("lae", "mid-task"),
     *((case, cut) for case in ("private", "lae") for cut in ("before-the-head", "last-head")),
     ("coso", "after-the-head"), ("conpet_static", "mid-task"), ("conpet_static", "after-the-head"),
+    ("inflora", "after-the-head"), ("merging", "before-the-head"), ("merging", "mid-task"),
 ])
 def test_a_cut_run_ends_as_if_nothing_had_happened(case, cut, whole, go, tmp_path):
     run, summary = whole(case)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft import registry
+from fedpeft.config import ContinualConfig
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.continual.parts.subspace import sketch
 from fedpeft.errors import InputError
 from fedpeft.state import Update
 from fedpeft.strategies.sequence.base import NEW
+from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.sequence import TaskSequence
 from support import dense
 
@@ -31,7 +32,7 @@ def learning(body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=None, *
     """A body around a strategy, with TASKS tasks of one class."""
     inner = dense.make(rule, **DENSE.get(rule, {}))
     inner = inner if wrap is None else dense.make(wrap, inner=inner)
-    made = registry.load("server_bodies", body)(**options)
+    made = make_body(ContinualConfig(body=body, options=options))
     strategy = TaskSequence(inner, made, Curriculum(tuple((task,) for task in range(TASKS)), rounds), compete, body)
     strategy.population = len(WEIGHTS)
     return strategy
@@ -253,7 +254,7 @@ def test_a_merged_sketch_obeys_the_summed_bound():
             S, delta = sketch(S, torch.tensor(U[:, :r2] * sigma[:r2]))
             bound += weight * delta
         sketches.append(S)
-    S = registry.load("server_bodies", "coso")().merge_sketches([{"u": one} for one in sketches], WEIGHTS)["u"]
+    S = make_body(ContinualConfig(body="coso")).merge_sketches([{"u": one} for one in sketches], WEIGHTS)["u"]
     assert S.shape == (11, r2)
     stacked = np.hstack([np.sqrt(weight) * one.numpy() for weight, one in zip(p, sketches, strict=True)])
     bound += np.linalg.svd(stacked, compute_uv=False)[r2] ** 2
@@ -343,7 +344,7 @@ def test_lae_needs_coordinates_that_mean_the_same_in_every_round():
 
 
 def test_lae_takes_the_larger_probability():
-    body = registry.load("server_bodies", "lae")()
+    body = make_body(ContinualConfig(body="lae"))
     one, two = torch.tensor([[2.0, 0.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -torch.inf]])
     p, q = np.exp([2, 0]) / (np.exp(2) + 1), np.exp([0, 1]) / (1 + np.e)
     np.testing.assert_allclose(body.combine({"online": one, "offline": two})[0], [*np.maximum(p, q), 0], atol=1e-6)

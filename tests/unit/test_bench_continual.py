@@ -390,11 +390,13 @@ def test_a_quick_run_of_the_command_from_end_to_end(tmp_path):
 
 def test_bodies_heads_and_streams_are_listed_and_shown():
     tables = {name: {row["name"]: row for row in catalogue.entries(name)[name]}
-              for name in ("bodies", "heads", "streams", "server_bodies")}
+              for name in ("bodies", "heads", "streams")}
     assert {"coso", "frozen"} <= set(tables["bodies"]) and {"lda", "ranpac"} <= set(tables["heads"])
-    assert {"digits5", "wordnet"} <= set(tables["streams"]) and "factor_coso" in tables["server_bodies"]
+    assert {"digits5", "wordnet"} <= set(tables["streams"]) and tables["bodies"]["factor_coso"]["federates"]
     coso = catalogue.describe("coso")
     assert coso["table"] == "bodies" and "side" in {item["name"] for item in coso["options"]}
-    assert catalogue.describe("server_bodies/coso")["table"] == "server_bodies"
-    assert coso["also"] == ["server_bodies/coso"]
+    helps = {item["name"]: item["help"] for item in coso["options"]}
+    assert "in a federation only" in helps["basis"] and "for one learner only" in helps["r1"]
+    assert "P stays for a task" in coso["description"] and not coso["also"]
+    assert "no, it penalises" in " ".join(catalogue.describe("olora")["notes"])
     assert "raw" in " ".join(catalogue.describe("er")["notes"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.continual.bodies.coso import leading, project, sketch
+from fedpeft.continual.parts.subspace import leading, project, sketch
 from support.continual_parts import HIDDEN as IN
 from support.continual_parts import WIDTH as OUT
 from support.continual_parts import low_rank_gradient, noise, orthonormal

@@ -283,7 +283,7 @@ def test_orthogonal_slots_are_frozen_and_sum_up():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"method": "opmc"}, "body.method: 'opmc' is not known. Did you mean 'opcm'"),
-    ({"method": "opcm", "options": {"alpha": 7.0}}, "body.options.alpha"),
+    ({"method": "opcm", "method_options": {"alpha": 7.0}}, "body.method_options.alpha"),
     ({"method": "orthogonal_adaptation", "r": 2}, "overlaps an earlier one's"),
     ({"method": "metrics_weighted"}, "by=loss needs the loss"),
 ])  # fmt: skip

@@ -30,6 +30,8 @@ class CLASSP(FormBody):
     """Thresholded steps that get smaller with all that a weight has moved."""
 
     paper = "Ludwig 2024, arXiv 2405.09637"
+    stays_central = ("is an optimizer whose memory follows the gradient of every step, which clients take "
+                     "on paths of their own; no sum of theirs is one learner's")
 
     @dataclass
     class Config(FormConfig):

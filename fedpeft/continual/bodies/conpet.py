@@ -60,6 +60,8 @@ class ConPET(Body):
     needs = ("boundaries", "raw")
     loss = "seen"
     heads = ("linear",)
+    stays_central = ("keeps raw records of all owners with the scores of every expert for them, and trains "
+                     "a selector with a loss of its own")
 
     @dataclass
     class Config:

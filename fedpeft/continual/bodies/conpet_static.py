@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.config import option
+from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body
 from fedpeft.continual.model import Change, Inputs, low_rank
 from fedpeft.continual.parts import lora, replay
@@ -34,12 +34,14 @@ class ConPETStatic(Body):
     paper = "Song et al. 2023, arXiv 2309.14763"
     needs = ("boundaries", "raw")
     loss = "seen"
+    stays_central = ""
+    replays = True
 
     @dataclass
     class Config:
-        r: int = option(8, "rank of the LoRA", low=1)
-        alpha: float = option(8.0, "scale of the LoRA: alpha / r", above=0)
-        batches: int = option(20, "batches in an epoch from the second task on (L)", low=1)
+        r: int = option(8, "rank of the LoRA; else adapter.r", low=1, only=LEARNER)
+        alpha: float = option(8.0, "scale of the LoRA: alpha / r; else adapter.alpha", above=0, only=LEARNER)
+        batches: int = option(20, "batches in an epoch from the second task on (L)", low=1, only=LEARNER)
 
     def begin_task(self) -> None:
         if not self.parameters:

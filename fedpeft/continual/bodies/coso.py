@@ -25,6 +25,7 @@ least one direction is kept; M grows to at most `cap` of the space, and a layer 
 rate is constant. Signs of U are fixed, so that moments mean the same after a refresh, and `rotate_moments` turns them
 into the new basis. Algebra in float64.
 
+    >>> from fedpeft.continual.parts.subspace import merge_sketches
     >>> merge_sketches([torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [1.0]])]).square().round().tolist()
     [[3.0], [0.0]]
 """
@@ -37,13 +38,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpeft.config import option
+from fedpeft.config import FEDERATION, LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, dense
-from fedpeft.continual.parts.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
+from fedpeft.continual.parts.subspace import extend, leading, left_singular, project, root, sketch
 from fedpeft.data.encode import Encoded
-
-__all__ = ["CoSO", "leading", "merge_sketches", "project", "sketch"]
 
 log = logging.getLogger("fedpeft")
 
@@ -56,26 +55,30 @@ class CoSO(Body):
 
     paper = "arXiv 2505.11816"
     needs = ("boundaries",)
+    stays_central = ""
 
     @dataclass
     class Config:
         side: str = option("out", "space of the protected directions: outputs of a layer (published), or its inputs",
                            choices=("out", "in"))
-        r1: int = option(8, "directions that a step moves in", low=1)
+        r1: int = option(8, "directions that a step moves in", low=1, only=LEARNER)
         r2: int = option(16, "directions of the sketch", low=1)
-        refresh: int = option(1, "K, steps between new directions", low=1)
+        refresh: int = option(1, "K, steps between new directions", low=1, only=LEARNER)
         eps_th: float = option(0.98, "share of the sketch's energy that is protected after a task", above=0, high=1)
+        basis: str = option("sketch", "the task's subspace: from the clients' gradients, or drawn from the seed, which "
+                            "sends no sketch", choices=("sketch", "random"), only=FEDERATION)
         shrink: str = option("next", "singular value that the sketch shrinks by: place r2 + 1, or the last, r2",
-                             choices=("next", "last"))
-        decay: float = option(1.0, "the sketch is multiplied by it before each merge", above=0, high=1)
-        sketch_every: int = option(0, "steps between gradients that enter the sketch; 0: at each refresh", low=0)
-        rotate_moments: bool = option(False, "turn Adam's moments into the new directions at a refresh")
+                             choices=("next", "last"), only=LEARNER)
+        decay: float = option(1.0, "the sketch is multiplied by it before each merge", above=0, high=1, only=LEARNER)
+        sketch_every: int = option(0, "steps between gradients that enter the sketch; 0: at each refresh", low=0,
+                                   only=LEARNER)
+        rotate_moments: bool = option(False, "turn Adam's moments into the new directions at a refresh", only=LEARNER)
         svd: str = option("gram", "how directions are found: eigenvectors of the smaller Gram matrix, a randomised or "
-                          "a full singular value decomposition", choices=("gram", "randomized", "full"))
-        cap: float = option(1.0, "largest share of directions that may be protected", above=0, high=1)
+                          "a full singular value decomposition", choices=("gram", "randomized", "full"), only=LEARNER)
+        cap: float = option(1.0, "largest share of directions that may be protected", above=0, high=1, only=LEARNER)
         deltas: str = option("none", "each task's change of the weights is also kept: not, whole, or truncated",
-                             choices=("none", "dense", "svd"))
-        delta_rank: int = option(16, "rank of a truncated change; what it leaves out is reported", low=1)
+                             choices=("none", "dense", "svd"), only=LEARNER)
+        delta_rank: int = option(16, "rank of a truncated change; what it leaves out is reported", low=1, only=LEARNER)
 
     def begin_task(self) -> None:
         adapters = self.memory["adapters"]

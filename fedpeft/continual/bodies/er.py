@@ -36,6 +36,7 @@ class ER(FormBody):
     paper = "Chaudhry et al. 2019, arXiv 1902.10486"
     needs = ("raw",)
     loss = "seen"
+    stays_central = "keeps one reservoir of raw records of all owners; conpet_static replays each client's own"
 
     @dataclass
     class Config(FormConfig):

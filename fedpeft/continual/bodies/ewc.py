@@ -39,6 +39,8 @@ class EWC(FormBody):
 
     paper = "Kirkpatrick et al. 2017, arXiv 1612.00796"
     needs = ("boundaries", "statistics")
+    stays_central = ("pulls each parameter back by its own weight in every step, and no client half has "
+                     "such a term of the loss")
 
     @dataclass
     class Config(FormConfig):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.config import option
+from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank, together
 from fedpeft.continual.parts.orthogonal import extended, outside
@@ -27,13 +27,14 @@ class FactorCoSO(Body):
 
     paper = "Cheng et al. 2025, arXiv 2505.11816; factor form derived here"
     needs = ("boundaries",)
+    stays_central = ""
 
     @dataclass
     class Config:
-        side: str = option("both", "what is protected: inputs, output directions, or both",
+        side: str = option("out", "what is protected: inputs, output directions, or both",
                            choices=("in", "out", "both"))
-        r: int = option(4, "rank of a task's LoRA", low=1)
-        alpha: float = option(4.0, "scale: alpha / r", above=0)
+        r: int = option(4, "rank of a task's LoRA; else adapter.r", low=1, only=LEARNER)
+        alpha: float = option(4.0, "scale: alpha / r; else adapter.alpha", above=0, only=LEARNER)
         energy: float = option(0.98, "side out: share of B's squared singular values to protect", above=0, high=1)
 
     def begin_task(self) -> None:

@@ -12,3 +12,8 @@ class Frozen(Body):
     """The base's own features."""
 
     paper = "Zhou et al. 2023, arXiv 2303.07338"
+    stays_central = ""
+
+    @classmethod
+    def moves_in(cls, task: int) -> bool:
+        return False

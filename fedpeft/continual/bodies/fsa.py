@@ -19,6 +19,8 @@ class FSA(FormBody):
 
     paper = "Panos et al. 2023, arXiv 2303.13199"
     needs = ("boundaries",)
+    stays_central = ""
 
-    def body_trains(self, step: int) -> bool:
-        return self.index == 0
+    @classmethod
+    def moves_in(cls, task: int) -> bool:
+        return task == 0

@@ -31,11 +31,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedpeft.config import option
+from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank
 from fedpeft.continual.parts import lora
@@ -49,26 +50,28 @@ class InfLoRA(Body):
 
     paper = "Liang & Li 2024, arXiv 2404.00228"
     needs = ("boundaries", "statistics")
+    stays_central = ""
+    renews = adds_up = surveys = True
 
     @dataclass
     class Config:
-        r: int = option(8, "rank of each task's LoRA", low=1)
-        alpha: float = option(8.0, "scale of the LoRAs: alpha / r", above=0)
+        r: int = option(8, "rank of each task's LoRA; else adapter.r", low=1, only=LEARNER)
+        alpha: float = option(8.0, "scale of the LoRAs: alpha / r; else adapter.alpha", above=0, only=LEARNER)
         threshold: float = option(0.95, "share of the inputs' energy that is protected after a task", above=0, high=1)
+
+    @classmethod
+    def fixed_roles(cls, config: Any) -> tuple[str, ...]:
+        return ("A",)
 
     def begin_task(self) -> None:
         lora.put_by(self)
         self.parameters = {}  # the new task's inputs are those under the finished adapters
-        gram = self.statistics(self.records())
+        gram = self.survey()
         for layer in self.model.layers:
             m, n = self.model.base.shape(layer)
             M = self.memory["bases"].setdefault(f"{layer}/M", torch.zeros(n, 0))
             self.parameters[f"{layer}/A"] = leaf(rows(gram[f"{layer}/G"], M, self.config.r))
             self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
-
-    def restart_optimizer(self) -> None:
-        leaves = [value for key, value in self.parameters.items() if key.endswith("/B")]
-        self.optimizer = torch.optim.Adam(leaves, lr=self.train.lr) if leaves else None
 
     def change(self) -> Change:
         pairs = {layer: lora.past(self, layer) for layer in self.model.layers}

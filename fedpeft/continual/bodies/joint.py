@@ -23,6 +23,8 @@ class Joint(FormBody):
 
     needs = ("raw",)
     loss = "seen"
+    stays_central = ("trains on the raw records of all tasks again, which is a federation without tasks "
+                     "(continual.body=null)")
 
     def feed(self, index: int, task: Task, seen: list[int]) -> None:
         super().feed(index, task, seen)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpeft.config import option
+from fedpeft.config import FEDERATION, LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, Patch, low_rank
 from fedpeft.continual.parts import lora
@@ -49,14 +49,17 @@ class LAE(Body):
 
     paper = "Gao et al. 2023, arXiv 2303.10070"
     needs = ("boundaries",)
+    stays_central = ""
 
     @dataclass
     class Config:
-        form: str = option("lora", "what trains", choices=("lora", "adapter", "prefix"))
-        r: int = option(5, "rank of the LoRA, or width of the adapter", low=1)
-        length: int = option(10, "keys and values in a prefix", low=1)
-        retention: float = option(0.9, "share of the offline expert that is left of it after a task", low=0, high=1)
-        frozen_epochs: int = option(3, "epochs of a later task in which only the classifier trains", low=0)
+        form: str = option("lora", "what trains", choices=("lora", "adapter", "prefix"), only=LEARNER)
+        r: int = option(5, "rank of the LoRA, or width of the adapter; else adapter.r", low=1, only=LEARNER)
+        length: int = option(10, "keys and values in a prefix", low=1, only=LEARNER)
+        retention: float = option(0.9, "share of the offline expert (the average) that a task leaves", low=0, high=1)
+        frozen_epochs: int = option(3, "epochs of a later task in which only the classifier trains", low=0,
+                                    only=LEARNER)
+        frozen_rounds: int = option(1, "rounds of a later task in which only the head trains", low=0, only=FEDERATION)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -33,6 +33,7 @@ class LwF(FormBody):
 
     paper = "Li and Hoiem 2016, arXiv 1606.09282"
     needs = ("boundaries",)
+    stays_central = "needs the last task's model and classifier at every client in every step, beside those that train"
 
     @dataclass
     class Config(FormConfig):

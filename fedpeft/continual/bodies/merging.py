@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import registry
-from fedpeft.config import option
+from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, low_rank
 from fedpeft.continual.parts import lora
@@ -42,20 +42,26 @@ class Merging(Body):
 
     paper = "see the mergers"
     needs = ("boundaries",)
+    stays_central = ""
+    renews = True
 
     @dataclass
     class Config:
         method: str = option("running_average", "registered merger")
-        options: dict[str, Any] = option({}, "options of the merger", options_of=("mergers", "method"))
+        method_options: dict[str, Any] = option({}, "options of the merger", options_of=("mergers", "method"))
         start: str = option("same", "A of a new task: one draw for all, or frozen rows orthogonal to earlier ones",
                             choices=("same", "orthogonal"))
-        r: int = option(8, "rank of each task's LoRA", low=1)
-        alpha: float = option(8.0, "scale of the LoRAs: alpha / r", above=0)
+        r: int = option(8, "rank of each task's LoRA; else adapter.r", low=1, only=LEARNER)
+        alpha: float = option(8.0, "scale of the LoRAs: alpha / r; else adapter.alpha", above=0, only=LEARNER)
+
+    @classmethod
+    def fixed_roles(cls, config: Any) -> tuple[str, ...]:
+        return ("A",) if config.start == "orthogonal" else ()
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         registry.load("mergers", self.config.method, "body.method")
-        self.merger = make(self.config.method, self.config.options, "body.options")
+        self.merger = make(self.config.method, self.config.method_options, "body.method_options")
         self._rehearse()
 
     def begin_task(self) -> None:
@@ -64,18 +70,17 @@ class Merging(Body):
             self.parameters[f"{layer}/A"] = leaf(self._start(layer, self.index))
             self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
 
-    def restart_optimizer(self) -> None:
-        frozen = "/A" if self.config.start == "orthogonal" else None
-        leaves = [value for key, value in self.parameters.items() if frozen is None or not key.endswith(frozen)]
-        self.optimizer = torch.optim.Adam(leaves, lr=self.train.lr) if leaves else None
-
     def change(self) -> Change:
         return view(self._adapter(self.parameters)) if self.parameters else {}
 
     def views(self) -> dict[str, Change]:
-        merged = {key.removeprefix("merged/"): value for key, value in self.memory["adapters"].items()
-                  if key.startswith("merged/")}
-        return {"online": view(self._adapter(merged)) if merged else self.change()}
+        merged = self.merged()
+        return {"online": self.change() if merged is None else view(merged)}
+
+    def merged(self) -> AdapterState | None:
+        tensors = {key.removeprefix("merged/"): value for key, value in self.memory["adapters"].items()
+                   if key.startswith("merged/")}
+        return self._adapter(tensors) if tensors else None
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         adapters, numbers = self.memory["adapters"], self.memory["numbers"]

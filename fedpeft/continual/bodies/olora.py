@@ -37,6 +37,8 @@ class OLoRA(Body):
 
     paper = "Wang et al. 2023, arXiv 2310.14152"
     needs = ("boundaries",)
+    stays_central = ("penalises the overlap with earlier rows in every step, and no client half has such a "
+                     "term of the loss")
 
     @dataclass
     class Config:

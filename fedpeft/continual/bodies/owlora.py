@@ -36,6 +36,7 @@ class OWLoRA(Body):
 
     paper = "CoMEL 2025, arXiv 2507.02395 (approximation: from the abstract)"
     needs = ("boundaries",)
+    stays_central = "trains weights of earlier adapters at the clients, and no adapter has such parameters"
 
     @dataclass
     class Config:

@@ -38,6 +38,7 @@ class SDLoRA(Body):
 
     paper = "Wu et al. 2025, arXiv 2501.13198"
     needs = ("boundaries",)
+    stays_central = "trains magnitudes of earlier directions at the clients, and no adapter has such parameters"
 
     @dataclass
     class Config:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.config import option
+from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, dense, low_rank
 
@@ -20,11 +20,14 @@ from fedpeft.continual.model import Change, dense, low_rank
 class Sequential(Body):
     """Plain fine-tuning, task after task."""
 
+    stays_central = ""
+
     @dataclass
     class Config:
-        form: str = option("full", "what trains: the layers' full weights, or a LoRA", choices=("full", "lora"))
-        r: int = option(8, "rank of the LoRA", low=1)
-        alpha: float = option(8.0, "scale of the LoRA: alpha / r", above=0)
+        form: str = option("full", "what trains: the layers' full weights, or a LoRA", choices=("full", "lora"),
+                           only=LEARNER)
+        r: int = option(8, "rank of the LoRA; else adapter.r", low=1, only=LEARNER)
+        alpha: float = option(8.0, "scale of the LoRA: alpha / r; else adapter.alpha", above=0, only=LEARNER)
 
     def begin_task(self) -> None:
         for layer in self.model.layers if not self.parameters else ():

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config import option
+from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body, leaf
 from fedpeft.continual.model import Change, Patch, Plastic, dense, low_rank
 from fedpeft.continual.parts.lora import drawn
@@ -37,9 +37,9 @@ CHANNELS_FIRST = ("BatchNorm", "GroupNorm", "InstanceNorm")
 @dataclass
 class FormConfig:
     form: str = option("full", "what trains: the layers' full weights, a LoRA, or gain and shift of the norms",
-                       choices=("full", "lora", "film"))
-    r: int = option(8, "rank of the LoRA", low=1)
-    alpha: float = option(8.0, "scale of the LoRA: alpha / r", above=0)
+                       choices=("full", "lora", "film"), only=LEARNER)
+    r: int = option(8, "rank of the LoRA; else adapter.r", low=1, only=LEARNER)
+    alpha: float = option(8.0, "scale of the LoRA: alpha / r; else adapter.alpha", above=0, only=LEARNER)
 
 
 class FormBody(Body):
