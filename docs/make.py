@@ -1,4 +1,4 @@
-"""What docs/ repeats from elsewhere, made from there: the tables of docs/methods.md and docs/figures/wordnet.svg.
+"""What docs/ repeats from elsewhere, made from there: tables of methods.md and continual.md, and figures/wordnet.svg.
 
     python docs/make.py
 
@@ -7,14 +7,19 @@ The tables come from the registry, the figure's numbers from the table in REPROD
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 from fedpeft import registry
 from fedpeft.cli import catalogue
+from fedpeft.config import ContinualConfig
+from fedpeft.strategies.sequence.build import make_body
+from fedpeft.strategies.sequence.general import GeneralServerBody
 
 ROOT = Path(__file__).parents[1]
-METHODS, MEASURED, FIGURE = ROOT / "docs/methods.md", ROOT / "REPRODUCIBILITY.md", ROOT / "docs/figures/wordnet.svg"
+METHODS, CONTINUAL = ROOT / "docs/methods.md", ROOT / "docs/continual.md"
+MEASURED, FIGURE = ROOT / "REPRODUCIBILITY.md", ROOT / "docs/figures/wordnet.svg"
 BODIES = {
     "frozen": "MiniLM as it is",
     "sequential:form=lora": "one LoRA, trained on",
@@ -38,10 +43,30 @@ def table(kind: str) -> str:
     return "\n".join(f"| {' | '.join(row if any(papers) else row[:2])} |".replace("  ", " ") for row in rows)
 
 
+def federations() -> str:
+    """All bodies as Markdown: whether a federation has them, also under sample-level DP, and how or why not."""
+    rows = [["body", "federates", "under sample-level DP", "how, or why not"], ["---"] * 4]
+    for name in registry.names("bodies"):
+        central = registry.load("bodies", name)
+        if central.stays_central:
+            rows.append([f"`{name}`", "no", "", f"It {central.stays_central}."])
+            continue
+        half = make_body(ContinualConfig(body=name))
+        how = (inspect.getdoc(central if type(half) is GeneralServerBody else type(half)) or "").splitlines()[0]
+        how += " Clients send sums over their records before a task." * bool(half.sketches)
+        how += " Clients replay their own earlier records." * half.replays
+        private = not (half.sketches or half.replays)
+        otherwise = half.without_sketches if half.without_sketches.startswith("Set ") else "no"
+        rows.append([f"`{name}`", "yes", "yes" if private else otherwise, how])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def with_tables(page: str) -> str:
     """The page with every block between `<!-- table KIND -->` and `<!-- end -->` made anew."""
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)", lambda found: f"{found[1]}{table(found[2])}\n", page,
-                  flags=re.DOTALL)
+    def fill(block: re.Match[str]) -> str:
+        return f"{block[1]}{federations() if block[2] == 'federations' else table(block[2])}\n"
+
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
 def measured() -> dict[str, dict[str, tuple[float, float]]]:
@@ -82,5 +107,6 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    METHODS.write_text(with_tables(METHODS.read_text()))
+    for page in (METHODS, CONTINUAL):
+        page.write_text(with_tables(page.read_text()))
     draw(FIGURE)

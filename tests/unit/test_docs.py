@@ -87,6 +87,13 @@ def test_every_registered_method_is_in_its_table(make):
     assert make.with_tables(page) == page, "python docs/make.py writes the tables of docs/methods.md anew"
 
 
+def test_every_body_says_whether_a_federation_can_run_it(make):
+    page = make.CONTINUAL.read_text()
+    assert make.with_tables(page) == page, "python docs/make.py writes the table of docs/continual.md anew"
+    rows = dict(re.findall(r"^\| `(\w+)` \| (yes|no) \|", page, flags=re.M))
+    assert set(rows) == set(make.registry.names("bodies")) and set(rows.values()) == {"yes", "no"}
+
+
 def test_a_method_that_is_not_in_the_tables_is_noticed(make, monkeypatch):
     table, page = make.registry.table, make.METHODS.read_text()
     monkeypatch.setattr(make.registry, "table", lambda kind: {
