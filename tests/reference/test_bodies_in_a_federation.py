@@ -199,7 +199,6 @@ def test_a_general_half_keeps_nothing_outside_of_the_state(case, float64):
         draw = torch.Generator().manual_seed(1)
         for task in range(TASKS):
             strategy = TaskSequence(FedIT(), halves[task % len(halves)], plan, "local", body)
-            strategy.seed = 0
             server = strategy.begin(server, task, {})
             moved = moved_by(server.adapter.select(strategy.uploads(server)), draw)
             server = replace(strategy.aggregate(server, [Update("client", 1.0, moved)]), round=task + 1)
