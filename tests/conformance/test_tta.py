@@ -15,33 +15,12 @@ from fedpeft.errors import InputError
 from fedpeft.tta.method import make
 from fedpeft.tta.play import run_stream
 from support import tta_parts as parts
+from support.classified import FORGETFUL, LEARNERS, NEUTRAL
 from support.elsewhere import elsewhere
 
 NAMES = registry.names("tta")
-VIEWS = {"aug_average", "cotta", "petal", "roid", "memo", "fedthe"}  # random views, by row or by batch
-LEARNERS = {"rdumb", "tent", "eata", "sar", "rotta", "cotta", "petal", "itta", "roid", "em_prior", "lsa", "t3a",
-            "tlm", "ear"}
-# Options under which a method must answer as the source model does, in the same mode of batch norms.
-NEUTRAL = {
-    "aug_average": {"augment": "identity"},
-    "em_prior": {"rate": 0.0},
-    "rdumb": {"base": "tent", "base_options": {"lr": 0.0}},
-    "lame": {"lambda": 0.0, "base": "bn_adapt"},
-    "tent": {"lr": 0.0},
-    "eata": {"lr": 0.0},
-    "sar": {"lr": 0.0},
-    "rotta": {"lr": 0.0, "bn_alpha": 0.0},
-    "memo": {"lr": 0.0},
-    "cotta": {"lr": 0.0, "threshold": 0.0},
-    "petal": {"lr": 0.0, "threshold": 0.0, "snapshot_lr": 0.0},
-    "lsa": {"steps": 0},
-    "itta": {"lr": 0.0},
-    "roid": {"lr": 0.0, "correct_prior": False},
-    "tlm": {"lambda": 0.0, "label_words": None},
-    "ear": {"lr": 0.0},
-    "atp": {"learn_lr": 0.0},
-    "fedthe": {"head_epochs": 0, "memo_lr": 0.0},
-}
+# Random views, by row or by batch; and what is remembered or mixed row by row.
+ORDERED = {"aug_average", "cotta", "petal", "roid", "memo", "fedthe", "rotta", "itta"}
 RUNNING = {"itta", "memo", "rotta", "tlm", "atp", "fedthe"}  # batch norms keep their running statistics by default
 
 
@@ -63,6 +42,7 @@ def plain(request):
 
 
 every = pytest.mark.parametrize("name", NAMES)
+of_images = pytest.mark.parametrize("name", [name for name in NAMES if name not in parts.LANGUAGE])
 
 
 @every
@@ -174,10 +154,8 @@ def test_labels_and_domains_never_reach_a_method(name, plain):
     assert results[0] == results[1]
 
 
-@every
+@pytest.mark.parametrize("name", NEUTRAL)
 def test_with_nothing_to_learn_it_is_the_source_model(name, model):
-    if name not in NEUTRAL:
-        return
     method = parts.method(name, model, **NEUTRAL[name])
     alpha = 0.0 if name in RUNNING else 1.0
     for batch in parts.stream(3, model=model):
@@ -189,10 +167,8 @@ def test_with_nothing_to_learn_it_is_the_source_model(name, model):
             assert torch.equal(value, model.tensor(key))
 
 
-@every
+@of_images  # token ids are whole numbers
 def test_a_batch_that_is_not_finite_is_answered_and_not_learned_from(name, model):
-    if name in parts.LANGUAGE:
-        return  # token ids are whole numbers
     method = parts.method(name, model)
     parts.play(method, parts.stream(2))
     bad = parts.images(7, 77)
@@ -228,10 +204,8 @@ def test_batches_of_one(name, model):
         method.step({key: value[:0] for key, value in parts.inputs(model).items()})
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ORDERED])
 def test_the_order_of_a_batch_does_not_matter(name, model):
-    if name in VIEWS | {"rotta", "itta"}:
-        return
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
     one, two = parts.method(name, model), parts.method(name, model)
     for batch in parts.stream(3, model=model):
@@ -239,11 +213,9 @@ def test_the_order_of_a_batch_does_not_matter(name, model):
         assert torch.allclose(straight[order], shuffled, atol=2e-4)
 
 
-@every
+@of_images
 def test_a_stream_of_one_class_only(name):
     """Nearly equal images: no method may fail, and none may forget that there are other classes."""
-    if name in parts.LANGUAGE:
-        return
     base = parts.images(1)["pixel_values"]
     method = parts.method(name, parts.conv())
     for number in range(12):
@@ -254,17 +226,32 @@ def test_a_stream_of_one_class_only(name):
     assert bool(again.isfinite().all())
 
 
-@every
+@pytest.mark.parametrize("name", LEARNERS)
 def test_learners_learn(name, model):
     """Predictions at the end differ from those of a fresh method: it is not the identity."""
-    if name not in LEARNERS:
-        return
     used = parts.method(name, model, **({"lr": 0.05} if hasattr(registry.load("tta", name).Config(), "lr")
                                         else {"period": 100} if name == "rdumb" else {}))
     batches = parts.stream(5, model=model)
     parts.play(used, batches)
     fresh = parts.method(name, model)
+    assert not parts.same(remembered(used), remembered(fresh))
     assert not torch.allclose(used.predict(batches[0]), fresh.predict(batches[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_others_remember_nothing(name, model):
+    used = parts.method(name, model)
+    start = remembered(used)
+    parts.play(used, parts.stream(5, model=model))
+    assert parts.same(remembered(used), start)
+
+
+def remembered(method):
+    """A state without what counts batches."""
+    def kept(state):
+        return {key: kept(value) if key == "base" else value for key, value in state.items() if key != "batches"}
+
+    return kept(parts.without_cost(method.state()))
 
 
 @every

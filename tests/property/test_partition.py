@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.data.partition import IID, Column, Dirichlet, Quantity, Shards
+from support.classified import RANDOM_SPLITS
 
 RANDOM = {"iid": IID(), "dirichlet": Dirichlet(1.0, 1), "shards": Shards(2), "quantity": Quantity(0.5, 2)}
 SETTINGS = settings(deadline=None, max_examples=25)
@@ -19,7 +20,7 @@ def problems(draw):
     return np.sort(labels) if draw(st.booleans()) else labels, clients, draw(st.integers(0, 2**31))
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", RANDOM_SPLITS)
 @SETTINGS
 @given(problem=problems())
 def test_each_record_goes_to_one_client(name, problem):
@@ -30,7 +31,7 @@ def test_each_record_goes_to_one_client(name, problem):
     assert np.sort(np.concatenate(parts)).tolist() == list(range(len(labels)))
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", RANDOM_SPLITS)
 @SETTINGS
 @given(problem=problems())
 def test_the_seed_decides(name, problem):

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from fedpeft.state import AdapterState, Needs, RunContext, ServerState, Site, Update
 from support import dense
+from support.classified import EXACT, REFERENCED, ROBUST
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
-EXACT = ["ffa_lora", "fedsvd", "flora", "fedex", "rolora", "fed_sb"]
-ROBUST = ["norm_clip", "trimmed_mean", "median", "krum"]
 # FedSA has no global product, server optimizers move by a step of their own: both are tested apart.
-RULES = ["fedit", "lora_fair", "flexlora", "hetlora", "flower", *EXACT, "fedprox", "scaffold", *ROBUST]
-STATEFUL = [*RULES, "fedsa", "fedadam", "fedyogi", "fedadagrad"]
+RULES = REFERENCED
+STATEFUL = (*RULES, "fedsa", "fedadam", "fedyogi", "fedadagrad")
 FLOAT32 = {"flora", "fedex", "flower"}  # residual factors, and Flower's arrays, are float32
 
 

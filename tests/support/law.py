@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support import hostile
+from support.classified import ASKED, NEXT_TOKEN
 from support.hostile import Site
 from support.hostile_stages import converse
 
@@ -17,9 +18,6 @@ CLIENTS = ({}, {"lr": 1e30}, {"lr": 1e-30}, {"local_steps": 1}, {"optimizer": "a
            {"momentum": 1.0, "weight_decay": 1e20})
 CLIPS = ({}, {"clip": 1e-6}, {"clip": 1e6}, {"noise_multiplier": 1e-3}, {"noise_multiplier": 1e3})
 SUMMED = ("fedit", "fedsa", "prox", "rolora", "scaffold")  # strategies that need sums only
-METHODS = ("source", "tent", "em_prior", "rdumb", "lame", "eata", "sar", "rotta", "memo", "t3a", "cotta", "petal",
-           "lsa", "itta", "roid", "ear")
-NEXT_TOKEN = ("source", "tent", "rdumb", "eata", "sar", "roid", "tlm")  # methods that a language model can have
 KEPT = ("tent", "em_prior", "t3a", "eata", "sar", "roid")  # methods that can go on from the evaluation before
 KINDS = {"training": 8, "sums": 3, "scoring": 3, "test-time": 3, "stages": 4}  # kind of request -> its weight
 NAMED = ("Refused", "RunError", "BudgetExhausted", "Failed")  # errors that may be told
@@ -46,7 +44,7 @@ def case(models: dict[str, Any], folder: Path, kind: str, seed: int) -> tuple[li
     if kind == "stages":
         sections["secagg"] = {"enabled": True, "clip": draw.choice((1.0, 1e-6, 1e6))}
     if kind == "test-time":
-        method = draw.choice(NEXT_TOKEN if base == "llama" else METHODS)
+        method = draw.choice(NEXT_TOKEN if base == "llama" else ASKED)
         sections["tta"] = {"method": method, "batch_size": draw.choice((1, 4, 32)),
                            "keep": method in KEPT and draw.random() < 0.5}
     extreme, count = draw.choice(sorted(hostile.RECORDS[base])), 1 if draw.random() < 0.3 else hostile.COUNT

@@ -9,7 +9,7 @@ import torch
 
 from fedpeft import registry
 from fedpeft.adapters.flat import flat
-from fedpeft.config import options_of
+from fedpeft.config import default_of, options_of
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, Needs, ServerState, Site
 from fedpeft.strategies import offline
@@ -42,7 +42,7 @@ def test_registered_classes_declare_what_they_are(name: str) -> None:
     assert cls.wraps == (name in WRAPPERS)
     strategy = named(name, {}, "strategy")
     for option, item in options_of(cls).items():
-        assert getattr(strategy.config, item.name) is not None or option == "bound"
+        assert getattr(strategy.config, item.name) == default_of(item), option
         assert item.metadata["help"]
 
 

@@ -23,10 +23,9 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
 from fedpeft.models.loading import mean_pool
+from support.classified import CLASS_STREAMS, OTHER_STREAMS
 
-CLASS = {"digits5": {}, "glyph1d": {"train": 10, "test": 5}, "records": {"limit": 300}, "text": {"limit": 60}}
-OTHER = {"glyph1d_domain": {"train": 10, "test": 5}, "glyph1d_blurry": {"train": 20, "test": 5}}
-EMBEDDED = {**CLASS, **OTHER}
+EMBEDDED = {**CLASS_STREAMS, **OTHER_STREAMS}
 
 
 def source(name: str, **options: object) -> Source:
@@ -59,7 +58,7 @@ def test_a_seed_fixes_everything_and_another_one_the_order(built, name):
     assert json.loads(json.dumps(again.stream.manifest)) == again.stream.manifest
 
 
-@pytest.mark.parametrize("name", CLASS)
+@pytest.mark.parametrize("name", CLASS_STREAMS)
 def test_classes_are_disjoint_and_each_record_is_in_the_task_of_its_class(built, name):
     made = built[name].stream
     together = [label for task in made.tasks for label in task.classes]
