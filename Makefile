@@ -14,13 +14,13 @@ ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gp
 	tests/integration/test_engines.py tests/integration/test_resume.py tests/integration/test_kill_points.py \
 	tests/integration/test_secagg_rounds.py tests/conformance tests/claims
 
-.PHONY: demo test slow attack claims kernels gpu lint checkpoint smoke clean
+.PHONY: demo test slow attack claims full kernels gpu lint checkpoint smoke clean
 
 demo: .venv/ready
 	$(BIN)/fedpeft simulate quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims and not full"
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o timeout=600
@@ -30,6 +30,9 @@ attack: .venv/ready
 
 claims: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m claims -o timeout=900
+
+full: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m full -o timeout=900
 
 kernels: .venv/ready
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(ROUNDING)

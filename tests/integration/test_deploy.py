@@ -1,10 +1,13 @@
-"""Real processes on loopback: TLS, authentication, three sites with their own files; the simulation's adapter; faults.
+"""Real processes on loopback: TLS, authentication, three sites with their own files, and faults.
+
+Every run ends as its simulation does, also with what strategies do beyond averaging.
 
 One coordinator and three sites serve all tests of this file, in their order.
 """
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import time
@@ -14,30 +17,59 @@ import pytest
 import torch
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from safetensors.torch import load_file
 
 from fedpeft.adapters import folder
 from fedpeft.deploy import settings
 from fedpeft.deploy.site import probe
 from fedpeft.privacy.ledger import Ledger
+from fedpeft.record.metrics import read
 from support.deployed import NAMES, TRAIN, Deployment, children, listening, simulated, three_sites, until, write_records
+
+WORDS = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"], "up": ["hill", "sky"], "down": ["well", "pit"]}
+TREE = {**TRAIN, "data": {"labels": list(WORDS)}}
+CLEAR = {"privacy": {"unit": "none"}}
+CLIENT_DP = {"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3, "clip": 1.0}}
+SIGMA = {"privacy": {"unit": "sample", "noise_multiplier": 1.0, "delta": 1e-3}}
+HELD = {"data.holdout": 0.2, "tta.corruption": "clean"}
+TASKS = {"continual.tasks": 2, "continual.head": "lda"}
+CASES = {
+    "secagg": ({}, {"secagg.enabled": True}),
+    "kept": (CLEAR, {"strategy.name": "fedsa", **HELD}),
+    "tasks-dp": (SIGMA, {"strategy.transport": "dense", "continual.body": "factor_coso", "continual.side": "both",
+                         "continual.statistics_noise": 2.0, **TASKS}),
+    "tasks-lae": (CLEAR, {"strategy.name": "ffa_lora", "continual.body": "lae", **TASKS}),
+    "tasks-sketch": (CLEAR, {"strategy.name": "fedit", "continual.body": "coso", "continual.side": "in", **TASKS}),
+    "tasks-replay": (CLEAR, {"strategy.name": "lora_fair", "continual.body": "conpet_static", "continual.tasks": 2}),
+    "client-dp": (CLIENT_DP, {"strategy.name": "fedit"}),
+    "atp": (CLEAR, {"strategy.name": "fedit", "strategy.wrap": ["atp"], "tta.method": "atp", **HELD}),
+    "scaffold": (CLEAR, {"strategy.name": "ffa_lora", "strategy.wrap": ["scaffold"]}),
+    "flora": (CLEAR, {"strategy.name": "flora"}),
+    "secagg-clear": (CLEAR, {"secagg.enabled": True}),
+    "tent": (CLEAR, {"strategy.name": "fedit", "tta.method": "tent", "tta.keep": True, **HELD}),
+    "fedthe": (CLEAR, {"strategy.name": "fedit", "strategy.wrap": ["fedthe"], "tta.method": "fedthe", **HELD}),
+}
+SAMPLE = ("secagg", "tasks-dp")  # the others are slow
+EVENTS = ("round", "sums", "task")
+OWN = {"time", "seconds", "push_s", "pull_s"}  # of a run
+POLICY = ("unit: none\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_epsilon, max_rounds, records]\n"
+          "metrics: [train_loss, loss, accuracy, num-examples, missed_tasks]\n")
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
-    with three_sites(tmp_path_factory.mktemp("deployment")) as made:
+    with three_sites(tmp_path_factory.mktemp("deployment"), POLICY, WORDS) as made:
         yield made
 
 
 def test_three_sites_make_the_adapter_of_the_simulation(deployment):
-    run = deployment.submit(TRAIN, "data.test=test.csv", "privacy.randomness=seeded")
-    twin = simulated(deployment, TRAIN, {"data.test": str(deployment.root / "test.csv")}, "simulated")
+    run = deployment.submit(TREE, "data.test=test.csv", "privacy.randomness=seeded")
+    twin = simulated(deployment, TREE, {"data.test": str(deployment.root / "test.csv")}, "simulated")
     deployment.wait(run)
     assert [event["clients"] for event in deployment.rounds(run)] == [NAMES] * 3
     ours = deployment.call("server", "fetch", deployment.coordinator, run, "--to", deployment.root / "fetched")
     got, expected = folder.load(deployment.root / "fetched" / "adapter"), folder.load(twin / "adapter")
-    assert got.tensors.keys() == expected.tensors.keys()
-    for key, value in expected.tensors.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6)
+    close(got.tensors, expected.tensors)
     fresh = folder.load(twin / "adapter").map(torch.zeros_like)
     assert got.distance(fresh) > 0.1
     assert "<html" in (deployment.root / "fetched" / "report.html").read_text()
@@ -54,14 +86,14 @@ def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
     policy.write_text(before.replace("seeded_noise: true", "seeded_noise: false"))
     other = deployment.root / NAMES[1] / "policy.yaml"
     other.write_text(before.replace("[max_epsilon, ", "[") + "max_epsilon: 2\n")
-    run = deployment.submit(TRAIN, "privacy.randomness=seeded", "run.rounds=1")
+    run = deployment.submit(TREE, "privacy.randomness=seeded", "run.rounds=1")
     deployment.wait(run)
     policy.write_text(before)
     other.write_text(before)
     (event,) = deployment.rounds(run)
     assert event["clients"] == [NAMES[0], NAMES[2]]
     assert "privacy.epsilon=8 is over max_epsilon=2" in event["quarantined"][NAMES[1]]
-    twin = simulated(deployment, TRAIN, {"data.test": str(deployment.root / "test.csv"), "run.rounds": 1,
+    twin = simulated(deployment, TREE, {"data.test": str(deployment.root / "test.csv"), "run.rounds": 1,
                                          "run.faults": {NAMES[1]: "crash"}}, "first")
     adapter = folder.load(deployment.coordinator / "runs" / run / "adapter")
     assert adapter.distance(folder.load(twin / "adapter")) > 0.01
@@ -89,6 +121,45 @@ def test_all_but_the_fleet_port_is_on_loopback(deployment):
     found = listening(pids)
     assert {deployment.port, deployment.control_port} <= found.keys() and len(found) == 2 + len(NAMES)
     assert all(address.endswith("0100007F") for address in found.values())  # by --listen the Fleet port too
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in SAMPLE else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+def test_sites_end_as_the_simulation_does(deployment, case):
+    """The adapter, what every round reports, and what stays with each site."""
+    privacy, options = CASES[case]
+    tree, test = {**TREE, **privacy}, str(deployment.root / "test.csv")
+    options = {**options, "privacy.randomness": "seeded", "run.rounds": 2, "data.test": test}
+    run = deployment.submit(tree, *(f"{key}={json.dumps(value)}" for key, value in options.items()))
+    twin = simulated(deployment, tree, options, case)
+    deployment.wait(run)
+    close(folder.load(deployment.coordinator / "runs" / run / "adapter").tensors, folder.load(twin / "adapter").tensors)
+    wanted = [event for event in read(twin / "metrics.jsonl") if event["event"] in EVENTS]
+    found = [event for event in deployment.events(run) if event["event"] in EVENTS]
+    assert case.startswith("tasks") == any(event["event"] == "task" for event in found)
+    for event, expected in zip(found, wanted, strict=True):
+        assert event.get("clients", NAMES) == NAMES
+        if event["event"] == "round" and case in SAMPLE:  # what a record has spent stays with real sites
+            assert "epsilon_max" not in event and expected.pop("epsilon_max") > 0
+        assert event.keys() - OWN == expected.keys() - OWN
+        for key in expected.keys() - OWN:
+            value = expected[key]
+            assert event[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
+    kept = 0
+    for name in NAMES:
+        here, there = deployment.root / name / "state" / run / name, twin / "clients" / name
+        assert sorted(path.name for path in here.glob("*")) == sorted(path.name for path in there.glob("*"))
+        for path in here.glob("*.safetensors"):
+            close(load_file(path), load_file(there / path.name))
+            kept += 1
+    assert bool(kept) == (case in ("kept", "scaffold") or case.startswith("tasks") or case in SAMPLE)
+
+
+def test_a_sequence_needs_a_test_set_of_the_coordinator(deployment):
+    path = deployment.root / "untested.yaml"
+    path.write_text(json.dumps({**TREE, **CLEAR, "continual": {"body": "sequential", "tasks": 2}}))
+    said = deployment.call("server", "run", deployment.coordinator, path, "run.rounds=2", code=2)
+    assert "Set data.test." in said and "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -138,7 +209,7 @@ def connected(deployment, name, seconds=60):
 @pytest.mark.slow
 def test_a_run_outlives_everything_that_is_killed(deployment):
     """Worker, client process, site, SuperLink, run and coordinator, each by SIGKILL, in one run."""
-    run = deployment.submit(TRAIN, "privacy.randomness=seeded", "run.rounds=100", "run.deadline_s=15",
+    run = deployment.submit(TREE, "privacy.randomness=seeded", "run.rounds=100", "run.deadline_s=15",
                             "privacy.planned_rounds=100")
 
     def rounds_after(count=1, seconds=90):
@@ -184,6 +255,36 @@ def test_a_run_outlives_everything_that_is_killed(deployment):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cut", ["round", "sums", "task"])
+def test_a_sequence_goes_on_where_its_coordinator_was_killed(deployment, cut):
+    """After a round of the first task, after the sums for its head, or after its row of the matrix."""
+    privacy, options = CASES["tasks-dp"]
+    tree = {**TREE, **privacy}
+    options = {**options, "privacy.randomness": "seeded", "run.rounds": 4, "client.batch_size": 8,
+               "data.test": str(deployment.root / "test.csv")}
+    run = deployment.submit(tree, *(f"{key}={json.dumps(value)}" for key, value in options.items()))
+    until(lambda: any(event["event"] == cut for event in deployment.events(run)), cut)
+    deployment.kill_all("coordinator")
+    assert not any(event["event"] == "end" for event in deployment.events(run))
+    deployment.start("coordinator")
+    twin = simulated(deployment, tree, options, f"cut-{cut}")
+    deployment.wait(run)
+    place = deployment.coordinator / "runs" / run
+    close(folder.load(place / "adapter").tensors, folder.load(twin / "adapter").tensors)
+    ours, theirs = (json.loads((path / "summary.json").read_text())["continual"] for path in (place, twin))
+    assert ours == theirs and len(ours["right"]) == 2
+    for event in EVENTS:
+        assert [(one["round"], one.get("task")) for one in deployment.events(run) if one["event"] == event] == [
+            (one["round"], one.get("task")) for one in read(twin / "metrics.jsonl") if one["event"] == event]
+    for name in NAMES:  # what was answered again cost nothing more
+        for task in range(2):
+            account = f"{name}+task-{task}.jsonl"
+            spent = [entry.release for entry in Ledger(deployment.root / name / "ledger" / account).entries()
+                     if entry.run.startswith(run)]
+            assert spent == [entry.release for entry in Ledger(twin / "ledger" / account).entries()]
+
+
+@pytest.mark.slow
 def test_insecure_mode_says_so_and_asks_sites_for_their_names(tmp_path):
     made = Deployment(tmp_path)
     write_records(tmp_path / "own.csv", 30, 0)
@@ -206,3 +307,9 @@ def test_insecure_mode_says_so_and_asks_sites_for_their_names(tmp_path):
 def test_the_coordinator_and_the_sites_stop_when_asked_to(deployment):
     for name in [*NAMES, "coordinator"]:
         deployment.stop(name)
+
+
+def close(some, others):
+    assert some.keys() == others.keys()
+    for key, value in others.items():
+        torch.testing.assert_close(some[key], value, rtol=1e-4, atol=1e-6)

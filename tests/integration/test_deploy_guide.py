@@ -14,6 +14,7 @@ from support.deployed import free_ports
 from support.guides import DEPLOY, foretold, masked, script
 
 
+@pytest.mark.slow  # test_guides looks at each command's arguments and config, test_deploy starts processes
 @pytest.mark.timeout(600)
 def test_a_stranger_can_follow_the_guide(tmp_path):
     text = script(DEPLOY)
