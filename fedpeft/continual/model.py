@@ -69,12 +69,14 @@ class Plastic:
 
     def observe(self, inputs: Inputs, change: Change | None = None) -> dict[str, Tensor]:
         """What enters each adaptable layer, as rows [tokens, in]; padding is left out where there is a mask."""
+        device = next(self.base.head.parameters()).device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         with ExitStack() as stack, torch.no_grad():
             caught = {name: stack.enter_context(catch_inputs(self.base.layer(name))) for name in self.layers}
             self.features(inputs, change)
         mask = inputs.get("attention_mask")
         kept = None if mask is None else mask.bool().cpu()
-        entered = {name: values[-1].float().cpu() for name, values in caught.items()}
+        entered = {name: values[-1].float().cpu() for name, values in caught.items()}  # sums are made on the CPU
         return {name: value[kept] if kept is not None and value.shape[:2] == kept.shape else value.flatten(0, -2)
                 for name, value in entered.items()}
 

@@ -110,6 +110,11 @@ class TaskSequence(Wrapper):
                 f"Take {name_of(needing)} out of strategy.wrap")
             raise InputError(f"continual.body={name}: some rounds train the head alone, which the "
                              f"{needing.client_half.sends} of {name_of(needing)} cannot. {way}.")
+        if self.plain_sgd and self.body.changes_A:  # those that clients keep are of the last task's coordinates
+            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            raise InputError(f"continual.body={name}: every task has new factors, in which the "
+                             f"{needing.client_half.sends} of {name_of(needing)} from the last task mean nothing. Take "
+                             f"{name_of(needing)} out of strategy.wrap.")
         if self.keeps:
             raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
                              "each client, so there is no one model whose tasks could be counted.")

@@ -25,7 +25,7 @@ CASES = {
     "fedthe": {"tta.method": "fedthe", "strategy.wrap": ["fedthe"], "data.holdout": 0.2, "run.rounds": 1},
     **{body: {"continual.body": body, "continual.head": head, **TASKS}
        for body, head in (("sequential", "masked"), ("factor_coso", "lda"), ("coso", "ranpac"), ("lae", "ncm"),
-                          ("conpet_static", "linear"))},
+                          ("conpet_static", "linear"), ("inflora", "lda"), ("merging", "linear"))},
     "bfloat16": {"model.dtype": "bfloat16"},
 }
 

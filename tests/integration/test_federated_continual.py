@@ -232,14 +232,19 @@ def test_a_cut_run_ends_as_if_nothing_had_happened(case, cut, whole, go, tmp_pat
         assert again["privacy"]["clients"] == summary["privacy"]["clients"]
 
 
-def test_a_resumed_run_has_every_event_once(whole, go, tmp_path):
+@pytest.mark.parametrize("case, cut", [("factor_coso", "before-the-head"), ("inflora", "after-the-head")])
+def test_a_resumed_run_has_every_event_once(case, cut, whole, go, tmp_path):
+    """InfLoRA asks for sums over a finished task's records when the next one begins: cut after that, it asks again."""
+    config, more = CASES[case]
     with pytest.raises(KeyboardInterrupt):
-        go("broken", "continual", {"continual.side": "both"}, on_event=CUTS["before-the-head"])
+        go("broken", config, more, on_event=CUTS[cut])
     runs.resume(tmp_path / "broken")
     events = [[{key: value for key, value in event.items() if key not in ("time", "seconds")}
-               for event in read(run / "metrics.jsonl")] for run in (whole("factor_coso")[0], tmp_path / "broken")]
+               for event in read(run / "metrics.jsonl")] for run in (whole(case)[0], tmp_path / "broken")]
     assert [event["event"] for event in events[1]] == [event["event"] for event in events[0]]
     assert events[0] == events[1]
+    asked = [event["sums"] for event in events[1] if event["event"] == "sums"]
+    assert asked == (["sketch", "head", "past_sketch", "sketch", "head"] if case == "inflora" else ["head"] * 2)
 
 
 # Who takes part -------------------------------------------------------------------------------------------------------
