@@ -143,9 +143,10 @@ class Local:
         number = asked.number(task)
         self.guard.admit(client, number)
         received = self.own.accept(client, received, task, max(number - 1, 0))
-        task = sequence.own(self.sequence, task)
+        task = sequence.require_own_task(self.sequence, task)
         start, kept = self.compose(client, received, task, before=number)
-        spending, private, answered = Spending(client, client, number, sequence.account(client, task)), None, None
+        spending = Spending(client, client, number, sequence.account_of_task(client, task))
+        private, answered = None, None
         if self.guard.private:
             spending.request = fingerprint(received, task)
             if found := self.store.reply(client, number, spending.request):
@@ -171,7 +172,7 @@ class Local:
               kept: dict[str, Tensor], data: Encoded, private: Private | None) -> tuple[Visit, Job]:
         """The visit that client halves see, and the job that they have made of the round."""
         seed = seeds.derive(self.config.run.seed, "round", asked.number(task), "client", client)
-        mixed = sequence.replayed(self.train_data[client], task, self.config.client, seed)
+        mixed = sequence.mix_replay(self.train_data[client], task, self.config.client, seed)
         shown = data if mixed is None else mixed
         visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed)
         offset: dict[str, Tensor] = {}
@@ -194,7 +195,7 @@ class Local:
     def _alone(self, opened: Opened) -> Done:
         start, job, trains = opened.visit.start, opened.job, opened.task["trains"]
         self.model.write(start)
-        with self.model.competing(sequence.compete(opened.task)):
+        with self.model.competing(sequence.competing_classes(opened.task)):
             steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, proximal=job.proximal,
                                 offset=job.offset, private=job.private, in_order=job.in_order)
         return Done(self.model.read(start.select(trains)).tensors, steps, loss)
@@ -211,7 +212,7 @@ class Local:
         if reason is None:
             try:
                 self.model.write(cohort[0].visit.start)  # what a strategy adds to the base weights is the same for all
-                with self.model.competing(sequence.compete(cohort[0].task)):
+                with self.model.competing(sequence.competing_classes(cohort[0].task)):
                     return train_cohort(self.model, [opened.job for opened in cohort], list(trains), self.config.client,
                                         tokens)
             except InputError as error:
@@ -237,7 +238,7 @@ class Local:
         for half in self.halves:
             sent, kept = half.finish(visit, trained)
             update, keep = update.beside(sent), {**keep, **kept}
-        marks, missed = sequence.joined(visit.kept, task, visit.client)
+        marks, missed = sequence.mark_task(visit.kept, task, visit.client)
         keep = {**keep, **marks}
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep})
@@ -291,7 +292,7 @@ class Local:
         self.guard.admit(client, number)
         self.guard.admit_evaluation(client)
         received = self.own.accept(client, received, task, number)
-        task = sequence.own(self.sequence, task)
+        task = sequence.require_own_task(self.sequence, task)
         start, _ = self.compose(client, received, task, before=number + 1)
         return scoring.answer(self, client, received, start, task)
 
@@ -303,7 +304,7 @@ class Local:
         """
         self.guard.admit(client, asked.number(task))
         received = self.own.accept_sums(received, task)
-        return sequence.answer(self, client, received, sequence.own(self.sequence, task))
+        return sequence.answer_sums(self, client, received, sequence.require_own_task(self.sequence, task))
 
     def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
         found = table.get(client)
@@ -314,8 +315,8 @@ class Local:
     def records(self, client: str, task: dict[str, Any]) -> Encoded:
         """The client's records of the round's task; under DP those that the model can take, which may be none."""
         if not self.guard.private:
-            return sequence.records(self.data(self.train_data, client), task, client)
-        return self.usable(sequence.of_task(self.train_data[client], task))
+            return sequence.records_of_task(self.data(self.train_data, client), task, client)
+        return self.usable(sequence.select_task(self.train_data[client], task))
 
     def usable(self, data: Encoded) -> Encoded:
         return inputs.usable(self.model, data) if self.guard.private else data

@@ -53,14 +53,14 @@ def answer(local: Local, client: str, received: AdapterState, start: AdapterStat
 def scores(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
            ) -> dict[str, float]:
     """Accuracy and loss, and with `tta` those of the client's stream."""
-    held = local.usable(sequence.known(local.data(local.holdout, client), task, client))
+    held = local.usable(sequence.records_of_seen(local.data(local.holdout, client), task, client))
     if len(held) == 0:
         raise RunError(f"{client} has no held-out records that the model can take.")
     local.model.write(start)
     with local.model.competing(task["learn"]["seen"] if "learn" in task else None):
         found = evaluate(local.model, held)
         if local.config.tta.method is not None:
-            own = local.usable(sequence.known(local.data(local.train_data, client), task, client))
+            own = local.usable(sequence.records_of_seen(local.data(local.train_data, client), task, client))
             found |= test_time.score(local.config, local.model, client, received, held, own, local.store, task["round"],
                                      local.halves)
     return found

@@ -28,7 +28,7 @@ from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.mechanism import add_noise, clipped_sum
 from fedpeft.privacy.noise import Randomness
 from fedpeft.state import AdapterState
-from fedpeft.strategies.sequence.build import fits, head
+from fedpeft.strategies.sequence.build import head_needs_sums, make_head
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ JOINED = "task:joined"  # kept at the client: tasks that it took part in
 BOUND = math.sqrt(3.0)  # norm of (one-hot, feature, feature x feature) at unit norm: what LDA sums for a record
 
 
-def own(sequence: TaskSequence | None, task: dict[str, Any]) -> dict[str, Any]:
+def require_own_task(sequence: TaskSequence | None, task: dict[str, Any]) -> dict[str, Any]:
     """The task with `learn` as the client's own config has it for the round.
 
     What a round is about decides which records are read and whose account pays, so it is not the server's to say.
@@ -60,12 +60,12 @@ def _brief(learn: Any) -> str:
     return "no sequence of tasks" if learn is None else f"task {learn.get('task')}, classes {learn.get('classes')}"
 
 
-def compete(task: dict[str, Any]) -> list[int] | None:
+def competing_classes(task: dict[str, Any]) -> list[int] | None:
     """Classes that compete in the loss of a round; None is all."""
     return task["learn"]["compete"] if "learn" in task else None
 
 
-def known(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+def records_of_seen(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
     """The client's records of all classes seen so far, or all where there is no sequence.
 
     Raises:
@@ -73,10 +73,10 @@ def known(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
     """
     if "learn" not in task:
         return data
-    return records(data, {"learn": {**task["learn"], "classes": task["learn"]["seen"]}}, client)
+    return records_of_task(data, {"learn": {**task["learn"], "classes": task["learn"]["seen"]}}, client)
 
 
-def account(client: str, task: dict[str, Any]) -> str:
+def account_of_task(client: str, task: dict[str, Any]) -> str:
     """The name of a client's ledger in a round.
 
     Each task has its own: a record takes part in the rounds of its own task only, so what tasks cost does not add up.
@@ -84,25 +84,25 @@ def account(client: str, task: dict[str, Any]) -> str:
     return f"{client}{TASK}{task['learn']['task']}" if "learn" in task else client
 
 
-def records(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+def records_of_task(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
     """The client's records of the round's task, or all where there is no sequence.
 
     Raises:
         RunError: it has none.
     """
-    found = of_task(data, task)
+    found = select_task(data, task)
     if len(found) == 0:
         raise RunError(f"{client} has no records of task {task['learn']['task']}, so it sits this round out.")
     return found
 
 
-def of_task(data: Encoded, task: dict[str, Any]) -> Encoded:
+def select_task(data: Encoded, task: dict[str, Any]) -> Encoded:
     """The records of the round's task, which may be none, or all where there is no sequence."""
     learn = task.get("learn")
     return data if learn is None else data.view(np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"])))
 
 
-def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
+def mix_replay(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
     """The rows of a round's batches in order, each batch half new and half old; None where nothing is replayed.
 
     An odd batch has one more new record. New records come in shuffled passes.
@@ -128,7 +128,7 @@ def replayed(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: in
     return data.view(np.array(order))
 
 
-def joined(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[dict[str, Tensor], int]:
+def mark_task(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[dict[str, Tensor], int]:
     """What a client keeps to know the tasks that it took part in, and how many it missed before; it says so."""
     learn = task.get("learn")
     if learn is None:
@@ -141,7 +141,7 @@ def joined(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[
     return {JOINED: torch.tensor(sorted(before | {now}))}, len(missed)
 
 
-def answer(local: Local, client: str, received: AdapterState, task: dict[str, Any]
+def answer_sums(local: Local, client: str, received: AdapterState, task: dict[str, Any]
            ) -> tuple[AdapterState, dict[str, float]]:
     """Sums over a task's records for the config's head at the received model, or a sketch for its body.
 
@@ -154,28 +154,28 @@ def answer(local: Local, client: str, received: AdapterState, task: dict[str, An
     private, sketched = local.guard.private, task["sums"] != "head"
     if sketched and (private or local.sequence is None or task["sums"] not in local.sequence.body.sketches):
         raise RunError(f"continual.body={config.continual.body}: this client's config sends no such sketches.")
-    if not sketched and (config.continual.body is None or not fits(config)):
+    if not sketched and (config.continual.body is None or not head_needs_sums(config)):
         raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
     start, _ = local.compose(client, received, task, before=int(task["round"]))
     if private:
-        return private_answer(local, client, received, start, task)
+        return answer_sums_privately(local, client, received, start, task)
     data = local.records(client, task)
     model.write(start)
     weight = {"num-examples": float(len(data))}
     if sketched:
         assert local.sequence is not None
-        with model.competing(compete(task)):
+        with model.competing(competing_classes(task)):
             return AdapterState({}, extra=local.sequence.body.make_sketch(model, data)), weight
-    sums = head_sums(model, head(config, model.base.classes, model.base.width), data)
+    sums = head_sums(model, make_head(config, model.base.classes, model.base.width), data)
     return AdapterState({}, extra=sums), weight
 
 
-def private_answer(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+def answer_sums_privately(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
                    ) -> tuple[AdapterState, dict[str, float]]:
     """The sums for a head, noised, once on the disk and in the ledger; a failure costs what they would have."""
     guard, store, model, number = local.guard, local.store, local.model, int(task["round"])
     noise = float(local.config.continual.statistics_noise or 0)
-    spending = Spending(client, f"{client}+sums-{task['view']}", number, account(client, task),
+    spending = Spending(client, f"{client}+sums-{task['view']}", number, account_of_task(client, task),
                         fingerprint(received, task), sums=noise)
     answered = store.reply(spending.kept, number, spending.request)
     with discreet(guard, store, spending):
@@ -184,7 +184,7 @@ def private_answer(local: Local, client: str, received: AdapterState, start: Ada
         if answered is None:
             guard.afford(spending.account, number, spending.request, plan, noise)
             model.write(start)
-            made = head(local.config, model.base.classes, model.base.width)
+            made = make_head(local.config, model.base.classes, model.base.width)
             source = guard.source(client, number, f"sums {task['view']}")
             found = private_head_sums(model, made, local.records(client, task), noise, source)
             answered = AdapterState({}, extra=found), guard.allowed(client, {})
@@ -215,7 +215,7 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
     total = _flat(nothing)
     for features, _, labels in model.features(data):
         for row in range(len(labels)):  # one at a time: statistics of wide features are large
-            statistics = head.statistics(unit(features[row : row + 1]), labels[row : row + 1])
+            statistics = head.statistics(scale_to_unit(features[row : row + 1]), labels[row : row + 1])
             total += clipped_sum(_flat(statistics)[None], BOUND)
     sizes = [value.numel() for value in nothing.values()]
     noised = add_noise(total, noise, BOUND, source).split(sizes)
@@ -226,6 +226,6 @@ def _flat(statistics: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.double().flatten() for value in statistics.values()])
 
 
-def unit(features: Tensor) -> Tensor:
+def scale_to_unit(features: Tensor) -> Tensor:
     """Features scaled to norm 1."""
     return torch.nn.functional.normalize(features, dim=1)

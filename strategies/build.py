@@ -38,9 +38,9 @@ def build(config: Config, classes: int | None = None, clients: Sequence[str] | N
                              f"Wrappers: {', '.join(wrappers())}.")
         strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
     if config.continual.body is not None:
-        from fedpeft.strategies.sequence.build import around
+        from fedpeft.strategies.sequence.build import put_body_around
 
-        strategy = around(strategy, config, classes)
+        strategy = put_body_around(strategy, config, classes)
     if config.privacy.unit == "client":
         from fedpeft.strategies.wrappers.client_dp import ClientDP
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.clients.sequence import unit
+from fedpeft.clients.sequence import scale_to_unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.data.encode import Encoded
 from fedpeft.objectives.base import IGNORE
 from fedpeft.run import sequence
 from fedpeft.run.world import World
-from fedpeft.strategies.sequence.build import fits
+from fedpeft.strategies.sequence.build import head_needs_sums
 from fedpeft.strategies.sequence.sequence import find_sequence
 
 
@@ -61,7 +61,7 @@ def frozen_head(here: World) -> dict[str, Any]:
     test = [torch.cat(parts) for parts in zip(*here.local.model.features(here.test_encoded), strict=True)]
     labels = test[2].numpy()
     count = [len(plan.of(labels, task)) for task in range(len(plan.groups))]
-    made = sequence.unfitted(here) if fits(here.config) else None
+    made = sequence.new_head(here) if head_needs_sums(here.config) else None
     for task in range(len(plan.groups)):
         seen = plan.seen(task)
         if made is None:
@@ -79,7 +79,7 @@ def frozen_head(here: World) -> dict[str, Any]:
 
 def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
     """The head's sums over those of these records that clients train on."""
-    shares, made = here.local.train_data, sequence.unfitted(here)
+    shares, made = here.local.train_data, sequence.new_head(here)
     own = np.intersect1d(numbers, np.concatenate([share.rows for share in shares.values()]))
     total: dict[str, Tensor] = {}
     for found, _, labels in here.local.model.features(here.train_encoded.view(own)):
@@ -90,4 +90,4 @@ def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
 
 def _shaped(here: World, found: Tensor) -> Tensor:
     """Features as the config's head gets them."""
-    return unit(found) if here.config.continual.statistics_noise is not None else found
+    return scale_to_unit(found) if here.config.continual.statistics_noise is not None else found

@@ -81,7 +81,7 @@ def run(world: World, folder: Path, recorder: Recorder,
         recorder.path.unlink(missing_ok=True)  # of a process that ended before its first checkpoint
         server = begin(world, record, fit_baselines)
     else:
-        recorder.resume(server.round, sequence.unfinished(server))
+        recorder.resume(server.round, sequence.find_unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
     if not is_complete(world, server):
         with open_federation() as federation:
@@ -113,7 +113,7 @@ def count_trainable(world: World) -> int:
 
 def is_complete(world: World, server: ServerState) -> bool:
     """Whether nothing is left to do at the clients: no round, and in a sequence no sums after the last one."""
-    if world.config.continual.body is not None and not sequence.complete(world, server):
+    if world.config.continual.body is not None and not sequence.is_complete(world, server):
         return False
     return server.round >= world.config.run.rounds
 
@@ -170,11 +170,12 @@ class Session:
         return math.ceil(section.quorum * min(count, section.clients_per_round or count))
 
     def ask_for_sums(self, number: int, *what: Any) -> exchange.Answers:
-        """Every client's sums over the records of a task (`exchange.sums`)."""
+        """Every client's sums over the records of a task (`exchange.ask_for_sums`)."""
         config = self.world.config
         count = config.data.count if self.federation.steady else math.ceil(config.run.quorum * config.data.count)
         return self.attempt(number, partial(
-            exchange.sums, self.federation.grid, self.federation.codec, sequence.required(self.world.strategy),
+            exchange.ask_for_sums, self.federation.grid, self.federation.codec,
+            sequence.require_sequence(self.world.strategy),
             replace(rules_of(config), clients=count), self.record, number, *what))
 
     def attempt(self, number: int, act: Callable[[], T]) -> T:

@@ -58,7 +58,7 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
         "skipped": [entry.tree() for entry in world.skipped],
         "owner": split.owners_of(run / "split.json"),
         "privacy": guarantee.section(world),
-        "continual": sequence.section(world, server),
+        "continual": sequence.summarise(world, server),
         "tta": test_time.describe(config, events),
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],

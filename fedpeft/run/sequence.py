@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft.clients.sequence import unit
+from fedpeft.clients.sequence import scale_to_unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.continual.head import Head
@@ -26,7 +26,7 @@ from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence import exchange
 from fedpeft.strategies.sequence.base import KEEP, NEW, PAST
-from fedpeft.strategies.sequence.build import fits, head
+from fedpeft.strategies.sequence.build import head_needs_sums, make_head
 from fedpeft.strategies.sequence.sequence import TASK, TaskSequence, find_sequence
 
 ROWS, SUMS = f"{KEEP}rows", f"{KEEP}sums|"
@@ -40,20 +40,20 @@ def run(world: World, server: ServerState, play: Callable[[ServerState, int], Se
 
     Args:
         play: the rounds from a state to the end of one, by number.
-        ask: clients for sums, as `exchange.sums` from its argument `number` on.
+        ask: clients for sums, as `exchange.ask_for_sums` from its argument `number` on.
     """
-    sequence = required(world.strategy)
-    while not complete(world, server):
+    sequence = require_sequence(world.strategy)
+    while not is_complete(world, server):
         done = len(server.numbers.get(ROWS, []))
         if sequence.begun(server) < done:
-            server = begin(world, ask, sequence, server, done)
+            server = begin_task(world, ask, sequence, server, done)
         server = play(server, (done + 1) * sequence.curriculum.rounds)
-        server = close(world, ask, sequence, server, done, record)
+        server = close_task(world, ask, sequence, server, done, record)
         after_round(server)
     return server
 
 
-def unfinished(server: ServerState) -> Callable[[dict[str, Any]], bool]:
+def find_unfinished(server: ServerState) -> Callable[[dict[str, Any]], bool]:
     """Which events of a record the state does not know: they will come again.
 
     Those after a task's rounds, until the task is finished; sketches of a task's records that are for the next one,
@@ -69,12 +69,12 @@ def unfinished(server: ServerState) -> Callable[[dict[str, Any]], bool]:
     return again
 
 
-def complete(world: World, server: ServerState) -> bool:
+def is_complete(world: World, server: ServerState) -> bool:
     """Whether every task has been learned and counted."""
-    return len(server.numbers.get(ROWS, [])) == len(required(world.strategy).curriculum.groups)
+    return len(server.numbers.get(ROWS, [])) == len(require_sequence(world.strategy).curriculum.groups)
 
 
-def begin(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int) -> ServerState:
+def begin_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int) -> ServerState:
     """Ask for the sketches that the body wants, and begin the task."""
     body, sketches = sequence.body, {}
     for what in body.sketches:
@@ -88,22 +88,22 @@ def begin(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, t
     return sequence.begin(server, task, sketches)
 
 
-def close(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int, record: Record
+def close_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int, record: Record
           ) -> ServerState:
     """Fit the head on all clients' sums, and count right answers on every task's test records."""
-    if fits(world.config):
+    if head_needs_sums(world.config):
         views = sequence.body.views(server)
         memory = dict(server.memory)
-        nothing = unfitted(world).statistics(torch.zeros(0, world.local.model.base.width), torch.zeros(0).long())
+        nothing = new_head(world).statistics(torch.zeros(0, world.local.model.base.width), torch.zeros(0).long())
         form = {key: tuple(value.shape) for key, value in nothing.items()}
         for view, adapter in views.items():
             answers = ask(server.round, "head", view, adapter, form)
-            for key, value in exchange.head_sums(answers).items():
+            for key, value in exchange.add_sums(answers).items():
                 # A view that is new has had the features of the first one until now, and so its sums.
                 old = memory.get(f"{SUMS}{view}|{key}", server.memory.get(f"{SUMS}online|{key}"))
                 memory[f"{SUMS}{view}|{key}"] = value if old is None else old + value
         server = replace(server, memory=memory)
-    right, count = counts(world, sequence, server, task)
+    right, count = count_right(world, sequence, server, task)
     rows = [*server.numbers.get(ROWS, []), right]
     record({"event": "task", "round": server.round, "task": task, "classes": sequence.curriculum.classes(task),
             "right": right, "count": count})
@@ -112,14 +112,14 @@ def close(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, t
 
 def score(world: World, server: ServerState) -> dict[str, float]:
     """Accuracy over the test records of all classes seen so far, by the trained head: others are fitted later."""
-    sequence = required(world.strategy)
+    sequence = require_sequence(world.strategy)
     seen = sequence.curriculum.seen(sequence.curriculum.task(max(server.round, 1)))
     data = world.test_encoded
     mine = torch.isin(data.labels, torch.tensor(seen)).nonzero().flatten().numpy()
     if len(mine) == 0:
         return {"accuracy": float("nan"), "loss": float("nan"), "test_records": 0, "classes": len(seen)}
     right, loss = 0, 0.0
-    for scores, labels in scored(world, sequence, server, data.view(mine), seen, None):
+    for scores, labels in score_batches(world, sequence, server, data.view(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())
         if len(sequence.body.views(server)) == 1:
             loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
@@ -128,26 +128,26 @@ def score(world: World, server: ServerState) -> dict[str, float]:
             "test_records": len(mine), "classes": len(seen)}
 
 
-def counts(world: World, sequence: TaskSequence, server: ServerState, task: int) -> tuple[list[int], list[int]]:
+def count_right(world: World, sequence: TaskSequence, server: ServerState, task: int) -> tuple[list[int], list[int]]:
     """Right answers, and records, on every task's test set; classes seen so far compete."""
     seen, data = sequence.curriculum.seen(task), world.test_encoded
-    heads = fitted(world, sequence, server, seen)
+    heads = fit_heads(world, sequence, server, seen)
     right, count = [], []
     for other in range(len(sequence.curriculum.groups)):
         part = data.view(sequence.curriculum.of(data.labels.numpy(), other))
         right.append(sum(int((scores.argmax(-1) == labels).sum())
-                         for scores, labels in scored(world, sequence, server, part, seen, heads)))
+                         for scores, labels in score_batches(world, sequence, server, part, seen, heads)))
         count.append(len(part))
     return right, count
 
 
-def fitted(world: World, sequence: TaskSequence, server: ServerState, seen: list[int]) -> dict[str, Head] | None:
+def fit_heads(world: World, sequence: TaskSequence, server: ServerState, seen: list[int]) -> dict[str, Head] | None:
     """The head of each view from the sums in the state; None where the trained head answers."""
-    if not fits(world.config):
+    if not head_needs_sums(world.config):
         return None
     heads = {}
     for view in sequence.body.views(server):
-        made = unfitted(world)
+        made = new_head(world)
         prefix = f"{SUMS}{view}|"
         made.update({key.removeprefix(prefix): value for key, value in server.memory.items()
                      if key.startswith(prefix)}, seen)
@@ -155,12 +155,12 @@ def fitted(world: World, sequence: TaskSequence, server: ServerState, seen: list
     return heads
 
 
-def unfitted(world: World) -> Head:
+def new_head(world: World) -> Head:
     """The config's head, before it has seen a record."""
-    return head(world.config, len(world.train.label_names), world.local.model.base.width)
+    return make_head(world.config, len(world.train.label_names), world.local.model.base.width)
 
 
-def scored(world: World, sequence: TaskSequence, server: ServerState, data: Encoded, seen: list[int],
+def score_batches(world: World, sequence: TaskSequence, server: ServerState, data: Encoded, seen: list[int],
            heads: dict[str, Head] | None) -> list[tuple[Tensor, Tensor]]:
     """Scores [N, C] and labels [N] by batches."""
     model, by_view = world.local.model, {}
@@ -178,10 +178,10 @@ def _answer(world: World, heads: dict[str, Head] | None, view: str, found: Tenso
     if heads is None:
         return only(logits, seen)
     private = world.config.continual.statistics_noise is not None
-    return heads[view].scores(unit(found) if private else found, None)
+    return heads[view].scores(scale_to_unit(found) if private else found, None)
 
 
-def section(world: World, server: ServerState) -> dict[str, Any] | None:
+def summarise(world: World, server: ServerState) -> dict[str, Any] | None:
     """What the summary says of the sequence: the matrix of right answers, test counts, and all metrics from both."""
     sequence = find_sequence(world.strategy)
     if sequence is None:
@@ -196,7 +196,7 @@ def section(world: World, server: ServerState) -> dict[str, Any] | None:
             "metrics": matrix.summary(right, count) if len(right) == len(count) else None}
 
 
-def required(strategy: FederatedStrategy) -> TaskSequence:
+def require_sequence(strategy: FederatedStrategy) -> TaskSequence:
     found = find_sequence(strategy)
     assert found is not None
     return found

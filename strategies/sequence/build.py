@@ -16,7 +16,7 @@ from fedpeft.strategies.sequence.general import GeneralServerBody
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
 
-def around(strategy: FederatedStrategy, config: Config, classes: int | None) -> FederatedStrategy:
+def put_body_around(strategy: FederatedStrategy, config: Config, classes: int | None) -> FederatedStrategy:
     """The strategy with the config's body around it.
 
     Args:
@@ -45,7 +45,7 @@ def make_body(section: ContinualConfig) -> ServerBody:
     return made
 
 
-def head(config: Config, classes: int, width: int) -> Head:
+def make_head(config: Config, classes: int, width: int) -> Head:
     """The config's head over features of this width."""
     section = config.continual
     registry.load("heads", section.head, "continual.head")
@@ -54,15 +54,15 @@ def head(config: Config, classes: int, width: int) -> Head:
     return made
 
 
-def fits(config: Config) -> bool:
+def head_needs_sums(config: Config) -> bool:
     """Whether the config's head is fitted on sums over records, and so asks for them after every task."""
-    return type(head(config, 1, 1)).statistics is not Head.statistics
+    return type(make_head(config, 1, 1)).statistics is not Head.statistics
 
 
 def check(config: Config) -> None:
     """Refuse what a sequence of tasks cannot be run with, before anything is loaded."""
     section, privacy = config.continual, config.privacy
-    fitted = section.body is not None and fits(config)
+    fitted = section.body is not None and head_needs_sums(config)
     if section.statistics_noise is not None and not (fitted and privacy.unit == "sample"):
         raise InputError(f"continual.statistics_noise={section.statistics_noise:g}: it is for heads that are fitted on "
                          f"sums (continual.head={section.head}) of private records (privacy.unit={privacy.unit}). Set "
@@ -78,12 +78,12 @@ def check(config: Config) -> None:
     if not config.adapter.train_head:
         raise InputError("adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
                          "adapter.train_head=true.")
-    in_the_clear(config, fitted, body)
+    refuse_sums_in_the_clear(config, fitted, body)
     if privacy.unit == "sample":
-        private(config, fitted, body)
+        refuse_uncovered(config, fitted, body)
 
 
-def in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
+def refuse_sums_in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
     """Refuse sums and sketches beside a protection of the updates that would not hold for them."""
     section = config.continual
     if not (fitted or body.sketches):
@@ -101,7 +101,7 @@ def in_the_clear(config: Config, fitted: bool, body: ServerBody) -> None:
         raise InputError(f"strategy.wrap: {robust[0]} guards updates, but {more} would go around it. {way}")
 
 
-def private(config: Config, fitted: bool, body: ServerBody) -> None:
+def refuse_uncovered(config: Config, fitted: bool, body: ServerBody) -> None:
     """Refuse what sample-level DP with an account for every task does not cover."""
     section, privacy = config.continual, config.privacy
     if privacy.records is not None:

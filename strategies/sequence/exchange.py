@@ -20,8 +20,9 @@ Record = Callable[[dict[str, Any]], None]
 Answers = list[tuple[dict[str, Tensor], float]]
 
 
-def sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: Rules, record: Record, number: int, what: str,
-         view: str, adapter: AdapterState, form: dict[str, tuple[int, ...]]) -> Answers:
+def ask_for_sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: Rules, record: Record,
+                 number: int, what: str, view: str, adapter: AdapterState, form: dict[str, tuple[int, ...]]
+                 ) -> Answers:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
     Args:
@@ -41,7 +42,7 @@ def sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: Rules, r
     found, names = [], []
     for client in sorted(roster):
         try:
-            found.append(read(replies[roster[client]], number, form))
+            found.append(read_sums(replies[roster[client]], number, form))
             names.append(client)
         except wire.BadReply as error:
             log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
@@ -57,7 +58,7 @@ def sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: Rules, r
     return found
 
 
-def read(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], float]:
+def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], float]:
     """Tensors of one reply by name, and its weight.
 
     Raises:
@@ -83,7 +84,7 @@ def read(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dic
     return answer.extra, weight
 
 
-def head_sums(answers: Answers) -> dict[str, Tensor]:
+def add_sums(answers: Answers) -> dict[str, Tensor]:
     """The sum over clients: that of all their records."""
     first = answers[0][0]
     return {key: torch.stack([tensors[key].double() for tensors, _ in answers]).sum(0) for key in first}

@@ -25,7 +25,7 @@ from fedpeft.record import checkpoint, report
 from fedpeft.record.metrics import read
 from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
-from fedpeft.strategies.sequence.build import head as build_head
+from fedpeft.strategies.sequence.build import make_head
 from fedpeft.strategies.sequence.sequence import TASK, TaskSequence
 from support.sequences import DP_LDA, SMALL, ended
 
@@ -83,13 +83,13 @@ def test_a_federated_head_is_the_one_of_the_pooled_records(go, tmp_path, name):
     server, run = ended(tmp_path / "run"), tmp_path / "run"
     here = load_world(configs.load(run / "resolved.yaml"), run)
     here.local.model.write(server.adapter)
-    central = build_head(here.config, 10, here.local.model.base.width)
+    central = make_head(here.config, 10, here.local.model.base.width)
     pooled = head_sums(here.local.model, central, here.train_encoded)
     assert pooled
     for key, value in pooled.items():
         torch.testing.assert_close(server.memory[f"continual:sums|online|{key}"], value, rtol=1e-6,
                                    atol=1e-6 * float(value.abs().max()))
-    other = build_head(here.config, 10, central.width)
+    other = make_head(here.config, 10, central.width)
     other.update({key: server.memory[f"continual:sums|online|{key}"] for key in pooled}, list(range(10)))
     central.update(pooled, list(range(10)))
     right = 0
@@ -303,4 +303,4 @@ def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):
         _, metrics = here.local.train("client-000", here.strategy.broadcast(state, "client-000"), task)
         data = here.local.train_data["client-000"]
         assert data.stored is here.train_encoded.stored  # a share is a view of the run's records
-        assert metrics["num-examples"] == len(sequence.records(data, task, "client-000"))
+        assert metrics["num-examples"] == len(sequence.records_of_task(data, task, "client-000"))

@@ -55,7 +55,7 @@ REFUSED = {
     "rests-controls": ("continual", {"continual.body": "frozen", "strategy": "fedit", "strategy.wrap": ["scaffold"]},
                        r"body=frozen: .*Take scaffold out of strategy\.wrap"),
     "new-factors": ("continual_coso", {"strategy.wrap": ["scaffold"], "client.optimizer": "sgd"},
-                    r"body=coso: every task has new factors, in which the control.*Take scaffold out of strategy\.wrap"),
+                    r"body=coso: every task has new factors, .* control.*Take scaffold out of strategy\.wrap"),
     "surveys": ("continual_dp", {"continual.body": "inflora"},
                 r"privacy\.unit=sample.*inflora.*without sketches"),
     "fixed-A": ("continual", {"continual.body": "merging", "continual.start": "orthogonal", "strategy": "lora_fair"},

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedpeft import registry
 from fedpeft.clients.cohort.engine import Job, train_cohort
-from fedpeft.clients.sequence import BOUND, head_sums, joined, private_head_sums, records, replayed
+from fedpeft.clients.sequence import BOUND, head_sums, mark_task, mix_replay, private_head_sums, records_of_task
 from fedpeft.clients.train import per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -48,7 +48,7 @@ GROUPS = [[0, 1], [2], [3]]
 def test_replayed_batches_are_half_new_and_half_old(size, steps):
     config = ClientConfig(batch_size=size, local_steps=steps, local_epochs=None)
     data, fresh = numbered(LABELS), -(-size // 2)
-    mixed = replayed(data, task_of(GROUPS, 2), config, seed=4)
+    mixed = mix_replay(data, task_of(GROUPS, 2), config, seed=4)
     assert len(mixed) == size * steps
     new = []
     for batch in mixed.labels.split(size):
@@ -58,7 +58,7 @@ def test_replayed_batches_are_half_new_and_half_old(size, steps):
         new += part.inputs["number"][part.labels == 3].tolist()
     passes = [new[start : start + 45] for start in range(0, len(new) - 44, 45)]
     assert len(passes) >= 2 and all(sorted(one) == list(range(55, 100)) for one in passes) and passes[0] != passes[1]
-    again = [replayed(data, task_of(GROUPS, 2), config, seed=seed).inputs["number"] for seed in (4, 5)]
+    again = [mix_replay(data, task_of(GROUPS, 2), config, seed=seed).inputs["number"] for seed in (4, 5)]
     assert torch.equal(again[0], mixed.inputs["number"]) and not torch.equal(again[1], mixed.inputs["number"])
 
 
@@ -66,7 +66,7 @@ def test_old_records_are_drawn_by_task_and_then_within_it():
     """Chi-squared on 8000 draws, 1 degree of freedom for tasks and 54 for records: far below 6 sigma, far above for a
     draw over records (which would take task 1 in 1 of 11 cases)."""
     config = ClientConfig(batch_size=16, local_steps=1000, local_epochs=None)
-    mixed = replayed(numbered(LABELS), task_of(GROUPS, 2), config, seed=0)
+    mixed = mix_replay(numbered(LABELS), task_of(GROUPS, 2), config, seed=0)
     old = mixed.inputs["number"][mixed.labels != 3].numpy()
     assert len(old) == 8000
     tasks = np.array([(old < 50).sum(), (old >= 50).sum()])
@@ -77,13 +77,13 @@ def test_old_records_are_drawn_by_task_and_then_within_it():
 
 def test_nothing_is_replayed_without_a_past():
     config, data = ClientConfig(batch_size=8, local_steps=2, local_epochs=None), numbered(LABELS)
-    assert replayed(data, task_of(GROUPS, 0), config, 0) is None
-    assert replayed(data, task_of(GROUPS, 2, replay=False), config, 0) is None
-    assert replayed(data, {"round": 1}, config, 0) is None
-    assert replayed(numbered([3] * 9), task_of(GROUPS, 2), config, 0) is None
-    assert set(records(data, task_of(GROUPS, 2), "c").labels.tolist()) == {3}
+    assert mix_replay(data, task_of(GROUPS, 0), config, 0) is None
+    assert mix_replay(data, task_of(GROUPS, 2, replay=False), config, 0) is None
+    assert mix_replay(data, {"round": 1}, config, 0) is None
+    assert mix_replay(numbered([3] * 9), task_of(GROUPS, 2), config, 0) is None
+    assert set(records_of_task(data, task_of(GROUPS, 2), "c").labels.tolist()) == {3}
     with pytest.raises(RunError, match="c has no records of task 1"):
-        records(numbered([0, 3]), task_of(GROUPS, 1), "c")
+        records_of_task(numbered([0, 3]), task_of(GROUPS, 1), "c")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -225,11 +225,11 @@ def test_a_client_sketches_the_gradients_of_full_weights(build, inputs):
 
 def test_a_client_knows_the_tasks_that_it_missed(caplog):
     caplog.set_level("INFO", logger="fedpeft")
-    marks, missed = joined({}, task_of(GROUPS, 0), "site-1")
+    marks, missed = mark_task({}, task_of(GROUPS, 0), "site-1")
     assert (missed, caplog.text) == (0, "")
-    marks, missed = joined(marks, task_of(GROUPS, 2), "site-1")
+    marks, missed = mark_task(marks, task_of(GROUPS, 2), "site-1")
     assert missed == 1 and "site-1 missed task 1" in caplog.text
     caplog.clear()
-    marks, missed = joined(marks, task_of(GROUPS, 2), "site-1")
+    marks, missed = mark_task(marks, task_of(GROUPS, 2), "site-1")
     assert missed == 1 and not caplog.text and marks["task:joined"].tolist() == [0, 2]
-    assert joined({}, {"round": 1}, "site-1") == ({}, 0)
+    assert mark_task({}, {"round": 1}, "site-1") == ({}, 0)

@@ -51,8 +51,8 @@ def shared(data):
     config = ClientConfig(batch_size=4, local_steps=2, local_epochs=None)
     for mine in order:
         share, held = data.view(mine[2:]), data.view(mine[:2])
-        part = taught(sequence.records(share, TASK, "client"), None)
-        yield share, held, part, sequence.replayed(share, TASK, config, seed=1)
+        part = taught(sequence.records_of_task(share, TASK, "client"), None)
+        yield share, held, part, sequence.mix_replay(share, TASK, config, seed=1)
 
 
 def test_sharing_among_a_thousand_clients_reads_no_input():

@@ -29,7 +29,7 @@ from fedpeft import config as configs
 from fedpeft.clients import train as training
 from fedpeft.clients.cohort.engine import Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard
-from fedpeft.clients.sequence import account
+from fedpeft.clients.sequence import account_of_task
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
@@ -299,7 +299,7 @@ class Audit:
         folder, [client, *_] = self.folder / "budget", self.clients
         rounds = self.plan.steps // (self.config.client.local_steps or 1)
         guard = Guard(self.config, folder, "audit")
-        ledger = guard.ledger(account(client, self.task))
+        ledger = guard.ledger(account_of_task(client, self.task))
         for number in range(1, rounds + 1):
             ledger.reserve(Entry("audit", number, f"spent {number}", self.plan.sample_rate, self.plan.noise_multiplier,
                                  self.config.client.local_steps or 0), self.plan.budget, self.plan.release)

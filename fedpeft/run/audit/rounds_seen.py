@@ -88,7 +88,7 @@ class Rounds:
             self.plans[client] = plan
         parameters = self.local.model.train_roles(self.task["trains"])
         self.sizes = {key: value.numel() for key, value in parameters.items()}
-        with self.local.model.competing(sequence.compete(self.task)):
+        with self.local.model.competing(sequence.competing_classes(self.task)):
             still = self.local.model.still()
         self.moving = torch.cat([~still[key][:, *[None] * (value.ndim - 1)].expand_as(value).flatten().cpu()
                                  if key in still else torch.ones(value.numel(), dtype=torch.bool)
@@ -230,7 +230,7 @@ class Rounds:
             for parameter, part in zip(parameters.values(), values.split(list(self.sizes.values())), strict=True):
                 parameter.copy_(part.view_as(parameter))
         model.training_mode()
-        with without_dropout(), first_token(model, data), model.competing(sequence.compete(self.task)):
+        with without_dropout(), first_token(model, data), model.competing(sequence.competing_classes(self.task)):
             rows, _ = per_sample_gradients(model.base.modules, parameters, partial(per_sample_loss, model),
                                            *on_device(data, numbers, device))
         model.base.backbone.eval()
