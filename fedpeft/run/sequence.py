@@ -90,7 +90,8 @@ def begin_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerSta
 
 def close_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int, record: Record
           ) -> ServerState:
-    """Fit the head on all clients' sums, and count right answers on every task's test records."""
+    """End the task, fit the head on all clients' sums, and count right answers on every task's test records."""
+    server = sequence.body.end(server, task)
     if head_needs_sums(world.config):
         views = sequence.body.views(server)
         memory = dict(server.memory)

@@ -7,6 +7,7 @@ body's own code between rounds, or a file of its own here, where the body is ano
     begin       before the first round of a task: fold what was learned into the base, choose the new task's factors
     trained     which of the strategy's roles clients train in a round
     after       once updates have been aggregated: projections, averages
+    end         once a task's rounds are over, though the last of them may have been dropped
     views       the adapters that predict, and `combine`, how their scores become one
 
 Everything kept is in the server state's `memory` and `numbers` under KEEP, so checkpoint and resume need nothing more.
@@ -107,6 +108,10 @@ class ServerBody:
 
     def after(self, server: ServerState, place: Place) -> ServerState:
         """The state after a round was aggregated."""
+        return server
+
+    def end(self, server: ServerState, task: int) -> ServerState:
+        """The state once a task's rounds are over; a second time changes nothing."""
         return server
 
     def views(self, server: ServerState) -> dict[str, AdapterState]:

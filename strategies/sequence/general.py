@@ -28,6 +28,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.continual.body import Body, TrainConfig
 from fedpeft.continual.model import Plastic
 from fedpeft.data.encode import Encoded
+from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.parts.residuals import with_change
 from fedpeft.strategies.sequence.base import (
@@ -44,6 +45,9 @@ from fedpeft.strategies.sequence.base import (
 
 KINDS = ("statistics", "bases", "adapters")  # of a body's memory: tensors that a server may have
 MINE, NUMBERS = tuple(f"{KEEP}{kind}/" for kind in KINDS), f"{KEEP}numbers"
+ENDED = f"{KEEP}ended"  # the last task for which `end_task` was called
+# What one learner does in a step or a prediction, and neither clients nor a server do.
+STEPS = ("batch", "penalty", "after_backward", "step", "after_step", "predict", "combine", "views")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class GeneralServerBody(ServerBody):
 
     def __init__(self, central: type[Body], **options: Any) -> None:
         super().__init__(central, **options)
+        served = ("batch",) * central.replays + ("views",) * (central.merged is not Body.merged)
+        theirs = [name for name in STEPS if getattr(central, name) is not getattr(Body, name) and name not in served]
+        if theirs:
+            raise InputError(f"continual.body: {central.__name__} says that a server can run it, but a federation has no "
+                             f"place for its {', '.join(theirs)}. Set `stays_central` to that reason, or register a "
+                             "half of its own in `server_bodies`.")
         rests = not (central.moves_in(0) and central.moves_in(1))
         self.fixed = central.fixed_roles(self.config)
         self.fixes_factor = bool(self.fixed)
@@ -105,16 +115,24 @@ class GeneralServerBody(ServerBody):
         if self.central.renews and place.task > 0:  # before the new pair takes the place of the last one
             server = fold_into_base(server) if self.central.adds_up else bare(server)
         body.begin_task()
+        strange = next((key for key in body.parameters if key not in server.adapter), None)
+        if strange is not None:
+            raise InputError(f"continual.body: {self.central.__name__} trains {strange}, and clients train the "
+                             "adapter's B and A.")
         return self._close(server, body).with_tensors({key: value.detach() for key, value in body.parameters.items()})
 
     def after(self, server: ServerState, place: Place) -> ServerState:
-        if place.before < place.rounds - 1 or PAST in self.sketches or "raw" in self.central.needs:
-            return server  # the task goes on; its sums are asked for later; or its records are the clients' to keep
-        body = self._open(server, place.task, 0)
+        return self.end(server, place.task) if place.before == place.rounds - 1 else server
+
+    def end(self, server: ServerState, task: int) -> ServerState:
+        if PAST in self.sketches or "raw" in self.central.needs or server.numbers.get(ENDED, -1) == task:
+            return server  # its sums are asked for later; its records are the clients' to keep; it has ended
+        body = self._open(server, task, 0)
         body.end_task({})
         server = self._close(server, body)
         merged = body.merged()
-        return server if merged is None else in_base(server, merged)
+        server = server if merged is None else in_base(server, merged)
+        return replace(server, numbers={**server.numbers, ENDED: task})
 
     def views(self, server: ServerState) -> dict[str, AdapterState]:
         merged = self._open(server, 0, 0).merged() if self.central.renews else None

@@ -187,6 +187,20 @@ def test_merging_is_the_merger_over_the_tasks_own_adapters(float64):
             torch.testing.assert_close(change(server, site), mean, atol=1e-10, rtol=0)
 
 
+def test_a_task_whose_last_round_is_dropped_is_merged_too(float64):
+    """`end` after the rounds: the same as after the last one that was aggregated, and only once."""
+    body, ends = half("merging", {}), []
+    for dropped in (False, True):
+        strategy = TaskSequence(FedIT(), body, Curriculum(((0, 1), (2, 3)), 2 if dropped else 1), "local", "merging")
+        server = strategy.begin(strategy.initial(adapted().state(), 0), 0, {})
+        moved = moved_by(server.adapter.select(("A", "B", "head")), torch.Generator().manual_seed(3))
+        server = strategy.aggregate(server, [Update("client", 1.0, moved)])
+        assert ("continual:ended" in server.numbers) != dropped
+        ends.append(body.end(server, 0))
+        assert body.end(ends[-1], 0) is ends[-1]
+    assert ends[0].adapter.sha256() == ends[1].adapter.sha256() and ends[0].numbers == ends[1].numbers
+
+
 @pytest.mark.parametrize("case", sorted(set(SAME) - {"inflora"}))  # which asks clients; it is resumed in a whole run
 def test_a_general_half_keeps_nothing_outside_of_the_state(case, float64):
     """Two halves take turns: what one has done the other goes on from, bit for bit."""
