@@ -76,8 +76,8 @@ class GeneralServerBody(ServerBody):
         served = ("batch",) * central.replays + ("views",) * (central.merged is not Body.merged)
         theirs = [name for name in STEPS if getattr(central, name) is not getattr(Body, name) and name not in served]
         if theirs:
-            raise InputError(f"continual.body: {central.__name__} says that a server can run it, but a federation has no "
-                             f"place for its {', '.join(theirs)}. Set `stays_central` to that reason, or register a "
+            raise InputError(f"continual.body: {central.__name__} says that a server can run it, but a federation has "
+                             f"no place for its {', '.join(theirs)}. Set `stays_central` to that reason, or register a "
                              "half of its own in `server_bodies`.")
         rests = not (central.moves_in(0) and central.moves_in(1))
         self.fixed = central.fixed_roles(self.config)

@@ -40,6 +40,7 @@ CASES = {
                          "continual.statistics_noise": 2.0, **TASKS}),
     "tasks-lae": (CLEAR, {"strategy.name": "ffa_lora", "continual.body": "lae", **TASKS}),
     "tasks-sketch": (CLEAR, {"strategy.name": "fedit", "continual.body": "coso", "continual.side": "in", **TASKS}),
+    "tasks-inputs": (CLEAR, {"strategy.name": "fedit", "continual.body": "inflora", **TASKS}),
     "tasks-replay": (CLEAR, {"strategy.name": "lora_fair", "continual.body": "conpet_static", "continual.tasks": 2}),
     "client-dp": (CLIENT_DP, {"strategy.name": "fedit"}),
     "atp": (CLEAR, {"strategy.name": "fedit", "strategy.wrap": ["atp"], "tta.method": "atp", **HELD}),
