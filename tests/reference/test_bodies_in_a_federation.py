@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fedpeft import config as configs
-from fedpeft import registry
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import train
 from fedpeft.config import AdapterConfig, ClientConfig, ContinualConfig
@@ -28,6 +27,7 @@ from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.general import GeneralServerBody
 from fedpeft.strategies.sequence.sequence import TaskSequence
 from support import continual_parts as parts
+from support.classified import ONE_CLIENT_IS_ONE_LEARNER, REPLAYS_AT_CLIENTS
 
 R, ALPHA, LR, STEPS, TASKS = 3, 6.0, 0.02, 6, 3
 PAIR = {"r": R, "alpha": ALPHA}
@@ -222,7 +222,6 @@ def test_a_general_half_keeps_nothing_outside_of_the_state(case, float64):
 
 
 def test_the_general_half_runs_what_has_no_half_of_its_own():
-    general = {name for name in registry.names("bodies") if not registry.load("bodies", name).stays_central
-               and name not in registry.names("server_bodies")}
+    general = ONE_CLIENT_IS_ONE_LEARNER + REPLAYS_AT_CLIENTS
     assert {type(half(name, {})) for name in general} == {GeneralServerBody}
-    assert general == {body for body, _, _ in SAME.values()} | {"conpet_static"}, "test a new one here"
+    assert {body for body, _, _ in SAME.values()} == set(ONE_CLIENT_IS_ONE_LEARNER), "test a new one here"

@@ -55,6 +55,11 @@ NOT_ASKED = {"aug_average": "is cotta's teacher without learning", "bn_adapt": "
 GROWS = {"coso": "bases", "inflora": "bases", "factor_coso": "bases", "conpet_static": "raw", "joint": "raw",
          "er": "raw", "olora": "adapters", "owlora": "adapters", "sdlora": "adapters", "conpet": "adapters"}
 CONSTANT = ("frozen", "sequential", "fsa", "lae", "ewc", "lwf", "classp", "merging")  # from the second task on
+# In a federation: one client is one learner; the clients' steps are others; the server half is another method; none.
+ONE_CLIENT_IS_ONE_LEARNER = ("frozen", "sequential", "fsa", "inflora", "merging")
+REPLAYS_AT_CLIENTS = ("conpet_static",)
+HALVES_OF_THEIR_OWN = ("coso", "factor_coso", "lae")
+STAY_CENTRAL = ("ewc", "lwf", "er", "joint", "classp", "olora", "sdlora", "owlora", "conpet")
 ON_NOISED_SUMS = ("lda", "ncm")
 NOT_ON_NOISED_SUMS: dict[str, dict[str, Any]] = {"linear": {}, "masked": {}, "ranpac": {"features": 50},
                                                  "aligned": {"epochs": 2}}
@@ -81,6 +86,8 @@ QUESTIONS: dict[str, tuple[str, tuple[Collection[str], ...]]] = {
     "does a stream leave something behind?": ("tta", (LEARNERS, FORGETFUL)),
     "is it asked under the law of private clients?": ("tta", ({*ASKED, *NEXT_TOKEN}, NOT_ASKED)),
     "does what it keeps grow with the tasks?": ("bodies", (GROWS, CONSTANT)),
+    "can a federation run it?": ("bodies", (ONE_CLIENT_IS_ONE_LEARNER, REPLAYS_AT_CLIENTS, HALVES_OF_THEIR_OWN,
+                                            STAY_CENTRAL)),
     "is it fitted on noised sums?": ("heads", (ON_NOISED_SUMS, NOT_ON_NOISED_SUMS)),
     "can it be built here?": ("streams", (CLASS_STREAMS, OTHER_STREAMS, PREPARED_STREAMS)),
     "is it a rule or a wrapper?": ("strategies", (RULES, ["fed_sb"], WRAPPERS)),
