@@ -1,9 +1,9 @@
 """The Flower ClientApp: unpack, train, pack. The same app runs here, in worker processes, under Ray and at a site.
 
     query     -> {"name"}
-    train     adapter, task -> update, {"num-examples", "train_loss"}
-    evaluate  adapter, task -> {"num-examples", "accuracy", "loss"} on the client's held-out records
-    sums      adapter, task -> sums over records that a head or body of a task sequence needs
+    train     adapter, instructions -> update, {"num-examples", "train_loss"}
+    evaluate  adapter, instructions -> {"num-examples", "accuracy", "loss"} on the client's held-out records
+    sums      adapter, instructions -> sums over records that a head or body of a task sequence needs
 
 Under secure aggregation the four stages of `clients.secagg` take the place of train.
 """
@@ -11,7 +11,6 @@ Under secure aggregation the four stages of `clients.secagg` take the place of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,6 +19,7 @@ from flwr.clientapp.typing import Mod
 from fedpeft.clients import requests, secagg
 from fedpeft.clients.local import Local
 from fedpeft.state import AdapterState
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.wire import PACKED
 
 __all__ = ["CohortApp", "Local", "client_app"]
@@ -36,12 +36,12 @@ class CohortApp(ClientApp):
 def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods: list[Mod] | None = None) -> CohortApp:
     """The ClientApp. `local` is called once a message, in the process that trains; it should not load anything then."""
 
-    opened: dict[str, tuple[AdapterState, dict[str, Any]]] = {}  # by message id, what `prepare` has opened
+    opened: dict[str, tuple[AdapterState, Instructions]] = {}  # by message id, what `prepare` has opened
 
-    def read(message: Message) -> tuple[AdapterState, dict[str, Any]]:
+    def read(message: Message) -> tuple[AdapterState, Instructions]:
         return requests.opened(message.content, local().initial)
 
-    def request(message: Message) -> tuple[AdapterState, dict[str, Any]]:
+    def request(message: Message) -> tuple[AdapterState, Instructions]:
         known = message.metadata.message_id in opened
         return opened.pop(message.metadata.message_id) if known else read(message)
 
@@ -61,24 +61,24 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     @app.train(mods=mods or [])
     def fit(message: Message, context: Context) -> Message:
         secagg.refuse_clear(local().config)
-        received, task = request(message)
-        update, metrics = local().train(name(context), received, task)
-        return Message(PACKED.reply(update, metrics, int(task["round"])), reply_to=message)
+        received, told = request(message)
+        update, metrics = local().train(name(context), received, told)
+        return Message(PACKED.reply(update, metrics, told.round), reply_to=message)
 
     @app.evaluate()
     def score(message: Message, context: Context) -> Message:
-        received, task = read(message)
-        metrics = local().evaluate(name(context), received, task)
+        received, told = read(message)
+        metrics = local().evaluate(name(context), received, told)
         return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
 
     @app.query("sums")
     def sums(message: Message, context: Context) -> Message:
-        received, task = read(message)
-        found, metrics = local().sums(name(context), received, task)
-        return Message(PACKED.reply(found, metrics, int(task["round"])), reply_to=message)
+        received, told = read(message)
+        found, metrics = local().sums(name(context), received, told)
+        return Message(PACKED.reply(found, metrics, told.round), reply_to=message)
 
-    def update(context: Context, received: AdapterState, task: dict[str, Any]) -> AdapterState:
-        return local().train(name(context), received, task)[0]
+    def update(context: Context, received: AdapterState, told: Instructions) -> AdapterState:
+        return local().train(name(context), received, told)[0]
 
     secagg.register(app, lambda: local().config, name, request, update, lambda: local().store, mods or [])
     return app

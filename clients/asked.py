@@ -1,46 +1,29 @@
-"""What a client accepts of a request, before it touches a record: the task and the tensors that its own strategy sends.
+"""What a client accepts of a request, before it touches a record: what its own strategy would say and send.
 
-From its config a client makes the strategy that the server runs, and so knows which keys a task may have, which roles a
-round trains, and the names and shapes of what it is sent. Anything else is refused by name. What is refused here
-depends on the request and the config alone, so the reason may be told.
+From its config a client makes the strategy that the server runs, and so knows which roles a round trains, and the names
+and shapes of what it is sent. Anything else is refused by name. What is refused here depends on the request and the
+config alone, so the reason may be told.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from fedpeft import registry
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
 from fedpeft.foreign import shown
 from fedpeft.state import AdapterState, ServerState, Site
 from fedpeft.strategies.build import build
+from fedpeft.strategies.instructions import ROLES, Instructions
 from fedpeft.strategies.sequence.base import NEW, PAST
 
 LARGEST = 1e9  # of a value that a server may send: no training that works comes near it
-ROUNDS = 10**6
-ROLES = ("trains", "uploads", "keeps")
 SUMS = ("head", NEW, PAST)
-VIEW = re.compile(r"[A-Za-z0-9_-]{1,40}")
 RESIDUAL = ("residual_B", "residual_A")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-def number(task: Any) -> int:
-    """The round of a task.
-
-    Raises:
-        Refused: there is none.
-    """
-    found = task.get("round") if isinstance(task, dict) else None
-    if type(found) is not int or not 0 <= found <= ROUNDS:
-        raise Refused(f"task.round={_said(found)}: it must be a number of a round, 0 to {ROUNDS}.")
-    return found
 
 
 class Own:
@@ -60,12 +43,11 @@ class Own:
     def start(self) -> ServerState:
         return self.strategy.initial(self.initial, self.seed)
 
-    def trained(self, rounds: int) -> list[list[str]]:
+    def trained(self, rounds: int) -> list[tuple[str, ...]]:
         """The sets of roles that rounds may train, once each."""
-        found = {tuple(self.strategy.trained(replace(self.start, round=done))) for done in range(rounds)}
-        return [list(roles) for roles in sorted(found)]
+        return sorted({self.strategy.trained(replace(self.start, round=done)) for done in range(rounds)})
 
-    def accept(self, client: str, received: AdapterState, task: dict[str, Any], done: int) -> AdapterState:
+    def accept(self, client: str, received: AdapterState, told: Instructions, done: int) -> AdapterState:
         """What was received for training or evaluation, checked, with the sites that the client itself knows.
 
         Args:
@@ -75,40 +57,37 @@ class Own:
             Refused: names the key or the tensor, what was seen and what is allowed.
         """
         server = replace(self.start, round=done)
-        self._require_task(task, {**self.strategy.task(server), "round": done})
+        self._require_roles(told, self.strategy.instructions(server))
         return self._tensors(received, self.strategy.broadcast(server, client))
 
-    def accept_sums(self, received: AdapterState, task: dict[str, Any]) -> AdapterState:
+    def accept_sums(self, received: AdapterState, told: Instructions) -> AdapterState:
         """The same for a request of sums over records."""
-        _require_keys(task, ("round", "sums", "view", "learn"), ("round", "sums", "view"))
-        if task["sums"] not in SUMS:
-            raise Refused(f"task.sums={_said(task['sums'])}: allowed are {', '.join(SUMS)}.")
-        if not isinstance(task["view"], str) or not VIEW.fullmatch(task["view"]):
-            raise Refused(f"task.view={_said(task['view'])}: it must be the name of a view of the adapter.")
+        if told.sums not in SUMS:
+            raise Refused(f"task.sums={_said(told.sums)}: allowed are {', '.join(SUMS)}.")
+        if told.view is None:
+            raise Refused("task.view is missing: sums are asked for at a view of the adapter.")
+        _require_absent(told, (*ROLES, "static"), "a request of sums")
         whole = self.start.adapter  # a view has it all, or what clients cannot draw from the seed
         return self._tensors(received, whole, set(whole.tensors) & set(self.strategy.broadcast(self.start, "").tensors))
 
-    def _require_task(self, task: dict[str, Any], own: dict[str, Any]) -> None:
-        _require_keys(task, (*own, "learn"), ("round", *ROLES))
+    def _require_roles(self, told: Instructions, own: Instructions) -> None:
         strategy = self.strategy
+        allowed = {"trains": set(strategy.trains), "uploads": set(told.trains), "keeps": set(strategy.keeps)}
         for key in ROLES:
-            roles = task[key]
-            if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-                raise Refused(f"task.{key}={_said(roles)}: it must be a list of roles.")
+            roles = getattr(told, key)
             if not roles and key != "keeps":
                 raise Refused(f"task.{key}=[]: it may not be empty.")
-            known = {"trains": set(strategy.trains), "keeps": set(strategy.keeps),
-                     "uploads": {*roles} & {*task["trains"]}}[key]
             staying = sorted({*roles} & {*strategy.keeps}) if key == "uploads" else []
             if staying:
                 raise Refused(f"{', '.join(staying)} stays with the site under {self.name}.")
-            strange = sorted({*roles} - known)
-            if strange or len(set(roles)) != len(roles):
-                raise Refused(f"task.{key}={_said(roles)}: under strategy {self.name} it may have "
-                              f"{', '.join(sorted({*own[key]})) or 'none'}, each once"
+            if {*roles} - allowed[key] or len(set(roles)) != len(roles):
+                raise Refused(f"task.{key}={_said(list(roles))}: under strategy {self.name} it may have "
+                              f"{', '.join(sorted({*getattr(own, key)})) or 'none'}, each once"
                               f"{', of those that it trains' if key == 'uploads' else ''}.")
-        if "static" in task:
-            _require_static(task["static"], own["static"], self.name)
+        _require_absent(told, ("sums", "view", *(("static",) if own.static is None else ())), "a round")
+        if told.static is not None and own.static is not None and told.static.roles != own.static.roles:
+            raise Refused(f"task.static={_said(list(told.static.roles))}: strategy {self.name} gives the roles "
+                          f"{', '.join(own.static.roles)}.")
 
     def _tensors(self, received: AdapterState, form: AdapterState, needed: set[str] | None = None) -> AdapterState:
         """The tensors, if they are those of the form and, where the strategy changes the base, of a residual.
@@ -164,21 +143,10 @@ def _require_residual(state: AdapterState, site: str, place: Site) -> None:
                       f"1 <= q <= {min(out, width)}, both or neither.")
 
 
-def _require_keys(task: dict[str, Any], allowed: tuple[str, ...], needed: tuple[str, ...]) -> None:
-    unknown = next((key for key in task if key not in allowed), None)
-    if unknown is not None:
-        raise Refused(shown(registry.unknown("task", shown(unknown, 100), list(dict.fromkeys(allowed)))))
-    missing = next((key for key in needed if key not in task), None)
-    if missing is not None:
-        raise Refused(f"task.{missing} is missing; a task has {', '.join(needed)}.")
-
-
-def _require_static(value: Any, own: Any, name: str) -> None:
-    """The hash of tensors that the client draws itself is one, and of the roles that its strategy names."""
-    known = isinstance(value, dict) and set(value) == {"roles", "sha256"} and value["roles"] == own["roles"]
-    if not known or not isinstance(value["sha256"], str) or not DIGEST.fullmatch(value["sha256"]):
-        raise Refused(f"task.static={_said(value)}: strategy {name} gives the roles {', '.join(own['roles'])} and "
-                      "their sha256.")
+def _require_absent(told: Instructions, keys: tuple[str, ...], what: str) -> None:
+    found = next((key for key in keys if getattr(told, key)), None)
+    if found is not None:
+        raise Refused(f"task.{found}={_said(getattr(told, found))}: {what} has none under this client's config.")
 
 
 def _said(value: Any) -> str:

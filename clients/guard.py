@@ -21,6 +21,7 @@ from fedpeft.privacy.ledger import Budget, Entry, Ledger, accounts_of, client_of
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.sequence.build import sums_of_a_task
 
 log = logging.getLogger("fedpeft")
@@ -176,9 +177,9 @@ class Guard:
         return table
 
 
-def fingerprint(received: AdapterState, task: dict[str, Any]) -> str:
+def fingerprint(received: AdapterState, told: Instructions) -> str:
     """Hash of a request: the same one is answered with the same update, at no further cost."""
-    text = json.dumps(task, sort_keys=True) + received.sha256()
+    text = json.dumps(told.to_json(), sort_keys=True) + received.sha256()
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
-from fedpeft.clients import asked, inputs, scoring, sequence, test_time
+from fedpeft.clients import inputs, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard, fingerprint, release
@@ -36,11 +36,12 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf, Visit, halves
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.sequence.sequence import TaskSequence, find_sequence
 
 T = TypeVar("T")
 log = logging.getLogger("fedpeft")
-Request = tuple[str, AdapterState, dict[str, Any]]  # client, what it received, its task
+Request = tuple[str, AdapterState, Instructions]  # client, what it received and was told
 Answer = tuple[AdapterState, dict[str, float]]  # update, metrics
 VERIFIED = 32  # tokens of the texts that gradients are verified on, if the model takes as many
 COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
@@ -53,7 +54,7 @@ class Opened:
     """
 
     visit: Visit
-    task: dict[str, Any]
+    told: Instructions
     spending: Spending
     job: Job
     count: int
@@ -105,7 +106,7 @@ class Local:
 
     # A client's round ------------------------------------------------------------------------------------------------
 
-    def train(self, client: str, received: AdapterState, task: dict[str, Any]) -> Answer:
+    def train(self, client: str, received: AdapterState, told: Instructions) -> Answer:
         """One round at one client.
 
         Under sample-level DP the request is checked and the policy asked before records are touched, the noisy steps
@@ -116,12 +117,12 @@ class Local:
         Raises:
             Refused, BudgetExhausted: the client takes no part in this round.
         """
-        found = self.ready.pop((client, asked.number(task)), None)
+        found = self.ready.pop((client, told.round), None)
         if isinstance(found, Exception):
             raise found
         if found is not None:
             return found
-        return self._finish(self._open(client, received, task))
+        return self._finish(self._open(client, received, told))
 
     def prepare(self, requests: list[Request]) -> None:
         """Train these requests of one round together, ahead of their messages; `train` then has the answers ready.
@@ -135,24 +136,24 @@ class Local:
         done = None if known else _attempt(self._together, good)
         each = iter(done if isinstance(done, list) else [done] * len(good))
         self.ready = {}
-        for (client, _, task), given in zip(requests, opened, strict=True):
+        for (client, _, told), given in zip(requests, opened, strict=True):
             answer = _attempt(self._finish, given, next(each)) if isinstance(given, Opened) else given
-            self.ready[client, asked.number(task)] = answer
+            self.ready[client, told.round] = answer
 
-    def _open(self, client: str, received: AdapterState, task: dict[str, Any]) -> Opened:
-        number = asked.number(task)
+    def _open(self, client: str, received: AdapterState, told: Instructions) -> Opened:
+        number = told.round
         self.guard.admit(client, number)
-        received = self.own.accept(client, received, task, max(number - 1, 0))
-        task = sequence.require_own_task(self.sequence, task)
-        start, kept = self.compose(client, received, task, before=number)
-        spending = Spending(client, client, number, sequence.account_of_task(client, task))
+        received = self.own.accept(client, received, told, max(number - 1, 0))
+        sequence.require_own_task(self.sequence, told)
+        start, kept = self.compose(client, received, told, before=number)
+        spending = Spending(client, client, number, sequence.account_of_task(client, told))
         private, answered = None, None
         if self.guard.private:
-            spending.request = fingerprint(received, task)
+            spending.request = fingerprint(received, told)
             if found := self.store.reply(client, number, spending.request):
                 answered = replace(found[0], sites=received.sites), found[1]
             with self._discreet(spending):
-                plan = spending.plan = self.guard.plan(client, lambda: len(self.records(client, task)))
+                plan = spending.plan = self.guard.plan(client, lambda: len(self.records(client, told)))
                 assert plan is not None
                 if answered is None:
                     self.guard.afford(spending.account, number, spending.request, plan)
@@ -160,19 +161,19 @@ class Local:
                     spending.fail(self.guard)
             private = Private(plan, self.guard.source(client, number))
         with self._discreet(spending):
-            data = self.records(client, task)
+            data = self.records(client, told)
         if private is not None:
             with self._discreet(Spending(client, client, number, client)):  # costs nothing: it is about no record
-                self._require_apart(data, task["trains"])
+                self._require_apart(data, told.trains)
         with self._discreet(spending):  # replay and the halves see records
-            visit, job = self._plan(client, received, task, start, kept, data, private)
-        return Opened(visit, task, spending, job, len(data), answered)
+            visit, job = self._plan(client, received, told, start, kept, data, private)
+        return Opened(visit, told, spending, job, len(data), answered)
 
-    def _plan(self, client: str, received: AdapterState, task: dict[str, Any], start: AdapterState,
+    def _plan(self, client: str, received: AdapterState, told: Instructions, start: AdapterState,
               kept: dict[str, Tensor], data: Encoded, private: Private | None) -> tuple[Visit, Job]:
         """The visit that client halves see, and the job that they have made of the round."""
-        seed = seeds.derive(self.config.run.seed, "round", asked.number(task), "client", client)
-        mixed = sequence.mix_replay(self.train_data[client], task, self.config.client, seed)
+        seed = seeds.derive(self.config.run.seed, "round", told.round, "client", client)
+        mixed = sequence.mix_replay(self.train_data[client], told, self.config.client, seed)
         shown = data if mixed is None else mixed
         visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed)
         offset: dict[str, Tensor] = {}
@@ -193,9 +194,9 @@ class Local:
             return self._close(opened, done or self._alone(opened))
 
     def _alone(self, opened: Opened) -> Done:
-        start, job, trains = opened.visit.start, opened.job, opened.task["trains"]
+        start, job, trains = opened.visit.start, opened.job, opened.told.trains
         self.model.write(start)
-        with self.model.competing(sequence.competing_classes(opened.task)):
+        with self.model.competing(sequence.competing_classes(opened.told)):
             steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, proximal=job.proximal,
                                 offset=job.offset, private=job.private, in_order=job.in_order)
         return Done(self.model.read(start.select(trains)).tensors, steps, loss)
@@ -207,13 +208,13 @@ class Local:
             tokens = COHORT_TOKENS.get(next(iter(self.model.parameters.values())).device.type, 16384)
         if len(cohort) < 2 or tokens == 0:
             return None
-        trains = tuple(cohort[0].task["trains"])
-        reason = self.sequential.get(trains) or cannot(self.model, list(trains)) or _unlike(cohort)
+        trains = cohort[0].told.trains
+        reason = self.sequential.get(trains) or cannot(self.model, trains) or _unlike(cohort)
         if reason is None:
             try:
                 self.model.write(cohort[0].visit.start)  # what a strategy adds to the base weights is the same for all
-                with self.model.competing(sequence.competing_classes(cohort[0].task)):
-                    return train_cohort(self.model, [opened.job for opened in cohort], list(trains), self.config.client,
+                with self.model.competing(sequence.competing_classes(cohort[0].told)):
+                    return train_cohort(self.model, [opened.job for opened in cohort], trains, self.config.client,
                                         tokens)
             except InputError as error:
                 reason = self.sequential[trains] = str(error)
@@ -227,24 +228,24 @@ class Local:
         return None
 
     def _close(self, opened: Opened, done: Done) -> Answer:
-        visit, task, private = opened.visit, opened.task, opened.job.private
+        visit, told, private = opened.visit, opened.told, opened.job.private
         trained = AdapterState(done.after, visit.start.sites)
         still = all(torch.equal(value, visit.start[key]) for key, value in trained.tensors.items())
         # A client with one class of a task has nothing to learn; whether a private one has is nobody's business.
-        if still and "learn" not in task and private is None:
+        if still and told.learn is None and private is None:
             raise RunError(f"no trained tensor moved in {done.steps} steps; check client.lr and the adapter.")
         visit.steps = done.steps
-        update, keep = trained.select(task["uploads"]), trained.select(task["keeps"]).tensors
+        update, keep = trained.select(told.uploads), trained.select(told.keeps).tensors
         for half in self.halves:
             sent, kept = half.finish(visit, trained)
             update, keep = update.beside(sent), {**keep, **kept}
-        marks, missed = sequence.mark_task(visit.kept, task, visit.client)
+        marks, missed = sequence.mark_task(visit.kept, told, visit.client)
         keep = {**keep, **marks}
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep})
         loss = 0.0 if private is not None and math.isnan(done.loss) else done.loss  # it drew no record
         metrics = {"num-examples": float(opened.count), "train_loss": loss}
-        if "learn" in task:
+        if told.learn is not None:
             metrics["missed_tasks"] = float(missed)
         metrics = self.guard.allowed(visit.client, metrics)
         if private is not None:
@@ -267,17 +268,17 @@ class Local:
     # Parts -----------------------------------------------------------------------------------------------------------
 
     def compose(
-        self, client: str, received: AdapterState, task: dict[str, Any], before: int
+        self, client: str, received: AdapterState, told: Instructions, before: int
     ) -> tuple[AdapterState, dict[str, Tensor]]:
         """The adapter a client starts from: round-0 values, what was sent, what it kept. And its kept tensors.
 
         Raises:
             RunError: what it drew from the seed is not what the server has.
         """
-        static = task.get("static")
-        if static and self.initial.select(static["roles"]).sha256() != static["sha256"]:
+        static = told.static
+        if static is not None and self.initial.select(static.roles).sha256() != static.sha256:
             raise RunError(
-                f"roles {', '.join(static['roles'])} drawn from run.seed={self.config.run.seed} differ from the "
+                f"roles {', '.join(static.roles)} drawn from run.seed={self.config.run.seed} differ from the "
                 "server's (another torch or transformers version?). Set strategy.transport=dense."
             )
         kept = self.store.load(client, before)
@@ -287,24 +288,25 @@ class Local:
             start = half.start(start)
         return start, kept
 
-    def evaluate(self, client: str, received: AdapterState, task: dict[str, Any]) -> dict[str, float]:
-        number = asked.number(task)
+    def evaluate(self, client: str, received: AdapterState, told: Instructions) -> dict[str, float]:
+        number = told.round
         self.guard.admit(client, number)
         self.guard.admit_evaluation(client)
-        received = self.own.accept(client, received, task, number)
-        task = sequence.require_own_task(self.sequence, task)
-        start, _ = self.compose(client, received, task, before=number + 1)
-        return scoring.answer(self, client, received, start, task)
+        received = self.own.accept(client, received, told, number)
+        sequence.require_own_task(self.sequence, told)
+        start, _ = self.compose(client, received, told, before=number + 1)
+        return scoring.answer(self, client, received, start, told)
 
-    def sums(self, client: str, received: AdapterState, task: dict[str, Any]) -> tuple[AdapterState, dict[str, float]]:
+    def sums(self, client: str, received: AdapterState, told: Instructions) -> tuple[AdapterState, dict[str, float]]:
         """Sums over the client's records of a task that a head or a body of the server asks for (`clients.sequence`).
 
         Raises:
             Refused, BudgetExhausted: nothing leaves.
         """
-        self.guard.admit(client, asked.number(task))
-        received = self.own.accept_sums(received, task)
-        return sequence.answer_sums(self, client, received, sequence.require_own_task(self.sequence, task))
+        self.guard.admit(client, told.round)
+        received = self.own.accept_sums(received, told)
+        sequence.require_own_task(self.sequence, told)
+        return sequence.answer_sums(self, client, received, told)
 
     def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
         found = table.get(client)
@@ -312,22 +314,22 @@ class Local:
             raise RunError(f"{client} has no records here.")
         return found
 
-    def records(self, client: str, task: dict[str, Any]) -> Encoded:
+    def records(self, client: str, told: Instructions) -> Encoded:
         """The client's records of the round's task; under DP those that the model can take, which may be none."""
         if not self.guard.private:
-            return sequence.records_of_task(self.data(self.train_data, client), task, client)
-        return self.usable(sequence.select_task(self.train_data[client], task))
+            return sequence.records_of_task(self.data(self.train_data, client), told, client)
+        return self.usable(sequence.select_task(self.train_data[client], told))
 
     def usable(self, data: Encoded) -> Encoded:
         return inputs.usable(self.model, data) if self.guard.private else data
 
-    def _require_apart(self, like: Encoded, trains: list[str]) -> None:
+    def _require_apart(self, like: Encoded, trains: tuple[str, ...]) -> None:
         try:
             self.require_apart(like, trains)
         except InputError as error:
             raise Refused(str(error)) from error
 
-    def require_apart(self, like: Encoded, *trains: list[str]) -> None:
+    def require_apart(self, like: Encoded, *trains: tuple[str, ...]) -> None:
         """Compare per-sample gradients with autograd, once for each set of trained roles, on drawn inputs.
 
         Values are those of round 0, so that nothing here depends on a request's values or on a record.
@@ -340,7 +342,7 @@ class Local:
             InputError: they differ; names the parameter.
         """
         for roles in trains or self.own.trained(self.config.run.rounds):
-            if tuple(roles) in self.verified:
+            if roles in self.verified:
                 continue
             self.model.write(self.initial)
             parameters = self.model.train_roles(roles)
@@ -351,7 +353,7 @@ class Local:
             with first_token(self.model, made):
                 verify(self.model.base.modules, parameters, partial(per_sample_loss, self.model), batch, labels)
             self.model.base.backbone.eval()
-            self.verified.add(tuple(roles))
+            self.verified.add(roles)
 
     def _discreet(self, spending: Spending) -> AbstractContextManager[None]:
         return discreet(self.guard, self.store, spending)
@@ -368,7 +370,7 @@ def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
 def _unlike(cohort: list[Opened]) -> str | None:
     """Why these clients cannot share one pass over the model; None if they can."""
     roles = ("residual_A", "residual_B")
-    if any(opened.task["trains"] != cohort[0].task["trains"] for opened in cohort):
+    if any(opened.told.trains != cohort[0].told.trains for opened in cohort):
         return "they train different roles"
     if len({opened.visit.start.select(roles).sha256() for opened in cohort}) > 1:
         return "their base weights differ"

@@ -1,20 +1,18 @@
 """A server's message, opened at a client: its largest size follows from the client's own model, and is looked at first.
 
-What its tensors and its task mean is checked after that, where they are used.
+What its tensors and its instructions mean is checked after that, where they are used.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from flwr.app import RecordDict
 
 from fedpeft.clients.policy import Refused
-from fedpeft.foreign import shown
+from fedpeft.foreign import BadMessage, shown
 from fedpeft.packing import manifest_of
 from fedpeft.state import AdapterState
 from fedpeft.strategies import opening
-from fedpeft.strategies.opening import BadMessage
+from fedpeft.strategies.instructions import Instructions
 
 MANIFESTS, STATES = 8, 4  # times its own that a client takes: controls, cores and residuals come with the adapter
 PREFIX = 40  # characters that a strategy puts before or after a tensor's name: control:, rates:, residual_B
@@ -22,8 +20,8 @@ SMALL = 2**20  # bytes that are taken whatever the model
 BESIDE = ("secagg", "fedpeft.run")  # records that a message may have, which are read elsewhere
 
 
-def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, dict[str, Any]]:
-    """Adapter and task of a request.
+def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, Instructions]:
+    """Adapter and instructions of a request.
 
     Args:
         own: an adapter of the client's own model.

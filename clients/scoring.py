@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedpeft.clients import sequence, test_time
 from fedpeft.clients.train import evaluate
@@ -18,6 +18,7 @@ from fedpeft.config import Config
 from fedpeft.errors import RunError
 from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdapterState
+from fedpeft.strategies.instructions import Instructions
 
 if TYPE_CHECKING:
     from fedpeft.clients.local import Local
@@ -26,7 +27,7 @@ log = logging.getLogger("fedpeft")
 COUNT = "num-examples"
 
 
-def answer(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+def answer(local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
            ) -> dict[str, float]:
     """What leaves for one request.
 
@@ -39,29 +40,29 @@ def answer(local: Local, client: str, received: AdapterState, start: AdapterStat
         OSError: a disk that cannot be written has nothing to do with a record.
     """
     if not local.guard.private:
-        return scores(local, client, received, start, task)
+        return scores(local, client, received, start, told)
     found: dict[str, float] = {}
     try:
-        found = scores(local, client, received, start, task)
+        found = scores(local, client, received, start, told)
     except OSError:
         raise
     except Exception:  # of what kind may depend on a record
-        log.exception("%s was not scored in round %s; the server is not told why", client, task["round"])
+        log.exception("%s was not scored in round %s; the server is not told why", client, told.round)
     return {key: float(found.get(key, 0.0 if key == COUNT else math.nan)) for key in names(local.config)}
 
 
-def scores(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+def scores(local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
            ) -> dict[str, float]:
     """Accuracy and loss, and with `tta` those of the client's stream."""
-    held = local.usable(sequence.records_of_seen(local.data(local.holdout, client), task, client))
+    held = local.usable(sequence.records_of_seen(local.data(local.holdout, client), told, client))
     if len(held) == 0:
         raise RunError(f"{client} has no held-out records that the model can take.")
     local.model.write(start)
-    with local.model.competing(task["learn"]["seen"] if "learn" in task else None):
+    with local.model.competing(None if told.learn is None else told.learn.seen):
         found = evaluate(local.model, held)
         if local.config.tta.method is not None:
-            own = local.usable(sequence.records_of_seen(local.data(local.train_data, client), task, client))
-            found |= test_time.score(local.config, local.model, client, received, held, own, local.store, task["round"],
+            own = local.usable(sequence.records_of_seen(local.data(local.train_data, client), told, client))
+            found |= test_time.score(local.config, local.model, client, received, held, own, local.store, told.round,
                                      local.halves)
     return found
 

@@ -26,20 +26,20 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from fedpeft.clients.asked import number
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import ACTIONS, NAMES, RECORD
 from fedpeft.strategies.secagg.terms import Plan, reference
 
 log = logging.getLogger("fedpeft")
 UPLOAD = f"train.{ACTIONS[2]}"
-Request = Callable[[Message], tuple[AdapterState, dict[str, Any]]]
-Train = Callable[[Context, AdapterState, dict[str, Any]], AdapterState]
+Request = Callable[[Message], tuple[AdapterState, Instructions]]
+Train = Callable[[Context, AdapterState, Instructions], AdapterState]
 Asked = dict[str, Any]
 FORMS = ((), ("names", "masks", "boxes"), ("names", "sealed"), ("uploaded", "silent"))  # lists that a stage gets
 BYTES = ("masks", "boxes", "sealed")
@@ -68,9 +68,9 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
 
     @app.train(ACTIONS[2], mods=mods)
     def upload(message: Message, context: Context) -> Message:
-        received, task = request(message)
+        received, told = request(message)
         return answer(2, message, context, lambda member: member.upload(
-            lambda: reference(received, tuple(task["uploads"])), lambda: train(context, received, task), number(task),
+            lambda: reference(received, told.uploads), lambda: train(context, received, told), told.round,
             received.sha256()))
 
     @app.query(ACTIONS[3])

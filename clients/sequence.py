@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from fedpeft.privacy.ledger import TASK
 from fedpeft.privacy.mechanism import add_noise, clipped_sum
 from fedpeft.privacy.noise import Randomness
 from fedpeft.state import AdapterState
+from fedpeft.strategies.instructions import Instructions, Lesson
 from fedpeft.strategies.sequence.build import head_needs_sums, make_head
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
@@ -39,82 +40,76 @@ JOINED = "task:joined"  # kept at the client: tasks that it took part in
 BOUND = math.sqrt(3.0)  # norm of (one-hot, feature, feature x feature) at unit norm: what LDA sums for a record
 
 
-def require_own_task(sequence: TaskSequence | None, task: dict[str, Any]) -> dict[str, Any]:
-    """The task with `learn` as the client's own config has it for the round.
+def require_own_task(sequence: TaskSequence | None, told: Instructions) -> None:
+    """Raise RunError unless the round is about what it is about by the client's own config.
 
-    What a round is about decides which records are read and whose account pays, so it is not the server's to say.
-
-    Raises:
-        RunError: the server says something else.
+    That decides which records are read and whose account pays, so it is not the server's to say.
     """
-    learn = None if sequence is None else sequence.learn(sequence.curriculum.task(max(int(task["round"]), 1)))
-    if task.get("learn") != learn:
-        raise RunError(f"round {task['round']}: the server's task ({_brief(task.get('learn'))}) is not that of this "
-                       f"client's config ({_brief(learn)}).")
-    return task
+    lesson = None if sequence is None else sequence.make_lesson(sequence.curriculum.task(max(told.round, 1)))
+    if told.learn != lesson:
+        raise RunError(f"round {told.round}: the server's task ({_brief(told.learn)}) is not that of this client's "
+                       f"config ({_brief(lesson)}).")
 
 
-def _brief(learn: Any) -> str:
-    if learn is not None and not isinstance(learn, dict):
-        return f"{type(learn).__name__}, which is no task"
-    return "no sequence of tasks" if learn is None else f"task {learn.get('task')}, classes {learn.get('classes')}"
+def _brief(lesson: Lesson | None) -> str:
+    return "no sequence of tasks" if lesson is None else f"task {lesson.task}, classes {list(lesson.classes)}"
 
 
-def competing_classes(task: dict[str, Any]) -> list[int] | None:
+def competing_classes(told: Instructions) -> tuple[int, ...] | None:
     """Classes that compete in the loss of a round; None is all."""
-    return task["learn"]["compete"] if "learn" in task else None
+    return None if told.learn is None else told.learn.compete
 
 
-def records_of_seen(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
-    """The client's records of all classes seen so far, or all where there is no sequence.
-
-    Raises:
-        RunError: it has none.
-    """
-    if "learn" not in task:
-        return data
-    return records_of_task(data, {"learn": {**task["learn"], "classes": task["learn"]["seen"]}}, client)
-
-
-def account_of_task(client: str, task: dict[str, Any]) -> str:
+def account_of_task(client: str, told: Instructions) -> str:
     """The name of a client's ledger in a round.
 
     Each task has its own: a record takes part in the rounds of its own task only, so what tasks cost does not add up.
     """
-    return f"{client}{TASK}{task['learn']['task']}" if "learn" in task else client
+    return client if told.learn is None else f"{client}{TASK}{told.learn.task}"
 
 
-def records_of_task(data: Encoded, task: dict[str, Any], client: str) -> Encoded:
+def records_of_task(data: Encoded, told: Instructions, client: str) -> Encoded:
     """The client's records of the round's task, or all where there is no sequence.
 
     Raises:
         RunError: it has none.
     """
-    found = select_task(data, task)
-    if len(found) == 0:
-        raise RunError(f"{client} has no records of task {task['learn']['task']}, so it sits this round out.")
-    return found
+    return data if told.learn is None else _require_some(select_task(data, told), told.learn, client)
 
 
-def select_task(data: Encoded, task: dict[str, Any]) -> Encoded:
+def records_of_seen(data: Encoded, told: Instructions, client: str) -> Encoded:
+    """The same of all classes seen so far."""
+    return data if told.learn is None else _require_some(_of_classes(data, told.learn.seen), told.learn, client)
+
+
+def select_task(data: Encoded, told: Instructions) -> Encoded:
     """The records of the round's task, which may be none, or all where there is no sequence."""
-    learn = task.get("learn")
-    return data if learn is None else data.view(np.flatnonzero(np.isin(data.labels.numpy(), learn["classes"])))
+    return data if told.learn is None else _of_classes(data, told.learn.classes)
 
 
-def mix_replay(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: int) -> Encoded | None:
+def _require_some(chosen: Encoded, lesson: Lesson, client: str) -> Encoded:
+    if len(chosen) == 0:
+        raise RunError(f"{client} has no records of task {lesson.task}, so it sits this round out.")
+    return chosen
+
+
+def _of_classes(data: Encoded, classes: tuple[int, ...]) -> Encoded:
+    return data.view(np.flatnonzero(np.isin(data.labels.numpy(), classes)))
+
+
+def mix_replay(data: Encoded, told: Instructions, config: ClientConfig, seed: int) -> Encoded | None:
     """The rows of a round's batches in order, each batch half new and half old; None where nothing is replayed.
 
     An odd batch has one more new record. New records come in shuffled passes.
     """
-    learn = task.get("learn")
-    if learn is None or not learn["replay"] or learn["task"] == 0:
+    learn = told.learn
+    if learn is None or not learn.replay or learn.task == 0:
         return None
     labels, rng = data.labels.numpy(), seeds.numpy_generator(seed, "replay")
-    new = np.flatnonzero(np.isin(labels, learn["classes"]))
-    old = [found for group in learn["groups"][:-1] if len(found := np.flatnonzero(np.isin(labels, group)))]
+    new = np.flatnonzero(np.isin(labels, learn.classes))
+    old = [found for group in learn.groups[:-1] if len(found := np.flatnonzero(np.isin(labels, group)))]
     if not old:
-        log.info("task %s: a client has no records of earlier tasks, so it replays none", learn["task"])
+        log.info("task %s: a client has no records of earlier tasks, so it replays none", learn.task)
         return None
     size = config.batch_size
     steps = config.local_steps or -(-len(new) // size) * (config.local_epochs or 1)
@@ -128,65 +123,65 @@ def mix_replay(data: Encoded, task: dict[str, Any], config: ClientConfig, seed: 
     return data.view(np.array(order))
 
 
-def mark_task(kept: dict[str, Tensor], task: dict[str, Any], client: str) -> tuple[dict[str, Tensor], int]:
+def mark_task(kept: dict[str, Tensor], told: Instructions, client: str) -> tuple[dict[str, Tensor], int]:
     """What a client keeps to know the tasks that it took part in, and how many it missed before; it says so."""
-    learn = task.get("learn")
+    learn = told.learn
     if learn is None:
         return {}, 0
     before = set(kept[JOINED].tolist()) if JOINED in kept else set()
-    now = int(learn["task"])
+    now = learn.task
     missed = sorted(set(range(now)) - before)
     if missed and now not in before:
         log.info("%s missed task %s; it goes on with what the server has", client, ", ".join(map(str, missed)))
     return {JOINED: torch.tensor(sorted(before | {now}))}, len(missed)
 
 
-def answer_sums(local: Local, client: str, received: AdapterState, task: dict[str, Any]
+def answer_sums(local: Local, client: str, received: AdapterState, told: Instructions
            ) -> tuple[AdapterState, dict[str, float]]:
     """Sums over a task's records for the config's head at the received model, or a sketch for its body.
 
-    Which of them the server asks for with `task["sums"]`; whether it may, the client's own config says.
+    Which of them the server asks for with `told.sums`; whether it may, the client's own config says.
 
     Raises:
         RunError: the config has no such head or body, or no records of the task.
     """
     config, model = local.config, local.model
-    private, sketched = local.guard.private, task["sums"] != "head"
-    if sketched and (private or local.sequence is None or task["sums"] not in local.sequence.body.sketches):
+    private, sketched = local.guard.private, told.sums != "head"
+    if sketched and (private or local.sequence is None or told.sums not in local.sequence.body.sketches):
         raise RunError(f"continual.body={config.continual.body}: this client's config sends no such sketches.")
     if not sketched and (config.continual.body is None or not head_needs_sums(config)):
         raise RunError(f"continual.head={config.continual.head}: this client's config fits no head on its records.")
-    start, _ = local.compose(client, received, task, before=int(task["round"]))
+    start, _ = local.compose(client, received, told, before=told.round)
     if private:
-        return answer_sums_privately(local, client, received, start, task)
-    data = local.records(client, task)
+        return answer_sums_privately(local, client, received, start, told)
+    data = local.records(client, told)
     model.write(start)
     weight = {"num-examples": float(len(data))}
     if sketched:
         assert local.sequence is not None
-        with model.competing(competing_classes(task)):
+        with model.competing(competing_classes(told)):
             return AdapterState({}, extra=local.sequence.body.make_sketch(model, data)), weight
     sums = head_sums(model, make_head(config, model.base.classes, model.base.width), data)
     return AdapterState({}, extra=sums), weight
 
 
-def answer_sums_privately(local: Local, client: str, received: AdapterState, start: AdapterState, task: dict[str, Any]
+def answer_sums_privately(local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
                    ) -> tuple[AdapterState, dict[str, float]]:
     """The sums for a head, noised, once on the disk and in the ledger; a failure costs what they would have."""
-    guard, store, model, number = local.guard, local.store, local.model, int(task["round"])
+    guard, store, model, number = local.guard, local.store, local.model, told.round
     noise = float(local.config.continual.statistics_noise or 0)
-    spending = Spending(client, f"{client}+sums-{task['view']}", number, account_of_task(client, task),
-                        fingerprint(received, task), sums=noise)
+    spending = Spending(client, f"{client}+sums-{told.view}", number, account_of_task(client, told),
+                        fingerprint(received, told), sums=noise)
     answered = store.reply(spending.kept, number, spending.request)
     with discreet(guard, store, spending):
-        plan = spending.plan = guard.plan(client, lambda: len(local.records(client, task)))
+        plan = spending.plan = guard.plan(client, lambda: len(local.records(client, told)))
         assert plan is not None
         if answered is None:
             guard.afford(spending.account, number, spending.request, plan, noise)
             model.write(start)
             made = make_head(local.config, model.base.classes, model.base.width)
-            source = guard.source(client, number, f"sums {task['view']}")
-            found = private_head_sums(model, made, local.records(client, task), noise, source)
+            source = guard.source(client, number, f"sums {told.view}")
+            found = private_head_sums(model, made, local.records(client, told), noise, source)
             answered = AdapterState({}, extra=found), guard.allowed(client, {})
             store.save_reply(spending.kept, number, spending.request, *answered)
         elif not answered[0].payload:

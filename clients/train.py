@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,9 +45,9 @@ class Private:
         return int(self.source.uniform(1)[0] * 2**53)
 
 
-def train(model: Adapted, data: Encoded, trains: list[str], config: ClientConfig, seed: int, *, proximal: float = 0.0,
-          offset: dict[str, Tensor] | None = None, private: Private | None = None, in_order: bool = False
-          ) -> tuple[int, float]:
+def train(model: Adapted, data: Encoded, trains: Sequence[str], config: ClientConfig, seed: int, *,
+          proximal: float = 0.0, offset: dict[str, Tensor] | None = None, private: Private | None = None,
+          in_order: bool = False) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
     Args:

@@ -28,6 +28,13 @@ LARGEST_INT = 2**63
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 takes 1e-5 for a text
 
 
+class BadMessage(ValueError):
+    """What somebody else sent may not be used, with the reason: one line of at most 2 kB."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(shown(reason))
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML as configs have it: 1e-5 is a number, a date is a text, and no key stands twice."""
 

@@ -42,6 +42,7 @@ from fedpeft.state import (
 )
 from fedpeft.strategies import flower_api, round_facts, wire
 from fedpeft.strategies.client import ClientHalf
+from fedpeft.strategies.instructions import Instructions
 
 log = logging.getLogger("fedpeft")
 
@@ -79,6 +80,7 @@ class FederatedStrategy(Configured, Strategy):
     robust: ClassVar[bool] = False
     takes_fixed_factor: ClassVar[bool] = False
     client_half: ClassVar[type[ClientHalf]] = ClientHalf
+    context = RunContext()  # of a subclass with an __init__ of its own
 
     def __init__(self, *, context: RunContext = RunContext(), **options: Any) -> None:
         super().__init__(**options)
@@ -114,9 +116,9 @@ class FederatedStrategy(Configured, Strategy):
         """The clients of round `number`, sorted."""
         return choose(names, rules, number)
 
-    def task(self, server: ServerState) -> dict[str, Any]:
-        """What the client is told beside tensors (JSON-ready)."""
-        return {"trains": list(self.trained(server)), "uploads": list(self.uploads(server)), "keeps": list(self.keeps)}
+    def instructions(self, server: ServerState) -> Instructions:
+        """What clients are told beside tensors of the round about to start."""
+        return Instructions(server.round + 1, self.trained(server), self.uploads(server), self.keeps)
 
     def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
         """What the round's event says of single updates."""
@@ -244,8 +246,8 @@ class FederatedStrategy(Configured, Strategy):
         chosen = self.choose(sorted(roster), rules, server.round + 1)
         server = self.before_round(server)
         sent = {client: self.broadcast(server, client) for client in chosen}
-        task = {**self.task(server), "round": server.round + 1}
-        return server, sent, {roster[client]: codec.content(sent[client], task) for client in chosen}
+        told = self.instructions(server)
+        return server, sent, {roster[client]: codec.content(sent[client], told) for client in chosen}
 
     def conclude(
         self,
@@ -313,9 +315,9 @@ class FederatedStrategy(Configured, Strategy):
     def evaluate_clients(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
                          record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
         """Every client evaluates its own model on its own held-out records; the means are weighted by records."""
-        task = {**self.task(server), "round": server.round}
+        told = replace(self.instructions(server), round=server.round)
         contents = {
-            roster[client]: wire.PACKED.content(self.broadcast(server, client), task) for client in sorted(roster)
+            roster[client]: wire.PACKED.content(self.broadcast(server, client), told) for client in sorted(roster)
         }
         replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
         results = {}

@@ -18,22 +18,16 @@ from flwr.app import Array, RecordDict
 from flwr.common.constant import SType
 from numpy.lib import format as npy
 
-from fedpeft.foreign import read_json, shown
+from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.packing import described, packed_form, unpack
 from fedpeft.state import AdapterState, StateMismatch
+from fedpeft.strategies.instructions import Instructions
 
 PARTS = ("arrays", "config")  # records of every message that has an adapter
 HEADER_BYTES = 4096  # of an npy file; ours have 128
 TASK_BYTES = 2**20
 METRICS, METRIC_NAME = 64, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:/ -]{0,99}")
 LARGEST, MOST_EXAMPLES = 1e30, 1e12  # beyond them a weighted mean could overflow
-
-
-class BadMessage(ValueError):
-    """What somebody else sent may not be used, with the reason: one line of at most 2 kB."""
-
-    def __init__(self, reason: object) -> None:
-        super().__init__(shown(reason))
 
 
 class _Named(Protocol):
@@ -91,8 +85,8 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
 
 
 def packed(content: RecordDict, longest: int, check: Callable[[AdapterState], None],
-           also: tuple[str, ...] = ()) -> tuple[AdapterState, dict[str, Any]]:
-    """Adapter and task of a message of ours.
+           also: tuple[str, ...] = ()) -> tuple[AdapterState, Instructions]:
+    """Adapter and instructions of a message of ours.
 
     Args:
         longest: bytes of its manifest.
@@ -113,11 +107,9 @@ def packed(content: RecordDict, longest: int, check: Callable[[AdapterState], No
         dtype, count = packed_form(form)
         values = array(arrays["adapter"], dtype, (count,), "the adapter's array")
     with reading("task"):
-        task = read_json(_text(config, "task"), "the task", TASK_BYTES)
-        if not isinstance(task, dict) or type(task.get("round")) is not int:
-            raise BadMessage("the task is no mapping with a round")
+        told = Instructions.from_json(read_json(_text(config, "task"), "the task", TASK_BYTES))
     with reading("arrays"):
-        return unpack(values, form), task
+        return unpack(values, form), told
 
 
 def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:

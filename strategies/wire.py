@@ -2,7 +2,8 @@
 
 What crosses the wire, each way: one ArrayRecord (ours: a single packed array, the adapter's values and then those of
 what travels beside it, which the manifest lists apart; a stock Flower app: an array per tensor),
-one ConfigRecord (ours: the manifest and the task as JSON), and on the way back one MetricRecord with `num-examples`.
+one ConfigRecord (ours: the manifest and the instructions as JSON), and on the way back one MetricRecord with
+`num-examples`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from flwr.serverapp import Grid
 
 from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
-from fedpeft.foreign import shown
+from fedpeft.foreign import BadMessage, shown
 from fedpeft.packing import manifest_of, pack
 from fedpeft.state import AdapterState, Site, StateMismatch
 from fedpeft.strategies import opening
-from fedpeft.strategies.opening import BadMessage, reading
+from fedpeft.strategies.instructions import Instructions
+from fedpeft.strategies.opening import reading
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.05
@@ -43,7 +45,7 @@ class BadReply(BadMessage):
 
 class Codec(Protocol):
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]: ...
-    def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict: ...
+    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict: ...
     def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
              number: int) -> tuple[AdapterState, dict[str, float]]: ...
 
@@ -74,15 +76,15 @@ class Packed:
                            + "; ".join(f"node {node}: {reason}" for node, reason in list(silent.items())[:ROLL]))
         return names
 
-    def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict:
+    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
         flat, manifest = pack(adapter)
         return RecordDict({"arrays": ArrayRecord({"adapter": Array(flat)}),
-                           "config": ConfigRecord({"manifest": manifest, "task": json.dumps(task)})})
+                           "config": ConfigRecord({"manifest": manifest, "task": json.dumps(told.to_json())})})
 
     @staticmethod
     def open(content: RecordDict, longest: int | None = None,
-             check: Callable[[AdapterState], None] = lambda form: None) -> tuple[AdapterState, dict[str, Any]]:
-        """Adapter and task of a message: what the client calls.
+             check: Callable[[AdapterState], None] = lambda form: None) -> tuple[AdapterState, Instructions]:
+        """Adapter and instructions of a message: what the client calls.
 
         Args:
             longest: bytes of the manifest; without a bound the message is one's own, and may have more records.
@@ -96,7 +98,7 @@ class Packed:
         return opening.packed(content, longest, check)
 
     def reply(self, adapter: AdapterState, metrics: dict[str, float], number: int) -> RecordDict:
-        content = self.content(adapter, {"round": number})
+        content = self.content(adapter, Instructions(number))
         content["metrics"] = MetricRecord({**metrics})
         return content
 
@@ -110,10 +112,10 @@ class Packed:
         content, wanted = opened(reply), sent.select(uploads)
         values = metrics(content)
         with reading("reply", BadReply):
-            adapter, task = opening.packed(content, manifest_bytes(sent),
+            adapter, told = opening.packed(content, manifest_bytes(sent),
                                            lambda form: wanted.require_same_form(form, "update"), ("metrics",))
-        if task["round"] != number:
-            raise BadReply(f"stale: an update of round {task['round']}, not {number}")
+        if told.round != number:
+            raise BadReply(f"stale: an update of round {told.round}, not {number}")
         return checked(replace(adapter, sites=sent.sites), wanted), values
 
 
@@ -164,8 +166,8 @@ class Named:
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
         return {str(node): node for node in joined(grid, expected)}
 
-    def content(self, adapter: AdapterState, task: dict[str, Any]) -> RecordDict:
-        config = {**self.config, "server-round": task["round"], "trains": task["trains"]}
+    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
+        config = {**self.config, "server-round": told.round, "trains": list(told.trains)}
         return RecordDict({"arrays": self.arrays(adapter), "config": ConfigRecord(config)})
 
     def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -65,7 +65,7 @@ class Chunk:
     go on are the first rows.
     """
 
-    def __init__(self, model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int,
+    def __init__(self, model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int,
                  now: Pass) -> None:
         self.model, self.jobs, self.config, self.tokens, self.now = model, jobs, config, tokens, now
         own = {key: value.detach() for key, value in model.parameters.items()}

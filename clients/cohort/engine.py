@@ -19,7 +19,7 @@ get, from the same distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +38,7 @@ __all__ = ["Done", "Job", "cannot", "train_cohort"]
 TYPICAL = 0.9  # quantile of a client's text lengths that chunks are planned with
 
 
-def cannot(model: Adapted, trains: list[str]) -> str | None:
+def cannot(model: Adapted, trains: Sequence[str]) -> str | None:
     """Why these roles cannot be trained in a cohort; None if they can."""
     if not model.form.select(trains).tensors:
         return f"no parameter has a role of {', '.join(trains)}"
@@ -49,7 +49,8 @@ def cannot(model: Adapted, trains: list[str]) -> str | None:
     return None
 
 
-def train_cohort(model: Adapted, jobs: list[Job], trains: list[str], config: ClientConfig, tokens: int) -> list[Done]:
+def train_cohort(model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int
+                 ) -> list[Done]:
     """What `model.write(job.start)` and `train` do, of all jobs; the model's own values stay as they are.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,7 +54,7 @@ class Adapted:
         self.parameters = dict(injected.parameters)
         self.sites = dict(injected.sites)
         self.originals: dict[str, Tensor] = {}
-        self.compete: list[int] | None = None
+        self.compete: Sequence[int] | None = None
         self.tail: list[nn.Module] | None = None
         if train_head:
             for name, module in base.heads.items():
@@ -149,7 +149,7 @@ class Adapted:
         return logits.masked_fill(others, NEVER)
 
     @contextmanager
-    def competing(self, classes: list[int] | None) -> Iterator[None]:
+    def competing(self, classes: Sequence[int] | None) -> Iterator[None]:
         """Let only these classes compete for a while; None is all."""
         before, self.compete = self.compete, classes
         try:

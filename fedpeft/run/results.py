@@ -50,8 +50,8 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
     folder.save(flat(world.strategy.before_round(server).adapter), run / "adapter", **options)
     if world.strategy.keeps:
         for client in world.local.train_data:
-            sent, task = world.strategy.broadcast(server, client), dict(world.strategy.task(server))
-            adapter, _ = world.local.compose(client, sent, task, before=server.round + 1)
+            sent, told = world.strategy.broadcast(server, client), world.strategy.instructions(server)
+            adapter, _ = world.local.compose(client, sent, told, before=told.round)
             folder.save(flat(adapter), run / "adapter" / "clients" / client, **options)
     events = read(run / "metrics.jsonl")
     extra = {

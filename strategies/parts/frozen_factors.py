@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
+from fedpeft.strategies.instructions import Drawn
 
 
 def orthonormal(adapter: AdapterState) -> AdapterState:
@@ -31,9 +30,9 @@ def _orthonormal_rows(A: Tensor, site: str) -> Tensor:
     return rows
 
 
-def static(adapter: AdapterState, roles: tuple[str, ...]) -> dict[str, Any]:
+def drawn(adapter: AdapterState, roles: tuple[str, ...]) -> Drawn:
     """What a client is told about tensors that it draws itself, so that it can check them."""
-    return {"roles": list(roles), "sha256": adapter.select(roles).sha256()}
+    return Drawn(roles, adapter.select(roles).sha256())
 
 
 def shared(server: ServerState, updates: list[Update], role: str) -> str | None:

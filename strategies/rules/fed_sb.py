@@ -15,14 +15,14 @@ A), the mean of B_k is B times the mean of R_k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedpeft.config import option
 from fedpeft.state import AdapterState, Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.parts import frozen_factors
 
 SAME_SPACE = 1e-5  # singular values below this share of the largest are rounding of float32 adapters
@@ -44,11 +44,11 @@ class FedSB(FederatedStrategy):
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
         return server.adapter if self.config.transport == "dense" else server.adapter.without(("A", "B"))
 
-    def task(self, server: ServerState) -> dict[str, Any]:
-        task = super().task(server)
+    def instructions(self, server: ServerState) -> Instructions:
+        told = super().instructions(server)
         if self.config.transport == "dense":
-            return task
-        return {**task, "static": frozen_factors.static(server.adapter, ("A", "B"))}
+            return told
+        return replace(told, static=frozen_factors.drawn(server.adapter, ("A", "B")))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "fed_sb")

@@ -26,7 +26,6 @@ direction without signal is then lost for ever.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from fedpeft.config import option
 from fedpeft.state import AdapterState, Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.client import ClientHalf, Tensors
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.parts import frozen_factors
 
 
@@ -105,12 +105,12 @@ class FedSVD(FederatedStrategy):
         cores = {f"{site}/M": server.memory[f"{site}/M"] for site in server.adapter.lora_sites()}
         return server.adapter.without(("A",)).replace(cores)
 
-    def task(self, server: ServerState) -> dict[str, Any]:
-        task = super().task(server)
+    def instructions(self, server: ServerState) -> Instructions:
+        told = super().instructions(server)
         if self.config.transport == "dense":
-            return task
+            return told
         first = {f"{site}/A": server.memory[f"{site}/A_0"] for site in server.adapter.lora_sites()}
-        return {**task, "static": frozen_factors.static(AdapterState(first, server.adapter.sites), ("A",))}
+        return replace(told, static=frozen_factors.drawn(AdapterState(first, server.adapter.sites), ("A",)))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "fedsvd")

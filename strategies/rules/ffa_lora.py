@@ -15,12 +15,12 @@ averaged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from fedpeft.config import option
 from fedpeft.state import AdapterState, Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.parts import frozen_factors
 
 
@@ -45,11 +45,11 @@ class FFALoRA(FederatedStrategy):
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
         return server.adapter if self.config.transport == "dense" else server.adapter.without(("A",))
 
-    def task(self, server: ServerState) -> dict[str, Any]:
-        task = super().task(server)
+    def instructions(self, server: ServerState) -> Instructions:
+        told = super().instructions(server)
         if self.config.transport == "dense":
-            return task
-        return {**task, "static": frozen_factors.static(server.adapter, ("A",))}
+            return told
+        return replace(told, static=frozen_factors.drawn(server.adapter, ("A",)))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "ffa_lora")

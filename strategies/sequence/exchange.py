@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpeft.state import AdapterState, RoundFailed, Rules
 from fedpeft.strategies import opening, wire
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
 log = logging.getLogger("fedpeft")
@@ -36,7 +37,7 @@ def ask_for_sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: 
     """
     roster = codec.roster(grid, rules.clients)
     task = sequence.curriculum.task(number)
-    message = {"round": number, "sums": what, "view": view, "learn": sequence.learn(task)}
+    message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
     content = {node: codec.content(adapter, message) for node in roster.values()}
     replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
     found, names = [], []
@@ -75,9 +76,9 @@ def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tupl
     wanted = {name: torch.empty(shape, device="meta") for name, shape in form.items()}
     longest = wire.manifest_bytes(AdapterState({}, extra=wanted))
     with opening.reading("sums", wire.BadReply):
-        answer, task = opening.packed(content, longest, check, ("metrics",))
-    if task["round"] != number:
-        raise wire.BadReply(f"stale: sums of round {task['round']}, not {number}")
+        answer, told = opening.packed(content, longest, check, ("metrics",))
+    if told.round != number:
+        raise wire.BadReply(f"stale: sums of round {told.round}, not {number}")
     for name, value in answer.extra.items():
         if not torch.isfinite(value).all():
             raise wire.BadReply(f"{name} has NaN or inf")

@@ -74,7 +74,8 @@ class GeneralServerBody(ServerBody):
     def __init__(self, central: type[Body], **options: Any) -> None:
         super().__init__(central, **options)
         served = ("batch",) * central.replays + ("views",) * (central.merged is not Body.merged)
-        theirs = [name for name in STEPS if getattr(central, name) is not getattr(Body, name) and name not in served]
+        theirs = [name for name in STEPS
+                  if getattr(central, name) is not getattr(Body, name) and name not in served]
         if theirs:
             raise InputError(f"continual.body: {central.__name__} says that a server can run it, but a federation has "
                              f"no place for its {', '.join(theirs)}. Set `stays_central` to that reason, or register a "

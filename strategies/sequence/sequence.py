@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from fedpeft import registry
 from fedpeft.continual.curriculum import Curriculum
@@ -11,6 +10,7 @@ from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.client import layers
+from fedpeft.strategies.instructions import Instructions, Lesson
 from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody, Tensors
 from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
 
@@ -58,18 +58,18 @@ class TaskSequence(Wrapper):
         trained, kept_back = self.trained(server), set(self.inner.trained(server))
         return tuple(role for role in self.inner.uploads(server) if role in trained or role not in kept_back)
 
-    def learn(self, task: int) -> dict[str, Any]:
+    def make_lesson(self, task: int) -> Lesson:
         """What clients are told of a task. They make the same from their own config, and refuse another."""
         seen, classes = self.curriculum.seen(task), self.curriculum.classes(task)
-        return {"task": task, "classes": classes, "seen": seen, "replay": self.body.replays,
-                "compete": seen if self.compete == "seen" or self.body.replays else classes,
-                "groups": [list(group) for group in self.curriculum.groups[: task + 1]]}
+        compete = seen if self.compete == "seen" or self.body.replays else classes
+        return Lesson(task, tuple(classes), tuple(seen), tuple(compete), self.body.replays,
+                      tuple(tuple(group) for group in self.curriculum.groups[: task + 1]))
 
-    def task(self, server: ServerState) -> dict[str, Any]:
+    def instructions(self, server: ServerState) -> Instructions:
         begun = self.begun(server)  # also after its last round, when clients evaluate
         begun = begun if begun >= 0 else self.curriculum.task(server.round + 1)
-        return {**self.inner.task(server), "trains": list(self.trained(server)), "uploads": list(self.uploads(server)),
-                "learn": self.learn(begun)}
+        return replace(self.inner.instructions(server), trains=self.trained(server), uploads=self.uploads(server),
+                       learn=self.make_lesson(begun))
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         """The strategy's rule, and what the body does after it. Factors that nobody trained stay as they were."""

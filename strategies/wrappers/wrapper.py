@@ -18,6 +18,7 @@ from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, Needs, Rules, RunContext, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
+from fedpeft.strategies.instructions import Instructions
 
 
 class Wrapper(FederatedStrategy):
@@ -57,8 +58,8 @@ class Wrapper(FederatedStrategy):
     def choose(self, names: list[str], rules: Rules, number: int) -> list[str]:
         return self.inner.choose(names, rules, number)
 
-    def task(self, server: ServerState) -> dict[str, Any]:
-        return self.inner.task(server)
+    def instructions(self, server: ServerState) -> Instructions:
+        return self.inner.instructions(server)
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         """The updates that the inner strategy aggregates; `treated` then says whom it cut, clipped or left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tiny, 
     local, strategy = here.local, here.strategy
     server = strategy.before_round(here.start)
     client = "client-001"
-    task = {**strategy.task(server), "round": 1}
+    task = replace(strategy.instructions(server), round=1)
     start, _ = local.compose(client, strategy.broadcast(server, client), task, before=0)
     local.model.write(start)
     module_names = {id(parameter): key for key, parameter in local.model.parameters.items()}
@@ -96,7 +97,7 @@ def test_stock_peft_loads_the_adapter_and_computes_the_same(name, tiny, tmp_path
     if here.strategy.keeps:  # the clients' own adapters are the result
         folder = folder / "clients" / "client-002"
         adapter, _ = here.local.compose(
-            "client-002", here.strategy.broadcast(server, "client-002"), here.strategy.task(server), before=99
+            "client-002", here.strategy.broadcast(server, "client-002"), here.strategy.instructions(server), before=99
         )
     here.local.model.write(adapter)
     x = here.test_encoded.inputs["pixel_values"][:16]

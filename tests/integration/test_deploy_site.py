@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -27,6 +28,7 @@ from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.site import proxy, site, worker
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.strategies.wire import PACKED, BadReply
+from support import instructed
 from support.deployed import LABELS, TRAIN, write_records
 
 POLICY = {"unit": "sample", "max_delta": 0.01, "seeded_noise": True}
@@ -68,10 +70,10 @@ class Rig:
             node[last] = value
         server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
         sent = self.here.strategy.broadcast(server, "clinic")
-        told = self.here.strategy.task(server)
+        told = self.here.strategy.instructions(server).to_json()
         if kind == "query.sums":
             told = {"learn": told["learn"]}
-        content = PACKED.content(sent, {**told, "round": number, **dict(task)})
+        content = instructed.content(sent, {**told, "round": number, **dict(task)})
         message = Message(content, 7, kind)
         Envelope(run, text or yaml.safe_dump(tree), tuple(labels), self.base).put(message, name)
         context = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})
@@ -188,7 +190,7 @@ def test_how_many_tasks_a_site_missed_is_a_metric_that_its_policy_names(rig):
 
 def test_the_server_does_not_say_which_task_a_round_is_of(rig):
     rig.begin(TASKS)
-    other = rig.here.strategy.learn(1)
+    other = dataclasses.asdict(rig.here.strategy.make_lesson(1))
     assert "is not that of this client's config" in reason(rig.ask(number=1, task={"learn": other}))
 
 

@@ -299,7 +299,7 @@ def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):
     server = here.strategy.before_round(here.start)
     for number, begun in ((1, 0), (3, 1)):
         state = replace(server, round=number - 1, numbers={**server.numbers, TASK: begun})
-        task = {**here.strategy.task(state), "round": number}
+        task = replace(here.strategy.instructions(state), round=number)
         _, metrics = here.local.train("client-000", here.strategy.broadcast(state, "client-000"), task)
         data = here.local.train_data["client-000"]
         assert data.stored is here.train_encoded.stored  # a share is a view of the run's records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_sums_are_in_the_ledger_before_they_leave_and_cost_once(private, tmp_pat
     one, two = here.local.sums(client, received, task), here.local.sums(client, received, task)
     assert one[0].sha256() == two[0].sha256() and one[1] == {"num-examples": 1.0} and path.read_bytes() == before
     with pytest.raises(BudgetExhausted):  # one view of the head is planned, and it is spent
-        here.local.sums(client, received, {**task, "view": "another"})
+        here.local.sums(client, received, replace(task, view="another"))
 
     def fail(*arguments):
         raise ValueError("record 17 is odd")
@@ -87,13 +89,12 @@ def test_a_server_cannot_open_a_new_account_for_the_same_records(private):
     """The guarantee is against the server too: which task its records belong to, a client knows by itself."""
     _, here, asked = private
     client, received, task = asked[-1]
-    for wrong in ({"task": 7}, {"task": 0}):
+    for wrong in (7, 0):
         spent = here.local.guard.spending([client])[client]["epsilon"]
         with pytest.raises((RunError, InputError)):
-            here.local.sums(client, received, {**task, "learn": {**task["learn"], **wrong}})
+            here.local.sums(client, received, replace(task, learn=replace(task.learn, task=wrong)))
         assert here.local.guard.spending([client])[client]["epsilon"] == spent
-    train = {**here.strategy.task(ended(here.local.guard.folder.parent)), "round": 9}
-    train.pop("learn")
+    train = replace(here.strategy.instructions(ended(here.local.guard.folder.parent)), round=9, learn=None)
     with pytest.raises((RunError, InputError)):
         here.local.train(client, received, train)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
     assert not here.strategy.broadcast(here.start, "client-000").extra[FEATURES].any()
     total, count = torch.zeros(()), 0
     for client, data in here.local.train_data.items():
-        task, received = {**here.strategy.task(first), "round": 2}, here.strategy.broadcast(first, client)
+        task, received = replace(here.strategy.instructions(first), round=2), here.strategy.broadcast(first, client)
         assert torch.equal(received.extra[FEATURES], first.memory[FEATURES].float()) and received.extra[FEATURES].any()
         update, _ = here.local.train(client, received, task)
         start, _ = here.local.compose(client, received, task, before=2)
@@ -74,7 +75,7 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
     moved = 0
     for client, result in evaluated(tmp_path / "run").items():
         received = here.strategy.broadcast(server, client)
-        start, kept = here.local.compose(client, received, here.strategy.task(server), before=99)
+        start, kept = here.local.compose(client, received, here.strategy.instructions(server), before=99)
         assert not kept, "nothing personal lies about: the personal head is made when it is used"
         here.local.model.write(start)
         method = make("fedthe", deploy(here.local.model), {"head_lr": 0.05},
@@ -88,19 +89,19 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
     assert summary["tta"]["method"] == "fedthe"
 
 
-@pytest.mark.parametrize(("extra", "asked"), [("mean", {}), ("rates", {"atp": {"eta": 0.1}})])
-def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_asks(extra, asked, tmp_path):
+@pytest.mark.parametrize("extra", ["mean", "rates"])
+def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_asks(extra, tmp_path):
     here = load_world(configs.load({}, PRIVATE), tmp_path)
     server = here.start
     trained = next(iter(server.adapter.select(here.strategy.trains).tensors))
     more = FEATURES if extra == "mean" else f"rates:{trained}"
     size = (here.local.model.base.head.in_features,) if extra == "mean" else ()
     received = server.adapter.beside({more: torch.zeros(size)})
-    task = {**here.strategy.task(server), "round": 1, **asked}
-    for told in (task, {**task, "uploads": [*task["uploads"], extra]}):
-        with pytest.raises(Refused, match=r"sends no such tensor|task\.uploads|task: 'atp'"):
+    honest = here.strategy.instructions(server)
+    for told in (honest, replace(honest, uploads=(*honest.uploads, extra))):
+        with pytest.raises(Refused, match=r"sends no such tensor|task\.uploads"):
             here.local.train("client-000", received, told)
-    update, _ = here.local.train("client-000", server.adapter, {**here.strategy.task(server), "round": 1})
+    update, _ = here.local.train("client-000", server.adapter, honest)
     assert not update.extra and update.tensors
 
 

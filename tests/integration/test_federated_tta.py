@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def again(folder: Path) -> tuple[World, Any]:
 def written(here: World, server: Any, client: str) -> Any:
     """The client's model as it was evaluated; what the client received."""
     received = here.strategy.broadcast(server, client)
-    start, _ = here.local.compose(client, received, here.strategy.task(server), before=99)
+    start, _ = here.local.compose(client, received, here.strategy.instructions(server), before=99)
     here.local.model.write(start)
     return received
 
@@ -205,7 +206,7 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
     first = checkpoint.read(tmp_path / "run" / "checkpoints" / "round-000001")
     sums, total = dict.fromkeys(rates, 0.0), 0
     for client, data in here.local.train_data.items():
-        task = {**here.strategy.task(first), "round": 2}
+        task = replace(here.strategy.instructions(first), round=2)
         update, metrics = here.local.train(client, here.strategy.broadcast(first, client), task)
         assert metrics["num-examples"] == len(data)
         sums = {key: sums[key] + len(data) * float(update.extra[key]) for key in sums}

@@ -15,6 +15,7 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig, PrivacyConfig, StrategyConfig
 from fedpeft.privacy.noise import OperatingSystem
 from fedpeft.strategies.build import named
+from fedpeft.strategies.instructions import Instructions
 from support import small_models as small
 from support.dp_steps import ROLES, SGD, adversaries, joined
 from support.per_sample import records, single, without_dropout
@@ -42,7 +43,7 @@ def one_round(name, adapted, folder):
     server = strategy.before_round(strategy.initial(adapted.state(), 0))
     local = client(adapted, records("vit", 6), folder, name=name)
     local.initial = server.adapter
-    task = {**strategy.task(server), "round": 1}
+    task = replace(strategy.instructions(server), round=1)
     start, _ = local.compose("a", strategy.broadcast(server, "a"), task, before=1)
     adapted.write(start)
     frozen = {key: value.clone() for key, value in adapted.base.backbone.state_dict().items()}
@@ -82,7 +83,7 @@ def test_a_record_that_is_not_a_number_does_not_reach_the_update(name, place, fo
     data = records("vit", 6)
     for index, told in enumerate((data, joined(data, adversaries("vit")[name], place))):
         local = client(adapted, told, tmp_path / str(index), records=7)
-        updates.append(local.train("a", start, {"round": 1, "trains": ROLES, "uploads": ROLES, "keeps": []})[0])
+        updates.append(local.train("a", start, Instructions(1, tuple(ROLES), tuple(ROLES)))[0])
     assert all(torch.isfinite(value).all() for value in updates[1].tensors.values())
     assert updates[0].distance(start) > 0.01
     assert updates[0].distance(updates[1]) < 1e-5
@@ -96,9 +97,9 @@ def test_only_a_seeded_client_can_be_repeated(folder, tmp_path):
         torch.manual_seed(0)
         np.random.seed(0)
         local = client(adapted, records("vit", 6), tmp_path / str(index), randomness=randomness)
-        task = {"round": 1, "trains": ROLES, "uploads": ROLES, "keeps": []}
+        task = Instructions(1, tuple(ROLES), tuple(ROLES))
         ends.setdefault(randomness, []).append(local.train("a", start, task)[0])
-        again = local.train("a", start, {**task, "round": 2})[0]
+        again = local.train("a", start, replace(task, round=2))[0]
         assert again.distance(ends[randomness][-1]) > 0.01  # every round has noise of its own
     assert ends["os"][0].distance(ends["os"][1]) > 0.01
     assert ends["seeded"][0].distance(ends["seeded"][1]) == 0

@@ -10,7 +10,8 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft.errors import InputError
-from fedpeft.state import ServerState, Update
+from fedpeft.state import RunContext, ServerState, Update
+from fedpeft.strategies.instructions import Drawn
 from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
@@ -47,11 +48,11 @@ def test_ffa_orthonormal_spans_the_same_rows():
 def test_ffa_tells_clients_the_hash_of_the_A_that_they_draw():
     strategy = dense.make("ffa_lora")
     server = strategy.initial(dense.fresh(), 0)
-    static = strategy.task(server)["static"]
-    assert static == {"roles": ["A"], "sha256": server.adapter.select(("A",)).sha256()}
+    static = strategy.instructions(server).static
+    assert static == Drawn(("A",), server.adapter.select(("A",)).sha256())
     assert not strategy.broadcast(server, "c0").select(("A",)).tensors
     sent = dense.make("ffa_lora", transport="dense")
-    assert "static" not in sent.task(server) and sent.broadcast(server, "c0").select(("A",)).tensors
+    assert sent.instructions(server).static is None and sent.broadcast(server, "c0").select(("A",)).tensors
 
 
 def test_ffa_one_step_of_all_clients_is_the_centralised_step():
@@ -119,12 +120,11 @@ def test_flora_fresh_A_depends_on_seed_and_round_only():
 
 
 def test_flora_takes_unequal_ranks():
-    strategy = dense.make("flora")
-    strategy.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
+    strategy = dense.make("flora", context=RunContext(client_ranks={"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}))
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
     p = dense.fractions(WEIGHTS)
     for done in played:
-        for name, rank in strategy.client_ranks.items():
+        for name, rank in strategy.context.client_ranks.items():
             assert done.models[name]["u/A"].shape[0] == done.models[name]["u/B"].shape[1] == rank
             sent = strategy.broadcast(done.sent, name)
             assert torch.equal(sent["u/A"], done.sent.adapter["u/A"][:rank])
@@ -182,13 +182,12 @@ def test_flexlora_error_is_the_discarded_spectrum(split):
 
 
 def test_flexlora_sends_each_client_its_best_rank():
-    strategy = dense.make("flexlora")
-    strategy.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
+    strategy = dense.make("flexlora", context=RunContext(client_ranks={"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}))
     first, second = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
     p = dense.fractions(WEIGHTS)
     for site in dense.SHAPES:
         wanted = dense.best_of_rank(dense.mean_product(dense.triples(first, site), p), 3)
-        for name, rank in strategy.client_ranks.items():
+        for name, rank in strategy.context.client_ranks.items():
             assert second.models[name][f"{site}/A"].shape[0] == rank
             got = dense.product(strategy.broadcast(second.sent, name), site)
             assert dense.relative(got, dense.best_of_rank(wanted, rank)) < 1e-9
@@ -208,8 +207,7 @@ def test_flexlora_with_a_shared_A_is_fedsvds_refactor():
 
 
 def test_hetlora_weights_by_norm_and_pads_with_zeros():
-    strategy = dense.make("hetlora")
-    strategy.client_ranks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}
+    strategy = dense.make("hetlora", context=RunContext(client_ranks={"c0": 1, "c1": 3, "c2": 2, "c3": 1, "c4": 3}))
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 2)
     p = dense.fractions(WEIGHTS)
     for done in played:
@@ -217,7 +215,7 @@ def test_hetlora_weights_by_norm_and_pads_with_zeros():
             B, A = dense.hetlora(dense.triples(done, site), p, 2.0, 3)
             assert dense.relative(dense.array(done.server.adapter[f"{site}/B"]), B) < 1e-10
             assert dense.relative(dense.array(done.server.adapter[f"{site}/A"]), A) < 1e-10
-    for name, rank in strategy.client_ranks.items():
+    for name, rank in strategy.context.client_ranks.items():
         sent = strategy.broadcast(played[0].server, name)
         assert torch.equal(sent["u/A"], played[0].server.adapter["u/A"][:rank])
         assert torch.equal(sent["u/B"], played[0].server.adapter["u/B"][:, :rank])
@@ -275,8 +273,8 @@ def test_fed_sb_averages_the_core_and_nothing_else():
             assert dense.relative(dense.array(done.server.adapter[f"{site}/R"]), expected) < 1e-12
             for role in ("A", "B"):
                 assert torch.equal(done.server.adapter[f"{site}/{role}"], start[f"{site}/{role}"])
-    static = strategy.task(done.server)["static"]
-    assert sorted(static["roles"]) == ["A", "B"] and static["sha256"] == start.select(("A", "B")).sha256()
+    static = strategy.instructions(done.server).static
+    assert static.roles == ("A", "B") and static.sha256 == start.select(("A", "B")).sha256()
     assert not strategy.broadcast(done.server, "c0").select(("A", "B")).tensors
 
 

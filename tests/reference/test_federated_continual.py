@@ -15,7 +15,7 @@ from fedpeft.config import ContinualConfig
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.continual.parts.subspace import sketch
 from fedpeft.errors import InputError
-from fedpeft.state import Update
+from fedpeft.state import RunContext, Update
 from fedpeft.strategies.sequence.base import NEW
 from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.sequence import TaskSequence
@@ -30,12 +30,10 @@ DENSE = {"fedsvd": {"transport": "dense"}, "ffa_lora": {"transport": "dense"}}
 
 def learning(body, rule="ffa_lora", rounds=ROUNDS, compete="local", wrap=None, **options):
     """A body around a strategy, with TASKS tasks of one class."""
-    inner = dense.make(rule, **DENSE.get(rule, {}))
+    inner = dense.make(rule, context=RunContext(population=len(WEIGHTS)), **DENSE.get(rule, {}))
     inner = inner if wrap is None else dense.make(wrap, inner=inner)
     made = make_body(ContinualConfig(body=body, options=options))
-    strategy = TaskSequence(inner, made, Curriculum(tuple((task,) for task in range(TASKS)), rounds), compete, body)
-    strategy.population = len(WEIGHTS)
-    return strategy
+    return TaskSequence(inner, made, Curriculum(tuple((task,) for task in range(TASKS)), rounds), compete, body)
 
 
 def sequence(strategy, start, sketches=None, tasks=TASKS):

@@ -213,13 +213,13 @@ def test_clients_that_multiply_the_core_hold_the_servers_A_bit_for_bit(dtype):
         sent = strategy.broadcast(done.sent, "c0")
         assert "u/A" not in sent and sent["u/M"].shape == (3, 3)
         assert torch.equal(done.models["c1"]["u/A"], done.sent.adapter["u/A"])
-        assert strategy.task(done.sent)["static"]["roles"] == ["A"]
+        assert strategy.instructions(done.sent).static.roles == ("A",)
 
 
 def test_the_hash_is_that_of_the_round_0_A_in_every_round():
     strategy = dense.make("fedsvd")
     played = dense.rounds(strategy, dense.fresh(), WEIGHTS, 3)
-    hashes = {strategy.task(done.sent)["static"]["sha256"] for done in played}
+    hashes = {strategy.instructions(done.sent).static.sha256 for done in played}
     assert hashes == {played[0].sent.adapter.select(("A",)).sha256()}
 
 

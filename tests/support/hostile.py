@@ -30,7 +30,8 @@ from fedpeft.config import (
 from fedpeft.data.encode import IGNORE, Encoded
 from fedpeft.simulations.workers import handle
 from fedpeft.state import AdapterState
-from fedpeft.strategies.wire import PACKED
+from fedpeft.strategies.instructions import Instructions, Lesson
+from support import instructed
 from support import small_models as small
 
 COUNT = 12
@@ -100,18 +101,18 @@ class Site:
         self.context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict({}), run_config={})
         self.app = client_app(lambda: self.local, lambda context: "a")
 
-    def request(self, kind: str, number: int) -> tuple[AdapterState, dict[str, Any]]:
+    def request(self, kind: str, number: int) -> tuple[AdapterState, Instructions]:
         """What an honest server would send."""
         own = self.local.own
         server = replace(own.start, round=max(number - (kind == "train"), 0))
         if kind == "query.sums":
-            return own.start.adapter, {"round": number, "sums": "head", "view": "online", **self.learn(number)}
-        task = {**own.strategy.task(server), "round": number, **self.learn(number)}
-        return own.strategy.broadcast(server, "a"), task
+            return own.start.adapter, Instructions(number, learn=self.lesson(number), sums="head", view="online")
+        told = replace(own.strategy.instructions(server), round=number, learn=self.lesson(number))
+        return own.strategy.broadcast(server, "a"), told
 
-    def learn(self, number: int) -> dict[str, Any]:
+    def lesson(self, number: int) -> Lesson | None:
         found = self.local.sequence
-        return {} if found is None else {"learn": found.learn(found.curriculum.task(max(number, 1)))}
+        return None if found is None else found.make_lesson(found.curriculum.task(max(number, 1)))
 
     def ask(self, kind: str, content: RecordDict) -> Message:
         """The reply. What a failed message did to the client's Flower state is lost, as it is there."""
@@ -121,8 +122,8 @@ class Site:
             self.context.state = state
         return reply
 
-    def answer(self, kind: str, received: AdapterState, task: dict[str, Any]) -> tuple[Any, ...]:
-        return self.seen(self.ask(kind, PACKED.content(received, task)))
+    def answer(self, kind: str, received: AdapterState, told: instructed.Told) -> tuple[Any, ...]:
+        return self.seen(self.ask(kind, instructed.content(received, told)))
 
     def seen(self, reply: Message) -> tuple[Any, ...]:
         """Everything of a reply but the values of its arrays, which are the noised sums, of secrets, which are random,
@@ -155,10 +156,10 @@ def _without_values(value: Any) -> Any:
 VALUES = (torch.nan, torch.inf, -torch.inf, 1e30, 1e20, -1e9, 1e8, 1e5, 30.0, 0.0, 1e-30)
 
 
-def spoiled(received: AdapterState, task: dict[str, Any], draw: random.Random) -> tuple[AdapterState, dict[str, Any]]:
-    """The request with one to three things wrong with it, or only unusual."""
+def spoiled(received: AdapterState, honest: Instructions, draw: random.Random) -> tuple[AdapterState, dict[str, Any]]:
+    """The request, its instructions as JSON, with one to three things wrong with it, or only unusual."""
     whole = {**received.tensors, **received.extra}
-    tensors, told = {key: value.clone() for key, value in whole.items()}, dict(task)
+    tensors, told = {key: value.clone() for key, value in whole.items()}, honest.to_json()
     for _ in range(draw.randint(1, 3)):
         key = draw.choice(sorted(tensors)) if tensors else "none"
         draw.choice((_value, _value, _value, _whole, _tensor, _extra, _task, _task, _roles))(tensors, told, key, draw)

@@ -15,7 +15,7 @@ from fedpeft.clients.secagg import FORMS, Member
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
 from fedpeft.strategies.secagg.terms import Plan
-from fedpeft.strategies.wire import PACKED
+from support import instructed
 from support.hostile import Site, spoiled
 
 PEERS = ("b", "c", "d")
@@ -26,8 +26,8 @@ def converse(site: Site, sent: tuple[Any, Any], number: int, draw: random.Random
     """The answers to a round, and at times to another try of it: the same, over fewer clients, or of another state."""
     answers = Round(site, sent, number, draw, PEERS).play()
     if draw.random() < 0.4:
-        received, task = sent
-        again = draw.choice((sent, sent, (received.map(lambda value: value * 0.5), task)))
+        received, told = sent
+        again = draw.choice((sent, sent, (received.map(lambda value: value * 0.5), told)))
         answers += Round(site, again, number, draw, draw.choice((PEERS, PEERS[:2], PEERS[1:]))).play()
     return answers
 
@@ -72,8 +72,8 @@ class Round:
             tries.insert(0, (draw.randrange(4), honest, self.sent))
         if stage == 2 and draw.random() < 0.4:
             tries.insert(0, (stage, honest, spoiled(*self.sent, draw)))
-        for kind, asked, (received, task) in tries:
-            parts = PACKED.content(received, task) if kind == 2 else RecordDict({})
+        for kind, asked, (received, told) in tries:
+            parts = instructed.content(received, told) if kind == 2 else RecordDict({})
             reply = self.site.ask(KINDS[kind], RecordDict({**parts, RECORD: ConfigRecord(asked)}))
             self.answers.append((kind, self.site.seen(reply)))
             if not reply.has_error() and kind == stage:

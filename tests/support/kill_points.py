@@ -146,7 +146,7 @@ def watched(run: Path, copies: Path, play: Callable[[], Any]) -> tuple[int, list
             for message in messages:  # a model of round n goes to clients when they evaluate it or train the next
                 kind = message.metadata.message_type
                 if kind in ("train", "evaluate"):
-                    number = int(PACKED.open(message.content)[1]["round"])
+                    number = PACKED.open(message.content)[1].round
                     watch.sent |= {("server", done) for done in range(1, number + (kind == "evaluate"))}
             watch.copy()
             return push(grid, messages)
@@ -156,7 +156,7 @@ def watched(run: Path, copies: Path, play: Callable[[], Any]) -> tuple[int, list
             reply = finish(grid, name, outcome)
             if request.metadata.message_type == "train" and not reply.has_error():
                 client = f"client-{int(request.metadata.dst_node_id) - 2:03d}"
-                watch.sent.add((client, int(PACKED.open(request.content)[1]["round"])))
+                watch.sent.add((client, PACKED.open(request.content)[1].round))
             watch.copy()
             return reply
 

@@ -49,7 +49,7 @@ class ScriptedGrid(Grid):
         asked: dict[int, list[str]] = {}
         for name in sorted(self.sent):
             for message in self.sent[name]:
-                asked.setdefault(PACKED.open(message.content)[1]["round"], []).append(name)
+                asked.setdefault(PACKED.open(message.content)[1].round, []).append(name)
         return asked
 
     def _push(self, message: Message) -> str:
@@ -87,8 +87,8 @@ def good(step: float, count: float = 10, **metrics: float) -> Reply:
 
     def reply(message: Message) -> RecordDict:
         adapter, task = PACKED.open(message.content)
-        trained = adapter.select(task["uploads"]).map(lambda value: value + step)
-        return PACKED.reply(trained, {"num-examples": count, **metrics}, task["round"])
+        trained = adapter.select(task.uploads).map(lambda value: value + step)
+        return PACKED.reply(trained, {"num-examples": count, **metrics}, task.round)
 
     return reply
 
@@ -98,9 +98,9 @@ def spoiled(change: Callable[[AdapterState], AdapterState], **overrides) -> Repl
 
     def reply(message: Message) -> RecordDict:
         adapter, task = PACKED.open(message.content)
-        upload = change(adapter.select(task["uploads"]).map(lambda value: value + 1.0))
+        upload = change(adapter.select(task.uploads).map(lambda value: value + 1.0))
         return PACKED.reply(
-            upload, overrides.get("metrics", {"num-examples": 10.0}), overrides.get("round", task["round"])
+            upload, overrides.get("metrics", {"num-examples": 10.0}), overrides.get("round", task.round)
         )
 
     return reply

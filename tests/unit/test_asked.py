@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from fedpeft.clients.asked import LARGEST, Own, number
+from fedpeft.clients.asked import LARGEST, Own
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config, DataConfig, StrategyConfig
+from fedpeft.foreign import BadMessage
+from fedpeft.strategies.instructions import Drawn, Instructions, Lesson
+from support import instructed
 from support import small_models as small
 
 
@@ -29,7 +33,7 @@ def own(state, **strategy):
 
 def honest(mine, done=0):
     server = replace(mine.start, round=done)
-    return mine.strategy.broadcast(server, "a"), {**mine.strategy.task(server), "round": done + 1}
+    return mine.strategy.broadcast(server, "a"), mine.strategy.instructions(server)
 
 
 def refusal(mine, received, task):
@@ -49,7 +53,7 @@ def test_what_the_own_strategy_sends_is_accepted_as_it_is(strategy, state):
         received, task = honest(mine, done)
         accepted = mine.accept("a", received, task, done)
         assert accepted.sha256() == received.sha256() and accepted.sites == state.sites
-        evaluated = mine.accept("a", received, {**task, "round": done}, done)
+        evaluated = mine.accept("a", received, replace(task, round=done), done)
         assert evaluated.sha256() == received.sha256()
 
 
@@ -65,18 +69,46 @@ def test_what_the_own_strategy_sends_is_accepted_as_it_is(strategy, state):
 def test_a_task_that_is_not_the_own_strategys_is_refused_by_name(change, words, state):
     mine = own(state, name="fedprox")
     received, task = honest(mine)
-    said = refusal(mine, received, {**task, **change})
+    with pytest.raises((Refused, BadMessage)) as caught:
+        mine.accept("a", received, instructed.changed(task, **change), 0)
+    said = str(caught.value)
     assert words in said and len(said) <= 2048 and "\x1b" not in said
 
 
 def test_what_is_missing_in_a_task_is_named(state):
     mine = own(state)
     received, task = honest(mine)
-    for key in ("trains", "uploads", "keeps"):
-        assert f"task.{key} is missing" in refusal(mine, received, {name: task[name] for name in task if name != key})
-    for wrong in ({}, {"round": True}, {"round": -1}, {"round": "1"}, {"round": 10**12}, {"round": None}, [], None, 3):
-        with pytest.raises(Refused, match=r"task\.round="):
-            number(wrong)
+    for key in ("trains", "uploads"):
+        assert f"task.{key}=[]: it may not be empty" in refusal(mine, received, replace(task, **{key: ()}))
+
+
+@pytest.mark.parametrize("wrong", [{}, {"round": True}, {"round": -1}, {"round": "1"}, {"round": 10**12},
+                                   {"round": None}, [], None, 3])
+def test_instructions_without_a_round_are_no_instructions(wrong):
+    with pytest.raises(BadMessage, match=r"task\.round=|task=.*a mapping of round, trains"):
+        Instructions.from_json(wrong)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"static": ["A"]}, "task.static=['A']: it must be a mapping of roles, sha256"),
+    ({"static": {"roles": ["A"], "sha256": "0"}}, "task.static.sha256='0'"),
+    ({"static": {"roles": "A", "sha256": "0" * 64}}, "task.static.roles='A'"),
+    ({"learn": [1]}, "task.learn=[1]: it must be a mapping of task, classes"), ({"learn": {"task": 0}}, "task.learn="),
+    ({"learn": {"task": 0, "replay": False, "groups": [[0.5]], "classes": [0], "seen": [0], "compete": [0]}},
+     "task.learn.groups=[0.5]"),
+    ({"learn": {"tasks": 0}}, "task.learn: 'tasks' is not known. Did you mean 'task'"),
+    ({"sums": 3}, "task.sums=3"), ({"view": "../x"}, "task.view='../x'"), ({"keeps": None}, "task.keeps=None")])
+def test_values_of_another_kind_are_named_with_their_key(change, words):
+    with pytest.raises(BadMessage) as caught:
+        instructed.changed(Instructions(1), **change)
+    assert words in str(caught.value)
+
+
+def test_instructions_come_back_from_json_as_they_were():
+    lesson = Lesson(1, (2, 3), (0, 1, 2, 3), (2, 3), True, ((0, 1), (2, 3)))
+    told = Instructions(4, ("A",), ("A",), ("B",), Drawn(("A",), "0" * 64), lesson, "head", "online")
+    assert Instructions.from_json(json.loads(json.dumps(told.to_json()))) == told
+    assert all(getattr(told, item.name) != item.default for item in fields(told)), "a field that nobody looked at"
 
 
 @pytest.mark.parametrize(("value", "words"), [
@@ -154,10 +186,11 @@ def test_a_residual_comes_in_pairs_of_the_sites_shape_and_within_bounds(model, s
 
 def test_sums_are_asked_for_with_their_own_keys(state):
     mine = own(state)
-    task = {"round": 1, "sums": "head", "view": "online"}
+    task = Instructions(1, sums="head", view="online")
     assert mine.accept_sums(state, task).sha256() == state.sha256()
     for wrong, words in (({"sums": "all"}, "task.sums='all'"), ({"view": "../../x"}, "task.view"),
-                         ({"view": 3}, "view=3"), ({"trains": ["A"]}, "'trains'"), ({"sums": ["head"]}, "task.sums=")):
-        with pytest.raises(Refused) as caught:
-            mine.accept_sums(state, {**task, **wrong})
+                         ({"view": None}, "task.view"), ({"trains": ["A"]}, "task.trains"),
+                         ({"sums": None}, "task.sums=")):
+        with pytest.raises((Refused, BadMessage)) as caught:
+            mine.accept_sums(state, instructed.changed(task, **wrong))
         assert words in str(caught.value)

@@ -14,8 +14,11 @@ from fedpeft.clients.store import Store
 from fedpeft.clients.train import train
 from fedpeft.config import ClientConfig, Config, StrategyConfig
 from fedpeft.errors import RunError
+from fedpeft.state import ServerState
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.scaffold import CONTROL
+from support import instructed
 from support import small_models as small
 
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
@@ -52,7 +55,7 @@ def make(model, tmp_path, **strategy):
 
 
 def task(**more):
-    return {"round": 1, "trains": ROLES, "uploads": ROLES, "keeps": [], **more}
+    return instructed.changed(Instructions(1), **{"trains": ROLES, "uploads": ROLES, **more})
 
 
 def test_a_client_that_does_not_move_is_an_error(local):
@@ -129,5 +132,5 @@ def test_another_draw_than_the_servers_is_refused(local):
 
 
 def test_the_tasks_of_a_strategy_fit(local):
-    update, _ = local.train("a", local.initial, {**FedIT().task(None), "round": 1})
+    update, _ = local.train("a", local.initial, FedIT().instructions(ServerState(local.initial)))
     local.initial.require_same_form(update, "update")

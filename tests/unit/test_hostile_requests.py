@@ -18,6 +18,7 @@ from fedpeft.deploy import envelope, settings
 from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import TEXT_BYTES, YAML_BYTES
 from fedpeft.state import AdapterState, Site
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.wire import PACKED
 from support.malformed import ARRAYS, MANIFESTS, MB, RECORDS, message
 from support.scripted import START
@@ -28,12 +29,13 @@ REQUESTS = {
     **{f"manifest: {kind}": (lambda make=make: message(metrics={}, manifest=make()))
        for kind, make in MANIFESTS.items() if kind not in ("an entry too many", "an entry too few")},  # no client knows
     **{f"records: {kind}": make for kind, make in RECORDS.items()},
-    "a larger state": lambda: PACKED.content(START.replace({"q/C": START["q/A"].new_zeros(2 * MB)}), {"round": 1}),
+    "a larger state": lambda: PACKED.content(START.replace({"q/C": START["q/A"].new_zeros(2 * MB)}), Instructions(1)),
     "a name of a tensor that is a page": lambda: PACKED.content(START.replace({"q/" + "C" * 999: START["q/A"]}),
-                                                                {"round": 1}),
-    "a name of a tensor that rings": lambda: PACKED.content(START.replace({"q/C\a": START["q/A"]}), {"round": 1}),
-    "another site": lambda: PACKED.content(AdapterState(START.tensors, {"k": Site("lora", (3, 4), 2.0)}), {"round": 1}),
-    "a site as head": lambda: PACKED.content(AdapterState(START.tensors, {"q": Site("head", (3, 4))}), {"round": 1}),
+                                                                Instructions(1)),
+    "a name of a tensor that rings": lambda: PACKED.content(START.replace({"q/C\a": START["q/A"]}), Instructions(1)),
+    "another site": lambda: PACKED.content(AdapterState(START.tensors, {"k": Site("lora", (3, 4), 2.0)}),
+                                            Instructions(1)),
+    "a site as head": lambda: PACKED.content(AdapterState(START.tensors, {"q": Site("head", (3, 4))}), Instructions(1)),
     "a task that is no mapping": lambda: message(metrics={}, task="[]"),
     "a task without a round": lambda: message(metrics={}, task="{}"),
     "a task of 64 MB": lambda: message(metrics={}, task=" " * 64 * MB),
@@ -78,10 +80,10 @@ def test_every_hostile_request_is_refused_in_a_sentence(kind, asked):
 
 def test_the_message_that_they_are_made_from_is_opened_whatever_a_strategy_sends_beside_the_adapter():
     received, task = requests.opened(message(metrics={}), START)
-    assert received.sha256() == START.sha256() and task == {"round": 1}
+    assert received.sha256() == START.sha256() and task == Instructions(1)
     beside = START.beside({f"control:{key}": value for key, value in START.tensors.items()})
     beside = beside.replace({"q/residual_B": START["q/A"].new_ones(3, 3), "q/residual_A": START["q/A"].new_ones(3, 4)})
-    assert requests.opened(PACKED.content(beside, {"round": 1}), START)[0].sha256() == beside.sha256()
+    assert requests.opened(PACKED.content(beside, Instructions(1)), START)[0].sha256() == beside.sha256()
 
 
 @pytest.mark.parametrize(("stage", "asked"), [

@@ -22,6 +22,8 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.privacy import plan as plans
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
+from fedpeft.strategies.instructions import Instructions
+from support import instructed
 from support import small_models as small
 
 DELTA = 1e-5
@@ -248,7 +250,7 @@ ROLES = ["A", "B", "head"]
 
 
 def task(number=1, **more):
-    return {"round": number, "trains": ROLES, "uploads": ROLES, "keeps": [], **more}
+    return instructed.changed(Instructions(number), **{"trains": ROLES, "uploads": ROLES, **more})
 
 
 @pytest.fixture(scope="module")

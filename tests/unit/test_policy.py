@@ -23,7 +23,9 @@ from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.simulations.workers import handle
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.wire import PACKED
+from support import instructed
 from support import small_models as small
 from support.allowed import opened
 
@@ -70,12 +72,13 @@ def site(bert, tmp_path):
 
 
 def task(number=1, **more):
-    return {"round": number, "trains": ROLES, "uploads": ROLES, "keeps": [], **more}
+    return instructed.changed(Instructions(number), **{"trains": ROLES, "uploads": ROLES, **more})
 
 
 def ask(local, number=1, **more):
     strategy, start = local.own.strategy, local.own.start
-    return local.train("a", strategy.broadcast(start, "a"), {**strategy.task(start), "round": number, **more})
+    told = instructed.changed(strategy.instructions(start), round=number, **more)
+    return local.train("a", strategy.broadcast(start, "a"), told)
 
 
 def message(local, kind="train", number=1):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("flower_run")
 
 def truncated(message: Message) -> RecordDict:
     adapter, task = PACKED.open(message.content)
-    reply = PACKED.reply(adapter.select(task["uploads"]), {"num-examples": 10.0}, task["round"])
+    reply = PACKED.reply(adapter.select(task.uploads), {"num-examples": 10.0}, task.round)
     reply["arrays"] = ArrayRecord({"adapter": Array(pack(adapter)[0][:-3])})
     return reply
 

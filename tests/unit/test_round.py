@@ -9,9 +9,10 @@ import torch
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from fedpeft.errors import RunError
-from fedpeft.state import Rules, ServerState
+from fedpeft.state import Rules, RunContext, ServerState
 from fedpeft.strategies import wire
 from fedpeft.strategies.base import choose
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 from support.scripted import START, Reply, ScriptedGrid, good, run
@@ -30,8 +31,7 @@ def test_the_mean_is_weighted_by_examples():
 
 
 def test_uniform_weighting_ignores_the_counts():
-    strategy = FedIT()
-    strategy.weighting = "uniform"
+    strategy = FedIT(context=RunContext(weighting="uniform"))
     server, _, _ = run({"a": good(1.0, 10), "b": good(4.0, 30)}, strategy)
     torch.testing.assert_close(server.adapter["q/B"], torch.full((3, 2), 2.5))
 
@@ -39,13 +39,9 @@ def test_uniform_weighting_ignores_the_counts():
 def test_rounds_build_on_each_other_and_carry_their_number():
     server, events, grid = run({"a": good(1.0)}, rounds=3)
     torch.testing.assert_close(server.adapter["q/B"], torch.full((3, 2), 3.0))
-    tasks = [PACKED.open(message.content)[1] for message in grid.sent["a"]]
-    assert [task["round"] for task in tasks] == [1, 2, 3]
-    assert (
-        tasks[0]["trains"] == ["A", "B", "head"]
-        and tasks[0]["uploads"] == ["A", "B", "head"]
-        and tasks[0]["keeps"] == []
-    )
+    roles = ("A", "B", "head")
+    assert [PACKED.open(message.content)[1] for message in grid.sent["a"]] == [
+        Instructions(number, trains=roles, uploads=roles) for number in (1, 2, 3)]
     assert [event["round"] for event in events if event["event"] == "round"] == [1, 2, 3]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import NAMES, RECORD, circle
 from fedpeft.strategies.secagg.terms import Plan, exchange, masking
@@ -183,7 +184,7 @@ def test_controls_are_changes_already():
     own, strategy = config(), FedIT()
     strategy.uploads = lambda server: ("A", "B")
     strategy.broadcast = lambda server, client: START.beside(control)
-    strategy.task = lambda server: {"trains": ["A", "B"], "uploads": ["A", "B"], "keeps": []}
+    strategy.instructions = lambda server: Instructions(1, ("A", "B"), ("A", "B"))
     grid = Watched(own, after)
     server, sent, contents = strategy.plan(ServerState(START), grid.roster, Rules(rounds=1), PACKED)
     (update,), _, _ = exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))

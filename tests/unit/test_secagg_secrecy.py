@@ -11,6 +11,7 @@ from fedpeft import config as configs
 from fedpeft.clients.app import client_app
 from fedpeft.config import Config
 from fedpeft.errors import InputError
+from fedpeft.state import ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
 from fedpeft.strategies.secagg.terms import Plan, check, describe, masking
@@ -142,7 +143,8 @@ def told(grid: Watched, stage: int, client: str = "client-000", number: int = 1,
     """The answer of one client to this question: its record, or the reason of its refusal."""
     content = RecordDict({RECORD: ConfigRecord({**fields, "round": number})})
     if stage == 2:
-        content = RecordDict({**PACKED.content(START, {**FedIT().task(None), "round": number}), **content})
+        told = FedIT().instructions(ServerState(START, round=number - 1))
+        content = RecordDict({**PACKED.content(START, told), **content})
     (reply,) = ask(grid, KINDS[stage], {grid.roster[client]: content}, None).values()
     return reply.error.reason if reply.has_error() else reply.content[RECORD]
 
@@ -196,7 +198,7 @@ def test_keys_that_a_client_does_not_take():
 
 def test_a_client_that_masks_sends_nothing_in_the_clear_and_the_other_way_round():
     grid = Watched(config(), updates(5))
-    content = PACKED.content(START, {**FedIT().task(None), "round": 1})
+    content = PACKED.content(START, FedIT().instructions(ServerState(START)))
     (reply,) = ask(grid, "train", {grid.roster["client-000"]: content}, None).values()
     assert reply.has_error() and "sends no update in the clear" in reply.error.reason
     assert "secagg.enabled=false" in told(Watched(Config(), updates(5)), 0)

@@ -15,6 +15,7 @@ from fedpeft.state import AdapterState, Needs, ServerState, Site
 from fedpeft.strategies import offline
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import named
+from fedpeft.strategies.instructions import Drawn
 from support.handmade import (
     ADAPTERS,
     RULES,
@@ -111,12 +112,12 @@ def test_clients_can_check_the_A_they_draw(name: str, seedlike: str) -> None:
     strategy = make(name, init="orthonormal", transport=seedlike)
     server = strategy.initial(fresh, seed=0)
     drawn = strategy.initial(fresh, seed=0).adapter.select(("A",))
-    assert strategy.task(server)["static"] == {"roles": ["A"], "sha256": drawn.sha256()}
+    assert strategy.instructions(server).static == Drawn(("A",), drawn.sha256())
     assert "q/A" not in strategy.broadcast(server, "c0")
     assert close(drawn["q/A"].double() @ drawn["q/A"].double().T, torch.eye(R), 1e-6)
     dense = make(name, transport="dense")
     server = dense.initial(fresh, seed=0)
-    assert torch.equal(dense.broadcast(server, "c0")["q/A"], fresh["q/A"]) and "static" not in dense.task(server)
+    assert torch.equal(dense.broadcast(server, "c0")["q/A"], fresh["q/A"]) and dense.instructions(server).static is None
 
 
 def test_orthonormal_rows_span_the_draw_and_refuse_a_rank_above_the_inputs() -> None:
@@ -146,8 +147,8 @@ def test_fedsvd_core_gives_clients_the_servers_A_bit_for_bit() -> None:
         gram = server.adapter["q/B"].double().T @ server.adapter["q/B"].double()
         assert close(gram, gram.diag().diag(), 1e-5) and bool((gram.diag().diff() <= 0).all())
         assert (
-            strategy.task(server)["static"]
-            == strategy.task(strategy.initial(random_adapter(0, dtype=torch.float32), 0))["static"]
+            strategy.instructions(server).static
+            == strategy.instructions(strategy.initial(random_adapter(0, dtype=torch.float32), 0)).static
         )
 
 
@@ -271,7 +272,7 @@ def test_fed_sb_averages_the_core() -> None:
     strategy = make("fed_sb")
     server = strategy.initial(start, seed=0)
     assert strategy.uploads(server) == ("R", "head") and "q/B" not in strategy.broadcast(server, "c0")
-    assert strategy.task(server)["static"]["roles"] == ["A", "B"]
+    assert strategy.instructions(server).static.roles == ("A", "B")
     trained = [start.replace({"q/R": core}) for core in cores]
     after = flat(strategy.aggregate(server, uploaded(strategy, server, trained, WEIGHTS)).adapter)
     assert after.sites["q"].kind == "lora" and close(

@@ -138,7 +138,7 @@ def test_scaffold_server_step() -> None:
     strategy, server = make("fedit", "scaffold", server_lr=0.5), ServerState(scalar(1.0))
     sent = strategy.broadcast(server, "c0")
     assert sent.extra["control:q/B"].item() == 0.0 and "control:q/B" not in sent
-    assert strategy.task(server)["uploads"] == ["A", "B", "head"]
+    assert strategy.instructions(server).uploads == ("A", "B", "head")
     assert set(sent.extra) == {"control:q/A", "control:q/B"}
     after = strategy.aggregate(
         server, scaffold_update(strategy, server, {"c0": 3.0, "c1": 5.0}, {"c0": 2.0, "c1": 4.0})

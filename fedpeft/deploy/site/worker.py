@@ -23,7 +23,6 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpeft.clients import asked
 from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.policy import Policy, Refused
@@ -35,10 +34,12 @@ from fedpeft.deploy.build import bare
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError, RunError
-from fedpeft.foreign import shown
+from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.models import agreement
 from fedpeft.objectives.base import load_objective
 from fedpeft.seeds import numpy_generator
+from fedpeft.strategies import opening
+from fedpeft.strategies.instructions import Instructions
 
 log = logging.getLogger("fedpeft")
 
@@ -86,12 +87,12 @@ class Resident:
     def prepare(self, message: Message) -> None:
         """Check what is asked, and have the model of its run ready."""
         cover = envelope.opened(message.content, self.site)
-        task = _task(message)
+        round_number = read_round(message)
         bounds = envelope.in_force(self.site)
         if bounds != self.bounds:
             policies.record(bounds)
             self.bounds = bounds
-        config = envelope.admitted(cover, self.site, bounds, asked.number(task) if "round" in task else 0)
+        config = envelope.admitted(cover, self.site, bounds, round_number)
         if cover != self.held:
             self.held, self.local = None, None  # the old model goes before the new one comes
             self.local = self.build(cover, config)
@@ -170,13 +171,20 @@ def require_fit(local: Local, data: Encoded) -> None:
         log.error("the records do not fit the model; the server is not told: %s", error)
 
 
-def _task(message: Message) -> dict[str, Any]:
+def read_round(message: Message) -> int:
+    """The round that a message says it is of; 0 where it has no instructions, as most stages of secure aggregation.
+
+    Raises:
+        Refused: its instructions are malformed.
+    """
     config = message.content.config_records.get("config")
+    if not config or "task" not in config:
+        return 0
     try:
-        task = json.loads(str(config["task"])) if config and "task" in config else {}
-    except ValueError as error:
-        raise Refused("the task is no JSON.") from error
-    return task if isinstance(task, dict) else {}
+        with opening.reading("task"):
+            return Instructions.from_json(read_json(str(config["task"]), "the task", opening.TASK_BYTES)).round
+    except BadMessage as error:
+        raise Refused(f"refused: the server's message: {error}") from error
 
 
 def serve(resident: Resident, pipe: Connection) -> None:

@@ -106,13 +106,13 @@ class Audit:
         self.clients = rounds_seen.chosen({name: len(data) for name, data in self.local.train_data.items()})
         self.client = self.clients[0]
         server = here.strategy.before_round(here.start)
-        self.task = here.strategy.task(server)
-        self.data = self.local.records(self.client, self.task)
+        self.told = here.strategy.instructions(server)
+        self.data = self.local.records(self.client, self.told)
         self.plan = self.plan_of(self.client)
         self.claim = self.cost(self.plan)
-        self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.task, 1)
+        self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.told, 1)
         self.engines = ["alone"]
-        if not (cannot(self.local.model, self.task["trains"]) or self.config.run.cohort_tokens == 0
+        if not (cannot(self.local.model, self.told.trains) or self.config.run.cohort_tokens == 0
                 or len(self.clients) < 2):
             self.engines.append("cohort")
 
@@ -132,7 +132,7 @@ class Audit:
             return [Check(name, math.nan, 0.0, 0.0, f"stopped: {error}")]
 
     def plan_of(self, client: str) -> Plan:
-        plan = self.local.guard.plan(client, lambda: len(self.local.records(client, self.task)))
+        plan = self.local.guard.plan(client, lambda: len(self.local.records(client, self.told)))
         assert plan is not None  # the config is private
         return plan
 
@@ -156,7 +156,7 @@ class Audit:
         off: dict[str, float] = {}
         for name in self.clients:
             plan = self.plan_of(name)
-            count = self.local.guard.records(name) or len(self.local.records(name, self.task))
+            count = self.local.guard.records(name) or len(self.local.records(name, self.told))
             costs[name] = self.cost(plan)
             given = {"sample_rate": client.batch_size / count, "expected_batch": client.batch_size,
                      "clip": privacy.clip, "noise_multiplier": privacy.noise_multiplier or plan.noise_multiplier,
@@ -183,7 +183,7 @@ class Audit:
     def steps(self, engine: str, plan: Plan, sets: list[Encoded], start: AdapterState, source: Randomness
               ) -> list[Tensor]:
         """What a step releases [P] of each of these sets of records, by one engine; zeros for one that is left out."""
-        model, trains = self.local.model, self.task["trains"]
+        model, trains = self.local.model, self.told.trains
         client = replace(self.config.client, local_steps=1)
         data = {str(index): Watched(some, str(index)) for index, some in enumerate(sets)}
         jobs = {name: Job(start.tensors, some, 0, private=training.Private(plan, source))
@@ -233,7 +233,7 @@ class Audit:
         """Random adapter weights (no factor is zero), and a head so sure of itself that right answers weigh nothing."""
         generator = torch_generator(0, "audit", "weights")
         new = {}
-        for key, value in self.start.select(self.task["trains"]).tensors.items():
+        for key, value in self.start.select(self.told.trains).tensors.items():
             new[key] = value + 0.1 * torch.randn(value.shape, generator=generator)
             if self.start.role(key) == "head":
                 new[key] = 20.0 * new[key]
@@ -241,7 +241,7 @@ class Audit:
 
     def public_seed(self) -> list[Check]:
         """Two rounds that differ in the seed of the run only, over how far they move."""
-        model, client, trains = self.local.model, replace(self.config.client, local_steps=2), self.task["trains"]
+        model, client, trains = self.local.model, replace(self.config.client, local_steps=2), self.told.trains
         plan = replace(self.plan, sample_rate=1.0, noise_multiplier=0.0)
         data = self.data.view(np.arange(min(len(self.data), client.batch_size)))
         changes = []
@@ -276,7 +276,7 @@ class Audit:
         return [audit.empty(np.array(sizes), few, self.plan.sample_rate)]
 
     def _train(self, engine: str, data: Encoded, client: ClientConfig, source: Randomness) -> None:
-        model, trains, private = self.local.model, self.task["trains"], training.Private(self.plan, source)
+        model, trains, private = self.local.model, self.told.trains, training.Private(self.plan, source)
         model.write(self.start)
         if engine == "cohort":
             train_cohort(model, [Job(self.start.tensors, data, 0, private=private)], trains, client, 1 << 14)
@@ -299,7 +299,7 @@ class Audit:
         folder, [client, *_] = self.folder / "budget", self.clients
         rounds = self.plan.steps // (self.config.client.local_steps or 1)
         guard = Guard(self.config, folder, "audit")
-        ledger = guard.ledger(account_of_task(client, self.task))
+        ledger = guard.ledger(account_of_task(client, self.told))
         for number in range(1, rounds + 1):
             ledger.reserve(Entry("audit", number, f"spent {number}", self.plan.sample_rate, self.plan.noise_multiplier,
                                  self.config.client.local_steps or 0), self.plan.budget, self.plan.release)

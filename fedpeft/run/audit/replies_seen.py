@@ -57,7 +57,7 @@ def _strays(one: Seen, client: ClientConfig) -> float:
     """How far an update is from what the optimizer's steps lead to, from the start that the request asks for."""
     if not one.steps:
         return math.inf
-    start = one.start.select(one.task["trains"]).tensors
+    start = one.start.select(one.told.trains).tensors
     weights = nn.Parameter(_flat(start, one.steps[0].before))
     optimizer = make_optimizer([weights], client)
     begin = weights.detach().clone()
@@ -92,7 +92,7 @@ def _flat(start: dict[str, Tensor], like: Tensor) -> Tensor:
 
 
 def _surplus(one: Seen, config: Config) -> int:
-    expected = set(one.start.select(one.task["uploads"]).tensors)
+    expected = set(one.start.select(one.told.uploads).tensors)
     metrics = 0 if config.privacy.release_metrics else len(set(one.metrics) - {"num-examples"})
     weight = 0 if config.privacy.release_metrics else int(one.metrics.get("num-examples") != 1.0)
     beside = set(one.update.extra) ^ (set(one.received.extra) if any(half.sends for half in one.halves) else set())

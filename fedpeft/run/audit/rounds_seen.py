@@ -75,20 +75,20 @@ class Rounds:
         self.here, self.local, self.config = here, here.local, here.config
         self.clients, self.engines, self.folder = clients, engines, folder
         self.steps = self.config.client.local_steps or 0
-        self.task = here.strategy.task(here.strategy.before_round(here.start))
+        self.told = here.strategy.instructions(here.strategy.before_round(here.start))
         self.plans: dict[str, Plan] = {}
         self.origins: dict[str, np.ndarray] = {}
         for client in clients:
             data = Watched(self.local.train_data[client], client)
-            mine = replace(self.local, train_data={client: data}, ready={}).records(client, self.task)
+            mine = replace(self.local, train_data={client: data}, ready={}).records(client, self.told)
             assert isinstance(mine, Watched)
             self.origins[client] = mine.rows
             plan = self.local.guard.plan(client, lambda count=len(mine): count)  # type: ignore[misc]
             assert plan is not None
             self.plans[client] = plan
-        parameters = self.local.model.train_roles(self.task["trains"])
+        parameters = self.local.model.train_roles(self.told.trains)
         self.sizes = {key: value.numel() for key, value in parameters.items()}
-        with self.local.model.competing(sequence.competing_classes(self.task)):
+        with self.local.model.competing(sequence.competing_classes(self.told)):
             still = self.local.model.still()
         self.moving = torch.cat([~still[key][:, *[None] * (value.ndim - 1)].expand_as(value).flatten().cpu()
                                  if key in still else torch.ones(value.numel(), dtype=torch.bool)
@@ -158,15 +158,15 @@ class Rounds:
 
     def requests(self, way: Way, number: int) -> list[Request]:
         server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
-        task = {**self.here.strategy.task(server), "round": number}
+        told = self.here.strategy.instructions(server)
         sent = [self.here.strategy.broadcast(server, client) for client in way.clients]
-        return [(client, loud(one, task["trains"]) if way.loud else one, task)
+        return [(client, loud(one, told.trains) if way.loud else one, told)
                 for client, one in zip(way.clients, sent, strict=True)]
 
     def _cutting(self) -> float:
         """A clip that about half of the records of a loud adapter pass by a factor of two."""
-        [(client, received, task)] = self.requests(Way("", self.clients[:1], 1, {}, loud=True), 1)
-        start, _ = self.local.compose(client, received, task, before=1)
+        [(client, received, told)] = self.requests(Way("", self.clients[:1], 1, {}, loud=True), 1)
+        start, _ = self.local.compose(client, received, told, before=1)
         mine = self.origins[client][:32]
         rows = self._gradients(client, mine, self._flat(start), self.plans[client])
         norm = float(torch.linalg.vector_norm(rows, dim=1).nan_to_num(0.0, 0.0, 0.0).median())
@@ -200,7 +200,7 @@ class Rounds:
         if len(step.released) != len(self.moving):
             return torch.full((len(self.moving),), math.nan, dtype=torch.float64)
         released = step.released.double().cpu()
-        trained = self.local.model.form.select(self.task["trains"]).tensors
+        trained = self.local.model.form.select(self.told.trains).tensors
         for half in one.halves:
             if mu := half.proximal(one.visit):
                 released = released - mu * (step.before - one.steps[0].before).double().cpu()
@@ -224,20 +224,20 @@ class Rounds:
     def _gradients(self, client: str, numbers: np.ndarray, values: Tensor, plan: Plan) -> Tensor:
         """Per-sample gradients [N, P] in float64 at these values [P]."""
         model, data = self.local.model, self.local.train_data[client]
-        parameters = model.train_roles(self.task["trains"])
+        parameters = model.train_roles(self.told.trains)
         device = next(iter(parameters.values())).device
         with torch.no_grad():
             for parameter, part in zip(parameters.values(), values.split(list(self.sizes.values())), strict=True):
                 parameter.copy_(part.view_as(parameter))
         model.training_mode()
-        with without_dropout(), first_token(model, data), model.competing(sequence.competing_classes(self.task)):
+        with without_dropout(), first_token(model, data), model.competing(sequence.competing_classes(self.told)):
             rows, _ = per_sample_gradients(model.base.modules, parameters, partial(per_sample_loss, model),
                                            *on_device(data, numbers, device))
         model.base.backbone.eval()
         return rows.double().cpu()
 
     def _flat(self, state: AdapterState) -> Tensor:
-        form = self.local.model.form.select(self.task["trains"]).tensors
+        form = self.local.model.form.select(self.told.trains).tensors
         return torch.cat([padded(state[key], value).flatten() for key, value in form.items()])
 
     # Judging a round -------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Rounds:
         return {name: value.detach().clone() for name, value in self._named()}
 
 
-def loud(sent: AdapterState, trains: list[str]) -> AdapterState:
+def loud(sent: AdapterState, trains: tuple[str, ...]) -> AdapterState:
     """What was sent with random changes of all that trains."""
     generator = seeds.torch_generator(0, "audit", "loud")
     chosen = {key: value for key, value in sent.select(trains).tensors.items() if ":" not in key}

@@ -33,6 +33,7 @@ from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf, Visit
+from fedpeft.strategies.instructions import Instructions
 
 ENGINES = ("alone", "cohort")
 
@@ -188,7 +189,7 @@ class Seen:
     """One client's round.
 
     Attributes:
-        received, task: the request.
+        received, told: the request.
         start: the adapter that it must start from.
         entries: of the round in the ledger when the update was handed out.
         name: what the update is called there.
@@ -202,7 +203,7 @@ class Seen:
     client: str
     number: int
     received: AdapterState
-    task: dict[str, Any]
+    told: Instructions
     start: AdapterState
     steps: list[Step]
     entries: list[Entry]
@@ -218,16 +219,16 @@ class Seen:
 
 def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -> list[Seen]:
     """One round of these clients by a `Local` whose guard is a `Probe`."""
-    starts = [local.compose(client, received, task, before=int(task["round"]))[0]
-              for client, received, task in requests]
+    starts = [local.compose(client, received, told, before=told.round)[0]
+              for client, received, told in requests]
     if engine == "cohort":
         local.prepare(requests)
     seen = []
-    for (client, received, task), start in zip(requests, starts, strict=True):
-        watch.current, number, request = client, int(task["round"]), fingerprint(received, task)
-        update, metrics = local.train(client, received, task)
+    for (client, received, told), start in zip(requests, starts, strict=True):
+        watch.current, number, request = client, told.round, fingerprint(received, told)
+        update, metrics = local.train(client, received, told)
         found, kept = entries(local.guard.folder, client, number), local.store.reply(client, number, request)
-        seen.append(Seen(engine, client, number, received, task, start, [], found, release(request, update), update,
+        seen.append(Seen(engine, client, number, received, told, start, [], found, release(request, update), update,
                          metrics, None if kept is None else kept[0], str(local.guard.folder),
                          Visit(client, local.config.client, local.model, received, start, {}, local.train_data[client],
                                seed=0), local.halves))
