@@ -245,7 +245,8 @@ def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[st
             whose = f"{owner.__name__} has the options {', '.join(items) or 'none'}"
             if key in every:
                 raise InputError(f"{where}{key}: {every[key].metadata['help']}. {kind.capitalize()} {whose}.")
-            raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({where}name: {whose}.)")
+            name_key = NAME_KEYS.get(path, "name")
+            raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({where}{name_key}: {whose}.)")
     return _filled(items, given, path)
 
 
