@@ -38,6 +38,7 @@ class Guard:
     def __init__(self, config: Config, folder: Path, run: str) -> None:
         self.config, self.folder, self.run = config, folder, run
         self.private = config.privacy.unit == "sample"
+        # Each task has its own account, so a budget is planned for the rounds of one.
         self.rounds = config.run.rounds // (config.continual.tasks if config.continual.body else 1)
         self.policy = cache(self._policy)
 
@@ -46,6 +47,7 @@ class Guard:
             return policy.of_client(self.config.privacy.policy, client)
         except InputError as error:
             log.error("%s: %s", client, error)
+            # One sentence whatever is wrong: what the file says is the site's own business.
             raise Refused(policy.INVALID) from error
 
     def admit(self, client: str, number: int) -> None:
@@ -128,12 +130,14 @@ class Guard:
     def _release(self, account: str, number: int, name: str, plan: Plan, sums: float | None
                  ) -> tuple[Entry, Budget, Release | None, Budget | None, list[Entry]]:
         if sums is not None:
+            # Sums run over all records, so nothing is sampled and nothing amplified: rate 1, one step.
             entry = Entry(self.run, number, name, 1.0, sums, 1)
             return entry, plan.budget, None, *self._lifetime(account)
         entry = Entry(self.run, number, name, plan.sample_rate, plan.noise_multiplier,
                       self.config.client.local_steps or 0)
         bounds = self.policy(client_of(account))
         if bounds is not None:
+            # Counted here, as a server may number rounds as it likes; the very same release is not another round.
             done = sum(one.run == self.run and one != entry for one in self.ledger(account).entries())
             bounds.require_rounds(done + 1)
         return entry, plan.budget, plan.release, *self._lifetime(account)
@@ -179,6 +183,7 @@ class Guard:
 
 def fingerprint(received: AdapterState, told: Instructions) -> str:
     """Hash of a request: the same one is answered with the same update, at no further cost."""
+    # Sorted: a hash must not hang on the order in which keys were written.
     text = json.dumps(told.to_json(), sort_keys=True) + received.sha256()
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -117,6 +117,7 @@ class Local:
         Raises:
             Refused, BudgetExhausted: the client takes no part in this round.
         """
+        # Taken out: the same request again goes the long way, where store and ledger decide what it gets.
         found = self.ready.pop((client, told.round), None)
         if isinstance(found, Exception):
             raise found
@@ -135,6 +136,7 @@ class Local:
         known = all(one.answered is not None for one in good)
         done = None if known else _attempt(self._together, good)
         each = iter(done if isinstance(done, list) else [done] * len(good))
+        # Answers that nobody came for would pile up.
         self.ready = {}
         for (client, _, told), given in zip(requests, opened, strict=True):
             answer = _attempt(self._finish, given, next(each)) if isinstance(given, Opened) else given
@@ -142,6 +144,7 @@ class Local:
 
     def _open(self, client: str, received: AdapterState, told: Instructions) -> Opened:
         number = told.round
+        # The policy speaks before anything of the client's is read, its kept state included.
         self.guard.admit(client, number)
         received = self.own.accept(client, received, told, max(number - 1, 0))
         sequence.require_own_task(self.sequence, told)
@@ -150,15 +153,20 @@ class Local:
         private, answered = None, None
         if self.guard.private:
             spending.request = fingerprint(received, told)
+            # The same request gets the same bits: new noise on the same records would be a second release.
             if found := self.store.reply(client, number, spending.request):
-                answered = replace(found[0], sites=received.sites), found[1]
+                answered = replace(found[0], sites=received.sites), found[1]  # the store keeps no sites
+            # The plan may count records, so from here on a failure could tell something of them.
             with self._discreet(spending):
                 plan = spending.plan = self.guard.plan(client, lambda: len(self.records(client, told)))
                 assert plan is not None
                 if answered is None:
+                    # Before training: what cannot be paid for cannot be sent, and need not be computed.
                     self.guard.afford(spending.account, number, spending.request, plan)
+                # An empty answer is a failure that the store remembers; the ledger counts it once.
                 elif not answered[0].payload:
                     spending.fail(self.guard)
+            # A new source a request: seeded draws begin anew, so a repeated round takes the same batches and noise.
             private = Private(plan, self.guard.source(client, number))
         with self._discreet(spending):
             data = self.records(client, told)
@@ -172,6 +180,7 @@ class Local:
     def _plan(self, client: str, received: AdapterState, told: Instructions, start: AdapterState,
               kept: dict[str, Tensor], data: Encoded, private: Private | None) -> tuple[Visit, Job]:
         """The visit that client halves see, and the job that they have made of the round."""
+        # Derived from names, not drawn from a generator: who else runs in this process, and when, changes nothing.
         seed = seeds.derive(self.config.run.seed, "round", told.round, "client", client)
         mixed = sequence.mix_replay(self.train_data[client], told, self.config.client, seed)
         shown = data if mixed is None else mixed
@@ -180,6 +189,7 @@ class Local:
         for half in self.halves:
             for key, value in half.gradient_offset(visit).items():
                 offset[key] = offset[key] + value if key in offset else value
+        # Without residuals: `write` adds those to the base weights, where nothing trains.
         tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
         return visit, Job(tensors, shown, seed, sum(half.proximal(visit) for half in self.halves), offset or None,
                           private, in_order=mixed is not None)
@@ -216,6 +226,7 @@ class Local:
                 with self.model.competing(sequence.competing_classes(cohort[0].told)):
                     return train_cohort(self.model, [opened.job for opened in cohort], trains, self.config.client,
                                         tokens)
+            # A layer that mixes the samples of clients is found out in its first pass only.
             except InputError as error:
                 reason = self.sequential[trains] = str(error)
             for opened in cohort:  # each alone takes the draws from their beginning, as if nothing had been tried
@@ -241,8 +252,11 @@ class Local:
             update, keep = update.beside(sent), {**keep, **kept}
         marks, missed = sequence.mark_task(visit.kept, told, visit.client)
         keep = {**keep, **marks}
+        # Before the answer: a kill in between has the round done again from the older state. The other way round the
+        # answer would stand, be given again, and what belongs to it would never be written.
         if keep:  # what this round did not touch (the inactive factor's control) stays
             self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep})
+        # NaN would be refused by the server, and so tell it that no record was drawn.
         loss = 0.0 if private is not None and math.isnan(done.loss) else done.loss  # it drew no record
         metrics = {"num-examples": float(opened.count), "train_loss": loss}
         if told.learn is not None:
@@ -263,6 +277,7 @@ class Local:
             spending = opened.spending
             self.guard.spend(spending.account, spending.number, release(spending.request, update),
                              opened.job.private.plan)
+        # Asked again: an answer that was kept may be older than what the policy says now.
         return update, self.guard.allowed(opened.visit.client, metrics)
 
     # Parts -----------------------------------------------------------------------------------------------------------
@@ -282,7 +297,9 @@ class Local:
                 "server's (another torch or transformers version?). Set strategy.transport=dense."
             )
         kept = self.store.load(client, before)
+        # The store has more than adapter tensors: control variates, marks of tasks.
         personal = {key: value for key, value in kept.items() if key in self.initial}
+        # Last wins: what stays with the client comes before what was sent.
         start = self.initial.replace({**received.tensors, **personal})
         for half in self.halves:
             start = half.start(start)
@@ -294,6 +311,7 @@ class Local:
         self.guard.admit_evaluation(client)
         received = self.own.accept(client, received, told, number)
         sequence.require_own_task(self.sequence, told)
+        # After the round, not before it: with what the client kept in this very round.
         start, _ = self.compose(client, received, told, before=number + 1)
         return scoring.answer(self, client, received, start, told)
 
@@ -318,6 +336,7 @@ class Local:
         """The client's records of the round's task; under DP those that the model can take, which may be none."""
         if not self.guard.private:
             return sequence.records_of_task(self.data(self.train_data, client), told, client)
+        # Having none is no error here: an error would tell that there are none.
         return self.usable(sequence.select_task(self.train_data[client], told))
 
     def usable(self, data: Encoded) -> Encoded:

@@ -144,6 +144,7 @@ class Member:
         if len(names) > self.plan.neighbours:
             raise RunError(f"{len(names)} neighbours, but secagg.neighbours allows {self.plan.neighbours}.")
         public = [self.state["mask"], self.state["box"], *masks, *boxes]
+        # Whoever came twice would hold two shares of one secret and count twice towards the threshold.
         if len({self.name, *names}) != len(names) + 1 or len(set(public)) != 2 * (len(names) + 1):
             raise RunError("two neighbours have the same name or public key.")
         seed, number = os.urandom(masking.KEY_BYTES), len(names) + 1
@@ -151,6 +152,7 @@ class Member:
         secrets = masking.split(self.state["mask_secret"], self.plan.threshold, number)
         try:
             keys = [masking.agree(self.state["box_secret"], box, "box") for box in boxes]
+            # Tried now: in stage 2 a key that is none would come to light after training.
             for mask in masks:
                 masking.agree(self.state["mask_secret"], mask, "mask")
         except ValueError as error:
@@ -188,7 +190,9 @@ class Member:
         words = words + masking.stream(self.state["seed"], words.size)
         for name in names:
             mask = masking.stream(masking.agree(self.state["mask_secret"], masks[name], "mask"), words.size)
+            # Of each pair the first by name adds and the other subtracts, so the mask is not in their sum.
             words = words + mask if self.name < name else words - mask
+        # Its own keys and seed are not carried on: stage 3 gives away shares of others, and of its seed.
         self.leave(stage=2, start=state, names=[self.name, *names], seed_shares=seeds, secret_shares=secrets)
         return RecordDict({"arrays": ArrayRecord({"adapter": Array(words)}), RECORD: ConfigRecord({})})
 
@@ -209,6 +213,7 @@ class Member:
         for given in self.given(self.state["start"]):
             if given != set(uploaded):
                 raise self.another_set(given, set(uploaded))
+        # Before the shares leave: a kill in between may cost the round, but no second set can be asked for.
         self.store.save_sum(self.name, self.round, self.state["start"], sorted(set(uploaded)))
         del self.context.state[RECORD]
         shares = [*(seeds[name] for name in uploaded), *(secrets[name] for name in silent)]
@@ -245,6 +250,7 @@ class Member:
         return words
 
     def label(self, sender: str, receiver: str) -> str:
+        # JSON, as names joined by a separator could be read in two ways.
         return json.dumps([self.round, sender, receiver])
 
     def leave(self, **state: Any) -> None:

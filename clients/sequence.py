@@ -170,6 +170,7 @@ def answer_sums_privately(local: Local, client: str, received: AdapterState, sta
     """The sums for a head, noised, once on the disk and in the ledger; a failure costs what they would have."""
     guard, store, model, number = local.guard, local.store, local.model, told.round
     noise = float(local.config.continual.statistics_noise or 0)
+    # A name of its own: under the client's the store keeps the update of the same round.
     spending = Spending(client, f"{client}+sums-{told.view}", number, account_of_task(client, told),
                         fingerprint(received, told), sums=noise)
     answered = store.reply(spending.kept, number, spending.request)
@@ -183,6 +184,7 @@ def answer_sums_privately(local: Local, client: str, received: AdapterState, sta
             source = guard.source(client, number, f"sums {told.view}")
             found = private_head_sums(model, made, local.records(client, told), noise, source)
             answered = AdapterState({}, extra=found), guard.allowed(client, {})
+            # On the disk before it is counted: after a kill the same noise goes out, not a second draw.
             store.save_reply(spending.kept, number, spending.request, *answered)
         elif not answered[0].payload:
             spending.fail(guard)
@@ -206,6 +208,7 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
     Features are scaled to norm 1, and a record's statistics, all tensors together, are clipped to norm BOUND: adding or
     removing a record moves the sums by at most that, and the noise has standard deviation `noise` x BOUND.
     """
+    # The shapes, also where the client has no record: then noise alone goes out.
     nothing = head.statistics(torch.zeros(0, head.width), torch.zeros(0, dtype=torch.int64))
     total = _flat(nothing)
     for features, _, labels in model.features(data):

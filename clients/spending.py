@@ -49,6 +49,7 @@ class Spending:
         """Count the failure, once for a request, and raise Failed."""
         if self.plan is not None:
             guard.spend_failed(self.account, self.number, self.request, self.plan, self.sums)
+        # After it is counted: that it failed is itself told to the server.
         raise Failed
 
 
@@ -69,5 +70,6 @@ def discreet(guard: Guard, store: Store, spending: Spending) -> Iterator[None]:
         log.exception("%s failed in round %d; the server is not told why", spending.client, spending.number)
         if spending.plan is None:
             raise Failed from error
+        # Kept before it is counted, as an answer is: after a kill in between the same request fails and is counted.
         store.save_reply(spending.kept, spending.number, spending.request, AdapterState({}), {})
         spending.fail(guard)

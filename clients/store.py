@@ -37,6 +37,7 @@ class Store:
 
     def load(self, client: str, before: int) -> dict[str, Tensor]:
         """The newest state written before round `before`; empty if there is none."""
+        # Not simply the newest: a process that was killed may have written the round that is now done again.
         versions = [number for number in self._versions(client) if number < before]
         return load_file(self._file(client, max(versions))) if versions else {}
 
@@ -51,6 +52,7 @@ class Store:
         if not versions:
             return None
         file = self._file(client, max(versions), STATE)
+        # Without `weights_only` a file in the store could run code.
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
 
@@ -68,6 +70,7 @@ class Store:
             return None
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            # Other values under the same round number are another request, whose answer must be computed.
             if metadata.get("request") != request:
                 return None
             named = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -103,6 +106,7 @@ class Store:
 
     def _drop(self, client: str, number: int, pattern: str = ROUND) -> None:
         old = [version for version in self._versions(client, pattern) if version < number - self.history]
+        # The last of the old ones stays: a client that sat rounds out has nothing newer to resume from.
         for version in old[:-1]:
             self._file(client, version, pattern).unlink(missing_ok=True)
 

@@ -71,6 +71,7 @@ def train(model: Adapted, data: Encoded, trains: Sequence[str], config: ClientCo
     optimizer = make_optimizer(list(parameters.values()), config)
     losses, steps = [], 0
     model.training_mode()
+    # Dropout draws from torch's global generator; forked, what runs before and after draws as if nothing had been.
     with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
         if private is None:
@@ -205,6 +206,7 @@ def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, 
     with first_token(model, data):
         for start in range(0, len(teaching), batch_size):
             scores, targets = _predict(model, *on_device(data, teaching[start : start + batch_size], device))
+            # Sums over many records must not hang on how they are cut into batches.
             losses = objective.losses(scores, targets).double()
             for key, value in objective.measure(scores, targets, losses).items():
                 sums[key] += value

@@ -90,15 +90,18 @@ class Chunk:
             if key in masks:
                 masks[key][mask] = True
         self.still = torch.cat([mask.flatten() for mask in masks.values()]) if still else None
+        # Noise is drawn on the CPU while a device computes; on the CPU itself threads would take turns.
         self.threads = None if self.device.type == "cpu" else ThreadPoolExecutor()
         self.losses, self.seen = self.values.new_zeros(len(jobs)), self.values.new_zeros(len(jobs))
 
     def run(self) -> list[Done]:
         weights = nn.Parameter(self.values)
         optimizer = make_optimizer([weights], self.config)
+        # Before the first batch, as in `train`: a source then gives both engines the same batches and noise.
         masks = [seeds.derive(job.seed, "dropout") if job.private is None else job.private.secret_seed()
                  for job in self.jobs]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            # A client alone gets the masks that `train` would draw.
             torch.manual_seed(masks[0] if len(masks) == 1 else seeds.derive(*masks))
             for step in range(max(self.steps)):
                 active = sum(steps > step for steps in self.steps)
@@ -120,6 +123,7 @@ class Chunk:
 
     def _after(self, job: Job, row: Tensor) -> dict[str, Tensor]:
         parts = row.split([shape.numel() for shape in self.shapes.values()])
+        # Copies: a view would keep the matrix of the whole chunk alive.
         return {key: part.view(shape)[tuple(map(slice, job.start[key].shape if key in job.start else shape))].clone()
                 for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
@@ -133,29 +137,36 @@ class Chunk:
         sources = [own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads)
                    for own in private]
         for piece in cut(self.lengths[:active], drawn, self.tokens):
+            # DP-SGD clips record by record, so each sample needs factors of its own.
             groups = piece.clients if private else piece.groups()
+            # Weighed by the whole batch, so that the pieces it is cut into add up to its mean.
             losses, slopes = self._slopes(values, piece, groups, None if private else 1 / counts)
             clients = self._index(piece.clients)
             if private:
                 add_clipped(total, slopes, losses, clients, values.new_tensor([own.plan.clip for own in private]))
             else:
                 total.index_add_(0, self._index(groups), torch.cat([slope.flatten(1) for slope in slopes], dim=1))
+            # A record without a finite loss adds nothing to a private sum, so it is not in the mean loss either.
             good = torch.isfinite(losses) if private else torch.ones_like(losses, dtype=torch.bool)
             self.losses.index_add_(0, clients, losses.where(good, 0.0))
             if private:
                 self.seen.index_add_(0, clients, good.to(self.seen))
         if not private:
+            # The weighed losses of a step are its mean already.
             self.seen[:active] += 1
         if private:
+            # Every row, also one whose draw was empty: a step without noise would tell that nothing was drawn.
             total = torch.stack([own.plan.noised_mean(row, source)
                                  for own, row, source in zip(private, total, sources, strict=True)])
             if self.still is not None:
+                # After the noise, which falls on every entry.
                 total[:, self.still] = 0
         if self.start is not None:
             total += self.mu[:active] * (values - self.start[:active])
         if self.offset is not None:
             total += self.offset[:active]
         if self.config.max_grad_norm is not None:
+            # With the 1e-6 of torch's `clip_grad_norm_`, which `train` calls.
             norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
@@ -167,6 +178,7 @@ class Chunk:
         Args:
             shares: weight of a sample of each client; None is 1.
         """
+        # A slice is a view; an index would copy the values of all clients.
         chosen = slice(len(values)) if np.array_equal(groups, np.arange(len(values))) else self._index(groups)
         parts = values[chosen].split([shape.numel() for shape in self.shapes.values()], dim=1)
         leaves = {key: part.unflatten(1, shape).requires_grad_()
@@ -178,6 +190,7 @@ class Chunk:
         losses = per_sample_loss(self.model, inputs, labels.to(self.device, non_blocking=True))
         if shares is not None:
             losses = losses * torch.from_numpy(shares[piece.clients]).to(losses)
+        # The sum: no sample reads another group's factors, so one pass gives each group its own gradient.
         slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         self.now.values = {}
         return losses.detach(), [torch.zeros_like(leaf) if slope is None else slope

@@ -83,6 +83,7 @@ def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) 
     """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
     sizes = [min(config.batch_size, len(job.data)) for job in jobs]
     widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
+    # Private jobs apart, as a chunk takes one kind of step; most steps first, as those that go on are its first rows.
     order = sorted(range(len(jobs)), key=lambda i: (jobs[i].private is None, -steps_of(jobs[i], config), -widths[i]))
     chunk: list[int] = []
     for index in order:

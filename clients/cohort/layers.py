@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.errors import InputError
 
+# The second is the output projection of torch's attention, and computes like the first.
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
@@ -65,6 +66,7 @@ class Layer:
                 y = y + now.values[self.bias].unsqueeze(-2)
             return y.reshape(*x.shape[:-1], -1)
         y = self.module.base_layer(x)
+        # As peft does: factors may be more precise than the base.
         x = self.module.lora_dropout["default"](x.to(weights[0].dtype)).reshape(now.groups, -1, x.shape[-1])
         for weight in weights[:-1]:
             x = x @ weight.mT
@@ -97,6 +99,7 @@ def layers(model: Adapted) -> list[Layer]:
                 parts = [module.lora_A["default"], *module.lora_B["default"].modules()] if _plain(module) else []
                 chain = [part for part in parts if not isinstance(part, nn.Sequential)]
                 factors = [keys.get(id(getattr(part, "weight", None)), "") for part in chain]
+                # Exact types: a subclass may compute something else.
                 if not chain or not all(factors) or any(type(part) not in LINEAR or part.bias is not None
                                                         for part in chain):
                     raise InputError(f"{name} is not a plain LoRA layer")
@@ -129,6 +132,7 @@ def replaced(found: list[Layer], now: Pass) -> Iterator[None]:
     before = [vars(layer.module).get("forward") for layer in found]
     try:
         for layer in found:
+            # torch calls `self.forward`: an entry of the instance comes before the class, and nothing else is touched.
             vars(layer.module)["forward"] = lambda x, *_, layer=layer, **__: layer.forward(now, x)
         yield
     finally:

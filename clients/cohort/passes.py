@@ -71,6 +71,7 @@ def cut(lengths: list[np.ndarray], drawn: list[np.ndarray], tokens: int) -> Iter
     if fits(order):
         yield piece(order)
         return
+    # Stable: records of one length stay in clients' order, so that a batch is cut alike everywhere.
     order, start = np.argsort(-width, kind="stable"), 0
     for end in range(1, len(order) + 1):
         if end == len(order) or not fits(order[start : end + 1]):

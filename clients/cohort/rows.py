@@ -14,6 +14,7 @@ def rows(states: list[dict[str, Tensor]], like: dict[str, Tensor]) -> Tensor:
     for row, state in zip(matrix, states, strict=True):
         for (key, value), part in zip(like.items(), row.split(sizes), strict=True):
             part.view(value.shape)[tuple(map(slice, state[key].shape))] = state[key]
+    # Filled on the CPU first: one transfer, not one for each tensor of each client.
     return matrix.to(first.device)
 
 
@@ -28,6 +29,8 @@ def frozen(values: list[Tensor], like: Tensor) -> tuple[Tensor, bool]:
 def shrink(optimizer: torch.optim.Optimizer, weights: nn.Parameter, rows: int) -> None:
     """Leave only the first rows to the optimizer, with its moments of them."""
     if len(weights) > rows:
+        # The same Parameter with fewer rows, as the optimizer finds its moments by it.
         weights.data = weights.data[:rows]
         state = optimizer.state[weights]
+        # AdamW's count of steps has no rows.
         state |= {name: value[:rows] for name, value in state.items() if torch.is_tensor(value) and value.ndim}
