@@ -184,7 +184,7 @@ class FederatedStrategy(Configured, Strategy):
                 server, event = self.attempt(grid, server, roster, rules, codec, record, warned)
             except RoundDropped as error:
                 server = self.drop(server, error, record)
-                after_round(server)
+                after_round(server)  # also this is checkpointed: clients may have answered under its number
                 continue
             # 8. Evaluate, record, checkpoint.
             if number % rules.evaluate_every == 0 or number == rules.rounds:
@@ -192,7 +192,7 @@ class FederatedStrategy(Configured, Strategy):
                     event |= self.evaluate_clients(grid, server, roster, rules, record)
                 if evaluate is not None:
                     event |= evaluate(server)
-            record({**event, "seconds": round(time.monotonic() - begun, 3)})
+            record({**event, "seconds": round(time.monotonic() - begun, 3)})  # first: without its checkpoint it is cut and comes again
             after_round(server)
         return server
 
@@ -244,9 +244,9 @@ class FederatedStrategy(Configured, Strategy):
     ) -> tuple[ServerState, dict[str, AdapterState], dict[int, RecordDict]]:
         """The state as broadcast, what each chosen client gets, and the message contents by node."""
         chosen = self.choose(sorted(roster), rules, server.round + 1)
-        server = self.before_round(server)
+        server = self.before_round(server)  # not checkpointed: a round that is done again begins in the old form
         sent = {client: self.broadcast(server, client) for client in chosen}
-        told = self.instructions(server)
+        told = self.instructions(server)  # the same for all: who is asked does not show in it
         return server, sent, {roster[client]: codec.content(sent[client], told) for client in chosen}
 
     def conclude(
@@ -282,7 +282,7 @@ class FederatedStrategy(Configured, Strategy):
         except InputError as error:
             raise RoundFailed(f"round {number}: {error}") from error
         broken = [key for key, value in server.adapter.tensors.items() if not torch.isfinite(value).all()]
-        if broken:
+        if broken:  # before a checkpoint could keep it and end every resume
             raise RoundFailed(
                 f"round {number}: the aggregate has NaN or inf in {broken[0]}, though every update was finite. "
                 "Bound updates with run.max_update_norm or a robust wrapper, or lower client.lr."
@@ -298,7 +298,7 @@ class FederatedStrategy(Configured, Strategy):
               rules: Rules, codec: wire.Codec = wire.PACKED) -> tuple[list[Update], dict[str, str]]:
         """Good updates sorted by client name, and the reason for each bad one."""
         updates, bad = [], {}
-        for client in sorted(sent):
+        for client in sorted(sent):  # not as replies came in: sums must round alike in every run
             try:
                 adapter, metrics = codec.read(replies[client], sent[client], self.uploads(server), server.round + 1)
             except wire.BadReply as error:
@@ -315,7 +315,7 @@ class FederatedStrategy(Configured, Strategy):
     def evaluate_clients(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
                          record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
         """Every client evaluates its own model on its own held-out records; the means are weighted by records."""
-        told = replace(self.instructions(server), round=server.round)
+        told = replace(self.instructions(server), round=server.round)  # of the round behind, not of the next one
         contents = {
             roster[client]: wire.PACKED.content(self.broadcast(server, client), told) for client in sorted(roster)
         }
@@ -385,7 +385,7 @@ def _rescaled(like: AdapterState, update: Update) -> Update:
     for site in like.lora_sites():
         ratio = update.adapter.sites[site].scaling / like.sites[site].scaling
         key = next((f"{site}/{role}" for role in ("R", "B", "A") if f"{site}/{role}" in tensors), None)
-        if key is not None and ratio != 1:
+        if key is not None and ratio != 1:  # on one factor: on both it would count twice
             tensors[key] = tensors[key].double() * ratio
     return replace(update, adapter=replace(update.adapter, tensors=tensors, sites=like.sites))
 

@@ -66,6 +66,7 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
         BadMessage: any of its fields, its header or its length says otherwise.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    # What the fields claim is compared first, since it costs nothing; the bytes are looked at after that.
     if given.stype != SType.NUMPY or given.dtype != dtype or tuple(given.shape) != shape:
         coded = "" if given.stype == SType.NUMPY else f" in {shown(given.stype, 60)}"
         raise BadMessage(f"{what}: {shown(given.dtype, 60)} {shown(list(given.shape[:9]), 200)}{coded}, expected "
@@ -76,11 +77,13 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
     with reading(f"header of {what}"):
         version = npy.read_magic(file)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        # numpy parses the header as a Python literal, which long ones make unsafe.
         said, fortran, kind = read(file, max_header_size=HEADER_BYTES)
     if said != shape or kind != np.dtype(dtype) or file.tell() + size != len(given.data):
         raise BadMessage(f"{what}: its header says {shown(kind, 60)} {shown(list(said), 200)}, expected {dtype} "
                          f"{list(shape)} in {len(given.data)} bytes")
     flat = np.frombuffer(given.data, np.dtype(dtype), offset=file.tell())
+    # Both are views: the values are never twice in memory.
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
@@ -103,6 +106,7 @@ def packed(content: RecordDict, longest: int, check: Callable[[AdapterState], No
     with reading("arrays"):
         require_names(arrays, ("adapter",), "arrays")
         form = described(_text(config, "manifest"), longest)
+        # Before the array is looked at: a form that was not to be sent must not cost its memory.
         check(form)
         dtype, count = packed_form(form)
         values = array(arrays["adapter"], dtype, (count,), "the adapter's array")
@@ -131,6 +135,7 @@ def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
     count = values.get("num-examples")
     if count is None:
         raise BadMessage("no num-examples in the reply")
+    # Written so that NaN fails too.
     if not 0 < count <= MOST_EXAMPLES:
         raise BadMessage(f"num-examples is {count:g}, not positive and at most {MOST_EXAMPLES:g}")
     return values
@@ -139,8 +144,10 @@ def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
 def _metric(key: str, value: Any) -> float:
     if not METRIC_NAME.fullmatch(key):
         raise BadMessage(f"metric {shown(key, 120)!r}: no name of a metric")
+    # To Python True is an int.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadMessage(f"{key} is a {type(value).__name__}, not a number")
+    # Also NaN fails here.
     if not abs(value) <= LARGEST:
         raise BadMessage(f"{key} is {shown(value, 60)}, not finite and at most {LARGEST:g}")
     return float(value)

@@ -58,6 +58,7 @@ class Packed:
         nodes = joined(grid, expected)
         names: dict[str, int] = {}
         silent: dict[int, str] = {}
+        # Sorted ids in portions: the same nodes get the same names in every run of a simulation.
         for start in range(0, len(nodes), ROLL):
             asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
             for node, reply in ask(grid, "query", asked, JOIN_DEADLINE_S).items():
@@ -114,6 +115,7 @@ class Packed:
         with reading("reply", BadReply):
             adapter, told = opening.packed(content, manifest_bytes(sent),
                                            lambda form: wanted.require_same_form(form, "update"), ("metrics",))
+        # A reply to an earlier round has the right form, and would be taken for this one's.
         if told.round != number:
             raise BadReply(f"stale: an update of round {told.round}, not {number}")
         return checked(replace(adapter, sites=sent.sites), wanted), values
@@ -185,6 +187,7 @@ class Named:
             like = sent[keys[name]].numpy()
             with reading(f"array {name}", BadReply):
                 given = opening.array(array, str(like.dtype), like.shape, f"array {name}")
+            # A view of the message's bytes may not be written to; torch wants memory that may.
             tensors[keys[name]] = torch.from_numpy(given.copy())
         wanted = sent.select(uploads)
         for key, value in tensors.items():
@@ -237,6 +240,7 @@ def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: floa
         node = sent[reply.metadata.reply_to_message_id]
         given = replies[node]
         if given is not None:
+            # Neither is taken: which of the two was meant nobody can tell.
             reply = refused(given, "it answered one message twice")
         elif not reply.has_error() and reply.metadata.src_node_id != node:
             reply = refused(reply, f"node {reply.metadata.src_node_id} answered in its name")
@@ -264,6 +268,7 @@ def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Mess
         answered = {reply.metadata.reply_to_message_id for reply in arrived}
         waiting = [name for name in waiting if name not in answered]
         if waiting and time.monotonic() > until:
+            # Flower's own grids have no such thing.
             if hasattr(grid, "cancel"):
                 grid.cancel(waiting)
             break

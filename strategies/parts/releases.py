@@ -16,6 +16,7 @@ from fedpeft.state import AdapterState
 
 def name(total: Tensor, unclipped: float | None) -> str:
     """A hash of every bit of a release: the noised sum and, where the clip adapts, the noised count."""
+    # `repr` of a float gives back every bit of it.
     return hashlib.sha256(total.numpy().tobytes() + repr(unclipped).encode()).hexdigest()
 
 
@@ -25,6 +26,7 @@ def read(path: Path, start: AdapterState) -> tuple[Tensor, float | None] | None:
         return None
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+        # From another state the same round is another release: this one must not be taken for it.
         if metadata["start"] != start.sha256():
             return None
         total: Tensor = file.get_tensor("total")

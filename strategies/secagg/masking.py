@@ -55,6 +55,7 @@ def levels(bits: int) -> int:
 def quantise(change: Floats, clip: float, bits: int) -> tuple[Words, int]:
     """Fixed-point values of `change` modulo 2^32, and how many coordinates were clipped."""
     scaled = np.clip(change, -clip, clip) / clip * levels(bits)
+    # By way of int64: a negative float has no defined value as an unsigned word.
     return np.rint(scaled).astype(np.int64).astype(WORD), int((np.abs(change) > clip).sum())
 
 
@@ -64,6 +65,7 @@ def dequantise(total: Words, clients: int, clip: float, bits: int) -> Floats:
     Raises:
         ValueError: no sum of that many values can be `total`.
     """
+    # Widened before `abs`, which has no int32 for -2^31.
     signed = total.astype(WORD).view("<i4").astype(np.int64)
     most = clients * levels(bits)
     outside = int((np.abs(signed) > most).sum())
@@ -100,6 +102,7 @@ def agree(secret: bytes, public: bytes, purpose: str) -> bytes:
 
 def seal(key: bytes, content: bytes, label: str) -> bytes:
     """Authenticated encryption; `label` says from whom to whom and when, and must be the same at the other end."""
+    # One key seals more than one message, so the nonce must be new.
     nonce = os.urandom(NONCE_BYTES)
     return nonce + ChaCha20Poly1305(key).encrypt(nonce, content, label.encode())
 
@@ -122,6 +125,7 @@ def split(secret: bytes, threshold: int, holders: int) -> list[bytes]:
     shares = []
     for x in range(1, holders + 1):
         y = 0
+        # Horner's rule; the secret is the value at zero, so no holder may have x = 0.
         for coefficient in reversed(coefficients):
             y = (y * x + coefficient) % PRIME
         shares.append(x.to_bytes(2) + y.to_bytes(SHARE_BYTES - 2))
@@ -148,6 +152,7 @@ def combine(shares: list[bytes], threshold: int, length: int = KEY_BYTES) -> byt
                 top, bottom = top * other % PRIME, bottom * (other - x) % PRIME
         total += y * top * pow(bottom, -1, PRIME)
     value = total % PRIME
+    # The prime has 521 bits: shares of different secrets give a number that almost surely does not fit.
     if value >= 256**length:
         raise ValueError("the shares are not of one secret")
     return value.to_bytes(length)

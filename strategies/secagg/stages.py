@@ -61,6 +61,7 @@ class Stages:
         graph = circle(list(contents), self.plan.neighbours)
         keys = self.ask(0, {client: {} for client in contents}, lambda client, reply: (
             field(reply, "mask", masking.KEY_BYTES), field(reply, "box", masking.KEY_BYTES)))
+        # Who fell out before shares were dealt put no mask into anybody's upload, so nothing of it has to be removed.
         near = {client: [other for other in graph[client] if other in keys] for client in keys}
         sealed = self.ask(1, {client: {"names": near[client], "masks": [keys[other][0] for other in near[client]],
                                        "boxes": [keys[other][1] for other in near[client]]} for client in keys},
@@ -71,6 +72,7 @@ class Stages:
                            lambda client, reply: vector(reply, size), contents)
         uploaded = {client: [client, *(other for other in near[client] if other in vectors)] for client in vectors}
         silent = {client: [other for other in near[client] if other not in vectors] for client in vectors}
+        # A client that uploaded late is silent to all: its seed is never asked for, so its update stays hidden.
         shares = self.ask(3, {client: {"uploaded": uploaded[client], "silent": silent[client]} for client in vectors},
                           lambda client, reply: dict(zip(uploaded[client] + silent[client], listed(reply, "shares"),
                                                          strict=True)))
@@ -81,6 +83,7 @@ class Stages:
             secret = self.secret(client, shares)
             for other in (other for other in near[client] if other in vectors):
                 mask = masking.stream(masking.agree(secret, keys[other][0], "mask"), size)
+                # The undone half of a pair: what `other` had added, where its name comes first, or subtracted.
                 total = total - mask if other < client else total + mask
         return total, list(vectors)
 
@@ -124,6 +127,7 @@ class Stages:
     def failed(self, stage: int, what: str) -> RoundFailed:
         reasons = "; ".join(f"{client}: {reason}" for client, reason in self.without_upload([]).items())
         where = f"round {self.number}: secure aggregation, stage {stage} ({NAMES[stage]})"
+        # Before stage 2 nothing of an update is on the way, so the same round may be tried again.
         kind = RoundFailed if stage < 2 else RoundDropped
         return kind(f"{where}: {what}. {reasons}".rstrip())
 
@@ -146,6 +150,7 @@ def circle(clients: list[str], count: int) -> dict[str, list[str]]:
     order = list(clients)
     secrets.SystemRandom().shuffle(order)
     steps = [step for far in range(1, count // 2 + 1) for step in (-far, far)]
+    # Steps on both sides would meet on a circle that is too small.
     if count >= len(order) - 1:
         steps = list(range(1, len(order)))
     return {client: sorted({order[(place + step) % len(order)] for step in steps} - {client})

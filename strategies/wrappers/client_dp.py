@@ -127,6 +127,7 @@ class ClientDP(Wrapper):
     def choose(self, names: list[str], rules: Rules, number: int) -> list[str]:
         if self.privacy.client_sampling == "fixed":
             return super().choose(names, rules, number)
+        # A source of its own: choosing must not move what the noise of the round is.
         draws = self.randomness("choose", number).uniform(len(names))
         return [name for name, draw in zip(sorted(names), draws, strict=True) if draw < self.sample_rate]
 
@@ -148,10 +149,12 @@ class ClientDP(Wrapper):
         if found is None:
             found = self._noised(start, server, updates)
             if kept is not None:
+                # Kept before it is counted: after a kill in between the very same bits are taken up and counted.
                 releases.write(kept, server.adapter, *found, history=2 * self.run_config.checkpoint_every + 1)
         else:
             log.warning("round %d was released before the process ended: that release stands, and what clients sent "
                         "now is not used", number)
+        # Also one that was taken up: the kill may have come before the ledger, which counts a name once.
         self._reserve(number, self.noise_multiplier, releases.name(*found))
         return found
 
@@ -169,6 +172,7 @@ class ClientDP(Wrapper):
         if not adaptive:
             return noised, None
         count = torch.tensor([unclipped], dtype=torch.float64)
+        # One client moves the shifted count by 1/2, so twice s gives a deviation of s.
         return noised, float(add_noise(count, 2 * self.count_noise, COUNT, source))
 
     def _reserve(self, number: int, z: float, name: str) -> None:
@@ -214,6 +218,7 @@ class ClientDP(Wrapper):
         if not self.privacy.release_metrics:
             updates = [replace(update, metrics={}) for update in updates]
         after, event = super().conclude(server, updates, bad, rules, record)
+        # The clip of the state before: the one that this round used.
         return after, {**event, "epsilon_max": self.spent(after.round), "clip": self.clip(server),
                        "noise_multiplier": self.noise_multiplier}
 
@@ -235,7 +240,9 @@ def sum_changes(start: AdapterState, updates: list[Update], clip: float) -> tupl
     for update in updates:
         change = torch.cat([(update.adapter[key].double() - value.double()).flatten()
                             for key, value in start.tensors.items()])
+        # Float64 needs no room for rounding.
         total += clipped_sum(change[None], clip, slack=0.0)
+        # NaN is not <= clip, and so counts as clipped.
         unclipped += COUNT if float(change.norm()) <= clip else -COUNT
     return total, unclipped
 
