@@ -47,6 +47,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def sync_folder(path: Path) -> None:
+    """Have the disk keep a folder's entries: a file renamed into it then outlives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

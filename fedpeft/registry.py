@@ -157,6 +157,7 @@ def table(kind: str) -> dict[str, str]:
 
 
 def names(kind: str) -> list[str]:
+    """All names of a table, other packages' among them, first."""
     return list(table(kind))
 
 

@@ -33,7 +33,8 @@ class Injected:
 class Adapter(Protocol):
     """A registered adapter method."""
 
-    def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected: ...
+    def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
+        """Put the adapter into the base's target modules; its untrained product is zero."""
 
 
 class Adapted:
@@ -129,6 +130,7 @@ class Adapted:
                 module.eval()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of a batch on the model's device, with a graph; NEVER at classes that do not compete."""
         return self._among_competing(self.base.forward(batch))
 
     @torch.no_grad()
@@ -158,6 +160,7 @@ class Adapted:
             self.compete = before
 
     def to(self, device: torch.device) -> Adapted:
+        """Move the base, with all that was injected into it, in place; the same object comes back."""
         self.base.to(device)
         return self
 

@@ -49,6 +49,7 @@ def draw(digit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def main(target: Path) -> None:
+    """Train the model on drawn digits, print its loss and accuracy, and save it to the folder `target`."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)

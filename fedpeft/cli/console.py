@@ -31,6 +31,7 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]],
 
 
 def fail(message: str) -> None:
+    """Print an error on standard error; the message is shown as it is, not as markup."""
     err.print("error:", style="bold red", end=" ")
     err.print(message, markup=False, soft_wrap=True)
 
@@ -233,6 +234,7 @@ def _row(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def aggregate_result(result: dict[str, Any]) -> None:
+    """Print what merging adapters gave: its size, the method's notes in yellow, and the folder that it lies in."""
     name = result["strategy"] if "strategy" in result else result["method"]
     out.print(f"{name}: {result['adapters']} adapters, {result['sites']} modules, rank {result['rank']}")
     for note in result["notes"]:
@@ -241,6 +243,7 @@ def aggregate_result(result: dict[str, Any]) -> None:
 
 
 def listing(tables: dict[str, Any]) -> None:
+    """Print a table for each kind; its rows are mappings with `name` and, where there is one, `summary`."""
     for name, rows in tables.items():
         table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("name", style="bold")
@@ -252,6 +255,7 @@ def listing(tables: dict[str, Any]) -> None:
 
 
 def entry(result: dict[str, Any]) -> None:
+    """Print one registry entry: what is known of it, its options, and its module's text up to the first example."""
     out.print(f"{result['name']} ({result['table']})", style="bold")
     for key in ("summary", "paper", "needs", "path"):
         if result.get(key):
@@ -273,6 +277,7 @@ def entry(result: dict[str, Any]) -> None:
 
 
 def valid(result: dict[str, Any]) -> None:
+    """Print a config as YAML with every default written out, and that it is valid."""
     import yaml
 
     out.print(yaml.safe_dump(result["config"], sort_keys=False), markup=False, end="")
@@ -303,6 +308,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def pairs(result: dict[str, Any]) -> None:
+    """Print a line `key: value` for each item, unbroken where it is longer than the terminal is wide."""
     for key, value in result.items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
 
@@ -319,6 +325,7 @@ def privacy(result: dict[str, Any]) -> None:
 
 
 def ledgers(result: dict[str, Any]) -> None:
+    """Print what each ledger has spent, a row for each account, and the largest epsilon of one record (or client)."""
     table = Table(title=f"spent at delta {result['delta']:g}, by {result['accountant']}")
     for name in ("ledger", "epsilon", "releases", "steps", "runs"):
         table.add_column(name, justify="left" if name == "ledger" else "right")

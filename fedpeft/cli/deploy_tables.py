@@ -16,12 +16,14 @@ ROUNDS = 8  # newest rounds in the live table
 
 
 def checks(result: dict[str, Any]) -> None:
+    """Print a line for each check: whether it passed, its name, and what was seen."""
     for row in result["checks"]:
         out.print("ok  " if row["ok"] else "FAIL", style="green" if row["ok"] else "bold red", end=" ")
         out.print(f"{row['check']:<7} {row['seen']}", markup=False, soft_wrap=True)
 
 
 def policies(result: dict[str, Any]) -> None:
+    """Print what each policy file allows, in sentences under the file's path."""
     for entry in result["policies"]:
         out.print(entry["file"], style="bold", markup=False, soft_wrap=True)
         for line in entry["says"]:
@@ -29,6 +31,7 @@ def policies(result: dict[str, Any]) -> None:
 
 
 def sites(result: dict[str, Any]) -> None:
+    """Print the registered sites and their status, and first, if so, that the coordinator is not running."""
     if not result["running"]:
         out.print("the coordinator is not running", style="yellow")
     table = Table("site", "status", box=None, padding=(0, 3, 0, 0))
@@ -38,6 +41,7 @@ def sites(result: dict[str, Any]) -> None:
 
 
 def status(result: dict[str, Any]) -> None:
+    """Print the sites, then every run with its newest rounds."""
     sites(result)
     for entry in result["runs"]:
         out.print()
@@ -69,6 +73,7 @@ def rounds(history: list[dict[str, Any]]) -> Table:
 
 
 def text(result: dict[str, Any]) -> None:
+    """Print a log as it is, with no line broken or coloured."""
     out.print(result["log"], markup=False, highlight=False, soft_wrap=True, end="")
 
 

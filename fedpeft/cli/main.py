@@ -218,6 +218,7 @@ def data_list(as_json: Json = False) -> None:
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Hold the options that come before a command; --version prints the version and ends."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -35,6 +35,8 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
 
 @dataclass
 class ModelConfig:
+    """Section `model`: the frozen base that every client has, and what it is trained to do."""
+
     name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id",
                        path=True)
     task: str = option("image-classification", "what the model is trained to do: a registered objective",
@@ -50,6 +52,8 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
+    """Section `adapter`: what trains and travels; everything else of the model is frozen."""
+
     name: str = option("lora", "registered adapter")
     r: int = option(4, "rank", low=1)
     alpha: float = option(8.0, "scale: the product is multiplied by alpha / r (alpha / sqrt(r) with rslora)", above=0)
@@ -69,12 +73,16 @@ class AdapterConfig:
 
 @dataclass
 class PartitionConfig:
+    """Section `data.partition`: how the training records are dealt to simulated clients."""
+
     name: str = option("dirichlet", "registered partitioner")
     options: dict[str, Any] = option({}, "options of the partitioner named above")
 
 
 @dataclass
 class DataConfig:
+    """Section `data`: where records come from, which columns of them count, and how clients share them."""
+
     source: str = option("digits", "embedded or prepared data set, file (csv, jsonl, parquet, ...), folder or hub id",
                          path=True)
     test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out",
@@ -100,6 +108,8 @@ class DataConfig:
 
 @dataclass
 class StrategyConfig:
+    """Section `strategy`: how the server combines updates; each strategy in `wrap` is around those before it."""
+
     name: str = option("fedit", "registered strategy")
     weighting: str = option("examples", "client weights: by examples, or all equal", choices=("examples", "uniform"))
     wrap: list[Any] = option([], "strategies put around it, innermost first: names, or mappings with name and options",
@@ -109,6 +119,8 @@ class StrategyConfig:
 
 @dataclass
 class ClientConfig:
+    """Section `client`: a client's training in one round. One of `local_steps` and `local_epochs` is null."""
+
     optimizer: str = option("adamw", "local optimizer, new every round", choices=("adamw", "sgd"))
     lr: float = option(1e-3, "local learning rate", above=0)
     momentum: float = option(0.0, "of sgd", low=0, high=1)
@@ -121,6 +133,8 @@ class ClientConfig:
 
 @dataclass
 class PrivacyConfig:
+    """Section `privacy`: what is protected, its budget, and how sampling and noise keep it."""
+
     unit: str = option("none", "what differential privacy protects: sample, one record, by DP-SGD at each client, "
                        "also against the server; client, all data of one client, by noise at a trusted server",
                        choices=("none", "sample", "client"))
@@ -150,6 +164,8 @@ class PrivacyConfig:
 
 @dataclass
 class SecAggConfig:
+    """Section `secagg`: masks over fixed-point updates; strategies that must see each update cannot have it."""
+
     enabled: bool = option(False, "secure aggregation (SecAgg+): the server learns the sum of the updates, none alone")
     clip: float = option(1.0, "largest change of one coordinate in a round; larger ones are cut to it", above=0)
     bits: int = option(22, "bits of the fixed-point value of one coordinate", low=8, high=30)
@@ -162,6 +178,8 @@ class SecAggConfig:
 
 @dataclass
 class TTAConfig:
+    """Section `tta`: the test-time method that every client runs on a stream of its own, and what shifts the stream."""
+
     method: str | None = option(None, "registered test-time method that every client runs on a stream of its own "
                                 "whenever it evaluates; null is none")
     batch_size: int = option(32, "rows in a batch of the stream", low=1, high=200)
@@ -174,6 +192,8 @@ class TTAConfig:
 
 @dataclass
 class ContinualConfig:
+    """Section `continual`: a sequence of tasks that the federation learns one after another."""
+
     body: str | None = option(None, "how the federation learns a sequence of tasks (a registered body); null is no "
                               "sequence")
     options: dict[str, Any] = option({}, "options of the body named above")
@@ -187,6 +207,8 @@ class ContinualConfig:
 
 @dataclass
 class RunConfig:
+    """Section `run`: how long a run is, on what it runs, and what a round does when clients fail."""
+
     rounds: int = option(10, "federated rounds", low=1)
     clients_per_round: int | None = option(None, "clients asked each round; null is all", low=1)
     seed: int = option(0, "root of every random choice", low=0)
@@ -230,6 +252,8 @@ class Configured:
 
 @dataclass
 class Config:
+    """A whole run as its YAML says it; every section may be left out, and then has its defaults."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -271,4 +295,5 @@ def choices_of(item: dataclasses.Field[Any]) -> list[str]:
 
 
 def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default of a field, a new object at every call where it is mutable; MISSING where there is none."""
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default

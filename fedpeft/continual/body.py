@@ -45,7 +45,7 @@ class TrainConfig:
 
 @dataclass
 class BodyConfig:
-    pass
+    """Options of a body that has none."""
 
 
 class Body:
@@ -172,6 +172,7 @@ class Body:
         self.restart_optimizer()
 
     def restart_optimizer(self) -> None:
+        """Forget the moments: a new Adam over the parameters whose role is not fixed, None where none is left."""
         fixed = self.fixed_roles(self.config)
         leaves = [value for key, value in self.parameters.items() if key.rpartition("/")[2] not in fixed]
         self.optimizer = torch.optim.Adam(leaves, lr=self.train.lr) if leaves else None
@@ -201,6 +202,11 @@ class Body:
     # What bodies use -------------------------------------------------------------------------------------------------
 
     def current(self) -> Task:
+        """The present task.
+
+        Raises:
+            InputError: none has begun.
+        """
         if self.task is None:
             raise InputError("body: no task has begun.")
         return self.task
@@ -214,6 +220,7 @@ class Body:
         return self.statistics(self.records()) if self.surveyed is None else self.surveyed
 
     def per_epoch(self) -> int:
+        """Steps of one pass over the task's records; the last batch may be smaller."""
         return -(-len(self.records()) // self.train.batch_size)
 
     def order(self, step: int) -> Any:
@@ -246,6 +253,7 @@ class Classifier:
         self.restart_optimizer()
 
     def restart_optimizer(self) -> None:
+        """Forget the moments: a new Adam over weight and bias."""
         self.optimizer = torch.optim.Adam([self.weight, self.bias], lr=self.lr)
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -253,10 +261,12 @@ class Classifier:
         return features @ self.weight.T + self.bias
 
     def state(self) -> dict[str, Any]:
+        """Copies of weight, bias and the optimizer's state."""
         return copy.deepcopy({"weight": self.weight.detach(), "bias": self.bias.detach(),
                               "optimizer": self.optimizer.state_dict()})
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`, with its moments."""
         state = copy.deepcopy(state)
         self.weight, self.bias = leaf(state["weight"]), leaf(state["bias"])
         self.restart_optimizer()

@@ -38,6 +38,7 @@ class Curriculum:
         return number % self.rounds == 0
 
     def classes(self, task: int) -> list[int]:
+        """Labels of one task (numbered from 0), sorted."""
         return sorted(self.groups[task])
 
     def seen(self, task: int) -> list[int]:

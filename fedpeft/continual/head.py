@@ -54,9 +54,11 @@ class Head(Configured):
         self.solve()
 
     def state(self) -> dict[str, Any]:
+        """Copies of the sums and of the classes seen; the rest follows from them."""
         return copy.deepcopy({"sums": self.sums, "seen": self.seen})
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`: the sums are taken over, and the head is fitted on them if it has seen a class."""
         state = copy.deepcopy(state)
         self.sums, self.seen = state["sums"], state["seen"]
         if self.seen:

@@ -204,6 +204,7 @@ class Learner:
     # State -----------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
+        """What `load` goes on from bit for bit, as plain data and tensors: body, heads, counts and ledger."""
         heads = {name: {view: head.state() for view, head in own.items()} for name, own in self.heads.items()}
         return {"task": self.task, "step": self.step_number, "body": self.body.state(), "heads": heads,
                 "classifier": self.classifier.state(), "right": copy.deepcopy(self.right),

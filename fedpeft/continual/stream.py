@@ -111,6 +111,7 @@ def build(manifest: dict[str, Any], train: Encoded, test: Encoded) -> Stream:
 
 
 def save(stream: Stream, path: Path) -> None:
+    """Write a stream's manifest as JSON; the records themselves stay where they are."""
     write_bytes(path, (json.dumps(stream.manifest) + "\n").encode())
 
 

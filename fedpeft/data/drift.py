@@ -89,6 +89,7 @@ class Stream:
 
     @property
     def rows(self) -> int:
+        """Number of rows in all batches together."""
         return len(self.labels)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:

@@ -37,6 +37,7 @@ class Stored:
 
     @cached_property
     def lengths(self) -> np.ndarray:
+        """Tokens of each record without its padding, int64 [N]; 1 for records without a mask, such as images."""
         mask = self.inputs.get("attention_mask")
         return np.ones(len(self.labels), dtype=np.int64) if mask is None else mask.sum(1).numpy()
 

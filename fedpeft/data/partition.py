@@ -36,6 +36,8 @@ TRIES = 100
 
 
 class Partitioner(Protocol):
+    """A registered way to deal records to clients; the same seed deals the same."""
+
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
         """Sorted, disjoint index arrays, one per client.
 

@@ -47,6 +47,11 @@ def canonical(name: str) -> str:
 
 
 def recipe(name: str) -> Recipe:
+    """The recipe of this name, with - or _ between its words.
+
+    Raises:
+        InputError: there is none; the message names those that there are.
+    """
     name = canonical(name)
     if name not in RECIPES:
         raise InputError(registry.unknown("data prepare", name, RECIPES))

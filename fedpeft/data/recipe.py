@@ -99,6 +99,7 @@ def run(command: list[str], folder: Path, what: str) -> None:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits; the file is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

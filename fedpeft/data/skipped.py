@@ -47,6 +47,7 @@ def some(where: str, what: str, found: Sequence[object], total: int | None = Non
 
 
 def say(found: Iterable[Skipped]) -> None:
+    """Log a warning for each thing that was left out."""
     for entry in found:
         log.warning("%s", entry)
 

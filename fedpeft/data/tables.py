@@ -35,6 +35,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Tables:
+    """A source as read; `test` is None where it has no test set of its own."""
+
     train: Table
     test: Table | None = None
 

@@ -65,6 +65,7 @@ class Envelope:
         return f"{self.run}#{hashlib.sha256(repr((self.config, self.labels)).encode()).hexdigest()[:12]}"
 
     def put(self, message: Message, site: str) -> None:
+        """Put the run's config, labels and base into a message, addressed to one site."""
         message.content[RECORD] = ConfigRecord({"run": self.run, "config": self.config, "labels": list(self.labels),
                                                 "base": self.base, "site": site})
 

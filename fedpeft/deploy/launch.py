@@ -22,6 +22,11 @@ OWN_POLL_S = 0.1  # of what is in the same process
 
 
 def main(arguments: list[str]) -> None:
+    """Run one role of a deployment: superlink, supernode, run, proxy or worker.
+
+    Args:
+        arguments: role, folder, process id of the parent (with which this process ends), and the role's own.
+    """
     role, folder, parent, *rest = arguments
     follow(int(parent))
     log_lines("" if role == "run" else f"{role}: ")

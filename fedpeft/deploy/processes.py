@@ -33,6 +33,7 @@ class Child:
     begun: float = field(default=0.0)
 
     def start(self) -> None:
+        """Start the process in a session of its own, so that Ctrl-C does not reach it; it appends to `output`."""
         stream = self.output.open("ab") if self.output else None
         try:
             self.process = subprocess.Popen(self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=stream,

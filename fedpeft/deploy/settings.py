@@ -70,10 +70,12 @@ class Server:
 
     @property
     def runs(self) -> Path:
+        """The folder with one folder for each submitted run."""
         return self.path / "runs"
 
     @property
     def control(self) -> str:
+        """HOST:PORT of the SuperLink's control API; it listens on loopback only."""
         return f"127.0.0.1:{self.settings.control_port}"
 
     def run(self, name: str) -> Path:
@@ -108,6 +110,7 @@ class Site:
 
     @property
     def policy(self) -> Path:
+        """The file that says what this site allows, whatever the coordinator's config asks for."""
         return self.path / "policy.yaml"
 
 

@@ -118,6 +118,7 @@ class Base:
         return rows, columns
 
     def to(self, device: torch.device) -> None:
+        """Move all modules to a device in place."""
         for module in self.modules:
             module.to(device)
 

@@ -63,6 +63,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether the measured value lies in [low, high]; NaN never does."""
         return self.low <= self.measured <= self.high  # not for NaN
 
 

@@ -40,6 +40,7 @@ class Block:
 
     @property
     def name(self) -> str:
+        """Engine and whether records were drawn, as checks name the block."""
         return f"{self.engine}, {'with records' if self.drawn else 'no records'}"
 
 

@@ -49,6 +49,7 @@ class Entry:
 
     @property
     def release(self) -> Release:
+        """The entry as the accountant takes it: sample rate, noise multiplier, steps."""
         return self.sample_rate, self.noise_multiplier, self.steps
 
 

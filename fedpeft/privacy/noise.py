@@ -21,8 +21,11 @@ from fedpeft import seeds
 class Randomness(Protocol):
     """A source of float64 values [count]: uniform in [0, 1), and standard normal."""
 
-    def uniform(self, count: int) -> np.ndarray: ...
-    def normal(self, count: int) -> np.ndarray: ...
+    def uniform(self, count: int) -> np.ndarray:
+        """Independent values in [0, 1)."""
+
+    def normal(self, count: int) -> np.ndarray:
+        """Independent standard normal values."""
 
 
 class OperatingSystem:

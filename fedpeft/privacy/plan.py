@@ -52,6 +52,7 @@ class Plan:
 
     @property
     def release(self) -> Release:
+        """All planned steps as the accountant takes them: sample rate, noise multiplier, steps."""
         return self.sample_rate, self.noise_multiplier, self.steps
 
     def sample(self, count: int, source: Randomness) -> np.ndarray:

@@ -56,6 +56,7 @@ def style() -> Iterator[None]:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as bytes of a PNG file, without the drawing library's name: the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -86,6 +87,7 @@ def line(axes: Axes, events: list[Event], key: str, label: str, color: str, *, x
 
 
 def frozen_line(axes: Axes, run: Run) -> None:
+    """Draw a dashed line at the frozen model's accuracy, if it is known, labelled with what it was measured on."""
     value = (run.summary["baseline"] or {}).get("accuracy")
     if value is not None:
         where = run.summary["baseline"]["evaluated_on"]
@@ -115,17 +117,20 @@ def crowded(names: list[str]) -> bool:
 
 
 def accuracy_axis(axes: Axes) -> None:
+    """Label the y axis as accuracy, a share in [0, 1] shown in percent."""
     axes.set_ylabel("accuracy")
     axes.yaxis.set_major_formatter(percent_format())
 
 
 def percent_format() -> Any:
+    """A matplotlib formatter that shows 1.0 as 100 %."""
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(1.0)
 
 
 def round_axis(axes: Axes) -> None:
+    """Label the x axis as rounds, with ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("round")
@@ -133,6 +138,7 @@ def round_axis(axes: Axes) -> None:
 
 
 def with_legends(figure: Figure) -> Figure:
+    """The same figure, with a legend on each axes that has something labelled."""
     for axes in figure.axes:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -140,6 +146,7 @@ def with_legends(figure: Figure) -> Figure:
 
 
 def has_accuracy(run: Run) -> bool:
+    """Whether the run has an accuracy at all: tasks without labels have scores of loss alone."""
     return any(score["accuracy"] is not None for score in run.scores)
 
 

@@ -17,6 +17,7 @@ def headline(summary: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """What a report says first, one sentence a line: guarantee, test-time adaptation, score, what it compares to."""
     lines = [*_privacy(summary, config), *_test_time(summary.get("tta"))]
     if summary.get("sequence"):
         return lines + _sequence(summary)

@@ -19,6 +19,7 @@ pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: au
 
 
 def html_page(title: str, body: list[str]) -> str:
+    """A whole page that needs no other file; the title is escaped, `body` is HTML already."""
     title = html.escape(title)
     head = ['<meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title>", f"<style>{PAGE_STYLE}</style>"]
@@ -38,14 +39,17 @@ def _cells(tag: str, cells: list[str]) -> str:
 
 
 def html_note(text: str) -> str:
+    """A paragraph set apart by a coloured bar; the text is escaped."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 def html_image(name: str, data: bytes) -> str:
+    """A PNG file's bytes as an image inside the page; `name` is read out in its place."""
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
 def html_list(lines: list[str]) -> str:
+    """A bullet for each line; the lines are escaped."""
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 

@@ -41,6 +41,7 @@ class Run:
     ended: bool
 
     def of(self, kind: str) -> list[metrics.Event]:
+        """All events of one kind, in the order in which they were recorded."""
         return [event for event in self.events if event["event"] == kind]
 
     @property
@@ -88,6 +89,11 @@ def write(run: Path) -> list[Path]:
 
 
 def load(path: Path, label: str) -> Run:
+    """Read a run folder, finished or not; clients are named by their owners where split.json knows them.
+
+    Raises:
+        InputError: no such folder, or a file of it that is missing or cannot be read.
+    """
     if not path.is_dir():
         raise InputError(f"{path}: there is no such run folder.")
     config_text = _read(path / "resolved.yaml")

@@ -35,4 +35,5 @@ def number(value: Any) -> str:
 
 
 def plain(key: str) -> str:
+    """A key as words: underscores become spaces."""
     return key.replace("_", " ")

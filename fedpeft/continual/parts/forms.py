@@ -36,6 +36,8 @@ CHANNELS_FIRST = ("BatchNorm", "GroupNorm", "InstanceNorm")
 
 @dataclass
 class FormConfig:
+    """Options of bodies whose trained form can be chosen; r and alpha are the LoRA's alone."""
+
     form: str = option("full", "what trains: the layers' full weights, a LoRA, or gain and shift of the norms",
                        choices=("full", "lora", "film"), only=LEARNER)
     r: int = option(8, "rank of the LoRA; else adapter.r", low=1, only=LEARNER)

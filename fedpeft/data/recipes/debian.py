@@ -126,6 +126,11 @@ def translations(path: Path, language: str, wanted: set[tuple[str, str]]) -> dic
 
 
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
+    """Write package descriptions labelled by section, English in `target` and other languages in folders below it.
+
+    One package stands for each source package. A section counts if it has at least FEWEST of them, and a translation
+    if it is of a description that is kept in English.
+    """
     import pandas
 
     chosen = one_per_source(stanzas(files["Packages"]))

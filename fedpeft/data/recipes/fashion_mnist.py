@@ -24,6 +24,7 @@ def idx(data: bytes) -> np.ndarray:
 
 
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
+    """Write the published training and test images as bytes, with class names for labels."""
     import pandas
 
     deb = files["dataset-fashion-mnist"]

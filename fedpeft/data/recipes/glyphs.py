@@ -52,6 +52,7 @@ def _centre(ink: np.ndarray) -> np.ndarray:
 
 
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
+    """Write a drawn image of each character and font; whole fonts are held out, unusable ones counted."""
     import pandas
 
     rows, dropped = [], 0

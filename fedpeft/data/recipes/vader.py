@@ -38,6 +38,7 @@ def ratings(data: str, domain: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
+    """Write the snippets with a clear rating as positive or negative; whole documents are held out."""
     import pandas
 
     inner = member(files["vaderSentiment"], "/hutto_ICWSM_2014.tar.gz")

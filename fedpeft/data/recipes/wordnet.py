@@ -39,6 +39,7 @@ def glosses(data: str) -> Iterator[tuple[str, str]]:
 
 
 def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
+    """Write glosses of nouns and verbs labelled by their lexicographer file, of which each must have FEWEST glosses."""
     import pandas
 
     rows = [

@@ -70,14 +70,17 @@ class Control:
             server.control, insecure, root, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")])
 
     def nodes(self) -> list[Node]:
+        """The SuperLink's nodes that have not been unregistered, online or not."""
         answer = self.client.ListNodes(ListNodesRequest())
         return [Node(node.node_id, node.name, node.public_key, node.status, node.online_until)
                 for node in answer.nodes_info if node.status != "unregistered"]
 
     def register(self, name: str, key: str) -> None:
+        """Let the holder of this public key (a line in OpenSSH's form) connect under the name."""
         self.client.RegisterNode(RegisterNodeRequest(public_key=pem(key), name=name))
 
     def unregister(self, node: int) -> None:
+        """Shut a node out; the SuperLink keeps it, as unregistered."""
         self.client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def register_missing(self) -> None:
@@ -118,6 +121,7 @@ class Control:
         return str(runs[number].status.status) if number in runs else ""
 
     def close(self) -> None:
+        """Close the HTTP connection; the coordinator goes on."""
         self.client.close()
 
 

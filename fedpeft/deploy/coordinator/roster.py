@@ -159,6 +159,7 @@ class Roster(Packed):
         return found
 
     def connected(self) -> dict[str, int]:
+        """Name -> node of the sites that are online and may take part, which the grid then knows by name too."""
         nodes = list(self.sites.get_nodes())
         if self.registered is None:
             found = super().roster(self.sites, 1) if nodes else {}

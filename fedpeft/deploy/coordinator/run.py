@@ -94,6 +94,7 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
 
 
 def tell(event: dict[str, Any]) -> None:
+    """Log after which round a run goes on; other events are logged where they happen."""
     if event["event"] == "resume":
         log.info("goes on after round %d", event["round"])
 

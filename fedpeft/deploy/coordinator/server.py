@@ -221,6 +221,7 @@ def state(server: Server) -> dict[str, Any] | None:
 
 
 def put_status(folder: Path, **values: Any) -> None:
+    """Replace a run's status.json, whole or not at all; what is not given is gone."""
     write_bytes(folder / "status.json", (json.dumps(values) + "\n").encode())
 
 

@@ -102,6 +102,7 @@ class Noted:
         return getattr(self.client, name)
 
     def PullTaskInput(self, request: Any) -> Any:
+        """Flower's call, after which `identity` holds run, node and task of its answer."""
         answer = self.client.PullTaskInput(request)
         self.identity = [answer.run.run_id, answer.context.node_id, answer.task_id]
         return answer
@@ -136,6 +137,11 @@ class Worker:
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message), context
 
     def connect(self) -> Connection:
+        """A connection to the worker's socket, tried again for PATIENCE_S.
+
+        Raises:
+            OSError: the worker has not come up by then.
+        """
         until = time.monotonic() + PATIENCE_S
         while True:
             try:

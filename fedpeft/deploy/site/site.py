@@ -172,6 +172,7 @@ def supernode_options(site: Site, address: str, insecure: bool) -> list[str]:
 
 
 def free_port() -> int:
+    """A TCP port on loopback that is free now; another process may take it before it is used."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -136,6 +136,11 @@ class Resident:
         return local
 
     def current(self) -> Local:
+        """The run that is prepared.
+
+        Raises:
+            RunError: none is.
+        """
         if self.local is None:
             raise RunError("no run is prepared.")
         return self.local
