@@ -24,6 +24,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; names the file.
     """
+    # In the same folder, since a rename does not cross file systems; by process, since two may write at once.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with blamed(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,8 +32,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
+                # Before the rename: the name could reach the disk ahead of the bytes.
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        # Also on Ctrl-C: half a file must not be left lying about.
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

@@ -192,7 +192,7 @@ class FederatedStrategy(Configured, Strategy):
                     event |= self.evaluate_clients(grid, server, roster, rules, record)
                 if evaluate is not None:
                     event |= evaluate(server)
-            record({**event, "seconds": round(time.monotonic() - begun, 3)})  # first: without its checkpoint it is cut and comes again
+            record({**event, "seconds": round(time.monotonic() - begun, 3)})
             after_round(server)
         return server
 

@@ -51,6 +51,7 @@ def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Paramet
     for root in modules:
         for name, module in root.named_modules():
             if any(id(parameter) in wanted for parameter in module.parameters(recurse=False)):
+                # Exact types: a subclass may use its weight otherwise, and x g^T would be wrong.
                 if type(module) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
                     return None
                 layers.setdefault(module, name)
@@ -73,6 +74,7 @@ def _analytic(layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter],
             handle.remove()
     count = len(losses)
     calls = [call for call in calls if call[2].requires_grad]
+    # At the outputs only: no gradient of a weight is computed, which would be summed over the samples.
     slopes = torch.autograd.grad(losses.sum(), [output for _, _, output in calls], allow_unused=True)
     found: dict[int, Tensor] = {}
     for (layer, x, _), g in zip(calls, slopes, strict=True):
@@ -83,6 +85,7 @@ def _analytic(layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter],
                 f"privacy.unit=sample: {layers[layer]} gets {x.shape[0]} rows for {count} samples, so their gradients "
                 "cannot be told apart. Leave it out of adapter.target_modules."
             )
+        # Tokens are summed within a sample, as one weight serves them all.
         x, g = x.reshape(count, -1, x.shape[-1]), g.reshape(count, -1, g.shape[-1])
         for parameter, part in ((layer.weight, lambda x=x, g=g: g.mT @ x), (layer.bias, lambda g=g: g.sum(1))):
             if parameter is not None and parameter.requires_grad:
@@ -128,6 +131,7 @@ def verify(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], lo
         with torch.no_grad():
             for key, parameter in parameters.items():
                 parameter.copy_(before[key])
+    # A base in half precision rounds so much more.
     rounding = 1e-3 if _all_float32(modules) else 0.05
     scale = slow.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
     close = (fast - slow).abs() <= rounding * scale

@@ -95,8 +95,10 @@ class Ledger:
             BudgetExhausted: it would pass a budget; nothing is written.
         """
         with self._locked():
+            # Looked up under the lock: two processes with one release must not both find it missing.
             if once and entry in self.entries():
                 return
+            # Refused before anything is written: what is not in the file was not released.
             self.require(entry, budget, plan, lifetime, beside)
             self._append(entry)
 
@@ -105,6 +107,7 @@ class Ledger:
         """Raise BudgetExhausted if `reserve` would; writes nothing."""
         entries = [*self.entries(), entry]
         own = [item for item in entries if item.run == entry.run]
+        # The budget was planned for these very steps, so its costly computation would say yes.
         if not (plan is not None and _within(own, plan)):
             _require(own, budget, "this run")
         if lifetime is not None:
@@ -115,6 +118,7 @@ class Ledger:
     def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
+            # The lock goes with the process, however that ends; a lock file would stay.
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -127,6 +131,7 @@ class Ledger:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+        # The first line makes the file, whose name has to be on the disk as well.
         sync_folder(self.path.parent)
 
     def _read(self) -> list[Entry]:

@@ -90,5 +90,6 @@ def add_noise(total: Tensor, noise_multiplier: float, clip: float, source: Rando
 
     The noise is drawn once, in the order of the values.
     """
+    # One draw in float64 on the CPU: the same values on every device.
     noise = torch.from_numpy(source.normal(total.numel())).to(total)
     return total + noise_multiplier * clip * noise

@@ -33,12 +33,15 @@ class OperatingSystem:
 
     def uniform(self, count: int) -> np.ndarray:
         bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+        # 53 bits are what a float64 in [0, 1) can hold evenly; all 64 would round some up to 1.
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> np.ndarray:
         half = (count + 1) // 2
+        # log(1 - u) and not log(u): u can be 0 and is never 1.
         radius = np.sqrt(-2.0 * np.log1p(-self.uniform(half)))
         angle = 2.0 * np.pi * self.uniform(half)
+        # Both halves of a pair are used: they are independent.
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
@@ -65,5 +68,6 @@ class Ahead:
     def normal(self, count: int) -> np.ndarray:
         values = self.drawn.result()
         if len(values) != count:
+            # A shorter or longer draw would shift every later value of the source.
             raise RuntimeError(f"{len(values)} values were drawn ahead; asked for {count}.")
         return values

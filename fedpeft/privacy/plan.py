@@ -57,6 +57,7 @@ class Plan:
 
     def sample(self, count: int, source: Randomness) -> np.ndarray:
         """Indices of the records that join a step."""
+        # Each by itself: shuffled batches of fixed size are not the sampling that the accountant charges for.
         return np.flatnonzero(source.uniform(count) < self.sample_rate)
 
     def clipped_sum(self, gradients: Tensor, losses: Tensor | None = None) -> Tensor:
@@ -69,6 +70,7 @@ class Plan:
 
     def noised_mean(self, total: Tensor, source: Randomness) -> Tensor:
         """The step's gradient [P] from the clipped sum: noise once, division once."""
+        # By the expected batch: the size that was drawn depends on whether a record is there.
         return mechanism.add_noise(total, self.noise_multiplier, self.clip, source) / self.expected_batch
 
 
@@ -108,6 +110,7 @@ def require(privacy: PrivacyConfig, client: ClientConfig, records: int, count: i
             f"client.batch_size={client.batch_size} is the expected number of records a step, but {who} has only "
             f"{records}. Lower it, or give clients more records."
         )
+    # The larger of the two, as neither may leave a record unprotected.
     if privacy.delta >= 1 / max(records, count):
         raise InputError(
             f"privacy.delta={privacy.delta:g} is not below 1 / {max(records, count)}, one over the records of {who}: "

@@ -48,7 +48,9 @@ def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # A rename is on the disk only when the folder that holds the name is.
     sync_folder(folder)
+    # Old ones go last: at no moment is there no checkpoint.
     rounds = sorted({_place(path)[0] for path in _folders(folder)})[-keep:]
     for old in (path for path in _folders(folder) if _place(path)[0] < rounds[0]):
         shutil.rmtree(old)
@@ -81,6 +83,7 @@ def read(path: Path) -> ServerState:
 
 
 def _digest(data: bytes, meta: dict[str, Any]) -> str:
+    # Sorted keys: what was read back must give the same text as what was written.
     return hashlib.sha256(data + json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
@@ -114,5 +117,6 @@ def _place(path: Path) -> tuple[int, int]:
 
 
 def _name(number: int, folder: Path) -> str:
+    # Beside the first: a rename replaces no folder with files in it, and removing it before would leave none.
     again = max((place[1] + 1 for path in _folders(folder) if (place := _place(path))[0] == number), default=0)
     return f"round-{number:06d}" + (f".{again}" if again else "")

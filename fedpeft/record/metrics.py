@@ -49,11 +49,13 @@ class Recorder:
         Raises:
             InputError: the file already holds a run and `resume` was not called.
         """
+        # Two runs in one file could not be told apart afterwards.
         if not self._mine and self.path.exists() and self.path.stat().st_size > 0:
             raise InputError(f"{self.path}: already holds the events of a run; resume it or choose another folder.")
         line = json.dumps({**finite(event), "time": round(time.time(), 3)}, allow_nan=False)
         with blamed(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+            # Only these cost a sync: all others that are lost come again with their round.
             if event["event"] == "round":
                 file.flush()
                 os.fsync(file.fileno())

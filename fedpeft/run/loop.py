@@ -83,6 +83,7 @@ def run(world: World, folder: Path, recorder: Recorder,
     else:
         recorder.resume(server.round, sequence.find_unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
+    # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
     if not is_complete(world, server):
         with open_federation() as federation:
             server = Session(world, folder, federation, record).play(server)
@@ -157,6 +158,7 @@ class Session:
         while server.round < until:
             number = server.round + 1
             rules = replace(rules_of(world.config), rounds=until, clients=self.count_awaited(number))
+            # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
             server = self.attempt(number, partial(
                 world.strategy.run, federation.grid, server, rules, stop=until if federation.steady else number,
                 codec=federation.codec, evaluate=evaluate, record=self.record_round, after_round=self.save))
@@ -172,6 +174,7 @@ class Session:
     def ask_for_sums(self, number: int, *what: Any) -> exchange.Answers:
         """Every client's sums over the records of a task (`exchange.ask_for_sums`)."""
         config = self.world.config
+        # Of all clients, not of those that a round asks: the sums are over all records of a task.
         count = config.data.count if self.federation.steady else math.ceil(config.run.quorum * config.data.count)
         return self.attempt(number, partial(
             exchange.ask_for_sums, self.federation.grid, self.federation.codec,

@@ -47,6 +47,7 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
     config, base = world.config, world.local.model.base
     pooled = "classifier" in base.heads and not hasattr(base.backbone, "classifier")
     options: dict[str, Any] = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
+    # In the form that a next round would send, as clients and users of the folder see the same factors.
     folder.save(flat(world.strategy.before_round(server).adapter), run / "adapter", **options)
     if world.strategy.keeps:
         for client in world.local.train_data:
@@ -64,6 +65,7 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
         "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
     }
     summary = summarise(events, configs.to_tree(config), extra)
+    # Before the report, which is made from it.
     write_bytes(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     try:
         report.write(run)

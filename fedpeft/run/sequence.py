@@ -49,6 +49,7 @@ def run(world: World, server: ServerState, play: Callable[[ServerState, int], Se
             server = begin_task(world, ask, sequence, server, done)
         server = play(server, (done + 1) * sequence.curriculum.rounds)
         server = close_task(world, ask, sequence, server, done, record)
+        # A second checkpoint of the same round: a kill before it asks for the sums again, one after it does not.
         after_round(server)
     return server
 
@@ -82,6 +83,7 @@ def begin_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerSta
             continue
         round_number = server.round if what == PAST else server.round + 1  # says whose records: those of its task
         answers = ask(round_number, what, "online", server.adapter, body.describe_sketch(server.adapter))
+        # As the round's own aggregate weighs clients.
         uniform = world.config.strategy.weighting == "uniform"
         sketches[what] = body.merge_sketches([tensors for tensors, _ in answers],
                                              [1.0 if uniform else weight for _, weight in answers])
@@ -108,6 +110,7 @@ def close_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerSta
     rows = [*server.numbers.get(ROWS, []), right]
     record({"event": "task", "round": server.round, "task": task, "classes": sequence.curriculum.classes(task),
             "right": right, "count": count})
+    # The row says that the task is closed, so it comes last: what was begun without it is done again.
     return replace(server, numbers={**server.numbers, ROWS: rows})
 
 
@@ -179,6 +182,7 @@ def _answer(world: World, heads: dict[str, Head] | None, view: str, found: Tenso
     if heads is None:
         return only(logits, seen)
     private = world.config.continual.statistics_noise is not None
+    # As the sums were taken, of which the head is fitted.
     return heads[view].scores(scale_to_unit(found) if private else found, None)
 
 
@@ -201,4 +205,3 @@ def require_sequence(strategy: FederatedStrategy) -> TaskSequence:
     found = find_sequence(strategy)
     assert found is not None
     return found
-

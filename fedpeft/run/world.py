@@ -63,6 +63,7 @@ def load_world(config: Config, run: Path) -> World:
         raise InputError("data.test: no test text has two tokens, so there is nothing to evaluate.")
     agreement.require_records(model.base, train_encoded, "data.source")
     agreement.require_records(model.base, test_encoded, "data.test")
+    # Before the first round: a resumed run must not go on with another model or other records under the same name.
     identity.hold(run, {"base model": identity.of_base(model.base, config), "training records": train.fingerprint,
                         "test records": test.fingerprint,
                         "processed inputs": identity.of_inputs(train_encoded, test_encoded)}, config)
@@ -79,6 +80,7 @@ def load_world(config: Config, run: Path) -> World:
         if not len(mine):
             raise InputError(f"data.partition: none of the {len(indices)} texts of {client} has two tokens, so nothing "
                              "can be predicted. Give it longer ones, or split the data otherwise.")
+        # By the client's name, so that a real site draws the same order for its own records.
         order = numpy_generator(config.run.seed, "holdout", client).permutation(mine)
         kept = int(len(order) * config.data.holdout)
         if config.data.holdout and not 0 < kept < len(order):
@@ -87,6 +89,7 @@ def load_world(config: Config, run: Path) -> World:
                 "held out."
             )
         own[client], held[client] = order[kept:], order[:kept]
+    # Two checkpoints are kept, and the older may be resumed from: client state has to reach as far back.
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", identity.name_of(run))
     plan = None if sequence is None else sequence.curriculum
@@ -97,6 +100,7 @@ def load_world(config: Config, run: Path) -> World:
     train_data, holdout = ({client: train_encoded.view(mine) for client, mine in part.items()} for part in (own, held))
     local = Local(config, model, start.adapter, train_data, holdout, store, guard)
     if guard.private:
+        # Now, and not in the first round: a model that mixes records cannot be trained privately at all.
         local.require_apart(train_encoded)
     found = train.skipped + train_encoded.skipped + test_encoded.skipped + split.left_out(run / "split.json")
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded, found)
@@ -112,6 +116,7 @@ def records(text: str) -> tuple[Records, Records]:
 def data_key(config: Config) -> str:
     """What reading the data depends on."""
     data = configs.to_tree(config.data)
+    # How records are split among clients is not part of reading them, so many splits share one reading.
     own = {key: value for key, value in data.items() if key not in ("clients", "partition", "split", "holdout")}
     return json.dumps({"data": own, "task": config.model.task, "seed": config.run.seed})
 
@@ -155,6 +160,7 @@ def client_split(config: Config, train: Records, run: Path) -> dict[str, list[in
         else:
             names = [client_name(index) for index in range(count)]
             parts = dict(zip(names, _split(config, partitioner, train, count), strict=True))
+        # Saved, then read back: a new run and a resumed one take the same way.
         split.save(saved, parts, train, config)
     return _saved(saved, train, count)
 
@@ -177,6 +183,7 @@ def _split(config: Config, partitioner: Any, train: Records, clients: int) -> li
     for task in range(len(plan.groups)):
         mine = plan.of(train.labels, task)
         part = train.take(mine)
+        # Another seed a task: with one, every task would be skewed towards the same clients.
         seed = seeds.derive(config.run.seed, "task", task)
         for client, numbers in enumerate(partitioner.split(part.labels, part.columns, clients, seed)):
             own[client] += mine[numbers].tolist()
@@ -186,6 +193,7 @@ def _split(config: Config, partitioner: Any, train: Records, clients: int) -> li
 def device(name: str) -> torch.device:
     if name != "auto":
         try:
+            # A tensor, as `torch.device` takes names of what this machine does not have.
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # torch built without that backend asserts
             raise InputError(f"run.device: '{name}' is not usable here: {str(error).splitlines()[0]}") from error
