@@ -74,9 +74,11 @@ class AdapterState:
         return "head" if site in self.sites and self.sites[site].kind == "head" else role
 
     def lora_sites(self) -> list[str]:
+        """Sites of all kinds but heads, in their order."""
         return [name for name, site in self.sites.items() if site.kind != "head"]
 
     def rank(self, site: str) -> int:
+        """Rank of a site: rows of its A."""
         return self.tensors[f"{site}/A"].shape[0]
 
     def select(self, roles: Iterable[str]) -> AdapterState:
@@ -85,6 +87,7 @@ class AdapterState:
         return replace(self, tensors={key: value for key, value in self.tensors.items() if self.role(key) in roles})
 
     def without(self, roles: Iterable[str]) -> AdapterState:
+        """The tensors whose role is none of `roles`; sites and `extra` stay, as in `select`."""
         roles = set(roles)
         return replace(self, tensors={key: value for key, value in self.tensors.items() if self.role(key) not in roles})
 
@@ -99,13 +102,16 @@ class AdapterState:
         return replace(self, tensors={**self.tensors, **tensors})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
+        """A copy with the function's value for each tensor; `extra` stays as it is."""
         return replace(self, tensors={key: function(value) for key, value in self.tensors.items()})
 
     def clone(self) -> AdapterState:
+        """A copy with tensors of its own, without a graph; `extra` is shared."""
         return self.map(lambda value: value.detach().clone())
 
     @property
     def parameters(self) -> int:
+        """Values in all tensors together, `extra` not counted."""
         return sum(value.numel() for value in self.tensors.values())
 
     @property
@@ -115,6 +121,7 @@ class AdapterState:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all values that travel, `extra` counted."""
         return sum(value.numel() * value.element_size() for value in self.payload)
 
     def distance(self, other: AdapterState) -> float:
@@ -161,6 +168,7 @@ def to_dict(state: AdapterState) -> dict[str, Any]:
 
 
 def from_dict(tensors: dict[str, Tensor], sites: dict[str, Any]) -> AdapterState:
+    """The inverse of `to_dict`, with the tensors that lay beside it."""
     return AdapterState(
         tensors, {name: Site(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()}
     )

@@ -198,6 +198,7 @@ class Session:
                 time.sleep(PAUSE_S)
 
     def record_round(self, event: Event) -> None:
+        """Record an event; a round's also with what the federation knows of that round."""
         about = self.federation.describe_round(event["round"]) if event["event"] == "round" else {}
         self.record({**event, **about})
 

@@ -202,6 +202,7 @@ def summarise(world: World, server: ServerState) -> dict[str, Any] | None:
 
 
 def require_sequence(strategy: FederatedStrategy) -> TaskSequence:
+    """The sequence of a strategy that has one: for code that runs only where it does."""
     found = find_sequence(strategy)
     assert found is not None
     return found

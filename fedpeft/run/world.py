@@ -142,6 +142,11 @@ def client_names(config: Config) -> list[str]:
 
 
 def partitioner_of(config: Config) -> Any:
+    """The partitioner of the config, with its options.
+
+    Raises:
+        InputError: an unknown name or option, or a value out of bounds.
+    """
     section = config.data.partition
     return configs.method("partitioners", section.name, section.options, "data.partition")
 
@@ -191,6 +196,11 @@ def _split(config: Config, partitioner: Any, train: Records, clients: int) -> li
 
 
 def device(name: str) -> torch.device:
+    """The torch device of this name; auto is the accelerator that torch has, else the CPU.
+
+    Raises:
+        InputError: torch cannot use it here.
+    """
     if name != "auto":
         try:
             # A tensor, as `torch.device` takes names of what this machine does not have.

@@ -89,6 +89,7 @@ class Deployed:
 
     @property
     def device(self) -> torch.device:
+        """The device of the first tensor; the model lies on one device only."""
         return self.tensor(next(iter(self.slots))).device
 
     def moved(self, batch: Batch) -> Batch:
@@ -102,6 +103,7 @@ class Deployed:
         return {name: self.tensor(name).detach().clone() for name in names}
 
     def tensor(self, name: str) -> Tensor:
+        """The model's own tensor of this name, no copy."""
         module, attribute = self.slots[name][0]
         value: Tensor = getattr(module, attribute)
         return value
@@ -119,6 +121,11 @@ class Deployed:
         return weight, found["bias"].float() if "bias" in found else weight.new_zeros(len(weight))
 
     def require_head(self) -> nn.Linear:
+        """The last linear layer.
+
+        Raises:
+            InputError: the head was not declared.
+        """
         if self.head is None:
             raise InputError("head: this method needs the features that enter the last linear layer; declare that "
                              "layer, deploy(model, head='name').")
@@ -250,6 +257,7 @@ def of_batch(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def size(batch: Batch) -> int:
+    """Rows of a batch, of its first input where it has several."""
     return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
 
 

@@ -60,11 +60,14 @@ class Outputs:
 
     @property
     def prediction(self) -> Tensor:
+        """Predictions [N, K], each row on the simplex, without a graph."""
         return (self.logits.softmax(-1) if self.probs is None else self.probs).detach()
 
 
 @dataclass
 class MethodConfig:
+    """Options that every method has."""
+
     order: str = option("before", "predict before the update, or after it with another forward pass",
                         choices=("before", "after"))
 
@@ -283,6 +286,8 @@ class TTAMethod(Configured):
 
 @dataclass
 class WrapperConfig(MethodConfig):
+    """Options of methods on top of another one."""
+
     base: str = option("source", "registered method whose predictions this one works on")
     base_options: dict[str, Any] = option({}, "options of the base method", options_of=("tta", "base"))
 

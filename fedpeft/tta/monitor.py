@@ -30,6 +30,8 @@ from fedpeft.tta.parts import scores
 
 @dataclass
 class MonitorConfig:
+    """Options of a monitor: how many predictions it looks at, and the limits whose breach is an alarm."""
+
     window: int = option(256, "predictions that are looked at together", low=1)
     entropy_share: float = option(0.1, "alarm below this share of the source-time mean entropy", low=0)
     class_share: float = option(0.3, "alarm below this share of the classes", low=0, high=1)
@@ -86,9 +88,11 @@ class Monitor:
         return signs
 
     def state(self) -> dict[str, Any]:
+        """Copies of all that changes and of what source data said."""
         return copy.deepcopy({"mean": self.mean, "entropy": self.entropy, "recent": self.recent,
                               "batches": self.batches, "alarms": self.alarms})
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; the options stay those given here."""
         for key, value in copy.deepcopy(state).items():
             setattr(self, key, value)

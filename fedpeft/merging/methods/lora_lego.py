@@ -42,6 +42,8 @@ STARTS = 10  # k-means runs from so many starts; the best counts
 
 @dataclass
 class LoRALegoConfig:
+    """Options of `lora_lego`: how many units of rank one the clustering leaves, and their scale."""
+
     k: int | None = option(None, "rank of the result; null is the largest rank of the adapters at each site", low=1)
     scale_output: bool = option(False, "multiply the product by sqrt(mean rank of the adapters / k)")
     seed: int = option(0, "of the k-means starts", low=0)

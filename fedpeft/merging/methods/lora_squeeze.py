@@ -32,6 +32,8 @@ from fedpeft.state import AdapterState
 
 @dataclass
 class LoRASqueezeConfig:
+    """Options of `lora_squeeze`: the rank that adapters are compressed to."""
+
     rank: int = option(4, "rank of the result", low=1)
 
 

@@ -34,6 +34,8 @@ from fedpeft.state import AdapterState
 
 @dataclass
 class MetricsWeightedConfig:
+    """Options of `metrics_weighted`: what an adapter's number says of it, and how steeply weights follow it."""
+
     by: str = option("loss", "what the numbers are: loss, less is better; step, later (or any score: more) is better",
                      choices=("loss", "step"))
     p: float = option(1.0, "exponent of the weights; 0 is the uniform mean", low=0)

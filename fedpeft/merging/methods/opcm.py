@@ -50,6 +50,8 @@ NOISE = 1e-12  # singular values below this share of the largest are rounding: n
 
 @dataclass
 class OPCMConfig:
+    """Options of `opcm`: how much of what was merged before is shut off from a new task."""
+
     alpha: float = option(0.5, "share of the sum of singular values whose directions a new task may not touch at all",
                           low=0, high=1)
 

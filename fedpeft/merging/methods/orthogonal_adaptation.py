@@ -37,6 +37,8 @@ from fedpeft.state import AdapterState
 
 @dataclass
 class OrthogonalAdaptationConfig:
+    """Options of `orthogonal_adaptation`: how far from orthogonal adapters may be before they are refused."""
+
     tolerance: float = option(0.01, "largest cosine between rows of two adapters' A", low=0, high=1)
 
 

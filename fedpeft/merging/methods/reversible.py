@@ -42,6 +42,8 @@ from fedpeft.state import AdapterState
 
 @dataclass
 class ReversibleConfig:
+    """Options of `reversible`: how much is stored, and what is got back from it."""
+
     p: int = option(2, "components kept at every position, beside the mean", low=0)
     index: int | None = option(None, "number of the adapter to get back, from 0; null is the mean of all", low=0)
 

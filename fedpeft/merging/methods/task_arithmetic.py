@@ -29,6 +29,8 @@ from fedpeft.state import AdapterState
 
 @dataclass
 class TaskArithmeticConfig:
+    """Options of `task_arithmetic`: the scale of the sum, beside the adapters' own weights."""
+
     lambda_: float = option(0.3, "factor of the sum of all changes")
 
 

@@ -132,6 +132,7 @@ class Audit:
             return [Check(name, math.nan, 0.0, 0.0, f"stopped: {error}")]
 
     def plan_of(self, client: str) -> Plan:
+        """A client's plan, from its records of the first task."""
         plan = self.local.guard.plan(client, lambda: len(self.local.records(client, self.told)))
         assert plan is not None  # the config is private
         return plan
@@ -147,6 +148,7 @@ class Audit:
         return plan.release, (1.0, sums, self.local.sequence.body.most_views)
 
     def cost(self, plan: Plan) -> float:
+        """Epsilon of all releases of an account at the plan's delta, by the plan's accountant."""
         return accounting.composed(self.releases(plan), plan.budget.delta, plan.budget.accountant)
 
     def claims(self) -> list[Check]:
@@ -202,6 +204,7 @@ class Audit:
         return [watch.steps[name][0].released.cpu() if watch.steps[name] else silent for name in data]
 
     def sensitivity(self) -> list[Check]:
+        """How far one record moves a clipped sum, over the clip: a check of each engine, one of the clipping alone."""
         source, rounding = self.source(self.client, 1), ROUNDING[self.config.model.dtype]
 
         def bare(plan: Plan, sets: list[Tensor]) -> list[Tensor]:
@@ -307,6 +310,7 @@ class Audit:
         return [Check("budget", float(taken), 0.0, 0.0, "steps of a client whose planned steps are all spent")]
 
     def canaries(self) -> list[Check]:
+        """A lower bound of epsilon (95 %) from one run with canaries, which must not pass what is claimed."""
         measured, delta = audit.one_run(self.plan, self.source(self.client, 1)), self.plan.budget.delta
         most = audit.lower_bound(audit.CANARIES, audit.GUESSES, audit.GUESSES, delta)
         return [Check("canaries", measured, 0.0, self.claim, "lower bound of epsilon (95 %) from one run; "

@@ -41,14 +41,17 @@ def gradients(clip: float, width: int = 64) -> list[tuple[Tensor, list[Tensor]]]
 
 
 def best(logits: Tensor) -> Tensor:
+    """The likeliest class of logits [..., K], int64 [...]."""
     return logits.argmax(-1)
 
 
 def second(logits: Tensor) -> Tensor:
+    """The second likeliest class of logits [..., K], int64 [...]."""
     return logits.topk(2).indices[..., 1]
 
 
 def worst(logits: Tensor) -> Tensor:
+    """The least likely class of logits [..., K], int64 [...]."""
     return logits.argmin(-1)
 
 
@@ -67,6 +70,7 @@ def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) 
 
 
 def unlabelled(data: Encoded) -> Encoded:
+    """The records with every label IGNORE, so that they teach nothing."""
     return Encoded(data.inputs, torch.full_like(data.labels, IGNORE), end=data.end)
 
 
@@ -84,6 +88,7 @@ def extreme(record: Encoded) -> list[Encoded]:
 
 
 def joined(some: Encoded, record: Encoded) -> Encoded:
+    """The records and after them one more, as a neighbouring data set."""
     more = record.inputs
     return Encoded({name: torch.cat([value, more[name]]) for name, value in some.inputs.items()},
                    torch.cat([some.labels, record.labels]), end=some.end)

@@ -53,6 +53,7 @@ def chosen(counts: dict[str, int]) -> list[str]:
 
 
 def rounds_of(config: Config) -> int:
+    """Rounds that the audit runs: ROUNDS, or as many as one task (or the budget's plan) has."""
     tasks = config.continual.tasks if config.continual.body else 1
     return min(ROUNDS, config.privacy.planned_rounds or config.run.rounds // tasks)
 
@@ -95,6 +96,7 @@ class Rounds:
                                  for key, value in parameters.items()])
 
     def checks(self) -> list[Check]:
+        """Checks of clipped sums, noise, sampling, coverage and replies, from all ways that rounds are run."""
         some, rounds = self.clients[: FEW[0]], rounds_of(self.config)
         still = Way("still", self.clients, rounds, {"sample_rate": 0.0})
         real = Way("real", some, min(FEW[1], rounds), {})
@@ -152,11 +154,17 @@ class Rounds:
         return found
 
     def seen_local(self, config: Config, folder: Path, number: int, watch: Watch, changed: dict[str, float]) -> Local:
+        """A copy of the clients' side that is watched, with ledger and store of its own in `folder`.
+
+        Args:
+            changed: fields of every client's plan that are put in the place of its own.
+        """
         guard = Probe(config, folder / "ledger", watch, changed)
         store = Store(folder / f"clients-{number}", history=1)
         return replace(self.local, guard=guard, store=store, train_data=watch.data, ready={}, sequential={})
 
     def requests(self, way: Way, number: int) -> list[Request]:
+        """What the strategy sends each of the way's clients in round `number` of a run in which nothing was learned."""
         server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
         told = self.here.strategy.instructions(server)
         sent = [self.here.strategy.broadcast(server, client) for client in way.clients]
@@ -183,6 +191,10 @@ class Rounds:
         return torch.stack(rows)[:, self.moving].float()
 
     def error_of(self, one: Seen, way: Way) -> float:
+        """The worst step's distance from the clipped mean computed here, over clip / expected batch and record.
+
+        NaN passes every number, and a client without steps is infinitely far.
+        """
         plan = replace(self.plans[one.client], **way.changed)  # type: ignore[arg-type]
         errors = [float((self._added(one, step) - self._mean(one, step, plan))[self.moving].norm())
                   * plan.expected_batch / plan.clip / max(1, len(step.drawn)) for step in one.steps]
@@ -275,6 +287,7 @@ def loud(sent: AdapterState, trains: tuple[str, ...]) -> AdapterState:
 
 
 def padded(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the leading corner of zeros of the shape of `like`, on the CPU."""
     full = torch.zeros(like.shape)
     full[tuple(map(slice, value.shape))] = value.cpu()
     return full

@@ -29,6 +29,11 @@ PATIENCE_S, SAMPLES = 120.0, 4096
 
 
 def checks(here: World, clients: list[str], engines: list[str], folder: Path) -> list[Check]:
+    """Whether clients, engines, processes and runs draw noise, samples and masks from streams of their own.
+
+    Raises:
+        RunError: a forked process did not answer.
+    """
     config = replace(here.config, privacy=replace(here.config.privacy, randomness="os"))
     rounds = Rounds(replace(here, config=config), clients, engines, folder)
     still, drawing = Way("still", clients, 1, {"sample_rate": 0.0}), Way("drawing", clients, 1, {})

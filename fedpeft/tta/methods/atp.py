@@ -52,6 +52,8 @@ Point = dict[str, Tensor]
 
 @dataclass
 class ATPConfig(MethodConfig):
+    """Options of `atp`; those named `learn_` are for `prepare`, where eta is `learn_lr`."""
+
     adapt: Any = option("all", "what prepare learns rates for: norm_affine, lora, head, all, or a list of name "
                         "patterns; all and norm_affine have the statistics of batch norms too")
     mode: str = option("batch", "where a batch starts: batch, at the source model; online, half way to the last one",

@@ -29,6 +29,8 @@ from fedpeft.tta.parts.augment import KINDS, augment
 
 @dataclass
 class AugAverageConfig(MethodConfig):
+    """Options of `aug_average`: V = `views`, and whether logits or probabilities are averaged."""
+
     views: int = option(4, "augmented views", low=1)
     augment: str = option("image", "kind of views", choices=KINDS)
     average: str = option("logits", "what is averaged", choices=("logits", "probs"))

@@ -23,6 +23,8 @@ from fedpeft.tta.method import MethodConfig, Outputs, TTAMethod
 
 @dataclass
 class BNAdaptConfig(MethodConfig):
+    """Options of `bn_adapt`: alpha = `bn_alpha`, where 0 is the source model."""
+
     bn_alpha: float = option(1.0, "share of the batch's statistics", low=0, high=1)
 
 
@@ -33,6 +35,7 @@ class BNAdapt(TTAMethod):
     paper = "Schneider et al. 2020, arXiv 2006.16971"
 
     def statistics(self, batch: Batch) -> Statistics | None:
+        """What batch norms normalise a batch with; None, their running statistics, for a batch of one."""
         return batch_statistics(self.config.bn_alpha) if size(batch) > 1 else None
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:

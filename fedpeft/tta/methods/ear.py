@@ -44,6 +44,8 @@ LEAST = 1e-6  # deviation of a feature that never changes
 
 @dataclass
 class EARConfig(GradientConfig):
+    """Options of `ear`: when a batch opens a domain, and how long the codes are that tell domains apart."""
+
     threshold: float = option(0.95, "cosine below which a batch belongs to no known domain", low=-1, high=1)
     domains: int = option(16, "most domains beside the source's; from then on the nearest is taken", low=1)
     bits: int = option(1024, "length of a code", low=1)

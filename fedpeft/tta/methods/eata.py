@@ -36,6 +36,8 @@ from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 @dataclass
 class EATAConfig(GradientConfig):
+    """Options of `eata`: which samples count, and how strongly source weights hold."""
+
     margin: float = option(0.4, "E0 / ln K: entropy above which a sample does not count")
     redundancy: float | None = option(None, "cosine to the mean prediction above which a sample does not count", low=0)
     fisher_weight: float = option(1.0, "beta, pull to the source weights", low=0)

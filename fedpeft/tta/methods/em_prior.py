@@ -33,6 +33,8 @@ FLOOR = 1e-4
 
 @dataclass
 class EMPriorConfig(WrapperConfig):
+    """Options of `em_prior`: a = `rate`, and whether t is estimated or uniform."""
+
     base: str = option("bn_adapt", "registered method whose predictions are corrected")
     rate: float = option(0.1, "share of a batch in the estimate of the prior", low=0, high=1)
     target: str = option("em", "target prior: estimated, or uniform", choices=("em", "uniform"))

@@ -54,6 +54,8 @@ Layer = dict[str, Tensor]  # weight [K, D] and bias [K]
 
 @dataclass
 class FedTHEConfig(MethodConfig):
+    """Options of `fedthe`; FedTHE+ is FedTHE with `memo_steps` above 0."""
+
     order: str = option("before", "a sample's own feature is in its answer, so there is no other order",
                         choices=("before",))
     steps: int = option(20, "steps on the weights of a sample", low=0)

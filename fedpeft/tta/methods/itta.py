@@ -48,6 +48,8 @@ BLOCKS = 4
 
 @dataclass
 class ITTAConfig(GradientConfig):
+    """Options of `itta`; those named `align_` train f_w on source data before deployment."""
+
     order: str = option("after", "predict before the update, or after it with another forward pass",
                         choices=("before", "after"))
     bn_alpha: float = option(0.0, "share of the batch's statistics in batch norms", low=0, high=1)

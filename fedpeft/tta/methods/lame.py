@@ -38,6 +38,8 @@ from fedpeft.tta.parts import scores
 
 @dataclass
 class LAMEConfig(WrapperConfig):
+    """Options of `lame`: the affinities w, and when the iteration ends or gives up."""
+
     affinity: str = option("knn", "affinity of features", choices=("knn", "rbf", "linear"))
     k: int = option(5, "neighbours", low=1)
     lambda_: float = option(1.0, "weight of the pairwise term", low=0)

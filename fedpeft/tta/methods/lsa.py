@@ -41,6 +41,8 @@ FLOOR, RANGE = 1e-4, 1.5
 
 @dataclass
 class LSAConfig(WrapperConfig):
+    """Options of `lsa`; all but `base` and `rate` are of the network's training on source data."""
+
     base: str = option("bn_adapt", "registered method below the adapter")
     rate: float = option(0.1, "a, share of a batch in the estimate of the class distribution", low=0, high=1)
     hidden: int = option(16, "hidden units of the network", low=1)

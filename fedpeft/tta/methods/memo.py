@@ -33,6 +33,8 @@ from fedpeft.tta.parts.scores import marginal_entropy
 
 @dataclass
 class MEMOConfig(GradientConfig):
+    """Options of `memo`: V = `views`, and the one step that each sample gets."""
+
     adapt: Any = option("all", "what adapts: norm_affine, lora, head, all, or a list of name patterns")
     lr: float = option(0.005, "learning rate", low=0)
     optimizer: str = option("sgd", "optimizer", choices=("adam", "sgd"))

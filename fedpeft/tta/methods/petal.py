@@ -40,6 +40,8 @@ DAMPING = 1e-6
 
 @dataclass
 class PETALConfig(TeacherConfig):
+    """Options of `petal`; those named `snapshot` make the prior before deployment."""
+
     restore: float = option(0.03, "delta, share of entries that go back to the prior's mean", low=0, high=1)
     rule: str = option("fisher", "which entries are restored", choices=("fisher", "random"))
     fisher: str = option("data", "loss whose squared gradient ranks the entries", choices=("data", "whole"))

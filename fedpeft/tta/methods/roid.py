@@ -35,6 +35,8 @@ CUT = 0.99
 
 @dataclass
 class ROIDConfig(GradientConfig):
+    """Options of `roid`: the sample weights, the pull to the source weights, and what may be left out."""
+
     temperature: float = option(1 / 3, "T of the sample weights", above=0)
     mu: float = option(0.99, "share of the student in the average with the source weights", low=0, high=1)
     consistency: bool = option(True, "learn from an augmented view too")

@@ -39,6 +39,8 @@ Item = dict[str, Any]
 
 @dataclass
 class RoTTAConfig(GradientConfig):
+    """Options of `rotta`: alpha = `bn_alpha`, nu = `ema`, and the memory."""
+
     bn_alpha: float = option(0.05, "share of a memory batch in the moving statistics", low=0, high=1)
     capacity: int = option(64, "samples in the memory", low=2)
     update_every: int = option(64, "samples between updates", low=1)

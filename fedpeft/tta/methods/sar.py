@@ -32,6 +32,8 @@ from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 @dataclass
 class SARConfig(GradientConfig):
+    """Options of `sar`; the published optimizer is SGD."""
+
     optimizer: str = option("sgd", "optimizer", choices=("adam", "sgd"))
     margin: float = option(0.4, "E0 / ln K: entropy above which a sample does not count")
     rho: float = option(0.05, "radius of the perturbation", low=0)

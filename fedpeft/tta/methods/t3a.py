@@ -32,6 +32,8 @@ from fedpeft.tta.parts import scores
 
 @dataclass
 class T3AConfig(WrapperConfig):
+    """Options of `t3a`; as published a sample joins the supports before it is answered."""
+
     order: str = option("after", "predict before the update, or after it with another forward pass",
                         choices=("before", "after"))
     supports: int = option(100, "M, supports kept a class", low=1)

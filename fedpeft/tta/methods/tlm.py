@@ -34,6 +34,8 @@ from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 @dataclass
 class TLMConfig(GradientConfig):
+    """Options of `tlm`: lambda and l_0 of the weights S(x), and how a language model answers with classes."""
+
     adapt: Any = option("lora", "what adapts: norm_affine, lora, head, all, or a list of name patterns")
     lr: float = option(5e-5, "learning rate", low=0)
     threshold: float = option(3.0, "l_0: log perplexity above which a text is learned from (nats)")

@@ -16,6 +16,8 @@ from fedpeft.tta.parts import optim
 
 @dataclass
 class GradientConfig(MethodConfig):
+    """Options of methods that learn by gradient steps; `momentum` is of SGD alone."""
+
     adapt: Any = option("norm_affine", "what adapts: norm_affine, lora, head, all, or a list of name patterns")
     lr: float = option(1e-3, "learning rate", low=0)
     optimizer: str = option("adam", "optimizer", choices=("adam", "sgd"))
@@ -44,6 +46,7 @@ class GradientMethod(TTAMethod):
         return {"student": self._start(), "moments": optim.fresh()}
 
     def statistics(self, batch: Batch) -> Statistics | None:
+        """What batch norms normalise a batch with; None, their running statistics, for a batch of one."""
         return batch_statistics(self.config.bn_alpha) if size(batch) > 1 else None
 
     def leaves(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -66,6 +69,7 @@ class GradientMethod(TTAMethod):
         return reason
 
     def finite_gradients(self, loss: Tensor, leaves: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+        """Gradients by name, and None; or the reason why they may not be used: loss or a gradient is not finite."""
         if not bool(loss.isfinite()):
             return {}, f"the loss is {float(loss)}"
         gradients = self.gradients(loss, leaves)
@@ -73,6 +77,7 @@ class GradientMethod(TTAMethod):
         return gradients, f"the gradient of {bad[0]} is not finite" if bad else None
 
     def apply(self, gradients: dict[str, Tensor]) -> None:
+        """One step of the optimiser on the student; its moments are kept in the memory."""
         config = self.config
         self.memory["student"] = optim.step(config.optimizer, self.memory["student"], gradients,
                                             self.memory["moments"], config.lr, config.momentum)

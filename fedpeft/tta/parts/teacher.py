@@ -20,6 +20,8 @@ from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 @dataclass
 class TeacherConfig(GradientConfig):
+    """Options of methods with a student, its moving average as teacher, and an anchor."""
+
     adapt: Any = option("all", "what adapts: norm_affine, lora, head, all, or a list of name patterns")
     ema: float = option(0.999, "alpha, share that the teacher keeps", low=0, high=1)
     views: int = option(32, "augmented views in a target", low=1)
