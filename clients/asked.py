@@ -41,6 +41,7 @@ class Own:
 
     @cached_property
     def start(self) -> ServerState:
+        """The server's state before round 1 as this config makes it; a server that has the same config has the same."""
         return self.strategy.initial(self.initial, self.seed)
 
     def trained(self, rounds: int) -> list[tuple[str, ...]]:

@@ -152,6 +152,7 @@ class Guard:
                                               if ledger.path.stem != account for entry in ledger.entries()]
 
     def ledger(self, account: str) -> Ledger:
+        """The ledger of an account, which is a client or a client and a task; its file need not be there."""
         return Ledger(self.folder / f"{account}.jsonl")
 
     def spending(self, clients: list[str], until: int | None = None) -> dict[str, dict[str, Any]]:

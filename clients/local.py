@@ -306,6 +306,7 @@ class Local:
         return start, kept
 
     def evaluate(self, client: str, received: AdapterState, told: Instructions) -> dict[str, float]:
+        """Metrics of what was sent, on the client's own records; its policy may refuse them (Refused)."""
         number = told.round
         self.guard.admit(client, number)
         self.guard.admit_evaluation(client)
@@ -327,6 +328,7 @@ class Local:
         return sequence.answer_sums(self, client, received, told)
 
     def data(self, table: Mapping[str, Encoded], client: str) -> Encoded:
+        """A client's records in one of the tables; none is a RunError."""
         found = table.get(client)
         if found is None or len(found) == 0:
             raise RunError(f"{client} has no records here.")
@@ -340,6 +342,7 @@ class Local:
         return self.usable(sequence.select_task(self.train_data[client], told))
 
     def usable(self, data: Encoded) -> Encoded:
+        """The records that the model can take; without DP all, as one that it cannot take is then an error."""
         return inputs.usable(self.model, data) if self.guard.private else data
 
     def _require_apart(self, like: Encoded, trains: tuple[str, ...]) -> None:

@@ -224,6 +224,7 @@ class Member:
         return [set(entry["clients"]) for entry in self.store.sums(self.name, self.round) if entry["start"] == start]
 
     def another_set(self, given: set[str], asked: set[str]) -> RunError:
+        """The error where shares for a sum over other clients from the same start state were given before."""
         apart = ", ".join(sorted(given ^ asked))
         return RunError(f"round {self.round}: shares for a sum from this start state were given before, and {apart} "
                         "would be in one of the two sums only, which tells what is between them. Go on with a new "
@@ -250,6 +251,7 @@ class Member:
         return words
 
     def label(self, sender: str, receiver: str) -> str:
+        """What the sealed shares from one client to another are bound to: round, sender and receiver."""
         # JSON, as names joined by a separator could be read in two ways.
         return json.dumps([self.round, sender, receiver])
 

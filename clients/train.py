@@ -174,6 +174,7 @@ def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: ClientConfig) -> torch.optim.Optimizer:
+    """A new optimizer without moments, with the config's learning rate, momentum (of SGD alone) and weight decay."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)

@@ -28,6 +28,8 @@ RUN_ID = 1
 
 @dataclass(slots=True)
 class Node:
+    """One client's node: what it was given, and what it has kept between messages."""
+
     config: dict[str, bool | int | float | str]
     state: RecordDict
 
@@ -116,10 +118,12 @@ class LocalGrid(Grid):
             self.pool.cancel(names)
 
     def close(self) -> None:
+        """End the worker processes, if there are any."""
         if self.pool:
             self.pool.close()
 
     def context(self, message: Message) -> Context:
+        """What the node's app is called with; its state is a copy, so an app that fails leaves nothing behind."""
         node = message.metadata.dst_node_id
         entry = self.nodes[node]
         return Context(

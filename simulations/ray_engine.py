@@ -34,6 +34,7 @@ class Actor:
         """Returns once the actor has its model."""
 
     def answer(self, jobs: list[tuple[Message, Context]]) -> Iterator[Answer | Broken]:
+        """Outcomes of the jobs, each as soon as it is there."""
         yield from outcomes(self.app, jobs)
 
 
@@ -110,6 +111,7 @@ def start_ray(workers: int) -> Callable[[Callable[[], ClientApp], int], Worker]:
 
 
 def stop_ray() -> None:
+    """Disconnect from Ray, and end it where this process started it."""
     import ray
 
     ray.shutdown()

@@ -15,6 +15,7 @@ TINY = ["run.rounds=2", "client.local_steps=2", "client.local_epochs=null", "dat
 
 
 def main() -> int:
+    """Print which shipped configs run; 1 if one does not, else 0."""
     failed = []
     with tempfile.TemporaryDirectory() as root:
         for name in configs.shipped_configs():

@@ -50,15 +50,23 @@ class Channel:
         self.pipe = pipe
 
     def send(self, value: Any) -> None:
+        """Pickle an object into the pipe; it blocks while the pipe is full."""
         self.pipe.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
 
     def recv(self) -> Any:
+        """The next object, waited for.
+
+        Raises:
+            EOFError, ConnectionError: the other end is closed.
+        """
         return pickle.loads(self.pipe.recv_bytes())
 
     def fileno(self) -> int:
+        """The pipe's file descriptor, for waiting on several."""
         return self.pipe.fileno()
 
     def close(self) -> None:
+        """Close this end; the other end reads to the end of what was sent."""
         self.pipe.close()
 
 
@@ -103,6 +111,7 @@ class Worker:
         return f"the client's process ended ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
     def end(self) -> None:
+        """Kill the process, wait until it is gone, and close the pipe; its jobs are lost."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -151,6 +160,7 @@ class Pool:
         return [(name, outcome) for name, outcome in done if name in names]
 
     def cancel(self, names: list[str]) -> None:
+        """Give these jobs up: those that wait are dropped, a worker at one of them is replaced."""
         self.jobs = deque(job for job in self.jobs if job[0] not in names)
         left = [[job for job in share if job[0] not in names] for share in self.shares]
         self.shares = deque(share for share in left if share)
@@ -159,6 +169,7 @@ class Pool:
                 self._replace(worker, [job for job in worker.jobs if job[0] not in names])
 
     def close(self) -> None:
+        """End all workers; jobs without an outcome are lost."""
         for worker in self.workers:
             worker.end()
 

@@ -55,6 +55,7 @@ def named(name: str, options: dict[str, Any], key: str, **given: Any) -> Federat
 
 
 def wrappers() -> list[str]:
+    """Names of the registered strategies that go around another one, other packages' among them."""
     return [name for name in registry.names("strategies") if registry.load("strategies", name).wraps]
 
 

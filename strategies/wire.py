@@ -44,10 +44,21 @@ class BadReply(BadMessage):
 
 
 class Codec(Protocol):
-    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]: ...
-    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict: ...
+    """How clients are named and messages are written; `Packed` for fedpeft's client app, `Named` for others."""
+
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
+        """Client name -> node id, once `expected` nodes have joined; None waits for one."""
+
+    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
+        """A message to a client: the adapter and what the client is told."""
+
     def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
-             number: int) -> tuple[AdapterState, dict[str, float]]: ...
+             number: int) -> tuple[AdapterState, dict[str, float]]:
+        """The upload and the metrics of a good reply to what was `sent` in round `number`.
+
+        Raises:
+            BadReply: the reply may not be aggregated.
+        """
 
 
 class Packed:
@@ -99,6 +110,7 @@ class Packed:
         return opening.packed(content, longest, check)
 
     def reply(self, adapter: AdapterState, metrics: dict[str, float], number: int) -> RecordDict:
+        """A client's answer in round `number`: its upload and metrics, which `read` takes."""
         content = self.content(adapter, Instructions(number))
         content["metrics"] = MetricRecord({**metrics})
         return content
@@ -163,6 +175,7 @@ class Named:
         return AdapterState(tensors, like.sites)
 
     def arrays(self, adapter: AdapterState) -> ArrayRecord:
+        """The adapter's tensors under the names that the client app knows."""
         return ArrayRecord({name: Array(adapter[key].numpy()) for key, name in self.names.items()})
 
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:

@@ -95,6 +95,10 @@ class Chunk:
         self.losses, self.seen = self.values.new_zeros(len(jobs)), self.values.new_zeros(len(jobs))
 
     def run(self) -> list[Done]:
+        """Train all clients of the chunk, step by step together; one result for each job, in their order.
+
+        The mean loss of a client without steps is NaN.
+        """
         weights = nn.Parameter(self.values)
         optimizer = make_optimizer([weights], self.config)
         # Before the first batch, as in `train`: a source then gives both engines the same batches and noise.

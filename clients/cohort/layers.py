@@ -54,6 +54,11 @@ class Layer:
     bias: str | None = None
 
     def forward(self, now: Pass, x: Tensor) -> Tensor:
+        """Outputs [samples, ..., out] for inputs [samples, ..., in], each group's with its own weights.
+
+        Raises:
+            InputError: the input has not one row for each sample.
+        """
         if x.shape[0] != now.samples:
             raise InputError(
                 f"run.engine=cohort: {self.name} gets {x.shape[0]} rows for {now.samples} samples, so those of one "

@@ -124,10 +124,12 @@ def read(path: Path, key: Row) -> Row | None:
 
 
 def write(path: Path, row: Row) -> None:
+    """Write a cell's row whole or not at all; a NaN or inf in it is a ValueError."""
     files.write_bytes(path, (json.dumps(row, indent=1, allow_nan=False) + "\n").encode())
 
 
 def versions() -> dict[str, str]:
+    """Versions that a row is said to be made with: fedpeft, torch, Python."""
     import torch
 
     return {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -144,6 +146,7 @@ def percent(value: float, deviation: float | None) -> str:
 
 
 def plus_minus(value: float | None) -> str:
+    """A share as " ± " and percent to one digit; nothing for None."""
     return "" if value is None else f" ± {100 * value:.1f}"
 
 

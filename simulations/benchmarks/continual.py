@@ -86,6 +86,7 @@ class World:
         return made
 
     def learner(self, body: Entry, heads: list[Entry], train: TrainConfig) -> Learner:
+        """A new learner over the shared stream and base, with this body and all these heads."""
         model = Plastic(self.prepared.base, self.prepared.layers)
         return Learner(self.prepared.stream, model, body.name, {head.name: head.options for head in heads}, train,
                        self.seed, body.options)
@@ -161,6 +162,11 @@ def training(name: str, settings: list[str], quick: bool) -> TrainConfig:
 
 
 def entry(table: str, text: str, flag: str) -> Entry:
+    """An entry of a registry table, as typed.
+
+    Raises:
+        InputError: an unknown name or option, or a value out of bounds; `flag` is blamed.
+    """
     return Entry(text, *cells.registered(table, text, flag))
 
 

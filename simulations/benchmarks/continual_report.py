@@ -95,6 +95,7 @@ def show(results: Row) -> None:
 
 
 def headline(results: Row) -> str:
+    """One line above the tables: stream, scenario, seeds, on what it was evaluated, and the training settings."""
     where = "a held-out part of the training set" if results["validation"] else "the test set"
     settings = ", ".join(f"{key} {value:g}" for key, value in results["train"].items())
     return (f"{results['stream']}, {results['scenario']} stream, {results['seeds']} seeds, evaluated on {where}; "

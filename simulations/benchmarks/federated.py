@@ -66,10 +66,12 @@ class AbsoluteFAIR(LoRAFAIR):
 
 
 def method(name: str, strategy: str, scale_A: float = 1.0, **options: Any) -> Method:
+    """A row of the tables: a registered strategy with these options, and the factor on the A that it starts from."""
     return Method(name, partial(registry.load("strategies", strategy), **options), scale_A)
 
 
 def dp_methods() -> list[Method]:
+    """Methods of the experiment under differential privacy: FedIT, FFA and FedSVD, and controls of the last two."""
     return [
         method("FedIT", "fedit"),
         method("FFA", "ffa_lora", transport="dense"),
@@ -81,6 +83,7 @@ def dp_methods() -> list[Method]:
 
 
 def skew_methods() -> list[Method]:
+    """Methods of the experiment with skewed labels; each LoRA-FAIR also with lambda as written in the papers."""
     return [
         method("FedIT", "fedit"),
         method("LoRA-FAIR .01", "lora_fair", lambda_=0.01),

@@ -94,6 +94,7 @@ def dp_claims(rows: list[Row]) -> list[Row]:
 
 
 def skew_claims(rows: list[Row]) -> list[Row]:
+    """Every method against FedIT by final and round-averaged accuracy, in every cell that `rows` has."""
     own = select(rows, experiment="heterogeneity")
     return [_claim(own, where["setting"], where["column"], one, "FedIT", key, above)
             for where in _cells(own)
@@ -142,6 +143,7 @@ def show(results: Row) -> None:
 
 
 def tables(results: Row) -> list[Table]:
+    """A table for each experiment and accuracy that the results have, and one of regressions without federation."""
     from rich.table import Table
 
     made = []

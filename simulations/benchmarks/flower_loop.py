@@ -27,6 +27,7 @@ client, server = ClientApp(), ServerApp()
 
 @cache
 def model(folder: str, rank: int, alpha: int) -> Any:
+    """A classifier of a folder with LoRA on query and value, in training mode; the same weights in every process."""
     torch.manual_seed(0)
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=alpha, target_modules=["query", "value"])
     return get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), config).train()
@@ -34,6 +35,7 @@ def model(folder: str, rank: int, alpha: int) -> Any:
 
 @cache
 def records(folder: str, path: str, seq: int) -> tuple[Any, torch.Tensor]:
+    """Tokenised texts and int64 labels [N] of a csv file with the columns text and label."""
     rows = list(csv.DictReader(Path(path).read_text().splitlines()))
     texts = AutoTokenizer.from_pretrained(folder)([row["text"] for row in rows], padding=True, truncation=True,
                                                   max_length=seq, return_tensors="pt")
@@ -42,6 +44,7 @@ def records(folder: str, path: str, seq: int) -> tuple[Any, torch.Tensor]:
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
+    """Train a client's share of the records, those whose number is its own modulo the clients, for the job's steps."""
     job = json.loads(str(message.content["config"]["job"]))
     part, parts = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     texts, labels = records(job["model"], job["train"], job["seq"])

@@ -77,6 +77,7 @@ def run(out: Path, seeds: int = 3, quick: bool = False, tell: Tell = silent) -> 
 
 
 def folder_of(cells: Path, name: str, epsilon: float, rate: float, seed: int, quick: bool) -> Path:
+    """The folder of one run; with quick settings it is another than without."""
     return cells / f"{name.replace(' ', '_')}-epsilon{epsilon:g}-lr{rate:g}-seed{seed}{'-quick' if quick else ''}"
 
 

@@ -71,6 +71,7 @@ class Largest(TorchDispatchMode):
 
 
 def make(name: str) -> FederatedStrategy:
+    """The registered strategy with the options that are measured here."""
     strategy: FederatedStrategy = registry.load("strategies", name)(**OPTIONS[name])
     return strategy
 
@@ -238,6 +239,7 @@ def _child(name: str, size: Size, way: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> Table:
+    """Seconds, peak memory and largest tensor of each method, beside those of the dense way where it was measured."""
     from rich.table import Table
 
     size = results["size"]
@@ -262,6 +264,7 @@ def _megabytes(count: int | None) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
+    """Print the table and the command that makes it."""
     from fedpeft.cli.console import out
 
     out.print(table(results))

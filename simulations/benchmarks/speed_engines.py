@@ -91,6 +91,7 @@ class Peft:
         self.names = {key: "/".join(named_site(key)) for key in self.take()}
 
     def take(self) -> dict[str, Tensor]:
+        """Copies of the adapter's and the head's tensors, by peft's names, on the CPU."""
         from peft import get_peft_model_state_dict
 
         return {key: value.detach().cpu().clone() for key, value in get_peft_model_state_dict(self.model).items()}
@@ -107,9 +108,11 @@ class Peft:
         return ends
 
     def optimizer(self, work: Work, **options: Any) -> torch.optim.Optimizer:
+        """A new AdamW with the work's learning rate and decay; `options` go to torch."""
         return torch.optim.AdamW(self.parameters, lr=work.config.lr, weight_decay=work.config.weight_decay, **options)
 
     def steps(self, work: Work, client: int) -> None:
+        """Take one client's steps on the model as it is."""
         optimizer = self.optimizer(work)
         for index in work.drawn(client, dp=False):
             inputs, labels = on_device(work.data[client], index, self.device)

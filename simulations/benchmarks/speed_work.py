@@ -73,9 +73,11 @@ class Work:
         return [self.plan.sample(count, private.source) for _ in range(self.plan.steps)]
 
     def private(self, client: int) -> Private:
+        """A client's plan with its source from the start: every call draws the same again."""
         return Private(self.plan, Apart(self._seed(client)))
 
     def job(self, client: int, dp: bool) -> Job:
+        """A client's job for our trainers, private under DP."""
         return Job(self.start, self.data[client], self._seed(client), private=self.private(client) if dp else None)
 
     def _seed(self, client: int) -> int:

@@ -107,10 +107,12 @@ class Run:
 
     @property
     def final(self) -> float:
+        """Accuracy at the last evaluation."""
         return self.curve[-1][1]
 
     @property
     def average(self) -> float:
+        """Mean accuracy over all evaluations."""
         return sum(accuracy for _, accuracy in self.curve) / len(self.curve)
 
 
@@ -246,6 +248,7 @@ class Net:
 
     @staticmethod
     def of(worlds: Sequence[World], dtype: torch.dtype) -> Net:
+        """The worlds stacked in a dtype; all must have the same sizes."""
         W, V, x, y = (torch.stack([getattr(world, name) for world in worlds]) for name in "WVxy")
         held = [(world.held_x.to(dtype), world.held_y) for world in worlds]
         return Net(W.to(dtype), V.to(dtype), x.to(dtype), y, held)
@@ -257,6 +260,7 @@ class Net:
         return self.W[home] + adapter[f"{SITE}/residual_B"] @ adapter[f"{SITE}/residual_A"]
 
     def accuracy(self, home: int, adapter: AdapterState) -> float:
+        """Accuracy of an adapter on the held-out records of world number `home`."""
         x, y = self.held[home]
         weight = self.base(home, adapter) + adapter[f"{SITE}/B"] @ adapter[f"{SITE}/A"]
         return float((((x @ weight.T).relu() @ self.V[home].T).argmax(1) == y).double().mean())

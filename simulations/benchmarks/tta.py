@@ -44,18 +44,22 @@ class World:
 
     @cached_property
     def stream(self) -> Stream:
+        """The stream of the plan."""
         return self.bench.load(self.plan)
 
     @cached_property
     def source(self) -> tuple[Deployed, Encoded]:
+        """The source model and the records it was trained on; trained parts are kept on disk."""
         return self.bench.source(self.model, self.seed, self.sources / slug(self.bench.name))
 
     @cached_property
     def references(self) -> list[Tensor]:
+        """What the source model, unadapted, answers to each batch."""
         return source_answers(self.stream, self.source[0])
 
     @cached_property
     def facts(self) -> Row:
+        """What a row says of model and stream: hash, number of parameters, segments."""
         deployed, _ = self.source
         return {"model_sha256": tta_sources.fingerprint(deployed), "parameters": tta_sources.parameters(deployed),
                 "segments": segments(self.stream)}
@@ -118,6 +122,11 @@ def asked_methods(text: str, quick: bool) -> list[str]:
 
 
 def asked_models(bench: Bench, text: str) -> list[str]:
+    """The models that `--models` names, each once; all of the stream where it names none.
+
+    Raises:
+        InputError: the stream has no such model.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()] or list(bench.models)
     for name in names:
         if name not in bench.models:

@@ -69,6 +69,7 @@ def vit_gates(seed: int) -> Iterator[Row]:
 
 
 def teacher_gate(name: str, model: Deployed, stream: Stream, seed: int) -> Row:
+    """CoTTA's error against that of a frozen model averaged over the same number of views."""
     frozen = percent(run_stream("aug_average", stream, model, {"views": 4, "augment": "small_image"}, seed))
     cotta = percent(run_stream("cotta", stream, model, TEACHER, seed))
     return row(f"{name}: cotta within 1.5 of the frozen average", seed, abs(cotta - frozen) <= 1.5, cotta=cotta,
@@ -96,14 +97,17 @@ def repeated(method: TTAMethod, stream: Stream, model: Deployed, passes: int) ->
 
 
 def percent(result: Row) -> float:
+    """A result's error in percent, to one digit."""
     return round(100 * float(result["error"]), 1)
 
 
 def row(gate: str, seed: int, holds: bool, **values: Any) -> Row:
+    """A gate's outcome as it is printed; `values` are the errors that decided it."""
     return {"gate": gate, "seed": seed, "holds": holds, **values}
 
 
 def main() -> None:
+    """Print every gate of every seed as a line of JSON; a gate that does not hold is no error."""
     parser = argparse.ArgumentParser(description="Acceptance gates of digits-C, one JSON line each.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-long", action="store_true", help="leave the eight-pass gate out")

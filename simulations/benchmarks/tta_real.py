@@ -40,6 +40,8 @@ DISPLAY = "fonts-aenigma"  # the package of display fonts; the other four are of
 
 @dataclass
 class RealOptions:
+    """Options of all streams of real data."""
+
     batch: int = option(64, "rows in a batch; batches end where a domain ends", low=1, high=200)
     limit: int | None = option(512, "records of a domain; null is all", low=2)
     delta: float | None = option(None, "labels in bursts, Dirichlet delta; null shuffles", above=0)
@@ -48,12 +50,16 @@ class RealOptions:
 
 @dataclass
 class ImageOptions(RealOptions):
+    """Options of image streams, of which each corruption is a domain."""
+
     severity: int = option(3, "of the corruptions", low=1, high=5)
     corruptions: str | None = option(None, "names with + between, in order; null is all")
 
 
 @dataclass
 class TextOptions(RealOptions):
+    """Options of text streams; batches are half as large as those of images."""
+
     batch: int = option(32, "rows in a batch; batches end where a domain ends", low=1, high=200)
     tokens: int = option(40, "longest text in tokens", low=4)
 
@@ -84,6 +90,7 @@ class Material:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 over training records and all pools, with their names."""
         whole = [self.train.fingerprint, *(f"{name}:{pool.fingerprint}" for name, pool in self.pools.items())]
         return hashlib.sha256("\n".join(whole).encode()).hexdigest()
 
@@ -99,6 +106,7 @@ class Real:
 
     @cached_property
     def material(self) -> Material:
+        """The data, read at first use."""
         return self.read()
 
     def manifest(self, seed: int) -> dict[str, Any]:
@@ -164,6 +172,8 @@ class Real:
 
 
 class RealImages(Real):
+    """A stream of images [rows, 1, H, W] in [0, 1]; corruptions are drawn anew from the plan's noise."""
+
     models: ClassVar[tuple[str, ...]] = ("cnn",)
     augment: ClassVar[str] = "image"
 
@@ -187,16 +197,20 @@ class RealImages(Real):
 
 
 class RealTexts(Real):
+    """A stream of texts for a sentence encoder, of which a LoRA and the head are trained, or the head alone."""
+
     models: ClassVar[tuple[str, ...]] = ("lora", "head")
     augment: ClassVar[str] = "tokens"
     encoder: ClassVar[str] = "minilm"
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The encoder's tokenizer, read at first use."""
         config = ModelConfig(name=self.encoder, task=TEXTS, pooling="mean", max_length=self.options.tokens)
         return loading.load(config, 2, 0).processor
 
     def encoded(self, records: Records) -> Encoded:
+        """Token ids and masks of the records, cut to `tokens`."""
         return encode(records, self.tokenizer, TEXTS, self.options.tokens)
 
     def inputs(self, plan: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -218,6 +232,7 @@ class RealTexts(Real):
 
 
 def vader(part: str) -> Material:
+    """Sentiment of texts: trained on the domains in `part` (+ between them), then those and the others."""
     train, test = load(DataConfig(source="vader"), TEXTS, 0)
     own = part.split("+")
     pools = {name: test.take(np.flatnonzero(test.columns["domain"] == name)) for name in order(own)}
@@ -231,6 +246,7 @@ def order(own: list[str]) -> list[str]:
 
 
 def debian(part: str) -> Material:
+    """Sections of package descriptions: trained on English, then the same packages in one language after another."""
     train, test = load(DataConfig(source="debian"), TEXTS, 0)
     pools = {"en": test}
     for language in LANGUAGES:
@@ -249,6 +265,7 @@ def in_common(pools: dict[str, Records], column: str) -> dict[str, Records]:
 
 
 def glyphs(part: str, options: ImageOptions) -> Material:
+    """Letters: trained on text fonts, then unseen fonts of that kind, display fonts, and these under corruptions."""
     train, test = load(DataConfig(source="glyphs"), IMAGES, 0)
     pools = {"text": test.take(np.flatnonzero(test.columns["package"] != DISPLAY)),
              "display": test.take(np.flatnonzero(test.columns["package"] == DISPLAY))}
@@ -258,12 +275,18 @@ def glyphs(part: str, options: ImageOptions) -> Material:
 
 
 def fashion(part: str, options: ImageOptions) -> Material:
+    """Pictures of clothes: trained on clean ones, then clean and corrupted test images."""
     train, test = load(DataConfig(source="fashion-mnist"), IMAGES, 0)
     corrupted = [Domain(name, "test", name) for name in corruptions(options)]
     return Material(train, {"test": test}, [Domain(CLEAN, "test"), *corrupted])
 
 
 def corruptions(options: ImageOptions) -> list[str]:
+    """Names of the corruptions in the order in which they come.
+
+    Raises:
+        InputError: there is no such corruption.
+    """
     names = list(CORRUPTIONS) if options.corruptions is None else options.corruptions.split("+")
     for name in names:
         if name not in CORRUPTIONS:

@@ -43,15 +43,24 @@ class Bench(Protocol):
     models: ClassVar[tuple[str, ...]]
     augment: ClassVar[str]  # kind of views that fits the inputs
 
-    def manifest(self, seed: int) -> dict[str, Any]: ...
+    def manifest(self, seed: int) -> dict[str, Any]:
+        """The full plan of the stream for a seed, as JSON-ready data with hashes."""
 
-    def load(self, plan: dict[str, Any]) -> Stream: ...
+    def load(self, plan: dict[str, Any]) -> Stream:
+        """The stream of a manifest.
 
-    def source(self, model: str, seed: int, folder: Path) -> tuple[Deployed, Encoded]: ...
+        Raises:
+            InputError: the manifest was made by another version or of other data, or does not fit its hashes.
+        """
+
+    def source(self, model: str, seed: int, folder: Path) -> tuple[Deployed, Encoded]:
+        """A source model and the records it was trained on; trained parts may be kept in `folder`."""
 
 
 @dataclass
 class DigitsOptions:
+    """Options of digits-C; those that name a kind of stream have no effect on other kinds."""
+
     severity: int = option(5, "of the corruptions", low=1, high=5)
     batch: int = option(64, "rows in a batch; batches end where a domain ends", low=1, high=200)
     corruptions: str | None = option(None, "names with + between, in order; null is all")

@@ -87,6 +87,7 @@ def keypair() -> tuple[bytes, bytes]:
 
 
 def public_of(secret: bytes) -> bytes:
+    """The public key (X25519, 32 bytes) of a secret one."""
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 

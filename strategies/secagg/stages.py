@@ -125,6 +125,7 @@ class Stages:
             raise self.failed(3, f"the masks of {client} cannot be removed: {error}") from error
 
     def failed(self, stage: int, what: str) -> RoundFailed:
+        """The error of a stage, with each lost client's reason; from stage 2 on it drops the round for good."""
         reasons = "; ".join(f"{client}: {reason}" for client, reason in self.without_upload([]).items())
         where = f"round {self.number}: secure aggregation, stage {stage} ({NAMES[stage]})"
         # Before stage 2 nothing of an update is on the way, so the same round may be tried again.
@@ -166,6 +167,11 @@ def field(reply: RecordDict, key: str, length: int) -> bytes:
 
 
 def listed(reply: RecordDict, key: str) -> list[bytes]:
+    """The byte strings of a list in a reply; entries of other types are left out.
+
+    Raises:
+        BadReply: it is no list.
+    """
     values = reply.config_records[RECORD][key]
     if not isinstance(values, list):
         raise wire.BadReply(f"{key} is not a list")

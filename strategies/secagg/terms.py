@@ -68,6 +68,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config) -> Plan:
+        """The plan of a config; `min_clients` has no effect below the threshold."""
         own, clients = config.secagg, config.run.clients_per_round or config.data.count
         neighbours = clients - 1 if own.neighbours is None else own.neighbours
         threshold = math.ceil(own.threshold * (neighbours + 1) - 1e-9)  # 0.55 * 100 is a little over 55

@@ -58,13 +58,16 @@ class Shapes:
 
     @property
     def base(self) -> Shapes:
+        """These shapes themselves, where a body expects a model's base."""
         return self
 
     @property
     def layers(self) -> tuple[str, ...]:
+        """Names of the adapted layers, sorted."""
         return tuple(sorted(self.adapter.lora_sites()))
 
     def shape(self, layer: str) -> tuple[int, int]:
+        """(outputs, inputs) of a layer, from the adapter's factors."""
         return len(self.adapter[f"{layer}/B"]), self.adapter[f"{layer}/A"].shape[1]
 
 

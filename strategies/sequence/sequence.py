@@ -32,6 +32,7 @@ class TaskSequence(Wrapper):
         self._require(name)
 
     def begun(self, server: ServerState) -> int:
+        """The task that began last; -1 before the first."""
         return int(server.numbers.get(TASK, -1))
 
     def begin(self, server: ServerState, task: int, sketches: dict[str, Tensors]) -> ServerState:
