@@ -55,7 +55,7 @@ class Adapted:
         self.parameters = dict(injected.parameters)
         self.sites = dict(injected.sites)
         self.originals: dict[str, Tensor] = {}
-        self.compete: Sequence[int] | None = None
+        self.compete: list[int] | None = None
         self.tail: list[nn.Module] | None = None
         if train_head:
             for name, module in base.heads.items():
@@ -153,7 +153,8 @@ class Adapted:
     @contextmanager
     def competing(self, classes: Sequence[int] | None) -> Iterator[None]:
         """Let only these classes compete for a while; None is all."""
-        before, self.compete = self.compete, classes
+        # A list, since that picks rows of a mask: a tuple would be one index.
+        before, self.compete = self.compete, None if classes is None else list(classes)
         try:
             yield
         finally:
