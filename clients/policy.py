@@ -81,8 +81,7 @@ class Policy:
         rounds = max(number, config.run.rounds)
         if self.max_rounds is not None and rounds > self.max_rounds:
             reasons.append(f"{rounds} rounds are over max_rounds={self.max_rounds}")
-        names = [config.strategy.name, *(entry if isinstance(entry, str) else entry["name"]
-                                         for entry in config.strategy.wrap)]
+        names = config.strategy.names
         if self.strategies is not None and set(names) - set(self.strategies):
             reasons.append(f"strategy {', '.join(names)} is not among {', '.join(self.strategies)}")
         sent = [metric for metric in METRICS if metric != "missed_tasks" or config.continual.body is not None]

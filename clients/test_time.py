@@ -149,9 +149,8 @@ def check(config: Config) -> None:
     if tta.corruption != CLEAN and load_objective(config.model.task).records != "image":
         raise InputError(f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
                          f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts.")
-    wraps = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
     partner = registry.load("tta", tta.method, "tta.method").pairs_with
-    if partner is not None and partner not in [config.strategy.name, *wraps]:
+    if partner is not None and partner not in config.strategy.names:
         raise InputError(f"tta.method={tta.method}: the federation has to learn what it needs. Set "
                          f"strategy.wrap=[{partner}].")
 

@@ -32,7 +32,10 @@ def build(config: Config, classes: int | None = None, clients: Sequence[str] | N
     context = RunContext(section.weighting, config.data.clients, ranks, config.run.seed, ledger)
     strategy = named(section.name, section.options, "strategy", context=context)
     for entry in section.wrap:
-        name, options = _entry(entry)
+        if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
+            raise InputError(f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: "
+                             f"{', '.join(wrappers())}.")
+    for name, options in section.wrappers:
         if not registry.load("strategies", name, "strategy.wrap").wraps:
             raise InputError(f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
                              f"Wrappers: {', '.join(wrappers())}.")
@@ -102,13 +105,3 @@ def require_clients(strategy: FederatedStrategy | None, count: int) -> None:
         if hasattr(strategy, "require_clients"):
             strategy.require_clients(count)
         strategy = getattr(strategy, "inner", None)
-
-
-def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(entry, str):
-        return entry, {}
-    if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-        return entry["name"], {key: value for key, value in entry.items() if key != "name"}
-    raise InputError(
-        f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: {', '.join(wrappers())}."
-    )

@@ -25,7 +25,6 @@ from fedpeft.config.schema import (
     INFINITY,
     LEARNER,
     METHOD_SECTIONS,
-    NAME_KEYS,
     Config,
     choices_of,
     default_of,
@@ -185,11 +184,11 @@ def _mapping(path: Path) -> dict[str, Any]:
 def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
     """A copy of the tree where `strategy: fedsvd` has become `strategy: {name: fedsvd}`."""
     tree = copy.deepcopy(tree)
-    for path in METHOD_SECTIONS:
+    for path, method_section in METHOD_SECTIONS.items():
         *parents, last = path.split(".")
         node = tree.get(parents[0]) if parents else tree
         if isinstance(node, dict) and isinstance(node.get(last), str) and not values.is_null(node[last]):
-            node[last] = {NAME_KEYS.get(path, "name"): node[last]}
+            node[last] = {method_section.key: node[last]}
     return tree
 
 
@@ -221,9 +220,9 @@ def build(cls: Any, tree: Any, path: str) -> Any:
     found |= _filled({name: item for name, item in items.items() if name not in nested}, own, path)
     rest = {key: value for key, value in tree.items() if key not in items}
     config = cls(**found)
-    name_key = NAME_KEYS.get(path, "name")
-    if path in METHOD_SECTIONS and getattr(config, name_key) is not None:
-        owner = registry.load(METHOD_SECTIONS[path], getattr(config, name_key), f"{path}.{name_key}")
+    section = METHOD_SECTIONS.get(path)
+    if section is not None and getattr(config, section.key) is not None:
+        owner = registry.load(section.table, getattr(config, section.key), f"{path}.{section.key}")
         checked = read_options(owner, rest, path, also=list(items))
         config.options = {key.rstrip("_"): value for key, value in checked.items()}
     elif rest:

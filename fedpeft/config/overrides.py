@@ -12,7 +12,7 @@ from typing import Any
 
 from fedpeft import registry
 from fedpeft.config import values
-from fedpeft.config.schema import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, Config, options_of
+from fedpeft.config.schema import METHOD_SECTIONS, Config, options_of
 from fedpeft.errors import InputError
 
 log = logging.getLogger("fedpeft")
@@ -40,9 +40,9 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> None:
     """Put the overrides into the tree, in place."""
     pairs = list(_named(overrides if isinstance(overrides, dict) else parse_overrides(overrides)))
-    for path in METHOD_SECTIONS:  # a new name first: it drops the options of the method it replaces
+    for path, section in METHOD_SECTIONS.items():  # a new name first: it drops the options of the method it replaces
         for key, value in pairs:
-            if key == f"{path}.{NAME_KEYS.get(path, 'name')}":
+            if key == f"{path}.{section.key}":
                 _rename(tree, path, value)
     for key, value in pairs:
         _drop_options(tree, key, value)
@@ -63,17 +63,17 @@ def _named(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in pairs.items():
         value = values.structure(value, key) if key in sections else value
         if key in METHOD_SECTIONS and isinstance(value, str) and not values.is_null(value):
-            key = f"{key}.{NAME_KEYS.get(key, 'name')}"
+            key = f"{key}.{METHOD_SECTIONS[key].key}"
         yield key, values.unquoted(value) if key.endswith((".name", ".method", ".body")) else value
 
 
 def _rename(tree: dict[str, Any], path: str, name: str | None) -> None:
     *parents, last = path.split(".")
     node = tree.setdefault(parents[0], {}) if parents else tree
-    section, key = node.get(last) or {}, NAME_KEYS.get(path, "name")
+    section, key = node.get(last) or {}, METHOD_SECTIONS[path].key
     old = section.get(key, name)
     if isinstance(section, dict) and old != name:
-        common = {item.name for item in dataclasses.fields(SECTION_CLASSES[path])} - {"options"}
+        common = {item.name for item in dataclasses.fields(METHOD_SECTIONS[path].config)} - {"options"}
         _say_dropped(f"{path}.{key}", name, old, [item for item in section if item not in common])
         node[last] = {item: value for item, value in section.items() if item in common}
 
@@ -97,10 +97,10 @@ def _fields_of(path: str, section: dict[str, Any]) -> list[dataclasses.Field[Any
     """Fields of a section's class, and of the method that it names."""
     if path not in METHOD_SECTIONS:
         return []
-    name = section.get(NAME_KEYS.get(path, "name"))
-    fields = list(dataclasses.fields(SECTION_CLASSES[path]))
-    if isinstance(name, str) and name in registry.names(METHOD_SECTIONS[path]):
-        fields += options_of(registry.load(METHOD_SECTIONS[path], name)).values()
+    name = section.get(METHOD_SECTIONS[path].key)
+    fields = list(dataclasses.fields(METHOD_SECTIONS[path].config))
+    if isinstance(name, str) and name in registry.names(METHOD_SECTIONS[path].table):
+        fields += options_of(registry.load(METHOD_SECTIONS[path].table, name)).values()
     return fields
 
 

@@ -116,6 +116,17 @@ class StrategyConfig:
                              options_of=("strategies", "name"))
     options: dict[str, Any] = option({}, "options of the strategy named above")
 
+    @property
+    def wrappers(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and options of what is put around the strategy, innermost first."""
+        entries = [{"name": entry} if isinstance(entry, str) else entry for entry in self.wrap]
+        return [(entry["name"], {key: value for key, value in entry.items() if key != "name"}) for entry in entries]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the strategy and of what is put around it."""
+        return [self.name, *(name for name, _ in self.wrappers)]
+
 
 @dataclass
 class ClientConfig:
@@ -266,12 +277,22 @@ class Config:
     continual: ContinualConfig = field(default_factory=ContinualConfig)
 
 
-# Sections that name a registered method -> its table; the key of the name, where it is another than `name`.
-METHOD_SECTIONS = {"strategy": "strategies", "adapter": "adapters", "data.partition": "partitioners", "tta": "tta",
-                   "continual": "bodies"}
-NAME_KEYS = {"tta": "method", "continual": "body"}
-SECTION_CLASSES: dict[str, Any] = {"strategy": StrategyConfig, "adapter": AdapterConfig,
-                                   "data.partition": PartitionConfig, "tta": TTAConfig, "continual": ContinualConfig}
+@dataclass(frozen=True)
+class MethodSection:
+    """A section of the config that names a registered method: the method's table, its class, and the name's key."""
+
+    table: str
+    config: Any
+    key: str = "name"
+
+
+METHOD_SECTIONS = {
+    "strategy": MethodSection("strategies", StrategyConfig),
+    "adapter": MethodSection("adapters", AdapterConfig),
+    "data.partition": MethodSection("partitioners", PartitionConfig),
+    "tta": MethodSection("tta", TTAConfig, "method"),
+    "continual": MethodSection("bodies", ContinualConfig, "body"),
+}
 
 
 def options_of(cls: Any, where: str = "") -> dict[str, dataclasses.Field[Any]]:

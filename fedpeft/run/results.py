@@ -62,7 +62,7 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
         "continual": sequence.summarise(world, server),
         "tta": test_time.describe(config, events),
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
-        "wrap": [entry if isinstance(entry, str) else entry["name"] for entry in config.strategy.wrap],
+        "wrap": [name for name, _ in config.strategy.wrappers],
     }
     summary = summarise(events, configs.to_tree(config), extra)
     # Before the report, which is made from it.

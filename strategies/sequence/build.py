@@ -95,8 +95,7 @@ def refuse_sums_in_the_clear(config: Config, fitted: bool, body: ServerBody) -> 
                          f"{way}")
     if config.secagg.enabled:
         raise InputError(f"secagg.enabled=true: {more} would be sent in the clear. {way}")
-    wrapped = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
-    robust = [name for name in (config.strategy.name, *wrapped) if registry.load("strategies", name).robust]
+    robust = [name for name in config.strategy.names if registry.load("strategies", name).robust]
     if robust:
         raise InputError(f"strategy.wrap: {robust[0]} guards updates, but {more} would go around it. {way}")
 

@@ -96,14 +96,13 @@ def width(adapter: AdapterState) -> int:
 
 def check(config: configs.Config) -> None:
     """Refuse what FedTHE cannot do, before anything is loaded."""
-    wraps = [entry if isinstance(entry, str) else entry.get("name") for entry in config.strategy.wrap]
-    name = config.strategy.name
-    if "fedthe" not in [name, *wraps]:
+    if "fedthe" not in config.strategy.names:
         return
     keeps = build(config).keeps
     if "head" in keeps:
-        raise InputError(f"strategy.wrap: fedthe mixes a personal with the global head, but {name} leaves "
-                         f"{', '.join(keeps)} with each client, so there is no global one.")
+        raise InputError("strategy.wrap: fedthe mixes a personal with the global head, but "
+                         f"{config.strategy.name} leaves {', '.join(keeps)} with each client, so there is no global "
+                         "one.")
     if not load_objective(config.model.task).classes or not config.adapter.train_head:
         raise InputError(f"strategy.wrap: fedthe needs a head that the clients train; model.task={config.model.task}, "
                          f"adapter.train_head={str(config.adapter.train_head).lower()} has none.")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft import registry
-from fedpeft.config.schema import METHOD_SECTIONS, NAME_KEYS, SECTION_CLASSES, options_of
+from fedpeft.config.schema import METHOD_SECTIONS, options_of
 from fedpeft.data.source import load
 from fedpeft.errors import InputError
 
@@ -45,13 +45,13 @@ def test_an_entry_documents_itself_and_its_options(table, name):
         assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, table in METHOD_SECTIONS.items()
-                                            for name in registry.names(table)])
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, section in METHOD_SECTIONS.items()
+                                            for name in registry.names(section.table)])
 def test_a_config_with_the_method_is_read_as_it_was_written(path, name):
     """An option that had the name of a key of the section would take its place."""
-    section, cls = SECTION_CLASSES[path], registry.load(METHOD_SECTIONS[path], name)
+    section, cls = METHOD_SECTIONS[path].config, registry.load(METHOD_SECTIONS[path].table, name)
     assert not {item.name for item in dataclasses.fields(section)} & set(options_of(cls))
-    built = configs.build(section, {NAME_KEYS.get(path, "name"): name}, path)
+    built = configs.build(section, {METHOD_SECTIONS[path].key: name}, path)
     assert configs.build(section, configs.to_tree(built), path) == built
 
 
