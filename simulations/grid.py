@@ -84,6 +84,7 @@ class LocalGrid(Grid):
         sent = []
         for message in messages:
             name = f"message-{next(self.ids)}"
+            # Flower's metadata have no setter for it.
             message.metadata.__dict__["_message_id"] = name
             self.queue[name] = message
             sent.append(name)
@@ -101,6 +102,7 @@ class LocalGrid(Grid):
         assert self.app is not None  # there are no workers
         if isinstance(self.app, CohortApp) and wanted[0] not in self.shown:
             waiting = wanted[: self.share]
+            # Copies of the contexts: what a client changes while it prepares must not be kept before it has answered.
             self.app.prepare([(self.queue[name], self.context(self.queue[name])) for name in waiting])
             self.shown = set(waiting)
         message = self.queue[wanted[0]]
@@ -141,4 +143,3 @@ class LocalGrid(Grid):
             self.nodes[request.metadata.dst_node_id].state = state if len(state) else self.nothing
         reply.metadata.__dict__["_message_id"] = f"reply-{name}"
         return reply
-

@@ -52,6 +52,7 @@ class RayWorker(Worker):
         ours, theirs = multiprocessing.Pipe()
         self.pipe = Channel(ours)
         self.ready, self.jobs = False, deque[Job]()
+        # A thread, since Ray's futures cannot be waited for beside pipes.
         threading.Thread(target=bridge, args=(Channel(theirs), self.actor), daemon=True).start()
 
     def death(self) -> Broken | str:
@@ -75,6 +76,7 @@ def bridge(pipe: Channel, actor: Any) -> None:
         ray.get(actor.ready.remote())
         pipe.send(None)
         while True:
+            # One by one as they are made: the pool counts answers to know which message an actor is busy with.
             for outcome in actor.answer.options(num_returns="streaming").remote(pipe.recv()):
                 pipe.send(ray.get(outcome))
     except ray.exceptions.RayActorError as error:
@@ -92,11 +94,13 @@ def start_ray(workers: int) -> Callable[[Callable[[], ClientApp], int], Worker]:
     """Start Ray, or join a cluster, and give what makes a worker; `workers` share the GPUs there are."""
     if lack := shared_memory():  # Ray would wait for its object store for minutes, or lose clients' replies
         raise RunError(f"run.engine=ray needs shared memory. {lack} run.engine=cohort with run.workers does without.")
+    # Before the import. Ray would report its use otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     library: Any = ray  # its functions have no types
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A cluster says itself what it has, and refuses to be told.
     cpus = None if os.environ.get("RAY_ADDRESS") else workers
     try:
         library.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=cpus)

@@ -74,6 +74,7 @@ class Worker:
     """One process and the pipe to it. The process says once that it is ready, then answers its jobs in order."""
 
     def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
+        # A fork would take torch's threads and locks in whatever state they are.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self.pipe = Channel(ours)
@@ -84,6 +85,7 @@ class Worker:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        # Else this process would hold the other end open, and never see the worker's end.
         theirs.close()
         self.ready = False
         self.jobs: deque[Job] = deque()
@@ -136,6 +138,7 @@ class Pool:
         try:
             for _ in range(workers):
                 self.workers.append(start())
+            # Started first, waited for afterwards: they load their models at the same time.
             for worker in self.workers:
                 worker.get_ready()
         except BaseException:
@@ -179,6 +182,7 @@ class Pool:
         except (EOFError, ConnectionError):
             outcome = worker.death()
             if not isinstance(outcome, Broken):
+                # Without the first: it was being worked on, and would end the next process too.
                 self._replace(worker, list(worker.jobs)[1:])
         else:
             worker.jobs.popleft()
@@ -187,6 +191,7 @@ class Pool:
         return outcome
 
     def _hand_out(self) -> None:
+        # So that every worker has a share.
         size = min(self.share, -(-len(self.jobs) // len(self.workers)))
         while self.jobs:
             self.shares.append([self.jobs.popleft() for _ in range(min(size, len(self.jobs)))])
@@ -244,6 +249,7 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        # `sys.exit` would end this thread alone.
         os._exit(1)
 
 

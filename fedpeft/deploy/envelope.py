@@ -102,6 +102,7 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     Raises:
         Refused: it asks for what no coordinator may ask.
     """
+    # In the text, before it reaches OmegaConf, which would resolve it.
     if "${" in text:
         raise Refused("the config has an interpolation (${...}), which would read this site's environment.")
     try:
@@ -117,11 +118,14 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
         raise Refused("run.faults: a simulation only.")
     own = site.settings
     model["name"] = own.model
+    # What the server says of these is not looked at: a site decides how and on what it computes.
     run |= {"device": own.device, "threads": own.threads, "workers": 0, "engine": "sites"}
     privacy["policy"] = str(site.policy)
+    # Whatever the server asked for: noise that it can draw again is no noise to it.
     if not bounds.seeded_noise:
         privacy["randomness"] = "os"
     columns = {key: getattr(own.data, key) for key in ("text", "image", "label")}
+    # Built up key by key, so that one that comes to the data section later cannot slip through.
     data = {**{key: data[key] for key in SHARED if key in data}, **columns, "source": own.data.source}
     try:
         return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data},

@@ -91,6 +91,7 @@ def pem(text: str) -> bytes:
 
 def write_mode(path: Path, data: bytes, mode: int) -> None:
     """Write a file that has its mode from the first byte on."""
+    # By the mask and not afterwards: a key must not be readable even for an instant.
     mask = os.umask(0o777 & ~mode)
     try:
         write_bytes(path, data)

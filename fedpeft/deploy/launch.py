@@ -64,6 +64,7 @@ def follow(parent: int) -> None:
     """End this process when its parent has ended, however that was."""
 
     def watch() -> None:
+        # A parent that is killed can tell nobody, but its children get another one.
         while os.getppid() == parent:
             time.sleep(POLL_S)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -88,6 +89,7 @@ def supernode(arguments: list[str]) -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     pace = SimpleNamespace(sleep=lambda seconds: time.sleep(POLL_S if seconds > 1 else OWN_POLL_S))
+    # In that module alone: everything else in the process keeps its clock.
     vars(start_client_internal)["time"] = pace
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()

@@ -53,6 +53,7 @@ class Child:
         if lasted < self.pause_s:
             return
         log.warning("%s ended with code %s; it is started again.", self.role, self.process.returncode)
+        # Longer each time: what ends at once would otherwise be started some hundred times a minute.
         self.pause_s = min(LONGEST_PAUSE_S, 2 * self.pause_s or 1.0)
         self.start()
 
@@ -64,6 +65,7 @@ def launch(role: str, folder: Path, *arguments: str) -> list[str]:
 
 def end(children: list[Child]) -> None:
     """Ask each to end, last one first; kill what has not done so in time."""
+    # The last one first: those behind it would take the end of what they need for a fault.
     running = [child.process for child in reversed(children) if child.process and child.process.poll() is None]
     for process in running:
         process.terminate()

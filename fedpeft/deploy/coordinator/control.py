@@ -88,6 +88,7 @@ class Control:
         nodes, sites = self.nodes(), self.server.sites()
         wanted = {(name, pem(key)) for name, key in sites.items()}
         for node in nodes:
+            # Key and name together: a site that made a new key is another one to the SuperLink.
             if node.key and node.name and (node.name, node.key) not in wanted:
                 self.unregister(node.id)
         known = {(node.name, node.key) for node in nodes}

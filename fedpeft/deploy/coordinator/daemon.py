@@ -99,6 +99,7 @@ class Coordinator:
             [RuntimeVersionHttpInterceptor(component_name="SuperExec"),
              SuperExecAuthHttpInterceptor(master_secret=(server.path / "secret").read_bytes(),
                                           protected_methods=AUTHENTICATED)])
+        # In the past, so that the first step looks.
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
         self.submitted: set[str] = set()
@@ -152,6 +153,7 @@ class Coordinator:
                 log.warning("run %s: goes on from its last checkpoint.", name)
                 self.control.stop_run(number)
             self.children.pop(name, None)
+            # Another number each time: Flower cannot start a run again, so it gets a new one of the same name.
             write_bytes(folder / "flower.json", json.dumps({"run_id": self.control.start_run(name)}).encode())
             self.submitted.add(name)
 

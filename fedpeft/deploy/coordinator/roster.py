@@ -127,6 +127,7 @@ class SiteGrid(Grid):
             log.warning("%s %s after the deadline; it is dropped.", site, what)
             said = shown(reply.error.reason) if reply.has_error() else None
             self.record({"event": "late", "client": site, "error": said})
+        # Those whose message has expired are given up, or the list would grow with every round.
         self.late = {name: (node, until) for name, (node, until) in self.late.items() if self.looked < until}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -165,6 +166,7 @@ class Roster(Packed):
             found = super().roster(self.sites, 1) if nodes else {}
         else:
             allowed = {name: pem(line) for name, line in self.registered().items()}
+            # Key and name: a node whose key was replaced meanwhile may still be connected.
             found = {node.name: node.node_id for node in nodes if allowed.get(node.name) == node.public_key}
         self.sites.names = {node: name for name, node in found.items()}
         return found

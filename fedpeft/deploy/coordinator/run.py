@@ -43,6 +43,7 @@ def main(folder: Path, name: str, mode: str) -> None:
     """Work on a run until it is done, and say how it ended in its folder."""
     server = settings.server(folder)
     run, insecure = server.run(name), mode == "insecure"
+    # Out of the environment, which children would inherit.
     token = os.environ.pop("FEDPEFT_TASK_TOKEN")
     root = None if insecure else (folder / "ca.crt").read_bytes()
     grid = HttpGrid(server.control, insecure, root, token=token)
@@ -62,6 +63,7 @@ def main(folder: Path, name: str, mode: str) -> None:
             log.exception("run %s", name)
         reason = str(error) or type(error).__name__
         log.error("run %s failed: %s", name, reason)
+        # A run that was stopped says so, whatever its process ran into on the way down.
         if get_status(run)["state"] not in ENDED:
             put_status(run, state="failed", reason=reason)
     client.PushTaskOutput(PushTaskOutputRequest(sub_status="failed" if reason else "completed", details=reason))
@@ -85,6 +87,7 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
     identity.hold(run, {"base model": identity.of_base(world.local.model.base, config), **tests}, config)
     cover = envelope.Envelope(run.name, configs.to_yaml(config), tuple(labels),
                               envelope.base_fingerprint(world.local.model.base, config))
+    # Here, once: what sites would refuse must not cost a round of all of them.
     cover.require()
     recorder = Recorder(run / "metrics.jsonl")
     sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record)
@@ -117,5 +120,3 @@ def world_of(config: Config, run: Path) -> tuple[World, list[str]]:
         processor = world.local.model.base.processor
         world = replace(world, test=test, test_encoded=encode(test, processor, task, config.model.max_length))
     return world, labels
-
-

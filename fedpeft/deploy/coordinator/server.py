@@ -188,6 +188,7 @@ def wait(path: Path, name: str, on_event: Any, poll_s: float = 0.5) -> dict[str,
     folder = settings.server(path).run(name)
     seen = 0
     while True:
+        # Asked before the events are read: the last of them are written before the state.
         ended = get_status(folder)["state"] in ENDED
         events = events_of(folder)
         for event in events[seen:]:
@@ -240,6 +241,7 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     text = file.read_text(errors="replace")
+    # The run may be writing the line after the last newline.
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 

@@ -51,6 +51,7 @@ def known(site: Site) -> bool:
             if "2004" in str(error.details()):
                 return False
             raise RunError(f"{error.code()}: {error.details()}") from error
+        # At once, or the coordinator would ask a site that is not there.
         stub.DeactivateNode(DeactivateNodeRequest(node_id=answer.node_id), metadata=_signed(key, 0), timeout=TIMEOUT_S)
         return True
 

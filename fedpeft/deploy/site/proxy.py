@@ -87,6 +87,7 @@ def handle(address: str, token: str, worker: Worker) -> None:
         push_message(client, reply, context)
         failed = str(reply.error.reason) if reply.has_error() else ""
     finally:
+        # Also of a message that was lost, or Flower would keep its task for hours.
         push_task_output(client, context, SubStatus.FAILED if failed else SubStatus.COMPLETED, failed)
         heartbeat.stop()
         client.close()
@@ -119,6 +120,7 @@ class Worker:
     def ask(self, message: Message, context: Context, identity: list[int]) -> tuple[Message, Context]:
         """Reply and new context; an error reply if the worker ends meanwhile or does not come up."""
         with self.lock:
+            # Under the lock, as Flower keeps it once a process.
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = identity
             return self._ask(message, context, identity)
 
@@ -131,6 +133,7 @@ class Worker:
             reply = message_from_proto(ProtoMessage.FromString(pipe.recv_bytes()))
             return reply, context_from_proto(ProtoContext.FromString(pipe.recv_bytes()))
         except (EOFError, OSError) as error:
+            # A new connection for the next message: a pipe with half an answer in it cannot be read on.
             self.pipe = None
             log.warning("the worker is gone: %s", error or "it ended")
             reason = "the site's worker ended; it is started again."

@@ -127,6 +127,7 @@ def start(path: Path, insecure: bool = False) -> None:
     from fedpeft.clients import policy as policies
 
     site = settings.site(path)
+    # Before any process is there: without a policy nothing may reach the data.
     bounds = policies.load(site.policy)
     if site.settings.data.source is None:
         raise InputError(f"site.data.source: no data are named in {site.path / 'site.yaml'}.")
@@ -342,4 +343,3 @@ def _clock(site: Site, found: dict[str, Any]) -> str:
 
 def _absolute(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).exists() else name
-

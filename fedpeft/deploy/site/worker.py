@@ -88,14 +88,17 @@ class Resident:
         """Check what is asked, and have the model of its run ready."""
         cover = envelope.opened(message.content, self.site)
         round_number = read_round(message)
+        # Read for every message, so that a site can take back what it allowed without a restart.
         bounds = envelope.in_force(self.site)
         if bounds != self.bounds:
+            # What was allowed stands in the site's log ahead of all that was done under it.
             policies.record(bounds)
             self.bounds = bounds
         config = envelope.admitted(cover, self.site, bounds, round_number)
         if cover != self.held:
             self.held, self.local = None, None  # the old model goes before the new one comes
             self.local = self.build(cover, config)
+            # Records that cannot be read now may be readable at the next message.
             self.held = None if isinstance(self.local.train_data, Unreadable) else cover
         self.current().guard.policy.cache_clear()  # what the site allows now
 
@@ -113,6 +116,7 @@ class Resident:
         here = bare(config, self.site.path / "state" / cover.run, list(cover.labels), self.site.path / "ledger",
                     cover.account(config))
         local = here.local
+        # Before the data are read: with another base the updates would mean nothing.
         if envelope.base_fingerprint(local.model.base, config) != cover.base:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
         private = local.guard.private
@@ -159,6 +163,7 @@ def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encod
     teaching = encoded.teaching()
     if not len(teaching):
         raise InputError(f"data.source: no text of {config.data.source} has two tokens: nothing to predict.")
+    # The same draw as in a simulation, whose numbers a deployment can be held against.
     order = numpy_generator(config.run.seed, "holdout", name).permutation(teaching)
     kept = int(len(order) * config.data.holdout)
     return encoded.view(order[kept:]), encoded.view(order[:kept])
@@ -201,6 +206,7 @@ def serve(resident: Resident, pipe: Connection) -> None:
             context = context_from_proto(ProtoContext.FromString(pipe.recv_bytes()))
         except (EOFError, OSError):
             return
+        # Flower looks these up in the process when it makes a reply.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = identity
         reply = resident.answer(message, context)
         try:
@@ -213,6 +219,7 @@ def serve(resident: Resident, pipe: Connection) -> None:
 
 def main(folder: Path, socket: str) -> None:
     """Listen on a socket in a folder that only its owner can enter."""
+    # A worker that was killed leaves its socket, and no other can be bound to that name.
     Path(socket).unlink(missing_ok=True)
     resident = Resident(settings.site(folder))
     with Listener(socket, "AF_UNIX") as listener:
