@@ -16,6 +16,7 @@ from fedpeft.errors import InputError
 from support import continual_parts as parts
 from support.classified import CONSTANT, GROWS
 from support.continual_parts import heads_of
+from support.sample import sampled
 
 BODIES, HEADS, MERGERS = (registry.names(table) for table in ("bodies", "heads", "mergers"))
 SEEN = tuple(name for name in HEADS if registry.load("heads", name).loss == "seen")
@@ -208,8 +209,7 @@ def test_boundaries_are_asked_for_or_not_needed(name):
         assert len(made.right[heads_of(name)[0]]) == 2
 
 
-@pytest.mark.parametrize("scenario", ["task", "domain", "blurry"])
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name, scenario", sampled(BODIES, ["task", "domain", "blurry"]))
 def test_every_other_scenario_runs(name, scenario):
     """Where records of old classes come back, all seen classes compete."""
     made = parts.run(name, heads_of(name)[:1], scenario=scenario, tasks=2, epochs=1)

@@ -14,6 +14,7 @@ from fedpeft import registry
 from fedpeft.config.schema import METHOD_SECTIONS, options_of
 from fedpeft.data.source import load
 from fedpeft.errors import InputError
+from support.sample import sampled
 
 MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
 PARTITION_OPTIONS = {
@@ -74,8 +75,7 @@ def test_a_test_time_method_documents_itself_and_its_options(name):
         configs.method("tta", name, {"learning_rat": 1.0}, "tta", model=None)
 
 
-@pytest.mark.parametrize("name", registry.names("adapters"))
-@pytest.mark.parametrize("model", ["tiny-vit", "tiny-bert", "tiny-llama"])
+@pytest.mark.parametrize("name, model", sampled(registry.names("adapters"), ["tiny-vit", "tiny-bert", "tiny-llama"]))
 def test_an_adapter_trains_on_every_model_family(name, model, tiny, tmp_path):
     text = {"data.source": "docstrings", "data.limit": 60, "model.max_length": 32}
     config = {

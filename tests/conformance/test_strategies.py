@@ -14,10 +14,10 @@ from transformers import AutoModelForImageClassification
 
 from fedpeft import config as configs
 from fedpeft import registry
-from fedpeft.record import checkpoint
+from fedpeft.record import checkpoint, report
 from fedpeft.run.world import load_world
 from fedpeft.simulations import run as runs
-from support.methods import settings
+from support.methods import TINY, settings
 
 STRATEGIES = registry.names("strategies")
 
@@ -30,17 +30,25 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_same_seed_same_adapter_and_another_seed_another(name, tiny, tmp_path):
-    for run, seed in (("one", 0), ("two", 0), ("other", 1)):
-        tiny(run, {**settings(name), "run.seed": seed, "run.rounds": 2})
-    assert same(tensors(tmp_path / "one"), tensors(tmp_path / "two"))
-    assert not same(tensors(tmp_path / "one"), tensors(tmp_path / "other"))
+@pytest.fixture(scope="module", params=STRATEGIES)
+def whole(request, tmp_path_factory):
+    """A strategy, and the folder of its run of three rounds."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda run: [])
+        runs.simulate({}, {**TINY, **settings(request.param)}, folder)
+    return request.param, folder
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, tiny, tmp_path):
-    tiny("whole", settings(name))
+def test_another_seed_gives_another_adapter(whole, tiny, tmp_path):
+    name, folder = whole
+    tiny("other", {**settings(name), "run.seed": 1})
+    assert not same(tensors(folder), tensors(tmp_path / "other"))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tiny, tmp_path):
+    """So does, all the more, a second run with the same seed."""
+    name, folder = whole
 
     class Stop(Exception):
         pass
@@ -54,12 +62,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, tiny, tmp_p
         tiny("broken", settings(name), on_event=stop)
     assert checkpoint.latest(tmp_path / "broken" / "checkpoints").round == 1
     runs.resume(tmp_path / "broken")
-    whole, broken = (checkpoint.latest(tmp_path / run / "checkpoints") for run in ("whole", "broken"))
-    assert whole.round == broken.round == 3
-    assert same(whole.adapter.tensors, broken.adapter.tensors)
-    assert same(whole.memory, broken.memory)
-    assert whole.numbers == broken.numbers
-    assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "broken"))
+    end, resumed = (checkpoint.latest(run / "checkpoints") for run in (folder, tmp_path / "broken"))
+    assert end.round == resumed.round == 3
+    assert same(end.adapter.tensors, resumed.adapter.tensors)
+    assert same(end.memory, resumed.memory)
+    assert end.numbers == resumed.numbers
+    assert same(tensors(folder), tensors(tmp_path / "broken"))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -88,12 +96,11 @@ def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tiny, 
             assert torch.equal(value, frozen[name_]), name_
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_stock_peft_loads_the_adapter_and_computes_the_same(name, tiny, tmp_path):
-    tiny("run", settings(name))
-    here = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run")
-    server = checkpoint.latest(tmp_path / "run" / "checkpoints")
-    folder, adapter = tmp_path / "run" / "adapter", server.adapter
+def test_stock_peft_loads_the_adapter_and_computes_the_same(whole):
+    _, run = whole
+    here = load_world(configs.load(run / "resolved.yaml"), run)
+    server = checkpoint.latest(run / "checkpoints")
+    folder, adapter = run / "adapter", server.adapter
     if here.strategy.keeps:  # the clients' own adapters are the result
         folder = folder / "clients" / "client-002"
         adapter, _ = here.local.compose(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.sample import sampled
+
 SGD = {"client.optimizer": "sgd", "client.lr": 0.1}
 CASES = {
     "fedsvd": {"strategy": "fedsvd", **SGD},  # whose path of products does not depend on the basis that an SVD takes
@@ -41,13 +43,12 @@ def function(path: Path) -> dict[str, torch.Tensor]:
     return {**products, **tensors}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_worker_processes_give_the_same_adapter(case, tiny, tmp_path):
+@pytest.mark.parametrize("case, workers", sampled(CASES, (1, 2)))
+def test_worker_processes_give_the_same_adapter(case, workers, tiny, tmp_path):
     common = {**CASES[case], **ALONE, "run.clients_per_round": 3}
     tiny("here", common)
-    for workers in (1, 2):
-        tiny(f"workers-{workers}", {**common, "run.workers": workers})
-        assert adapter(tmp_path / f"workers-{workers}") == adapter(tmp_path / "here")
+    tiny("workers", {**common, "run.workers": workers})
+    assert adapter(tmp_path / "workers") == adapter(tmp_path / "here")
 
 
 @pytest.mark.parametrize("case", [*CASES, "private", "fedex"])
@@ -78,6 +79,7 @@ def test_ray_gives_the_same_adapter(tiny, tmp_path):
     assert (ray["engine"], here["engine"]) == ("ray", "cohort")
 
 
+@pytest.mark.full  # of processes of our own in every `make test`: test_hostile
 def test_an_actor_that_dies_is_replaced(tiny):
     summary = tiny("ray", {"run.rounds": 2, "run.engine": "ray", "run.faults": {"client-001": "die"}})
     assert summary["rounds"] == 2

@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "test-time": {"data.holdout": 0.4, "tta.method": "tent", "tta.keep": True, "tta.batch_size": 4, "data.limit": 40,
                   "data.clients": 2, "run.evaluate_every": 1},
 }
-FEW = 3  # points of each kind in the default tier
+FEW = 2  # points of each kind in the default tier
 
 
 @pytest.fixture

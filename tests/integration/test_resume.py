@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
+from support.sample import few
 
-KILLS = 10
-CONFIG = {"run.rounds": 60, "strategy.wrap": ["scaffold"], "client.optimizer": "sgd", "client.lr": 0.1}
+CONFIG = {"strategy.wrap": ["scaffold"], "client.optimizer": "sgd", "client.lr": 0.1}
 
 
 def adapter(run: Path) -> dict[str, bytes]:
@@ -32,15 +32,16 @@ def child(function, *arguments, **keywords) -> multiprocessing.Process:
     return process
 
 
-def test_sigkill_at_random_moments_changes_nothing(tiny, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    tiny("whole", CONFIG)
+@pytest.mark.parametrize("wanted", few([4, 10], [4]))
+def test_sigkill_at_random_moments_changes_nothing(wanted, tiny, tmp_path):
+    whole, broken, config = tmp_path / "whole", tmp_path / "broken", {**CONFIG, "run.rounds": 6 * wanted}
+    tiny("whole", config)
     rng, kills, rounds = random.Random(0), 0, []
     log = broken / "metrics.jsonl"
-    process = child(tiny, "broken", CONFIG)
+    process = child(tiny, "broken", config)
     while True:
         before = log.stat().st_size if log.exists() else 0
-        if kills < KILLS:
+        if kills < wanted:
             # Let it get somewhere, then strike at a moment that has nothing to do with the rounds.
             while process.is_alive() and (log.stat().st_size if log.exists() else 0) == before:
                 time.sleep(0.005)
@@ -54,7 +55,7 @@ def test_sigkill_at_random_moments_changes_nothing(tiny, tmp_path):
         server = checkpoint.latest(broken / "checkpoints")
         rounds.append(server.round if server else 0)
         process = child(runs.resume, broken)
-    assert kills == KILLS, f"the run ended after {kills} kills, rounds {rounds}; give it more rounds"
+    assert kills == wanted, f"the run ended after {kills} kills, rounds {rounds}; give it more rounds"
     assert rounds == sorted(rounds)
     assert adapter(whole) == adapter(broken)
     events = [[{key: value for key, value in json.loads(line).items() if key not in ("time", "seconds")}

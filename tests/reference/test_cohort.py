@@ -34,6 +34,7 @@ from support.cohort_jobs import (
     private,
     records,
 )
+from support.sample import sampled
 
 EXACT = 1e-12
 
@@ -65,11 +66,12 @@ def check(model, jobs, trains, config, tokens=(WIDE, FEW), limit=EXACT):
 # Step by step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "llama", "gpt2"])
-@pytest.mark.parametrize("config", [SGD, HEAVY, ADAMW, EPOCHS], ids=["sgd", "momentum", "adamw", "epochs"])
-@pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("kind, config, sizes", sampled(
+    ["bert", "roberta", "vit", "llama", "gpt2"], ["sgd", "momentum", "adamw", "epochs"], ["even", "uneven"], keep=2))
 def test_equals_clients_one_by_one(build, kind, config, sizes):
     model = build(kind)
+    config = {"sgd": SGD, "momentum": HEAVY, "adamw": ADAMW, "epochs": EPOCHS}[config]
+    sizes = {"even": EVEN, "uneven": UNEVEN}[sizes]
     check(model, make_jobs(model, sizes, kind), ALL if small.HEADS[kind] else AB, config)
 
 
@@ -159,8 +161,7 @@ def test_any_cohort(build, sizes, batch, tokens):
 # Differential privacy -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "llama"])
-@pytest.mark.parametrize("sigma", [0.0, 1.5])
+@pytest.mark.parametrize("kind, sigma", sampled(["bert", "roberta", "vit", "llama"], [0.0, 1.5]))
 def test_private_equals_clients_one_by_one(build, kind, sigma):
     model = build(kind)
     jobs = [replace(job, private=private(sigma, rate, k, clip))

