@@ -34,7 +34,7 @@ def child(function, *arguments, **keywords) -> multiprocessing.Process:
 
 @pytest.mark.parametrize("wanted", few([4, 10], [4]))
 def test_sigkill_at_random_moments_changes_nothing(wanted, tiny, tmp_path):
-    whole, broken, config = tmp_path / "whole", tmp_path / "broken", {**CONFIG, "run.rounds": 6 * wanted}
+    whole, broken, config = tmp_path / "whole", tmp_path / "broken", {**CONFIG, "run.rounds": 7 * wanted}
     tiny("whole", config)
     rng, kills, rounds = random.Random(0), 0, []
     log = broken / "metrics.jsonl"
