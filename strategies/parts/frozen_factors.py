@@ -24,6 +24,7 @@ def _orthonormal_rows(A: Tensor, site: str) -> Tensor:
     if A.shape[0] > A.shape[1]:
         raise InputError(f"strategy.init=orthonormal: {site} has rank {A.shape[0]}, but only {A.shape[1]} inputs. "
                          f"Set adapter.r to at most {A.shape[1]}, or strategy.init=kaiming.")
+    # Server and clients each make it, so it may not hang on signs that LAPACK is free to choose.
     Q, R = torch.linalg.qr(A.double().T)
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).double()  # QR is unique only with a signed diagonal
     rows: Tensor = (Q * sign).T.to(A.dtype).contiguous()

@@ -63,5 +63,6 @@ class FedSB(FederatedStrategy):
 
 def _one_column_space(server: ServerState, updates: list[Update], site: str) -> bool:
     Bs = [update.adapter[f"{site}/B"].double() for update in updates]
+    # Each at norm 1, or a large factor would hide the directions of the small ones.
     values = torch.linalg.svdvals(torch.cat([B / B.norm().clamp(min=1e-300) for B in Bs], dim=1))
     return int((values > SAME_SPACE * values[0]).sum()) <= server.adapter.rank(site)

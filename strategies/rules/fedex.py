@@ -39,5 +39,6 @@ class FedEx(FederatedStrategy):
         for site in server.adapter.lora_sites():
             B, A = lowrank.residual([update.adapter[f"{site}/B"] for update in updates],
                                     [update.adapter[f"{site}/A"] for update in updates], weights)
+            # Into B: residuals are added to the weights as they are, without a scaling.
             changes[site] = (B * server.adapter.sites[site].scaling, A)
         return with_change(server.with_tensors(self.average(updates, self.uploads(server))), changes)

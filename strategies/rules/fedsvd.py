@@ -46,6 +46,7 @@ class FedSVDClient(ClientHalf):
         made: Tensors = {}
         for key, core in adapter.select(("M",)).tensors.items():
             A = f"{key.removesuffix('/M')}/A"
+            # In float64, as the server does it: both round the same product.
             made[A] = (core.double() @ adapter[A].double()).to(adapter[A].dtype)
         return adapter.without(("M",)).replace(made)
 
@@ -88,11 +89,13 @@ class FedSVD(FederatedStrategy):
         memory = dict(server.memory)
         for site in server.adapter.lora_sites():
             B, A = server.adapter[f"{site}/B"], server.adapter[f"{site}/A"]
+            # A zero product has no singular vectors: the SVD would replace A by arbitrary ones.
             if not B.any():
                 continue
             B, A = lowrank.refactor(B, A, self.config.split)
             if f"{site}/A_0" in memory:
                 first = memory[f"{site}/A_0"].double()
+                # Rounded to what is sent, and A made from that: server and clients work with the same bits.
                 core = (A @ torch.linalg.pinv(first)).to(memory[f"{site}/M"].dtype)
                 memory[f"{site}/M"] = core
                 A = core.double() @ first
@@ -109,6 +112,7 @@ class FedSVD(FederatedStrategy):
         told = super().instructions(server)
         if self.config.transport == "dense":
             return told
+        # Of the first draw, not of the present A, which no client could draw.
         first = {f"{site}/A": server.memory[f"{site}/A_0"] for site in server.adapter.lora_sites()}
         return replace(told, static=frozen_factors.drawn(AdapterState(first, server.adapter.sites), ("A",)))
 

@@ -69,6 +69,7 @@ class FlexLoRA(FederatedStrategy):
 def _best(B: Tensor, A: Tensor, old: Tensor, split: str) -> tuple[Tensor, Tensor]:
     """B A [m, n] in its best rank-r factors, r = rows of `old`, whose rows stand where there is no signal."""
     U, S, Vt = lowrank.svd(B, A)
+    # The clamp keeps 0 / 0 out where all B are zero.
     keep = min(old.shape[0], int((S / S[0].clamp(min=1e-300) > SIGNAL).sum()))
     left = S[:keep] if split == "us" else S[:keep].sqrt()
     newB = torch.zeros(B.shape[0], old.shape[0], dtype=torch.float64)

@@ -51,7 +51,9 @@ class FLoRA(FederatedStrategy):
         tensors, changes = self.average(updates, ("head",)), {}
         for site in server.adapter.lora_sites():
             B, A = _stacked(updates, site)
+            # Into B: residuals are added to the weights as they are, without a scaling.
             changes[site] = (B * server.adapter.sites[site].scaling, A)
+            # From the round, not from a generator that goes on: a resumed run draws the same A.
             generator = seeds.torch_generator(server.numbers["seed"], "flora", server.round + 1, site)
             tensors[f"{site}/A"] = _kaiming(server.adapter[f"{site}/A"], generator)
             tensors[f"{site}/B"] = torch.zeros_like(server.adapter[f"{site}/B"])

@@ -79,6 +79,7 @@ class FlowerRule(FederatedStrategy):
         if self.config.rule in FROM_START:
             arrays = _arrays(current)
             as_dict = "m_t" in RULES[self.config.rule]
+            # Flower's rules keep these in two forms.
             rule.current_arrays = {key: array.numpy() for key, array in arrays.items()} if as_dict else arrays
         self._restore(rule, server.memory, keys)
         with _quiet():
@@ -102,6 +103,7 @@ class FlowerRule(FederatedStrategy):
     def _restore(self, rule: Any, memory: dict[str, Tensor], keys: list[str]) -> None:
         for name in RULES[self.config.rule]:
             if f"flower/{name}/{keys[0]}" in memory:
+                # A copy: Flower may write into it, and the old state must stay as it is.
                 named = {key: memory[f"flower/{name}/{key}"].numpy().copy() for key in keys}
                 setattr(rule, name, list(named.values()) if name == "momentum_vector" else named)
 

@@ -62,6 +62,7 @@ class LoRAFAIR(FederatedStrategy):
             B, A = tensors[f"{site}/B"], tensors[f"{site}/A"]
             if config.solver == "closed":
                 left, right = lowrank.residual(Bs, As, weights)
+                # The bracket first: R itself, [m, n], is never formed.
                 change = correction(left @ (right @ A.T), A, config.lambda_ * float(A.square().sum()) / A.shape[0])
             else:
                 dense = lowrank.stack(Bs, As, weights)
@@ -74,6 +75,7 @@ def correction(RAt: Tensor, A: Tensor, lambda_abs: float) -> Tensor:
     """dB [m, r] = R A^T (A A^T + lambda I)^-1, from R A^T [m, r]; a pseudo-inverse where that matrix is singular."""
     A = A.double()
     gram = A @ A.T + lambda_abs * torch.eye(A.shape[0], dtype=torch.float64)
+    # A may have dependent rows, and lambda may be 0.
     inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
     return RAt.double() @ inverse
 

@@ -37,6 +37,7 @@ class RoLoRA(FederatedStrategy):
     def trained(self, server: ServerState) -> tuple[str, ...]:
         first = self.config.first
         second = "A" if first == "B" else "B"
+        # `server.round` counts the rounds behind, so it is even before rounds 1, 3, 5.
         return (first if server.round % 2 == 0 else second, "head")
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:

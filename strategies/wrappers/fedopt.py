@@ -60,6 +60,7 @@ class ServerOptimizer(Wrapper):
         for key, value in moving.tensors.items():
             old = value.double()
             delta = after.adapter[key].double() - old
+            # By tensor: a strategy that trains its factors in turn leaves the moments of the resting one alone.
             m = memory.get(f"{own}/m/{key}", torch.zeros_like(old))
             v = memory.get(f"{own}/v/{key}", torch.zeros_like(old))
             m = self.first(m, delta)

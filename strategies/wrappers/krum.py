@@ -62,11 +62,14 @@ class Krum(Wrapper):
         points = torch.stack([flattened(update, beside) for update in updates])
         order = scores(points, self.config.byzantine).argsort(stable=True)
         self.treated = {updates[index].client: "not selected" for index in sorted(order[self.config.keep :].tolist())}
+        # Back in the order of names, in which sums are taken.
         return [updates[index] for index in sorted(order[: self.config.keep].tolist())]
 
 
 def scores(points: Tensor, byzantine: int) -> Tensor:
     """Krum score [n] of each row of `points` [n, d]."""
+    # From differences, not from norms and products, which cancel where updates are near each other.
     squares = torch.stack([(points - point).square().sum(dim=1) for point in points])
+    # Or each would be its own nearest neighbour.
     squares.fill_diagonal_(torch.inf)
     return squares.sort(dim=1).values[:, : points.shape[0] - byzantine - 2].sum(dim=1)

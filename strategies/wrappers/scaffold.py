@@ -102,6 +102,7 @@ class Scaffold(Wrapper):
         for name, value in self._controls(server).items():
             total = sum((update.count * update.adapter.extra[name].double() for update in updates),
                         torch.zeros_like(value))
+            # By all clients, not by those of the round: the others' controls have not moved.
             memory[name] = value + total / self.context.population
         return replace(after.with_tensors(stepped), memory=memory)
 

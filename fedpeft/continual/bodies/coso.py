@@ -110,6 +110,7 @@ class CoSO(Body):
         config, t, adapters = self.config, self.memory["numbers"]["t"], self.memory["adapters"]
         W, M = self.parameters[f"{layer}/W"], self.memory["bases"][f"{layer}/M"]
         assert W.grad is not None
+        # Before anything is made of it: neither directions nor sketch may see protected ones.
         G = project(self._side(W.grad), M)
         refresh, feed = t % config.refresh == 0, t % (config.sketch_every or config.refresh) == 0
         if refresh or feed:
@@ -125,6 +126,7 @@ class CoSO(Body):
         R = P.T @ G
         m.mul_(BETA1).add_(R, alpha=1 - BETA1)
         v.mul_(BETA2).addcmul_(R, R, value=1 - BETA2)
+        # The correction counts the steps of this task, as the moments begin with it.
         N = (m / (1 - BETA1 ** (t + 1))) / ((v / (1 - BETA2 ** (t + 1))).sqrt() + EPS)
         W.sub_(self._side(P @ N), alpha=self.train.lr)
 

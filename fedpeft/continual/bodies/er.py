@@ -56,6 +56,7 @@ class ER(FormBody):
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         new, raw, numbers = self.records(), self.memory["raw"], self.memory["numbers"]
         pool = joined(Encoded(raw["inputs"], raw["labels"]), new) if raw else new
+        # Old records come first in the pool, so that places in the memory are numbers in it.
         held = len(pool) - len(new)
         offered = numbers.get("offered", 0)
         chosen = list(range(held))
@@ -72,6 +73,7 @@ def places(rng: np.random.Generator, offered: int, count: int, capacity: int) ->
     taken = []
     for number in range(count):
         total = offered + number
+        # Among all seen so far, this one included: only so has each the same chance to be kept.
         place = total if total < capacity else int(rng.integers(total + 1))
         if place < capacity:
             taken.append((number, place))

@@ -64,6 +64,7 @@ class EWC(FormBody):
         chosen = np.sort(rng.permutation(len(data))[: self.config.records])
         total = {f"{key}/F": torch.zeros_like(value, dtype=torch.float64) for key, value in self.parameters.items()}
         for number in chosen.tolist():
+            # One at a time: the square of a mean gradient is not the mean of squares.
             inputs, labels = data.batch(np.array([number]))
             logits = only(self.classifier(self.model.features(inputs, self.change())), self.current().classes)
             if self.config.labels == "model":

@@ -125,6 +125,7 @@ def grown(gram: Tensor, M: Tensor, threshold: float) -> Tensor:
     values, vectors = _outside(gram, M)
     total = gram.trace()
     shares = 1 - (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])) / total.clamp(min=1e-300)
+    # The share is a sum in float64: one that reaches the threshold may come out a rounding below it.
     wanted = int((shares < threshold - 1e-12).sum())
     wanted = min(wanted, int((values > NOTHING * total).sum()))
     basis: Tensor = torch.linalg.qr(torch.cat([M.double(), vectors[:, :wanted]], dim=1))[0]
@@ -135,6 +136,8 @@ def _outside(gram: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors [n, n] of the Gram matrix outside span(M)."""
     M = M.double()
     left = gram - M @ (M.T @ gram)
+    # From both sides, so that what is left is symmetric and has eigenvectors outside of M.
     left = left - (left @ M) @ M.T
+    # `eigh` reads one triangle only; the mean gives both the same say in rounding.
     values, vectors = torch.linalg.eigh((left + left.T) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)

@@ -101,6 +101,7 @@ class LAE(Body):
         return self.index == 0 or step >= self.config.frozen_epochs * self.per_epoch()
 
     def after_step(self, step: int) -> None:
+        # So that a task leaves the same share of the average, however many steps it takes.
         keep = self.config.retention ** (1 / self.steps())
         for key, value in self.parameters.items() if self.index else ():
             self.memory["adapters"][f"offline/{key}"].mul_(keep).add_(value.detach(), alpha=1 - keep)

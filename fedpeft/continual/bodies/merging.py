@@ -75,6 +75,7 @@ class Merging(Body):
 
     def views(self) -> dict[str, Change]:
         merged = self.merged()
+        # A task in training is no part of the model until it is merged.
         return {"online": self.change() if merged is None else view(merged)}
 
     def merged(self) -> AdapterState | None:
@@ -111,6 +112,7 @@ class Merging(Body):
         layer, state = self.model.layers[0], self.merger.start()
         for task in range(2):
             outputs, _ = self.model.base.shape(layer)
+            # Not zero, as B starts: a zero product would try nothing of a merger.
             noise = torch.randn(outputs, self.config.r, generator=self.generator("rehearsal", task))
             pair = {f"{layer}/A": self._start(layer, task), f"{layer}/B": noise}
             state = self.merger.add(state, AdapterState(pair, {layer: self._adapter({}).sites[layer]}))

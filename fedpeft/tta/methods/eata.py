@@ -72,14 +72,17 @@ class EATA(GradientMethod):
 
     def _update(self, batch: Batch, outputs: Outputs) -> str | None:
         config, logits = self.config, outputs.logits
+        # Detached: which samples count is a choice, not a part of the loss.
         mask = counts(logits.detach(), config.margin, config.redundancy, self.memory["mean"])
         if not mask.any():
             return "no sample passed the filter"
         chosen = logits[mask]
         entropy = scores.entropy(chosen)
+        # A constant weight: with its gradient, an entropy above 1 would be pushed up.
         factor = torch.exp(config.margin * math.log(logits.shape[1]) - entropy.detach())
         reason = self.descend((factor * entropy).mean(), outputs.extra["leaves"])
         if reason is not None:
+            # Neither anchor nor mean may move by a batch that was not learned from.
             return reason
         start = self.model.tensors(list(self.prepared.get("fisher", {})))
         for name, importance in self.prepared.get("fisher", {}).items():

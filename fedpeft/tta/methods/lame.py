@@ -81,6 +81,7 @@ def affinity(kind: str, features: Tensor, k: int, symmetric: bool = True, psd: b
     f = F.normalize(features, dim=-1)
     if kind == "linear":
         return f @ f.T
+    # By products, near neighbours would come out at distances of rounding.
     distance = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")
     rows = len(f)
     if kind == "rbf":
@@ -89,6 +90,7 @@ def affinity(kind: str, features: Tensor, k: int, symmetric: bool = True, psd: b
     W = torch.zeros_like(distance)
     if rows == 1:
         return W
+    # Or each would be its own nearest neighbour.
     nearest = distance.fill_diagonal_(torch.inf).topk(min(k, rows - 1), largest=False).indices
     W.scatter_(1, nearest, 1.0)
     if symmetric:

@@ -70,5 +70,6 @@ class MEMO(GradientMethod):
             loss = marginal_entropy(outputs.logits)
         gradients, reason = self.finite_gradients(loss, leaves)
         if reason is None:
+            # Fresh moments: nothing of one sample may reach the next.
             start = optim.step(config.optimizer, start, gradients, optim.fresh(), config.lr)
         return self.forward(sample, start, statistics)

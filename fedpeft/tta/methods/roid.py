@@ -70,6 +70,7 @@ class ROID(GradientMethod):
             view = augment(config.augment, take(batch, kept), self.generator("view"))
             other = self.forward(view, leaves, self.statistics(view), graph=True).logits
             losses = losses + scores.symmetric_cross_entropy(logits[kept], other)
+        # By all samples of the batch: those that were left out count with weight 0.
         reason = self.descend((weights[kept] * losses).sum() / len(logits), leaves)
         if reason is not None:
             return reason

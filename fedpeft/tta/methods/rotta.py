@@ -65,6 +65,7 @@ class RoTTA(GradientMethod):
         return self.forward(batch, self.memory["teacher"], self._fixed())
 
     def _update(self, batch: Batch, outputs: Outputs) -> str | None:
+        # Values are replaced and never changed in place, so a shallow copy is enough to go back to.
         config, before = self.config, dict(self.memory)
         labels, uncertainty = outputs.prediction.argmax(-1).tolist(), scores.entropy_of(outputs.prediction).tolist()
         classes = outputs.logits.shape[1]
@@ -92,6 +93,7 @@ class RoTTA(GradientMethod):
         gradients, reason = self.finite_gradients(loss, leaves)
         if reason is not None:
             return reason
+        # `apply` writes into the moments; without a copy the way back of `_update` would be gone.
         self.memory["moments"] = {key: dict(value) if isinstance(value, dict) else value
                                   for key, value in self.memory["moments"].items()}
         self.apply(gradients)

@@ -68,8 +68,10 @@ class SAR(GradientMethod):
         gradients, reason = self.finite_gradients(entropy[first].mean(), outputs.extra["leaves"])
         if reason is not None:
             return reason
+        # Only the gradient is taken there; the step is made from the weights as they were.
         leaves = self.leaves(perturbed(self.memory["student"], gradients, config.rho))
         again = scores.entropy(self.forward(batch, leaves, self.statistics(batch), graph=True).logits)[first]
+        # Asked again, as the perturbed weights may be uncertain of a sample that passed.
         second = again.detach() < limit
         if not second.any():
             return "no sample passed the second filter"

@@ -81,6 +81,7 @@ def prototypes(supports: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def most_certain(labels: Tensor, entropy: Tensor, most: int) -> Tensor:
     """Indices, in their old order, of the `most` entries of lowest entropy in each class."""
+    # Stable: of equal entropies the older support stays.
     order = torch.argsort(entropy, stable=True)
     kept = [order[labels[order] == label][:most] for label in labels.unique()]
     return torch.cat(kept).sort().values

@@ -68,6 +68,7 @@ class TLM(GradientMethod):
         outputs = self.forward(batch, leaves, hooks={self.model.output: keep}, graph=learn)
         if learn:
             with torch.enable_grad():
+                # From the scores of all tokens: the answer keeps those of the next token only.
                 outputs.extra = {"leaves": leaves, "surprise": surprise(tokens[-1], batch)}
         if self.config.label_words is not None:
             outputs.logits = outputs.logits[:, self.config.label_words]
@@ -85,6 +86,7 @@ def surprise(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Mean negative log likelihood [N] of each text's tokens after its first, in nats; 0 where there are none."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
+    # A token counts if it and the one that predicts it are real.
     counted = (mask[:, 1:] * mask[:, :-1]).float()
     losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)

@@ -96,6 +96,7 @@ class MeanTeacher(GradientMethod):
             if penalty is not None:
                 whole[name] = whole[name] + penalty if name in whole else penalty
         self.apply(whole)
+        # So that what was restored reaches the teacher, which gives the answers.
         if self.config.restore_order == "before":
             self.memory["student"] = self._restored(self.memory["student"], data, whole)
         keep, student = self.config.ema, self.memory["student"]
@@ -117,6 +118,7 @@ def stochastic(student: dict[str, Tensor], anchor: dict[str, Tensor], p: float, 
             pair = name.replace("lora_A.", "lora_*.").replace("lora_B.", "lora_*.")
             rank = value.shape[0] if role == "A" else value.shape[1]
             if pair not in components:
+                # One draw for A and B: half a restored component would be neither the old product nor the new one.
                 components[pair] = torch.rand(rank, generator=draws) < p
             mask = components[pair].reshape((-1, 1) if role == "A" else (1, -1)).expand(value.shape[:2])
             mask = mask.reshape(*mask.shape, *([1] * (value.ndim - 2)))
