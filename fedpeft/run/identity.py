@@ -76,7 +76,7 @@ def compare_versions(run: Path) -> None:
 
 
 def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
-    """Why a run cannot go on: which of `key` is another than when it began (`known`), and what to do."""
+    """Why a run cannot go on: what `key` names is another than when it began (`known`), and what to do."""
     what = {
         "base model": f"model.name={config.model.name}: another base model lies there than",
         "training records": f"data.source={config.data.source}: its training records are not those",
