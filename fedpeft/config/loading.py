@@ -244,7 +244,7 @@ def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[st
             whose = f"{owner.__name__} has the options {', '.join(items) or 'none'}"
             if key in every:
                 raise InputError(f"{where}{key}: {every[key].metadata['help']}. {kind.capitalize()} {whose}.")
-            name_key = NAME_KEYS.get(path, "name")
+            name_key = METHOD_SECTIONS[path].key if path in METHOD_SECTIONS else "name"
             raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({where}{name_key}: {whose}.)")
     return _filled(items, given, path)
 
