@@ -48,6 +48,7 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
     def prepare(messages: list[tuple[Message, Context]]) -> None:
         kind = secagg.UPLOAD if local().config.secagg.enabled else "train"
         mine = [(message, name(context)) for message, context in messages if message.metadata.message_type == kind]
+        # Of a round before: messages that never came would keep their tensors in memory.
         opened.clear()
         opened.update((message.metadata.message_id, read(message)) for message, _ in mine)
         local().prepare([(client, *opened[message.metadata.message_id]) for message, client in mine])

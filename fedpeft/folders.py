@@ -196,6 +196,7 @@ def filled(path: Path | str, flag: str) -> Iterator[Path]:
         InputError: the folder is not empty, or cannot be made.
     """
     with new(path, Path(), flag) as made:
+        # Inside it, so on one file system: each entry then comes by a rename.
         draft = made.path / f".draft.{os.getpid()}"
         try:
             draft.mkdir()

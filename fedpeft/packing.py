@@ -30,6 +30,7 @@ def pack(state: AdapterState) -> tuple[np.ndarray, str]:
     The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
     """
     values = [value.detach().cpu().contiguous().reshape(-1) for value in state.payload]
+    # The empty one is for a state without tensors, which `cat` alone refuses.
     flat = torch.cat(values) if _one_dtype(state) else torch.cat(
         [torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest_of(state)
@@ -88,6 +89,7 @@ def _text(value: Any) -> str:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
+    # Exact types: True is an int.
     if not isinstance(values, list) or len(values) > 8 or any(type(size) is not int or size < 0 for size in values):
         raise ValueError(f"{values!r} is no shape")
     return tuple(values)

@@ -58,6 +58,7 @@ class AdapterState:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Sorted here, once: packed arrays, hashes and sums all go by this order.
         for name in ("tensors", "extra"):
             values = getattr(self, name)
             object.__setattr__(self, name, {key: values[key] for key in sorted(values)})

@@ -65,6 +65,7 @@ class Adapted:
                     self.sites[site] = Site("head", tuple(parameter.shape))
                     self.parameters[f"{site}/{role}"] = parameter
         for parameter in self.parameters.values():
+            # Small steps would vanish in half precision.
             parameter.data = parameter.data.float()
         self.form = AdapterState({**self.parameters}, self.sites)
 
@@ -89,11 +90,13 @@ class Adapted:
                 continue
             parameter = self.parameters[key]
             if value.shape != parameter.shape:
+                # What a smaller rank leaves out may still hold another client's values.
                 parameter.zero_()
             parameter[tuple(map(slice, value.shape))] = value.to(parameter.device)
         for site in self.form.lora_sites():
             if f"{site}/residual_B" in state:
                 weight = self.base.weight(site)
+                # Kept, and added to each time: subtracting a change again would leave its rounding in the base.
                 original = self.originals.setdefault(site, weight.clone())
                 change = state[f"{site}/residual_B"].double() @ state[f"{site}/residual_A"].double()
                 weight.copy_(original + change.to(original))

@@ -82,6 +82,7 @@ def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = N
     write_tensors(folder / WEIGHTS, tensors)
     if head:
         write_tensors(folder / HEAD, head)
+    # Last: a folder without it is not taken for an adapter.
     write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -189,6 +190,7 @@ def _weight_names(folder: Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
+        # An old peft file is a pickle: without `weights_only` it could run code.
         return torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
     except Exception as error:  # safetensors and pickle raise errors of many kinds
         raise InputError(f"{path}: not readable: {error}") from error

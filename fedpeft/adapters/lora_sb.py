@@ -54,6 +54,7 @@ class LoraSB:
             nn.init.zeros_(core.weight)
             B, A = self.factors(weight, config.r, seeds.torch_generator(seed, "lora_sb", site))
             down.weight.data, up.weight.data = A, B
+            # Inside peft's layer, which calls lora_B(lora_A(x)): the core needs no forward of its own.
             layer.lora_B["default"] = nn.Sequential(core, up)
             parameters |= {f"{site}/A": down.weight, f"{site}/B": up.weight, f"{site}/R": core.get_parameter("weight")}
             sites[site] = Site("lora_sb", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
@@ -67,6 +68,7 @@ class LoraSB:
             A = torch.linalg.qr(torch.randn(width, r, generator=generator, dtype=torch.float64)).Q.T
         else:
             U, _, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
+            # Every client makes these itself, so they may not hang on signs that LAPACK is free to choose.
             sign = torch.where(Vt[torch.arange(r), Vt[:r].abs().argmax(1)] < 0, -1.0, 1.0).double()
             B, A = U[:, :r] * sign, Vt[:r] * sign[:, None]
         return B.float().contiguous(), A.float().contiguous()

@@ -35,6 +35,7 @@ def first_token(model: Adapted, data: Encoded) -> Iterator[None]:
         data: records to take the names and shapes of the inputs from.
     """
     if model.tail is None:
+        # One by one, as batch norms may be in evaluation mode while the rest trains.
         training = [module for module in model.base.backbone.modules() if module.training]
         model.base.backbone.eval()
         try:
@@ -61,6 +62,7 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
     def note(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not torch.is_tensor(args[0]) or args[0].ndim != 3 or args[0].shape[1] == 1:
             return None
+        # A view of its own for each layer: several read one tensor, and its gradient is the sum of theirs.
         x = args[0].view_as(args[0]) if args[0].requires_grad else args[0].detach().requires_grad_()
         seen.append((module, x))
         return (x, *args[1:])
@@ -79,6 +81,7 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
             handle.remove()
     if not seen or not logits.requires_grad:
         return []
+    # Random weights: a plain sum of scores may have no gradient where a softmax or a norm comes last.
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
     slopes = torch.autograd.grad((logits * weights).sum(), [x for _, x in seen], allow_unused=True)
     found = [module for (module, _), slope in zip(seen, slopes, strict=True)

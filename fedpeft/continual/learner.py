@@ -129,6 +129,7 @@ class Learner:
         extra = self.body.penalty(inputs, labels, features, self.classifier) if moves else None
         if extra is not None:
             loss = loss + extra
+        # Body and classifier in one backward pass, each stepped by an optimizer of its own.
         leaves = {**(self.body.parameters if moves else {}), "weight": self.classifier.weight,
                   "bias": self.classifier.bias}
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -169,6 +170,7 @@ class Learner:
                 for name, own in self.heads.items():
                     if view not in own:
                         own[view] = self._head(name, self.options[name])
+                        # A view that is new has had the features of the first one until now, and so its sums.
                         own[view].load(own["online"].state())
                     found = sums.setdefault((name, view), {})
                     for key, value in own[view].statistics(features, labels).items():

@@ -96,6 +96,7 @@ class Encoded:
         chosen = copy.copy(self)
         indices = np.ascontiguousarray(indices, dtype=np.int64)
         chosen._rows = indices if self._rows is None else self._rows[indices]
+        # Said once, of the whole: a view would say it again.
         chosen.skipped = ()
         return chosen
 
@@ -175,6 +176,7 @@ def _tokenize(texts: list[str], tokenizer: Any, max_length: int, keep_start: boo
     if keep_start:
         rows = {name: [row[:max_length] for row in values] for name, values in rows.items()}
     elif cut:
+        # By the tokenizer itself, which keeps its end mark; a row cut by hand would lose it.
         short = tokenizer([texts[index] for index in cut], padding=False, truncation=True, max_length=max_length)
         for name, values in rows.items():
             for index, row in zip(cut, short[name], strict=True):
@@ -188,6 +190,7 @@ def _padded(rows: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, Tenso
     longest = max((len(row) for row in rows["input_ids"]), default=0)
     padded = {}
     for name, values in rows.items():
+        # The filler may be None: a tokenizer without a padding token has no id for it.
         table = np.full((len(values), longest), filler.get(name) or 0, dtype=np.int64)
         for row, value in zip(table, values, strict=True):
             row[: len(value)] = value

@@ -75,6 +75,7 @@ class Dirichlet:
 
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
         _require(len(labels), clients, self.min_examples)
+        # A generator of its own: how often the shares are drawn again must not change the order.
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
         rng = seeds.numpy_generator(seed, "partition", "shares")
         classes = [order[labels[order] == label] for label in np.unique(labels)]
@@ -127,6 +128,7 @@ class Column:
         owned = values[present(values)]
         _require_exact(self.column, owned)
         groups, sizes = np.unique(owned, return_counts=True)
+        # Stable: groups of one size stay in the order of their names, in every version of numpy.
         ranked = [groups[g] for g in np.argsort(-sizes, kind="stable") if sizes[g] >= self.min_examples]
         if len(ranked) < (clients or 1):
             nobodys = len(values) - len(owned)
@@ -193,6 +195,7 @@ class Shards:
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
         _require(len(labels), clients, self.shards_per_client)
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
+        # Shuffled, then sorted stably: within a class the order of the file must not decide who gets what.
         order = order[np.argsort(labels[order], kind="stable")]
         shards = np.array_split(order, clients * self.shards_per_client)
         dealt = seeds.numpy_generator(seed, "partition", "shares").permutation(len(shards)).reshape(clients, -1)

@@ -74,10 +74,12 @@ def _kept(char: str) -> bool:
 
 
 def _folded(name: str) -> str:
+    # Again after folding, which may leave letters that decompose.
     return unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", _cut(name)).casefold())
 
 
 def _cut(name: str) -> str:
+    # A letter that the cut went through is left out.
     return name.encode()[:LONGEST].decode(errors="ignore")
 
 

@@ -116,6 +116,7 @@ def require_positions(config: ModelConfig, model: Any, stated: int) -> None:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)
               and module is not model.get_input_embeddings() and 16 < module.num_embeddings < longest + SPARE]
     if rows and tables and (reason := _failure(model, rows, longest)):
+        # By halves, as each try is a pass over the model.
         low, high = 0, longest
         while high - low > 1:
             middle = (low + high) // 2
@@ -153,6 +154,7 @@ def require_causal(config: ModelConfig, model: Any) -> None:
     if rows is None or rows < 4:
         return
     ids = _probe(model, rows, 6).repeat(2, 1)
+    # The last token alone differs; in a decoder nothing before it can know.
     ids[1, -1] = ids[1, 0]
     try:
         one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
@@ -190,6 +192,7 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
             "or save the model with model.resize_token_embeddings(len(tokenizer)) and its new rows trained."
         )
     place = next(base.backbone.parameters()).device
+    # The longest stands for all: what fails by length fails there.
     longest, _ = encoded.batch(np.array([encoded.lengths.argmax()]))
     one = {name: value.to(place) for name, value in longest.items()}
     try:

@@ -103,6 +103,7 @@ class Base:
     def layer(self, name: str) -> nn.Module:
         """A frozen layer of the backbone, also where an adapter's layer is around it."""
         found = self.backbone.get_submodule(name)
+        # peft keeps the layer that it wraps under this name.
         inner = getattr(found, "base_layer", found)
         assert isinstance(inner, nn.Module)
         return inner

@@ -44,6 +44,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     if config.name in EMBEDDED and load_objective(EMBEDDED[config.name]).auto_class != objective.auto_class:
         raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
     with torch.random.fork_rng(devices=[]), _quiet():
+        # transformers draws a missing head from torch's global generator, and takes no other.
         torch.manual_seed(seeds.derive(seed, "head"))
         if config.name in EMBEDDED:
             model, processor, source = _embedded(config, labels)
@@ -74,15 +75,18 @@ def fingerprint(base: Base, heads: bool) -> str:
     """
     inside = {id(value) for module in base.heads.values() for value in module.state_dict(keep_vars=True).values()}
     digest = hashlib.sha256()
+    # Under the names of the plain base: the same hash whether or not an adapter is in it.
     tensors = {name.replace(".base_layer.", "."): value
                for name, value in base.backbone.state_dict(keep_vars=True).items() if ".lora_" not in name}
     for name, value in sorted(tensors.items()):
         if value.requires_grad or (not heads and id(value) in inside):
             continue
+        # One at a time, so that of a model on a device only one tensor is copied.
         whole = value.detach().cpu().contiguous()
         whole = whole > 0 if base.source in EMBEDDED else whole
         digest.update(f"{name}{tuple(whole.shape)}{whole.dtype}".encode())
         if whole.numel():
+            # As bytes: numpy has no bfloat16.
             digest.update(whole.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -143,6 +147,7 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     try:
         kind = transformers.AutoModel if pooled else getattr(transformers, objective.auto_class)
         if objective.classes and not pooled:
+            # The head is trained here, so one of another size is no fault; `require_covered` sees to all else.
             arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
         model, loading = kind.from_pretrained(config.name, output_loading_info=True, **arguments)
         if objective.records == "image":
@@ -202,6 +207,7 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
         "max_position_embeddings": max(config.max_length, 128),
         "pad_token_id": tokenizer.pad_token_id,
     }
+    # Not from the run's seed: every run and every site has the same base.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if config.name == "tiny-llama":

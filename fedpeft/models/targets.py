@@ -29,6 +29,7 @@ def linear_layers(base: Base) -> dict[str, nn.Module]:
     """Names of the layers that can take a LoRA; heads are left out."""
     heads = {id(module) for head in base.heads.values() for module in head.modules()}
     backbone: Any = base.backbone
+    # A language model's last layer is the head in all but its name, and often shares its weight with the embedding.
     output = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
     return {
         name: module
@@ -76,6 +77,7 @@ def lora_layers(base: Base, config: AdapterConfig) -> dict[str, Any]:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    # Full names: by endings peft would also take layers of the head.
     names = resolve(base, config.target_modules)
     settings = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
                           target_modules=names, bias="none")

@@ -80,6 +80,7 @@ def _merged(releases: tuple[Release, ...]) -> tuple[Release, ...]:
     merged: dict[tuple[float, float], int] = {}
     for sample_rate, sigma, steps in releases:
         merged[sample_rate, sigma] = merged.get((sample_rate, sigma), 0) + steps
+    # Sorted: the same releases in any order are composed to the same bits, and found in the cache.
     return tuple((*kind, steps) for kind, steps in sorted(merged.items()))
 
 

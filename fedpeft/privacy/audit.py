@@ -75,6 +75,7 @@ def sensitivity(name: str, steps: Callable[[Plan, list[Records]], list[Tensor]],
         steps: what a step releases [P] of each of these sets of records by this plan.
         cases: a set of records, and neighbours of it with one record more.
     """
+    # All records and no noise: what is left between two releases is what one record changes.
     plan = replace(plan, sample_rate=1.0, noise_multiplier=0.0)
     changes = []
     for some, neighbours in cases:

@@ -44,6 +44,7 @@ def _one_way(q: float, sigma: float, steps: int, delta: float, removed: bool) ->
     place = np.clip(losses / cell, -CELLS / 2 + 1, CELLS / 2 - 2)
     low = np.floor(place).astype(np.int64)
     grid = np.zeros(CELLS)
+    # Not `+=`, which adds once where several losses share a cell.
     np.add.at(grid, low % CELLS, masses * (1 - (place - low)))
     np.add.at(grid, (low + 1) % CELLS, masses * (place - low))
     together = np.fft.fftshift(np.fft.irfft(np.fft.rfft(grid) ** steps, CELLS)).clip(min=0.0)

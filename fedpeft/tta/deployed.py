@@ -160,6 +160,7 @@ class Deployed:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        # Part by part, as some may be in evaluation mode already, and are to stay so afterwards.
         training = [part for part in self.modules.values() if part.training]
         for part in training:
             part.training = False
@@ -174,6 +175,7 @@ class Deployed:
         before = {name: self.tensor(name) for name in overlay}
         try:
             for name, value in overlay.items():
+                # A module takes nothing but a Parameter in the place of one.
                 leaf = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
                 self._put(name, leaf)
             yield

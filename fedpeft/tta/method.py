@@ -160,6 +160,7 @@ class TTAMethod(Configured):
         """
         batch = self.model.moved(batch)
         good = self._good(batch)
+        # One pass serves both only where predict comes first and all rows may be learned from.
         if self.config.order == "after" or not good.all() or size(batch) < self.min_batch:
             if self.config.order == "before":
                 probs = self.predict(batch)
@@ -192,6 +193,7 @@ class TTAMethod(Configured):
 
     def state(self) -> dict[str, Any]:
         """All that changes, as plain data (tensors, numbers, texts, lists, dicts)."""
+        # A copy, or what was saved would go on changing with the method.
         return copy.deepcopy({"method": type(self).__name__, "config": dataclasses.asdict(self.config),
                               "seed": self.seed, "batches": self.batches, "classes": self.classes, "cost": self.cost,
                               "ready": self.ready, "prepared": self.prepared, "memory": self.memory})
@@ -247,6 +249,7 @@ class TTAMethod(Configured):
         else:
             self.reason = self._update(batch, outputs or self._outputs(batch, learn=True))
             if self.reason is None:
+                # Draws are numbered by it: a batch that taught nothing must not shift those of the next.
                 self.batches += 1
 
     def _good(self, batch: Batch) -> Tensor:

@@ -128,6 +128,7 @@ def fold_into_base(server: ServerState) -> ServerState:
     adapter, changes, zero = server.adapter, {}, {}
     for site in adapter.lora_sites():
         B, A = adapter[f"{site}/B"], adapter[f"{site}/A"]
+        # A zero product would only add to the rank of the residual.
         if B.any() and A.any():
             changes[site] = (adapter.sites[site].scaling * B.double(), A.double())
         zero[f"{site}/B"] = B.new_zeros(B.shape)

@@ -65,6 +65,7 @@ class FederatedCoSO(ServerBody):
 
     def merge_sketches(self, sketches: list[Tensors], weights: list[float]) -> Tensors:
         """Each client's is weighted like its update; the sketches' errors add up."""
+        # Roots, since Q Q^T is what the clients' weights are for.
         roots = [(weight / sum(weights)) ** 0.5 for weight in weights]
         return {site: merge_sketches([Q[site].double() * root for Q, root in zip(sketches, roots, strict=True)])
                 for site in sketches[0]}
@@ -86,6 +87,7 @@ class FederatedCoSO(ServerBody):
             tensors[f"{site}/A"] = torch.zeros_like(A) if out else P.T
             if self.sketches:
                 kept[site + SKETCH] = sketch[site].double()
+        # Folded with the old factors, before the new ones take their places.
         server = remember(fold_into_base(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
 

@@ -74,6 +74,7 @@ def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tupl
     content = wire.opened(reply)
     weight = wire.metrics(content)["num-examples"]
     wanted = {name: torch.empty(shape, device="meta") for name, shape in form.items()}
+    # From what was asked for: a client cannot choose how much the server reads.
     longest = wire.manifest_bytes(AdapterState({}, extra=wanted))
     with opening.reading("sums", wire.BadReply):
         answer, told = opening.packed(content, longest, check, ("metrics",))
