@@ -17,6 +17,7 @@ from fedpeft.errors import RunError
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Seeded
 from fedpeft.state import AdapterState
+from fedpeft.strategies.instructions import Instructions, Lesson
 from fedpeft.strategies.sequence.coso import sketch_gradients
 from support import small_models as small
 
@@ -36,8 +37,9 @@ def numbered(labels):
 
 
 def task_of(groups, task, replay=True, number=1):
-    return {"round": number, "learn": {"task": task, "classes": groups[task], "replay": replay,
-                                       "groups": groups[: task + 1]}}
+    classes, seen = tuple(groups[task]), tuple(label for group in groups[: task + 1] for label in group)
+    return Instructions(number, learn=Lesson(task, classes, seen, classes, replay,
+                                             tuple(map(tuple, groups[: task + 1]))))
 
 
 LABELS = [0] * 40 + [1] * 10 + [2] * 5 + [3] * 45  # task 0: classes 0 and 1, of 50; task 1: class 2, of 5; task 2: 45
@@ -79,7 +81,7 @@ def test_nothing_is_replayed_without_a_past():
     config, data = ClientConfig(batch_size=8, local_steps=2, local_epochs=None), numbered(LABELS)
     assert mix_replay(data, task_of(GROUPS, 0), config, 0) is None
     assert mix_replay(data, task_of(GROUPS, 2, replay=False), config, 0) is None
-    assert mix_replay(data, {"round": 1}, config, 0) is None
+    assert mix_replay(data, Instructions(1), config, 0) is None
     assert mix_replay(numbered([3] * 9), task_of(GROUPS, 2), config, 0) is None
     assert set(records_of_task(data, task_of(GROUPS, 2), "c").labels.tolist()) == {3}
     with pytest.raises(RunError, match="c has no records of task 1"):
@@ -232,4 +234,4 @@ def test_a_client_knows_the_tasks_that_it_missed(caplog):
     caplog.clear()
     marks, missed = mark_task(marks, task_of(GROUPS, 2), "site-1")
     assert missed == 1 and not caplog.text and marks["task:joined"].tolist() == [0, 2]
-    assert mark_task({}, {"round": 1}, "site-1") == ({}, 0)
+    assert mark_task({}, Instructions(1), "site-1") == ({}, 0)

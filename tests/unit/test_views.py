@@ -18,6 +18,7 @@ from fedpeft.clients.train import taught
 from fedpeft.config import ClientConfig
 from fedpeft.continual import stream
 from fedpeft.data.encode import Encoded
+from fedpeft.strategies.instructions import Instructions, Lesson
 from support import small_models as small
 
 CLIENTS, SHARE, PIXELS, CLASSES = 1000, 12, 3 * 8 * 8, 4
@@ -42,7 +43,7 @@ def pictures(count):
     return Encoded({"pixel_values": torch.randn(count, PIXELS, generator=torch.Generator().manual_seed(0))}, labels)
 
 
-TASK = {"learn": {"task": 1, "classes": [2, 3], "groups": [[0, 1], [2, 3]], "replay": True}}
+TASK = Instructions(2, learn=Lesson(1, (2, 3), (0, 1, 2, 3), (2, 3), True, ((0, 1), (2, 3))))
 
 
 def shared(data):
