@@ -57,6 +57,7 @@ def simulate(
         raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
     _absolute(config)
     records.cache_clear()  # files may have changed since an earlier run of this process
+    # Ahead of the folder, so that a config that is refused leaves none behind.
     faults.check(config.run, settle(config))
     name = f"{'run' if isinstance(source, dict) else Path(source).stem}-{config.strategy.name}-seed{config.run.seed}"
     with folders.new(out, Path("runs") / name, hint=", or go on with `fedpeft resume {}`") as made:
@@ -64,11 +65,13 @@ def simulate(
         on_event({"event": "folder", "path": str(run), "given": out is not None})
 
         def tell(event: dict[str, Any]) -> None:
+            # Not before: a run that was refused must not take the link from the one before it.
             if event["event"] == "start":
                 made.point()
             on_event(event)
 
         try:
+            # Resolved: a resumed run must not see a shipped config or a default that has changed since.
             write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
             identity.begin(run)
             return _run(config, run, tell)
@@ -112,6 +115,7 @@ def _open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
     """The clients of this machine, or of a Ray cluster, as long as the rounds last."""
     config = world.config
     nodes: dict[int, dict[str, bool | int | float | str]] = {
+        # Node 1 is the server's.
         index + 2: {"partition-id": index, "num-partitions": config.data.count}
         for index in range(config.data.count)
     }

@@ -47,6 +47,7 @@ def build(config: Config, classes: int | None = None, clients: Sequence[str] | N
     if config.privacy.unit == "client":
         from fedpeft.strategies.wrappers.client_dp import ClientDP
 
+        # Outermost, so that nothing inside sees an update that is not noised.
         strategy = ClientDP(strategy, config.privacy, config.run)
     return strategy
 

@@ -112,6 +112,7 @@ def _stacked(site: str, like: AdapterState, states: Sequence[Term]) -> dict[str,
     B, A = like[f"{site}/B"], like[f"{site}/A"]
     kept = [(weight * state.sites[site].scaling / like.sites[site].scaling, state[f"{site}/B"], state[f"{site}/A"])
             for weight, state in states if weight != 0 and bool(state[f"{site}/B"].any() and state[f"{site}/A"].any())]
+    # Factors of rank 0 are none that peft can load, so those of `like` stay, with B = 0.
     if not kept:
         return {f"{site}/A": A.clone(), f"{site}/B": torch.zeros_like(B)}
     return {f"{site}/A": torch.cat([right.to(A.dtype) for _, _, right in kept], dim=0),

@@ -31,6 +31,7 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     """
     if not folders:
         raise InputError("ADAPTER_DIR: give at least one adapter folder.")
+    # Before anything is loaded: a result that has no place should cost no wait.
     require_new(out, "--out")
     given = configs.parse_overrides(options)
     rule = named(strategy, given, "")

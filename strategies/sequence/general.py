@@ -95,6 +95,7 @@ class GeneralServerBody(ServerBody):
         self._open(ServerState(adapter), 0, 0)
 
     def describe_sketch(self, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
+        # Of no record at all: that tells the form without a model.
         nothing = self._make(Shapes(adapter), adapter).statistics(Encoded({}, torch.zeros(0, dtype=torch.int64)))
         return {key: tuple(value.shape) for key, value in nothing.items()}
 
@@ -113,6 +114,7 @@ class GeneralServerBody(ServerBody):
 
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         body = self._open(server, place.task - 1, seed)
+        # The last task ends only now, since the sums over its records had to be asked for first.
         if PAST in sketches:
             body.end_task(sketches[PAST])
         body.index, body.surveyed = place.task, sketches.get(NEW)
@@ -159,6 +161,7 @@ class GeneralServerBody(ServerBody):
             kind, _, name = key.partition("/")
             if kind in KINDS:
                 body.memory[kind][name] = value
+        # A copy: the body writes into it, and the old state must stay as it is.
         body.memory["numbers"] = dict(server.numbers.get(NUMBERS, {}))
         return body
 

@@ -41,6 +41,7 @@ class FederatedLAE(ServerBody):
     def after(self, server: ServerState, place: Place) -> ServerState:
         if place.task == 0:
             return server
+        # So that a task leaves the same share of the average, however many rounds it has.
         alpha = self.config.retention ** (1 / place.rounds)
         now, average = self._own(server), recall(server, OFFLINE)
         return remember(server, {key + OFFLINE: torch.lerp(now[key], value, alpha) for key, value in average.items()})

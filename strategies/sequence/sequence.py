@@ -40,6 +40,7 @@ class TaskSequence(Wrapper):
         moved = self.body.begin(server, self.place(server.round + 1), self.context.seed, sketches)
         if self.body.changes_A:
             fresh = self.inner.initial(moved.adapter, self.context.seed)
+            # The strategy's own memory anew, the body's as it is: what fits old factors means nothing in new ones.
             moved = replace(moved, adapter=fresh.adapter, memory={**moved.memory, **fresh.memory},
                             numbers={**moved.numbers, **fresh.numbers})
         return replace(moved, numbers={**moved.numbers, TASK: task})
@@ -62,6 +63,7 @@ class TaskSequence(Wrapper):
     def make_lesson(self, task: int) -> Lesson:
         """What clients are told of a task. They make the same from their own config, and refuse another."""
         seen, classes = self.curriculum.seen(task), self.curriculum.classes(task)
+        # With replay old records are in every batch, and their classes have to compete too.
         compete = seen if self.compete == "seen" or self.body.replays else classes
         return Lesson(task, tuple(classes), tuple(seen), tuple(compete), self.body.replays,
                       tuple(tuple(group) for group in self.curriculum.groups[: task + 1]))
@@ -74,6 +76,7 @@ class TaskSequence(Wrapper):
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         """The strategy's rule, and what the body does after it. Factors that nobody trained stay as they were."""
+        # Of the strategy inside, not of the round: the rule wants all roles that it knows.
         uploads = self.inner.uploads(server)
         fixed = server.adapter.select([role for role in uploads if role not in self.trained(server)])
         if fixed.tensors:  # the rule sees them from every client as they were sent

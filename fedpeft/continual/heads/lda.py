@@ -53,6 +53,7 @@ class LDA(Head):
             spread = count.sum() * torch.outer(grand, grand)
         covariance = (self.sums["gram"] - spread) / count.sum()
         self.known = [label for label in self.seen if count[label] > 0]
+        # Eigenvalues, not a solve: noised sums are neither symmetric nor positive.
         values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
         scale = values.mean().clamp(min=1e-12)
         values = values.clamp(min=0) + self.config.ridge * scale  # noise in the sums may make some negative

@@ -61,6 +61,7 @@ def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -
 
     def arm(x: Tensor, y: Tensor) -> Tensor:
         _register()
+        # The config is shared by all layers: what stood there has to be back before the next one runs.
         waiting.append(module.config._attn_implementation)
         module.config._attn_implementation = NAME
         module._fedpeft_prefix = (K, V, waiting)
@@ -138,5 +139,3 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
 def _restore(module: Any, waiting: list[str]) -> None:
     module.config._attn_implementation = waiting.pop()
     del module._fedpeft_prefix
-
-

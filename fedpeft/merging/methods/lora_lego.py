@@ -63,6 +63,7 @@ class LoRALego(Merger):
     def finish(self, state: State) -> Tensors:
         tensors, numbers = {}, state["numbers"]
         for site in sites_of(state):
+            # k-means starts from rows by their numbers, and the order of adapters must not matter.
             B, A = _sorted(*pair(state, site))
             units, k = A.shape[0], self.config.k or numbers["ranks"][site]
             if k > units:

@@ -69,6 +69,7 @@ class OPCM(Merger):
         mean = numbers.get("mean_norm", 0.0)
         mean += (_norm(new, scaling) - mean) / (count + 1)
         if not count:
+            # The first task has nothing to be orthogonal to.
             return combine(state, adapter, 1.0, 1.0), {"mean_norm": mean, "lambda": 1.0}
         tensors: Tensors = {}
         for site in scaling:
@@ -90,6 +91,7 @@ def merged(B: Tensor, A: Tensor, newB: Tensor, newA: Tensor, lambda_: float, alp
     if S.numel():
         rank = int((S / S[0] > NOISE).sum())
         U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+    # The small products first: neither tau nor D is formed.
     inside = (U.T @ newB) @ (newA @ Vt.T) * mask(S, alpha)
     return torch.cat([U @ (torch.diag(lambda_ * S) - inside), newB], dim=1), torch.cat([Vt, newA])
 
