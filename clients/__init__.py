@@ -1,4 +1,4 @@
-"""What runs where the data is: the Flower ClientApp, the local step loop, the client store."""
+"""The side where the data are: the Flower ClientApp, the local step loop, the client store."""
 
 if __name__ != "fedpeft.clients":
     raise ImportError(

@@ -1,4 +1,4 @@
-"""What a client accepts of a request, before it touches a record: what its own strategy would say and send.
+"""A client accepts a request only if its own strategy would say and send the same; it checks before it reads a record.
 
 From its config a client makes the strategy that the server runs, and so knows which roles a round trains, and the names
 and shapes of what it is sent. Anything else is refused by name. What is refused here depends on the request and the

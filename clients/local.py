@@ -1,4 +1,4 @@
-"""What one process does for the clients that it runs: a client's round from request to update, one or many at a time.
+"""One process runs the rounds of its clients, from request to update, one client at a time or many together.
 
     open    the policy, the adapter to start from, and under DP the plan and the budget: all that comes before a step
     train   one client over the model, or a cohort of them at once (`clients.cohort`)

@@ -1,4 +1,4 @@
-"""What a site allows, whatever a server asks: a YAML file beside its data, checked before the data is read.
+"""A site's policy bounds what any server may ask: a YAML file beside its data, checked before the data are read.
 
     max_delta: 1.0e-5
     min_noise_multiplier: 0.5

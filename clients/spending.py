@@ -1,4 +1,4 @@
-"""What a request costs a private client, also where it fails; and what the server is told of a failure: nothing."""
+"""A private client pays for every request, also where it fails, and tells the server nothing of the failure."""
 
 from __future__ import annotations
 

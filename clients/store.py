@@ -1,5 +1,4 @@
-"""What a client keeps between rounds (personal factors, control variates, a test-time method's state), on its own disk,
-one file a round.
+"""A client keeps personal factors, control variates and a test-time method's state on its own disk, one file a round.
 
 A file is named by the round that wrote it and written whole or not at all, so that a run resumed at round t reads what
 was true before round t, whatever a killed process had begun.

@@ -1,4 +1,4 @@
-"""What docs/ repeats from elsewhere, made from there: tables of methods.md and continual.md, and figures/wordnet.svg.
+"""make.py fills docs/ with what stands elsewhere: tables of methods.md and continual.md, and figures/wordnet.svg.
 
     python docs/make.py
 

@@ -1,4 +1,4 @@
-"""What a client is told of a round beside tensors. It travels as JSON, of which only what is declared here is read.
+"""Instructions tell a client of a round beside tensors. They travel as JSON; only what is declared here is read.
 
     >>> told = Instructions(3, trains=("B", "head"), uploads=("B", "head"))
     >>> told.to_json()

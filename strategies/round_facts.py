@@ -1,4 +1,4 @@
-"""What a round's event says of the updates: the clients' mean metrics, and how far each update went beside the others.
+"""A round's event says the clients' mean metrics, and how far each update went beside the others.
 
     norm         L2 norm of what a client's trained tensors moved by, over all of them together
     distance     L2 distance of that move to the coordinate-wise median of all moves; none where shapes differ

@@ -1,4 +1,4 @@
-"""What may stand in a peft adapter folder for it to be read as plain LoRA. What is not understood is refused.
+"""A peft adapter folder is read as plain LoRA if all that stands in it is understood; anything else is refused.
 
 A field of adapter_config.json that this list does not know may change what the adapter computes, so it is refused
 unless it is empty: newer releases of peft write fields of their own, and switch them off by null, false or nothing.

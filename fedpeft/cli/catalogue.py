@@ -1,4 +1,4 @@
-"""What a config can name, read from the registry and the classes themselves: `fedpeft list` and `fedpeft show`."""
+"""`fedpeft list` and `fedpeft show` read what a config can name from the registry and the classes themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, errors on standard error."""
+"""Commands print tables for people, JSON for programs, and errors on standard error."""
 
 from __future__ import annotations
 

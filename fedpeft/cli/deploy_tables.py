@@ -1,4 +1,4 @@
-"""What the deployment's commands print, and the live table of a run."""
+"""Tables of the deployment's commands, and the live table of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a body is: how parameters move while tasks arrive. One file in `bodies` is one body.
+"""A body says how parameters move while tasks arrive. One file in `bodies` is one body.
 
 A step, as the learner runs it:
 

@@ -1,4 +1,4 @@
-"""What a head is: how features become class scores. One file in `heads` is one head.
+"""A head says how features become class scores. One file in `heads` is one head.
 
 A head is fitted after a task has been trained, from one pass over its records, as sums: `statistics` of several owners
 added together are those of all their records, so a federated head equals the centralised one.

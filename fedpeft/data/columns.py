@@ -1,4 +1,4 @@
-"""What the columns of a table hold: texts, labels, and natural columns such as who owns a record.
+"""The columns of a table hold texts, labels, and natural columns such as who owns a record.
 
 Values keep the type that the file gives them. Class names are as typed: 007 and 7 are two in a csv, whole numbers of a
 json or parquet file are one class each, true and false are classes by these names.

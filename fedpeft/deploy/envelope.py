@@ -1,4 +1,4 @@
-"""What the coordinator sends with every message, and what a site makes of it.
+"""The coordinator sends an envelope with every message, of which a site makes the config that it runs.
 
 A message has tensors, a task, and this record: the run's name, its config as YAML, the classes, a fingerprint of the
 base model. A site checks the config as strictly as a local one (names come from the registry, nothing else is a key)

@@ -1,4 +1,4 @@
-"""What every objective says of itself. `model.task` names one of the table `objectives`, and nothing else asks for it.
+"""Every objective describes itself. `model.task` names one of the table `objectives`, and nothing else asks for it.
 
 An objective is what a model is trained to do: what a record is, which inputs and labels it becomes, the loss of each
 sample, what an evaluation measures, and what transformers and peft call it.

@@ -1,4 +1,4 @@
-"""What Poisson-sampled Gaussian steps cost: epsilon from the noise, and the noise from epsilon, by dp-accounting.
+"""Accountants turn the noise of Poisson-sampled Gaussian steps into epsilon, and epsilon into noise (dp-accounting).
 
 One step takes each record with probability q, clips its gradient to C, adds N(0, (sigma C)^2) to the sum. `steps` are
 all local steps of all rounds that a client joins. Sampling of clients is no factor of q: a server that sees who took

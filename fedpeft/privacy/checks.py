@@ -1,4 +1,4 @@
-"""What a private config has to say and to leave out, whichever unit it protects."""
+"""A private config must say some things and leave out others, whichever unit it protects."""
 
 from __future__ import annotations
 

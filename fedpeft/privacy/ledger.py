@@ -1,4 +1,4 @@
-"""What was really released, on the disk before it is: an append-only file of noisy releases, one JSON object a line.
+"""The ledger holds every release before it is made: an append-only file on the disk, one JSON object a line.
 
     {"run", "round", "request", "sample_rate", "noise_multiplier", "steps", "time"}
 

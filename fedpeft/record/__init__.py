@@ -1,1 +1,1 @@
-"""What a run leaves: events, checkpoints, summaries, reports and figures."""
+"""The record that a run leaves: events, checkpoints, summaries, reports and figures."""

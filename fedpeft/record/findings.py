@@ -1,4 +1,4 @@
-"""What follows from a run's scores, for its summary: how sure a number is, what it is compared with, who stands out.
+"""Findings follow from a run's scores: how sure a number is, what it is compared with, who stands out.
 
     standard error   sqrt(p (1 - p) / n) of an accuracy p over n test records; none for next tokens, which depend on
                      each other

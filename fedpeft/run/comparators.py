@@ -1,4 +1,4 @@
-"""What costs nothing to reach: one answer for every record; in a sequence, the head that answers on a frozen model."""
+"""Comparators cost nothing: one answer for every record; in a sequence, the head that answers on a frozen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a simulated run says of its privacy: epsilon in each round's event, and the `privacy` section of its summary."""
+"""A simulated run says of its privacy: epsilon in each round's event, and the `privacy` section of its summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run depends on and its folder does not hold: base model, records, and what the processor makes of them.
+"""A run depends on what its folder does not hold: base model, records, and what the processor makes of them.
 
     identity.json   name (of the run in its ledgers), versions, fingerprints
 

@@ -1,4 +1,4 @@
-"""What a run leaves: how good its model is, and its adapter folders, summary, plots and report."""
+"""A run leaves how good its model is, and its adapter folders, summary, plots and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config describes, made real in one process: model, strategy, clients' data. The same in every process."""
+"""A world is a config made real in one process: model, strategy, clients' data. It is the same in every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks of many cells share: lists of names with options, and cells as files that are not run again.
+"""Benchmarks of many cells share lists of names with options, and cells as files that are not run again.
 
     >>> entries("digits-c/dirichlet:delta=0.1,batch=16,vader/movie")
     ['digits-c/dirichlet:delta=0.1,batch=16', 'vader/movie']

@@ -1,4 +1,4 @@
-"""What the continual benchmark says: means over seeds, a table, plots and a page, from results.json alone."""
+"""The continual benchmark's report: means over seeds, a table, plots and a page, from results.json alone."""
 
 from __future__ import annotations
 

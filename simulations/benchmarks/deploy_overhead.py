@@ -1,4 +1,4 @@
-"""What a round costs beside the training: a deployment on loopback, and stock Flower with a tensor per parameter.
+"""Rounds are timed beside their training: a deployment on loopback, and stock Flower with a tensor per parameter.
 
     python -m fedpeft.simulations.benchmarks.deploy_overhead OUT [--stock]
 

@@ -1,4 +1,4 @@
-"""What the federated benchmark says: claims with verdicts, tables and plots, from result rows alone."""
+"""The federated benchmark's report: claims with verdicts, tables and plots, from result rows alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fedpeft bench speed` times: engines that take the same clients from one adapter through the same steps.
+"""`fedpeft bench speed` times engines that take the same clients from one adapter through the same steps.
 
     cohort          ours, many clients in a pass (`clients.cohort`); -dp: by DP-SGD, -bf16: on a bfloat16 base
     sequential      ours, one client after another (`run.cohort_tokens=0`)

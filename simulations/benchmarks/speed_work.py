@@ -1,4 +1,4 @@
-"""What all engines of `fedpeft bench speed` are given: a model of some shape, clients, and the records of every step.
+"""All engines of `fedpeft bench speed` get the same work: a model, clients, and the records of every step.
 
 Weights and records are random: their values cost no time, and show nothing else.
 """

@@ -1,4 +1,4 @@
-"""What the test-time benchmark says: means over seeds, tables, plots and a page, from results.json alone."""
+"""The test-time benchmark's report: means over seeds, tables, plots and a page, from results.json alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server has released under client-level privacy: its name, and its file where it cannot be made again."""
+"""A server's release under client-level privacy has a name, and a file where it cannot be made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a federation's server does for a body while tasks arrive, around any strategy.
+"""A server body is what a federation's server does for a body while tasks arrive, around any strategy.
 
 A body of `fedpeft.continual.bodies` says how parameters move. Its half on the server is `general`, which runs the
 body's own code between rounds, or a file of its own here, where the body is another one in a federation:

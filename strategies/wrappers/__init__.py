@@ -1,1 +1,1 @@
-"""What goes around any rule: corrections, bounds, robust means, personal parts, client-level privacy."""
+"""Wrappers go around any rule: corrections, bounds, robust means, personal parts, client-level privacy."""

@@ -1,4 +1,4 @@
-"""What a method does at a client: in the method's own file, and what it sends is no part of the adapter."""
+"""A method's client half is in the method's own file, and what it sends is no part of the adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every registered body and head must hold, whatever its method."""
+"""Every registered body and head holds these, whatever its method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every registered test-time method must keep, on a convolution with batch norms and on a LoRA transformer."""
+"""Every registered test-time method keeps these, on a convolution with batch norms and on a LoRA transformer."""
 
 from __future__ import annotations
 

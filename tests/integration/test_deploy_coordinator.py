@@ -1,4 +1,4 @@
-"""What a coordinator shows of sites, and what it does after rounds that fail."""
+"""A coordinator shows its sites, and goes on after rounds that fail."""
 
 from __future__ import annotations
 

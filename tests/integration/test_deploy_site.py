@@ -1,4 +1,4 @@
-"""What a site makes of what a coordinator sends: hostile configs, tasks and apps, and faults of its own."""
+"""A site refuses or survives what a coordinator sends: hostile configs, tasks and apps, and faults of its own."""
 
 from __future__ import annotations
 

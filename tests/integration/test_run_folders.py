@@ -1,4 +1,4 @@
-"""What a run folder depends on, who works in it, and what is left when a disk, a signal or side work comes between."""
+"""A run folder knows what it depends on and who works in it, and survives a full disk, a signal or side work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What real, tiny runs say of themselves: the numbers behind the headline, computed once more by other means."""
+"""Real, tiny runs say of themselves what other means compute: the numbers behind the headline."""
 
 from __future__ import annotations
 

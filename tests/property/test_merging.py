@@ -1,4 +1,4 @@
-"""What mergers promise, over shapes, ranks, scalings and rank deficiency."""
+"""Mergers keep their promises over shapes, ranks, scalings and rank deficiency."""
 
 from __future__ import annotations
 

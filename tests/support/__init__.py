@@ -1,1 +1,1 @@
-"""What tests share. `tests` is on the path of every test (pyproject.toml), so that this is `support` everywhere."""
+"""Tests share this. `tests` is on the path of every test (pyproject.toml), so that this is `support` everywhere."""

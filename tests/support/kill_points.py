@@ -1,4 +1,4 @@
-"""What a kill leaves behind at every point of a run: each write, half-written file, fsync, rename, removal and message.
+"""A kill leaves something behind at every point: each write, half-written file, fsync, rename, removal and message.
 
 A run is watched once. Before each of its operations, in all of its processes, its folder is copied as it then is: that
 is what would be left if the process ended there. Copies that are equal are one. Beside each copy stands what had left

@@ -1,4 +1,4 @@
-"""What a method of the registry needs beside its name to run, and runs and adapters small enough for every one."""
+"""A method of the registry needs more than its name to run: options, runs and adapters small enough for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client accepts of a request: its own strategy's task and tensors; everything else is refused by name."""
+"""A client accepts its own strategy's task and tensors only; everything else is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every benchmark's command does around its work: a first word, a line a part, and a folder of its own."""
+"""Every benchmark's command has a first word, a line a part, and a folder of its own around its work."""
 
 from __future__ import annotations
 

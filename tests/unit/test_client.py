@@ -1,4 +1,4 @@
-"""What a client does with its task: start, train, upload, keep; and what it refuses."""
+"""A client starts from its task, trains, uploads and keeps; and it refuses what does not fit."""
 
 from __future__ import annotations
 

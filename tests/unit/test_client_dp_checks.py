@@ -1,4 +1,4 @@
-"""What client-level privacy refuses before anything is loaded; each message names the key and a way out."""
+"""Client-level privacy refuses before anything is loaded; each message names the key and a way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the table of a run says beside its numbers."""
+"""The table of a run says more than its numbers."""
 
 from __future__ import annotations
 

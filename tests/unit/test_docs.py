@@ -1,4 +1,4 @@
-"""What docs/ says of the code is there, and what README.md links is too."""
+"""All that docs/ says of the code is there, and what README.md links is too."""
 
 from __future__ import annotations
 

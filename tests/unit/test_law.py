@@ -1,4 +1,4 @@
-"""What a private client sends is a function of request, config, policy and ledger, plus noised sums in the ledger."""
+"""A private client sends a function of request, config, policy and ledger, plus noised sums in the ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the round refuses, with which reason, and that what is refused changes nothing; quorum and deadline."""
+"""The round refuses bad replies with a reason, and what is refused changes nothing; quorum and deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server of secure aggregation gets to see, what a client does not give away, and what configs are refused."""
+"""The server of secure aggregation sees sums only, a client gives no more away, and unsafe configs are refused."""
 
 from __future__ import annotations
 

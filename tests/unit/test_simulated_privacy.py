@@ -1,4 +1,4 @@
-"""What a simulated run says of its privacy: each sentence where it is true, and nowhere else."""
+"""A simulated run says each sentence of its privacy where it is true, and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the equations imply, on numbers that fit on a page or against a slow reference: parts, outputs, entropy."""
+"""Methods do what their equations imply, on numbers that fit on a page or against a slow reference."""
 
 from __future__ import annotations
 

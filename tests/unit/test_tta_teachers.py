@@ -1,4 +1,4 @@
-"""What the equations imply: memories, mean teachers, and methods that are trained on source data."""
+"""Memories, mean teachers and methods that are trained on source data do what their equations imply."""
 
 from __future__ import annotations
 

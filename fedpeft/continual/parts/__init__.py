@@ -1,1 +1,1 @@
-"""What several bodies share: low-rank pairs, forms, subspaces, orthogonal steps, prefixes, replay."""
+"""Parts that several bodies share: low-rank pairs, forms, subspaces, orthogonal steps, prefixes, replay."""

@@ -1,4 +1,4 @@
-"""What can train in a base, for bodies that care about when and how strongly it moves and not about what it is.
+"""Forms that can train in a base, for bodies that care when and how strongly it moves and not what it is that moves.
 
     full   dW [out, in] of every adapted layer, from zero            y + dW x
     lora   B [out, r] = 0 and A [r, in] Kaiming-uniform              y + (alpha / r) B A x

@@ -1,4 +1,4 @@
-"""What bodies with a LoRA for each task share: drawing a pair, putting it by, and the sum of what was put by.
+"""Bodies with a LoRA for each task draw a pair here, put it by, and sum what was put by.
 
 A pair is A [r, in], Kaiming-uniform, and B [out, r], zero: it starts as no change of the layer's weight. What trains is
 in `parameters` as `layer/A` and `layer/B`; earlier tasks are in `memory["adapters"]` as `past/task/layer/A` and `/B`.

@@ -1,4 +1,4 @@
-"""What every stream file says: its records, its network, and how the records fall into tasks.
+"""A stream file says its records, its network, and how the records fall into tasks.
 
 A file defines `records(seed)`; the base class cuts the classes into tasks, or a file does so in `manifest`. The seed
 chooses the order of classes or domains, and the records where there are more than are used or they are made; the

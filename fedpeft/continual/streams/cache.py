@@ -1,4 +1,4 @@
-"""What a stream has computed once from prepared data lies beside it, under a hash of all that it depends on.
+"""A stream keeps what it computed from prepared data beside them, under a hash of all that it depends on.
 
 `fedpeft data prepare NAME` replaces the folder, and the cache with it.
 """

@@ -1,4 +1,4 @@
-"""What a site can find out about its coordinator before it takes part: certificate, registration, clocks."""
+"""A site looks at its coordinator before it takes part: certificate, registration, clocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a round's ledger, reply and masks must be, judged from outside (`watched`)."""
+"""The audit judges a round's ledger, reply and masks from outside (`watched`)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What several test-time methods share: gradient steps, teachers, scores, optimizers, views."""
+"""Parts that several test-time methods share: gradient steps, teachers, scores, optimizers, views."""

@@ -1,4 +1,4 @@
-"""What the methods share that learn by gradient: tensors over the frozen model, an optimiser, a guarded step."""
+"""Methods that learn by gradient share this: tensors over the frozen model, an optimiser, a guarded step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What CoTTA and PETAL share: a student, its moving average as teacher, and targets that are averaged where the anchor
-is uncertain."""
+"""CoTTA and PETAL share a student, its moving average as teacher, and targets averaged where the anchor is unsure."""
 
 from __future__ import annotations
 
