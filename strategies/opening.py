@@ -66,7 +66,6 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
         BadMessage: any of its fields, its header or its length says otherwise.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    # What the fields claim is compared first, since it costs nothing; the bytes are looked at after that.
     if given.stype != SType.NUMPY or given.dtype != dtype or tuple(given.shape) != shape:
         coded = "" if given.stype == SType.NUMPY else f" in {shown(given.stype, 60)}"
         raise BadMessage(f"{what}: {shown(given.dtype, 60)} {shown(list(given.shape[:9]), 200)}{coded}, expected "
@@ -83,7 +82,6 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
         raise BadMessage(f"{what}: its header says {shown(kind, 60)} {shown(list(said), 200)}, expected {dtype} "
                          f"{list(shape)} in {len(given.data)} bytes")
     flat = np.frombuffer(given.data, np.dtype(dtype), offset=file.tell())
-    # Both are views: the values are never twice in memory.
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
@@ -147,7 +145,6 @@ def _metric(key: str, value: Any) -> float:
     # To Python True is an int.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadMessage(f"{key} is a {type(value).__name__}, not a number")
-    # Also NaN fails here.
     if not abs(value) <= LARGEST:
         raise BadMessage(f"{key} is {shown(value, 60)}, not finite and at most {LARGEST:g}")
     return float(value)

@@ -69,7 +69,6 @@ class Packed:
         nodes = joined(grid, expected)
         names: dict[str, int] = {}
         silent: dict[int, str] = {}
-        # Sorted ids in portions: the same nodes get the same names in every run of a simulation.
         for start in range(0, len(nodes), ROLL):
             asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
             for node, reply in ask(grid, "query", asked, JOIN_DEADLINE_S).items():

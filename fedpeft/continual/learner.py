@@ -129,7 +129,6 @@ class Learner:
         extra = self.body.penalty(inputs, labels, features, self.classifier) if moves else None
         if extra is not None:
             loss = loss + extra
-        # Body and classifier in one backward pass, each stepped by an optimizer of its own.
         leaves = {**(self.body.parameters if moves else {}), "weight": self.classifier.weight,
                   "bias": self.classifier.bias}
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -53,7 +53,7 @@ class Child:
         if lasted < self.pause_s:
             return
         log.warning("%s ended with code %s; it is started again.", self.role, self.process.returncode)
-        # Longer each time: what ends at once would otherwise be started some hundred times a minute.
+        # Longer each time, or what ends at once would be started again without a pause.
         self.pause_s = min(LONGEST_PAUSE_S, 2 * self.pause_s or 1.0)
         self.start()
 

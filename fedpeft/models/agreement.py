@@ -116,7 +116,6 @@ def require_positions(config: ModelConfig, model: Any, stated: int) -> None:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)
               and module is not model.get_input_embeddings() and 16 < module.num_embeddings < longest + SPARE]
     if rows and tables and (reason := _failure(model, rows, longest)):
-        # By halves, as each try is a pass over the model.
         low, high = 0, longest
         while high - low > 1:
             middle = (low + high) // 2

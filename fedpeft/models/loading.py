@@ -81,7 +81,6 @@ def fingerprint(base: Base, heads: bool) -> str:
     for name, value in sorted(tensors.items()):
         if value.requires_grad or (not heads and id(value) in inside):
             continue
-        # One at a time, so that of a model on a device only one tensor is copied.
         whole = value.detach().cpu().contiguous()
         whole = whole > 0 if base.source in EMBEDDED else whole
         digest.update(f"{name}{tuple(whole.shape)}{whole.dtype}".encode())

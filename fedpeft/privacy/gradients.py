@@ -85,7 +85,6 @@ def _analytic(layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter],
                 f"privacy.unit=sample: {layers[layer]} gets {x.shape[0]} rows for {count} samples, so their gradients "
                 "cannot be told apart. Leave it out of adapter.target_modules."
             )
-        # Tokens are summed within a sample, as one weight serves them all.
         x, g = x.reshape(count, -1, x.shape[-1]), g.reshape(count, -1, g.shape[-1])
         for parameter, part in ((layer.weight, lambda x=x, g=g: g.mT @ x), (layer.bias, lambda g=g: g.sum(1))):
             if parameter is not None and parameter.requires_grad:

@@ -98,7 +98,6 @@ class Ledger:
             # Looked up under the lock: two processes with one release must not both find it missing.
             if once and entry in self.entries():
                 return
-            # Refused before anything is written: what is not in the file was not released.
             self.require(entry, budget, plan, lifetime, beside)
             self._append(entry)
 

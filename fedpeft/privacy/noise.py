@@ -41,7 +41,6 @@ class OperatingSystem:
         # log(1 - u) and not log(u): u can be 0 and is never 1.
         radius = np.sqrt(-2.0 * np.log1p(-self.uniform(half)))
         angle = 2.0 * np.pi * self.uniform(half)
-        # Both halves of a pair are used: they are independent.
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 

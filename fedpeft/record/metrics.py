@@ -49,7 +49,6 @@ class Recorder:
         Raises:
             InputError: the file already holds a run and `resume` was not called.
         """
-        # Two runs in one file could not be told apart afterwards.
         if not self._mine and self.path.exists() and self.path.stat().st_size > 0:
             raise InputError(f"{self.path}: already holds the events of a run; resume it or choose another folder.")
         line = json.dumps({**finite(event), "time": round(time.time(), 3)}, allow_nan=False)

@@ -23,7 +23,6 @@ def with_change(server: ServerState, changes: dict[str, tuple[Tensor, Tensor]]) 
             continue
         old = server.adapter
         if f"{site}/residual_B" in old:
-            # Beside each other, the product of the stacked factors is the sum of the products.
             B = torch.cat([old[f"{site}/residual_B"].double(), B.double()], dim=1)
             A = torch.cat([old[f"{site}/residual_A"].double(), A.double()], dim=0)
         if B.shape[1] > min(B.shape[0], A.shape[1]):

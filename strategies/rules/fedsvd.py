@@ -89,7 +89,7 @@ class FedSVD(FederatedStrategy):
         memory = dict(server.memory)
         for site in server.adapter.lora_sites():
             B, A = server.adapter[f"{site}/B"], server.adapter[f"{site}/A"]
-            # A zero product has no singular vectors: the SVD would replace A by arbitrary ones.
+            # A zero product has no directions: the SVD would turn A into any basis of its row space.
             if not B.any():
                 continue
             B, A = lowrank.refactor(B, A, self.config.split)

@@ -168,7 +168,6 @@ class SecAgg:
             raise RunError(f"secure aggregation is planned for {plan.clients} clients a round, not {len(clients)}.")
         starts = [reference(sent[client], strategy.uploads(server)) for client in clients]
         for client, start in zip(clients, starts, strict=True):
-            # A sum of changes says something only if all changed the same values.
             if any(not torch.equal(value, start[key]) for key, value in starts[0].tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
         stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules.deadline_s)

@@ -30,7 +30,6 @@ class Wrapper(FederatedStrategy):
                  ) -> None:
         fedit = registry.load("strategies", "fedit")
         self.inner: FederatedStrategy = fedit(context=context) if inner is None else inner
-        # One context for all layers: that of the rule.
         super().__init__(context=self.inner.context, **options)
         self.treated: dict[str, str] = {}  # what `transform` last did to whom
         # One layer that looks at single updates is enough to rule out sums.

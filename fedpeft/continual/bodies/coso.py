@@ -126,7 +126,6 @@ class CoSO(Body):
         R = P.T @ G
         m.mul_(BETA1).add_(R, alpha=1 - BETA1)
         v.mul_(BETA2).addcmul_(R, R, value=1 - BETA2)
-        # The correction counts the steps of this task, as the moments begin with it.
         N = (m / (1 - BETA1 ** (t + 1))) / ((v / (1 - BETA2 ** (t + 1))).sqrt() + EPS)
         W.sub_(self._side(P @ N), alpha=self.train.lr)
 

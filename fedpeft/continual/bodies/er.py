@@ -73,7 +73,6 @@ def places(rng: np.random.Generator, offered: int, count: int, capacity: int) ->
     taken = []
     for number in range(count):
         total = offered + number
-        # Among all seen so far, this one included: only so has each the same chance to be kept.
         place = total if total < capacity else int(rng.integers(total + 1))
         if place < capacity:
             taken.append((number, place))

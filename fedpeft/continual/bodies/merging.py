@@ -75,7 +75,6 @@ class Merging(Body):
 
     def views(self) -> dict[str, Change]:
         merged = self.merged()
-        # A task in training is no part of the model until it is merged.
         return {"online": self.change() if merged is None else view(merged)}
 
     def merged(self) -> AdapterState | None:

@@ -71,5 +71,4 @@ class SDLoRA(Body):
 def direction(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """B / |B A|_F, so that its product with A has norm 1, and the magnitude scale |B A|_F; zeros where B A is zero."""
     norm = lowrank.norm(B, A).to(B.dtype)
-    # B alone is divided, since the product has the norm.
     return (B / norm if norm > 0 else torch.zeros_like(B)), scale * norm

@@ -62,7 +62,6 @@ class Aligned(Head):
     def samples(self, label: int) -> Tensor:
         """Gaussian samples [samples, D] of a class: the same ones while its sums are."""
         mean, covariance = self.gaussian(label)
-        # By class: a class that comes later must not change the samples of those before.
         draw = seeds.torch_generator(self.seed, "aligned", label)
         noise = torch.randn(self.config.samples, self.width, generator=draw, dtype=torch.float64)
         found: Tensor = mean + noise @ torch.linalg.cholesky(covariance).T

@@ -105,7 +105,6 @@ class RanPAC(Head):
             weights = _ridge(self.sums["fit/gram"], self.sums["fit/cross"], ridge)
             # Without n, which is the same for all.
             errors.append(float(((gram @ weights - 2 * cross) * weights).sum()))
-        # The first of equals is the strongest, as RIDGES falls.
         return RIDGES[errors.index(min(errors))]
 
 

@@ -99,7 +99,6 @@ class Coordinator:
             [RuntimeVersionHttpInterceptor(component_name="SuperExec"),
              SuperExecAuthHttpInterceptor(master_secret=(server.path / "secret").read_bytes(),
                                           protected_methods=AUTHENTICATED)])
-        # In the past, so that the first step looks.
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
         self.submitted: set[str] = set()

@@ -163,7 +163,6 @@ def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encod
     teaching = encoded.teaching()
     if not len(teaching):
         raise InputError(f"data.source: no text of {config.data.source} has two tokens: nothing to predict.")
-    # The same draw as in a simulation, whose numbers a deployment can be held against.
     order = numpy_generator(config.run.seed, "holdout", name).permutation(teaching)
     kept = int(len(order) * config.data.holdout)
     return encoded.view(order[kept:]), encoded.view(order[:kept])

@@ -69,7 +69,6 @@ class OPCM(Merger):
         mean = numbers.get("mean_norm", 0.0)
         mean += (_norm(new, scaling) - mean) / (count + 1)
         if not count:
-            # The first task has nothing to be orthogonal to.
             return combine(state, adapter, 1.0, 1.0), {"mean_norm": mean, "lambda": 1.0}
         tensors: Tensors = {}
         for site in scaling:
