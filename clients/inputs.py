@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.tail import first_token
+from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.data.encode import Encoded
 from fedpeft.models import agreement
 from fedpeft.objectives.base import IGNORE
+from fedpeft.privacy.gradients import verify
 
 DRAWN = 3
 BLOCK = 256  # records that are looked at together
@@ -38,6 +43,25 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
     if none.labels.ndim == 2:
         return Encoded(made, ids.masked_fill(mask == 0, IGNORE))
     return Encoded(made, torch.randint(0, model.base.classes, (DRAWN,), generator=generator))
+
+
+def verify_gradients(model: Adapted, like: Encoded, roles: tuple[str, ...], length: int) -> None:
+    """Compare per-sample gradients of these roles with autograd, on drawn inputs, at the values that the model has.
+
+    Args:
+        like, length: as of `drawn`.
+
+    Raises:
+        InputError: they differ; names the parameter.
+    """
+    parameters = model.train_roles(roles)
+    device = next(iter(parameters.values())).device
+    made = drawn(model, like, length)
+    batch, labels = on_device(made, np.arange(len(made)), device)
+    model.training_mode()
+    with first_token(model, made):
+        verify(model.base.modules, parameters, partial(per_sample_loss, model), batch, labels)
+    model.base.backbone.eval()
 
 
 def words_of(model: Adapted) -> int:

@@ -12,16 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.adapters.tail import first_token
 from fedpeft.clients import inputs, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
@@ -29,11 +27,10 @@ from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
-from fedpeft.clients.train import Private, on_device, per_sample_loss, train
+from fedpeft.clients.train import Private, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
-from fedpeft.privacy.gradients import verify
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf, Visit, halves
 from fedpeft.strategies.instructions import Instructions
@@ -367,14 +364,7 @@ class Local:
             if roles in self.verified:
                 continue
             self.model.write(self.initial)
-            parameters = self.model.train_roles(roles)
-            device = next(iter(parameters.values())).device
-            made = inputs.drawn(self.model, like, min(self.config.model.max_length, VERIFIED))
-            batch, labels = on_device(made, np.arange(len(made)), device)
-            self.model.training_mode()
-            with first_token(self.model, made):
-                verify(self.model.base.modules, parameters, partial(per_sample_loss, self.model), batch, labels)
-            self.model.base.backbone.eval()
+            inputs.verify_gradients(self.model, like, roles, min(self.config.model.max_length, VERIFIED))
             self.verified.add(roles)
 
     def _discreet(self, spending: Spending) -> AbstractContextManager[None]:

@@ -33,7 +33,8 @@ from fedpeft.record import lead
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.tta.deployed import Deployed, deploy
-from fedpeft.tta.method import TTAMethod, Wrapper, make
+from fedpeft.tta.method import TTAMethod, make
+from fedpeft.tta.parts.wrapped import Wrapper
 from fedpeft.tta.play import run_stream
 
 PER_CLIENT, SEQUENCE = "per_client", "sequence"

@@ -42,6 +42,7 @@ from fedpeft.state import (
 )
 from fedpeft.strategies import flower_api, round_facts, wire
 from fedpeft.strategies.client import ClientHalf
+from fedpeft.strategies.evaluation import evaluate_clients
 from fedpeft.strategies.instructions import Instructions
 
 log = logging.getLogger("fedpeft")
@@ -189,7 +190,7 @@ class FederatedStrategy(Configured, Strategy):
             # 8. Evaluate, record, checkpoint.
             if number % rules.evaluate_every == 0 or number == rules.rounds:
                 if rules.evaluate_clients:
-                    event |= self.evaluate_clients(grid, server, roster, rules, record)
+                    event |= evaluate_clients(self, grid, server, roster, rules, record)
                 if evaluate is not None:
                     event |= evaluate(server)
             record({**event, "seconds": round(time.monotonic() - begun, 3)})
@@ -311,29 +312,6 @@ class FederatedStrategy(Configured, Strategy):
             count = metrics.pop("num-examples")
             updates.append(Update(client, count if self.context.weighting == "examples" else 1.0, adapter, metrics))
         return updates, bad
-
-    def evaluate_clients(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
-                         record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
-        """Every client evaluates its own model on its own held-out records; the means are weighted by records."""
-        told = replace(self.instructions(server), round=server.round)  # of the round behind, not of the next one
-        contents = {
-            roster[client]: wire.PACKED.content(self.broadcast(server, client), told) for client in sorted(roster)
-        }
-        replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
-        results = {}
-        for client in sorted(roster):
-            try:
-                results[client] = wire.scores(replies[roster[client]])
-            except wire.BadReply as error:
-                log.warning("round %d: %s was not evaluated: %s", server.round, client, error)
-                record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})
-        if not results:
-            raise RoundFailed(f"round {server.round}: no client could evaluate its model; the log names the reasons.")
-        total = sum(result["num-examples"] for result in results.values())
-        record({"event": "clients_evaluated", "round": server.round, "clients": results})
-        shared = set.intersection(*(set(result) for result in results.values())) - {"num-examples"}
-        return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
-                for key in sorted(shared)}
 
     # Flower's Strategy API (see flower_api.py) ---------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedpeft.record.report import Run
+    from fedpeft.record.run_folder import Run
 
 
 def clients_accuracy(run: Run) -> Figure | None:

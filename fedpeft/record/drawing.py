@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedpeft.record.metrics import Event
-    from fedpeft.record.report import Run
+    from fedpeft.record.run_folder import Run
 
 MB = 1e6  # bytes
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#5b5b5b")  # colour-blind safe

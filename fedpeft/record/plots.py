@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedpeft.record.metrics import Event
-    from fedpeft.record.report import Run
+    from fedpeft.record.run_folder import Run
 
 REFERENCES = {  # key of the baselines event -> what it is
     "frozen_logistic": "logistic regression on frozen features",

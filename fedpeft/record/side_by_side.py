@@ -11,7 +11,8 @@ from fedpeft.errors import InputError
 from fedpeft.record import drawing, plots
 from fedpeft.record.findings import NAMES, comparable
 from fedpeft.record.pages import html_image, html_list, html_note, html_page, html_table
-from fedpeft.record.report import Run, cell, load
+from fedpeft.record.report import cell
+from fedpeft.record.run_folder import Run, load
 from fedpeft.record.words import percent
 
 COLUMNS = {  # key of a table's row -> its head on the page

@@ -9,13 +9,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.continual.matrix import NAMES, accuracies, curve
-from fedpeft.record import drawing, pages, words
-from fedpeft.simulations.benchmarks.cells import label, percent, plus_minus, publish, spread
+from fedpeft.continual.matrix import NAMES
+from fedpeft.record import pages, words
+from fedpeft.simulations.benchmarks.cells import percent, plus_minus, publish, spread
+from fedpeft.simulations.benchmarks.continual_figures import figures
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry", "learning_acc")  # fit a terminal
 AGAINST = "against frozen"
@@ -29,8 +30,6 @@ LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all tes
           "what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the "
           "training that a head shares with the others of its body. A closed-form head over frozen needs none. Spreads "
           "are over seeds; where seeds share their test records they say nothing of these.")
-MARKERS = "osD^vPX*<>"
-FILLINGS = ("full", "none", "left", "bottom")
 Row = dict[str, Any]
 
 
@@ -173,110 +172,6 @@ def _padded(text: list[str], widths: list[int]) -> str:
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
-
-
-def figures(results: Row) -> dict[str, bytes]:
-    """PNG images by name: accuracy over tasks, forgetting against bytes, heat maps of the matrices."""
-    ran = [row for row in results["rows"] if not row["refused"]]
-    if not ran:
-        return {}
-    with drawing.style():
-        drawn = {"tasks": over_tasks(ran), "forgetting": against_bytes(results["summary"]), "matrices": matrices(ran)}
-        return {name: drawing.png(figure) for name, figure in drawn.items() if figure is not None}
-
-
-def over_tasks(ran: list[Row]) -> Figure:
-    """Accuracy on the tasks seen, after each task, mean over seeds; a panel a head."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    heads = distinct(ran, "head")
-    bodies = distinct(ran, "body")
-    figure = Figure(figsize=(min(3.6 * len(heads) + 1, 16), 4.2 + 0.06 * len(bodies)))
-    panels = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
-    for axes, head in zip(panels, heads, strict=True):
-        for number, body in enumerate(bodies):
-            curves = [curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
-            if curves:
-                color, dashes = _look(number)
-                axes.plot(range(1, len(curves[0]) + 1), 100 * sum(curves) / len(curves), color=color,
-                          linestyle=dashes, label=label(body))
-        axes.set_title(head)
-        axes.set_xlabel("tasks learned")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(0, 100)
-    panels[0].set_ylabel("accuracy on the tasks seen in %")
-    known = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def against_bytes(rows: list[Row]) -> Figure | None:
-    """Forgetting against what must be kept; None where forgetting is not defined."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    ran = [row for row in rows if not row["refused"] and row["metrics"]["forgetting_chaudhry"] is not None]
-    if not ran:
-        return None
-    bodies, heads = distinct(ran, "body"), distinct(ran, "head")
-    figure = Figure(figsize=(9.5, max(4.6, 0.23 * (len(bodies) + len(heads)))))
-    axes = figure.subplots()
-    for row in ran:
-        axes.plot(row["bytes"] / 1000, 100 * row["metrics"]["forgetting_chaudhry"], markersize=7,
-                  marker=MARKERS[heads.index(row["head"]) % len(MARKERS)], **_filled(bodies.index(row["body"])))
-    for number, body in enumerate(bodies):
-        axes.plot([], [], "s", label=label(body), **_filled(number))
-    for number, head in enumerate(heads):
-        axes.plot([], [], MARKERS[number % len(MARKERS)], color=drawing.GREY, label=f"head {head}")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="kB kept by body and head after the last task", ylabel="forgetting_chaudhry in points")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def matrices(ran: list[Row]) -> Figure:
-    """Accuracy on each task (columns) after each task (rows), mean over seeds; white lies in the future."""
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    bodies, heads = distinct(ran, "body"), distinct(ran, "head")
-    figure = Figure(figsize=(1.75 * len(heads) + 2.6, 1.6 * len(bodies) + 0.5))
-    grid = figure.subplots(len(bodies), len(heads) + 1, squeeze=False, width_ratios=[0.7, *[1] * len(heads)])
-    mesh = None
-    for body, (side, *across) in zip(bodies, grid, strict=True):
-        side.set_axis_off()
-        side.text(1, 0.5, body.replace(":", ":\n").replace(",", ",\n"), fontsize=8, ha="right", va="center")
-        for head, axes in zip(heads, across, strict=True):
-            axes.grid(False)
-            axes.set(xticks=[], yticks=[])
-            own = [accuracies(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
-            if own:
-                R = np.mean(own, axis=0)
-                mesh = axes.imshow(np.where(np.tri(len(R), dtype=bool), R, math.nan), vmin=0, vmax=1, cmap="viridis")
-            else:
-                axes.set_axis_off()
-            if body == bodies[0]:
-                axes.set_title(head, fontsize=9)
-    if mesh is not None:
-        figure.colorbar(mesh, ax=grid, format=PercentFormatter(1.0), shrink=min(1.0, 3 / len(bodies)))
-    return figure
-
-
-def _look(number: int) -> tuple[str, str]:
-    turn, place = divmod(number, len(drawing.COLORS))
-    return drawing.COLORS[place], drawing.DASHES[turn % len(drawing.DASHES)]
-
-
-def _filled(number: int) -> dict[str, Any]:
-    """Colour and filling of a body's marks."""
-    color, dashes = _look(number)
-    return {"color": color, "fillstyle": FILLINGS[drawing.DASHES.index(dashes)]}
-
 
 
 # Page -----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fedpeft.errors import InputError
-from fedpeft.record import metrics, plots, report, side_by_side
+from fedpeft.record import metrics, plots, report, run_folder, side_by_side
 
 CONFIG = "strategy:\n  name: {strategy}\ndata:\n  clients: {clients}\nprivacy:\n  unit: none\nrun:\n  seed: {seed}\n"
 
@@ -60,7 +60,7 @@ def pixels(path):
 
 def drawn(run):
     """Name -> figure of all that a run has to show."""
-    loaded = report.load(run, "run")
+    loaded = run_folder.load(run, "run")
     return {name: figure for name, draw in plots.PLOTS.items() if (figure := draw(loaded)) is not None}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedpeft import config as configs
 from fedpeft.cli import console
-from fedpeft.record import lead, metrics, plots, report, side_by_side
+from fedpeft.record import lead, metrics, plots, report, run_folder, side_by_side
 
 Event = dict[str, Any]
 
@@ -130,7 +130,7 @@ def test_a_sequence_leads_with_the_head_that_answers_over_all_classes(tmp_path, 
 
 
 def test_the_plot_of_a_sequence_joins_no_two_tasks_and_marks_where_they_end(tmp_path):
-    figure = plots.accuracy(report.load(written(tmp_path / "run", sequence(), CONTINUAL), "run"))
+    figure = plots.accuracy(run_folder.load(written(tmp_path / "run", sequence(), CONTINUAL), "run"))
     lines = figure.axes[0].lines
     answers = next(line for line in lines if str(line.get_label()).startswith("head ranpac"))
     assert list(answers.get_xdata()) == [2, 4, 6]
@@ -184,7 +184,7 @@ def test_a_client_far_beyond_the_others_is_named_everywhere(treated, tmp_path, m
     state = "trimmed in 99 % of its values" if treated else "used"
     assert f"<td>3</td><td><b>south</b></td><td>{state}</td><td>4,500</td><td>2,250</td><td>0.5</td>" in page
     assert "<b>south" not in (run / "report.html").read_text()  # escaped there
-    marks = plots.participation(report.load(run, "run")).axes[0].lines
+    marks = plots.participation(run_folder.load(run, "run")).axes[0].lines
     assert any(line.get_label() == "far beyond the others' (2)" for line in marks)
 
 
@@ -284,7 +284,7 @@ def test_a_test_time_run_leads_with_what_was_gained_and_for_whom(tmp_path, monke
     row = ["St. Mary", "blur", "20", "90.0 %", "50.0 %", "60.0 %", "+10.0 points"]
     assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert "-20.0" in next(line for line in shown.splitlines() if "<b>south</b>" in line)
-    axes = plots.test_time(report.load(run, "run")).axes[0]
+    axes = plots.test_time(run_folder.load(run, "run")).axes[0]
     dots = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert dots == {"clean": [0.7, 0.8, 0.9], "as trained": [0.7, 0.6, 0.5], "with t3a": [0.5, 0.6, 0.6]}
     assert [label.get_text() for label in axes.get_yticklabels()] == [SITES[2], SITES[1], SITES[0]]
@@ -341,7 +341,7 @@ def test_sites_keep_their_names_in_tables_plots_and_quarantine(tmp_path, monkeyp
     page = page_of(run)
     assert f"<td>2</td><td>{SITES[1]}</td><td>A has NaN</td>" in page and "client-0" not in page
     assert f"quarantined: {SITES[1]} in round 2" in terminal(run, monkeypatch)
-    loaded = report.load(run, "run")
+    loaded = run_folder.load(run, "run")
     for figure, axis in ((plots.clients_by_label(loaded), "x"), (plots.participation(loaded), "y")):
         axes = figure.axes[-2 if axis == "x" else 0]
         labels = axes.get_xticklabels() if axis == "x" else axes.get_yticklabels()

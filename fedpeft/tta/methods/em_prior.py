@@ -25,8 +25,9 @@ from torch import Tensor
 from fedpeft.config import option
 from fedpeft.data.encode import Encoded
 from fedpeft.tta.deployed import Batch
-from fedpeft.tta.method import Outputs, Wrapper, WrapperConfig
+from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
+from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
 
 FLOOR = 1e-4
 

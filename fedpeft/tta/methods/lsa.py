@@ -33,8 +33,9 @@ from fedpeft.config import option
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.tta.deployed import Batch
-from fedpeft.tta.method import Outputs, Wrapper, WrapperConfig, source_batches
+from fedpeft.tta.method import Outputs, source_batches
 from fedpeft.tta.parts import optim, scores
+from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
 
 FLOOR, RANGE = 1e-4, 1.5
 

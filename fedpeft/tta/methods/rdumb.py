@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 from fedpeft.config import option
 from fedpeft.tta.deployed import Batch
-from fedpeft.tta.method import Outputs, Wrapper, WrapperConfig
+from fedpeft.tta.method import Outputs
+from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
 
 
 @dataclass

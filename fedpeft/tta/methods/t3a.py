@@ -26,8 +26,9 @@ from torch.nn import functional as F
 
 from fedpeft.config import option
 from fedpeft.tta.deployed import Batch
-from fedpeft.tta.method import Outputs, Wrapper, WrapperConfig
+from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
+from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
 
 
 @dataclass

@@ -1,0 +1,138 @@
+"""A run folder, read for its pages and plots: events, config, summary and split, finished or not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft import foreign
+from fedpeft.errors import InputError
+from fedpeft.record import metrics
+
+LONGEST_NAME = 100  # bytes of an owner's
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read. `label` is its shortest name that no other run has, `split` null without split.json."""
+
+    path: Path
+    label: str
+    events: list[metrics.Event]
+    config: dict[str, Any]
+    config_text: str
+    summary: dict[str, Any]
+    split: dict[str, Any] | None
+    ended: bool
+
+    def of(self, kind: str) -> list[metrics.Event]:
+        """All events of one kind, in the order in which they were recorded."""
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def scores(self) -> list[metrics.Event]:
+        """`{round, accuracy, loss}` of what was evaluated on the same records: round 0 too, unless it was on others."""
+        where, scores = metrics.evaluations(self.events)
+        first = metrics.baseline(self.events)
+        return [first, *scores] if first and first["evaluated_on"] == where else scores
+
+    @property
+    def hides_counts(self) -> bool:
+        """Whether a guarantee covers the records, but not what their numbers by client and label would tell."""
+        section = self.config.get("privacy") or {}
+        return section.get("unit", "none") != "none" and not section.get("release_metrics", False)
+
+
+def load(path: Path, label: str) -> Run:
+    """Read a run folder, finished or not; clients are named by their owners where split.json knows them.
+
+    Raises:
+        InputError: no such folder, or a file of it that is missing or cannot be read.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such run folder.")
+    config_text = _read(path / "resolved.yaml")
+    config = _yaml(path / "resolved.yaml", config_text)
+    events = metrics.read(path / "metrics.jsonl")
+    ended = any(event["event"] == "end" for event in events)
+    try:
+        summary = metrics.summarise(events, config)
+    except InputError as error:
+        raise InputError(f"{path / 'metrics.jsonl'}: {error}") from error
+    if ended:
+        written = _json(path / "summary.json")
+        summary |= {key: value for key, value in written.items() if key not in summary}
+    split = _split(path / "split.json") if (path / "split.json").exists() else None
+    if split and (names := _owners(split)):
+        events, summary = _renamed(events, names), _renamed(summary, names)
+        split["clients"] = {names.get(client, client): part for client, part in split["clients"].items()}
+    return Run(path, label, events, config, config_text, summary, split, ended)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text.") from error
+
+
+def _yaml(path: Path, text: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # OmegaConf and PyYAML errors share no base
+        raise InputError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of sections, found {type(tree).__name__}.")
+    return tree
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}.") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}.")
+    return tree
+
+
+def _split(path: Path) -> dict[str, Any]:
+    """The split: `clients` maps names to indices, `histogram` (which may be missing) has `labels` and `counts`."""
+    split = _json(path)
+    clients, histogram = split.get("clients"), split.get("histogram")
+    if not isinstance(clients, dict) or not clients:
+        raise InputError(f"{path}: `clients` must map each client's name to its record indices.")
+    if histogram:
+        rows, width = histogram.get("counts", []), len(histogram.get("labels", []))
+        if len(rows) != len(clients) or any(len(row) != width for row in rows):
+            raise InputError(f"{path}: histogram.counts must have a row for each of the {len(clients)} clients and a "
+                             f"column for each of the {width} labels.")
+    owners = split.get("owners", {})
+    if not isinstance(owners, dict) or not all(isinstance(name, str) for name in owners.values()):
+        raise InputError(f"{path}: `owners` must map names of clients to names of their owners.")
+    return split
+
+
+def _owners(split: dict[str, Any]) -> dict[str, str]:
+    """Client -> owner, for those whose owner has another name; an owner of several clients is named with each."""
+    owners = split.get("owners", {})
+    names = {client: foreign.shown(owners.get(client, client), LONGEST_NAME) for client in split["clients"]}
+    times = Counter(names.values())
+    return {client: name if times[name] == 1 else f"{client} ({name})"
+            for client, name in names.items() if name != client}
+
+
+def _renamed(tree: Any, names: dict[str, str]) -> Any:
+    """A copy of plain data in which clients, as keys or as whole texts, have these names."""
+    if isinstance(tree, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_renamed(value, names) for value in tree]
+    return names.get(tree, tree) if isinstance(tree, str) else tree

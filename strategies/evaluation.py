@@ -1,0 +1,45 @@
+"""Clients score their own models on their own held-out records, and the server takes the mean."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flwr.serverapp import Grid
+
+from fedpeft.state import RoundFailed, Rules, ServerState
+from fedpeft.strategies import wire
+
+if TYPE_CHECKING:
+    from fedpeft.strategies.base import FederatedStrategy
+
+log = logging.getLogger("fedpeft")
+
+
+def evaluate_clients(strategy: FederatedStrategy, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
+                     record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+    """The clients' scores as `client_accuracy`, `client_loss`, ..., weighted by their numbers of held-out records.
+
+    Raises:
+        RoundFailed: no client answered.
+    """
+    told = replace(strategy.instructions(server), round=server.round)  # of the round behind, not of the next one
+    contents = {roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told)
+                for client in sorted(roster)}
+    replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
+    results = {}
+    for client in sorted(roster):
+        try:
+            results[client] = wire.scores(replies[roster[client]])
+        except wire.BadReply as error:
+            log.warning("round %d: %s was not evaluated: %s", server.round, client, error)
+            record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})
+    if not results:
+        raise RoundFailed(f"round {server.round}: no client could evaluate its model; the log names the reasons.")
+    total = sum(result["num-examples"] for result in results.values())
+    record({"event": "clients_evaluated", "round": server.round, "clients": results})
+    shared = set.intersection(*(set(result) for result in results.values())) - {"num-examples"}
+    return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
+            for key in sorted(shared)}
