@@ -34,7 +34,6 @@ log = logging.getLogger("fedpeft")
 POLL_S = 0.05
 JOIN_DEADLINE_S = 120.0
 ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
-MALFORMED = (BadMessage, StateMismatch)  # what opening a message raises
 OWN = 2**30  # bytes of a manifest that is not foreign
 SLACK = 4096  # bytes of a foreign one, so that a tensor too many can be named
 

@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.state import RoundDropped, RoundFailed
-from fedpeft.strategies import wire
+from fedpeft.strategies import opening, wire
 from fedpeft.strategies.secagg import masking
 
 if TYPE_CHECKING:
@@ -104,12 +104,14 @@ class Stages:
         for client in asked:
             try:
                 content = wire.opened(replies[self.nodes[client]])
-                self.bytes_up += payload(content)
-                answers[client] = read(client, content)
+                # Whatever is wrong with a reply, a record too few or a list too long, loses its client and no other.
+                with opening.reading("reply", wire.BadReply):
+                    answer, size = read(client, content), payload(content)
             except wire.BadReply as error:
                 self.lost[client] = stage, str(error)
-            except wire.MALFORMED as error:
-                self.lost[client] = stage, f"unreadable reply: {error}"
+                continue
+            answers[client] = answer
+            self.bytes_up += size
         if len(answers) < self.plan.fewest:
             key = "threshold" if self.plan.fewest == self.plan.threshold else "min_clients"
             raise self.failed(stage, f"{len(answers)} of {len(self.nodes)} clients are left, but secagg.{key} "
@@ -180,10 +182,8 @@ def listed(reply: RecordDict, key: str) -> list[bytes]:
 
 def vector(reply: RecordDict, size: int) -> masking.Words:
     """The masked upload."""
-    words = reply.array_records["arrays"]["adapter"].numpy()
-    if words.dtype != masking.WORD or words.shape != (size,):
-        raise wire.BadReply(f"masked upload of {words.dtype} {list(words.shape)}, expected {masking.WORD} [{size}]")
-    return words
+    uploaded = reply.array_records["arrays"]["adapter"]
+    return opening.array(uploaded, str(np.dtype(masking.WORD)), (size,), "masked upload").astype(masking.WORD)
 
 
 def payload(content: RecordDict) -> int:

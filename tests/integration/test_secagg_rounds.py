@@ -56,7 +56,7 @@ def test_faulty_clients_are_left_out_with_the_stage(tiny, tmp_path):
     summary = tiny("run", {**ON, "run.faults": {"client-001": "crash", "client-003": "nan"}})
     reasons = {entry["client"]: entry["reason"] for entry in summary["quarantined"]}
     assert "stage 2 (masked upload): client error" in reasons["client-001"] and "crash" in reasons["client-001"]
-    assert "masked upload of float64" in reasons["client-003"]
+    assert "masked upload: float64" in reasons["client-003"]
     (event,) = events(tmp_path / "run")
     assert event["secagg"]["dropped"] == {"masked upload": ["client-001", "client-003"]}
     assert event["clients"] == ["client-000", "client-002", "client-004"]

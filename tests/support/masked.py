@@ -50,16 +50,17 @@ class Watched(LocalGrid):
     Args:
         dies: client -> stage in which it is gone before it handles the message.
         late: client -> stage in which it handles the message, and its reply comes too late.
+        spoiled: client -> stage, and what its content then becomes.
     """
 
-    def __init__(self, own: Config, after: dict[str, AdapterState], dies=None, late=None) -> None:
+    def __init__(self, own: Config, after: dict[str, AdapterState], dies=None, late=None, spoiled=None) -> None:
         self.kept = tempfile.TemporaryDirectory()
         self.local = local = SimpleNamespace(config=own, initial=START, prepare=lambda requests: None,
                                              store=Store(Path(self.kept.name), 9),
                                 train=lambda client, received, task: (after[client], {"secret": 1.0}))
         self.app_of = client_app(lambda: local, lambda context: client_name(int(context.node_config["partition-id"])))
         super().__init__(lambda: self.app_of, {index + 2: {"partition-id": index} for index in range(len(after))})
-        self.dies, self.late = dies or {}, late or {}
+        self.dies, self.late, self.spoiled = dies or {}, late or {}, spoiled or {}
         self.seen: list[tuple[int, str, Message, Message]] = []
 
     @property
@@ -76,6 +77,8 @@ class Watched(LocalGrid):
         self.seen.append((stage, client, request, reply))
         if self.late.get(client) == stage:
             reply = Message(Error(3, "too late"), reply_to=request)
+        if self.spoiled.get(client, (9,))[0] == stage:
+            reply = Message(self.spoiled[client][1](reply.content), reply_to=request)
         return reply
 
     def replies(self, stage: int) -> dict[str, Message]:

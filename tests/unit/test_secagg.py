@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,6 +132,53 @@ def test_a_client_that_drops_out_takes_only_its_own_change_along(stage, how, own
     assert traffic["secagg"]["dropped"] == {NAMES[stage]: [gone]}
     if stage < 3:
         assert f"stage {stage} ({NAMES[stage]}): client error" in bad[gone]
+
+
+def each(change):
+    """A content in which every value of every config record is changed."""
+    def changed(content):
+        records = {name: ConfigRecord({key: change(value) for key, value in record.items()})
+                   for name, record in content.config_records.items()}
+        return RecordDict({**content, **records})
+
+    return changed
+
+
+def without(content, kind):
+    return RecordDict({name: record for name, record in content.items() if not isinstance(record, kind)})
+
+
+SPOILED = {
+    "no content": lambda content: RecordDict({}),
+    "no key": lambda content: RecordDict({**without(content, ConfigRecord), RECORD: ConfigRecord({"other": b"x"})}),
+    "a text": each(lambda value: "x" * 32), "a number": each(lambda value: 7), "nothing": each(lambda value: b""),
+    "a list too long": each(lambda value: [*(value if isinstance(value, list) else [value]), b"x"]),
+    "a list too short": each(lambda value: value[:-1] if isinstance(value, list) else [value]),
+    "texts in a list": each(lambda value: ["x"] * len(value) if isinstance(value, list) else ["x"]),
+}
+UPLOADS = {
+    "no array": lambda content: without(content, ArrayRecord),
+    "another name": lambda content: uploading(content, "other", Array(np.zeros(SIZE, masking.WORD))),
+    "floats": lambda content: uploading(content, "adapter", Array(np.zeros(SIZE))),
+    "too many": lambda content: uploading(content, "adapter", Array(np.zeros(SIZE + 1, masking.WORD))),
+    "no bytes": lambda content: uploading(content, "adapter", Array("uint32", (SIZE,), "numpy.ndarray", b"")),
+    "a dtype that is none": lambda content: uploading(content, "adapter", Array("evil", (9,), "numpy.ndarray", b"x")),
+}
+
+
+def uploading(content, name, array):
+    return RecordDict({**without(content, ArrayRecord), "arrays": ArrayRecord({name: array})})
+
+
+@pytest.mark.parametrize(("stage", "how"), [*((stage, how) for stage in (0, 1, 3) for how in SPOILED),
+                                            *((2, how) for how in UPLOADS)])
+def test_a_reply_of_another_form_loses_its_client_and_no_other(stage, how):
+    own = config()
+    after, gone = updates(own.data.clients), "client-001"
+    change = (UPLOADS if stage == 2 else SPOILED)[how]
+    result, _ = exchanged(own, after, spoiled={gone: (stage, change)})
+    expect(result, after, [client for client in after if client != gone or stage == 3], own)
+    assert result[2]["secagg"]["dropped"] == {NAMES[stage]: [gone]}
 
 
 @given(st.dictionaries(st.sampled_from(list(updates(5))), st.integers(0, 3), max_size=3), st.booleans())
