@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpeft.clients.policy import Refused
 from fedpeft.config import Config
 from fedpeft.foreign import shown
-from fedpeft.state import AdapterState, ServerState, Site
+from fedpeft.state import AdaptedLayer, AdapterState, ServerState
 from fedpeft.strategies.build import build
 from fedpeft.strategies.instructions import ROLES, Instructions
 from fedpeft.strategies.sequence.base import NEW, PAST
@@ -131,7 +131,7 @@ def _require_values(key: str, value: Tensor, like: Tensor | None) -> None:
         raise Refused(f"{key} has a value that is not a number or above {LARGEST:g}.")
 
 
-def _require_residual(state: AdapterState, site: str, place: Site) -> None:
+def _require_residual(state: AdapterState, site: str, place: AdaptedLayer) -> None:
     keys = [f"{site}/{role}" for role in RESIDUAL]
     found = [key for key in keys if key in state]
     if not found:

@@ -113,9 +113,9 @@ class Policy:
 
 def _fewest(config: Config) -> int:
     """Fewest clients in a sum that this config lets a server see."""
-    from fedpeft.strategies.secagg.terms import Plan
+    from fedpeft.strategies.secagg.terms import Terms
 
-    return Plan.of(config).fewest if config.secagg.enabled else 1
+    return Terms.of(config).fewest if config.secagg.enabled else 1
 
 
 def load(path: Path) -> Policy:

@@ -34,7 +34,7 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import ACTIONS, NAMES, RECORD
-from fedpeft.strategies.secagg.terms import Plan, reference
+from fedpeft.strategies.secagg.terms import Terms, reference
 
 log = logging.getLogger("fedpeft")
 UPLOAD = f"train.{ACTIONS[2]}"
@@ -53,7 +53,7 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
         own = config()
         if not own.secagg.enabled:
             raise RunError("this client's config has secagg.enabled=false.")
-        plan = Plan.of(own)
+        plan = Terms.of(own)
         asked = require_form(stage, message.content.config_records.get(RECORD), plan.clients)
         member = Member(context, name(context), stage, asked, plan, store())
         return Message(respond(member), reply_to=message)
@@ -121,7 +121,7 @@ class Member:
         RunError: the stage is not the next one of this round.
     """
 
-    def __init__(self, context: Context, name: str, stage: int, asked: Asked, plan: Plan, store: Store) -> None:
+    def __init__(self, context: Context, name: str, stage: int, asked: Asked, plan: Terms, store: Store) -> None:
         self.context, self.name, self.asked, self.plan, self.store = context, name, asked, plan, store
         self.round = int(asked["round"])
         self.state: Asked = {}

@@ -24,7 +24,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
-from fedpeft.data.drift import Stream
+from fedpeft.data.drift import TestStream
 from fedpeft.data.encode import Encoded
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
@@ -34,7 +34,7 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod, make
-from fedpeft.tta.parts.wrapped import Wrapper
+from fedpeft.tta.parts.wrapped import WrappedMethod
 from fedpeft.tta.play import run_stream
 
 PER_CLIENT, SEQUENCE = "per_client", "sequence"
@@ -66,14 +66,14 @@ def build(config: Config, model: Adapted, deployed: Deployed, client: str, recei
     return method
 
 
-def source_accuracy(deployed: Deployed, given: Stream) -> float:
+def source_accuracy(deployed: Deployed, given: TestStream) -> float:
     """Accuracy of the model as it is."""
     source = make("source", deployed)
     labels = torch.cat([source.predict(batch).argmax(-1).cpu() for batch in given.batches()])
     return float((labels == given.labels).double().mean())
 
 
-def stream(config: Config, client: str, held: Encoded) -> Stream:
+def stream(config: Config, client: str, held: Encoded) -> TestStream:
     """The client's stream: `tta.batch_size` rows a batch; batches end where a corruption ends."""
     data = load_objective(config.model.task).stream(held)
     inputs, labels, domains, parts = [], [], [], []
@@ -88,7 +88,7 @@ def stream(config: Config, client: str, held: Encoded) -> Stream:
         parts += [slice(first + start, min(first + start + config.tta.batch_size, first + len(data)))
                   for start in range(0, len(data), config.tta.batch_size)]
     joined = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}
-    return Stream(client, joined, torch.cat(labels), domains, parts)
+    return TestStream(client, joined, torch.cat(labels), domains, parts)
 
 
 def corruptions(config: Config, client: str) -> list[str]:
@@ -186,7 +186,7 @@ def _adapts(method: TTAMethod, deployed: Deployed) -> list[str]:
     """Tensors that a method (or the one below it) adapts; not those that it forgets after each batch."""
     own = getattr(method.config, "adapt", None)
     names = [] if own is None or method.forgets else deployed.select(own)
-    return names + (_adapts(method.base, deployed) if isinstance(method, Wrapper) else [])
+    return names + (_adapts(method.base, deployed) if isinstance(method, WrappedMethod) else [])
 
 
 def _on(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.foreign import read_json, shown
-from fedpeft.state import AdapterState, Site, StateMismatch
+from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ def described(manifest: str, longest: int | None = None) -> AdapterState:
                 raise ValueError("names are not sorted, or not different")
             listed[part] = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
                             for key, dtype, shape in meta[part]}
-        sites = {name: Site(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
+        sites = {name: AdaptedLayer(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
                  for name, site in meta["sites"].items()}
         return AdapterState(**listed, sites=sites)
     except Exception as error:  # of a structure that somebody else made, whatever is wrong with it

@@ -37,7 +37,7 @@ class StateMismatch(InputError):
 
 
 @dataclass(frozen=True)
-class Site:
+class AdaptedLayer:
     """An adapted module: `kind` is lora or head, `shape` its frozen weight's [out, in], `scaling` alpha / r."""
 
     kind: str
@@ -54,7 +54,7 @@ class AdapterState:
     """
 
     tensors: dict[str, Tensor]
-    sites: dict[str, Site] = field(default_factory=dict)
+    sites: dict[str, AdaptedLayer] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ def to_dict(state: AdapterState) -> dict[str, Any]:
 def from_dict(tensors: dict[str, Tensor], sites: dict[str, Any]) -> AdapterState:
     """The inverse of `to_dict`, with the tensors that lay beside it."""
     return AdapterState(
-        tensors, {name: Site(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()}
+        tensors, {name: AdaptedLayer(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()}
     )
 
 

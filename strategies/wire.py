@@ -25,7 +25,7 @@ from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
 from fedpeft.foreign import BadMessage, shown
 from fedpeft.packing import manifest_of, pack
-from fedpeft.state import AdapterState, Site, StateMismatch
+from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 from fedpeft.strategies import opening
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.opening import reading
@@ -160,9 +160,9 @@ class Named:
                     raise RunError(
                         f"initial_arrays: {names[key]} has no partner; both LoRA factors of a module are needed."
                     )
-                sites[site] = Site("lora", (tensors[f"{site}/B"].shape[0], tensors[f"{site}/A"].shape[1]))
+                sites[site] = AdaptedLayer("lora", (tensors[f"{site}/B"].shape[0], tensors[f"{site}/A"].shape[1]))
             else:
-                sites[site] = Site("head")
+                sites[site] = AdaptedLayer("head")
         if not any(site.kind == "lora" for site in sites.values()):
             raise RunError(f"initial_arrays: no lora_A / lora_B weights among {', '.join(list(names.values())[:3])}...")
         return cls(names, config), AdapterState(tensors, sites)

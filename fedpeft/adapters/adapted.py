@@ -17,7 +17,7 @@ from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.models.base import Base
 from fedpeft.models.loading import load as load_base
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 
 NEVER = -1e4
 
@@ -27,7 +27,7 @@ class Injected:
     """What an adapter put into the backbone: parameters by `site/role`, and sites by the name of their layer."""
 
     parameters: dict[str, nn.Parameter]
-    sites: dict[str, Site]
+    sites: dict[str, AdaptedLayer]
 
 
 class Adapter(Protocol):
@@ -62,7 +62,7 @@ class Adapted:
                 module.register_forward_pre_hook(_as_own_dtype)
                 for path, parameter in module.named_parameters():
                     site, _, role = f"{name}.{path}".rpartition(".")
-                    self.sites[site] = Site("head", tuple(parameter.shape))
+                    self.sites[site] = AdaptedLayer("head", tuple(parameter.shape))
                     self.parameters[f"{site}/{role}"] = parameter
         for parameter in self.parameters.values():
             # Small steps would vanish in half precision.

@@ -18,10 +18,10 @@ def flat(adapter: AdapterState) -> AdapterState:
 
     so that the rank grows and the scaling stays. Tensors keep the dtype of B and A.
 
-    >>> from fedpeft.state import Site
+    >>> from fedpeft.state import AdaptedLayer
     >>> ones = {name: torch.ones(shape) for name, shape in (("q/A", (1, 3)), ("q/B", (2, 1)), ("q/R", (1, 1)))}
     >>> residual = {"q/residual_A": torch.ones(2, 3), "q/residual_B": torch.ones(2, 2)}
-    >>> plain = flat(AdapterState(ones | residual, {"q": Site("lora_sb", (2, 3), 2.0)}))
+    >>> plain = flat(AdapterState(ones | residual, {"q": AdaptedLayer("lora_sb", (2, 3), 2.0)}))
     >>> {key: list(value.shape) for key, value in plain.tensors.items()}
     {'q/A': [3, 3], 'q/B': [2, 3]}
     """

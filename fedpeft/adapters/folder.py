@@ -27,7 +27,7 @@ from fedpeft.adapters.peft_files import (
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes, write_tensors
 from fedpeft.objectives.base import load_objective
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 
 WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
 POOLED = "FEATURE_EXTRACTION"
@@ -196,12 +196,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not readable: {error}") from error
 
 
-def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Site]:
-    sites: dict[str, Site] = {}
+def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, AdaptedLayer]:
+    sites: dict[str, AdaptedLayer] = {}
     for key in tensors:
         site, _, role = key.rpartition("/")
         if role not in ("A", "B"):
-            sites.setdefault(site, Site("head", tuple(tensors[key].shape)))
+            sites.setdefault(site, AdaptedLayer("head", tuple(tensors[key].shape)))
             continue
         if f"{site}/A" not in tensors or f"{site}/B" not in tensors:
             raise InputError(f"{folder}: {site} has only one LoRA factor.")
@@ -210,7 +210,7 @@ def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
         if A.ndim != 2 or B.ndim != 2 or B.shape[1] != rank:
             raise InputError(f"{folder}: {site} has factors of shapes {list(B.shape)} and {list(A.shape)}.")
         alpha = _pattern(config.get("alpha_pattern") or {}, site, float(config["lora_alpha"]))
-        sites[site] = Site(
+        sites[site] = AdaptedLayer(
             "lora", (B.shape[0], A.shape[1]), alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         )
     return sites

@@ -9,7 +9,7 @@ from fedpeft.adapters.adapted import Injected
 from fedpeft.config import AdapterConfig
 from fedpeft.models.base import Base
 from fedpeft.models.targets import lora_layers
-from fedpeft.state import Site
+from fedpeft.state import AdaptedLayer
 
 
 class Lora:
@@ -23,5 +23,5 @@ class Lora:
         for site, layer in layers.items():
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             parameters[f"{site}/A"], parameters[f"{site}/B"] = A, B
-            sites[site] = Site("lora", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
+            sites[site] = AdaptedLayer("lora", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
         return Injected(parameters, sites)

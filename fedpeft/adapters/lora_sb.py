@@ -22,7 +22,7 @@ from fedpeft.config import AdapterConfig, option
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
 from fedpeft.models.targets import lora_layers
-from fedpeft.state import Site
+from fedpeft.state import AdaptedLayer
 
 
 class LoraSB:
@@ -40,7 +40,7 @@ class LoraSB:
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         parameters: dict[str, nn.Parameter] = {}
-        sites: dict[str, Site] = {}
+        sites: dict[str, AdaptedLayer] = {}
         for site, layer in lora_layers(base, config).items():
             weight = base.weight(site)
             if config.r > min(weight.shape):
@@ -57,7 +57,7 @@ class LoraSB:
             # Inside peft's layer, which calls lora_B(lora_A(x)): the core needs no forward of its own.
             layer.lora_B["default"] = nn.Sequential(core, up)
             parameters |= {f"{site}/A": down.weight, f"{site}/B": up.weight, f"{site}/R": core.get_parameter("weight")}
-            sites[site] = Site("lora_sb", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
+            sites[site] = AdaptedLayer("lora_sb", (B.shape[0], A.shape[1]), float(layer.scaling["default"]))
         return Injected(parameters, sites)
 
     def factors(self, weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def server_run(
 
     submitted = server.run(folder, config, overrides or [])
     if not detach:
-        with deploy_tables.Watch(folder, submitted["run"], quiet=as_json) as watch:
+        with deploy_tables.FleetWatch(folder, submitted["run"], quiet=as_json) as watch:
             submitted |= server.wait(folder, submitted["run"], watch)
     console.emit(submitted, as_json, deploy_tables.run)
 
@@ -103,7 +103,7 @@ def server_status(
     from fedpeft.deploy.coordinator import server
 
     if follow and run:
-        with deploy_tables.Watch(folder, run, quiet=as_json) as watch:
+        with deploy_tables.FleetWatch(folder, run, quiet=as_json) as watch:
             server.wait(folder, run, watch)
     console.emit(server.status(folder, run), as_json, deploy_tables.status)
 

@@ -77,7 +77,7 @@ def text(result: dict[str, Any]) -> None:
     out.print(result["log"], markup=False, highlight=False, soft_wrap=True, end="")
 
 
-class Watch:
+class FleetWatch:
     """The live table of a run's rounds and sites, fed with its events; one line an event where there is no terminal."""
 
     def __init__(self, folder: Path, run: str, quiet: bool) -> None:
@@ -85,7 +85,7 @@ class Watch:
         self.history: list[dict[str, Any]] = []
         self.live: Any = None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> FleetWatch:
         if not self.quiet and console.err.is_terminal:
             from rich.live import Live
 

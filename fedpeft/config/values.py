@@ -28,7 +28,7 @@ class Plain(str):
     """A scalar as it was typed, without quotes around it in YAML; on the command line they may still be there."""
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _ScalarLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Scalars stay text; a key that stands twice in a mapping is refused."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -42,18 +42,18 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return mapping
 
 
-def _scalar(loader: _Loader, node: Any) -> str | None:
+def _scalar(loader: _ScalarLoader, node: Any) -> str | None:
     text = str(loader.construct_scalar(node))
     if node.style is not None:
         return text
     return Plain(text) if text else None
 
 
-_Loader.yaml_implicit_resolvers = {
+_ScalarLoader.yaml_implicit_resolvers = {
     "<": [entry for entry in yaml.SafeLoader.yaml_implicit_resolvers["<"] if entry[0] == MERGE]
 }
-_Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
-_Loader.add_constructor(MERGE, _scalar)  # where it is no key
+_ScalarLoader.add_constructor("tag:yaml.org,2002:str", _scalar)
+_ScalarLoader.add_constructor(MERGE, _scalar)  # where it is no key
 
 
 def read(text: str, what: str) -> Any:
@@ -63,7 +63,7 @@ def read(text: str, what: str) -> Any:
         InputError: it cannot be read; `what` is blamed.
     """
     try:
-        return _with_text_keys(yaml.load(text, Loader=_Loader))  # a SafeLoader
+        return _with_text_keys(yaml.load(text, Loader=_ScalarLoader))  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{what}: not readable as YAML: {error}") from error
 
@@ -91,7 +91,7 @@ def unquoted(value: Any) -> Any:
     text = value.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         try:
-            inner = yaml.load(text, Loader=_Loader)
+            inner = yaml.load(text, Loader=_ScalarLoader)
         except yaml.YAMLError:
             return Plain(text)
         return inner if isinstance(inner, str) else Plain(text)

@@ -1,7 +1,7 @@
 """Drifting test streams as versioned manifests: which image, corruption, severity, noise seed and label at each place.
 
 A manifest is JSON-ready and complete: the same one gives the same pixels everywhere, checked by hash (pixels are
-rounded to 1/255 first). A `Stream` is what comes of it; methods are given its inputs only.
+rounded to 1/255 first). A `TestStream` is what comes of it; methods are given its inputs only.
 
     >>> plan = manifest(StreamSpec("iid", corruptions=("blur", "fog"), batch=100, limit=150))
     >>> stream = load(plan)
@@ -68,7 +68,7 @@ class StreamSpec:
 
 
 @dataclass(frozen=True)
-class Stream:
+class TestStream:
     """A materialised stream.
 
     Attributes:
@@ -135,7 +135,7 @@ def manifest(spec: StreamSpec) -> dict[str, Any]:
     return plan
 
 
-def load(plan: dict[str, Any]) -> Stream:
+def load(plan: dict[str, Any]) -> TestStream:
     """The stream of a manifest.
 
     Raises:
@@ -153,12 +153,12 @@ def load(plan: dict[str, Any]) -> Stream:
     ends = np.cumsum(plan["batches"]).tolist()
     domains = [name if name == CLEAN else f"{name}-{severity}"
                for name, severity in zip(plan["corruption"], plan["severity"], strict=True)]
-    return Stream(plan["spec"]["kind"], {"pixel_values": torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]},
+    return TestStream(plan["spec"]["kind"], {"pixel_values": torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]},
                   torch.tensor(plan["label"]), domains,
                   [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)])
 
 
-def build(kind: str = "iid", **options: Any) -> Stream:
+def build(kind: str = "iid", **options: Any) -> TestStream:
     """The stream of a `StreamSpec`."""
     return load(manifest(StreamSpec(kind, **options)))
 

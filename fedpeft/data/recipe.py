@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedpeft")
 
 
-class Source(Protocol):
+class RecipeSource(Protocol):
     """Files that a recipe reads."""
 
     def download(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class Recipe:
     summary: str
     kind: str
     license: str
-    sources: tuple[Source, ...]
+    sources: tuple[RecipeSource, ...]
     build: Callable[[dict[str, Path], Path], dict[str, Any]]
 
 

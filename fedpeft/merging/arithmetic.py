@@ -3,8 +3,9 @@
 All of it acts on the change s B A that an adapter makes to each weight, never on B and A apart: products are added by
 stacking factors, so they are exact and ranks add up (`fedpeft.lowrank.compress` takes off what is superfluous).
 
-    >>> from fedpeft.state import AdapterState, Site
-    >>> ones = AdapterState({"0.q/A": torch.ones(1, 3), "0.q/B": torch.ones(2, 1)}, {"0.q": Site("lora", (2, 3), 2.0)})
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
+    >>> layers = {"0.q": AdaptedLayer("lora", (2, 3), 2.0)}
+    >>> ones = AdapterState({"0.q/A": torch.ones(1, 3), "0.q/B": torch.ones(2, 1)}, layers)
     >>> half = wise_ft(ones, ones, 0.5)
     >>> (half["0.q/B"] @ half["0.q/A"]).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]

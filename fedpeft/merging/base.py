@@ -11,8 +11,9 @@ first one's scaling and dtypes; its rank may be higher. Heads have no common sta
 a merger says otherwise.
 
     >>> import torch
-    >>> from fedpeft.state import Site
-    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 1), "q/B": torch.full((1, 1), b)}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdaptedLayer
+    >>> layers = {"q": AdaptedLayer("lora")}
+    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 1), "q/B": torch.full((1, 1), b)}, layers)
     >>> merged = merge("running_average", [one(1.0), one(4.0)])
     >>> (merged["q/B"] @ merged["q/A"]).item()
     2.5

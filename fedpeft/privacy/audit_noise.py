@@ -31,7 +31,7 @@ REORDERED = 2e-3  # squared distance of two steps' sorted sizes; 1e-100 would be
 
 
 @dataclass(frozen=True)
-class Block:
+class NoiseBlock:
     """Noise in its own standard deviations [runs, clients, rounds, steps, values]."""
 
     engine: str
@@ -44,7 +44,7 @@ class Block:
         return f"{self.engine}, {'with records' if self.drawn else 'no records'}"
 
 
-def noise(blocks: Sequence[Block], sizes: dict[str, int]) -> list[Check]:
+def noise(blocks: Sequence[NoiseBlock], sizes: dict[str, int]) -> list[Check]:
     """All checks.
 
     Args:
@@ -64,7 +64,7 @@ def _size(rows: Tensor) -> Check:
                  f"standard deviation over sigma clip / expected batch, of {count} values")
 
 
-def _groups(blocks: Sequence[Block], squares: list[Tensor], sizes: dict[str, int]) -> Check:
+def _groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: dict[str, int]) -> Check:
     found = {}
     for block, square in zip(blocks, squares, strict=True):
         cells = square[..., 0].numel()
@@ -87,7 +87,7 @@ def _steps(squares: list[Tensor], width: int) -> Check:
                  f"size in the step that is farthest off, of {len(each)}; in standard errors")
 
 
-def _coordinates(blocks: Sequence[Block], rows: Tensor) -> Check:
+def _coordinates(blocks: Sequence[NoiseBlock], rows: Tensor) -> Check:
     parts = [rows, *(block.values.flatten(0, 3) for block in blocks)]
     each = torch.cat([chi_square(part.double().square().sum(0), len(part)) for part in parts])
     return Check("noise of each value", worst(each.tolist()), -limit(len(each)), limit(len(each)),
@@ -107,7 +107,7 @@ def _shape(rows: Tensor) -> Iterator[Check]:
                 f"values beyond {', '.join(f'{far:g}' for far in FAR)} standard deviations; in standard errors")
 
 
-def _fresh(blocks: Sequence[Block], rows: Tensor, sizes: dict[str, int]) -> list[Check]:
+def _fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) -> list[Check]:
     parts = [rows, *(part for part in rows.split(list(sizes.values()), 1) if part.shape[1] >= PAIRS)]
     found = [alike(part) for part in parts]
     for block in blocks:
@@ -143,7 +143,7 @@ def _reordered(rows: Tensor) -> float:
     return float(distance.min().clamp(min=0.0))
 
 
-def _apart(blocks: Sequence[Block], rows: Tensor) -> Iterator[Check]:
+def _apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
     width = rows.shape[1]
     chosen = np.sort(np.random.default_rng(0).permutation(width)[:COLUMNS])
     drawn = [block.values.flatten(0, 3) for block in blocks if block.drawn]

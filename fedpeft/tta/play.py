@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft.data.drift import Stream
+from fedpeft.data.drift import TestStream
 from fedpeft.data.encode import Encoded
 from fedpeft.record.metrics import finite
 from fedpeft.tta.deployed import deploy
@@ -30,7 +30,7 @@ WINDOW = 256  # rows of the window whose worst error is reported
 BINS = 15
 
 
-def run_stream(method: str | TTAMethod, stream: Stream, model: Any, options: dict[str, Any] | None = None,
+def run_stream(method: str | TTAMethod, stream: TestStream, model: Any, options: dict[str, Any] | None = None,
                seed: int = 0, source: Encoded | None = None, monitor: Monitor | None = None,
                oracle: bool = False, references: Sequence[Tensor] | None = None) -> dict[str, Any]:
     """Play a stream from start to end, batch after batch, and score every prediction as it was given.
@@ -88,7 +88,7 @@ def run_stream(method: str | TTAMethod, stream: Stream, model: Any, options: dic
     return checked
 
 
-def source_answers(stream: Stream, model: Any) -> list[Tensor]:
+def source_answers(stream: TestStream, model: Any) -> list[Tensor]:
     """The source model's labels [rows of the batch] for every batch of a stream."""
     plain = deploy(model)
     with torch.no_grad():

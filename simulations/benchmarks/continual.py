@@ -24,7 +24,7 @@ from fedpeft.continual.body import Body, TrainConfig
 from fedpeft.continual.head import Head
 from fedpeft.continual.learner import EVALUATE, Learner
 from fedpeft.continual.model import Plastic
-from fedpeft.continual.streams.base import Prepared, Source
+from fedpeft.continual.streams.base import Prepared, StreamSource
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import cells, continual_report
 from fedpeft.simulations.benchmarks.cells import slug
@@ -59,7 +59,7 @@ class Entry:
 class World:
     """The stream of one seed: its manifest, read where it is there, and its records and model, made when needed."""
 
-    def __init__(self, name: str, source: Source, seed: int, validation: bool, folder: Path) -> None:
+    def __init__(self, name: str, source: StreamSource, seed: int, validation: bool, folder: Path) -> None:
         self.name, self.source, self.seed, self.validation = name, source, seed, validation
         self.path = folder / f"{slug(name)}-seed{seed}{'-validation' if validation else ''}.json"
 
@@ -140,12 +140,12 @@ def run(out: Path, name: str, bodies: str = "", heads: str = "", seeds: int = 3,
 # What was asked -------------------------------------------------------------------------------------------------------
 
 
-def opened(text: str, quick: bool) -> tuple[str, Source]:
+def opened(text: str, quick: bool) -> tuple[str, StreamSource]:
     """A stream's name with the options that are not the default, and the stream; no data are read yet."""
     name, given = cells.registered("streams", text, "--stream")
     cls = registry.load("streams", name, "--stream")
     config = configs.build(cls.Config, {**(QUICK.get(name, {}) if quick else {}), **given}, f"--stream {name}")
-    source: Source = cls(**dataclasses.asdict(config))
+    source: StreamSource = cls(**dataclasses.asdict(config))
     return cells.canonical(name, config), source
 
 

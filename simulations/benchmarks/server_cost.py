@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedpeft import __version__, files, registry, seeds
 from fedpeft.errors import InputError, RunError
 from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
-from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def draw(strategy: FederatedStrategy, size: Size, number: int,
         return torch.randn(shape, generator=generator).to(dtype)
 
     A, B = normal(size.r, size.n) / size.n**0.5, normal(size.m, size.r) / size.r**0.5
-    start = AdapterState({f"{SITE}/A": A, f"{SITE}/B": B}, {SITE: Site("lora", (size.m, size.n))})
+    start = AdapterState({f"{SITE}/A": A, f"{SITE}/B": B}, {SITE: AdaptedLayer("lora", (size.m, size.n))})
     server = strategy.initial(start, 0)
     updates = []
     for client in range(size.clients):

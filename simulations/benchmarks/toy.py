@@ -30,7 +30,7 @@ from torch import Tensor
 from fedpeft import registry, seeds
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks.accounting import sigma
-from fedpeft.state import AdapterState, Rules, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, choose
 
 SITE = "hidden"
@@ -164,7 +164,7 @@ def first_adapter(protocol: Protocol, seed: int, scale_A: float, dtype: torch.dt
     A = (torch.rand(protocol.rank, protocol.inputs, generator=generator, dtype=torch.float64) * 2 - 1) * scale_A
     tensors = {f"{SITE}/A": (A / math.sqrt(protocol.inputs)).to(dtype),
                f"{SITE}/B": torch.zeros(protocol.hidden, protocol.rank, dtype=dtype)}
-    return AdapterState(tensors, {SITE: Site("lora", (protocol.hidden, protocol.inputs))})
+    return AdapterState(tensors, {SITE: AdaptedLayer("lora", (protocol.hidden, protocol.inputs))})
 
 
 @dataclass(frozen=True)

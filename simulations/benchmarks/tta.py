@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft import config as configs
 from fedpeft import files, registry
-from fedpeft.data.drift import Stream, plan_hash
+from fedpeft.data.drift import TestStream, plan_hash
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import cells, tta_report, tta_sources, tta_streams
@@ -43,7 +43,7 @@ class World:
         self.bench, self.plan, self.model, self.seed, self.sources = bench, plan, model, seed, sources
 
     @cached_property
-    def stream(self) -> Stream:
+    def stream(self) -> TestStream:
         """The stream of the plan."""
         return self.bench.load(self.plan)
 
@@ -196,7 +196,7 @@ def play(world: World, name: str, options: Row) -> Row:
     return {"refused": None, **kept, "reasons": dict(reasons)}
 
 
-def segments(stream: Stream) -> list[list[Any]]:
+def segments(stream: TestStream) -> list[list[Any]]:
     """[name, first batch] of each stretch of batches of one domain; "mixed" where a batch holds several."""
     found: list[list[Any]] = []
     for number, part in enumerate(stream.parts):

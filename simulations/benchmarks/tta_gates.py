@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fedpeft.data.drift import Stream, build
+from fedpeft.data.drift import TestStream, build
 from fedpeft.simulations.benchmarks.digits_c import source_data, source_model
 from fedpeft.tta.deployed import Deployed
 from fedpeft.tta.method import TTAMethod, make
@@ -33,7 +33,7 @@ def quick_gates(seed: int, model: Deployed) -> Iterator[Row]:
     """Statistics and output adaptation on the convolution with batch norms."""
     iid, bursts = build("iid", seed=seed), build("dirichlet", seed=seed)
 
-    def error(stream: Stream, method: str, **options: Any) -> float:
+    def error(stream: TestStream, method: str, **options: Any) -> float:
         return percent(run_stream(method, stream, model, options, seed))
 
     source, bn, bn_bursts = error(iid, "source"), error(iid, "bn_adapt"), error(bursts, "bn_adapt")
@@ -68,7 +68,7 @@ def vit_gates(seed: int) -> Iterator[Row]:
     yield teacher_gate("vit", model, iid, seed)
 
 
-def teacher_gate(name: str, model: Deployed, stream: Stream, seed: int) -> Row:
+def teacher_gate(name: str, model: Deployed, stream: TestStream, seed: int) -> Row:
     """CoTTA's error against that of a frozen model averaged over the same number of views."""
     frozen = percent(run_stream("aug_average", stream, model, {"views": 4, "augment": "small_image"}, seed))
     cotta = percent(run_stream("cotta", stream, model, TEACHER, seed))
@@ -91,7 +91,7 @@ def long_gate(seed: int) -> Iterator[Row]:
     yield row("cotta at alpha 0.99: last pass >= first + 6", seed, passes[-1] >= passes[0] + 6, passes=passes)
 
 
-def repeated(method: TTAMethod, stream: Stream, model: Deployed, passes: int) -> list[float]:
+def repeated(method: TTAMethod, stream: TestStream, model: Deployed, passes: int) -> list[float]:
     """Error of each pass of a method that goes on."""
     return [percent(run_stream(method, stream, model)) for _ in range(passes)]
 

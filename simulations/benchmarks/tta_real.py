@@ -23,7 +23,7 @@ import torch
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
-from fedpeft.data.drift import Stream, bursts, plan_hash
+from fedpeft.data.drift import TestStream, bursts, plan_hash
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.source import Records, load, whole
 from fedpeft.errors import InputError
@@ -136,7 +136,7 @@ class Real:
         plan["inputs_sha256"] = _hash(self.inputs(plan))
         return plan
 
-    def load(self, plan: dict[str, Any]) -> Stream:
+    def load(self, plan: dict[str, Any]) -> TestStream:
         """The stream of a manifest.
 
         Raises:
@@ -152,7 +152,7 @@ class Real:
         if plan["inputs_sha256"] != _hash(made):
             raise InputError("manifest: the inputs do not fit their hash: corruptions or tokenizer are others.")
         ends = np.cumsum(plan["batches"]).tolist()
-        return Stream(self.name, made, torch.tensor(plan["label"]),
+        return TestStream(self.name, made, torch.tensor(plan["label"]),
                       [plan["domains"][number]["name"] for number in plan["domain"]],
                       [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)])
 

@@ -20,7 +20,7 @@ from fedpeft import registry
 from fedpeft.config import option
 from fedpeft.data import drift
 from fedpeft.data.corruptions import CORRUPTIONS
-from fedpeft.data.drift import Stream, StreamSpec
+from fedpeft.data.drift import StreamSpec, TestStream
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import digits_c, tta_real
@@ -46,7 +46,7 @@ class Bench(Protocol):
     def manifest(self, seed: int) -> dict[str, Any]:
         """The full plan of the stream for a seed, as JSON-ready data with hashes."""
 
-    def load(self, plan: dict[str, Any]) -> Stream:
+    def load(self, plan: dict[str, Any]) -> TestStream:
         """The stream of a manifest.
 
         Raises:
@@ -92,7 +92,7 @@ class DigitsC:
                 raise InputError(registry.unknown("--stream: corruptions", name, CORRUPTIONS))
         return drift.manifest(StreamSpec(self.kind, seed=seed, **{**given, "corruptions": names}))
 
-    def load(self, plan: dict[str, Any]) -> Stream:
+    def load(self, plan: dict[str, Any]) -> TestStream:
         return drift.load(plan)
 
     def source(self, model: str, seed: int, folder: Path) -> tuple[Deployed, Encoded]:

@@ -14,10 +14,10 @@ sends whole state dicts, and freezes the head. `split: sqrt` (B = U sqrt S, A = 
 direction without signal is then lost for ever.
 
     >>> import torch
-    >>> from fedpeft.state import AdapterState, Site
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
     >>> from fedpeft.state import ServerState
     >>> factors = {"q/A": torch.tensor([[3.0, 4.0]]), "q/B": torch.tensor([[1.0], [2.0]])}
-    >>> adapter = AdapterState(factors, {"q": Site("lora", (2, 2))})
+    >>> adapter = AdapterState(factors, {"q": AdaptedLayer("lora", (2, 2))})
     >>> server = FedSVD().before_round(FedSVD().initial(adapter, seed=0))
     >>> [server.adapter[key].double().numpy().round(5).tolist() for key in ("q/A", "q/B")]
     [[[0.6, 0.8]], [[5.0], [10.0]]]

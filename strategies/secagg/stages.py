@@ -25,7 +25,7 @@ from fedpeft.strategies import opening, wire
 from fedpeft.strategies.secagg import masking
 
 if TYPE_CHECKING:
-    from fedpeft.strategies.secagg.terms import Plan
+    from fedpeft.strategies.secagg.terms import Terms
 
 NAMES = ("key exchange", "key shares", "masked upload", "unmask")
 ACTIONS = ("secagg_keys", "secagg_shares", "secagg_upload", "secagg_unmask")
@@ -43,7 +43,7 @@ class Stages:
         bytes_up, bytes_down: moved so far.
     """
 
-    def __init__(self, grid: Grid, nodes: dict[str, int], plan: Plan, number: int, deadline_s: float | None) -> None:
+    def __init__(self, grid: Grid, nodes: dict[str, int], plan: Terms, number: int, deadline_s: float | None) -> None:
         self.grid, self.nodes, self.plan = grid, nodes, plan
         self.number, self.deadline_s = number, deadline_s
         self.lost: dict[str, tuple[int, str]] = {}

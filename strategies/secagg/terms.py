@@ -21,7 +21,7 @@ threshold must be a majority of those who hold shares, so that two groups that a
 dropped out cannot both reach it.
 
     >>> from fedpeft.config import Config, DataConfig
-    >>> plan = Plan.of(Config(data=DataConfig(clients=10)))
+    >>> plan = Terms.of(Config(data=DataConfig(clients=10)))
     >>> plan.neighbours, plan.threshold
     (9, 6)
 """
@@ -49,7 +49,7 @@ from fedpeft.strategies.wrappers.wrapper import Wrapper, name_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class Terms:
     """What server and clients take from the config, each from its own: who shares with how many, and the fixed point.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
     bits: int
 
     @classmethod
-    def of(cls, config: Config) -> Plan:
+    def of(cls, config: Config) -> Terms:
         """The plan of a config; `min_clients` has no effect below the threshold."""
         own, clients = config.secagg, config.run.clients_per_round or config.data.count
         neighbours = clients - 1 if own.neighbours is None else own.neighbours
@@ -82,7 +82,7 @@ def check(config: Config) -> None:
     _check_strategy(config)
     if config.run.clients_per_round is None and config.data.clients is None:
         return  # checked again once the data have said how many there are
-    own, plan = config.secagg, Plan.of(config)
+    own, plan = config.secagg, Terms.of(config)
     if plan.clients < 3:
         raise InputError(f"secagg.enabled=true with {plan.clients} clients a round: with fewer than 3 the sum tells a "
                          "client the other's update. Raise data.clients or run.clients_per_round.")
@@ -129,7 +129,7 @@ def _check_strategy(config: Config) -> None:
 
 def describe(config: Config) -> str:
     """What each party sees under secure aggregation, and what that rests on; for the summary of a run."""
-    plan = Plan.of(config)
+    plan = Terms.of(config)
     text = (f"Secure aggregation: the server sees only sums of at least {plan.fewest} clients' updates, and who "
             "took part, if it follows the protocol: keys are not signed, so a server that invents clients can unmask "
             "the others. Clients that collude with it can take their own updates out of the sum")
@@ -144,14 +144,14 @@ def describe(config: Config) -> str:
 
 def exchange(config: Config) -> Exchange | None:
     """The exchange of a round, for `Rules.secagg`; None when the config does not ask for secure aggregation."""
-    return SecAgg(Plan.of(config)) if config.secagg.enabled else None
+    return SecAgg(Terms.of(config)) if config.secagg.enabled else None
 
 
 @dataclass(frozen=True)
 class SecAgg:
     """The exchange of every round under one plan."""
 
-    plan: Plan
+    plan: Terms
 
     def __call__(self, grid: Grid, roster: dict[str, int], strategy: FederatedStrategy, server: ServerState,
                  sent: dict[str, AdapterState], contents: dict[int, RecordDict],

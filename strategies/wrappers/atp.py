@@ -32,7 +32,7 @@ from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
 from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod
-from fedpeft.tta.methods.atp import ATP as TestTimeATP
+from fedpeft.tta.methods.atp import TestTimeATP
 
 RATES = "rates:"  # and the name of the tensor that it is of
 SCALES = ("none", "root", "size")

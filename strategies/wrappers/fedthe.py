@@ -33,8 +33,7 @@ from fedpeft.strategies.client import ClientHalf, Tensors, Visit
 from fedpeft.strategies.wrappers.wrapper import Wrapper
 from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod
-from fedpeft.tta.methods.fedthe import FedTHE as TestTimeFedTHE
-from fedpeft.tta.methods.fedthe import mean_feature
+from fedpeft.tta.methods.fedthe import TestTimeFedTHE, mean_feature
 
 FEATURES = "mean:features"
 

@@ -12,7 +12,7 @@ from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
-from fedpeft.state import AdapterState, Rules, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
 from fedpeft.strategies import client
 from fedpeft.strategies.client import ClientHalf, halves
 from fedpeft.strategies.wrappers import atp, fedthe, krum, median, norm_clip, scaffold, wrapper
@@ -98,7 +98,7 @@ def test_it_is_refused_under_privacy_that_does_not_cover_it(toy):
 
 
 def update(name, value, extra):
-    adapter = AdapterState({"q/A": torch.zeros(1, 1), "q/B": torch.tensor([[value]])}, {"q": Site("lora", (1, 1))})
+    adapter = AdapterState({"q/A": torch.zeros(1, 1), "q/B": torch.tensor([[value]])}, {"q": AdaptedLayer("lora", (1, 1))})
     return Update(name, 1.0, adapter.beside({key: torch.tensor([number]) for key, number in extra.items()}))
 
 
@@ -171,7 +171,7 @@ def test_what_a_half_says_of_itself_is_so(name):
     cls = registry.load("strategies", name)
     half = halves(cls())[-1]
     head = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1), "head/weight": torch.ones(2, 3)},
-                        {"q": Site("lora", (3, 2)), "head": Site("head", (2, 3))})
+                        {"q": AdaptedLayer("lora", (3, 2)), "head": AdaptedLayer("head", (2, 3))})
     assert bool(half.sends) == bool(cls().extra(ServerState(head)))
     assert half.sends or not (half.covered_by_dp or half.adds_up)
     own = set(cls().extra(ServerState(head)))

@@ -15,7 +15,7 @@ from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.errors import InputError
 from fedpeft.merging.base import make, merge
-from fedpeft.state import AdapterState, Site, StateMismatch
+from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 from support.methods import MADE, NUMBERS, adapter
 
 NAMES = registry.names("mergers")
@@ -84,7 +84,7 @@ def test_the_result_is_a_plain_finite_adapter_like_the_first(name, dtype):
 def test_only_products_times_scaling_count(name):
     """Another scaling with B divided by the same is the same adapter; and a core is part of B."""
     def rescaled(one):
-        sites = {key: Site(site.kind, site.shape, 4 * site.scaling) for key, site in one.sites.items()}
+        sites = {key: AdaptedLayer(site.kind, site.shape, 4 * site.scaling) for key, site in one.sites.items()}
         return AdapterState({key: value / 4 if key.endswith("/B") else value for key, value in one.tensors.items()},
                             sites)
 
@@ -127,7 +127,7 @@ def test_what_every_merger_refuses(name):
         merger.add(state, fewer, number(name, 1))
     with pytest.raises(StateMismatch, match=r"a\.q/A has shape \[2, 9\], expected \[2, 6\]"):
         merger.add(state, MADE[1].replace({"a.q/A": torch.ones(2, 9)}), number(name, 1))
-    dead = AdapterState(MADE[1].tensors, {**MADE[1].sites, "a.q": Site("lora", (5, 6), 0.0)})
+    dead = AdapterState(MADE[1].tensors, {**MADE[1].sites, "a.q": AdaptedLayer("lora", (5, 6), 0.0)})
     with pytest.raises(InputError, match=r"a\.q has the scaling 0"):
         merger.add(state, dead, number(name, 1))
     with pytest.raises(InputError, match="must be finite" if merger.number else "takes no number"):

@@ -10,7 +10,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft import registry
-from fedpeft.data.drift import Stream
+from fedpeft.data.drift import TestStream
 from fedpeft.errors import InputError
 from fedpeft.tta.method import make
 from fedpeft.tta.play import run_stream
@@ -148,7 +148,7 @@ def test_labels_and_domains_never_reach_a_method(name, plain):
     inputs = parts.inputs(plain, 21)
     halves = [slice(0, 7), slice(7, 14), slice(14, 21)]
     labels = torch.arange(21) % parts.CLASSES
-    results = [run_stream(parts.method(name, plain), Stream("hand", inputs, given, domains, halves),
+    results = [run_stream(parts.method(name, plain), TestStream("hand", inputs, given, domains, halves),
                           plain)["batches"]
                for given, domains in ((labels, ["a"] * 21), (labels.flip(0), list("abc" * 7)))]
     assert results[0] == results[1]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedpeft.adapters import folder
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 from fedpeft.strategies.build import named
 
 NAMES = [
@@ -44,8 +44,8 @@ def sites(tmp_path):
             tensors[f"{name}/B"] = (
                 draw((out, 2), 10 * index + place) if index < 3 else torch.zeros(out, 2, dtype=torch.float64)
             )
-        layers = {name: Site("lora", shape, 4.0) for name, shape in SHAPES.items()} | {
-            "classifier": Site("head", (2, 6))
+        layers = {name: AdaptedLayer("lora", shape, 4.0) for name, shape in SHAPES.items()} | {
+            "classifier": AdaptedLayer("head", (2, 6))
         }
         folder.save(
             AdapterState(tensors, layers), tmp_path / f"site-{index}", base="some/model", task="sequence-classification"

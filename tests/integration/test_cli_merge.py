@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fedpeft.adapters import folder
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def tasks(tmp_path, vit):
         for name, (m, n) in shapes.items():
             tensors[f"{name}/A"] = torch.randn(rank, n, generator=generator)
             tensors[f"{name}/B"] = torch.randn(m, rank, generator=generator)
-        sites = {name: Site("lora", shape, scaling) for name, shape in shapes.items()}
+        sites = {name: AdaptedLayer("lora", shape, scaling) for name, shape in shapes.items()}
         made.append(tmp_path / f"task-{index}")
-        folder.save(AdapterState(tensors, sites | {head: Site("head", (10, width))}), made[-1], base=source,
+        folder.save(AdapterState(tensors, sites | {head: AdaptedLayer("head", (10, width))}), made[-1], base=source,
                     task="image-classification")
     return made
 

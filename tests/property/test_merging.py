@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.merging.base import make, merge
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 
 SETTINGS = settings(deadline=None, max_examples=40)
 TOLERANCE = 1e-10
@@ -33,7 +33,7 @@ def tasks(draw, least=2, equal_rank=False):
         elif kind == "scaled":
             B *= 10.0 ** draw(st.integers(-3, 3))
         scaling = draw(st.sampled_from([0.25, 1.0, 3.0]))
-        sites = {"q": Site("lora", (m, n), scaling)}
+        sites = {"q": AdaptedLayer("lora", (m, n), scaling)}
         made.append(AdapterState({"q/A": torch.tensor(A), "q/B": torch.tensor(B)}, sites))
     return made
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedpeft import registry
 from fedpeft.privacy import accounting
 from fedpeft.seeds import numpy_generator
-from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.client_dp import CLIP, sum_changes, sum_multiplier
 from support.client_dp_rounds import INNER, Quiet, cohort, flat, ones, private
@@ -82,7 +82,7 @@ def test_one_more_client_moves_the_mean_by_at_most_clip_over_cohort(tensors, siz
 
     def adapter(scale: float) -> AdapterState:
         values = {f"h/{index}": torch.tensor(scale * random.standard_normal((2, 3))) for index in range(tensors)}
-        return AdapterState(values, {"h": Site("head", (2, 3))})
+        return AdapterState(values, {"h": AdaptedLayer("head", (2, 3))})
 
     strategy = private(population=5, cls=Quiet, clip=clip)
     server = ServerState(adapter(0.0))
@@ -122,7 +122,7 @@ def test_what_has_no_finite_norm_adds_nothing(value):
 def test_sum_and_count_together_move_by_at_most_one_over_z(z, excess, size):
     """Both releases in units of their noise are one vector; one client moves it by 1 / z at most, and may reach it."""
     count_noise, clip = excess * z / 2, 0.7
-    start = AdapterState({"h/w": torch.zeros(4).double()}, {"h": Site("head", (4,))})
+    start = AdapterState({"h/w": torch.zeros(4).double()}, {"h": AdaptedLayer("head", (4,))})
     update = Update("c", 1.0, start.map(lambda value: value + 10.0**size / 2))
     total, unclipped = sum_changes(start, [update], clip)
     moved = math.hypot(float(total.norm()) / (sum_multiplier(z, count_noise) * clip), unclipped / count_noise)
@@ -135,7 +135,7 @@ def test_sum_and_count_together_move_by_at_most_one_over_z(z, excess, size):
 
 def wide() -> ServerState:
     """120,000 coordinates: two factors of one size and a head."""
-    sites = {"q": Site("lora", (200, 200)), "out": Site("head", (400, 100))}
+    sites = {"q": AdaptedLayer("lora", (200, 200)), "out": AdaptedLayer("head", (400, 100))}
     sizes = {"q/A": (200, 200), "q/B": (200, 200), "out/weight": (400, 100)}
     return ServerState(AdapterState({key: torch.zeros(size).double() for key, size in sizes.items()}, sites))
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.state import AdapterState, Needs, RunContext, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Needs, RunContext, ServerState, Update
 from support import dense
 from support.classified import EXACT, REFERENCED, ROBUST
 
@@ -146,7 +146,7 @@ def test_another_scaling_of_a_client_is_folded_in(name):
     for index, update in enumerate(done.updates):
         factor = 1.0 + index
         sites = {
-            key: Site(site.kind, site.shape, site.scaling * (factor if site.kind != "head" else 1))
+            key: AdaptedLayer(site.kind, site.shape, site.scaling * (factor if site.kind != "head" else 1))
             for key, site in update.adapter.sites.items()
         }
         tensors = {

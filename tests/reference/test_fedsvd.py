@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedpeft.state import AdapterState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Update
 from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0]
@@ -46,7 +46,7 @@ def test_worked_example():
     """B1 = [2, 0], B2 = [0, 4], equal weights, A = [3, 4]: sigma = 5 sqrt 5, A = [.6, .8], B = [5, 10]."""
     start = AdapterState(
         {"q/A": torch.tensor([[3.0, 4.0]]).double(), "q/B": torch.zeros(2, 1).double()},
-        {"q": Site("lora", (2, 2), 1.0)},
+        {"q": AdaptedLayer("lora", (2, 2), 1.0)},
     )
     for transport in TRANSPORTS:
         strategy = dense.make("fedsvd", transport=transport)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, ServerState, Update
 from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
@@ -17,7 +17,7 @@ WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 def two_clients(A1, A2):
     """B1 = [1, 0], B2 = [0, 1] with these A; equal weights; s = 1."""
     start = AdapterState(
-        {"q/A": torch.zeros(1, 2).double(), "q/B": torch.zeros(2, 1).double()}, {"q": Site("lora", (2, 2))}
+        {"q/A": torch.zeros(1, 2).double(), "q/B": torch.zeros(2, 1).double()}, {"q": AdaptedLayer("lora", (2, 2))}
     )
     pairs = [([[1.0], [0.0]], [A1]), ([[0.0], [1.0]], [A2])]
     return ServerState(start), [

@@ -10,7 +10,7 @@ from fedpeft.errors import InputError
 from fedpeft.merging.base import make, merge
 from fedpeft.merging.methods.lora_squeeze import squeeze
 from fedpeft.merging.methods.orthogonal_adaptation import initial, rows
-from fedpeft.state import AdapterState, Site, StateMismatch
+from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 
 SHAPES = {"u": (7, 9), "v": (6, 5)}
 
@@ -18,11 +18,11 @@ SHAPES = {"u": (7, 9), "v": (6, 5)}
 def adapter(seed, rank=2, scaling=2.0, shapes=SHAPES, dtype=torch.float64):
     random = np.random.default_rng(seed)
     tensors = {"out/weight": torch.tensor(random.standard_normal((2, 4)), dtype=dtype)}
-    sites = {"out": Site("head", (2, 4))}
+    sites = {"out": AdaptedLayer("head", (2, 4))}
     for site, (m, n) in shapes.items():
         tensors[f"{site}/A"] = torch.tensor(random.standard_normal((rank, n)), dtype=dtype)
         tensors[f"{site}/B"] = torch.tensor(random.standard_normal((m, rank)), dtype=dtype)
-        sites[site] = Site("lora", (m, n), scaling)
+        sites[site] = AdaptedLayer("lora", (m, n), scaling)
     return AdapterState(tensors, sites)
 
 
@@ -41,7 +41,7 @@ def norm(changes):
 
 UNLIKE = [adapter(0), adapter(1, rank=3, scaling=0.5), adapter(2, rank=1, scaling=4.0), adapter(3)]
 ALIKE = [adapter(seed) for seed in range(4)]
-UNEVEN = [AdapterState(one.tensors, {**one.sites, "v": Site("lora", (6, 5), 0.1)}) for one in UNLIKE]
+UNEVEN = [AdapterState(one.tensors, {**one.sites, "v": AdaptedLayer("lora", (6, 5), 0.1)}) for one in UNLIKE]
 FULL = [adapter(seed, rank=9) for seed in range(4)]
 HEADS = np.stack([one["out/weight"].numpy() for one in UNLIKE])
 
@@ -212,7 +212,7 @@ def test_opcm_of_orthogonal_tasks_is_their_sum_with_the_norm_of_one():
     for index in range(3):
         A, B = torch.zeros(1, 9, dtype=torch.float64), torch.zeros(7, 1, dtype=torch.float64)
         A[0, index], B[index, 0] = 1.0, 3.0
-        tasks.append(AdapterState({"u/A": A, "u/B": B}, {"u": Site("lora", (7, 9), 1.0)}))
+        tasks.append(AdapterState({"u/A": A, "u/B": B}, {"u": AdaptedLayer("lora", (7, 9), 1.0)}))
     merger = make("opcm")
     state = merger.fold(tasks)
     assert state["numbers"]["lambda"] == pytest.approx(3**0.5)
@@ -262,7 +262,7 @@ def test_lego_finds_the_units_that_adapters_share():
 
 def test_lego_gives_a_centroid_the_mean_norm_of_its_members():
     """Units (3, 4; 0) and (0, 0; 5) of norm 5: their mean has norm 5 / sqrt 2, the centroid 5."""
-    sites = {"u": Site("lora", (1, 2), 1.0)}
+    sites = {"u": AdaptedLayer("lora", (1, 2), 1.0)}
     units = [AdapterState({"u/A": torch.tensor([a]).double(), "u/B": torch.tensor([[b]]).double()}, sites)
              for a, b in (([3.0, 4.0], 0.0), ([0.0, 0.0], 5.0))]
     result = merge("lora_lego", units, {"k": 1})

@@ -8,7 +8,7 @@ import torch
 
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Site, StateMismatch
+from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 from fedpeft.strategies.offline import aggregate
 from support import dense
 
@@ -270,7 +270,7 @@ def test_flat_keeps_the_function_and_the_scaling():
     plain = flat(state)
     for site in dense.SHAPES:
         assert dense.relative(dense.product(plain, site), dense.effective(state, site)) < 1e-6
-        assert plain.sites[site] == Site("lora", dense.SHAPES[site], 2.0)
+        assert plain.sites[site] == AdaptedLayer("lora", dense.SHAPES[site], 2.0)
     assert sorted(plain.tensors) == ["out/weight", "u/A", "u/B", "v/A", "v/B"]
     core = dense.drift(dense.fresh(kind="lora_sb"), ("R",), 0)
     assert dense.relative(dense.product(flat(core), "u"), dense.product(core, "u")) < 1e-12

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState, Needs, RunContext, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Needs, RunContext, ServerState, Update
 from fedpeft.strategies.client import halves
 from support import dense
 
@@ -247,7 +247,7 @@ MOVES = [1.0, -2.0, 0.1, 0.5]
 def path(name, moves, **options):
     """B of a 1 x 1 site after each round whose clients' weighted mean moves B by these amounts; A never moves."""
     start = AdapterState(
-        {"q/A": torch.ones(1, 1).double(), "q/B": torch.zeros(1, 1).double()}, {"q": Site("lora", (1, 1))}
+        {"q/A": torch.ones(1, 1).double(), "q/B": torch.zeros(1, 1).double()}, {"q": AdaptedLayer("lora", (1, 1))}
     )
     strategy = dense.make(name, **options)
     server, values = strategy.initial(start, 0), []

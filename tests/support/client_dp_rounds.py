@@ -10,7 +10,7 @@ import torch
 
 from fedpeft import registry
 from fedpeft.config import PrivacyConfig, RunConfig
-from fedpeft.state import AdapterState, RunContext, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, RunContext, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 from support import dense
@@ -64,5 +64,5 @@ def cohort(strategy, sizes, weights=None, seed=0):
 
 def ones(count: int) -> tuple[ServerState, list[Update]]:
     """Updates of norm 1."""
-    zero = AdapterState({"h/w": torch.zeros(4).double()}, {"h": Site("head", (4,))})
+    zero = AdapterState({"h/w": torch.zeros(4).double()}, {"h": AdaptedLayer("head", (4,))})
     return ServerState(zero), [Update(f"c{k}", 1.0, zero.map(lambda value: value + 0.5)) for k in range(count)]

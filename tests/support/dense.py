@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedpeft import registry
-from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 
 SHAPES = {"u": (7, 9), "v": (6, 5)}
@@ -136,10 +136,10 @@ def fresh(rank=3, scaling=2.0, dtype=torch.float64, shapes=SHAPES, seed=0, kind=
             tensors[f"{site}/R"] = torch.zeros(rank, rank, dtype=dtype)
         tensors[f"{site}/A"] = torch.tensor(np.ascontiguousarray(A), dtype=dtype)
         tensors[f"{site}/B"] = torch.tensor(np.ascontiguousarray(B), dtype=dtype)
-        sites[site] = Site(kind, (m, n), scaling)
+        sites[site] = AdaptedLayer(kind, (m, n), scaling)
     if head:
         tensors["out/weight"] = torch.tensor(random.standard_normal((2, 4)), dtype=dtype)
-        sites["out"] = Site("head", (2, 4))
+        sites["out"] = AdaptedLayer("head", (2, 4))
     return AdapterState(tensors, sites)
 
 

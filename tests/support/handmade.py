@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedpeft.state import AdapterState, RunContext, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, RunContext, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import named
 
 M, N, R, S = 7, 9, 3, 2.0
-SITES = {"q": Site("lora", (M, N), S), "head": Site("head", (2,))}
+SITES = {"q": AdaptedLayer("lora", (M, N), S), "head": AdaptedLayer("head", (2,))}
 RULES = (
     "fedit",
     "ffa_lora",
@@ -46,7 +46,7 @@ def random_adapter(
         "head/weight": torch.randn(2, generator=generator, dtype=torch.float64),
     }
     return AdapterState(
-        {key: value.to(dtype) for key, value in tensors.items()}, {**SITES, "q": Site("lora", (M, N), scaling)}
+        {key: value.to(dtype) for key, value in tensors.items()}, {**SITES, "q": AdaptedLayer("lora", (M, N), scaling)}
     )
 
 

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from fedpeft.clients.secagg import FORMS, Member
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
-from fedpeft.strategies.secagg.terms import Plan
+from fedpeft.strategies.secagg.terms import Terms
 from support import instructed
 from support.hostile import Site, spoiled
 
@@ -38,7 +38,7 @@ class Round:
     def __init__(self, site: Site, sent: tuple[Any, Any], number: int, draw: random.Random,
                  peers: tuple[str, ...]) -> None:
         self.site, self.sent, self.number, self.draw, self.peers = site, sent, number, draw, peers
-        self.plan = Plan.of(site.config)
+        self.plan = Terms.of(site.config)
         self.contexts = {name: Context(run_id=1, node_id=9, node_config={}, state=RecordDict({}), run_config={})
                          for name in peers}
         self.answers: list[Any] = []

@@ -14,13 +14,13 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.split import client_name
 from fedpeft.simulations.grid import LocalGrid
-from fedpeft.state import AdapterState, Rules, ServerState, Site
+from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS
 from fedpeft.strategies.secagg.terms import exchange
 from fedpeft.strategies.wire import PACKED
 
-SITES = {"q": Site("lora", (60, 40), 2.0)}
+SITES = {"q": AdaptedLayer("lora", (60, 40), 2.0)}
 START = AdapterState({"q/A": torch.full((16, 40), 0.25), "q/B": torch.zeros(60, 16)}, SITES)
 SIZE = START.parameters
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fedpeft import registry
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 
 TINY: dict[str, Any] = {
     "data.limit": 120, "data.clients": 4, "data.partition": "iid", "client.local_steps": 2, "client.local_epochs": None,
@@ -38,12 +38,12 @@ def adapter(slot, dtype=torch.float32):
     """Rank 2, in the first, second or third pair of axes of the input, so that orthogonal_adaptation takes it too."""
     generator = torch.Generator().manual_seed(slot)
     tensors = {"head/bias": torch.randn(3, generator=generator)}
-    sites = {"head": Site("head", (3,))}
+    sites = {"head": AdaptedLayer("head", (3,))}
     for site, (m, n) in {"a.q": (5, 6), "a.v": (4, 7)}.items():
         tensors[f"{site}/A"] = torch.zeros(2, n)
         tensors[f"{site}/A"][:, 2 * slot : 2 * slot + 2] = torch.randn(2, 2, generator=generator)
         tensors[f"{site}/B"] = torch.randn(m, 2, generator=generator)
-        sites[site] = Site("lora", (m, n), 2.0)
+        sites[site] = AdaptedLayer("lora", (m, n), 2.0)
     return AdapterState({key: value.to(dtype) for key, value in tensors.items()}, sites)
 
 

@@ -9,12 +9,12 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.state import AdapterState, Rules, ServerState, Site
+from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
 
-SITES = {"q": Site("lora", (3, 4), 2.0)}
+SITES = {"q": AdaptedLayer("lora", (3, 4), 2.0)}
 START = AdapterState({"q/A": torch.ones(2, 4), "q/B": torch.zeros(3, 2)}, SITES)
 
 Reply = Callable[[Message], "RecordDict | Error | None"]

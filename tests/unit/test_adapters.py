@@ -8,7 +8,7 @@ import torch
 from fedpeft import seeds
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 from support import small_models as small
 
 # gpt2 stores its weights [in, out]; roberta's head has two layers.
@@ -190,7 +190,7 @@ def test_lora_sb_refuses_a_rank_above_the_weight(folders, init):
 def toy(**roles):
     tensors = {f"q/{role}": value for role, value in roles.items()}
     return AdapterState(
-        {**tensors, "head/weight": torch.ones(2, 2)}, {"q": Site("lora", (5, 4), 0.5), "head": Site("head", (2, 2))}
+        {**tensors, "head/weight": torch.ones(2, 2)}, {"q": AdaptedLayer("lora", (5, 4), 0.5), "head": AdaptedLayer("head", (2, 2))}
     )
 
 
@@ -205,7 +205,7 @@ def test_flat_is_the_same_change(dtype, core, residual):
     before = state.sha256()
     plain = flat(state)
     assert set(plain.tensors) == {"q/A", "q/B", "head/weight"}
-    assert plain.sites["q"] == Site("lora", (5, 4), 0.5) and plain.rank("q") == (5 if residual else 2)
+    assert plain.sites["q"] == AdaptedLayer("lora", (5, 4), 0.5) and plain.rank("q") == (5 if residual else 2)
     assert plain["q/A"].dtype == plain["q/B"].dtype == dtype
     torch.testing.assert_close(
         small.dense(plain, "q"), small.dense(state, "q"), atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=1e-5

@@ -27,7 +27,7 @@ def noise_of(draw) -> set[str]:
     """Names of the failing checks of noise [2 runs, 2 clients, 2 rounds, 6 steps, 400 values] that `draw` gives."""
     values = torch.stack([draw() for _ in range(48)]).view(2, 2, 2, 6, 400)
     sizes = {"a": 100, "b": 300}
-    return {check.name for check in audit_noise.noise([audit_noise.Block("alone", True, values)], sizes)
+    return {check.name for check in audit_noise.noise([audit_noise.NoiseBlock("alone", True, values)], sizes)
             if not check.passed}
 
 

@@ -22,7 +22,7 @@ from fedpeft.continual import matrix
 from fedpeft.continual.body import TrainConfig
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
-from fedpeft.continual.streams.base import Material, Source
+from fedpeft.continual.streams.base import Material, StreamSource
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
@@ -45,7 +45,7 @@ class Net(nn.Module):
         return self.classifier(self.two(torch.relu(self.one(x))))
 
 
-class Hand(Source):
+class Hand(StreamSource):
     """Gaussian clusters, two classes a task; as a domain stream all classes in each of two domains."""
 
     name = "hand"

@@ -182,9 +182,9 @@ def test_required_claims_are_marked():
 
 
 def test_absolute_lambda_is_the_closed_form_as_written():
-    from fedpeft.state import AdapterState, ServerState, Site, Update
+    from fedpeft.state import AdaptedLayer, AdapterState, ServerState, Update
 
-    sites = {toy.SITE: Site("lora", (2, 2))}
+    sites = {toy.SITE: AdaptedLayer("lora", (2, 2))}
 
     def adapter(A, B):
         return AdapterState({f"{toy.SITE}/A": torch.tensor([A]), f"{toy.SITE}/B": torch.tensor(B)[:, None]}, sites)

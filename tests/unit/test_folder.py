@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 from support import small_models as small
 
 # gpt2 stores its weights [in, out]; roberta's head has two layers.
@@ -238,6 +238,6 @@ def test_factors_that_do_not_fit_are_refused(good):
 
 
 def test_a_head_alone_is_no_adapter(tmp_path):
-    state = AdapterState({"classifier/weight": torch.ones(2, 2)}, {"classifier": Site("head", (2, 2))})
+    state = AdapterState({"classifier/weight": torch.ones(2, 2)}, {"classifier": AdaptedLayer("head", (2, 2))})
     with pytest.raises(InputError, match="no LoRA factor"):
         folder.save(state, tmp_path / "out", base="x")

@@ -17,7 +17,7 @@ from fedpeft.clients.policy import Policy, Refused
 from fedpeft.deploy import envelope, settings
 from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import TEXT_BYTES, YAML_BYTES
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.wire import PACKED
 from support.malformed import ARRAYS, MANIFESTS, MB, RECORDS, message
@@ -33,9 +33,9 @@ REQUESTS = {
     "a name of a tensor that is a page": lambda: PACKED.content(START.replace({"q/" + "C" * 999: START["q/A"]}),
                                                                 Instructions(1)),
     "a name of a tensor that rings": lambda: PACKED.content(START.replace({"q/C\a": START["q/A"]}), Instructions(1)),
-    "another site": lambda: PACKED.content(AdapterState(START.tensors, {"k": Site("lora", (3, 4), 2.0)}),
+    "another site": lambda: PACKED.content(AdapterState(START.tensors, {"k": AdaptedLayer("lora", (3, 4), 2.0)}),
                                             Instructions(1)),
-    "a site as head": lambda: PACKED.content(AdapterState(START.tensors, {"q": Site("head", (3, 4))}), Instructions(1)),
+    "a site as head": lambda: PACKED.content(AdapterState(START.tensors, {"q": AdaptedLayer("head", (3, 4))}), Instructions(1)),
     "a task that is no mapping": lambda: message(metrics={}, task="[]"),
     "a task without a round": lambda: message(metrics={}, task="{}"),
     "a task of 64 MB": lambda: message(metrics={}, task=" " * 64 * MB),
@@ -110,7 +110,7 @@ TREE = yaml.safe_dump(configs.to_tree(configs.Config()))
 
 @pytest.fixture
 def site(tmp_path):
-    return settings.Site(tmp_path, settings.SiteSettings(name="clinic"))
+    return settings.AdaptedLayer(tmp_path, settings.SiteSettings(name="clinic"))
 
 
 @pytest.mark.parametrize("text", [

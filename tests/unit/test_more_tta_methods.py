@@ -11,7 +11,7 @@ from torch import nn
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.merging import arithmetic
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
 from fedpeft.tta.methods import atp
@@ -245,10 +245,10 @@ def test_atp_refuses_rates_of_tensors_that_are_not_there_and_survives_wild_ones(
 def adapter(seed: int, layers: int = 3, rank: int = 2, scaling: float = 2.0, zero: bool = False) -> AdapterState:
     draws = torch.Generator().manual_seed(seed)
     tensors = {"head/weight": torch.randn(3, 4, generator=draws)}
-    sites = {"head": Site("head", (3, 4))}
+    sites = {"head": AdaptedLayer("head", (3, 4))}
     for layer in range(layers):
         site = f"body.{layer}.q"
-        sites[site] = Site("lora", (5, 4), scaling)
+        sites[site] = AdaptedLayer("lora", (5, 4), scaling)
         tensors[f"{site}/A"] = torch.randn(rank, 4, generator=draws)
         tensors[f"{site}/B"] = (0.0 if zero else 1.0) * torch.randn(5, rank, generator=draws)
     return AdapterState(tensors, sites)
@@ -302,7 +302,7 @@ def test_arithmetic_refuses_adapters_of_different_models():
         arithmetic.wise_ft(adapter(1), adapter(2, layers=2), 0.5)
     with pytest.raises(InputError, match=r"body\.2\.q"):
         arithmetic.patch(adapter(1, layers=2), arithmetic.robust_signature(adapter(1), adapter(2)), 1.0)
-    named = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(2, 1)}, {"q": Site("lora", (2, 2))})
+    named = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(2, 1)}, {"q": AdaptedLayer("lora", (2, 2))})
     with pytest.raises(InputError, match="no module of the adapter has a layer number"):
         arithmetic.robust_signature(named, named)
 

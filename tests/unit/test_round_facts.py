@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.state import AdapterState, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, ServerState, Update
 from fedpeft.strategies import round_facts
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 from support.handmade import make
 from support.scripted import START, good, run
 
 pytestmark = pytest.mark.usefixtures("flower_run")
-SITES = {"q": Site("lora", (3, 4))}
+SITES = {"q": AdaptedLayer("lora", (3, 4))}
 
 
 def updates_of(moves: dict[str, np.ndarray]) -> tuple[dict[str, AdapterState], list[Update]]:

@@ -16,7 +16,7 @@ from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import NAMES, RECORD, circle
-from fedpeft.strategies.secagg.terms import Plan, exchange, masking
+from fedpeft.strategies.secagg.terms import Terms, exchange, masking
 from fedpeft.strategies.wire import PACKED
 from support.masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
@@ -107,7 +107,7 @@ def test_the_graph_is_mutual_and_regular(clients, half):
 def expect(result, after, who, own):
     """The update is START plus the mean change of `who`, to half a step."""
     (update,), bad, traffic = result
-    plan = Plan.of(own)
+    plan = Terms.of(own)
     wanted = torch.stack([changes(after[client]).clamp(-plan.clip, plan.clip) for client in who]).mean(dim=0)
     assert (changes(update.adapter) - wanted).abs().max() <= plan.clip / masking.levels(plan.bits) / 2 * (1 + 1e-6)
     assert (update.client, update.weight, update.count, update.metrics) == ("secure sum", 1.0, len(who), {})

@@ -14,7 +14,7 @@ from fedpeft.errors import InputError
 from fedpeft.state import ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
-from fedpeft.strategies.secagg.terms import Plan, check, describe, masking
+from fedpeft.strategies.secagg.terms import Terms, check, describe, masking
 from fedpeft.strategies.wire import PACKED, ask
 from support.masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
@@ -47,7 +47,7 @@ def shared_secrets(grid: Watched, own: Config) -> dict[str, dict[str, bytes]]:
             owners = [(name, kind) for kind in ("uploaded", "silent") for name in asked[kind]]
             for (name, kind), share in zip(owners, reply.content[RECORD]["shares"], strict=True):
                 given[kind].setdefault(name, []).append(share)
-    return {kind: {name: masking.combine(shares, Plan.of(own).threshold) for name, shares in owners.items()}
+    return {kind: {name: masking.combine(shares, Terms.of(own).threshold) for name, shares in owners.items()}
             for kind, owners in given.items()}
 
 
@@ -244,9 +244,9 @@ def test_what_can_be_summed_passes(changed):
 
 
 def test_thresholds_count_the_client_itself():
-    assert Plan.of(configs.load({}, ON)).threshold == 6
-    assert Plan.of(configs.load({}, {**ON, "data.clients": 100, "secagg.threshold": 0.55})).threshold == 55
-    assert Plan.of(configs.load({}, {**ON, "secagg.neighbours": 4})).threshold == 3
+    assert Terms.of(configs.load({}, ON)).threshold == 6
+    assert Terms.of(configs.load({}, {**ON, "data.clients": 100, "secagg.threshold": 0.55})).threshold == 55
+    assert Terms.of(configs.load({}, {**ON, "secagg.neighbours": 4})).threshold == 3
 
 
 def test_the_description_says_who_sees_what():

@@ -11,7 +11,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.state import DROPPED, RoundDropped, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import RECORD
-from fedpeft.strategies.secagg.terms import Plan, check, exchange
+from fedpeft.strategies.secagg.terms import Terms, check, exchange
 from fedpeft.strategies.wire import PACKED
 from support.masked import START, Watched, changes, config, play, updates
 
@@ -100,7 +100,7 @@ def test_fewer_than_min_clients_are_not_summed():
     with pytest.raises(RoundDropped, match=r"secagg.min_clients needs 5"):
         play(Watched(own, after, dies={"client-001": 2}), own)
     assert play(Watched(own, after), own)[0][0].count == 5
-    assert Plan.of(config(min_clients=2)).fewest == Plan.of(config()).threshold == 3
+    assert Terms.of(config(min_clients=2)).fewest == Terms.of(config()).threshold == 3
 
 
 def test_a_client_keeps_to_its_own_min_clients_whatever_the_server_asks():

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord
 
 from fedpeft.errors import RunError
 from fedpeft.packing import pack, unpack
-from fedpeft.state import AdapterState, Site, StateMismatch, from_dict, to_dict
+from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch, from_dict, to_dict
 from fedpeft.strategies.wire import Named, named_site
 
 
@@ -25,7 +25,7 @@ def lora(dtype: torch.dtype = torch.float32, rank: int = 2) -> AdapterState:
         "layer/B": torch.randn(3, rank, generator=generator).to(dtype),
         "head/weight": torch.randn(4, 3, generator=generator).to(dtype),
     }
-    return AdapterState(tensors, {"layer": Site("lora", (3, 5), 2.0), "head": Site("head", (4, 3))})
+    return AdapterState(tensors, {"layer": AdaptedLayer("lora", (3, 5), 2.0), "head": AdaptedLayer("head", (4, 3))})
 
 
 def assert_same_bits(left: AdapterState, right: AdapterState) -> None:
@@ -76,7 +76,7 @@ def test_mixed_dtypes_scalars_and_empty_tensors_round_trip():
 def test_scalars_and_empty_tensors_of_one_dtype_round_trip():
     state = AdapterState({"a/x": torch.tensor(2.5), "b/y": torch.empty(3, 0), "c/z": torch.ones(1)})
     assert_same_bits(state, unpack(*pack(state)))
-    nothing = AdapterState({}, {"layer": Site("lora", (3, 5), 2.0)})
+    nothing = AdapterState({}, {"layer": AdaptedLayer("lora", (3, 5), 2.0)})
     assert unpack(*pack(nothing)) == nothing
 
 
@@ -152,7 +152,7 @@ def test_form_names_shapes_and_dtypes():
 def test_roles():
     state = AdapterState(
         {"layer/A": torch.zeros(1), "head/weight": torch.zeros(1)},
-        {"layer": Site("lora"), "head": Site("head")},
+        {"layer": AdaptedLayer("lora"), "head": AdaptedLayer("head")},
     )
     assert {key: state.role(key) for key in state.tensors} == {"layer/A": "A", "head/weight": "head"}
     assert list(state.select(("A",)).tensors) == ["layer/A"]

@@ -11,7 +11,7 @@ from fedpeft import registry
 from fedpeft.adapters.flat import flat
 from fedpeft.config import default_of, options_of
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Needs, ServerState, Site
+from fedpeft.state import AdaptedLayer, AdapterState, Needs, ServerState
 from fedpeft.strategies import offline
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import named
@@ -81,7 +81,7 @@ def test_flora_starts_every_round_from_a_fresh_seeded_A() -> None:
 
 def test_flora_scales_one_factor_only() -> None:
     B, A = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[2.0, 0.0]]).double()
-    adapter = AdapterState({"q/A": A, "q/B": B}, {"q": Site("lora", (2, 2))})
+    adapter = AdapterState({"q/A": A, "q/B": B}, {"q": AdaptedLayer("lora", (2, 2))})
     after = (
         make("flora")
         .aggregate(ServerState(adapter, numbers={"seed": 0}), updates_of([adapter, adapter], [1.0, 1.0]))
@@ -227,7 +227,7 @@ def test_no_direction_dies_when_only_low_ranks_take_part(name: str, split: str |
 def test_hetlora_weighs_by_norm_and_pads() -> None:
     B1, A1 = torch.tensor([[3.0], [0.0]]).double(), torch.tensor([[1.0, 0.0]]).double()
     B2, A2 = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).double(), torch.tensor([[0.0, 1.0], [5.0, 5.0]]).double()
-    sites = {"q": Site("lora", (2, 2))}
+    sites = {"q": AdaptedLayer("lora", (2, 2))}
     server = ServerState(AdapterState({"q/A": A2, "q/B": B2}, sites))
     updates = updates_of(
         [AdapterState({"q/A": A1, "q/B": B1}, sites), AdapterState({"q/A": A2, "q/B": B2}, sites)], [1.0, 99.0]
@@ -267,7 +267,7 @@ def test_fed_sb_averages_the_core() -> None:
     cores = [torch.randn(R, R, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(3)]
     start = AdapterState(
         {**random_adapter(0).tensors, "q/R": torch.zeros(R, R, dtype=torch.float64)},
-        {**SITES, "q": Site("lora_sb", (M, N), S)},
+        {**SITES, "q": AdaptedLayer("lora_sb", (M, N), S)},
     )
     strategy = make("fed_sb")
     server = strategy.initial(start, seed=0)
@@ -288,7 +288,7 @@ def test_fed_sb_averages_the_core() -> None:
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("fedsa", "rolora", "ffa_lora", "fedsvd")])
 def test_other_scalings_are_folded(name: str) -> None:
     other = [adapter.replace({"q/B": adapter["q/B"] / 4}) for adapter in ADAPTERS]
-    other = [AdapterState(adapter.tensors, {**SITES, "q": Site("lora", (M, N), 4 * S)}) for adapter in other]
+    other = [AdapterState(adapter.tensors, {**SITES, "q": AdaptedLayer("lora", (M, N), 4 * S)}) for adapter in other]
     strategy = make(name)
     server = strategy.initial(random_adapter(0), seed=0)
     one, two = (strategy.aggregate(server, updates_of(adapters, WEIGHTS)).adapter for adapters in (ADAPTERS, other))

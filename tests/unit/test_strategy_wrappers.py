@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError
-from fedpeft.state import AdapterState, Needs, ServerState, Site, Update
+from fedpeft.state import AdaptedLayer, AdapterState, Needs, ServerState, Update
 from fedpeft.strategies import offline
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.scaffold import Scaffold
@@ -33,7 +33,7 @@ from support.handmade import (
 
 def scalar(value: float, role: str = "B") -> AdapterState:
     tensors = {"q/A": torch.ones(1, 1).double(), "q/B": torch.ones(1, 1).double()}
-    return AdapterState({**tensors, f"q/{role}": torch.full((1, 1), value).double()}, {"q": Site("lora", (1, 1))})
+    return AdapterState({**tensors, f"q/{role}": torch.full((1, 1), value).double()}, {"q": AdaptedLayer("lora", (1, 1))})
 
 
 def aggregate_scalars(strategy: FederatedStrategy, values: list[float], start: float = 0.0) -> float:

@@ -17,7 +17,7 @@ from fedpeft.continual.body import TrainConfig
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
 from fedpeft.continual.streams import cache, glyphs, wordnet
-from fedpeft.continual.streams.base import Prepared, Source
+from fedpeft.continual.streams.base import Prepared, StreamSource
 from fedpeft.continual.streams.glyph1d_blurry import scattered
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
@@ -28,8 +28,8 @@ from support.classified import CLASS_STREAMS, OTHER_STREAMS
 EMBEDDED = {**CLASS_STREAMS, **OTHER_STREAMS}
 
 
-def source(name: str, **options: object) -> Source:
-    made: Source = config.method("streams", name, {**EMBEDDED.get(name, {}), **options}, "stream")
+def source(name: str, **options: object) -> StreamSource:
+    made: StreamSource = config.method("streams", name, {**EMBEDDED.get(name, {}), **options}, "stream")
     return made
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fedpeft.data import drift
 from fedpeft.data.corruptions import CORRUPTIONS, corrupt
-from fedpeft.data.drift import Stream, StreamSpec
+from fedpeft.data.drift import StreamSpec, TestStream
 from fedpeft.errors import InputError
 from fedpeft.tta import play
 from fedpeft.tta.deployed import deploy
@@ -129,7 +129,7 @@ def test_measures_by_hand():
 
 
 def test_a_played_stream_is_json_with_cost_and_diagnostics():
-    stream = Stream("hand", parts.images(20), torch.arange(20) % 3, ["x"] * 20, [slice(0, 7), slice(7, 14),
+    stream = TestStream("hand", parts.images(20), torch.arange(20) % 3, ["x"] * 20, [slice(0, 7), slice(7, 14),
                                                                               slice(14, 20)])
     inputs = stream.inputs["pixel_values"]
     inputs[8] = torch.nan
@@ -146,7 +146,7 @@ def test_a_played_stream_is_json_with_cost_and_diagnostics():
 
 def test_an_oracle_resets_where_the_domain_changes_and_says_so():
     parts_ = [slice(0, 7), slice(7, 14), slice(14, 21)]
-    stream = Stream("hand", parts.images(21), torch.arange(21) % 3, ["a"] * 14 + ["b"] * 7, parts_)
+    stream = TestStream("hand", parts.images(21), torch.arange(21) % 3, ["a"] * 14 + ["b"] * 7, parts_)
     result = play.run_stream("tent", stream, parts.conv(), {"lr": 0.1}, oracle=True)
     assert result["oracle"] and result["cost"]["resets"] == 1
     alone = make("tent", parts.conv(), {"lr": 0.1})
@@ -184,7 +184,7 @@ def test_the_monitor_resets_a_method_that_collapses():
         net.head.bias.copy_(-net(**inputs).mean(0) + net.head.bias)
     model = deploy(net, head="head")
     labels = make("bn_adapt", model).predict(inputs).argmax(-1)
-    stream = Stream("hand", inputs, labels, ["x"] * 700, [slice(start, start + 10) for start in range(0, 700, 10)])
+    stream = TestStream("hand", inputs, labels, ["x"] * 700, [slice(start, start + 10) for start in range(0, 700, 10)])
     errors = {}
     for reset in (False, True):
         method = make("tent", model, {"lr": 0.3})

@@ -11,8 +11,8 @@ predictions are still those of the tasks that were merged.
 `start`: with `same` all tasks have one draw of A, as fine-tuned copies of one initial adapter; with `orthogonal` A is
 frozen, and each task's rows are the next ones of a random orthogonal basis (orthogonal_adaptation needs that).
 
-    >>> from fedpeft.state import AdapterState, Site
-    >>> one = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1)}, {"q": Site("lora", (3, 2), 0.5)})
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
+    >>> one = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1)}, {"q": AdaptedLayer("lora", (3, 2), 0.5)})
     >>> list(view(one))
     ['q']
     >>> view(one)["q"](torch.ones(1, 2), torch.zeros(1, 3)).tolist()
@@ -34,7 +34,7 @@ from fedpeft.continual.model import Change, low_rank
 from fedpeft.continual.parts import lora
 from fedpeft.merging.base import make
 from fedpeft.merging.methods.orthogonal_adaptation import rows
-from fedpeft.state import AdapterState, Site
+from fedpeft.state import AdaptedLayer, AdapterState
 
 
 class Merging(Body):
@@ -103,7 +103,7 @@ class Merging(Body):
 
     def _adapter(self, tensors: dict[str, Tensor]) -> AdapterState:
         scale = self.config.alpha / self.config.r
-        return AdapterState(tensors, {layer: Site("lora", self.model.base.shape(layer), scale)
+        return AdapterState(tensors, {layer: AdaptedLayer("lora", self.model.base.shape(layer), scale)
                                       for layer in self.model.layers})
 
     def _rehearse(self) -> None:

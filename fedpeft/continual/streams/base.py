@@ -56,7 +56,7 @@ class Material:
     label_names: list[str] = field(default_factory=list)
 
 
-class Source(Configured):
+class StreamSource(Configured):
     """Base of all streams.
 
     Attributes:

@@ -12,14 +12,14 @@ import torch
 
 from fedpeft.config import option
 from fedpeft.continual import nets
-from fedpeft.continual.streams.base import Material, Source
+from fedpeft.continual.streams.base import Material, StreamSource
 from fedpeft.data.digits import Digits
 from fedpeft.data.encode import Encoded
 
 TEST_SHARE = 0.4
 
 
-class Digits5(Source):
+class Digits5(StreamSource):
     """scikit-learn's digits: 1,797 records, 40 % of them for test, the split drawn from the seed."""
 
     name = "digits5"

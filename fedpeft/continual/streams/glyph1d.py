@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from fedpeft.config import option
 from fedpeft.continual import nets
-from fedpeft.continual.streams.base import Material, Source
+from fedpeft.continual.streams.base import Material, StreamSource
 from fedpeft.continual.streams.signals import drawn
 
 CLASSES = 40
 
 
-class Glyph1D(Source):
+class Glyph1D(StreamSource):
     """2,400 training and 1,600 test signals in 40 classes."""
 
     name = "glyph1d"

@@ -17,14 +17,14 @@ import numpy as np
 from fedpeft import seeds
 from fedpeft.config import option
 from fedpeft.continual import nets, stream
-from fedpeft.continual.streams.base import Material, Source
+from fedpeft.continual.streams.base import Material, StreamSource
 from fedpeft.continual.streams.signals import drawn
 from fedpeft.errors import InputError
 
 CLASSES = 40
 
 
-class Glyph1DBlurry(Source):
+class Glyph1DBlurry(StreamSource):
     """2,400 training signals in one pass, 40 classes, no boundaries."""
 
     name = "glyph1d_blurry"

@@ -12,14 +12,14 @@ import torch
 
 from fedpeft.config import option
 from fedpeft.continual import nets
-from fedpeft.continual.streams.base import Material, Source
+from fedpeft.continual.streams.base import Material, StreamSource
 from fedpeft.continual.streams.signals import DOMAINS, drawn
 from fedpeft.data.encode import Encoded
 
 CLASSES = 10
 
 
-class Glyph1DDomain(Source):
+class Glyph1DDomain(StreamSource):
     """1,800 training and 1,200 test signals in 10 classes and 6 domains."""
 
     name = "glyph1d_domain"

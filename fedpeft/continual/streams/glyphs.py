@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fedpeft import seeds
 from fedpeft.config import DataConfig, option
 from fedpeft.continual.streams import cache
-from fedpeft.continual.streams.base import Material, Source, per_class
+from fedpeft.continual.streams.base import Material, StreamSource, per_class
 from fedpeft.data import source
 from fedpeft.data.encode import encode
 from fedpeft.data.source import Records
@@ -33,7 +33,7 @@ EPOCHS, BATCH, RATE = 30, 64, 2e-3
 VERSION = 1  # of the pre-training: cached weights of another one are not read
 
 
-class Glyphs(Source):
+class Glyphs(StreamSource):
     """Rendered characters 32x32; needs the prepared `glyphs`."""
 
     name = "glyphs"

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.config import DataConfig, ModelConfig, option
-from fedpeft.continual.streams.base import Material, Source, labelled
+from fedpeft.continual.streams.base import Material, StreamSource, labelled
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 
 
-class Records(Source):
+class OwnRecords(StreamSource):
     """Tasks from a data source, on a base model."""
 
     name = "records"

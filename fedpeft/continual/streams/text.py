@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft.config import DataConfig, ModelConfig, option
-from fedpeft.continual.streams.base import Material, Source, labelled
+from fedpeft.continual.streams.base import Material, StreamSource, labelled
 
 
-class Text(Source):
+class Text(StreamSource):
     """Four classes in two tasks."""
 
     name = "text"

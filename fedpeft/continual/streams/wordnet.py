@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.continual.streams import cache
-from fedpeft.continual.streams.base import Material, Source, per_class
+from fedpeft.continual.streams.base import Material, StreamSource, per_class
 from fedpeft.data import source
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.models import loading
@@ -28,7 +28,7 @@ LAYERS = ["query", "value"]
 BATCH = 64
 
 
-class WordNet(Source):
+class WordNet(StreamSource):
     """Glosses of nouns and verbs; needs the prepared `wordnet` and `minilm`."""
 
     name = "wordnet"

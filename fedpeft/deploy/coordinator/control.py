@@ -50,7 +50,7 @@ run = ""
 
 
 @dataclass(frozen=True)
-class Node:
+class RegisteredNode:
     """A site as the SuperLink knows it."""
 
     id: int
@@ -69,10 +69,10 @@ class Control:
         self.client = ControlHttpClient.from_server_address(
             server.control, insecure, root, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")])
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[RegisteredNode]:
         """The SuperLink's nodes that have not been unregistered, online or not."""
         answer = self.client.ListNodes(ListNodesRequest())
-        return [Node(node.node_id, node.name, node.public_key, node.status, node.online_until)
+        return [RegisteredNode(node.node_id, node.name, node.public_key, node.status, node.online_until)
                 for node in answer.nodes_info if node.status != "unregistered"]
 
     def register(self, name: str, key: str) -> None:

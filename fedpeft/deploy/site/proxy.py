@@ -50,7 +50,7 @@ def main(folder: Path, address: str, socket: str) -> None:
     client = RuntimeHttpClient.from_server_address(
         address, True, None, [RuntimeVersionHttpInterceptor(component_name="SuperExec"),
                               SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=AUTHENTICATED)])
-    worker = Worker(socket)
+    worker = WorkerLink(socket)
     while True:
         try:
             answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
@@ -62,7 +62,7 @@ def main(folder: Path, address: str, socket: str) -> None:
         time.sleep(POLL_S)
 
 
-def handled(address: str, token: str, worker: Worker) -> None:
+def handled(address: str, token: str, worker: WorkerLink) -> None:
     """One message in a thread of its own: Flower makes a task before the message is there, and keeps it for hours when
     the coordinator went away in between. Such a one must not hold up the next.
     """
@@ -72,7 +72,7 @@ def handled(address: str, token: str, worker: Worker) -> None:
         log.exception("a message was lost")
 
 
-def handle(address: str, token: str, worker: Worker) -> None:
+def handle(address: str, token: str, worker: WorkerLink) -> None:
     """One message, from the SuperNode to the worker and back."""
     client = RuntimeHttpClient.from_server_address(
         address, True, None, [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
@@ -109,7 +109,7 @@ class Noted:
         return answer
 
 
-class Worker:
+class WorkerLink:
     """The connection to the resident worker, made when it is needed; for one message at a time."""
 
     def __init__(self, socket: str) -> None:

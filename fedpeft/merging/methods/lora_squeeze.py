@@ -10,8 +10,9 @@ Deviation: the paper's randomised SVD of the dense product is replaced by thin Q
 r x r matrix, which is exact and cheaper.
 
     >>> import torch
-    >>> from fedpeft.state import Site
-    >>> wide = AdapterState({"q/A": torch.eye(2), "q/B": torch.diag(torch.tensor([9.0, 1.0]))}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdaptedLayer
+    >>> layers = {"q": AdaptedLayer("lora")}
+    >>> wide = AdapterState({"q/A": torch.eye(2), "q/B": torch.diag(torch.tensor([9.0, 1.0]))}, layers)
     >>> small = squeeze(wide, rank=1)
     >>> (small["q/B"] @ small["q/A"]).round(decimals=5).tolist(), small.rank("q")
     ([[9.0, 0.0], [0.0, 0.0]], 1)

@@ -11,8 +11,9 @@ formula. The mean is over the products B A, as over merged checkpoints, not over
 
     >>> import torch
     >>> from fedpeft.merging.base import merge
-    >>> from fedpeft.state import AdapterState, Site
-    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 1), "q/B": torch.tensor([[b]])}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
+    >>> layers = {"q": AdaptedLayer("lora")}
+    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 1), "q/B": torch.tensor([[b]])}, layers)
     >>> merged = merge("metrics_weighted", [one(0.0), one(4.0)], {"p": 1.0}, [0.6, 0.2])
     >>> round((merged["q/B"] @ merged["q/A"]).item(), 6)
     3.0

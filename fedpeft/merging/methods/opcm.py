@@ -23,8 +23,8 @@ index is 0 there). Heads are averaged: an adapter does not hold what they starte
 
     >>> import torch
     >>> from fedpeft.merging.base import merge
-    >>> from fedpeft.state import AdapterState, Site
-    >>> def one(b): return AdapterState({"q/A": torch.eye(2), "q/B": torch.tensor(b)}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
+    >>> def one(b): return AdapterState({"q/A": torch.eye(2), "q/B": torch.tensor(b)}, {"q": AdaptedLayer("lora")})
     >>> merged = merge("opcm", [one([[2.0, 0.0], [0.0, 1.0]]), one([[5.0, 1.0], [2.0, 5.0]])])
     >>> D = merged["q/B"] @ merged["q/A"]            # the 5s fall on the diagonal; 1 and 2 stay
     >>> (D / D[0, 1]).round(decimals=4).tolist()

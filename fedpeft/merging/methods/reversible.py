@@ -17,8 +17,9 @@ that the basis is the best one for all adapters so far: a basis that is truncate
 All adapters need one rank, and as in the paper nothing aligns their factors. Heads are stored whole.
 
     >>> import torch
-    >>> from fedpeft.state import Site
-    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.tensor([[b]])}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdaptedLayer
+    >>> layers = {"q": AdaptedLayer("lora")}
+    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.tensor([[b]])}, layers)
     >>> merger = Reversible(p=1)
     >>> state = merger.fold([one(1.0), one(4.0), one(-2.0)])
     >>> [round(merger.recover(state, index)["q/B"].item(), 5) for index in range(3)]

@@ -9,8 +9,9 @@ exact, where a mean of B and a mean of A is not. The rank grows up to the sum of
 
     >>> import torch
     >>> from fedpeft.merging.base import merge
-    >>> from fedpeft.state import AdapterState, Site
-    >>> def one(a, b): return AdapterState({"q/A": torch.tensor([a]), "q/B": torch.tensor([[b]])}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
+    >>> layers = {"q": AdaptedLayer("lora")}
+    >>> def one(a, b): return AdapterState({"q/A": torch.tensor([a]), "q/B": torch.tensor([[b]])}, layers)
     >>> merged = merge("running_average", [one([1.0, 0.0], 2.0), one([0.0, 1.0], 4.0)])
     >>> (merged["q/B"] @ merged["q/A"]).tolist(), merged.rank("q")
     ([[1.0, 2.0]], 1)

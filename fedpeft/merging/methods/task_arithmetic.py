@@ -10,8 +10,9 @@ Deviation: heads are averaged, all with weight 1, since a head has no common sta
 
     >>> import torch
     >>> from fedpeft.merging.base import merge
-    >>> from fedpeft.state import AdapterState, Site
-    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 1), "q/B": torch.tensor([[b]])}, {"q": Site("lora")})
+    >>> from fedpeft.state import AdapterState, AdaptedLayer
+    >>> layers = {"q": AdaptedLayer("lora")}
+    >>> def one(b): return AdapterState({"q/A": torch.ones(1, 1), "q/B": torch.tensor([[b]])}, layers)
     >>> merged = merge("task_arithmetic", [one(1.0), one(4.0)], {"lambda": 0.5}, [1, -1])
     >>> (merged["q/B"] @ merged["q/A"]).item()
     -1.5

@@ -31,7 +31,7 @@ from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy import audit
 from fedpeft.privacy.audit import Check, Draws
-from fedpeft.privacy.audit_noise import Block, noise
+from fedpeft.privacy.audit_noise import NoiseBlock, noise
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.privacy.plan import Plan
@@ -107,7 +107,7 @@ class Rounds:
             for way in (real, still):
                 runs = [self.run(engine, way, number) for number in range(self._runs(way))]
                 found = [[[self.noise_of(one, way) for one in line] for line in run] for run in runs]
-                blocks.append(Block(engine, way is real, torch.stack([torch.stack([torch.stack(line) for line in run])
+                blocks.append(NoiseBlock(engine, way is real, torch.stack([torch.stack([torch.stack(line) for line in run])
                                                                       for run in found]).transpose(1, 2)))
                 rows += runs if way is real else []
                 seen += [one for run in runs for line in run for one in line]

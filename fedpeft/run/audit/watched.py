@@ -95,7 +95,7 @@ class Watch:
     def __enter__(self) -> Watch:
         watch = self
 
-        class Named(cohort.Chunk):  # type: ignore[misc, name-defined]  # whatever stands there now
+        class NamedPart(cohort.Chunk):  # type: ignore[misc, name-defined]  # whatever stands there now
             def run(self: Chunk) -> list[Done]:
                 watch.rows = [getattr(job.data, "client", "") for job in self.jobs]
                 try:
@@ -104,7 +104,7 @@ class Watch:
                     watch.rows = []
 
         self.open = ExitStack()
-        self.open.enter_context(mock.patch.object(cohort, "Chunk", Named))
+        self.open.enter_context(mock.patch.object(cohort, "Chunk", NamedPart))
         self.open.enter_context(without_dropout())
         self.open.callback(register_optimizer_step_pre_hook(self._note).remove)
         return self

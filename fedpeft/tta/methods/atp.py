@@ -64,7 +64,7 @@ class ATPConfig(MethodConfig):
     scale: str = option("root", "eta is divided by n_i to the power 0, 1/2 or 1", choices=tuple(SCALES))
 
 
-class ATP(TTAMethod):
+class TestTimeATP(TTAMethod):
     """One entropy step a batch with learned rates, one for each tensor."""
 
     Config: ClassVar[Any] = ATPConfig

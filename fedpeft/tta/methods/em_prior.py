@@ -27,7 +27,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.tta.deployed import Batch
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
-from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
+from fedpeft.tta.parts.wrapped import WrappedMethod, WrapperConfig
 
 FLOOR = 1e-4
 
@@ -41,7 +41,7 @@ class EMPriorConfig(WrapperConfig):
     target: str = option("em", "target prior: estimated, or uniform", choices=("em", "uniform"))
 
 
-class EMPrior(Wrapper):
+class EMPrior(WrappedMethod):
     """Corrects predictions to the stream's own class prior, estimated by EM."""
 
     Config: ClassVar[Any] = EMPriorConfig

@@ -73,7 +73,7 @@ class FedTHEConfig(MethodConfig):
     augment: str = option("image", "FedTHE+: kind of views", choices=KINDS)
 
 
-class FedTHE(TTAMethod):
+class TestTimeFedTHE(TTAMethod):
     """Test-time ensemble of the global and the client's personal head, weighted sample by sample."""
 
     Config: ClassVar[Any] = FedTHEConfig

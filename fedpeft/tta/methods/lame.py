@@ -34,7 +34,7 @@ from fedpeft.config import option
 from fedpeft.tta.deployed import Batch
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
-from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
+from fedpeft.tta.parts.wrapped import WrappedMethod, WrapperConfig
 
 
 @dataclass
@@ -52,7 +52,7 @@ class LAMEConfig(WrapperConfig):
                                 low=0, high=1)
 
 
-class LAME(Wrapper):
+class LAME(WrappedMethod):
     """Laplacian-adjusted maximum likelihood: neighbours in the batch agree."""
 
     Config: ClassVar[Any] = LAMEConfig

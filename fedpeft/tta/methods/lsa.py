@@ -35,7 +35,7 @@ from fedpeft.errors import InputError
 from fedpeft.tta.deployed import Batch
 from fedpeft.tta.method import Outputs, source_batches
 from fedpeft.tta.parts import optim, scores
-from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
+from fedpeft.tta.parts.wrapped import WrappedMethod, WrapperConfig
 
 FLOOR, RANGE = 1e-4, 1.5
 
@@ -53,7 +53,7 @@ class LSAConfig(WrapperConfig):
     batch: int = option(64, "training batch", low=1)
 
 
-class LabelShiftAdapter(Wrapper):
+class LabelShiftAdapter(WrappedMethod):
     """Moves features and classifier to the target's estimated class imbalance."""
 
     Config: ClassVar[Any] = LSAConfig

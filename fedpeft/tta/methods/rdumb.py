@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from fedpeft.config import option
 from fedpeft.tta.deployed import Batch
 from fedpeft.tta.method import Outputs
-from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
+from fedpeft.tta.parts.wrapped import WrappedMethod, WrapperConfig
 
 
 @dataclass
@@ -34,7 +34,7 @@ class RDumbConfig(WrapperConfig):
     period: int = option(1000, "batches learned from between restarts", low=1)
 
 
-class RDumb(Wrapper):
+class RDumb(WrappedMethod):
     """Restarts its base method every so many updates."""
 
     Config: ClassVar[Any] = RDumbConfig

@@ -28,7 +28,7 @@ from fedpeft.config import option
 from fedpeft.tta.deployed import Batch
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
-from fedpeft.tta.parts.wrapped import Wrapper, WrapperConfig
+from fedpeft.tta.parts.wrapped import WrappedMethod, WrapperConfig
 
 
 @dataclass
@@ -40,7 +40,7 @@ class T3AConfig(WrapperConfig):
     supports: int = option(100, "M, supports kept a class", low=1)
 
 
-class T3A(Wrapper):
+class T3A(WrappedMethod):
     """Test-time classifier adjustment by class prototypes."""
 
     Config: ClassVar[Any] = T3AConfig

@@ -20,7 +20,7 @@ class WrapperConfig(MethodConfig):
     base_options: dict[str, Any] = option({}, "options of the base method", options_of=("tta", "base"))
 
 
-class Wrapper(TTAMethod):
+class WrappedMethod(TTAMethod):
     """A method on top of another one: the base gives logits and features, and learns first."""
 
     Config: ClassVar[Any] = WrapperConfig
