@@ -49,6 +49,7 @@ smoke: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	.ci/types $(BIN)/mypy
 
 checkpoint: .venv/ready

@@ -82,13 +82,17 @@ class Own:
             if staying:
                 raise Refused(f"{', '.join(staying)} stays with the site under {self.name}.")
             if {*roles} - allowed[key] or len(set(roles)) != len(roles):
-                raise Refused(f"task.{key}={_said(list(roles))}: under strategy {self.name} it may have "
-                              f"{', '.join(sorted({*getattr(own, key)})) or 'none'}, each once"
-                              f"{', of those that it trains' if key == 'uploads' else ''}.")
+                raise Refused(
+                    f"task.{key}={_said(list(roles))}: under strategy {self.name} it may have "
+                    f"{', '.join(sorted({*getattr(own, key)})) or 'none'}, each once"
+                    f"{', of those that it trains' if key == 'uploads' else ''}."
+                )
         _require_absent(told, ("sums", "view", *(("static",) if own.static is None else ())), "a round")
         if told.static is not None and own.static is not None and told.static.roles != own.static.roles:
-            raise Refused(f"task.static={_said(list(told.static.roles))}: strategy {self.name} gives the roles "
-                          f"{', '.join(own.static.roles)}.")
+            raise Refused(
+                f"task.static={_said(list(told.static.roles))}: strategy {self.name} gives the roles "
+                f"{', '.join(own.static.roles)}."
+            )
 
     def _tensors(self, received: AdapterState, form: AdapterState, needed: set[str] | None = None) -> AdapterState:
         """The tensors, if they are those of the form and, where the strategy changes the base, of a residual.
@@ -100,8 +104,11 @@ class Own:
         own = replace(received, sites=sites)
         self._require_extra(own, form if needed is None else replace(form, extra={}))
         for key, value in own.tensors.items():
-            if key not in form and not (self.strategy.changes_base and own.role(key) in RESIDUAL
-                                        and key.rpartition("/")[0] in self.initial.lora_sites()):
+            if key not in form and not (
+                self.strategy.changes_base
+                and own.role(key) in RESIDUAL
+                and key.rpartition("/")[0] in self.initial.lora_sites()
+            ):
                 raise Refused(f"{shown(key, 200)}: strategy {self.name} sends no such tensor.")
             _require_values(key, value, form.tensors.get(key))
         missing = next((key for key in form.tensors if key not in own and (needed is None or key in needed)), None)
@@ -140,8 +147,10 @@ def _require_residual(state: AdapterState, site: str, place: AdaptedLayer) -> No
     out, width = place.shape[0], place.shape[-1]
     rank = state[found[0]].shape[-1] if state[found[0]].ndim else 0
     if len(found) < 2 or not 0 < rank <= min(out, width) or shapes != [[out, rank], [rank, width]]:
-        raise Refused(f"{', '.join(found)}: shapes {shapes}; a residual of this site is [{out}, q] and [q, {width}], "
-                      f"1 <= q <= {min(out, width)}, both or neither.")
+        raise Refused(
+            f"{', '.join(found)}: shapes {shapes}; a residual of this site is [{out}, q] and [q, {width}], "
+            f"1 <= q <= {min(out, width)}, both or neither."
+        )
 
 
 def _require_absent(told: Instructions, keys: tuple[str, ...], what: str) -> None:
@@ -152,4 +161,3 @@ def _require_absent(told: Instructions, keys: tuple[str, ...], what: str) -> Non
 
 def _said(value: Any) -> str:
     return shown(repr(value), 200)
-

@@ -127,14 +127,16 @@ class Guard:
         """Count what failed after records were touched, once a request: that it failed may have to do with a record."""
         self.spend(account, number, f"failed {request}", plan, sums)
 
-    def _release(self, account: str, number: int, name: str, plan: Plan, sums: float | None
-                 ) -> tuple[Entry, Budget, Release | None, Budget | None, list[Entry]]:
+    def _release(
+        self, account: str, number: int, name: str, plan: Plan, sums: float | None
+    ) -> tuple[Entry, Budget, Release | None, Budget | None, list[Entry]]:
         if sums is not None:
             # Sums run over all records, so nothing is sampled and nothing amplified: rate 1, one step.
             entry = Entry(self.run, number, name, 1.0, sums, 1)
             return entry, plan.budget, None, *self._lifetime(account)
-        entry = Entry(self.run, number, name, plan.sample_rate, plan.noise_multiplier,
-                      self.config.client.local_steps or 0)
+        entry = Entry(
+            self.run, number, name, plan.sample_rate, plan.noise_multiplier, self.config.client.local_steps or 0
+        )
         bounds = self.policy(client_of(account))
         if bounds is not None:
             # Counted here, as a server may number rounds as it likes; the very same release is not another round.
@@ -148,8 +150,12 @@ class Guard:
         bounds = self.policy(client)
         if bounds is None:
             return None, []
-        return bounds.lifetime(self.config), [entry for ledger in accounts_of(self.folder, client)
-                                              if ledger.path.stem != account for entry in ledger.entries()]
+        return bounds.lifetime(self.config), [
+            entry
+            for ledger in accounts_of(self.folder, client)
+            if ledger.path.stem != account
+            for entry in ledger.entries()
+        ]
 
     def ledger(self, account: str) -> Ledger:
         """The ledger of an account, which is a client or a client and a task; its file need not be there."""
@@ -165,14 +171,17 @@ class Guard:
         """
         privacy, table = self.config.privacy, {}
         for client in clients:
-            accounts = [[entry for entry in ledger.entries()
-                         if until is None or entry.run != self.run or entry.round <= until]
-                        for ledger in accounts_of(self.folder, client)]
+            accounts = [
+                [entry for entry in ledger.entries() if until is None or entry.run != self.run or entry.round <= until]
+                for ledger in accounts_of(self.folder, client)
+            ]
             entries = [entry for account in accounts for entry in account]
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {
-                "epsilon": max(composed(tuple(entry.release for entry in found), privacy.delta, privacy.accountant)
-                               for found in exposures(accounts)),
+                "epsilon": max(
+                    composed(tuple(entry.release for entry in found), privacy.delta, privacy.accountant)
+                    for found in exposures(accounts)
+                ),
                 "delta": privacy.delta,
                 "steps": sum(entry.steps for entry in steps),
                 "rounds": len({(entry.run, entry.round) for entry in entries}),
@@ -208,11 +217,17 @@ def check(config: Config) -> None:
     checks.require_covered(config)
     client = config.client
     if client.local_steps is None:
-        raise InputError("client.local_steps=null: with privacy.unit=sample batches are Poisson samples, and the "
-                         "number of steps must be public. Set client.local_steps and client.local_epochs=null.")
+        raise InputError(
+            "client.local_steps=null: with privacy.unit=sample batches are Poisson samples, and the "
+            "number of steps must be public. Set client.local_steps and client.local_epochs=null."
+        )
     if client.max_grad_norm is not None:
-        raise InputError(f"client.max_grad_norm={client.max_grad_norm:g}: with privacy.unit=sample every record's "
-                         "gradient is clipped by privacy.clip. Set client.max_grad_norm=null.")
+        raise InputError(
+            f"client.max_grad_norm={client.max_grad_norm:g}: with privacy.unit=sample every record's "
+            "gradient is clipped by privacy.clip. Set client.max_grad_norm=null."
+        )
     if config.adapter.client_ranks:
-        raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: with privacy.unit=sample noise would "
-                         "fill the rows that a lower rank lacks. Set adapter.client_ranks=null.")
+        raise InputError(
+            f"adapter.client_ranks={config.adapter.client_ranks}: with privacy.unit=sample noise would "
+            "fill the rows that a lower rank lacks. Set adapter.client_ranks=null."
+        )

@@ -75,8 +75,9 @@ def usable(model: Adapted, data: Encoded) -> Encoded:
     Each is looked at alone, so one more record moves nobody else's place. One that is left out counts as one whose
     gradient is zero, and a private client has nothing else to say of it.
     """
-    good = torch.cat([_good(model, data.view(block)) for block in np.split(np.arange(len(data)), range(
-        BLOCK, len(data), BLOCK))])
+    good = torch.cat(
+        [_good(model, data.view(block)) for block in np.split(np.arange(len(data)), range(BLOCK, len(data), BLOCK))]
+    )
     return data if bool(good.all()) else data.view(good.nonzero()[:, 0].numpy())
 
 

@@ -1,8 +1,8 @@
 """One process runs the rounds of its clients, from request to update, one client at a time or many together.
 
-    open    the policy, the adapter to start from, and under DP the plan and the budget: all that comes before a step
-    train   one client over the model, or a cohort of them at once (`clients.cohort`)
-    close   under DP the ledger; then what the client keeps, and what goes back
+open    the policy, the adapter to start from, and under DP the plan and the budget: all that comes before a step
+train   one client over the model, or a cohort of them at once (`clients.cohort`)
+close   under DP the ledger; then what the client keeps, and what goes back
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fedpeft.clients import inputs, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
 from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard, fingerprint, release
+from fedpeft.clients.opened import Answer, Opened, unlike
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
@@ -39,23 +40,8 @@ from fedpeft.strategies.sequence.sequence import TaskSequence, find_sequence
 T = TypeVar("T")
 log = logging.getLogger("fedpeft")
 Request = tuple[str, AdapterState, Instructions]  # client, what it received and was told
-Answer = tuple[AdapterState, dict[str, float]]  # update, metrics
 VERIFIED = 32  # tokens of the texts that gradients are verified on, if the model takes as many
 COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
-
-
-@dataclass
-class Opened:
-    """A client's round that has been opened: the visit, the job to train, how many records of its own are in it, and
-    what it answered before, if this very request has come before.
-    """
-
-    visit: Visit
-    told: Instructions
-    spending: Spending
-    job: Job
-    count: int
-    answered: Answer | None = None
 
 
 @dataclass
@@ -174,8 +160,16 @@ class Local:
             visit, job = self._plan(client, received, told, start, kept, data, private)
         return Opened(visit, told, spending, job, len(data), answered)
 
-    def _plan(self, client: str, received: AdapterState, told: Instructions, start: AdapterState,
-              kept: dict[str, Tensor], data: Encoded, private: Private | None) -> tuple[Visit, Job]:
+    def _plan(
+        self,
+        client: str,
+        received: AdapterState,
+        told: Instructions,
+        start: AdapterState,
+        kept: dict[str, Tensor],
+        data: Encoded,
+        private: Private | None,
+    ) -> tuple[Visit, Job]:
         """The visit that client halves see, and the job that they have made of the round."""
         # Derived from names, not drawn from a generator: who else runs in this process, and when, changes nothing.
         seed = seeds.derive(self.config.run.seed, "round", told.round, "client", client)
@@ -188,8 +182,15 @@ class Local:
                 offset[key] = offset[key] + value if key in offset else value
         # Without residuals: `write` adds those to the base weights, where nothing trains.
         tensors = {key: value for key, value in start.tensors.items() if key in self.model.parameters}
-        return visit, Job(tensors, shown, seed, sum(half.proximal(visit) for half in self.halves), offset or None,
-                          private, in_order=mixed is not None)
+        return visit, Job(
+            tensors,
+            shown,
+            seed,
+            sum(half.proximal(visit) for half in self.halves),
+            offset or None,
+            private,
+            in_order=mixed is not None,
+        )
 
     def _finish(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
         """Train, unless it has been done in a cohort, and close. What was answered before is answered again."""
@@ -204,8 +205,17 @@ class Local:
         start, job, trains = opened.visit.start, opened.job, opened.told.trains
         self.model.write(start)
         with self.model.competing(sequence.competing_classes(opened.told)):
-            steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, proximal=job.proximal,
-                                offset=job.offset, private=job.private, in_order=job.in_order)
+            steps, loss = train(
+                self.model,
+                job.data,
+                trains,
+                self.config.client,
+                job.seed,
+                proximal=job.proximal,
+                offset=job.offset,
+                private=job.private,
+                in_order=job.in_order,
+            )
         return Done(self.model.read(start.select(trains)).tensors, steps, loss)
 
     def _together(self, cohort: list[Opened]) -> list[Done] | None:
@@ -216,13 +226,14 @@ class Local:
         if len(cohort) < 2 or tokens == 0:
             return None
         trains = cohort[0].told.trains
-        reason = self.sequential.get(trains) or cannot(self.model, trains) or _unlike(cohort)
+        reason = self.sequential.get(trains) or cannot(self.model, trains) or unlike(cohort)
         if reason is None:
             try:
                 self.model.write(cohort[0].visit.start)  # what a strategy adds to the base weights is the same for all
                 with self.model.competing(sequence.competing_classes(cohort[0].told)):
-                    return train_cohort(self.model, [opened.job for opened in cohort], trains, self.config.client,
-                                        tokens)
+                    return train_cohort(
+                        self.model, [opened.job for opened in cohort], trains, self.config.client, tokens
+                    )
             # A layer that mixes the samples of clients is found out in its first pass only.
             except InputError as error:
                 reason = self.sequential[trains] = str(error)
@@ -272,8 +283,9 @@ class Local:
         """
         if opened.job.private is not None:
             spending = opened.spending
-            self.guard.spend(spending.account, spending.number, release(spending.request, update),
-                             opened.job.private.plan)
+            self.guard.spend(
+                spending.account, spending.number, release(spending.request, update), opened.job.private.plan
+            )
         # Asked again: an answer that was kept may be older than what the policy says now.
         return update, self.guard.allowed(opened.visit.client, metrics)
 
@@ -377,13 +389,3 @@ def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
         return function(*arguments)
     except Exception as error:
         return error
-
-
-def _unlike(cohort: list[Opened]) -> str | None:
-    """Why these clients cannot share one pass over the model; None if they can."""
-    roles = ("residual_A", "residual_B")
-    if any(opened.told.trains != cohort[0].told.trains for opened in cohort):
-        return "they train different roles"
-    if len({opened.visit.start.select(roles).sha256() for opened in cohort}) > 1:
-        return "their base weights differ"
-    return None

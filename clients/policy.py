@@ -30,8 +30,10 @@ log = logging.getLogger("fedpeft")
 INVALID = "the site's policy is not valid now, so nothing is allowed; the site's own log says why."
 METRICS = ("train_loss", "loss", "accuracy", "num-examples", "missed_tasks")
 
-UNSET = (f"Set {', '.join(BOUNDS[:-1])} and {BOUNDS[-1]}, or name what is left open on purpose, as in unbounded: "
-         f"[{BOUNDS[-1]}].")
+UNSET = (
+    f"Set {', '.join(BOUNDS[:-1])} and {BOUNDS[-1]}, or name what is left open on purpose, as in unbounded: "
+    f"[{BOUNDS[-1]}]."
+)
 
 
 class Refused(RunError):
@@ -42,18 +44,23 @@ class Refused(RunError):
 class Policy:
     """Bounds that a site sets. What is null is not bounded; of BOUNDS, `unbounded` then says so."""
 
-    unit: str = option("sample", "what must be protected: sample, one record against everyone outside; or none",
-                       choices=("sample", "none"))
+    unit: str = option(
+        "sample",
+        "what must be protected: sample, one record against everyone outside; or none",
+        choices=("sample", "none"),
+    )
     max_epsilon: float | None = option(None, "largest epsilon of one record, over all runs together", above=0)
     max_delta: float = option(1e-5, "largest delta", above=0, high=0.5)
     min_noise_multiplier: float = option(0.0, "smallest noise multiplier of a step, and of a head's sums", low=0)
     max_rounds: int | None = option(None, "most rounds of one run", low=1)
     strategies: list[str] | None = option(None, "strategies that may ask; null is all")
     metrics: list[str] = option([], f"what may leave beside the update: {', '.join(METRICS)}")
-    records: int | None = option(None, "public number of records, for the sampling rate; null takes privacy.records, "
-                                 "else the true count", low=1)
-    min_clients: int | None = option(None, "fewest clients whose updates may be summed under secure aggregation; null "
-                                     "does not ask for it", low=2)
+    records: int | None = option(
+        None, "public number of records, for the sampling rate; null takes privacy.records, else the true count", low=1
+    )
+    min_clients: int | None = option(
+        None, "fewest clients whose updates may be summed under secure aggregation; null does not ask for it", low=2
+    )
     seeded_noise: bool = option(False, "allow noise that can be reproduced (tests, simulations): no privacy")
     unbounded: list[str] = option([], f"which of {', '.join(BOUNDS)} are left open on purpose")
 
@@ -86,14 +93,19 @@ class Policy:
             reasons.append(f"strategy {', '.join(names)} is not among {', '.join(self.strategies)}")
         sent = [metric for metric in METRICS if metric != "missed_tasks" or config.continual.body is not None]
         if privacy.release_metrics and set(sent) - set(self.metrics):
-            reasons.append(f"privacy.release_metrics sends {', '.join(sent)}; allowed: "
-                           f"{', '.join(self.metrics) or 'none'}")
+            reasons.append(
+                f"privacy.release_metrics sends {', '.join(sent)}; allowed: {', '.join(self.metrics) or 'none'}"
+            )
         if privacy.unit == "sample" and self.records is not None and config.continual.body is not None:
-            reasons.append(f"records={self.records} is of all records, but continual.body={config.continual.body} "
-                           "samples from those of a task")
+            reasons.append(
+                f"records={self.records} is of all records, but continual.body={config.continual.body} "
+                "samples from those of a task"
+            )
         if self.min_clients is not None and (summed := _fewest(config)) < self.min_clients:
-            reasons.append(f"updates are seen in sums of {summed} clients or more; min_clients={self.min_clients} "
-                           f"needs secagg.enabled=true and secagg.min_clients={self.min_clients}")
+            reasons.append(
+                f"updates are seen in sums of {summed} clients or more; min_clients={self.min_clients} "
+                f"needs secagg.enabled=true and secagg.min_clients={self.min_clients}"
+            )
         if privacy.unit == "sample" and privacy.randomness != "os" and not self.seeded_noise:
             reasons.append("privacy.randomness=seeded is reproducible; it must be os")
         if reasons:
@@ -107,8 +119,9 @@ class Policy:
     def require_noise(self, sigma: float) -> None:
         """Raise Refused if a planned noise multiplier is below the bound."""
         if sigma < self.min_noise_multiplier:
-            raise Refused(f"refused by the site's policy: the planned noise multiplier is under "
-                          f"{self.min_noise_multiplier:g}.")
+            raise Refused(
+                f"refused by the site's policy: the planned noise multiplier is under {self.min_noise_multiplier:g}."
+            )
 
 
 def _fewest(config: Config) -> int:
@@ -160,8 +173,11 @@ def _require_bounds(policy: Policy, path: Path) -> None:
 def allows(policy: Policy) -> dict[str, Any]:
     """What a policy allows and what it leaves open; JSON-ready."""
     bounds = {key: value for key, value in asdict(policy).items() if key != "unbounded"}
-    left = {**dict.fromkeys(policy.unbounded), **({} if policy.strategies is not None else {"strategies": None}),
-            **({} if policy.min_noise_multiplier else {"min_noise_multiplier": None})}
+    left = {
+        **dict.fromkeys(policy.unbounded),
+        **({} if policy.strategies is not None else {"strategies": None}),
+        **({} if policy.min_noise_multiplier else {"min_noise_multiplier": None}),
+    }
     return {"allows": bounds, "open": list(left)}
 
 
@@ -169,17 +185,26 @@ def sentences(policy: Policy) -> list[str]:
     """What a policy allows and what it leaves open, a line each, for people."""
     noise, names = policy.min_noise_multiplier, policy.strategies
     lines = [
-        "unit: every record is protected by DP-SGD" if policy.unit == "sample" else
-        "unit: none, SO PLAIN TRAINING IS ALLOWED: no privacy",
-        "max_epsilon: " + ("ANY EPSILON" if policy.max_epsilon is None else
-                           f"{policy.max_epsilon:g} of one record, over all runs that the ledger counts"),
+        "unit: every record is protected by DP-SGD"
+        if policy.unit == "sample"
+        else "unit: none, SO PLAIN TRAINING IS ALLOWED: no privacy",
+        "max_epsilon: "
+        + (
+            "ANY EPSILON"
+            if policy.max_epsilon is None
+            else f"{policy.max_epsilon:g} of one record, over all runs that the ledger counts"
+        ),
         f"max_delta: {policy.max_delta:g}",
         "min_noise_multiplier: " + (f"{noise:g}" if noise else "any noise that the epsilon allows"),
         "max_rounds: " + ("ANY NUMBER of rounds" if policy.max_rounds is None else f"{policy.max_rounds} of one run"),
         "strategies: " + ("any" if names is None else ", ".join(names) or "none"),
         f"metrics: {', '.join(policy.metrics) or 'none'} may leave beside the update",
-        "records: " + ("what the run says, else the true number counts as public" if policy.records is None else
-                       f"{policy.records}, whatever the true number is"),
+        "records: "
+        + (
+            "what the run says, else the true number counts as public"
+            if policy.records is None
+            else f"{policy.records}, whatever the true number is"
+        ),
     ]
     if policy.min_clients is not None:
         lines.append(f"min_clients: updates leave in sums of at least {policy.min_clients} clients only")

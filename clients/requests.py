@@ -41,8 +41,10 @@ def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, Instru
         for name, site in form.sites.items():
             mine = own.sites.get(name)
             if mine is None or (mine.kind, mine.shape) != (site.kind, site.shape):
-                raise BadMessage(f"site {shown(name, 200)} of kind {shown(site.kind, 60)} and shape "
-                                 f"{list(site.shape)} is not one of this client's model")
+                raise BadMessage(
+                    f"site {shown(name, 200)} of kind {shown(site.kind, 60)} and shape "
+                    f"{list(site.shape)} is not one of this client's model"
+                )
 
     try:
         with opening.reading("message"):
@@ -53,6 +55,8 @@ def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, Instru
 
 def most_bytes(own: AdapterState) -> int:
     """Bytes of the largest state that a strategy may send: beside adapters, dense changes of the base as factors."""
-    dense = sum(8 * (rows + columns) * min(rows, columns)
-                for rows, columns in (site.shape for site in own.sites.values() if len(site.shape) == 2))
+    dense = sum(
+        8 * (rows + columns) * min(rows, columns)
+        for rows, columns in (site.shape for site in own.sites.values() if len(site.shape) == 2)
+    )
     return STATES * own.nbytes + dense + SMALL

@@ -27,8 +27,9 @@ log = logging.getLogger("fedpeft")
 COUNT = "num-examples"
 
 
-def answer(local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
-           ) -> dict[str, float]:
+def answer(
+    local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
+) -> dict[str, float]:
     """What leaves for one request.
 
     Args:
@@ -51,8 +52,9 @@ def answer(local: Local, client: str, received: AdapterState, start: AdapterStat
     return {key: float(found.get(key, 0.0 if key == COUNT else math.nan)) for key in names(local.config)}
 
 
-def scores(local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
-           ) -> dict[str, float]:
+def scores(
+    local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
+) -> dict[str, float]:
     """Accuracy and loss, and with `tta` those of the client's stream."""
     held = local.usable(sequence.records_of_seen(local.data(local.holdout, client), told, client))
     if len(held) == 0:
@@ -62,8 +64,9 @@ def scores(local: Local, client: str, received: AdapterState, start: AdapterStat
         found = evaluate(local.model, held)
         if local.config.tta.method is not None:
             own = local.usable(sequence.records_of_seen(local.data(local.train_data, client), told, client))
-            found |= test_time.score(local.config, local.model, client, received, held, own, local.store, told.round,
-                                     local.halves)
+            found |= test_time.score(
+                local.config, local.model, client, received, held, own, local.store, told.round, local.halves
+            )
     return found
 
 

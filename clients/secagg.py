@@ -45,8 +45,15 @@ FORMS = ((), ("names", "masks", "boxes"), ("names", "sealed"), ("uploaded", "sil
 BYTES = ("masks", "boxes", "sealed")
 
 
-def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Context], str], request: Request,
-             train: Train, store: Callable[[], Store], mods: list[Mod]) -> None:
+def register(
+    app: ClientApp,
+    config: Callable[[], Config],
+    name: Callable[[Context], str],
+    request: Request,
+    train: Train,
+    store: Callable[[], Store],
+    mods: list[Mod],
+) -> None:
     """Let a ClientApp answer the four stages; `train` gives the update that it would send in the clear to a request."""
 
     def answer(stage: int, message: Message, context: Context, respond: Callable[[Member], RecordDict]) -> Message:
@@ -69,9 +76,17 @@ def register(app: ClientApp, config: Callable[[], Config], name: Callable[[Conte
     @app.train(ACTIONS[2], mods=mods)
     def upload(message: Message, context: Context) -> Message:
         received, told = request(message)
-        return answer(2, message, context, lambda member: member.upload(
-            lambda: reference(received, told.uploads), lambda: train(context, received, told), told.round,
-            received.sha256()))
+        return answer(
+            2,
+            message,
+            context,
+            lambda member: member.upload(
+                lambda: reference(received, told.uploads),
+                lambda: train(context, received, told),
+                told.round,
+                received.sha256(),
+            ),
+        )
 
     @app.query(ACTIONS[3])
     def unmask(message: Message, context: Context) -> Message:
@@ -128,8 +143,10 @@ class Member:
         if stage:
             self.state = {**context.state.config_records.get(RECORD, ConfigRecord())}
             if (self.state.get("stage"), self.state.get("round")) != (stage - 1, self.round):
-                raise RunError(f"round {self.round}, stage {stage} ({NAMES[stage]}): not due here; it follows stage "
-                               f"{stage - 1} of the same round, once.")
+                raise RunError(
+                    f"round {self.round}, stage {stage} ({NAMES[stage]}): not due here; it follows stage "
+                    f"{stage - 1} of the same round, once."
+                )
 
     def advertise(self) -> RecordDict:
         """Stage 0: two new key pairs."""
@@ -157,14 +174,25 @@ class Member:
                 masking.agree(self.state["mask_secret"], mask, "mask")
         except ValueError as error:
             raise RunError("a neighbour's public key is none.") from error
-        sealed = [masking.seal(key, one + other, self.label(self.name, name))
-                  for name, key, one, other in zip(names, keys, seeds[1:], secrets[1:], strict=True)]
-        self.leave(stage=1, mask_secret=self.state["mask_secret"], seed=seed, names=names, masks=masks, keys=keys,
-                   seed_share=seeds[0], secret_share=secrets[0])
+        sealed = [
+            masking.seal(key, one + other, self.label(self.name, name))
+            for name, key, one, other in zip(names, keys, seeds[1:], secrets[1:], strict=True)
+        ]
+        self.leave(
+            stage=1,
+            mask_secret=self.state["mask_secret"],
+            seed=seed,
+            names=names,
+            masks=masks,
+            keys=keys,
+            seed_share=seeds[0],
+            secret_share=secrets[0],
+        )
         return RecordDict({RECORD: ConfigRecord({"sealed": sealed})})
 
-    def upload(self, start: Callable[[], AdapterState], train: Callable[[], AdapterState], number: int, state: str
-               ) -> RecordDict:
+    def upload(
+        self, start: Callable[[], AdapterState], train: Callable[[], AdapterState], number: int, state: str
+    ) -> RecordDict:
         """Stage 2: train, and send the change from `start` in fixed point under all masks; `state` names the start."""
         names, sealed = list(self.asked["names"]), list(self.asked["sealed"])
         self.enough(len(set(names)) + 1, "have sent shares")
@@ -226,9 +254,11 @@ class Member:
     def another_set(self, given: set[str], asked: set[str]) -> RunError:
         """The error where shares for a sum over other clients from the same start state were given before."""
         apart = ", ".join(sorted(given ^ asked))
-        return RunError(f"round {self.round}: shares for a sum from this start state were given before, and {apart} "
-                        "would be in one of the two sums only, which tells what is between them. Go on with a new "
-                        "round.")
+        return RunError(
+            f"round {self.round}: shares for a sum from this start state were given before, and {apart} "
+            "would be in one of the two sums only, which tells what is between them. Go on with a new "
+            "round."
+        )
 
     def enough(self, count: int, what: str) -> None:
         """Raise RunError unless `count`, the client itself among them, is as many as must be there."""
@@ -239,15 +269,23 @@ class Member:
     def quantised(self, start: AdapterState, update: AdapterState) -> masking.Words:
         """The change of every coordinate in fixed point. How many were clipped is logged here and goes nowhere else."""
         start.require_same_form(update, "update")
-        changes = [(after.cpu().double() - before.cpu().double()).reshape(-1)
-                   for after, before in zip(update.payload, start.payload, strict=True)]
+        changes = [
+            (after.cpu().double() - before.cpu().double()).reshape(-1)
+            for after, before in zip(update.payload, start.payload, strict=True)
+        ]
         change = torch.cat(changes).numpy()
         if not np.isfinite(change).all():
             raise RunError("its update has NaN or inf; it is not sent.")
         words, clipped = masking.quantise(change, self.plan.clip, self.plan.bits)
         if clipped:
-            log.warning("round %d: %s: %d of %d changes were cut to secagg.clip=%g", self.round, self.name, clipped,
-                        change.size, self.plan.clip)
+            log.warning(
+                "round %d: %s: %d of %d changes were cut to secagg.clip=%g",
+                self.round,
+                self.name,
+                clipped,
+                change.size,
+                self.plan.clip,
+            )
         return words
 
     def label(self, sender: str, receiver: str) -> str:

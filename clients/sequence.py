@@ -47,8 +47,10 @@ def require_own_task(sequence: TaskSequence | None, told: Instructions) -> None:
     """
     lesson = None if sequence is None else sequence.make_lesson(sequence.curriculum.task(max(told.round, 1)))
     if told.learn != lesson:
-        raise RunError(f"round {told.round}: the server's task ({_brief(told.learn)}) is not that of this client's "
-                       f"config ({_brief(lesson)}).")
+        raise RunError(
+            f"round {told.round}: the server's task ({_brief(told.learn)}) is not that of this client's "
+            f"config ({_brief(lesson)})."
+        )
 
 
 def _brief(lesson: Lesson | None) -> str:
@@ -136,8 +138,9 @@ def mark_task(kept: dict[str, Tensor], told: Instructions, client: str) -> tuple
     return {JOINED: torch.tensor(sorted(before | {now}))}, len(missed)
 
 
-def answer_sums(local: Local, client: str, received: AdapterState, told: Instructions
-           ) -> tuple[AdapterState, dict[str, float]]:
+def answer_sums(
+    local: Local, client: str, received: AdapterState, told: Instructions
+) -> tuple[AdapterState, dict[str, float]]:
     """Sums over a task's records for the config's head at the received model, or a sketch for its body.
 
     Which of them the server asks for with `told.sums`; whether it may, the client's own config says.
@@ -165,14 +168,21 @@ def answer_sums(local: Local, client: str, received: AdapterState, told: Instruc
     return AdapterState({}, extra=sums), weight
 
 
-def answer_sums_privately(local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
-                   ) -> tuple[AdapterState, dict[str, float]]:
+def answer_sums_privately(
+    local: Local, client: str, received: AdapterState, start: AdapterState, told: Instructions
+) -> tuple[AdapterState, dict[str, float]]:
     """The sums for a head, noised, once on the disk and in the ledger; a failure costs what they would have."""
     guard, store, model, number = local.guard, local.store, local.model, told.round
     noise = float(local.config.continual.statistics_noise or 0)
     # A name of its own: under the client's the store keeps the update of the same round.
-    spending = Spending(client, f"{client}+sums-{told.view}", number, account_of_task(client, told),
-                        fingerprint(received, told), sums=noise)
+    spending = Spending(
+        client,
+        f"{client}+sums-{told.view}",
+        number,
+        account_of_task(client, told),
+        fingerprint(received, told),
+        sums=noise,
+    )
     answered = store.reply(spending.kept, number, spending.request)
     with discreet(guard, store, spending):
         plan = spending.plan = guard.plan(client, lambda: len(local.records(client, told)))

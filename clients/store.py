@@ -77,13 +77,15 @@ class Store:
         tensors = {key: value for key, value in named.items() if not key.startswith(EXTRA)}
         return AdapterState(tensors, extra=extra), json.loads(metadata.get("metrics", "{}"))
 
-    def save_reply(self, client: str, number: int, request: str, update: AdapterState,
-                   metrics: dict[str, float]) -> None:
+    def save_reply(
+        self, client: str, number: int, request: str, update: AdapterState, metrics: dict[str, float]
+    ) -> None:
         """Keep an answer, so that a repeated request need not release anything new; drop what no resume asks for."""
         folder = self.root / client
         named = {**update.tensors, **{f"{EXTRA}{name}": value for name, value in update.extra.items()}}
-        write_tensors(folder / f"reply-{number:06d}.safetensors", named,
-                      {"request": request, "metrics": json.dumps(metrics)})
+        write_tensors(
+            folder / f"reply-{number:06d}.safetensors", named, {"request": request, "metrics": json.dumps(metrics)}
+        )
         for path in folder.glob("reply-*.safetensors"):
             if int(path.stem.removeprefix("reply-")) < number - self.history:
                 path.unlink(missing_ok=True)

@@ -40,8 +40,17 @@ from fedpeft.tta.play import run_stream
 PER_CLIENT, SEQUENCE = "per_client", "sequence"
 
 
-def score(config: Config, model: Adapted, client: str, received: AdapterState, held: Encoded, train: Encoded,
-          store: Store, number: int, halves: Sequence[ClientHalf] = ()) -> dict[str, float]:
+def score(
+    config: Config,
+    model: Adapted,
+    client: str,
+    received: AdapterState,
+    held: Encoded,
+    train: Encoded,
+    store: Store,
+    number: int,
+    halves: Sequence[ClientHalf] = (),
+) -> dict[str, float]:
     """Accuracy on the client's stream of the model as written, without and with the method of `tta`."""
     deployed = deploy(model)
     given = stream(config, client, held)
@@ -52,12 +61,21 @@ def score(config: Config, model: Adapted, client: str, received: AdapterState, h
     adapted = run_stream(method, given, deployed)
     if config.tta.keep:
         store.save_state(client, number, method.state())
-    return {"tta_source_accuracy": source_accuracy(deployed, given),
-            "tta_accuracy": 1 - round(adapted["error"] * given.rows) / given.rows}
+    return {
+        "tta_source_accuracy": source_accuracy(deployed, given),
+        "tta_accuracy": 1 - round(adapted["error"] * given.rows) / given.rows,
+    }
 
 
-def build(config: Config, model: Adapted, deployed: Deployed, client: str, received: AdapterState, train: Encoded,
-          halves: Sequence[ClientHalf] = ()) -> TTAMethod:
+def build(
+    config: Config,
+    model: Adapted,
+    deployed: Deployed,
+    client: str,
+    received: AdapterState,
+    train: Encoded,
+    halves: Sequence[ClientHalf] = (),
+) -> TTAMethod:
     """The client's method, ready for its stream; `halves` give it what the federation learned for it."""
     method = _named(config, deployed, seeds.derive(config.run.seed, "tta", client, "method"))
     equipped = any(half.equip(method, model, deployed, received, train) for half in halves)
@@ -85,8 +103,10 @@ def stream(config: Config, client: str, held: Encoded) -> TestStream:
         labels.append(chosen.labels)
         domains += [name if name == CLEAN else f"{name}-{config.tta.severity}"] * len(data)
         first = number * len(data)
-        parts += [slice(first + start, min(first + start + config.tta.batch_size, first + len(data)))
-                  for start in range(0, len(data), config.tta.batch_size)]
+        parts += [
+            slice(first + start, min(first + start + config.tta.batch_size, first + len(data)))
+            for start in range(0, len(data), config.tta.batch_size)
+        ]
     joined = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}
     return TestStream(client, joined, torch.cat(labels), domains, parts)
 
@@ -127,13 +147,17 @@ def require(config: Config, model: Adapted) -> None:
     deployed = deploy(model)
     method = _named(config, deployed, 0)
     if tta.corruption != CLEAN and model.base.processor is not None:
-        raise InputError(f"tta.corruption={tta.corruption}: {config.model.name} normalises its images; corruptions "
-                         "work on images in [0, 1] that go in as they are. Set tta.corruption=clean.")
+        raise InputError(
+            f"tta.corruption={tta.corruption}: {config.model.name} normalises its images; corruptions "
+            "work on images in [0, 1] that go in as they are. Set tta.corruption=clean."
+        )
     trained = {id(parameter) for parameter in model.parameters.values()}
     both = [name for name in _adapts(method, deployed) if id(deployed.tensor(name)) in trained]
     if tta.keep and both:
-        raise InputError(f"tta.keep=true: {tta.method} adapts {both[0]}, which the rounds train: what was kept would "
-                         "undo the new round's values. Set tta.keep=false, or tta.adapt=norm_affine.")
+        raise InputError(
+            f"tta.keep=true: {tta.method} adapts {both[0]}, which the rounds train: what was kept would "
+            "undo the new round's values. Set tta.keep=false, or tta.adapt=norm_affine."
+        )
 
 
 def check(config: Config) -> None:
@@ -142,18 +166,23 @@ def check(config: Config) -> None:
     if tta.method is None:
         return
     if config.data.holdout == 0:
-        raise InputError(f"tta.method={tta.method}: a client's stream is made of its held-out records, and "
-                         "data.holdout=0 holds none out. Set data.holdout (for example 0.3).")
+        raise InputError(
+            f"tta.method={tta.method}: a client's stream is made of its held-out records, and "
+            "data.holdout=0 holds none out. Set data.holdout (for example 0.3)."
+        )
     allowed = [*CORRUPTIONS, PER_CLIENT, SEQUENCE, CLEAN]
     if tta.corruption not in allowed:
         raise InputError(registry.unknown("tta.corruption", tta.corruption, allowed))
     if tta.corruption != CLEAN and load_objective(config.model.task).records != "image":
-        raise InputError(f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
-                         f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts.")
+        raise InputError(
+            f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
+            f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts."
+        )
     partner = registry.load("tta", tta.method, "tta.method").pairs_with
     if partner is not None and partner not in config.strategy.names:
-        raise InputError(f"tta.method={tta.method}: the federation has to learn what it needs. Set "
-                         f"strategy.wrap=[{partner}].")
+        raise InputError(
+            f"tta.method={tta.method}: the federation has to learn what it needs. Set strategy.wrap=[{partner}]."
+        )
 
 
 def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -162,18 +191,32 @@ def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | N
     if config.tta.method is None or last is None:
         return None
     passes = len(CORRUPTIONS) if config.tta.corruption == SEQUENCE else 1  # of the held-out records
-    clients = {client: {"stream": SEQUENCE if config.tta.corruption == SEQUENCE else corruptions(config, client)[0],
-                        "records": int(result["num-examples"]),
-                        "rows": int(result["num-examples"]) * passes, "accuracy": result["accuracy"],
-                        "source_accuracy": result["tta_source_accuracy"], "tta_accuracy": result["tta_accuracy"]}
-               for client, result in last["clients"].items() if "tta_accuracy" in result}
+    clients = {
+        client: {
+            "stream": SEQUENCE if config.tta.corruption == SEQUENCE else corruptions(config, client)[0],
+            "records": int(result["num-examples"]),
+            "rows": int(result["num-examples"]) * passes,
+            "accuracy": result["accuracy"],
+            "source_accuracy": result["tta_source_accuracy"],
+            "tta_accuracy": result["tta_accuracy"],
+        }
+        for client, result in last["clients"].items()
+        if "tta_accuracy" in result
+    }
     if not clients:
         return None
     total = sum(row["records"] for row in clients.values())
-    means = {key: sum(row[key] * row["records"] for row in clients.values()) / total
-             for key in ("accuracy", "source_accuracy", "tta_accuracy")}
-    found = {"method": config.tta.method, "severity": config.tta.severity, "round": last["round"], **means,
-             "clients": clients}
+    means = {
+        key: sum(row[key] * row["records"] for row in clients.values()) / total
+        for key in ("accuracy", "source_accuracy", "tta_accuracy")
+    }
+    found = {
+        "method": config.tta.method,
+        "severity": config.tta.severity,
+        "round": last["round"],
+        **means,
+        "clients": clients,
+    }
     return {**found, **lead.gains(found)}
 
 

@@ -31,6 +31,7 @@ from fedpeft.privacy.plan import Plan
 
 log = logging.getLogger("fedpeft")
 
+
 @dataclass(frozen=True)
 class Private:
     """DP-SGD: the plan, and where its sampling and noise come from."""
@@ -45,9 +46,18 @@ class Private:
         return int(self.source.uniform(1)[0] * 2**53)
 
 
-def train(model: Adapted, data: Encoded, trains: Sequence[str], config: ClientConfig, seed: int, *,
-          proximal: float = 0.0, offset: dict[str, Tensor] | None = None, private: Private | None = None,
-          in_order: bool = False) -> tuple[int, float]:
+def train(
+    model: Adapted,
+    data: Encoded,
+    trains: Sequence[str],
+    config: ClientConfig,
+    seed: int,
+    *,
+    proximal: float = 0.0,
+    offset: dict[str, Tensor] | None = None,
+    private: Private | None = None,
+    in_order: bool = False,
+) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
     Args:
@@ -117,21 +127,35 @@ def taught(data: Encoded, private: Private | None) -> Encoded:
 Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen
 
 
-def plain_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parameter], config: ClientConfig,
-                rng: np.random.Generator | None, device: torch.device) -> Iterator[Gradients]:
+def plain_steps(
+    model: Adapted,
+    data: Encoded,
+    parameters: dict[str, nn.Parameter],
+    config: ClientConfig,
+    rng: np.random.Generator | None,
+    device: torch.device,
+) -> Iterator[Gradients]:
     """The gradient of the mean loss of each batch; each is taken at the parameters as they then are."""
     for index in batches(len(data), config, rng):
         loss = per_sample_loss(model, *on_device(data, index, device)).mean()
         loss.backward()
         yield (
-            {key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-             for key, parameter in parameters.items()},
+            {
+                key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                for key, parameter in parameters.items()
+            },
             [loss.detach()],
         )
 
 
-def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parameter], config: ClientConfig,
-                  private: Private, device: torch.device) -> Iterator[Gradients]:
+def private_steps(
+    model: Adapted,
+    data: Encoded,
+    parameters: dict[str, nn.Parameter],
+    config: ClientConfig,
+    private: Private,
+    device: torch.device,
+) -> Iterator[Gradients]:
     """The noised gradient of each Poisson sample, also of an empty one. Big samples are taken in pieces."""
     plan, source = private.plan, private.source
     for _ in range(config.local_steps or 0):
@@ -140,8 +164,9 @@ def private_steps(model: Adapted, data: Encoded, parameters: dict[str, nn.Parame
         losses: list[Tensor] = []
         for start in range(0, len(drawn), 2 * config.batch_size):
             inputs, labels = on_device(data, drawn[start : start + 2 * config.batch_size], device)
-            gradients, each = per_sample_gradients(model.base.modules, parameters, partial(per_sample_loss, model),
-                                                   inputs, labels)
+            gradients, each = per_sample_gradients(
+                model.base.modules, parameters, partial(per_sample_loss, model), inputs, labels
+            )
             total += plan.clipped_sum(gradients, each)
             losses += list(each)
         noised = plan.noised_mean(total, source)

@@ -36,10 +36,14 @@ HEADS = {"linear": ("trained classifier", "#b0543c"), "lda": ("LDA on the featur
 def table(kind: str) -> str:
     """All entries of a registry table as Markdown: name, first line of its description, and paper where any has one."""
     entries = catalogue.entries(kind)[kind]
-    papers = [getattr(registry.load(kind, entry["name"]), "paper", "") if kind in registry.TABLES else ""
-              for entry in entries]
-    rows = [["name", "what it is", "paper"], ["---"] * 3,
-            *([f"`{entry['name']}`", entry["summary"], paper] for entry, paper in zip(entries, papers, strict=True))]
+    papers = [
+        getattr(registry.load(kind, entry["name"]), "paper", "") if kind in registry.TABLES else "" for entry in entries
+    ]
+    rows = [
+        ["name", "what it is", "paper"],
+        ["---"] * 3,
+        *([f"`{entry['name']}`", entry["summary"], paper] for entry, paper in zip(entries, papers, strict=True)),
+    ]
     return "\n".join(f"| {' | '.join(row if any(papers) else row[:2])} |".replace("  ", " ") for row in rows)
 
 
@@ -63,6 +67,7 @@ def federations() -> str:
 
 def with_tables(page: str) -> str:
     """The page with every block between `<!-- table KIND -->` and `<!-- end -->` made anew."""
+
     def fill(block: re.Match[str]) -> str:
         return f"{block[1]}{federations() if block[2] == 'federations' else table(block[2])}\n"
 
@@ -75,8 +80,7 @@ def measured() -> dict[str, dict[str, tuple[float, float]]]:
     header, _, *rows = (line.strip("| ").split(" | ") for line in section.splitlines())
     cells = {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows}
     numbers = {name: {head: cells[name][head].split(" ± ") for head in HEADS} for name in BODIES}
-    return {name: {head: (float(mean), float(sd)) for head, (mean, sd) in row.items()}
-            for name, row in numbers.items()}
+    return {name: {head: (float(mean), float(sd)) for head, (mean, sd) in row.items()} for name, row in numbers.items()}
 
 
 def draw(path: Path) -> None:

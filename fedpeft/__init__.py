@@ -1,8 +1,8 @@
 """Federated and continual fine-tuning of peft adapters.
 
-    >>> import fedpeft
-    >>> callable(fedpeft.simulate)
-    True
+>>> import fedpeft
+>>> callable(fedpeft.simulate)
+True
 """
 
 import importlib

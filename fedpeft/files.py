@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-FULL = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room within the quota",
-        errno.EFBIG: "raise the largest size of a file (ulimit -f)", errno.EROFS: "make that disk writable",
-        errno.EACCES: "give yourself the right to it", errno.EPERM: "give yourself the right to it",
-        errno.EMFILE: "raise the number of open files (ulimit -n)", errno.EIO: "see to that disk"}
+FULL = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the largest size of a file (ulimit -f)",
+    errno.EROFS: "make that disk writable",
+    errno.EACCES: "give yourself the right to it",
+    errno.EPERM: "give yourself the right to it",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.EIO: "see to that disk",
+}
 
 
 def write_bytes(path: Path, data: bytes) -> None:

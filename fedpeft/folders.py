@@ -73,8 +73,9 @@ def real(path: Path | str, flag: str) -> Path:
         place = Path(path).expanduser()
         found = place.resolve()
         if place.is_symlink() and not found.exists():
-            raise InputError(f"{flag}: {path} is a link to {found}, which is not there. Make that folder, or remove "
-                             "the link.")
+            raise InputError(
+                f"{flag}: {path} is a link to {found}, which is not there. Make that folder, or remove the link."
+            )
         found.stat()
     except FileNotFoundError:
         return found
@@ -114,8 +115,9 @@ def _short(path: Path) -> str:
 
 
 @contextmanager
-def new(path: Path | str | None, default: Path, flag: str = "--out", hint: str = "", own: Sequence[str] = ()
-        ) -> Iterator[Made]:
+def new(
+    path: Path | str | None, default: Path, flag: str = "--out", hint: str = "", own: Sequence[str] = ()
+) -> Iterator[Made]:
     """A new or empty folder, held by this process; it is for the caller to undo it where nothing comes of it.
 
     Args:
@@ -161,8 +163,11 @@ def _require_empty(folder: Path, flag: str, hint: str, own: Sequence[str] = ()) 
         return
     if not folder.is_dir():
         raise InputError(f"{flag}: {folder} is a file. Give a new folder{hint.format(folder)}.")
-    other = [entry.name for entry in folder.iterdir()
-             if entry.name != LOCK and not any(fnmatchcase(entry.name, pattern) for pattern in own)]
+    other = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name != LOCK and not any(fnmatchcase(entry.name, pattern) for pattern in own)
+    ]
     if other:
         what = "not empty" if hint else "not an empty folder"
         if own:
@@ -244,11 +249,17 @@ def _locked(path: Path, until: float) -> int:
             if time.monotonic() < until:
                 time.sleep(POLL_S)
                 continue
-            raise InputError(f"{path.parent}: already running: {holder} works in this folder. One at a time may; wait "
-                             "until that one has ended, or end it.") from None
+            raise InputError(
+                f"{path.parent}: already running: {holder} works in this folder. One at a time may; wait "
+                "until that one has ended, or end it."
+            ) from None
         except OSError as error:
-            log.warning("%s cannot be locked (%s): see to it that no second process works in %s.", path,
-                        error.strerror, path.parent)
+            log.warning(
+                "%s cannot be locked (%s): see to it that no second process works in %s.",
+                path,
+                error.strerror,
+                path.parent,
+            )
             return handle
         with contextlib.suppress(FileNotFoundError):  # a process that has just ended may have removed it
             if os.path.samestat(os.stat(path), os.fstat(handle)):

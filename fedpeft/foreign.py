@@ -1,12 +1,12 @@
 """Text that came from elsewhere (a client, a server, a file that somebody edits): bounded before it is parsed.
 
-    read_yaml, read_json   plain data of bounded length, depth and numbers; YAML has no aliases and no tags
-    shown                  one line of at most 2 kB for logs, terminals and reports, control characters escaped
+read_yaml, read_json   plain data of bounded length, depth and numbers; YAML has no aliases and no tags
+shown                  one line of at most 2 kB for logs, terminals and reports, control characters escaped
 
-    >>> shown("a" + chr(27) + "[31mb")
-    'a\\\\x1b[31mb'
-    >>> read_yaml("run: {rounds: 3, deadline_s: 1e2}", "config")
-    {'run': {'rounds': 3, 'deadline_s': 100.0}}
+>>> shown("a" + chr(27) + "[31mb")
+'a\\\\x1b[31mb'
+>>> read_yaml("run: {rounds: 3, deadline_s: 1e2}", "config")
+{'run': {'rounds': 3, 'deadline_s': 100.0}}
 """
 
 from __future__ import annotations

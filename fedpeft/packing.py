@@ -19,8 +19,19 @@ from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 if TYPE_CHECKING:
     import numpy as np
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
+}
 PARTS = ("tensors", "extra")  # of a state, in the order in which they are packed
 
 
@@ -31,15 +42,23 @@ def pack(state: AdapterState) -> tuple[np.ndarray, str]:
     """
     values = [value.detach().cpu().contiguous().reshape(-1) for value in state.payload]
     # The empty one is for a state without tensors, which `cat` alone refuses.
-    flat = torch.cat(values) if _one_dtype(state) else torch.cat(
-        [torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
+    flat = (
+        torch.cat(values)
+        if _one_dtype(state)
+        else torch.cat([torch.empty(0, dtype=torch.uint8), *(value.view(torch.uint8) for value in values)])
+    )
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), manifest_of(state)
 
 
 def manifest_of(state: AdapterState) -> str:
     """What tells the tensors of a packed array apart."""
-    listed = {part: [[key, str(value.dtype).removeprefix("torch."), list(value.shape)]
-                     for key, value in getattr(state, part).items()] for part in PARTS}
+    listed = {
+        part: [
+            [key, str(value.dtype).removeprefix("torch."), list(value.shape)]
+            for key, value in getattr(state, part).items()
+        ]
+        for part in PARTS
+    }
     return json.dumps({**listed, "sites": {name: asdict(site) for name, site in state.sites.items()}})
 
 
@@ -73,10 +92,14 @@ def described(manifest: str, longest: int | None = None) -> AdapterState:
             names = [key for key, _, _ in meta[part]]
             if names != sorted(set(names)):
                 raise ValueError("names are not sorted, or not different")
-            listed[part] = {_text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
-                            for key, dtype, shape in meta[part]}
-        sites = {name: AdaptedLayer(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
-                 for name, site in meta["sites"].items()}
+            listed[part] = {
+                _text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
+                for key, dtype, shape in meta[part]
+            }
+        sites = {
+            name: AdaptedLayer(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
+            for name, site in meta["sites"].items()
+        }
         return AdapterState(**listed, sites=sites)
     except Exception as error:  # of a structure that somebody else made, whatever is wrong with it
         raise StateMismatch(f"manifest is not valid: {shown(repr(error), 500)}") from error

@@ -141,8 +141,10 @@ class AdapterState:
 
     def require_same_form(self, other: AdapterState, what: str) -> None:
         """Raise StateMismatch unless `other` has exactly what `self` has, in the same shapes and dtypes."""
-        mine, others = [{**state.tensors, **{f"extra {key}": value for key, value in state.extra.items()}}
-                        for state in (self, other)]
+        mine, others = [
+            {**state.tensors, **{f"extra {key}": value for key, value in state.extra.items()}}
+            for state in (self, other)
+        ]
         missing = [key for key in mine if key not in others]
         unexpected = [key for key in others if key not in mine]
         if missing or unexpected:
@@ -171,7 +173,8 @@ def to_dict(state: AdapterState) -> dict[str, Any]:
 def from_dict(tensors: dict[str, Tensor], sites: dict[str, Any]) -> AdapterState:
     """The inverse of `to_dict`, with the tensors that lay beside it."""
     return AdapterState(
-        tensors, {name: AdaptedLayer(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()}
+        tensors,
+        {name: AdaptedLayer(site["kind"], tuple(site["shape"]), site["scaling"]) for name, site in sites.items()},
     )
 
 

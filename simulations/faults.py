@@ -1,6 +1,6 @@
 """Faults that a simulation can give to clients, as a Flower mod: to see that a run survives them and names them.
 
-    run.faults: {client-003: nan, client-005: hang}
+run.faults: {client-003: nan, client-005: hang}
 """
 
 from __future__ import annotations

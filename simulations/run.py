@@ -101,8 +101,14 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> dic
 
 def _run(config: Config, run: Path, on_event: loop.Listener) -> dict[str, Any]:
     world = load_world(config, run)
-    return loop.run(world, run, Recorder(run / "metrics.jsonl"), partial(_open_grid, world, run), on_event,
-                    partial(fit_baselines, world) if config.run.baselines else dict)
+    return loop.run(
+        world,
+        run,
+        Recorder(run / "metrics.jsonl"),
+        partial(_open_grid, world, run),
+        on_event,
+        partial(fit_baselines, world) if config.run.baselines else dict,
+    )
 
 
 def fit_baselines(world: World) -> dict[str, Any]:

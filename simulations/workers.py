@@ -265,8 +265,9 @@ def shared_memory() -> str:
 
 def of_machine(error: BaseException) -> bool:
     """Whether an error is of this machine (its disk, its rights, its limits) and not of a client."""
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(
-        error, ConnectionError | TimeoutError)
+    return (
+        isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    )
 
 
 def handle(app: ClientApp, message: Message, context: Context) -> Answer:

@@ -197,8 +197,16 @@ class FederatedStrategy(Configured, Strategy):
             after_round(server)
         return server
 
-    def attempt(self, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules, codec: wire.Codec,
-                record: Callable[[dict[str, Any]], None], warned: set[str]) -> tuple[ServerState, dict[str, Any]]:
+    def attempt(
+        self,
+        grid: Grid,
+        server: ServerState,
+        roster: dict[str, int],
+        rules: Rules,
+        codec: wire.Codec,
+        record: Callable[[dict[str, Any]], None],
+        warned: set[str],
+    ) -> tuple[ServerState, dict[str, Any]]:
         """One round, but for its evaluation: the state after it and its event.
 
         Raises:
@@ -224,8 +232,12 @@ class FederatedStrategy(Configured, Strategy):
             if rules.secagg is None:
                 raise
             raise RoundDropped(str(error)) from error  # the sum is known: the same number again would tell differences
-        return server, {**event, "clients": [client for client in sorted(sent) if client not in bad], **traffic,
-                        **round_facts.told(number, facts, self.treatments(), warned)}
+        return server, {
+            **event,
+            "clients": [client for client in sorted(sent) if client not in bad],
+            **traffic,
+            **round_facts.told(number, facts, self.treatments(), warned),
+        }
 
     def drop(self, server: ServerState, error: RoundDropped, record: Callable[[dict[str, Any]], None]) -> ServerState:
         """The state before the round, under its number; recorded.
@@ -295,8 +307,14 @@ class FederatedStrategy(Configured, Strategy):
             **round_facts.mean_metrics(updates),
         }
 
-    def check(self, server: ServerState, sent: dict[str, AdapterState], replies: dict[str, Message | None],
-              rules: Rules, codec: wire.Codec = wire.PACKED) -> tuple[list[Update], dict[str, str]]:
+    def check(
+        self,
+        server: ServerState,
+        sent: dict[str, AdapterState],
+        replies: dict[str, Message | None],
+        rules: Rules,
+        codec: wire.Codec = wire.PACKED,
+    ) -> tuple[list[Update], dict[str, str]]:
         """Good updates sorted by client name, and the reason for each bad one."""
         updates, bad = [], {}
         for client in sorted(sent):  # not as replies came in: sums must round alike in every run

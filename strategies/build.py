@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fedpeft.strategies.base import FederatedStrategy
 
 
-def build(config: Config, classes: int | None = None, clients: Sequence[str] | None = None,
-          ledger: Path | None = None) -> FederatedStrategy:
+def build(
+    config: Config, classes: int | None = None, clients: Sequence[str] | None = None, ledger: Path | None = None
+) -> FederatedStrategy:
     """The strategy of a config, its wrappers and client-level privacy around it.
 
     Args:
@@ -33,12 +34,15 @@ def build(config: Config, classes: int | None = None, clients: Sequence[str] | N
     strategy = named(section.name, section.options, "strategy", context=context)
     for entry in section.wrap:
         if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
-            raise InputError(f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: "
-                             f"{', '.join(wrappers())}.")
+            raise InputError(
+                f"strategy.wrap: {entry!r} is not a name or a mapping with a name. Wrappers: {', '.join(wrappers())}."
+            )
     for name, options in section.wrappers:
         if not registry.load("strategies", name, "strategy.wrap").wraps:
-            raise InputError(f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
-                             f"Wrappers: {', '.join(wrappers())}.")
+            raise InputError(
+                f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
+                f"Wrappers: {', '.join(wrappers())}."
+            )
         strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
     if config.continual.body is not None:
         from fedpeft.strategies.sequence.build import put_body_around
@@ -74,12 +78,16 @@ def check(config: Config) -> None:
     if count is not None:  # else as many as the records have groups, which is known once they are read
         require_clients(strategy, count)
     if strategy.adapter != config.adapter.name:
-        raise InputError(f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
-                         f"Set adapter.name={strategy.adapter}.")
+        raise InputError(
+            f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
+            f"Set adapter.name={strategy.adapter}."
+        )
     if config.adapter.client_ranks and not strategy.unequal_ranks:
         able = [other for other in registry.names("strategies") if registry.load("strategies", other).unequal_ranks]
-        raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: strategy {name} needs equal ranks. "
-                         f"Strategies for unequal ranks: {', '.join(able)}.")
+        raise InputError(
+            f"adapter.client_ranks={config.adapter.client_ranks}: strategy {name} needs equal ranks. "
+            f"Strategies for unequal ranks: {', '.join(able)}."
+        )
     client = config.client
     if strategy.plain_sgd and (client.optimizer != "sgd" or client.momentum or client.max_grad_norm is not None):
         needing = next(layer for layer in layers(strategy) if type(layer).plain_sgd)

@@ -92,8 +92,9 @@ class ClientHalf:
         """What is sent beside the update, and what is kept; the model holds the trained adapter, and must again."""
         return {}, {}
 
-    def equip(self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState,
-              data: Encoded) -> bool:
+    def equip(
+        self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState, data: Encoded
+    ) -> bool:
         """Give a test-time method what the federation learned for it; False where it is not this half's method."""
         return False
 
@@ -124,5 +125,7 @@ def check(config: Config) -> None:
     for half in halves(build(config)):
         if half.sends and not half.covered_by_dp:
             name = name_of(half.strategy)
-            raise InputError(f"strategy.wrap: {name} has clients send {half.sends}, and privacy.unit=sample does not "
-                             f"cover them. Set privacy.unit=none, or take {name} out.")
+            raise InputError(
+                f"strategy.wrap: {name} has clients send {half.sends}, and privacy.unit=sample does not "
+                f"cover them. Set privacy.unit=none, or take {name} out."
+            )

@@ -18,16 +18,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedpeft")
 
 
-def evaluate_clients(strategy: FederatedStrategy, grid: Grid, server: ServerState, roster: dict[str, int], rules: Rules,
-                     record: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+def evaluate_clients(
+    strategy: FederatedStrategy,
+    grid: Grid,
+    server: ServerState,
+    roster: dict[str, int],
+    rules: Rules,
+    record: Callable[[dict[str, Any]], None],
+) -> dict[str, float]:
     """The clients' scores as `client_accuracy`, `client_loss`, ..., weighted by their numbers of held-out records.
 
     Raises:
         RoundFailed: no client answered.
     """
     told = replace(strategy.instructions(server), round=server.round)  # of the round behind, not of the next one
-    contents = {roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told)
-                for client in sorted(roster)}
+    contents = {
+        roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told) for client in sorted(roster)
+    }
     replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
     results = {}
     for client in sorted(roster):
@@ -41,5 +48,7 @@ def evaluate_clients(strategy: FederatedStrategy, grid: Grid, server: ServerStat
     total = sum(result["num-examples"] for result in results.values())
     record({"event": "clients_evaluated", "round": server.round, "clients": results})
     shared = set.intersection(*(set(result) for result in results.values())) - {"num-examples"}
-    return {f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
-            for key in sorted(shared)}
+    return {
+        f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
+        for key in sorted(shared)
+    }

@@ -118,8 +118,10 @@ def _open(
         )
     needed = next((half.strategy for half in halves(strategy) if not half.alone), None)
     if needed is not None:
-        raise RunError(f"{type(needed).__name__} needs its half at the clients, which a stock Flower app has not. Use "
-                       "fedpeft's client app.")
+        raise RunError(
+            f"{type(needed).__name__} needs its half at the clients, which a stock Flower app has not. Use "
+            "fedpeft's client app."
+        )
     rule = layers(strategy)[0]
     if hasattr(rule.config, "transport"):  # a stock app draws no factors from a seed
         rule.config = replace(rule.config, transport="dense")

@@ -1,10 +1,10 @@
 """Instructions tell a client of a round beside tensors. They travel as JSON; only what is declared here is read.
 
-    >>> told = Instructions(3, trains=("B", "head"), uploads=("B", "head"))
-    >>> told.to_json()
-    {'round': 3, 'trains': ['B', 'head'], 'uploads': ['B', 'head']}
-    >>> Instructions.from_json(told.to_json()) == told
-    True
+>>> told = Instructions(3, trains=("B", "head"), uploads=("B", "head"))
+>>> told.to_json()
+{'round': 3, 'trains': ['B', 'head'], 'uploads': ['B', 'head']}
+>>> Instructions.from_json(told.to_json()) == told
+True
 """
 
 from __future__ import annotations
@@ -89,9 +89,14 @@ class Instructions:
         """
         told = _mapping(tree, cls, "task")
         roles = {key: _tuple(told.get(key, []), str, f"task.{key}", "roles") for key in ROLES}
-        return cls(_round(told.get("round")), **roles, static=_optional(_drawn, told.get("static")),
-                   learn=_optional(_lesson, told.get("learn")), sums=_name(told.get("sums"), SUMS, "task.sums"),
-                   view=_name(told.get("view"), VIEW, "task.view"))
+        return cls(
+            _round(told.get("round")),
+            **roles,
+            static=_optional(_drawn, told.get("static")),
+            learn=_optional(_lesson, told.get("learn")),
+            sums=_name(told.get("sums"), SUMS, "task.sums"),
+            view=_name(told.get("view"), VIEW, "task.view"),
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -147,10 +152,17 @@ def _lesson(value: Any) -> Lesson:
     task, replay, groups = told.get("task"), told.get("replay"), told.get("groups")
     if type(task) is not int or type(replay) is not bool or not isinstance(groups, list):
         raise _wrong("task.learn", value, "a task's number, its classes, and whether earlier records are shown again")
-    classes, seen, compete = (_tuple(told.get(key), int, f"task.learn.{key}", "classes")
-                              for key in ("classes", "seen", "compete"))
-    return Lesson(task, classes, seen, compete, replay,
-                  tuple(_tuple(group, int, "task.learn.groups", "classes") for group in groups))
+    classes, seen, compete = (
+        _tuple(told.get(key), int, f"task.learn.{key}", "classes") for key in ("classes", "seen", "compete")
+    )
+    return Lesson(
+        task,
+        classes,
+        seen,
+        compete,
+        replay,
+        tuple(_tuple(group, int, "task.learn.groups", "classes") for group in groups),
+    )
 
 
 def _wrong(key: str, value: Any, wanted: str) -> BadMessage:

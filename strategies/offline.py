@@ -13,8 +13,13 @@ from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.wrappers.wrapper import name_of
 
 
-def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights: list[float] | None = None,
-              start: AdapterState | None = None, names: list[str] | None = None) -> tuple[AdapterState, list[str]]:
+def aggregate(
+    strategy: FederatedStrategy,
+    adapters: list[AdapterState],
+    weights: list[float] | None = None,
+    start: AdapterState | None = None,
+    names: list[str] | None = None,
+) -> tuple[AdapterState, list[str]]:
     """Aggregate adapters once.
 
     Args:
@@ -36,8 +41,10 @@ def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights
     if len(weights) != len(adapters) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise InputError(f"aggregate: weights={weights}: give {len(adapters)} positive numbers, one for each adapter.")
     if start is None and strategy.needs_start:
-        raise InputError(f"aggregate: {name_of(strategy)} measures adapters against what they were trained from. "
-                         "Give that start adapter.")
+        raise InputError(
+            f"aggregate: {name_of(strategy)} measures adapters against what they were trained from. "
+            "Give that start adapter."
+        )
     adapters = [flat(adapter) for adapter in adapters]
     first = adapters[0] if start is None else flat(start)
     names = names or [f"adapter {number}" for number in range(len(adapters))]
@@ -45,20 +52,25 @@ def aggregate(strategy: FederatedStrategy, adapters: list[AdapterState], weights
         require_same_sites(first, adapter, name)
     _require_ranks(strategy, first, adapters, start is not None)
     server = ServerState(first if start is not None else _largest(adapters))
-    updates = [Update(f"adapter-{number:03d}", float(weight), adapter)
-               for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))]
+    updates = [
+        Update(f"adapter-{number:03d}", float(weight), adapter)
+        for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
+    ]
     return strategy.offline(server, updates)
 
 
-def _require_ranks(strategy: FederatedStrategy, first: AdapterState, adapters: list[AdapterState],
-                   started: bool) -> None:
+def _require_ranks(
+    strategy: FederatedStrategy, first: AdapterState, adapters: list[AdapterState], started: bool
+) -> None:
     for site in first.lora_sites():
         ranks = [adapter.rank(site) for adapter in adapters]
         if not strategy.unequal_ranks and {*ranks, first.rank(site)} != {ranks[0]}:
             able = [name for name in registry.names("strategies") if registry.load("strategies", name).unequal_ranks]
-            raise InputError(f"aggregate: {name_of(strategy)} needs equal ranks, but {site} has the ranks {ranks}"
-                             f"{f' from a start of rank {first.rank(site)}' if started else ''}. "
-                             f"Strategies for unequal ranks: {', '.join(able)}.")
+            raise InputError(
+                f"aggregate: {name_of(strategy)} needs equal ranks, but {site} has the ranks {ranks}"
+                f"{f' from a start of rank {first.rank(site)}' if started else ''}. "
+                f"Strategies for unequal ranks: {', '.join(able)}."
+            )
         if started and max(ranks) > first.rank(site):
             raise InputError(f"aggregate: {site} has the ranks {ranks}, above the start's {first.rank(site)}.")
 

@@ -68,8 +68,10 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if given.stype != SType.NUMPY or given.dtype != dtype or tuple(given.shape) != shape:
         coded = "" if given.stype == SType.NUMPY else f" in {shown(given.stype, 60)}"
-        raise BadMessage(f"{what}: {shown(given.dtype, 60)} {shown(list(given.shape[:9]), 200)}{coded}, expected "
-                         f"{dtype} {list(shape)}")
+        raise BadMessage(
+            f"{what}: {shown(given.dtype, 60)} {shown(list(given.shape[:9]), 200)}{coded}, expected "
+            f"{dtype} {list(shape)}"
+        )
     if not size < len(given.data) <= size + HEADER_BYTES:
         raise BadMessage(f"{what}: {len(given.data)} bytes, expected {size} and a header for {dtype} {list(shape)}")
     file = io.BytesIO(given.data[:HEADER_BYTES])
@@ -79,14 +81,17 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
         # numpy parses the header as a Python literal, which long ones make unsafe.
         said, fortran, kind = read(file, max_header_size=HEADER_BYTES)
     if said != shape or kind != np.dtype(dtype) or file.tell() + size != len(given.data):
-        raise BadMessage(f"{what}: its header says {shown(kind, 60)} {shown(list(said), 200)}, expected {dtype} "
-                         f"{list(shape)} in {len(given.data)} bytes")
+        raise BadMessage(
+            f"{what}: its header says {shown(kind, 60)} {shown(list(said), 200)}, expected {dtype} "
+            f"{list(shape)} in {len(given.data)} bytes"
+        )
     flat = np.frombuffer(given.data, np.dtype(dtype), offset=file.tell())
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
-def packed(content: RecordDict, longest: int, check: Callable[[AdapterState], None],
-           also: tuple[str, ...] = ()) -> tuple[AdapterState, Instructions]:
+def packed(
+    content: RecordDict, longest: int, check: Callable[[AdapterState], None], also: tuple[str, ...] = ()
+) -> tuple[AdapterState, Instructions]:
     """Adapter and instructions of a message of ours.
 
     Args:

@@ -48,8 +48,11 @@ def of_single(sent: dict[str, AdapterState], updates: list[Update], roles: list[
     names = [update.client for update in updates]
     norms = [after.distance(before) for after, before in moved]
     distances = _distances(moved)
-    return {"update_norms": _by_name(names, norms), "update_distances": _by_name(names, distances),
-            "far_updates": far(dict(zip(names, norms, strict=True)))}
+    return {
+        "update_norms": _by_name(names, norms),
+        "update_distances": _by_name(names, distances),
+        "far_updates": far(dict(zip(names, norms, strict=True))),
+    }
 
 
 def far(norms: dict[str, float]) -> dict[str, float | None]:
@@ -75,8 +78,14 @@ def told(number: int, facts: dict[str, Any], treated: dict[str, str], known: set
     for name, times in facts.get("far_updates", {}).items():
         if name not in known:
             known.add(name)
-            log.warning("round %d: the update of %s %s (named from %g times on). If it should not count, set "
-                        "run.max_update_norm or a robust strategy.wrap.", number, name, beyond(times), FAR)
+            log.warning(
+                "round %d: the update of %s %s (named from %g times on). If it should not count, set "
+                "run.max_update_norm or a robust strategy.wrap.",
+                number,
+                name,
+                beyond(times),
+                FAR,
+            )
     mine = {client: what for client, what in treated.items() if client in facts.get("update_norms", {})}
     return {**facts, "treated": mine} if mine else facts
 
@@ -89,15 +98,19 @@ def beyond(times: float | None) -> str:
 def _distances(moved: list[tuple[AdapterState, AdapterState]]) -> list[float]:
     """Of every move to their coordinate-wise median, some columns at a time; empty where shapes differ."""
     first = moved[0][0]
-    if any({key: value.shape for key, value in after.tensors.items()}
-           != {key: value.shape for key, value in first.tensors.items()} for after, _ in moved):
+    if any(
+        {key: value.shape for key, value in after.tensors.items()}
+        != {key: value.shape for key, value in first.tensors.items()}
+        for after, _ in moved
+    ):
         return []
     squares, width = torch.zeros(len(moved), dtype=torch.float64), max(1, VALUES // len(moved))
     for key, value in first.tensors.items():
         for start in range(0, value.numel(), width):
             part = slice(start, start + width)
-            moves = torch.stack([after[key].flatten()[part].double() - before[key].flatten()[part].double()
-                                 for after, before in moved]).cpu()
+            moves = torch.stack(
+                [after[key].flatten()[part].double() - before[key].flatten()[part].double() for after, before in moved]
+            ).cpu()
             squares += (moves - median(moves)).square().sum(1)
     return squares.sqrt().tolist()
 

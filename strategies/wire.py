@@ -51,8 +51,9 @@ class Codec(Protocol):
     def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
         """A message to a client: the adapter and what the client is told."""
 
-    def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
-             number: int) -> tuple[AdapterState, dict[str, float]]:
+    def read(
+        self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...], number: int
+    ) -> tuple[AdapterState, dict[str, float]]:
         """The upload and the metrics of a good reply to what was `sent` in round `number`.
 
         Raises:
@@ -78,22 +79,31 @@ class Packed:
                     log.warning("node %d takes no part, as it does not tell its name: %s", node, error)
                     continue
                 if name in names:
-                    raise RunError(f"nodes {names[name]} and {node} both say that they are {name}: {len(nodes)} nodes "
-                                   "must have different names.")
+                    raise RunError(
+                        f"nodes {names[name]} and {node} both say that they are {name}: {len(nodes)} nodes "
+                        "must have different names."
+                    )
                 names[name] = node
         if len(names) < (expected or 1):
-            raise RunError(f"{len(names)} of {expected or 1} clients told their names. "
-                           + "; ".join(f"node {node}: {reason}" for node, reason in list(silent.items())[:ROLL]))
+            raise RunError(
+                f"{len(names)} of {expected or 1} clients told their names. "
+                + "; ".join(f"node {node}: {reason}" for node, reason in list(silent.items())[:ROLL])
+            )
         return names
 
     def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
         flat, manifest = pack(adapter)
-        return RecordDict({"arrays": ArrayRecord({"adapter": Array(flat)}),
-                           "config": ConfigRecord({"manifest": manifest, "task": json.dumps(told.to_json())})})
+        return RecordDict(
+            {
+                "arrays": ArrayRecord({"adapter": Array(flat)}),
+                "config": ConfigRecord({"manifest": manifest, "task": json.dumps(told.to_json())}),
+            }
+        )
 
     @staticmethod
-    def open(content: RecordDict, longest: int | None = None,
-             check: Callable[[AdapterState], None] = lambda form: None) -> tuple[AdapterState, Instructions]:
+    def open(
+        content: RecordDict, longest: int | None = None, check: Callable[[AdapterState], None] = lambda form: None
+    ) -> tuple[AdapterState, Instructions]:
         """Adapter and instructions of a message: what the client calls.
 
         Args:
@@ -113,8 +123,9 @@ class Packed:
         content["metrics"] = MetricRecord({**metrics})
         return content
 
-    def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
-             number: int) -> tuple[AdapterState, dict[str, float]]:
+    def read(
+        self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...], number: int
+    ) -> tuple[AdapterState, dict[str, float]]:
         """The upload and the metrics of a good reply.
 
         Raises:
@@ -123,8 +134,9 @@ class Packed:
         content, wanted = opened(reply), sent.select(uploads)
         values = metrics(content)
         with reading("reply", BadReply):
-            adapter, told = opening.packed(content, manifest_bytes(sent),
-                                           lambda form: wanted.require_same_form(form, "update"), ("metrics",))
+            adapter, told = opening.packed(
+                content, manifest_bytes(sent), lambda form: wanted.require_same_form(form, "update"), ("metrics",)
+            )
         # A reply to an earlier round has the right form, and would be taken for this one's.
         if told.round != number:
             raise BadReply(f"stale: an update of round {told.round}, not {number}")
@@ -183,8 +195,9 @@ class Named:
         config = {**self.config, "server-round": told.round, "trains": list(told.trains)}
         return RecordDict({"arrays": self.arrays(adapter), "config": ConfigRecord(config)})
 
-    def read(self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...],
-             number: int) -> tuple[AdapterState, dict[str, float]]:
+    def read(
+        self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...], number: int
+    ) -> tuple[AdapterState, dict[str, float]]:
         content = opened(reply)
         values = metrics(content, strict=False)
         keys = {name: key for key, name in self.names.items()}
@@ -324,8 +337,10 @@ def identity(reply: Message | None) -> str:
         opening.require_names(record, ("name",), "identity")
         name = record["name"]
         if not isinstance(name, str) or not is_name(name):
-            raise BadReply(f"{shown(name, 100)!r} is no name of a client: letters, digits, spaces inside, '-_.@', "
-                           "and others as %XX")
+            raise BadReply(
+                f"{shown(name, 100)!r} is no name of a client: letters, digits, spaces inside, '-_.@', "
+                "and others as %XX"
+            )
         return name
 
 

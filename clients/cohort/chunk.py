@@ -65,8 +65,9 @@ class Chunk:
     go on are the first rows.
     """
 
-    def __init__(self, model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int,
-                 now: Pass) -> None:
+    def __init__(
+        self, model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int, now: Pass
+    ) -> None:
         self.model, self.jobs, self.config, self.tokens, self.now = model, jobs, config, tokens, now
         own = {key: value.detach() for key, value in model.parameters.items()}
         trained = {key: own[key] for key in model.form.select(trains).tensors}
@@ -74,8 +75,7 @@ class Chunk:
         self.device = next(iter(own.values())).device
         starts = [{**own, **job.start} for job in jobs]
         self.values = rows(starts, trained)
-        self.frozen = {key: frozen([start[key] for start in starts], own[key])
-                       for key in own if key not in self.shapes}
+        self.frozen = {key: frozen([start[key] for start in starts], own[key]) for key in own if key not in self.shapes}
         self.lengths = [token_counts(model, job.data) for job in jobs]
         self.steps = [steps_of(job, config) for job in jobs]
         self.draws = [self._draws(job) for job in jobs]
@@ -102,8 +102,9 @@ class Chunk:
         weights = nn.Parameter(self.values)
         optimizer = make_optimizer([weights], self.config)
         # Before the first batch, as in `train`: a source then gives both engines the same batches and noise.
-        masks = [seeds.derive(job.seed, "dropout") if job.private is None else job.private.secret_seed()
-                 for job in self.jobs]
+        masks = [
+            seeds.derive(job.seed, "dropout") if job.private is None else job.private.secret_seed() for job in self.jobs
+        ]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             # A client alone gets the masks that `train` would draw.
             torch.manual_seed(masks[0] if len(masks) == 1 else seeds.derive(*masks))
@@ -113,8 +114,10 @@ class Chunk:
                 weights.grad = self._gradient(weights.detach())
                 optimizer.step()
         values, losses = self.values.cpu(), (self.losses.cpu() / self.seen.cpu().double()).tolist()
-        return [Done(self._after(job, row), steps, loss if steps else math.nan)
-                for job, row, steps, loss in zip(self.jobs, values, self.steps, losses, strict=True)]
+        return [
+            Done(self._after(job, row), steps, loss if steps else math.nan)
+            for job, row, steps, loss in zip(self.jobs, values, self.steps, losses, strict=True)
+        ]
 
     def _draws(self, job: Job) -> Iterator[np.ndarray]:
         """The records of each step. Drawn step by step, as sampling and noise may share a source."""
@@ -128,8 +131,10 @@ class Chunk:
     def _after(self, job: Job, row: Tensor) -> dict[str, Tensor]:
         parts = row.split([shape.numel() for shape in self.shapes.values()])
         # Copies: a view would keep the matrix of the whole chunk alive.
-        return {key: part.view(shape)[tuple(map(slice, job.start[key].shape if key in job.start else shape))].clone()
-                for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            key: part.view(shape)[tuple(map(slice, job.start[key].shape if key in job.start else shape))].clone()
+            for (key, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def _gradient(self, values: Tensor) -> Tensor:
         """What the optimizer gets: the gradient of every row's loss, or of its DP-SGD, and what is added to it."""
@@ -138,8 +143,9 @@ class Chunk:
         counts = np.array([len(index) for index in drawn])
         total = torch.zeros_like(values)
         private = [job.private for job in self.jobs[:active] if job.private is not None]
-        sources = [own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads)
-                   for own in private]
+        sources = [
+            own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads) for own in private
+        ]
         for piece in cut(self.lengths[:active], drawn, self.tokens):
             # DP-SGD clips record by record, so each sample needs factors of its own.
             groups = piece.clients if private else piece.groups()
@@ -160,8 +166,9 @@ class Chunk:
             self.seen[:active] += 1
         if private:
             # Every row, also one whose draw was empty: a step without noise would tell that nothing was drawn.
-            total = torch.stack([own.plan.noised_mean(row, source)
-                                 for own, row, source in zip(private, total, sources, strict=True)])
+            total = torch.stack(
+                [own.plan.noised_mean(row, source) for own, row, source in zip(private, total, sources, strict=True)]
+            )
             if self.still is not None:
                 # After the noise, which falls on every entry.
                 total[:, self.still] = 0
@@ -175,8 +182,9 @@ class Chunk:
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
 
-    def _slopes(self, values: Tensor, piece: Piece, groups: np.ndarray, shares: np.ndarray | None
-                ) -> tuple[Tensor, list[Tensor]]:
+    def _slopes(
+        self, values: Tensor, piece: Piece, groups: np.ndarray, shares: np.ndarray | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Weighted losses of the samples, and the gradient of their sum in each parameter of each group [G, ...].
 
         Args:
@@ -185,8 +193,10 @@ class Chunk:
         # A slice is a view; an index would copy the values of all clients.
         chosen = slice(len(values)) if np.array_equal(groups, np.arange(len(values))) else self._index(groups)
         parts = values[chosen].split([shape.numel() for shape in self.shapes.values()], dim=1)
-        leaves = {key: part.unflatten(1, shape).requires_grad_()
-                  for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        leaves = {
+            key: part.unflatten(1, shape).requires_grad_()
+            for (key, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
         fixed = {key: value[chosen] if own else value for key, (value, own) in self.frozen.items()}
         self.now.samples, self.now.groups, self.now.values = len(piece.clients), len(groups), {**fixed, **leaves}
         inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
@@ -197,8 +207,10 @@ class Chunk:
         # The sum: no sample reads another group's factors, so one pass gives each group its own gradient.
         slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         self.now.values = {}
-        return losses.detach(), [torch.zeros_like(leaf) if slope is None else slope
-                                 for leaf, slope in zip(leaves.values(), slopes, strict=True)]
+        return losses.detach(), [
+            torch.zeros_like(leaf) if slope is None else slope
+            for leaf, slope in zip(leaves.values(), slopes, strict=True)
+        ]
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)

@@ -49,8 +49,9 @@ def cannot(model: Adapted, trains: Sequence[str]) -> str | None:
     return None
 
 
-def train_cohort(model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int
-                 ) -> list[Done]:
+def train_cohort(
+    model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int
+) -> list[Done]:
     """What `model.write(job.start)` and `train` do, of all jobs; the model's own values stay as they are.
 
     Args:

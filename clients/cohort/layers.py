@@ -105,8 +105,11 @@ def layers(model: Adapted) -> list[Layer]:
                 chain = [part for part in parts if not isinstance(part, nn.Sequential)]
                 factors = [keys.get(id(getattr(part, "weight", None)), "") for part in chain]
                 # Exact types: a subclass may compute something else.
-                if not chain or not all(factors) or any(type(part) not in LINEAR or part.bias is not None
-                                                        for part in chain):
+                if (
+                    not chain
+                    or not all(factors)
+                    or any(type(part) not in LINEAR or part.bias is not None for part in chain)
+                ):
                     raise InputError(f"{name} is not a plain LoRA layer")
                 found.append(Layer(name, module, factors))
                 inside |= {id(part) for part in chain}

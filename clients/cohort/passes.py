@@ -82,8 +82,9 @@ def cut(lengths: list[np.ndarray], drawn: list[np.ndarray], tokens: int) -> Iter
 def assemble(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels of the samples, texts cut or padded to one width, on the CPU."""
     present, first = np.unique(piece.clients, return_index=True)
-    parts = [data[client].view(records)
-             for client, records in zip(present, np.split(piece.records, first[1:]), strict=True)]
+    parts = [
+        data[client].view(records) for client, records in zip(present, np.split(piece.records, first[1:]), strict=True)
+    ]
     tables, labels = [part.inputs for part in parts], [part.labels for part in parts]
     inputs = {}
     for name in tables[0]:

@@ -75,8 +75,13 @@ class Adapted:
 
     def read(self, like: AdapterState) -> AdapterState:
         """A copy of the current values of the tensors of `like`, cut to their shapes."""
-        return AdapterState({key: self.parameters[key].detach()[tuple(map(slice, value.shape))].cpu().clone()
-                             for key, value in like.tensors.items()}, like.sites)
+        return AdapterState(
+            {
+                key: self.parameters[key].detach()[tuple(map(slice, value.shape))].cpu().clone()
+                for key, value in like.tensors.items()
+            },
+            like.sites,
+        )
 
     @torch.no_grad()
     def write(self, state: AdapterState) -> None:

@@ -44,8 +44,9 @@ def require_same_sites(first: AdapterState, other: AdapterState, what: str) -> N
     """Raise StateMismatch unless two plain adapters have the same tensors, in the same shapes up to the rank."""
     missing, extra = sorted(set(first.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(first.tensors))
     if missing or extra:
-        raise StateMismatch(f"{what}: missing {', '.join(missing[:3]) or 'nothing'}; "
-                            f"unexpected {', '.join(extra[:3]) or 'nothing'}.")
+        raise StateMismatch(
+            f"{what}: missing {', '.join(missing[:3]) or 'nothing'}; unexpected {', '.join(extra[:3]) or 'nothing'}."
+        )
     for key, value in first.tensors.items():
         role = first.role(key)
         shapes = [list(tensor.shape) for tensor in (value, other[key])]
@@ -54,5 +55,6 @@ def require_same_sites(first: AdapterState, other: AdapterState, what: str) -> N
             raise StateMismatch(f"{what}: {key} has shape {shapes[1]}, expected {shapes[0]}.")
     for site in other.lora_sites():
         if other[f"{site}/B"].shape[1] != other.rank(site):
-            raise StateMismatch(f"{what}: {site} has {other.rank(site)} rows in A, but "
-                                f"{other[f'{site}/B'].shape[1]} columns in B.")
+            raise StateMismatch(
+                f"{what}: {site} has {other.rank(site)} rows in A, but {other[f'{site}/B'].shape[1]} columns in B."
+            )

@@ -1,7 +1,7 @@
 """peft adapter folders: written so that stock peft loads them, read without loading any model.
 
-    adapter_config.json, adapter_model.safetensors   as `PeftModel.save_pretrained` writes them, a trained head included
-    head.safetensors                                 the trained head alone, under the base model's parameter names
+adapter_config.json, adapter_model.safetensors   as `PeftModel.save_pretrained` writes them, a trained head included
+head.safetensors                                 the trained head alone, under the base model's parameter names
 """
 
 from __future__ import annotations
@@ -33,8 +33,16 @@ WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
 POOLED = "FEATURE_EXTRACTION"
 
 
-def save(adapter: AdapterState, folder: Path, *, base: str, task: str | None = None, pooled_head: bool = False,
-         revision: str | None = None, modules: list[str] | None = None) -> None:
+def save(
+    adapter: AdapterState,
+    folder: Path,
+    *,
+    base: str,
+    task: str | None = None,
+    pooled_head: bool = False,
+    revision: str | None = None,
+    modules: list[str] | None = None,
+) -> None:
     """Write a plain LoRA state (see `flat`) as a peft folder. Sites may have different ranks and scales.
 
     Args:
@@ -91,10 +99,13 @@ def about(folder: Path) -> dict[str, Any]:
     config = _config(folder)
     kind, saved = config.get("task_type"), config.get("modules_to_save") or []
     found = (saved_module(name.removeprefix(PREFIX), saved) for name in _weight_names(folder)) if saved else ()
-    return {"base": str(config.get("base_model_name_or_path") or ""), "revision": config.get("revision"),
-            "task": _task_of(kind),
-            "pooled_head": kind == POOLED and (folder / HEAD).exists(),
-            "modules": sorted({module for module in found if module}) or None}
+    return {
+        "base": str(config.get("base_model_name_or_path") or ""),
+        "revision": config.get("revision"),
+        "task": _task_of(kind),
+        "pooled_head": kind == POOLED and (folder / HEAD).exists(),
+        "modules": sorted({module for module in found if module}) or None,
+    }
 
 
 def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
@@ -112,7 +123,8 @@ def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
         if base is None and (_place(other["base"]), other["revision"]) != (_place(first["base"]), first["revision"]):
             raise InputError(
                 f"{path}: its base model is {_named(other)}; that of {folders[0]} is {_named(first)}. If both are one "
-                "model, say so with --base and the name that the result is to have.")
+                "model, say so with --base and the name that the result is to have."
+            )
         if other["task"] and first["task"] and other["task"] != first["task"]:
             raise InputError(f"{path}: made for {other['task']}; {folders[0]} for {first['task']}.")
         if other["pooled_head"] != first["pooled_head"]:

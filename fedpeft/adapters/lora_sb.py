@@ -32,8 +32,11 @@ class LoraSB:
 
     @dataclass
     class Config:
-        init: str = option("weights", "frozen factors: singular vectors of the frozen weight, or random orthonormal",
-                           choices=("weights", "random"))
+        init: str = option(
+            "weights",
+            "frozen factors: singular vectors of the frozen weight, or random orthonormal",
+            choices=("weights", "random"),
+        )
 
     def __init__(self, init: str = "weights") -> None:
         self.init = init

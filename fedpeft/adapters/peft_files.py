@@ -17,11 +17,35 @@ from fedpeft.errors import InputError
 PREFIX = "base_model.model."
 # Read, or known to leave the function of finished factors as it is: how they were drawn, trained or chosen.
 UNDERSTOOD = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
 # Initialisations that move the base weights: the factors alone are not the adapter then.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -36,8 +60,9 @@ def require_plain_lora(folder: Path, config: dict[str, Any]) -> None:
         raise InputError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read.")
     for name in sorted(set(config) - UNDERSTOOD):
         if config[name] not in (None, False, "", [], {}):
-            raise InputError(f"{folder}: {name} is set ({str(config[name])[:60]}); only plain LoRA factors can be "
-                             "read.")
+            raise InputError(
+                f"{folder}: {name} is set ({str(config[name])[:60]}); only plain LoRA factors can be read."
+            )
     if config.get("bias", "none") != "none":
         raise InputError(
             f"{folder}: bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'."
@@ -70,17 +95,23 @@ def named_parameter(folder: Path, name: str, saved: list[str]) -> tuple[str, str
         return parent, part[-1]
     if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name):
         adapter = name.split(".")[-2]
-        raise InputError(f"{folder}: {name} has the name of an adapter in it, '{adapter}', as a model's own state has. "
-                         "Write the folder with peft's save_pretrained, which leaves it out.")
+        raise InputError(
+            f"{folder}: {name} has the name of an adapter in it, '{adapter}', as a model's own state has. "
+            "Write the folder with peft's save_pretrained, which leaves it out."
+        )
     if "base_layer" in site.split("."):
-        raise InputError(f"{folder}: {name} is a weight of the base model, saved with the adapter because a LoRA is on "
-                         "an embedding or output layer. Save it with save_pretrained(..., "
-                         "save_embedding_layers=False).")
+        raise InputError(
+            f"{folder}: {name} is a weight of the base model, saved with the adapter because a LoRA is on "
+            "an embedding or output layer. Save it with save_pretrained(..., "
+            "save_embedding_layers=False)."
+        )
     if "lora_" in part or "lora_" in role:
         raise InputError(f"{folder}: {name}: only LoRA factors of linear layers can be read.")
     if saved_module(bare, saved) is None:
-        raise InputError(f"{folder}: {name} is neither a LoRA factor nor in a module of modules_to_save "
-                         f"({', '.join(saved) or 'none'}); only these can be read.")
+        raise InputError(
+            f"{folder}: {name} is neither a LoRA factor nor in a module of modules_to_save "
+            f"({', '.join(saved) or 'none'}); only these can be read."
+        )
     return site, role
 
 

@@ -84,8 +84,11 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
     # Random weights: a plain sum of scores may have no gradient where a softmax or a norm comes last.
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
     slopes = torch.autograd.grad((logits * weights).sum(), [x for _, x in seen], allow_unused=True)
-    found = [module for (module, _), slope in zip(seen, slopes, strict=True)
-             if slope is not None and bool(slope[:, :1].any()) and not bool(slope[:, 1:].any())]
+    found = [
+        module
+        for (module, _), slope in zip(seen, slopes, strict=True)
+        if slope is not None and bool(slope[:, :1].any()) and not bool(slope[:, 1:].any())
+    ]
     found = [module for module in found if _same(model, inputs, logits, [module])]  # not the last queries: see `_same`
     return found if _same(model, inputs, logits, found) else []
 

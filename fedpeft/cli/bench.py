@@ -86,8 +86,12 @@ def bench_speed(
     with _folder("speed", out) as out:
         from fedpeft.simulations.benchmarks import speed
 
-        lists: dict[str, Any] = {"models": _listed(models), "engines": _listed(engines),
-                                 "clients": _numbers("clients", clients), "batch": _numbers("batch", batch)}
+        lists: dict[str, Any] = {
+            "models": _listed(models),
+            "engines": _listed(engines),
+            "clients": _numbers("clients", clients),
+            "batch": _numbers("batch", batch),
+        }
         given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
         console.emit(speed.run(out, **lists, **given, tell=console.note), as_json, speed.show)
 
@@ -108,13 +112,22 @@ def bench_memory(
 @bench_app.command("tta")
 def bench_tta(
     out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
-    stream: Annotated[str, typer.Option(help="Streams, with commas between: digits-c/KIND, vader/movie, debian/en, "
-                                             "glyphs/text, fashion-mnist; options after a colon "
-                                             "(digits-c/dirichlet:delta=0.1,batch=16).")] = "digits-c/iid",
-    methods: Annotated[str, typer.Option(help="Methods, with commas between, options after a colon "
-                                              "(lame:base=bn_adapt); all by default. Baselines always run.")] = "",
-    models: Annotated[str, typer.Option(help="Source models, with commas between; all of the stream by "
-                                             "default.")] = "",
+    stream: Annotated[
+        str,
+        typer.Option(
+            help="Streams, with commas between: digits-c/KIND, vader/movie, debian/en, "
+            "glyphs/text, fashion-mnist; options after a colon "
+            "(digits-c/dirichlet:delta=0.1,batch=16)."
+        ),
+    ] = "digits-c/iid",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, with commas between, options after a colon "
+            "(lame:base=bn_adapt); all by default. Baselines always run."
+        ),
+    ] = "",
+    models: Annotated[str, typer.Option(help="Source models, with commas between; all of the stream by default.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
     quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
     as_json: Json = False,
@@ -131,15 +144,32 @@ def bench_tta(
 def bench_continual(
     out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
     stream: Annotated[str, typer.Option(help="Stream, options after a colon: glyph1d:tasks=20.")] = "digits5",
-    bodies: Annotated[str, typer.Option(help="Bodies, with commas between: frozen,lae. Options after a colon, also "
-                                             "with commas: coso:side=in,r1=4,lae (two bodies). All by default.")] = "",
-    heads: Annotated[str, typer.Option(help="Heads, written like bodies; linear, ncm, lda and ranpac by default. lda "
-                                            "and ranpac always run.")] = "",
+    bodies: Annotated[
+        str,
+        typer.Option(
+            help="Bodies, with commas between: frozen,lae. Options after a colon, also "
+            "with commas: coso:side=in,r1=4,lae (two bodies). All by default."
+        ),
+    ] = "",
+    heads: Annotated[
+        str,
+        typer.Option(
+            help="Heads, written like bodies; linear, ncm, lda and ranpac by default. lda and ranpac always run."
+        ),
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="How all bodies are trained: "
-                        "epochs, batch_size, lr, head_lr, temperature. Can be given more than once.")] = None,
-    validation: Annotated[bool, typer.Option("--validation", help="Test on a part of the training set, to choose "
-                          "settings by.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="How all bodies are trained: "
+            "epochs, batch_size, lr, head_lr, temperature. Can be given more than once.",
+        ),
+    ] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Test on a part of the training set, to choose settings by.")
+    ] = False,
     quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
     as_json: Json = False,
 ) -> None:

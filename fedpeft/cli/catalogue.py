@@ -13,8 +13,22 @@ from fedpeft import registry
 from fedpeft.config import schema
 from fedpeft.errors import InputError
 
-TABLES = ("strategies", "objectives", "adapters", "datasets", "partitioners", "tta", "bodies", "heads", "streams",
-          "mergers", "models", "recipes", "sections", "configs")
+TABLES = (
+    "strategies",
+    "objectives",
+    "adapters",
+    "datasets",
+    "partitioners",
+    "tta",
+    "bodies",
+    "heads",
+    "streams",
+    "mergers",
+    "models",
+    "recipes",
+    "sections",
+    "configs",
+)
 
 
 def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -102,9 +116,12 @@ def _details(table: str, name: str) -> dict[str, Any]:
         if cls.wraps:
             notes.append("goes around another strategy: strategy.wrap=[" + name + "]; alone it goes around fedit")
     if table == "bodies":
-        notes = [f"needs: {', '.join(cls.needs) or 'nothing'}; heads: {', '.join(cls.heads or ['all'])}",
-                 f"in a federation: no, it {cls.stays_central}" if cls.stays_central else
-                 f"in a federation: continual.body={name}"]
+        notes = [
+            f"needs: {', '.join(cls.needs) or 'nothing'}; heads: {', '.join(cls.heads or ['all'])}",
+            f"in a federation: no, it {cls.stays_central}"
+            if cls.stays_central
+            else f"in a federation: continual.body={name}",
+        ]
     if table == "heads":
         notes = [f"classes that compete in the training loss: {cls.loss}"]
     if table == "streams":
@@ -114,8 +131,12 @@ def _details(table: str, name: str) -> dict[str, Any]:
         half = inspect.getmodule(registry.load("server_bodies", name))
         central = description.partition("\n    >>>")[0]
         description = f"{central}\n\nIn a federation\n---------------\n\n{inspect.getdoc(half)}"
-    return {"options": list(_options(configs.options_of(cls))), "paper": getattr(cls, "paper", ""), "notes": notes,
-            "description": description}
+    return {
+        "options": list(_options(configs.options_of(cls))),
+        "paper": getattr(cls, "paper", ""),
+        "notes": notes,
+        "description": description,
+    }
 
 
 def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any]]:

@@ -133,8 +133,10 @@ def run_result(summary: dict[str, Any]) -> None:
         protected = "record" if privacy["unit"] == "sample" else "client"
         spent = summary["epsilon_max"]
         epsilon = "in the clients' ledgers" if spent is None else f"{spent:.4g}"
-        out.print(f"privacy of one {protected}: epsilon {epsilon} at delta {privacy['delta']:g}; randomness: "
-                  f"{privacy['randomness']}")
+        out.print(
+            f"privacy of one {protected}: epsilon {epsilon} at delta {privacy['delta']:g}; randomness: "
+            f"{privacy['randomness']}"
+        )
     if sequence := summary.get("continual"):
         tasks(sequence)
     if tta := summary.get("tta"):
@@ -160,12 +162,18 @@ def _models(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
     final = {**(summary.get("final") or {}), "standard_error": summary.get("standard_error")}
     if sequence:
         seen = f"{sequence['classes']} classes, task {sequence['tasks_done']} of {sequence['tasks']}"
-        return [*rows, ("classifier as trained, classes seen", sequence["trained_classifier"]),
-                (f"federated, final: head {sequence['head']}, {seen}", final)]
+        return [
+            *rows,
+            ("classifier as trained, classes seen", sequence["trained_classifier"]),
+            (f"federated, final: head {sequence['head']}, {seen}", final),
+        ]
     last = summary.get("last_rounds") or {}
-    return [*rows, ("federated, best round (picked on the same records)", summary.get("best")),
-            (f"federated, mean of the last {len(last.get('rounds', []))} evaluated rounds", last),
-            ("federated, final", final)]
+    return [
+        *rows,
+        ("federated, best round (picked on the same records)", summary.get("best")),
+        (f"federated, mean of the last {len(last.get('rounds', []))} evaluated rounds", last),
+        ("federated, final", final),
+    ]
 
 
 def _sure(row: dict[str, Any]) -> str:
@@ -179,8 +187,12 @@ def _named_clients(summary: dict[str, Any]) -> None:
         out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
     for row in summary.get("updates", []):
         if row["treated_rounds"] and not row["far_rounds"]:
-            out.print(f"{row['client']}: {row['treated']} (in {len(row['treated_rounds'])} rounds)", style="dim",
-                      markup=False, soft_wrap=True)
+            out.print(
+                f"{row['client']}: {row['treated']} (in {len(row['treated_rounds'])} rounds)",
+                style="dim",
+                markup=False,
+                soft_wrap=True,
+            )
     for client, rows in _by_client(summary["quarantined"]).items():
         often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
         out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
@@ -332,8 +344,11 @@ def ledgers(result: dict[str, Any]) -> None:
     for name, row in result["ledgers"].items():
         table.add_row(name, f"{row['epsilon']:.4g}", *(str(row[key]) for key in ("releases", "steps", "runs")))
     out.print(table)
-    out.print(f"At most {result['epsilon_max']:.4g} for one record (or client): of a run's tasks a record is in one. "
-              "Every release that was reserved is counted, sent or not; each party's epsilon is its own.", style="dim")
+    out.print(
+        f"At most {result['epsilon_max']:.4g} for one record (or client): of a run's tasks a record is in one. "
+        "Every release that was reserved is counted, sent or not; each party's epsilon is its own.",
+        style="dim",
+    )
 
 
 def audit_result(result: dict[str, Any]) -> None:
@@ -350,12 +365,20 @@ def audit_result(result: dict[str, Any]) -> None:
     out.print(table)
     claim, seen = result["claim"], result["seen"]
     asked = "none is asked for" if claim["asked"] is None else f"asked for: {claim['asked']:g}"
-    out.print(f"claimed epsilon {claim['epsilon']:.4g} ({asked}) at delta {claim['delta']:g}: {claim['steps']} steps, "
-              f"q = {claim['sample_rate']:.4g}, sigma = {claim['noise_multiplier']:.4g}; measured at least "
-              f"{result['measured_epsilon']:.4g}", style="bold", markup=False)
-    out.print(f"Seen: {len(seen['clients'])} of {seen['of']} clients ({', '.join(seen['clients'])}), rounds "
-              f"{', '.join(map(str, seen['rounds']))}, trained {' and in a '.join(seen['engines'])}. A right program "
-              f"fails a check in {result['false_alarm']:g} of audits at most.", style="dim", markup=False)
+    out.print(
+        f"claimed epsilon {claim['epsilon']:.4g} ({asked}) at delta {claim['delta']:g}: {claim['steps']} steps, "
+        f"q = {claim['sample_rate']:.4g}, sigma = {claim['noise_multiplier']:.4g}; measured at least "
+        f"{result['measured_epsilon']:.4g}",
+        style="bold",
+        markup=False,
+    )
+    out.print(
+        f"Seen: {len(seen['clients'])} of {seen['of']} clients ({', '.join(seen['clients'])}), rounds "
+        f"{', '.join(map(str, seen['rounds']))}, trained {' and in a '.join(seen['engines'])}. A right program "
+        f"fails a check in {result['false_alarm']:g} of audits at most.",
+        style="dim",
+        markup=False,
+    )
     for sentence in result["limits"]:
         out.print(f"- {sentence}", style="dim", markup=False)
     failed = [check["name"] for check in result["checks"] if not check["passed"]]

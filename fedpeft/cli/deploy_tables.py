@@ -67,8 +67,13 @@ def rounds(history: list[dict[str, Any]]) -> Table:
         left = "; ".join(f"{name}: {reason}" for name, reason in (event.get("quarantined") or {}).items())
         accuracy = event.get("accuracy")
         seconds = event.get("seconds")
-        table.add_row(str(event["round"]), ", ".join(event["clients"] or []), Text(left or "-"),
-                      "-" if seconds is None else f"{seconds:.1f}", "-" if accuracy is None else f"{accuracy:.1%}")
+        table.add_row(
+            str(event["round"]),
+            ", ".join(event["clients"] or []),
+            Text(left or "-"),
+            "-" if seconds is None else f"{seconds:.1f}",
+            "-" if accuracy is None else f"{accuracy:.1%}",
+        )
     return table
 
 

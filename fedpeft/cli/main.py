@@ -22,8 +22,13 @@ from fedpeft.cli.privacy import privacy_app
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explained
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="Federated and continual fine-tuning of peft adapters.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Federated and continual fine-tuning of peft adapters.",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Realistic data sets and models that can be built offline.")
 app.add_typer(data_app, name="data")
 app.add_typer(privacy_app, name="privacy")
@@ -89,8 +94,9 @@ def aggregate(
     from fedpeft.run.offline import aggregate_folders
 
     options, folders = options_and_folders(arguments)
-    console.emit(aggregate_folders(strategy, folders, options, weights, start, out, base), as_json,
-                 console.aggregate_result)
+    console.emit(
+        aggregate_folders(strategy, folders, options, weights, start, out, base), as_json, console.aggregate_result
+    )
 
 
 @app.command()

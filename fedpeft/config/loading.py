@@ -33,8 +33,9 @@ from fedpeft.config.schema import (
 from fedpeft.errors import InputError
 
 
-def load(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (),
-         foreign: bool = False) -> Config:
+def load(
+    source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (), foreign: bool = False
+) -> Config:
     """Read a config and its overrides, check every key, value and combination.
 
     Args:
@@ -132,8 +133,10 @@ def check(config: Config) -> None:
             "one (set the other to null)."
         )
     if data.clients is None and data.partition.name != "column" and data.split is None:
-        raise InputError(f"data.clients=null: all groups of a column, but data.partition.name={data.partition.name}. "
-                         "Give a number, or set data.partition.name=column and data.partition.column.")
+        raise InputError(
+            f"data.clients=null: all groups of a column, but data.partition.name={data.partition.name}. "
+            "Give a number, or set data.partition.name=column and data.partition.column."
+        )
     if run.clients_per_round is not None and data.clients is not None and run.clients_per_round > data.clients:
         raise InputError(f"run.clients_per_round={run.clients_per_round} is more than data.clients={data.clients}.")
     if run.deadline_s is not None and run.engine == "cohort" and run.workers == 0:
@@ -214,8 +217,10 @@ def build(cls: Any, tree: Any, path: str) -> Any:
         raise InputError(f"{path}: expected a section with the keys {', '.join(_keys(cls))}; got {tree!r}.")
     items = {item.name: item for item in dataclasses.fields(cls) if item.name != "options"}
     nested = {name: default_of(item) for name, item in items.items() if dataclasses.is_dataclass(default_of(item))}
-    found = {name: build(type(default), tree.get(name), f"{path}.{name}" if path else name)
-             for name, default in nested.items()}
+    found = {
+        name: build(type(default), tree.get(name), f"{path}.{name}" if path else name)
+        for name, default in nested.items()
+    }
     own = {key: value for key, value in tree.items() if key in items and key not in nested}
     found |= _filled({name: item for name, item in items.items() if name not in nested}, own, path)
     rest = {key: value for key, value in tree.items() if key not in items}
@@ -251,8 +256,10 @@ def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[st
 
 def _filled(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any], path: str) -> dict[str, Any]:
     """Values of all fields: those given, typed and checked, and the defaults of the others."""
-    found = {item.name: _value(item, given[key], f"{path}.{key}" if path else key) if key in given else default_of(item)
-             for key, item in items.items()}
+    found = {
+        item.name: _value(item, given[key], f"{path}.{key}" if path else key) if key in given else default_of(item)
+        for key, item in items.items()
+    }
     for key, item in items.items():
         of = item.metadata.get("options_of")
         if not of or not found[item.name]:

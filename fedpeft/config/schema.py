@@ -12,9 +12,19 @@ INFINITY = float("inf")
 LEARNER, FEDERATION = "for one learner", "in a federation"  # where a continual body runs
 
 
-def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INFINITY, above: float = -INFINITY,
-           choices: tuple[Any, ...] = (), table: str = "", path: bool = False,
-           options_of: tuple[str, str] | None = None, only: str = "") -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float = -INFINITY,
+    high: float = INFINITY,
+    above: float = -INFINITY,
+    choices: tuple[Any, ...] = (),
+    table: str = "",
+    path: bool = False,
+    options_of: tuple[str, str] | None = None,
+    only: str = "",
+) -> Any:
     """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`.
 
     Args:
@@ -26,8 +36,17 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
     """
     if only:
         help += f" ({only} only)"
-    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "table": table,
-            "path": path, "options_of": options_of, "only": only}
+    meta = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+        "table": table,
+        "path": path,
+        "options_of": options_of,
+        "only": only,
+    }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -37,16 +56,25 @@ def option(default: Any, help: str, *, low: float = -INFINITY, high: float = INF
 class ModelConfig:
     """Section `model`: the frozen base that every client has, and what it is trained to do."""
 
-    name: str = option("tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id",
-                       path=True)
-    task: str = option("image-classification", "what the model is trained to do: a registered objective",
-                       table="objectives")
-    pooling: str = option("auto", "text classification head: the model's own, or a linear one on mean-pooled features; "
-                          "auto is mean for sentence encoders", choices=("auto", "model", "mean"))
+    name: str = option(
+        "tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id", path=True
+    )
+    task: str = option(
+        "image-classification", "what the model is trained to do: a registered objective", table="objectives"
+    )
+    pooling: str = option(
+        "auto",
+        "text classification head: the model's own, or a linear one on mean-pooled features; "
+        "auto is mean for sentence encoders",
+        choices=("auto", "model", "mean"),
+    )
     max_length: int = option(128, "longest input in tokens; longer texts are cut, which is counted and said", low=1)
-    dtype: str = option("float32", "dtype of the frozen base; auto is bfloat16 where products in it are faster (a GPU, "
-                        "AMX) and stands in the run's config as what it came to",
-                        choices=("float32", "bfloat16", "auto"))
+    dtype: str = option(
+        "float32",
+        "dtype of the frozen base; auto is bfloat16 where products in it are faster (a GPU, "
+        "AMX) and stands in the run's config as what it came to",
+        choices=("float32", "bfloat16", "auto"),
+    )
     trust_remote_code: bool = option(False, "let transformers run code that comes with the model")
 
 
@@ -83,18 +111,24 @@ class PartitionConfig:
 class DataConfig:
     """Section `data`: where records come from, which columns of them count, and how clients share them."""
 
-    source: str = option("digits", "embedded or prepared data set, file (csv, jsonl, parquet, ...), folder or hub id",
-                         path=True)
-    test: str | None = option(None, "file or folder with the test set; else test_fraction of the source is held out",
-                              path=True)
+    source: str = option(
+        "digits", "embedded or prepared data set, file (csv, jsonl, parquet, ...), folder or hub id", path=True
+    )
+    test: str | None = option(
+        None, "file or folder with the test set; else test_fraction of the source is held out", path=True
+    )
     test_fraction: float = option(0.25, "share of the source held out for the server's test set", above=0, high=0.9)
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
     labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
     limit: int | None = option(None, "use at most this many training records", low=1)
-    clients: int | None = option(10, "how many clients the data is split over; null, the default with data.partition="
-                                 "column, is all groups of the column", low=1)
+    clients: int | None = option(
+        10,
+        "how many clients the data is split over; null, the default with data.partition="
+        "column, is all groups of the column",
+        low=1,
+    )
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     split: str | None = option(None, "reuse the split saved in this split.json", path=True)
     holdout: float = option(0.0, "share of each client's records kept for its own evaluation", low=0, high=0.9)
@@ -112,8 +146,11 @@ class StrategyConfig:
 
     name: str = option("fedit", "registered strategy")
     weighting: str = option("examples", "client weights: by examples, or all equal", choices=("examples", "uniform"))
-    wrap: list[Any] = option([], "strategies put around it, innermost first: names, or mappings with name and options",
-                             options_of=("strategies", "name"))
+    wrap: list[Any] = option(
+        [],
+        "strategies put around it, innermost first: names, or mappings with name and options",
+        options_of=("strategies", "name"),
+    )
     options: dict[str, Any] = option({}, "options of the strategy named above")
 
     @property
@@ -146,31 +183,52 @@ class ClientConfig:
 class PrivacyConfig:
     """Section `privacy`: what is protected, its budget, and how sampling and noise keep it."""
 
-    unit: str = option("none", "what differential privacy protects: sample, one record, by DP-SGD at each client, "
-                       "also against the server; client, all data of one client, by noise at a trusted server",
-                       choices=("none", "sample", "client"))
-    epsilon: float | None = option(None, "budget for the whole run; the noise follows. Give this or noise_multiplier",
-                                   above=0)
+    unit: str = option(
+        "none",
+        "what differential privacy protects: sample, one record, by DP-SGD at each client, "
+        "also against the server; client, all data of one client, by noise at a trusted server",
+        choices=("none", "sample", "client"),
+    )
+    epsilon: float | None = option(
+        None, "budget for the whole run; the noise follows. Give this or noise_multiplier", above=0
+    )
     noise_multiplier: float | None = option(None, "noise standard deviation / clip; the budget follows", above=0)
     delta: float = option(1e-5, "of the guarantee; below 1 / records of the smallest client", above=0, high=0.5)
-    clip: float = option(1.0, "L2 norm that one record's gradient (unit sample) or one client's update (unit client) "
-                         "is clipped to, over all trained tensors together", above=0)
+    clip: float = option(
+        1.0,
+        "L2 norm that one record's gradient (unit sample) or one client's update (unit client) "
+        "is clipped to, over all trained tensors together",
+        above=0,
+    )
     accountant: str = option("pld", "how epsilon is computed", choices=("pld", "prv", "rdp"))
     planned_rounds: int | None = option(None, "rounds that the budget is planned for; null is run.rounds", low=1)
-    randomness: str = option("seeded", "seeded: reproducible, so not private (simulations, tests); os: the operating "
-                             "system's generator", choices=("seeded", "os"))
-    records: int | None = option(None, "public number of records a client is said to have, for its sampling rate; null "
-                                 "takes each client's own count, which then counts as public", low=1)
+    randomness: str = option(
+        "seeded",
+        "seeded: reproducible, so not private (simulations, tests); os: the operating system's generator",
+        choices=("seeded", "os"),
+    )
+    records: int | None = option(
+        None,
+        "public number of records a client is said to have, for its sampling rate; null "
+        "takes each client's own count, which then counts as public",
+        low=1,
+    )
     release_metrics: bool = option(False, "let clients send loss, accuracy and counts, which no guarantee covers")
-    policy: str | None = option(None, "policy file of every client, or folder with <client name>.yaml of each",
-                                path=True)
-    client_sampling: str = option("fixed", "unit client: a fixed number of clients a round (no amplification), or each "
-                                  "with probability run.clients_per_round / data.clients", choices=("fixed", "poisson"))
+    policy: str | None = option(
+        None, "policy file of every client, or folder with <client name>.yaml of each", path=True
+    )
+    client_sampling: str = option(
+        "fixed",
+        "unit client: a fixed number of clients a round (no amplification), or each "
+        "with probability run.clients_per_round / data.clients",
+        choices=("fixed", "poisson"),
+    )
     adaptive_clip: bool = option(False, "unit client: let clip follow a quantile of the update norms")
     clip_quantile: float = option(0.5, "share of updates that adaptive clipping leaves unclipped", low=0, high=1)
     clip_lr: float = option(0.2, "step of adaptive clipping in log space", above=0)
-    clip_count_noise: float | None = option(None, "standard deviation of the noise on the count of unclipped updates; "
-                                            "null is clients a round / 20", above=0)
+    clip_count_noise: float | None = option(
+        None, "standard deviation of the noise on the count of unclipped updates; null is clients a round / 20", above=0
+    )
 
 
 @dataclass
@@ -180,22 +238,31 @@ class SecAggConfig:
     enabled: bool = option(False, "secure aggregation (SecAgg+): the server learns the sum of the updates, none alone")
     clip: float = option(1.0, "largest change of one coordinate in a round; larger ones are cut to it", above=0)
     bits: int = option(22, "bits of the fixed-point value of one coordinate", low=8, high=30)
-    threshold: float = option(0.6, "share of a client's neighbours that must stay for its masks to be removed",
-                              above=0, high=1)
+    threshold: float = option(
+        0.6, "share of a client's neighbours that must stay for its masks to be removed", above=0, high=1
+    )
     neighbours: int | None = option(None, "clients that one client shares masks with; null is all others", low=2)
-    min_clients: int | None = option(None, "fewest clients, as each of them sees, whose sum is given away; null is "
-                                     "what secagg.threshold comes to", low=2)
+    min_clients: int | None = option(
+        None,
+        "fewest clients, as each of them sees, whose sum is given away; null is what secagg.threshold comes to",
+        low=2,
+    )
 
 
 @dataclass
 class TTAConfig:
     """Section `tta`: the test-time method that every client runs on a stream of its own, and what shifts the stream."""
 
-    method: str | None = option(None, "registered test-time method that every client runs on a stream of its own "
-                                "whenever it evaluates; null is none")
+    method: str | None = option(
+        None,
+        "registered test-time method that every client runs on a stream of its own whenever it evaluates; null is none",
+    )
     batch_size: int = option(32, "rows in a batch of the stream", low=1, high=200)
-    corruption: str = option("per_client", "what happens to a client's held-out images: the name of a corruption; "
-                             "per_client, one for each client; sequence, one after another; clean, nothing")
+    corruption: str = option(
+        "per_client",
+        "what happens to a client's held-out images: the name of a corruption; "
+        "per_client, one for each client; sequence, one after another; clean, nothing",
+    )
     severity: int = option(5, "of the corruption", low=1, high=5)
     keep: bool = option(False, "go on from what was learned at the last evaluation instead of afresh")
     options: dict[str, Any] = option({}, "options of the method named above")
@@ -205,15 +272,17 @@ class TTAConfig:
 class ContinualConfig:
     """Section `continual`: a sequence of tasks that the federation learns one after another."""
 
-    body: str | None = option(None, "how the federation learns a sequence of tasks (a registered body); null is no "
-                              "sequence")
+    body: str | None = option(
+        None, "how the federation learns a sequence of tasks (a registered body); null is no sequence"
+    )
     options: dict[str, Any] = option({}, "options of the body named above")
     tasks: int = option(5, "tasks: groups of classes in a random order, each for run.rounds / tasks rounds", low=1)
     shuffle: bool = option(True, "draw the order of the classes; else they come as they are numbered")
     head: str = option("linear", "registered head that answers")
     head_options: dict[str, Any] = option({}, "options of the head named above", options_of=("heads", "head"))
-    statistics_noise: float | None = option(None, "unit sample: noise multiplier of the sums that a head is fitted on, "
-                                            "one release a task", above=0)
+    statistics_noise: float | None = option(
+        None, "unit sample: noise multiplier of the sums that a head is fitted on, one release a task", above=0
+    )
 
 
 @dataclass
@@ -223,12 +292,19 @@ class RunConfig:
     rounds: int = option(10, "federated rounds", low=1)
     clients_per_round: int | None = option(None, "clients asked each round; null is all", low=1)
     seed: int = option(0, "root of every random choice", low=0)
-    engine: str = option("cohort", "cohort: in this process or in worker processes; ray: in Ray actors, on several "
-                         "GPUs or machines; sites: real ones (set by `fedpeft server run`)",
-                         choices=("cohort", "ray", "sites"))
+    engine: str = option(
+        "cohort",
+        "cohort: in this process or in worker processes; ray: in Ray actors, on several "
+        "GPUs or machines; sites: real ones (set by `fedpeft server run`)",
+        choices=("cohort", "ray", "sites"),
+    )
     workers: int = option(0, "worker processes; 0 trains clients in this process (Ray takes 1)", low=0)
-    cohort_tokens: int | None = option(None, "tokens (or image patches) of a pass over many clients together; 0 trains "
-                                       "one after another; null is 2048 on a CPU, 16384 elsewhere", low=0)
+    cohort_tokens: int | None = option(
+        None,
+        "tokens (or image patches) of a pass over many clients together; 0 trains "
+        "one after another; null is 2048 on a CPU, 16384 elsewhere",
+        low=0,
+    )
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)
@@ -305,8 +381,7 @@ def options_of(cls: Any, where: str = "") -> dict[str, dataclasses.Field[Any]]:
     """
     config = getattr(cls, "Config", None)
     items = dataclasses.fields(config) if config else ()
-    return {item.name.rstrip("_"): item for item in items
-            if not where or item.metadata.get("only", "") in ("", where)}
+    return {item.name.rstrip("_"): item for item in items if not where or item.metadata.get("only", "") in ("", where)}
 
 
 def choices_of(item: dataclasses.Field[Any]) -> list[str]:

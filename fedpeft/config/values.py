@@ -35,8 +35,9 @@ class _ScalarLoader(yaml.SafeLoader):  # type: ignore[misc]
         seen = set()
         for key, _ in node.value:
             if key.tag != MERGE and isinstance(key.value, str) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice",
-                                                        key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
             seen.add(key.value if isinstance(key.value, str) else None)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -75,8 +76,10 @@ def structure(value: Any, key: str) -> Any:
     try:
         return read(value, key)
     except InputError as error:
-        raise InputError(f"{key}: '{value}' is no list [a,b] and no mapping {{a: 1}}. Quote entries that hold commas, "
-                         f"brackets, '#' or ': '. ({str(error.__cause__).splitlines()[0]})") from error
+        raise InputError(
+            f"{key}: '{value}' is no list [a,b] and no mapping {{a: 1}}. Quote entries that hold commas, "
+            f"brackets, '#' or ': '. ({str(error.__cause__).splitlines()[0]})"
+        ) from error
 
 
 def is_null(value: Any) -> bool:
@@ -241,8 +244,10 @@ def _one(entry: Any, node: Any, name: Any, key: str) -> Any:
 
 def _unresolved(key: str, text: str, error: BaseException) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"{key}: '{text}' cannot be resolved: {reason}. Name a key of this config, as ${{adapter.r}}, or "
-                      "write \\${ for these characters.")
+    return InputError(
+        f"{key}: '{text}' cannot be resolved: {reason}. Name a key of this config, as ${{adapter.r}}, or "
+        "write \\${ for these characters."
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -180,8 +180,13 @@ class Body:
     def state(self) -> dict[str, Any]:
         """Everything that changes, as plain data."""
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        own = {"index": self.index, "seen": self.seen, "memory": self.memory, "optimizer": optimizer,
-               "parameters": {key: value.detach() for key, value in self.parameters.items()}}
+        own = {
+            "index": self.index,
+            "seen": self.seen,
+            "memory": self.memory,
+            "optimizer": optimizer,
+            "parameters": {key: value.detach() for key, value in self.parameters.items()},
+        }
         return copy.deepcopy(own)
 
     def load(self, state: dict[str, Any], task: Task) -> None:
@@ -262,8 +267,9 @@ class Classifier:
 
     def state(self) -> dict[str, Any]:
         """Copies of weight, bias and the optimizer's state."""
-        return copy.deepcopy({"weight": self.weight.detach(), "bias": self.bias.detach(),
-                              "optimizer": self.optimizer.state_dict()})
+        return copy.deepcopy(
+            {"weight": self.weight.detach(), "bias": self.bias.detach(), "optimizer": self.optimizer.state_dict()}
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`, with its moments."""

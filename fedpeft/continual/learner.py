@@ -44,12 +44,21 @@ class Learner:
             does not show, or a head that the body cannot have.
     """
 
-    def __init__(self, stream: Stream, model: Plastic, body: str, heads: dict[str, dict[str, Any]], train: TrainConfig,
-                 seed: int, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        model: Plastic,
+        body: str,
+        heads: dict[str, dict[str, Any]],
+        train: TrainConfig,
+        seed: int,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         self.stream, self.model, self.train, self.seed = stream, model, train, seed
         self.body: Body = configs.method("bodies", body, options or {}, "body", model=model, train=train, seed=seed)
-        self.heads: dict[str, dict[str, Head]] = {name: {"online": self._head(name, given)}
-                                                  for name, given in heads.items()}
+        self.heads: dict[str, dict[str, Head]] = {
+            name: {"online": self._head(name, given)} for name, given in heads.items()
+        }
         self.options = heads
         self.classifier = Classifier(stream.classes, model.base.width, seed, train.head_lr)
         self.body.classifier = self.classifier
@@ -59,33 +68,52 @@ class Learner:
         self.ledger: list[dict[str, Any]] = []
 
     def _head(self, name: str, options: dict[str, Any]) -> Head:
-        head: Head = configs.method("heads", name, options, f"head.{name}", classes=self.stream.classes,
-                                    width=self.model.base.width, seed=self.seed)
+        head: Head = configs.method(
+            "heads",
+            name,
+            options,
+            f"head.{name}",
+            classes=self.stream.classes,
+            width=self.model.base.width,
+            seed=self.seed,
+        )
         return head
 
     def _loss(self, body: str) -> str:
         if "boundaries" in self.body.needs and not self.stream.boundaries:
-            raise InputError(f"body {body} needs to be told when a task begins; stream '{self.stream.name}' is "
-                             f"{self.stream.scenario} and does not tell.")
+            raise InputError(
+                f"body {body} needs to be told when a task begins; stream '{self.stream.name}' is "
+                f"{self.stream.scenario} and does not tell."
+            )
         if not self.stream.boundaries and self.train.epochs != 1:
-            raise InputError(f"epochs={self.train.epochs}: stream '{self.stream.name}' is {self.stream.scenario}: each "
-                             "record is seen once. Set epochs=1.")
+            raise InputError(
+                f"epochs={self.train.epochs}: stream '{self.stream.name}' is {self.stream.scenario}: each "
+                "record is seen once. Set epochs=1."
+            )
         wrong = [name for name in self.heads if self.body.heads is not None and name not in self.body.heads]
         if wrong:
-            raise InputError(f"head {wrong[0]}: body {body} predicts by itself; it goes with "
-                             f"{', '.join(self.body.heads or ())}.")
+            raise InputError(
+                f"head {wrong[0]}: body {body} predicts by itself; it goes with {', '.join(self.body.heads or ())}."
+            )
         wanted = {views["online"].loss for views in self.heads.values()}
         if self.body.loss == "seen" or self.stream.scenario in ("domain", "blurry", "free"):
             return "seen"
         if len(wanted) > 1:
-            raise InputError(f"heads {', '.join(self.heads)}: they want different training losses "
-                             f"({', '.join(sorted(wanted))}), so they cannot share one training of {body}.")
+            raise InputError(
+                f"heads {', '.join(self.heads)}: they want different training losses "
+                f"({', '.join(sorted(wanted))}), so they cannot share one training of {body}."
+            )
         return next(iter(wanted))
 
     # Training --------------------------------------------------------------------------------------------------------
 
-    def run(self, checkpoint: Path | None = None, every: int = 0, stop: int | None = None,
-            on_task: Callable[[int, int], None] = lambda task, tasks: None) -> Learner:
+    def run(
+        self,
+        checkpoint: Path | None = None,
+        every: int = 0,
+        stop: int | None = None,
+        on_task: Callable[[int, int], None] = lambda task, tasks: None,
+    ) -> Learner:
         """Train what is left of the stream.
 
         Args:
@@ -129,8 +157,11 @@ class Learner:
         extra = self.body.penalty(inputs, labels, features, self.classifier) if moves else None
         if extra is not None:
             loss = loss + extra
-        leaves = {**(self.body.parameters if moves else {}), "weight": self.classifier.weight,
-                  "bias": self.classifier.bias}
+        leaves = {
+            **(self.body.parameters if moves else {}),
+            "weight": self.classifier.weight,
+            "bias": self.classifier.bias,
+        }
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for value, gradient in zip(leaves.values(), gradients, strict=True):
             value.grad = torch.zeros_like(value) if gradient is None else gradient
@@ -147,15 +178,23 @@ class Learner:
         before = self.model.passes
         seen = set(self.stream.seen(self.task))
         asked = [bool(seen & set(other.classes)) for other in self.stream.tasks]  # others cannot be answered
-        counts = [self.count(other.test, other.classes) if known else {} for other, known in
-                  zip(self.stream.tasks, asked, strict=True)]
+        counts = [
+            self.count(other.test, other.classes) if known else {}
+            for other, known in zip(self.stream.tasks, asked, strict=True)
+        ]
         for name in self.heads:
             self.right[name].append([found.get(name, 0) for found in counts])
         rows = sum(len(other.test) for other, known in zip(self.stream.tasks, asked, strict=True) if known)
-        self.ledger.append({"task": self.task, "parameters": sum(v.numel() for v in self.body.parameters.values()),
-                            "stored_bytes": self.body.stored(), "head_bytes": self._head_bytes(),
-                            "passes_per_prediction": (self.model.passes - before) / max(rows, 1),
-                            "train_cpu_s": round(seconds, 3)})
+        self.ledger.append(
+            {
+                "task": self.task,
+                "parameters": sum(v.numel() for v in self.body.parameters.values()),
+                "stored_bytes": self.body.stored(),
+                "head_bytes": self._head_bytes(),
+                "passes_per_prediction": (self.model.passes - before) / max(rows, 1),
+                "train_cpu_s": round(seconds, 3),
+            }
+        )
         self.task, self.step_number = self.task + 1, 0
 
     def _fit(self, data: Encoded, seen: list[int]) -> None:
@@ -199,24 +238,35 @@ class Learner:
         if own is not None:
             return {name: only(own, self.body.seen) for name in names}
         features = {view: self.model.features(inputs, change) for view, change in self.body.views().items()}
-        return {name: self.body.combine({view: self.heads[name][view].scores(found, self.classifier)
-                                         for view, found in features.items()}) for name in names}
+        return {
+            name: self.body.combine(
+                {view: self.heads[name][view].scores(found, self.classifier) for view, found in features.items()}
+            )
+            for name in names
+        }
 
     # State -----------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What `load` goes on from bit for bit, as plain data and tensors: body, heads, counts and ledger."""
         heads = {name: {view: head.state() for view, head in own.items()} for name, own in self.heads.items()}
-        return {"task": self.task, "step": self.step_number, "body": self.body.state(), "heads": heads,
-                "classifier": self.classifier.state(), "right": copy.deepcopy(self.right),
-                "ledger": copy.deepcopy(self.ledger),
-                "passes": self.model.passes}
+        return {
+            "task": self.task,
+            "step": self.step_number,
+            "body": self.body.state(),
+            "heads": heads,
+            "classifier": self.classifier.state(),
+            "right": copy.deepcopy(self.right),
+            "ledger": copy.deepcopy(self.ledger),
+            "passes": self.model.passes,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state` of the same stream, body and heads, bit for bit."""
         if set(state["heads"]) != set(self.heads):
-            raise InputError(f"checkpoint: it has the heads {', '.join(state['heads'])}, asked for are "
-                             f"{', '.join(self.heads)}.")
+            raise InputError(
+                f"checkpoint: it has the heads {', '.join(state['heads'])}, asked for are {', '.join(self.heads)}."
+            )
         self.task, self.step_number = state["task"], state["step"]
         self.right, self.ledger = copy.deepcopy(state["right"]), copy.deepcopy(state["ledger"])
         self.model.passes = state["passes"]

@@ -40,8 +40,12 @@ ONE_TASK = "a stream of one task has nothing to forget"
 NO_TASKS = "a stream without boundaries has no tasks to compare"
 
 
-def summary(right: Sequence[Sequence[int]] | np.ndarray, tests: Sequence[int] | np.ndarray,
-            initial: Sequence[int] | None = None, records: Sequence[int] | None = None) -> dict[str, Any]:
+def summary(
+    right: Sequence[Sequence[int]] | np.ndarray,
+    tests: Sequence[int] | np.ndarray,
+    initial: Sequence[int] | None = None,
+    records: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """All metrics, as fractions; JSON-ready.
 
     Args:
@@ -85,8 +89,10 @@ class _Matrix:
         counts, self.tests = np.array(right, dtype=np.int64), np.array(tests, dtype=np.int64)
         self.T = len(self.tests)
         if self.T == 0 or counts.shape != (self.T, self.T):
-            raise InputError(f"matrix: right answers are {list(counts.shape)}; {self.T} tasks make [{self.T}, "
-                             f"{self.T}], and there must be one.")
+            raise InputError(
+                f"matrix: right answers are {list(counts.shape)}; {self.T} tasks make [{self.T}, "
+                f"{self.T}], and there must be one."
+            )
         self._require_counts("right answers", counts)
         self.initial, self.records = self._row("initial", initial), self._row("records", records)
         if self.initial is not None:
@@ -100,8 +106,10 @@ class _Matrix:
 
     def _require_counts(self, what: str, counts: np.ndarray) -> None:
         if (counts < 0).any() or (counts > self.tests).any():
-            raise InputError(f"matrix: {what} must lie between 0 and the test records of the task, "
-                             f"{self.tests.tolist()}; got {counts.tolist()}.")
+            raise InputError(
+                f"matrix: {what} must lie between 0 and the test records of the task, "
+                f"{self.tests.tolist()}; got {counts.tolist()}."
+            )
 
     def _row(self, what: str, given: Any) -> np.ndarray | None:
         if given is None:

@@ -77,8 +77,10 @@ class Plastic:
         mask = inputs.get("attention_mask")
         kept = None if mask is None else mask.bool().cpu()
         entered = {name: values[-1].float().cpu() for name, values in caught.items()}  # sums are made on the CPU
-        return {name: value[kept] if kept is not None and value.shape[:2] == kept.shape else value.flatten(0, -2)
-                for name, value in entered.items()}
+        return {
+            name: value[kept] if kept is not None and value.shape[:2] == kept.shape else value.flatten(0, -2)
+            for name, value in entered.items()
+        }
 
 
 def dense(delta: Tensor) -> Patch:
@@ -108,6 +110,7 @@ def _summed(patches: list[Patch]) -> Patch:
 
 def _patched(patch: Patch) -> Callable[..., Any]:
     """A forward hook; a block that returns a tuple has its hidden states first."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         return (patch(x, output[0]), *output[1:]) if isinstance(output, tuple) else patch(x, output)

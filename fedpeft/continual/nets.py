@@ -73,8 +73,14 @@ def glyph_net(kind: str, classes: int, seed: int = 0) -> Base:
         torch.manual_seed(seeds.derive(seed, "head"))
         net.classifier = nn.Linear(WIDTH, classes)
     net.requires_grad_(False).eval()
-    return Base(net, lambda batch: net(batch[INPUTS[kind]]), {"classifier": net.classifier}, None, f"glyph-net-{kind}",
-                "image-classification")
+    return Base(
+        net,
+        lambda batch: net(batch[INPUTS[kind]]),
+        {"classifier": net.classifier},
+        None,
+        f"glyph-net-{kind}",
+        "image-classification",
+    )
 
 
 @cache
@@ -92,8 +98,9 @@ def _pretrained(kind: str, seed: int) -> GlyphNet:
     return net
 
 
-def train(net: nn.Module, x: Tensor, labels: Tensor, epochs: int, batch: int, rate: float,
-          rng: np.random.Generator) -> None:
+def train(
+    net: nn.Module, x: Tensor, labels: Tensor, epochs: int, batch: int, rate: float, rng: np.random.Generator
+) -> None:
     """Plain cross-entropy with AdamW, the rate going up and down once; on one thread, which is fastest for so small a
     net, and gives the same bits everywhere."""
     threads = torch.get_num_threads()

@@ -32,8 +32,14 @@ def templates(classes: int, rng: np.random.Generator) -> np.ndarray:
     return scaled
 
 
-def signals(knots: np.ndarray, labels: np.ndarray, rng: np.random.Generator, warp: Warp | None = None,
-            noise: float = 0.5, slope: float = SLOPE) -> np.ndarray:
+def signals(
+    knots: np.ndarray,
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    warp: Warp | None = None,
+    noise: float = 0.5,
+    slope: float = SLOPE,
+) -> np.ndarray:
     """Records [N, 64], float32.
 
     Args:
@@ -64,8 +70,7 @@ def _between(knots: np.ndarray, at: np.ndarray) -> np.ndarray:
     place = np.clip(at, 0, 1) * (KNOTS - 1)
     left = np.minimum(place.astype(np.int64), KNOTS - 2)
     part = place - left
-    values: np.ndarray = (np.take_along_axis(knots, left, 1) * (1 - part)
-                          + np.take_along_axis(knots, left + 1, 1) * part)
+    values: np.ndarray = np.take_along_axis(knots, left, 1) * (1 - part) + np.take_along_axis(knots, left + 1, 1) * part
     return np.where((at >= 0) & (at <= 1), values, 0.0)
 
 

@@ -64,16 +64,37 @@ class Stream:
         return sorted({label for task in self.tasks[: index + 1] for label in task.classes})
 
 
-def plan(name: str, scenario: str, train_labels: np.ndarray, test_labels: np.ndarray, groups: list[list[int]],
-         seed: int, names: list[str] | None = None, **more: Any) -> dict[str, Any]:
+def plan(
+    name: str,
+    scenario: str,
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    groups: list[list[int]],
+    seed: int,
+    names: list[str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """The manifest of a stream whose tasks are groups of classes."""
     if scenario not in SCENARIOS:
         raise InputError(registry.unknown("stream.scenario", scenario, SCENARIOS))
-    tasks = [{"name": names[number] if names else f"task-{number}", "classes": sorted(group),
-              "train": np.flatnonzero(np.isin(train_labels, group)).tolist(),
-              "test": np.flatnonzero(np.isin(test_labels, group)).tolist()} for number, group in enumerate(groups)]
-    return {"version": VERSION, "name": name, "scenario": scenario, "seed": seed,
-            "classes": int(max(train_labels.max(), test_labels.max())) + 1, **more, "tasks": tasks}
+    tasks = [
+        {
+            "name": names[number] if names else f"task-{number}",
+            "classes": sorted(group),
+            "train": np.flatnonzero(np.isin(train_labels, group)).tolist(),
+            "test": np.flatnonzero(np.isin(test_labels, group)).tolist(),
+        }
+        for number, group in enumerate(groups)
+    ]
+    return {
+        "version": VERSION,
+        "name": name,
+        "scenario": scenario,
+        "seed": seed,
+        "classes": int(max(train_labels.max(), test_labels.max())) + 1,
+        **more,
+        "tasks": tasks,
+    }
 
 
 def groups(classes: int, tasks: int, seed: int, shuffle: bool = True, key: str = "stream.tasks") -> list[list[int]]:
@@ -102,8 +123,15 @@ def build(manifest: dict[str, Any], train: Encoded, test: Encoded) -> Stream:
     found = _hash(train, test)
     if manifest.setdefault("records_sha256", found) != found:
         raise InputError(f"stream manifest: '{manifest['name']}' was made from other records than these.")
-    tasks = tuple(Task(task["name"], tuple(task["classes"]), train.view(np.array(task["train"], dtype=np.int64)),
-                       test.view(np.array(task["test"], dtype=np.int64))) for task in manifest["tasks"])
+    tasks = tuple(
+        Task(
+            task["name"],
+            tuple(task["classes"]),
+            train.view(np.array(task["train"], dtype=np.int64)),
+            test.view(np.array(task["test"], dtype=np.int64)),
+        )
+        for task in manifest["tasks"]
+    )
     for task in tasks:
         if len(task.train) == 0:
             raise InputError(f"stream '{manifest['name']}': {task.name} has no training records.")

@@ -24,17 +24,47 @@ from fedpeft.errors import InputError
 
 PROMPTS = ("question", "prompt")
 COLUMNS = {
-    "text": ("text", "sentence", "content", "description", "document", "review", "comment", "message", "body",
-             *PROMPTS),
+    "text": (
+        "text",
+        "sentence",
+        "content",
+        "description",
+        "document",
+        "review",
+        "comment",
+        "message",
+        "body",
+        *PROMPTS,
+    ),
     "label": ("label", "labels", "class", "target", "category", "y"),
     "image": ("image", "images", "img", "pixel_values"),
 }
 PARTNERS = {  # columns that hold what a model is to say, where another one holds what it is asked
-    "answer", "answers", "chosen", "completion", "completions", "output", "outputs", "rejected", "reply", "response",
-    "responses", "solution",
+    "answer",
+    "answers",
+    "chosen",
+    "completion",
+    "completions",
+    "output",
+    "outputs",
+    "rejected",
+    "reply",
+    "response",
+    "responses",
+    "solution",
 }
-ASKED = {*PROMPTS, "context", "conversation", "conversations", "input", "inputs", "instruction", "instructions",
-         "messages", "query"}
+ASKED = {
+    *PROMPTS,
+    "context",
+    "conversation",
+    "conversations",
+    "input",
+    "inputs",
+    "instruction",
+    "instructions",
+    "messages",
+    "query",
+}
 LIKE_MISSING = re.compile(r"n/?a|<na>|nan|nat|none|null", re.IGNORECASE)
 EXACT = 2**53  # whole numbers from here on are not told apart as floats
 
@@ -52,8 +82,9 @@ def find_column(table: Table, what: str, given: str | None) -> str | None:
     for usual in COLUMNS[what]:
         found = [name for name in table.columns if name.strip().lower() == usual]
         if len(found) > 1:
-            raise InputError(f"{table.where}: the {what} could be in {' or '.join(map(repr, found))}. Name one with "
-                             f"data.{what}.")
+            raise InputError(
+                f"{table.where}: the {what} could be in {' or '.join(map(repr, found))}. Name one with data.{what}."
+            )
         if found:
             return found[0]
     return None
@@ -104,8 +135,11 @@ def missing(value: Any) -> bool:
         return not value.strip()
     if isinstance(value, Decimal):
         return value.is_nan()
-    return (value is None or type(value).__name__ in ("NAType", "NaTType")
-            or (isinstance(value, float | np.floating) and math.isnan(value)))
+    return (
+        value is None
+        or type(value).__name__ in ("NAType", "NaTType")
+        or (isinstance(value, float | np.floating) and math.isnan(value))
+    )
 
 
 def texts(table: Table, name: str) -> list[str]:
@@ -127,8 +161,10 @@ def _require_unicode(table: Table, name: str, number: int, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{table.where}: column {name}: record {number} has half of a character "
-                         f"(\\u{ord(value[error.start]):04x}), so it is no text. Remove it.") from error
+        raise InputError(
+            f"{table.where}: column {name}: record {number} has half of a character "
+            f"(\\u{ord(value[error.start]):04x}), so it is no text. Remove it."
+        ) from error
 
 
 def labels(table: Table, name: str) -> tuple[np.ndarray, list[str], tuple[Skipped, ...]]:
@@ -210,8 +246,9 @@ def _doubtful(table: Table, name: str, values: Sequence[str]) -> tuple[Skipped, 
         alike[value.strip().casefold()].add(value)
     where = f"{table.where}: column {name}"
     twins = [" and ".join(map(repr, sorted(group))) for group in alike.values() if len(group) > 1]
-    return (some(where, "labels read like a missing value, and are taken as a class as they stand", words, len(values))
-            + some(where, "groups of classes differ in case or blanks only, and stay several classes", sorted(twins)))
+    return some(
+        where, "labels read like a missing value, and are taken as a class as they stand", words, len(values)
+    ) + some(where, "groups of classes differ in case or blanks only, and stay several classes", sorted(twins))
 
 
 def natural(values: Sequence[Any]) -> np.ndarray | None:

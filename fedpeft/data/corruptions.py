@@ -1,10 +1,10 @@
 """Nine corruptions of grey images in five severities, for digits-C: functions of image, severity and generator.
 
-    >>> import numpy as np
-    >>> image = np.linspace(0, 1, 64).reshape(8, 8)
-    >>> bad = corrupt(image, "contrast", 5, np.random.default_rng(0))
-    >>> bad.shape, bool(np.ptp(bad) < 0.2), bool((corrupt(image, "clean", 0, np.random.default_rng(0)) == image).all())
-    ((8, 8), True, True)
+>>> import numpy as np
+>>> image = np.linspace(0, 1, 64).reshape(8, 8)
+>>> bad = corrupt(image, "contrast", 5, np.random.default_rng(0))
+>>> bad.shape, bool(np.ptp(bad) < 0.2), bool((corrupt(image, "clean", 0, np.random.default_rng(0)) == image).all())
+((8, 8), True, True)
 """
 
 from __future__ import annotations
@@ -79,9 +79,16 @@ def scanline(image: np.ndarray, level: int, draws: Draws) -> np.ndarray:
 
 
 CORRUPTIONS: dict[str, Callable[[np.ndarray, int, Draws], np.ndarray]] = {
-    "gaussian": gaussian, "shot": shot, "impulse": impulse, "blur": blur, "contrast": contrast,
-    "brightness": brightness, "pixelate": pixelate, "fog": fog, "scanline": scanline,
-}  # fmt: skip
+    "gaussian": gaussian,
+    "shot": shot,
+    "impulse": impulse,
+    "blur": blur,
+    "contrast": contrast,
+    "brightness": brightness,
+    "pixelate": pixelate,
+    "fog": fog,
+    "scanline": scanline,
+}
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, draws: Draws) -> np.ndarray:

@@ -113,22 +113,31 @@ def manifest(spec: StreamSpec) -> dict[str, Any]:
     names = list(spec.corruptions or CORRUPTIONS)
     labels = _test_set().labels[: spec.limit]
     domains = [(images, name, severity) for images, name, severity in _domains(spec, names, labels)]
-    items = [(int(image), name, severity if name != CLEAN else 0) for images, name, severity in domains
-             for image in images]
+    items = [
+        (int(image), name, severity if name != CLEAN else 0) for images, name, severity in domains for image in images
+    ]
     ends = np.cumsum([len(images) for images, _, _ in domains])
     if spec.kind == "mixed":
         items = [items[place] for place in seeds.numpy_generator(spec.seed, "drift", "mixed").permutation(len(items))]
         ends = np.array([len(items)])
     noise = seeds.numpy_generator(spec.seed, "drift", "noise").integers(2**32, size=len(items))
-    batches = [min(spec.batch, int(end) - start)
-               for first, end in zip([0, *ends[:-1]], ends, strict=True) for start in range(int(first), int(end),
-                                                                                            spec.batch)]
+    batches = [
+        min(spec.batch, int(end) - start)
+        for first, end in zip([0, *ends[:-1]], ends, strict=True)
+        for start in range(int(first), int(end), spec.batch)
+    ]
     plan: dict[str, Any] = {
-        "version": VERSION, "source": "digits", "source_sha256": _test_set().fingerprint, "spec": asdict(spec),
-        "image": [item[0] for item in items], "corruption": [item[1] for item in items],
-        "severity": [item[2] for item in items], "noise": noise.tolist(),
-        "label": [int(labels[item[0]]) for item in items], "batches": batches,
-    }  # fmt: skip
+        "version": VERSION,
+        "source": "digits",
+        "source_sha256": _test_set().fingerprint,
+        "spec": asdict(spec),
+        "image": [item[0] for item in items],
+        "corruption": [item[1] for item in items],
+        "severity": [item[2] for item in items],
+        "noise": noise.tolist(),
+        "label": [int(labels[item[0]]) for item in items],
+        "batches": batches,
+    }
     plan["spec"]["corruptions"] = names
     plan["plan_sha256"] = plan_hash(plan)
     plan["pixels_sha256"] = hashlib.sha256(_pixels(plan).tobytes()).hexdigest()
@@ -151,11 +160,17 @@ def load(plan: dict[str, Any]) -> TestStream:
     if plan["pixels_sha256"] != hashlib.sha256(pixels.tobytes()).hexdigest():
         raise InputError("manifest: the pixels do not fit their hash: the corruptions are others than they were.")
     ends = np.cumsum(plan["batches"]).tolist()
-    domains = [name if name == CLEAN else f"{name}-{severity}"
-               for name, severity in zip(plan["corruption"], plan["severity"], strict=True)]
-    return TestStream(plan["spec"]["kind"], {"pixel_values": torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]},
-                  torch.tensor(plan["label"]), domains,
-                  [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)])
+    domains = [
+        name if name == CLEAN else f"{name}-{severity}"
+        for name, severity in zip(plan["corruption"], plan["severity"], strict=True)
+    ]
+    return TestStream(
+        plan["spec"]["kind"],
+        {"pixel_values": torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]},
+        torch.tensor(plan["label"]),
+        domains,
+        [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)],
+    )
 
 
 def build(kind: str = "iid", **options: Any) -> TestStream:
@@ -165,6 +180,7 @@ def build(kind: str = "iid", **options: Any) -> TestStream:
 
 def _domains(spec: StreamSpec, names: list[str], labels: np.ndarray) -> Iterator[tuple[np.ndarray, str, int]]:
     """Image numbers, corruption and severity of each domain, in order."""
+
     def shuffled(*path: str | int) -> np.ndarray:
         return seeds.numpy_generator(spec.seed, "drift", spec.kind, *path).permutation(len(labels))
 
@@ -207,16 +223,20 @@ def thinned(labels: np.ndarray, shift: str, ratio: float) -> np.ndarray:
     if shift == "backward":
         share = share[::-1]
     kept = [np.flatnonzero(labels == label) for label in range(classes)]
-    return np.sort(np.concatenate([places[: max(1, round(share[label] * len(places)))]
-                                   for label, places in enumerate(kept) if len(places)]))
+    return np.sort(
+        np.concatenate(
+            [places[: max(1, round(share[label] * len(places)))] for label, places in enumerate(kept) if len(places)]
+        )
+    )
 
 
 def _pixels(plan: dict[str, Any]) -> np.ndarray:
     """uint8 [rows, H, W]."""
     images = np.asarray(_test_set().inputs)[..., 0]
     rows = zip(*(plan[name] for name in COLUMNS[:4]), strict=True)
-    made = [corrupt(images[image], name, severity, np.random.default_rng(noise))
-            for image, name, severity, noise in rows]
+    made = [
+        corrupt(images[image], name, severity, np.random.default_rng(noise)) for image, name, severity, noise in rows
+    ]
     return np.round(np.stack(made) * 255).astype(np.uint8)
 
 
@@ -234,8 +254,11 @@ def split() -> tuple[Records, Records]:
     train, test = Digits().load()
     kept, moved = train_test_split(np.arange(len(train)), train_size=TRAIN, stratify=train.labels, random_state=0)
     more = train.take(np.sort(moved))
-    test = replace(test, inputs=np.concatenate([np.asarray(test.inputs), np.asarray(more.inputs)]),
-                   labels=np.concatenate([test.labels, more.labels]))
+    test = replace(
+        test,
+        inputs=np.concatenate([np.asarray(test.inputs), np.asarray(more.inputs)]),
+        labels=np.concatenate([test.labels, more.labels]),
+    )
     return train.take(np.sort(kept)), test
 
 

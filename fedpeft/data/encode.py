@@ -63,8 +63,9 @@ class Encoded:
         end: the token that follows the texts in causal-lm, if any.
     """
 
-    def __init__(self, inputs: dict[str, Tensor], labels: Tensor, skipped: tuple[Skipped, ...] = (),
-                 end: int | None = None) -> None:
+    def __init__(
+        self, inputs: dict[str, Tensor], labels: Tensor, skipped: tuple[Skipped, ...] = (), end: int | None = None
+    ) -> None:
         self.stored, self.skipped, self.end = Stored(inputs, labels), skipped, end
         self._rows: np.ndarray | None = None  # all of them, in order
 
@@ -144,8 +145,9 @@ def encode_images(images: Any, processor: Any) -> Tensor:
     return _plain(images) if processor is None else _processed(images, processor)
 
 
-def encode_texts(records: Records, tokenizer: Any, max_length: int, what: str, *, end: int | None = None,
-                 keep_start: bool = False) -> tuple[dict[str, Tensor], tuple[Skipped, ...]]:
+def encode_texts(
+    records: Records, tokenizer: Any, max_length: int, what: str, *, end: int | None = None, keep_start: bool = False
+) -> tuple[dict[str, Tensor], tuple[Skipped, ...]]:
     """Inputs [N, T] of texts, padded on the right, and what is to be said of those that are cut.
 
     Args:
@@ -160,8 +162,9 @@ def encode_texts(records: Records, tokenizer: Any, max_length: int, what: str, *
     return _padded(rows, tokenizer), (Skipped(f"model.max_length={max_length}", text, len(cut), len(records)),)
 
 
-def _tokenize(texts: list[str], tokenizer: Any, max_length: int, keep_start: bool, end: int | None
-              ) -> tuple[dict[str, list[list[int]]], list[int], int]:
+def _tokenize(
+    texts: list[str], tokenizer: Any, max_length: int, keep_start: bool, end: int | None
+) -> tuple[dict[str, list[list[int]]], list[int], int]:
     """Rows of every model input, of at most `max_length` tokens; which texts were cut; tokens of the longest."""
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)
     rows = {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}

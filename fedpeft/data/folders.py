@@ -83,5 +83,7 @@ def _nothing(root: Path, skipped: tuple[Skipped, ...]) -> str:
     readable = [path.name for path in _entries(root) if ending(path) in ENDINGS]
     hint = f" It holds {', '.join(readable[:5])}: give a file by its own path." if readable else ""
     there = "".join(f" {entry}." for entry in skipped) if not hint else ""
-    return (f"{root}: neither a folder saved by datasets.save_to_disk nor one with images in a sub-folder per label "
-            f"(LABEL/NAME, endings {', '.join(PICTURES)}).{hint}{there}")
+    return (
+        f"{root}: neither a folder saved by datasets.save_to_disk nor one with images in a sub-folder per label "
+        f"(LABEL/NAME, endings {', '.join(PICTURES)}).{hint}{there}"
+    )

@@ -137,8 +137,11 @@ class Column:
                 f"data.clients={clients}: column '{self.column}' has {len(ranked)} groups with at least "
                 f"data.partition.min_examples={self.min_examples} records ({len(sizes)} groups in all"
                 f"{f'; {nobodys} records have no value there' if nobodys else ''}). "
-                + (f"Set data.clients to at most {len(ranked)}, or to null for all groups: {shown}." if ranked
-                   else "Choose another data.partition.column.")
+                + (
+                    f"Set data.clients to at most {len(ranked)}, or to null for all groups: {shown}."
+                    if ranked
+                    else "Choose another data.partition.column."
+                )
             )
         return ranked[:clients]
 
@@ -170,7 +173,7 @@ def unowned(column: str, values: np.ndarray, parts: Sequence[Sequence[int] | np.
         found += (Skipped(where, "records have no value there, so no owner, and are left out", nobodys, len(values)),)
     if names:
         what = f"records are in the {len(others)} groups that are left out, as they are not among the largest"
-        found += (Skipped(where, what, len(names), len(values), others[:skipped.SHOWN]),)
+        found += (Skipped(where, what, len(names), len(values), others[: skipped.SHOWN]),)
     return found
 
 

@@ -140,15 +140,17 @@ def _from_numbers(value: Any) -> Array:
     if array.dtype.kind not in "iu":
         raise ValueError(f"values of type {array.dtype}, expected numbers")
     if array.min() < 0 or array.max() > 255:
-        raise ValueError(f"whole numbers from {array.min()} to {array.max()}; allowed are 0 to 255, or fractions 0 to "
-                         "1")
+        raise ValueError(
+            f"whole numbers from {array.min()} to {array.max()}; allowed are 0 to 255, or fractions 0 to 1"
+        )
     return array.astype(np.uint8)
 
 
 def _fractions(array: Array) -> Array:
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-        raise ValueError(f"fractions from {array.min():g} to {array.max():g}; allowed are 0 to 1, or whole numbers "
-                         "0 to 255")
+        raise ValueError(
+            f"fractions from {array.min():g} to {array.max():g}; allowed are 0 to 1, or whole numbers 0 to 255"
+        )
     return array.astype(np.float32)
 
 
@@ -156,5 +158,7 @@ def _require_range(arrays: list[Array], what: str) -> None:
     whole = [array for array in arrays if array.dtype == np.uint8]
     largest = max((int(array.max()) for array in whole), default=255)
     if largest <= DARK and any(array.min() != array.max() for array in whole):
-        raise InputError(f"{what}: no value in {len(whole)} pictures is above {largest} where 255 is white: they look "
-                         "binary, 4-bit, or 12-bit in 16. Bring them to 0 to 255, or to fractions 0 to 1.")
+        raise InputError(
+            f"{what}: no value in {len(whole)} pictures is above {largest} where 255 is white: they look "
+            "binary, 4-bit, or 12-bit in 16. Bring them to 0 to 255, or to fractions 0 to 1."
+        )

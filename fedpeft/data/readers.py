@@ -72,8 +72,9 @@ def decoded(path: Path) -> str:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: not readable as a gzip file: {error}. Pack it again, or give it unpacked."
-                             ) from error
+            raise InputError(
+                f"{path}: not readable as a gzip file: {error}. Pack it again, or give it unpacked."
+            ) from error
     encoding = next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -86,8 +87,10 @@ def decoded(path: Path) -> str:
         ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(f"{path}: line {line} has a null character. If the encoding is UTF-16 with no byte order "
-                         f"mark: iconv -f UTF-16LE -t UTF-8 {path.name} > new{path.suffix}; else remove it.")
+        raise InputError(
+            f"{path}: line {line} has a null character. If the encoding is UTF-16 with no byte order "
+            f"mark: iconv -f UTF-16LE -t UTF-8 {path.name} > new{path.suffix}; else remove it."
+        )
     return text
 
 
@@ -161,8 +164,9 @@ def require_distinct(path: Path, names: Sequence[str]) -> None:
     """Raise InputError where two columns have one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{path}: {Counter(names)[twice[0]]} columns have the name {twice[0]!r}. Rename or remove all "
-                         "but one.")
+        raise InputError(
+            f"{path}: {Counter(names)[twice[0]]} columns have the name {twice[0]!r}. Rename or remove all but one."
+        )
 
 
 def _tsv(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
@@ -238,8 +242,10 @@ def parquet(path: Path) -> Columns:
             columns[name] = table.column(name).to_pylist()
         except Exception as error:  # dates beyond Python's, types of other programs
             kind = table.schema.field(name).type
-            raise InputError(f"{path}: column {name} of the type {kind} cannot be read: {error}. Remove it, or save it "
-                             "as strings or numbers.") from error
+            raise InputError(
+                f"{path}: column {name} of the type {kind} cannot be read: {error}. Remove it, or save it "
+                "as strings or numbers."
+            ) from error
     return columns
 
 

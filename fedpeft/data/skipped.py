@@ -37,8 +37,13 @@ class Skipped:
 
     def tree(self) -> dict[str, Any]:
         """As it stands in `metrics.jsonl` and `summary.json`."""
-        return {"where": self.where, "what": self.what, "count": self.count, "total": self.total,
-                "examples": list(self.examples)}
+        return {
+            "where": self.where,
+            "what": self.what,
+            "count": self.count,
+            "total": self.total,
+            "examples": list(self.examples),
+        }
 
 
 def some(where: str, what: str, found: Sequence[object], total: int | None = None) -> tuple[Skipped, ...]:

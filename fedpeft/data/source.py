@@ -182,8 +182,9 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     if objective.causal and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
     what = f"{table.where}: column {name}"
-    inputs: Any = (pictures.read_column(table.columns[name], what, table.folder) if kind == "image"
-                   else columns.texts(table, name))
+    inputs: Any = (
+        pictures.read_column(table.columns[name], what, table.folder) if kind == "image" else columns.texts(table, name)
+    )
     natural = {
         other: values
         for other in table.columns
@@ -193,8 +194,9 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     return Records(inputs, labels, label_names, natural, kind, table.skipped + notes)
 
 
-def _labels(table: tables.Table, config: DataConfig, needed: bool
-            ) -> tuple[str | None, np.ndarray, list[str], tuple[Skipped, ...]]:
+def _labels(
+    table: tables.Table, config: DataConfig, needed: bool
+) -> tuple[str | None, np.ndarray, list[str], tuple[Skipped, ...]]:
     """Column, indices and names of the labels, and what is to be said of them.
 
     Where none are needed, a column that has only the name of labels is left alone if it holds others.
@@ -224,8 +226,9 @@ def _require_kind(kind: str, task: str, where: str) -> None:
         )
 
 
-def _align(records: Records, label_names: list[str], what: str = "test set",
-           where: str = "the training set") -> Records:
+def _align(
+    records: Records, label_names: list[str], what: str = "test set", where: str = "the training set"
+) -> Records:
     """The same records with labels as indices into another list of names."""
     position = {name: index for index, name in enumerate(label_names)}
     used = np.unique(records.labels)

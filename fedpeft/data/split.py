@@ -26,6 +26,7 @@ from fedpeft.files import write_bytes
 
 LONGEST = 120  # bytes of a client's name: with what is added it must be a file's name
 
+
 def client_name(index: int) -> str:
     """The stable name of a simulated client; sorts like its index.
 
@@ -47,16 +48,24 @@ def owner_names(owners: Sequence[Any]) -> list[str]:
     """
     plain = [_escaped(str(owner)) for owner in owners]
     alike = Counter(_folded(name) for name in plain)
-    return [f"{_cut(name)}~{hashlib.sha256(repr(owner).encode()).hexdigest()[:8]}"
-            if alike[_folded(name)] > 1 or _cut(name) != name else name
-            for name, owner in zip(plain, map(str, owners), strict=True)]
+    return [
+        f"{_cut(name)}~{hashlib.sha256(repr(owner).encode()).hexdigest()[:8]}"
+        if alike[_folded(name)] > 1 or _cut(name) != name
+        else name
+        for name, owner in zip(plain, map(str, owners), strict=True)
+    ]
 
 
 def is_name(text: str) -> bool:
     """Whether a client's name is as safe as those of `client_name` and `owner_names`."""
     body = re.sub("~[0-9a-f]{8}$", "", text)
-    return (bool(body) and len(text.encode()) <= LONGEST + 9 and body[0] not in ". " and text[-1] not in ". "
-            and all(_kept(char) or char == "%" for char in body))
+    return (
+        bool(body)
+        and len(text.encode()) <= LONGEST + 9
+        and body[0] not in ". "
+        and text[-1] not in ". "
+        and all(_kept(char) or char == "%" for char in body)
+    )
 
 
 def _escaped(text: str) -> str:
@@ -64,9 +73,11 @@ def _escaped(text: str) -> str:
         return "%"
     last = len(text) - 1
     return "".join(
-        char if _kept(char) and not (char in ". " and place in (0, last)) else
-        "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
-        for place, char in enumerate(text))
+        char
+        if _kept(char) and not (char in ". " and place in (0, last))
+        else "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
+        for place, char in enumerate(text)
+    )
 
 
 def _kept(char: str) -> bool:
@@ -118,8 +129,10 @@ def names(path: Path) -> list[str]:
     found = list(_read(path)[2])
     wrong = [name for name in found if not is_name(name)] or found * (len({*map(_folded, found)}) < len(found))
     if wrong:
-        raise InputError(f"data.split: {path}: no client can have the name {', '.join(map(repr, wrong[:3]))}: files "
-                         "are named after it, and file systems take some names for one another.")
+        raise InputError(
+            f"data.split: {path}: no client can have the name {', '.join(map(repr, wrong[:3]))}: files "
+            "are named after it, and file systems take some names for one another."
+        )
     return found
 
 

@@ -102,8 +102,10 @@ def _dataset(found: Any, where: str) -> Tables:
     train = found["train"] if "train" in found else next(iter(found.values()))
     name = next((name for name in ("test", "validation") if name in found and found[name] is not train), None)
     unused = [f"{other} ({len(part)})" for other, part in found.items() if part is not train and other != name]
-    return Tables(_split(train, f"{where} (train)", some(where, "other splits are not used", unused)),
-                  _split(found[name], f"{where} ({name})") if name else None)
+    return Tables(
+        _split(train, f"{where} (train)", some(where, "other splits are not used", unused)),
+        _split(found[name], f"{where} ({name})") if name else None,
+    )
 
 
 def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = ()) -> Table:
@@ -122,6 +124,8 @@ def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = (
 
 def _image_folder(folder: Path, beside: tuple[Skipped, ...] = ()) -> Table:
     paths, skipped = folders.pictures(folder)
-    columns: dict[str, Sequence[Any]] = {"image": [str(path) for path in paths],
-                                         "label": [path.parent.name for path in paths]}
+    columns: dict[str, Sequence[Any]] = {
+        "image": [str(path) for path in paths],
+        "label": [path.parent.name for path in paths],
+    }
     return Table(columns, str(folder), skipped=beside + skipped)

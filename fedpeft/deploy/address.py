@@ -1,7 +1,7 @@
 """Hosts and ports as people write them: bare inside, with brackets around IPv6 where a port follows.
 
-    host      fl.example, xn--mnchen-3ya.example, 192.0.2.7, 2001:db8::7
-    endpoint  fl.example:9092, [2001:db8::7]:9092
+host      fl.example, xn--mnchen-3ya.example, 192.0.2.7, 2001:db8::7
+endpoint  fl.example:9092, [2001:db8::7]:9092
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def parse_host(text: str, key: str) -> str:
 def _parse_name(bare: str, text: str, key: str, advice: str) -> str:
     host, colon, port = bare.rpartition(":")
     if colon and port.isdigit():
-        raise InputError(f"{key}: '{text}' has a port; give {advice}. The port has an option of its own: --port {port} "
-                         f"with {key} {host}.")
+        raise InputError(
+            f"{key}: '{text}' has a port; give {advice}. The port has an option of its own: --port {port} "
+            f"with {key} {host}."
+        )
     try:
         name = bare.removesuffix(".").encode("idna").decode().lower()
     except UnicodeError as error:
@@ -66,8 +68,10 @@ def parse_listen(text: str, key: str) -> str:
     try:
         return str(ipaddress.ip_address(bare[1:-1] if bare.startswith("[") and bare.endswith("]") else bare))
     except ValueError as error:
-        raise InputError(f"{key}: '{text}' is no IP address. 0.0.0.0 is every address of this machine, :: the same "
-                         "with IPv6, 127.0.0.1 this machine alone.") from error
+        raise InputError(
+            f"{key}: '{text}' is no IP address. 0.0.0.0 is every address of this machine, :: the same "
+            "with IPv6, 127.0.0.1 this machine alone."
+        ) from error
 
 
 def parse_endpoint(text: str, key: str) -> tuple[str, int]:
@@ -113,8 +117,10 @@ def proxy_of(host: str) -> str | None:
     gRPC reads the lower-case names only, and `no_proxy` by endings of names.
     """
     direct = next((os.environ[name] for name in DIRECT if os.environ.get(name)), "")
-    if any(host == (ending := entry.strip().removeprefix("*").removeprefix(".")) or (ending and host.endswith(ending))
-           for entry in direct.split(",")):
+    if any(
+        host == (ending := entry.strip().removeprefix("*").removeprefix(".")) or (ending and host.endswith(ending))
+        for entry in direct.split(",")
+    ):
         return None
     name = next((name for name in PROXIES if os.environ.get(name)), None)
     if name is None:

@@ -38,4 +38,3 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     none = Records(np.zeros((0, 1, 1, 1), np.uint8) if kind == "image" else [], np.zeros(0, np.int64), labels, {}, kind)
     nothing = Encoded({}, torch.zeros(0, dtype=torch.int64))
     return World(config, strategy, local, start, none, none, nothing, nothing)
-

@@ -48,11 +48,15 @@ class Envelope:
         if not settings.NAME.fullmatch(self.run) or not re.fullmatch("[0-9a-f]{0,64}", self.base):
             raise InputError("the run's name or its base model's fingerprint is not one that fedpeft makes.")
         if len(self.config) > foreign.YAML_BYTES:
-            raise InputError(f"the run's config has {len(self.config)} characters; at most {foreign.YAML_BYTES} bytes "
-                             "are read by a site.")
+            raise InputError(
+                f"the run's config has {len(self.config)} characters; at most {foreign.YAML_BYTES} bytes "
+                "are read by a site."
+            )
         if len(self.labels) > LABELS or any(len(label) > LABEL_BYTES for label in self.labels):
-            raise InputError(f"data.labels: {len(self.labels)} classes, the longest name of "
-                             f"{max(map(len, self.labels))} characters; at most {LABELS} and {LABEL_BYTES} are read.")
+            raise InputError(
+                f"data.labels: {len(self.labels)} classes, the longest name of "
+                f"{max(map(len, self.labels))} characters; at most {LABELS} and {LABEL_BYTES} are read."
+            )
 
     def account(self, config: Config) -> str:
         """The run's name in the ledger.
@@ -66,8 +70,9 @@ class Envelope:
 
     def put(self, message: Message, site: str) -> None:
         """Put the run's config, labels and base into a message, addressed to one site."""
-        message.content[RECORD] = ConfigRecord({"run": self.run, "config": self.config, "labels": list(self.labels),
-                                                "base": self.base, "site": site})
+        message.content[RECORD] = ConfigRecord(
+            {"run": self.run, "config": self.config, "labels": list(self.labels), "base": self.base, "site": site}
+        )
 
 
 def opened(content: RecordDict, site: Site) -> Envelope:
@@ -87,8 +92,9 @@ def opened(content: RecordDict, site: Site) -> Envelope:
     except InputError as error:
         raise Refused(str(error)) from error
     if name != site.settings.name:
-        raise Refused(f"the coordinator calls this site '{foreign.shown(name, 100)}'; site.yaml says "
-                      f"'{site.settings.name}'.")
+        raise Refused(
+            f"the coordinator calls this site '{foreign.shown(name, 100)}'; site.yaml says '{site.settings.name}'."
+        )
     return envelope
 
 
@@ -128,8 +134,7 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     # Built up key by key, so that one that comes to the data section later cannot slip through.
     data = {**{key: data[key] for key in SHARED if key in data}, **columns, "source": own.data.source}
     try:
-        return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data},
-                            foreign=True)
+        return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data}, foreign=True)
     except InputError as error:
         raise Refused(f"the config is not valid here: {error}") from error
 
@@ -175,6 +180,8 @@ def classes(config: Config, found: list[str] | None) -> list[str]:
         return ["all"]
     names: Any = config.data.labels or found
     if not names:
-        raise InputError("data.labels: sites have parts of the data, so the config must name the classes in their "
-                         "order, data.labels=[no,yes], or data.test must be a test set that has all of them.")
+        raise InputError(
+            "data.labels: sites have parts of the data, so the config must name the classes in their "
+            "order, data.labels=[no,yes], or data.test must be a test set that has all of them."
+        )
     return [str(name) for name in names]

@@ -29,21 +29,33 @@ def certificates(folder: Path, host: str) -> None:
     """Write ca.key, ca.crt, server.key and server.crt; the server's certificate is for `host` and for loopback."""
     authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft coordinator's authority")])
-    usage = x509.KeyUsage(digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
-                          key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
-                          decipher_only=False)
-    root = (_certificate(issuer, issuer, authority.public_key())
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .sign(authority, hashes.SHA256()))
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=True,
+        crl_sign=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    root = (
+        _certificate(issuer, issuer, authority.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(authority, hashes.SHA256())
+    )
     names = list(dict.fromkeys([host, *LOOPBACK]))
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
-    server = (_certificate(subject, issuer, own.public_key())
-              .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-              .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
-              .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-              .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
-              .sign(authority, hashes.SHA256()))
+    server = (
+        _certificate(subject, issuer, own.public_key())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .sign(authority, hashes.SHA256())
+    )
     write_mode(folder / "ca.key", _pem(authority), PRIVATE)
     write_mode(folder / "ca.crt", root.public_bytes(serialization.Encoding.PEM), PUBLIC)
     write_mode(folder / "server.key", _pem(own), PRIVATE)
@@ -54,8 +66,9 @@ def site_keys(folder: Path) -> str:
     """Write the key pair of a site, `site.key` and `site.pub`, in OpenSSH's format; the public key as one line."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = line(key.public_key())
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
-                                serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
     write_mode(folder / "site.key", private, PRIVATE)
     write_mode(folder / "site.pub", f"{public}\n".encode(), PUBLIC)
     return public
@@ -72,8 +85,10 @@ def public_key(text: str) -> ec.EllipticCurvePublicKey:
         given = path.read_text() if len(text) < 256 and path.is_file() else text
         key = serialization.load_ssh_public_key(given.strip().encode())
     except (ValueError, UnsupportedAlgorithm, OSError) as error:
-        raise InputError(f"PUBLIC_KEY: {text[:60]!r} is neither a file nor a line of site.pub, 'ecdsa-sha2-nistp384 "
-                         f"AAAA...': {error}") from error
+        raise InputError(
+            f"PUBLIC_KEY: {text[:60]!r} is neither a file nor a line of site.pub, 'ecdsa-sha2-nistp384 "
+            f"AAAA...': {error}"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise InputError("PUBLIC_KEY: an ECDSA key of a NIST curve is needed (ecdsa-sha2-nistp384).")
     return key
@@ -102,10 +117,16 @@ def write_mode(path: Path, data: bytes, mode: int) -> None:
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key)  # Python 3.13 takes no chain without key identifiers
     begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)  # clocks of sites may be behind
-    return (x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-            .serial_number(x509.random_serial_number()).not_valid_before(begin)
-            .not_valid_after(begin + datetime.timedelta(days=365 * YEARS))
-            .add_extension(identifier, critical=False))
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + datetime.timedelta(days=365 * YEARS))
+        .add_extension(identifier, critical=False)
+    )
 
 
 def _general(name: str) -> x509.GeneralName:
@@ -116,5 +137,6 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                             serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -1,8 +1,8 @@
 """One child process of a deployment: `python -m fedpeft.deploy.launch ROLE FOLDER PARENT_PID ...`.
 
-    superlink, supernode   Flower's own programs, with the options that a deployment needs
-    run                    the server's side of one run
-    proxy, worker          a site's client: the thin Flower side, and the process that has model and data
+superlink, supernode   Flower's own programs, with the options that a deployment needs
+run                    the server's side of one run
+proxy, worker          a site's client: the thin Flower side, and the process that has model and data
 """
 
 from __future__ import annotations

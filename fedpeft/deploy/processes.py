@@ -36,8 +36,14 @@ class Child:
         """Start the process in a session of its own, so that Ctrl-C does not reach it; it appends to `output`."""
         stream = self.output.open("ab") if self.output else None
         try:
-            self.process = subprocess.Popen(self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=stream,
-                                            stderr=stream, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
         finally:
             if stream:
                 stream.close()

@@ -1,7 +1,7 @@
 """The two folders of a deployment: the coordinator's with server.yaml, a site's with site.yaml, and what lies in them.
 
-    coordinator: server.yaml ca.crt ca.key server.crt server.key secret sites/<name>.pub state.db runs/<run>/ logs/
-    site:        site.yaml policy.yaml ca.crt site.key site.pub secret ledger/<name>.jsonl state/<run>/<name>/
+coordinator: server.yaml ca.crt ca.key server.crt server.key secret sites/<name>.pub state.db runs/<run>/ logs/
+site:        site.yaml policy.yaml ca.crt site.key site.pub secret ledger/<name>.jsonl state/<run>/<name>/
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class ServerSettings:
 class SiteData:
     """What a site trains on. No server can change it."""
 
-    source: str | None = option(None, "file, folder or prepared data set with this site's records",
-                                path=True)
+    source: str | None = option(None, "file, folder or prepared data set with this site's records", path=True)
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
@@ -54,8 +53,9 @@ class SiteSettings:
 
     name: str = option("", "the name that the coordinator has registered this site under")
     server: str = option("localhost:9092", "HOST:PORT of the coordinator")
-    model: str = option("tiny-vit", "embedded or prepared model, or a local folder, whatever the server's config names",
-                        path=True)
+    model: str = option(
+        "tiny-vit", "embedded or prepared model, or a local folder, whatever the server's config names", path=True
+    )
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     threads: int = option(1, "threads of the worker", low=1)
     data: SiteData = field(default_factory=SiteData)
@@ -132,8 +132,10 @@ def site(path: Path) -> Site:
 def require_name(name: str, key: str) -> None:
     """Refuse a name that could not be a file name on every system."""
     if not NAME.fullmatch(name):
-        raise InputError(f"{key}: '{name}' is not a name: up to 63 letters, digits, dots, hyphens and underscores, the "
-                         "first a letter or digit.")
+        raise InputError(
+            f"{key}: '{name}' is not a name: up to 63 letters, digits, dots, hyphens and underscores, the "
+            "first a letter or digit."
+        )
 
 
 def new_folder(path: Path) -> Path:

@@ -45,15 +45,19 @@ def combine(terms: Sequence[Term]) -> AdapterState:
     first = states[0][1]
     for _, state in states[1:]:
         _require_same_sites(first, state)
-    tensors = {key: _sum([(weight, state[key]) for weight, state in states]) for key in first.tensors
-               if first.role(key) == "head"}
+    tensors = {
+        key: _sum([(weight, state[key]) for weight, state in states])
+        for key in first.tensors
+        if first.role(key) == "head"
+    }
     for site in first.lora_sites():
         tensors |= _stacked(site, first, states)
     return AdapterState(tensors, first.sites)
 
 
-def robust_signature(clean: AdapterState, robust: AdapterState, layers: int = 7,
-                     orthogonal: bool = True) -> AdapterState:
+def robust_signature(
+    clean: AdapterState, robust: AdapterState, layers: int = 7, orthogonal: bool = True
+) -> AdapterState:
     """tau = theta_robust - theta_clean on the shallowest layers, as an adapter without head.
 
     Two adapters of one base, one tuned on clean and one on corrupted data. With `orthogonal`, what the robust one has
@@ -94,8 +98,9 @@ def patch(target: AdapterState, signature: AdapterState, strength: float) -> Ada
 
 def shallowest(adapter: AdapterState, layers: int) -> list[str]:
     """LoRA modules in the first `layers` layers, by the first number in their names."""
-    depth = {site: next((int(part) for part in site.split(".") if part.isdigit()), None)
-             for site in adapter.lora_sites()}
+    depth = {
+        site: next((int(part) for part in site.split(".") if part.isdigit()), None) for site in adapter.lora_sites()
+    }
     numbers = sorted({number for number in depth.values() if number is not None})
     if not numbers:
         raise InputError(f"layers: no module of the adapter has a layer number in its name ({', '.join(depth)}).")
@@ -111,13 +116,18 @@ def inner(one: AdapterState, other: AdapterState, site: str) -> float:
 def _stacked(site: str, like: AdapterState, states: Sequence[Term]) -> dict[str, Tensor]:
     """Factors of sum_k w_k s_k B_k A_k over the scaling of `like`; those of `like` itself if nothing contributes."""
     B, A = like[f"{site}/B"], like[f"{site}/A"]
-    kept = [(weight * state.sites[site].scaling / like.sites[site].scaling, state[f"{site}/B"], state[f"{site}/A"])
-            for weight, state in states if weight != 0 and bool(state[f"{site}/B"].any() and state[f"{site}/A"].any())]
+    kept = [
+        (weight * state.sites[site].scaling / like.sites[site].scaling, state[f"{site}/B"], state[f"{site}/A"])
+        for weight, state in states
+        if weight != 0 and bool(state[f"{site}/B"].any() and state[f"{site}/A"].any())
+    ]
     # Factors of rank 0 are none that peft can load, so those of `like` stay, with B = 0.
     if not kept:
         return {f"{site}/A": A.clone(), f"{site}/B": torch.zeros_like(B)}
-    return {f"{site}/A": torch.cat([right.to(A.dtype) for _, _, right in kept], dim=0),
-            f"{site}/B": torch.cat([(ratio * left.double()).to(B.dtype) for ratio, left, _ in kept], dim=1)}
+    return {
+        f"{site}/A": torch.cat([right.to(A.dtype) for _, _, right in kept], dim=0),
+        f"{site}/B": torch.cat([(ratio * left.double()).to(B.dtype) for ratio, left, _ in kept], dim=1),
+    }
 
 
 def _sum(values: Sequence[tuple[float, Tensor]]) -> Tensor:

@@ -145,8 +145,12 @@ def make(name: str, options: dict[str, Any] | None = None, key: str = "") -> Mer
     return merger
 
 
-def merge(name: str, adapters: Sequence[AdapterState], options: dict[str, Any] | None = None,
-          numbers: Sequence[float] | None = None) -> AdapterState:
+def merge(
+    name: str,
+    adapters: Sequence[AdapterState],
+    options: dict[str, Any] | None = None,
+    numbers: Sequence[float] | None = None,
+) -> AdapterState:
     """Merge adapters, in their order, by a registered merger."""
     return make(name, options).merge(adapters, numbers)
 
@@ -218,8 +222,13 @@ def _with_form(empty: State, adapter: AdapterState) -> State:
 
 def _form(state: State) -> AdapterState:
     numbers = state["numbers"]
-    return from_dict({key: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-                      for key, (dtype, shape) in numbers["form"].items()}, numbers["sites"])
+    return from_dict(
+        {
+            key: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            for key, (dtype, shape) in numbers["form"].items()
+        },
+        numbers["sites"],
+    )
 
 
 def _in_units(state: State, adapter: AdapterState) -> AdapterState:

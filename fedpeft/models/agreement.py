@@ -41,9 +41,11 @@ def require_base(name: str) -> None:
             base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError):
             base = None
-        raise InputError(f"model.name: {name} holds an adapter (adapter_config.json), not a base model. Give its base"
-                         f"{f', model.name={base}' if base else ''}, or merge the adapter into it first (`fedpeft "
-                         "export --merge`, or merge_and_unload of peft).")
+        raise InputError(
+            f"model.name: {name} holds an adapter (adapter_config.json), not a base model. Give its base"
+            f"{f', model.name={base}' if base else ''}, or merge the adapter into it first (`fedpeft "
+            "export --merge`, or merge_and_unload of peft)."
+        )
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
         try:
             parts = set(json.loads(index.read_text())["weight_map"].values())
@@ -51,8 +53,10 @@ def require_base(name: str) -> None:
             raise InputError(f"model.name: {index} is no index of weight files: {error!r}. Copy it again.") from error
         missing = sorted(part for part in parts if not (folder / str(part)).is_file())
         if missing:
-            raise InputError(f"model.name: {name} lacks {len(missing)} of {len(parts)} weight files that {index.name} "
-                             f"names: {', '.join(map(str, missing[:3]))}. Copy them too.")
+            raise InputError(
+                f"model.name: {name} lacks {len(missing)} of {len(parts)} weight files that {index.name} "
+                f"names: {', '.join(map(str, missing[:3]))}. Copy them too."
+            )
 
 
 def require_tokenizer(name: str, tokenizer: Any) -> None:
@@ -69,13 +73,16 @@ def require_tokenizer(name: str, tokenizer: Any) -> None:
     if not wanted and "tokenizer_file" not in tokenizer.vocab_files_names:  # made of bytes or characters
         needed = ["tokenizer_config.json"]
     if not (there("tokenizer.json") or (needed and all(map(there, needed)))):
-        raise InputError(f"model.name: '{name}' has no tokenizer: neither tokenizer.json nor "
-                         f"{' and '.join(needed) or 'another vocabulary'} is there. Save the model's tokenizer beside "
-                         "it (AutoTokenizer.from_pretrained(...).save_pretrained).")
+        raise InputError(
+            f"model.name: '{name}' has no tokenizer: neither tokenizer.json nor "
+            f"{' and '.join(needed) or 'another vocabulary'} is there. Save the model's tokenizer beside "
+            "it (AutoTokenizer.from_pretrained(...).save_pretrained)."
+        )
 
 
-def require_covered(name: str, model: Any, loading: dict[str, Any], heads: Collection[str],
-                    unused: Collection[str]) -> None:
+def require_covered(
+    name: str, model: Any, loading: dict[str, Any], heads: Collection[str], unused: Collection[str]
+) -> None:
     """Refuse weights that do not cover the model: what they lack would be drawn at random and then frozen.
 
     Args:
@@ -83,18 +90,26 @@ def require_covered(name: str, model: Any, loading: dict[str, Any], heads: Colle
         heads: modules that may be new; they are trained.
         unused: parts whose output nobody reads.
     """
-    lacking = {str(key[0] if isinstance(key, tuple) else key)
-               for key in (*loading["missing_keys"], *loading["mismatched_keys"])}
+    lacking = {
+        str(key[0] if isinstance(key, tuple) else key)
+        for key in (*loading["missing_keys"], *loading["mismatched_keys"])
+    }
     lacking = {key for key in lacking if key.split(".")[0] not in heads and not any(part in key for part in unused)}
     poolers = {key for key in lacking if "pooler" in key}
     if lacking - poolers:
         whole = len(model.state_dict())
-        raise InputError(f"model.name: the weights of '{name}' do not cover {type(model).__name__}: {len(lacking)} of "
-                         f"{whole} tensors are lacking or of another shape, as {', '.join(sorted(lacking)[:3])}, and "
-                         "would be random. Is it the checkpoint of another architecture or size?")
+        raise InputError(
+            f"model.name: the weights of '{name}' do not cover {type(model).__name__}: {len(lacking)} of "
+            f"{whole} tensors are lacking or of another shape, as {', '.join(sorted(lacking)[:3])}, and "
+            "would be random. Is it the checkpoint of another architecture or size?"
+        )
     if poolers:
-        log.warning("model.name: '%s' has no weights for its pooler (%s): it stays as drawn at random. "
-                    "model.pooling=mean does without", name, ", ".join(sorted(poolers)[:2]))
+        log.warning(
+            "model.name: '%s' has no weights for its pooler (%s): it stays as drawn at random. "
+            "model.pooling=mean does without",
+            name,
+            ", ".join(sorted(poolers)[:2]),
+        )
 
 
 def rows_of(model: Any) -> int | None:
@@ -113,8 +128,13 @@ def require_positions(config: ModelConfig, model: Any, stated: int) -> None:
         stated: largest length that tokenizer and config state.
     """
     longest, rows = min(stated, config.max_length), rows_of(model)
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)
-              and module is not model.get_input_embeddings() and 16 < module.num_embeddings < longest + SPARE]
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and module is not model.get_input_embeddings()
+        and 16 < module.num_embeddings < longest + SPARE
+    ]
     if rows and tables and (reason := _failure(model, rows, longest)):
         low, high = 0, longest
         while high - low > 1:
@@ -124,8 +144,10 @@ def require_positions(config: ModelConfig, model: Any, stated: int) -> None:
             raise InputError(f"model.name: '{config.name}' takes no text at all: {reason}.")
         longest = low
     if config.max_length > longest:
-        raise InputError(f"model.max_length={config.max_length}: '{config.name}' takes at most {longest} tokens. Set "
-                         f"model.max_length={longest}.")
+        raise InputError(
+            f"model.max_length={config.max_length}: '{config.name}' takes at most {longest} tokens. Set "
+            f"model.max_length={longest}."
+        )
 
 
 def _probe(model: Any, rows: int, length: int) -> Tensor:
@@ -197,11 +219,13 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
     try:
         found = base.forward(one)
     except FAILURES as error:
-        raise InputError(f"{key}: the model '{base.source}' does not take the longest record ({_shape(one)}): "
-                         f"{_first_line(error)}.") from error
+        raise InputError(
+            f"{key}: the model '{base.source}' does not take the longest record ({_shape(one)}): {_first_line(error)}."
+        ) from error
     if not torch.isfinite(found).all():
-        raise InputError(f"{key}: the model '{base.source}' answers the longest record with numbers that are not "
-                         "finite.")
+        raise InputError(
+            f"{key}: the model '{base.source}' answers the longest record with numbers that are not finite."
+        )
 
 
 def _shape(batch: dict[str, Tensor]) -> str:

@@ -1,10 +1,10 @@
 """The one view of a frozen base model: its head, the features that enter it, its layers' weights as [out, in].
 
-    >>> import torch
-    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    >>> base = Base(net, lambda batch: net(batch["x"]), {"1": net[1]}, None, "", "image-classification")
-    >>> base.width, base.classes, base.shape("0"), tuple(base.features({"x": torch.ones(5, 2)}).shape)
-    (3, 4, (3, 2), (5, 3))
+>>> import torch
+>>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+>>> base = Base(net, lambda batch: net(batch["x"]), {"1": net[1]}, None, "", "image-classification")
+>>> base.width, base.classes, base.shape("0"), tuple(base.features({"x": torch.ones(5, 2)}).shape)
+(3, 4, (3, 2), (5, 3))
 """
 
 from __future__ import annotations

@@ -58,8 +58,14 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     model.requires_grad_(False).eval()
     if head is not None:
         head.requires_grad_(False)
-        return Base(model, lambda batch: head(mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])),
-                    {"classifier": head}, processor, source, config.task)
+        return Base(
+            model,
+            lambda batch: head(mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])),
+            {"classifier": head},
+            processor,
+            source,
+            config.task,
+        )
     heads = _heads(model) if objective.classes else {}
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
 
@@ -76,8 +82,11 @@ def fingerprint(base: Base, heads: bool) -> str:
     inside = {id(value) for module in base.heads.values() for value in module.state_dict(keep_vars=True).values()}
     digest = hashlib.sha256()
     # Under the names of the plain base: the same hash whether or not an adapter is in it.
-    tensors = {name.replace(".base_layer.", "."): value
-               for name, value in base.backbone.state_dict(keep_vars=True).items() if ".lora_" not in name}
+    tensors = {
+        name.replace(".base_layer.", "."): value
+        for name, value in base.backbone.state_dict(keep_vars=True).items()
+        if ".lora_" not in name
+    }
     for name, value in sorted(tensors.items()):
         if value.requires_grad or (not heads and id(value) in inside):
             continue
@@ -162,14 +171,17 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     return model, processor
 
 
-def _require_agreement(config: ModelConfig, objective: Objective, model: Any, processor: Any, loading: dict[str, Any],
-                       pooled: bool) -> None:
+def _require_agreement(
+    config: ModelConfig, objective: Objective, model: Any, processor: Any, loading: dict[str, Any], pooled: bool
+) -> None:
     """Refuse what does not belong together; a tokenizer that cannot pad gets its end token for it."""
     if objective.causal:
         agreement.require_causal(config, model)
         if loading["missing_keys"]:
-            raise InputError(f"model.name: '{config.name}' is no {config.task} checkpoint: it lacks "
-                             f"{', '.join(sorted(loading['missing_keys'])[:3])}.")
+            raise InputError(
+                f"model.name: '{config.name}' is no {config.task} checkpoint: it lacks "
+                f"{', '.join(sorted(loading['missing_keys'])[:3])}."
+            )
     heads = _heads(model) if objective.classes and not pooled else ()
     agreement.require_covered(config.name, model, loading, heads, ("pooler",) if pooled else ())
     if objective.records == "image":
@@ -181,8 +193,11 @@ def _require_agreement(config: ModelConfig, objective: Objective, model: Any, pr
                 f"model.name: the tokenizer of '{config.name}' has neither a padding nor an end token; give it one."
             )
         processor.pad_token = processor.eos_token
-        log.info("model.name: the tokenizer of '%s' has no padding token; its end token %s pads, and is masked",
-                 config.name, processor.eos_token)
+        log.info(
+            "model.name: the tokenizer of '%s' has no padding token; its end token %s pads, and is masked",
+            config.name,
+            processor.eos_token,
+        )
     model.config.pad_token_id = processor.pad_token_id
     stated = min(processor.model_max_length, getattr(model.config, "max_position_embeddings", config.max_length))
     agreement.require_positions(config, model.eval(), stated)
@@ -194,7 +209,8 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
     if config.name == "tiny-vit":
         folder = str(Path(__file__).parents[1] / "assets" / "tiny-vit")
         model = transformers.AutoModelForImageClassification.from_pretrained(
-            folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=DTYPES[config.dtype])
+            folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=DTYPES[config.dtype]
+        )
         return model, None, folder
     tokenizer = byte_tokenizer()
     common = {
@@ -211,7 +227,8 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
         torch.manual_seed(0)
         if config.name == "tiny-llama":
             model = transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(**common, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+                transformers.LlamaConfig(**common, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+            )
         elif config.pooling == "mean":
             model = transformers.BertModel(transformers.BertConfig(**common))
         else:
@@ -229,5 +246,9 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-                                   model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -34,9 +34,7 @@ def linear_layers(base: Base) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in backbone.named_modules()
-        if is_linear(module)
-        and id(module) not in heads
-        and module is not output
+        if is_linear(module) and id(module) not in heads and module is not output
     }
 
 
@@ -79,8 +77,14 @@ def lora_layers(base: Base, config: AdapterConfig) -> dict[str, Any]:
 
     # Full names: by endings peft would also take layers of the head.
     names = resolve(base, config.target_modules)
-    settings = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                          target_modules=names, bias="none")
+    settings = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=names,
+        bias="none",
+    )
     inject_adapter_in_model(settings, base.backbone)
     return {
         name: module

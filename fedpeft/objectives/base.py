@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # the label of what is not to be predicted
 
+
 class Objective:
     """Base of all objectives: a head scores classes.
 
@@ -69,16 +70,22 @@ class Objective:
     def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
         """Sums over the samples of a batch, of which `metrics` makes its means; `losses` [N] are float64."""
         known = targets != IGNORE
-        return {"loss": float(losses.sum()), "right": int((scores.argmax(-1) == targets).logical_and(known).sum()),
-                "targets": int(known.sum())}
+        return {
+            "loss": float(losses.sum()),
+            "right": int((scores.argmax(-1) == targets).logical_and(known).sum()),
+            "targets": int(known.sum()),
+        }
 
     def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """What an evaluation says, of the sums over all samples: `accuracy`, `loss`, `num-examples` and whatever else.
 
         It has the same keys whatever the sums, all 0 of no sample: a private client answers with the keys alone.
         """
-        return {"accuracy": divide(sums["right"], sums["targets"]), "loss": divide(sums["loss"], samples),
-                "num-examples": samples}
+        return {
+            "accuracy": divide(sums["right"], sums["targets"]),
+            "loss": divide(sums["loss"], samples),
+            "num-examples": samples,
+        }
 
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The scores [N, K] of one answer for each record, which test-time methods adapt."""

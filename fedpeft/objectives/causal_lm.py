@@ -37,15 +37,31 @@ class CausalLM(Objective):
         inputs, cut = encode_texts(records, processor, max_length, what, end=end, keep_start=True)
         data = Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
         silent = [repr(records.inputs[index][:20]) for index in np.setdiff1d(np.arange(total), data.teaching())]
-        left_out = some(self.name, f"{what} have nothing to predict, as they have fewer than two tokens, and are left "
-                        "out", silent, total)
+        left_out = some(
+            self.name,
+            f"{what} have nothing to predict, as they have fewer than two tokens, and are left out",
+            silent,
+            total,
+        )
         endless: tuple[Skipped, ...] = ()
         if end is None:
-            endless = (Skipped(self.name, f"{what} have no end token, as the tokenizer has none: the model does not "
-                               "learn where a text ends", total, total),)
+            endless = (
+                Skipped(
+                    self.name,
+                    f"{what} have no end token, as the tokenizer has none: the model does not learn where a text ends",
+                    total,
+                    total,
+                ),
+            )
         else:
-            log.info("%s: the end token %s follows %d of %d %s.", self.name, processor.eos_token,
-                     total - sum(entry.count for entry in cut), total, what)
+            log.info(
+                "%s: the end token %s follows %d of %d %s.",
+                self.name,
+                processor.eos_token,
+                total - sum(entry.count for entry in cut),
+                total,
+                what,
+            )
         skipped.say(cut + left_out + endless)
         return Encoded(data.inputs, data.labels, cut + left_out + endless, end)
 
@@ -67,8 +83,11 @@ class CausalLM(Objective):
 
     def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`loss` is the mean over texts, `token_loss` that over all their tokens, which are `test_tokens`."""
-        return {**super().metrics(sums, samples), "test_tokens": sums["targets"],
-                "token_loss": divide(sums["over_tokens"], sums["targets"])}
+        return {
+            **super().metrics(sums, samples),
+            "test_tokens": sums["targets"],
+            "token_loss": divide(sums["over_tokens"], sums["targets"]),
+        }
 
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Of token scores [N, T, V], those after each text's last real token [N, V], wherever its padding is."""

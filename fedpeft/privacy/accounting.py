@@ -37,8 +37,10 @@ ASSUMPTIONS = (
     "steps: all local steps of all rounds that the client joins; client sampling does not lower the sample rate",
     "the adversary sees every update, as the server does; each client has an epsilon of its own, report the largest",
 )
-BOUNDED = ("epsilon is a closed upper bound here (the smaller of rdp and no sampling): distributions of losses this "
-           "large, or at a delta this small, are beyond double precision or memory")
+BOUNDED = (
+    "epsilon is a closed upper bound here (the smaller of rdp and no sampling): distributions of losses this "
+    "large, or at a delta this small, are beyond double precision or memory"
+)
 TOLERANCE = 1e-4
 EXCESS = 5e-5  # of epsilon over all steps together: a step on a grid of width h adds about h^2
 WIDEST, POINTS, WHOLE = 4e-4, 40_000, 1 << 21  # of the grid; of one step's losses and of all steps' together on it
@@ -108,7 +110,8 @@ def _step(sample_rate: float, sigma: float, grid: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=sigma, sampling_prob=sample_rate, value_discretization_interval=grid)
+        standard_deviation=sigma, sampling_prob=sample_rate, value_discretization_interval=grid
+    )
 
 
 def _grid(releases: tuple[Release, ...], delta: float) -> float | None:
@@ -117,8 +120,9 @@ def _grid(releases: tuple[Release, ...], delta: float) -> float | None:
         return None if releases else WIDEST
     ranges = [_largest_loss(sample_rate, sigma) for sample_rate, sigma, _ in releases]
     wanted = min(WIDEST, math.sqrt(EXCESS / sum(steps for *_, steps in releases)), min(ranges) / 200)
-    whole = min(sum(largest * steps for largest, (*_, steps) in zip(ranges, releases, strict=True)),
-                2 * _rdp(releases, TAIL))
+    whole = min(
+        sum(largest * steps for largest, (*_, steps) in zip(ranges, releases, strict=True)), 2 * _rdp(releases, TAIL)
+    )
     grid = max(wanted, max(ranges) / POINTS, whole / WHOLE)
     return grid if grid <= max(WIDEST, min(0.5, 1e-2 * min(ranges))) else None
 
@@ -174,8 +178,14 @@ def _unresolvable(reason: str) -> InputError:
 
 
 @functools.lru_cache(maxsize=1024)
-def noise_multiplier(sample_rate: float, epsilon: float, steps: int, delta: float, accountant: str = "pld",
-                     beside: tuple[Release, ...] = ()) -> float:
+def noise_multiplier(
+    sample_rate: float,
+    epsilon: float,
+    steps: int,
+    delta: float,
+    accountant: str = "pld",
+    beside: tuple[Release, ...] = (),
+) -> float:
     """The smallest noise multiplier (1e-4, or 1e-4 of it, too large at most) at which the steps cost at most `epsilon`.
 
     Args:
@@ -187,8 +197,9 @@ def noise_multiplier(sample_rate: float, epsilon: float, steps: int, delta: floa
     _check(sample_rate=sample_rate, delta=delta, steps=steps, epsilon=epsilon)
     _known(accountant)
     if (others := composed(beside, delta, accountant)) >= epsilon:
-        raise InputError(f"--epsilon: {epsilon:g} leaves nothing for the steps: what is released beside them costs "
-                         f"{others:.4g}.")
+        raise InputError(
+            f"--epsilon: {epsilon:g} leaves nothing for the steps: what is released beside them costs {others:.4g}."
+        )
 
     def cost(sigma: float, name: str = accountant) -> float:
         return composed((*beside, (sample_rate, sigma, steps)), delta, name)
@@ -249,10 +260,13 @@ def _known(accountant: str) -> None:
 
 
 def _check(**values: float) -> None:
-    bounds = {"sample_rate": (0.0, 1.0, "in (0, 1]"), "delta": (0.0, math.nextafter(1.0, 0.0), "in (0, 1)"),
-              "steps": (0.5, MOST_STEPS, f"a whole number from 1 to {MOST_STEPS:g}"),
-              "noise_multiplier": (LEAST_NOISE * (1 - 1e-9), MOST_NOISE, f"from {LEAST_NOISE:g} to {MOST_NOISE:g}"),
-              "epsilon": (0.0, 1e15, "above 0")}
+    bounds = {
+        "sample_rate": (0.0, 1.0, "in (0, 1]"),
+        "delta": (0.0, math.nextafter(1.0, 0.0), "in (0, 1)"),
+        "steps": (0.5, MOST_STEPS, f"a whole number from 1 to {MOST_STEPS:g}"),
+        "noise_multiplier": (LEAST_NOISE * (1 - 1e-9), MOST_NOISE, f"from {LEAST_NOISE:g} to {MOST_NOISE:g}"),
+        "epsilon": (0.0, 1e15, "above 0"),
+    }
     for name, value in values.items():
         low, high, allowed = bounds[name]
         if not low < value <= high or (name == "steps" and value != int(value)):  # not a number is in no range

@@ -67,8 +67,13 @@ class Check:
         return self.low <= self.measured <= self.high  # not for NaN
 
 
-def sensitivity(name: str, steps: Callable[[Plan, list[Records]], list[Tensor]], plan: Plan,
-                cases: Iterable[tuple[Records, list[Records]]], rounding: float = ROUNDING) -> Check:
+def sensitivity(
+    name: str,
+    steps: Callable[[Plan, list[Records]], list[Tensor]],
+    plan: Plan,
+    cases: Iterable[tuple[Records, list[Records]]],
+    rounding: float = ROUNDING,
+) -> Check:
     """The largest change of a step by one record, in units of C / b.
 
     Args:
@@ -82,8 +87,13 @@ def sensitivity(name: str, steps: Callable[[Plan, list[Records]], list[Tensor]],
         before, *after = (released.double() for released in steps(plan, [some, *neighbours]))
         changes += [(one - before).norm() for one in after]
     measured = float(torch.stack(changes).max()) * plan.expected_batch / plan.clip
-    return Check(name, measured, 0.0, 1.0 + rounding,
-                 f"change by one record, over clip / expected batch; worst of {len(changes)} pairs of neighbours")
+    return Check(
+        name,
+        measured,
+        0.0,
+        1.0 + rounding,
+        f"change by one record, over clip / expected batch; worst of {len(changes)} pairs of neighbours",
+    )
 
 
 @dataclass(frozen=True)
@@ -109,13 +119,30 @@ def sampler(draws: Sequence[Draws]) -> list[Check]:
     name = max(parts, key=lambda key: abs(parts[key]))
     count = sum(own.counts.shape[-1] + 1 for own in draws)
     return [
-        Check("sampling rate", float(sum(own.counts.sum() for own in draws)) / expected, 1 - margin, 1 + margin,
-              "records taken over those planned"),
-        Check("rate of each part", parts[name], -limit(count), limit(count),
-              f"by client, engine and record, {count} in all; worst: {name}; in standard errors"),
-        Check("once in a batch", float(max(own.counts.max() for own in draws)), 0.0, 1.0,
-              "times that a step took one record, at most"),
-        *_sizes(draws), _again(draws), _company(draws),
+        Check(
+            "sampling rate",
+            float(sum(own.counts.sum() for own in draws)) / expected,
+            1 - margin,
+            1 + margin,
+            "records taken over those planned",
+        ),
+        Check(
+            "rate of each part",
+            parts[name],
+            -limit(count),
+            limit(count),
+            f"by client, engine and record, {count} in all; worst: {name}; in standard errors",
+        ),
+        Check(
+            "once in a batch",
+            float(max(own.counts.max() for own in draws)),
+            0.0,
+            1.0,
+            "times that a step took one record, at most",
+        ),
+        *_sizes(draws),
+        _again(draws),
+        _company(draws),
     ]
 
 
@@ -128,16 +155,27 @@ def _sizes(draws: Sequence[Draws]) -> Iterator[Check]:
         below = _cumulative(count, own.rate, int(sizes.max()))
         places[own.engine].append(below[sizes] + generator.random(len(sizes)) * (below[sizes + 1] - below[sizes]))
     lines = [np.sort(np.concatenate(places[engine])) for engine in engines]
-    distances = [float(np.abs(line - (np.arange(len(line)) + 0.5) / len(line)).max()) * math.sqrt(len(line))
-                 for line in lines]
+    distances = [
+        float(np.abs(line - (np.arange(len(line)) + 0.5) / len(line)).max()) * math.sqrt(len(line)) for line in lines
+    ]
     least = min(map(len, lines))
-    yield Check("batch size", max(distances), 0.0, kolmogorov(len(engines)) + 0.5 / math.sqrt(least),
-                f"distance of the sizes of {least} batches to the binomial distribution (Kolmogorov)")
+    yield Check(
+        "batch size",
+        max(distances),
+        0.0,
+        kolmogorov(len(engines)) + 0.5 / math.sqrt(least),
+        f"distance of the sizes of {least} batches to the binomial distribution (Kolmogorov)",
+    )
     every = torch.from_numpy(np.concatenate(lines)).clamp(1e-15, 1 - 1e-15)
     spread = float(chi_square(torch.special.ndtri(every).square().sum(), len(every)))
-    yield Check("batch size spread", spread, -limit(), limit(),
-                f"how far the sizes of {len(every)} batches are spread: little if they are alike, much if records "
-                "come together; in standard errors")
+    yield Check(
+        "batch size spread",
+        spread,
+        -limit(),
+        limit(),
+        f"how far the sizes of {len(every)} batches are spread: little if they are alike, much if records "
+        "come together; in standard errors",
+    )
 
 
 def _cumulative(count: int, rate: float, most: int) -> np.ndarray:
@@ -145,8 +183,13 @@ def _cumulative(count: int, rate: float, most: int) -> np.ndarray:
     k = torch.arange(count + 1, dtype=torch.float64)
     masses = (k == count).double()
     if rate < 1:
-        masses = (torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64)) - torch.lgamma(k + 1)
-                  - torch.lgamma(count - k + 1) + k * math.log(rate) + (count - k) * math.log1p(-rate)).exp()
+        masses = (
+            torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64))
+            - torch.lgamma(k + 1)
+            - torch.lgamma(count - k + 1)
+            + k * math.log(rate)
+            + (count - k) * math.log1p(-rate)
+        ).exp()
     return np.concatenate([[0.0], masses.cumsum(0).numpy().clip(max=1.0), np.ones(max(0, most - count) + 1)])
 
 
@@ -156,8 +199,11 @@ def _again(draws: Sequence[Draws]) -> Check:
     """
     found: list[tuple[np.ndarray, int, float]] = []
     for engine, rate in sorted({(own.engine, own.rate) for own in draws}):
-        flat = [own.counts.reshape(own.counts.shape[0], -1, own.counts.shape[-1])
-                for own in draws if (own.engine, own.rate) == (engine, rate)]
+        flat = [
+            own.counts.reshape(own.counts.shape[0], -1, own.counts.shape[-1])
+            for own in draws
+            if (own.engine, own.rate) == (engine, rate)
+        ]
         for axis in (0, 1):
             lines = np.concatenate([np.moveaxis(counts, axis, 0).reshape(counts.shape[axis], -1) for counts in flat], 1)
             shared = (lines @ lines.T)[np.triu_indices(len(lines), 1)]
@@ -168,8 +214,13 @@ def _again(draws: Sequence[Draws]) -> Check:
             both = one.counts[..., :width] * other.counts[..., :width]
             found.append((both.sum(), both.size, one.rate * other.rate))
     each = [value for counts, trials, chance in found for value in binomial(counts, trials, chance).tolist()]
-    return Check("batches are independent", worst(each), -limit(len(each)), limit(len(each)),
-                 f"records that two steps share, by step, round, run, client; worst of {len(each)}; in standard errors")
+    return Check(
+        "batches are independent",
+        worst(each),
+        -limit(len(each)),
+        limit(len(each)),
+        f"records that two steps share, by step, round, run, client; worst of {len(each)}; in standard errors",
+    )
 
 
 def _company(draws: Sequence[Draws]) -> Check:
@@ -184,16 +235,26 @@ def _company(draws: Sequence[Draws]) -> Check:
         pairs = (lines.T @ lines)[np.triu_indices(lines.shape[1], 1)]
         values.append(worst(binomial(pairs, len(lines), rate**2).tolist()))
         count += len(pairs)
-    return Check("records are independent", worst(values), -limit(count), limit(count),
-                 f"steps that take two records together; worst of {count} pairs; in standard errors")
+    return Check(
+        "records are independent",
+        worst(values),
+        -limit(count),
+        limit(count),
+        f"steps that take two records together; worst of {count} pairs; in standard errors",
+    )
 
 
 def empty(sizes: np.ndarray, count: int, rate: float) -> Check:
     """Whether batches of `count` records are empty as often as they must be, none left out or drawn again."""
     chance, found = (1 - rate) ** count, int((sizes == 0).sum())
     value = float(binomial(np.array(found), len(sizes), chance)[0]) if 0 < chance < 1 else 0.0
-    return Check("empty batches", value, -limit(), limit(), f"{found} of {len(sizes)} steps on {count} records; "
-                 f"expected {chance * len(sizes):.1f}; in standard errors")
+    return Check(
+        "empty batches",
+        value,
+        -limit(),
+        limit(),
+        f"{found} of {len(sizes)} steps on {count} records; expected {chance * len(sizes):.1f}; in standard errors",
+    )
 
 
 def coverage(before: dict[str, Tensor], after: dict[str, Tensor], trains: set[str], noised: int) -> list[Check]:
@@ -246,7 +307,15 @@ def lower_bound(canaries: int, guesses: int, right: int, delta: float, error: fl
 def _chance(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Bound of the chance of `right` or more right guesses under (epsilon, delta)."""
     one = 1 / (1 + math.exp(-epsilon))
-    mass = [math.exp(math.lgamma(guesses + 1) - math.lgamma(k + 1) - math.lgamma(guesses - k + 1) + k * math.log(one)
-                     - (guesses - k) * (epsilon + math.log1p(math.exp(-epsilon)))) for k in range(guesses + 1)]
+    mass = [
+        math.exp(
+            math.lgamma(guesses + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(guesses - k + 1)
+            + k * math.log(one)
+            - (guesses - k) * (epsilon + math.log1p(math.exp(-epsilon)))
+        )
+        for k in range(guesses + 1)
+    ]
     below = np.cumsum(mass[:right][::-1]) / np.arange(1, right + 1)
     return math.fsum(mass[right:]) + 2 * canaries * delta * float(below.max(initial=0.0))

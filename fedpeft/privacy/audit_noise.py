@@ -53,15 +53,27 @@ def noise(blocks: Sequence[NoiseBlock], sizes: dict[str, int]) -> list[Check]:
     rows = torch.cat([block.values.flatten(0, 3) for block in blocks])
     parts = [block.values.split(list(sizes.values()), -1) for block in blocks]
     squares = [torch.stack([part.double().square().sum(-1) for part in some], -1) for some in parts]  # [..., tensors]
-    return [_size(rows), _groups(blocks, squares, sizes), _steps(squares, rows.shape[1]), _coordinates(blocks, rows),
-            *_shape(rows), *_fresh(blocks, rows, sizes), *_apart(blocks, rows)]
+    return [
+        _size(rows),
+        _groups(blocks, squares, sizes),
+        _steps(squares, rows.shape[1]),
+        _coordinates(blocks, rows),
+        *_shape(rows),
+        *_fresh(blocks, rows, sizes),
+        *_apart(blocks, rows),
+    ]
 
 
 def _size(rows: Tensor) -> Check:
     count = rows.numel()
     margin = limit() / math.sqrt(2 * count)
-    return Check("noise size", math.sqrt(float(rows.double().square().mean())), 1 - margin, 1 + margin,
-                 f"standard deviation over sigma clip / expected batch, of {count} values")
+    return Check(
+        "noise size",
+        math.sqrt(float(rows.double().square().mean())),
+        1 - margin,
+        1 + margin,
+        f"standard deviation over sigma clip / expected batch, of {count} values",
+    )
 
 
 def _groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: dict[str, int]) -> Check:
@@ -76,22 +88,37 @@ def _groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: dict[str
             for index, part in enumerate(whole.unbind(axis)):
                 found[f"{kind} {index + 1}: {block.name}"] = chi_square(part.sum(), width * part.numel())
     name = max(found, key=lambda key: (math.isnan(found[key]), abs(float(found[key]))))
-    return Check("noise of each part", float(found[name]), -limit(len(found)), limit(len(found)),
-                 f"size by tensor, client, round, step, with and without records; worst of {len(found)}: {name}; in "
-                 "standard errors")
+    return Check(
+        "noise of each part",
+        float(found[name]),
+        -limit(len(found)),
+        limit(len(found)),
+        f"size by tensor, client, round, step, with and without records; worst of {len(found)}: {name}; in "
+        "standard errors",
+    )
 
 
 def _steps(squares: list[Tensor], width: int) -> Check:
     each = chi_square(torch.cat([square.sum(-1).flatten() for square in squares]), width)
-    return Check("noise of each step", worst(each.tolist()), -limit(len(each)), limit(len(each)),
-                 f"size in the step that is farthest off, of {len(each)}; in standard errors")
+    return Check(
+        "noise of each step",
+        worst(each.tolist()),
+        -limit(len(each)),
+        limit(len(each)),
+        f"size in the step that is farthest off, of {len(each)}; in standard errors",
+    )
 
 
 def _coordinates(blocks: Sequence[NoiseBlock], rows: Tensor) -> Check:
     parts = [rows, *(block.values.flatten(0, 3) for block in blocks)]
     each = torch.cat([chi_square(part.double().square().sum(0), len(part)) for part in parts])
-    return Check("noise of each value", worst(each.tolist()), -limit(len(each)), limit(len(each)),
-                 f"size in the coordinate that is farthest off, of {rows.shape[1]}; in standard errors")
+    return Check(
+        "noise of each value",
+        worst(each.tolist()),
+        -limit(len(each)),
+        limit(len(each)),
+        f"size in the coordinate that is farthest off, of {rows.shape[1]}; in standard errors",
+    )
 
 
 def _shape(rows: Tensor) -> Iterator[Check]:
@@ -99,12 +126,24 @@ def _shape(rows: Tensor) -> Iterator[Check]:
     values = values[:: max(1, len(values) // VALUES)].double()
     places = (torch.arange(len(values)) + 0.5) / len(values)
     distance = float((torch.special.ndtr(values.sort().values) - places).abs().max())
-    yield Check("noise shape", distance * math.sqrt(len(values)), 0.0, kolmogorov() + 0.5 / math.sqrt(len(values)),
-                "distance to the normal distribution (Kolmogorov)")
-    beyond = [float(binomial(np.array(int((values.abs() > far).sum())), len(values), math.erfc(far / math.sqrt(2)))[0])
-              for far in FAR]
-    yield Check("noise tails", worst(beyond), -limit(len(FAR)), limit(len(FAR)),
-                f"values beyond {', '.join(f'{far:g}' for far in FAR)} standard deviations; in standard errors")
+    yield Check(
+        "noise shape",
+        distance * math.sqrt(len(values)),
+        0.0,
+        kolmogorov() + 0.5 / math.sqrt(len(values)),
+        "distance to the normal distribution (Kolmogorov)",
+    )
+    beyond = [
+        float(binomial(np.array(int((values.abs() > far).sum())), len(values), math.erfc(far / math.sqrt(2)))[0])
+        for far in FAR
+    ]
+    yield Check(
+        "noise tails",
+        worst(beyond),
+        -limit(len(FAR)),
+        limit(len(FAR)),
+        f"values beyond {', '.join(f'{far:g}' for far in FAR)} standard deviations; in standard errors",
+    )
 
 
 def _fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) -> list[Check]:
@@ -117,10 +156,20 @@ def _fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) ->
                 found += [alike(part.flatten(1)) for part in (lines, *lines.split(list(sizes.values()), -1))]
     pairs = sum(count for _, count in found)
     return [
-        Check("noise is fresh", worst([value for value, _ in found]), -limit(pairs), limit(pairs),
-              f"inner product of the noise of two steps, clients, rounds, runs; worst of {pairs}; in standard errors"),
-        Check("noise is not reordered", _reordered(rows), REORDERED, math.inf,
-              f"squared distance of two steps' sorted sizes of values; least of all pairs of {len(rows)} steps"),
+        Check(
+            "noise is fresh",
+            worst([value for value, _ in found]),
+            -limit(pairs),
+            limit(pairs),
+            f"inner product of the noise of two steps, clients, rounds, runs; worst of {pairs}; in standard errors",
+        ),
+        Check(
+            "noise is not reordered",
+            _reordered(rows),
+            REORDERED,
+            math.inf,
+            f"squared distance of two steps' sorted sizes of values; least of all pairs of {len(rows)} steps",
+        ),
     ]
 
 
@@ -149,13 +198,23 @@ def _apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
     drawn = [block.values.flatten(0, 3) for block in blocks if block.drawn]
     found = [alike(part[:, chosen].T) for part in (rows, torch.cat(drawn) if drawn else rows)]
     pairs = sum(count for _, count in found)
-    yield Check("coordinates are apart", worst([value for value, _ in found]), -limit(pairs), limit(pairs),
-                f"inner product over steps of two coordinates of {len(chosen)}; worst of {pairs}, in standard errors")
+    yield Check(
+        "coordinates are apart",
+        worst([value for value, _ in found]),
+        -limit(pairs),
+        limit(pairs),
+        f"inner product over steps of two coordinates of {len(chosen)}; worst of {pairs}, in standard errors",
+    )
     each = [(block.name, _overlap(block.values.flatten(0, 3))) for block in blocks]
     name, value = max(each, key=lambda item: (math.isnan(item[1]), abs(item[1])))
     most = limit(len(each)) + 1.0  # its tails are a little longer than normal ones
-    yield Check("nothing in common", value, -most, most,
-                f"squared inner products of all pairs of steps; worst of {len(each)}: {name}; in standard errors")
+    yield Check(
+        "nothing in common",
+        value,
+        -most,
+        most,
+        f"squared inner products of all pairs of steps; worst of {len(each)}: {name}; in standard errors",
+    )
 
 
 def _overlap(rows: Tensor) -> float:

@@ -19,11 +19,17 @@ def require_covered(config: Config) -> None:
     """
     privacy, data, weighting = config.privacy, config.data, config.strategy.weighting
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
-        raise InputError(f"privacy.epsilon={privacy.epsilon} and privacy.noise_multiplier={privacy.noise_multiplier}: "
-                         "give exactly one (set the other to null).")
+        raise InputError(
+            f"privacy.epsilon={privacy.epsilon} and privacy.noise_multiplier={privacy.noise_multiplier}: "
+            "give exactly one (set the other to null)."
+        )
     if weighting != "uniform":
-        raise InputError(f"strategy.weighting={weighting}: with privacy.unit={privacy.unit}, {WEIGHTS[privacy.unit]}. "
-                         "Set strategy.weighting=uniform.")
+        raise InputError(
+            f"strategy.weighting={weighting}: with privacy.unit={privacy.unit}, {WEIGHTS[privacy.unit]}. "
+            "Set strategy.weighting=uniform."
+        )
     if data.holdout > 0 and not privacy.release_metrics:
-        raise InputError(f"data.holdout={data.holdout:g}: clients would send their accuracy, which no guarantee "
-                         "covers. Set data.holdout=0, or privacy.release_metrics=true to release it unprotected.")
+        raise InputError(
+            f"data.holdout={data.holdout:g}: clients would send their accuracy, which no guarantee "
+            "covers. Set data.holdout=0, or privacy.release_metrics=true to release it unprotected."
+        )

@@ -58,8 +58,9 @@ def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Paramet
     return layers
 
 
-def _analytic(layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs,
-              labels: Tensor) -> tuple[Tensor, Tensor]:
+def _analytic(
+    layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -90,8 +91,7 @@ def _analytic(layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter],
             if parameter is not None and parameter.requires_grad:
                 value = part().reshape(count, -1)
                 found[id(parameter)] = found[id(parameter)] + value if id(parameter) in found else value
-    parts = [found.get(id(parameter), losses.new_zeros(count, parameter.numel()))
-             for parameter in parameters.values()]
+    parts = [found.get(id(parameter), losses.new_zeros(count, parameter.numel())) for parameter in parameters.values()]
     return torch.cat([part.to(parts[0].dtype) for part in parts], dim=1), losses.detach()
 
 
@@ -107,8 +107,9 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def verify(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs,
-           labels: Tensor) -> None:
+def verify(
+    modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor
+) -> None:
     """Compare per-sample gradients of a batch with autograd on each sample alone, at random parameter values.
 
     Catches parameters that are used behind the layers' backs, and models or losses that mix samples. Modules are taken
@@ -148,12 +149,17 @@ def _all_float32(modules: Iterable[nn.Module]) -> bool:
     return all(value.dtype in (torch.float32, torch.float64) for root in modules for value in root.parameters())
 
 
-def _alone(parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor, index: int
-           ) -> tuple[Tensor, Tensor]:
+def _alone(
+    parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor, index: int
+) -> tuple[Tensor, Tensor]:
     """Gradient [P] and loss of one sample."""
     chosen = slice(index, index + 1)
     total = loss({name: value[chosen] for name, value in inputs.items()}, labels[chosen]).sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    flat = torch.cat([(torch.zeros_like(parameter) if gradient is None else gradient).flatten()
-                      for parameter, gradient in zip(parameters.values(), gradients, strict=True)])
+    flat = torch.cat(
+        [
+            (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True)
+        ]
+    )
     return flat.detach(), total.detach()

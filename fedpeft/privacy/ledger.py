@@ -80,8 +80,16 @@ class Ledger:
         """Epsilon of everything reserved so far."""
         return composed(tuple(entry.release for entry in self.entries()), delta, accountant)
 
-    def reserve(self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None,
-                beside: Sequence[Entry] = (), *, once: bool = False) -> None:
+    def reserve(
+        self,
+        entry: Entry,
+        budget: Budget,
+        plan: Release | None = None,
+        lifetime: Budget | None = None,
+        beside: Sequence[Entry] = (),
+        *,
+        once: bool = False,
+    ) -> None:
         """Write the entry durably, if everything with it stays within the budgets.
 
         Args:
@@ -101,8 +109,14 @@ class Ledger:
             self.require(entry, budget, plan, lifetime, beside)
             self._append(entry)
 
-    def require(self, entry: Entry, budget: Budget, plan: Release | None = None, lifetime: Budget | None = None,
-                beside: Sequence[Entry] = ()) -> None:
+    def require(
+        self,
+        entry: Entry,
+        budget: Budget,
+        plan: Release | None = None,
+        lifetime: Budget | None = None,
+        beside: Sequence[Entry] = (),
+    ) -> None:
         """Raise BudgetExhausted if `reserve` would; writes nothing."""
         entries = [*self.entries(), entry]
         own = [item for item in entries if item.run == entry.run]
@@ -195,10 +209,16 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
             "steps": sum(entry.steps for entry in entries),
             "runs": len({entry.run for entry in entries}),
         }
-    return {"delta": delta, "accountant": accountant, "ledgers": table,
-            "epsilon_max": max(composed(tuple(entry.release for entry in found), delta, accountant)
-                               for paths in accounts.values()
-                               for found in exposures([Ledger(path).entries() for path in sorted(paths)]))}
+    return {
+        "delta": delta,
+        "accountant": accountant,
+        "ledgers": table,
+        "epsilon_max": max(
+            composed(tuple(entry.release for entry in found), delta, accountant)
+            for paths in accounts.values()
+            for found in exposures([Ledger(path).entries() for path in sorted(paths)])
+        ),
+    }
 
 
 def _require(entries: list[Entry], budget: Budget, what: str) -> None:

@@ -59,8 +59,9 @@ def clipped_sum(vectors: Tensor, clip: float, losses: Tensor | None = None, slac
     return total[0]
 
 
-def add_clipped(totals: Tensor, parts: Sequence[Tensor], losses: Tensor | None, owners: Tensor, clips: Tensor,
-                slack: float = SLACK) -> None:
+def add_clipped(
+    totals: Tensor, parts: Sequence[Tensor], losses: Tensor | None, owners: Tensor, clips: Tensor, slack: float = SLACK
+) -> None:
     """Add to each row of [K, P] the clipped sum of the vectors that belong to it.
 
     Args:

@@ -74,8 +74,9 @@ class Plan:
         return mechanism.add_noise(total, self.noise_multiplier, self.clip, source) / self.expected_batch
 
 
-def make(privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int, beside: tuple[Release, ...] = ()
-         ) -> Plan:
+def make(
+    privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int, beside: tuple[Release, ...] = ()
+) -> Plan:
     """The plan of a client with this public number of records.
 
     Args:

@@ -84,8 +84,9 @@ def test_time(run: Run) -> Figure | None:
         return None
     rows = sorted(tta["clients"].items(), key=lambda item: item[1]["tta_accuracy"] - item[1]["source_accuracy"])
     height = min(3.0, max(0.8, 0.12 * len(rows)))
-    figure, (axes,) = axes_of([f"Each client's records clean, its stream as trained, and with {tta['method']}"],
-                              heights=(height,))
+    figure, (axes,) = axes_of(
+        [f"Each client's records clean, its stream as trained, and with {tta['method']}"], heights=(height,)
+    )
     places = range(len(rows))
     before = [row["source_accuracy"] for _, row in rows]
     after = [row["tta_accuracy"] for _, row in rows]
@@ -109,10 +110,12 @@ def participation(run: Run) -> Figure | None:
     rounds = run.of("round")
     used = [(event["round"], client) for event in rounds for client in event["clients"]]
     marked = {
-        "trimmed, clipped or not selected": [(event["round"], client) for event in rounds
-                                             for client in event.get("treated", {})],
-        "far beyond the others'": [(event["round"], client) for event in rounds
-                                   for client in event.get("far_updates", {})],
+        "trimmed, clipped or not selected": [
+            (event["round"], client) for event in rounds for client in event.get("treated", {})
+        ],
+        "far beyond the others'": [
+            (event["round"], client) for event in rounds for client in event.get("far_updates", {})
+        ],
         "quarantined": [(event["round"], event["client"]) for event in run.of("quarantine")],
     }
     bad = [pair for pairs in marked.values() for pair in pairs]
@@ -128,16 +131,32 @@ def participation(run: Run) -> Figure | None:
     for at, client in marked["trimmed, clipped or not selected"]:
         grid[row[client]][at - 1] = 0.25
     figure, (axes,) = axes_of(["Clients' updates"], heights=(min(2.4, 0.8 + 0.06 * len(names)),))
-    axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
-                extent=(0.5, last + 0.5, len(names) - 0.5, -0.5))
+    axes.imshow(
+        grid,
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(0.5, last + 0.5, len(names) - 0.5, -0.5),
+    )
     axes.plot([], [], "s", color="#4a98c9", markersize=7, label=f"used ({len(used)})")
-    for (label, pairs), (look, color) in zip(marked.items(), (("s", "#d0e1f2"), ("^", COLORS[4]), ("x", COLORS[1])),
-                                             strict=True):
+    for (label, pairs), (look, color) in zip(
+        marked.items(), (("s", "#d0e1f2"), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
+    ):
         if not pairs:
             continue
         shown = [] if look == "s" else pairs  # marks stay visible where a cell is thinner than a pixel
-        axes.plot([at for at, _ in shown], [row[client] for _, client in shown], look, color=color, markersize=5,
-                  markeredgewidth=1.6, clip_on=False, label=f"{label} ({len(pairs)})")
+        axes.plot(
+            [at for at, _ in shown],
+            [row[client] for _, client in shown],
+            look,
+            color=color,
+            markersize=5,
+            markeredgewidth=1.6,
+            clip_on=False,
+            label=f"{label} ({len(pairs)})",
+        )
     axes.grid(False)
     if len(names) <= 40:
         axes.hlines([edge + 0.5 for edge in range(len(names) - 1)], 0.5, last + 0.5, color="white", linewidth=1)
@@ -163,5 +182,3 @@ def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[
     name_ticks(axes.xaxis, names, upright=crowded(names))
     name_ticks(axes.yaxis, labels, most=25)
     axes.figure.colorbar(mesh, ax=axes, format=percent_format(), pad=0.01)
-
-

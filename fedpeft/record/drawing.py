@@ -76,14 +76,27 @@ def axes_of(titles: list[str], heights: Sequence[float] = (1,)) -> tuple[Figure,
     return figure, list(grid.flat)
 
 
-def line(axes: Axes, events: list[Event], key: str, label: str, color: str, *, x: dict[int, float] | None = None,
-          dashes: str = "-") -> None:
+def line(
+    axes: Axes,
+    events: list[Event],
+    key: str,
+    label: str,
+    color: str,
+    *,
+    x: dict[int, float] | None = None,
+    dashes: str = "-",
+) -> None:
     """`key` of the events that have it, over rounds or over `x` of each round; a value that was not finite is a gap."""
     points = {event["round"]: event[key] for event in events if key in event}
     if any(value is not None for value in points.values()):
-        axes.plot([x[at] for at in points] if x else list(points),
-                  [math.nan if value is None else value for value in points.values()],
-                  marker="o" if len(points) <= 40 else "", linestyle=dashes, color=color, label=label)
+        axes.plot(
+            [x[at] for at in points] if x else list(points),
+            [math.nan if value is None else value for value in points.values()],
+            marker="o" if len(points) <= 40 else "",
+            linestyle=dashes,
+            color=color,
+            label=label,
+        )
 
 
 def frozen_line(axes: Axes, run: Run) -> None:

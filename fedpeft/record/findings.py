@@ -1,12 +1,12 @@
 """Findings follow from a run's scores: how sure a number is, what it is compared with, who stands out.
 
-    standard error   sqrt(p (1 - p) / n) of an accuracy p over n test records; none for next tokens, which depend on
-                     each other
-    comparison       the best model of the same records that no federation trained, and the gap to it
-    constant         "no better than always giving one answer": the accuracy is at most one standard error above the
-                     share of the largest class
-    sequence         the accuracy of the head that answers, over all classes seen; forgetting is that of Chaudhry et al.
-                     (arXiv 1801.10112), as `forgetting_chaudhry` of `fedpeft.continual.matrix`
+standard error   sqrt(p (1 - p) / n) of an accuracy p over n test records; none for next tokens, which depend on
+                 each other
+comparison       the best model of the same records that no federation trained, and the gap to it
+constant         "no better than always giving one answer": the accuracy is at most one standard error above the
+                 share of the largest class
+sequence         the accuracy of the head that answers, over all classes seen; forgetting is that of Chaudhry et al.
+                 (arXiv 1801.10112), as `forgetting_chaudhry` of `fedpeft.continual.matrix`
 """
 
 from __future__ import annotations
@@ -51,21 +51,34 @@ def standard_error(score: Event | None, records: int | None) -> float | None:
 
 
 def _baselines(events: list[Event]) -> dict[str, Any]:
-    return {key: value for event in events if event["event"] == "baselines" for key, value in event.items()
-            if key not in ("event", "time")}
+    return {
+        key: value
+        for event in events
+        if event["event"] == "baselines"
+        for key, value in event.items()
+        if key not in ("event", "time")
+    }
 
 
 def _tested(events: list[Event], found: dict[str, Any]) -> dict[str, Any]:
     """Records, and for language models tokens, behind the final score."""
     final = found["final"] or {}
     if found["evaluated_on"] == SERVER:
-        last = next((event for event in reversed(events) if event["event"] in ("round", "evaluate")
-                     and event.get("round") == final.get("round", 0)), {})
+        last = next(
+            (
+                event
+                for event in reversed(events)
+                if event["event"] in ("round", "evaluate") and event.get("round") == final.get("round", 0)
+            ),
+            {},
+        )
         return {"test_records": last.get("test_records"), "test_tokens": last.get("test_tokens")}
     results = _evaluated(events, final.get("round"))
     tokens = [row["test_tokens"] for row in results if "test_tokens" in row]
-    return {"test_records": int(sum(row["num-examples"] for row in results)) or None,
-            "test_tokens": int(sum(tokens)) if tokens else None}
+    return {
+        "test_records": int(sum(row["num-examples"] for row in results)) or None,
+        "test_tokens": int(sum(tokens)) if tokens else None,
+    }
 
 
 def _evaluated(events: list[Event], number: int | None) -> list[Event]:
@@ -107,8 +120,13 @@ def _comparison(summary: dict[str, Any]) -> dict[str, Any] | None:
     best = max(rows, key=lambda name: rows[name])
     constant = next((rows[key] for key in ("clients_largest_class", "largest_class") if key in rows), None)
     error = summary["standard_error"] or 0.0
-    return {"baseline": best, "accuracy": rows[best], "gap": accuracy - rows[best], "constant": constant,
-            "no_better_than_constant": None if constant is None else accuracy <= constant + error}
+    return {
+        "baseline": best,
+        "accuracy": rows[best],
+        "gap": accuracy - rows[best],
+        "constant": constant,
+        "no_better_than_constant": None if constant is None else accuracy <= constant + error,
+    }
 
 
 def comparable(summary: dict[str, Any]) -> dict[str, float]:
@@ -118,8 +136,9 @@ def comparable(summary: dict[str, Any]) -> dict[str, float]:
     if sequence is not None:
         if sequence["tasks_done"] < sequence["tasks"]:
             return {}  # the others know all classes
-        rows = {key: given.get(key) for key in (FROZEN_HEAD, "frozen_logistic", "pixels_or_words_logistic",
-                                                "largest_class")}
+        rows = {
+            key: given.get(key) for key in (FROZEN_HEAD, "frozen_logistic", "pixels_or_words_logistic", "largest_class")
+        }
     else:
         baseline = summary["baseline"] or {}
         if baseline.get("evaluated_on") == summary["evaluated_on"]:
@@ -133,8 +152,9 @@ def comparable(summary: dict[str, Any]) -> dict[str, float]:
 # A sequence of tasks --------------------------------------------------------------------------------------------------
 
 
-def _sequence(events: list[Event], config: dict[str, Any], found: dict[str, Any],
-              given: dict[str, Any]) -> dict[str, Any]:
+def _sequence(
+    events: list[Event], config: dict[str, Any], found: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
     """`final` is the head that answers, over the classes of all tasks so far; there is no best over unlike classes.
 
     The classifier that was trained stands in `sequence.trained_classifier`: for many heads it is not what answers.
@@ -142,8 +162,10 @@ def _sequence(events: list[Event], config: dict[str, Any], found: dict[str, Any]
     tasks = [event for event in events if event["event"] == "task"]
     section = config.get("continual") or {}
     done, planned = len(tasks), int(section.get("tasks") or len(tasks))
-    curve = [sum(event["right"][: number + 1]) / max(1, sum(event["count"][: number + 1]))
-             for number, event in enumerate(tasks)]
+    curve = [
+        sum(event["right"][: number + 1]) / max(1, sum(event["count"][: number + 1]))
+        for number, event in enumerate(tasks)
+    ]
     final, records, head = None, None, section.get("head")
     if tasks:
         records = sum(tasks[-1]["count"][:done])
@@ -153,17 +175,30 @@ def _sequence(events: list[Event], config: dict[str, Any], found: dict[str, Any]
     if frozen is not None:
         baseline = {"round": 0, "accuracy": frozen, "loss": None, "evaluated_on": SERVER}
     sequence = {
-        "head": head, "tasks": planned, "tasks_done": done,
+        "head": head,
+        "tasks": planned,
+        "tasks_done": done,
         "classes": sum(len(event["classes"]) for event in tasks),
-        "accuracy_by_task": curve, "rounds_of_tasks": [event["round"] for event in tasks],
-        "forgetting": _forgetting(tasks), "frozen_head_accuracy": frozen,
+        "accuracy_by_task": curve,
+        "rounds_of_tasks": [event["round"] for event in tasks],
+        "forgetting": _forgetting(tasks),
+        "frozen_head_accuracy": frozen,
         "frozen_head_by_task": given.get(f"{FROZEN_HEAD}_by_task"),
         "frozen_head_forgetting": given.get(f"{FROZEN_HEAD}_forgetting"),
         "trained_classifier": _trained(events, found),
     }
-    return {"final": final, "best": None, "baseline": baseline, "evaluated_on": SERVER, "last_rounds": None,
-            "test_records": records, "test_tokens": None, "sequence": sequence, "evaluated_rounds": None,
-            "accuracy_by_round": None}
+    return {
+        "final": final,
+        "best": None,
+        "baseline": baseline,
+        "evaluated_on": SERVER,
+        "last_rounds": None,
+        "test_records": records,
+        "test_tokens": None,
+        "sequence": sequence,
+        "evaluated_rounds": None,
+        "accuracy_by_round": None,
+    }
 
 
 def _trained(events: list[Event], found: dict[str, Any]) -> dict[str, Any] | None:
@@ -171,13 +206,19 @@ def _trained(events: list[Event], found: dict[str, Any]) -> dict[str, Any] | Non
     if found["final"] is None:
         return None
     classes = {event["round"]: event.get("classes") for event in events if event["event"] == "round"}
-    return {**found["final"], "rounds": found["evaluated_rounds"], "accuracy_by_round": found["accuracy_by_round"],
-            "classes_by_round": [classes.get(number) for number in found["evaluated_rounds"]]}
+    return {
+        **found["final"],
+        "rounds": found["evaluated_rounds"],
+        "accuracy_by_round": found["accuracy_by_round"],
+        "classes_by_round": [classes.get(number) for number in found["evaluated_rounds"]],
+    }
 
 
 def _forgetting(tasks: list[Event]) -> float | None:
-    rows = [[right / count if count else math.nan for right, count in zip(event["right"], event["count"], strict=True)]
-            for event in tasks]
+    rows = [
+        [right / count if count else math.nan for right, count in zip(event["right"], event["count"], strict=True)]
+        for event in tasks
+    ]
     if len(rows) < 2:
         return None
     lost = [max(row[task] for row in rows[task:-1]) - rows[-1][task] for task in range(len(rows) - 1)]

@@ -56,9 +56,11 @@ def _test_time(tta: dict[str, Any] | None) -> list[str]:
     if not tta:
         return []
     gain, clients = gains(tta), len(tta["clients"])
-    return [f"On the clients' streams: as trained {percent(tta['source_accuracy'])}, with {tta['method']} "
-            f"{percent(tta['tta_accuracy'])}: {points(gain['gain'])}; {gain['better']} of {clients} clients better, "
-            f"{gain['same']} the same, {gain['worse']} worse ({number(gain['rows'])} rows)."]
+    return [
+        f"On the clients' streams: as trained {percent(tta['source_accuracy'])}, with {tta['method']} "
+        f"{percent(tta['tta_accuracy'])}: {points(gain['gain'])}; {gain['better']} of {clients} clients better, "
+        f"{gain['same']} the same, {gain['worse']} worse ({number(gain['rows'])} rows)."
+    ]
 
 
 def gains(tta: dict[str, Any]) -> dict[str, Any]:
@@ -71,8 +73,13 @@ def gains(tta: dict[str, Any]) -> dict[str, Any]:
     least = [0.5 / max(1, row.get("rows", row["records"])) for row in rows]
     better = sum(gain > half for gain, half in zip(each, least, strict=True))
     worse = sum(gain < -half for gain, half in zip(each, least, strict=True))
-    return {"gain": tta["tta_accuracy"] - tta["source_accuracy"], "better": better, "worse": worse,
-            "same": len(rows) - better - worse, "rows": sum(row.get("rows", row["records"]) for row in rows)}
+    return {
+        "gain": tta["tta_accuracy"] - tta["source_accuracy"],
+        "better": better,
+        "worse": worse,
+        "same": len(rows) - better - worse,
+        "rows": sum(row.get("rows", row["records"]) for row in rows),
+    }
 
 
 def _sequence(summary: dict[str, Any]) -> list[str]:
@@ -80,22 +87,27 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
     trained = sequence["trained_classifier"] or {}
     alone = ""
     if trained.get("accuracy") not in (None, (final or {}).get("accuracy")):  # the same where it is what answers
-        alone = (f"The classifier that was trained has {percent(trained['accuracy'])} on the classes seen by round "
-                 f"{trained['round']}.")
+        alone = (
+            f"The classifier that was trained has {percent(trained['accuracy'])} on the classes seen by round "
+            f"{trained['round']}."
+        )
     if final is None:
         return ["No task has ended yet.", *([alone] if alone else [])]
     done, tasks = sequence["tasks_done"], sequence["tasks"]
     classes = f"{'all ' if done == tasks else 'the '}{sequence['classes']} classes"
     forgetting = sequence["forgetting"]
-    text = (f"Accuracy {_sure(summary)} on {classes} after task {done} of {tasks}, by the head "
-            f"{sequence['head'] or 'of the config'}")
+    text = (
+        f"Accuracy {_sure(summary)} on {classes} after task {done} of {tasks}, by the head "
+        f"{sequence['head'] or 'of the config'}"
+    )
     lines = [f"{text}, forgetting {points(forgetting).lstrip('+')}." if forgetting is not None else f"{text}."]
     frozen = sequence["frozen_head_accuracy"]
     if frozen is not None and done == tasks:
         lost = sequence["frozen_head_forgetting"]
         beside = f", forgetting {points(lost).lstrip('+')}" if lost is not None else ""
-        lines.append(f"The frozen model with the same head has {percent(frozen)}{beside}: "
-                     f"{points(final['accuracy'] - frozen)}.")
+        lines.append(
+            f"The frozen model with the same head has {percent(frozen)}{beside}: {points(final['accuracy'] - frozen)}."
+        )
     return [*lines, *_compared(summary), *([alone] if alone else [])]
 
 
@@ -126,12 +138,13 @@ def _compared(summary: dict[str, Any]) -> list[str]:
     if found:
         if found["no_better_than_constant"]:
             lines.append(f"That is no better than always saying {_constant(summary)} ({percent(found['constant'])}).")
-        lines.append(f"Best without federation: {named(found['baseline'], summary)}, {percent(found['accuracy'])}: "
-                     f"{points(found['gap'])}.")
+        lines.append(
+            f"Best without federation: {named(found['baseline'], summary)}, {percent(found['accuracy'])}: "
+            f"{points(found['gap'])}."
+        )
     baseline = summary["baseline"] or {}
     if baseline.get("accuracy") is not None and not summary.get("sequence") and (found or {}).get("baseline") != FROZEN:
-        elsewhere = ("" if baseline["evaluated_on"] == summary["evaluated_on"] else f" on the "
-                     f"{baseline['evaluated_on']}")
+        elsewhere = "" if baseline["evaluated_on"] == summary["evaluated_on"] else f" on the {baseline['evaluated_on']}"
         lines.append(f"The frozen model has {percent(baseline['accuracy'])}{elsewhere}.")
     return lines
 

@@ -202,10 +202,16 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
             "bytes_up": sum(event["bytes_up"] for event in rounds),
             "bytes_down": sum(event["bytes_down"] for event in rounds),
             "seconds": round(sum(event["seconds"] for event in rounds), 3),
-            "quarantined": [{key: event[key] for key in ("round", "client", "reason")}
-                            for event in events if event["event"] == "quarantine"],
-            "dropped_rounds": [{key: event[key] for key in ("round", "reason")}
-                               for event in events if event["event"] == "round_dropped"],
+            "quarantined": [
+                {key: event[key] for key in ("round", "client", "reason")}
+                for event in events
+                if event["event"] == "quarantine"
+            ],
+            "dropped_rounds": [
+                {key: event[key] for key in ("round", "reason")}
+                for event in events
+                if event["event"] == "round_dropped"
+            ],
             "epsilon_max": _epsilon(rounds, config_tree),
         }
     except KeyError as error:

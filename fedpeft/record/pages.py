@@ -21,8 +21,12 @@ pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: au
 def html_page(title: str, body: list[str]) -> str:
     """A whole page that needs no other file; the title is escaped, `body` is HTML already."""
     title = html.escape(title)
-    head = ['<meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title>", f"<style>{PAGE_STYLE}</style>"]
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>",
+        f"<style>{PAGE_STYLE}</style>",
+    ]
     top = ["<!doctype html>", '<html lang="en"><head>', *head, "</head><body>", f"<h1>{title}</h1>"]
     return "\n".join([*top, *body, "</body></html>"]) + "\n"
 

@@ -69,17 +69,36 @@ def _sequence(run: Run) -> Figure:
     figure, (axes,) = axes_of(["Accuracy on the test records of all classes seen so far"], heights=(1.2,))
     ends, curve = sequence["rounds_of_tasks"], sequence["accuracy_by_task"]
     if ends:
-        axes.plot(ends, curve, "o-", color=COLORS[0], markersize=7,
-                  label=f"head {sequence['head']} (last {percent(curve[-1])})")
+        axes.plot(
+            ends,
+            curve,
+            "o-",
+            color=COLORS[0],
+            markersize=7,
+            label=f"head {sequence['head']} (last {percent(curve[-1])})",
+        )
     frozen = (sequence.get("frozen_head_by_task") or [])[: len(ends)]
     if frozen:
-        axes.plot(ends[: len(frozen)], frozen, "s--", color=GREY, linewidth=1.2,
-                  label=f"frozen model, same head (last {percent(frozen[-1])})")
+        axes.plot(
+            ends[: len(frozen)],
+            frozen,
+            "s--",
+            color=GREY,
+            linewidth=1.2,
+            label=f"frozen model, same head (last {percent(frozen[-1])})",
+        )
     _scores(axes, run, "accuracy", "classifier as trained", COLORS[5])
     for task, end in enumerate(ends):  # a boundary after each task
         axes.axvline(end + 0.5, color=GREY, linewidth=0.8, linestyle=":")
-        axes.annotate(f"task {task + 1}", (end + 0.4, 1.0), xycoords=("data", "axes fraction"), ha="right", va="bottom",
-                      fontsize=8, color=GREY)
+        axes.annotate(
+            f"task {task + 1}",
+            (end + 0.4, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=GREY,
+        )
     _references(axes, run)
     accuracy_axis(axes)
     round_axis(axes)
@@ -100,8 +119,7 @@ def _scores(axes: Axes, run: Run, key: str, label: str, color: str, x: dict[int,
 def _by_task(scores: list[Event], ends: list[int]) -> list[list[Event]]:
     """The scores of each task; those after the last that ended come last."""
     edges = [0, *ends, max([score["round"] for score in scores], default=0)]
-    parts = [[score for score in scores if low < score["round"] <= high]
-             for low, high in pairwise(edges)]
+    parts = [[score for score in scores if low < score["round"] <= high] for low, high in pairwise(edges)]
     return [part for part in parts if part]
 
 
@@ -196,6 +214,5 @@ def compared(runs: list[Run]) -> Figure:
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {
     plot.__name__: plot
-    for plot in (accuracy, test_time, loss, privacy, communication, clients_accuracy, clients_by_label,
-                 participation)
+    for plot in (accuracy, test_time, loss, privacy, communication, clients_accuracy, clients_by_label, participation)
 }

@@ -63,15 +63,22 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
         body += _test_time(summary["tta"])
     if summary.get("sequence"):
         body += _sequence(summary)
-    facts = [[plain(key), _fact(key, value)] for key, value in summary.items()
-             if not isinstance(value, list) and key not in APART and value not in (None, {})]
+    facts = [
+        [plain(key), _fact(key, value)]
+        for key, value in summary.items()
+        if not isinstance(value, list) and key not in APART and value not in (None, {})
+    ]
     facts.append(["quarantined updates", str(len(summary["quarantined"]))])
     body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
     body += [html_image(plain(name), image) for name, image in images.items()]
     if run.hides_counts:
-        body.append(html_note("Each client's numbers of records and of labels are left out: the guarantee does not "
-                              "cover them. They stand in the simulation's own split.json, which is not to be passed "
-                              "on; privacy.release_metrics=true shows them here."))
+        body.append(
+            html_note(
+                "Each client's numbers of records and of labels are left out: the guarantee does not "
+                "cover them. They stand in the simulation's own split.json, which is not to be passed "
+                "on; privacy.release_metrics=true shows them here."
+            )
+        )
     if summary.get("skipped") and not run.hides_counts:
         body += _skipped(summary["skipped"])
     if summary.get("privacy"):
@@ -89,37 +96,71 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
 def _test_time(tta: dict[str, Any]) -> list[str]:
     """Each client's accuracies and gain, the mean over all rows of the streams last."""
     gain = lead.gains(tta)
-    rows = [[name, str(row["stream"]), number(row["records"]), percent(row["accuracy"]),
-             percent(row["source_accuracy"]), percent(row["tta_accuracy"]),
-             points(row["tta_accuracy"] - row["source_accuracy"])] for name, row in tta["clients"].items()]
-    rows.append(["mean over records", "", number(sum(row["records"] for row in tta["clients"].values())),
-                 percent(tta["accuracy"]), percent(tta["source_accuracy"]), percent(tta["tta_accuracy"]),
-                 points(gain["gain"])])
+    rows = [
+        [
+            name,
+            str(row["stream"]),
+            number(row["records"]),
+            percent(row["accuracy"]),
+            percent(row["source_accuracy"]),
+            percent(row["tta_accuracy"]),
+            points(row["tta_accuracy"] - row["source_accuracy"]),
+        ]
+        for name, row in tta["clients"].items()
+    ]
+    rows.append(
+        [
+            "mean over records",
+            "",
+            number(sum(row["records"] for row in tta["clients"].values())),
+            percent(tta["accuracy"]),
+            percent(tta["source_accuracy"]),
+            percent(tta["tta_accuracy"]),
+            points(gain["gain"]),
+        ]
+    )
     heads = ["client", "stream", "records", "clean", "as trained", f"with {tta['method']}", "gain"]
-    return [f"<h2>Test-time adaptation, severity {html.escape(str(tta['severity']))}, after round {tta['round']}</h2>",
-            html_table(heads, rows)]
+    return [
+        f"<h2>Test-time adaptation, severity {html.escape(str(tta['severity']))}, after round {tta['round']}</h2>",
+        html_table(heads, rows),
+    ]
 
 
 def _sequence(summary: dict[str, Any]) -> list[str]:
     """The head that answers, after each task; beside it the frozen model with the same head."""
     sequence = summary["sequence"]
     frozen = sequence.get("frozen_head_by_task") or []
-    rows = [[str(task + 1), str(sequence["rounds_of_tasks"][task]), percent(value),
-             percent(frozen[task] if task < len(frozen) else None)]
-            for task, value in enumerate(sequence["accuracy_by_task"])]
+    rows = [
+        [
+            str(task + 1),
+            str(sequence["rounds_of_tasks"][task]),
+            percent(value),
+            percent(frozen[task] if task < len(frozen) else None),
+        ]
+        for task, value in enumerate(sequence["accuracy_by_task"])
+    ]
     heads = ["after task", "round", f"head {sequence['head']}, classes so far", "frozen model, same head"]
     trained = sequence["trained_classifier"] or {}
     body = ["<h2>The head that answers</h2>", html_table(heads, rows)]
     if trained.get("accuracy") is not None:
-        body.append(f"<p>The classifier as trained has {percent(trained['accuracy'])} after round "
-                    f"{trained['round']}, on the classes seen by then.</p>")
+        body.append(
+            f"<p>The classifier as trained has {percent(trained['accuracy'])} after round "
+            f"{trained['round']}, on the classes seen by then.</p>"
+        )
     return body
 
 
 def _skipped(entries: list[dict[str, Any]]) -> list[str]:
     """What of the data was left out or cut, with a few examples."""
-    rows = [[entry["where"], " of ".join(str(entry[key]) for key in ("count", "total") if entry[key]), entry["what"],
-             ", ".join(entry["examples"])] for entry in entries]
+    rows = [
+        [
+            entry["where"],
+            " of ".join(str(entry[key]) for key in ("count", "total") if entry[key]),
+            entry["what"],
+            ", ".join(entry["examples"]),
+        ]
+        for entry in entries
+    ]
     return ["<h2>Left out or cut</h2>", html_table(["where", "how many", "what", "for example"], rows)]
 
 
@@ -140,15 +181,31 @@ def _privacy(section: dict[str, Any]) -> list[str]:
 def _tasks(section: dict[str, Any]) -> list[str]:
     """Accuracy on every task after every task, and the metrics with the reasons for those that are undefined."""
     heads = ["after", *(f"{number}: {', '.join(names)}" for number, names in enumerate(section["tasks"]))]
-    rows = [[f"task {number}", *(percent(right / count) if count and task <= number else ""
-                                 for task, (right, count) in enumerate(zip(row, section["count"], strict=True)))]
-            for number, row in enumerate(section["right"])]
-    body = [f"<h2>Tasks: body {html.escape(section['body'])}, head {html.escape(section['head'])}</h2>",
-            html_table(heads, rows)]
+    rows = [
+        [
+            f"task {number}",
+            *(
+                percent(right / count) if count and task <= number else ""
+                for task, (right, count) in enumerate(zip(row, section["count"], strict=True))
+            ),
+        ]
+        for number, row in enumerate(section["right"])
+    ]
+    body = [
+        f"<h2>Tasks: body {html.escape(section['body'])}, head {html.escape(section['head'])}</h2>",
+        html_table(heads, rows),
+    ]
     if section["metrics"]:
         values, reasons = section["metrics"]["values"], section["metrics"]["undefined"]
-        body.append(html_table([], [[key, percent(value) if value is not None else f"undefined: {reasons[key]}"]
-                                    for key, value in values.items()]))
+        body.append(
+            html_table(
+                [],
+                [
+                    [key, percent(value) if value is not None else f"undefined: {reasons[key]}"]
+                    for key, value in values.items()
+                ],
+            )
+        )
     return body
 
 
@@ -172,8 +229,17 @@ def _updates_of(event: metrics.Event) -> list[list[str]]:
     for name, norm in norms.items():
         times = norm / middle if middle else None
         far = "far beyond the others" if name in event.get("far_updates", {}) else ""
-        rows.append([at, name, event.get("treated", {}).get(name, "used"), number(norm), number(times),
-                     number(distances.get(name)), far])
+        rows.append(
+            [
+                at,
+                name,
+                event.get("treated", {}).get(name, "used"),
+                number(norm),
+                number(times),
+                number(distances.get(name)),
+                far,
+            ]
+        )
     return rows + [[at, name, "quarantined", "–", "–", "–", ""] for name in event["quarantined"]]
 
 
@@ -182,12 +248,18 @@ def _rounds(run: Run) -> str:
     rows = []
     for event in run.of("round"):
         score = scores.get(event["round"], {})
-        rows.append([
-            str(event["round"]), str(len(event["clients"])), number(event.get("train_loss")),
-            number(score.get("loss")), percent(score.get("accuracy")),
-            number(event["bytes_up"] / drawing.MB), number(event["bytes_down"] / drawing.MB),
-            number(event["seconds"]),
-        ])
+        rows.append(
+            [
+                str(event["round"]),
+                str(len(event["clients"])),
+                number(event.get("train_loss")),
+                number(score.get("loss")),
+                percent(score.get("accuracy")),
+                number(event["bytes_up"] / drawing.MB),
+                number(event["bytes_down"] / drawing.MB),
+                number(event["seconds"]),
+            ]
+        )
     what = "accuracy"
     if run.summary.get("sequence"):
         what = "accuracy of the classifier as trained, classes so far"
@@ -208,6 +280,14 @@ def _fact(key: str, value: Any) -> str:
 
 def cell(key: str, value: Any) -> str:
     """A value of a summary or table, written by what its key says that it is."""
-    shares = ("accuracy", "standard_error", "_logistic", "largest_class", "constant", "frozen_head", "forgetting",
-              "gap")
+    shares = (
+        "accuracy",
+        "standard_error",
+        "_logistic",
+        "largest_class",
+        "constant",
+        "frozen_head",
+        "forgetting",
+        "gap",
+    )
     return percent(value) if key.endswith(shares) and isinstance(value, float) else number(value)

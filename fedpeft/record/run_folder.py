@@ -112,8 +112,10 @@ def _split(path: Path) -> dict[str, Any]:
     if histogram:
         rows, width = histogram.get("counts", []), len(histogram.get("labels", []))
         if len(rows) != len(clients) or any(len(row) != width for row in rows):
-            raise InputError(f"{path}: histogram.counts must have a row for each of the {len(clients)} clients and a "
-                             f"column for each of the {width} labels.")
+            raise InputError(
+                f"{path}: histogram.counts must have a row for each of the {len(clients)} clients and a "
+                f"column for each of the {width} labels."
+            )
     owners = split.get("owners", {})
     if not isinstance(owners, dict) or not all(isinstance(name, str) for name in owners.values()):
         raise InputError(f"{path}: `owners` must map names of clients to names of their owners.")
@@ -125,8 +127,9 @@ def _owners(split: dict[str, Any]) -> dict[str, str]:
     owners = split.get("owners", {})
     names = {client: foreign.shown(owners.get(client, client), LONGEST_NAME) for client in split["clients"]}
     times = Counter(names.values())
-    return {client: name if times[name] == 1 else f"{client} ({name})"
-            for client, name in names.items() if name != client}
+    return {
+        client: name if times[name] == 1 else f"{client} ({name})" for client, name in names.items() if name != client
+    }
 
 
 def _renamed(tree: Any, names: dict[str, str]) -> Any:

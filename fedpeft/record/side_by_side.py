@@ -50,8 +50,10 @@ def compare(runs: list[Path], out: Path) -> Path:
     body = [f'<p class="lead">{html.escape(ranking(loaded))}</p>']
     unlike = differences(loaded)
     if unlike:
-        body += [html_note("These runs are not alike, so their accuracies may not be comparable. They differ in:"),
-                 html_list(unlike)]
+        body += [
+            html_note("These runs are not alike, so their accuracies may not be comparable. They differ in:"),
+            html_list(unlike),
+        ]
     body += ["<h2>Runs</h2>", html_table(list(COLUMNS.values()), cells)]
     body += [html_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
     body += ["<h2>Baselines of each</h2>", *_baselines(loaded)]
@@ -97,8 +99,9 @@ def common_round(runs: list[Run]) -> int | None:
     """The last round that all runs evaluated on like classes; None where there is none, as between sequences."""
     if any(run.summary.get("sequence") for run in runs):
         return None
-    shared = set.intersection(*({score["round"] for score in run.scores if score["accuracy"] is not None
-                                 and score["round"]} for run in runs))
+    shared = set.intersection(
+        *({score["round"] for score in run.scores if score["accuracy"] is not None and score["round"]} for run in runs)
+    )
     return max(shared, default=None)
 
 
@@ -109,8 +112,9 @@ def _at(run: Run, number_of: int | None) -> float | None:
 def ranking(runs: list[Run]) -> str:
     """The runs from the highest accuracy to the lowest, at the last round that all of them evaluated."""
     at = common_round(runs)
-    values = {run.label: _at(run, at) if at is not None else (run.summary["final"] or {}).get("accuracy")
-              for run in runs}
+    values = {
+        run.label: _at(run, at) if at is not None else (run.summary["final"] or {}).get("accuracy") for run in runs
+    }
     order = sorted((item for item in values.items() if item[1] is not None), key=lambda item: -(item[1] or 0.0))
     if not order:
         return "No run has an accuracy."
@@ -144,8 +148,9 @@ def _conditions(runs: list[Run]) -> dict[str, list[str]]:
             "training records (fingerprint)": _short(split.get("fingerprint")),
             "test set (fingerprint)": _short(start.get("test_fingerprint")),
             "test records": run.summary.get("test_records"),
-            "classes": None if labels is None else f"{len(labels)} ({', '.join(map(str, labels[:5]))}"
-                                                   f"{', ...' if len(labels) > 5 else ''})",
+            "classes": None
+            if labels is None
+            else f"{len(labels)} ({', '.join(map(str, labels[:5]))}{', ...' if len(labels) > 5 else ''})",
             "tasks": sequence["tasks"] if sequence else "no sequence",
             "classes at the end": sequence["classes"] if sequence else "all",
             "model": model.get("name"),
@@ -167,8 +172,9 @@ def _rows(runs: list[Run]) -> list[dict[str, Any]]:
 
 def _row(run: Run) -> dict[str, Any]:
     summary = run.summary
-    accuracy = {key: (summary[key] or {}).get("accuracy")
-                for key in ("baseline", "final", "best", "comparison", "last_rounds")}
+    accuracy = {
+        key: (summary[key] or {}).get("accuracy") for key in ("baseline", "final", "best", "comparison", "last_rounds")
+    }
     return {
         "run": run.label,
         "strategy": summary["strategy"],
@@ -213,5 +219,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{key}"
         flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
     return flat
-
-

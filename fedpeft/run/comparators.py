@@ -30,9 +30,12 @@ def constant(here: World) -> dict[str, Any]:
         values, counts = _targets(here, here.test_encoded).unique(return_counts=True)
         best = int(counts.argmax())
         base = here.local.model.base
-        found = {"largest_class": int(counts[best]) / int(counts.sum()),
-                 "largest_class_name": base.objective.describe_answer(int(values[best]), here.test.label_names,
-                                                                      base.processor)}
+        found = {
+            "largest_class": int(counts[best]) / int(counts.sum()),
+            "largest_class_name": base.objective.describe_answer(
+                int(values[best]), here.test.label_names, base.processor
+            ),
+        }
     held, privacy = here.local.holdout, here.config.privacy
     covered = privacy.unit == "none" or privacy.release_metrics
     if here.config.data.holdout and held and covered:
@@ -70,11 +73,15 @@ def frozen_head(here: World) -> dict[str, Any]:
             made.update(_sums(here, plan.of(here.train.labels, task)), seen)
             scores = made.scores(_shaped(here, test[0]), None)
         right = (scores.argmax(-1) == test[2]).numpy()
-        rows.append([int(right[plan.of(labels, other)].sum()) if other <= task else 0
-                     for other in range(len(plan.groups))])
+        rows.append(
+            [int(right[plan.of(labels, other)].sum()) if other <= task else 0 for other in range(len(plan.groups))]
+        )
     found = matrix.summary(rows, count)["values"]
-    return {"frozen_head": found["acc_micro"], "frozen_head_forgetting": found["forgetting_chaudhry"],
-            "frozen_head_by_task": [float(value) for value in matrix.curve(rows, count)]}
+    return {
+        "frozen_head": found["acc_micro"],
+        "frozen_head_forgetting": found["forgetting_chaudhry"],
+        "frozen_head_by_task": [float(value) for value in matrix.curve(rows, count)],
+    }
 
 
 def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:

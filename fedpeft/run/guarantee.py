@@ -28,14 +28,21 @@ def section(here: World) -> dict[str, Any] | None:
     privacy = here.config.privacy
     if privacy.unit == "none":
         return None
-    common = {"unit": privacy.unit, "delta": privacy.delta, "accountant": privacy.accountant, "clip": privacy.clip,
-              "randomness": RANDOMNESS[privacy.randomness]}
+    common = {
+        "unit": privacy.unit,
+        "delta": privacy.delta,
+        "accountant": privacy.accountant,
+        "clip": privacy.clip,
+        "randomness": RANDOMNESS[privacy.randomness],
+    }
     if isinstance(here.strategy, ClientDP):
         return {**common, "claim": describe(here.strategy), "outside": outside(here), "clients": {}}
     clients = here.local.guard.spending(list(here.local.train_data))
-    claim = (f"Each client's updates are (epsilon, {privacy.delta:g})-private for neighbours that {RELATION}, against "
-             "everyone who sees them, the server included. Epsilon is a client's own; where one person has records at "
-             "several clients, theirs add up.")
+    claim = (
+        f"Each client's updates are (epsilon, {privacy.delta:g})-private for neighbours that {RELATION}, against "
+        "everyone who sees them, the server included. Epsilon is a client's own; where one person has records at "
+        "several clients, theirs add up."
+    )
     return {**common, "relation": RELATION, "claim": claim, "outside": outside(here), "clients": clients}
 
 
@@ -46,12 +53,16 @@ def outside(here: World) -> list[str]:
     if privacy.randomness == "seeded":
         lines.append("noise and sampling come from run.seed: whoever has it can remove the noise")
     if privacy.unit == "sample" and any(guard.records(client) is None for client in here.local.train_data):
-        lines.append("the number of records of a client counts as public where neither its policy nor privacy.records "
-                     "gives another: it sets the client's sampling rate and noise")
+        lines.append(
+            "the number of records of a client counts as public where neither its policy nor privacy.records "
+            "gives another: it sets the client's sampling rate and noise"
+        )
     if privacy.release_metrics:
         lines.append("loss, accuracy and counts of each client, its labels' too (privacy.release_metrics)")
     if config.run.baselines and load_objective(config.model.task).classes:
-        lines.append("the logistic regressions of the table (in a sequence the frozen model's head too), which only a "
-                     "simulation can fit on all records")
+        lines.append(
+            "the logistic regressions of the table (in a sequence the frozen model's head too), which only a "
+            "simulation can fit on all records"
+        )
     lines.append("which clients took part or failed, and how long they took")
     return lines

@@ -61,8 +61,11 @@ def hold(run: Path, found: dict[str, Any], config: Config) -> None:
         raise InputError(refusal(run, wrong[0], known[wrong[0]], found[wrong[0]], config))
     if set(found) - set(known):
         if (run / "checkpoints").exists():
-            log.warning("%s has no fingerprint of %s: whether they are those that it began with is not known.", run,
-                        " and ".join(sorted(set(found) - set(known))))
+            log.warning(
+                "%s has no fingerprint of %s: whether they are those that it began with is not known.",
+                run,
+                " and ".join(sorted(set(found) - set(known))),
+            )
         _write(run, {"name": run.name, "versions": versions(), **tree, "fingerprints": {**known, **found}})
 
 
@@ -71,8 +74,9 @@ def compare_versions(run: Path) -> None:
     then, now = _read(run).get("versions") or {}, versions()
     changed = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
     if changed:
-        log.warning("%s: %s. The result may differ from that of a run that was not interrupted.", run,
-                    "; ".join(changed))
+        log.warning(
+            "%s: %s. The result may differ from that of a run that was not interrupted.", run, "; ".join(changed)
+        )
 
 
 def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
@@ -82,10 +86,12 @@ def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
         "training records": f"data.source={config.data.source}: its training records are not those",
         "test records": f"data.test={config.data.test or config.data.source}: the test records are not those",
         "processed inputs": f"model.name={config.model.name}: its tokenizer or image processor makes other inputs of "
-                            "the same records than it did",
+        "the same records than it did",
     }[key]
-    return (f"{what} when {run} began (fingerprint {_brief(known)} then, {_brief(value)} now). Put back what was "
-            "there, or start a new run in a new folder.")
+    return (
+        f"{what} when {run} began (fingerprint {_brief(known)} then, {_brief(value)} now). Put back what was "
+        "there, or start a new run in a new folder."
+    )
 
 
 def of_base(base: Base, config: Config) -> str:
@@ -124,8 +130,9 @@ def _read(run: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise InputError(f"{run / FILE}: not readable: {error}. Without it nobody knows what the run depends on.") \
-            from error
+        raise InputError(
+            f"{run / FILE}: not readable: {error}. Without it nobody knows what the run depends on."
+        ) from error
     return found if isinstance(found, dict) else {}
 
 

@@ -56,9 +56,14 @@ class Federation:
     describe_round: Callable[[int], dict[str, float]]
 
 
-def run(world: World, folder: Path, recorder: Recorder,
-        open_federation: Callable[[], AbstractContextManager[Federation]], on_event: Listener,
-        fit_baselines: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
+def run(
+    world: World,
+    folder: Path,
+    recorder: Recorder,
+    open_federation: Callable[[], AbstractContextManager[Federation]],
+    on_event: Listener,
+    fit_baselines: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Run what is left of a run, and write its results; its summary.
 
     Args:
@@ -72,6 +77,7 @@ def run(world: World, folder: Path, recorder: Recorder,
         RoundFailed: too few clients answered, as often as a round may be tried.
         RunError: the rounds have no result.
     """
+
     def record(event: Event) -> None:
         recorder.record(event)
         on_event(event)
@@ -94,11 +100,20 @@ def run(world: World, folder: Path, recorder: Recorder,
 def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, Any]]) -> ServerState:
     """The state before round 1; what the run is, and how good the model is before it, are recorded."""
     config, start = world.config, world.start
-    record({"event": "start", "strategy": config.strategy.name, "engine": config.run.engine, "seed": config.run.seed,
-            "clients": config.data.count, "rounds": config.run.rounds,
-            "trainable_parameters": count_trainable(world), "personalised": bool(world.strategy.keeps),
+    record(
+        {
+            "event": "start",
+            "strategy": config.strategy.name,
+            "engine": config.run.engine,
+            "seed": config.run.seed,
+            "clients": config.data.count,
+            "rounds": config.run.rounds,
+            "trainable_parameters": count_trainable(world),
+            "personalised": bool(world.strategy.keeps),
             "test_fingerprint": world.test.fingerprint if len(world.test) else None,
-            "skipped": [entry.tree() for entry in world.skipped]})
+            "skipped": [entry.tree() for entry in world.skipped],
+        }
+    )
     if len(world.test):
         record({"event": "evaluate", "round": 0, **results.score(world, start)})
         record({"event": "baselines", **comparators.constant(world), **fit_baselines()})
@@ -159,9 +174,20 @@ class Session:
             number = server.round + 1
             rules = replace(rules_of(world.config), rounds=until, clients=self.count_awaited(number))
             # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
-            server = self.attempt(number, partial(
-                world.strategy.run, federation.grid, server, rules, stop=until if federation.steady else number,
-                codec=federation.codec, evaluate=evaluate, record=self.record_round, after_round=self.save))
+            server = self.attempt(
+                number,
+                partial(
+                    world.strategy.run,
+                    federation.grid,
+                    server,
+                    rules,
+                    stop=until if federation.steady else number,
+                    codec=federation.codec,
+                    evaluate=evaluate,
+                    record=self.record_round,
+                    after_round=self.save,
+                ),
+            )
         return server
 
     def count_awaited(self, number: int) -> int:
@@ -176,10 +202,19 @@ class Session:
         config = self.world.config
         # Of all clients, not of those that a round asks: the sums are over all records of a task.
         count = config.data.count if self.federation.steady else math.ceil(config.run.quorum * config.data.count)
-        return self.attempt(number, partial(
-            exchange.ask_for_sums, self.federation.grid, self.federation.codec,
-            sequence.require_sequence(self.world.strategy),
-            replace(rules_of(config), clients=count), self.record, number, *what))
+        return self.attempt(
+            number,
+            partial(
+                exchange.ask_for_sums,
+                self.federation.grid,
+                self.federation.codec,
+                sequence.require_sequence(self.world.strategy),
+                replace(rules_of(config), clients=count),
+                self.record,
+                number,
+                *what,
+            ),
+        )
 
     def attempt(self, number: int, act: Callable[[], T]) -> T:
         """What `act` returns; where clients come and go a round that failed is tried again, after a pause."""

@@ -16,8 +16,15 @@ from fedpeft.strategies.build import named
 from fedpeft.strategies.offline import aggregate
 
 
-def aggregate_folders(strategy: str, folders: list[Path], options: list[str], weights: str | None, start: Path | None,
-                      out: Path, base: str | None = None) -> dict[str, Any]:
+def aggregate_folders(
+    strategy: str,
+    folders: list[Path],
+    options: list[str],
+    weights: str | None,
+    start: Path | None,
+    out: Path,
+    base: str | None = None,
+) -> dict[str, Any]:
     """Aggregate peft folders into a peft folder whose product is the aggregate.
 
     Args:
@@ -56,8 +63,9 @@ def aggregate_folders(strategy: str, folders: list[Path], options: list[str], we
     }
 
 
-def merge_folders(method: str, folders: list[Path], options: list[str], numbers: str | None, out: Path,
-                  base: str | None = None) -> dict[str, Any]:
+def merge_folders(
+    method: str, folders: list[Path], options: list[str], numbers: str | None, out: Path, base: str | None = None
+) -> dict[str, Any]:
     """Merge peft folders, in the order given, into a peft folder.
 
     Args:
@@ -89,10 +97,17 @@ def merge_folders(method: str, folders: list[Path], options: list[str], numbers:
     rank = max(result.rank(site) for site in result.lora_sites())
     notes = merger.notes(state)
     if rank > max(ranks):
-        notes.append(f"rank {rank}, above the adapters' {max(ranks)}; `fedpeft merge --method lora_squeeze rank=...` "
-                     "lowers it")
-    return {"method": method, "adapters": len(folders), "sites": len(result.lora_sites()), "rank": rank,
-            "notes": notes, "out": str(out)}
+        notes.append(
+            f"rank {rank}, above the adapters' {max(ranks)}; `fedpeft merge --method lora_squeeze rank=...` lowers it"
+        )
+    return {
+        "method": method,
+        "adapters": len(folders),
+        "sites": len(result.lora_sites()),
+        "rank": rank,
+        "notes": notes,
+        "out": str(out),
+    }
 
 
 def parse_numbers(flag: str, text: str | None, count: int) -> list[float] | None:

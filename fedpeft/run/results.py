@@ -31,8 +31,10 @@ def score(world: World, server: ServerState) -> dict[str, float]:
         return sequence.score(world, server)
     world.local.model.write(server.adapter)
     result = evaluate(world.local.model, world.test_encoded)
-    return {**{key: value for key, value in result.items() if key != "num-examples"},
-            "test_records": int(result["num-examples"])}
+    return {
+        **{key: value for key, value in result.items() if key != "num-examples"},
+        "test_records": int(result["num-examples"]),
+    }
 
 
 def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
@@ -72,6 +74,10 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
     except OSError:  # `resume` of the finished run writes it, once there is room
         raise
     except Exception as error:  # the run is complete and on the disk: a page about it must not end it
-        log.warning("the report could not be written: %s: %s. `fedpeft report %s` writes it again.",
-                    type(error).__name__, error, run)
+        log.warning(
+            "the report could not be written: %s: %s. `fedpeft report %s` writes it again.",
+            type(error).__name__,
+            error,
+            run,
+        )
     return {**summary, "out": str(run)}

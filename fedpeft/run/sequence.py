@@ -34,8 +34,14 @@ Record = Callable[[dict[str, Any]], None]
 Ask = Callable[[int, str, str, AdapterState, dict[str, tuple[int, ...]]], exchange.Answers]  # round, what, view, ...
 
 
-def run(world: World, server: ServerState, play: Callable[[ServerState, int], ServerState], ask: Ask, record: Record,
-        after_round: Callable[[ServerState], None]) -> ServerState:
+def run(
+    world: World,
+    server: ServerState,
+    play: Callable[[ServerState, int], ServerState],
+    ask: Ask,
+    record: Record,
+    after_round: Callable[[ServerState], None],
+) -> ServerState:
     """Run what is left of the sequence.
 
     Args:
@@ -85,13 +91,15 @@ def begin_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerSta
         answers = ask(round_number, what, "online", server.adapter, body.describe_sketch(server.adapter))
         # As the round's own aggregate weighs clients.
         uniform = world.config.strategy.weighting == "uniform"
-        sketches[what] = body.merge_sketches([tensors for tensors, _ in answers],
-                                             [1.0 if uniform else weight for _, weight in answers])
+        sketches[what] = body.merge_sketches(
+            [tensors for tensors, _ in answers], [1.0 if uniform else weight for _, weight in answers]
+        )
     return sequence.begin(server, task, sketches)
 
 
-def close_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int, record: Record
-          ) -> ServerState:
+def close_task(
+    world: World, ask: Ask, sequence: TaskSequence, server: ServerState, task: int, record: Record
+) -> ServerState:
     """End the task, fit the head on all clients' sums, and count right answers on every task's test records."""
     server = sequence.body.end(server, task)
     if head_needs_sums(world.config):
@@ -108,8 +116,16 @@ def close_task(world: World, ask: Ask, sequence: TaskSequence, server: ServerSta
         server = replace(server, memory=memory)
     right, count = count_right(world, sequence, server, task)
     rows = [*server.numbers.get(ROWS, []), right]
-    record({"event": "task", "round": server.round, "task": task, "classes": sequence.curriculum.classes(task),
-            "right": right, "count": count})
+    record(
+        {
+            "event": "task",
+            "round": server.round,
+            "task": task,
+            "classes": sequence.curriculum.classes(task),
+            "right": right,
+            "count": count,
+        }
+    )
     # The row says that the task is closed, so it comes last: what was begun without it is done again.
     return replace(server, numbers={**server.numbers, ROWS: rows})
 
@@ -128,8 +144,12 @@ def score(world: World, server: ServerState) -> dict[str, float]:
         if len(sequence.body.views(server)) == 1:
             loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
     single = len(sequence.body.views(server)) == 1  # an ensemble's scores are no distribution
-    return {"accuracy": right / len(mine), "loss": loss / len(mine) if single else float("nan"),
-            "test_records": len(mine), "classes": len(seen)}
+    return {
+        "accuracy": right / len(mine),
+        "loss": loss / len(mine) if single else float("nan"),
+        "test_records": len(mine),
+        "classes": len(seen),
+    }
 
 
 def count_right(world: World, sequence: TaskSequence, server: ServerState, task: int) -> tuple[list[int], list[int]]:
@@ -139,8 +159,12 @@ def count_right(world: World, sequence: TaskSequence, server: ServerState, task:
     right, count = [], []
     for other in range(len(sequence.curriculum.groups)):
         part = data.view(sequence.curriculum.of(data.labels.numpy(), other))
-        right.append(sum(int((scores.argmax(-1) == labels).sum())
-                         for scores, labels in score_batches(world, sequence, server, part, seen, heads)))
+        right.append(
+            sum(
+                int((scores.argmax(-1) == labels).sum())
+                for scores, labels in score_batches(world, sequence, server, part, seen, heads)
+            )
+        )
         count.append(len(part))
     return right, count
 
@@ -153,8 +177,9 @@ def fit_heads(world: World, sequence: TaskSequence, server: ServerState, seen: l
     for view in sequence.body.views(server):
         made = new_head(world)
         prefix = f"{SUMS}{view}|"
-        made.update({key.removeprefix(prefix): value for key, value in server.memory.items()
-                     if key.startswith(prefix)}, seen)
+        made.update(
+            {key.removeprefix(prefix): value for key, value in server.memory.items() if key.startswith(prefix)}, seen
+        )
         heads[view] = made
     return heads
 
@@ -164,21 +189,31 @@ def new_head(world: World) -> Head:
     return make_head(world.config, len(world.train.label_names), world.local.model.base.width)
 
 
-def score_batches(world: World, sequence: TaskSequence, server: ServerState, data: Encoded, seen: list[int],
-           heads: dict[str, Head] | None) -> list[tuple[Tensor, Tensor]]:
+def score_batches(
+    world: World,
+    sequence: TaskSequence,
+    server: ServerState,
+    data: Encoded,
+    seen: list[int],
+    heads: dict[str, Head] | None,
+) -> list[tuple[Tensor, Tensor]]:
     """Scores [N, C] and labels [N] by batches."""
     model, by_view = world.local.model, {}
     for view, adapter in sequence.body.views(server).items():
         model.write(adapter)
-        by_view[view] = [(_answer(world, heads, view, found, logits, seen), labels)
-                         for found, logits, labels in model.features(data)]
+        by_view[view] = [
+            (_answer(world, heads, view, found, logits, seen), labels) for found, logits, labels in model.features(data)
+        ]
     first = next(iter(by_view.values()))
-    return [(sequence.body.combine({view: parts[number][0] for view, parts in by_view.items()}), labels)
-            for number, (_, labels) in enumerate(first)]
+    return [
+        (sequence.body.combine({view: parts[number][0] for view, parts in by_view.items()}), labels)
+        for number, (_, labels) in enumerate(first)
+    ]
 
 
-def _answer(world: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
-            ) -> Tensor:
+def _answer(
+    world: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
+) -> Tensor:
     if heads is None:
         return only(logits, seen)
     private = world.config.continual.statistics_noise is not None
@@ -194,11 +229,17 @@ def summarise(world: World, server: ServerState) -> dict[str, Any] | None:
     right = server.numbers.get(ROWS, [])
     labels = world.test_encoded.labels.numpy()
     count = [len(sequence.curriculum.of(labels, task)) for task in range(len(sequence.curriculum.groups))]
-    return {"body": world.config.continual.body, "head": world.config.continual.head,
-            "tasks": [[world.train.label_names[label] for label in sequence.curriculum.classes(task)]
-                      for task in range(len(sequence.curriculum.groups))],
-            "right": right, "count": count,
-            "metrics": matrix.summary(right, count) if len(right) == len(count) else None}
+    return {
+        "body": world.config.continual.body,
+        "head": world.config.continual.head,
+        "tasks": [
+            [world.train.label_names[label] for label in sequence.curriculum.classes(task)]
+            for task in range(len(sequence.curriculum.groups))
+        ],
+        "right": right,
+        "count": count,
+        "metrics": matrix.summary(right, count) if len(right) == len(count) else None,
+    }
 
 
 def require_sequence(strategy: FederatedStrategy) -> TaskSequence:

@@ -64,37 +64,33 @@ def load_world(config: Config, run: Path) -> World:
     agreement.require_records(model.base, train_encoded, "data.source")
     agreement.require_records(model.base, test_encoded, "data.test")
     # Before the first round: a resumed run must not go on with another model or other records under the same name.
-    identity.hold(run, {"base model": identity.of_base(model.base, config), "training records": train.fingerprint,
-                        "test records": test.fingerprint,
-                        "processed inputs": identity.of_inputs(train_encoded, test_encoded)}, config)
+    identity.hold(
+        run,
+        {
+            "base model": identity.of_base(model.base, config),
+            "training records": train.fingerprint,
+            "test records": test.fingerprint,
+            "processed inputs": identity.of_inputs(train_encoded, test_encoded),
+        },
+        config,
+    )
     parts = client_split(config, train, run)
     strategy = build_strategy(config, labels, list(parts), run / "ledger" / "server.jsonl")
     sequence = find_sequence(strategy)
     start = strategy.initial(model.state(), config.run.seed)
-    own: dict[str, np.ndarray] = {}
-    held: dict[str, np.ndarray] = {}
-    teaches = np.zeros(len(train), dtype=bool)
-    teaches[train_encoded.teaching()] = True
-    for client, indices in parts.items():
-        mine = np.array(indices)[teaches[indices]]
-        if not len(mine):
-            raise InputError(f"data.partition: none of the {len(indices)} texts of {client} has two tokens, so nothing "
-                             "can be predicted. Give it longer ones, or split the data otherwise.")
-        # By the client's name, so that a real site draws the same order for its own records.
-        order = numpy_generator(config.run.seed, "holdout", client).permutation(mine)
-        kept = int(len(order) * config.data.holdout)
-        if config.data.holdout and not 0 < kept < len(order):
-            raise InputError(
-                f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be "
-                "held out."
-            )
-        own[client], held[client] = order[kept:], order[:kept]
+    own, held = hold_out(config, parts, train_encoded)
     # Two checkpoints are kept, and the older may be resumed from: client state has to reach as far back.
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", identity.name_of(run))
     plan = None if sequence is None else sequence.curriculum
-    tasks = [own] if plan is None else [{client: plan.of(train.labels[mine], task) for client, mine in own.items()}
-                                        for task in range(len(plan.groups))]
+    tasks = (
+        [own]
+        if plan is None
+        else [
+            {client: plan.of(train.labels[mine], task) for client, mine in own.items()}
+            for task in range(len(plan.groups))
+        ]
+    )
     for part in tasks:  # every task has an account, and so a plan, of its own
         guard.require({client: len(mine) for client, mine in part.items() if len(mine)})
     train_data, holdout = ({client: train_encoded.view(mine) for client, mine in part.items()} for part in (own, held))
@@ -104,6 +100,37 @@ def load_world(config: Config, run: Path) -> World:
         local.require_apart(train_encoded)
     found = train.skipped + train_encoded.skipped + test_encoded.skipped + split.left_out(run / "split.json")
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded, found)
+
+
+def hold_out(
+    config: Config, parts: dict[str, list[int]], data: Encoded
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Each client's records to train on and to be scored on, by number; texts that teach nothing are in neither.
+
+    Raises:
+        InputError: a client would have none of one kind.
+    """
+    own: dict[str, np.ndarray] = {}
+    held: dict[str, np.ndarray] = {}
+    teaches = np.zeros(len(data), dtype=bool)
+    teaches[data.teaching()] = True
+    for client, indices in parts.items():
+        mine = np.array(indices)[teaches[indices]]
+        if not len(mine):
+            raise InputError(
+                f"data.partition: none of the {len(indices)} texts of {client} has two tokens, so nothing "
+                "can be predicted. Give it longer ones, or split the data otherwise."
+            )
+        # By the client's name, so that a real site draws the same order for its own records.
+        order = numpy_generator(config.run.seed, "holdout", client).permutation(mine)
+        kept = int(len(order) * config.data.holdout)
+        if config.data.holdout and not 0 < kept < len(order):
+            raise InputError(
+                f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be "
+                "held out."
+            )
+        own[client], held[client] = order[kept:], order[:kept]
+    return own, held
 
 
 @functools.lru_cache(maxsize=1)

@@ -63,11 +63,15 @@ class Deployed:
                 if value is not None:
                     name = self._names.setdefault(id(value), f"{prefix}.{attribute}" if prefix else attribute)
                     self.slots.setdefault(name, []).append((part, attribute))
-        self.norms: dict[str, Any] = {
-            name: part for name, part in self.modules.items() if isinstance(part, BATCH_NORM)}
+        self.norms: dict[str, Any] = {name: part for name, part in self.modules.items() if isinstance(part, BATCH_NORM)}
 
-    def __call__(self, batch: Batch, overlay: Tensors | None = None, statistics: Statistics | None = None,
-                 hooks: Hooks | None = None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self,
+        batch: Batch,
+        overlay: Tensors | None = None,
+        statistics: Statistics | None = None,
+        hooks: Hooks | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits and features of a batch, in evaluation mode, with `overlay` in the place of the model's own tensors.
 
         The batch is moved to where the model is.
@@ -115,8 +119,12 @@ class Deployed:
             InputError: the head was not declared.
         """
         head = self.require_head()
-        found = {attribute: (overlay or {}).get(name, self.tensor(name))
-                 for name, places in self.slots.items() for part, attribute in places if part is head}
+        found = {
+            attribute: (overlay or {}).get(name, self.tensor(name))
+            for name, places in self.slots.items()
+            for part, attribute in places
+            if part is head
+        }
         weight = found["weight"].float()
         return weight, found["bias"].float() if "bias" in found else weight.new_zeros(len(weight))
 
@@ -127,8 +135,10 @@ class Deployed:
             InputError: the head was not declared.
         """
         if self.head is None:
-            raise InputError("head: this method needs the features that enter the last linear layer; declare that "
-                             "layer, deploy(model, head='name').")
+            raise InputError(
+                "head: this method needs the features that enter the last linear layer; declare that "
+                "layer, deploy(model, head='name')."
+            )
         return self.head
 
     def select(self, which: str | Sequence[str]) -> list[str]:
@@ -143,19 +153,27 @@ class Deployed:
         if which == "all":
             names = list(self.slots)
         elif which == "norm_affine":
-            names = [name for name, places in self.slots.items()
-                     if any(norm in type(places[0][0]).__name__ for norm in NORMS)]
+            names = [
+                name
+                for name, places in self.slots.items()
+                if any(norm in type(places[0][0]).__name__ for norm in NORMS)
+            ]
         elif which == "lora":
             names = [name for name in self.slots if ".lora_" in f".{name}"]
         elif which == "head":
-            inside = {id(part) for name, part in self.modules.items()
-                      if any(name == head or name.startswith(f"{head}.") for head in self.base.heads)}
+            inside = {
+                id(part)
+                for name, part in self.modules.items()
+                if any(name == head or name.startswith(f"{head}.") for head in self.base.heads)
+            }
             names = [name for name, places in self.slots.items() if id(places[0][0]) in inside]
         else:
             names = [name for name in self.slots if any(fnmatchcase(name, pattern) for pattern in which)]
         if not names:
-            raise InputError(f"adapt: {which!r} matches none of the model's {len(self.slots)} tensors "
-                             f"({', '.join(list(self.slots)[:4])}, ...).")
+            raise InputError(
+                f"adapt: {which!r} matches none of the model's {len(self.slots)} tensors "
+                f"({', '.join(list(self.slots)[:4])}, ...)."
+            )
         return names
 
     @contextmanager
@@ -218,8 +236,9 @@ def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tenso
         return Deployed(base, answer, None if base.objective.classes else _output(base))
     parts = dict(model.named_modules())
     if head is not None and not isinstance(parts.get(head), nn.Linear):
-        raise InputError(registry.unknown("head", head, [name for name, part in parts.items()
-                                                         if isinstance(part, nn.Linear)]))
+        raise InputError(
+            registry.unknown("head", head, [name for name, part in parts.items() if isinstance(part, nn.Linear)])
+        )
     forward = forward or (lambda batch: _call(model, batch))
     return Deployed(Base(model, forward, {head: parts[head]} if head else {}, None, "", ""), forward)
 
@@ -297,6 +316,7 @@ def _call(model: nn.Module, batch: Batch) -> Tensor:
 
 def _named(forward: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Batch], Tensor]:
     """A forward that takes inputs by name only."""
+
     def call(batch: Batch) -> Tensor:
         if isinstance(batch, Tensor):
             raise InputError("batch: this model takes its inputs by name, for example {'pixel_values': images}.")
@@ -307,6 +327,7 @@ def _named(forward: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Batch], 
 
 def _changed(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """A forward hook; a block that returns a tuple has its hidden states first."""
+
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 

@@ -68,8 +68,9 @@ class Outputs:
 class MethodConfig:
     """Options that every method has."""
 
-    order: str = option("before", "predict before the update, or after it with another forward pass",
-                        choices=("before", "after"))
+    order: str = option(
+        "before", "predict before the update, or after it with another forward pass", choices=("before", "after")
+    )
 
 
 class TTAMethod(Configured):
@@ -194,9 +195,19 @@ class TTAMethod(Configured):
     def state(self) -> dict[str, Any]:
         """All that changes, as plain data (tensors, numbers, texts, lists, dicts)."""
         # A copy, or what was saved would go on changing with the method.
-        return copy.deepcopy({"method": type(self).__name__, "config": dataclasses.asdict(self.config),
-                              "seed": self.seed, "batches": self.batches, "classes": self.classes, "cost": self.cost,
-                              "ready": self.ready, "prepared": self.prepared, "memory": self.memory})
+        return copy.deepcopy(
+            {
+                "method": type(self).__name__,
+                "config": dataclasses.asdict(self.config),
+                "seed": self.seed,
+                "batches": self.batches,
+                "classes": self.classes,
+                "cost": self.cost,
+                "ready": self.ready,
+                "prepared": self.prepared,
+                "memory": self.memory,
+            }
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`, on whatever device it was made.
@@ -222,8 +233,14 @@ class TTAMethod(Configured):
 
     # What methods use.
 
-    def forward(self, batch: Batch, overlay: Tensors | None = None, statistics: Statistics | None = None,
-                hooks: Hooks | None = None, graph: bool = False) -> Outputs:
+    def forward(
+        self,
+        batch: Batch,
+        overlay: Tensors | None = None,
+        statistics: Statistics | None = None,
+        hooks: Hooks | None = None,
+        graph: bool = False,
+    ) -> Outputs:
         """One counted forward pass."""
         self.cost["forwards"] += 1
         self.cost["rows"] += size(batch)
@@ -274,8 +291,10 @@ class TTAMethod(Configured):
 
     def _count_classes(self) -> int:
         if self.model.head is None:
-            raise InputError("batch: no input is finite, and the model declares no head that tells how many classes "
-                             "there are; deploy(model, head='name').")
+            raise InputError(
+                "batch: no input is finite, and the model declares no head that tells how many classes "
+                "there are; deploy(model, head='name')."
+            )
         return self.model.head.out_features
 
     def _restart(self) -> None:
@@ -287,8 +306,14 @@ class TTAMethod(Configured):
         self.cost = {"forwards": 0, "rows": 0, "backwards": 0, "resets": 0}
 
 
-def make(name: str, model: Any, options: dict[str, Any] | None = None, seed: int = 0, source: Encoded | None = None,
-         key: str = "tta") -> TTAMethod:
+def make(
+    name: str,
+    model: Any,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    source: Encoded | None = None,
+    key: str = "tta",
+) -> TTAMethod:
     """A registered method on a model, prepared on `source` if it needs that and it is given.
 
     Raises:

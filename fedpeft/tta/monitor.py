@@ -89,8 +89,15 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """Copies of all that changes and of what source data said."""
-        return copy.deepcopy({"mean": self.mean, "entropy": self.entropy, "recent": self.recent,
-                              "batches": self.batches, "alarms": self.alarms})
+        return copy.deepcopy(
+            {
+                "mean": self.mean,
+                "entropy": self.entropy,
+                "recent": self.recent,
+                "batches": self.batches,
+                "alarms": self.alarms,
+            }
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`; the options stay those given here."""

@@ -1,12 +1,12 @@
 """Play a stream to a method and score it; labels and domain names stay on this side.
 
-    >>> import torch
-    >>> from fedpeft.data.drift import build
-    >>> stream = build("iid", corruptions=("blur",), limit=64)
-    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    >>> result = run_stream("source", stream, deploy(net, head="1", forward=lambda batch: net(batch["pixel_values"])))
-    >>> result["rows"], result["cost"]["forwards"], result["batches"][0]["changed"]
-    (64, 1, 0.0)
+>>> import torch
+>>> from fedpeft.data.drift import build
+>>> stream = build("iid", corruptions=("blur",), limit=64)
+>>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+>>> result = run_stream("source", stream, deploy(net, head="1", forward=lambda batch: net(batch["pixel_values"])))
+>>> result["rows"], result["cost"]["forwards"], result["batches"][0]["changed"]
+(64, 1, 0.0)
 """
 
 from __future__ import annotations
@@ -30,9 +30,17 @@ WINDOW = 256  # rows of the window whose worst error is reported
 BINS = 15
 
 
-def run_stream(method: str | TTAMethod, stream: TestStream, model: Any, options: dict[str, Any] | None = None,
-               seed: int = 0, source: Encoded | None = None, monitor: Monitor | None = None,
-               oracle: bool = False, references: Sequence[Tensor] | None = None) -> dict[str, Any]:
+def run_stream(
+    method: str | TTAMethod,
+    stream: TestStream,
+    model: Any,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    source: Encoded | None = None,
+    monitor: Monitor | None = None,
+    oracle: bool = False,
+    references: Sequence[Tensor] | None = None,
+) -> dict[str, Any]:
     """Play a stream from start to end, batch after batch, and score every prediction as it was given.
 
     Args:

@@ -1,9 +1,9 @@
 """Benchmarks of many cells share lists of names with options, and cells as files that are not run again.
 
-    >>> entries("digits-c/dirichlet:delta=0.1,batch=16,vader/movie")
-    ['digits-c/dirichlet:delta=0.1,batch=16', 'vader/movie']
-    >>> named("coso:side=in,r1=4")
-    ('coso', {'side': 'in', 'r1': '4'})
+>>> entries("digits-c/dirichlet:delta=0.1,batch=16,vader/movie")
+['digits-c/dirichlet:delta=0.1,batch=16', 'vader/movie']
+>>> named("coso:side=in,r1=4")
+('coso', {'side': 'in', 'r1': '4'})
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ def registered(table: str, text: str, flag: str) -> tuple[str, dict[str, Any]]:
 
 def canonical(name: str, options: Any) -> str:
     """The name with all options that are not the default, in the order of their declaration."""
-    changed = [f"{item.name}={getattr(options, item.name)}" for item in dataclasses.fields(options)
-               if getattr(options, item.name) != configs.default_of(item)]
+    changed = [
+        f"{item.name}={getattr(options, item.name)}"
+        for item in dataclasses.fields(options)
+        if getattr(options, item.name) != configs.default_of(item)
+    ]
     return name + (f":{','.join(changed)}" if changed else "")
 
 
@@ -150,8 +153,9 @@ def plus_minus(value: float | None) -> str:
     return "" if value is None else f" ± {100 * value:.1f}"
 
 
-def publish(out: Path, name: str, figures: Callable[[Row], dict[str, bytes]],
-            page: Callable[[Row, dict[str, bytes]], str]) -> list[Path]:
+def publish(
+    out: Path, name: str, figures: Callable[[Row], dict[str, bytes]], page: Callable[[Row, dict[str, bytes]], str]
+) -> list[Path]:
     """Draw a benchmark's plots and write report.html from `out`/results.json alone; the files written, page last.
 
     Args:

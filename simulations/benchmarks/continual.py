@@ -35,13 +35,20 @@ HEADS = "linear,ncm,lda,ranpac"
 CHECKPOINT_EVERY = 200  # steps
 SIGNALS = {"epochs": 10, "lr": 4e-3, "temperature": 3.0}
 TRAIN: dict[str, dict[str, Any]] = {  # by stream; others have the defaults of TrainConfig
-    "digits5": SIGNALS, "glyph1d": SIGNALS, "glyph1d_domain": SIGNALS, "glyph1d_blurry": {**SIGNALS, "epochs": 1},
-    "glyphs": {"epochs": 5, "lr": 3e-4}, "wordnet": {"epochs": 2, "lr": 1e-3},  # rates: on validation, of 3e-4 to 3e-3
+    "digits5": SIGNALS,
+    "glyph1d": SIGNALS,
+    "glyph1d_domain": SIGNALS,
+    "glyph1d_blurry": {**SIGNALS, "epochs": 1},
+    "glyphs": {"epochs": 5, "lr": 3e-4},
+    "wordnet": {"epochs": 2, "lr": 1e-3},  # rates: on validation, of 3e-4 to 3e-3
 }
 QUICK: dict[str, dict[str, Any]] = {  # options of a stream that make it small
-    "glyph1d": {"tasks": 4, "train": 8, "test": 5}, "glyph1d_domain": {"train": 4, "test": 3},
+    "glyph1d": {"tasks": 4, "train": 8, "test": 5},
+    "glyph1d_domain": {"train": 4, "test": 3},
     "glyph1d_blurry": {"groups": 4, "parts": 4, "train": 8, "test": 5},
-    "wordnet": {"train": 8, "test": 4}, "glyphs": {"train": 8, "test": 4}, "records": {"limit": 200},
+    "wordnet": {"train": 8, "test": 4},
+    "glyphs": {"train": 8, "test": 4},
+    "records": {"limit": 200},
 }
 QUICK_BODIES = "frozen,sequential,coso"
 Row = dict[str, Any]
@@ -81,19 +88,36 @@ class World:
         if not self.path.exists():
             stream.save(made.stream, self.path)
         elif json.loads(self.path.read_text()) != json.loads(json.dumps(made.stream.manifest)):
-            raise InputError(f"{self.path}: {self.name} with seed {self.seed} is another stream now. Give another "
-                             "--out.")
+            raise InputError(
+                f"{self.path}: {self.name} with seed {self.seed} is another stream now. Give another --out."
+            )
         return made
 
     def learner(self, body: Entry, heads: list[Entry], train: TrainConfig) -> Learner:
         """A new learner over the shared stream and base, with this body and all these heads."""
         model = Plastic(self.prepared.base, self.prepared.layers)
-        return Learner(self.prepared.stream, model, body.name, {head.name: head.options for head in heads}, train,
-                       self.seed, body.options)
+        return Learner(
+            self.prepared.stream,
+            model,
+            body.name,
+            {head.name: head.options for head in heads},
+            train,
+            self.seed,
+            body.options,
+        )
 
 
-def run(out: Path, name: str, bodies: str = "", heads: str = "", seeds: int = 3, quick: bool = False,
-        validation: bool = False, settings: list[str] | None = None, tell: cells.Tell = cells.silent) -> Row:
+def run(
+    out: Path,
+    name: str,
+    bodies: str = "",
+    heads: str = "",
+    seeds: int = 3,
+    quick: bool = False,
+    validation: bool = False,
+    settings: list[str] | None = None,
+    tell: cells.Tell = cells.silent,
+) -> Row:
     """Run what is missing of the table into `out`, then write results.json, plots and report.html.
 
     Args:
@@ -122,16 +146,31 @@ def run(out: Path, name: str, bodies: str = "", heads: str = "", seeds: int = 3,
         world = World(label, source, seed, validation, out / "manifests")
         for body in asked:
             rows += body_rows(out, world, body, shown, train, progress)
-    given = [f"--stream {name}", f"--bodies {bodies}" if bodies else "", f"--heads {heads}" if heads else "",
-             *(f"--set {text}" for text in settings or []), f"--seeds {seeds}", "--validation" if validation else "",
-             "--quick" if quick else ""]
+    given = [
+        f"--stream {name}",
+        f"--bodies {bodies}" if bodies else "",
+        f"--heads {heads}" if heads else "",
+        *(f"--set {text}" for text in settings or []),
+        f"--seeds {seeds}",
+        "--validation" if validation else "",
+        "--quick" if quick else "",
+    ]
     command = " ".join(["fedpeft bench continual", *filter(None, given), "--out DIR"])
     results = {
-        "version": VERSION, "reproduce": command, "quick": quick, "validation": validation, "stream": label,
-        "scenario": source.scenario, "summary_of_stream": source.summary, "seeds": seeds,
-        "train": dataclasses.asdict(train), "added_heads": added, "versions": cells.versions(),
-        "summary": continual_report.summary(rows), "rows": rows,
-    }  # fmt: skip
+        "version": VERSION,
+        "reproduce": command,
+        "quick": quick,
+        "validation": validation,
+        "stream": label,
+        "scenario": source.scenario,
+        "summary_of_stream": source.summary,
+        "seeds": seeds,
+        "train": dataclasses.asdict(train),
+        "added_heads": added,
+        "versions": cells.versions(),
+        "summary": continual_report.summary(rows),
+        "rows": rows,
+    }
     cells.write(out / "results.json", results)
     continual_report.write(out)
     return results
@@ -156,8 +195,9 @@ def training(name: str, settings: list[str], quick: bool) -> TrainConfig:
     for key in given:
         if key not in known:
             raise InputError(registry.unknown("--set", key, known))
-    made: TrainConfig = configs.build(TrainConfig, {**TRAIN.get(name, {}), **({"epochs": 1} if quick else {}), **given},
-                                      "--set")
+    made: TrainConfig = configs.build(
+        TrainConfig, {**TRAIN.get(name, {}), **({"epochs": 1} if quick else {}), **given}, "--set"
+    )
     return made
 
 
@@ -195,12 +235,20 @@ def trainings(body: Entry, heads: list[Entry], scenario: str) -> list[list[Entry
 # Cells ----------------------------------------------------------------------------------------------------------------
 
 
-def body_rows(out: Path, world: World, body: Entry, heads: list[Entry], train: TrainConfig,
-              progress: cells.Progress) -> list[Row]:
+def body_rows(
+    out: Path, world: World, body: Entry, heads: list[Entry], train: TrainConfig, progress: cells.Progress
+) -> list[Row]:
     """The rows of one body and seed, in the order of the heads."""
-    common = {"version": VERSION, "stream": world.name, "manifest_sha256": world.manifest,
-              "validation": world.validation, "seed": world.seed, "train": dataclasses.asdict(train),
-              "body": body.text, "body_options": _full("bodies", body)}
+    common = {
+        "version": VERSION,
+        "stream": world.name,
+        "manifest_sha256": world.manifest,
+        "validation": world.validation,
+        "seed": world.seed,
+        "train": dataclasses.asdict(train),
+        "body": body.text,
+        "body_options": _full("bodies", body),
+    }
     keys = {head.text: {**common, "head": head.text, "head_options": _full("heads", head)} for head in heads}
     stem = f"{world.path.stem}-{slug(body.text)}"
     paths = {head.text: out / "cells" / f"{stem}-{slug(head.text)}.json" for head in heads}
@@ -211,9 +259,14 @@ def body_rows(out: Path, world: World, body: Entry, heads: list[Entry], train: T
         for text, found in trained(world, body, group, train, state).items():
             rows[text] = {**keys[text], **found}
             cells.write(paths[text], rows[text])
-            progress(f"{world.name} seed {world.seed} {body.text} {text}: " + (
-                f"refused: {found['refused']}" if found["refused"] else
-                f"{100 * found['metrics']['acc_micro']:.1f} % after the last task"))
+            progress(
+                f"{world.name} seed {world.seed} {body.text} {text}: "
+                + (
+                    f"refused: {found['refused']}"
+                    if found["refused"]
+                    else f"{100 * found['metrics']['acc_micro']:.1f} % after the last task"
+                )
+            )
         state.unlink(missing_ok=True)
     return [rows[head.text] for head in heads]
 
@@ -245,11 +298,19 @@ def trained(world: World, body: Entry, heads: list[Entry], train: TrainConfig, s
             right = learner.right[head.name]
             found = matrix.summary(right, tests, before[head.text], records)
             done[head.text] = {
-                "refused": None, "right": right, "tests": tests, "initial": before[head.text], "records": records,
-                "tasks": [task.name for task in tasks], "metrics": found["values"], "undefined": found["undefined"],
-                "ledger": ledger, "head_bytes": head_bytes(learner, head), "resumed": resumed,
+                "refused": None,
+                "right": right,
+                "tests": tests,
+                "initial": before[head.text],
+                "records": records,
+                "tasks": [task.name for task in tasks],
+                "metrics": found["values"],
+                "undefined": found["undefined"],
+                "ledger": ledger,
+                "head_bytes": head_bytes(learner, head),
+                "resumed": resumed,
                 "shared_with": [other.text for other in fit if other is not head],
-            }  # fmt: skip
+            }
     return {**done, **_refusals(refused)}
 
 
@@ -260,8 +321,13 @@ def initial(learner: Learner, head: Entry) -> list[int] | None:
     """
     if learner.stream.scenario != "domain" or not is_classifier(learner, head):
         return None
-    return [sum(int((learner.classifier(learner.model.features(inputs)).argmax(-1) == labels).sum())
-                for inputs, labels in learner.body.each_batch(task.test, EVALUATE)) for task in learner.stream.tasks]
+    return [
+        sum(
+            int((learner.classifier(learner.model.features(inputs)).argmax(-1) == labels).sum())
+            for inputs, labels in learner.body.each_batch(task.test, EVALUATE)
+        )
+        for task in learner.stream.tasks
+    ]
 
 
 def head_bytes(learner: Learner, head: Entry) -> int:

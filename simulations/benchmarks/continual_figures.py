@@ -42,8 +42,13 @@ def over_tasks(ran: list[Row]) -> Figure:
             curves = [curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
             if curves:
                 color, dashes = _look(number)
-                axes.plot(range(1, len(curves[0]) + 1), 100 * sum(curves) / len(curves), color=color,
-                          linestyle=dashes, label=label(body))
+                axes.plot(
+                    range(1, len(curves[0]) + 1),
+                    100 * sum(curves) / len(curves),
+                    color=color,
+                    linestyle=dashes,
+                    label=label(body),
+                )
         axes.set_title(head)
         axes.set_xlabel("tasks learned")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -66,8 +71,13 @@ def against_bytes(rows: list[Row]) -> Figure | None:
     figure = Figure(figsize=(9.5, max(4.6, 0.23 * (len(bodies) + len(heads)))))
     axes = figure.subplots()
     for row in ran:
-        axes.plot(row["bytes"] / 1000, 100 * row["metrics"]["forgetting_chaudhry"], markersize=7,
-                  marker=MARKERS[heads.index(row["head"]) % len(MARKERS)], **_filled(bodies.index(row["body"])))
+        axes.plot(
+            row["bytes"] / 1000,
+            100 * row["metrics"]["forgetting_chaudhry"],
+            markersize=7,
+            marker=MARKERS[heads.index(row["head"]) % len(MARKERS)],
+            **_filled(bodies.index(row["body"])),
+        )
     for number, body in enumerate(bodies):
         axes.plot([], [], "s", label=label(body), **_filled(number))
     for number, head in enumerate(heads):

@@ -22,14 +22,16 @@ SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry", "learning_acc
 AGAINST = "against frozen"
 FITTED = ("lda", "ranpac")
 COSTS = ("kB", "passes", "CPU s")
-LEGEND = ("Accuracies in %, ± standard deviation over seeds. acc_micro: all test records after the last task; "
-          "aia_micro: mean over tasks of the accuracy on what was seen; a_auc: that weighted by records, for streams "
-          "without boundaries; forgetting_chaudhry: best earlier accuracy of a task minus its last, mean over tasks "
-          "(below 0: later tasks helped); learning_acc: accuracy of each task right after it. against frozen: "
-          "acc_micro minus that of the better of lda and ranpac over frozen, paired by seed, ± standard error. kB: "
-          "what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the "
-          "training that a head shares with the others of its body. A closed-form head over frozen needs none. Spreads "
-          "are over seeds; where seeds share their test records they say nothing of these.")
+LEGEND = (
+    "Accuracies in %, ± standard deviation over seeds. acc_micro: all test records after the last task; "
+    "aia_micro: mean over tasks of the accuracy on what was seen; a_auc: that weighted by records, for streams "
+    "without boundaries; forgetting_chaudhry: best earlier accuracy of a task minus its last, mean over tasks "
+    "(below 0: later tasks helped); learning_acc: accuracy of each task right after it. against frozen: "
+    "acc_micro minus that of the better of lda and ranpac over frozen, paired by seed, ± standard error. kB: "
+    "what body and head must keep after the last task; passes: forward passes a prediction; CPU s: of the "
+    "training that a head shares with the others of its body. A closed-form head over frozen needs none. Spreads "
+    "are over seeds; where seeds share their test records they say nothing of these."
+)
 Row = dict[str, Any]
 
 
@@ -40,8 +42,15 @@ def summary(rows: list[Row]) -> list[Row]:
         for head in distinct(select(rows, body=body), "head"):
             given = select(rows, body=body, head=head)
             ran = [row for row in given if not row["refused"]]
-            found.append({"body": body, "head": head, "seeds": len(ran),
-                          "refused": None if ran else given[0]["refused"], **(_means(ran) if ran else {})})
+            found.append(
+                {
+                    "body": body,
+                    "head": head,
+                    "seeds": len(ran),
+                    "refused": None if ran else given[0]["refused"],
+                    **(_means(ran) if ran else {}),
+                }
+            )
     if best := reference(found):
         fixed = {row["seed"]: row["metrics"]["acc_micro"] for row in select(rows, body="frozen", head=best["head"])}
         for row in found:
@@ -55,8 +64,11 @@ def summary(rows: list[Row]) -> list[Row]:
 
 def reference(rows: list[Row]) -> Row | None:
     """Of the summary: the best of `FITTED` over the frozen body, what needs no training; None where there is none."""
-    fitted = [row for row in rows if row["body"] == "frozen" and row["head"].partition(":")[0] in FITTED
-              and not row["refused"]]
+    fitted = [
+        row
+        for row in rows
+        if row["body"] == "frozen" and row["head"].partition(":")[0] in FITTED and not row["refused"]
+    ]
     return max(fitted, key=lambda row: row["metrics"]["acc_micro"], default=None)
 
 
@@ -68,12 +80,14 @@ def _means(ran: list[Row]) -> Row:
     return {
         "metrics": {name: mean(values) if values else None for name, values in each.items()},
         "sd": {name: spread(values) for name, values in each.items()},
-        "undefined": ran[0]["undefined"], "stored_bytes": kept, "head_bytes": head,
+        "undefined": ran[0]["undefined"],
+        "stored_bytes": kept,
+        "head_bytes": head,
         "bytes": sum(kept.values()) + head,
         "parameters": last[0]["parameters"],
         "passes": mean(entry["passes_per_prediction"] for entry in last),
         "train_cpu_s": mean(sum(entry["train_cpu_s"] for entry in row["ledger"]) for row in ran),
-    }  # fmt: skip
+    }
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -97,8 +111,9 @@ def headline(results: Row) -> str:
     """One line above the tables: stream, scenario, seeds, on what it was evaluated, and the training settings."""
     where = "a held-out part of the training set" if results["validation"] else "the test set"
     settings = ", ".join(f"{key} {value:g}" for key, value in results["train"].items())
-    return (f"{results['stream']}, {results['scenario']} stream, {results['seeds']} seeds, evaluated on {where}; "
-            f"{settings}")
+    return (
+        f"{results['stream']}, {results['scenario']} stream, {results['seeds']} seeds, evaluated on {where}; {settings}"
+    )
 
 
 def notes(results: Row) -> list[str]:
@@ -123,10 +138,15 @@ def sentence(rows: list[Row]) -> str:
     best = reference(rows)
     if best is None:
         return text + " Not run: frozen, whose closed-form heads are what training has to beat."
-    above = [f"{row['body']} with {row['head']}" for row in ran if row["difference_error"] is not None
-             and row["difference"] > 2 * row["difference_error"]]
-    return (f"{text} Without any training of the body: {_named(best)}; above that by more than two standard errors: "
-            f"{', '.join(above) or 'nothing'}.")
+    above = [
+        f"{row['body']} with {row['head']}"
+        for row in ran
+        if row["difference_error"] is not None and row["difference"] > 2 * row["difference_error"]
+    ]
+    return (
+        f"{text} Without any training of the body: {_named(best)}; above that by more than two standard errors: "
+        f"{', '.join(above) or 'nothing'}."
+    )
 
 
 def _named(row: Row) -> str:
@@ -144,18 +164,33 @@ def line(row: Row, names: list[str]) -> list[str]:
         return [row["body"], row["head"], "refused", *["–"] * (len(names) + len(COSTS))]
     scores = ["–" if row["metrics"][name] is None else percent(row["metrics"][name], row["sd"][name]) for name in names]
     difference = "–" if row.get("difference") is None else f"{100 * row['difference']:+.1f}"
-    return [row["body"], row["head"], *scores, difference + plus_minus(row.get("difference_error")),
-            f"{row['bytes'] / 1000:,.1f}", f"{row['passes']:.3g}", f"{row['train_cpu_s']:.1f}"]
+    return [
+        row["body"],
+        row["head"],
+        *scores,
+        difference + plus_minus(row.get("difference_error")),
+        f"{row['bytes'] / 1000:,.1f}",
+        f"{row['passes']:.3g}",
+        f"{row['train_cpu_s']:.1f}",
+    ]
 
 
 def lines(rows: list[Row]) -> list[str]:
     """The table as text: a body's name in a line of its own, its heads below."""
     names = heads_of(rows, SHORT)
     heads = ["", *names, *COSTS]
-    above = [["", *(name.partition("_")[0] for name in names), *[""] * len(COSTS)],
-             ["", *(name.partition("_")[2] for name in names), *COSTS]]
-    texts = [[text for head, text in zip(["", *names, AGAINST, *COSTS], line(row, names)[1:], strict=True)
-              if head != AGAINST] for row in rows]
+    above = [
+        ["", *(name.partition("_")[0] for name in names), *[""] * len(COSTS)],
+        ["", *(name.partition("_")[2] for name in names), *COSTS],
+    ]
+    texts = [
+        [
+            text
+            for head, text in zip(["", *names, AGAINST, *COSTS], line(row, names)[1:], strict=True)
+            if head != AGAINST
+        ]
+        for row in rows
+    ]
     widths = [max(len(text[place]) for text in [*above, *texts]) for place in range(len(heads))]
     found = [_padded(text, widths) for text in above]
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
@@ -166,8 +201,10 @@ def lines(rows: list[Row]) -> list[str]:
 
 
 def _padded(text: list[str], widths: list[int]) -> str:
-    first, *rest = [part.ljust(width) if place == 0 else part.rjust(width)
-                    for place, (part, width) in enumerate(zip(text, widths, strict=True))]
+    first, *rest = [
+        part.ljust(width) if place == 0 else part.rjust(width)
+        for place, (part, width) in enumerate(zip(text, widths, strict=True))
+    ]
     return " ".join([f"  {first}", *rest])
 
 
@@ -186,18 +223,34 @@ def page(results: Row, images: dict[str, bytes]) -> str:
     """One HTML page that loads nothing from elsewhere."""
     rows = results["summary"]
     names = heads_of(rows, NAMES)
-    titles = {"tasks": "Accuracy over tasks", "forgetting": "Forgetting against bytes kept",
-              "matrices": "Accuracy on each task (columns) after each task (rows)"}
-    body = [f'<p class="lead">{escape(sentence(rows))}</p>', f"<p>{escape(headline(results))}. "
-            f"{escape(results['summary_of_stream'])}.</p>", *map(pages.html_note, notes(results)),
-            pages.html_table(["body", "head", *names, AGAINST, *COSTS], [line(row, names) for row in rows]),
-            f"<p>{escape(LEGEND)}</p>"]
+    titles = {
+        "tasks": "Accuracy over tasks",
+        "forgetting": "Forgetting against bytes kept",
+        "matrices": "Accuracy on each task (columns) after each task (rows)",
+    }
+    body = [
+        f'<p class="lead">{escape(sentence(rows))}</p>',
+        f"<p>{escape(headline(results))}. {escape(results['summary_of_stream'])}.</p>",
+        *map(pages.html_note, notes(results)),
+        pages.html_table(["body", "head", *names, AGAINST, *COSTS], [line(row, names) for row in rows]),
+        f"<p>{escape(LEGEND)}</p>",
+    ]
     for name, image in images.items():
         body += [f"<h2>{titles[name]}</h2>", pages.html_image(titles[name], image)]
-    body += ["<h2>What is kept</h2>", _kept(rows), "<h2>Metrics that are not defined</h2>", _undefined(rows),
-             "<h2>Runs</h2>", _runs(results["rows"]), "<h2>How it was made</h2>"]
-    facts = [["command", results["reproduce"]], ["training", json.dumps(results["train"])],
-             *([name, value] for name, value in results["versions"].items())]
+    body += [
+        "<h2>What is kept</h2>",
+        _kept(rows),
+        "<h2>Metrics that are not defined</h2>",
+        _undefined(rows),
+        "<h2>Runs</h2>",
+        _runs(results["rows"]),
+        "<h2>How it was made</h2>",
+    ]
+    facts = [
+        ["command", results["reproduce"]],
+        ["training", json.dumps(results["train"])],
+        *([name, value] for name, value in results["versions"].items()),
+    ]
     return pages.html_page(f"Continual learning: {results['stream']}", [*body, pages.html_table([], facts)])
 
 
@@ -206,9 +259,19 @@ def _kept(rows: list[Row]) -> str:
     ran = [row for row in rows if not row["refused"]]
     kinds = list(ran[0]["stored_bytes"]) if ran else []
     heads = ["body", "head", "trained parameters", *(f"{kind}, bytes" for kind in kinds), "head, bytes"]
-    return pages.html_table(heads, [
-        [row["body"], row["head"], f"{row['parameters']:,}", *(f"{row['stored_bytes'][kind]:,.0f}" for kind in kinds),
-         f"{row['head_bytes']:,.0f}"] for row in ran])
+    return pages.html_table(
+        heads,
+        [
+            [
+                row["body"],
+                row["head"],
+                f"{row['parameters']:,}",
+                *(f"{row['stored_bytes'][kind]:,.0f}" for kind in kinds),
+                f"{row['head_bytes']:,.0f}",
+            ]
+            for row in ran
+        ],
+    )
 
 
 def _undefined(rows: list[Row]) -> str:
@@ -216,20 +279,42 @@ def _undefined(rows: list[Row]) -> str:
     for row in rows:
         for name, reason in (row.get("undefined") or {}).items():
             reasons.setdefault((name, reason), []).append(f"{row['body']} {row['head']}")
-    return pages.html_table(["metric", "why", "where"], [
-        [name, reason, "everywhere" if len(where) == sum(not row["refused"] for row in rows) else ", ".join(where)]
-        for (name, reason), where in reasons.items()])
+    return pages.html_table(
+        ["metric", "why", "where"],
+        [
+            [name, reason, "everywhere" if len(where) == sum(not row["refused"] for row in rows) else ", ".join(where)]
+            for (name, reason), where in reasons.items()
+        ],
+    )
 
 
 def _runs(rows: list[Row]) -> str:
     """Every run's stream and scores, and the options of every body and head."""
-    manifests = [[str(row["seed"]), row["manifest_sha256"]] for row in (
-        select(rows, seed=seed)[0] for seed in distinct(rows, "seed"))]
-    scores = [[row["body"], row["head"], str(row["seed"]), words.percent(row["metrics"]["acc_micro"]),
-               "yes" if row["resumed"] else "no", row["stream"]] for row in rows if not row["refused"]]
-    options = [[kind, name, json.dumps(select(rows, **{kind: name})[0][f"{kind}_options"])]
-               for kind in ("body", "head") for name in distinct(rows, kind)]
-    return ("<details><summary>streams, scores, options</summary>"
-            + pages.html_table(["seed", "sha256 of the stream's manifest"], manifests)
-            + pages.html_table(["body", "head", "seed", "acc_micro", "went on from a checkpoint", "stream"], scores)
-            + pages.html_table(["", "name", "options"], options) + "</details>")
+    manifests = [
+        [str(row["seed"]), row["manifest_sha256"]]
+        for row in (select(rows, seed=seed)[0] for seed in distinct(rows, "seed"))
+    ]
+    scores = [
+        [
+            row["body"],
+            row["head"],
+            str(row["seed"]),
+            words.percent(row["metrics"]["acc_micro"]),
+            "yes" if row["resumed"] else "no",
+            row["stream"],
+        ]
+        for row in rows
+        if not row["refused"]
+    ]
+    options = [
+        [kind, name, json.dumps(select(rows, **{kind: name})[0][f"{kind}_options"])]
+        for kind in ("body", "head")
+        for name in distinct(rows, kind)
+    ]
+    return (
+        "<details><summary>streams, scores, options</summary>"
+        + pages.html_table(["seed", "sha256 of the stream's manifest"], manifests)
+        + pages.html_table(["body", "head", "seed", "acc_micro", "went on from a checkpoint", "stream"], scores)
+        + pages.html_table(["", "name", "options"], options)
+        + "</details>"
+    )

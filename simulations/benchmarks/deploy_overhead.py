@@ -134,14 +134,65 @@ def ours(root: Path) -> dict[str, Any]:
         commands.wait(coordinator, name, lambda event: None)
     run = coordinator / "runs" / name
     rounds = [event for event in commands.events_of(run) if event["event"] == "round"][1:]
-    workers = [float(found) for name in SITES
-               for found in re.findall(r"train: answered in ([\d.]+) s", (root / f"{name}.log").read_text())[1:]]
+    workers = [
+        float(found)
+        for name in SITES
+        for found in re.findall(r"train: answered in ([\d.]+) s", (root / f"{name}.log").read_text())[1:]
+    ]
     shown = {"round_s": [event["seconds"] for event in rounds]}
     shown |= {key: [event[key] for event in rounds] for key in ("push_s", "pull_s")}
     parts = {key: statistics.median(values) for key, values in {**shown, "worker_s": workers}.items()}
     rest = parts["round_s"] - parts["push_s"] - parts["pull_s"] - parts["worker_s"]
-    return {"bytes_up": rounds[-1]["bytes_up"] // len(SITES), "rounds_s": shown["round_s"], "median": parts,
-            "polling_and_fleet_s": round(rest, 3), "process_starts": 0}
+    return {
+        "bytes_up": rounds[-1]["bytes_up"] // len(SITES),
+        "rounds_s": shown["round_s"],
+        "median": parts,
+        "polling_and_fleet_s": round(rest, 3),
+        "process_starts": 0,
+    }
+
+
+def flower_programs(root: Path, coordinator: Path, server: Any) -> dict[str, list[str]]:
+    """The command lines of Flower's own SuperLink and SuperNodes, by name."""
+    tls = [
+        "--ssl-ca-certfile",
+        f"{coordinator}/ca.crt",
+        "--ssl-certfile",
+        f"{coordinator}/server.crt",
+        "--ssl-keyfile",
+        f"{coordinator}/server.key",
+    ]
+    programs = Path(sys.executable).parent
+    starts = {
+        "superlink": [
+            f"{programs}/flower-superlink",
+            *tls,
+            "--enable-supernode-auth",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(server.settings.control_port),
+            "--fleet-api-address",
+            f"127.0.0.1:{server.settings.port}",
+            "--database",
+            f"{coordinator}/state.db",
+        ]
+    }
+    starts |= {
+        name: [
+            f"{programs}/flower-supernode",
+            "--superlink",
+            f"localhost:{server.settings.port}",
+            "--root-certificates",
+            f"{coordinator}/ca.crt",
+            "--auth-supernode-private-key",
+            f"{root / name}/site.key",
+            "--port",
+            str(free_port()),
+        ]
+        for name in SITES
+    }
+    return starts
 
 
 def stock_flower(root: Path) -> dict[str, Any]:
@@ -154,15 +205,7 @@ def stock_flower(root: Path) -> dict[str, Any]:
     root.mkdir()
     coordinator = prepared(root)
     server = settings.server(coordinator)
-    tls = ["--ssl-ca-certfile", f"{coordinator}/ca.crt", "--ssl-certfile", f"{coordinator}/server.crt",
-           "--ssl-keyfile", f"{coordinator}/server.key"]
-    programs = Path(sys.executable).parent
-    starts = {"superlink": [f"{programs}/flower-superlink", *tls, "--enable-supernode-auth", "--host", "127.0.0.1",
-                            "--port", str(server.settings.control_port), "--fleet-api-address",
-                            f"127.0.0.1:{server.settings.port}", "--database", f"{coordinator}/state.db"]}
-    starts |= {name: [f"{programs}/flower-supernode", "--superlink", f"localhost:{server.settings.port}",
-                      "--root-certificates", f"{coordinator}/ca.crt", "--auth-supernode-private-key",
-                      f"{root / name}/site.key", "--port", str(free_port())] for name in SITES}
+    starts = flower_programs(root, coordinator, server)
     link = {"superlink": starts.pop("superlink")}
     with running(root, link):
         while not all(answers(*place) for place in ports(server)):
@@ -171,8 +214,14 @@ def stock_flower(root: Path) -> dict[str, Any]:
         control.register_missing()
         with running(root, starts):
             server_code = SERVER.replace("ROUNDS", str(root / "rounds"))
-            fab = build_fab_from_files({"pyproject.toml": PROJECT.encode(), "stock/__init__.py": b"",
-                                        "stock/client.py": CLIENT.encode(), "stock/server.py": server_code.encode()})[0]
+            fab = build_fab_from_files(
+                {
+                    "pyproject.toml": PROJECT.encode(),
+                    "stock/__init__.py": b"",
+                    "stock/client.py": CLIENT.encode(),
+                    "stock/server.py": server_code.encode(),
+                }
+            )[0]
             number = control.client.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", fab, {})))).run_id
             while control.run_status(number) != "finished":
                 time.sleep(1)

@@ -26,9 +26,12 @@ class SmallConv(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
-            for before, after in ((1, 16), (16, 32), (32, 32))))
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+                for before, after in ((1, 16), (16, 32), (32, 32))
+            )
+        )
         self.head = nn.Linear(128, CLASSES)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -40,14 +40,45 @@ from fedpeft.strategies.rules.lora_fair import LoRAFAIR
 EXPERIMENTS = ("dp", "heterogeneity", "rowspace")
 TUNING_SEEDS = 3
 
-DP = Protocol(inputs=128, hidden=64, classes=4, train=6000, test=3000, subspace=6, shift=1.5, rank=8,
-              clients=6, per_round=3, alpha=0.5, min_examples=150, rounds=40, steps=10, batch=128, evaluate_every=4)
+DP = Protocol(
+    inputs=128,
+    hidden=64,
+    classes=4,
+    train=6000,
+    test=3000,
+    subspace=6,
+    shift=1.5,
+    rank=8,
+    clients=6,
+    per_round=3,
+    alpha=0.5,
+    min_examples=150,
+    rounds=40,
+    steps=10,
+    batch=128,
+    evaluate_every=4,
+)
 EPSILONS: tuple[float | None, ...] = (None, 6.0, 3.0, 1.0)
 DP_GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 DP_SHARED = (1.0, 0.5)
 
-SKEW = Protocol(inputs=16, hidden=64, classes=8, train=3000, test=3000, subspace=None, shift=2.0, rank=8,
-                clients=6, per_round=6, alpha=0.2, min_examples=32, rounds=10, steps=20, batch=64)
+SKEW = Protocol(
+    inputs=16,
+    hidden=64,
+    classes=8,
+    train=3000,
+    test=3000,
+    subspace=None,
+    shift=2.0,
+    rank=8,
+    clients=6,
+    per_round=6,
+    alpha=0.2,
+    min_examples=32,
+    rounds=10,
+    steps=20,
+    batch=64,
+)
 SKEW_SETTINGS = {  # name -> protocol and learning rate; the first is the main one, the others are where its claims end
     "main": (SKEW, 0.3),
     "30 rounds, 3 of 6 clients": (replace(SKEW, rounds=30, per_round=3), 0.3),
@@ -139,8 +170,9 @@ def tuning_worlds(protocol: Protocol, count: int) -> list[World]:
     return [make_world(protocol, derive(0, "bench", "tuning", number), "validation") for number in range(count)]
 
 
-def tune(protocol: Protocol, worlds: Sequence[World], one: Method, grid: Sequence[float], by: str,
-         epsilon: float | None) -> dict[float, float]:
+def tune(
+    protocol: Protocol, worlds: Sequence[World], one: Method, grid: Sequence[float], by: str, epsilon: float | None
+) -> dict[float, float]:
     """Mean over `worlds` of each learning rate's score ("final" or "average")."""
     scores: dict[float, list[float]] = {lr: [] for lr in grid}
     for run in simulate(protocol, worlds, one, grid, epsilon):
@@ -148,8 +180,17 @@ def tune(protocol: Protocol, worlds: Sequence[World], one: Method, grid: Sequenc
     return {lr: sum(values) / len(values) for lr, values in scores.items()}
 
 
-def _compare(where: Row, protocol: Protocol, worlds: Sequence[World], tuning: Sequence[World], one: Method,
-             shared: Sequence[float], grid: Sequence[float], by: str, epsilon: float | None) -> list[Row]:
+def _compare(
+    where: Row,
+    protocol: Protocol,
+    worlds: Sequence[World],
+    tuning: Sequence[World],
+    one: Method,
+    shared: Sequence[float],
+    grid: Sequence[float],
+    by: str,
+    epsilon: float | None,
+) -> list[Row]:
     """One method in one setting: rows of all seeds at each shared learning rate and, given tuning worlds, the best."""
     columns = {f"lr {lr:g}": lr for lr in shared}
     tuned: dict[float, float] = {}
@@ -161,8 +202,16 @@ def _compare(where: Row, protocol: Protocol, worlds: Sequence[World], tuning: Se
     rows = []
     for column, lr in columns.items():
         for run in (run for run in runs if run.lr == lr):
-            row = where | {"column": column, "method": run.method, "lr": lr, "seed": run.seed, "final": run.final,
-                           "average": run.average, "curve": run.curve, "failed_round": run.failed}
+            row = where | {
+                "column": column,
+                "method": run.method,
+                "lr": lr,
+                "seed": run.seed,
+                "final": run.final,
+                "average": run.average,
+                "curve": run.curve,
+                "failed_round": run.failed,
+            }
             if column == TUNED:
                 row["validation_by_lr"] = tuned
             if epsilon is not None:
@@ -192,17 +241,29 @@ def rowspace_experiment(count: int, quick: bool, done: Tell = silent) -> list[Ro
     control = method("FFA orthonormal", "ffa_lora", transport="dense", init="orthonormal")
     reference = _path(protocol, worlds, control)
     rows = []
-    for one in (method("FedSVD", "fedsvd", transport="dense", init="orthonormal"),
-                method("FedSVD every 5", "fedsvd", transport="dense", init="orthonormal", every=5),
-                method("FedIT", "fedit")):
+    for one in (
+        method("FedSVD", "fedsvd", transport="dense", init="orthonormal"),
+        method("FedSVD every 5", "fedsvd", transport="dense", init="orthonormal", every=5),
+        method("FedIT", "fedit"),
+    ):
         path = _path(protocol, worlds, one)
         for seed in range(count):
             basis = reference[0][1][seed]
-            apart = max(_relative(BA[seed] - expected[seed], expected[seed])
-                        for (BA, _), (expected, _) in zip(path, reference, strict=True))
+            apart = max(
+                _relative(BA[seed] - expected[seed], expected[seed])
+                for (BA, _), (expected, _) in zip(path, reference, strict=True)
+            )
             outside = max(_relative(A[seed] - A[seed] @ basis.T @ basis, A[seed]) for _, A in path)
-            rows.append({"experiment": "rowspace", "method": one.name, "seed": seed, "rounds": protocol.rounds,
-                         "path_difference": apart, "span_deviation": outside})
+            rows.append(
+                {
+                    "experiment": "rowspace",
+                    "method": one.name,
+                    "seed": seed,
+                    "rounds": protocol.rounds,
+                    "path_difference": apart,
+                    "span_deviation": outside,
+                }
+            )
         done(f"rowspace: {one.name}")
     return rows
 
@@ -229,8 +290,9 @@ def parts(quick: bool) -> Row:
     return {"dp": epsilons * len(dp_methods()), "heterogeneity": settings * len(skew_methods()), "rowspace": 3}
 
 
-def run(out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[str] = EXPERIMENTS,
-        tell: Tell = silent) -> Row:
+def run(
+    out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[str] = EXPERIMENTS, tell: Tell = silent
+) -> Row:
     """Run the experiments and write results.json and plots to `out`.
 
     Args:
@@ -253,13 +315,25 @@ def run(out: Path, seeds: int = 8, quick: bool = False, experiments: Sequence[st
         started = time.perf_counter()
         rows += functions[name](seeds, quick, progress)
         seconds[name] = time.perf_counter() - started
-    reference = [row for name, protocol in (("dp", DP), ("heterogeneity", SKEW)) if name in experiments
-                 for row in baselines(name, _worlds(protocol, seeds))]
+    reference = [
+        row
+        for name, protocol in (("dp", DP), ("heterogeneity", SKEW))
+        if name in experiments
+        for row in baselines(name, _worlds(protocol, seeds))
+    ]
     versions = {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
     command = f"fedpeft bench federated --out DIR --seeds {seeds}{' --quick' if quick else ''}"
-    results = {"reproduce": command, "quick": quick, "experiments": list(experiments), "seeds": seeds,
-               "seconds": seconds, "versions": versions, "claims": claims(rows), "baselines": reference,
-               "rows": rows}
+    results = {
+        "reproduce": command,
+        "quick": quick,
+        "experiments": list(experiments),
+        "seeds": seeds,
+        "seconds": seconds,
+        "versions": versions,
+        "claims": claims(rows),
+        "baselines": reference,
+        "rows": rows,
+    }
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     for name, image in figures(rows).items():
         files.write_bytes(out / f"{name}.png", image)

@@ -49,8 +49,10 @@ def paired(rows: list[Row], one: str, two: str, key: str = "final") -> tuple[flo
     seeds = {name: [row["seed"] for row in select(rows, method=name)] for name in (one, two)}
     once = len(set(seeds[one])) == len(seeds[one]) >= 2
     if not once or sorted(seeds[one]) != sorted(seeds[two]):
-        raise InputError(f"{one} has the seeds {sorted(seeds[one])}, {two} has {sorted(seeds[two])}; a paired "
-                         "difference needs the same seeds, once each, two at least.")
+        raise InputError(
+            f"{one} has the seeds {sorted(seeds[one])}, {two} has {sorted(seeds[two])}; a paired "
+            "difference needs the same seeds, once each, two at least."
+        )
     values = {name: {row["seed"]: row[key] for row in select(rows, method=name)} for name in (one, two)}
     differences = [values[one][seed] - values[two][seed] for seed in values[one]]
     count = len(differences)
@@ -88,18 +90,24 @@ DP_PAIRS = (
 def dp_claims(rows: list[Row]) -> list[Row]:
     """The claims between methods that `rows` has."""
     own = select(rows, experiment="dp")
-    return [_claim(own, where["setting"], where["column"], one, two, "final", verdict)
-            for where in _cells(own)
-            for one, two, verdict in DP_PAIRS if {one, two} <= set(distinct(own, "method"))]
+    return [
+        _claim(own, where["setting"], where["column"], one, two, "final", verdict)
+        for where in _cells(own)
+        for one, two, verdict in DP_PAIRS
+        if {one, two} <= set(distinct(own, "method"))
+    ]
 
 
 def skew_claims(rows: list[Row]) -> list[Row]:
     """Every method against FedIT by final and round-averaged accuracy, in every cell that `rows` has."""
     own = select(rows, experiment="heterogeneity")
-    return [_claim(own, where["setting"], where["column"], one, "FedIT", key, above)
-            for where in _cells(own)
-            for one in distinct(own, "method") if one != "FedIT"
-            for key in ("average", "final")]
+    return [
+        _claim(own, where["setting"], where["column"], one, "FedIT", key, above)
+        for where in _cells(own)
+        for one in distinct(own, "method")
+        if one != "FedIT"
+        for key in ("average", "final")
+    ]
 
 
 def rowspace_claims(rows: list[Row]) -> list[Row]:
@@ -109,9 +117,16 @@ def rowspace_claims(rows: list[Row]) -> list[Row]:
     for name in distinct(own, "method"):
         if name != "FedIT":
             worst = max(max(row["path_difference"], row["span_deviation"]) for row in select(own, method=name))
-            found.append({"experiment": "rowspace", "claim": f"{name} = FFA orthonormal (no DP, SGD)",
-                          "difference": worst, "seeds": len(select(own, method=name)), "required": True,
-                          "verdict": "holds" if worst < 1e-9 else "does not hold"})
+            found.append(
+                {
+                    "experiment": "rowspace",
+                    "claim": f"{name} = FFA orthonormal (no DP, SGD)",
+                    "difference": worst,
+                    "seeds": len(select(own, method=name)),
+                    "required": True,
+                    "verdict": "holds" if worst < 1e-9 else "does not hold",
+                }
+            )
     return found
 
 
@@ -124,9 +139,18 @@ def _cells(rows: list[Row]) -> list[Row]:
 def _claim(rows: list[Row], setting: str, column: str, one: str, two: str, key: str, verdict: Any) -> Row:
     difference, error, count = paired(select(rows, setting=setting, column=column), one, two, key)
     text = f"{one} {'>' if verdict is above else '='} {two}"
-    return {"experiment": rows[0]["experiment"], "claim": text, "setting": setting, "column": column, "key": key,
-            "difference": difference, "standard_error": error, "seeds": count, "verdict": verdict(difference, error),
-            "required": (text, setting, column, key) in REQUIRED}
+    return {
+        "experiment": rows[0]["experiment"],
+        "claim": text,
+        "setting": setting,
+        "column": column,
+        "key": key,
+        "difference": difference,
+        "standard_error": error,
+        "seeds": count,
+        "verdict": verdict(difference, error),
+        "required": (text, setting, column, key) in REQUIRED,
+    }
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -152,15 +176,21 @@ def tables(results: Row) -> list[Table]:
         if not own:
             continue
         what = "final" if key == "final" else "round-averaged"
-        table = Table("method", title=f"{experiment}: {what} accuracy in %, mean and sd over {results['seeds']} seeds",
-                      title_justify="left")
+        table = Table(
+            "method",
+            title=f"{experiment}: {what} accuracy in %, mean and sd over {results['seeds']} seeds",
+            title_justify="left",
+        )
         for where in _cells(own):
             table.add_column(f"{where['setting']}\n{where['column']}", justify="right")
         for name in distinct(own, "method"):
             table.add_row(name, *(_cell(select(own, method=name, **where), key) for where in _cells(own)))
         made.append(table)
-    table = Table("no federation", title="test accuracy in %, mean and sd over seeds; regressions on pooled records",
-                  title_justify="left")
+    table = Table(
+        "no federation",
+        title="test accuracy in %, mean and sd over seeds; regressions on pooled records",
+        title_justify="left",
+    )
     experiments = distinct(results["baselines"], "experiment")
     for experiment in experiments:
         table.add_column(experiment, justify="right")
@@ -173,15 +203,25 @@ def tables(results: Row) -> list[Table]:
             ),
         )
     made.append(table)
-    table = Table("claim", "where", "difference", "verdict", title_justify="left",
-                  title="claims: difference paired by seed in points, with standard error (bold: required)")
+    table = Table(
+        "claim",
+        "where",
+        "difference",
+        "verdict",
+        title_justify="left",
+        title="claims: difference paired by seed in points, with standard error (bold: required)",
+    )
     for claim in results["claims"]:
         if claim["experiment"] == "rowspace":
             table.add_row(claim["claim"], "rowspace", f"{claim['difference']:.1e} relative", claim["verdict"])
         else:
-            table.add_row(claim["claim"], f"{claim['setting']}, {claim['column']}, {claim['key']}",
-                          f"{100 * claim['difference']:+.2f} ± {100 * claim['standard_error']:.2f}", claim["verdict"],
-                          style="bold" if claim["required"] else None)
+            table.add_row(
+                claim["claim"],
+                f"{claim['setting']}, {claim['column']}, {claim['key']}",
+                f"{100 * claim['difference']:+.2f} ± {100 * claim['standard_error']:.2f}",
+                claim["verdict"],
+                style="bold" if claim["required"] else None,
+            )
     return [*made, table]
 
 
@@ -248,8 +288,13 @@ def _skew_figure(rows: list[Row]) -> Figure:
 
     own = select(rows, **_cells(rows)[0])
     names = [name for name in distinct(own, "method") if "absolute" not in name]
-    curves = {name: torch.tensor([[accuracy for _, accuracy in row["curve"]] for row in select(own, method=name)],
-                                 dtype=torch.float64) * 100 for name in names}
+    curves = {
+        name: torch.tensor(
+            [[accuracy for _, accuracy in row["curve"]] for row in select(own, method=name)], dtype=torch.float64
+        )
+        * 100
+        for name in names
+    }
     rounds = [number for number, _ in own[0]["curve"]]
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)

@@ -37,8 +37,9 @@ def model(folder: str, rank: int, alpha: int) -> Any:
 def records(folder: str, path: str, seq: int) -> tuple[Any, torch.Tensor]:
     """Tokenised texts and int64 labels [N] of a csv file with the columns text and label."""
     rows = list(csv.DictReader(Path(path).read_text().splitlines()))
-    texts = AutoTokenizer.from_pretrained(folder)([row["text"] for row in rows], padding=True, truncation=True,
-                                                  max_length=seq, return_tensors="pt")
+    texts = AutoTokenizer.from_pretrained(folder)(
+        [row["text"] for row in rows], padding=True, truncation=True, max_length=seq, return_tensors="pt"
+    )
     return texts, torch.tensor([int(row["label"]) for row in rows])
 
 
@@ -64,8 +65,9 @@ def train(message: Message, context: Context) -> Message:
 class Complete(FedAvg):
     """FedAvg that does not go on without a client's answer."""
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]
-                        ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         answers = list(replies)
         failed = [reply for reply in answers if reply.has_error()]
         if failed or len(answers) < self.min_available_nodes:
@@ -82,15 +84,22 @@ def main(path: str) -> None:
     def serve(grid: Grid, context: Context) -> None:
         start = get_peft_model_state_dict(model(job["model"], job["rank"], job["alpha"]))
         strategy = Complete(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=job["clients"])
-        result = strategy.start(grid, ArrayRecord(start), num_rounds=job["rounds"],
-                                train_config=ConfigRecord({"job": json.dumps(job)}))
+        result = strategy.start(
+            grid, ArrayRecord(start), num_rounds=job["rounds"], train_config=ConfigRecord({"job": json.dumps(job)})
+        )
         end = result.arrays.to_torch_state_dict()
         if all(torch.equal(end[key], value) for key, value in start.items()):
             raise RuntimeError("nothing was trained")
         torch.save(end, job["out"])
 
-    run_simulation(server, client, num_supernodes=job["clients"],
-                   backend_config={"init_args": {"num_cpus": 1, "include_dashboard": False},
-                                   "client_resources": {"num_cpus": 1, "num_gpus": job["gpus"]}})
+    run_simulation(
+        server,
+        client,
+        num_supernodes=job["clients"],
+        backend_config={
+            "init_args": {"num_cpus": 1, "include_dashboard": False},
+            "client_resources": {"num_cpus": 1, "num_gpus": job["gpus"]},
+        },
+    )
     if not Path(job["out"]).exists():
         raise SystemExit("Flower's run ended without a result; its log above says why.")

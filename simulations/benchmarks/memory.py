@@ -50,11 +50,22 @@ def run(out: Path, clients: tuple[int, ...] = (100, 1000, 10_000), tell: Tell = 
             peaks[count] = pool.submit(measure, count, records).result()
         progress(f"{count} clients")
     first = peaks[min(peaks)][0]
-    rows = [{"clients": count, "asked": min(ASKED, count), "peak_mb": peak, "with_report_mb": report,
-             "formula_mb": None if first is None else first + (count - min(peaks)) * KB_PER_CLIENT / 1e3}
-            for count, (peak, report) in peaks.items()]
-    results = {"reproduce": f"fedpeft bench memory --out DIR --clients {','.join(map(str, clients))}",
-               "records": records, "kb_per_client": KB_PER_CLIENT, "rows": rows}
+    rows = [
+        {
+            "clients": count,
+            "asked": min(ASKED, count),
+            "peak_mb": peak,
+            "with_report_mb": report,
+            "formula_mb": None if first is None else first + (count - min(peaks)) * KB_PER_CLIENT / 1e3,
+        }
+        for count, (peak, report) in peaks.items()
+    ]
+    results = {
+        "reproduce": f"fedpeft bench memory --out DIR --clients {','.join(map(str, clients))}",
+        "records": records,
+        "kb_per_client": KB_PER_CLIENT,
+        "rows": rows,
+    }
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     return results
 
@@ -77,13 +88,21 @@ def measure(clients: int, records: int) -> tuple[float | None, float | None]:
             letters = generator.integers(ord("a"), ord("z") + 1, (count, TOKENS), dtype=np.uint8)
             rows = [f"{bytes(row).decode()},{index % LABELS}" for index, row in enumerate(letters)]
             (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows, ""]))
-        simulate({
-            "model": {"name": "tiny-bert", "task": "sequence-classification", "max_length": TOKENS},
-            "data": {"source": str(folder / "train.csv"), "test": str(folder / "test.csv"), "clients": clients,
-                     "partition": {"name": "iid"}},
-            "client": {"local_steps": 1, "local_epochs": None, "batch_size": 2},
-            "run": {"rounds": ROUNDS, "clients_per_round": min(ASKED, clients), "baselines": False},
-        }, out=folder / "run", on_event=watch)
+        simulate(
+            {
+                "model": {"name": "tiny-bert", "task": "sequence-classification", "max_length": TOKENS},
+                "data": {
+                    "source": str(folder / "train.csv"),
+                    "test": str(folder / "test.csv"),
+                    "clients": clients,
+                    "partition": {"name": "iid"},
+                },
+                "client": {"local_steps": 1, "local_epochs": None, "batch_size": 2},
+                "run": {"rounds": ROUNDS, "clients_per_round": min(ASKED, clients), "baselines": False},
+            },
+            out=folder / "run",
+            on_event=watch,
+        )
     return trained[0], _peak()
 
 
@@ -102,8 +121,13 @@ def show(results: Row) -> None:
     for column in ("clients", "peak MB", "formula MB", "MB with the report"):
         table.add_column(column, justify="right")
     for row in results["rows"]:
-        table.add_row(str(row["clients"]), *("not measured" if row[key] is None else f"{row[key]:.0f}"
-                                             for key in ("peak_mb", "formula_mb", "with_report_mb")))
+        table.add_row(
+            str(row["clients"]),
+            *(
+                "not measured" if row[key] is None else f"{row[key]:.0f}"
+                for key in ("peak_mb", "formula_mb", "with_report_mb")
+            ),
+        )
     out.print(table)
     out.print(f"formula: the smallest run and {results['kb_per_client']:g} KB a client more", style="dim")
     out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)

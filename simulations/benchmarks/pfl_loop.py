@@ -36,6 +36,16 @@ class Classifier(nn.Module):
         return {}
 
 
+def read_texts(job: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+    """Tokens and labels of the job's records."""
+    rows = list(csv.DictReader(Path(job["train"]).read_text().splitlines()))
+    texts = AutoTokenizer.from_pretrained(job["model"])(
+        [row["text"] for row in rows], padding=True, truncation=True, max_length=job["seq"], return_tensors="pt"
+    )
+    labels = torch.tensor([int(row["label"]) for row in rows])
+    return texts, labels
+
+
 def main(path: str) -> None:
     """Run the job of a JSON file and save the last adapter, which has to differ from the first."""
     torch.set_num_threads(1)
@@ -54,10 +64,7 @@ def main(path: str) -> None:
         def evaluate(self, *_: Any, **__: Any) -> Any:
             return Metrics()
 
-    rows = list(csv.DictReader(Path(job["train"]).read_text().splitlines()))
-    texts = AutoTokenizer.from_pretrained(job["model"])(
-        [row["text"] for row in rows], padding=True, truncation=True, max_length=job["seq"], return_tensors="pt")
-    labels = torch.tensor([int(row["label"]) for row in rows])
+    texts, labels = read_texts(job)
 
     def records(part: int) -> Any:
         mine = torch.arange(part, len(labels), job["clients"])
@@ -65,22 +72,35 @@ def main(path: str) -> None:
         return Dataset([texts["input_ids"][mine], texts["attention_mask"][mine], labels[mine]], user_id=part)
 
     torch.manual_seed(0)
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=job["rank"], lora_alpha=job["alpha"],
-                        target_modules=["query", "value"])
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=job["rank"], lora_alpha=job["alpha"], target_modules=["query", "value"]
+    )
     tuned = get_peft_model(AutoModelForSequenceClassification.from_pretrained(job["model"]), config).train()
     start = {key: value.clone() for key, value in get_peft_model_state_dict(tuned).items()}
     trained = [value for value in tuned.parameters() if value.requires_grad]
     model = Unevaluated(
-        Classifier(tuned), lambda values, lr: torch.optim.AdamW([value for value in values if value.requires_grad],
-                                                                lr=lr), torch.optim.SGD(trained, lr=1.0))
+        Classifier(tuned),
+        lambda values, lr: torch.optim.AdamW([value for value in values if value.requires_grad], lr=lr),
+        torch.optim.SGD(trained, lr=1.0),
+    )
     every = iter(list(range(job["clients"])) * job["rounds"])
     data = FederatedDataset(records, lambda: next(every))
     FederatedAveraging().run(
-        NNAlgorithmParams(central_num_iterations=job["rounds"], evaluation_frequency=job["rounds"],
-                          train_cohort_size=job["clients"], val_cohort_size=0),
-        SimulatedBackend(data, data), model,
-        NNTrainHyperParams(local_num_epochs=None, local_num_steps=job["steps"], local_learning_rate=job["lr"],
-                           local_batch_size=job["batch"]))
+        NNAlgorithmParams(
+            central_num_iterations=job["rounds"],
+            evaluation_frequency=job["rounds"],
+            train_cohort_size=job["clients"],
+            val_cohort_size=0,
+        ),
+        SimulatedBackend(data, data),
+        model,
+        NNTrainHyperParams(
+            local_num_epochs=None,
+            local_num_steps=job["steps"],
+            local_learning_rate=job["lr"],
+            local_batch_size=job["batch"],
+        ),
+    )
     end = get_peft_model_state_dict(tuned)
     if all(torch.equal(end[key], value) for key, value in start.items()):
         raise SystemExit("nothing was trained")

@@ -34,8 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 EPSILONS = (1.0, 3.0, 6.0)
 RATES = (0.125, 0.25, 0.5)
-PAIRS = (("FedSVD", "FFA", above), ("FedSVD", "FedIT", above), ("FFA", "FedIT", above),
-         ("FedSVD", "FFA orthonormal", equal))
+PAIRS = (
+    ("FedSVD", "FFA", above),
+    ("FedSVD", "FedIT", above),
+    ("FFA", "FedIT", above),
+    ("FedSVD", "FFA orthonormal", equal),
+)
 Row = dict[str, Any]
 
 
@@ -66,8 +70,15 @@ def run(out: Path, seeds: int = 3, quick: bool = False, tell: Tell = silent) -> 
 
     command = f"fedpeft bench private --out DIR --seeds {seeds}{' --quick' if quick else ''}"
     versions = {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    results = {"reproduce": command, "quick": quick, "config": CONFIG, "seeds": seeds, "versions": versions,
-               "claims": claims(rows), "rows": rows}
+    results = {
+        "reproduce": command,
+        "quick": quick,
+        "config": CONFIG,
+        "seeds": seeds,
+        "versions": versions,
+        "claims": claims(rows),
+        "rows": rows,
+    }
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     from fedpeft.record import drawing
 
@@ -88,13 +99,27 @@ def cell(folder: Path, name: str, epsilon: float, rate: float, seed: int, quick:
     where = folder_of(folder, name, epsilon, rate, seed, quick)
     if not (where / "summary.json").exists():
         shutil.rmtree(where, ignore_errors=True)  # a run that was cut off
-        changes = {**METHODS[name], "privacy.epsilon": epsilon, "client.lr": rate, "run.seed": seed,
-                   "run.baselines": False, "run.evaluate_every": 1000}
+        changes = {
+            **METHODS[name],
+            "privacy.epsilon": epsilon,
+            "client.lr": rate,
+            "run.seed": seed,
+            "run.baselines": False,
+            "run.evaluate_every": 1000,
+        }
         simulate(CONFIG, {**changes, "run.rounds": 2} if quick else changes, where)
     summary = json.loads((where / "summary.json").read_text())
-    return {"method": name, "epsilon": epsilon, "lr": rate, "seed": seed, "final": 100 * summary["final"]["accuracy"],
-            "frozen": 100 * summary["baseline"]["accuracy"], "epsilon_spent": summary["epsilon_max"],
-            "bytes_up": summary["bytes_up"], "seconds": summary["seconds"]}
+    return {
+        "method": name,
+        "epsilon": epsilon,
+        "lr": rate,
+        "seed": seed,
+        "final": 100 * summary["final"]["accuracy"],
+        "frozen": 100 * summary["baseline"]["accuracy"],
+        "epsilon_spent": summary["epsilon_max"],
+        "bytes_up": summary["bytes_up"],
+        "seconds": summary["seconds"],
+    }
 
 
 def claims(rows: list[Row]) -> list[Row]:
@@ -104,9 +129,17 @@ def claims(rows: list[Row]) -> list[Row]:
         for rate in distinct(rows, "lr"):
             for one, two, verdict in PAIRS:
                 difference, error, count = paired(select(rows, epsilon=epsilon, lr=rate), one, two)
-                found.append({"claim": f"{one} {'=' if verdict is equal else '>'} {two}", "epsilon": epsilon,
-                              "lr": rate, "difference": difference, "error": error, "seeds": count,
-                              "verdict": verdict(difference, error)})
+                found.append(
+                    {
+                        "claim": f"{one} {'=' if verdict is equal else '>'} {two}",
+                        "epsilon": epsilon,
+                        "lr": rate,
+                        "difference": difference,
+                        "error": error,
+                        "seeds": count,
+                        "verdict": verdict(difference, error),
+                    }
+                )
     return found
 
 
@@ -123,10 +156,18 @@ def figure(rows: list[Row]) -> Figure:
     drawn = Figure(figsize=(3.4 * len(rates) + 1, 3.4))
     for axes, rate in zip(drawn.subplots(1, len(rates), sharey=True, squeeze=False)[0], rates, strict=True):
         for name in METHODS:
-            each = {epsilon: [row["final"] for row in select(rows, method=name, epsilon=epsilon, lr=rate)]
-                    for epsilon in distinct(rows, "epsilon")}
-            axes.errorbar(list(each), [mean(values) for values in each.values()],
-                          [stdev(values) for values in each.values()], marker="o", capsize=3, label=name)
+            each = {
+                epsilon: [row["final"] for row in select(rows, method=name, epsilon=epsilon, lr=rate)]
+                for epsilon in distinct(rows, "epsilon")
+            }
+            axes.errorbar(
+                list(each),
+                [mean(values) for values in each.values()],
+                [stdev(values) for values in each.values()],
+                marker="o",
+                capsize=3,
+                label=name,
+            )
         axes.axhline(mean(row["frozen"] for row in rows), color="#777777", linestyle="--", label="frozen model")
         axes.set_title(f"learning rate {rate:g}")
         axes.set_xlabel("epsilon")
@@ -148,12 +189,22 @@ def show(results: Row) -> None:
     for epsilon, rate in columns:
         table.add_column(f"eps {epsilon:g}\nlr {rate:g}", justify="right")
     for name in METHODS:
-        table.add_row(name, *(spread([row["final"] for row in select(rows, method=name, epsilon=epsilon, lr=rate)])
-                              for epsilon, rate in columns))
+        table.add_row(
+            name,
+            *(
+                spread([row["final"] for row in select(rows, method=name, epsilon=epsilon, lr=rate)])
+                for epsilon, rate in columns
+            ),
+        )
     out.print(table)
     for claim in results["claims"]:
-        out.print(f"epsilon {claim['epsilon']:g}, lr {claim['lr']:g}: {claim['claim']}: {claim['difference']:+.2f} ± "
-                  f"{claim['error']:.2f} points, {claim['verdict']}")
+        out.print(
+            f"epsilon {claim['epsilon']:g}, lr {claim['lr']:g}: {claim['claim']}: {claim['difference']:+.2f} ± "
+            f"{claim['error']:.2f} points, {claim['verdict']}"
+        )
     frozen = mean(row["frozen"] for row in rows)
-    out.print(f"frozen model {frozen:.1f} %; ± on an accuracy is a standard deviation over seeds, on a difference a "
-              "standard error; two errors decide, three for =", style="dim")
+    out.print(
+        f"frozen model {frozen:.1f} %; ± on an accuracy is a standard deviation over seeds, on a difference a "
+        "standard error; two errors decide, three for =",
+        style="dim",
+    )

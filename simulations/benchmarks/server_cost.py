@@ -76,8 +76,9 @@ def make(name: str) -> FederatedStrategy:
     return strategy
 
 
-def draw(strategy: FederatedStrategy, size: Size, number: int,
-         dtype: torch.dtype = torch.float32) -> tuple[ServerState, list[Update]]:
+def draw(
+    strategy: FederatedStrategy, size: Size, number: int, dtype: torch.dtype = torch.float32
+) -> tuple[ServerState, list[Update]]:
     """The server's state and the clients' uploads for one site: drifted copies of its factors, weights 1 to K."""
     generator = seeds.torch_generator(0, "bench", "server", number)
 
@@ -89,8 +90,10 @@ def draw(strategy: FederatedStrategy, size: Size, number: int,
     server = strategy.initial(start, 0)
     updates = []
     for client in range(size.clients):
-        drifted = {f"{SITE}/A": A + 0.3 * normal(size.r, size.n) / size.n**0.5,
-                   f"{SITE}/B": B + 0.3 * normal(size.m, size.r) / size.r**0.5}
+        drifted = {
+            f"{SITE}/A": A + 0.3 * normal(size.r, size.n) / size.n**0.5,
+            f"{SITE}/B": B + 0.3 * normal(size.m, size.r) / size.r**0.5,
+        }
         uploads = AdapterState(drifted, start.sites).select(strategy.uploads(server))
         updates.append(Update(f"client-{client:03d}", client + 1.0, uploads))
     return server, updates
@@ -192,8 +195,17 @@ def resident(key: str) -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def run(out: Path, sites: int = 224, m: int = 4096, n: int = 4096, r: int = 16, clients: int = 20,
-        quick: bool = False, dense_sites: int = 1, tell: Tell = silent) -> dict[str, Any]:
+def run(
+    out: Path,
+    sites: int = 224,
+    m: int = 4096,
+    n: int = 4096,
+    r: int = 16,
+    clients: int = 20,
+    quick: bool = False,
+    dense_sites: int = 1,
+    tell: Tell = silent,
+) -> dict[str, Any]:
     """Measure every method in a process of its own and write results.json to `out`.
 
     Args:
@@ -208,8 +220,10 @@ def run(out: Path, sites: int = 224, m: int = 4096, n: int = 4096, r: int = 16, 
     """
     size = Size(4, 512, 512, 8, 4) if quick else Size(sites, m, n, r, clients)
     if min(asdict(size).values()) < 1 or size.r > min(size.m, size.n) or not 1 <= dense_sites <= size.sites:
-        raise InputError(f"bench server: {asdict(size)}, dense_sites={dense_sites}: all must be at least 1, r at most "
-                         "min(m, n), dense_sites at most sites.")
+        raise InputError(
+            f"bench server: {asdict(size)}, dense_sites={dense_sites}: all must be at least 1, r at most "
+            "min(m, n), dense_sites at most sites."
+        )
     rows, progress = [], Progress(tell, len(OPTIONS) + len(DENSE))
     for name in OPTIONS:
         row = {"method": name, **_child(name, size, "factors")}
@@ -217,15 +231,23 @@ def run(out: Path, sites: int = 224, m: int = 4096, n: int = 4096, r: int = 16, 
         if name in DENSE:
             measured = _child(name, replace(size, sites=dense_sites), "dense")
             progress(f"{name}, dense: {measured['seconds']:.1f} s for {dense_sites} sites")
-            row |= {"dense_sites": dense_sites, "dense_seconds": measured["seconds"],
-                    "dense_seconds_scaled": measured["seconds"] * size.sites / dense_sites,
-                    "dense_peak_bytes": measured["peak_bytes"]}
+            row |= {
+                "dense_sites": dense_sites,
+                "dense_seconds": measured["seconds"],
+                "dense_seconds_scaled": measured["seconds"] * size.sites / dense_sites,
+                "dense_peak_bytes": measured["peak_bytes"],
+            }
         rows.append(row)
     options = "--quick" if quick else " ".join(f"--{key} {value}" for key, value in asdict(size).items())
     versions = {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    results = {"reproduce": f"fedpeft bench server --out DIR {options}", "size": asdict(size),
-               "threads": torch.get_num_threads(), "versions": versions,
-               "adapter_bytes_all_clients": 4 * size.clients * size.sites * size.r * (size.m + size.n), "rows": rows}
+    results = {
+        "reproduce": f"fedpeft bench server --out DIR {options}",
+        "size": asdict(size),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "adapter_bytes_all_clients": 4 * size.clients * size.sites * size.r * (size.m + size.n),
+        "rows": rows,
+    }
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     return results
 
@@ -243,18 +265,29 @@ def table(results: dict[str, Any]) -> Table:
     from rich.table import Table
 
     size = results["size"]
-    title = (f"aggregation of {size['sites']} sites of {size['m']} x {size['n']}, rank {size['r']}, "
-             f"{size['clients']} clients, {results['threads']} thread(s), site by site")
+    title = (
+        f"aggregation of {size['sites']} sites of {size['m']} x {size['n']}, rank {size['r']}, "
+        f"{size['clients']} clients, {results['threads']} thread(s), site by site"
+    )
     made = Table("method", title=title, title_justify="left")
-    for column in ("seconds", "peak MB", "largest tensor\n/ (m n)", "dense:\ns a site\n(measured)",
-                   f"dense:\ns for {size['sites']} sites\n(scaled, not measured)", "dense:\npeak MB"):
+    for column in (
+        "seconds",
+        "peak MB",
+        "largest tensor\n/ (m n)",
+        "dense:\ns a site\n(measured)",
+        f"dense:\ns for {size['sites']} sites\n(scaled, not measured)",
+        "dense:\npeak MB",
+    ):
         made.add_column(column, justify="right")
     for row in results["rows"]:
         share = row["largest_tensor"] / (size["m"] * size["n"])
         cells = [f"{row['seconds']:.1f}", _megabytes(row["peak_bytes"]), f"{share:.2%}"]
         if "dense_seconds" in row:
-            cells += [f"{row['dense_seconds'] / row['dense_sites']:.2f}", f"{row['dense_seconds_scaled']:.0f}",
-                      _megabytes(row["dense_peak_bytes"])]
+            cells += [
+                f"{row['dense_seconds'] / row['dense_sites']:.2f}",
+                f"{row['dense_seconds_scaled']:.0f}",
+                _megabytes(row["dense_peak_bytes"]),
+            ]
         made.add_row(row["method"], *cells)
     return made
 
@@ -268,6 +301,9 @@ def show(results: dict[str, Any]) -> None:
     from fedpeft.cli.console import out
 
     out.print(table(results))
-    out.print(f"peak MB is above the imports and with one site in memory; the uploads of all sites are "
-              f"{results['adapter_bytes_all_clients'] / 1e9:.2f} GB", style="dim")
+    out.print(
+        f"peak MB is above the imports and with one site in memory; the uploads of all sites are "
+        f"{results['adapter_bytes_all_clients'] / 1e9:.2f} GB",
+        style="dim",
+    )
     out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)

@@ -44,9 +44,31 @@ Row = dict[str, Any]
 Times = dict[str, list[tuple[float, float]]]  # engine -> wall and CPU seconds of each repeat
 
 
-def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = (8, 64),
-        batch: tuple[int, ...] = (1, 2, 4, 8, 16), engines: tuple[str, ...] = (), repeats: int = 5, seq: int = 64,
-        steps: int = 2, quick: bool = False, device: str = "auto", tell: Tell = silent) -> Row:
+def usable_engines(where: torch.device) -> tuple[str, ...]:
+    """All engines that can be run here."""
+    extra = {
+        "graphs": where.type == "cuda",
+        "cohort-bf16": base_dtype(where.type) == "bfloat16",
+        "simulate": True,
+        "flower": True,
+        "pfl": _installed("pfl"),
+    }
+    return (*DEFAULT, *(name for name, here in extra.items() if here))
+
+
+def run(
+    out: Path,
+    models: tuple[str, ...] = ("S",),
+    clients: tuple[int, ...] = (8, 64),
+    batch: tuple[int, ...] = (1, 2, 4, 8, 16),
+    engines: tuple[str, ...] = (),
+    repeats: int = 5,
+    seq: int = 64,
+    steps: int = 2,
+    quick: bool = False,
+    device: str = "auto",
+    tell: Tell = silent,
+) -> Row:
     """Check, time, and write results.json and speed.png to `out`.
 
     Args:
@@ -59,9 +81,7 @@ def run(out: Path, models: tuple[str, ...] = ("S",), clients: tuple[int, ...] = 
         RunError: an engine does not compute what the others do, or a whole run failed.
     """
     where = device_of(device)
-    extra = {"graphs": where.type == "cuda", "cohort-bf16": base_dtype(where.type) == "bfloat16", "simulate": True,
-             "flower": True, "pfl": _installed("pfl")}
-    names = engines or (*DEFAULT, *(name for name, here in extra.items() if here))
+    names = engines or usable_engines(where)
     if quick:
         models, clients, batch, repeats, seq = ("tiny",), (3,), (1, 2), 1, 16
         names = engines or DEFAULT
@@ -110,9 +130,14 @@ def describe(asked: dict[str, tuple[Any, ...]], options: dict[str, int], quick: 
     words = [f"--{key} {','.join(map(str, value))}" for key, value in asked.items()]
     words += [f"--{key} {value}" for key, value in options.items()]
     machine = torch.cuda.get_device_name() if where.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"reproduce": f"fedpeft bench speed --out DIR {' '.join(words)}{' --quick' if quick else ''}",
-            "quick": quick, "repeats": options["repeats"], "device": f"{where.type} ({machine})", "threads": 1,
-            "versions": {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}}
+    return {
+        "reproduce": f"fedpeft bench speed --out DIR {' '.join(words)}{' --quick' if quick else ''}",
+        "quick": quick,
+        "repeats": options["repeats"],
+        "device": f"{where.type} ({machine})",
+        "threads": 1,
+        "versions": {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 def _require(models: tuple[str, ...], names: tuple[str, ...], numbers: tuple[int, ...], where: torch.device) -> None:
@@ -142,8 +167,9 @@ def check(names: list[str], device: torch.device) -> float:
     """
     generator = seeds.torch_generator(0, "bench", "check")
     form = adapted("tiny", device, torch.float64).state().tensors
-    start = {key: 0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-             for key, value in form.items()}
+    start = {
+        key: 0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64) for key, value in form.items()
+    }
     case = work(start, 5, 2, 12, 4, sigma=0.0, clip=0.3)
     worst, reference = 0.0, {}
     for dp, name in ((False, "peft"), (True, "opacus")):
@@ -157,8 +183,10 @@ def check(names: list[str], device: torch.device) -> float:
             moved = min(float((end[key] - value).abs().max()) for key, value in start.items())
             apart = max(float((end[key] - value).abs().max()) for key, value in other.items())
             if not (distance < EXACT < min(moved, apart)):
-                raise RunError(f"bench speed: {name} is {distance:.1e} away from the reference (moved {moved:.1e}); "
-                               "nothing was timed.")
+                raise RunError(
+                    f"bench speed: {name} is {distance:.1e} away from the reference (moved {moved:.1e}); "
+                    "nothing was timed."
+                )
             worst = max(worst, distance)
     return worst
 
@@ -186,12 +214,23 @@ def summarise(times: Times, peaks: dict[str, float | None], base: str) -> list[R
     """A row an engine; ratios are to `base`, null where it was not timed."""
     rows = []
     for name, own in times.items():
-        ratios = [median(first[kind] / max(second[kind], 1e-9) for first, second in zip(times[base], own, strict=True))
-                  if base in times else None for kind in range(2)]
-        rows.append({"engine": name, "dp": name in ENGINES and ENGINES[name][2],
-                     "seconds": median(wall for wall, _ in own), "cpu_seconds": median(cpu for _, cpu in own),
-                     f"ratio_to_{'sequential' if base == 'peft' else base}": ratios[0],
-                     f"cpu_ratio_to_{'sequential' if base == 'peft' else base}": ratios[1], "peak_mb": peaks[name]})
+        ratios = [
+            median(first[kind] / max(second[kind], 1e-9) for first, second in zip(times[base], own, strict=True))
+            if base in times
+            else None
+            for kind in range(2)
+        ]
+        rows.append(
+            {
+                "engine": name,
+                "dp": name in ENGINES and ENGINES[name][2],
+                "seconds": median(wall for wall, _ in own),
+                "cpu_seconds": median(cpu for _, cpu in own),
+                f"ratio_to_{'sequential' if base == 'peft' else base}": ratios[0],
+                f"cpu_ratio_to_{'sequential' if base == 'peft' else base}": ratios[1],
+                "peak_mb": peaks[name],
+            }
+        )
     return rows
 
 
@@ -226,8 +265,11 @@ def _whole(out: Path, names: list[str], case: Row, repeats: int, device: torch.d
     done: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
-            done[name].append(whole_run.measure(name, folder, case["clients"], case["batch"], case["seq"],
-                                                case["steps"], ROUNDS, device.type))
+            done[name].append(
+                whole_run.measure(
+                    name, folder, case["clients"], case["batch"], case["seq"], case["steps"], ROUNDS, device.type
+                )
+            )
     times = {name: [(each["seconds"], each["cpu_seconds"]) for each in every] for name, every in done.items()}
     return summarise(times, {name: max(each["peak_mb"] for each in every) for name, every in done.items()}, "flower")
 
@@ -239,13 +281,19 @@ def figure(rows: list[Row]) -> Figure:
     local = [row for row in rows if row["engine"] in ENGINES]
     panels = list(dict.fromkeys((row["model"], row["clients"]) for row in local)) or [("none", 0)]
     drawn = Figure(figsize=(4.2 * len(panels) + 1.8, 3.8))
-    for axes, (model, clients) in zip(drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels,
-                                      strict=True):
+    for axes, (model, clients) in zip(
+        drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
         here = [row for row in local if (row["model"], row["clients"]) == (model, clients)]
         for name in dict.fromkeys(row["engine"] for row in here):
             own = [row for row in here if row["engine"] == name and row["cpu_ratio_to_sequential"] is not None]
-            axes.plot([str(row["batch"]) for row in own], [row["cpu_ratio_to_sequential"] for row in own], marker="o",
-                      label=name, linestyle="--" if ENGINES[name][2] else "-")
+            axes.plot(
+                [str(row["batch"]) for row in own],
+                [row["cpu_ratio_to_sequential"] for row in own],
+                marker="o",
+                label=name,
+                linestyle="--" if ENGINES[name][2] else "-",
+            )
         axes.set_title(f"{model}, {clients} clients")
         axes.set_xlabel("batch size")
     drawn.axes[0].set_ylabel("times faster than a peft loop\n(CPU seconds)")
@@ -259,21 +307,31 @@ def show(results: Row) -> None:
 
     from fedpeft.cli.console import out
 
-    table = Table(title=f"seconds of a round's local training on {results['device']}, one thread, medians of "
-                        f"{results['repeats']}", title_justify="left")
+    table = Table(
+        title=f"seconds of a round's local training on {results['device']}, one thread, medians of "
+        f"{results['repeats']}",
+        title_justify="left",
+    )
     for column in ("model", "clients", "batch", "engine"):
         table.add_column(column, no_wrap=True)
     for column in ("seconds", "CPU s", "times\nfaster", "in\nCPU s", "peak\nMB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results["rows"]:
         ratios = [value for key, value in row.items() if key.startswith(("ratio", "cpu_ratio"))]
-        table.add_row(row["model"], str(row["clients"]), str(row["batch"]), row["engine"],
-                      f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}",
-                      *("" if value is None else f"{value:.2f}x" for value in ratios),
-                      "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
+        table.add_row(
+            row["model"],
+            str(row["clients"]),
+            str(row["batch"]),
+            row["engine"],
+            f"{row['seconds']:.2f}",
+            f"{row['cpu_seconds']:.2f}",
+            *("" if value is None else f"{value:.2f}x" for value in ratios),
+            "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+        )
     out.print(table)
     out.print("times faster: than peft, whole runs (simulate, flower, pfl) than flower", style="dim")
     if results["largest_difference"] is not None:
-        out.print(f"checked in float64 before timing: largest difference {results['largest_difference']:.0e}",
-                  style="dim")
+        out.print(
+            f"checked in float64 before timing: largest difference {results['largest_difference']:.0e}", style="dim"
+        )
     out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)

@@ -37,8 +37,14 @@ Ends = list[dict[str, Tensor]]  # trained tensors of each client, by our names, 
 def adapted(name: str, device: torch.device, dtype: torch.dtype) -> Adapted:
     """Our model. Adapter and head are float32, or float64 where the base is."""
     model = backbone(name).to(dtype).requires_grad_(False).eval()
-    base = Base(model, lambda batch: model(**batch).logits, {"classifier": model.classifier}, None, name,
-                "sequence-classification")
+    base = Base(
+        model,
+        lambda batch: model(**batch).logits,
+        {"classifier": model.classifier},
+        None,
+        name,
+        "sequence-classification",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         injected = configs.method("adapters", LORA.name, {}, "adapter").inject(base, LORA, 0)
@@ -52,8 +58,9 @@ def wrapped(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """What everybody has: the same model as a peft model."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=LORA.r, lora_alpha=int(LORA.alpha),
-                        target_modules=["query", "value"])
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=LORA.r, lora_alpha=int(LORA.alpha), target_modules=["query", "value"]
+    )
     with warnings.catch_warnings():  # peft asks transformers by a name that is going to change
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(backbone(name).to(dtype), config).to(device)
@@ -62,8 +69,15 @@ def wrapped(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 class Ours:
     """Our trainer: a cohort, or with `tokens` 0 one client after another."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, dp: bool = False, base: Any = None,
-                 tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        dp: bool = False,
+        base: Any = None,
+        tokens: int | None = None,
+    ) -> None:
         self.model, self.dp = adapted(name, device, base or dtype), dp
         self.tokens = COHORT_TOKENS.get(device.type, 16384) if tokens is None else tokens
 
@@ -133,8 +147,11 @@ class Opacus(Peft):
         self.ghost = ghost
         with warnings.catch_warnings():  # it looks at every attribute of the model, deprecated ones too
             warnings.simplefilter("ignore", FutureWarning)
-            self.hooked: Any = (GradSampleModuleFastGradientClipping(self.model, max_grad_norm=1.0) if ghost
-                                else GradSampleModule(self.model))
+            self.hooked: Any = (
+                GradSampleModuleFastGradientClipping(self.model, max_grad_norm=1.0)
+                if ghost
+                else GradSampleModule(self.model)
+            )
 
     def __call__(self, work: Work) -> Ends:
         with warnings.catch_warnings():  # the first layer's input needs no gradient; its weights' are right
@@ -147,8 +164,11 @@ class Opacus(Peft):
 
         plan, loss = work.plan, nn.CrossEntropyLoss()
         optimizer: Any = (DPOptimizerFastGradientClipping if self.ghost else DPOptimizer)(
-            self.optimizer(work), noise_multiplier=plan.noise_multiplier, max_grad_norm=plan.clip,
-            expected_batch_size=int(plan.expected_batch))
+            self.optimizer(work),
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.clip,
+            expected_batch_size=int(plan.expected_batch),
+        )
         if self.ghost:
             self.hooked.max_grad_norm = plan.clip
         criterion: Any = DPLossFastGradientClipping(self.hooked, optimizer, loss) if self.ghost else loss

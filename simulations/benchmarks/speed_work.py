@@ -27,16 +27,58 @@ CLIENT = ClientConfig(lr=1e-3, local_epochs=None)
 POSITIONS = 514
 # Kind of model and what its transformers config says of the size.
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
-    "tiny": ("Bert", {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
-                      "intermediate_size": 64}),
-    "S": ("Bert", {"vocab_size": 258, "num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4,
-                   "intermediate_size": 1024}),
-    "minilm": ("Bert", {"vocab_size": 30522, "num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12,
-                        "intermediate_size": 1536}),
-    "roberta-base": ("Roberta", {"vocab_size": 50265, "num_hidden_layers": 12, "hidden_size": 768,
-                                 "num_attention_heads": 12, "intermediate_size": 3072, "type_vocab_size": 1}),
-    "roberta-large": ("Roberta", {"vocab_size": 50265, "num_hidden_layers": 24, "hidden_size": 1024,
-                                  "num_attention_heads": 16, "intermediate_size": 4096, "type_vocab_size": 1}),
+    "tiny": (
+        "Bert",
+        {
+            "vocab_size": 258,
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+    ),
+    "S": (
+        "Bert",
+        {
+            "vocab_size": 258,
+            "num_hidden_layers": 4,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        },
+    ),
+    "minilm": (
+        "Bert",
+        {
+            "vocab_size": 30522,
+            "num_hidden_layers": 6,
+            "hidden_size": 384,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        },
+    ),
+    "roberta-base": (
+        "Roberta",
+        {
+            "vocab_size": 50265,
+            "num_hidden_layers": 12,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "type_vocab_size": 1,
+        },
+    ),
+    "roberta-large": (
+        "Roberta",
+        {
+            "vocab_size": 50265,
+            "num_hidden_layers": 24,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "type_vocab_size": 1,
+        },
+    ),
 }
 
 
@@ -84,8 +126,9 @@ class Work:
         return seeds.derive(self.seed, "client", client)
 
 
-def work(start: dict[str, Tensor], clients: int, batch: int, seq: int, steps: int, sigma: float = 1.0,
-         clip: float = 1.0) -> Work:
+def work(
+    start: dict[str, Tensor], clients: int, batch: int, seq: int, steps: int, sigma: float = 1.0, clip: float = 1.0
+) -> Work:
     """Random records. The private draws have as many records in all as the batches, or miss by at most 1 %: the seed is
     the first of which that holds.
     """
@@ -94,8 +137,12 @@ def work(start: dict[str, Tensor], clients: int, batch: int, seq: int, steps: in
     for client in range(clients):
         generator = seeds.torch_generator(0, "bench", "speed", client)
         ids = torch.randint(2, 258, (count, seq), generator=generator)
-        data.append(Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-                            torch.randint(0, LABELS, (count,), generator=generator)))
+        data.append(
+            Encoded(
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                torch.randint(0, LABELS, (count,), generator=generator),
+            )
+        )
     plan = Plan(batch / count, float(batch), clip, sigma, steps, Budget(8.0, 1e-5, "rdp"))
     made = Work(start, data, replace(CLIENT, local_steps=steps, batch_size=batch), plan)
     wanted = clients * batch * steps
@@ -110,8 +157,13 @@ def backbone(name: str) -> Any:
 
     kind, sizes = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(
-        **sizes, max_position_embeddings=POSITIONS, pad_token_id=0, num_labels=LABELS, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0)
+        **sizes,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+        num_labels=LABELS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, f"{kind}ForSequenceClassification")(config)

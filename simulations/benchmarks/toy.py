@@ -153,7 +153,8 @@ def make_world(protocol: Protocol, seed: int, held_out: str = "test") -> World:
         raise InputError(f"held_out={held_out!r}: allowed are test and validation.")
     y = label(x)
     split = registry.load("partitioners", "dirichlet")(alpha=p.alpha, min_examples=p.min_examples).split(
-        y.numpy(), {}, p.clients, seed)
+        y.numpy(), {}, p.clients, seed
+    )
     parts = {f"client-{number}": torch.from_numpy(part) for number, part in enumerate(split)}
     return World(seed, W, V, x, y, held_x, label(held_x), parts)
 
@@ -162,8 +163,10 @@ def first_adapter(protocol: Protocol, seed: int, scale_A: float, dtype: torch.dt
     """peft's start: A [r, n] uniform in +-1 / sqrt(n), B [m, r] zero; alpha / r = 1."""
     generator = seeds.torch_generator(seed, "toy", "adapter")
     A = (torch.rand(protocol.rank, protocol.inputs, generator=generator, dtype=torch.float64) * 2 - 1) * scale_A
-    tensors = {f"{SITE}/A": (A / math.sqrt(protocol.inputs)).to(dtype),
-               f"{SITE}/B": torch.zeros(protocol.hidden, protocol.rank, dtype=dtype)}
+    tensors = {
+        f"{SITE}/A": (A / math.sqrt(protocol.inputs)).to(dtype),
+        f"{SITE}/B": torch.zeros(protocol.hidden, protocol.rank, dtype=dtype),
+    }
     return AdapterState(tensors, {SITE: AdaptedLayer("lora", (protocol.hidden, protocol.inputs))})
 
 
@@ -178,9 +181,15 @@ class Row:
     sent: AdapterState
 
 
-def simulate(protocol: Protocol, worlds: Sequence[World], method: Method, lrs: Sequence[float],
-             epsilon: float | None = None, dtype: torch.dtype = torch.float32,
-             after_round: Callable[[list[Run]], None] = lambda runs: None) -> list[Run]:
+def simulate(
+    protocol: Protocol,
+    worlds: Sequence[World],
+    method: Method,
+    lrs: Sequence[float],
+    epsilon: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    after_round: Callable[[list[Run]], None] = lambda runs: None,
+) -> list[Run]:
     """Run `method` at every learning rate in every world, all together.
 
     Runs of one seed share clients, batches and noise, over learning rates and over calls: methods are paired by seed.
@@ -202,8 +211,10 @@ def simulate(protocol: Protocol, worlds: Sequence[World], method: Method, lrs: S
             if run.failed is None:
                 run.server = strategy.before_round(run.server)
                 rules = Rules(protocol.rounds, seed=run.seed, clients_per_round=protocol.per_round)
-                rows += [Row(run, home, world, client, strategy.broadcast(run.server, client))
-                         for client in choose(sorted(world.parts), rules, number)]
+                rows += [
+                    Row(run, home, world, client, strategy.broadcast(run.server, client))
+                    for client in choose(sorted(world.parts), rules, number)
+                ]
         if rows:
             _round(protocol, strategy, net, rows, number, epsilon)
         if number % protocol.evaluate_every == 0 or number == protocol.rounds:
@@ -213,8 +224,9 @@ def simulate(protocol: Protocol, worlds: Sequence[World], method: Method, lrs: S
     return [run for run, _, _ in jobs]
 
 
-def _round(protocol: Protocol, strategy: FederatedStrategy, net: Net, rows: list[Row], number: int,
-           epsilon: float | None) -> None:
+def _round(
+    protocol: Protocol, strategy: FederatedStrategy, net: Net, rows: list[Row], number: int, epsilon: float | None
+) -> None:
     """Train all rows and let each run's server aggregate.
 
     As in the real round, updates that are not finite are left out, and a run with less than half of them left stops.
@@ -266,8 +278,9 @@ class Net:
         return float((((x @ weight.T).relu() @ self.V[home].T).argmax(1) == y).double().mean())
 
 
-def train(protocol: Protocol, net: Net, rows: list[Row], number: int, trains_A: bool, trains_B: bool,
-          epsilon: float | None) -> tuple[Tensor, Tensor]:
+def train(
+    protocol: Protocol, net: Net, rows: list[Row], number: int, trains_A: bool, trains_B: bool, epsilon: float | None
+) -> tuple[Tensor, Tensor]:
     """Local SGD of all rows at once, from what each received. Returns A [rows, r, n] and B [rows, h, r]."""
     A, B = (torch.stack([row.sent[f"{SITE}/{role}"] for row in rows]) for role in "AB")
     W = torch.stack([net.base(row.home, row.sent) for row in rows])
@@ -315,8 +328,18 @@ def noise_deviation(protocol: Protocol, records: int, epsilon: float) -> float:
     return sigma(records, protocol.batch, steps, epsilon, protocol.delta) * protocol.clip
 
 
-def gradients(A: Tensor, B: Tensor, W: Tensor, V: Tensor, x: Tensor, y: Tensor, present: Tensor, trains_A: bool,
-              trains_B: bool, clip: float) -> tuple[Tensor, Tensor]:
+def gradients(
+    A: Tensor,
+    B: Tensor,
+    W: Tensor,
+    V: Tensor,
+    x: Tensor,
+    y: Tensor,
+    present: Tensor,
+    trains_A: bool,
+    trains_B: bool,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
     """Sums over each row's batch of per-sample gradients of the cross-entropy, each scaled to norm `clip` at most.
 
     The norm is over the trained factors together; the gradient of the other factor is returned but not counted.

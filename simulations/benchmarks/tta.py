@@ -61,12 +61,22 @@ class World:
     def facts(self) -> Row:
         """What a row says of model and stream: hash, number of parameters, segments."""
         deployed, _ = self.source
-        return {"model_sha256": tta_sources.fingerprint(deployed), "parameters": tta_sources.parameters(deployed),
-                "segments": segments(self.stream)}
+        return {
+            "model_sha256": tta_sources.fingerprint(deployed),
+            "parameters": tta_sources.parameters(deployed),
+            "segments": segments(self.stream),
+        }
 
 
-def run(out: Path, streams: str, methods: str = "", models: str = "", seeds: int = 3, quick: bool = False,
-        tell: cells.Tell = cells.silent) -> Row:
+def run(
+    out: Path,
+    streams: str,
+    methods: str = "",
+    models: str = "",
+    seeds: int = 3,
+    quick: bool = False,
+    tell: cells.Tell = cells.silent,
+) -> Row:
     """Run what is missing of the grid into `out`, then write results.json, plots and report.html.
 
     Args:
@@ -100,10 +110,14 @@ def run(out: Path, streams: str, methods: str = "", models: str = "", seeds: int
     command += f" --models {models}" if models else ""
     command += f" --seeds {seeds}{' --quick' if quick else ''} --out DIR"
     results = {
-        "version": VERSION, "reproduce": command, "quick": quick, "seeds": seeds,
+        "version": VERSION,
+        "reproduce": command,
+        "quick": quick,
+        "seeds": seeds,
         "versions": cells.versions(),
-        "summary": tta_report.summary(rows), "rows": rows,
-    }  # fmt: skip
+        "summary": tta_report.summary(rows),
+        "rows": rows,
+    }
     cells.write(out / "results.json", results)
     tta_report.write(out)
     return results
@@ -159,8 +173,16 @@ def cell(folder: Path, world: World, method: str, quick: bool, progress: cells.P
     """
     name, given = cells.registered("tta", method, "--methods")
     options = {**views(name, world.bench), **given}
-    key = {"version": VERSION, "stream": world.bench.name, "plan_sha256": world.plan["plan_sha256"],
-           "model": world.model, "method": method, "options": options, "seed": world.seed, "quick": quick}
+    key = {
+        "version": VERSION,
+        "stream": world.bench.name,
+        "plan_sha256": world.plan["plan_sha256"],
+        "model": world.model,
+        "method": method,
+        "options": options,
+        "seed": world.seed,
+        "quick": quick,
+    }
     path = folder / f"{slug(world.bench.name)}-{world.model}-{slug(method)}-seed{world.seed}.json"
     if (found := cells.read(path, key)) is not None:
         progress.skip()

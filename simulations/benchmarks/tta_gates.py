@@ -63,8 +63,9 @@ def vit_gates(seed: int) -> Iterator[Row]:
     equal = all(source[key] == bn[key] for key in ("error", "nll", "brier", "ece"))
     yield row("vit: bn == source exactly", seed, equal, bn=percent(bn), source=percent(source))
     rbf = percent(run_stream("lame", iid, model, {"affinity": "rbf"}, seed))
-    yield row("vit: lame rbf >= source + 15, i.i.d.", seed, rbf >= percent(source) + 15, rbf=rbf,
-              source=percent(source))
+    yield row(
+        "vit: lame rbf >= source + 15, i.i.d.", seed, rbf >= percent(source) + 15, rbf=rbf, source=percent(source)
+    )
     yield teacher_gate("vit", model, iid, seed)
 
 
@@ -72,8 +73,9 @@ def teacher_gate(name: str, model: Deployed, stream: TestStream, seed: int) -> R
     """CoTTA's error against that of a frozen model averaged over the same number of views."""
     frozen = percent(run_stream("aug_average", stream, model, {"views": 4, "augment": "small_image"}, seed))
     cotta = percent(run_stream("cotta", stream, model, TEACHER, seed))
-    return row(f"{name}: cotta within 1.5 of the frozen average", seed, abs(cotta - frozen) <= 1.5, cotta=cotta,
-               average=frozen)
+    return row(
+        f"{name}: cotta within 1.5 of the frozen average", seed, abs(cotta - frozen) <= 1.5, cotta=cotta, average=frozen
+    )
 
 
 def prior_gate(seed: int) -> Row:

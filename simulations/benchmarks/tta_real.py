@@ -120,18 +120,25 @@ class Real:
             chosen = draws.permutation(len(pool))[: options.limit]
             order = chosen[seeds.numpy_generator(seed, "real", "order", domain.name).permutation(len(chosen))]
             if options.delta is not None:
-                order = bursts(order, pool.labels, options.delta,
-                               seeds.numpy_generator(seed, "real", "labels", domain.name))
+                order = bursts(
+                    order, pool.labels, options.delta, seeds.numpy_generator(seed, "real", "labels", domain.name)
+                )
             columns["domain"] += [number] * len(order)
             columns["record"] += order.tolist()
             columns["label"] += pool.labels[order].tolist()
             batches += [min(options.batch, len(order) - start) for start in range(0, len(order), options.batch)]
         noise = seeds.numpy_generator(seed, "real", "noise").integers(2**32, size=len(columns["label"]))
         plan: dict[str, Any] = {
-            "version": VERSION, "source": self.name, "source_sha256": material.fingerprint, "seed": seed,
-            "spec": asdict(options), "domains": [asdict(domain) for domain in material.domains], **columns,
-            "noise": noise.tolist(), "batches": batches,
-        }  # fmt: skip
+            "version": VERSION,
+            "source": self.name,
+            "source_sha256": material.fingerprint,
+            "seed": seed,
+            "spec": asdict(options),
+            "domains": [asdict(domain) for domain in material.domains],
+            **columns,
+            "noise": noise.tolist(),
+            "batches": batches,
+        }
         plan["plan_sha256"] = plan_hash(plan)
         plan["inputs_sha256"] = _hash(self.inputs(plan))
         return plan
@@ -152,9 +159,13 @@ class Real:
         if plan["inputs_sha256"] != _hash(made):
             raise InputError("manifest: the inputs do not fit their hash: corruptions or tokenizer are others.")
         ends = np.cumsum(plan["batches"]).tolist()
-        return TestStream(self.name, made, torch.tensor(plan["label"]),
-                      [plan["domains"][number]["name"] for number in plan["domain"]],
-                      [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)])
+        return TestStream(
+            self.name,
+            made,
+            torch.tensor(plan["label"]),
+            [plan["domains"][number]["name"] for number in plan["domain"]],
+            [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)],
+        )
 
     def trained_on(self, seed: int) -> Records:
         """Records of the source model: a draw of `train` of them."""
@@ -182,8 +193,14 @@ class RealImages(Real):
         made = []
         for number, record, noise in zip(plan["domain"], plan["record"], plan["noise"], strict=True):
             domain = plan["domains"][number]
-            made.append(corrupt(pools[domain["pool"]][record], domain["corruption"], plan["spec"]["severity"],
-                                np.random.default_rng(noise)))
+            made.append(
+                corrupt(
+                    pools[domain["pool"]][record],
+                    domain["corruption"],
+                    plan["spec"]["severity"],
+                    np.random.default_rng(noise),
+                )
+            )
         pixels = np.round(np.stack(made) * 255).astype(np.uint8)  # as in a file: the same bits everywhere
         return {"pixel_values": torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]}
 
@@ -215,16 +232,19 @@ class RealTexts(Real):
 
     def inputs(self, plan: dict[str, Any]) -> dict[str, torch.Tensor]:
         pools = self.material.pools
-        texts = [str(pools[plan["domains"][number]["pool"]].inputs[record])
-                 for number, record in zip(plan["domain"], plan["record"], strict=True)]
+        texts = [
+            str(pools[plan["domains"][number]["pool"]].inputs[record])
+            for number, record in zip(plan["domain"], plan["record"], strict=True)
+        ]
         return self.encoded(Records(texts, np.array(plan["label"]), [], {}, "text")).inputs
 
     def source(self, model: str, seed: int, folder: Path) -> tuple[Deployed, Encoded]:
         records = self.trained_on(seed)
         data, epochs = self.encoded(records), 1 if self.quick else tta_sources.TEXT_EPOCHS
         path = folder / f"{model}-seed{seed}.safetensors"
-        deployed = tta_sources.text_model(model, self.encoder, data, len(records.label_names), seed, path,
-                                          self.options.tokens, epochs)
+        deployed = tta_sources.text_model(
+            model, self.encoder, data, len(records.label_names), seed, path, self.options.tokens, epochs
+        )
         return deployed, data
 
 
@@ -236,8 +256,9 @@ def vader(part: str) -> Material:
     train, test = load(DataConfig(source="vader"), TEXTS, 0)
     own = part.split("+")
     pools = {name: test.take(np.flatnonzero(test.columns["domain"] == name)) for name in order(own)}
-    return Material(train.take(np.flatnonzero(np.isin(train.columns["domain"], own))), pools,
-                    [Domain(name, name) for name in pools])
+    return Material(
+        train.take(np.flatnonzero(np.isin(train.columns["domain"], own))), pools, [Domain(name, name) for name in pools]
+    )
 
 
 def order(own: list[str]) -> list[str]:
@@ -260,18 +281,25 @@ def in_common(pools: dict[str, Records], column: str) -> dict[str, Records]:
     first, *others = ([str(value) for value in pool.columns[column]] for pool in pools.values())
     items = sorted(set(first).intersection(*others))
     places = [{str(value): place for place, value in enumerate(pool.columns[column])} for pool in pools.values()]
-    return {name: pool.take(np.array([place[item] for item in items]))
-            for (name, pool), place in zip(pools.items(), places, strict=True)}
+    return {
+        name: pool.take(np.array([place[item] for item in items]))
+        for (name, pool), place in zip(pools.items(), places, strict=True)
+    }
 
 
 def glyphs(part: str, options: ImageOptions) -> Material:
     """Letters: trained on text fonts, then unseen fonts of that kind, display fonts, and these under corruptions."""
     train, test = load(DataConfig(source="glyphs"), IMAGES, 0)
-    pools = {"text": test.take(np.flatnonzero(test.columns["package"] != DISPLAY)),
-             "display": test.take(np.flatnonzero(test.columns["package"] == DISPLAY))}
+    pools = {
+        "text": test.take(np.flatnonzero(test.columns["package"] != DISPLAY)),
+        "display": test.take(np.flatnonzero(test.columns["package"] == DISPLAY)),
+    }
     corrupted = [Domain(f"display {name}", "display", name) for name in corruptions(options)]
-    return Material(train.take(np.flatnonzero(train.columns["package"] != DISPLAY)), pools,
-                    [Domain("text", "text"), Domain("display", "display"), *corrupted])
+    return Material(
+        train.take(np.flatnonzero(train.columns["package"] != DISPLAY)),
+        pools,
+        [Domain("text", "text"), Domain("display", "display"), *corrupted],
+    )
 
 
 def fashion(part: str, options: ImageOptions) -> Material:

@@ -20,16 +20,33 @@ if TYPE_CHECKING:
 
 SCORES = ("error", "nll", "brier", "ece", "worst_window")
 WINDOW = 256  # rows that a point of the curve averages, of one domain
-HEADS = ("method", "error %", "against source", "NLL", "Brier", "ECE", "worst 256", "forwards", "backwards",
-         "rows", "copies", "CPU s", "note")
+HEADS = (
+    "method",
+    "error %",
+    "against source",
+    "NLL",
+    "Brier",
+    "ECE",
+    "worst 256",
+    "forwards",
+    "backwards",
+    "rows",
+    "copies",
+    "CPU s",
+    "note",
+)
 SHORT = ("method", "error %", "against source", "ECE", "worst 256", "rows", "CPU s")  # fit a terminal
-LEGEND = ("± on an error is a standard deviation over seeds, on a difference (paired by seed, in points) a standard "
-          "error; worst 256: largest error in % of 256 rows in a row; forwards, backwards: passes a batch; rows: rows "
-          "forwarded per row answered; copies: numbers that a method keeps beside the model, in model sizes; CPU s: "
-          "of a run, preparation on source data included.")
-RULES = ("Methods have their published defaults. Nothing was tuned on a test stream: no option below was chosen by its "
-         "result. The kind of augmented views follows the inputs (images, small images, tokens). Options after a "
-         "colon were given by hand. Methods see inputs only, no label and no domain.")
+LEGEND = (
+    "± on an error is a standard deviation over seeds, on a difference (paired by seed, in points) a standard "
+    "error; worst 256: largest error in % of 256 rows in a row; forwards, backwards: passes a batch; rows: rows "
+    "forwarded per row answered; copies: numbers that a method keeps beside the model, in model sizes; CPU s: "
+    "of a run, preparation on source data included."
+)
+RULES = (
+    "Methods have their published defaults. Nothing was tuned on a test stream: no option below was chosen by its "
+    "result. The kind of augmented views follows the inputs (images, small images, tokens). Options after a "
+    "colon were given by hand. Methods see inputs only, no label and no domain."
+)
 Row = dict[str, Any]
 
 
@@ -41,8 +58,15 @@ def summary(rows: list[Row]) -> list[Row]:
         for method in distinct(own, "method"):
             given = select(own, method=method)
             ran = [row for row in given if not row["refused"]]
-            found.append({**where, "method": method, "seeds": len(ran),
-                          "refused": None if ran else given[0]["refused"], **(_means(ran, source) if ran else {})})
+            found.append(
+                {
+                    **where,
+                    "method": method,
+                    "seeds": len(ran),
+                    "refused": None if ran else given[0]["refused"],
+                    **(_means(ran, source) if ran else {}),
+                }
+            )
     return found
 
 
@@ -110,10 +134,21 @@ def line(row: Row) -> list[str]:
     if row["refused"]:
         return [row["method"], *["–"] * (len(HEADS) - 2), f"refused: {row['refused']}"]
     difference = "–" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
-    return [row["method"], percent(row["error"], row["error_sd"]), difference + plus_minus(row["difference_error"]),
-            f"{row['nll']:.2f}", f"{row['brier']:.2f}", f"{row['ece']:.2f}", f"{100 * row['worst_window']:.0f}",
-            f"{row['forwards']:.1f}", f"{row['backwards']:.1f}", f"{row['rows']:.1f}", f"{row['copies']:.2g}",
-            f"{row['cpu_seconds']:.0f}", note(row)]
+    return [
+        row["method"],
+        percent(row["error"], row["error_sd"]),
+        difference + plus_minus(row["difference_error"]),
+        f"{row['nll']:.2f}",
+        f"{row['brier']:.2f}",
+        f"{row['ece']:.2f}",
+        f"{100 * row['worst_window']:.0f}",
+        f"{row['forwards']:.1f}",
+        f"{row['backwards']:.1f}",
+        f"{row['rows']:.1f}",
+        f"{row['copies']:.2g}",
+        f"{row['cpu_seconds']:.0f}",
+        note(row),
+    ]
 
 
 def note(row: Row) -> str:
@@ -132,10 +167,15 @@ def sentence(own: list[Row]) -> str:
     """What a reader takes away of one stream and model."""
     ran = [row for row in own if not row["refused"]]
     best, source = min(ran, key=lambda row: row["error"]), select(ran, method="source")[0]
-    worse = [row["method"] for row in ran if row["difference_error"] is not None
-             and row["difference"] > 2 * row["difference_error"] > 0]
-    text = (f"Lowest error: {best['method']}, {100 * best['error']:.1f} %; without adaptation "
-            f"{100 * source['error']:.1f} %.")
+    worse = [
+        row["method"]
+        for row in ran
+        if row["difference_error"] is not None and row["difference"] > 2 * row["difference_error"] > 0
+    ]
+    text = (
+        f"Lowest error: {best['method']}, {100 * best['error']:.1f} %; without adaptation "
+        f"{100 * source['error']:.1f} %."
+    )
     return text + (f" Worse than no adaptation by more than two standard errors: {', '.join(worse)}." if worse else "")
 
 
@@ -198,9 +238,16 @@ def against_cost(title: str, own: list[Row]) -> Figure:
     axes = figure.subplots()
     for index, row in enumerate(row for row in own if not row["refused"]):
         color, _, _ = _look(index, row["method"])
-        axes.errorbar(row["rows"], 100 * row["error"], None if row["error_sd"] is None else 100 * row["error_sd"],
-                      fmt="o", markersize=7, color=color, markerfacecolor=color if row["backwards"] else "white",
-                      label=label(row["method"]))
+        axes.errorbar(
+            row["rows"],
+            100 * row["error"],
+            None if row["error_sd"] is None else 100 * row["error_sd"],
+            fmt="o",
+            markersize=7,
+            color=color,
+            markerfacecolor=color if row["backwards"] else "white",
+            label=label(row["method"]),
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
     axes.set(xlabel="rows forwarded per row answered (filled: gradients too)", ylabel="error in %")
@@ -215,7 +262,6 @@ def _look(index: int, method: str) -> tuple[str, str, float]:
         return "#222222", "-", 2.6
     turn, place = divmod(index, len(drawing.COLORS))
     return drawing.COLORS[place], drawing.DASHES[turn % len(drawing.DASHES)], 1.4
-
 
 
 # Page -----------------------------------------------------------------------------------------------------------------
@@ -234,10 +280,16 @@ def page(results: Row, images: dict[str, bytes]) -> str:
     for number, (where, own) in enumerate(cells(results["summary"])):
         runs = select(results["rows"], **where)
         name = escape(f"{where['stream']}, {where['model']}")
-        body += [f"<h2>{name}</h2>", f"<p>{escape(sentence(own))}</p>",
-                 pages.html_table(list(HEADS), [line(row) for row in own])]
-        body += [pages.html_image(what, images[key]) for key, what in (
-            (f"stream-{number}", "error over the stream"), (f"cost-{number}", "error against cost")) if key in images]
+        body += [
+            f"<h2>{name}</h2>",
+            f"<p>{escape(sentence(own))}</p>",
+            pages.html_table(list(HEADS), [line(row) for row in own]),
+        ]
+        body += [
+            pages.html_image(what, images[key])
+            for key, what in ((f"stream-{number}", "error over the stream"), (f"cost-{number}", "error against cost"))
+            if key in images
+        ]
         body += ["<h2>Error of each domain in %</h2>", _domains(own), "<h2>Runs</h2>", _runs(runs)]
     facts = [["command", results["reproduce"]], *([name, value] for name, value in results["versions"].items())]
     body += [f"<p>{escape(LEGEND)}</p>", "<h2>How it was made</h2>", pages.html_table([], facts)]
@@ -247,17 +299,25 @@ def page(results: Row, images: dict[str, bytes]) -> str:
 def _domains(own: list[Row]) -> str:
     ran = [row for row in own if not row["refused"]]
     names = list(ran[0]["domains"])
-    return pages.html_table(["method", *names], [
-        [row["method"], *(f"{100 * row['domains'][name]:.1f}" for name in names)] for row in ran])
+    return pages.html_table(
+        ["method", *names], [[row["method"], *(f"{100 * row['domains'][name]:.1f}" for name in names)] for row in ran]
+    )
 
 
 def _runs(runs: list[Row]) -> str:
     """Which plan and which source model every seed had, and what the methods were given."""
     seeds = [[str(row["seed"]), row["plan_sha256"], row["model_sha256"]] for row in select(runs, method="source")]
-    given = [[row["method"], json.dumps(row["options"]), "; ".join(f"{reason} ({count})" for reason, count in
-                                                                   (row.get("reasons") or {}).items())]
-             for row in select(runs, seed=runs[0]["seed"])]
-    return ("<details><summary>plans, source models, options</summary>"
-            + pages.html_table(["seed", "sha256 of the plan", "sha256 of the source model"], seeds)
-            + pages.html_table(["method", "options (others: default)", "not learned from, first seed"], given)
-            + "</details>")
+    given = [
+        [
+            row["method"],
+            json.dumps(row["options"]),
+            "; ".join(f"{reason} ({count})" for reason, count in (row.get("reasons") or {}).items()),
+        ]
+        for row in select(runs, seed=runs[0]["seed"])
+    ]
+    return (
+        "<details><summary>plans, source models, options</summary>"
+        + pages.html_table(["seed", "sha256 of the plan", "sha256 of the source model"], seeds)
+        + pages.html_table(["method", "options (others: default)", "not learned from, first seed"], given)
+        + "</details>"
+    )

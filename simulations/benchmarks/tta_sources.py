@@ -37,9 +37,12 @@ class ConvNet(nn.Module):
 
     def __init__(self, side: int, classes: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2))
-            for before, after in zip((1, *WIDTHS), WIDTHS, strict=False)))
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2))
+                for before, after in zip((1, *WIDTHS), WIDTHS, strict=False)
+            )
+        )
         self.head = nn.Linear(WIDTHS[-1] * (side // 2 ** len(WIDTHS)) ** 2, classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -60,8 +63,9 @@ def image_model(data: Encoded, classes: int, seed: int, path: Path, epochs: int 
     return deploy(module, head="head")
 
 
-def text_model(kind: str, encoder: str, data: Encoded, classes: int, seed: int, path: Path, tokens: int,
-               epochs: int = TEXT_EPOCHS) -> Deployed:
+def text_model(
+    kind: str, encoder: str, data: Encoded, classes: int, seed: int, path: Path, tokens: int, epochs: int = TEXT_EPOCHS
+) -> Deployed:
     """`lora`: adapter and head trained on `data`, `head`: the head only; dropout stays off.
 
     Raises:
@@ -107,8 +111,10 @@ def fit(trained: dict[str, nn.Parameter], work: Work, seed: int) -> None:
     for value in trained.values():
         value.requires_grad_(True)
     optimizer = torch.optim.Adam(trained.values(), work.rate)
-    orders = [seeds.numpy_generator(seed, "bench", "tta", "epoch", epoch).permutation(len(work.data))
-              for epoch in range(work.epochs)]
+    orders = [
+        seeds.numpy_generator(seed, "bench", "tta", "epoch", epoch).permutation(len(work.data))
+        for epoch in range(work.epochs)
+    ]
     chunks = [rows for order in orders for rows in np.split(order, range(TEXT_ROWS, len(order), TEXT_ROWS))]
     for number, rows in enumerate(chunks):
         optimizer.param_groups[0]["lr"] = work.rate * (1 - number / len(chunks))

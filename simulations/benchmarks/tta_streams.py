@@ -1,10 +1,10 @@
 """Streams of `fedpeft bench tta` by name: NAME:option=value,...; several with commas between.
 
-    digits-c/KIND   built in; KIND is a kind of `fedpeft.data.drift`
-    vader/PART, debian/en, glyphs/text, fashion-mnist       real records (`tta_real`), after `fedpeft data prepare`
+digits-c/KIND   built in; KIND is a kind of `fedpeft.data.drift`
+vader/PART, debian/en, glyphs/text, fashion-mnist       real records (`tta_real`), after `fedpeft data prepare`
 
-    >>> open_stream("digits-c/dirichlet:delta=0.1,severity=5").name
-    'digits-c/dirichlet:delta=0.1'
+>>> open_stream("digits-c/dirichlet:delta=0.1,severity=5").name
+'digits-c/dirichlet:delta=0.1'
 """
 
 from __future__ import annotations
@@ -116,8 +116,19 @@ def open_stream(text: str, quick: bool = False) -> Bench:
         return DigitsC(canonical(given, digits), part, digits, quick)
     parts = {"vader": tta_real.VADER, "debian": ("en",), "glyphs": ("text",), "fashion-mnist": ("",)}
     if family not in parts:
-        raise InputError(registry.unknown("--stream", given, [
-            *(f"digits-c/{kind}" for kind in drift.KINDS), "vader/movie", "debian/en", "glyphs/text", "fashion-mnist"]))
+        raise InputError(
+            registry.unknown(
+                "--stream",
+                given,
+                [
+                    *(f"digits-c/{kind}" for kind in drift.KINDS),
+                    "vader/movie",
+                    "debian/en",
+                    "glyphs/text",
+                    "fashion-mnist",
+                ],
+            )
+        )
     for name in part.split("+"):
         if name not in parts[family]:
             raise InputError(registry.unknown(f"--stream {given}: part", name, parts[family]))

@@ -47,15 +47,20 @@ def prepare(folder: Path, model: str, clients: int, seq: int) -> None:
         (folder / name).write_text("\n".join(["text,label", *rows, ""]))
 
 
-def measure(engine: str, folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int,
-            device: str) -> dict[str, float]:
+def measure(
+    engine: str, folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str
+) -> dict[str, float]:
     """Wall and CPU seconds, and peak MB, of one run.
 
     Raises:
         RunError: it failed.
     """
-    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
-                   "FLWR_TELEMETRY_ENABLED": "0"}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_TELEMETRY_ENABLED": "0",
+    }
     sizes = (clients, batch, seq, steps, rounds, device)
     command = ours(folder, *sizes) if engine == "simulate" else stock(engine, folder, *sizes)
     return watched(command, {**os.environ, **environment})
@@ -66,25 +71,54 @@ def ours(folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: i
     config = {
         "model": {"name": str(folder / "model"), "task": "sequence-classification", "max_length": seq},
         "adapter": {"r": LORA.r, "alpha": LORA.alpha},
-        "data": {"source": str(folder / "train.csv"), "test": str(folder / "test.csv"), "clients": clients,
-                 "partition": {"name": "iid"}},
+        "data": {
+            "source": str(folder / "train.csv"),
+            "test": str(folder / "test.csv"),
+            "clients": clients,
+            "partition": {"name": "iid"},
+        },
         "client": {"lr": CLIENT.lr, "local_steps": steps, "local_epochs": None, "batch_size": batch},
-        "run": {"rounds": rounds, "baselines": False, "evaluate_every": rounds, "checkpoint_every": rounds,
-                "device": device},
+        "run": {
+            "rounds": rounds,
+            "baselines": False,
+            "evaluate_every": rounds,
+            "checkpoint_every": rounds,
+            "device": device,
+        },
     }
     name = f"run-{time.time_ns()}"
     (folder / f"{name}.yaml").write_text(json.dumps(config))  # JSON is YAML
-    return [sys.executable, "-m", "fedpeft.cli.main", "simulate", str(folder / f"{name}.yaml"), "--out",
-            str(folder / name), "--json"]
+    return [
+        sys.executable,
+        "-m",
+        "fedpeft.cli.main",
+        "simulate",
+        str(folder / f"{name}.yaml"),
+        "--out",
+        str(folder / name),
+        "--json",
+    ]
 
 
-def stock(engine: str, folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str
-          ) -> list[str]:
+def stock(
+    engine: str, folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str
+) -> list[str]:
     """The command of another engine's run; its job is written."""
     name = f"{engine}-{time.time_ns()}"
-    job = {"model": str(folder / "model"), "train": str(folder / "train.csv"), "seq": seq, "clients": clients,
-           "batch": batch, "steps": steps, "rounds": rounds, "lr": CLIENT.lr, "rank": LORA.r, "alpha": int(LORA.alpha),
-           "gpus": float(device != "cpu"), "out": str(folder / f"{name}.pt")}
+    job = {
+        "model": str(folder / "model"),
+        "train": str(folder / "train.csv"),
+        "seq": seq,
+        "clients": clients,
+        "batch": batch,
+        "steps": steps,
+        "rounds": rounds,
+        "lr": CLIENT.lr,
+        "rank": LORA.r,
+        "alpha": int(LORA.alpha),
+        "gpus": float(device != "cpu"),
+        "out": str(folder / f"{name}.pt"),
+    }
     (folder / f"{name}.json").write_text(json.dumps(job))
     script = f"import sys; from fedpeft.simulations.benchmarks.{engine}_loop import main; main(sys.argv[1])"
     return [sys.executable, "-c", script, str(folder / f"{name}.json")]

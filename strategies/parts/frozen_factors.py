@@ -22,8 +22,10 @@ def orthonormal(adapter: AdapterState) -> AdapterState:
 
 def _orthonormal_rows(A: Tensor, site: str) -> Tensor:
     if A.shape[0] > A.shape[1]:
-        raise InputError(f"strategy.init=orthonormal: {site} has rank {A.shape[0]}, but only {A.shape[1]} inputs. "
-                         f"Set adapter.r to at most {A.shape[1]}, or strategy.init=kaiming.")
+        raise InputError(
+            f"strategy.init=orthonormal: {site} has rank {A.shape[0]}, but only {A.shape[1]} inputs. "
+            f"Set adapter.r to at most {A.shape[1]}, or strategy.init=kaiming."
+        )
     # Server and clients each make it, so it may not hang on signs that LAPACK is free to choose.
     Q, R = torch.linalg.qr(A.double().T)
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).double()  # QR is unique only with a signed diagonal
@@ -49,6 +51,8 @@ def require_shared(server: ServerState, updates: list[Update], name: str) -> Non
     """Raise InputError unless all adapters have the server's A."""
     site = shared(server, updates, "A")
     if site is not None:
-        raise InputError(f"strategy {name} freezes A, but the adapters (or the start) have different A at {site}. "
-                         "Give adapters that were trained from one start with A frozen, or take a strategy that "
-                         "aggregates both factors (fedex, flexlora, flora).")
+        raise InputError(
+            f"strategy {name} freezes A, but the adapters (or the start) have different A at {site}. "
+            "Give adapters that were trained from one start with A frozen, or take a strategy that "
+            "aggregates both factors (fedex, flexlora, flora)."
+        )

@@ -38,8 +38,11 @@ class FedSB(FederatedStrategy):
 
     @dataclass
     class Config:
-        transport: str = option("seed", "send A and B to the clients, or let them make them from the run's seed "
-                                "(their hash is checked)", choices=("seed", "dense"))
+        transport: str = option(
+            "seed",
+            "send A and B to the clients, or let them make them from the run's seed (their hash is checked)",
+            choices=("seed", "dense"),
+        )
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
         return server.adapter if self.config.transport == "dense" else server.adapter.without(("A", "B"))
@@ -56,8 +59,10 @@ class FedSB(FederatedStrategy):
         apart = [site for site in server.adapter.lora_sites() if not _one_column_space(server, updates, site)]
         notes = []
         if apart:
-            notes.append(f"fed_sb: the adapters' B do not share a column space of rank r at {len(apart)} sites (first "
-                         f"{apart[0]}), so they were not trained as B R with one B. The mean is exact all the same.")
+            notes.append(
+                f"fed_sb: the adapters' B do not share a column space of rank r at {len(apart)} sites (first "
+                f"{apart[0]}), so they were not trained as B R with one B. The mean is exact all the same."
+            )
         return server.with_tensors(mean).adapter, notes
 
 

@@ -37,8 +37,11 @@ class FedEx(FederatedStrategy):
         weights = [update.weight for update in updates]
         changes = {}
         for site in server.adapter.lora_sites():
-            B, A = lowrank.residual([update.adapter[f"{site}/B"] for update in updates],
-                                    [update.adapter[f"{site}/A"] for update in updates], weights)
+            B, A = lowrank.residual(
+                [update.adapter[f"{site}/B"] for update in updates],
+                [update.adapter[f"{site}/A"] for update in updates],
+                weights,
+            )
             # Into B: residuals are added to the weights as they are, without a scaling.
             changes[site] = (B * server.adapter.sites[site].scaling, A)
         return with_change(server.with_tensors(self.average(updates, self.uploads(server))), changes)

@@ -29,4 +29,5 @@ class FedSA(FederatedStrategy):
         mean = self.average(same_scale(server, updates), self.trains)
         return server.with_tensors(mean).adapter, [
             "fedsa: only A is shared. B (and the head) are the mean of the clients', as a starting point for a new "
-            "client; each client goes on with its own."]
+            "client; each client goes on with its own."
+        ]

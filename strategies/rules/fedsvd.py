@@ -64,12 +64,19 @@ class FedSVD(FederatedStrategy):
     @dataclass
     class Config:
         every: int = option(1, "rounds between refactorisations", low=1)
-        transport: str = option("core", "send A, or the r x r matrix M with A = M A_0 (clients draw A_0 from the run's "
-                                "seed, its hash is checked)", choices=("core", "dense"))
-        init: str = option("kaiming", "rows of A_0: peft's draw, or an orthonormal basis of its row space",
-                           choices=("kaiming", "orthonormal"))
-        split: str = option("us", "us: B = U S, A = V^T; sqrt: B = U sqrt(S), A = sqrt(S) V^T (ablation)",
-                            choices=("us", "sqrt"))
+        transport: str = option(
+            "core",
+            "send A, or the r x r matrix M with A = M A_0 (clients draw A_0 from the run's seed, its hash is checked)",
+            choices=("core", "dense"),
+        )
+        init: str = option(
+            "kaiming",
+            "rows of A_0: peft's draw, or an orthonormal basis of its row space",
+            choices=("kaiming", "orthonormal"),
+        )
+        split: str = option(
+            "us", "us: B = U S, A = V^T; sqrt: B = U sqrt(S), A = sqrt(S) V^T (ablation)", choices=("us", "sqrt")
+        )
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
         adapter = frozen_factors.orthonormal(adapter) if self.config.init == "orthonormal" else adapter

@@ -34,10 +34,16 @@ class FFALoRA(FederatedStrategy):
 
     @dataclass
     class Config:
-        init: str = option("kaiming", "rows of the frozen A: peft's draw, or an orthonormal basis of its row space",
-                           choices=("kaiming", "orthonormal"))
-        transport: str = option("seed", "send A to the clients, or let them draw it from the run's seed (its hash is "
-                                "checked)", choices=("seed", "dense"))
+        init: str = option(
+            "kaiming",
+            "rows of the frozen A: peft's draw, or an orthonormal basis of its row space",
+            choices=("kaiming", "orthonormal"),
+        )
+        transport: str = option(
+            "seed",
+            "send A to the clients, or let them draw it from the run's seed (its hash is checked)",
+            choices=("seed", "dense"),
+        )
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
         return ServerState(frozen_factors.orthonormal(adapter) if self.config.init == "orthonormal" else adapter)

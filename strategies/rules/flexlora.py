@@ -60,8 +60,11 @@ class FlexLoRA(FederatedStrategy):
         weights = [update.weight for update in updates]
         tensors = self.average(updates, ("head",))
         for site in server.adapter.lora_sites():
-            B, A = lowrank.stack([update.adapter[f"{site}/B"] for update in updates],
-                                 [update.adapter[f"{site}/A"] for update in updates], weights)
+            B, A = lowrank.stack(
+                [update.adapter[f"{site}/B"] for update in updates],
+                [update.adapter[f"{site}/A"] for update in updates],
+                weights,
+            )
             tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, server.adapter[f"{site}/A"], self.config.split)
         return server.with_tensors(tensors)
 

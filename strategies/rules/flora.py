@@ -71,8 +71,11 @@ class FLoRA(FederatedStrategy):
 
 
 def _stacked(updates: list[Update], site: str) -> tuple[Tensor, Tensor]:
-    return lowrank.stack([update.adapter[f"{site}/B"] for update in updates],
-                         [update.adapter[f"{site}/A"] for update in updates], [update.weight for update in updates])
+    return lowrank.stack(
+        [update.adapter[f"{site}/B"] for update in updates],
+        [update.adapter[f"{site}/A"] for update in updates],
+        [update.weight for update in updates],
+    )
 
 
 def _kaiming(like: Tensor, generator: torch.Generator) -> Tensor:

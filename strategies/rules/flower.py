@@ -34,8 +34,16 @@ from fedpeft.strategies.base import FederatedStrategy, same_scale
 
 # Rules that aggregate arrays, and what each keeps between rounds, per tensor.
 RULES: dict[str, tuple[str, ...]] = {
-    "FedAvg": (), "FedAvgM": ("momentum_vector",), "FedAdam": ("m_t", "v_t"), "FedAdagrad": ("m_t", "v_t"),
-    "FedYogi": ("m_t", "v_t"), "FedMedian": (), "FedTrimmedAvg": (), "Krum": (), "MultiKrum": (), "Bulyan": (),
+    "FedAvg": (),
+    "FedAvgM": ("momentum_vector",),
+    "FedAdam": ("m_t", "v_t"),
+    "FedAdagrad": ("m_t", "v_t"),
+    "FedYogi": ("m_t", "v_t"),
+    "FedMedian": (),
+    "FedTrimmedAvg": (),
+    "Krum": (),
+    "MultiKrum": (),
+    "Bulyan": (),
     "QFedAvg": (),
 }
 FROM_START = ("FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "QFedAvg")
@@ -57,8 +65,10 @@ class FlowerRule(FederatedStrategy):
         rule = self.config.rule
         if rule.startswith("DifferentialPrivacy"):
             wrong = "Flower 1.39 moves an adaptive clip the wrong way, up if too large. " if "Adapt" in rule else ""
-            raise InputError(f"strategy.rule={rule}: {wrong}Flower's DP wrappers keep no ledger and are not offered. "
-                             "Use privacy.unit=client for DP at the server, privacy.unit=sample for DP at the clients.")
+            raise InputError(
+                f"strategy.rule={rule}: {wrong}Flower's DP wrappers keep no ledger and are not offered. "
+                "Use privacy.unit=client for DP at the server, privacy.unit=sample for DP at the clients."
+            )
         if rule not in RULES:
             raise InputError(registry.unknown("strategy.rule", rule, RULES))
         self.needs_start = rule in FROM_START
@@ -69,8 +79,9 @@ class FlowerRule(FederatedStrategy):
         try:
             return getattr(stock, self.config.rule)(**self.config.rule_options)
         except (TypeError, ValueError) as error:
-            raise InputError(f"strategy.rule_options={self.config.rule_options}: not taken by {self.config.rule}: "
-                             f"{error}") from error
+            raise InputError(
+                f"strategy.rule_options={self.config.rule_options}: not taken by {self.config.rule}: {error}"
+            ) from error
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
@@ -85,8 +96,10 @@ class FlowerRule(FederatedStrategy):
         with _quiet():
             aggregated, _ = rule.aggregate_train(server.round + 1, _replies(updates, keys))
         if aggregated is None:
-            raise RunError(f"round {server.round + 1}: Flower's {self.config.rule} made nothing of {len(updates)} "
-                           "updates; it needs more of them.")
+            raise RunError(
+                f"round {server.round + 1}: Flower's {self.config.rule} made nothing of {len(updates)} "
+                "updates; it needs more of them."
+            )
         tensors = {key: torch.from_numpy(aggregated[key].numpy()) for key in keys}
         return replace(server.with_tensors(tensors), memory={**server.memory, **self._saved(rule, keys)})
 
@@ -109,8 +122,12 @@ class FlowerRule(FederatedStrategy):
 
 
 def _arrays(adapter: AdapterState) -> ArrayRecord:
-    return ArrayRecord({key: Array((value if value.dtype == torch.float64 else value.float()).numpy())
-                        for key, value in adapter.tensors.items()})
+    return ArrayRecord(
+        {
+            key: Array((value if value.dtype == torch.float64 else value.float()).numpy())
+            for key, value in adapter.tensors.items()
+        }
+    )
 
 
 def _replies(updates: list[Update], keys: list[str]) -> list[Message]:
@@ -123,8 +140,17 @@ def _replies(updates: list[Update], keys: list[str]) -> list[Message]:
             metrics["train_loss"] = update.metrics["train_loss"]
         sent = AdapterState({key: update.adapter[key] for key in keys}, update.adapter.sites)
         content = RecordDict({"arrays": _arrays(sent), "metrics": MetricRecord(metrics)})
-        metadata = Metadata(run_id=0, message_id="", src_node_id=number, dst_node_id=0, reply_to_message_id="",
-                            group_id="", created_at=0.0, ttl=1.0, message_type="train")
+        metadata = Metadata(
+            run_id=0,
+            message_id="",
+            src_node_id=number,
+            dst_node_id=0,
+            reply_to_message_id="",
+            group_id="",
+            created_at=0.0,
+            ttl=1.0,
+            message_type="train",
+        )
         messages.append(Message(content, metadata=metadata))  # type: ignore[call-overload]
     return messages
 

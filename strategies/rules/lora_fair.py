@@ -44,10 +44,14 @@ class LoRAFAIR(FederatedStrategy):
 
     @dataclass
     class Config:
-        lambda_: float = option(0.01, "weight of ||dB||^2: relative to tr(A A^T) / r (closed), absolute (cosine)",
-                                low=0)
-        solver: str = option("closed", "closed: least squares, exact; cosine: the paper's measure, by gradient descent",
-                             choices=("closed", "cosine"))
+        lambda_: float = option(
+            0.01, "weight of ||dB||^2: relative to tr(A A^T) / r (closed), absolute (cosine)", low=0
+        )
+        solver: str = option(
+            "closed",
+            "closed: least squares, exact; cosine: the paper's measure, by gradient descent",
+            choices=("closed", "cosine"),
+        )
         steps: int = option(1000, "gradient steps (cosine)", low=1)
         lr: float = option(0.01, "step length (cosine)", above=0)
 
@@ -80,8 +84,9 @@ def correction(RAt: Tensor, A: Tensor, lambda_abs: float) -> Tensor:
     return RAt.double() @ inverse
 
 
-def cosine_correction(exact: tuple[Tensor, Tensor], B: Tensor, A: Tensor, lambda_: float, steps: int,
-                      lr: float) -> Tensor:
+def cosine_correction(
+    exact: tuple[Tensor, Tensor], B: Tensor, A: Tensor, lambda_: float, steps: int, lr: float
+) -> Tensor:
     """dB [m, r] by `steps` gradient steps on 1 - cos(D*, (B + dB) A) + lambda ||dB||^2 from zero.
 
     All in r columns: <D*, X A> = <D* A^T, X> and ||X A||^2 = <X A A^T, X>. Zero where a product is zero, since that

@@ -8,7 +8,7 @@ make a new optimizer every round, so no moments cross from one factor to the oth
 Deviations: a trained head is averaged every round.
 
     >>> from fedpeft.strategies.rules.rolora import RoLoRA
-    >>> RoLoRA().first
+    >>> RoLoRA().config.first
     'B'
 """
 
@@ -44,8 +44,10 @@ class RoLoRA(FederatedStrategy):
         apart = {role: frozen_factors.shared(server, updates, role) for role in ("A", "B")}
         common = next((role for role in ("A", "B") if apart[role] is None), None)
         if common is None:
-            raise InputError(f"strategy rolora needs adapters that share one factor; these differ in A at {apart['A']} "
-                             f"and in B at {apart['B']}. Take fedex, flexlora or flora.")
+            raise InputError(
+                f"strategy rolora needs adapters that share one factor; these differ in A at {apart['A']} "
+                f"and in B at {apart['B']}. Take fedex, flexlora or flora."
+            )
         active = "B" if common == "A" else "A"
         mean = self.average(same_scale(server, updates), (active, "head"))
         note = f"rolora: all adapters have the same {common}; {active} was averaged."

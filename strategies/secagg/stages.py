@@ -59,23 +59,41 @@ class Stages:
             RoundFailed: too few clients were left in a stage; RoundDropped once updates may have been sent.
         """
         graph = circle(list(contents), self.plan.neighbours)
-        keys = self.ask(0, {client: {} for client in contents}, lambda client, reply: (
-            field(reply, "mask", masking.KEY_BYTES), field(reply, "box", masking.KEY_BYTES)))
+        keys = self.ask(
+            0,
+            {client: {} for client in contents},
+            lambda client, reply: (field(reply, "mask", masking.KEY_BYTES), field(reply, "box", masking.KEY_BYTES)),
+        )
         # Who fell out before shares were dealt put no mask into anybody's upload, so nothing of it has to be removed.
         near = {client: [other for other in graph[client] if other in keys] for client in keys}
-        sealed = self.ask(1, {client: {"names": near[client], "masks": [keys[other][0] for other in near[client]],
-                                       "boxes": [keys[other][1] for other in near[client]]} for client in keys},
-                          lambda client, reply: dict(zip(near[client], listed(reply, "sealed"), strict=True)))
+        sealed = self.ask(
+            1,
+            {
+                client: {
+                    "names": near[client],
+                    "masks": [keys[other][0] for other in near[client]],
+                    "boxes": [keys[other][1] for other in near[client]],
+                }
+                for client in keys
+            },
+            lambda client, reply: dict(zip(near[client], listed(reply, "sealed"), strict=True)),
+        )
         near = {client: [other for other in near[client] if other in sealed] for client in sealed}
         held = {client: [sealed[other][client] for other in near[client]] for client in sealed}
-        vectors = self.ask(2, {client: {"names": near[client], "sealed": held[client]} for client in sealed},
-                           lambda client, reply: vector(reply, size), contents)
+        vectors = self.ask(
+            2,
+            {client: {"names": near[client], "sealed": held[client]} for client in sealed},
+            lambda client, reply: vector(reply, size),
+            contents,
+        )
         uploaded = {client: [client, *(other for other in near[client] if other in vectors)] for client in vectors}
         silent = {client: [other for other in near[client] if other not in vectors] for client in vectors}
         # A client that uploaded late is silent to all: its seed is never asked for, so its update stays hidden.
-        shares = self.ask(3, {client: {"uploaded": uploaded[client], "silent": silent[client]} for client in vectors},
-                          lambda client, reply: dict(zip(uploaded[client] + silent[client], listed(reply, "shares"),
-                                                         strict=True)))
+        shares = self.ask(
+            3,
+            {client: {"uploaded": uploaded[client], "silent": silent[client]} for client in vectors},
+            lambda client, reply: dict(zip(uploaded[client] + silent[client], listed(reply, "shares"), strict=True)),
+        )
         total = np.zeros(size, dtype=masking.WORD)
         for client, upload in vectors.items():
             total += upload - masking.stream(self.secret(client, shares), size)
@@ -87,16 +105,24 @@ class Stages:
                 total = total - mask if other < client else total + mask
         return total, list(vectors)
 
-    def ask(self, stage: int, asked: dict[str, dict[str, Any]], read: Callable[[str, RecordDict], T],
-            contents: dict[str, RecordDict] | None = None) -> dict[str, T]:
+    def ask(
+        self,
+        stage: int,
+        asked: dict[str, dict[str, Any]],
+        read: Callable[[str, RecordDict], T],
+        contents: dict[str, RecordDict] | None = None,
+    ) -> dict[str, T]:
         """What each client answers; who does not, or wrongly, is lost.
 
         Raises:
             RoundFailed: too few are left.
         """
-        messages = {client: RecordDict({**(contents[client] if contents else {}),
-                                        RECORD: ConfigRecord({**fields, "round": self.number})})
-                    for client, fields in asked.items()}
+        messages = {
+            client: RecordDict(
+                {**(contents[client] if contents else {}), RECORD: ConfigRecord({**fields, "round": self.number})}
+            )
+            for client, fields in asked.items()
+        }
         self.bytes_down += sum(map(payload, messages.values()))
         contents_by_node = {self.nodes[client]: content for client, content in messages.items()}
         replies = wire.ask(self.grid, KINDS[stage], contents_by_node, self.deadline_s)
@@ -114,8 +140,10 @@ class Stages:
             self.bytes_up += size
         if len(answers) < self.plan.fewest:
             key = "threshold" if self.plan.fewest == self.plan.threshold else "min_clients"
-            raise self.failed(stage, f"{len(answers)} of {len(self.nodes)} clients are left, but secagg.{key} "
-                                     f"needs {self.plan.fewest}")
+            raise self.failed(
+                stage,
+                f"{len(answers)} of {len(self.nodes)} clients are left, but secagg.{key} needs {self.plan.fewest}",
+            )
         return answers
 
     def secret(self, client: str, shares: dict[str, dict[str, bytes]]) -> bytes:
@@ -136,16 +164,28 @@ class Stages:
 
     def without_upload(self, uploaded: list[str]) -> dict[str, str]:
         """Stage and reason of each lost client that is not among `uploaded`."""
-        return {client: f"stage {stage} ({NAMES[stage]}): {reason}"
-                for client, (stage, reason) in sorted(self.lost.items()) if client not in uploaded}
+        return {
+            client: f"stage {stage} ({NAMES[stage]}): {reason}"
+            for client, (stage, reason) in sorted(self.lost.items())
+            if client not in uploaded
+        }
 
     def report(self, uploaded: list[str]) -> dict[str, Any]:
         """What the event of the round says."""
-        dropped = {name: sorted(client for client, (stage, _) in self.lost.items() if stage == index)
-                   for index, name in enumerate(NAMES)}
-        return {"bytes_down": self.bytes_down, "bytes_up": self.bytes_up,
-                "secagg": {"uploaded": len(uploaded), "dropped": {name: who for name, who in dropped.items() if who},
-                           "neighbours": self.plan.neighbours, "threshold": self.plan.threshold}}
+        dropped = {
+            name: sorted(client for client, (stage, _) in self.lost.items() if stage == index)
+            for index, name in enumerate(NAMES)
+        }
+        return {
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "secagg": {
+                "uploaded": len(uploaded),
+                "dropped": {name: who for name, who in dropped.items() if who},
+                "neighbours": self.plan.neighbours,
+                "threshold": self.plan.threshold,
+            },
+        }
 
 
 def circle(clients: list[str], count: int) -> dict[str, list[str]]:
@@ -156,8 +196,10 @@ def circle(clients: list[str], count: int) -> dict[str, list[str]]:
     # Steps on both sides would meet on a circle that is too small.
     if count >= len(order) - 1:
         steps = list(range(1, len(order)))
-    return {client: sorted({order[(place + step) % len(order)] for step in steps} - {client})
-            for place, client in enumerate(order)}
+    return {
+        client: sorted({order[(place + step) % len(order)] for step in steps} - {client})
+        for place, client in enumerate(order)
+    }
 
 
 def field(reply: RecordDict, key: str, length: int) -> bytes:
@@ -188,8 +230,14 @@ def vector(reply: RecordDict, size: int) -> masking.Words:
 
 def payload(content: RecordDict) -> int:
     """Bytes of arrays, keys and shares in a message; names and manifests are not counted, as in the clear."""
-    arrays = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize
-                 for record in content.array_records.values() for array in record.values())
-    listings = [value if isinstance(value, list) else [value]
-                for record in content.config_records.values() for value in record.values()]
+    arrays = sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        for record in content.array_records.values()
+        for array in record.values()
+    )
+    listings = [
+        value if isinstance(value, list) else [value]
+        for record in content.config_records.values()
+        for value in record.values()
+    ]
     return arrays + sum(len(item) for values in listings for item in values if isinstance(item, bytes))

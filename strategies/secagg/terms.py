@@ -84,57 +84,85 @@ def check(config: Config) -> None:
         return  # checked again once the data have said how many there are
     own, plan = config.secagg, Terms.of(config)
     if plan.clients < 3:
-        raise InputError(f"secagg.enabled=true with {plan.clients} clients a round: with fewer than 3 the sum tells a "
-                         "client the other's update. Raise data.clients or run.clients_per_round.")
+        raise InputError(
+            f"secagg.enabled=true with {plan.clients} clients a round: with fewer than 3 the sum tells a "
+            "client the other's update. Raise data.clients or run.clients_per_round."
+        )
     if plan.neighbours > plan.clients - 1 or (plan.neighbours % 2 and plan.neighbours < plan.clients - 1):
-        raise InputError(f"secagg.neighbours={own.neighbours}: must be even and at most {plan.clients - 1}, as a round "
-                         f"has {plan.clients} clients; or null for all others.")
+        raise InputError(
+            f"secagg.neighbours={own.neighbours}: must be even and at most {plan.clients - 1}, as a round "
+            f"has {plan.clients} clients; or null for all others."
+        )
     if plan.threshold < 2 or 2 * plan.threshold <= plan.neighbours + 1:
-        raise InputError(f"secagg.threshold={own.threshold:g} of a client and its {plan.neighbours} neighbours is "
-                         f"{plan.threshold}; at least {(plan.neighbours + 1) // 2 + 1} must be needed, so that no two "
-                         "groups can unmask apart. Raise secagg.threshold.")
+        raise InputError(
+            f"secagg.threshold={own.threshold:g} of a client and its {plan.neighbours} neighbours is "
+            f"{plan.threshold}; at least {(plan.neighbours + 1) // 2 + 1} must be needed, so that no two "
+            "groups can unmask apart. Raise secagg.threshold."
+        )
     if plan.fewest > plan.neighbours + 1:
-        raise InputError(f"secagg.min_clients={own.min_clients}: a client sees itself and its {plan.neighbours} "
-                         f"neighbours only. Allowed are at most {plan.neighbours + 1}.")
+        raise InputError(
+            f"secagg.min_clients={own.min_clients}: a client sees itself and its {plan.neighbours} "
+            f"neighbours only. Allowed are at most {plan.neighbours + 1}."
+        )
     most = masking.max_bits(plan.clients)
     if plan.bits > most:
-        raise InputError(f"secagg.bits={plan.bits}: the sum of {plan.clients} clients a round could overflow 32 bits. "
-                         f"Allowed are at most {most}; set secagg.bits={most} or ask fewer clients a round.")
+        raise InputError(
+            f"secagg.bits={plan.bits}: the sum of {plan.clients} clients a round could overflow 32 bits. "
+            f"Allowed are at most {most}; set secagg.bits={most} or ask fewer clients a round."
+        )
 
 
 def _check_strategy(config: Config) -> None:
     if config.privacy.unit == "client":
-        raise InputError("privacy.unit=client: the server must clip each client's update, which secagg.enabled=true "
-                         "hides. Set secagg.enabled=false, or privacy.unit=sample.")
+        raise InputError(
+            "privacy.unit=client: the server must clip each client's update, which secagg.enabled=true "
+            "hides. Set secagg.enabled=false, or privacy.unit=sample."
+        )
     layer: FederatedStrategy | None = build(config)
     while layer is not None:
         if type(layer).needs is Needs.INDIVIDUAL:
             wrapping = type(layer).wraps
             key = f"strategy.wrap: {name_of(layer)}" if wrapping else f"strategy.name={name_of(layer)}"
-            able = [name for name in registry.names("strategies")
-                    if (cls := registry.load("strategies", name)).needs is Needs.SUM and cls.wraps == wrapping]
-            raise InputError(f"{key} must see each client's update, which secagg.enabled=true hides. "
-                             f"{'Wrappers' if wrapping else 'Strategies'} that need sums only: {', '.join(able)}.")
+            able = [
+                name
+                for name in registry.names("strategies")
+                if (cls := registry.load("strategies", name)).needs is Needs.SUM and cls.wraps == wrapping
+            ]
+            raise InputError(
+                f"{key} must see each client's update, which secagg.enabled=true hides. "
+                f"{'Wrappers' if wrapping else 'Strategies'} that need sums only: {', '.join(able)}."
+            )
         layer = layer.inner if isinstance(layer, Wrapper) else None
     if config.strategy.weighting != "uniform":
-        raise InputError(f"strategy.weighting={config.strategy.weighting}: secure aggregation gives the plain sum of "
-                         "the updates. Set strategy.weighting=uniform.")
+        raise InputError(
+            f"strategy.weighting={config.strategy.weighting}: secure aggregation gives the plain sum of "
+            "the updates. Set strategy.weighting=uniform."
+        )
     if config.run.max_update_norm is not None:
-        raise InputError(f"run.max_update_norm={config.run.max_update_norm:g}: under secagg.enabled=true the server "
-                         "sees no single update to measure. Set run.max_update_norm=null; secagg.clip bounds updates.")
+        raise InputError(
+            f"run.max_update_norm={config.run.max_update_norm:g}: under secagg.enabled=true the server "
+            "sees no single update to measure. Set run.max_update_norm=null; secagg.clip bounds updates."
+        )
     if config.adapter.client_ranks:
-        raise InputError(f"adapter.client_ranks={config.adapter.client_ranks}: updates of unequal ranks cannot be "
-                         "summed. Set adapter.client_ranks=null.")
+        raise InputError(
+            f"adapter.client_ranks={config.adapter.client_ranks}: updates of unequal ranks cannot be "
+            "summed. Set adapter.client_ranks=null."
+        )
 
 
 def describe(config: Config) -> str:
     """What each party sees under secure aggregation, and what that rests on; for the summary of a run."""
     plan = Terms.of(config)
-    text = (f"Secure aggregation: the server sees only sums of at least {plan.fewest} clients' updates, and who "
-            "took part, if it follows the protocol: keys are not signed, so a server that invents clients can unmask "
-            "the others. Clients that collude with it can take their own updates out of the sum")
-    text += (f", and {plan.threshold} of a client's {plan.neighbours} neighbours can unmask that client."
-             if plan.threshold <= plan.neighbours else ".")
+    text = (
+        f"Secure aggregation: the server sees only sums of at least {plan.fewest} clients' updates, and who "
+        "took part, if it follows the protocol: keys are not signed, so a server that invents clients can unmask "
+        "the others. Clients that collude with it can take their own updates out of the sum"
+    )
+    text += (
+        f", and {plan.threshold} of a client's {plan.neighbours} neighbours can unmask that client."
+        if plan.threshold <= plan.neighbours
+        else "."
+    )
     if config.privacy.unit == "sample":
         text += " Epsilon is each client's own local guarantee; the sum does not make it smaller."
     if config.data.holdout > 0:
@@ -153,9 +181,16 @@ class SecAgg:
 
     plan: Terms
 
-    def __call__(self, grid: Grid, roster: dict[str, int], strategy: FederatedStrategy, server: ServerState,
-                 sent: dict[str, AdapterState], contents: dict[int, RecordDict],
-                 rules: Rules) -> tuple[list[Update], dict[str, str], dict[str, Any]]:
+    def __call__(
+        self,
+        grid: Grid,
+        roster: dict[str, int],
+        strategy: FederatedStrategy,
+        server: ServerState,
+        sent: dict[str, AdapterState],
+        contents: dict[int, RecordDict],
+        rules: Rules,
+    ) -> tuple[list[Update], dict[str, str], dict[str, Any]]:
         """One round: a single update, the reason for each client that is not in it, and the traffic.
 
         Raises:
@@ -171,8 +206,9 @@ class SecAgg:
             if any(not torch.equal(value, start[key]) for key, value in starts[0].tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
         stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules.deadline_s)
-        total, uploaded = stages.run({client: contents[roster[client]] for client in clients},
-                                     sum(value.numel() for value in starts[0].payload))
+        total, uploaded = stages.run(
+            {client: contents[roster[client]] for client in clients}, sum(value.numel() for value in starts[0].payload)
+        )
         try:
             mean = masking.dequantise(total, len(uploaded), plan.clip, plan.bits)
         except ValueError as error:
@@ -191,8 +227,11 @@ def reference(adapter: AdapterState, roles: tuple[str, ...]) -> AdapterState:
 def _moved(start: AdapterState, mean: masking.Floats) -> AdapterState:
     """`start` plus a flat vector of changes, in float64."""
     parts = np.split(mean, np.cumsum([value.numel() for value in start.payload])[:-1])
-    moved = [value.cpu().double() + torch.from_numpy(part).reshape(value.shape)
-             for value, part in zip(start.payload, parts, strict=True)]
+    moved = [
+        value.cpu().double() + torch.from_numpy(part).reshape(value.shape)
+        for value, part in zip(start.payload, parts, strict=True)
+    ]
     tensors, extra = moved[: len(start.tensors)], moved[len(start.tensors) :]
-    return replace(start, tensors=dict(zip(start.tensors, tensors, strict=True)),
-                   extra=dict(zip(start.extra, extra, strict=True)))
+    return replace(
+        start, tensors=dict(zip(start.tensors, tensors, strict=True)), extra=dict(zip(start.extra, extra, strict=True))
+    )

@@ -142,5 +142,8 @@ def remember(server: ServerState, tensors: Tensors) -> ServerState:
 
 def recall(server: ServerState, suffix: str = "") -> Tensors:
     """Tensors that a body keeps, those whose name ends in `suffix`; by name without it."""
-    return {key[len(KEEP) : len(key) - len(suffix)]: value for key, value in server.memory.items()
-            if key.startswith(KEEP) and key.endswith(suffix)}
+    return {
+        key[len(KEEP) : len(key) - len(suffix)]: value
+        for key, value in server.memory.items()
+        if key.startswith(KEEP) and key.endswith(suffix)
+    }

@@ -38,8 +38,10 @@ def make_body(section: ContinualConfig) -> ServerBody:
     central: type[Body] = registry.load("bodies", name, "continual.body")
     if central.stays_central:
         able = [other for other in registry.names("bodies") if not registry.load("bodies", other).stays_central]
-        raise InputError(f"continual.body={name}: a federation cannot run it, as it {central.stays_central}. Bodies "
-                         f"that it can run: {', '.join(able)}.")
+        raise InputError(
+            f"continual.body={name}: a federation cannot run it, as it {central.stays_central}. Bodies "
+            f"that it can run: {', '.join(able)}."
+        )
     half = registry.load("server_bodies", name) if name in registry.names("server_bodies") else GeneralServerBody
     made: ServerBody = half(central, **read_options(central, section.options, "continual"))
     return made
@@ -49,8 +51,15 @@ def make_head(config: Config, classes: int, width: int) -> Head:
     """The config's head over features of this width."""
     section = config.continual
     registry.load("heads", section.head, "continual.head")
-    made: Head = method("heads", section.head, section.head_options, "continual.head_options", classes=classes,
-                        width=width, seed=config.run.seed)
+    made: Head = method(
+        "heads",
+        section.head,
+        section.head_options,
+        "continual.head_options",
+        classes=classes,
+        width=width,
+        seed=config.run.seed,
+    )
     return made
 
 
@@ -64,20 +73,26 @@ def check(config: Config) -> None:
     section, privacy = config.continual, config.privacy
     fitted = section.body is not None and head_needs_sums(config)
     if section.statistics_noise is not None and not (fitted and privacy.unit == "sample"):
-        raise InputError(f"continual.statistics_noise={section.statistics_noise:g}: it is for heads that are fitted on "
-                         f"sums (continual.head={section.head}) of private records (privacy.unit={privacy.unit}). Set "
-                         "it to null.")
+        raise InputError(
+            f"continual.statistics_noise={section.statistics_noise:g}: it is for heads that are fitted on "
+            f"sums (continual.head={section.head}) of private records (privacy.unit={privacy.unit}). Set "
+            "it to null."
+        )
     if section.body is None:
         return
     body = make_body(section)
     if config.run.rounds % section.tasks:
-        raise InputError(f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
-                         "and every task has the same number of rounds.")
+        raise InputError(
+            f"continual.tasks={section.tasks}: run.rounds={config.run.rounds} is not a multiple of it, "
+            "and every task has the same number of rounds."
+        )
     if not load_objective(config.model.task).classes:
         raise InputError(f"continual.body: tasks are groups of classes, and model.task={config.model.task} has none.")
     if not config.adapter.train_head:
-        raise InputError("adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
-                         "adapter.train_head=true.")
+        raise InputError(
+            "adapter.train_head=false: classes of a new task need rows of the head that can move. Set "
+            "adapter.train_head=true."
+        )
     refuse_sums_in_the_clear(config, fitted, body)
     if privacy.unit == "sample":
         refuse_uncovered(config, fitted, body)
@@ -91,8 +106,9 @@ def refuse_sums_in_the_clear(config: Config, fitted: bool, body: ServerBody) -> 
     more = f"sums for continual.head={section.head}" if fitted else f"sketches for continual.body={section.body}"
     way = "Set continual.head=linear and a body without sketches (coso: continual.basis=random)."
     if config.privacy.unit == "client":
-        raise InputError(f"privacy.unit=client: clients would send {more}, which the noise on updates does not cover. "
-                         f"{way}")
+        raise InputError(
+            f"privacy.unit=client: clients would send {more}, which the noise on updates does not cover. {way}"
+        )
     if config.secagg.enabled:
         raise InputError(f"secagg.enabled=true: {more} would be sent in the clear. {way}")
     robust = [name for name in config.strategy.names if registry.load("strategies", name).robust]
@@ -104,28 +120,40 @@ def refuse_uncovered(config: Config, fitted: bool, body: ServerBody) -> None:
     """Refuse what sample-level DP with an account for every task does not cover."""
     section, privacy = config.continual, config.privacy
     if privacy.records is not None:
-        raise InputError(f"privacy.records={privacy.records}: a sequence samples from the records of a task, whose "
-                         "number this does not give. Set privacy.records=null.")
+        raise InputError(
+            f"privacy.records={privacy.records}: a sequence samples from the records of a task, whose "
+            "number this does not give. Set privacy.records=null."
+        )
     if body.replays:
-        raise InputError(f"privacy.unit=sample: continual.body={section.body} shows earlier records again in later "
-                         "tasks, so their privacy loss would add up over all tasks. Take a body without replay.")
+        raise InputError(
+            f"privacy.unit=sample: continual.body={section.body} shows earlier records again in later "
+            "tasks, so their privacy loss would add up over all tasks. Take a body without replay."
+        )
     if body.sketches:
-        raise InputError(f"privacy.unit=sample: continual.body={section.body} sends sketches of records without noise. "
-                         f"{body.without_sketches}")
+        raise InputError(
+            f"privacy.unit=sample: continual.body={section.body} sends sketches of records without noise. "
+            f"{body.without_sketches}"
+        )
     if not fitted:
         return
     if not registry.load("heads", section.head).takes_noise:
         able = [name for name in registry.names("heads") if registry.load("heads", name).takes_noise]
-        raise InputError(f"privacy.unit=sample: continual.head={section.head} cannot be fitted on noised sums. Heads "
-                         f"that can: {', '.join(able)}, and linear, which needs none.")
+        raise InputError(
+            f"privacy.unit=sample: continual.head={section.head} cannot be fitted on noised sums. Heads "
+            f"that can: {', '.join(able)}, and linear, which needs none."
+        )
     if section.statistics_noise is None:
-        raise InputError(f"privacy.unit=sample: continual.head={section.head} is fitted on sums over records. Set "
-                         "continual.statistics_noise (their noise multiplier), or continual.head=linear.")
+        raise InputError(
+            f"privacy.unit=sample: continual.head={section.head} is fitted on sums over records. Set "
+            "continual.statistics_noise (their noise multiplier), or continual.head=linear."
+        )
     budget, sums = privacy.epsilon, sums_of_a_task(config)
     if budget is not None and (cost := composed(sums, privacy.delta, privacy.accountant)) >= budget:
-        raise InputError(f"privacy.epsilon={budget:g}: the sums for continual.head={section.head} cost {cost:.4g} of "
-                         "it for every task, and nothing is left for training. Raise it, or "
-                         f"continual.statistics_noise={section.statistics_noise:g}.")
+        raise InputError(
+            f"privacy.epsilon={budget:g}: the sums for continual.head={section.head} cost {cost:.4g} of "
+            "it for every task, and nothing is left for training. Raise it, or "
+            f"continual.statistics_noise={section.statistics_noise:g}."
+        )
 
 
 def sums_of_a_task(config: Config) -> tuple[Release, ...]:

@@ -56,19 +56,25 @@ class FederatedCoSO(ServerBody):
 
     def describe_sketch(self, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
         out = self.config.side == "out"
-        return {site: (len(adapter[f"{site}/B"]) if out else adapter[f"{site}/A"].shape[1], self.config.r2)
-                for site in adapter.lora_sites()}
+        return {
+            site: (len(adapter[f"{site}/B"]) if out else adapter[f"{site}/A"].shape[1], self.config.r2)
+            for site in adapter.lora_sites()
+        }
 
     def make_sketch(self, model: Adapted, data: Encoded) -> Tensors:
-        return {site: sketch.float() for site, sketch in
-                sketch_gradients(model, data, self.config.r2, self.config.side == "in").items()}
+        return {
+            site: sketch.float()
+            for site, sketch in sketch_gradients(model, data, self.config.r2, self.config.side == "in").items()
+        }
 
     def merge_sketches(self, sketches: list[Tensors], weights: list[float]) -> Tensors:
         """Each client's is weighted like its update; the sketches' errors add up."""
         # Roots, since Q Q^T is what the clients' weights are for.
         roots = [(weight / sum(weights)) ** 0.5 for weight in weights]
-        return {site: merge_sketches([Q[site].double() * root for Q, root in zip(sketches, roots, strict=True)])
-                for site in sketches[0]}
+        return {
+            site: merge_sketches([Q[site].double() * root for Q, root in zip(sketches, roots, strict=True)])
+            for site in sketches[0]
+        }
 
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         out, sketch = self.config.side == "out", sketches.get(NEW, {})
@@ -79,8 +85,9 @@ class FederatedCoSO(ServerBody):
             A, B = server.adapter[f"{site}/A"], server.adapter[f"{site}/B"]
             frozen = B if out else A.T
             if place.task > 0:
-                bases[site] = extended(bases.get(site), self._protected(old[site], bases.get(site)) if self.sketches
-                                       else frozen.double())
+                bases[site] = extended(
+                    bases.get(site), self._protected(old[site], bases.get(site)) if self.sketches else frozen.double()
+                )
                 kept[site + BASIS] = bases[site]
             P = self._basis(sketch.get(site), bases.get(site), frozen, seed, site, place.task)
             tensors[f"{site}/B"] = P if out else torch.zeros_like(B)

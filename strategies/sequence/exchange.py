@@ -21,9 +21,18 @@ Record = Callable[[dict[str, Any]], None]
 Answers = list[tuple[dict[str, Tensor], float]]
 
 
-def ask_for_sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: Rules, record: Record,
-                 number: int, what: str, view: str, adapter: AdapterState, form: dict[str, tuple[int, ...]]
-                 ) -> Answers:
+def ask_for_sums(
+    grid: Grid,
+    codec: wire.Packed,
+    sequence: TaskSequence,
+    rules: Rules,
+    record: Record,
+    number: int,
+    what: str,
+    view: str,
+    adapter: AdapterState,
+    form: dict[str, tuple[int, ...]],
+) -> Answers:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
     Args:
@@ -47,15 +56,35 @@ def ask_for_sums(grid: Grid, codec: wire.Packed, sequence: TaskSequence, rules: 
             names.append(client)
         except wire.BadReply as error:
             log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
-            record({"event": "sums_missing", "round": number, "task": task, "sums": what, "client": client,
-                    "reason": str(error)})
+            record(
+                {
+                    "event": "sums_missing",
+                    "round": number,
+                    "task": task,
+                    "sums": what,
+                    "client": client,
+                    "reason": str(error),
+                }
+            )
     needed = math.ceil(rules.quorum * len(roster))
     if len(found) < needed:
-        raise RoundFailed(f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="
-                          f"{rules.quorum} needs {needed}.")
+        raise RoundFailed(
+            f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="
+            f"{rules.quorum} needs {needed}."
+        )
     sent = sum(value.numel() * value.element_size() for tensors, _ in found for value in tensors.values())
-    record({"event": "sums", "round": number, "task": task, "sums": what, "view": view, "clients": names,
-            "bytes_up": sent, "bytes_down": adapter.nbytes * len(roster)})
+    record(
+        {
+            "event": "sums",
+            "round": number,
+            "task": task,
+            "sums": what,
+            "view": view,
+            "clients": names,
+            "bytes_up": sent,
+            "bytes_down": adapter.nbytes * len(roster),
+        }
+    )
     return found
 
 
@@ -67,8 +96,11 @@ def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tupl
     """
 
     def check(given: AdapterState) -> None:
-        if (given.tensors or {name: tuple(value.shape) for name, value in given.extra.items()} != form
-                or not all(value.dtype in (torch.float32, torch.float64) for value in given.extra.values())):
+        if (
+            given.tensors
+            or {name: tuple(value.shape) for name, value in given.extra.items()} != form
+            or not all(value.dtype in (torch.float32, torch.float64) for value in given.extra.values())
+        ):
             raise wire.BadReply("sums of another form than was asked for")
 
     content = wire.opened(reply)

@@ -56,9 +56,11 @@ class FederatedFactorCoSO(ServerBody):
         for site in adapter.lora_sites() if self.changes_A else ():
             r, n = adapter[f"{site}/A"].shape
             if tasks * r > n:
-                raise InputError(f"continual.side={self.config.side}: {tasks} tasks of rank {r} need {tasks * r} "
-                                 f"orthogonal rows, but {site} has {n} inputs. Lower adapter.r or continual.tasks (at "
-                                 f"most {n // r}), or set continual.side=out.")
+                raise InputError(
+                    f"continual.side={self.config.side}: {tasks} tasks of rank {r} need {tasks * r} "
+                    f"orthogonal rows, but {site} has {n} inputs. Lower adapter.r or continual.tasks (at "
+                    f"most {n // r}), or set continual.side=out."
+                )
 
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         inputs, outputs = self.config.side != "out", self.config.side != "in"
@@ -71,8 +73,12 @@ class FederatedFactorCoSO(ServerBody):
                 kept[site + COLUMNS] = extended(columns.get(site), leading(B, self.config.energy))
                 full = kept[site + COLUMNS].shape[1] / len(B)
                 if full > FULL:
-                    log.warning("factor_coso: %.0f %% of the output directions of %s are protected; it hardly learns "
-                                "any more. Lower continual.energy.", 100 * full, site)
+                    log.warning(
+                        "factor_coso: %.0f %% of the output directions of %s are protected; it hardly learns "
+                        "any more. Lower continual.energy.",
+                        100 * full,
+                        site,
+                    )
             if inputs:
                 if place.task > 0:
                     kept[site + ROWS] = extended(rows.get(site), A.T)
@@ -83,5 +89,6 @@ class FederatedFactorCoSO(ServerBody):
 
     def after(self, server: ServerState, place: Place) -> ServerState:
         columns = recall(server, COLUMNS)
-        return server.with_tensors({f"{site}/B": project(server.adapter[f"{site}/B"].double(), M)
-                                    for site, M in columns.items()})
+        return server.with_tensors(
+            {f"{site}/B": project(server.adapter[f"{site}/B"].double(), M) for site, M in columns.items()}
+        )

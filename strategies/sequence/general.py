@@ -77,12 +77,13 @@ class GeneralServerBody(ServerBody):
     def __init__(self, central: type[Body], **options: Any) -> None:
         super().__init__(central, **options)
         served = ("batch",) * central.replays + ("views",) * (central.merged is not Body.merged)
-        theirs = [name for name in STEPS
-                  if getattr(central, name) is not getattr(Body, name) and name not in served]
+        theirs = [name for name in STEPS if getattr(central, name) is not getattr(Body, name) and name not in served]
         if theirs:
-            raise InputError(f"continual.body: {central.__name__} says that a server can run it, but a federation has "
-                             f"no place for its {', '.join(theirs)}. Set `stays_central` to that reason, or register a "
-                             "half of its own in `server_bodies`.")
+            raise InputError(
+                f"continual.body: {central.__name__} says that a server can run it, but a federation has "
+                f"no place for its {', '.join(theirs)}. Set `stays_central` to that reason, or register a "
+                "half of its own in `server_bodies`."
+            )
         rests = not (central.moves_in(0) and central.moves_in(1))
         self.fixed = central.fixed_roles(self.config)
         self.fixes_factor = bool(self.fixed)
@@ -123,8 +124,9 @@ class GeneralServerBody(ServerBody):
         body.begin_task()
         strange = next((key for key in body.parameters if key not in server.adapter), None)
         if strange is not None:
-            raise InputError(f"continual.body: {self.central.__name__} trains {strange}, and clients train the "
-                             "adapter's B and A.")
+            raise InputError(
+                f"continual.body: {self.central.__name__} trains {strange}, and clients train the adapter's B and A."
+            )
         return self._close(server, body).with_tensors({key: value.detach() for key, value in body.parameters.items()})
 
     def after(self, server: ServerState, place: Place) -> ServerState:
@@ -168,8 +170,12 @@ class GeneralServerBody(ServerBody):
     def _close(self, server: ServerState, body: Body) -> ServerState:
         """The state with the body's memory; earlier pairs are in the base, and not kept twice."""
         others = {key: value for key, value in server.memory.items() if not key.startswith(MINE)}
-        kept = {f"{kind}/{key}": value for kind in KINDS for key, value in body.memory[kind].items()
-                if not key.startswith("past/")}
+        kept = {
+            f"{kind}/{key}": value
+            for kind in KINDS
+            for key, value in body.memory[kind].items()
+            if not key.startswith("past/")
+        }
         numbers = {NUMBERS: body.memory["numbers"]} if body.memory["numbers"] else {}
         return remember(replace(server, memory=others, numbers={**server.numbers, **numbers}), kept)
 
@@ -181,7 +187,9 @@ def bare(server: ServerState) -> ServerState:
 
 def in_base(server: ServerState, merged: AdapterState) -> ServerState:
     """The state whose base has a merged adapter's change and no other, while B is zero."""
-    changes = {site: (merged.sites[site].scaling * merged[f"{site}/B"].double(), merged[f"{site}/A"].double())
-               for site in merged.lora_sites()}
+    changes = {
+        site: (merged.sites[site].scaling * merged[f"{site}/B"].double(), merged[f"{site}/A"].double())
+        for site in merged.lora_sites()
+    }
     zero = {key: torch.zeros_like(value) for key, value in server.adapter.select(("B",)).tensors.items()}
     return with_change(bare(server), changes).with_tensors(zero)

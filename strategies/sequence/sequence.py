@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from fedpeft import registry
@@ -24,8 +25,9 @@ class TaskSequence(Wrapper):
         compete: "local", where the task's own classes compete in the loss, or "seen", all so far.
     """
 
-    def __init__(self, inner: FederatedStrategy, body: ServerBody, curriculum: Curriculum, compete: str, name: str
-                 ) -> None:
+    def __init__(
+        self, inner: FederatedStrategy, body: ServerBody, curriculum: Curriculum, compete: str, name: str
+    ) -> None:
         super().__init__(inner)
         self.body, self.curriculum, self.compete = body, curriculum, compete
         self.changes_base = self.inner.changes_base or body.folds
@@ -41,8 +43,12 @@ class TaskSequence(Wrapper):
         if self.body.changes_A:
             fresh = self.inner.initial(moved.adapter, self.context.seed)
             # The strategy's own memory anew, the body's as it is: what fits old factors means nothing in new ones.
-            moved = replace(moved, adapter=fresh.adapter, memory={**moved.memory, **fresh.memory},
-                            numbers={**moved.numbers, **fresh.numbers})
+            moved = replace(
+                moved,
+                adapter=fresh.adapter,
+                memory={**moved.memory, **fresh.memory},
+                numbers={**moved.numbers, **fresh.numbers},
+            )
         return replace(moved, numbers={**moved.numbers, TASK: task})
 
     def place(self, number: int) -> Place:
@@ -65,14 +71,24 @@ class TaskSequence(Wrapper):
         seen, classes = self.curriculum.seen(task), self.curriculum.classes(task)
         # With replay old records are in every batch, and their classes have to compete too.
         compete = seen if self.compete == "seen" or self.body.replays else classes
-        return Lesson(task, tuple(classes), tuple(seen), tuple(compete), self.body.replays,
-                      tuple(tuple(group) for group in self.curriculum.groups[: task + 1]))
+        return Lesson(
+            task,
+            tuple(classes),
+            tuple(seen),
+            tuple(compete),
+            self.body.replays,
+            tuple(tuple(group) for group in self.curriculum.groups[: task + 1]),
+        )
 
     def instructions(self, server: ServerState) -> Instructions:
         begun = self.begun(server)  # also after its last round, when clients evaluate
         begun = begun if begun >= 0 else self.curriculum.task(server.round + 1)
-        return replace(self.inner.instructions(server), trains=self.trained(server), uploads=self.uploads(server),
-                       learn=self.make_lesson(begun))
+        return replace(
+            self.inner.instructions(server),
+            trains=self.trained(server),
+            uploads=self.uploads(server),
+            learn=self.make_lesson(begun),
+        )
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         """The strategy's rule, and what the body does after it. Factors that nobody trained stay as they were."""
@@ -88,44 +104,68 @@ class TaskSequence(Wrapper):
         lacking = [role for role in self.body.needs if role not in self.trains]
         inside = innermost(self.inner)
         if lacking:
-            raise InputError(f"continual.body={name}: it needs clients that train {', '.join(lacking)}; strategy "
-                             f"{name_of(inside)} trains {', '.join(self.trains)}. {self.body.without_needs}".rstrip())
+            raise InputError(
+                f"continual.body={name}: it needs clients that train {', '.join(lacking)}; strategy "
+                f"{name_of(inside)} trains {', '.join(self.trains)}. {self.body.without_needs}".rstrip()
+            )
         if self.body.fixes_factor and not inside.takes_fixed_factor:
-            able = [other for other in registry.names("strategies")
-                    if registry.load("strategies", other).takes_fixed_factor]
-            raise InputError(f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
-                             f"{name_of(inside)} cannot do. Strategies that can: {', '.join(able)}.")
+            raise InputError(
+                f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
+                f"{name_of(inside)} cannot do. Strategies that can: "
+                f"{self._able(lambda cls: cls.takes_fixed_factor)}."
+            )
         if self.body.needs_still_base and self.inner.changes_base:
-            able = [other for other in registry.names("strategies") if (cls := registry.load("strategies", other))
-                    and cls.adapter == self.adapter and not (cls.changes_base or cls.keeps or cls.wraps)]
-            raise InputError(f"continual.body={name}: what a task trains must stay in the factors, but strategy "
-                             f"{name_of(inside)} moves it into the base in every round. Strategies that do not: "
-                             f"{', '.join(able)}.")
+            raise InputError(
+                f"continual.body={name}: what a task trains must stay in the factors, but strategy "
+                f"{name_of(inside)} moves it into the base in every round. Strategies that do not: "
+                f"{self._able(lambda cls: not cls.changes_base)}."
+            )
         if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
-            able = [other for other in registry.names("strategies") if (cls := registry.load("strategies", other))
-                    and cls.fixed_basis and cls.adapter == self.adapter
-                    and not (cls.changes_base or cls.keeps or cls.wraps)]
-            raise InputError(f"continual.body={name}: it averages the factors over rounds, but strategy "
-                             f"{name_of(inside)} gives them new coordinates, or another base, in every round. "
-                             f"Strategies that do not: {', '.join(able)}.")
-        if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
-            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
-            way = "Set continual.frozen_rounds=0" if hasattr(self.body.config, "frozen_rounds") else (
-                f"Take {name_of(needing)} out of strategy.wrap")
-            raise InputError(f"continual.body={name}: some rounds train the head alone, which the "
-                             f"{needing.client_half.sends} of {name_of(needing)} cannot. {way}.")
-        if self.plain_sgd and self.body.changes_A:  # those that clients keep are of the last task's coordinates
-            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
-            raise InputError(f"continual.body={name}: every task has new factors, in which the "
-                             f"{needing.client_half.sends} of {name_of(needing)} from the last task mean nothing. Take "
-                             f"{name_of(needing)} out of strategy.wrap.")
+            raise InputError(
+                f"continual.body={name}: it averages the factors over rounds, but strategy "
+                f"{name_of(inside)} gives them new coordinates, or another base, in every round. "
+                f"Strategies that do not: {self._able(lambda cls: cls.fixed_basis and not cls.changes_base)}."
+            )
+        self._require_gradients(name)
         if self.keeps:
-            raise InputError(f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
-                             "each client, so there is no one model whose tasks could be counted.")
+            raise InputError(
+                f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
+                "each client, so there is no one model whose tasks could be counted."
+            )
         transport = getattr(inside.config, "transport", "dense")
         if self.body.changes_A and transport != "dense":
-            raise InputError(f"strategy.transport={transport}: continual.body={name} chooses new factors for "
-                             "every task, which clients cannot draw from the run's seed. Set strategy.transport=dense.")
+            raise InputError(
+                f"strategy.transport={transport}: continual.body={name} chooses new factors for "
+                "every task, which clients cannot draw from the run's seed. Set strategy.transport=dense."
+            )
+
+    def _require_gradients(self, name: str) -> None:
+        """Refuse a wrapper that offsets gradients where the body leaves it none, or none that go on."""
+        if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
+            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            way = (
+                "Set continual.frozen_rounds=0"
+                if hasattr(self.body.config, "frozen_rounds")
+                else (f"Take {name_of(needing)} out of strategy.wrap")
+            )
+            raise InputError(
+                f"continual.body={name}: some rounds train the head alone, which the "
+                f"{needing.client_half.sends} of {name_of(needing)} cannot. {way}."
+            )
+        if self.plain_sgd and self.body.changes_A:  # those that clients keep are of the last task's coordinates
+            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            raise InputError(
+                f"continual.body={name}: every task has new factors, in which the "
+                f"{needing.client_half.sends} of {name_of(needing)} from the last task mean nothing. Take "
+                f"{name_of(needing)} out of strategy.wrap."
+            )
+
+    def _able(self, fits: Callable[[type[FederatedStrategy]], bool]) -> str:
+        """Names of strategies that fit and, like this one, leave nothing with clients and work on its adapter."""
+        found = [(name, registry.load("strategies", name)) for name in registry.names("strategies")]
+        return ", ".join(
+            name for name, cls in found if fits(cls) and cls.adapter == self.adapter and not (cls.keeps or cls.wraps)
+        )
 
 
 def find_sequence(strategy: FederatedStrategy) -> TaskSequence | None:

@@ -50,15 +50,23 @@ class ATPClient(ClientHalf):
         deployed, rates = deploy(visit.model), received_rates(visit.received)
         names = {name: key for key, name in names_at(visit.model, deployed, rates).items()}
         options = self.strategy.config
-        learned = TestTimeATP(deployed).learn({name: rates[key] for name, key in names.items()}, visit.data,
-                                              options.lr, options.epochs, options.batch_size, options.scale,
-                                              visit.seed)
+        learned = TestTimeATP(deployed).learn(
+            {name: rates[key] for name, key in names.items()},
+            visit.data,
+            options.lr,
+            options.epochs,
+            options.batch_size,
+            options.scale,
+            visit.seed,
+        )
         visit.model.write(visit.start.replace(trained))
-        return {f"{RATES}{names[name]}": torch.tensor([value], dtype=torch.float32)
-                for name, value in learned.items()}, {}
+        return {
+            f"{RATES}{names[name]}": torch.tensor([value], dtype=torch.float32) for name, value in learned.items()
+        }, {}
 
-    def equip(self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState,
-              data: Encoded) -> bool:
+    def equip(
+        self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState, data: Encoded
+    ) -> bool:
         if not isinstance(method, TestTimeATP):
             return False
         rates = received_rates(received)
@@ -95,8 +103,10 @@ class ATP(Wrapper):
 
     def _rates(self, server: ServerState) -> dict[str, Tensor]:
         """a of every trained tensor [1], zero before the first round."""
-        return {f"{RATES}{key}": server.memory.get(f"{RATES}{key}", torch.zeros(1, dtype=torch.float64))
-                for key in server.adapter.select(self.trains).tensors}
+        return {
+            f"{RATES}{key}": server.memory.get(f"{RATES}{key}", torch.zeros(1, dtype=torch.float64))
+            for key in server.adapter.select(self.trains).tensors
+        }
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)

@@ -106,8 +106,9 @@ class ClientDP(Wrapper):
             return privacy.noise_multiplier
         if privacy.epsilon is None:
             raise InputError("privacy.epsilon=null and privacy.noise_multiplier=null: give exactly one.")
-        return accounting.noise_multiplier(self.sample_rate, privacy.epsilon, self.rounds, privacy.delta,
-                                           privacy.accountant)
+        return accounting.noise_multiplier(
+            self.sample_rate, privacy.epsilon, self.rounds, privacy.delta, privacy.accountant
+        )
 
     @property
     def count_noise(self) -> float:
@@ -152,8 +153,11 @@ class ClientDP(Wrapper):
                 # Kept before it is counted: after a kill in between the very same bits are taken up and counted.
                 releases.write(kept, server.adapter, *found, history=2 * self.run_config.checkpoint_every + 1)
         else:
-            log.warning("round %d was released before the process ended: that release stands, and what clients sent "
-                        "now is not used", number)
+            log.warning(
+                "round %d was released before the process ended: that release stands, and what clients sent "
+                "now is not used",
+                number,
+            )
         # Also one that was taken up: the kill may have come before the ledger, which counts a name once.
         self._reserve(number, self.noise_multiplier, releases.name(*found))
         return found
@@ -185,12 +189,16 @@ class ClientDP(Wrapper):
         path = self.context.ledger
         if path is None:
             if not self._warned:
-                log.warning("client-level privacy without a ledger: releases of repeated or restarted rounds are not "
-                            "counted. Give the strategy's context a `ledger`, a file.")
+                log.warning(
+                    "client-level privacy without a ledger: releases of repeated or restarted rounds are not "
+                    "counted. Give the strategy's context a `ledger`, a file."
+                )
                 self._warned = True
             if privacy.epsilon is not None and number > self.rounds:
-                raise RoundFailed(f"round {number}: budget exhausted: privacy.epsilon={privacy.epsilon:g} is for "
-                                  f"{self.rounds} rounds.")
+                raise RoundFailed(
+                    f"round {number}: budget exhausted: privacy.epsilon={privacy.epsilon:g} is for "
+                    f"{self.rounds} rounds."
+                )
             return
         budget = Budget(privacy.epsilon or math.inf, privacy.delta, privacy.accountant)
         plan = None if privacy.epsilon is None else (self.sample_rate, z, self.rounds)
@@ -212,23 +220,35 @@ class ClientDP(Wrapper):
         """Epsilon of all that the ledger holds."""
         return Ledger(ledger).spent(self.privacy.delta, self.privacy.accountant)
 
-    def conclude(self, server: ServerState, updates: list[Update], bad: dict[str, str], rules: Rules,
-                 record: Callable[[dict[str, Any]], None]) -> tuple[ServerState, dict[str, Any]]:
+    def conclude(
+        self,
+        server: ServerState,
+        updates: list[Update],
+        bad: dict[str, str],
+        rules: Rules,
+        record: Callable[[dict[str, Any]], None],
+    ) -> tuple[ServerState, dict[str, Any]]:
         """The round as always; the clients' metrics stay out of its event, what was spent goes in."""
         if not self.privacy.release_metrics:
             updates = [replace(update, metrics={}) for update in updates]
         after, event = super().conclude(server, updates, bad, rules, record)
         # The clip of the state before: the one that this round used.
-        return after, {**event, "epsilon_max": self.spent(after.round), "clip": self.clip(server),
-                       "noise_multiplier": self.noise_multiplier}
+        return after, {
+            **event,
+            "epsilon_max": self.spent(after.round),
+            "clip": self.clip(server),
+            "noise_multiplier": self.noise_multiplier,
+        }
 
     def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
         """Nothing: the server sees single updates, and the guarantee does not cover what it says of them."""
         return {}
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
-        raise InputError("client_dp accounts for the rounds of a run; finished adapters have no rounds. "
-                         f"Aggregate them with {name_of(innermost(self))}, without privacy.")
+        raise InputError(
+            "client_dp accounts for the rounds of a run; finished adapters have no rounds. "
+            f"Aggregate them with {name_of(innermost(self))}, without privacy."
+        )
 
 
 def sum_changes(start: AdapterState, updates: list[Update], clip: float) -> tuple[Tensor, float]:
@@ -238,8 +258,9 @@ def sum_changes(start: AdapterState, updates: list[Update], clip: float) -> tupl
     """
     total, unclipped = torch.zeros(start.parameters, dtype=torch.float64), 0.0
     for update in updates:
-        change = torch.cat([(update.adapter[key].double() - value.double()).flatten()
-                            for key, value in start.tensors.items()])
+        change = torch.cat(
+            [(update.adapter[key].double() - value.double()).flatten() for key, value in start.tensors.items()]
+        )
         # Float64 needs no room for rounding.
         total += clipped_sum(change[None], clip, slack=0.0)
         # NaN is not <= clip, and so counts as clipped.
@@ -250,8 +271,10 @@ def sum_changes(start: AdapterState, updates: list[Update], clip: float) -> tupl
 def _moved(start: AdapterState, change: Tensor) -> AdapterState:
     """`start` in float64, moved by one flat vector."""
     parts = change.split([value.numel() for value in start.tensors.values()])
-    tensors = {key: value.double() + part.reshape(value.shape)
-               for (key, value), part in zip(start.tensors.items(), parts, strict=True)}
+    tensors = {
+        key: value.double() + part.reshape(value.shape)
+        for (key, value), part in zip(start.tensors.items(), parts, strict=True)
+    }
     return AdapterState(tensors, start.sites)
 
 
@@ -263,9 +286,11 @@ def sum_multiplier(z: float, count_noise: float) -> float:
     """
     rest = z**-2 - (2 * count_noise) ** -2
     if rest <= 0:
-        raise InputError(f"privacy.clip_count_noise={count_noise:g} is too small for the noise multiplier {z:.6g}: it "
-                         f"must be above {z / 2:.6g}. Set it (its default is clients a round / 20), take more clients "
-                         "a round, or set privacy.adaptive_clip=false.")
+        raise InputError(
+            f"privacy.clip_count_noise={count_noise:g} is too small for the noise multiplier {z:.6g}: it "
+            f"must be above {z / 2:.6g}. Set it (its default is clients a round / 20), take more clients "
+            "a round, or set privacy.adaptive_clip=false."
+        )
     return float(rest**-0.5)
 
 
@@ -276,8 +301,10 @@ def check(config: Config) -> None:
         return
     checks.require_covered(config)
     if data.clients is not None and privacy.delta >= 1 / data.clients:
-        raise InputError(f"privacy.delta={privacy.delta:g} must be below 1 / data.clients = {1 / data.clients:g}: at "
-                         "that delta a whole client may be published.")
+        raise InputError(
+            f"privacy.delta={privacy.delta:g} must be below 1 / data.clients = {1 / data.clients:g}: at "
+            "that delta a whole client may be published."
+        )
     strategy = build(config)
     if privacy.adaptive_clip and isinstance(strategy, ClientDP):
         sum_multiplier(strategy.noise_multiplier, strategy.count_noise)
@@ -291,12 +318,16 @@ def _require_sum(inner: FederatedStrategy) -> None:
     for layer in layers:
         problem = _problem(type(layer))
         if problem:
-            fits = [name for name in registry.names("strategies")
-                    if (cls := registry.load("strategies", name)).wraps == type(layer).wraps
-                    and not _problem(cls)]
+            fits = [
+                name
+                for name in registry.names("strategies")
+                if (cls := registry.load("strategies", name)).wraps == type(layer).wraps and not _problem(cls)
+            ]
             key = "strategy.wrap" if type(layer).wraps else "strategy.name"
-            raise InputError(f"{key}: {name_of(layer)} {problem}, so privacy.unit=client cannot protect it. Allowed: "
-                             f"{', '.join(fits)}.")
+            raise InputError(
+                f"{key}: {name_of(layer)} {problem}, so privacy.unit=client cannot protect it. Allowed: "
+                f"{', '.join(fits)}."
+            )
 
 
 def _problem(cls: type[FederatedStrategy]) -> str | None:
@@ -314,20 +345,25 @@ def describe(strategy: ClientDP) -> str:
     privacy, q = strategy.privacy, strategy.sample_rate
     z = strategy.noise_multiplier
     epsilon = accounting.composed(((q, z, strategy.rounds),), privacy.delta, privacy.accountant)
-    sampling = (f"each client joins a round with probability {q:g}; who joined must stay with the server"
-                if privacy.client_sampling == "poisson" else "a fixed number of clients a round, no amplification")
+    sampling = (
+        f"each client joins a round with probability {q:g}; who joined must stay with the server"
+        if privacy.client_sampling == "poisson"
+        else "a fixed number of clients a round, no amplification"
+    )
     ledger = strategy.context.ledger
     spent = f"; spent so far {strategy.spent_in_all(ledger):.4g}" if ledger is not None else ""
     private = privacy.randomness == "os"
-    return "\n".join([
-        f"client-level differential privacy: epsilon={epsilon:.4g} at delta={privacy.delta:g} after {strategy.rounds} "
-        f"rounds ({privacy.accountant}){spent}",
-        "protects: all data of one client, added or removed (a removed client's turn stays empty)",
-        "from whom: everyone who sees the released models only; the server is trusted and sees every update",
-        f"mechanism: updates clipped to {privacy.clip:g}{' at first' if privacy.adaptive_clip else ''}, noise "
-        f"multiplier {z:.4g} on their sum, divided by {strategy.cohort}; {sampling}",
-        "not covered: who took part, failures and logs of the server"
-        + (", metrics that clients send" if privacy.release_metrics else "")
-        + (", what stays with each client" if strategy.keeps else ""),
-        "noise: from the operating system" if private else "noise: seeded, so reproducible, not private",
-    ])
+    return "\n".join(
+        [
+            f"client-level differential privacy: epsilon={epsilon:.4g} at delta={privacy.delta:g} after "
+            f"{strategy.rounds} rounds ({privacy.accountant}){spent}",
+            "protects: all data of one client, added or removed (a removed client's turn stays empty)",
+            "from whom: everyone who sees the released models only; the server is trusted and sees every update",
+            f"mechanism: updates clipped to {privacy.clip:g}{' at first' if privacy.adaptive_clip else ''}, noise "
+            f"multiplier {z:.4g} on their sum, divided by {strategy.cohort}; {sampling}",
+            "not covered: who took part, failures and logs of the server"
+            + (", metrics that clients send" if privacy.release_metrics else "")
+            + (", what stays with each client" if strategy.keeps else ""),
+            "noise: from the operating system" if private else "noise: seeded, so reproducible, not private",
+        ]
+    )

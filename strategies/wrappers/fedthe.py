@@ -48,8 +48,9 @@ class FedTHEClient(ClientHalf):
         visit.model.write(visit.start.replace(trained))
         return {FEATURES: mean_feature(deploy(visit.model), visit.data).cpu()}, {}
 
-    def equip(self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState,
-              data: Encoded) -> bool:
+    def equip(
+        self, method: TTAMethod, model: Adapted, deployed: Deployed, received: AdapterState, data: Encoded
+    ) -> bool:
         if not isinstance(method, TestTimeFedTHE):
             return False
         method.receive(data, received.extra[FEATURES])
@@ -88,8 +89,10 @@ def width(adapter: AdapterState) -> int:
     """
     found = {value.shape[-1] for key, value in adapter.select(("head",)).tensors.items() if key.endswith("/weight")}
     if len(found) != 1:
-        raise InputError(f"fedthe: the layers of the head take {sorted(found) or 'no'} numbers; it needs a head that "
-                         "all clients train, with layers of one width.")
+        raise InputError(
+            f"fedthe: the layers of the head take {sorted(found) or 'no'} numbers; it needs a head that "
+            "all clients train, with layers of one width."
+        )
     return found.pop()
 
 
@@ -99,16 +102,24 @@ def check(config: configs.Config) -> None:
         return
     keeps = build(config).keeps
     if "head" in keeps:
-        raise InputError("strategy.wrap: fedthe mixes a personal with the global head, but "
-                         f"{config.strategy.name} leaves {', '.join(keeps)} with each client, so there is no global "
-                         "one.")
+        raise InputError(
+            "strategy.wrap: fedthe mixes a personal with the global head, but "
+            f"{config.strategy.name} leaves {', '.join(keeps)} with each client, so there is no global "
+            "one."
+        )
     if not load_objective(config.model.task).classes or not config.adapter.train_head:
-        raise InputError(f"strategy.wrap: fedthe needs a head that the clients train; model.task={config.model.task}, "
-                         f"adapter.train_head={str(config.adapter.train_head).lower()} has none.")
+        raise InputError(
+            f"strategy.wrap: fedthe needs a head that the clients train; model.task={config.model.task}, "
+            f"adapter.train_head={str(config.adapter.train_head).lower()} has none."
+        )
     if config.continual.body is not None:
-        raise InputError(f"strategy.wrap: fedthe's mean features are those of one task, and continual.body="
-                         f"{config.continual.body} learns a sequence. Set continual.body=null, or take fedthe out.")
+        raise InputError(
+            f"strategy.wrap: fedthe's mean features are those of one task, and continual.body="
+            f"{config.continual.body} learns a sequence. Set continual.body=null, or take fedthe out."
+        )
     if config.secagg.enabled:
-        raise InputError("secagg.enabled=true: secagg.clip bounds changes of an adapter, and fedthe's mean features, "
-                         "which are summed beside them, may be larger. Set secagg.enabled=false, or take fedthe out "
-                         "of strategy.wrap.")
+        raise InputError(
+            "secagg.enabled=true: secagg.clip bounds changes of an adapter, and fedthe's mean features, "
+            "which are summed beside them, may be larger. Set secagg.enabled=false, or take fedthe out "
+            "of strategy.wrap."
+        )

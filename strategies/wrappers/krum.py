@@ -47,16 +47,21 @@ class Krum(Wrapper):
         byzantine, keep = self.config.byzantine, self.config.keep
         least = max(byzantine + 3, keep)
         if count < least:
-            raise InputError(f"strategy.wrap: krum with byzantine={byzantine} and keep={keep} needs at least {least} "
-                             f"updates (byzantine + 3, and keep), got {count}. Ask more clients, or lower "
-                             "byzantine or keep.")
+            raise InputError(
+                f"strategy.wrap: krum with byzantine={byzantine} and keep={keep} needs at least {least} "
+                f"updates (byzantine + 3, and keep), got {count}. Ask more clients, or lower "
+                "byzantine or keep."
+            )
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         self.require_clients(len(updates))
         count = len(updates)
         if count < 2 * self.config.byzantine + 3:
-            log.warning("krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold", count,
-                        2 * self.config.byzantine + 3)
+            log.warning(
+                "krum: %d updates are below 2 f + 3 = %d; the paper's guarantee does not hold",
+                count,
+                2 * self.config.byzantine + 3,
+            )
         require_equal_shapes(updates, "krum")
         beside = names_that_add_up(self.inner, server)
         points = torch.stack([flattened(update, beside) for update in updates])

@@ -44,10 +44,15 @@ class NormClip(Wrapper):
         beside = names_that_add_up(self.inner, server)
         norms = torch.stack([self._move(server, update, beside).norm() for update in updates])
         bound = float(median(norms)) if self.config.bound is None else self.config.bound
-        self.treated = {update.client: f"clipped to {100 * bound / norm:.3g} % of its length"
-                        for update, norm in zip(updates, norms.tolist(), strict=True) if norm > bound}
-        return [self._shortened(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)
-                for update, norm in zip(updates, norms.tolist(), strict=True)]
+        self.treated = {
+            update.client: f"clipped to {100 * bound / norm:.3g} % of its length"
+            for update, norm in zip(updates, norms.tolist(), strict=True)
+            if norm > bound
+        }
+        return [
+            self._shortened(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)
+            for update, norm in zip(updates, norms.tolist(), strict=True)
+        ]
 
     def _move(self, server: ServerState, update: Update, beside: set[str]) -> Tensor:
         """The update minus what was sent, and what adds up beside it, as one float64 vector.
@@ -58,17 +63,22 @@ class NormClip(Wrapper):
         sent = self.broadcast(server, update.client)
         for key, value in update.adapter.tensors.items():
             if sent[key].shape != value.shape:
-                raise InputError(f"strategy.wrap: norm_clip: {update.client} was sent {key} as {list(sent[key].shape)} "
-                                 f"and gives {list(value.shape)}.")
-        moved = update.adapter.replace({key: value.double() - sent[key].double()
-                                        for key, value in update.adapter.tensors.items()})
+                raise InputError(
+                    f"strategy.wrap: norm_clip: {update.client} was sent {key} as {list(sent[key].shape)} "
+                    f"and gives {list(value.shape)}."
+                )
+        moved = update.adapter.replace(
+            {key: value.double() - sent[key].double() for key, value in update.adapter.tensors.items()}
+        )
         return flattened(replace(update, adapter=moved), beside)
 
     def _shortened(self, server: ServerState, update: Update, beside: set[str], back: float) -> Update:
         """The update, moved back to what was sent by this share of its way."""
         sent, adapter = self.broadcast(server, update.client), update.adapter
-        tensors = {key: value.double() - back * (value.double() - sent[key].double())
-                   for key, value in adapter.tensors.items()}
-        extra = {name: value.double() * (1 - back) if name in beside else value
-                 for name, value in adapter.extra.items()}
+        tensors = {
+            key: value.double() - back * (value.double() - sent[key].double()) for key, value in adapter.tensors.items()
+        }
+        extra = {
+            name: value.double() * (1 - back) if name in beside else value for name, value in adapter.extra.items()
+        }
         return replace(update, adapter=replace(adapter, tensors=tensors, extra=extra))

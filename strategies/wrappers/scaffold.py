@@ -57,8 +57,11 @@ class ScaffoldClient(ClientHalf):
 
 def _known(visit: Visit) -> Tensors:
     """c_k, zero before the client's first round."""
-    return {name: visit.kept.get(name, torch.zeros_like(value)) for name, value in visit.received.extra.items()
-            if name.startswith(CONTROL)}
+    return {
+        name: visit.kept.get(name, torch.zeros_like(value))
+        for name, value in visit.received.extra.items()
+        if name.startswith(CONTROL)
+    }
 
 
 class Scaffold(Wrapper):
@@ -76,19 +79,25 @@ class Scaffold(Wrapper):
         super().__init__(inner, **options)
         require_fixed_basis(self)
         if self.keeps:
-            raise InputError("strategy.wrap: scaffold steers every client towards one global model, but "
-                             f"{name_of(innermost(self))} leaves {', '.join(self.keeps)} with each client.")
+            raise InputError(
+                "strategy.wrap: scaffold steers every client towards one global model, but "
+                f"{name_of(innermost(self))} leaves {', '.join(self.keeps)} with each client."
+            )
         self.unequal_ranks = False
 
     def _controls(self, server: ServerState) -> dict[str, Tensor]:
         """c of every tensor that clients send back this round; zero before its first update."""
         shared = server.adapter.select(self.inner.uploads(server)).tensors
-        return {f"{CONTROL}{key}": server.memory.get(f"{CONTROL}{key}", torch.zeros_like(value, dtype=torch.float64))
-                for key, value in shared.items()}
+        return {
+            f"{CONTROL}{key}": server.memory.get(f"{CONTROL}{key}", torch.zeros_like(value, dtype=torch.float64))
+            for key, value in shared.items()
+        }
 
     def extra(self, server: ServerState) -> dict[str, Tensor]:
-        return {name: value.to(server.adapter[name.removeprefix(CONTROL)].dtype)
-                for name, value in self._controls(server).items()}
+        return {
+            name: value.to(server.adapter[name.removeprefix(CONTROL)].dtype)
+            for name, value in self._controls(server).items()
+        }
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         if self.context.population is None:
@@ -96,16 +105,21 @@ class Scaffold(Wrapper):
         updates = same_scale(server, updates)
         after = self.inner.aggregate(server, updates)
         old = server.adapter.select(self.inner.uploads(server)).tensors
-        stepped = {key: torch.lerp(value.double(), after.adapter[key].double(), self.config.server_lr)
-                   for key, value in old.items()}
+        stepped = {
+            key: torch.lerp(value.double(), after.adapter[key].double(), self.config.server_lr)
+            for key, value in old.items()
+        }
         memory = dict(after.memory)
         for name, value in self._controls(server).items():
-            total = sum((update.count * update.adapter.extra[name].double() for update in updates),
-                        torch.zeros_like(value))
+            total = sum(
+                (update.count * update.adapter.extra[name].double() for update in updates), torch.zeros_like(value)
+            )
             # By all clients, not by those of the round: the others' controls have not moved.
             memory[name] = value + total / self.context.population
         return replace(after.with_tensors(stepped), memory=memory)
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
-        raise InputError("scaffold corrects local steps during a run; finished adapters have no control variates. "
-                         f"Aggregate them with {name_of(innermost(self))}.")
+        raise InputError(
+            "scaffold corrects local steps during a run; finished adapters have no control variates. "
+            f"Aggregate them with {name_of(innermost(self))}."
+        )

@@ -48,14 +48,17 @@ class TrimmedMean(Wrapper):
         """Raise InputError if nothing would be trimmed of a round of this many updates; fraction 0 asks for that."""
         if self.fraction and int(self.fraction * count) < 1:
             least = next(number for number in itertools.count(count + 1) if int(self.fraction * number))
-            raise InputError(f"strategy.wrap: trimmed_mean with fraction={self.fraction:g} trims nothing of {count} "
-                             f"updates (floor(fraction n) = 0); it needs at least {least}. Ask more clients, or raise "
-                             "fraction.")
+            raise InputError(
+                f"strategy.wrap: trimmed_mean with fraction={self.fraction:g} trims nothing of {count} "
+                f"updates (floor(fraction n) = 0); it needs at least {least}. Ask more clients, or raise "
+                "fraction."
+            )
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         cut = int(self.fraction * len(updates))
         if self.fraction and not cut:
-            log.warning("trimmed_mean: fraction=%g of %d updates is none, nothing is trimmed", self.fraction,
-                        len(updates))
+            log.warning(
+                "trimmed_mean: fraction=%g of %d updates is none, nothing is trimmed", self.fraction, len(updates)
+            )
         one, self.treated = merged(updates, cut, "trimmed_mean")
         return one

@@ -1,9 +1,9 @@
 """A strategy around another one: it changes what clients do or what is aggregated, and leaves the rule to `inner`.
 
-    >>> from fedpeft.strategies.wrappers.median import Median
-    >>> from fedpeft.strategies.rules.ffa_lora import FFALoRA
-    >>> type(Median().inner).__name__, Median(FFALoRA()).trains
-    ('FedIT', ('B', 'head'))
+>>> from fedpeft.strategies.wrappers.median import Median
+>>> from fedpeft.strategies.rules.ffa_lora import FFALoRA
+>>> type(Median().inner).__name__, Median(FFALoRA()).trains
+('FedIT', ('B', 'head'))
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Wrapper(FederatedStrategy):
 
     wraps: ClassVar[bool] = True
 
-    def __init__(self, inner: FederatedStrategy | None = None, *, context: RunContext = RunContext(), **options: Any
-                 ) -> None:
+    def __init__(
+        self, inner: FederatedStrategy | None = None, *, context: RunContext = RunContext(), **options: Any
+    ) -> None:
         fedit = registry.load("strategies", "fedit")
         self.inner: FederatedStrategy = fedit(context=context) if inner is None else inner
         super().__init__(context=self.inner.context, **options)
@@ -96,9 +97,11 @@ def require_fixed_basis(wrapper: Wrapper) -> None:
     """Raise InputError if the inner strategy changes what coordinates mean between rounds."""
     if not wrapper.fixed_basis:
         able = [name for name in registry.names("strategies") if _keeps_basis(registry.load("strategies", name))]
-        raise InputError(f"strategy.wrap: {name_of(wrapper)} carries a value per coordinate from round to round, but "
-                         f"{name_of(innermost(wrapper))} changes what the coordinates mean (new factors or a moved "
-                         f"base). Strategies with a fixed basis: {', '.join(able)}.")
+        raise InputError(
+            f"strategy.wrap: {name_of(wrapper)} carries a value per coordinate from round to round, but "
+            f"{name_of(innermost(wrapper))} changes what the coordinates mean (new factors or a moved "
+            f"base). Strategies with a fixed basis: {', '.join(able)}."
+        )
 
 
 def _keeps_basis(cls: type[FederatedStrategy]) -> bool:
@@ -127,10 +130,21 @@ def merged(updates: list[Update], cut: int, name: str) -> tuple[list[Update], di
         differ += int((ordered[0] != ordered[-1]).sum())
     shares = (outside / max(differ, 1)).tolist()
     limit = (1 + 2 * cut / count) / 2
-    return ([Update(name, sum(update.weight for update in updates), AdapterState(tensors, first.sites, extra),
-                    count=sum(update.count for update in updates))],
-            {update.client: f"trimmed in {100 * share:.0f} % of its values"
-             for update, share in zip(updates, shares, strict=True) if cut and share > limit})
+    return (
+        [
+            Update(
+                name,
+                sum(update.weight for update in updates),
+                AdapterState(tensors, first.sites, extra),
+                count=sum(update.count for update in updates),
+            )
+        ],
+        {
+            update.client: f"trimmed in {100 * share:.0f} % of its values"
+            for update, share in zip(updates, shares, strict=True)
+            if cut and share > limit
+        },
+    )
 
 
 def _middle(values: list[Tensor], cut: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,9 +161,11 @@ def require_equal_shapes(updates: list[Update], name: str) -> None:
         for key in sorted({*first.adapter.tensors, *update.adapter.tensors}):
             shapes = [list(one.adapter[key].shape) if key in one.adapter else "nothing" for one in (first, update)]
             if shapes[0] != shapes[1]:
-                raise InputError(f"strategy.wrap: {name} compares updates coordinate by coordinate, but {key} is "
-                                 f"{shapes[0]} from {first.client} and {shapes[1]} from {update.client}. "
-                                 "Use equal ranks (adapter.client_ranks=null).")
+                raise InputError(
+                    f"strategy.wrap: {name} compares updates coordinate by coordinate, but {key} is "
+                    f"{shapes[0]} from {first.client} and {shapes[1]} from {update.client}. "
+                    "Use equal ranks (adapter.client_ranks=null)."
+                )
 
 
 def flattened(update: Update, beside: Collection[str] = ()) -> Tensor:

@@ -57,12 +57,22 @@ def run(stream: str, seed: int, name: str) -> Found:
     if name == "probe":
         heads |= {"ncm": {}, "ranpac": {"features": 500}}
     body, options = RUNS[name]
-    made = Learner(given.stream, Plastic(given.base, given.layers), body, heads,
-                   TrainConfig(epochs=10, batch_size=32, lr=4e-3, head_lr=5e-3, temperature=3.0), seed, options).run()
+    made = Learner(
+        given.stream,
+        Plastic(given.base, given.layers),
+        body,
+        heads,
+        TrainConfig(epochs=10, batch_size=32, lr=4e-3, head_lr=5e-3, temperature=3.0),
+        seed,
+        options,
+    ).run()
     tests = [len(task.test) for task in given.stream.tasks]
     values = {head: summary(right, tests)["values"] for head, right in made.right.items()}
-    return Found({head: 100 * found["acc_micro"] for head, found in values.items()},
-                 100 * values["linear"]["forgetting_ge0"], alone(made))
+    return Found(
+        {head: 100 * found["acc_micro"] for head, found in values.items()},
+        100 * values["linear"]["forgetting_ge0"],
+        alone(made),
+    )
 
 
 @torch.no_grad()
@@ -70,8 +80,11 @@ def alone(made: Learner) -> dict[str, float]:
     """Last accuracy of the trained classifier on each view's features, without the other view."""
     found = {}
     for name, change in made.body.views().items():
-        answers = [only(made.classifier(made.model.features(task.test.inputs, change)), made.body.seen).argmax(-1)
-                   == task.test.labels for task in made.stream.tasks]
+        answers = [
+            only(made.classifier(made.model.features(task.test.inputs, change)), made.body.seen).argmax(-1)
+            == task.test.labels
+            for task in made.stream.tasks
+        ]
         found[name] = 100 * float(torch.cat(answers).double().mean())
     return found
 
@@ -152,7 +165,8 @@ def test_without_the_frozen_phase_the_offline_expert_is_the_better_one_on_signal
 @pytest.mark.parametrize("stream", STREAMS)
 def test_body_and_head_are_separable(stream):
     """One LDA head, kept up as sums, on features of four bodies: what moves less leaves old means valid for longer."""
-    frozen, inputs, off, ft = (mean([run(stream, seed, name).accuracy["lda"] for seed in SEEDS])
-                               for name in ("probe", "in", "off", "ft"))
+    frozen, inputs, off, ft = (
+        mean([run(stream, seed, name).accuracy["lda"] for seed in SEEDS]) for name in ("probe", "in", "off", "ft")
+    )
     assert frozen > inputs > off + (78 - 32) / 2
     assert off > ft + (32 - 15) / 2

@@ -86,8 +86,14 @@ def test_a_method_of_another_package_brings_both_halves_and_nothing_else_is_chan
 
 
 def test_it_is_refused_under_privacy_that_does_not_cover_it(toy):
-    private = {"privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform", "strategy.wrap": ["counting"],
-               "data.clients": 4, "client.local_steps": 2, "client.local_epochs": None}
+    private = {
+        "privacy.noise_multiplier": 1.0,
+        "strategy.weighting": "uniform",
+        "strategy.wrap": ["counting"],
+        "data.clients": 4,
+        "client.local_steps": 2,
+        "client.local_epochs": None,
+    }
     for unit in ("sample", "client"):
         with pytest.raises(InputError, match="counting has clients send sums of labels"):
             configs.load({}, {**private, "privacy.unit": unit})
@@ -98,7 +104,9 @@ def test_it_is_refused_under_privacy_that_does_not_cover_it(toy):
 
 
 def update(name, value, extra):
-    adapter = AdapterState({"q/A": torch.zeros(1, 1), "q/B": torch.tensor([[value]])}, {"q": AdaptedLayer("lora", (1, 1))})
+    adapter = AdapterState(
+        {"q/A": torch.zeros(1, 1), "q/B": torch.tensor([[value]])}, {"q": AdaptedLayer("lora", (1, 1))}
+    )
     return Update(name, 1.0, adapter.beside({key: torch.tensor([number]) for key, number in extra.items()}))
 
 
@@ -141,15 +149,19 @@ def test_finished_adapters_have_nothing_beside_and_robust_rules_take_them_as_the
 
 
 def test_a_median_takes_each_of_both_by_itself():
-    three = [update(name, value, {"rates:q/A": 0.0, "rates:q/B": rate})
-             for name, value, rate in (("a", 1.0, 5.0), ("b", 2.0, -1.0), ("c", 90.0, 1.0))]
+    three = [
+        update(name, value, {"rates:q/A": 0.0, "rates:q/B": rate})
+        for name, value, rate in (("a", 1.0, 5.0), ("b", 2.0, -1.0), ("c", 90.0, 1.0))
+    ]
     (merged,) = median.Median(atp.ATP()).transform(START, three)
     assert float(merged.adapter["q/B"]) == 2.0 and float(merged.adapter.extra["rates:q/B"]) == 1.0
 
 
 def test_krum_measures_adapters_and_what_adds_up_like_them():
-    five = [update(name, 0.1 * index, {"control:q/A": 0.0, "control:q/B": 50.0 * (name == "e")})
-            for index, name in enumerate("abcde")]
+    five = [
+        update(name, 0.1 * index, {"control:q/A": 0.0, "control:q/B": 50.0 * (name == "e")})
+        for index, name in enumerate("abcde")
+    ]
     chosen = krum.Krum(scaffold.Scaffold(), byzantine=1, keep=4).transform(START, five)
     assert [one.client for one in chosen] == ["a", "b", "c", "d"]
     odd = [update(name, 9.0 * (name == "a"), {"mean:features": 50.0 * (name == "e")}) for name in "abcde"]
@@ -170,8 +182,10 @@ def test_what_a_half_says_of_itself_is_so(name):
     """Whoever sends something has it in `extra`, and whoever does not, has nothing there."""
     cls = registry.load("strategies", name)
     half = halves(cls())[-1]
-    head = AdapterState({"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1), "head/weight": torch.ones(2, 3)},
-                        {"q": AdaptedLayer("lora", (3, 2)), "head": AdaptedLayer("head", (2, 3))})
+    head = AdapterState(
+        {"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1), "head/weight": torch.ones(2, 3)},
+        {"q": AdaptedLayer("lora", (3, 2)), "head": AdaptedLayer("head", (2, 3))},
+    )
     assert bool(half.sends) == bool(cls().extra(ServerState(head)))
     assert half.sends or not (half.covered_by_dp or half.adds_up)
     own = set(cls().extra(ServerState(head)))

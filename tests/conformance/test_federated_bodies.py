@@ -14,8 +14,12 @@ from support.continual_parts import learner
 
 BODIES = registry.names("bodies")
 FEDERATED = [name for name in BODIES if name not in STAY_CENTRAL]
-OTHERS = [(name, key, item) for name in BODIES for key, item in options_of(registry.load("bodies", name)).items()
-          if item.metadata["only"]]
+OTHERS = [
+    (name, key, item)
+    for name in BODIES
+    for key, item in options_of(registry.load("bodies", name)).items()
+    if item.metadata["only"]
+]
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -83,13 +83,16 @@ def test_the_result_is_a_plain_finite_adapter_like_the_first(name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_products_times_scaling_count(name):
     """Another scaling with B divided by the same is the same adapter; and a core is part of B."""
+
     def rescaled(one):
         sites = {key: AdaptedLayer(site.kind, site.shape, 4 * site.scaling) for key, site in one.sites.items()}
-        return AdapterState({key: value / 4 if key.endswith("/B") else value for key, value in one.tensors.items()},
-                            sites)
+        return AdapterState(
+            {key: value / 4 if key.endswith("/B") else value for key, value in one.tensors.items()}, sites
+        )
 
-    cored = MADE[2].replace({"a.q/R": torch.diag(torch.tensor([0.5, 2.0])),
-                             "a.q/B": MADE[2]["a.q/B"] * torch.tensor([2.0, 0.5])})
+    cored = MADE[2].replace(
+        {"a.q/R": torch.diag(torch.tensor([0.5, 2.0])), "a.q/B": MADE[2]["a.q/B"] * torch.tensor([2.0, 0.5])}
+    )
     wanted = merge(name, MADE, None, NUMBERS.get(name))
     result = merge(name, [MADE[0], rescaled(MADE[1]), cored], None, NUMBERS.get(name))
     for site in ("a.q", "a.v"):
@@ -121,8 +124,10 @@ def test_what_every_merger_refuses(name):
     state = merger.add(merger.start(), MADE[0], number(name, 0))
     with pytest.raises(InputError, match=r"a\.q/B has values that are not finite"):
         merger.add(state, MADE[1].replace({"a.q/B": torch.full((5, 2), torch.nan)}), number(name, 1))
-    fewer = AdapterState({key: value for key, value in MADE[1].tensors.items() if not key.startswith("a.v")},
-                         {key: site for key, site in MADE[1].sites.items() if key != "a.v"})
+    fewer = AdapterState(
+        {key: value for key, value in MADE[1].tensors.items() if not key.startswith("a.v")},
+        {key: site for key, site in MADE[1].sites.items() if key != "a.v"},
+    )
     with pytest.raises(StateMismatch, match=r"missing a\.v/A, a\.v/B"):
         merger.add(state, fewer, number(name, 1))
     with pytest.raises(StateMismatch, match=r"a\.q/A has shape \[2, 9\], expected \[2, 6\]"):

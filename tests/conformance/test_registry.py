@@ -46,8 +46,10 @@ def test_an_entry_documents_itself_and_its_options(table, name):
         assert item.metadata.get("help"), f"{name}.{item.name} has no meaning"
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, section in METHOD_SECTIONS.items()
-                                            for name in registry.names(section.table)])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(path, name) for path, section in METHOD_SECTIONS.items() for name in registry.names(section.table)],
+)
 def test_a_config_with_the_method_is_read_as_it_was_written(path, name):
     """An option that had the name of a key of the section would take its place."""
     section, cls = METHOD_SECTIONS[path].config, registry.load(METHOD_SECTIONS[path].table, name)
@@ -64,7 +66,10 @@ def test_a_test_time_method_documents_itself_and_its_options(name):
     assert any(where in cls.paper for where in ("arXiv", "NeurIPS", "Neural Computation")) or name == "source"
     parameters = list(inspect.signature(cls).parameters.values())
     assert [(item.name, item.kind.name) for item in parameters] == [
-        ("model", "POSITIONAL_OR_KEYWORD"), ("seed", "POSITIONAL_OR_KEYWORD"), ("options", "VAR_KEYWORD")]
+        ("model", "POSITIONAL_OR_KEYWORD"),
+        ("seed", "POSITIONAL_OR_KEYWORD"),
+        ("options", "VAR_KEYWORD"),
+    ]
     items = options_of(cls)
     assert {"order"} <= set(items), "each says when it predicts"
     for item in items.values():

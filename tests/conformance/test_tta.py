@@ -148,9 +148,10 @@ def test_labels_and_domains_never_reach_a_method(name, plain):
     inputs = parts.inputs(plain, 21)
     halves = [slice(0, 7), slice(7, 14), slice(14, 21)]
     labels = torch.arange(21) % parts.CLASSES
-    results = [run_stream(parts.method(name, plain), TestStream("hand", inputs, given, domains, halves),
-                          plain)["batches"]
-               for given, domains in ((labels, ["a"] * 21), (labels.flip(0), list("abc" * 7)))]
+    results = [
+        run_stream(parts.method(name, plain), TestStream("hand", inputs, given, domains, halves), plain)["batches"]
+        for given, domains in ((labels, ["a"] * 21), (labels.flip(0), list("abc" * 7)))
+    ]
     assert results[0] == results[1]
 
 
@@ -229,8 +230,17 @@ def test_a_stream_of_one_class_only(name):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_learners_learn(name, model):
     """Predictions at the end differ from those of a fresh method: it is not the identity."""
-    used = parts.method(name, model, **({"lr": 0.05} if hasattr(registry.load("tta", name).Config(), "lr")
-                                        else {"period": 100} if name == "rdumb" else {}))
+    used = parts.method(
+        name,
+        model,
+        **(
+            {"lr": 0.05}
+            if hasattr(registry.load("tta", name).Config(), "lr")
+            else {"period": 100}
+            if name == "rdumb"
+            else {}
+        ),
+    )
     batches = parts.stream(5, model=model)
     parts.play(used, batches)
     fresh = parts.method(name, model)
@@ -248,6 +258,7 @@ def test_others_remember_nothing(name, model):
 
 def remembered(method):
     """A state without what counts batches."""
+
     def kept(state):
         return {key: kept(value) if key == "base" else value for key, value in state.items() if key != "batches"}
 

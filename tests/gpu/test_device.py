@@ -48,8 +48,9 @@ def trains(kind):
 
 
 def apart(some, others):
-    return max(float((one[key] - other[key]).abs().max()) for one, other in zip(some, others, strict=True)
-               for key in other)
+    return max(
+        float((one[key] - other[key]).abs().max()) for one, other in zip(some, others, strict=True) for key in other
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,8 +73,10 @@ def test_cohort_is_what_the_cpu_computes(models, kind, config, sizes):
 def test_private_cohort_is_what_the_cpu_computes(models, kind, sigma):
     """Ragged and empty Poisson batches, noise of the same source."""
     here, cpu = models(kind, DEVICE), models(kind, torch.device("cpu"))
-    jobs = [replace(job, private=private(sigma, rate, k))
-            for k, (job, rate) in enumerate(zip(make_jobs(cpu, EVEN, kind), (0.0, 0.1, 0.5, 1.0), strict=True))]
+    jobs = [
+        replace(job, private=private(sigma, rate, k))
+        for k, (job, rate) in enumerate(zip(make_jobs(cpu, EVEN, kind), (0.0, 0.1, 0.5, 1.0), strict=True))
+    ]
     twin = [replace(job, private=copy.deepcopy(job.private)) for job in jobs]
     wanted = [after for after, *_ in one_by_one(cpu, twin, trains(kind), ADAMW)]
     done = train_cohort(here, jobs, trains(kind), ADAMW, WIDE)
@@ -91,15 +94,30 @@ def test_scores_are_what_the_cpu_computes(models, kind):
     assert one["accuracy"] == two["accuracy"] and abs(one["loss"] - two["loss"]) < 1e-10
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"strategy": "fedsvd"}, {"adapter": "lora_sb", "strategy": "fed_sb"}, {"strategy": "fedex"},
-    {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform", "data.limit": 400},
-    {"tta.method": "tent", "data.holdout": 0.2},
-], ids=lambda options: "-".join(map(str, options.values())) or "fedit")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strategy": "fedsvd"},
+        {"adapter": "lora_sb", "strategy": "fed_sb"},
+        {"strategy": "fedex"},
+        {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform", "data.limit": 400},
+        {"tta.method": "tent", "data.holdout": 0.2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "fedit",
+)
 def test_a_simulation_runs(tmp_path, options):
     """From the start to the report, and close to the same run on the CPU."""
-    config = {"data.limit": 120, "data.clients": 4, "data.partition": "iid", "client.local_steps": 2,
-              "client.local_epochs": None, "client.batch_size": 8, "run.rounds": 2, "run.baselines": False}
+    config = {
+        "data.limit": 120,
+        "data.clients": 4,
+        "data.partition": "iid",
+        "client.local_steps": 2,
+        "client.local_epochs": None,
+        "client.batch_size": 8,
+        "run.rounds": 2,
+        "run.baselines": False,
+    }
     one = simulate({}, {**config, **options, "run.device": DEVICE.type}, tmp_path / "one")
     two = simulate({}, {**config, **options, "run.device": "cpu"}, tmp_path / "two")
     assert one["rounds"] == two["rounds"] == 2

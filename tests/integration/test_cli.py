@@ -193,10 +193,14 @@ def test_a_run_that_fails_is_exit_code_1(fedpeft, tmp_path, tiny_options):
     assert "error: round 1: 1 good replies of 3" in done.err and "client-000" in done.err and "client-001" in done.err
 
 
-@pytest.mark.parametrize(("error", "code", "said"), [
-    (KeyboardInterrupt(), 130, "interrupted."), (RunError("it is on fire"), 1, "error: it is on fire"),
-    (OSError(28, "No space left on device", "x"), 1, "error: x: no space left on device; make room on that disk."),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted."),
+        (RunError("it is on fire"), 1, "error: it is on fire"),
+        (OSError(28, "No space left on device", "x"), 1, "error: x: no space left on device; make room on that disk."),
+    ],
+)
 def test_interrupted_or_failed_has_its_exit_code(fedpeft, tmp_path, monkeypatch, error, code, said):
     from fedpeft.simulations import run
 

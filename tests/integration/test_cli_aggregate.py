@@ -89,8 +89,13 @@ def test_aggregate(fedpeft, tmp_path, sites, name, weights):
     if name != "hetlora":
         torch.testing.assert_close(result["classifier/weight"].double(), head)
     about = folder.about(tmp_path / "out")
-    assert about == {"base": "some/model", "revision": None, "task": "sequence-classification", "pooled_head": False,
-                     "modules": ["classifier"]}
+    assert about == {
+        "base": "some/model",
+        "revision": None,
+        "task": "sequence-classification",
+        "pooled_head": False,
+        "modules": ["classifier"],
+    }
 
 
 def test_aggregate_for_people_says_where_rank_and_notes(fedpeft, tmp_path, sites):

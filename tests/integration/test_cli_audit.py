@@ -25,8 +25,17 @@ def test_it_passes(fedpeft, tiny_options):
     result = done.json
     assert result["passed"] and result["config"]["privacy"]["unit"] == "sample"
     assert result["claim"]["steps"] == 4 and 0 < result["measured_epsilon"] < result["claim"]["epsilon"]
-    assert {"sensitivity", "noise size", "batch size", "empty batches", "frozen tensors rest", "ledger",
-            "claim", "streams of noise", "canaries"} < {check["name"] for check in result["checks"]}
+    assert {
+        "sensitivity",
+        "noise size",
+        "batch size",
+        "empty batches",
+        "frozen tensors rest",
+        "ledger",
+        "claim",
+        "streams of noise",
+        "canaries",
+    } < {check["name"] for check in result["checks"]}
     assert result["claim"]["asked"] is None and result["false_alarm"] == 1e-6 and result["limits"]
     assert result["seen"]["engines"] == ["alone", "cohort"] and result["seen"]["of"] == len(result["seen"]["clients"])
     assert all(set(check) == {"name", "measured", "allowed", "passed", "what"} for check in result["checks"])

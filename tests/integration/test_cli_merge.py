@@ -46,8 +46,12 @@ def tasks(tmp_path, vit):
             tensors[f"{name}/B"] = torch.randn(m, rank, generator=generator)
         sites = {name: AdaptedLayer("lora", shape, scaling) for name, shape in shapes.items()}
         made.append(tmp_path / f"task-{index}")
-        folder.save(AdapterState(tensors, sites | {head: AdaptedLayer("head", (10, width))}), made[-1], base=source,
-                    task="image-classification")
+        folder.save(
+            AdapterState(tensors, sites | {head: AdaptedLayer("head", (10, width))}),
+            made[-1],
+            base=source,
+            task="image-classification",
+        )
     return made
 
 
@@ -66,12 +70,15 @@ def expected(name, products):
     return U[:, :2] * S[:2] @ Vt[:2]
 
 
-@pytest.mark.parametrize(("name", "arguments"), [
-    ("running_average", []),
-    ("task_arithmetic", ["lambda=0.5", "--numbers", "1,1,-1"]),
-    ("metrics_weighted", ["by=step", "--numbers", "1,2,5"]),
-    ("lora_squeeze", ["rank=2"]),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("running_average", []),
+        ("task_arithmetic", ["lambda=0.5", "--numbers", "1,1,-1"]),
+        ("metrics_weighted", ["by=step", "--numbers", "1,2,5"]),
+        ("lora_squeeze", ["rank=2"]),
+    ],
+)
 def test_stock_peft_loads_the_expected_products(fedpeft, tmp_path, tasks, vit, name, arguments):
     load, _, shapes, head = vit
     done = fedpeft("merge", "--method", name, *arguments, *tasks, "--out", tmp_path / "out", "--json")
@@ -120,20 +127,23 @@ def test_squeeze_takes_one_adapter_and_others_do_not(fedpeft, tmp_path, tasks):
     assert done.code == 2 and "OPCM needs at least 2 adapters; 1 given" in done.err
 
 
-@pytest.mark.parametrize(("method", "arguments", "message"), [
-    ("opmc", [], "Did you mean 'opcm'"),
-    ("opcm", ["alfa=0.5"], "'alfa' is not known. Did you mean 'alpha'"),
-    ("opcm", ["alpha=2"], "alpha: 2.0 is out of range; allowed: >= 0 and <= 1"),
-    ("opcm", ["--numbers", "1,2,3"], "--numbers: opcm takes no number with an adapter"),
-    ("task_arithmetic", ["--numbers", "1,2"], "--numbers: 2 numbers for 3 adapters"),
-    ("task_arithmetic", ["--numbers", "1,x,2"], "--numbers: '1,x,2' is not a list of numbers"),
-    ("task_arithmetic", ["--numbers", "1,inf,2"], "task-1: number=inf: the weight must be finite"),
-    ("metrics_weighted", ["--numbers", "1,0,2"], "task-1: metrics_weighted: number=0: a loss must be positive"),
-    ("metrics_weighted", [], "task-0: metrics_weighted: by=loss needs the loss"),
-    ("orthogonal_adaptation", [], "task-1: orthogonal_adaptation: "),
-    ("reversible", [], "has rank 3, the first adapter's is 2"),
-    ("opcm", ["/no/such/adapter"], "/no/such/adapter: no readable adapter_config.json"),
-])
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("opmc", [], "Did you mean 'opcm'"),
+        ("opcm", ["alfa=0.5"], "'alfa' is not known. Did you mean 'alpha'"),
+        ("opcm", ["alpha=2"], "alpha: 2.0 is out of range; allowed: >= 0 and <= 1"),
+        ("opcm", ["--numbers", "1,2,3"], "--numbers: opcm takes no number with an adapter"),
+        ("task_arithmetic", ["--numbers", "1,2"], "--numbers: 2 numbers for 3 adapters"),
+        ("task_arithmetic", ["--numbers", "1,x,2"], "--numbers: '1,x,2' is not a list of numbers"),
+        ("task_arithmetic", ["--numbers", "1,inf,2"], "task-1: number=inf: the weight must be finite"),
+        ("metrics_weighted", ["--numbers", "1,0,2"], "task-1: metrics_weighted: number=0: a loss must be positive"),
+        ("metrics_weighted", [], "task-0: metrics_weighted: by=loss needs the loss"),
+        ("orthogonal_adaptation", [], "task-1: orthogonal_adaptation: "),
+        ("reversible", [], "has rank 3, the first adapter's is 2"),
+        ("opcm", ["/no/such/adapter"], "/no/such/adapter: no readable adapter_config.json"),
+    ],
+)
 def test_merge_refuses(fedpeft, tmp_path, tasks, method, arguments, message):
     done = fedpeft("merge", "--method", method, *tasks, *arguments, "--out", tmp_path / "out")
     assert done.code == 2 and message in done.err, done.err
@@ -152,8 +162,10 @@ def test_merge_refuses_unlike_adapters_and_names_the_folder(fedpeft, tmp_path, t
     assert f"{tasks[1]}: its base model is 'some/other'" in refused(*tasks)
     state = folder.load(tasks[2])
     site = state.lora_sites()[0]
-    fewer = AdapterState({key: value for key, value in state.tensors.items() if not key.startswith(f"{site}/")},
-                         {name: value for name, value in state.sites.items() if name != site})
+    fewer = AdapterState(
+        {key: value for key, value in state.tensors.items() if not key.startswith(f"{site}/")},
+        {name: value for name, value in state.sites.items() if name != site},
+    )
     folder.save(fewer, tmp_path / "fewer", base=folder.about(tasks[0])["base"], task="image-classification")
     assert f"{tmp_path / 'fewer'}: adapter: missing {site}/A, {site}/B" in refused(tasks[0], tmp_path / "fewer")
     done = fedpeft("merge", "--method", "running_average", *tasks, "--out", tasks[0])

@@ -36,8 +36,16 @@ TASKS = {"continual.tasks": 2, "continual.head": "lda"}
 CASES = {
     "secagg": ({}, {"secagg.enabled": True}),
     "kept": (CLEAR, {"strategy.name": "fedsa", **HELD}),
-    "tasks-dp": (SIGMA, {"strategy.transport": "dense", "continual.body": "factor_coso", "continual.side": "both",
-                         "continual.statistics_noise": 2.0, **TASKS}),
+    "tasks-dp": (
+        SIGMA,
+        {
+            "strategy.transport": "dense",
+            "continual.body": "factor_coso",
+            "continual.side": "both",
+            "continual.statistics_noise": 2.0,
+            **TASKS,
+        },
+    ),
     "tasks-lae": (CLEAR, {"strategy.name": "ffa_lora", "continual.body": "lae", **TASKS}),
     "tasks-sketch": (CLEAR, {"strategy.name": "fedit", "continual.body": "coso", "continual.side": "in", **TASKS}),
     "tasks-inputs": (CLEAR, {"strategy.name": "fedit", "continual.body": "inflora", **TASKS}),
@@ -53,8 +61,10 @@ CASES = {
 SAMPLE = ("secagg", "tasks-dp")  # the others are slow
 EVENTS = ("round", "sums", "task")
 OWN = {"time", "seconds", "push_s", "pull_s"}  # of a run
-POLICY = ("unit: none\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_epsilon, max_rounds, records]\n"
-          "metrics: [train_loss, loss, accuracy, num-examples, missed_tasks]\n")
+POLICY = (
+    "unit: none\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_epsilon, max_rounds, records]\n"
+    "metrics: [train_loss, loss, accuracy, num-examples, missed_tasks]\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +104,12 @@ def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
     (event,) = deployment.rounds(run)
     assert event["clients"] == [NAMES[0], NAMES[2]]
     assert "privacy.epsilon=8 is over max_epsilon=2" in event["quarantined"][NAMES[1]]
-    twin = simulated(deployment, TREE, {"data.test": str(deployment.root / "test.csv"), "run.rounds": 1,
-                                         "run.faults": {NAMES[1]: "crash"}}, "first")
+    twin = simulated(
+        deployment,
+        TREE,
+        {"data.test": str(deployment.root / "test.csv"), "run.rounds": 1, "run.faults": {NAMES[1]: "crash"}},
+        "first",
+    )
     adapter = folder.load(deployment.coordinator / "runs" / run / "adapter")
     assert adapter.distance(folder.load(twin / "adapter")) > 0.01
 
@@ -103,15 +117,19 @@ def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
 def test_the_fleet_port_is_grpc_over_tls(deployment):
     ca = deployment.coordinator / "ca.crt"
     assert probe.tls_of("localhost", deployment.port, ca) == ("TLSv1.3", "h2")
-    with (pytest.raises(ssl.SSLCertVerificationError),  # whoever does not have this authority's certificate
-          socket.create_connection(("localhost", deployment.port)) as raw):
+    with (
+        pytest.raises(ssl.SSLCertVerificationError),  # whoever does not have this authority's certificate
+        socket.create_connection(("localhost", deployment.port)) as raw,
+    ):
         ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
     with grpc.insecure_channel(f"localhost:{deployment.port}") as channel, pytest.raises(grpc.RpcError) as refused:
         FleetStub(channel).SendNodeHeartbeat(SendNodeHeartbeatRequest(), timeout=5)
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
     credentials = grpc.ssl_channel_credentials(ca.read_bytes())
-    with (grpc.secure_channel(f"localhost:{deployment.port}", credentials) as channel,
-          pytest.raises(grpc.RpcError) as refused):  # TLS, but no signature
+    with (
+        grpc.secure_channel(f"localhost:{deployment.port}", credentials) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):  # TLS, but no signature
         FleetStub(channel).SendNodeHeartbeat(SendNodeHeartbeatRequest(), timeout=5)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
@@ -125,7 +143,8 @@ def test_all_but_the_fleet_port_is_on_loopback(deployment):
 
 
 @pytest.mark.parametrize(
-    "case", [case if case in SAMPLE else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+    "case", [case if case in SAMPLE else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_sites_end_as_the_simulation_does(deployment, case):
     """The adapter, what every round reports, and what stays with each site."""
     privacy, options = CASES[case]
@@ -172,8 +191,9 @@ def test_an_unregistered_key_a_wrong_certificate_and_a_stranger_clock(deployment
     assert "does not know this site's key" in seen["server"]["seen"]
     deployment.start("stranger")
     until(lambda: "supernode ended" in deployment.log("stranger"), "the refusal of a stranger", 60)
-    assert not [row for row in deployment.call("server", "sites", deployment.coordinator)["sites"]
-                if row["name"] == "stranger"]
+    assert not [
+        row for row in deployment.call("server", "sites", deployment.coordinator)["sites"] if row["name"] == "stranger"
+    ]
     deployment.call("server", "add-site", deployment.coordinator, "stranger", place / "site.pub")
     connected(deployment, "stranger")  # it has kept trying
     deployment.stop("stranger")
@@ -210,8 +230,9 @@ def connected(deployment, name, seconds=60):
 @pytest.mark.slow
 def test_a_run_outlives_everything_that_is_killed(deployment):
     """Worker, client process, site, SuperLink, run and coordinator, each by SIGKILL, in one run."""
-    run = deployment.submit(TREE, "privacy.randomness=seeded", "run.rounds=100", "run.deadline_s=15",
-                            "privacy.planned_rounds=100")
+    run = deployment.submit(
+        TREE, "privacy.randomness=seeded", "run.rounds=100", "run.deadline_s=15", "privacy.planned_rounds=100"
+    )
 
     def rounds_after(count=1, seconds=90):
         reached = len(deployment.rounds(run)) + count
@@ -261,8 +282,13 @@ def test_a_sequence_goes_on_where_its_coordinator_was_killed(deployment, cut):
     """After a round of the first task, after the sums for its head, or after its row of the matrix."""
     privacy, options = CASES["tasks-dp"]
     tree = {**TREE, **privacy}
-    options = {**options, "privacy.randomness": "seeded", "run.rounds": 4, "client.batch_size": 8,
-               "data.test": str(deployment.root / "test.csv")}
+    options = {
+        **options,
+        "privacy.randomness": "seeded",
+        "run.rounds": 4,
+        "client.batch_size": 8,
+        "data.test": str(deployment.root / "test.csv"),
+    }
     run = deployment.submit(tree, *(f"{key}={json.dumps(value)}" for key, value in options.items()))
     until(lambda: any(event["event"] == cut for event in deployment.events(run)), cut)
     deployment.kill_all("coordinator")
@@ -276,12 +302,16 @@ def test_a_sequence_goes_on_where_its_coordinator_was_killed(deployment, cut):
     assert ours == theirs and len(ours["right"]) == 2
     for event in EVENTS:
         assert [(one["round"], one.get("task")) for one in deployment.events(run) if one["event"] == event] == [
-            (one["round"], one.get("task")) for one in read(twin / "metrics.jsonl") if one["event"] == event]
+            (one["round"], one.get("task")) for one in read(twin / "metrics.jsonl") if one["event"] == event
+        ]
     for name in NAMES:  # what was answered again cost nothing more
         for task in range(2):
             account = f"{name}+task-{task}.jsonl"
-            spent = [entry.release for entry in Ledger(deployment.root / name / "ledger" / account).entries()
-                     if entry.run.startswith(run)]
+            spent = [
+                entry.release
+                for entry in Ledger(deployment.root / name / "ledger" / account).entries()
+                if entry.run.startswith(run)
+            ]
             assert spent == [entry.release for entry in Ledger(twin / "ledger" / account).entries()]
 
 

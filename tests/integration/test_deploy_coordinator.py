@@ -35,7 +35,9 @@ def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, mo
 
     assert session(steady=False).attempt(3, act) == 7
     assert [(event["event"], event["round"], event["reason"]) for event in events] == [
-        ("round_failed", 3, "one"), ("round_failed", 3, "two")]
+        ("round_failed", 3, "one"),
+        ("round_failed", 3, "two"),
+    ]
     answers = (RoundFailed(str(number)) for number in range(99))
     with pytest.raises(RoundFailed, match=str(loop.TRIES - 1)):
         session(steady=False).attempt(4, act)

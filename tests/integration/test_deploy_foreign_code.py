@@ -60,8 +60,12 @@ def taken_over(tmp_path):
     write_records(tmp_path / "own.csv", 20, 0)
     made.add_site("clinic", tmp_path / "own.csv")
     server = settings.server(made.coordinator)
-    link = Child("superlink", launch("superlink", made.coordinator, *daemon.superlink_options(server, False)),
-                 settings.environment(made.coordinator), tmp_path / "superlink.log")
+    link = Child(
+        "superlink",
+        launch("superlink", made.coordinator, *daemon.superlink_options(server, False)),
+        settings.environment(made.coordinator),
+        tmp_path / "superlink.log",
+    )
     link.start()
     control = Control(server, insecure=False)
     try:
@@ -78,8 +82,9 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
     made, server, control = taken_over
     marker = tmp_path / "was-here"
     code = f"open({str(marker)!r}, 'w').close()\nfrom flwr.clientapp import ClientApp\napp = ClientApp()\n"
-    fab = build_fab_from_files({"pyproject.toml": PROJECT.encode(), "evil/__init__.py": code.encode(),
-                                "evil/app.py": code.encode()})[0]
+    fab = build_fab_from_files(
+        {"pyproject.toml": PROJECT.encode(), "evil/__init__.py": code.encode(), "evil/app.py": code.encode()}
+    )[0]
     (tmp_path / "evil.fab").write_bytes(fab)
     home = {**settings.environment(tmp_path / "elsewhere")}
     subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "evil.fab")], env=home, check=True, timeout=60)
@@ -102,8 +107,7 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
     bare = Message(RecordDict({"config": ConfigRecord({"task": "{}"})}), node, "train")
     named = Message(RecordDict({"config": ConfigRecord({"task": "{}"})}), node, "train")
     Envelope("run-1", yaml.safe_dump(tree), tuple(LABELS), "").put(named, "clinic")
-    said = [reply.error.reason for message in (bare, named)
-            for reply in grid.send_and_receive([message], timeout=90)]
+    said = [reply.error.reason for message in (bare, named) for reply in grid.send_and_receive([message], timeout=90)]
     assert len(said) == 2 and "does not say what run" in said[0] and "strategy.name" in said[1]
     assert not marker.exists()
     assert not list((tmp_path / "clinic").rglob("evil*")), "the app was unpacked at the site"

@@ -23,8 +23,14 @@ def test_a_stranger_can_follow_the_guide(tmp_path):
         text = text.replace(fixed, str(free))
     (tmp_path / "guide.sh").write_text("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + text)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(["bash", "-eu", "-o", "pipefail", "guide.sh"], cwd=tmp_path, timeout=580, text=True,
-                          capture_output=True, env={**os.environ, "PATH": path, "COLUMNS": "200"})
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "guide.sh"],
+        cwd=tmp_path,
+        timeout=580,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PATH": path, "COLUMNS": "200"},
+    )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     printed = {*masked(done.stdout), *masked(done.stderr)}
     assert len(foretold(DEPLOY)) > 60 and not [line for line in foretold(DEPLOY) if line not in printed]

@@ -107,20 +107,24 @@ def test_a_good_request_is_answered_and_the_same_one_costs_nothing_more(rig):
     assert [entry.round for entry in ledger.entries()] == [1, 2]
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    ({"strategy.name": "os:system"}, "strategy.name"),
-    ({"adapter.name": "subprocess:Popen"}, "adapter.name"),
-    ({"strategy.wrap": ["builtins:eval"]}, "strategy.wrap"),
-    ({"model.trust_remote_code": True}, "trust_remote_code"),
-    ({"model.auto_map": "evil.py"}, "auto_map"),
-    ({"hooks": {"before": "evil"}}, "hooks"),
-    ({"run.faults": {"clinic": "die"}}, "run.faults"),
-    ({"client.optimizer": "evil"}, "client.optimizer"),
-    ({"privacy.unit": "none"}, "does not protect records"),
-    ({"privacy.release_metrics": True}, "privacy.release_metrics"),
-])
-def test_what_the_registry_or_the_policy_does_not_have_is_refused_before_data_or_model(rig, monkeypatch, overrides,
-                                                                                      words):
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"strategy.name": "os:system"}, "strategy.name"),
+        ({"adapter.name": "subprocess:Popen"}, "adapter.name"),
+        ({"strategy.wrap": ["builtins:eval"]}, "strategy.wrap"),
+        ({"model.trust_remote_code": True}, "trust_remote_code"),
+        ({"model.auto_map": "evil.py"}, "auto_map"),
+        ({"hooks": {"before": "evil"}}, "hooks"),
+        ({"run.faults": {"clinic": "die"}}, "run.faults"),
+        ({"client.optimizer": "evil"}, "client.optimizer"),
+        ({"privacy.unit": "none"}, "does not protect records"),
+        ({"privacy.release_metrics": True}, "privacy.release_metrics"),
+    ],
+)
+def test_what_the_registry_or_the_policy_does_not_have_is_refused_before_data_or_model(
+    rig, monkeypatch, overrides, words
+):
     def never(*arguments, **named):
         raise AssertionError("read too early")
 
@@ -140,9 +144,16 @@ def test_more_epsilon_or_rounds_than_the_policy_allows_is_refused(rig):
     assert Ledger(rig.folder / "ledger" / "clinic.jsonl").spent(1e-3) <= 4
 
 
-TASKS = {"strategy.name": "ffa_lora", "run.rounds": 2, "privacy.epsilon": None, "privacy.noise_multiplier": 1.0,
-         "continual.body": "sequential", "continual.tasks": 2, "continual.head": "lda",
-         "continual.statistics_noise": 2.0}
+TASKS = {
+    "strategy.name": "ffa_lora",
+    "run.rounds": 2,
+    "privacy.epsilon": None,
+    "privacy.noise_multiplier": 1.0,
+    "continual.body": "sequential",
+    "continual.tasks": 2,
+    "continual.head": "lda",
+    "continual.statistics_noise": 2.0,
+}
 
 
 def test_what_a_record_may_spend_in_all_runs_is_spent_by_its_task_in_another_run_too(rig):
@@ -208,8 +219,9 @@ def test_data_model_policy_and_randomness_are_the_site_s_own(rig):
     assert (own.privacy.policy, own.privacy.randomness) == (str(rig.folder / "policy.yaml"), "os")
 
 
-@pytest.mark.parametrize("text", ["run: {seed: '${oc.env:HOME}'}", "!!python/object/apply:os.system ['true']", "- 1",
-                                  ":"])
+@pytest.mark.parametrize(
+    "text", ["run: {seed: '${oc.env:HOME}'}", "!!python/object/apply:os.system ['true']", "- 1", ":"]
+)
 def test_text_that_is_no_plain_config_is_refused(rig, text):
     assert rig.ask(text=text).has_error()
 
@@ -238,6 +250,7 @@ def test_what_went_wrong_with_the_data_stays_at_the_site(rig, caplog):
 @pytest.mark.parametrize("where", ["ledger", "reply"])
 def test_a_full_disk_costs_the_round_and_no_more(rig, monkeypatch, where):
     """Whatever cannot be written, ledger or kept reply, no update leaves; and nothing leaves uncounted."""
+
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -319,8 +332,10 @@ def test_sites_join_from_round_to_round_and_late_replies_are_named_and_dropped(r
     sites.cancel(names)
     for message, name in zip(messages, names, strict=True):
         message.metadata.__dict__["_message_id"] = name
-    grid.replies = [Message(RecordDict(), reply_to=messages[1]),
-                    Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=messages[0])]
+    grid.replies = [
+        Message(RecordDict(), reply_to=messages[1]),
+        Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=messages[0]),
+    ]
     assert sites.pull_messages(["another"]) == [] and not sites.late
     assert [(event["event"], event["client"]) for event in events] == [("late", "south")]
 

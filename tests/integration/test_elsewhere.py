@@ -11,22 +11,37 @@ UNIFORM = {"privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"}
 PRIVATE = {"privacy.unit": "sample", "data.limit": 200, **UNIFORM}
 TASKS = {"continual.tasks": 2, "run.rounds": 2, "client.lr": 0.05}
 CASES = {
-    "fedit": {}, "fedsvd": {"strategy": "fedsvd"}, "lora_fair": {"strategy": "lora_fair"},
-    "fedex": {"strategy": "fedex"}, "fedsa": {"strategy": "fedsa", "data.holdout": 0.2},
-    "fed_sb": {"strategy": "fed_sb", "adapter": "lora_sb"}, "ranks": {"strategy": "hetlora",
-                                                                       "adapter.client_ranks": [2, 4]},
-    "scaffold": {"strategy": "scaffold", "client.optimizer": "sgd"}, "fedprox": {"strategy": "fedprox"},
-    "one by one": {"run.cohort_tokens": 0}, "dropout": {"adapter.dropout": 0.2},
-    "private": PRIVATE, "private one by one": {**PRIVATE, "run.cohort_tokens": 0},
+    "fedit": {},
+    "fedsvd": {"strategy": "fedsvd"},
+    "lora_fair": {"strategy": "lora_fair"},
+    "fedex": {"strategy": "fedex"},
+    "fedsa": {"strategy": "fedsa", "data.holdout": 0.2},
+    "fed_sb": {"strategy": "fed_sb", "adapter": "lora_sb"},
+    "ranks": {"strategy": "hetlora", "adapter.client_ranks": [2, 4]},
+    "scaffold": {"strategy": "scaffold", "client.optimizer": "sgd"},
+    "fedprox": {"strategy": "fedprox"},
+    "one by one": {"run.cohort_tokens": 0},
+    "dropout": {"adapter.dropout": 0.2},
+    "private": PRIVATE,
+    "private one by one": {**PRIVATE, "run.cohort_tokens": 0},
     "client": {"privacy.unit": "client", **UNIFORM},
     "secagg": {"secagg.enabled": True, "strategy.weighting": "uniform"},
     "tent": {"tta.method": "tent", "data.holdout": 0.2, "tta.keep": True},
     "roid": {"tta.method": "roid", "data.holdout": 0.2},
     "atp": {"tta.method": "atp", "strategy.wrap": ["atp"], "data.holdout": 0.2},
     "fedthe": {"tta.method": "fedthe", "strategy.wrap": ["fedthe"], "data.holdout": 0.2, "run.rounds": 1},
-    **{body: {"continual.body": body, "continual.head": head, **TASKS}
-       for body, head in (("sequential", "masked"), ("factor_coso", "lda"), ("coso", "ranpac"), ("lae", "ncm"),
-                          ("conpet_static", "linear"), ("inflora", "lda"), ("merging", "linear"))},
+    **{
+        body: {"continual.body": body, "continual.head": head, **TASKS}
+        for body, head in (
+            ("sequential", "masked"),
+            ("factor_coso", "lda"),
+            ("coso", "ranpac"),
+            ("lae", "ncm"),
+            ("conpet_static", "linear"),
+            ("inflora", "lda"),
+            ("merging", "linear"),
+        )
+    },
     "bfloat16": {"model.dtype": "bfloat16"},
 }
 

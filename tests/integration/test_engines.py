@@ -37,8 +37,10 @@ def function(path: Path) -> dict[str, torch.Tensor]:
     sites = [key for key in tensors if ".lora_A." in key]
     if all(not tensors[key.replace(".lora_A.", ".lora_B.")].any() for key in sites):  # B stays with the clients
         return {key: value for key, value in tensors.items() if value.any()}
-    products = {key.replace(".lora_A.", "."): tensors.pop(key.replace(".lora_A.", ".lora_B.")) @ tensors.pop(key)
-                for key in sites}
+    products = {
+        key.replace(".lora_A.", "."): tensors.pop(key.replace(".lora_A.", ".lora_B.")) @ tensors.pop(key)
+        for key in sites
+    }
     assert min(float(value.abs().max()) for value in products.values()) > 0, "trained"
     return {**products, **tensors}
 

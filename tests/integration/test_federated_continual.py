@@ -87,8 +87,9 @@ def test_a_federated_head_is_the_one_of_the_pooled_records(go, tmp_path, name):
     pooled = head_sums(here.local.model, central, here.train_encoded)
     assert pooled
     for key, value in pooled.items():
-        torch.testing.assert_close(server.memory[f"continual:sums|online|{key}"], value, rtol=1e-6,
-                                   atol=1e-6 * float(value.abs().max()))
+        torch.testing.assert_close(
+            server.memory[f"continual:sums|online|{key}"], value, rtol=1e-6, atol=1e-6 * float(value.abs().max())
+        )
     other = make_head(here.config, 10, central.width)
     other.update({key: server.memory[f"continual:sums|online|{key}"] for key in pooled}, list(range(10)))
     central.update(pooled, list(range(10)))
@@ -124,8 +125,12 @@ def test_a_shipped_config_runs_and_says_everything(config, fedpeft, tmp_path, mo
     fitted = section["head"] in ("lda", "ranpac")
     sketched = section["body"] == "coso"
     asked = [(event["sums"], event["round"]) for event in events if event["event"] == "sums"]
-    assert asked == [*[("sketch", 1)] * sketched, *[("head", 2)] * fitted, *[("sketch", 3)] * sketched,
-                     *[("head", 4)] * fitted]
+    assert asked == [
+        *[("sketch", 1)] * sketched,
+        *[("head", 2)] * fitted,
+        *[("sketch", 3)] * sketched,
+        *[("head", 4)] * fitted,
+    ]
     assert sum(event["event"] == "round" for event in events) == 4
     assert not result.json["quarantined"]
 
@@ -153,8 +158,11 @@ def test_factor_coso_in_a_run_keeps_tasks_apart(go, tmp_path):
     states = {}
     with pytest.MonkeyPatch.context() as patch:
         write = checkpoint.write
-        patch.setattr(checkpoint, "write",
-                      lambda folder, server, *rest: (states.__setitem__(server.round, server), write(folder, server)))
+        patch.setattr(
+            checkpoint,
+            "write",
+            lambda folder, server, *rest: (states.__setitem__(server.round, server), write(folder, server)),
+        )
         go("run", "continual", {"continual.side": "in"})
     first, last = states[2].adapter, states[4].adapter
     for site in first.lora_sites():
@@ -166,10 +174,13 @@ def test_factor_coso_in_a_run_keeps_tasks_apart(go, tmp_path):
         torch.testing.assert_close(base, old, atol=1e-6 * float(old.norm()), rtol=0)
 
 
-@pytest.mark.parametrize("strategy, options", [
-    ("fedsvd", {"strategy.transport": "core"}),
-    ("ffa_lora", {"strategy.transport": "seed", "strategy.init": "orthonormal"}),
-])
+@pytest.mark.parametrize(
+    "strategy, options",
+    [
+        ("fedsvd", {"strategy.transport": "core"}),
+        ("ffa_lora", {"strategy.transport": "seed", "strategy.init": "orthonormal"}),
+    ],
+)
 def test_the_out_side_works_with_factors_that_clients_draw_themselves(go, strategy, options):
     """It chooses no A, so these transports are not refused; then every client must still agree with the server."""
     summary = go("run", "continual", {"strategy": strategy, **options, "continual.side": "out"})
@@ -198,6 +209,7 @@ def test_a_cohort_gives_the_adapter_of_clients_one_after_another(case, whole, go
 
 def at(kind, number):
     """Interrupts a run at the first such event, before what follows it is on the disk."""
+
     def interrupt(event):
         if event["event"] == kind and event.get("round") == number:
             raise KeyboardInterrupt
@@ -213,12 +225,21 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("case, cut", [
-    *(("factor_coso", cut) for cut in CUTS), ("private", "mid-task"), ("lae", "mid-task"),
-    *((case, cut) for case in ("private", "lae") for cut in ("before-the-head", "last-head")),
-    ("coso", "after-the-head"), ("conpet_static", "mid-task"), ("conpet_static", "after-the-head"),
-    ("inflora", "after-the-head"), ("merging", "before-the-head"), ("merging", "mid-task"),
-])
+@pytest.mark.parametrize(
+    "case, cut",
+    [
+        *(("factor_coso", cut) for cut in CUTS),
+        ("private", "mid-task"),
+        ("lae", "mid-task"),
+        *((case, cut) for case in ("private", "lae") for cut in ("before-the-head", "last-head")),
+        ("coso", "after-the-head"),
+        ("conpet_static", "mid-task"),
+        ("conpet_static", "after-the-head"),
+        ("inflora", "after-the-head"),
+        ("merging", "before-the-head"),
+        ("merging", "mid-task"),
+    ],
+)
 def test_a_cut_run_ends_as_if_nothing_had_happened(case, cut, whole, go, tmp_path):
     run, summary = whole(case)
     config, more = CASES[case]
@@ -239,8 +260,13 @@ def test_a_resumed_run_has_every_event_once(case, cut, whole, go, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go("broken", config, more, on_event=CUTS[cut])
     runs.resume(tmp_path / "broken")
-    events = [[{key: value for key, value in event.items() if key not in ("time", "seconds")}
-               for event in read(run / "metrics.jsonl")] for run in (whole(case)[0], tmp_path / "broken")]
+    events = [
+        [
+            {key: value for key, value in event.items() if key not in ("time", "seconds")}
+            for event in read(run / "metrics.jsonl")
+        ]
+        for run in (whole(case)[0], tmp_path / "broken")
+    ]
     assert [event["event"] for event in events[1]] == [event["event"] for event in events[0]]
     assert events[0] == events[1]
     asked = [event["sums"] for event in events[1] if event["event"] == "sums"]
@@ -271,9 +297,12 @@ def test_a_client_without_records_of_a_task_sits_out(go, tmp_path, monkeypatch):
     assert all("has no records of task 1" in row["reason"] for row in summary["quarantined"])
     events = read(tmp_path / "run" / "metrics.jsonl")
     assert [(event["client"], event["round"]) for event in events if event["event"] == "sums_missing"] == [
-        ("client-002", 4)]
+        ("client-002", 4)
+    ]
     assert [event["clients"] for event in events if event["event"] == "sums"] == [
-        ["client-000", "client-001", "client-002"], ["client-000", "client-001"]]
+        ["client-000", "client-001", "client-002"],
+        ["client-000", "client-001"],
+    ]
     with pytest.raises(RunError, match=r"round 3: 2 good replies of 3, but run\.quorum=1.* needs 3"):
         go("strict", "continual", {**split, "run.quorum": 1.0})
     monkeypatch.setattr(TaskSequence, "choose", lambda self, names, rules, number: names[:2])  # sums are asked of all
@@ -283,13 +312,15 @@ def test_a_client_without_records_of_a_task_sits_out(go, tmp_path, monkeypatch):
 
 def test_a_client_that_missed_a_task_says_so(go, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="fedpeft")
-    monkeypatch.setattr(TaskSequence, "choose",
-                        lambda self, names, rules, number: names[:1] if number < 3 else names[:2])
+    monkeypatch.setattr(
+        TaskSequence, "choose", lambda self, names, rules, number: names[:1] if number < 3 else names[:2]
+    )
     go("run", "continual_lae", {"strategy.weighting": "uniform"})
     found = [event for event in read(tmp_path / "run" / "metrics.jsonl") if event["event"] == "round"]
     assert [event["missed_tasks"] for event in found] == [0.0, 0.0, 0.5, 0.5]  # mean of client-000's 0, client-001's 1
     assert [record.message for record in caplog.records if "missed" in record.message] == [
-        "client-001 missed task 0; it goes on with what the server has"]
+        "client-001 missed task 0; it goes on with what the server has"
+    ]
 
 
 def test_a_client_weighs_what_its_records_are_not_what_it_replays(whole):

@@ -32,12 +32,16 @@ def test_every_task_has_an_account_with_its_training_and_its_sums(private, tmp_p
     summary, here, asked = private
     table, folder = {}, tmp_path / "run" / "ledger"
     assert sorted(path.stem for path in folder.glob("*")) == [
-        f"client-{client:03d}+task-{task}" for client in range(3) for task in range(2)]
+        f"client-{client:03d}+task-{task}" for client in range(3) for task in range(2)
+    ]
     for path in folder.glob("*.jsonl"):
         entries, task = Ledger(path).entries(), int(path.stem[-1])
         client = path.stem.partition("+")[0]
         assert [(entry.round, entry.noise_multiplier, entry.steps) for entry in entries] == [
-            (2 * task + 1, 1.0, 2), (2 * task + 2, 1.0, 2), (2 * task + 2, 2.0, 1)]
+            (2 * task + 1, 1.0, 2),
+            (2 * task + 2, 1.0, 2),
+            (2 * task + 2, 2.0, 1),
+        ]
         data = here.local.train_data[client]
         mine = int(torch.isin(data.labels, torch.tensor(here.strategy.curriculum.groups[task])).sum())
         assert [entry.sample_rate for entry in entries] == [8 / mine, 8 / mine, 1.0]
@@ -78,7 +82,8 @@ def test_a_policy_bounds_what_a_record_may_spend_in_its_task(go, tmp_path):
         (tmp_path / f"{name}-policies").mkdir()
         for client in range(3):
             (tmp_path / f"{name}-policies" / f"client-{client:03d}.yaml").write_text(
-                f"max_epsilon: {epsilon}\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_rounds, records]\n")
+                f"max_epsilon: {epsilon}\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_rounds, records]\n"
+            )
     summary = go("run", "continual_dp", {**DP_LDA, "privacy.policy": str(tmp_path / "enough-policies")})
     assert len(summary["continual"]["right"]) == 2 and not summary["quarantined"]
     with pytest.raises(RunError, match=r"budget exhausted: .* for all runs together"):

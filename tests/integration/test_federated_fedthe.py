@@ -22,14 +22,36 @@ from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
 
 PRIVATE: dict[str, Any] = {
-    "data.limit": 60, "data.clients": 2, "data.partition": "iid", "client.local_steps": 2, "client.local_epochs": None,
-    "client.batch_size": 8, "run.rounds": 1, "privacy.unit": "sample", "privacy.noise_multiplier": 1.0,
-    "privacy.randomness": "seeded", "strategy.weighting": "uniform"}
+    "data.limit": 60,
+    "data.clients": 2,
+    "data.partition": "iid",
+    "client.local_steps": 2,
+    "client.local_epochs": None,
+    "client.batch_size": 8,
+    "run.rounds": 1,
+    "privacy.unit": "sample",
+    "privacy.noise_multiplier": 1.0,
+    "privacy.randomness": "seeded",
+    "strategy.weighting": "uniform",
+}
 CONFIG: dict[str, Any] = {
-    "data.holdout": 0.5, "data.limit": 72, "data.test_fraction": 0.05, "data.clients": 2, "run.rounds": 2,
-    "run.evaluate_every": 2, "client.local_steps": 4, "data.partition": "dirichlet", "data.partition.alpha": 0.3,
-    "strategy.wrap": ["fedthe"], "tta.method": "fedthe", "tta.corruption": "sequence", "tta.severity": 4,
-    "tta.batch_size": 6, "tta.head_lr": 0.05, "tta.keep": True}
+    "data.holdout": 0.5,
+    "data.limit": 72,
+    "data.test_fraction": 0.05,
+    "data.clients": 2,
+    "run.rounds": 2,
+    "run.evaluate_every": 2,
+    "client.local_steps": 4,
+    "data.partition": "dirichlet",
+    "data.partition.alpha": 0.3,
+    "strategy.wrap": ["fedthe"],
+    "tta.method": "fedthe",
+    "tta.corruption": "sequence",
+    "tta.severity": 4,
+    "tta.batch_size": 6,
+    "tta.head_lr": 0.05,
+    "tta.keep": True,
+}
 
 
 def again(folder: Path) -> tuple[Any, Any]:
@@ -78,8 +100,12 @@ def test_clients_send_mean_features_the_server_averages_them_and_clients_use_the
         start, kept = here.local.compose(client, received, here.strategy.instructions(server), before=99)
         assert not kept, "nothing personal lies about: the personal head is made when it is used"
         here.local.model.write(start)
-        method = make("fedthe", deploy(here.local.model), {"head_lr": 0.05},
-                      seeds.derive(here.config.run.seed, "tta", client, "method"))
+        method = make(
+            "fedthe",
+            deploy(here.local.model),
+            {"head_lr": 0.05},
+            seeds.derive(here.config.run.seed, "tta", client, "method"),
+        )
         method.receive(here.local.train_data[client], server.memory[FEATURES].float())
         given = test_time.stream(here.config, client, here.local.holdout[client])
         probs = torch.cat([method.step(batch)[0] for batch in given.batches()])
@@ -105,19 +131,49 @@ def test_a_client_under_privacy_sends_no_mean_and_no_rates_whatever_the_server_a
     assert not update.extra and update.tensors
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"strategy.wrap": []}, r"strategy.wrap=\[fedthe\]"),
-    ({"strategy": "fedsa"}, "fedsa leaves B, head with each client, so there is no global one"),
-    ({"adapter.train_head": False}, "adapter.train_head=false has none"),
-    ({"model.task": "causal-lm", "model.name": "tiny-llama", "data.source": "docstrings", "tta.corruption": "clean",
-      "data.partition": "iid"}, "model.task=causal-lm"),
-    ({"secagg.enabled": True, "strategy.weighting": "uniform", "data.clients": 4}, "summed beside them, may be larger"),
-    ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
-      "privacy.release_metrics": True}, "fedthe has clients send mean features of their records, a second release"),
-    ({"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
-      "privacy.release_metrics": True, "client.local_epochs": None, "client.local_steps": 2}, "does not cover"),
-    ({"continual.body": "sequential", "continual.tasks": 2}, "continual.body=null"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"strategy.wrap": []}, r"strategy.wrap=\[fedthe\]"),
+        ({"strategy": "fedsa"}, "fedsa leaves B, head with each client, so there is no global one"),
+        ({"adapter.train_head": False}, "adapter.train_head=false has none"),
+        (
+            {
+                "model.task": "causal-lm",
+                "model.name": "tiny-llama",
+                "data.source": "docstrings",
+                "tta.corruption": "clean",
+                "data.partition": "iid",
+            },
+            "model.task=causal-lm",
+        ),
+        (
+            {"secagg.enabled": True, "strategy.weighting": "uniform", "data.clients": 4},
+            "summed beside them, may be larger",
+        ),
+        (
+            {
+                "privacy.unit": "client",
+                "privacy.noise_multiplier": 1.0,
+                "strategy.weighting": "uniform",
+                "privacy.release_metrics": True,
+            },
+            "fedthe has clients send mean features of their records, a second release",
+        ),
+        (
+            {
+                "privacy.unit": "sample",
+                "privacy.noise_multiplier": 1.0,
+                "strategy.weighting": "uniform",
+                "privacy.release_metrics": True,
+                "client.local_epochs": None,
+                "client.local_steps": 2,
+            },
+            "does not cover",
+        ),
+        ({"continual.body": "sequential", "continual.tasks": 2}, "continual.body=null"),
+    ],
+)
 def test_what_cannot_work_is_refused_before_anything_is_trained(changes, words, tiny, tmp_path):
     config = {**CONFIG, **changes}
     if changes.get("data.partition") == "iid":

@@ -27,8 +27,15 @@ from fedpeft.strategies.wrappers.atp import names_at, received_rates
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
 
-HELD = {"data.holdout": 0.5, "run.rounds": 1, "client.local_steps": 4, "tta.batch_size": 6, "data.limit": 56,
-        "data.test_fraction": 0.05, "data.clients": 2}
+HELD = {
+    "data.holdout": 0.5,
+    "run.rounds": 1,
+    "client.local_steps": 4,
+    "tta.batch_size": 6,
+    "data.limit": 56,
+    "data.test_fraction": 0.05,
+    "data.clients": 2,
+}
 SEQUENCE = {**HELD, "tta.corruption": "sequence", "tta.severity": 4}
 
 
@@ -52,9 +59,15 @@ def labels_right(probs: list[torch.Tensor], labels: torch.Tensor) -> float:
     return float((torch.cat(probs).argmax(-1) == labels).double().mean())
 
 
-@pytest.mark.parametrize(("method", "options"), [
-    ("tent", {"tta.lr": 0.1}), ("lame", {"tta.k": 3, "tta.lambda": 2.0}), ("t3a", {}),
-    ("eata", {"tta.lr": 0.05, "tta.margin": 3.0, "tta.redundancy": 2.0})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("tent", {"tta.lr": 0.1}),
+        ("lame", {"tta.k": 3, "tta.lambda": 2.0}),
+        ("t3a", {}),
+        ("eata", {"tta.lr": 0.05, "tta.margin": 3.0, "tta.redundancy": 2.0}),
+    ],
+)
 def test_a_client_reports_what_the_method_gives_by_hand_on_its_stream(method, options, tiny, tmp_path):
     summary = tiny("run", {**SEQUENCE, "tta.method": method, **options})
     here, server = again(tmp_path / "run")
@@ -99,15 +112,17 @@ def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_pat
     client, held = "client-001", here.local.holdout["client-001"]
     given = test_time.stream(here.config, client, held)
     assert sorted(given.labels.tolist()) == sorted(held.labels.tolist())
-    assert [len(batch["pixel_values"]) for batch in given.batches()] == [6] * (len(held) // 6) + [len(held) % 6][: len(
-        held) % 6]
+    assert [len(batch["pixel_values"]) for batch in given.batches()] == [6] * (len(held) // 6) + [len(held) % 6][
+        : len(held) % 6
+    ]
     same = test_time.stream(here.config, client, held)
     assert torch.equal(given.inputs["pixel_values"], same.inputs["pixel_values"])
     # contrast and its like have no noise: the pixels can be found again among the originals
     quiet = dataclasses.replace(here.config, tta=dataclasses.replace(here.config.tta, corruption="contrast"))
     given = test_time.stream(quiet, client, held)
-    wanted = np.stack([corrupt(image[0].numpy(), "contrast", 3, np.random.default_rng(0))
-                       for image in held.inputs["pixel_values"]]).astype(np.float32)
+    wanted = np.stack(
+        [corrupt(image[0].numpy(), "contrast", 3, np.random.default_rng(0)) for image in held.inputs["pixel_values"]]
+    ).astype(np.float32)
     found = given.inputs["pixel_values"][:, 0].numpy()
     assert {row.tobytes() for row in wanted} == {row.tobytes() for row in found}
     assert not np.array_equal(wanted, found), "and shuffled"
@@ -134,8 +149,13 @@ def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
     rows = {name: events(tmp_path / name, "clients_evaluated") for name in ("whole", "broken")}
     for key in ("clients", "round"):
         assert [row[key] for row in rows["whole"]] == [row[key] for row in rows["broken"]]
-    states = {run: [torch.load(tmp_path / run / "clients" / "client-000" / f"tta-00000{number}.pt", weights_only=True)
-                    for number in (1, 2, 3)] for run in ("whole", "broken")}
+    states = {
+        run: [
+            torch.load(tmp_path / run / "clients" / "client-000" / f"tta-00000{number}.pt", weights_only=True)
+            for number in (1, 2, 3)
+        ]
+        for run in ("whole", "broken")
+    }
     given = len(test_time.stream(*stream_of(tmp_path / "whole", "client-000")))
     assert [state["batches"] for state in states["whole"]] == [given, 2 * given, 3 * given]
     for one, two in zip(states["whole"], states["broken"], strict=True):
@@ -149,8 +169,10 @@ def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
     played = test_time.stream(*stream_of(tmp_path / "whole", "client-000"))
     accuracy = labels_right([method.step(batch)[0] for batch in played.batches()], played.labels)
     assert rows["whole"][2]["clients"]["client-000"]["tta_accuracy"] == pytest.approx(accuracy)
-    assert all(torch.equal(value, states["whole"][2]["memory"]["student"][name])
-               for name, value in method.memory["student"].items())
+    assert all(
+        torch.equal(value, states["whole"][2]["memory"]["student"][name])
+        for name, value in method.memory["student"].items()
+    )
 
 
 def stream_of(folder: Path, client: str) -> tuple[Any, ...]:
@@ -176,8 +198,16 @@ def test_personal_models_are_adapted_from_what_each_client_keeps(tiny, tmp_path)
 
 
 def test_a_language_model_learns_from_its_inputs_and_is_asked_for_the_last_token(tiny, tmp_path):
-    config = {"model.name": "tiny-llama", "model.task": "causal-lm", "data.source": "docstrings", **HELD,
-              "model.max_length": 24, "tta.method": "tlm", "tta.lr": 0.05, "tta.corruption": "clean"}
+    config = {
+        "model.name": "tiny-llama",
+        "model.task": "causal-lm",
+        "data.source": "docstrings",
+        **HELD,
+        "model.max_length": 24,
+        "tta.method": "tlm",
+        "tta.lr": 0.05,
+        "tta.corruption": "clean",
+    }
     summary = tiny("run", config)
     here, server = again(tmp_path / "run")
     client, result = next(iter(events(tmp_path / "run", "clients_evaluated")[-1]["clients"].items()))
@@ -195,8 +225,12 @@ def test_a_language_model_learns_from_its_inputs_and_is_asked_for_the_last_token
 
 
 def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
-    config = {**SEQUENCE, "run.rounds": 2, "strategy.wrap": [{"name": "atp", "lr": 0.01, "batch_size": 6}],
-              "tta.method": "atp"}
+    config = {
+        **SEQUENCE,
+        "run.rounds": 2,
+        "strategy.wrap": [{"name": "atp", "lr": 0.01, "batch_size": 6}],
+        "tta.method": "atp",
+    }
     tiny("run", config)
     here, server = again(tmp_path / "run")
     rates = {key: value for key, value in server.memory.items() if key.startswith("rates:")}
@@ -226,26 +260,42 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
     method.receive({name: sent[key] for key, name in names_at(here.local.model, model, sent).items()})
     given = test_time.stream(*stream_of(tmp_path / "run", client))
     assert result["tta_accuracy"] == pytest.approx(
-        labels_right([method.step(batch)[0] for batch in given.batches()], given.labels))
+        labels_right([method.step(batch)[0] for batch in given.batches()], given.labels)
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"data.holdout": 0.0}, "data.holdout=0 holds none out"),
-    ({"tta.method": "tnet"}, "Did you mean 'tent'"),
-    ({"tta.rate": 0.1}, "config key tta.rate"),
-    ({"tta.lr": -1.0}, "tta.lr"),
-    ({"tta.corruption": "blurr"}, "Did you mean 'blur'"),
-    ({"tta.severity": 6}, "tta.severity"),
-    ({"model.task": "sequence-classification", "model.name": "tiny-bert", "data.source": "docstrings"},
-     "Set tta.corruption=clean"),
-    ({"tta.method": "atp"}, r"strategy.wrap=\[atp\]"),
-    ({"tta.method": "tlm"}, "causal-lm"),
-    ({"tta.keep": True, "tta.adapt": "lora"}, "which the rounds train"),
-    ({"tta.keep": True, "tta.method": "rdumb", "tta.base": "tent", "tta.base_options": {"adapt": "all"}},
-     "which the rounds train"),
-    ({"strategy.wrap": ["atp"], "privacy.unit": "client", "privacy.noise_multiplier": 1.0,
-      "strategy.weighting": "uniform", "privacy.release_metrics": True}, "a second release of their data"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.holdout": 0.0}, "data.holdout=0 holds none out"),
+        ({"tta.method": "tnet"}, "Did you mean 'tent'"),
+        ({"tta.rate": 0.1}, "config key tta.rate"),
+        ({"tta.lr": -1.0}, "tta.lr"),
+        ({"tta.corruption": "blurr"}, "Did you mean 'blur'"),
+        ({"tta.severity": 6}, "tta.severity"),
+        (
+            {"model.task": "sequence-classification", "model.name": "tiny-bert", "data.source": "docstrings"},
+            "Set tta.corruption=clean",
+        ),
+        ({"tta.method": "atp"}, r"strategy.wrap=\[atp\]"),
+        ({"tta.method": "tlm"}, "causal-lm"),
+        ({"tta.keep": True, "tta.adapt": "lora"}, "which the rounds train"),
+        (
+            {"tta.keep": True, "tta.method": "rdumb", "tta.base": "tent", "tta.base_options": {"adapt": "all"}},
+            "which the rounds train",
+        ),
+        (
+            {
+                "strategy.wrap": ["atp"],
+                "privacy.unit": "client",
+                "privacy.noise_multiplier": 1.0,
+                "strategy.weighting": "uniform",
+                "privacy.release_metrics": True,
+            },
+            "a second release of their data",
+        ),
+    ],
+)
 def test_what_cannot_work_is_refused_before_anything_is_trained(changes, words, tiny, tmp_path):
     with pytest.raises(InputError, match=words):
         tiny("run", {**HELD, "tta.method": "tent", **changes})

@@ -72,8 +72,14 @@ def test_every_command_of_the_guides_in_their_order_in_one_folder(tmp_path):
     (tmp_path / "guides.sh").write_text(trap + text)
     short = {"FEDPEFT_ROUNDS": "2", "FEDPEFT_SEEDS": "1", "COLUMNS": "200"}
     with (tmp_path / "said.txt").open("w") as said:
-        done = subprocess.run(["bash", "-eu", "-o", "pipefail", "guides.sh"], cwd=tmp_path, timeout=2900, stdout=said,
-                              stderr=said, env={**os.environ, **short})
+        done = subprocess.run(
+            ["bash", "-eu", "-o", "pipefail", "guides.sh"],
+            cwd=tmp_path,
+            timeout=2900,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, **short},
+        )
     told = (tmp_path / "said.txt").read_text()
     assert done.returncode == 0, told[-6000:]
     assert "run.rounds is 2 instead of 5" in told
@@ -92,6 +98,9 @@ def test_every_test_that_the_table_of_adversaries_names_is_there():
     table = re.search(r"## Who can learn or break what\n(.*?)\n## ", DEPLOY.read_text(), re.DOTALL)
     rows = re.findall(r"^\| (?!who \||---)(.*) \|$", table.group(1), re.MULTILINE)
     assert len(rows) >= 8 and all(named_tests(row) for row in rows)
-    there = {name for path in (ROOT / "tests").rglob("test_*.py")
-             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
     assert not set(named_tests(table.group(1))) - there

@@ -72,8 +72,14 @@ def test_a_norm_bound_names_the_scaled_update(tiny):
 
 
 def test_clients_that_hang_or_die_are_dropped_at_the_deadline(tiny):
-    config = {"run.workers": 3, "run.deadline_s": 20.0, "run.rounds": 1, "data.clients": 6, "data.limit": 200,
-              "run.faults": {"client-001": "hang", "client-003": "die"}}
+    config = {
+        "run.workers": 3,
+        "run.deadline_s": 20.0,
+        "run.rounds": 1,
+        "data.clients": 6,
+        "data.limit": 200,
+        "run.faults": {"client-001": "hang", "client-003": "die"},
+    }
     summary = tiny("run", config)
     reasons = {row["client"]: row["reason"] for row in summary["quarantined"]}
     assert set(reasons) == {"client-001", "client-003"}
@@ -89,12 +95,15 @@ def test_too_few_good_replies_end_the_run_with_the_reasons(tiny):
         )
 
 
-@pytest.mark.parametrize(("faults", "message"), [
-    ({"client-009": "nan"}, "run.faults: 'client-009' is not known"),
-    ({"client-001": "nann"}, "run.faults.client-001: 'nann' is not known. Did you mean 'nan'"),
-    ({"client-001": "die"}, "needs run.workers"),
-    ({"client-001": "hang"}, "needs run.deadline_s"),
-])
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"client-009": "nan"}, "run.faults: 'client-009' is not known"),
+        ({"client-001": "nann"}, "run.faults.client-001: 'nann' is not known. Did you mean 'nan'"),
+        ({"client-001": "die"}, "needs run.workers"),
+        ({"client-001": "hang"}, "needs run.deadline_s"),
+    ],
+)
 def test_impossible_faults_are_refused(faults, message, tiny):
     with pytest.raises(InputError) as error:
         tiny("run", {"run.faults": faults})

@@ -16,21 +16,49 @@ from fedpeft.simulations import run as runs
 from fedpeft.simulations import workers
 from support.kill_points import Left, facts, ledgers, watched
 
-SMALL: dict[str, Any] = {"data.limit": 36, "data.clients": 3, "client.local_steps": 1, "client.batch_size": 2,
-                         "run.rounds": 2, "run.evaluate_every": 2, "data.test_fraction": 0.2}
+SMALL: dict[str, Any] = {
+    "data.limit": 36,
+    "data.clients": 3,
+    "client.local_steps": 1,
+    "client.batch_size": 2,
+    "run.rounds": 2,
+    "run.evaluate_every": 2,
+    "data.test_fraction": 0.2,
+}
 PRIVATE = {"strategy.weighting": "uniform", "privacy.accountant": "rdp", "privacy.noise_multiplier": 1.0}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"strategy.wrap": ["scaffold"], "client.optimizer": "sgd"},
     "sample": {**PRIVATE, "privacy.unit": "sample", "adapter.dropout": 0.2, "run.checkpoint_every": 2},
-    "client": {**PRIVATE, "privacy.unit": "client", "privacy.adaptive_clip": True, "privacy.clip_count_noise": 0.9,
-               "privacy.delta": 1e-3},
+    "client": {
+        **PRIVATE,
+        "privacy.unit": "client",
+        "privacy.adaptive_clip": True,
+        "privacy.clip_count_noise": 0.9,
+        "privacy.delta": 1e-3,
+    },
     "secagg": {"strategy.weighting": "uniform", "secagg.enabled": True},
     "workers": {**PRIVATE, "privacy.unit": "sample", "run.workers": 2},
-    "sequence": {**PRIVATE, "privacy.unit": "sample", "strategy": "ffa_lora", "continual.body": "sequential",
-                 "continual.tasks": 2, "continual.head": "lda", "continual.statistics_noise": 2.0,
-                 "data.limit": 80, "data.clients": 2, "privacy.delta": 1e-3},
-    "test-time": {"data.holdout": 0.4, "tta.method": "tent", "tta.keep": True, "tta.batch_size": 4, "data.limit": 40,
-                  "data.clients": 2, "run.evaluate_every": 1},
+    "sequence": {
+        **PRIVATE,
+        "privacy.unit": "sample",
+        "strategy": "ffa_lora",
+        "continual.body": "sequential",
+        "continual.tasks": 2,
+        "continual.head": "lda",
+        "continual.statistics_noise": 2.0,
+        "data.limit": 80,
+        "data.clients": 2,
+        "privacy.delta": 1e-3,
+    },
+    "test-time": {
+        "data.holdout": 0.4,
+        "tta.method": "tent",
+        "tta.keep": True,
+        "tta.batch_size": 4,
+        "data.limit": 40,
+        "data.clients": 2,
+        "run.evaluate_every": 1,
+    },
 }
 FEW = 2  # points of each kind in the default tier
 
@@ -53,8 +81,9 @@ def check(left: Left, number: int, run: Path, whole: dict[str, Any], tmp_path: P
     """Resume one point's copy and compare its end."""
     again = tmp_path / f"point-{number}" / run.name  # ledgers know a run by the name of its folder
     left.restore(again)
-    counted = {(account.partition("+")[0], entry.round) for account, entries in ledgers(again).items()
-               for entry in entries}
+    counted = {
+        (account.partition("+")[0], entry.round) for account, entries in ledgers(again).items() for entry in entries
+    }
     accounts = {account.partition("+")[0] for account in whole["ledgers"]}
     assert {(who, when) for who, when in left.sent if who in accounts} <= counted, "released and not counted"
     if not (again / "resolved.yaml").exists():

@@ -58,8 +58,13 @@ def test_sigkill_at_random_moments_changes_nothing(wanted, tiny, tmp_path):
     assert kills == wanted, f"the run ended after {kills} kills, rounds {rounds}; give it more rounds"
     assert rounds == sorted(rounds)
     assert adapter(whole) == adapter(broken)
-    events = [[{key: value for key, value in json.loads(line).items() if key not in ("time", "seconds")}
-               for line in (run / "metrics.jsonl").open()] for run in (whole, broken)]
+    events = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in ("time", "seconds")}
+            for line in (run / "metrics.jsonl").open()
+        ]
+        for run in (whole, broken)
+    ]
     assert events[0] == events[1]
 
 

@@ -19,9 +19,18 @@ from fedpeft.run import identity
 from fedpeft.simulations import baselines
 from fedpeft.simulations.run import resume, simulate
 
-BASE = {"strategy": "fedit", "data.limit": 60, "data.clients": 2, "data.partition": "iid", "client.local_steps": 1,
-        "client.local_epochs": None, "client.batch_size": 4, "run.rounds": 3, "run.clients_per_round": None,
-        "run.baselines": False}
+BASE = {
+    "strategy": "fedit",
+    "data.limit": 60,
+    "data.clients": 2,
+    "data.partition": "iid",
+    "client.local_steps": 1,
+    "client.local_epochs": None,
+    "client.batch_size": 4,
+    "run.rounds": 3,
+    "run.clients_per_round": None,
+    "run.baselines": False,
+}
 SITES = ("Ward", "ward", "north/east")
 
 
@@ -44,6 +53,7 @@ def adapter(run):
 
 def broken_off(run, keys, source="quickstart", after=2):
     """A run that was interrupted after a round."""
+
     def interrupt(event):
         if event["event"] == "round" and event["round"] == after:
             raise KeyboardInterrupt
@@ -78,6 +88,7 @@ def test_another_data_file_or_processor_is_refused(tmp_path, text_run, monkeypat
 
 def test_a_fingerprint_of_the_base_sees_any_weight_and_not_the_adapter():
     from fedpeft.config import load
+
     config = load("quickstart", {**BASE})
     base = loading.load(config.model, 10, 0)
     first = loading.fingerprint(base, heads=False)
@@ -97,6 +108,7 @@ def test_sites_and_coordinator_compare_every_value_of_the_base(where):
     from fedpeft.adapters.adapted import build
     from fedpeft.config import load
     from fedpeft.deploy.envelope import base_fingerprint
+
     config = load("quickstart", {**BASE, "adapter.train_head": False})
     model = build(config.model, config.adapter, 10, 0)
     first = base_fingerprint(model.base, config)
@@ -122,6 +134,7 @@ def test_sites_and_coordinator_compare_every_value_of_the_base(where):
 def test_a_base_that_is_drawn_is_the_same_with_other_last_bits():
     """Processors draw them otherwise; another draw is another base."""
     from fedpeft.config import ModelConfig
+
     drawn = ModelConfig(name="tiny-bert", task="sequence-classification")
     base = loading.load(drawn, 2, 0)
     first = loading.fingerprint(base, heads=False)
@@ -158,8 +171,9 @@ def test_a_run_at_work_is_left_alone(tmp_path, fedpeft):
 
     simulate("quickstart", BASE, tmp_path / "run", meddle)
     assert seen == [1, 1]
-    assert [event["round"] for event in metrics.read(tmp_path / "run" / "metrics.jsonl") if event["event"] == "round"
-            ] == [1, 2, 3]
+    assert [
+        event["round"] for event in metrics.read(tmp_path / "run" / "metrics.jsonl") if event["event"] == "round"
+    ] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -175,11 +189,17 @@ def test_a_full_disk_is_a_sentence_and_the_run_ends_equal_later(tmp_path, fedpef
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        done = fedpeft("simulate", "quickstart", *(f"{key}={'null' if value is None else value}"
-                                                   for key, value in BASE.items()), "--out", run)
+        done = fedpeft(
+            "simulate",
+            "quickstart",
+            *(f"{key}={'null' if value is None else value}" for key, value in BASE.items()),
+            "--out",
+            run,
+        )
     assert done.code == 1 and done.err.endswith(
         f"{os.strerror(number).lower()}; make room {'on that disk' if number == errno.ENOSPC else 'within the quota'}. "
-        f"The last complete round is 1. Go on with: fedpeft resume {run}")
+        f"The last complete round is 1. Go on with: fedpeft resume {run}"
+    )
     assert "Traceback" not in done.err
     assert not list(run.rglob(".round*")) and not list(run.rglob(".state*"))
     resume(run)
@@ -214,8 +234,9 @@ def test_side_work_that_fails_is_named_and_the_run_is_whole(tmp_path, monkeypatc
     assert (tmp_path / "run" / "report.html").exists() and "plot accuracy could not be drawn" in caplog.text
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted."),
-                                                      (signal.SIGTERM, 143, "terminated.")])
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 143, "terminated.")]
+)
 def test_a_signal_names_the_command_that_goes_on(tmp_path, fedpeft, monkeypatch, number, code, said):
     at, keys = [2], [f"{key}={'null' if value is None else value}" for key, value in BASE.items()]
     record = metrics.Recorder.record
@@ -230,7 +251,9 @@ def test_a_signal_names_the_command_that_goes_on(tmp_path, fedpeft, monkeypatch,
     done = fedpeft("simulate", "quickstart", *keys)
     run = tmp_path / "runs" / "quickstart-fedit-seed0-1"
     assert (done.code, done.err.partition(said)[2]) == (
-        code, " The last complete round is 1. Go on with: fedpeft resume runs/quickstart-fedit-seed0-1")
+        code,
+        " The last complete round is 1. Go on with: fedpeft resume runs/quickstart-fedit-seed0-1",
+    )
     assert done.err.startswith(f"run folder {run}")
     at[0] = 0
     done = fedpeft("simulate", "quickstart", *keys)
@@ -246,8 +269,9 @@ def test_all_groups_are_clients_and_keep_their_names(tmp_path, text_run, fedpeft
     assert summary["clients"] == 3 and sorted(split["owners"].values()) == sorted(SITES)
     names = {owner: name for name, owner in split["owners"].items()}
     assert names["north/east"] == "north%2Feast" and names["Ward"].casefold() != names["ward"].casefold()
-    asked = next(event["clients"] for event in metrics.read(tmp_path / "run" / "metrics.jsonl")
-                 if event["event"] == "round")
+    asked = next(
+        event["clients"] for event in metrics.read(tmp_path / "run" / "metrics.jsonl") if event["event"] == "round"
+    )
     assert sorted(asked) == sorted(names.values())
     with pytest.raises(InputError, match=r"data\.clients=8: column 'site' has 3 groups .*Ward"):
         simulate("text", {**keys, "data.partition.column": "site", "data.clients": 8}, tmp_path / "other")

@@ -23,8 +23,11 @@ def tensors(path, number: int = 1):
 
 
 def events(path, kind: str = "round"):
-    return [event for line in (path / "metrics.jsonl").read_text().splitlines()
-            if (event := json.loads(line))["event"] == kind]
+    return [
+        event
+        for line in (path / "metrics.jsonl").read_text().splitlines()
+        if (event := json.loads(line))["event"] == kind
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["fedit", "ffa_lora", "fedsvd"])

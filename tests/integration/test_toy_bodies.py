@@ -59,16 +59,27 @@ class Unsaid(FormBody):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(sys.modules, "another_package", sys.modules[__name__])
-    for name, cls in {"every_other": EveryOther, "pulled": Pulled, "averaged": Averaged, "dense": Dense,
-                      "unsaid": Unsaid}.items():
+    for name, cls in {
+        "every_other": EveryOther,
+        "pulled": Pulled,
+        "averaged": Averaged,
+        "dense": Dense,
+        "unsaid": Unsaid,
+    }.items():
         monkeypatch.setitem(registry.TABLES["bodies"], name, f"another_package:{cls.__name__}")
     registry.table.cache_clear()
     yield
     registry.table.cache_clear()
 
 
-RUN = {**SMALL, "continual.body": "every_other", "continual.head": "linear", "continual.tasks": 3, "run.rounds": 6,
-       "strategy": "fedit"}
+RUN = {
+    **SMALL,
+    "continual.body": "every_other",
+    "continual.head": "linear",
+    "continual.tasks": 3,
+    "run.rounds": 6,
+    "strategy": "fedit",
+}
 
 
 def test_a_body_from_elsewhere_runs_and_resumes(tmp_path):
@@ -94,11 +105,14 @@ def test_a_body_from_elsewhere_runs_and_resumes(tmp_path):
     assert catalogue.describe("every_other")["federates"]
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    ("pulled", r"Pulled says that a server can run it, but .* no place for its penalty\. Set `stays_central`"),
-    ("averaged", r"no place for its views"),
-    ("unsaid", r"continual\.body=unsaid: a federation cannot run it, as it does not say.*Bodies that it can run"),
-])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("pulled", r"Pulled says that a server can run it, but .* no place for its penalty\. Set `stays_central`"),
+        ("averaged", r"no place for its views"),
+        ("unsaid", r"continual\.body=unsaid: a federation cannot run it, as it does not say.*Bodies that it can run"),
+    ],
+)
 def test_a_body_that_clients_would_run_otherwise_is_refused(body, message):
     with pytest.raises(InputError, match=message):
         configs.load("continual", {**RUN, "continual.body": body})

@@ -83,11 +83,15 @@ def factors(run):
 def test_it_trains_is_evaluated_and_resumes(objective, tiny, tmp_path):
     name, config = objective
     tiny("whole", config)
-    [*_, last] = [event for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-                  if (event := json.loads(line))["event"] == "round"]
+    [*_, last] = [
+        event
+        for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+        if (event := json.loads(line))["event"] == "round"
+    ]
     tiny("plain", {**config, "model.task": {"hinge": "image-classification", "last-token": "causal-lm"}[name]})
-    assert any(not torch.equal(value, factors(tmp_path / "plain")[key]) for key, value in
-               factors(tmp_path / "whole").items()), "its loss is not what was trained"
+    assert any(
+        not torch.equal(value, factors(tmp_path / "plain")[key]) for key, value in factors(tmp_path / "whole").items()
+    ), "its loss is not what was trained"
 
     def stop(event):
         if event["event"] == "round" and event["round"] == 1:
@@ -119,8 +123,13 @@ def by_hand(name, here):
             logits = here.local.model.logits(inputs)[0].double()
         if name == "hinge":
             answer = int(labels[0])
-            losses.append(sum(max(0.0, 1 + float(logits[other] - logits[answer]))
-                              for other in range(len(logits)) if other != answer))
+            losses.append(
+                sum(
+                    max(0.0, 1 + float(logits[other] - logits[answer]))
+                    for other in range(len(logits))
+                    if other != answer
+                )
+            )
         else:
             text = inputs["input_ids"][0]
             answer, logits = int(text[-1]), logits[-2]

@@ -28,8 +28,7 @@ def test_the_frozen_model_with_the_same_head_is_that_of_the_pooled_records(go, t
     here = load_world(configs.load(run / "resolved.yaml"), run)
     here.local.model.write(here.start.adapter)
     x, _, y = (torch.cat(parts) for parts in zip(*here.local.model.features(here.train_encoded), strict=True))
-    z, _, wanted = (torch.cat(parts) for parts in zip(*here.local.model.features(here.test_encoded),
-                                                      strict=True))
+    z, _, wanted = (torch.cat(parts) for parts in zip(*here.local.model.features(here.test_encoded), strict=True))
     classes = len(here.train.label_names)
     head = NCM(classes, here.local.model.base.width, 0)
     head.update(head.statistics(x, y), list(range(classes)))
@@ -38,7 +37,8 @@ def test_the_frozen_model_with_the_same_head_is_that_of_the_pooled_records(go, t
     assert 0.3 < right < 1.0  # more than one answer for all
     assert summary["final"]["accuracy"] == summary["continual"]["metrics"]["values"]["acc_micro"]
     assert summary["sequence"]["forgetting"] == pytest.approx(
-        summary["continual"]["metrics"]["values"]["forgetting_chaudhry"])
+        summary["continual"]["metrics"]["values"]["forgetting_chaudhry"]
+    )
     assert summary["best"] is None and summary["test_records"] == len(wanted)
     sizes = [event["classes"] for event in events_of(run, "round")]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == classes
@@ -64,10 +64,19 @@ def test_the_largest_class_is_that_of_the_test_set_and_stands_without_other_base
 
 def test_a_private_run_tells_no_label_counts_and_that_seeded_noise_is_not_private(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write", WRITE)
-    summary = tiny("run", {"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp",
-                           "strategy.weighting": "uniform", "run.rounds": 1})
-    assert summary["headline"].startswith(f"Epsilon {summary['epsilon_max']:.4g} at delta 1e-05 for one client "
-                                          "(seeded: not private). Accuracy ")
+    summary = tiny(
+        "run",
+        {
+            "privacy.unit": "client",
+            "privacy.noise_multiplier": 1.0,
+            "privacy.accountant": "rdp",
+            "strategy.weighting": "uniform",
+            "run.rounds": 1,
+        },
+    )
+    assert summary["headline"].startswith(
+        f"Epsilon {summary['epsilon_max']:.4g} at delta 1e-05 for one client (seeded: not private). Accuracy "
+    )
     assert "clients by label" not in (tmp_path / "run" / "report.html").read_text()
-    event, = events_of(tmp_path / "run", "round")
+    (event,) = events_of(tmp_path / "run", "round")
     assert "update_norms" not in event and "far_updates" not in event  # the guarantee does not cover them

@@ -61,8 +61,9 @@ def test_the_running_average_is_the_mean(made):
 def test_task_arithmetic_is_linear_and_has_no_order(made, order, weights):
     wanted = sum(weight * change(one) for weight, one in zip(weights, made, strict=False))
     order = [index for index in order if index < len(made)]
-    result = merge("task_arithmetic", [made[index] for index in order], {"lambda": 1.0},
-                   [weights[index] for index in order])
+    result = merge(
+        "task_arithmetic", [made[index] for index in order], {"lambda": 1.0}, [weights[index] for index in order]
+    )
     assert np.linalg.norm(change(result) - wanted) <= TOLERANCE * size(made)
 
 
@@ -103,9 +104,16 @@ def test_reversible_loses_less_with_more_components_and_nothing_with_all(made, p
         state = merger.fold(made)
         unit = made[0].sites["q"].scaling
         pairs = [(merger.recover(state, index), one) for index, one in enumerate(made)]
-        return sum(float((back["q/A"] - one["q/A"]).square().sum()
-                         + (back["q/B"] - one["q/B"] * one.sites["q"].scaling / unit).square().sum())
-                   for back, one in pairs) ** 0.5
+        return (
+            sum(
+                float(
+                    (back["q/A"] - one["q/A"]).square().sum()
+                    + (back["q/B"] - one["q/B"] * one.sites["q"].scaling / unit).square().sum()
+                )
+                for back, one in pairs
+            )
+            ** 0.5
+        )
 
     total = max(float(one[key].norm() * one.sites["q"].scaling) for one in made for key in ("q/A", "q/B")) * 12
     assert error(p + 1) <= error(p) + TOLERANCE * total

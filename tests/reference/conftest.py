@@ -26,6 +26,7 @@ def model(folder):
     The same object for the same arguments: do not change it. Gradients are far above and far
     below the clip of dp_steps.
     """
+
     @cache
     def make(kind, method="lora", scale=0.3):
         made = small.adapted(folder(kind), kind, method=method)

@@ -73,10 +73,12 @@ def play(server_body: ServerBody, shares: int = 1) -> tuple[list[Tensor], list[S
         for what in server_body.sketches if number else [what for what in server_body.sketches if what != PAST]:
             data = stream.tasks[number - 1].train if what == PAST else task.train
             model.write(server.adapter)
-            dealt = [server_body.make_sketch(model, data.view(own))
-                     for own in np.array_split(np.arange(len(data)), shares)]
+            dealt = [
+                server_body.make_sketch(model, data.view(own)) for own in np.array_split(np.arange(len(data)), shares)
+            ]
             assert {key: tuple(value.shape) for key, value in dealt[0].items()} == server_body.describe_sketch(
-                server.adapter)
+                server.adapter
+            )
             sketches[what] = server_body.merge_sketches(dealt, [1.0] * shares)
         server = strategy.begin(server, number, sketches)
         model.write(server.adapter)
@@ -178,12 +180,14 @@ def test_merging_is_the_merger_over_the_tasks_own_adapters(float64):
                 view = body.views(server)["online"]
                 if task:  # in mid-task what was merged answers, and not the pair in training
                     assert not any(view[f"{site}/B"].any() for site in start.lora_sites())
-        products.append({site: start.sites[site].scaling * moved[f"{site}/B"] @ moved[f"{site}/A"]
-                         for site in start.lora_sites()})
+        products.append(
+            {site: start.sites[site].scaling * moved[f"{site}/B"] @ moved[f"{site}/A"] for site in start.lora_sites()}
+        )
         for site in start.lora_sites():
             mean = torch.stack([product[site] for product in products]).mean(0)
-            torch.testing.assert_close(change(replace(server, adapter=body.views(server)["online"]), site), mean,
-                                       atol=1e-10, rtol=0)
+            torch.testing.assert_close(
+                change(replace(server, adapter=body.views(server)["online"]), site), mean, atol=1e-10, rtol=0
+            )
             torch.testing.assert_close(change(server, site), mean, atol=1e-10, rtol=0)
 
 

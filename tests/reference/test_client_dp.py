@@ -165,8 +165,10 @@ def test_seeded_noise_is_a_function_of_seed_and_round_and_is_added_once():
     first = private(run={"seed": 1}).aggregate(server, [])
     for replies in ([zero], [zero] * 5):
         assert torch.equal(private(run={"seed": 1}).aggregate(server, replies).adapter["q/A"], first.adapter["q/A"])
-    for other in (private(run={"seed": 2}).aggregate(server, []),
-                  private(run={"seed": 1}).aggregate(replace(server, round=1), [])):
+    for other in (
+        private(run={"seed": 2}).aggregate(server, []),
+        private(run={"seed": 1}).aggregate(replace(server, round=1), []),
+    ):
         assert abs(np.corrcoef(flat(first.adapter), flat(other.adapter))[0, 1]) < 0.015
     system = private(randomness="os")
     assert not torch.equal(system.aggregate(server, []).adapter["q/A"], system.aggregate(server, []).adapter["q/A"])
@@ -178,14 +180,21 @@ def test_seeded_noise_is_a_function_of_seed_and_round_and_is_added_once():
 def flowers_clip(clip: float, rounds: int) -> float:
     """The same by Flower's wrapper, without noise: ten updates of norm 1 each round."""
     logged = DifferentialPrivacyServerSideAdaptiveClipping(
-        FedAvg(), noise_multiplier=0.0, num_sampled_clients=10, initial_clipping_norm=clip,
-        target_clipped_quantile=0.5, clip_norm_lr=0.2, clipped_count_stddev=0.0)
+        FedAvg(),
+        noise_multiplier=0.0,
+        num_sampled_clients=10,
+        initial_clipping_norm=clip,
+        target_clipped_quantile=0.5,
+        clip_norm_lr=0.2,
+        clipped_count_stddev=0.0,
+    )
     logged.current_arrays = ArrayRecord({"w": Array(np.zeros(4))})
     for number in range(1, rounds + 1):
         replies = []
         for client in range(1, 11):
-            content = RecordDict({"arrays": ArrayRecord({"w": Array(np.full(4, 0.5))}),
-                                  "metrics": MetricRecord({"num-examples": 1})})
+            content = RecordDict(
+                {"arrays": ArrayRecord({"w": Array(np.full(4, 0.5))}), "metrics": MetricRecord({"num-examples": 1})}
+            )
             replies.append(Message(content, metadata=Metadata(1, "", client, 0, "", "", 0.0, 1.0, "train")))
         logged.aggregate_train(number, replies)
     return logged.clipping_norm
@@ -208,16 +217,25 @@ def test_the_clip_settles_at_the_norm_where_flowers_runs_away(clip, flowers):
 @given(st.lists(st.sampled_from([0.2, 0.5, 2.0]), max_size=8), st.integers(0, 5), st.floats(0.1, 0.9))
 def test_the_clip_moves_by_the_noised_share_of_the_planned_cohort(norms, number, quantile):
     """Eight planned; who is absent counts as one half, so that a client moves the count by one half only."""
-    strategy = private(population=8, run={"seed": 5}, clip=3.0, adaptive_clip=True, clip_quantile=quantile,
-                       clip_lr=0.3, clip_count_noise=1.7, noise_multiplier=0.9)
+    strategy = private(
+        population=8,
+        run={"seed": 5},
+        clip=3.0,
+        adaptive_clip=True,
+        clip_quantile=quantile,
+        clip_lr=0.3,
+        clip_count_noise=1.7,
+        noise_multiplier=0.9,
+    )
     server, (one, *_) = ones(1)
     updates = [replace(one, adapter=one.adapter.map(lambda value, norm=norm: value * norm)) for norm in norms]
     after = strategy.aggregate(replace(server, round=number, numbers={CLIP: 0.5, "other": 1}), updates)
     noise = numpy_generator(5, "client_dp", number + 1, "noise").standard_normal(5)
     votes = sum(1 if norm <= 0.5 else 0 for norm in norms) + (8 - len(norms)) / 2 + 1.7 * noise[4]
     assert after.numbers[CLIP] == pytest.approx(0.5 * math.exp(-0.3 * (votes / 8 - quantile)), rel=1e-12)
-    total = sum((flat(update.adapter) * min(1, 0.5 / norm) for update, norm in zip(updates, norms, strict=True)),
-                np.zeros(4))
+    total = sum(
+        (flat(update.adapter) * min(1, 0.5 / norm) for update, norm in zip(updates, norms, strict=True)), np.zeros(4)
+    )
     z_sum = 1 / math.sqrt(1 / 0.9**2 - 1 / 3.4**2)
     np.testing.assert_allclose(flat(after.adapter), (total + 0.5 * z_sum * noise[:4]) / 8, atol=1e-12)
     assert strategy.clip(after) == after.numbers[CLIP] and after.numbers["other"] == 1

@@ -60,8 +60,9 @@ def test_known_epsilons():
     planned = private(population=100, run=common, epsilon=5.88543, client_sampling="poisson", accountant="rdp")
     assert planned.noise_multiplier == pytest.approx(1.0, abs=2e-4)
     assert planned.spent(50) <= 5.88543 < planned.spent(51)
-    longer = private(population=100, run=common, epsilon=5.88543, client_sampling="poisson", accountant="rdp",
-                     planned_rounds=200)
+    longer = private(
+        population=100, run=common, epsilon=5.88543, client_sampling="poisson", accountant="rdp", planned_rounds=200
+    )
     assert longer.noise_multiplier > 1.2
 
 
@@ -85,8 +86,9 @@ def test_every_release_is_on_the_disk_before_anything_is_made_of_it(randomness, 
 def test_the_same_round_is_the_same_release_and_other_updates_are_another(adaptive, tmp_path):
     """Two rounds are paid for. One of them may be done again, with the same updates and no others."""
     path = tmp_path / "ledger" / "server.jsonl"
-    strategy = private(epsilon=8.0, ledger=path, accountant="rdp", run={"rounds": 2}, adaptive_clip=adaptive,
-                       clip_count_noise=0.9)
+    strategy = private(
+        epsilon=8.0, ledger=path, accountant="rdp", run={"rounds": 2}, adaptive_clip=adaptive, clip_count_noise=0.9
+    )
     server, updates = ones(3)
     for number in (0, 1):
         once, twice = (strategy.aggregate(replace(server, round=number), updates) for _ in range(2))
@@ -110,8 +112,18 @@ def test_the_same_round_is_the_same_release_and_other_updates_are_another(adapti
 def test_noise_of_the_system_is_drawn_once_a_round_and_never_put_on_other_updates(adaptive, tmp_path):
     """Two sums under one noise would differ by a client's update; two noises would be two releases."""
     path = tmp_path / "ledger" / "server.jsonl"
-    strategies = [private(epsilon=8.0, ledger=path, accountant="rdp", run={"rounds": 1}, randomness="os",
-                          adaptive_clip=adaptive, clip_count_noise=0.9) for _ in range(2)]
+    strategies = [
+        private(
+            epsilon=8.0,
+            ledger=path,
+            accountant="rdp",
+            run={"rounds": 1},
+            randomness="os",
+            adaptive_clip=adaptive,
+            clip_count_noise=0.9,
+        )
+        for _ in range(2)
+    ]
     server, updates = ones(3)
     after = []
     for strategy, given in zip(strategies, (updates, updates[:1]), strict=True):  # the second is after a kill
@@ -150,18 +162,33 @@ def test_finished_adapters_have_no_account():
 
 def test_the_summary_names_threat_guarantee_and_seed():
     text = describe(private(epsilon=4.0, accountant="rdp", population=50))
-    for part in ("epsilon=4 at delta=1e-05 after 10 rounds (rdp)", "the server is trusted and sees every update",
-                 "added or removed", "reproducible, not private", "no amplification"):
+    for part in (
+        "epsilon=4 at delta=1e-05 after 10 rounds (rdp)",
+        "the server is trusted and sees every update",
+        "added or removed",
+        "reproducible, not private",
+        "no amplification",
+    ):
         assert part in text
-    real = describe(private(population=40, run={"clients_per_round": 10}, client_sampling="poisson", randomness="os",
-                            accountant="rdp"))
+    real = describe(
+        private(
+            population=40, run={"clients_per_round": 10}, client_sampling="poisson", randomness="os", accountant="rdp"
+        )
+    )
     assert "not private" not in real and "probability 0.25; who joined must stay with the server" in real
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
-CONFIG = {"privacy.unit": "client", "privacy.noise_multiplier": 0.8, "privacy.delta": 1e-3, "privacy.clip": 0.05,
-          "privacy.accountant": "rdp", "strategy.weighting": "uniform", "data.limit": 60}
+CONFIG = {
+    "privacy.unit": "client",
+    "privacy.noise_multiplier": 0.8,
+    "privacy.delta": 1e-3,
+    "privacy.clip": 0.05,
+    "privacy.accountant": "rdp",
+    "strategy.weighting": "uniform",
+    "data.limit": 60,
+}
 
 
 def events(run) -> list[dict[str, Any]]:
@@ -191,7 +218,8 @@ def test_a_run_repeats_and_resumes_bit_for_bit_and_counts_every_release_once(nam
     assert whole.round == broken.round == 3 and whole.numbers == broken.numbers
     assert whole.adapter.sha256() == broken.adapter.sha256()
     assert {key: value.tolist() for key, value in whole.memory.items()} == {
-        key: value.tolist() for key, value in broken.memory.items()}
+        key: value.tolist() for key, value in broken.memory.items()
+    }
     assert summary["epsilon_max"] == accounting.composed(((1.0, 0.8, 3),), 1e-3, "rdp")
     assert resumed["epsilon_max"] == summary["epsilon_max"]
     assert [entry.round for entry in Ledger(tmp_path / "broken" / "ledger" / "server.jsonl").entries()] == [1, 2, 3]
@@ -203,8 +231,14 @@ def test_a_run_repeats_and_resumes_bit_for_bit_and_counts_every_release_once(nam
 @pytest.mark.parametrize("sampling", ["fixed", "poisson"])
 def test_a_run_with_noise_of_the_system_resumes_within_its_budget(sampling, tiny, tmp_path):
     """Also where a draw of clients that nobody can repeat differs after the kill."""
-    config = {**CONFIG, "privacy.randomness": "os", "privacy.noise_multiplier": None, "privacy.epsilon": 5.0,
-              "privacy.client_sampling": sampling, "run.clients_per_round": 2}
+    config = {
+        **CONFIG,
+        "privacy.randomness": "os",
+        "privacy.noise_multiplier": None,
+        "privacy.epsilon": 5.0,
+        "privacy.client_sampling": sampling,
+        "run.clients_per_round": 2,
+    }
     broken = {}
 
     def stop_at_2(event):
@@ -235,8 +269,10 @@ def test_a_round_that_nobody_joined_is_noise(tiny, tmp_path):
         return int((numpy_generator(seed, "client_dp", number, "choose").random(4) < 0.25).sum())
 
     seed = next(seed for seed in range(100) if joins(seed, 1) == 0 < joins(seed, 2))
-    summary = tiny("run", {**CONFIG, "run.seed": seed, "run.rounds": 2, "run.clients_per_round": 1,
-                           "privacy.client_sampling": "poisson"})
+    summary = tiny(
+        "run",
+        {**CONFIG, "run.seed": seed, "run.rounds": 2, "run.clients_per_round": 1, "privacy.client_sampling": "poisson"},
+    )
     empty, other = (event for event in events(tmp_path / "run") if event["event"] == "round")
     assert empty["clients"] == [] and empty["bytes_up"] == 0 and len(other["clients"]) == joins(seed, 2)
     assert empty["epsilon_max"] > 0

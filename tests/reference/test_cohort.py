@@ -66,8 +66,12 @@ def check(model, jobs, trains, config, tokens=(WIDE, FEW), limit=EXACT):
 # Step by step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, config, sizes", sampled(
-    ["bert", "roberta", "vit", "llama", "gpt2"], ["sgd", "momentum", "adamw", "epochs"], ["even", "uneven"], keep=2))
+@pytest.mark.parametrize(
+    "kind, config, sizes",
+    sampled(
+        ["bert", "roberta", "vit", "llama", "gpt2"], ["sgd", "momentum", "adamw", "epochs"], ["even", "uneven"], keep=2
+    ),
+)
 def test_equals_clients_one_by_one(build, kind, config, sizes):
     model = build(kind)
     config = {"sgd": SGD, "momentum": HEAVY, "adamw": ADAMW, "epochs": EPOCHS}[config]
@@ -86,10 +90,17 @@ def test_moments_stay_with_those_who_go_on(build):
     check(model, make_jobs(model, UNEVEN), ALL, replace(ADAMW, local_steps=None, local_epochs=3))
 
 
-@pytest.mark.parametrize("method, trains", [
-    ("lora", ["B", "head"]), ("lora", ["A"]), ("lora", ["B"]), ("lora", ["head"]), ("lora_sb", ["R", "head"]),
-    ("lora_sb", ["R"]),
-])
+@pytest.mark.parametrize(
+    "method, trains",
+    [
+        ("lora", ["B", "head"]),
+        ("lora", ["A"]),
+        ("lora", ["B"]),
+        ("lora", ["head"]),
+        ("lora_sb", ["R", "head"]),
+        ("lora_sb", ["R"]),
+    ],
+)
 @pytest.mark.parametrize("same", [True, False], ids=["shared", "own"])
 def test_what_does_not_train_is_the_clients_own(build, method, trains, same):
     model = build(method=method)
@@ -103,9 +114,15 @@ def test_what_does_not_train_is_the_clients_own(build, method, trains, same):
 
 def test_proximal_term_control_and_norm(build):
     model = build()
-    jobs = [replace(job, proximal=mu, offset=control) for job, mu, control in zip(
-        make_jobs(model, UNEVEN), (0.0, 0.5, 2.0, 0.1),
-        (None, small.offsets(model), small.offsets(model, seed=8), None), strict=True)]
+    jobs = [
+        replace(job, proximal=mu, offset=control)
+        for job, mu, control in zip(
+            make_jobs(model, UNEVEN),
+            (0.0, 0.5, 2.0, 0.1),
+            (None, small.offsets(model), small.offsets(model, seed=8), None),
+            strict=True,
+        )
+    ]
     check(model, jobs, ALL, SGD)
     check(model, jobs, ALL, replace(EPOCHS, max_grad_norm=0.3))
 
@@ -147,8 +164,10 @@ def test_clients_do_not_touch_each_other(build):
         assert all(torch.allclose(one.after[key], three.after[key], rtol=0, atol=EXACT) for key in one.after)
     for i in range(len(jobs)):
         for j in range(i):
-            assert min(float((together[i].after[key] - together[j].after[key]).abs().max())
-                       for key in together[i].after) > 1e-3
+            assert (
+                min(float((together[i].after[key] - together[j].after[key]).abs().max()) for key in together[i].after)
+                > 1e-3
+            )
 
 
 @settings(deadline=None, max_examples=15)
@@ -164,9 +183,12 @@ def test_any_cohort(build, sizes, batch, tokens):
 @pytest.mark.parametrize("kind, sigma", sampled(["bert", "roberta", "vit", "llama"], [0.0, 1.5]))
 def test_private_equals_clients_one_by_one(build, kind, sigma):
     model = build(kind)
-    jobs = [replace(job, private=private(sigma, rate, k, clip))
-            for k, (job, rate, clip) in enumerate(zip(make_jobs(model, (9, 6, 30, 5), kind), (0.5, 0.2, 0.6, 1.0),
-                                                      (0.05, 0.5, 5.0, 0.5), strict=True))]
+    jobs = [
+        replace(job, private=private(sigma, rate, k, clip))
+        for k, (job, rate, clip) in enumerate(
+            zip(make_jobs(model, (9, 6, 30, 5), kind), (0.5, 0.2, 0.6, 1.0), (0.05, 0.5, 5.0, 0.5), strict=True)
+        )
+    ]
     trains = ALL if small.HEADS[kind] else AB
     check(model, jobs, trains, SGD)
     check(model, jobs, trains, replace(ADAMW, max_grad_norm=0.4))
@@ -174,13 +196,17 @@ def test_private_equals_clients_one_by_one(build, kind, sigma):
 
 def test_empty_samples_are_steps_of_noise(build):
     model = build()
-    jobs = [replace(job, private=private(1.0, 0.0 if k < 2 else 0.05, k))
-            for k, job in enumerate(make_jobs(model, EVEN))]
+    jobs = [
+        replace(job, private=private(1.0, 0.0 if k < 2 else 0.05, k)) for k, job in enumerate(make_jobs(model, EVEN))
+    ]
     check(model, jobs, ALL, SGD)
     done = train_cohort(model, [replace(job, private=private(0.0, 0.0, 0)) for job in jobs[:2]], ALL, SGD, WIDE)
     assert all(math.isnan(one.loss) and one.steps == 4 for one in done)
-    assert all(torch.equal(one.after[key], job.start[key].double()) for one, job in zip(done, jobs, strict=False)
-               for key in one.after)
+    assert all(
+        torch.equal(one.after[key], job.start[key].double())
+        for one, job in zip(done, jobs, strict=False)
+        for key in one.after
+    )
 
 
 def test_private_and_other_jobs_in_one_call(build):
@@ -201,8 +227,9 @@ def test_record_without_a_finite_gradient_has_no_influence(build):
         assert all(torch.allclose(one.after[key], two.after[key], rtol=0, atol=EXACT) for key in one.after)
 
 
-@pytest.mark.parametrize("kind, method", [("bert", "lora"), ("roberta", "lora"), ("vit", "lora"), ("llama", "lora"),
-                                          ("bert", "lora_sb")])
+@pytest.mark.parametrize(
+    "kind, method", [("bert", "lora"), ("roberta", "lora"), ("vit", "lora"), ("llama", "lora"), ("bert", "lora_sb")]
+)
 def test_per_sample_gradients_are_autograds(build, kind, method):
     """Each sample's gradient in its own copy of the factors, against the sample alone and the hooks of privacy."""
     model = build(kind, method)
@@ -215,8 +242,9 @@ def test_per_sample_gradients_are_autograds(build, kind, method):
     with replaced(layers(model), Pass(5, 5, leaves)):
         losses = per_sample_loss(model, inputs, labels)
         mine = torch.cat([slope.flatten(1) for slope in torch.autograd.grad(losses.sum(), list(leaves.values()))], 1)
-    hooks, each = per_sample_gradients(model.base.modules, trained, lambda *batch: per_sample_loss(model, *batch),
-                                       inputs, labels)
+    hooks, each = per_sample_gradients(
+        model.base.modules, trained, lambda *batch: per_sample_loss(model, *batch), inputs, labels
+    )
     alone = []
     for n in range(5):
         loss = per_sample_loss(model, {key: value[n : n + 1] for key, value in inputs.items()}, labels[n : n + 1])
@@ -256,8 +284,11 @@ def test_bfloat16_base_keeps_adapters_in_float32(build, tmp_path):
 def snapshot(model, jobs):
     values = [parameter for root in model.base.modules for parameter in root.parameters()]
     values += model.parameters.values()
-    return ([value.detach().clone() for value in values], [value.requires_grad for value in values],
-            [{key: value.clone() for key, value in job.start.items()} for job in jobs])
+    return (
+        [value.detach().clone() for value in values],
+        [value.requires_grad for value in values],
+        [{key: value.clone() for key, value in job.start.items()} for job in jobs],
+    )
 
 
 def test_nothing_is_changed(build):

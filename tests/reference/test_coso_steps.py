@@ -32,8 +32,9 @@ def test_the_first_task_with_full_rank_and_one_basis_is_adam_in_that_basis(side,
     for step, G in enumerate(gradients):
         parts.drive(body, {f"{FIRST}/W": G}, step)
     U, _, V = torch.linalg.svd(gradients[0], full_matrices=False)
-    expected = U @ adam([U.T @ G for G in gradients], 0.01) if side == "out" else \
-        adam([G @ V.T for G in gradients], 0.01) @ V
+    expected = (
+        U @ adam([U.T @ G for G in gradients], 0.01) if side == "out" else adam([G @ V.T for G in gradients], 0.01) @ V
+    )
     assert torch.allclose(body.parameters[f"{FIRST}/W"], expected, atol=1e-8)
 
 
@@ -58,8 +59,18 @@ def signed(U: Tensor) -> Tensor:
     return U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
 
 
-def slow_coso(tasks: list[list[Tensor]], side: str, r1: int, r2: int, refresh: int, eps_th: float, shrink: str,
-              decay: float, rotate: bool, lr: float) -> tuple[Tensor, Tensor]:
+def slow_coso(
+    tasks: list[list[Tensor]],
+    side: str,
+    r1: int,
+    r2: int,
+    refresh: int,
+    eps_th: float,
+    shrink: str,
+    decay: float,
+    rotate: bool,
+    lr: float,
+) -> tuple[Tensor, Tensor]:
     """W and M after tasks of given gradients, as equations 1 to 7 read; all singular values by full decomposition."""
     tasks = [[G if side == "out" else G.T for G in task] for task in tasks]
     m, n = tasks[0][0].shape
@@ -88,15 +99,35 @@ def slow_coso(tasks: list[list[Tensor]], side: str, r1: int, r2: int, refresh: i
 
 
 @pytest.mark.parametrize("svd", ["full", "gram"])
-@pytest.mark.parametrize("refresh, shrink, decay, rotate", [
-    (1, "next", 1.0, False), (3, "next", 1.0, False), (2, "last", 1.0, False), (2, "next", 0.8, False),
-    (2, "next", 1.0, True)])
+@pytest.mark.parametrize(
+    "refresh, shrink, decay, rotate",
+    [
+        (1, "next", 1.0, False),
+        (3, "next", 1.0, False),
+        (2, "last", 1.0, False),
+        (2, "next", 0.8, False),
+        (2, "next", 1.0, True),
+    ],
+)
 @pytest.mark.parametrize("side", SIDES)
 def test_three_tasks_are_those_of_the_equations(side, refresh, shrink, decay, rotate, svd, float64):
     spectrum = torch.linspace(1.0, 0.2, IN)
     tasks = [[noise(OUT, IN, seed=10 * task + step) * spectrum for step in range(7)] for task in range(3)]
-    body = parts.begun("coso", {"side": side, "r1": 4, "r2": 3, "refresh": refresh, "eps_th": 0.85, "shrink": shrink,
-                                "decay": decay, "rotate_moments": rotate, "svd": svd}, lr=0.01)
+    body = parts.begun(
+        "coso",
+        {
+            "side": side,
+            "r1": 4,
+            "r2": 3,
+            "refresh": refresh,
+            "eps_th": 0.85,
+            "shrink": shrink,
+            "decay": decay,
+            "rotate_moments": rotate,
+            "svd": svd,
+        },
+        lr=0.01,
+    )
     for task, gradients in enumerate(tasks):
         if task:
             parts.end(body)
@@ -164,8 +195,9 @@ def test_which_steps_feed_the_sketch(every, expected, float64):
     axes = orthonormal(OUT, 6)
     body = parts.begun("coso", {"side": "out", "r1": 4, "r2": 8, "refresh": 1, "sketch_every": every, "eps_th": 1.0})
     for step in range(6):
-        parts.drive(body, {f"{layer}/W": torch.outer(axes[:, step], noise(IN, seed=step)) for layer in (FIRST, SECOND)},
-                    step)
+        parts.drive(
+            body, {f"{layer}/W": torch.outer(axes[:, step], noise(IN, seed=step)) for layer in (FIRST, SECOND)}, step
+        )
     S = body.memory["statistics"][f"{FIRST}/S"]
     assert S.shape == (OUT, 8)
     assert int((torch.linalg.svdvals(S) > 1e-6).sum()) == expected

@@ -56,16 +56,21 @@ def mutant_noise(change):
     return step
 
 
-@pytest.mark.parametrize("change", [
-    pytest.param(lambda noise, plan, time: noise / plan.expected_batch, id="divided twice"),
-    pytest.param(lambda noise, plan, time: noise / plan.clip, id="without C"),
-    pytest.param(lambda noise, plan, time: noise * 1.02, id="2 percent more"),
-    pytest.param(lambda noise, plan, time: noise * 0.98, id="2 percent less"),
-    pytest.param(lambda noise, plan, time: noise * (time % 8 != 0), id="none on every eighth step"),
-    pytest.param(lambda noise, plan, time: torch.cat([noise[:-3], 0 * noise[-3:]]), id="none on the bias"),
-    pytest.param(lambda noise, plan, time: torch.cat([noise[:600], noise[:600], noise[1200:]]), id="one for two rows"),
-    pytest.param(lambda noise, plan, time: noise + 0.02, id="shifted"),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda noise, plan, time: noise / plan.expected_batch, id="divided twice"),
+        pytest.param(lambda noise, plan, time: noise / plan.clip, id="without C"),
+        pytest.param(lambda noise, plan, time: noise * 1.02, id="2 percent more"),
+        pytest.param(lambda noise, plan, time: noise * 0.98, id="2 percent less"),
+        pytest.param(lambda noise, plan, time: noise * (time % 8 != 0), id="none on every eighth step"),
+        pytest.param(lambda noise, plan, time: torch.cat([noise[:-3], 0 * noise[-3:]]), id="none on the bias"),
+        pytest.param(
+            lambda noise, plan, time: torch.cat([noise[:600], noise[:600], noise[1200:]]), id="one for two rows"
+        ),
+        pytest.param(lambda noise, plan, time: noise + 0.02, id="shifted"),
+    ],
+)
 def test_the_measure_of_noise_sees(change, line):
     assert noise_faults(mutant_noise(lambda noise, plan, time: noise), line, Seeded(0, "mutant")) == []
     assert noise_faults(mutant_noise(change), line, Seeded(0, "mutant"))
@@ -73,8 +78,13 @@ def test_the_measure_of_noise_sees(change, line):
 
 def test_the_same_noise_in_every_step_is_seen(line):
     again = np.random.default_rng(0).standard_normal(sum(line.sizes()))
-    faults = noise_faults(mutant_noise(lambda noise, plan, time: plan.noise_multiplier * plan.clip
-                                       * torch.from_numpy(again) / plan.expected_batch), line, Seeded(0))
+    faults = noise_faults(
+        mutant_noise(
+            lambda noise, plan, time: plan.noise_multiplier * plan.clip * torch.from_numpy(again) / plan.expected_batch
+        ),
+        line,
+        Seeded(0),
+    )
     assert faults
 
 
@@ -142,8 +152,12 @@ def test_a_seeded_source_is_its_path():
     def first(*path):
         return Seeded(*path).normal(4).tolist()
 
-    paths = [(seed, "privacy", "round", number, "client", client)
-             for seed in (0, 1) for number in (1, 2) for client in ("a", "b")]
+    paths = [
+        (seed, "privacy", "round", number, "client", client)
+        for seed in (0, 1)
+        for number in (1, 2)
+        for client in ("a", "b")
+    ]
     assert [first(*path) for path in paths] == [first(*path) for path in paths]
     assert len({tuple(first(*path)) for path in paths}) == len(paths)
 

@@ -23,12 +23,23 @@ from support.per_sample import records, single, without_dropout
 
 def client(adapted, data, folder, sigma=1.0, randomness="os", records=None, name="fedit", **client):
     """A private client "a" that takes every record in every step."""
-    config = Config(client=replace(SGD, batch_size=records or len(data), local_steps=3, **client),
-                    privacy=PrivacyConfig(unit="sample", noise_multiplier=sigma, accountant="rdp", records=records,
-                                          randomness=randomness),
-                    strategy=StrategyConfig(name=name), data=DataConfig(clients=1))
-    return Local(config, adapted, adapted.state(), {"a": single(data)}, {}, Store(folder / "store", 3),
-                 Guard(config, folder / "ledger", "run"))
+    config = Config(
+        client=replace(SGD, batch_size=records or len(data), local_steps=3, **client),
+        privacy=PrivacyConfig(
+            unit="sample", noise_multiplier=sigma, accountant="rdp", records=records, randomness=randomness
+        ),
+        strategy=StrategyConfig(name=name),
+        data=DataConfig(clients=1),
+    )
+    return Local(
+        config,
+        adapted,
+        adapted.state(),
+        {"a": single(data)},
+        {},
+        Store(folder / "store", 3),
+        Guard(config, folder / "ledger", "run"),
+    )
 
 
 @pytest.fixture

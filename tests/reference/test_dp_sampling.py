@@ -90,12 +90,18 @@ def sticky(rng):
     return sample
 
 
-@pytest.mark.parametrize(("make", "named"), [
-    (passes, "variance of the size"), (lambda rng: lambda n, q: rng.choice(n, int(n * q), replace=False), "empty"),
-    (lambda rng: lambda n, q: rng.choice(n, int(n * q)), "twice"), (without_empty, "empty"),
-    (neighbours, "records are not"), (sticky, "steps are not"),
-    (lambda rng: lambda n, q: np.flatnonzero(rng.random(n) < 1.05 * q), "inclusion"),
-])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (passes, "variance of the size"),
+        (lambda rng: lambda n, q: rng.choice(n, int(n * q), replace=False), "empty"),
+        (lambda rng: lambda n, q: rng.choice(n, int(n * q)), "twice"),
+        (without_empty, "empty"),
+        (neighbours, "records are not"),
+        (sticky, "steps are not"),
+        (lambda rng: lambda n, q: np.flatnonzero(rng.random(n) < 1.05 * q), "inclusion"),
+    ],
+)
 def test_the_measure_of_sampling_sees(make, named):
     assert any(named in fault for fault in sampling_faults(make(np.random.default_rng(0))))
 
@@ -105,8 +111,14 @@ def test_training_draws_as_the_sampler_does_and_counts_empty_draws(line):
     steps, count, rate = 2000, 20, 0.1
     config = replace(SGD, local_steps=steps, batch_size=2)
     how = plan(rate=rate, sigma=1.0, steps=steps)
-    sizes = np.array([len(losses) for _, losses in private_steps(
-        line.model, blanks(count), line.parameters, config, Private(how, Seeded(1)), CPU)])
+    sizes = np.array(
+        [
+            len(losses)
+            for _, losses in private_steps(
+                line.model, blanks(count), line.parameters, config, Private(how, Seeded(1)), CPU
+            )
+        ]
+    )
     assert len(sizes) == steps
     assert abs(sizes.mean() - count * rate) < 5 * np.sqrt(count * rate * (1 - rate) / steps)
     assert abs(sizes.var() / (count * rate * (1 - rate)) - 1) < 5 * np.sqrt(2.2 / steps)
@@ -119,8 +131,14 @@ def test_steps_on_nobody_are_taken_and_move_everything(folder):
     start = adapted.state()
     data = single(records("vit"))
     source = Fixed([np.ones(5)] * 3)
-    steps, loss = train(adapted, data, ROLES, replace(SGD, local_steps=3), 0,
-                        private=Private(plan(rate=0.4, sigma=1.5, steps=3), source))
+    steps, loss = train(
+        adapted,
+        data,
+        ROLES,
+        replace(SGD, local_steps=3),
+        0,
+        private=Private(plan(rate=0.4, sigma=1.5, steps=3), source),
+    )
     assert steps == 3 and len(source.asked) == 3 and np.isnan(loss)
     moved = torch.cat([(start[key] - value).flatten() for key, value in adapted.state().tensors.items()])
     expected = SGD.lr * 1.5 * CLIP / BATCH * sum(source.asked)

@@ -26,14 +26,20 @@ def clips_the_mean(at, data, plan, source):
 
 
 def clips_each_piece(at, data, plan, source):
-    return torch.stack([shrunk(piece.sum(0), plan.clip * len(piece)) for piece in at.rows(data).split(2)]).sum(
-        0) / plan.expected_batch
+    return (
+        torch.stack([shrunk(piece.sum(0), plan.clip * len(piece)) for piece in at.rows(data).split(2)]).sum(0)
+        / plan.expected_batch
+    )
 
 
 def head_escapes(at, data, plan, source):
     rows = at.rows(data)
-    head = torch.cat([torch.full((size,), key.startswith(("classifier", "pre_classifier")))
-                      for key, size in zip(at.parameters, at.sizes(), strict=True)])
+    head = torch.cat(
+        [
+            torch.full((size,), key.startswith(("classifier", "pre_classifier")))
+            for key, size in zip(at.parameters, at.sizes(), strict=True)
+        ]
+    )
     return torch.where(head, rows, shrunk(rows.masked_fill(head, 0.0), plan.clip)).sum(0) / plan.expected_batch
 
 
@@ -94,8 +100,20 @@ def test_nor_where_the_losses_are_huge(kind, model):
     assert sensitivity(shipped, setup(model(kind, scale=30.0)), kind) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("mutant", [clips_the_mean, clips_each_piece, head_escapes, clips_each_tensor, does_not_clip,
-                                    doubles_the_clip, divides_by_the_drawn, mixes_tokens, feeds_a_stand_in])
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        clips_the_mean,
+        clips_each_piece,
+        head_escapes,
+        clips_each_tensor,
+        does_not_clip,
+        doubles_the_clip,
+        divides_by_the_drawn,
+        mixes_tokens,
+        feeds_a_stand_in,
+    ],
+)
 def test_the_measure_sees(mutant, model):
     """Each of these would be released with an epsilon that it does not have."""
     assert sensitivity(guarded(mutant), setup(model("bert")), "bert") > 1.01
@@ -103,6 +121,7 @@ def test_the_measure_sees(mutant, model):
 
 def guarded(step):
     """Mutants are not asked about empty draws, except the one whose mistake is there."""
+
     def call(at, data, plan, source):
         if len(data) == 0 and step is not feeds_a_stand_in:
             return torch.zeros(sum(at.sizes()), dtype=torch.float64)
@@ -141,8 +160,12 @@ def slow_step(at, data, drawn, plan, noise):
     for index in drawn:
         loss = per_sample_loss(at.model, *data.batch([index])).sum()
         parts = torch.autograd.grad(loss, list(at.parameters.values()), allow_unused=True)
-        gradient = torch.cat([torch.zeros(size, dtype=torch.float64) if part is None else part.flatten().double()
-                              for part, size in zip(parts, at.sizes(), strict=True)])
+        gradient = torch.cat(
+            [
+                torch.zeros(size, dtype=torch.float64) if part is None else part.flatten().double()
+                for part, size in zip(parts, at.sizes(), strict=True)
+            ]
+        )
         norm = gradient.square().sum().sqrt()
         total += gradient * min(1.0, plan.clip / (float(norm) + 1e-6))
     return (total + plan.noise_multiplier * plan.clip * torch.from_numpy(noise)) / plan.expected_batch

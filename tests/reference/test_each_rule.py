@@ -311,11 +311,14 @@ def test_an_unknown_flower_rule_is_refused():
         dense.make("flower", rule="FedAverage")
 
 
-@pytest.mark.parametrize(("rule", "said"), [
-    ("DifferentialPrivacyServerSideAdaptiveClipping", "the wrong way.*privacy.unit=client"),
-    ("DifferentialPrivacyClientSideAdaptiveClipping", "the wrong way.*privacy.unit=client"),
-    ("DifferentialPrivacyServerSideFixedClipping", "no ledger.*privacy.unit=client"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("DifferentialPrivacyServerSideAdaptiveClipping", "the wrong way.*privacy.unit=client"),
+        ("DifferentialPrivacyClientSideAdaptiveClipping", "the wrong way.*privacy.unit=client"),
+        ("DifferentialPrivacyServerSideFixedClipping", "no ledger.*privacy.unit=client"),
+    ],
+)
 def test_flowers_own_dp_is_refused_with_the_reason(rule, said):
     with pytest.raises(InputError, match=said):
         configs.load("quickstart", ["strategy.name=flower", f"strategy.rule={rule}"])

@@ -31,8 +31,12 @@ def test_the_device_is_another():
         assert isinstance(there, There) and there.device == ELSEWHERE and x.device.type == "cpu"
         assert torch.equal((2 * there).sum(0).cpu(), 2 * x.sum(0)) and float(there.sum()) == 15
         assert torch.zeros(2, device=ELSEWHERE).device == ELSEWHERE
-        for mixed in (lambda: there + x, lambda: torch.cat([there, x]), lambda: there @ x.T,
-                      lambda: x[there[0].long()]):
+        for mixed in (
+            lambda: there + x,
+            lambda: torch.cat([there, x]),
+            lambda: there @ x.T,
+            lambda: x[there[0].long()],
+        ):
             with pytest.raises(RuntimeError, match="on the CPU"):
                 mixed()
         with pytest.raises(TypeError, match="array"):
@@ -50,6 +54,7 @@ def test_the_device_is_another():
 @pytest.fixture
 def pair(folder):
     """`pair(kind)`: the same model on the CPU and elsewhere."""
+
     def make(kind, **adapter):
         models = [small.adapted(folder(kind), kind, r=4, **adapter) for _ in range(2)]
         for model in models:
@@ -99,8 +104,14 @@ def test_the_host_draws_noise_while_the_device_computes(pair, monkeypatch):
         made = [replace(job, private=private(1.0, 0.4, k)) for k, job in enumerate(make_jobs(model, UNEVEN, "bert"))]
         for job in made:
             draw = job.private.source.normal
-            monkeypatch.setattr(job.private.source, "normal", lambda count, draw=draw: (
-                events.append("own" if current_thread() is main_thread() else "other"), draw(count))[1])
+            monkeypatch.setattr(
+                job.private.source,
+                "normal",
+                lambda count, draw=draw: (
+                    events.append("own" if current_thread() is main_thread() else "other"),
+                    draw(count),
+                )[1],
+            )
         return made
 
     slopes = Chunk._slopes

@@ -52,8 +52,11 @@ def sequence(strategy, start, sketches=None, tasks=TASKS):
 def kept(server, what):
     """What a body keeps, by site."""
     ending = f"|{what}"
-    return {key.removeprefix("continual:").removesuffix(ending): dense_array(value)
-            for key, value in server.memory.items() if key.endswith(ending)}
+    return {
+        key.removeprefix("continual:").removesuffix(ending): dense_array(value)
+        for key, value in server.memory.items()
+        if key.endswith(ending)
+    }
 
 
 def dense_array(value):
@@ -110,10 +113,15 @@ def test_plain_training_would_not(rule):
         assert share(span(dense.array(old[f"{site}/B"])).T @ change, change) > 0.2
 
 
-@pytest.mark.parametrize("body, rule, options", [
-    ("factor_coso", "fedsvd", {"side": "in"}), ("factor_coso", "fedsvd", {"side": "both"}),
-    ("factor_coso", "ffa_lora", {"side": "out"}), ("coso", "fedit", {"basis": "random", "side": "out"}),
-])
+@pytest.mark.parametrize(
+    "body, rule, options",
+    [
+        ("factor_coso", "fedsvd", {"side": "in"}),
+        ("factor_coso", "fedsvd", {"side": "both"}),
+        ("factor_coso", "ffa_lora", {"side": "out"}),
+        ("coso", "fedit", {"basis": "random", "side": "out"}),
+    ],
+)
 def test_beginning_a_task_changes_no_function(body, rule, options):
     """What was learned moves into the base; B A starts at zero; later tasks add to the same base."""
     strategy = learning(body, rule, **options)
@@ -167,19 +175,25 @@ def test_factor_coso_refuses_tasks_that_have_no_room_before_the_first():
 
 def sketches_of(side, columns=5, spread=0.3):
     """Made-up sketches by task, singular values falling by `spread`."""
+
     def give(task):
         random = np.random.default_rng(70 + task)
         sizes = {site: shape[0 if side == "out" else 1] for site, shape in SHAPES.items()}
-        return {site: torch.tensor(np.linalg.qr(random.standard_normal((size, columns)))[0] * spread ** np.arange(
-            columns)) for site, size in sizes.items()}
+        return {
+            site: torch.tensor(np.linalg.qr(random.standard_normal((size, columns)))[0] * spread ** np.arange(columns))
+            for site, size in sizes.items()
+        }
+
     return give
 
 
 @pytest.mark.parametrize("side, rule", [("in", "fedit"), ("in", "ffa_lora"), ("in", "fedsvd"), ("out", "fedit")])
 def test_coso_learns_coefficients_in_a_protected_subspace(side, rule):
     strategy = learning("coso", rule, side=side, eps_th=0.999)
-    given, M = sketches_of(side), {site: np.zeros((shape[0 if side == "out" else 1], 0))
-                                   for site, shape in SHAPES.items()}
+    given, M = (
+        sketches_of(side),
+        {site: np.zeros((shape[0 if side == "out" else 1], 0)) for site, shape in SHAPES.items()},
+    )
     for task, (_, began, played) in enumerate(sequence(strategy, dense.fresh(RANK, shapes=SHAPES), given)):
         for site in SHAPES:
             if task > 0:  # M is orthonormal, holds the old M and what leads in the last task's sketch outside of it
@@ -203,8 +217,9 @@ def test_coso_learns_coefficients_in_a_protected_subspace(side, rule):
                 after = dense.effective(done.server.adapter, site)
                 change = after - before
                 assert share(M[site].T @ change if side == "out" else change @ M[site], change) <= EXACT
-                whole = dense.mean([dense.effective(model, site) for model in done.models.values()],
-                                   dense.fractions(WEIGHTS))
+                whole = dense.mean(
+                    [dense.effective(model, site) for model in done.models.values()], dense.fractions(WEIGHTS)
+                )
                 assert dense.relative(after, whole) < 1e-12
     assert all(M[site].shape[1] > RANK for site in SHAPES)
 
@@ -235,8 +250,10 @@ def test_coso_with_a_random_basis_needs_no_sketch_and_protects_earlier_ones(side
             assert all(np.linalg.norm(P.T @ other) < 1e-12 for other in seen[site])
             seen[site].append(P)
             frozen = "B" if side == "out" else "A"
-            assert all(torch.equal(done.server.adapter[f"{site}/{frozen}"], began.adapter[f"{site}/{frozen}"])
-                       for done in played)
+            assert all(
+                torch.equal(done.server.adapter[f"{site}/{frozen}"], began.adapter[f"{site}/{frozen}"])
+                for done in played
+            )
 
 
 def test_a_merged_sketch_obeys_the_summed_bound():
@@ -278,7 +295,8 @@ def test_lae_averages_over_rounds_in_closed_form():
             past.append(done.server.adapter)
             for key in ("u/A", "u/B", "v/A", "v/B"):
                 expected = a ** len(past) * first[key] + sum(
-                    a ** (len(past) - s) * (1 - a) * value[key] for s, value in enumerate(past, start=1))
+                    a ** (len(past) - s) * (1 - a) * value[key] for s, value in enumerate(past, start=1)
+                )
                 torch.testing.assert_close(views["offline"][key], expected, atol=1e-12, rtol=0)
                 apart = float((views["offline"][key] - views["online"][key]).norm())
             assert torch.equal(views["offline"]["out/weight"], views["online"]["out/weight"])

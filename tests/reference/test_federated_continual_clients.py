@@ -27,8 +27,10 @@ from support import small_models as small
 def images(count, seed=0, labels=None):
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 1, 8, 8, generator=draw, dtype=torch.float64)
-    return Encoded({"pixel_values": pixels}, torch.randint(0, small.LABELS, (count,), generator=draw)
-                   if labels is None else torch.as_tensor(labels))
+    return Encoded(
+        {"pixel_values": pixels},
+        torch.randint(0, small.LABELS, (count,), generator=draw) if labels is None else torch.as_tensor(labels),
+    )
 
 
 def numbered(labels):
@@ -38,8 +40,9 @@ def numbered(labels):
 
 def task_of(groups, task, replay=True, number=1):
     classes, seen = tuple(groups[task]), tuple(label for group in groups[: task + 1] for label in group)
-    return Instructions(number, learn=Lesson(task, classes, seen, classes, replay,
-                                             tuple(map(tuple, groups[: task + 1]))))
+    return Instructions(
+        number, learn=Lesson(task, classes, seen, classes, replay, tuple(map(tuple, groups[: task + 1])))
+    )
 
 
 LABELS = [0] * 40 + [1] * 10 + [2] * 5 + [3] * 45  # task 0: classes 0 and 1, of 50; task 1: class 2, of 5; task 2: 45
@@ -100,16 +103,18 @@ def test_training_in_order_is_the_loop_by_hand(build, optimizer):
         by_hand = make(list(parameters.values()), lr=0.05, weight_decay=0.0)
         for at in range(0, len(own), 4):
             by_hand.zero_grad()
-            F.cross_entropy(model.base.forward({"pixel_values": own.inputs["pixel_values"][at : at + 4]}),
-                            own.labels[at : at + 4]).backward()
+            F.cross_entropy(
+                model.base.forward({"pixel_values": own.inputs["pixel_values"][at : at + 4]}), own.labels[at : at + 4]
+            ).backward()
             by_hand.step()
         by_hand.zero_grad()
         ends.append(model.state())
         model.write(start)
         steps, _ = train(model, own, ["A", "B", "head"], config, 0, in_order=True)
         assert steps == 3 and model.state().distance(ends[-1]) < 1e-12 < start.distance(ends[-1])
-    jobs = [Job(start.tensors, own, seed, in_order=True) for seed, (start, own) in enumerate(zip(starts, data,
-                                                                                               strict=True))]
+    jobs = [
+        Job(start.tensors, own, seed, in_order=True) for seed, (start, own) in enumerate(zip(starts, data, strict=True))
+    ]
     for done, end in zip(train_cohort(model, jobs, ["A", "B", "head"], config, 10**6), ends, strict=True):
         assert done.steps == 3 and AdapterState(done.after, end.sites).distance(end) < 1e-10
 
@@ -143,8 +148,9 @@ def test_per_sample_gradients_under_the_mask_are_autograds_of_the_smaller_softma
     data = images(5, labels=[0, 2, 2, 0, 2])
     parameters = model.train_roles(["A", "B", "head"])
     with model.competing([0, 2]):
-        got, losses = per_sample_gradients(model.base.modules, parameters,
-                                           lambda *batch: per_sample_loss(model, *batch), data.inputs, data.labels)
+        got, losses = per_sample_gradients(
+            model.base.modules, parameters, lambda *batch: per_sample_loss(model, *batch), data.inputs, data.labels
+        )
     for index in range(5):
         part = data.view(np.array([index]))
         loss = F.cross_entropy(model.base.forward(part.inputs)[:, [0, 2]], part.labels // 2)
@@ -172,8 +178,12 @@ def test_a_record_moves_private_sums_by_at_most_the_bound(build, name, noise):
         drawn = torch.cat([(whole[key] - quiet[key]).flatten() for key in whole])
         assert float(drawn.std()) == pytest.approx(noise * BOUND, rel=0.25)
     elif name == "lda":
-        plain = [torch.cat(parts) for parts in list(zip(*((found.double(), labels) for found, _, labels in
-                                                          model.features(data)), strict=True))]
+        plain = [
+            torch.cat(parts)
+            for parts in list(
+                zip(*((found.double(), labels) for found, _, labels in model.features(data)), strict=True)
+            )
+        ]
         one = F.normalize(plain[0], dim=1)
         torch.testing.assert_close(whole["gram"], one.T @ one, atol=1e-6, rtol=0)  # features are float32
         assert float(whole["count"].sum()) == pytest.approx(9, abs=1e-5)

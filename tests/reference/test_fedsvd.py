@@ -81,9 +81,7 @@ def test_refactor_invariants(B, transport):
 
 def test_largest_entry_of_each_row_is_positive():
     for seed in range(8):
-        _, _, after = refactored(
-            lambda shape, seed=seed: np.random.default_rng(seed).standard_normal(tuple(shape))
-        )
+        _, _, after = refactored(lambda shape, seed=seed: np.random.default_rng(seed).standard_normal(tuple(shape)))
         for site in dense.SHAPES:
             for row in dense.array(after.adapter[f"{site}/A"]):
                 assert row.max() == np.abs(row).max()

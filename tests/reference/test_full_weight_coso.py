@@ -217,7 +217,7 @@ def test_owners_statistics_add_up_to_those_of_all_gradients():
 
 def test_changes_of_the_weights_are_kept_whole_or_truncated():
     dense, low = coso(deltas="dense", r1=4, r2=2), coso(deltas="svd", delta_rank=2, r1=4, r2=2)
-    for body in (low):
+    for body in low:
         for task in range(2):
             step(body, drawn(4, 4, seed=task))
             body.end_task(body.statistics(body.records()))
@@ -230,8 +230,9 @@ def test_changes_of_the_weights_are_kept_whole_or_truncated():
         exact = dense.memory["adapters"][f"delta/{task}/0/W"]
         short = kept[f"delta/{task}/0/B"] @ kept[f"delta/{task}/0/A"]
         assert torch.linalg.matrix_rank(short, rtol=1e-5) == 2
-        assert float((exact - short).norm() / exact.norm()) == pytest.approx(numbers[f"delta/{task}/0/residual"],
-                                                                             abs=1e-5)
+        assert float((exact - short).norm() / exact.norm()) == pytest.approx(
+            numbers[f"delta/{task}/0/residual"], abs=1e-5
+        )
     stored = low.stored()
     assert stored["adapters"] == 4 * (16 + 2 * 16) and stored["statistics"] == 0
 

@@ -93,8 +93,12 @@ def test_ranpac_chooses_its_ridge_on_the_records_it_holds_out():
 
 
 def test_ranpac_draws_its_projection_from_the_seed_only():
-    heads = [Learner(parts.stream(), parts.model(), "frozen", {"ranpac": {}}, parts.TrainConfig(), seed)
-             .heads["ranpac"]["online"] for seed in (0, 0, 1)]
+    heads = [
+        Learner(parts.stream(), parts.model(), "frozen", {"ranpac": {}}, parts.TrainConfig(), seed).heads["ranpac"][
+            "online"
+        ]
+        for seed in (0, 0, 1)
+    ]
     features, labels = sample()
     one, two, other = (head.statistics(features, labels) for head in heads)
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from fedpeft.privacy.mechanism import add_clipped, add_noise, clipped_sum
 from support.dp_steps import CLIP, Fixed, plan, shrunk
 
-MODERATE = st.one_of(st.floats(-1000, 1000, width=32), st.floats(-(2.0**49), 2.0**49, width=32),
-                     st.sampled_from([0.0, 1e-30]))
-FLOATS = st.one_of(MODERATE, st.floats(-(2.0**100), 2.0**100, width=32),
-                   st.sampled_from([3e38, -3e38, np.nan, np.inf, -np.inf]))
+MODERATE = st.one_of(
+    st.floats(-1000, 1000, width=32), st.floats(-(2.0**49), 2.0**49, width=32), st.sampled_from([0.0, 1e-30])
+)
+FLOATS = st.one_of(
+    MODERATE, st.floats(-(2.0**100), 2.0**100, width=32), st.sampled_from([3e38, -3e38, np.nan, np.inf, -np.inf])
+)
 
 
 @st.composite
@@ -75,8 +77,15 @@ def clipped_in_half_precision(rows, clip, losses=None):
 
 
 RIGHT = [of_a_client, of_a_cohort, of_a_server]
-WRONG = [unclipped, mean_clipped, twice_clip, each_half_clipped, clipped_by_the_largest_value,
-         spoilt_by_a_number_that_is_none, clipped_in_half_precision]
+WRONG = [
+    unclipped,
+    mean_clipped,
+    twice_clip,
+    each_half_clipped,
+    clipped_by_the_largest_value,
+    spoilt_by_a_number_that_is_none,
+    clipped_in_half_precision,
+]
 
 
 def influence(total):
@@ -84,11 +93,22 @@ def influence(total):
     clip, worst = 0.7, 0.0
     generator = torch.Generator().manual_seed(5)
     some = torch.randn(6, 8, generator=generator)
-    for vector in (some[0], 1e6 * some[1], torch.ones(8), 1e29 * torch.eye(8)[0], torch.full((8,), math.nan),
-                   torch.eye(8)[0] * math.inf, torch.zeros(8), torch.full((8,), 3e38)):
+    for vector in (
+        some[0],
+        1e6 * some[1],
+        torch.ones(8),
+        1e29 * torch.eye(8)[0],
+        torch.full((8,), math.nan),
+        torch.eye(8)[0] * math.inf,
+        torch.zeros(8),
+        torch.full((8,), 3e38),
+    ):
         for others in (some, some[:0], 1e4 * some, torch.full((2, 8), 1e-3)):
-            moved = (total(torch.cat([others, vector[None]]), clip) - total(others, clip)).double().norm() if len(
-                others) else total(vector[None], clip).double().norm()
+            moved = (
+                (total(torch.cat([others, vector[None]]), clip) - total(others, clip)).double().norm()
+                if len(others)
+                else total(vector[None], clip).double().norm()
+            )
             worst = max(worst, float(moved) / clip if torch.isfinite(moved) else math.inf)
     return worst
 
@@ -110,17 +130,16 @@ def test_every_row_of_any_matrix_has_bounded_influence(total, rows, clip):
     whole = total(rows, clip)
     assert whole.shape == (rows.shape[1],) and torch.isfinite(whole).all()
     for index in range(len(rows)):
-        others = total(torch.cat([rows[:index], rows[index + 1:]]), clip)
+        others = total(torch.cat([rows[:index], rows[index + 1 :]]), clip)
         assert (whole.double() - others.double()).norm() <= clip * (1 + 1e-6 * len(rows))
-        assert total(rows[index:index + 1], clip).double().norm() <= clip * (1 + 1e-6)
+        assert total(rows[index : index + 1], clip).double().norm() <= clip * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("total", RIGHT)
 @settings(deadline=None, max_examples=30)
 @given(rows=matrices(MODERATE), clip=st.sampled_from([0.5, 1.0, 100.0]))
 def test_a_clipped_sum_is_the_sum_of_what_was_clipped(total, rows, clip):
-    torch.testing.assert_close(total(rows, clip).double(), shrunk(rows.double(), clip).sum(0), rtol=0,
-                               atol=1e-5 * clip)
+    torch.testing.assert_close(total(rows, clip).double(), shrunk(rows.double(), clip).sum(0), rtol=0, atol=1e-5 * clip)
 
 
 @pytest.mark.parametrize("width", [1_000, 100_000, 1_000_000, 4_000_000])
@@ -136,11 +155,23 @@ UNIT = torch.tensor([0.6, 0.8, 0.0])
 
 
 @pytest.mark.parametrize("total", RIGHT)
-@pytest.mark.parametrize(("vector", "loss", "norm"), [
-    (0.0 * UNIT, 1.0, 0.0), (0.25 * UNIT, 1.0, 0.25), (2.0 * UNIT, 1.0, 2.0), (7.0 * UNIT, 1.0, 2.0),
-    (1e29 * UNIT, 1.0, 2.0), (math.nan * UNIT, 1.0, 0.0), (math.inf * UNIT, 1.0, 0.0), (UNIT, math.nan, 0.0),
-    (UNIT, -math.inf, 0.0), (math.nan * UNIT, math.nan, 0.0), (1e-44 * UNIT, 1.0, 0.0),
-], ids=["zero", "below", "at the clip", "above", "far above", "nan", "inf", "loss nan", "loss inf", "both", "tiny"])
+@pytest.mark.parametrize(
+    ("vector", "loss", "norm"),
+    [
+        (0.0 * UNIT, 1.0, 0.0),
+        (0.25 * UNIT, 1.0, 0.25),
+        (2.0 * UNIT, 1.0, 2.0),
+        (7.0 * UNIT, 1.0, 2.0),
+        (1e29 * UNIT, 1.0, 2.0),
+        (math.nan * UNIT, 1.0, 0.0),
+        (math.inf * UNIT, 1.0, 0.0),
+        (UNIT, math.nan, 0.0),
+        (UNIT, -math.inf, 0.0),
+        (math.nan * UNIT, math.nan, 0.0),
+        (1e-44 * UNIT, 1.0, 0.0),
+    ],
+    ids=["zero", "below", "at the clip", "above", "far above", "nan", "inf", "loss nan", "loss inf", "both", "tiny"],
+)
 def test_a_vector_counts_as_the_table_says(total, vector, loss, norm):
     """Alone, and beside one whose clipped sum is known."""
     beside = torch.tensor([0.0, 0.0, 1.5])

@@ -48,8 +48,10 @@ HEADS = np.stack([one["out/weight"].numpy() for one in UNLIKE])
 # Means and sums ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), [("running_average", {}), ("lora_squeeze", {"rank": 9}),
-                                               ("metrics_weighted", {"by": "step", "p": 0.0})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("running_average", {}), ("lora_squeeze", {"rank": 9}), ("metrics_weighted", {"by": "step", "p": 0.0})],
+)
 def test_a_mean_is_that_of_the_products_with_unequal_ranks_and_scalings(name, options):
     result = merge(name, UNLIKE, options)
     for site in SHAPES:
@@ -82,15 +84,18 @@ def test_a_negated_task_leaves_nothing_behind():
 # Metrics-weighted averaging ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "numbers", "weights"), [
-    ({"p": 2.0}, [0.5, 1.0, 2.0, 0.25], [4, 1, 0.25, 16]),
-    ({"p": 0.0}, [0.5, 1.0, 2.0, 0.25], [1, 1, 1, 1]),
-    ({"p": 1e5}, [0.5, 1.0, 2.0, 0.25], [0, 0, 0, 1]),  # 0.25^-1e5 is beyond float64
-    ({"p": 1e5}, [1e-3, 1.0, 2.0, 0.25], [1, 0, 0, 0]),
-    ({"by": "step", "p": 1.0}, None, [1, 2, 3, 4]),
-    ({"by": "step", "p": 2.0}, [10, 5, 10, 20], [4, 1, 4, 16]),
-    ({"by": "step", "p": 1e5}, None, [0, 0, 0, 1]),
-])
+@pytest.mark.parametrize(
+    ("options", "numbers", "weights"),
+    [
+        ({"p": 2.0}, [0.5, 1.0, 2.0, 0.25], [4, 1, 0.25, 16]),
+        ({"p": 0.0}, [0.5, 1.0, 2.0, 0.25], [1, 1, 1, 1]),
+        ({"p": 1e5}, [0.5, 1.0, 2.0, 0.25], [0, 0, 0, 1]),  # 0.25^-1e5 is beyond float64
+        ({"p": 1e5}, [1e-3, 1.0, 2.0, 0.25], [1, 0, 0, 0]),
+        ({"by": "step", "p": 1.0}, None, [1, 2, 3, 4]),
+        ({"by": "step", "p": 2.0}, [10, 5, 10, 20], [4, 1, 4, 16]),
+        ({"by": "step", "p": 1e5}, None, [0, 0, 0, 1]),
+    ],
+)
 def test_metrics_weighted_weighs_products_and_heads_by_the_power_law(options, numbers, weights):
     result, weights = merge("metrics_weighted", UNLIKE, options, numbers), np.array(weights) / sum(weights)
     for site in SHAPES:
@@ -130,8 +135,9 @@ def test_many_merges_do_not_pile_up_truncations():
         U, S, Vt = np.linalg.svd(np.mean([change(one, site) for one in UNLIKE], axis=0), full_matrices=False)
         assert close(change(result, site), (U[:, :2] * S[:2]) @ Vt[:2])
     state = make("lora_squeeze", {"rank": 2}).fold(UNLIKE)
-    values = [np.linalg.svd(np.mean([change(one, site) for one in UNLIKE], axis=0), compute_uv=False) ** 2
-              for site in SHAPES]
+    values = [
+        np.linalg.svd(np.mean([change(one, site) for one in UNLIKE], axis=0), compute_uv=False) ** 2 for site in SHAPES
+    ]
     share = sum(value[:2].sum() for value in values) / sum(value.sum() for value in values)
     assert make("lora_squeeze", {"rank": 2}).notes(state) == [f"rank 2 keeps {share:.2%} of the squared norm"]
 
@@ -224,8 +230,11 @@ def test_opcm_of_orthogonal_tasks_is_their_sum_with_the_norm_of_one():
 
 def shuffled(one, seed):
     order = torch.randperm(one.rank("u"), generator=torch.Generator().manual_seed(seed))
-    tensors = {f"{site}/{role}": one[f"{site}/{role}"][order] if role == "A" else one[f"{site}/{role}"][:, order]
-               for site in SHAPES for role in "AB"}
+    tensors = {
+        f"{site}/{role}": one[f"{site}/{role}"][order] if role == "A" else one[f"{site}/{role}"][:, order]
+        for site in SHAPES
+        for role in "AB"
+    }
     return one.replace(tensors)
 
 
@@ -253,8 +262,9 @@ def test_lego_finds_the_units_that_adapters_share():
     """Copies of one adapter with their ranks shuffled and a little noise: their clusters are its units."""
     random, base = torch.Generator().manual_seed(0), adapter(7, rank=4)
     copies = [shuffled(base, index) for index in range(4)]
-    noisy = [one.map(lambda value: value + 1e-3 * torch.randn(value.shape, generator=random).double())
-             for one in copies]
+    noisy = [
+        one.map(lambda value: value + 1e-3 * torch.randn(value.shape, generator=random).double()) for one in copies
+    ]
     for made, tolerance in ((copies, 1e-12), (noisy, 5e-3)):
         result = merge("lora_lego", made)
         assert all(close(change(result, site), change(base, site), tolerance) for site in SHAPES)
@@ -263,8 +273,10 @@ def test_lego_finds_the_units_that_adapters_share():
 def test_lego_gives_a_centroid_the_mean_norm_of_its_members():
     """Units (3, 4; 0) and (0, 0; 5) of norm 5: their mean has norm 5 / sqrt 2, the centroid 5."""
     sites = {"u": AdaptedLayer("lora", (1, 2), 1.0)}
-    units = [AdapterState({"u/A": torch.tensor([a]).double(), "u/B": torch.tensor([[b]]).double()}, sites)
-             for a, b in (([3.0, 4.0], 0.0), ([0.0, 0.0], 5.0))]
+    units = [
+        AdapterState({"u/A": torch.tensor([a]).double(), "u/B": torch.tensor([[b]]).double()}, sites)
+        for a, b in (([3.0, 4.0], 0.0), ([0.0, 0.0], 5.0))
+    ]
     result = merge("lora_lego", units, {"k": 1})
     unit = np.array([*result["u/A"][0].tolist(), result["u/B"].item()])
     np.testing.assert_allclose(unit, np.array([3, 4, 5]) / 2**0.5)
@@ -360,8 +372,10 @@ def test_orthogonal_adaptation_has_a_capacity():
     with pytest.raises(InputError, match="slot=2: v, 5 wide, has 2 slots of rank 2"):
         initial(adapter(0), 2, 0)
     with pytest.raises(InputError, match=r"v is 5 wide and 4 of its directions are taken.*capacity 2"):
-        merge("orthogonal_adaptation", [*in_slots(2), adapter(9).replace(
-            {"u/A": rows(9, 2, 2, 3, "u"), "v/A": torch.eye(5)[:2].double()})])
+        merge(
+            "orthogonal_adaptation",
+            [*in_slots(2), adapter(9).replace({"u/A": rows(9, 2, 2, 3, "u"), "v/A": torch.eye(5)[:2].double()})],
+        )
 
 
 def test_orthogonal_adaptation_refuses_overlap():

@@ -17,9 +17,7 @@ DTYPES = [torch.float32, torch.float64]
 SHARED_A = ("ffa_lora", "fedsvd", "fed_sb", "rolora")
 
 
-def adapters(
-    *, dtype=torch.float64, roles=("A", "B", "head"), ranks=(3, 3, 3), scalings=(2.0, 2.0, 2.0), seed=0
-):
+def adapters(*, dtype=torch.float64, roles=("A", "B", "head"), ranks=(3, 3, 3), scalings=(2.0, 2.0, 2.0), seed=0):
     """Trained adapters of one start: those roles moved at random."""
     made = []
     for index, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):

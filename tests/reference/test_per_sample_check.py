@@ -80,6 +80,7 @@ def test_a_loss_that_divides_by_the_tokens_of_the_batch_is_refused():
             logits = net(inputs["x"])
             each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(5), reduction="none")
             return each.reshape(len(labels), 5).sum(1) / each.numel()  # of the batch, not of the record
+
         return value
 
     refused(Net(), ["one.", "two."], loss)
@@ -100,11 +101,15 @@ def test_the_output_layer_of_torchs_attention_is_refused():
     refused(net, ["attention.out_proj"])
 
 
-@pytest.mark.parametrize("middle", [
-    lambda net, x: net.inner(x.flatten(0, 1)).reshape(x.shape),
-    lambda net, x: net.inner(x.transpose(0, 1)).transpose(0, 1),
-    lambda net, x: x + net.inner(torch.ones(1, 5, 4, dtype=x.dtype)),
-], ids=["folded", "tokens first", "shared by all"])
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda net, x: net.inner(x.flatten(0, 1)).reshape(x.shape),
+        lambda net, x: net.inner(x.transpose(0, 1)).transpose(0, 1),
+        lambda net, x: x + net.inner(torch.ones(1, 5, 4, dtype=x.dtype)),
+    ],
+    ids=["folded", "tokens first", "shared by all"],
+)
 def test_a_layer_that_does_not_keep_records_first_is_refused(middle):
     net = Net(middle)
     net.inner = nn.Linear(4, 4)

@@ -74,8 +74,9 @@ def test_all_that_trains_is_in_the_vector(kind, folder):
         adapted = small.adapted(folder(kind), kind, method=method)
         for roles in roles_of(method, adapted):
             parameters = adapted.train_roles(roles)
-            training = {id(value) for root in adapted.base.modules for value in root.parameters()
-                        if value.requires_grad}
+            training = {
+                id(value) for root in adapted.base.modules for value in root.parameters() if value.requires_grad
+            }
             assert training == {id(value) for value in parameters.values()}
             rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), *batch(records(kind, 2)))
             assert rows.shape == (2, sum(value.numel() for value in parameters.values()))
@@ -99,8 +100,9 @@ def test_a_poisoned_record_leaves_the_others_alone(poison, model):
     clean, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), *batch(data))
     images = data.inputs["pixel_values"].clone()
     images[1] = poison
-    rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), {"pixel_values": images},
-                                   data.labels)
+    rows, _ = per_sample_gradients(
+        adapted.base.modules, parameters, loss_of(adapted), {"pixel_values": images}, data.labels
+    )
     others = [0, 2, 3, 4]
     torch.testing.assert_close(rows[others], clean[others], **EXACT)
     assert not torch.isfinite(rows[1]).all()
@@ -138,15 +140,19 @@ def test_dropout_acts_and_every_record_has_a_mask_of_its_own(folder):
     adapted = as_double(small.adapted(folder("vit"), "vit", dropout=0.5))
     adapted.write(small.randomised(adapted, scale=0.3).map(lambda value: value.double()))
     parameters, data = adapted.train_roles(("A", "B", "head")), records("vit", 4)
-    same = Encoded({key: value[:1].expand(4, *value.shape[1:]) for key, value in data.inputs.items()},
-                   data.labels[:1].expand(4))
+    same = Encoded(
+        {key: value[:1].expand(4, *value.shape[1:]) for key, value in data.inputs.items()}, data.labels[:1].expand(4)
+    )
     adapted.training_mode()
     torch.manual_seed(7)
     rows, _ = per_sample_gradients(adapted.base.modules, parameters, loss_of(adapted), *batch(same))
     torch.manual_seed(7)
     slow = torch.stack(  # autograd under the very same masks: the gradient of one loss of the batch
-        [torch.cat([part.flatten() for part in torch.autograd.grad(losses[index], list(parameters.values()))])
-         for index in range(4) for losses in [seeded_losses(adapted, same)]]
+        [
+            torch.cat([part.flatten() for part in torch.autograd.grad(losses[index], list(parameters.values()))])
+            for index in range(4)
+            for losses in [seeded_losses(adapted, same)]
+        ]
     )
     torch.testing.assert_close(rows, slow, **EXACT)
     assert (rows[0] - rows[1]).norm() > 0.1 * rows[0].norm()

@@ -66,6 +66,7 @@ def test_one_raw_parameter_in_many_places(folder):
 
 def test_a_raw_parameter_behind_a_branch_on_data():
     """What torch.func cannot run."""
+
     class Gated(nn.Module):
         def __init__(self):
             super().__init__()

@@ -33,8 +33,10 @@ def test_texts_of_other_widths_are_padded_with_the_models_token(build):
     model = build()
     model.base.backbone.config.pad_token_id, before = 9, model.base.backbone.config.pad_token_id
     try:
-        data = [small.texts(3), Encoded({key: value[:, :2] for key, value in small.texts(3).inputs.items()},
-                                        small.texts(3).labels)]
+        data = [
+            small.texts(3),
+            Encoded({key: value[:, :2] for key, value in small.texts(3).inputs.items()}, small.texts(3).labels),
+        ]
         lengths = [token_counts(model, own) for own in data]
         assert lengths[1].tolist() == [2, 2, 2]
         (piece,) = cut(lengths, [np.arange(3), np.arange(3)], WIDE)

@@ -16,19 +16,29 @@ from support import small_models as small
 from support.cohort_jobs import ADAMW, WIDE, make_jobs, one_by_one, private
 from support.per_sample import records
 
-BERT = [*(f"attention.output.{name}" for name in ("dense", "LayerNorm")), "intermediate.dense",
-        *(f"output.{name}" for name in ("dense", "LayerNorm"))]
+BERT = [
+    *(f"attention.output.{name}" for name in ("dense", "LayerNorm")),
+    "intermediate.dense",
+    *(f"output.{name}" for name in ("dense", "LayerNorm")),
+]
 TAILS = {
     "bert": [f"bert.encoder.layer.1.{name}" for name in BERT],
     "roberta": [f"roberta.encoder.layer.1.{name}" for name in BERT],
-    "distilbert": [f"distilbert.transformer.layer.1.{name}" for name in (
-        "attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")],
-    "vit": [*(f"vit.layers.1.{name}" for name in ("attention.o_proj", "layernorm_after", "mlp.fc1", "mlp.fc2")),
-            "vit.layernorm"],
+    "distilbert": [
+        f"distilbert.transformer.layer.1.{name}"
+        for name in ("attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
+    ],
+    "vit": [
+        *(f"vit.layers.1.{name}" for name in ("attention.o_proj", "layernorm_after", "mlp.fc1", "mlp.fc2")),
+        "vit.layernorm",
+    ],
 }
-LINEAR = {"bert": ["dense", "key", "query", "value"], "roberta": ["dense", "key", "query", "value"],
-          "distilbert": ["k_lin", "lin1", "lin2", "out_lin", "q_lin", "v_lin"],
-          "vit": ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"]}
+LINEAR = {
+    "bert": ["dense", "key", "query", "value"],
+    "roberta": ["dense", "key", "query", "value"],
+    "distilbert": ["k_lin", "lin1", "lin2", "out_lin", "q_lin", "v_lin"],
+    "vit": ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"],
+}
 ALL = ["A", "B", "head"]
 
 
@@ -64,14 +74,27 @@ def test_mean_pooling_reads_every_token(tmp_path):
     assert find(model, records("bert")) == []
 
 
-@pytest.mark.parametrize("read", [lambda hidden: hidden[:, 0] + hidden[:, -1], lambda hidden: hidden[:, -1],
-                                  lambda hidden: hidden[:, 1], lambda hidden: hidden[:, ::6].mean(1)],
-                         ids=["both", "last", "second", "strided"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda hidden: hidden[:, 0] + hidden[:, -1],
+        lambda hidden: hidden[:, -1],
+        lambda hidden: hidden[:, 1],
+        lambda hidden: hidden[:, ::6].mean(1),
+    ],
+    ids=["both", "last", "second", "strided"],
+)
 def test_a_head_that_reads_another_token_leaves_the_block_alone(folder, read):
     model = small.adapted(folder("bert"), "bert", r=4)
     inner, head = model.base.backbone.bert, model.base.heads["classifier"]
-    model.base = Base(model.base.backbone, lambda batch: head(read(inner(**batch).last_hidden_state)),
-                      {"classifier": head}, None, "", small.TEXT)
+    model.base = Base(
+        model.base.backbone,
+        lambda batch: head(read(inner(**batch).last_hidden_state)),
+        {"classifier": head},
+        None,
+        "",
+        small.TEXT,
+    )
     assert find(model, records("bert")) == []
 
 
@@ -92,6 +115,7 @@ def test_a_model_that_refuses_random_texts_stays_whole_and_says_so(folder, caplo
 
 def test_a_layer_that_wants_all_tokens_is_left_alone(folder):
     """What would not run with one token, or would say something else, is not cut."""
+
     class Centred(nn.Linear):
         def forward(self, x):
             return super().forward(x - x.detach().mean(1, keepdim=True))  # its gradient hides that it reads them all
@@ -176,8 +200,10 @@ def test_model_stays_what_it_is(folder):
     modes = [module.training for module in model.base.backbone.modules()]
     assert any(modes)
     needs = {key: value.requires_grad for key, value in model.parameters.items()}
-    unreadable = Encoded({"input_ids": torch.full((3, 7), -99), "attention_mask": torch.zeros(3, 7, dtype=torch.long)},
-                         torch.zeros(3, dtype=torch.long))
+    unreadable = Encoded(
+        {"input_ids": torch.full((3, 7), -99), "attention_mask": torch.zeros(3, 7, dtype=torch.long)},
+        torch.zeros(3, dtype=torch.long),
+    )
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="stop"), first_token(model, unreadable):
         assert model.tail
@@ -186,8 +212,12 @@ def test_model_stays_what_it_is(folder):
     assert [module.training for module in model.base.backbone.modules()] == modes
     assert {key: value.requires_grad for key, value in model.parameters.items()} == needs
     assert all(value.grad is None for value in model.parameters.values())
-    assert not any(module._forward_pre_hooks for root in model.base.modules for name, module in root.named_modules()
-                   if module is not model.base.head)
+    assert not any(
+        module._forward_pre_hooks
+        for root in model.base.modules
+        for name, module in root.named_modules()
+        if module is not model.base.head
+    )
 
 
 def test_private_gradients_are_verified_on_the_model_that_trains(tiny, monkeypatch):
@@ -203,6 +233,13 @@ def test_private_gradients_are_verified_on_the_model_that_trains(tiny, monkeypat
         hook.remove()
 
     monkeypatch.setattr(local, "verify", watched)
-    tiny(config={"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
-                 "data.limit": 200, "run.rounds": 1})
+    tiny(
+        config={
+            "privacy.unit": "sample",
+            "privacy.noise_multiplier": 1.0,
+            "strategy.weighting": "uniform",
+            "data.limit": 200,
+            "run.rounds": 1,
+        }
+    )
     assert cut and set(cut) == {1}

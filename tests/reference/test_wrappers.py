@@ -163,9 +163,7 @@ def test_wrappers_compose_in_order():
     origin = vectors([Update("s", 1.0, server.adapter)])[0]
     moves = [vector - origin for vector in vectors(updates)]
     clipped = [move * min(1.0, 0.7 / np.linalg.norm(move)) for move in moves]
-    np.testing.assert_allclose(
-        vectors([Update("s", 1.0, both)])[0], origin + np.median(clipped, axis=0), atol=1e-13
-    )
+    np.testing.assert_allclose(vectors([Update("s", 1.0, both)])[0], origin + np.median(clipped, axis=0), atol=1e-13)
 
 
 def test_wrappers_know_what_the_inner_strategy_knows_of_the_run():

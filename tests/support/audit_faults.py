@@ -17,18 +17,26 @@ def fault(part: str, check: str):
     def note(seed):
         FAULTS[seed.__name__] = part, check, seed
         return seed
+
     return note
 
 
 def planned(put, engine: str, **changes: Callable[[Plan], float]) -> None:
     """One engine trains by another plan than the ledger gets."""
+
     def other(private):
-        return private and replace(private, plan=replace(private.plan, **{key: change(private.plan)
-                                                                          for key, change in changes.items()}))
+        return private and replace(
+            private, plan=replace(private.plan, **{key: change(private.plan) for key, change in changes.items()})
+        )
 
     alone, together = local.train, local.train_cohort
     if engine == "alone":
         put(local, "train", lambda *args, private=None, **rest: alone(*args, private=other(private), **rest))
     else:
-        put(local, "train_cohort", lambda model, jobs, *rest: together(
-            model, [replace(job, private=other(job.private)) for job in jobs], *rest))
+        put(
+            local,
+            "train_cohort",
+            lambda model, jobs, *rest: together(
+                model, [replace(job, private=other(job.private)) for job in jobs], *rest
+            ),
+        )

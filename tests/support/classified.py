@@ -37,23 +37,72 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "atp": {"learn_lr": 0.0},
     "fedthe": {"head_epochs": 0, "memo_lr": 0.0},
 }
-NEVER_NEUTRAL = {"source": "is the source model", "bn_adapt": "is what the others are compared with",
-                 "t3a": "has no option under which its supports stay"}
-LEARNERS = ("rdumb", "tent", "eata", "sar", "rotta", "cotta", "petal", "itta", "roid", "em_prior", "lsa", "t3a", "tlm",
-            "ear", "atp", "fedthe")
+NEVER_NEUTRAL = {
+    "source": "is the source model",
+    "bn_adapt": "is what the others are compared with",
+    "t3a": "has no option under which its supports stay",
+}
+LEARNERS = (
+    "rdumb",
+    "tent",
+    "eata",
+    "sar",
+    "rotta",
+    "cotta",
+    "petal",
+    "itta",
+    "roid",
+    "em_prior",
+    "lsa",
+    "t3a",
+    "tlm",
+    "ear",
+    "atp",
+    "fedthe",
+)
 FORGETFUL = ("source", "aug_average", "bn_adapt", "lame", "memo")  # no batch leaves anything behind
 # What private sites are asked to be scored with (law.py), and of that what a language model can have.
-ASKED = ("source", "tent", "em_prior", "rdumb", "lame", "eata", "sar", "rotta", "memo", "t3a", "cotta", "petal",
-         "lsa", "itta", "roid", "ear")
+ASKED = (
+    "source",
+    "tent",
+    "em_prior",
+    "rdumb",
+    "lame",
+    "eata",
+    "sar",
+    "rotta",
+    "memo",
+    "t3a",
+    "cotta",
+    "petal",
+    "lsa",
+    "itta",
+    "roid",
+    "ear",
+)
 NEXT_TOKEN = ("source", "tent", "rdumb", "eata", "sar", "roid", "tlm")
-NOT_ASKED = {"aug_average": "is cotta's teacher without learning", "bn_adapt": "is tent without learning",
-             "atp": "refused under sample-level privacy", "fedthe": "refused under sample-level privacy"}
+NOT_ASKED = {
+    "aug_average": "is cotta's teacher without learning",
+    "bn_adapt": "is tent without learning",
+    "atp": "refused under sample-level privacy",
+    "fedthe": "refused under sample-level privacy",
+}
 
 # Continual learning ---------------------------------------------------------------------------------------------------
 
 # Bytes that a body must keep more of with every task, by kind, by its own account; and bodies that keep no more.
-GROWS = {"coso": "bases", "inflora": "bases", "factor_coso": "bases", "conpet_static": "raw", "joint": "raw",
-         "er": "raw", "olora": "adapters", "owlora": "adapters", "sdlora": "adapters", "conpet": "adapters"}
+GROWS = {
+    "coso": "bases",
+    "inflora": "bases",
+    "factor_coso": "bases",
+    "conpet_static": "raw",
+    "joint": "raw",
+    "er": "raw",
+    "olora": "adapters",
+    "owlora": "adapters",
+    "sdlora": "adapters",
+    "conpet": "adapters",
+}
 CONSTANT = ("frozen", "sequential", "fsa", "lae", "ewc", "lwf", "classp", "merging")  # from the second task on
 # In a federation: one client is one learner; the clients' steps are others; the server half is another method; none.
 ONE_CLIENT_IS_ONE_LEARNER = ("frozen", "sequential", "fsa", "inflora", "merging")
@@ -61,11 +110,19 @@ REPLAYS_AT_CLIENTS = ("conpet_static",)
 HALVES_OF_THEIR_OWN = ("coso", "factor_coso", "lae")
 STAY_CENTRAL = ("ewc", "lwf", "er", "joint", "classp", "olora", "sdlora", "owlora", "conpet")
 ON_NOISED_SUMS = ("lda", "ncm")
-NOT_ON_NOISED_SUMS: dict[str, dict[str, Any]] = {"linear": {}, "masked": {}, "ranpac": {"features": 50},
-                                                 "aligned": {"epochs": 2}}
+NOT_ON_NOISED_SUMS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "masked": {},
+    "ranpac": {"features": 50},
+    "aligned": {"epochs": 2},
+}
 # Streams of embedded data, and those that ask for data sets.
-CLASS_STREAMS: dict[str, dict[str, int]] = {"digits5": {}, "glyph1d": {"train": 10, "test": 5},
-                                            "records": {"limit": 300}, "text": {"limit": 60}}
+CLASS_STREAMS: dict[str, dict[str, int]] = {
+    "digits5": {},
+    "glyph1d": {"train": 10, "test": 5},
+    "records": {"limit": 300},
+    "text": {"limit": 60},
+}
 OTHER_STREAMS = {"glyph1d_domain": {"train": 10, "test": 5}, "glyph1d_blurry": {"train": 20, "test": 5}}
 PREPARED_STREAMS = ("wordnet", "glyphs")
 
@@ -75,9 +132,14 @@ PREPARED_STREAMS = ("wordnet", "glyphs")
 EXACT = ("ffa_lora", "fedsvd", "flora", "fedex", "rolora", "fed_sb")
 ROBUST = ("norm_clip", "trimmed_mean", "median", "krum")
 REFERENCED = ("fedit", "lora_fair", "flexlora", "hetlora", "flower", *EXACT, "fedprox", "scaffold", *ROBUST)
-APART = {"fedsa": "has no global product", "fedadam": "steps by itself", "fedyogi": "steps by itself",
-         "fedadagrad": "steps by itself", "atp": "its rates are in test_asked and test_client_halves",
-         "fedthe": "its history is in test_federated_fedthe"}
+APART = {
+    "fedsa": "has no global product",
+    "fedadam": "steps by itself",
+    "fedyogi": "steps by itself",
+    "fedadagrad": "steps by itself",
+    "atp": "its rates are in test_asked and test_client_halves",
+    "fedthe": "its history is in test_federated_fedthe",
+}
 RANDOM_SPLITS = ("iid", "dirichlet", "shards", "quantity")
 SPLITS_BY_DATA = ("column",)
 
@@ -86,8 +148,10 @@ QUESTIONS: dict[str, tuple[str, tuple[Collection[str], ...]]] = {
     "does a stream leave something behind?": ("tta", (LEARNERS, FORGETFUL)),
     "is it asked under the law of private clients?": ("tta", ({*ASKED, *NEXT_TOKEN}, NOT_ASKED)),
     "does what it keeps grow with the tasks?": ("bodies", (GROWS, CONSTANT)),
-    "can a federation run it?": ("bodies", (ONE_CLIENT_IS_ONE_LEARNER, REPLAYS_AT_CLIENTS, HALVES_OF_THEIR_OWN,
-                                            STAY_CENTRAL)),
+    "can a federation run it?": (
+        "bodies",
+        (ONE_CLIENT_IS_ONE_LEARNER, REPLAYS_AT_CLIENTS, HALVES_OF_THEIR_OWN, STAY_CENTRAL),
+    ),
     "is it fitted on noised sums?": ("heads", (ON_NOISED_SUMS, NOT_ON_NOISED_SUMS)),
     "can it be built here?": ("streams", (CLASS_STREAMS, OTHER_STREAMS, PREPARED_STREAMS)),
     "is it a rule or a wrapper?": ("strategies", (RULES, ["fed_sb"], WRAPPERS)),
@@ -104,7 +168,9 @@ def misplaced(question: str) -> dict[str, list[str]]:
     """Names of the table that are in no class, in several, and names in a class that the table does not have."""
     table, classes = QUESTIONS[question]
     names, placed = registry.names(table), [name for members in classes for name in members]
-    wrong = {"in no class": [name for name in names if name not in placed],
-             "in several": sorted({name for name in placed if placed.count(name) > 1}),
-             "not registered": [name for name in placed if name not in names]}
+    wrong = {
+        "in no class": [name for name in names if name not in placed],
+        "in several": sorted({name for name in placed if placed.count(name) > 1}),
+        "not registered": [name for name in placed if name not in names],
+    }
     return {what: found for what, found in wrong.items() if found}

@@ -33,8 +33,14 @@ class Quiet(ClientDP):
         return Silence()
 
 
-def private(inner: str | FederatedStrategy = "fedit", population: int = 5, cls: type[ClientDP] = ClientDP,
-            run: dict[str, Any] | None = None, ledger: Path | None = None, **privacy: Any) -> ClientDP:
+def private(
+    inner: str | FederatedStrategy = "fedit",
+    population: int = 5,
+    cls: type[ClientDP] = ClientDP,
+    run: dict[str, Any] | None = None,
+    ledger: Path | None = None,
+    **privacy: Any,
+) -> ClientDP:
     inside = registry.load("strategies", inner)() if isinstance(inner, str) else inner
     inside.context = RunContext(population=population, ledger=ledger)
     budget = {} if "epsilon" in privacy else {"noise_multiplier": 1.0}

@@ -35,8 +35,15 @@ def records(kind, count, seed):
 
 
 def make_jobs(model, sizes, kind="bert", **options):
-    return [Job(dict(small.randomised(model, seed=10 + k, scale=0.3).tensors), records(kind, size, k), seed=100 + k,
-                **options) for k, size in enumerate(sizes)]
+    return [
+        Job(
+            dict(small.randomised(model, seed=10 + k, scale=0.3).tensors),
+            records(kind, size, k),
+            seed=100 + k,
+            **options,
+        )
+        for k, size in enumerate(sizes)
+    ]
 
 
 def one_by_one(model, jobs, trains, config):
@@ -44,8 +51,9 @@ def one_by_one(model, jobs, trains, config):
     ends = []
     for job in jobs:
         model.write(AdapterState(job.start, model.sites))
-        steps, loss = train(model, job.data, trains, config, job.seed, proximal=job.proximal, offset=job.offset,
-                            private=job.private)
+        steps, loss = train(
+            model, job.data, trains, config, job.seed, proximal=job.proximal, offset=job.offset, private=job.private
+        )
         ends.append((model.read(AdapterState(job.start, model.sites).select(trains)).tensors, steps, loss))
     return ends
 

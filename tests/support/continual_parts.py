@@ -32,8 +32,11 @@ LAYERS = ["fc2"]
 TRAIN = {"epochs": 2, "batch_size": 8, "lr": 5e-3, "head_lr": 1e-2}  # 24 records a task: 3 steps an epoch
 
 # Where a default is made for larger models or longer tasks.
-BODIES: dict[str, dict[str, Any]] = {"lae": {"frozen_epochs": 1}, "conpet": {"batches": 2},
-                                     "conpet_static": {"batches": 4}}
+BODIES: dict[str, dict[str, Any]] = {
+    "lae": {"frozen_epochs": 1},
+    "conpet": {"batches": 2},
+    "conpet_static": {"batches": 4},
+}
 HEADS: dict[str, dict[str, Any]] = {"ranpac": {"features": 60}, "aligned": {"samples": 32, "epochs": 4}}
 
 
@@ -64,8 +67,9 @@ def base(classes: int = CLASSES, seed: int = 0) -> Base:
         if "norm" not in name:
             value.copy_(torch.randn(value.shape, generator=draws) / math.sqrt(value.shape[-1]))
     net.requires_grad_(False).eval()
-    return Base(net, lambda batch: net(batch["pixel_values"]), {"classifier": net.classifier}, None, "",
-                "image-classification")
+    return Base(
+        net, lambda batch: net(batch["pixel_values"]), {"classifier": net.classifier}, None, "", "image-classification"
+    )
 
 
 def model(**given: Any) -> Plastic:
@@ -85,11 +89,18 @@ def stream(scenario: str = "class", tasks: int = 3, rows: int = 12, seed: int = 
     """Tasks of two classes each; in `domain` all classes in every task, in `blurry` neighbours share a class."""
     classes = 2 * tasks
     train, test = clusters(classes, rows, seed), clusters(classes, 8, seed, "test")
-    groups = {"domain": [list(range(classes))] * tasks,
-              "blurry": [[2 * task, 2 * task + 1, (2 * task + 2) % classes] for task in range(tasks)]}
+    groups = {
+        "domain": [list(range(classes))] * tasks,
+        "blurry": [[2 * task, 2 * task + 1, (2 * task + 2) % classes] for task in range(tasks)],
+    }
     plain = [[2 * task, 2 * task + 1] for task in range(tasks)]
-    return streams.build(streams.plan("clusters", scenario, train.labels.numpy(), test.labels.numpy(),
-                                      groups.get(scenario, plain), seed), train, test)
+    return streams.build(
+        streams.plan(
+            "clusters", scenario, train.labels.numpy(), test.labels.numpy(), groups.get(scenario, plain), seed
+        ),
+        train,
+        test,
+    )
 
 
 def vit() -> Plastic:
@@ -106,8 +117,9 @@ def images(tasks: int = 3) -> streams.Stream:
         pixels = (data.inputs["pixel_values"].to(torch.float32) @ drawn).sigmoid().reshape(-1, 1, 8, 8)
         return Encoded({"pixel_values": pixels}, data.labels)
 
-    return replace(plain, tasks=tuple(replace(task, train=picture(task.train), test=picture(task.test))
-                                      for task in plain.tasks))
+    return replace(
+        plain, tasks=tuple(replace(task, train=picture(task.train), test=picture(task.test)) for task in plain.tasks)
+    )
 
 
 def heads_of(body: str) -> tuple[str, ...]:
@@ -116,22 +128,39 @@ def heads_of(body: str) -> tuple[str, ...]:
     return registry.load("bodies", body).heads or tuple(local)
 
 
-def learner(body: str, heads: tuple[str, ...] = ("linear",), options: dict[str, Any] | None = None,
-            scenario: str = "class", seed: int = 0, tasks: int = 3, given: streams.Stream | None = None,
-            plastic: Plastic | None = None, **train: Any) -> Learner:
+def learner(
+    body: str,
+    heads: tuple[str, ...] = ("linear",),
+    options: dict[str, Any] | None = None,
+    scenario: str = "class",
+    seed: int = 0,
+    tasks: int = 3,
+    given: streams.Stream | None = None,
+    plastic: Plastic | None = None,
+    **train: Any,
+) -> Learner:
     """A learner on the small stream and base (or those given), not yet run."""
-    return Learner(given or stream(scenario, tasks), plastic or model(classes=2 * tasks), body,
-                   {name: HEADS.get(name, {}) for name in heads}, TrainConfig(**{**TRAIN, **train}), seed,
-                   {**BODIES.get(body, {}), **(options or {})})
+    return Learner(
+        given or stream(scenario, tasks),
+        plastic or model(classes=2 * tasks),
+        body,
+        {name: HEADS.get(name, {}) for name in heads},
+        TrainConfig(**{**TRAIN, **train}),
+        seed,
+        {**BODIES.get(body, {}), **(options or {})},
+    )
 
 
 def run(body: str, *args: Any, **given: Any) -> Learner:
     return learner(body, *args, **given).run()
 
 
-def watch(given: Learner, begun: Callable[[Body], None] = lambda body: None,
-          stepped: Callable[[Body, int], None] = lambda body, step: None,
-          trained: Callable[[Body], None] = lambda body: None) -> Learner:
+def watch(
+    given: Learner,
+    begun: Callable[[Body], None] = lambda body: None,
+    stepped: Callable[[Body, int], None] = lambda body, step: None,
+    trained: Callable[[Body], None] = lambda body: None,
+) -> Learner:
     """Look at the body when a task has begun, after each step, and when its training is over."""
     body = given.body
     start, after_step, end_task = body.start, body.after_step, body.end_task
@@ -217,8 +246,10 @@ def fingerprint(given: Base) -> str:
     """Every parameter and buffer, every module's mode, and what hangs on it."""
     digest = hashlib.sha256()
     for name, part in given.backbone.named_modules():
-        digest.update(f"{name} {part.training} {'forward' in part.__dict__} {len(part._forward_hooks)} "
-                      f"{len(part._forward_pre_hooks)}".encode())
+        digest.update(
+            f"{name} {part.training} {'forward' in part.__dict__} {len(part._forward_hooks)} "
+            f"{len(part._forward_pre_hooks)}".encode()
+        )
         for value in [*part._parameters.values(), *part._buffers.values()]:
             if value is not None:
                 digest.update(f"{value.requires_grad} {value.grad is None}".encode())

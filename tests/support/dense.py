@@ -193,8 +193,10 @@ def play(strategy, server, origin, weights, seeds=None, train=drift) -> Round:
         models[name] = train(received(strategy, server, origin, name), roles, seed)
         sent = strategy.broadcast(server, name)
         random = np.random.default_rng(seed + 1)
-        extra = {key: value + 0.3 * torch.tensor(random.standard_normal(tuple(value.shape)), dtype=value.dtype)
-                 for key, value in sent.extra.items()}
+        extra = {
+            key: value + 0.3 * torch.tensor(random.standard_normal(tuple(value.shape)), dtype=value.dtype)
+            for key, value in sent.extra.items()
+        }
         updates.append(Update(name, weight, models[name].select(uploads).beside(extra), {}))
     after = replace(strategy.aggregate(server, updates), round=server.round + 1)
     return Round(server, models, updates, after)

@@ -76,8 +76,9 @@ def simulated(deployment, tree, overrides, name):
 def three_sites(root, policy=POLICY, words=WORDS):
     """A coordinator and three sites, running; `rows` are each site's records, test.csv is the coordinator's."""
     made = Deployment(root)
-    made.rows = {name: write_records(root / f"{name}.csv", COUNTS[name], seed, words)
-                 for seed, name in enumerate(NAMES)}
+    made.rows = {
+        name: write_records(root / f"{name}.csv", COUNTS[name], seed, words) for seed, name in enumerate(NAMES)
+    }
     write_records(root / "test.csv", 60, 99, words)
     try:
         for name in NAMES:
@@ -119,20 +120,45 @@ class Deployment:
         self.port, self.control_port = free_ports(2)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.coordinator = root / "coordinator"
-        self.call("server", "init", self.coordinator, "--host", "localhost", "--port", self.port, "--control-port",
-                  self.control_port, "--listen", "127.0.0.1")
+        self.call(
+            "server",
+            "init",
+            self.coordinator,
+            "--host",
+            "localhost",
+            "--port",
+            self.port,
+            "--control-port",
+            self.control_port,
+            "--listen",
+            "127.0.0.1",
+        )
 
     def call(self, *arguments, code=0):
         """Run one command with --json; what it printed."""
-        done = subprocess.run([*FEDPEFT, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=240,
-                              cwd=self.root)
+        done = subprocess.run(
+            [*FEDPEFT, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=240, cwd=self.root
+        )
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout) if done.stdout.strip() else done.stderr
 
     def add_site(self, name, data, register=True, policy=POLICY):
         folder = self.root / name
-        made = self.call("site", "init", folder, "--name", name, "--server", f"localhost:{self.port}", "--ca",
-                         self.coordinator / "ca.crt", "--data", data, "--model", "tiny-bert")
+        made = self.call(
+            "site",
+            "init",
+            folder,
+            "--name",
+            name,
+            "--server",
+            f"localhost:{self.port}",
+            "--ca",
+            self.coordinator / "ca.crt",
+            "--data",
+            data,
+            "--model",
+            "tiny-bert",
+        )
         (folder / "policy.yaml").write_text(policy)
         if register:
             self.call("server", "add-site", self.coordinator, name, made["public_key"])
@@ -154,8 +180,7 @@ class Deployment:
 
     def pids(self, what, role):
         """Process ids of a role below the coordinator or a site."""
-        return [pid for pid, line in children(self.processes[what].pid)
-                if f"fedpeft.deploy.launch {role} " in line]
+        return [pid for pid, line in children(self.processes[what].pid) if f"fedpeft.deploy.launch {role} " in line]
 
     def kill(self, what, role):
         (pid,) = self.pids(what, role)

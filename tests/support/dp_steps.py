@@ -46,11 +46,13 @@ class Fixed:
 
 def joined(data, other, place):
     """`data` with the records of `other` put in at `place`."""
+
     def put(one, two):
         return torch.cat([one[:place], two.to(one.dtype), one[place:]])
 
-    return Encoded({key: put(value, other.inputs[key]) for key, value in data.inputs.items()},
-                   put(data.labels, other.labels))
+    return Encoded(
+        {key: put(value, other.inputs[key]) for key, value in data.inputs.items()}, put(data.labels, other.labels)
+    )
 
 
 def adversaries(kind):
@@ -59,8 +61,11 @@ def adversaries(kind):
     found = {"plain": plain, "relabelled": Encoded(plain.inputs, (plain.labels + 1) % small.LABELS)}
     if kind == "vit":
         image = plain.inputs["pixel_values"]
-        spoilt = {"nan": image * torch.nan, "inf": image * torch.inf,
-                  "one inf": image.masked_fill(image == image.max(), torch.inf)}
+        spoilt = {
+            "nan": image * torch.nan,
+            "inf": image * torch.inf,
+            "one inf": image.masked_fill(image == image.max(), torch.inf),
+        }
         for name, value in {"black": 0 * image, "huge": 1e6 * image, "beyond": 1e200 * image, **spoilt}.items():
             found[name] = Encoded({"pixel_values": value}, plain.labels)
     else:

@@ -28,8 +28,9 @@ class There(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor) -> There:
-        made = Tensor._make_wrapper_subclass(cls, here.shape, dtype=here.dtype, strides=here.stride(),
-                                             storage_offset=here.storage_offset())
+        made = Tensor._make_wrapper_subclass(
+            cls, here.shape, dtype=here.dtype, strides=here.stride(), storage_offset=here.storage_offset()
+        )
         made.here = here
         return made
 
@@ -51,8 +52,11 @@ class There(Tensor):
         """The operation on the values; its result lies there too."""
         kwargs, name = kwargs or {}, func.__name__.split(".")[0]
         asked = args[:1] + args[2:3] if name in INDEXED else (args, kwargs)
-        strangers = [value for value in tree_leaves(asked)
-                     if isinstance(value, Tensor) and not isinstance(value, There) and value.ndim]
+        strangers = [
+            value
+            for value in tree_leaves(asked)
+            if isinstance(value, Tensor) and not isinstance(value, There) and value.ndim
+        ]
         if name == "copy_":
             (args[0].here if isinstance(args[0], There) else args[0]).copy_(_here(args[1]))
             return args[0]

@@ -44,8 +44,11 @@ def rate_of_all_records(put):
 @fault("claims", "accountant")
 def half_of_the_steps_counted(put):
     real = accounting._composed
-    put(accounting, "_composed", lambda releases, *rest: real(tuple(
-        (rate, sigma, -(-steps // 2)) for rate, sigma, steps in releases), *rest))
+    put(
+        accounting,
+        "_composed",
+        lambda releases, *rest: real(tuple((rate, sigma, -(-steps // 2)) for rate, sigma, steps in releases), *rest),
+    )
 
 
 @fault("claims", "accountant")
@@ -72,6 +75,7 @@ def entered(check: str):
 
         FAULTS[change.__name__] = "rounds", check, lambda put: put(Guard, "_release", release)
         return change
+
     return note
 
 
@@ -98,8 +102,11 @@ def nothing_entered(put):
 @fault("rounds", "ledger")
 def one_round_entered(put):
     real = Guard.spend
-    put(Guard, "spend", lambda guard, account, number, *rest: real(guard, account, number, *rest)
-        if number == 1 else None)
+    put(
+        Guard,
+        "spend",
+        lambda guard, account, number, *rest: real(guard, account, number, *rest) if number == 1 else None,
+    )
 
 
 @fault("rounds", "ledger comes first")
@@ -127,8 +134,13 @@ def entered_by_another_name(put):
 def another_reply_kept(put):
     """What is sent next time is another release, which the budget does not have."""
     real = Store.save_reply
-    put(Store, "save_reply", lambda store, client, number, request, update, *rest: real(
-        store, client, number, request, update.map(lambda value: value + 1e-6), *rest))
+    put(
+        Store,
+        "save_reply",
+        lambda store, client, number, request, update, *rest: real(
+            store, client, number, request, update.map(lambda value: value + 1e-6), *rest
+        ),
+    )
 
 
 @fault("rounds", "rounds")

@@ -15,9 +15,11 @@ from support.audit_faults import FAULTS, HEAD, fault, planned
 
 def noisy(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`noised_mean` with the noise, in its own deviations, that `make(total, noise, source)` turns it into."""
+
     def noised_mean(plan, total, source):
         noise = make(total, torch.from_numpy(source.normal(total.numel())).to(total), source)
         return (total + plan.noise_multiplier * plan.clip * noise) / plan.expected_batch
+
     return noised_mean
 
 
@@ -29,10 +31,12 @@ def step_of(source) -> int:
 
 def of_noise(check: str):
     """A fault of the noise vector, in both engines."""
+
     def note(make):
         name = make.__name__
         FAULTS[name] = "rounds", check, lambda put: put(Plan, "noised_mean", noisy(make))
         return make
+
     return note
 
 
@@ -173,9 +177,11 @@ def the_bias_again(total, noise, source):
 
 def again_after_two(put):
     """Of four steps, the noise of the first two comes again."""
+
     def make(total, noise, source):
         source.line = [*getattr(source, "line", []), noise]
         return source.line[len(source.line) - 3] if len(source.line) > 2 else noise
+
     put(Plan, "noised_mean", noisy(make))
 
 
@@ -185,15 +191,25 @@ FAULTS["again_after_two"] = "long_rounds", "noise is fresh", again_after_two
 @fault("rounds", "noise of each part")
 def one_client_bare(put):
     real = Guard.source
-    put(Guard, "source", lambda guard, client, *rest: Bare(real(guard, client, *rest)) if client == "client-002"
-        else real(guard, client, *rest))
+    put(
+        Guard,
+        "source",
+        lambda guard, client, *rest: (
+            Bare(real(guard, client, *rest)) if client == "client-002" else real(guard, client, *rest)
+        ),
+    )
 
 
 @fault("rounds", "noise of each part")
 def one_round_bare(put):
     real = Guard.source
-    put(Guard, "source", lambda guard, client, number, *rest: Bare(real(guard, client, number, *rest))
-        if number == 2 else real(guard, client, number, *rest))
+    put(
+        Guard,
+        "source",
+        lambda guard, client, number, *rest: (
+            Bare(real(guard, client, number, *rest)) if number == 2 else real(guard, client, number, *rest)
+        ),
+    )
 
 
 class Bare:

@@ -24,9 +24,13 @@ def finite(gradients):
 
 def of_clip(part: str, check: str):
     def note(clip):
-        FAULTS[clip.__name__] = part, check, lambda put: put(
-            Plan, "clipped_sum", lambda plan, gradients, losses=None: clip(plan, gradients))
+        FAULTS[clip.__name__] = (
+            part,
+            check,
+            lambda put: put(Plan, "clipped_sum", lambda plan, gradients, losses=None: clip(plan, gradients)),
+        )
         return clip
+
     return note
 
 
@@ -76,11 +80,16 @@ def not_clipped_alone(put):
 
 def of_cohort(part: str, check: str):
     """`add_clipped` with other clips, or with factors for each of its parts."""
+
     def note(change):
         real = chunk.add_clipped
-        FAULTS[change.__name__] = part, check, lambda put: put(
-            chunk, "add_clipped", lambda *given: change(real, *given))
+        FAULTS[change.__name__] = (
+            part,
+            check,
+            lambda put: put(chunk, "add_clipped", lambda *given: change(real, *given)),
+        )
         return change
+
     return note
 
 
@@ -125,8 +134,11 @@ def faulty_steps(clip):
             drawn = plan.sample(len(data), source)
             if len(drawn):
                 gradients, _ = per_sample_gradients(
-                    model.base.modules, parameters, lambda *batch: train.per_sample_loss(model, *batch),
-                    *train.on_device(data, drawn, device))
+                    model.base.modules,
+                    parameters,
+                    lambda *batch: train.per_sample_loss(model, *batch),
+                    *train.on_device(data, drawn, device),
+                )
                 total = clip(plan, finite(gradients), sizes)
             pieces = plan.noised_mean(total, source).split(sizes)
             yield {key: piece.view_as(parameters[key]) for key, piece in zip(parameters, pieces, strict=True)}, []
@@ -136,14 +148,22 @@ def faulty_steps(clip):
 
 @fault("sensitivity", "sensitivity")
 def head_escapes_the_clip(put):
-    put(train, "private_steps", faulty_steps(lambda plan, rows, sizes: torch.cat(
-        [rows[:, :HEAD].sum(0), plan.clipped_sum(rows[:, HEAD:])])))
+    put(
+        train,
+        "private_steps",
+        faulty_steps(lambda plan, rows, sizes: torch.cat([rows[:, :HEAD].sum(0), plan.clipped_sum(rows[:, HEAD:])])),
+    )
 
 
 @fault("sensitivity", "sensitivity")
 def each_tensor_clipped(put):
-    put(train, "private_steps", faulty_steps(lambda plan, rows, sizes: torch.cat(
-        [plan.clipped_sum(part) for part in rows.split(sizes, dim=1)])))
+    put(
+        train,
+        "private_steps",
+        faulty_steps(
+            lambda plan, rows, sizes: torch.cat([plan.clipped_sum(part) for part in rows.split(sizes, dim=1)])
+        ),
+    )
 
 
 @fault("rounds", "clipped sums")
@@ -158,6 +178,7 @@ def of_sample(part: str, check: str):
     def note(sample):
         FAULTS[sample.__name__] = part, check, lambda put: put(Plan, "sample", sample)
         return sample
+
     return note
 
 
@@ -238,15 +259,21 @@ class Sampled:
 @fault("rounds", "batches are independent")
 def rounds_share_batches(put):
     real = Guard.source
-    put(Guard, "source", lambda guard, client, number, *rest: Sampled(real(guard, client, 1), real(
-        guard, client, number, *rest)))
+    put(
+        Guard,
+        "source",
+        lambda guard, client, number, *rest: Sampled(real(guard, client, 1), real(guard, client, number, *rest)),
+    )
 
 
 @fault("rounds", "batches are independent")
 def clients_share_batches(put):
     real = Guard.source
-    put(Guard, "source", lambda guard, client, number, *rest: Sampled(real(guard, "all", number), real(
-        guard, client, number, *rest)))
+    put(
+        Guard,
+        "source",
+        lambda guard, client, number, *rest: Sampled(real(guard, "all", number), real(guard, client, number, *rest)),
+    )
 
 
 @fault("empty", "empty batches")

@@ -18,8 +18,19 @@ from fedpeft.models.base import Base
 
 WIDTH, CLASSES = 4, 6
 BODIES = {
-    "coso": [{"r1": 2, "r2": 2}, {"side": "in", "r1": 3, "r2": 2, "refresh": 2, "svd": "randomized", "deltas": "svd",
-                                  "delta_rank": 1, "rotate_moments": True}],
+    "coso": [
+        {"r1": 2, "r2": 2},
+        {
+            "side": "in",
+            "r1": 3,
+            "r2": 2,
+            "refresh": 2,
+            "svd": "randomized",
+            "deltas": "svd",
+            "delta_rank": 1,
+            "rotate_moments": True,
+        },
+    ],
     "ewc": [{"lam": 3.0}, {"form": "lora", "labels": "model", "decay": 0.5}],
     "lwf": [{}, {"form": "film"}],
     "er": [{"capacity": 7, "replay": 3}, {"form": "lora", "r": 2}],
@@ -56,15 +67,18 @@ def records(labels: list[int], width: int = WIDTH, seed: int = 0) -> Encoded:
 def three_tasks() -> streams.Stream:
     train, test = records([0, 1, 2, 3, 4, 5] * 5), records([0, 1, 2, 3, 4, 5] * 3, seed=0)
     groups = [[0, 1], [2, 3], [4, 5]]
-    return streams.build(streams.plan("three", "class", train.labels.numpy(), test.labels.numpy(), groups, 0), train,
-                         test)
+    return streams.build(
+        streams.plan("three", "class", train.labels.numpy(), test.labels.numpy(), groups, 0), train, test
+    )
 
 
-def made(name: str, model: Plastic, data: Encoded, classes: tuple[int, ...] = (0, 1), lr: float = 0.1,
-         **options: object) -> Body:
+def made(
+    name: str, model: Plastic, data: Encoded, classes: tuple[int, ...] = (0, 1), lr: float = 0.1, **options: object
+) -> Body:
     """A body at the beginning of its first task."""
-    body: Body = configs.method("bodies", name, dict(options), "body", model=model, seed=0,
-                                train=TrainConfig(epochs=1, batch_size=4, lr=lr))
+    body: Body = configs.method(
+        "bodies", name, dict(options), "body", model=model, seed=0, train=TrainConfig(epochs=1, batch_size=4, lr=lr)
+    )
     body.classifier = Classifier(model.base.classes, model.base.width, 0, 1e-3)
     body.feed(0, streams.Task("task-0", classes, data, data), list(classes))
     body.start()

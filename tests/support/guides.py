@@ -29,15 +29,18 @@ def blocks(guide: Path, languages: str = "bash|python") -> list[tuple[str, str]]
 
 def script(guide: Path) -> str:
     """All of them as one shell script."""
-    return "\n".join(text if language == "bash" else f"python - <<'EOF'\n{text}EOF\n"
-                     for language, text in blocks(guide))
+    return "\n".join(
+        text if language == "bash" else f"python - <<'EOF'\n{text}EOF\n" for language, text in blocks(guide)
+    )
 
 
 def commands(guide: Path) -> list[list[str]]:
     """The arguments of every `fedpeft` that the shell blocks call."""
     lines = [line for _, text in blocks(guide, "bash") for line in text.splitlines() if line.startswith("fedpeft ")]
-    return [list(itertools.takewhile(lambda word: word not in ("&", "|"), shlex.split(line, comments=True)[1:]))
-            for line in lines]
+    return [
+        list(itertools.takewhile(lambda word: word not in ("&", "|"), shlex.split(line, comments=True)[1:]))
+        for line in lines
+    ]
 
 
 def masked(text: str) -> list[str]:
@@ -65,15 +68,29 @@ def at_hand(folder: Path) -> None:
     (binaries / "fedpeft").symlink_to(here / "fedpeft")
     (binaries / "activate").write_text(f"export PATH={shlex.quote(str(here))}:$PATH\n")
     (folder / ".venv" / "ready").touch()
-    sizes = {"vocab_size": len(byte_tokenizer()), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "intermediate_size": 24, "max_position_embeddings": 128, "pad_token_id": 0, "initializer_range": 0.3}
+    sizes = {
+        "vocab_size": len(byte_tokenizer()),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+    }
     torch.manual_seed(2)
-    for name, model in (("minilm", transformers.BertModel(transformers.BertConfig(**sizes))),
-                        ("smollm2", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))):
+    for name, model in (
+        ("minilm", transformers.BertModel(transformers.BertConfig(**sizes))),
+        ("smollm2", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))),
+    ):
         model.save_pretrained(folder / "models" / name)
         byte_tokenizer().save_pretrained(folder / "models" / name)
-    notes = [f"{SITES[number % 3]},note {number} of a {'calm' if number % 2 else 'restless'} night,"
-             f"{'day' if number % 2 else 'night'} ward" for number in range(90)]
+    notes = [
+        f"{SITES[number % 3]},note {number} of a {'calm' if number % 2 else 'restless'} night,"
+        f"{'day' if number % 2 else 'night'} ward"
+        for number in range(90)
+    ]
     (folder / "notes.csv").write_text("\n".join(["site,note,ward", *notes]) + "\n")
-    (folder / "letters.jsonl").write_text("".join(f'{{"text": "Dear colleague, this is letter {number}."}}\n'
-                                                  for number in range(60)))
+    (folder / "letters.jsonl").write_text(
+        "".join(f'{{"text": "Dear colleague, this is letter {number}."}}\n' for number in range(60))
+    )

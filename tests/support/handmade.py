@@ -24,8 +24,19 @@ RULES = (
     "fedsa",
     "flower",
 )
-WRAPPERS = ("fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "atp", "fedthe", "norm_clip", "trimmed_mean",
-            "median", "krum")
+WRAPPERS = (
+    "fedprox",
+    "scaffold",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "atp",
+    "fedthe",
+    "norm_clip",
+    "trimmed_mean",
+    "median",
+    "krum",
+)
 
 
 def make(name: str, *wraps: str, ranks: dict[str, int] | None = None, **options: object) -> FederatedStrategy:

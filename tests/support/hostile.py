@@ -42,8 +42,16 @@ RECORDS = {  # kind of model -> name -> what is done to the last of the records
     "bert": {**TEXT, "label": -3},
     "llama": {**TEXT, "label": 10**6, "silent": IGNORE},
 }
-STRATEGIES = {"fedit": {}, "fedsa": {}, "rolora": {}, "fedex": {}, "scaffold": {"wrap": ["scaffold"]},
-              "prox": {"name": "fedprox"}, "fedsvd": {"name": "fedsvd"}, "tasks": {}}
+STRATEGIES = {
+    "fedit": {},
+    "fedsa": {},
+    "rolora": {},
+    "fedex": {},
+    "scaffold": {"wrap": ["scaffold"]},
+    "prox": {"name": "fedprox"},
+    "fedsvd": {"name": "fedsvd"},
+    "tasks": {},
+}
 
 
 def data(kind: str, extreme: str | None, count: int = COUNT) -> Encoded:
@@ -82,22 +90,34 @@ class Site:
         sections: options of the config's `client`, `privacy`, `secagg` and `tta`.
     """
 
-    def __init__(self, kind: str, model: Any, folder: Any, strategy: str, own: Encoded, held: Encoded,
-                 **sections: dict[str, Any]) -> None:
+    def __init__(
+        self, kind: str, model: Any, folder: Any, strategy: str, own: Encoded, held: Encoded, **sections: dict[str, Any]
+    ) -> None:
         section = {"name": strategy if strategy not in ("scaffold", "tasks") else "fedit", **STRATEGIES[strategy]}
         tasks = {"body": "sequential", "tasks": 3, "head": "lda", "statistics_noise": 2.0, "shuffle": False}
         fast = {"optimizer": "sgd", "lr": 0.1, "local_steps": 2, "local_epochs": None, "batch_size": 4}
         settings = {"noise_multiplier": 1.0, "accountant": "rdp", "records": COUNT}
         secagg = sections.get("secagg", {})
         self.config = Config(
-            model=ModelConfig(task=small.KINDS[kind][0]), data=DataConfig(clients=4 if secagg else 1),
-            client=ClientConfig(**{**fast, **sections.get("client", {})}), run=RunConfig(rounds=3),
+            model=ModelConfig(task=small.KINDS[kind][0]),
+            data=DataConfig(clients=4 if secagg else 1),
+            client=ClientConfig(**{**fast, **sections.get("client", {})}),
+            run=RunConfig(rounds=3),
             privacy=PrivacyConfig(unit="sample", randomness="seeded", **{**settings, **sections.get("privacy", {})}),
-            strategy=StrategyConfig(weighting="uniform", **section), secagg=SecAggConfig(**secagg),
+            strategy=StrategyConfig(weighting="uniform", **section),
+            secagg=SecAggConfig(**secagg),
             continual=ContinualConfig(**tasks) if strategy == "tasks" else ContinualConfig(),
-            tta=TTAConfig(**{"corruption": "clean", **sections.get("tta", {})}))
-        self.local = Local(self.config, model, small.randomised(model), {"a": own}, {"a": held},
-                           Store(folder / "store", 3), Guard(self.config, folder / "ledger", "run"))
+            tta=TTAConfig(**{"corruption": "clean", **sections.get("tta", {})}),
+        )
+        self.local = Local(
+            self.config,
+            model,
+            small.randomised(model),
+            {"a": own},
+            {"a": held},
+            Store(folder / "store", 3),
+            Guard(self.config, folder / "ledger", "run"),
+        )
         self.context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict({}), run_config={})
         self.app = client_app(lambda: self.local, lambda context: "a")
 
@@ -132,19 +152,30 @@ class Site:
         if reply.has_error():
             return "error", reply.error.code, reply.error.reason
         content = reply.content
-        config = {key: {name: _without_values(value) for name, value in record.items()}
-                  for key, record in content.config_records.items()}
-        metrics = {key: {name: type(value).__name__ if self.config.privacy.release_metrics else (type(value), value)
-                         for name, value in record.items()} for key, record in content.metric_records.items()}
-        arrays = {name: [(key, value.dtype, tuple(value.shape), len(value.data)) for key, value in record.items()]
-                  for name, record in content.array_records.items()}
+        config = {
+            key: {name: _without_values(value) for name, value in record.items()}
+            for key, record in content.config_records.items()
+        }
+        metrics = {
+            key: {
+                name: type(value).__name__ if self.config.privacy.release_metrics else (type(value), value)
+                for name, value in record.items()
+            }
+            for key, record in content.metric_records.items()
+        }
+        arrays = {
+            name: [(key, value.dtype, tuple(value.shape), len(value.data)) for key, value in record.items()]
+            for name, record in content.array_records.items()
+        }
         return "ok", str(config), str(metrics), str(arrays), recorddict_to_proto(content).ByteSize()
 
     def entries(self) -> list[tuple[Any, ...]]:
         """The ledger, without the names of releases, which are hashes of what was sent."""
-        return [(path.name, entry.round, entry.sample_rate, entry.noise_multiplier, entry.steps)
-                for path in sorted(self.local.guard.folder.glob("*.jsonl"))
-                for entry in self.local.guard.ledger(path.stem).entries()]
+        return [
+            (path.name, entry.round, entry.sample_rate, entry.noise_multiplier, entry.steps)
+            for path in sorted(self.local.guard.folder.glob("*.jsonl"))
+            for entry in self.local.guard.ledger(path.stem).entries()
+        ]
 
 
 def _without_values(value: Any) -> Any:
@@ -164,8 +195,11 @@ def spoiled(received: AdapterState, honest: Instructions, draw: random.Random) -
         key = draw.choice(sorted(tensors)) if tensors else "none"
         draw.choice((_value, _value, _value, _whole, _tensor, _extra, _task, _task, _roles))(tensors, told, key, draw)
     beside = {key for key in tensors if key in received.extra or ":" in key}
-    return AdapterState({key: value for key, value in tensors.items() if key not in beside}, received.sites,
-                        {key: tensors[key] for key in beside}), told
+    return AdapterState(
+        {key: value for key, value in tensors.items() if key not in beside},
+        received.sites,
+        {key: tensors[key] for key in beside},
+    ), told
 
 
 def _value(tensors, task, key, draw):
@@ -184,16 +218,39 @@ def _tensor(tensors, task, key, draw):
     if key not in tensors:
         return
     value = tensors.pop(key)
-    changed = draw.choice((None, value[:1], value.flatten(), value.half(), value.double(), torch.zeros(0),
-                           value.long(), torch.zeros(2, 0, 3)))
+    changed = draw.choice(
+        (
+            None,
+            value[:1],
+            value.flatten(),
+            value.half(),
+            value.double(),
+            torch.zeros(0),
+            value.long(),
+            torch.zeros(2, 0, 3),
+        )
+    )
     if changed is not None:
         tensors[key] = changed.clone()
 
 
 def _extra(tensors, task, key, draw):
     site = key.rpartition("/")[0].rpartition(":")[2]
-    name = draw.choice((f"{site}/residual_B", f"{site}/residual_A", f"control:{key}", f"rates:{key}", "mean:features",
-                        f"{site}/M", f"{site}/R", "x", "../a/A", f"{site}/C", ""))
+    name = draw.choice(
+        (
+            f"{site}/residual_B",
+            f"{site}/residual_A",
+            f"control:{key}",
+            f"rates:{key}",
+            "mean:features",
+            f"{site}/M",
+            f"{site}/R",
+            "x",
+            "../a/A",
+            f"{site}/C",
+            "",
+        )
+    )
     tensors[name] = draw.choice((1.0, 1e30)) * torch.ones(draw.choice(((), (0,), (4, 4), (16, 1), (1, 16))))
 
 
@@ -202,8 +259,30 @@ def _task(tensors, task, key, draw):
     if draw.random() < 0.3:
         task.pop(name, None)
     else:
-        task[name] = draw.choice((None, True, -1, 0, 1, 2, 99, 10**9, 1e30, 0.5, "A", "sketch", "../../x", [], ["A"],
-                                  [1], {}, {"roles": ["A"], "sha256": "0" * 64}, {"task": 0, "classes": [0]}, [["A"]]))
+        task[name] = draw.choice(
+            (
+                None,
+                True,
+                -1,
+                0,
+                1,
+                2,
+                99,
+                10**9,
+                1e30,
+                0.5,
+                "A",
+                "sketch",
+                "../../x",
+                [],
+                ["A"],
+                [1],
+                {},
+                {"roles": ["A"], "sha256": "0" * 64},
+                {"task": 0, "classes": [0]},
+                [["A"]],
+            )
+        )
 
 
 def _roles(tensors, task, key, draw):

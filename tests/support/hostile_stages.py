@@ -35,22 +35,31 @@ def converse(site: Site, sent: tuple[Any, Any], number: int, draw: random.Random
 class Round:
     """One try of a round. What the server draws depends on no answer, so that two sites are asked the same."""
 
-    def __init__(self, site: Site, sent: tuple[Any, Any], number: int, draw: random.Random,
-                 peers: tuple[str, ...]) -> None:
+    def __init__(
+        self, site: Site, sent: tuple[Any, Any], number: int, draw: random.Random, peers: tuple[str, ...]
+    ) -> None:
         self.site, self.sent, self.number, self.draw, self.peers = site, sent, number, draw, peers
         self.plan = Terms.of(site.config)
-        self.contexts = {name: Context(run_id=1, node_id=9, node_config={}, state=RecordDict({}), run_config={})
-                         for name in peers}
+        self.contexts = {
+            name: Context(run_id=1, node_id=9, node_config={}, state=RecordDict({}), run_config={}) for name in peers
+        }
         self.answers: list[Any] = []
 
     def play(self) -> list[Any]:
         public = {name: self.member(name, 0).advertise()[RECORD] for name in self.peers}
         public["a"] = self.ask(0, {}) or {"mask": masking.keypair()[1], "box": masking.keypair()[1]}
         near = {name: [other for other in sorted(public) if other != name] for name in public}
-        asked = {name: {"names": others, "masks": [public[other]["mask"] for other in others],
-                        "boxes": [public[other]["box"] for other in others]} for name, others in near.items()}
-        sealed = [self.member(name, 1, asked[name]).share()[RECORD]["sealed"][near[name].index("a")]
-                  for name in self.peers]
+        asked = {
+            name: {
+                "names": others,
+                "masks": [public[other]["mask"] for other in others],
+                "boxes": [public[other]["box"] for other in others],
+            }
+            for name, others in near.items()
+        }
+        sealed = [
+            self.member(name, 1, asked[name]).share()[RECORD]["sealed"][near[name].index("a")] for name in self.peers
+        ]
         self.ask(1, asked["a"])
         silent = [name for name in self.peers if self.draw.random() < 0.2][:1]
         self.ask(2, {"names": list(self.peers), "sealed": sealed})
@@ -58,8 +67,9 @@ class Round:
         return self.answers
 
     def member(self, name: str, stage: int, asked: Fields | None = None) -> Member:
-        return Member(self.contexts[name], name, stage, {"round": self.number, **(asked or {})}, self.plan,
-                      self.site.local.store)
+        return Member(
+            self.contexts[name], name, stage, {"round": self.number, **(asked or {})}, self.plan, self.site.local.store
+        )
 
     def ask(self, stage: int, fields: Fields) -> Fields | None:
         """Ask for a stage, before it at times for one that is not due or with something wrong; what came of it."""
@@ -94,9 +104,17 @@ def changed(asked: Fields, stage: int, draw: random.Random) -> Fields:
     elif key in ("masks", "boxes", "sealed") and value:
         place = draw.randrange(len(value))
         asked[key] = [*value]
-        asked[key][place] = draw.choice((value[place][:-1], bytes(len(value[place])), value[0],
-                                         draw.randbytes(len(value[place])), value[place] + b"x"))
+        asked[key][place] = draw.choice(
+            (
+                value[place][:-1],
+                bytes(len(value[place])),
+                value[0],
+                draw.randbytes(len(value[place])),
+                value[place] + b"x",
+            )
+        )
     else:
-        asked[key] = draw.choice(([*value, "stranger"], value[:-1], value[::-1], [*value, *value[:1]], [*value, "a"],
-                                  [*value[1:], "a"]))
+        asked[key] = draw.choice(
+            ([*value, "stranger"], value[:-1], value[::-1], [*value, *value[:1]], [*value, "a"], [*value[1:], "a"])
+        )
     return asked

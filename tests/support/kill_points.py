@@ -81,12 +81,14 @@ class Watch:
 
     def before(self, act: Callable[..., Any], always: bool = False) -> Callable[..., Any]:
         """The operation, with a copy taken before it; no other process works meanwhile."""
+
         def watched(*arguments: Any, **options: Any) -> Any:
             if not (always or "dir_fd" in options or self.inside(arguments[0])):
                 return act(*arguments, **options)
             with self.lock:
                 self.copy()
                 return act(*arguments, **options)
+
         return watched
 
     def opened(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
@@ -172,22 +174,28 @@ def watched(run: Path, copies: Path, play: Callable[[], Any]) -> tuple[int, list
 
 
 def ledgers(run: Path) -> dict[str, list[Any]]:
-    return {path.stem: sorted(Ledger(path).entries(), key=str) for path in sorted((run / "ledger").glob("*.jsonl"))
-            if Ledger(path).entries()}
+    return {
+        path.stem: sorted(Ledger(path).entries(), key=str)
+        for path in sorted((run / "ledger").glob("*.jsonl"))
+        if Ledger(path).entries()
+    }
 
 
 def facts(run: Path) -> dict[str, Any]:
     """All that a run ends with, but for times: adapters, summary, events, ledgers, what clients keep."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items() if key not in VOLATILE}
         return [plain(item) for item in value] if isinstance(value, list) else value
 
     kept = [*run.glob("adapter/**/*.safetensors"), *run.glob("clients/*/*.safetensors")]
-    return {"summary": plain(json.loads((run / "summary.json").read_text())),
-            "events": [plain(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()],
-            "ledgers": ledgers(run),
-            "files": {str(path.relative_to(run)): tensors(path) for path in sorted(kept)}}
+    return {
+        "summary": plain(json.loads((run / "summary.json").read_text())),
+        "events": [plain(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()],
+        "ledgers": ledgers(run),
+        "files": {str(path.relative_to(run)): tensors(path) for path in sorted(kept)},
+    }
 
 
 def tensors(path: Path) -> dict[str, Any]:

@@ -14,8 +14,14 @@ from support.classified import ASKED, NEXT_TOKEN
 from support.hostile import Site
 from support.hostile_stages import converse
 
-CLIENTS = ({}, {"lr": 1e30}, {"lr": 1e-30}, {"local_steps": 1}, {"optimizer": "adamw", "lr": 0.5},
-           {"momentum": 1.0, "weight_decay": 1e20})
+CLIENTS = (
+    {},
+    {"lr": 1e30},
+    {"lr": 1e-30},
+    {"local_steps": 1},
+    {"optimizer": "adamw", "lr": 0.5},
+    {"momentum": 1.0, "weight_decay": 1e20},
+)
 CLIPS = ({}, {"clip": 1e-6}, {"clip": 1e6}, {"noise_multiplier": 1e-3}, {"noise_multiplier": 1e3})
 SUMMED = ("fedit", "fedsa", "prox", "rolora", "scaffold")  # strategies that need sums only
 KEPT = ("tent", "em_prior", "t3a", "eata", "sar", "roid")  # methods that can go on from the evaluation before
@@ -33,8 +39,10 @@ def case(models: dict[str, Any], folder: Path, kind: str, seed: int) -> tuple[li
     """Two sites whose records differ in one, and what they are asked: as good as the seed makes it."""
     draw = random.Random(f"{kind} {seed}")
     base = draw.choice([name for name in sorted(hostile.RECORDS) if kind != "sums" or name != "llama"])
-    strategy = draw.choice({"sums": ["tasks"], "stages": SUMMED}.get(kind) or
-                           [name for name in sorted(hostile.STRATEGIES) if name != "tasks" or base != "llama"])
+    strategy = draw.choice(
+        {"sums": ["tasks"], "stages": SUMMED}.get(kind)
+        or [name for name in sorted(hostile.STRATEGIES) if name != "tasks" or base != "llama"]
+    )
     client = draw.choice(CLIENTS)
     if strategy == "scaffold":
         client = {**client, "optimizer": "sgd", "momentum": 0.0}
@@ -45,8 +53,11 @@ def case(models: dict[str, Any], folder: Path, kind: str, seed: int) -> tuple[li
         sections["secagg"] = {"enabled": True, "clip": draw.choice((1.0, 1e-6, 1e6))}
     if kind == "test-time":
         method = draw.choice(NEXT_TOKEN if base == "llama" else ASKED)
-        sections["tta"] = {"method": method, "batch_size": draw.choice((1, 4, 32)),
-                           "keep": method in KEPT and draw.random() < 0.5}
+        sections["tta"] = {
+            "method": method,
+            "batch_size": draw.choice((1, 4, 32)),
+            "keep": method in KEPT and draw.random() < 0.5,
+        }
     extreme, count = draw.choice(sorted(hostile.RECORDS[base])), 1 if draw.random() < 0.3 else hostile.COUNT
     sites = []
     for name, what in (("plain", None), ("other", extreme)):

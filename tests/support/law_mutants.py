@@ -83,8 +83,9 @@ def size_of_records(monkeypatch: Any) -> None:
 
 def exact_count(monkeypatch: Any) -> None:
     """The true number of records is the client's weight, whatever the config releases."""
-    monkeypatch.setattr(Guard, "allowed", lambda self, client, metrics: {
-        "num-examples": float(metrics.get("num-examples", 1.0))})
+    monkeypatch.setattr(
+        Guard, "allowed", lambda self, client, metrics: {"num-examples": float(metrics.get("num-examples", 1.0))}
+    )
 
 
 def no_entry(monkeypatch: Any) -> None:
@@ -94,6 +95,7 @@ def no_entry(monkeypatch: Any) -> None:
 
 def free_failures(monkeypatch: Any) -> None:
     """What fails after records were touched costs nothing."""
+
     def train(*arguments, **options):
         raise ValueError("out of memory for record 11")
 
@@ -116,8 +118,11 @@ def stop_when_still(monkeypatch: Any) -> None:
 def count_again(monkeypatch: Any) -> None:
     """The same answer again is another entry."""
     genuine, numbers = Guard.spend, itertools.count()
-    monkeypatch.setattr(Guard, "spend", lambda self, account, number, name, *plan: genuine(
-        self, account, number, f"{name} {next(numbers)}", *plan))
+    monkeypatch.setattr(
+        Guard,
+        "spend",
+        lambda self, account, number, name, *plan: genuine(self, account, number, f"{name} {next(numbers)}", *plan),
+    )
 
 
 def sums_of_some(monkeypatch: Any) -> None:

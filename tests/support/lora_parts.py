@@ -16,9 +16,16 @@ from fedpeft.data.encode import Encoded, encode
 from fedpeft.models.base import Base
 from fedpeft.models.loading import load
 
-TOY = {"olora": {"r": 2}, "owlora": {"r": 2}, "sdlora": {"r": 2}, "inflora": {"r": 2, "threshold": 0.6},
-       "lae": {"r": 2, "frozen_epochs": 1}, "conpet_static": {"r": 2, "batches": 4},
-       "conpet": {"r": 2, "batches": 4, "top": 2}, "merging": {"r": 2, "method": "opcm"}}  # fmt: skip
+TOY = {
+    "olora": {"r": 2},
+    "owlora": {"r": 2},
+    "sdlora": {"r": 2},
+    "inflora": {"r": 2, "threshold": 0.6},
+    "lae": {"r": 2, "frozen_epochs": 1},
+    "conpet_static": {"r": 2, "batches": 4},
+    "conpet": {"r": 2, "batches": 4, "top": 2},
+    "merging": {"r": 2, "method": "opcm"},
+}
 VIT = {"lae adapter": {"form": "adapter", "frozen_epochs": 0}, "lae prefix": {"form": "prefix", "frozen_epochs": 0}}
 TRAIN = TrainConfig(epochs=2, batch_size=8, lr=0.02, head_lr=0.02)
 
@@ -27,8 +34,9 @@ def toy_model() -> Plastic:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 5), nn.Linear(5, 2)).requires_grad_(False)
-    return Plastic(Base(net, lambda batch: net(batch["x"]), {"head": net[3]}, None, "", "image-classification"),
-                   ["0", "2"])
+    return Plastic(
+        Base(net, lambda batch: net(batch["x"]), {"head": net[3]}, None, "", "image-classification"), ["0", "2"]
+    )
 
 
 def toy_stream(rank: int = 6) -> streams.Stream:

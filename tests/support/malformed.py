@@ -21,8 +21,9 @@ FLAT, MANIFEST = pack(START)
 TASK = {"round": 1, "trains": ["A", "B"], "uploads": ["A", "B"], "keeps": []}
 
 
-def message(arrays: Any = None, metrics: Any = None, records: dict[str, Any] | None = None,
-            **config: Any) -> RecordDict:
+def message(
+    arrays: Any = None, metrics: Any = None, records: dict[str, Any] | None = None, **config: Any
+) -> RecordDict:
     """A message with the right parts but for those given. `metrics={}` leaves the record out, as in a request."""
     named = ArrayRecord({"adapter": Array(FLAT)}) if arrays is None else arrays
     parts = {"arrays": named, "config": ConfigRecord({"manifest": MANIFEST, "task": '{"round": 1}', **config})}
@@ -37,8 +38,9 @@ def npy(header: str, version: tuple[int, int] = (1, 0), body: bytes = bytes(56))
     return b"\x93NUMPY" + bytes(version) + length + header.encode() + body
 
 
-def coded(data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (14,), stype: str = "numpy.ndarray"
-          ) -> ArrayRecord:
+def coded(
+    data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (14,), stype: str = "numpy.ndarray"
+) -> ArrayRecord:
     return ArrayRecord({"adapter": Array(dtype, shape, stype, data)})
 
 

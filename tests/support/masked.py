@@ -36,8 +36,10 @@ def config(clients: int = 5, **secagg) -> Config:
 def updates(clients: int, scale: float = 0.3) -> dict[str, AdapterState]:
     """What each client trains to, from START."""
     generator = torch.Generator().manual_seed(5)
-    return {client_name(index): START.map(lambda value: value + scale * torch.randn(value.shape, generator=generator))
-            for index in range(clients)}
+    return {
+        client_name(index): START.map(lambda value: value + scale * torch.randn(value.shape, generator=generator))
+        for index in range(clients)
+    }
 
 
 def changes(update: AdapterState) -> torch.Tensor:
@@ -55,9 +57,13 @@ class Watched(LocalGrid):
 
     def __init__(self, own: Config, after: dict[str, AdapterState], dies=None, late=None, spoiled=None) -> None:
         self.kept = tempfile.TemporaryDirectory()
-        self.local = local = SimpleNamespace(config=own, initial=START, prepare=lambda requests: None,
-                                             store=Store(Path(self.kept.name), 9),
-                                train=lambda client, received, task: (after[client], {"secret": 1.0}))
+        self.local = local = SimpleNamespace(
+            config=own,
+            initial=START,
+            prepare=lambda requests: None,
+            store=Store(Path(self.kept.name), 9),
+            train=lambda client, received, task: (after[client], {"secret": 1.0}),
+        )
         self.app_of = client_app(lambda: local, lambda context: client_name(int(context.node_config["partition-id"])))
         super().__init__(lambda: self.app_of, {index + 2: {"partition-id": index} for index in range(len(after))})
         self.dies, self.late, self.spoiled = dies or {}, late or {}, spoiled or {}

@@ -10,8 +10,15 @@ from fedpeft import registry
 from fedpeft.state import AdaptedLayer, AdapterState
 
 TINY: dict[str, Any] = {
-    "data.limit": 120, "data.clients": 4, "data.partition": "iid", "client.local_steps": 2, "client.local_epochs": None,
-    "client.batch_size": 8, "client.lr": 0.01, "run.rounds": 3, "run.baselines": False,
+    "data.limit": 120,
+    "data.clients": 4,
+    "data.partition": "iid",
+    "client.local_steps": 2,
+    "client.local_epochs": None,
+    "client.batch_size": 8,
+    "client.lr": 0.01,
+    "run.rounds": 3,
+    "run.baselines": False,
 }
 NUMBERS = {"metrics_weighted": [0.4, 0.2, 0.1]}
 

@@ -12,8 +12,10 @@ from fedpeft.privacy.gradients import per_sample_gradients
 from support import small_models as small
 
 KINDS, ADAPTERS = list(small.KINDS), registry.names("adapters")
-ROLE_SETS = {"lora": [("A", "B", "head"), ("B", "head"), ("A",), ("B",), ("A", "head")],
-             "lora_sb": [("R", "head"), ("R",)]}
+ROLE_SETS = {
+    "lora": [("A", "B", "head"), ("B", "head"), ("A",), ("B",), ("A", "head")],
+    "lora_sb": [("R", "head"), ("R",)],
+}
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
@@ -41,8 +43,9 @@ def records(kind, count=5, ragged=True, seed=3):
 
 def single(data):
     """In float32, as clients train."""
-    return Encoded({key: value.float() if value.is_floating_point() else value for key, value in data.inputs.items()},
-                   data.labels)
+    return Encoded(
+        {key: value.float() if value.is_floating_point() else value for key, value in data.inputs.items()}, data.labels
+    )
 
 
 def roles_of(method, adapted):
@@ -64,8 +67,14 @@ def one_by_one(parameters, loss, data):
     for index in range(len(data)):
         value = loss(*data.batch([index])).sum()
         parts = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(parameter) if part is None else part).flatten()
-                               for parameter, part in zip(parameters.values(), parts, strict=True)]))
+        rows.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(parameter) if part is None else part).flatten()
+                    for parameter, part in zip(parameters.values(), parts, strict=True)
+                ]
+            )
+        )
         losses.append(value.detach())
     return torch.stack(rows), torch.stack(losses)
 

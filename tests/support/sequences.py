@@ -8,8 +8,14 @@ from typing import Any
 from fedpeft.record import checkpoint
 
 SMALL: dict[str, Any] = {
-    "data.limit": 200, "data.clients": 3, "data.partition": "iid", "continual.tasks": 2, "run.rounds": 4,
-    "client.local_steps": 2, "client.batch_size": 8, "run.baselines": False,
+    "data.limit": 200,
+    "data.clients": 3,
+    "data.partition": "iid",
+    "continual.tasks": 2,
+    "run.rounds": 4,
+    "client.local_steps": 2,
+    "client.batch_size": 8,
+    "run.baselines": False,
     "privacy.accountant": "rdp",
 }
 DP_LDA = {"continual.head": "lda", "continual.statistics_noise": 2.0}

@@ -95,8 +95,10 @@ def images(rows: int = 7, seed: int = 0) -> dict[str, Tensor]:
 
 def stream(batches: int = 5, rows: int = 7, seed: int = 10, model: Deployed | None = None) -> list[dict[str, Tensor]]:
     """Batches of images, or of what the model takes."""
-    return [images(rows, seed + number) if model is None else inputs(model, rows, seed + number)
-            for number in range(batches)]
+    return [
+        images(rows, seed + number) if model is None else inputs(model, rows, seed + number)
+        for number in range(batches)
+    ]
 
 
 def source(rows: int = 24) -> Encoded:
@@ -117,8 +119,10 @@ def fingerprint(model: Deployed) -> str:
     """Every parameter and buffer, whether it trains, every module's mode, and what hangs on it."""
     digest = hashlib.sha256()
     for name, part in model.modules.items():
-        digest.update(f"{name} {part.training} {'forward' in part.__dict__} {len(part._forward_hooks)} "
-                      f"{list(part._forward_pre_hooks)}".encode())
+        digest.update(
+            f"{name} {part.training} {'forward' in part.__dict__} {len(part._forward_hooks)} "
+            f"{list(part._forward_pre_hooks)}".encode()
+        )
         for value in [*part._parameters.values(), *part._buffers.values()]:
             if value is not None:
                 digest.update(f"{value.requires_grad} {value.grad is None}".encode())
@@ -128,8 +132,11 @@ def fingerprint(model: Deployed) -> str:
 
 def without_cost(state: dict[str, Any]) -> dict[str, Any]:
     """A state without what a look at it changes."""
-    return {key: without_cost(value) if key == "base" else value for key, value in state.items()
-            if key not in ("cost", "classes")}
+    return {
+        key: without_cost(value) if key == "base" else value
+        for key, value in state.items()
+        if key not in ("cost", "classes")
+    }
 
 
 def same(one: Any, two: Any) -> bool:

@@ -42,8 +42,12 @@ def test_known_answers(rate, noise, steps, delta, by_pld, by_rdp, by_prv):
 
 
 @settings(deadline=None, max_examples=4)
-@given(rate=st.floats(0.005, 1.0), noise=st.floats(1.0, 4.0), steps=st.integers(1, 100),
-       delta=st.sampled_from([1e-4, 1e-5, 1e-6]))
+@given(
+    rate=st.floats(0.005, 1.0),
+    noise=st.floats(1.0, 4.0),
+    steps=st.integers(1, 100),
+    delta=st.sampled_from([1e-4, 1e-5, 1e-6]),
+)
 def test_any_answer_is_that_of_the_accounting_library(rate, noise, steps, delta):
     event = SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
     exact = pld.PLDAccountant(value_discretization_interval=1e-4).compose(event).get_epsilon(delta)
@@ -66,10 +70,18 @@ def test_parts_cost_what_the_whole_does_and_order_is_no_matter(accountant):
 # records, steps, epsilon, sigma by PRV, sigma by RDP: for expected batches of 128 at delta 1e-5, with the sampling rate
 # of Opacus' loaders, 1 / number of batches.
 SIGMAS = [
-    (5_000, 1000, 6, 0.916, 0.960), (5_000, 1000, 3, 1.343, 1.421), (5_000, 1000, 1, 3.125, 3.359),
-    (11_225, 1000, 6, 0.668, 0.702), (11_225, 1000, 3, 0.857, 0.907), (11_225, 1000, 1, 1.572, 1.680),
-    (65_450, 1000, 6, 0.460, 0.493), (65_450, 1000, 3, 0.561, 0.615), (65_450, 1000, 1, 0.724, 0.913),
-    (11_225, 500, 6, 0.613, 0.650), (11_225, 500, 3, 0.773, 0.828), (11_225, 500, 1, 1.250, 1.343),
+    (5_000, 1000, 6, 0.916, 0.960),
+    (5_000, 1000, 3, 1.343, 1.421),
+    (5_000, 1000, 1, 3.125, 3.359),
+    (11_225, 1000, 6, 0.668, 0.702),
+    (11_225, 1000, 3, 0.857, 0.907),
+    (11_225, 1000, 1, 1.572, 1.680),
+    (65_450, 1000, 6, 0.460, 0.493),
+    (65_450, 1000, 3, 0.561, 0.615),
+    (65_450, 1000, 1, 0.724, 0.913),
+    (11_225, 500, 6, 0.613, 0.650),
+    (11_225, 500, 3, 0.773, 0.828),
+    (11_225, 500, 1, 1.250, 1.343),
 ]
 
 
@@ -95,10 +107,16 @@ def test_without_sampling_it_is_the_exact_gaussian_mechanism(noise, steps):
     assert epsilon(1.0, noise, steps, 1e-5) == pytest.approx(exact, abs=2e-4)
 
 
-@pytest.mark.parametrize(("rate", "target", "steps", "delta", "pld", "rdp"), every(2, [
-    (0.016, 3.0, 200, 1e-4, 0.7067, 0.7684),
-    (0.008, 1.0, 400, 1e-5, 0.9800, 1.1365),
-]))
+@pytest.mark.parametrize(
+    ("rate", "target", "steps", "delta", "pld", "rdp"),
+    every(
+        2,
+        [
+            (0.016, 3.0, 200, 1e-4, 0.7067, 0.7684),
+            (0.008, 1.0, 400, 1e-5, 0.9800, 1.1365),
+        ],
+    ),
+)
 def test_the_noise_for_a_target(rate, target, steps, delta, pld, rdp):
     found = noise_multiplier(rate, target, steps, delta)
     assert found == pytest.approx(pld, abs=3e-4)
@@ -106,10 +124,15 @@ def test_the_noise_for_a_target(rate, target, steps, delta, pld, rdp):
     assert noise_multiplier(rate, target, steps, delta, "rdp") == pytest.approx(rdp, abs=3e-4)
 
 
-@pytest.mark.parametrize(("rate", "target", "steps", "delta", "by_pld", "by_rdp", "by_prv"), [
-    (0.016, 3.0, 200, 1e-4, 0.7067, 0.7684, 0.7075), (0.016, 8.0, 200, 1e-4, 0.5095, 0.5465, 0.5098),
-    (0.008, 1.0, 400, 1e-5, 0.9800, 1.1365, 0.9842), (0.008, 3.0, 400, 1e-5, 0.6863, 0.7426, 0.6870),
-])
+@pytest.mark.parametrize(
+    ("rate", "target", "steps", "delta", "by_pld", "by_rdp", "by_prv"),
+    [
+        (0.016, 3.0, 200, 1e-4, 0.7067, 0.7684, 0.7075),
+        (0.016, 8.0, 200, 1e-4, 0.5095, 0.5465, 0.5098),
+        (0.008, 1.0, 400, 1e-5, 0.9800, 1.1365, 0.9842),
+        (0.008, 3.0, 400, 1e-5, 0.6863, 0.7426, 0.6870),
+    ],
+)
 def test_the_published_noise_meets_its_target(rate, target, steps, delta, by_pld, by_rdp, by_prv):
     for sigma, name in ((by_pld, "pld"), (by_rdp, "rdp"), (by_prv, "prv")):
         assert epsilon(rate, sigma, steps, delta, name) == pytest.approx(target, rel=2e-3), name
@@ -129,11 +152,18 @@ def test_a_federation_costs_all_its_rounds():
     assert fifty == pytest.approx(1.476, abs=1e-3)  # neither one round's nor fifty times it
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"sample_rate": 0.0}, "--sample-rate"), ({"sample_rate": 1.5}, "--sample-rate"), ({"delta": 1.0}, "--delta"),
-    ({"steps": 0}, "--steps"), ({"noise_multiplier": -1.0}, "--noise-multiplier"),
-    ({"noise_multiplier": math.nan}, "--noise-multiplier"), ({"accountant": "prw"}, "--accountant"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sample_rate": 0.0}, "--sample-rate"),
+        ({"sample_rate": 1.5}, "--sample-rate"),
+        ({"delta": 1.0}, "--delta"),
+        ({"steps": 0}, "--steps"),
+        ({"noise_multiplier": -1.0}, "--noise-multiplier"),
+        ({"noise_multiplier": math.nan}, "--noise-multiplier"),
+        ({"accountant": "prw"}, "--accountant"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(change, named):
     values = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5, "accountant": "pld"} | change
     with pytest.raises(InputError, match=named):
@@ -143,8 +173,14 @@ def test_what_makes_no_sense_is_refused(change, named):
 # Any arguments: an answer or a refusal within seconds ----------------------------------------------------------------
 
 EXTREME = [
-    (0.1, 0.01, 2, 1e-5), (0.5, 1e-4, 10**12, 1e-9), (1e-5, 1.0, 10**7, 1e-5), (1e-9, 1.0, 10, 1e-5),
-    (0.01, 1e9, 1, 1e-5), (0.02, 1.0, 100, 1e-30), (1.0, 2.0, 1, 1e-300), (0.02, 1.0, 40, 0.5),
+    (0.1, 0.01, 2, 1e-5),
+    (0.5, 1e-4, 10**12, 1e-9),
+    (1e-5, 1.0, 10**7, 1e-5),
+    (1e-9, 1.0, 10, 1e-5),
+    (0.01, 1e9, 1, 1e-5),
+    (0.02, 1.0, 100, 1e-30),
+    (1.0, 2.0, 1, 1e-300),
+    (0.02, 1.0, 40, 0.5),
 ]
 
 
@@ -179,13 +215,22 @@ def test_less_noise_costs_more_also_where_the_distributions_end():
     assert bounded(((0.1, 1e-4, 2),), 1e-5, "pld") and not bounded(((0.1, 0.2, 2),), 1e-5, "pld")
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"steps": math.nan}, "--steps"), ({"steps": math.inf}, "--steps"), ({"steps": 10**400}, "--steps"),
-    ({"steps": 1.5}, "--steps"), ({"steps": -1}, "--steps"), ({"delta": 0.0}, "--delta"),
-    ({"delta": math.nan}, "--delta"),
-    ({"noise_multiplier": 0.0}, "--noise-multiplier"), ({"noise_multiplier": math.inf}, "--noise-multiplier"),
-    ({"sample_rate": math.nan}, "--sample-rate"), ({"sample_rate": -0.1}, "--sample-rate"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": math.nan}, "--steps"),
+        ({"steps": math.inf}, "--steps"),
+        ({"steps": 10**400}, "--steps"),
+        ({"steps": 1.5}, "--steps"),
+        ({"steps": -1}, "--steps"),
+        ({"delta": 0.0}, "--delta"),
+        ({"delta": math.nan}, "--delta"),
+        ({"noise_multiplier": 0.0}, "--noise-multiplier"),
+        ({"noise_multiplier": math.inf}, "--noise-multiplier"),
+        ({"sample_rate": math.nan}, "--sample-rate"),
+        ({"sample_rate": -0.1}, "--sample-rate"),
+    ],
+)
 def test_numbers_out_of_their_range_are_refused_by_name(change, named):
     values = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5} | change
     with pytest.raises(InputError, match=named):
@@ -201,8 +246,10 @@ def test_the_smallest_noise_is_found_whatever_the_target(rate, target, steps):
     assert epsilon(rate, found, steps, 1e-5) <= target < epsilon(rate, found - 1.1e-4 * max(1, found), steps, 1e-5)
 
 
-@pytest.mark.parametrize(("accountant", "rate", "target", "beside"), [
-    ("rdp", 1.0, 3.0, ((1.0, 2.0, 1),)), ("rdp", 1.0, 14.0, ((1.0, 0.5, 2),)), ("pld", 1.0, 1.5, ((1.0, 2.0, 1),))])
+@pytest.mark.parametrize(
+    ("accountant", "rate", "target", "beside"),
+    [("rdp", 1.0, 3.0, ((1.0, 2.0, 1),)), ("rdp", 1.0, 14.0, ((1.0, 0.5, 2),)), ("pld", 1.0, 1.5, ((1.0, 2.0, 1),))],
+)
 def test_noise_is_found_beside_other_releases(accountant, rate, target, beside):
     """Also where the Renyi bound alone would leave nothing for the steps."""
     found = noise_multiplier(rate, target, 4, 1e-3, accountant, beside)

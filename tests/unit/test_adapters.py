@@ -190,7 +190,8 @@ def test_lora_sb_refuses_a_rank_above_the_weight(folders, init):
 def toy(**roles):
     tensors = {f"q/{role}": value for role, value in roles.items()}
     return AdapterState(
-        {**tensors, "head/weight": torch.ones(2, 2)}, {"q": AdaptedLayer("lora", (5, 4), 0.5), "head": AdaptedLayer("head", (2, 2))}
+        {**tensors, "head/weight": torch.ones(2, 2)},
+        {"q": AdaptedLayer("lora", (5, 4), 0.5), "head": AdaptedLayer("head", (2, 2))},
     )
 
 

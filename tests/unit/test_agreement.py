@@ -189,8 +189,11 @@ def test_a_site_hears_before_it_enrols_that_its_texts_do_not_fit(tmp_path, recor
         row = records_of(bad, model)
         assert not row["ok"] and "site.data.source: 1 of 2 records have tokens that" in row["seen"]
     assert "tiny-vit is for image-classification" in records_of(good, "tiny-vit")["seen"]
-    assert records_of(tmp_path / "none.csv", bert) == {"check": "records", "ok": False,
-                                                       "seen": "not checked: that takes data and a model"}
+    assert records_of(tmp_path / "none.csv", bert) == {
+        "check": "records",
+        "ok": False,
+        "seen": "not checked: that takes data and a model",
+    }
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 12)])

@@ -42,11 +42,23 @@ def refusal(mine, received, task):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("strategy", [
-    {}, {"name": "fedsa"}, {"name": "rolora"}, {"name": "fedsvd"}, {"name": "fedex"},
-    {"name": "fedsvd", "options": {"transport": "dense"}},
-    {"name": "ffa_lora", "options": {"transport": "seed"}}, {"wrap": ["scaffold"]}, {"name": "fedprox"},
-    {"name": "rolora", "wrap": ["scaffold"]}, {"wrap": ["median"]}, {"wrap": ["atp"]}])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {},
+        {"name": "fedsa"},
+        {"name": "rolora"},
+        {"name": "fedsvd"},
+        {"name": "fedex"},
+        {"name": "fedsvd", "options": {"transport": "dense"}},
+        {"name": "ffa_lora", "options": {"transport": "seed"}},
+        {"wrap": ["scaffold"]},
+        {"name": "fedprox"},
+        {"name": "rolora", "wrap": ["scaffold"]},
+        {"wrap": ["median"]},
+        {"wrap": ["atp"]},
+    ],
+)
 def test_what_the_own_strategy_sends_is_accepted_as_it_is(strategy, state):
     mine = own(state, **strategy)
     for done in range(3):
@@ -57,15 +69,23 @@ def test_what_the_own_strategy_sends_is_accepted_as_it_is(strategy, state):
         assert evaluated.sha256() == received.sha256()
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"train": ["A"]}, "task: 'train' is not known. Did you mean 'trains'"),
-    ({"prox_mu": 1e30}, "task: 'prox_mu' is not known"), ({"scaffold": True}, "task: 'scaffold' is not known"),
-    ({"trains": ["A", "R"]}, "task.trains=['A', 'R']: under strategy fedprox it may have A, B, head, each once"),
-    ({"trains": "A"}, "task.trains='A': it must be a list of roles"), ({"trains": []}, "it may not be empty"),
-    ({"trains": ["A", "A"]}, "each once"), ({"uploads": ["control"]}, "task.uploads=['control']"),
-    ({"trains": ["A"], "uploads": ["B"]}, "task.uploads=['B']"), ({"keeps": ["B"]}, "task.keeps=['B']"),
-    ({"uploads": [["A"]]}, "it must be a list of roles"), ({"x\x1b[31m" * 500: 1}, "is not known"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": ["A"]}, "task: 'train' is not known. Did you mean 'trains'"),
+        ({"prox_mu": 1e30}, "task: 'prox_mu' is not known"),
+        ({"scaffold": True}, "task: 'scaffold' is not known"),
+        ({"trains": ["A", "R"]}, "task.trains=['A', 'R']: under strategy fedprox it may have A, B, head, each once"),
+        ({"trains": "A"}, "task.trains='A': it must be a list of roles"),
+        ({"trains": []}, "it may not be empty"),
+        ({"trains": ["A", "A"]}, "each once"),
+        ({"uploads": ["control"]}, "task.uploads=['control']"),
+        ({"trains": ["A"], "uploads": ["B"]}, "task.uploads=['B']"),
+        ({"keeps": ["B"]}, "task.keeps=['B']"),
+        ({"uploads": [["A"]]}, "it must be a list of roles"),
+        ({"x\x1b[31m" * 500: 1}, "is not known"),
+    ],
+)
 def test_a_task_that_is_not_the_own_strategys_is_refused_by_name(change, words, state):
     mine = own(state, name="fedprox")
     received, task = honest(mine)
@@ -82,22 +102,32 @@ def test_what_is_missing_in_a_task_is_named(state):
         assert f"task.{key}=[]: it may not be empty" in refusal(mine, received, replace(task, **{key: ()}))
 
 
-@pytest.mark.parametrize("wrong", [{}, {"round": True}, {"round": -1}, {"round": "1"}, {"round": 10**12},
-                                   {"round": None}, [], None, 3])
+@pytest.mark.parametrize(
+    "wrong", [{}, {"round": True}, {"round": -1}, {"round": "1"}, {"round": 10**12}, {"round": None}, [], None, 3]
+)
 def test_instructions_without_a_round_are_no_instructions(wrong):
     with pytest.raises(BadMessage, match=r"task\.round=|task=.*a mapping of round, trains"):
         Instructions.from_json(wrong)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"static": ["A"]}, "task.static=['A']: it must be a mapping of roles, sha256"),
-    ({"static": {"roles": ["A"], "sha256": "0"}}, "task.static.sha256='0'"),
-    ({"static": {"roles": "A", "sha256": "0" * 64}}, "task.static.roles='A'"),
-    ({"learn": [1]}, "task.learn=[1]: it must be a mapping of task, classes"), ({"learn": {"task": 0}}, "task.learn="),
-    ({"learn": {"task": 0, "replay": False, "groups": [[0.5]], "classes": [0], "seen": [0], "compete": [0]}},
-     "task.learn.groups=[0.5]"),
-    ({"learn": {"tasks": 0}}, "task.learn: 'tasks' is not known. Did you mean 'task'"),
-    ({"sums": 3}, "task.sums=3"), ({"view": "../x"}, "task.view='../x'"), ({"keeps": None}, "task.keeps=None")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"static": ["A"]}, "task.static=['A']: it must be a mapping of roles, sha256"),
+        ({"static": {"roles": ["A"], "sha256": "0"}}, "task.static.sha256='0'"),
+        ({"static": {"roles": "A", "sha256": "0" * 64}}, "task.static.roles='A'"),
+        ({"learn": [1]}, "task.learn=[1]: it must be a mapping of task, classes"),
+        ({"learn": {"task": 0}}, "task.learn="),
+        (
+            {"learn": {"task": 0, "replay": False, "groups": [[0.5]], "classes": [0], "seen": [0], "compete": [0]}},
+            "task.learn.groups=[0.5]",
+        ),
+        ({"learn": {"tasks": 0}}, "task.learn: 'tasks' is not known. Did you mean 'task'"),
+        ({"sums": 3}, "task.sums=3"),
+        ({"view": "../x"}, "task.view='../x'"),
+        ({"keeps": None}, "task.keeps=None"),
+    ],
+)
 def test_values_of_another_kind_are_named_with_their_key(change, words):
     with pytest.raises(BadMessage) as caught:
         instructed.changed(Instructions(1), **change)
@@ -111,16 +141,24 @@ def test_instructions_come_back_from_json_as_they_were():
     assert all(getattr(told, item.name) != item.default for item in fields(told)), "a field that nobody looked at"
 
 
-@pytest.mark.parametrize(("value", "words"), [
-    (torch.nan, "not a number or above"), (torch.inf, "not a number or above"), (1e30, "not a number or above"),
-    (-2 * LARGEST, "not a number or above")])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.nan, "not a number or above"),
+        (torch.inf, "not a number or above"),
+        (1e30, "not a number or above"),
+        (-2 * LARGEST, "not a number or above"),
+    ],
+)
 @pytest.mark.parametrize("role", ["A", "B", "head", "control"])
 def test_values_that_no_training_comes_near_are_refused(role, value, words, state):
     mine = own(state, wrap=["scaffold"])
     received, task = honest(mine)
-    key, tensor = next((key, tensor.clone()) for key, tensor in (*received.tensors.items(), *received.extra.items())
-                       if key.startswith("control:") == (role == "control")
-                       and role in ("control", received.role(key)))
+    key, tensor = next(
+        (key, tensor.clone())
+        for key, tensor in (*received.tensors.items(), *received.extra.items())
+        if key.startswith("control:") == (role == "control") and role in ("control", received.role(key))
+    )
     tensor.view(-1)[-1] = value
     changed = received.beside({key: tensor}) if role == "control" else received.replace({key: tensor})
     said = refusal(mine, changed, task)
@@ -133,14 +171,22 @@ def test_tensors_of_another_form_are_refused_by_name(change, state):
     received, task = honest(mine)
     key = next(iter(received.select(("A",)).tensors))
     value = received[key]
-    changed = {"flat": value.flatten(), "short": value[:1], "empty": torch.zeros(0), "scalar": torch.zeros(()),
-               "half": value.half(), "whole numbers": value.long()}
+    changed = {
+        "flat": value.flatten(),
+        "short": value[:1],
+        "empty": torch.zeros(0),
+        "scalar": torch.zeros(()),
+        "half": value.half(),
+        "whole numbers": value.long(),
+    }
     tensors = {**received.tensors, key: changed.get(change)}
     if change == "missing":
         del tensors[key]
     said = refusal(mine, replace(received, tensors=tensors), task)
-    assert key in said and ("missing" if change == "missing" else "dtype" if change in ("half", "whole numbers")
-                            else "shape") in said
+    assert (
+        key in said
+        and ("missing" if change == "missing" else "dtype" if change in ("half", "whole numbers") else "shape") in said
+    )
 
 
 @pytest.mark.parametrize("name", ["residual_B", "residual_A", "M", "R", "C"])
@@ -175,8 +221,13 @@ def test_a_residual_comes_in_pairs_of_the_sites_shape_and_within_bounds(model, s
     assert mine.accept("a", good, task, 0).sha256() == good.sha256()
     site = state.lora_sites()[0]
     B, A = (good[f"{site}/residual_{role}"] for role in "BA")
-    for wrong in ({"B": B.T.contiguous()}, {"B": B[:, :0], "A": A[:0]}, {"B": B[:, :2]}, {"B": torch.zeros(())},
-                  {"B": B.repeat(1, 9), "A": A.repeat(9, 1)}):
+    for wrong in (
+        {"B": B.T.contiguous()},
+        {"B": B[:, :0], "A": A[:0]},
+        {"B": B[:, :2]},
+        {"B": torch.zeros(())},
+        {"B": B.repeat(1, 9), "A": A.repeat(9, 1)},
+    ):
         told = good.replace({f"{site}/residual_{role}": value for role, value in wrong.items()})
         assert f"{site}/residual_" in refusal(mine, told, task)
     assert "1e+09" in refusal(mine, good.replace({f"{site}/residual_A": A * 1e30}), task)
@@ -188,9 +239,13 @@ def test_sums_are_asked_for_with_their_own_keys(state):
     mine = own(state)
     task = Instructions(1, sums="head", view="online")
     assert mine.accept_sums(state, task).sha256() == state.sha256()
-    for wrong, words in (({"sums": "all"}, "task.sums='all'"), ({"view": "../../x"}, "task.view"),
-                         ({"view": None}, "task.view"), ({"trains": ["A"]}, "task.trains"),
-                         ({"sums": None}, "task.sums=")):
+    for wrong, words in (
+        ({"sums": "all"}, "task.sums='all'"),
+        ({"view": "../../x"}, "task.view"),
+        ({"view": None}, "task.view"),
+        ({"trains": ["A"]}, "task.trains"),
+        ({"sums": None}, "task.sums="),
+    ):
         with pytest.raises((Refused, BadMessage)) as caught:
             mine.accept_sums(state, instructed.changed(task, **wrong))
         assert words in str(caught.value)

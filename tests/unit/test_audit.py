@@ -19,15 +19,31 @@ from support import small_models as small
 from support.audit_faults import FAULTS
 
 SETTING = {
-    "model.task": "image-classification", "adapter.r": 2, "data.limit": 96, "data.clients": 4,
-    "data.partition": "iid", "strategy.name": "fedit", "strategy.weighting": "uniform", "client.local_steps": 2,
-    "client.local_epochs": None, "client.batch_size": 6, "client.lr": 0.01, "run.rounds": 2,
-    "privacy.unit": "sample", "privacy.noise_multiplier": 1.0,
+    "model.task": "image-classification",
+    "adapter.r": 2,
+    "data.limit": 96,
+    "data.clients": 4,
+    "data.partition": "iid",
+    "strategy.name": "fedit",
+    "strategy.weighting": "uniform",
+    "client.local_steps": 2,
+    "client.local_epochs": None,
+    "client.batch_size": 6,
+    "client.lr": 0.01,
+    "run.rounds": 2,
+    "privacy.unit": "sample",
+    "privacy.noise_multiplier": 1.0,
 }
 # A fixed sample of the faults: one or two for each part of the audit.
 SAMPLE = {
-    "half_the_planned_noise", "one_value_bare", "entered_after_the_reply", "twice_the_rate_at_the_client",
-    "one_stream_of_each_process", "head_escapes_the_clip", "half_of_the_steps_counted", "no_budget",
+    "half_the_planned_noise",
+    "one_value_bare",
+    "entered_after_the_reply",
+    "twice_the_rate_at_the_client",
+    "one_stream_of_each_process",
+    "head_escapes_the_clip",
+    "half_of_the_steps_counted",
+    "no_budget",
     "empty_batches_drawn_again",
 }
 
@@ -42,8 +58,11 @@ def here(tmp_path_factory):
 
 def other(here, privacy=None, client=None):
     """The same world under another config."""
-    config = replace(here.config, privacy=replace(here.config.privacy, **(privacy or {})),
-                     client=replace(here.config.client, **(client or {})))
+    config = replace(
+        here.config,
+        privacy=replace(here.config.privacy, **(privacy or {})),
+        client=replace(here.config.client, **(client or {})),
+    )
     local = replace(here.local, config=config, guard=Guard(config, here.local.guard.folder, "audit"), ready={})
     return replace(here, config=config, local=local)
 
@@ -52,7 +71,9 @@ def other(here, privacy=None, client=None):
 def failing(here, tmp_path, monkeypatch):
     """`failing("rounds")` names the checks of a part of the audit that fail, as the code now is."""
     settings = {
-        "rounds": here, "exact_rounds": here, "long_rounds": other(here, client={"local_steps": 4}),
+        "rounds": here,
+        "exact_rounds": here,
+        "long_rounds": other(here, client={"local_steps": 4}),
         "asked": other(here, privacy={"epsilon": 3.0, "noise_multiplier": None}),
     }
 
@@ -117,5 +138,9 @@ def test_dropout_follows_the_public_seed(failing, monkeypatch):
 def test_it_refuses_what_is_not_private():
     for unit in ("none", "client"):
         with pytest.raises(InputError, match=rf"privacy.unit={unit}.*privacy.unit=sample"):
-            audit.run({}, {} if unit == "none" else {"privacy.unit": "client", "privacy.noise_multiplier": 1.0,
-                                                     "strategy.weighting": "uniform"})
+            audit.run(
+                {},
+                {}
+                if unit == "none"
+                else {"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"},
+            )

@@ -27,8 +27,11 @@ def noise_of(draw) -> set[str]:
     """Names of the failing checks of noise [2 runs, 2 clients, 2 rounds, 6 steps, 400 values] that `draw` gives."""
     values = torch.stack([draw() for _ in range(48)]).view(2, 2, 2, 6, 400)
     sizes = {"a": 100, "b": 300}
-    return {check.name for check in audit_noise.noise([audit_noise.NoiseBlock("alone", True, values)], sizes)
-            if not check.passed}
+    return {
+        check.name
+        for check in audit_noise.noise([audit_noise.NoiseBlock("alone", True, values)], sizes)
+        if not check.passed
+    }
 
 
 def test_noise_that_is_not_normal_or_the_same_in_every_tensor():
@@ -79,12 +82,17 @@ def test_binomial_tails_are_exact(trials, chance):
 
 def test_both_forms_of_chi_square_agree_where_they_meet():
     squares = torch.tensor([1500.0, 2000.0, 2600.0])
-    assert torch.allclose(tails.chi_square(squares, tails.EXACT), tails.chi_square(squares * (1 + 1 / tails.EXACT),
-                                                                                  tails.EXACT + 1), atol=0.05)
+    assert torch.allclose(
+        tails.chi_square(squares, tails.EXACT),
+        tails.chi_square(squares * (1 + 1 / tails.EXACT), tails.EXACT + 1),
+        atol=0.05,
+    )
 
 
-@pytest.mark.parametrize(("rate", "sigma", "steps", "known"), [
-    (0.02, 0.7, 2500, 14.53277), (0.1, 2.0, 400, 4.90289), (1.0, 5.0, 50, 6.57297), (0.02, 1.0, 40, 1.07434)])
+@pytest.mark.parametrize(
+    ("rate", "sigma", "steps", "known"),
+    [(0.02, 0.7, 2500, 14.53277), (0.1, 2.0, 400, 4.90289), (1.0, 5.0, 50, 6.57297), (0.02, 1.0, 40, 1.07434)],
+)
 def test_the_second_accountant_knows_the_published_numbers(rate, sigma, steps, known):
     assert second.epsilon(rate, sigma, steps, 1e-5) == pytest.approx(known, rel=1e-3)
 
@@ -108,8 +116,13 @@ def test_canaries_measure_what_is_known(sigma, rate, steps, known, claimed):
 
 def test_canaries_are_above_the_claim_when_the_noise_is_divided_twice(monkeypatch):
     real = Plan.noised_mean
-    monkeypatch.setattr(Plan, "noised_mean", lambda plan, total, source: real(
-        replace(plan, noise_multiplier=plan.noise_multiplier / plan.expected_batch), total, source))
+    monkeypatch.setattr(
+        Plan,
+        "noised_mean",
+        lambda plan, total, source: real(
+            replace(plan, noise_multiplier=plan.noise_multiplier / plan.expected_batch), total, source
+        ),
+    )
     assert checks.one_run(a_plan(1.0, 1.0, 1), Seeded(1)) > 4.377
 
 

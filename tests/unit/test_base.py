@@ -28,8 +28,12 @@ def test_width_classes_and_features_are_those_of_the_whole_head(folders, name):
     features, logits = base.features_and_logits(small.inputs(name))
     torch.testing.assert_close(logits, base.forward(small.inputs(name)))
     trunk = small.make(name).eval().base_model(**small.inputs(name)).last_hidden_state
-    torch.testing.assert_close(features, trunk[:, 0] if name != "bert" else
-                               small.make(name).eval().bert(**small.inputs(name)).pooler_output, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        features,
+        trunk[:, 0] if name != "bert" else small.make(name).eval().bert(**small.inputs(name)).pooler_output,
+        atol=1e-5,
+        rtol=1e-4,
+    )
     _, entering = deploy(base)(small.inputs(name))
     assert entering.shape == (3, small.WIDTH) and not torch.allclose(entering, entering[:1])
 
@@ -40,13 +44,21 @@ def test_rows_of_classes_that_do_not_compete_are_the_last_layers(folders, name):
     with model.competing([1]):
         still = model.still()
     assert {key: rows.tolist() for key, rows in still.items()} == {
-        key: [True, False, True] for key in sorted(small.HEADS[name]) if key.startswith(
-            "classifier.out_proj" if name == "roberta" else "classifier/")}
+        key: [True, False, True]
+        for key in sorted(small.HEADS[name])
+        if key.startswith("classifier.out_proj" if name == "roberta" else "classifier/")
+    }
 
 
-@pytest.mark.parametrize(("name", "layer"), [
-    ("bert", "bert.encoder.layer.0.intermediate.dense"), ("llama", "model.layers.1.mlp.down_proj"),
-    ("gpt2", "transformer.h.0.attn.c_attn"), ("gpt2", "transformer.h.1.attn.c_proj")])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("bert", "bert.encoder.layer.0.intermediate.dense"),
+        ("llama", "model.layers.1.mlp.down_proj"),
+        ("gpt2", "transformer.h.0.attn.c_attn"),
+        ("gpt2", "transformer.h.1.attn.c_proj"),
+    ],
+)
 @pytest.mark.parametrize("around", [False, True])
 def test_a_weight_is_what_the_layer_multiplies_by(folders, name, layer, around):
     """Also of a square layer that stores [in, out], also with a LoRA around it; writing it writes the layer."""

@@ -72,8 +72,9 @@ class Hand(StreamSource):
         for number, value in enumerate(net.parameters()):
             draws = torch.Generator().manual_seed(number)
             value.requires_grad_(False).copy_(0.6 * torch.randn(value.shape, generator=draws))
-        base = Base(net.eval(), lambda batch: net(batch["x"]), {"classifier": net.classifier}, None, "",
-                    "image-classification")
+        base = Base(
+            net.eval(), lambda batch: net(batch["x"]), {"classifier": net.classifier}, None, "", "image-classification"
+        )
         domains = tuple(np.arange(rows) // CLASSES % 2 for rows in (120, 60)) if self.scenario == "domain" else None
         return Material(*parts, base, ["two"], domains, ["even", "odd"])
 
@@ -130,15 +131,23 @@ def test_every_cell_has_the_matrix_of_its_learner_and_what_follows_from_it(hand,
     rows = results["rows"]
     bodies, heads = ("frozen", "sequential:form=lora,r=2"), ("linear", "ranpac:features=20", "lda")
     assert [(row["seed"], row["body"], row["head"]) for row in rows] == [
-        (seed, body, head) for seed in (0, 1) for body in bodies for head in heads]
+        (seed, body, head) for seed in (0, 1) for body in bodies for head in heads
+    ]
     train = TrainConfig(epochs=2, batch_size=8, lr=0.01)
     for row in rows:
         made = Hand().build(row["seed"])
         name = row["head"].partition(":")[0]
         head = {"features": 20} if name == "ranpac" else {}
         body = {"form": "lora", "r": 2} if row["body"] != "frozen" else {}
-        learner = Learner(made.stream, Plastic(made.base, made.layers), row["body"].partition(":")[0], {name: head},
-                          train, row["seed"], body).run()
+        learner = Learner(
+            made.stream,
+            Plastic(made.base, made.layers),
+            row["body"].partition(":")[0],
+            {name: head},
+            train,
+            row["seed"],
+            body,
+        ).run()
         assert row["right"] == learner.right[name] and row["refused"] is None
         assert row["tests"] == [20, 20, 20] and row["train"] == asdict(train)
         found = matrix.summary(learner.right[name], [20, 20, 20])
@@ -171,8 +180,12 @@ def test_lda_and_ranpac_are_always_there_and_said_to_be(hand, tmp_path, monkeypa
 def test_heads_of_one_loss_share_a_training(hand, trained, tmp_path):
     results = bench(tmp_path, "sequential,er", f"{FAST},masked,lda:covariance=total,lda")
     assert [(name, heads) for name, heads, _ in trained] == [
-        ("Sequential", ["linear", "ranpac", "lda"]), ("Sequential", ["masked"]), ("Sequential", ["lda"]),
-        ("ER", ["linear", "ranpac", "masked", "lda"]), ("ER", ["lda"])]
+        ("Sequential", ["linear", "ranpac", "lda"]),
+        ("Sequential", ["masked"]),
+        ("Sequential", ["lda"]),
+        ("ER", ["linear", "ranpac", "masked", "lda"]),
+        ("ER", ["lda"]),
+    ]
     right = {(row["body"], row["head"]): row["right"] for row in results["rows"]}
     assert right["sequential", "linear"] != right["sequential", "masked"], "another loss, another training"
     assert right["er", "linear"] == right["er", "masked"], "replay decides the loss"
@@ -191,8 +204,10 @@ def test_finished_cells_are_read_and_missing_ones_are_run(hand, trained, tmp_pat
     (tmp_path / "cells" / "hand-seed0-sequential-lda.json").unlink()
     again = bench(tmp_path, "frozen,sequential", seeds=2, tell=told.append)
     assert [heads for _, heads, _ in trained[2:]] == [["lda"], *[["linear", "ranpac", "lda"]] * 2]
-    assert [line.split(":")[0] for line in told[6:8]] == ["6/12 hand seed 0 sequential lda",
-                                                        "7/12 hand seed 1 frozen linear"]
+    assert [line.split(":")[0] for line in told[6:8]] == [
+        "6/12 hand seed 0 sequential lda",
+        "7/12 hand seed 1 frozen linear",
+    ]
     assert list(map(without_cost, again["rows"][:6])) == list(map(without_cost, first["rows"]))
 
 
@@ -243,8 +258,11 @@ def test_cells_of_other_settings_or_another_stream_are_refused(hand, tmp_path):
 def test_what_does_not_go_together_has_a_row_with_the_reason(hand, tmp_path):
     results = bench(tmp_path, "conpet:batches=2,fsa:form=film,frozen")
     refused = {(row["body"], row["head"]): row["refused"] for row in results["rows"] if row["refused"]}
-    assert set(refused) == {("conpet:batches=2", "lda"), ("conpet:batches=2", "ranpac:features=20"),
-                            *(("fsa:form=film", head) for head in ("linear", "lda", "ranpac:features=20"))}
+    assert set(refused) == {
+        ("conpet:batches=2", "lda"),
+        ("conpet:batches=2", "ranpac:features=20"),
+        *(("fsa:form=film", head) for head in ("linear", "lda", "ranpac:features=20")),
+    }
     assert "predicts by itself" in refused["conpet:batches=2", "lda"]
     assert "no normalisation layers" in refused["fsa:form=film", "linear"], "known once it has begun"
     page = (tmp_path / "report.html").read_text()
@@ -255,18 +273,25 @@ def test_what_does_not_go_together_has_a_row_with_the_reason(hand, tmp_path):
     assert conpet["refused"] is None and conpet["head_bytes"] == 0, "its experts have their own classifiers"
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"name": "digits6"}, "--stream: 'digits6'.*Did you mean 'digits5'"),
-    ({"name": "glyph1d:task=3"}, "--stream glyph1d: 'task'.*Did you mean 'tasks'"),
-    ({"name": "glyph1d:tasks=50"}, "--stream glyph1d.tasks: 50 is out of range"),
-    ({"name": "records:scenario=domain"}, "needs a column"),
-    ({"bodies": "cosso"}, "--bodies: 'cosso'.*Did you mean 'coso'"),
-    ({"bodies": "frozen,coso:sid=in"}, "--bodies coso: 'sid'.*Did you mean 'side'"),
-    ({"bodies": "coso:side=up"}, "--bodies coso.side: 'up'"), ({"bodies": "coso:side"}, "key=value"),
-    ({"heads": "lde"}, "--heads: 'lde'"), ({"heads": "lda:ridge=-1"}, "--heads lda.ridge: -1.0 is out of range"),
-    ({"settings": ["epoch=3"]}, "--set: 'epoch'.*Did you mean 'epochs'"), ({"settings": ["lr=0"]}, "--set.lr: 0.0"),
-    ({"settings": ["lr"]}, "key=value"), ({"seeds": 0}, "--seeds: 0"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "digits6"}, "--stream: 'digits6'.*Did you mean 'digits5'"),
+        ({"name": "glyph1d:task=3"}, "--stream glyph1d: 'task'.*Did you mean 'tasks'"),
+        ({"name": "glyph1d:tasks=50"}, "--stream glyph1d.tasks: 50 is out of range"),
+        ({"name": "records:scenario=domain"}, "needs a column"),
+        ({"bodies": "cosso"}, "--bodies: 'cosso'.*Did you mean 'coso'"),
+        ({"bodies": "frozen,coso:sid=in"}, "--bodies coso: 'sid'.*Did you mean 'side'"),
+        ({"bodies": "coso:side=up"}, "--bodies coso.side: 'up'"),
+        ({"bodies": "coso:side"}, "key=value"),
+        ({"heads": "lde"}, "--heads: 'lde'"),
+        ({"heads": "lda:ridge=-1"}, "--heads lda.ridge: -1.0 is out of range"),
+        ({"settings": ["epoch=3"]}, "--set: 'epoch'.*Did you mean 'epochs'"),
+        ({"settings": ["lr=0"]}, "--set.lr: 0.0"),
+        ({"settings": ["lr"]}, "key=value"),
+        ({"seeds": 0}, "--seeds: 0"),
+    ],
+)
 def test_what_was_written_wrong_is_named_before_anything_runs(given, message, tmp_path):
     with pytest.raises(InputError, match=message):
         continual.run(tmp_path, **{"name": "glyph1d", **given})
@@ -291,8 +316,9 @@ def test_accuracy_before_the_first_task_is_measured_where_it_means_something(han
     made = Hand("domain").build(0)
     learner = Learner(made.stream, Plastic(made.base, made.layers), "sequential", {"linear": {}}, TrainConfig(), 0)
     logits = [learner.classifier(learner.model.features(task.test.inputs)) for task in made.stream.tasks]
-    right = [int((found.argmax(1) == task.test.labels).sum())
-             for found, task in zip(logits, made.stream.tasks, strict=True)]
+    right = [
+        int((found.argmax(1) == task.test.labels).sum()) for found, task in zip(logits, made.stream.tasks, strict=True)
+    ]
     assert rows["linear"]["initial"] == right and sum(right) > 0
     linear = rows["linear"]
     assert linear["metrics"]["fwt"] == pytest.approx((linear["right"][0][1] - right[1]) / linear["tests"][1])
@@ -327,15 +353,36 @@ def row(body, head, seed, last, bytes_kept=100, **more):
     found = matrix.summary(right, [10, 10])
     stored = {"raw": 0, "statistics": 0, "bases": 0, "adapters": bytes_kept, "numbers": 0}
     entry = {"parameters": 5, "stored_bytes": stored, "passes_per_prediction": 1.0, "train_cpu_s": 2.0}
-    return {"stream": "s", "body": body, "head": head, "seed": seed, "refused": None, "right": right, "tests": [10, 10],
-            "metrics": found["values"], "undefined": found["undefined"], "ledger": [entry, entry], "head_bytes": 50,
-            "resumed": False, "manifest_sha256": "f" * 64, "body_options": {}, "head_options": {}, **more}
+    return {
+        "stream": "s",
+        "body": body,
+        "head": head,
+        "seed": seed,
+        "refused": None,
+        "right": right,
+        "tests": [10, 10],
+        "metrics": found["values"],
+        "undefined": found["undefined"],
+        "ledger": [entry, entry],
+        "head_bytes": 50,
+        "resumed": False,
+        "manifest_sha256": "f" * 64,
+        "body_options": {},
+        "head_options": {},
+        **more,
+    }
 
 
 def test_means_and_paired_differences_by_hand():
-    rows = [row("frozen", "lda", 0, 8), row("frozen", "lda", 1, 6), row("frozen", "ranpac", 0, 5),
-            row("frozen", "ranpac", 1, 5), row("x", "linear", 0, 9), row("x", "linear", 1, 9),
-            {"body": "y", "head": "lda", "seed": 0, "refused": "no"}]
+    rows = [
+        row("frozen", "lda", 0, 8),
+        row("frozen", "lda", 1, 6),
+        row("frozen", "ranpac", 0, 5),
+        row("frozen", "ranpac", 1, 5),
+        row("x", "linear", 0, 9),
+        row("x", "linear", 1, 9),
+        {"body": "y", "head": "lda", "seed": 0, "refused": "no"},
+    ]
     lda, ranpac, x, y = found = continual_report.summary(rows)
     assert lda["metrics"]["acc_micro"] == 0.75 and lda["sd"]["acc_micro"] == pytest.approx(stdev([0.8, 0.7]))
     assert lda["metrics"]["forgetting_chaudhry"] == pytest.approx(0.2) and lda["difference"] == 0
@@ -372,8 +419,22 @@ def test_the_page_is_made_of_results_alone(hand, tmp_path, monkeypatch):
 
 
 def test_a_quick_run_of_the_command_from_end_to_end(tmp_path):
-    given = ["bench", "continual", "--stream", "glyph1d:tasks=2", "--bodies", "frozen", "--heads",
-             "linear,ranpac:features=50", "--set", "batch_size=16", "--seeds", "1", "--quick", "--out"]
+    given = [
+        "bench",
+        "continual",
+        "--stream",
+        "glyph1d:tasks=2",
+        "--bodies",
+        "frozen",
+        "--heads",
+        "linear,ranpac:features=50",
+        "--set",
+        "batch_size=16",
+        "--seeds",
+        "1",
+        "--quick",
+        "--out",
+    ]
     done = CliRunner().invoke(app, [*given, str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
     results = json.loads(done.stdout)
@@ -389,8 +450,9 @@ def test_a_quick_run_of_the_command_from_end_to_end(tmp_path):
 
 
 def test_bodies_heads_and_streams_are_listed_and_shown():
-    tables = {name: {row["name"]: row for row in catalogue.entries(name)[name]}
-              for name in ("bodies", "heads", "streams")}
+    tables = {
+        name: {row["name"]: row for row in catalogue.entries(name)[name]} for name in ("bodies", "heads", "streams")
+    }
     assert {"coso", "frozen"} <= set(tables["bodies"]) and {"lda", "ranpac"} <= set(tables["heads"])
     assert {"digits5", "wordnet"} <= set(tables["streams"]) and tables["bodies"]["factor_coso"]["federates"]
     coso = catalogue.describe("coso")

@@ -64,8 +64,9 @@ def test_lines_say_how_many_are_done_and_how_long_the_rest_takes(monkeypatch):
     assert told[-1] == "20/20 last"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (89, "89 s"), (95, "2 min"), (3600, "60 min"),
-                                               (7200, "2.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (89, "89 s"), (95, "2 min"), (3600, "60 min"), (7200, "2.0 h")]
+)
 def test_times_are_written_in_a_fitting_unit(seconds, text):
     assert cells.about(seconds) == text
 
@@ -75,7 +76,10 @@ def test_a_bench_speaks_before_it_works_and_json_has_stdout_for_itself(measured,
     assert done.exit_code == 0, done.output
     lines = done.stderr.splitlines()
     assert lines[0] == "bench memory: loading ..." and [line.split(",")[0] for line in lines[1:]] == [
-        "1/3 2 clients", "2/3 3 clients", "3/3 5 clients"]
+        "1/3 2 clients",
+        "2/3 3 clients",
+        "3/3 5 clients",
+    ]
     assert [row["clients"] for row in json.loads(done.stdout)["rows"]] == measured == [2, 3, 5]
 
 

@@ -18,8 +18,14 @@ from fedpeft.record import report
 from fedpeft.simulations import run as runs
 from fedpeft.simulations.benchmarks import private
 
-SMALL = {"data.limit": 60, "data.clients": 2, "client.batch_size": 8, "client.local_steps": 1, "run.rounds": 1,
-         "privacy.accountant": "rdp"}
+SMALL = {
+    "data.limit": 60,
+    "data.clients": 2,
+    "client.batch_size": 8,
+    "client.local_steps": 1,
+    "run.rounds": 1,
+    "privacy.accountant": "rdp",
+}
 
 
 # The grid -------------------------------------------------------------------------------------------------------------
@@ -34,15 +40,25 @@ def cells(monkeypatch) -> list[tuple[Any, ...]]:
     def cell(folder: Path, name: str, epsilon: float, rate: float, seed: int, quick: bool) -> dict[str, Any]:
         asked.append((name, epsilon, rate, seed))
         bonus = seed if name == "FedSVD" else 0.0
-        return {"method": name, "epsilon": epsilon, "lr": rate, "seed": seed, "final": points[name] + epsilon + bonus,
-                "frozen": 10.0, "epsilon_spent": epsilon, "bytes_up": 1, "seconds": 1.0}
+        return {
+            "method": name,
+            "epsilon": epsilon,
+            "lr": rate,
+            "seed": seed,
+            "final": points[name] + epsilon + bonus,
+            "frozen": 10.0,
+            "epsilon_spent": epsilon,
+            "bytes_up": 1,
+            "seconds": 1.0,
+        }
 
     monkeypatch.setattr(private, "cell", cell)
     return asked
 
 
-@pytest.mark.parametrize(("quick", "epsilons", "rates"), [
-    (False, (1.0, 3.0, 6.0), (0.125, 0.25, 0.5)), (True, (1.0, 6.0), (0.25,))])
+@pytest.mark.parametrize(
+    ("quick", "epsilons", "rates"), [(False, (1.0, 3.0, 6.0), (0.125, 0.25, 0.5)), (True, (1.0, 6.0), (0.25,))]
+)
 def test_every_rule_runs_at_every_epsilon_rate_and_seed(quick, epsilons, rates, cells, tmp_path):
     results = private.run(tmp_path, seeds=2, quick=quick)
     wanted = set(itertools.product(("FedIT", "FFA", "FFA orthonormal", "FedSVD"), epsilons, rates, (0, 1)))
@@ -60,8 +76,11 @@ def test_claims_are_paired_differences_with_verdicts(cells, tmp_path):
     claims = private.run(tmp_path, seeds=2, quick=True)["claims"]
     assert {claim["epsilon"] for claim in claims} == {1.0, 6.0} and {claim["lr"] for claim in claims} == {0.25}
     for epsilon in (1.0, 6.0):
-        found = {claim["claim"]: (claim["difference"], claim["error"], claim["seeds"], claim["verdict"])
-                 for claim in claims if claim["epsilon"] == epsilon}
+        found = {
+            claim["claim"]: (claim["difference"], claim["error"], claim["seeds"], claim["verdict"])
+            for claim in claims
+            if claim["epsilon"] == epsilon
+        }
         assert found == {
             "FedSVD > FFA": (pytest.approx(10.5), pytest.approx(0.5), 2, "holds"),
             "FedSVD > FedIT": (pytest.approx(20.5), pytest.approx(0.5), 2, "holds"),
@@ -137,8 +156,9 @@ def test_rules_of_a_seed_share_its_start(small):
         assert len({row["frozen"] for row in own}) == 1
         assert rows["FedIT", seed]["bytes_up"] > rows["FFA", seed]["bytes_up"]
     folders = sorted((small[0] / "cells").iterdir())
-    one, two = ([json.loads((folder / "split.json").read_text())["clients"] for folder in folders[seed::2]]
-                for seed in (0, 1))
+    one, two = (
+        [json.loads((folder / "split.json").read_text())["clients"] for folder in folders[seed::2]] for seed in (0, 1)
+    )
     assert one == [one[0]] * 4 and two == [two[0]] * 4 and one[0] != two[0]
 
 

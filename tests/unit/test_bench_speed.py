@@ -117,9 +117,14 @@ def test_memory_is_that_of_a_fresh_process_and_above_the_model():
 
 
 def test_bad_options(tmp_path):
-    for options, told in (({"engines": ("cohort", "flute")}, "flute"), ({"models": ("gpt",)}, "roberta-base"),
-                          ({"models": ()}, "none"), ({"batch": (0,)}, "at least 1"), ({"clients": ()}, "clients"),
-                          ({"engines": ("graphs",), "device": "cpu"}, "CUDA")):
+    for options, told in (
+        ({"engines": ("cohort", "flute")}, "flute"),
+        ({"models": ("gpt",)}, "roberta-base"),
+        ({"models": ()}, "none"),
+        ({"batch": (0,)}, "at least 1"),
+        ({"clients": ()}, "clients"),
+        ({"engines": ("graphs",), "device": "cpu"}, "CUDA"),
+    ):
         with pytest.raises(InputError, match=told):
             speed.run(tmp_path, **options)
     with pytest.raises(InputError, match="from 1"):
@@ -129,8 +134,11 @@ def test_bad_options(tmp_path):
 def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(speed.whole_run, "prepare", lambda *_: None)
-    monkeypatch.setattr(speed.whole_run, "measure", lambda engine, *_: asked.append(engine) or {
-        "seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0})
+    monkeypatch.setattr(
+        speed.whole_run,
+        "measure",
+        lambda engine, *_: asked.append(engine) or {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0},
+    )
     monkeypatch.setattr(speed, "make", lambda *_: lambda work: [])
     monkeypatch.setattr(speed, "check", lambda *_: 0.0)
     monkeypatch.setattr(speed, "_child", lambda *_: 1.0)
@@ -186,7 +194,18 @@ def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
     options = ["--models", "S,minilm", "--clients", "8, 64", "--batch", "1", "--engines", "peft,flower"]
     done = CliRunner().invoke(app, ["bench", "speed", "--out", str(tmp_path), *options, "--repeats", "2", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout) == {"rows": []}
-    assert given == [{"models": ("S", "minilm"), "clients": (8, 64), "batch": (1,), "engines": ("peft", "flower"),
-                      "repeats": 2, "seq": 64, "steps": 2, "quick": False, "device": "auto"}]
+    assert given == [
+        {
+            "models": ("S", "minilm"),
+            "clients": (8, 64),
+            "batch": (1,),
+            "engines": ("peft", "flower"),
+            "repeats": 2,
+            "seq": 64,
+            "steps": 2,
+            "quick": False,
+            "device": "auto",
+        }
+    ]
     done = CliRunner().invoke(app, ["bench", "memory", "--out", str(tmp_path), "--clients", "few"])
     assert isinstance(done.exception, InputError)

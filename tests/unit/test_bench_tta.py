@@ -108,12 +108,20 @@ def test_every_kind_of_built_in_stream_has_a_name_and_its_plan_is_that_of_drift(
     assert bench.manifest(3) == drift.manifest(spec) and open_stream(bench.name).name == bench.name
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("digits-d/iid", "digits-c/iid"), ("digits-c/gradul", "Did you mean 'gradual'"), ("digits-c", "kind"),
-    ("digits-c/iid:batch=300", "batch: 300 is out of range"), ("digits-c/iid:tokens=3", "tokens"),
-    ("vader/books", "Allowed: movie"), ("glyphs/text:corruptions=rain", "rain"), ("vader/movie:severity=2", "severity"),
-    ("digits-c/iid:batch", "key=value"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits-d/iid", "digits-c/iid"),
+        ("digits-c/gradul", "Did you mean 'gradual'"),
+        ("digits-c", "kind"),
+        ("digits-c/iid:batch=300", "batch: 300 is out of range"),
+        ("digits-c/iid:tokens=3", "tokens"),
+        ("vader/books", "Allowed: movie"),
+        ("glyphs/text:corruptions=rain", "rain"),
+        ("vader/movie:severity=2", "severity"),
+        ("digits-c/iid:batch", "key=value"),
+    ],
+)
 def test_a_wrong_stream_is_refused_by_name(name, message):
     with pytest.raises(InputError, match=message):
         open_stream(name)
@@ -127,8 +135,10 @@ def test_data_that_are_not_prepared_are_named(tmp_path, monkeypatch):
             tta.run(tmp_path / "out", name + part)
 
 
-@pytest.mark.parametrize(("methods", "message"), [
-    ("tant", "Did you mean 'tent'"), ("tent:lrr=1", "Did you mean 'lr'"), ("tent:lr=-1", "lr: -1.0 is out of range")])
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [("tant", "Did you mean 'tent'"), ("tent:lrr=1", "Did you mean 'lr'"), ("tent:lr=-1", "lr: -1.0 is out of range")],
+)
 def test_a_wrong_method_is_refused_before_anything_runs(methods, message, hand, tmp_path):
     with pytest.raises(InputError, match=message):
         tta.run(tmp_path, "hand", methods)
@@ -150,7 +160,8 @@ def test_results_hold_every_cell_with_scores_cost_and_plan(hand, played, tmp_pat
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results, allow_nan=False))
     rows = results["rows"]
     assert [(row["method"], row["seed"]) for row in rows] == [
-        (name, seed) for seed in (0, 1) for name in (*tta.BASELINES, "bn_adapt", "tent", "lame:base=bn_adapt")]
+        (name, seed) for seed in (0, 1) for name in (*tta.BASELINES, "bn_adapt", "tent", "lame:base=bn_adapt")
+    ]
     sizes = [25, 25, 10, 25, 25, 10]
     for row, result in zip(rows, played, strict=True):
         assert row["refused"] is None and row["stream"] == "hand" and row["model"] == "norms"
@@ -192,8 +203,10 @@ def test_finished_cells_are_read_and_missing_ones_are_run(hand, played, tmp_path
     gone = tmp_path / "cells" / "hand-norms-tent-seed0.json"
     gone.unlink()
     again = tta.run(tmp_path, "hand", METHODS, "norms", 2, tell=told.append)
-    assert [line.split(":")[0] for line in told[7:9]] == ["6/14 hand norms seed 0 tent",
-                                                        "8/14 hand norms seed 1 source"]
+    assert [line.split(":")[0] for line in told[7:9]] == [
+        "6/14 hand norms seed 0 tent",
+        "8/14 hand norms seed 1 source",
+    ]
     assert len(told) == len(played) == 7 + 1 + 7
     rows = [{key: value for key, value in row.items() if key != "cost"} for row in again["rows"][:7]]
     assert rows == [{key: value for key, value in row.items() if key != "cost"} for row in first["rows"]]
@@ -231,16 +244,36 @@ def test_labels_reach_the_scores_and_not_the_methods(played, monkeypatch, tmp_pa
 
 
 def row(method, seed, error, **more):
-    base = {"stream": "s", "model": "m", "method": method, "seed": seed, "refused": None, "error": error, "nll": 1.0,
-            "brier": 0.5, "ece": 0.1, "worst_window": 0.6, "domains": {"a": error, "b": error}, "parameters": 10,
-            "cost": {"forwards": 8, "rows": 80, "backwards": 2, "resets": 0, "held": 5, "cpu_seconds": 3.0},
-            "rows": 40, "curve": [0.0, 1.0, 0.5, 0.5], "segments": [["a", 0], ["b", 2]], "skipped": 1}
+    base = {
+        "stream": "s",
+        "model": "m",
+        "method": method,
+        "seed": seed,
+        "refused": None,
+        "error": error,
+        "nll": 1.0,
+        "brier": 0.5,
+        "ece": 0.1,
+        "worst_window": 0.6,
+        "domains": {"a": error, "b": error},
+        "parameters": 10,
+        "cost": {"forwards": 8, "rows": 80, "backwards": 2, "resets": 0, "held": 5, "cpu_seconds": 3.0},
+        "rows": 40,
+        "curve": [0.0, 1.0, 0.5, 0.5],
+        "segments": [["a", 0], ["b", 2]],
+        "skipped": 1,
+    }
     return {**base, **more}
 
 
 def test_means_and_paired_differences_by_hand():
-    rows = [row("source", 0, 0.5), row("source", 1, 0.7), row("x", 0, 0.4), row("x", 1, 0.4),
-            {"stream": "s", "model": "m", "method": "y", "seed": 0, "refused": "no"}]
+    rows = [
+        row("source", 0, 0.5),
+        row("source", 1, 0.7),
+        row("x", 0, 0.4),
+        row("x", 1, 0.4),
+        {"stream": "s", "model": "m", "method": "y", "seed": 0, "refused": "no"},
+    ]
     source, x, y = tta_report.summary(rows)
     assert math.isclose(source["error"], 0.6) and math.isclose(source["error_sd"], math.sqrt(0.02))
     assert math.isclose(x["difference"], -0.2) and math.isclose(x["difference_error"], 0.1)

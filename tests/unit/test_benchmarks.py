@@ -13,8 +13,24 @@ from fedpeft import seeds
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import accounting, federated, federated_report, toy
 
-SMALL = toy.Protocol(inputs=6, hidden=5, classes=3, train=180, test=60, subspace=None, shift=1.0, rank=2, clients=3,
-                     per_round=2, alpha=1.0, min_examples=20, rounds=2, steps=3, batch=10, clip=0.3)
+SMALL = toy.Protocol(
+    inputs=6,
+    hidden=5,
+    classes=3,
+    train=180,
+    test=60,
+    subspace=None,
+    shift=1.0,
+    rank=2,
+    clients=3,
+    per_round=2,
+    alpha=1.0,
+    min_examples=20,
+    rounds=2,
+    steps=3,
+    batch=10,
+    clip=0.3,
+)
 
 
 def slow_gradients(A, B, W, V, x, y, trained, clip):
@@ -36,8 +52,10 @@ def slow_gradients(A, B, W, V, x, y, trained, clip):
 @pytest.mark.parametrize("trained", ["AB", "B"])
 def test_clipped_sums_equal_a_loop_over_samples(trained):
     generator = torch.Generator().manual_seed(0)
-    A, B, W, V, x = (torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-                     for shape in ((2, 6), (5, 2), (5, 6), (3, 5), (12, 6)))
+    A, B, W, V, x = (
+        torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 6), (5, 2), (5, 6), (3, 5), (12, 6))
+    )
     y = torch.randint(3, (2, 12), generator=generator)
     present = torch.ones(2, 12, dtype=torch.bool)
     present[1, 7:] = False
@@ -143,16 +161,20 @@ def test_tuned_rate_does_not_depend_on_test_labels():
     args = (tuning, one, (0.3,), (1e-3, 0.3), "final", None)
     honest = federated._compare({}, SMALL, [world], *args)
     poisoned = federated._compare({}, SMALL, upset, *args)
-    tuned = [{(row["lr"], tuple(row["validation_by_lr"].items())) for row in rows if row["column"] == federated.TUNED}
-             for rows in (honest, poisoned)]
+    tuned = [
+        {(row["lr"], tuple(row["validation_by_lr"].items())) for row in rows if row["column"] == federated.TUNED}
+        for rows in (honest, poisoned)
+    ]
     assert tuned[0] == tuned[1] and len(tuned[0]) == 1
     assert honest[0]["final"] != poisoned[0]["final"]
 
 
 def rows_of(method, values, **fields):
     where = {"experiment": "dp", "setting": "no DP", "column": "lr 1", **fields}
-    return [{**where, "method": method, "seed": seed, "final": value, "average": value, "lr": 1.0, "failed_round": None}
-            for seed, value in enumerate(values)]
+    return [
+        {**where, "method": method, "seed": seed, "final": value, "average": value, "lr": 1.0, "failed_round": None}
+        for seed, value in enumerate(values)
+    ]
 
 
 def test_claims_are_paired_by_seed():
@@ -161,8 +183,11 @@ def test_claims_are_paired_by_seed():
     mean, error, count = federated_report.paired(rows, "FedSVD", "FFA")
     assert (mean, error, count) == (pytest.approx(0.2), pytest.approx(0.1 / math.sqrt(3)), 3)
     assert {claim["claim"]: claim["verdict"] for claim in federated_report.claims(rows)} == {
-        "FedSVD > FFA": "holds", "FedSVD > FedIT": "unclear", "FFA > FedIT": "unclear",
-        "FedSVD = FFA orthonormal": "does not hold"}
+        "FedSVD > FFA": "holds",
+        "FedSVD > FedIT": "unclear",
+        "FFA > FedIT": "unclear",
+        "FedSVD = FFA orthonormal": "does not hold",
+    }
     assert federated_report.above(-0.3, 0.1) == "does not hold"
     with pytest.raises(InputError, match="same seeds"):
         federated_report.paired(rows_of("a", [1, 2]) + rows_of("b", [1, 2, 3]), "a", "b")
@@ -172,13 +197,22 @@ def test_claims_are_paired_by_seed():
 
 def test_required_claims_are_marked():
     names = ("FedSVD", "FFA", "FFA orthonormal", "FedIT")
-    rows = [row for name in names for setting in ("no DP", "epsilon 6", "epsilon 1") for column in ("lr 1", "tuned")
-            for row in rows_of(name, [0.1, 0.2], setting=setting, column=column)]
+    rows = [
+        row
+        for name in names
+        for setting in ("no DP", "epsilon 6", "epsilon 1")
+        for column in ("lr 1", "tuned")
+        for row in rows_of(name, [0.1, 0.2], setting=setting, column=column)
+    ]
     required = [(claim["claim"], claim["setting"]) for claim in federated_report.claims(rows) if claim["required"]]
     assert sorted(required) == [
-        ("FedSVD = FFA orthonormal", "epsilon 1"), ("FedSVD = FFA orthonormal", "epsilon 6"),
-        ("FedSVD = FFA orthonormal", "no DP"), ("FedSVD > FFA", "epsilon 6"), ("FedSVD > FFA", "no DP"),
-        ("FedSVD > FedIT", "epsilon 1")]
+        ("FedSVD = FFA orthonormal", "epsilon 1"),
+        ("FedSVD = FFA orthonormal", "epsilon 6"),
+        ("FedSVD = FFA orthonormal", "no DP"),
+        ("FedSVD > FFA", "epsilon 6"),
+        ("FedSVD > FFA", "no DP"),
+        ("FedSVD > FedIT", "epsilon 1"),
+    ]
 
 
 def test_absolute_lambda_is_the_closed_form_as_written():

@@ -14,8 +14,12 @@ from fedpeft.strategies.build import build
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 
-GOOD: dict[str, Any] = {"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp",
-                        "strategy.weighting": "uniform"}
+GOOD: dict[str, Any] = {
+    "privacy.unit": "client",
+    "privacy.noise_multiplier": 1.0,
+    "privacy.accountant": "rdp",
+    "strategy.weighting": "uniform",
+}
 
 
 def load(**changes: Any) -> configs.Config:
@@ -50,19 +54,26 @@ def test_refusals_name_the_key(changes: dict[str, Any], message: str) -> None:
         load(**changes)
 
 
-@pytest.mark.parametrize("changes", [
-    {"privacy__delta": 0.099}, {"data__holdout": 0.2, "privacy__release_metrics": True},
-    {"privacy__adaptive_clip": True, "privacy__clip_count_noise": 0.51}, {"privacy__clip_count_noise": 0.01},
-    {"privacy__noise_multiplier": None, "privacy__epsilon": 3.0}, {"strategy__wrap": ["fedprox", "fedyogi"]},
-    {"privacy__adaptive_clip": True, "data__clients": 30},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"privacy__delta": 0.099},
+        {"data__holdout": 0.2, "privacy__release_metrics": True},
+        {"privacy__adaptive_clip": True, "privacy__clip_count_noise": 0.51},
+        {"privacy__clip_count_noise": 0.01},
+        {"privacy__noise_multiplier": None, "privacy__epsilon": 3.0},
+        {"strategy__wrap": ["fedprox", "fedyogi"]},
+        {"privacy__adaptive_clip": True, "data__clients": 30},
+    ],
+)
 def test_near_misses_are_taken(changes: dict[str, Any]) -> None:
     load(**changes)
 
 
 def individual() -> list[str]:
-    return [name for name in registry.names("strategies")
-            if registry.load("strategies", name).needs is Needs.INDIVIDUAL]
+    return [
+        name for name in registry.names("strategies") if registry.load("strategies", name).needs is Needs.INDIVIDUAL
+    ]
 
 
 @pytest.mark.parametrize("name", individual())

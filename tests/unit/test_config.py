@@ -207,10 +207,17 @@ def test_a_personalised_strategy_needs_records_to_evaluate_on():
     assert load({"strategy": "fedsa"}, {"data.holdout": 0.2}).strategy.name == "fedsa"
 
 
-@pytest.mark.parametrize("amx, gpu, device, dtype", [
-    (False, None, "auto", "float32"), (True, None, "auto", "bfloat16"), (True, None, "cpu", "bfloat16"),
-    (False, True, "auto", "bfloat16"), (False, True, "cpu", "float32"), (True, False, "cuda:1", "float32"),
-])
+@pytest.mark.parametrize(
+    "amx, gpu, device, dtype",
+    [
+        (False, None, "auto", "float32"),
+        (True, None, "auto", "bfloat16"),
+        (True, None, "cpu", "bfloat16"),
+        (False, True, "auto", "bfloat16"),
+        (False, True, "cpu", "float32"),
+        (True, False, "cuda:1", "float32"),
+    ],
+)
 def test_auto_dtype_is_what_is_fast_here_and_is_written_down(monkeypatch, amx, gpu, device, dtype):
     import torch
 

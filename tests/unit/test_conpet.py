@@ -22,16 +22,21 @@ CHI2 = {2: 13.82, 3: 16.27}
 
 def known(made) -> dict[bytes, tuple[int, int]]:
     """Each training record's bytes -> its task and class."""
-    return {row.numpy().tobytes(): (index, int(label)) for index, task in enumerate(made.stream.tasks)
-            for row, label in zip(task.train.inputs["pixel_values"], task.train.labels, strict=True)}
+    return {
+        row.numpy().tobytes(): (index, int(label))
+        for index, task in enumerate(made.stream.tasks)
+        for row, label in zip(task.train.inputs["pixel_values"], task.train.labels, strict=True)
+    }
 
 
 def uneven() -> streams.Stream:
     """Four tasks of 8, 16, 40 and 24 records."""
     whole = parts.stream(tasks=4, rows=20)
     sizes = [8, 16, 40, 24]
-    tasks = tuple(dataclasses.replace(task, train=task.train.view(np.arange(size)))
-                  for task, size in zip(whole.tasks, sizes, strict=True))
+    tasks = tuple(
+        dataclasses.replace(task, train=task.train.view(np.arange(size)))
+        for task, size in zip(whole.tasks, sizes, strict=True)
+    )
     return dataclasses.replace(whole, tasks=tasks)
 
 
@@ -140,8 +145,10 @@ def expert_logits(made, expert: int, inputs: dict[str, Tensor]) -> Tensor:
     """What an expert says of records, from what is kept of it."""
     body, kept = made.body, made.body.memory["adapters"]
     scale = body.config.alpha / body.config.r
-    change = {layer: low_rank(kept[f"expert/{expert}/{layer}/B"], kept[f"expert/{expert}/{layer}/A"], scale)
-              for layer in made.model.layers}
+    change = {
+        layer: low_rank(kept[f"expert/{expert}/{layer}/B"], kept[f"expert/{expert}/{layer}/A"], scale)
+        for layer in made.model.layers
+    }
     return made.model.features(inputs, change) @ kept[f"expert/{expert}/weight"].T + kept[f"expert/{expert}/bias"]
 
 

@@ -9,10 +9,23 @@ import pytest
 from fedpeft.cli import console
 
 SUMMARY: dict[str, Any] = {
-    "strategy": "fedsvd", "wrap": [], "clients": 4, "rounds": 3, "seed": 0, "evaluated_on": "server's test set",
-    "baseline": {"accuracy": 0.1, "loss": 2.3}, "best": {"accuracy": 0.6, "loss": 1.2},
-    "final": {"accuracy": 0.5, "loss": 1.5}, "bytes_up": 1_500_000, "bytes_down": 2_000_000, "seconds": 1.5,
-    "trainable_parameters": 1234, "quarantined": [], "headline": "Half right.", "epsilon_max": None, "out": "runs/one",
+    "strategy": "fedsvd",
+    "wrap": [],
+    "clients": 4,
+    "rounds": 3,
+    "seed": 0,
+    "evaluated_on": "server's test set",
+    "baseline": {"accuracy": 0.1, "loss": 2.3},
+    "best": {"accuracy": 0.6, "loss": 1.2},
+    "final": {"accuracy": 0.5, "loss": 1.5},
+    "bytes_up": 1_500_000,
+    "bytes_down": 2_000_000,
+    "seconds": 1.5,
+    "trainable_parameters": 1234,
+    "quarantined": [],
+    "headline": "Half right.",
+    "epsilon_max": None,
+    "out": "runs/one",
 }
 
 

@@ -46,8 +46,10 @@ def test_it_pulls_back_and_resumes_bit_for_bit(l2_pull):
     first.run(stop=first_task_steps(first))
     after_one = {key: value.detach().clone() for key, value in first.body.parameters.items()}
     free, held = (parts.learner(l2_pull, ("linear",), options={"lam": lam}).run() for lam in (0.0, 1e4))
-    distance = {lam: sum(float((value.detach() - after_one[key]).square().sum())
-                         for key, value in made.body.parameters.items()) for lam, made in ((0, free), (1, held))}
+    distance = {
+        lam: sum(float((value.detach() - after_one[key]).square().sum()) for key, value in made.body.parameters.items())
+        for lam, made in ((0, free), (1, held))
+    }
     assert moved(held) > 0 and distance[1] < 0.2 * distance[0]
     whole = parts.learner(l2_pull, ("linear", "lda")).run()
     half = parts.learner(l2_pull, ("linear", "lda"))

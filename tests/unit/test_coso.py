@@ -154,8 +154,9 @@ def test_the_side_is_that_of_the_map_however_the_layer_stores_it(kind):
 @pytest.mark.parametrize("side", SIDES)
 def test_directions_of_no_gradient_do_not_leak_into_the_protected_space(side, svd, refresh, rotate, float64):
     """A full-rank gradient fills the moments; then gradients of rank one, and none, leave most of P arbitrary."""
-    body = parts.begun("coso", {"side": side, "r1": 8, "r2": 4, "svd": svd, "refresh": refresh,
-                                "rotate_moments": rotate})
+    body = parts.begun(
+        "coso", {"side": side, "r1": 8, "r2": 4, "svd": svd, "refresh": refresh, "rotate_moments": rotate}
+    )
     M = orthonormal(SIDES[side], 6)
     body.memory["bases"][f"{FIRST}/M"] = M
     gradients = [noise(OUT, IN), *(low_rank_gradient(1, seed) for seed in range(1, 6)), torch.zeros(OUT, IN)]
@@ -208,8 +209,9 @@ def test_a_saturated_layer_stands_still_and_is_reported(caplog):
 
 def test_a_cap_leaves_room(caplog):
     with caplog.at_level(logging.WARNING, "fedpeft"):
-        made = parts.run("coso", options={"side": "out", "r1": 6, "r2": 6, "eps_th": 1.0, "refresh": 1, "cap": 0.5},
-                         tasks=5)
+        made = parts.run(
+            "coso", options={"side": "out", "r1": 6, "r2": 6, "eps_th": 1.0, "refresh": 1, "cap": 0.5}, tasks=5
+        )
     assert all(0 < value <= 0.5 for value in made.body.saturation().values())
     for key, M in made.body.memory["bases"].items():
         assert (M.T @ M - torch.eye(M.shape[1])).abs().max() <= 1e-5, key

@@ -16,9 +16,33 @@ HOPS = re.findall(r"^\| \d+ \| `([\w/.]+)` `([\w.]+)` \|", PAGE, flags=re.M)
 
 GUIDES = ("README", "DEPLOY", "CONTRIBUTING", "REPRODUCIBILITY", "SECURITY")
 PAGES = [ROOT / f"{name}.md" for name in GUIDES] + sorted((ROOT / "docs").glob("*.md"))
-WORDS = ("cohort", "body", "head", "stream", "sums", "refactored", "ledger", "quorum", "SecAgg+", "policy", "LDA",
-         "NCM", "RanPAC", "Poisson batches", "fleet", "control port", "SuperNode", "SuperLink", "round", "site",
-         "adapter", "client half", "role", "release", "quarantine")
+WORDS = (
+    "cohort",
+    "body",
+    "head",
+    "stream",
+    "sums",
+    "refactored",
+    "ledger",
+    "quorum",
+    "SecAgg+",
+    "policy",
+    "LDA",
+    "NCM",
+    "RanPAC",
+    "Poisson batches",
+    "fleet",
+    "control port",
+    "SuperNode",
+    "SuperLink",
+    "round",
+    "site",
+    "adapter",
+    "client half",
+    "role",
+    "release",
+    "quarantine",
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +120,11 @@ def test_every_body_says_whether_a_federation_can_run_it(make):
 
 def test_a_method_that_is_not_in_the_tables_is_noticed(make, monkeypatch):
     table, page = make.registry.table, make.METHODS.read_text()
-    monkeypatch.setattr(make.registry, "table", lambda kind: {
-        **table(kind), **({"nearest": table("heads")["ncm"]} if kind == "heads" else {})})
+    monkeypatch.setattr(
+        make.registry,
+        "table",
+        lambda kind: {**table(kind), **({"nearest": table("heads")["ncm"]} if kind == "heads" else {})},
+    )
     assert "| `nearest` |" in make.with_tables(page) and "`nearest`" not in page
 
 

@@ -105,8 +105,9 @@ def test_what_a_tokenizer_puts_around_a_text_stays_around_a_cut_one():
 
     framed = byte_tokenizer()
     a, b, c = framed.convert_tokens_to_ids(["a", "b", "c"])
-    framed.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A <eos>",
-                                                                 special_tokens=[("<pad>", 0), ("<eos>", 1)])
+    framed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
+    )
     data = encode(records(["ab", "abcdef"]), framed, "sequence-classification", 5)
     assert data.inputs["input_ids"].tolist() == [[0, a, b, 1, 0], [0, a, b, c, 1]]
     language = encode(records(["ab", "abcdef"]), framed, "causal-lm", 4)

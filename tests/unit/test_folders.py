@@ -55,8 +55,15 @@ def places(tmp_path):
     (tmp_path / "full" / "mine").touch()
     (tmp_path / "nowhere").symlink_to("gone")
     (tmp_path / "loop").symlink_to("loop")
-    return {"file": "a file", "file/run": "not a directory", "full": "is not an empty folder",
-            "nowhere": "is a link to", "loop": "oop", "n" * 300: "name too long", "file/a/b": "not a directory"}
+    return {
+        "file": "a file",
+        "file/run": "not a directory",
+        "full": "is not an empty folder",
+        "nowhere": "is a link to",
+        "loop": "oop",
+        "n" * 300: "name too long",
+        "file/a/b": "not a directory",
+    }
 
 
 def test_a_place_that_cannot_be_used_is_refused_and_nothing_is_made(tmp_path):
@@ -97,16 +104,21 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_one_process_at_a_time_and_the_lock_dies_with_it(tmp_path):
-    code = (f"import sys; sys.path[:0] = {sys.path!r}\n"
-            f"from pathlib import Path; from fedpeft import folders\nwith folders.alone(Path({str(tmp_path)!r})):\n"
-            "    print('held', flush=True); sys.stdin.read()")
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        f"from pathlib import Path; from fedpeft import folders\nwith folders.alone(Path({str(tmp_path)!r})):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=rf"process {other.pid} on \S+ works in this folder"), folders.alone(tmp_path):
         raise AssertionError("held twice")
     other.kill()
-    with folders.alone(tmp_path, patience_s=10), pytest.raises(InputError, match=f"process {os.getpid()} "), \
-            folders.alone(tmp_path):
+    with (
+        folders.alone(tmp_path, patience_s=10),
+        pytest.raises(InputError, match=f"process {os.getpid()} "),
+        folders.alone(tmp_path),
+    ):
         raise AssertionError("held twice")
     other.wait()
 
@@ -126,9 +138,15 @@ def test_a_file_that_cannot_be_written_stays_as_it_was_and_is_named(tmp_path, mo
     assert sentence.startswith(f"{tmp_path / 'file'}: {os.strerror(number).lower()}; ")
 
 
-@pytest.mark.parametrize(("error", "machine"), [
-    (OSError(errno.ENOSPC, "No space left on device", "clients/x"), True), (PermissionError(errno.EACCES, "no"), True),
-    (ConnectionResetError(errno.ECONNRESET, "reset"), False), (RuntimeError("its own"), False)])
+@pytest.mark.parametrize(
+    ("error", "machine"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "clients/x"), True),
+        (PermissionError(errno.EACCES, "no"), True),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), False),
+        (RuntimeError("its own"), False),
+    ],
+)
 def test_the_machines_failure_is_no_clients(error, machine):
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
@@ -141,9 +159,33 @@ def test_the_machines_failure_is_no_clients(error, machine):
 
 
 def test_owners_that_a_file_system_may_take_for_one_another_have_other_names():
-    owners = ["Ward", "ward", "WARD", "caf\u00e9", "cafe\u0301", "a/b", "a%2Fb", "..", ".", "", " ", "x.", "x", "a",
-              "a+task-1", "Stra\u00dfe", "STRASSE", "n" * 300, "n" * 299 + "m", "q\0", "line\n", "~", "\ud800", "[b]",
-              "client-000"]
+    owners = [
+        "Ward",
+        "ward",
+        "WARD",
+        "caf\u00e9",
+        "cafe\u0301",
+        "a/b",
+        "a%2Fb",
+        "..",
+        ".",
+        "",
+        " ",
+        "x.",
+        "x",
+        "a",
+        "a+task-1",
+        "Stra\u00dfe",
+        "STRASSE",
+        "n" * 300,
+        "n" * 299 + "m",
+        "q\0",
+        "line\n",
+        "~",
+        "\ud800",
+        "[b]",
+        "client-000",
+    ]
     found = owner_names(owners)
     folded = {unicodedata.normalize("NFKD", name).casefold() for name in found}
     assert len(folded) == len(owners) and all(map(is_name, found))

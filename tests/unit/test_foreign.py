@@ -58,13 +58,29 @@ def test_hostile_yaml_is_refused_at_once_in_a_sentence(kind):
 def test_yaml_is_read_as_configs_are():
     text = "a: 1e-5\nb: [1_000, -2.5e3, .5, 'x', yes, null, 2024-01-02]\nc: {d: {e: 0x10}}\n"
     assert read_yaml(text, "x") == {
-        "a": 1e-5, "b": [1000, -2500.0, 0.5, "x", True, None, "2024-01-02"], "c": {"d": {"e": 16}}}
+        "a": 1e-5,
+        "b": [1000, -2500.0, 0.5, "x", True, None, "2024-01-02"],
+        "c": {"d": {"e": 16}},
+    }
     assert read_yaml("[" * DEPTH + "]" * DEPTH, "x") is not None
     assert read_yaml("", "x") is None
 
 
-@pytest.mark.parametrize("text", ["", "[" * 2000, "[" * 17 + "]" * 17, '{"a": NaN}', "[Infinity]", "9" * 5000,
-                                  "1" + "0" * 30, '{"a": 1', " " * 4001, '"' + "ü" * 2001 + '"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[" * 2000,
+        "[" * 17 + "]" * 17,
+        '{"a": NaN}',
+        "[Infinity]",
+        "9" * 5000,
+        "1" + "0" * 30,
+        '{"a": 1',
+        " " * 4001,
+        '"' + "ü" * 2001 + '"',
+    ],
+)
 def test_hostile_json_is_refused_in_a_sentence(text):
     with pytest.raises(InputError, match=r"^the task: ") as error:
         read_json(text, "the task", 4000)
@@ -75,14 +91,17 @@ def test_json_is_read():
     assert read_json('{"a": [1, 2.5, null, true]}', "x", 100) == {"a": [1, 2.5, None, True]}
 
 
-@pytest.mark.parametrize(("text", "line"), [
-    ("plain, with ümlaut and 漢字", "plain, with ümlaut and 漢字"),
-    ("two\nlines\tand\r", r"two\nlines\tand\r"),
-    ("\x1b[2J\x07\x00", r"\x1b[2J\x07\x00"),
-    ("left‮right\u2028", r"left\u202eright\u2028"),
-    ("\ud800", r"\ud800"),
-    (KeyError("x"), "'x'"),
-])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain, with ümlaut and 漢字", "plain, with ümlaut and 漢字"),
+        ("two\nlines\tand\r", r"two\nlines\tand\r"),
+        ("\x1b[2J\x07\x00", r"\x1b[2J\x07\x00"),
+        ("left‮right\u2028", r"left\u202eright\u2028"),
+        ("\ud800", r"\ud800"),
+        (KeyError("x"), "'x'"),
+    ],
+)
 def test_shown_is_one_line_without_control_characters(text, line):
     assert shown(text) == line
 

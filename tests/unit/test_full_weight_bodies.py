@@ -144,8 +144,9 @@ def test_lwf_keeps_old_scores_and_nothing_else():
 
 def test_the_reservoir_holds_every_record_with_the_same_probability():
     def held(seed: int) -> list[int]:
-        body: Body = configs.method("bodies", "er", {"capacity": 5}, "body", model=bare(), seed=seed,
-                                    train=TrainConfig())
+        body: Body = configs.method(
+            "bodies", "er", {"capacity": 5}, "body", model=bare(), seed=seed, train=TrainConfig()
+        )
         for index, rows in enumerate((range(0, 3), range(3, 12), range(12, 20))):
             data = Encoded({"x": torch.zeros(len(rows), 2)}, torch.tensor(list(rows)))
             body.feed(index, streams.Task("", (0,), data, data), [0])

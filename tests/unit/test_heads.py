@@ -161,6 +161,8 @@ def test_aligned_keeps_the_classes_covariances():
 
 def test_aligned_uses_the_covariance_that_a_nearest_mean_ignores():
     train, (fresh, labels) = data(count=1500), data(seed=1, count=1500)
-    right = {name: (fitted(HEADS[name](), [train]).scores(fresh, UNUSED).argmax(1) == labels).float().mean()
-             for name in ("ncm", "aligned")}
+    right = {
+        name: (fitted(HEADS[name](), [train]).scores(fresh, UNUSED).argmax(1) == labels).float().mean()
+        for name in ("ncm", "aligned")
+    }
     assert right["aligned"] > right["ncm"] + 0.1

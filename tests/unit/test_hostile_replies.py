@@ -22,22 +22,45 @@ from support.scripted import START, ScriptedGrid, good, raw, run
 pytestmark = pytest.mark.usefixtures("flower_run")
 
 TASKS = {
-    "no mapping": "[]", "no round": "{}", "a round in a text": '{"round": "1"}', "a round of true": '{"round": true}',
-    "a round of 1.0": '{"round": 1.0}', "the round before": '{"round": 0}', "the round after": '{"round": 2}',
-    "a round of 4000 digits": '{"round": 1%s}' % ("0" * 4000), "a deep one": '{"round": 1, "a": %s1}' % ("[" * 50_000),
-    "64 MB": '{"round": 1, "a": "%s"}' % ("x" * 64 * MB), "bytes": b'{"round": 1}', "NaN": '{"round": NaN}',
+    "no mapping": "[]",
+    "no round": "{}",
+    "a round in a text": '{"round": "1"}',
+    "a round of true": '{"round": true}',
+    "a round of 1.0": '{"round": 1.0}',
+    "the round before": '{"round": 0}',
+    "the round after": '{"round": 2}',
+    "a round of 4000 digits": '{"round": 1%s}' % ("0" * 4000),
+    "a deep one": '{"round": 1, "a": %s1}' % ("[" * 50_000),
+    "64 MB": '{"round": 1, "a": "%s"}' % ("x" * 64 * MB),
+    "bytes": b'{"round": 1}',
+    "NaN": '{"round": NaN}',
 }
 METRICS = {
-    "none": {"loss": 1.0}, "0": {"num-examples": 0}, "-1": {"num-examples": -1}, "NaN": {"num-examples": NAN},
-    "inf": {"num-examples": INF}, "1e308": {"num-examples": 1e308}, "10^400": {"num-examples": 10**400},
-    "a list": {"num-examples": [1.0, 2.0]}, "a loss of NaN": {"num-examples": 1, "train_loss": NAN},
-    "a loss of -inf": {"num-examples": 1, "train_loss": -INF}, "a loss of 1e300": {"num-examples": 1, "loss": 1e300},
-    "a name with escapes": {"num-examples": 1, "\x1b[31m": 1.0}, "a name of 1 MB": {"num-examples": 1, "x" * MB: 1.0},
-    "5000": {"num-examples": 1, **{f"m{n}": 1.0 for n in range(5000)}}, "of lists": {"num-examples": 1, "a": [1] * MB},
+    "none": {"loss": 1.0},
+    "0": {"num-examples": 0},
+    "-1": {"num-examples": -1},
+    "NaN": {"num-examples": NAN},
+    "inf": {"num-examples": INF},
+    "1e308": {"num-examples": 1e308},
+    "10^400": {"num-examples": 10**400},
+    "a list": {"num-examples": [1.0, 2.0]},
+    "a loss of NaN": {"num-examples": 1, "train_loss": NAN},
+    "a loss of -inf": {"num-examples": 1, "train_loss": -INF},
+    "a loss of 1e300": {"num-examples": 1, "loss": 1e300},
+    "a name with escapes": {"num-examples": 1, "\x1b[31m": 1.0},
+    "a name of 1 MB": {"num-examples": 1, "x" * MB: 1.0},
+    "5000": {"num-examples": 1, **{f"m{n}": 1.0 for n in range(5000)}},
+    "of lists": {"num-examples": 1, "a": [1] * MB},
 }
-ERRORS = {"of 64 MB": "x" * 64 * MB, "with escapes": "\x1b[2J\x07\r" * 3000, "of nothing": "",
-          "of HTML": "<script>alert(1)</script>", "of lines": "a\nround 9: everyone quarantined\n" * 1000,
-          "of surrogates": "\ud800" * 2000, "of markup": "[/red][link=x]" * 500}
+ERRORS = {
+    "of 64 MB": "x" * 64 * MB,
+    "with escapes": "\x1b[2J\x07\r" * 3000,
+    "of nothing": "",
+    "of HTML": "<script>alert(1)</script>",
+    "of lines": "a\nround 9: everyone quarantined\n" * 1000,
+    "of surrogates": "\ud800" * 2000,
+    "of markup": "[/red][link=x]" * 500,
+}
 REPLIES = {
     **{f"array: {kind}": (lambda make=make: message(make())) for kind, make in ARRAYS.items()},
     **{f"manifest: {kind}": (lambda make=make: message(manifest=make())) for kind, make in MANIFESTS.items()},
@@ -46,11 +69,24 @@ REPLIES = {
     **{f"metrics: {kind}": (lambda found=found: message(metrics=found)) for kind, found in METRICS.items()},
     **{f"error: {kind}": (lambda text=text: Error(2, text)) for kind, text in ERRORS.items()},
 }
-SAMPLE = ("array: a header of 10^13 elements", "array: objects in pickles", "array: a second array of 64 MB",
-          "array: a tensor of torch", "array: compressed", "manifest: spaces around it", "manifest: 100000 brackets",
-          "manifest: sizes that overflow", "manifest: an entry twice", "records: a field too many",
-          "task: a round of 4000 digits", "task: the round before", "metrics: 1e308", "metrics: a loss of NaN",
-          "error: of 64 MB", "error: with escapes")
+SAMPLE = (
+    "array: a header of 10^13 elements",
+    "array: objects in pickles",
+    "array: a second array of 64 MB",
+    "array: a tensor of torch",
+    "array: compressed",
+    "manifest: spaces around it",
+    "manifest: 100000 brackets",
+    "manifest: sizes that overflow",
+    "manifest: an entry twice",
+    "records: a field too many",
+    "task: a round of 4000 digits",
+    "task: the round before",
+    "metrics: 1e308",
+    "metrics: a loss of NaN",
+    "error: of 64 MB",
+    "error: with escapes",
+)
 
 
 def judged(reply) -> str:
@@ -121,13 +157,20 @@ def test_a_second_reply_and_one_in_another_s_name_are_refused(twist, words):
     torch.testing.assert_close(server.adapter["q/B"], torch.full((3, 2), 2.0))
 
 
-@pytest.mark.parametrize("identity", [
-    RecordDict({}), RecordDict({"identity": ConfigRecord({})}), RecordDict({"identity": MetricRecord({"name": 1})}),
-    RecordDict({"identity": ConfigRecord({"name": "../x"})}), RecordDict({"identity": ConfigRecord({"name": 3})}),
-    RecordDict({"identity": ConfigRecord({"name": "\x1b[2J"})}), Error(2, "\x00" * MB),
-    RecordDict({"identity": ConfigRecord({"name": "x" * MB})}),
-    RecordDict({"identity": ConfigRecord({"name": "b"}), "more": ConfigRecord({})}),
-])
+@pytest.mark.parametrize(
+    "identity",
+    [
+        RecordDict({}),
+        RecordDict({"identity": ConfigRecord({})}),
+        RecordDict({"identity": MetricRecord({"name": 1})}),
+        RecordDict({"identity": ConfigRecord({"name": "../x"})}),
+        RecordDict({"identity": ConfigRecord({"name": 3})}),
+        RecordDict({"identity": ConfigRecord({"name": "\x1b[2J"})}),
+        Error(2, "\x00" * MB),
+        RecordDict({"identity": ConfigRecord({"name": "x" * MB})}),
+        RecordDict({"identity": ConfigRecord({"name": "b"}), "more": ConfigRecord({})}),
+    ],
+)
 def test_who_does_not_tell_a_name_takes_no_part(identity, caplog):
     class Nameless(ScriptedGrid):
         def _push(self, message):
@@ -158,21 +201,33 @@ def test_sums_are_opened_as_updates_are(flower_run):
 
     tensors, weight = read(sums())
     assert {key: tuple(value.shape) for key, value in tensors.items()} == FORM and weight == 5.0
-    hostile = [sums(0), sums(n=None), sums(x=torch.ones(6)), sums(other=torch.ones(2, 3)),
-               sums(x=torch.full((2, 3), NAN)), sums(x=torch.ones(2, 3, dtype=torch.int64)),
-               wire.PACKED.reply(AdapterState({"x": torch.ones(2, 3), "n": torch.ones(2)}), {"num-examples": 5.0}, 1),
-               *(make() for kind, make in RECORDS.items() if kind != "a record of 64 MB too many"),
-               message(manifest="[" * 50_000), message(metrics={"num-examples": INF})]
+    hostile = [
+        sums(0),
+        sums(n=None),
+        sums(x=torch.ones(6)),
+        sums(other=torch.ones(2, 3)),
+        sums(x=torch.full((2, 3), NAN)),
+        sums(x=torch.ones(2, 3, dtype=torch.int64)),
+        wire.PACKED.reply(AdapterState({"x": torch.ones(2, 3), "n": torch.ones(2)}), {"num-examples": 5.0}, 1),
+        *(make() for kind, make in RECORDS.items() if kind != "a record of 64 MB too many"),
+        message(manifest="[" * 50_000),
+        message(metrics={"num-examples": INF}),
+    ]
     for content in hostile:
         with pytest.raises(wire.BadReply) as error:
             read(content)
         assert len(str(error.value).encode()) <= TEXT_BYTES
 
 
-@pytest.mark.parametrize("content", [
-    RecordDict({}), message(), RecordDict({"metrics": MetricRecord({"num-examples": 3, "accuracy": NAN})}),
-    RecordDict({"metrics": MetricRecord({"num-examples": 3}), "arrays": ArrayRecord({})}),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict({}),
+        message(),
+        RecordDict({"metrics": MetricRecord({"num-examples": 3, "accuracy": NAN})}),
+        RecordDict({"metrics": MetricRecord({"num-examples": 3}), "arrays": ArrayRecord({})}),
+    ],
+)
 def test_scores_come_alone_and_finite(content):
     with pytest.raises(wire.BadReply):
         wire.scores(Message(content, reply_to=Message(RecordDict({}), 7, "evaluate")))

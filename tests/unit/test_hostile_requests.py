@@ -26,25 +26,44 @@ from support.scripted import START
 pytestmark = pytest.mark.usefixtures("flower_run")
 REQUESTS = {
     **{f"array: {kind}": (lambda make=make: message(make(), {})) for kind, make in ARRAYS.items()},
-    **{f"manifest: {kind}": (lambda make=make: message(metrics={}, manifest=make()))
-       for kind, make in MANIFESTS.items() if kind not in ("an entry too many", "an entry too few")},  # no client knows
+    **{
+        f"manifest: {kind}": (lambda make=make: message(metrics={}, manifest=make()))
+        for kind, make in MANIFESTS.items()
+        if kind not in ("an entry too many", "an entry too few")
+    },  # no client knows
     **{f"records: {kind}": make for kind, make in RECORDS.items()},
     "a larger state": lambda: PACKED.content(START.replace({"q/C": START["q/A"].new_zeros(2 * MB)}), Instructions(1)),
-    "a name of a tensor that is a page": lambda: PACKED.content(START.replace({"q/" + "C" * 999: START["q/A"]}),
-                                                                Instructions(1)),
+    "a name of a tensor that is a page": lambda: PACKED.content(
+        START.replace({"q/" + "C" * 999: START["q/A"]}), Instructions(1)
+    ),
     "a name of a tensor that rings": lambda: PACKED.content(START.replace({"q/C\a": START["q/A"]}), Instructions(1)),
-    "another site": lambda: PACKED.content(AdapterState(START.tensors, {"k": AdaptedLayer("lora", (3, 4), 2.0)}),
-                                            Instructions(1)),
-    "a site as head": lambda: PACKED.content(AdapterState(START.tensors, {"q": AdaptedLayer("head", (3, 4))}), Instructions(1)),
+    "another site": lambda: PACKED.content(
+        AdapterState(START.tensors, {"k": AdaptedLayer("lora", (3, 4), 2.0)}), Instructions(1)
+    ),
+    "a site as head": lambda: PACKED.content(
+        AdapterState(START.tensors, {"q": AdaptedLayer("head", (3, 4))}), Instructions(1)
+    ),
     "a task that is no mapping": lambda: message(metrics={}, task="[]"),
     "a task without a round": lambda: message(metrics={}, task="{}"),
     "a task of 64 MB": lambda: message(metrics={}, task=" " * 64 * MB),
     "a deep task": lambda: message(metrics={}, task="[" * 90_000),
 }
-SAMPLE = ("array: a header of 10^13 elements", "array: a pickle", "array: compressed", "array: a second array of 64 MB",
-          "manifest: 100000 brackets", "manifest: spaces around it", "manifest: sizes that overflow",
-          "manifest: a name with escapes", "a name of a tensor that is a page", "records: a field too many",
-          "records: no record", "a larger state", "a site as head", "a deep task")
+SAMPLE = (
+    "array: a header of 10^13 elements",
+    "array: a pickle",
+    "array: compressed",
+    "array: a second array of 64 MB",
+    "manifest: 100000 brackets",
+    "manifest: spaces around it",
+    "manifest: sizes that overflow",
+    "manifest: a name with escapes",
+    "a name of a tensor that is a page",
+    "records: a field too many",
+    "records: no record",
+    "a larger state",
+    "a site as head",
+    "a deep task",
+)
 
 
 def refused(content: RecordDict, kind: str) -> None:
@@ -86,15 +105,26 @@ def test_the_message_that_they_are_made_from_is_opened_whatever_a_strategy_sends
     assert requests.opened(PACKED.content(beside, Instructions(1)), START)[0].sha256() == beside.sha256()
 
 
-@pytest.mark.parametrize(("stage", "asked"), [
-    (1, {"names": ["b"] * 5, "masks": [bytes(32)] * 5, "boxes": [bytes(32)] * 5}),
-    (1, {"names": ["b\x1b[2J"], "masks": [bytes(32)], "boxes": [bytes(32)]}),
-    (2, {"names": ["x" * 10**6], "sealed": [b""]}), (2, {"names": [""], "sealed": [b""]}),
-    (3, {"uploaded": ["../b"], "silent": []}), (3, {"uploaded": ["a"], "silent": ["b"] * 10**5}),
-])
+@pytest.mark.parametrize(
+    ("stage", "asked"),
+    [
+        (1, {"names": ["b"] * 5, "masks": [bytes(32)] * 5, "boxes": [bytes(32)] * 5}),
+        (1, {"names": ["b\x1b[2J"], "masks": [bytes(32)], "boxes": [bytes(32)]}),
+        (2, {"names": ["x" * 10**6], "sealed": [b""]}),
+        (2, {"names": [""], "sealed": [b""]}),
+        (3, {"uploaded": ["../b"], "silent": []}),
+        (3, {"uploaded": ["a"], "silent": ["b"] * 10**5}),
+    ],
+)
 def test_stages_of_secure_aggregation_name_clients_of_the_round(stage, asked):
-    good = {"names": ["b"], "masks": [bytes(32)], "boxes": [bytes(32)], "sealed": [b""], "uploaded": ["a"],
-            "silent": []}
+    good = {
+        "names": ["b"],
+        "masks": [bytes(32)],
+        "boxes": [bytes(32)],
+        "sealed": [b""],
+        "uploaded": ["a"],
+        "silent": [],
+    }
     kept = {key: good[key] for key in secagg.FORMS[stage]}
     assert secagg.require_form(stage, ConfigRecord({"round": 1, **kept}), 4) == {"round": 1, **kept}
     with pytest.raises(RunError, match=r"no name of a client|a round has at most 4 clients") as error:
@@ -113,11 +143,24 @@ def site(tmp_path):
     return settings.AdaptedLayer(tmp_path, settings.SiteSettings(name="clinic"))
 
 
-@pytest.mark.parametrize("text", [
-    BOMB, "run: !!python/object/apply:os.system ['true']", "run: !!map {rounds: 3}", TREE + "x: " + "y" * MB,
-    TREE + "#" * YAML_BYTES, "[" * 60_000, "run: " + "{a: " * 10_000, "run: {rounds: 0x" + "f" * 50_000 + "}", "- 1",
-    "run: 3", "1: 2", "run: {rounds: 1}\nrun: {rounds: 2}", "model: {name: '${oc.env:HOME}'}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "run: !!python/object/apply:os.system ['true']",
+        "run: !!map {rounds: 3}",
+        TREE + "x: " + "y" * MB,
+        TREE + "#" * YAML_BYTES,
+        "[" * 60_000,
+        "run: " + "{a: " * 10_000,
+        "run: {rounds: 0x" + "f" * 50_000 + "}",
+        "- 1",
+        "run: 3",
+        "1: 2",
+        "run: {rounds: 1}\nrun: {rounds: 2}",
+        "model: {name: '${oc.env:HOME}'}",
+    ],
+)
 def test_a_hostile_config_is_refused_within_a_second(text, site):
     began = time.monotonic()
     with pytest.raises(Refused) as error:
@@ -126,11 +169,25 @@ def test_a_hostile_config_is_refused_within_a_second(text, site):
     assert len(str(error.value).encode()) <= TEXT_BYTES + 100
 
 
-@pytest.mark.parametrize("changed", [
-    {"run": "../../etc"}, {"run": "x" * 64}, {"run": 3}, {"config": "x" * (YAML_BYTES + 1)}, {"config": b"{}"},
-    {"labels": ["x" * 300]}, {"labels": ["x"] * 40_000}, {"labels": [1, 2]}, {"labels": "no yes"}, {"base": "x" * MB},
-    {"site": "other\x1b[2J" * MB}, {"site": 3.0}, {"run": None}, {"labels": None},
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"run": "../../etc"},
+        {"run": "x" * 64},
+        {"run": 3},
+        {"config": "x" * (YAML_BYTES + 1)},
+        {"config": b"{}"},
+        {"labels": ["x" * 300]},
+        {"labels": ["x"] * 40_000},
+        {"labels": [1, 2]},
+        {"labels": "no yes"},
+        {"base": "x" * MB},
+        {"site": "other\x1b[2J" * MB},
+        {"site": 3.0},
+        {"run": None},
+        {"labels": None},
+    ],
+)
 def test_a_malformed_record_of_the_run_is_refused(changed, site):
     record = {"run": "run-1", "config": TREE, "labels": ["no", "yes"], "base": "0" * 16, "site": "clinic"}
     assert envelope.opened(RecordDict({envelope.RECORD: ConfigRecord(record)}), site).labels == ("no", "yes")
@@ -141,7 +198,9 @@ def test_a_malformed_record_of_the_run_is_refused(changed, site):
 
 
 def test_a_coordinator_does_not_start_what_no_site_would_read():
-    for cover in (envelope.Envelope("run-1", "x" * (YAML_BYTES + 1), (), ""),
-                  envelope.Envelope("run-1", "", ("x" * 300,), "")):
+    for cover in (
+        envelope.Envelope("run-1", "x" * (YAML_BYTES + 1), (), ""),
+        envelope.Envelope("run-1", "", ("x" * 300,), ""),
+    ):
         with pytest.raises(InputError, match="are read"):
             cover.require()

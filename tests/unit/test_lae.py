@@ -120,8 +120,11 @@ def test_the_online_expert_rests_in_the_frozen_epochs_of_later_tasks_only(form):
 def test_the_classifier_trains_while_the_expert_rests():
     made = parts.learner("lae", options={"frozen_epochs": 1})
     weights = []
-    parts.watch(made, lambda body: weights.append(made.classifier.weight.detach().clone()),
-                lambda body, step: weights.append(made.classifier.weight.detach().clone()))
+    parts.watch(
+        made,
+        lambda body: weights.append(made.classifier.weight.detach().clone()),
+        lambda body, step: weights.append(made.classifier.weight.detach().clone()),
+    )
     made.run()
     assert not torch.equal(weights[7], weights[8])  # task 1: begun, first frozen step
 
@@ -132,8 +135,10 @@ def test_without_retention_both_experts_are_one(float64):
     for key, value in average.items():
         assert torch.allclose(value, theta[key], atol=1e-9)
     body, classifier = diary.made.body, diary.made.classifier
-    views = {name: classifier(diary.made.model.features(parts.rows(diary.made.stream), change))
-             for name, change in body.views().items()}
+    views = {
+        name: classifier(diary.made.model.features(parts.rows(diary.made.stream), change))
+        for name, change in body.views().items()
+    }
     assert torch.allclose(views["online"], views["offline"], atol=1e-8)
     assert torch.allclose(body.combine(views), views["online"].softmax(-1), atol=1e-8)
 
@@ -147,8 +152,10 @@ def test_with_full_retention_the_offline_expert_stays_that_of_the_first_task():
 def test_the_ensemble_is_the_elementwise_maximum_of_probabilities():
     made = parts.run("lae")
     inf = float("inf")
-    scores = {"online": torch.tensor([[2.0, 0.0, 1.0, -inf], [0.0, 0.0, 0.0, -inf]]),
-              "offline": torch.tensor([[0.0, 3.0, 0.0, -inf], [1.0, -1.0, 0.0, -inf]])}
+    scores = {
+        "online": torch.tensor([[2.0, 0.0, 1.0, -inf], [0.0, 0.0, 0.0, -inf]]),
+        "offline": torch.tensor([[0.0, 3.0, 0.0, -inf], [1.0, -1.0, 0.0, -inf]]),
+    }
     found = made.body.combine(scores)
     each = [value.softmax(-1) for value in scores.values()]
     assert torch.allclose(found[:, :3], torch.maximum(*each)[:, :3], atol=1e-6)

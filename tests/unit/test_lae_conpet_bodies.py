@@ -80,8 +80,9 @@ def test_scale_is_learned_and_multiplies():
 
 def slow_attention(x, module, K, V, heads, prefix=True):
     """One image's attention output [T, D] in float64, score by score, with the calibrated prefix."""
-    q, k, v = (F.linear(x, part.weight.double(), part.bias.double())
-               for part in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (
+        F.linear(x, part.weight.double(), part.bias.double()) for part in (module.q_proj, module.k_proj, module.v_proj)
+    )
     out, d = torch.zeros_like(q), q.shape[1] // heads
     for h in range(heads):
         part = slice(h * d, (h + 1) * d)
@@ -137,8 +138,16 @@ def test_prefix_in_a_decoder_looks_back_only_and_knows_grouped_heads():
     """Where all K are 0 the prefix adds the mean of V to every query head of the group, in both implementations."""
     import transformers
 
-    config = transformers.LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=4,
-                                      num_key_value_heads=2, intermediate_size=8, pad_token_id=0, num_labels=2)
+    config = transformers.LlamaConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=8,
+        pad_token_id=0,
+        num_labels=2,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = transformers.LlamaForSequenceClassification(config).eval().requires_grad_(False)
@@ -226,9 +235,16 @@ def test_draws_are_half_new_and_uniform_over_old_tasks():
 
 
 def test_gather_keeps_the_order_and_cuts_texts():
-    stores = [Encoded({"input_ids": torch.arange(20).reshape(4, 5) + 100 * task,
-                       "attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4)}, torch.arange(4) + 10 * task)
-              for task in range(3)]
+    stores = [
+        Encoded(
+            {
+                "input_ids": torch.arange(20).reshape(4, 5) + 100 * task,
+                "attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4),
+            },
+            torch.arange(4) + 10 * task,
+        )
+        for task in range(3)
+    ]
     drawn = replay.Draw(np.array([2, 2, 0, 1, 0]), np.array([3, 0, 1, 2, 3]))
     inputs, labels = replay.gather(stores, drawn)
     assert labels.tolist() == [23, 20, 1, 12, 3]
@@ -239,8 +255,10 @@ def test_static_conpet_batches_come_from_everything_stored():
     one = stepped(learner("conpet_static"), tasks=2, steps=1)
     body = one.body
     assert body.steps() == 2 * 4 and sorted(body.memory["raw"]) == ["0", "1"]
-    everything = Encoded({"x": torch.cat([task.train.inputs["x"] for task in one.stream.tasks])},
-                         torch.cat([task.train.labels for task in one.stream.tasks]))
+    everything = Encoded(
+        {"x": torch.cat([task.train.inputs["x"] for task in one.stream.tasks])},
+        torch.cat([task.train.labels for task in one.stream.tasks]),
+    )
     old = set()
     for step in range(8):
         inputs, labels = body.batch(step)
@@ -283,8 +301,11 @@ def test_union_of_experts_takes_the_best_where_classes_are_shared():
 
 
 def expert_logits(body, inputs, name):
-    part = {key.removeprefix(f"{name}/"): value for key, value in {**body.memory["adapters"], **body.parameters}.items()
-            if key.startswith(f"{name}/")}
+    part = {
+        key.removeprefix(f"{name}/"): value
+        for key, value in {**body.memory["adapters"], **body.parameters}.items()
+        if key.startswith(f"{name}/")
+    }
     view = {layer: low_rank(part[f"{layer}/B"], part[f"{layer}/A"], 8.0 / 2) for layer in ("0", "2")}
     return body.model.features(inputs, view) @ part["weight"].T + part["bias"]
 
@@ -305,7 +326,10 @@ def test_stages_train_the_selector_then_the_expert():
     after = body.memory["adapters"]
     assert all(torch.equal(after[key], value) for key, value in {**kept, **selector}.items())
     assert sorted({"/".join(key.split("/")[:2]) for key in after if key.startswith("expert/")}) == [
-        "expert/0", "expert/1", "expert/2"]
+        "expert/0",
+        "expert/1",
+        "expert/2",
+    ]
     sizes = sum(value.numel() * 4 for value in after.values())
     assert body.stored()["adapters"] == sizes, "the newest expert counted twice"
 

@@ -10,8 +10,12 @@ from support.law_mutants import LEAKS
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 SAMPLE = {"training": 16, "sums": 3, "scoring": 6, "test-time": 4, "stages": 3}
-QUICK = ("a check of gradients on the records", "a status that hangs on the loss", "an update in no ledger",
-         "a score that fails by a record")
+QUICK = (
+    "a check of gradients on the records",
+    "a status that hangs on the loss",
+    "an update in no ledger",
+    "a score that fails by a record",
+)
 
 
 @pytest.fixture(scope="module")

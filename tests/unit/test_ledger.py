@@ -145,13 +145,25 @@ def test_knowing_the_plan_grants_nothing_of_another_kind(other, ledger):
     ledger.reserve(entry(steps=6), Budget(cost(planned), DELTA, "rdp"), planned)  # another run's are its own
 
 
-@pytest.mark.parametrize(("epsilon", "accountant"), [
-    (0.02, "pld"), (0.02, "prv"), (0.02, "rdp"), (0.05, "prv"), (1.0, "pld"), (1.0, "rdp"),
-])
+@pytest.mark.parametrize(
+    ("epsilon", "accountant"),
+    [
+        (0.02, "pld"),
+        (0.02, "prv"),
+        (0.02, "rdp"),
+        (0.05, "prv"),
+        (1.0, "pld"),
+        (1.0, "rdp"),
+    ],
+)
 def test_a_plan_for_a_budget_costs_no_more_than_it(epsilon, accountant):
     """What the ledger grants without computing it must be within the budget, however small that is."""
-    made = plans.make(PrivacyConfig(unit="sample", epsilon=epsilon, accountant=accountant),
-                      ClientConfig(local_steps=5, local_epochs=None, batch_size=10), 20, 1000)
+    made = plans.make(
+        PrivacyConfig(unit="sample", epsilon=epsilon, accountant=accountant),
+        ClientConfig(local_steps=5, local_epochs=None, batch_size=10),
+        20,
+        1000,
+    )
     assert made.budget.epsilon == epsilon
     assert composed((made.release,), 1e-5, accountant) <= epsilon
 
@@ -173,13 +185,25 @@ def test_a_line_torn_anywhere_was_never_acted_upon_and_is_overwritten(ledger):
             assert ledger.path.read_bytes().startswith(whole[:first]) and ledger.path.read_bytes().count(b"\n") == 2
 
 
-@pytest.mark.parametrize("line", [
-    "{", "", "3", "[]", "null", '{"run": "run"}', "\x00\x00", '"text"',
-    json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": "x"}),
-    json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": -9}),
-    json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.0, "noise_multiplier": 1.0, "steps": 9}),
-    json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": np.nan, "steps": 9}),
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "",
+        "3",
+        "[]",
+        "null",
+        '{"run": "run"}',
+        "\x00\x00",
+        '"text"',
+        json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": "x"}),
+        json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": -9}),
+        json.dumps({"run": "r", "round": 1, "request": "q", "sample_rate": 0.0, "noise_multiplier": 1.0, "steps": 9}),
+        json.dumps(
+            {"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": np.nan, "steps": 9}
+        ),
+    ],
+)
 def test_a_damaged_line_is_refused_by_file_and_line(line, ledger):
     """What was spent is not known then, so nothing more may be."""
     for number in (1, 2):
@@ -187,8 +211,11 @@ def test_a_damaged_line_is_refused_by_file_and_line(line, ledger):
     one, two = ledger.path.read_text().splitlines()
     ledger.path.write_text(f"{one}\n{line}\n{two}\n")
     before = ledger.path.read_bytes()
-    for use in (ledger.entries, lambda: ledger.spent(DELTA, "rdp"),
-                lambda: ledger.reserve(entry("r", steps=1), Budget(100.0, DELTA, "rdp"), (0.1, 1.0, 10))):
+    for use in (
+        ledger.entries,
+        lambda: ledger.spent(DELTA, "rdp"),
+        lambda: ledger.reserve(entry("r", steps=1), Budget(100.0, DELTA, "rdp"), (0.1, 1.0, 10)),
+    ):
         with pytest.raises(InputError, match=r"a\.jsonl: line 2"):
             use()
     assert ledger.path.read_bytes() == before
@@ -227,8 +254,15 @@ def test_of_two_processes_only_one_gets_the_last_of_a_budget(tmp_path):
     paths = [tmp_path / f"{trial}.jsonl" for trial in range(12)]
     for path in paths:
         Ledger(path).reserve(entry(steps=10), budget)
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(budget.epsilon), str(paths[0]), name], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE) for name in ("one", "two")]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(budget.epsilon), str(paths[0]), name],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name in ("one", "two")
+    ]
     try:
         assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
         for path in paths:
@@ -267,10 +301,20 @@ def start(bert):
     def make(tmp_path, rounds=3, **privacy):
         folder[0] = tmp_path
         settings = {"noise_multiplier": 1.0, "accountant": "rdp", "randomness": "os", **privacy}
-        config = Config(client=ClientConfig(optimizer="sgd", local_steps=2, local_epochs=None, batch_size=4),
-                        privacy=PrivacyConfig(unit="sample", **settings), run=RunConfig(rounds=rounds))
-        return Local(config, bert, initial, {"a": small.texts(12)}, {}, Store(tmp_path / "store", 3),
-                     Guard(config, tmp_path / "ledger", "run"))
+        config = Config(
+            client=ClientConfig(optimizer="sgd", local_steps=2, local_epochs=None, batch_size=4),
+            privacy=PrivacyConfig(unit="sample", **settings),
+            run=RunConfig(rounds=rounds),
+        )
+        return Local(
+            config,
+            bert,
+            initial,
+            {"a": small.texts(12)},
+            {},
+            Store(tmp_path / "store", 3),
+            Guard(config, tmp_path / "ledger", "run"),
+        )
 
     return make
 
@@ -341,8 +385,9 @@ def test_what_was_saved_and_not_counted_is_counted_once_when_it_leaves(randomnes
 
 
 @pytest.mark.parametrize(("randomness", "counted"), [("os", 2), ("seeded", 1)])
-def test_an_answer_that_is_lost_and_made_again_is_another_release_unless_it_is_the_same(randomness, counted, start,
-                                                                                       tmp_path):
+def test_an_answer_that_is_lost_and_made_again_is_another_release_unless_it_is_the_same(
+    randomness, counted, start, tmp_path
+):
     """A server that asks for an old round, whose reply is gone, gets no second draw of the noise for nothing."""
     local = start(tmp_path, randomness=randomness)
     first, _ = local.train("a", local.initial, task())

@@ -34,8 +34,12 @@ def command(*words: object) -> Result:
 
 
 def row(releases: tuple[tuple[float, float, int], ...], runs: int, accountant: str = "rdp") -> dict[str, Any]:
-    return {"epsilon": composed(releases, DELTA, accountant), "releases": len(releases),
-            "steps": sum(steps for _, _, steps in releases), "runs": runs}
+    return {
+        "epsilon": composed(releases, DELTA, accountant),
+        "releases": len(releases),
+        "steps": sum(steps for _, _, steps in releases),
+        "runs": runs,
+    }
 
 
 # The account ----------------------------------------------------------------------------------------------------------

@@ -19,14 +19,20 @@ from fedpeft.privacy.ledger import Ledger
 from fedpeft.simulations import run as runs
 
 DELTA = 1e-5
-PRIVATE = {"strategy.weighting": "uniform", "privacy.unit": "sample", "privacy.noise_multiplier": 1.0,
-           "privacy.accountant": "rdp", "client.batch_size": 4}
+PRIVATE = {
+    "strategy.weighting": "uniform",
+    "privacy.unit": "sample",
+    "privacy.noise_multiplier": 1.0,
+    "privacy.accountant": "rdp",
+    "client.batch_size": 4,
+}
 NAMES = [f"client-{index:03d}" for index in range(4)]
 
 
 def steps_of(run):
-    return {name: [(one.round, one.steps) for one in Ledger(run / "ledger" / f"{name}.jsonl").entries()]
-            for name in NAMES}
+    return {
+        name: [(one.round, one.steps) for one in Ledger(run / "ledger" / f"{name}.jsonl").entries()] for name in NAMES
+    }
 
 
 def adapter(run):
@@ -75,8 +81,11 @@ def test_a_killed_client_counts_what_it_released_once_and_the_run_ends_bit_for_b
     assert steps_of(tmp_path / "broken")["client-001"] == done
     assert steps_of(tmp_path / "broken")["client-000"] == [(1, 2), (2, 2)]  # before it, and counted before it left
     runs.resume(tmp_path / "broken")
-    assert steps_of(tmp_path / "broken") == steps_of(tmp_path / "whole") == {
-        name: [(1, 2), (2, 2), (3, 2)] for name in NAMES}
+    assert (
+        steps_of(tmp_path / "broken")
+        == steps_of(tmp_path / "whole")
+        == {name: [(1, 2), (2, 2), (3, 2)] for name in NAMES}
+    )
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
 
 
@@ -94,8 +103,7 @@ def test_clients_that_have_answered_train_beside_the_others_and_their_answers_st
     assert cohorts == [4, 4]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     runs.resume(tmp_path / "run")
-    assert cohorts == [4, 4] and steps_of(tmp_path / "run") == {
-        name: [(1, 2), (2, 2), (3, 2)] for name in NAMES}
+    assert cohorts == [4, 4] and steps_of(tmp_path / "run") == {name: [(1, 2), (2, 2), (3, 2)] for name in NAMES}
 
 
 def test_metrics_of_an_answer_are_repeated_with_it(tiny, tmp_path):
@@ -119,8 +127,9 @@ def test_the_round_goes_on_without_a_client_whose_budget_is_spent(tiny, tmp_path
     one, two = (composed(((4 / records, 1.0, steps),), DELTA, "rdp") for steps in (2, 4))
     for name in NAMES:
         most = (one + two) / 2 if name == "client-002" else 50.0
-        (folder / f"{name}.yaml").write_text(f"max_epsilon: {most}\nseeded_noise: true\nrecords: {records}\n"
-                                             "unbounded: [max_rounds]\n")
+        (folder / f"{name}.yaml").write_text(
+            f"max_epsilon: {most}\nseeded_noise: true\nrecords: {records}\nunbounded: [max_rounds]\n"
+        )
     summary = tiny("run", {**PRIVATE, "privacy.policy": str(folder)})
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     out = [event for event in events if event["event"] == "quarantine"]

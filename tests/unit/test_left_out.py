@@ -12,9 +12,20 @@ from fedpeft.models import loading
 from fedpeft.run.world import client_split, load_world
 from fedpeft.simulations.run import simulate
 
-LANGUAGE = {"model.name": "tiny-llama", "model.task": "causal-lm", "model.max_length": 12, "data.clients": 2,
-            "data.partition": "column", "data.partition.column": "site", "run.rounds": 1, "run.baselines": False,
-            "client.local_steps": 2, "client.local_epochs": None, "client.batch_size": 4, "client.lr": 0.01}
+LANGUAGE = {
+    "model.name": "tiny-llama",
+    "model.task": "causal-lm",
+    "model.max_length": 12,
+    "data.clients": 2,
+    "data.partition": "column",
+    "data.partition.column": "site",
+    "run.rounds": 1,
+    "run.baselines": False,
+    "client.local_steps": 2,
+    "client.local_epochs": None,
+    "client.batch_size": 4,
+    "client.lr": 0.01,
+}
 
 
 @pytest.fixture
@@ -31,8 +42,9 @@ def endless(monkeypatch):
 
 
 def letters(path, texts, sites):
-    path.write_text("".join(json.dumps({"text": text, "site": site}) + "\n"
-                            for text, site in zip(texts, sites, strict=True)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "site": site}) + "\n" for text, site in zip(texts, sites, strict=True))
+    )
     return str(path)
 
 
@@ -44,8 +56,9 @@ def here(config, tmp_path, name):
 def test_texts_with_nothing_to_predict_are_no_ones_records(endless, tmp_path, caplog):
     texts, sites = [f"letter {i}" for i in range(12)], ["N", "S", "N"] * 4
     test = letters(tmp_path / "test.jsonl", ["a letter", "x", "another"], ["N"] * 3)
-    plain = here({**LANGUAGE, "data.source": letters(tmp_path / "a.jsonl", texts, sites), "data.test": test}, tmp_path,
-                 "plain")
+    plain = here(
+        {**LANGUAGE, "data.source": letters(tmp_path / "a.jsonl", texts, sites), "data.test": test}, tmp_path, "plain"
+    )
     more = letters(tmp_path / "b.jsonl", ["q", *texts, *"rst"], ["S", *sites, "N", "S", "N"])
     mixed = here({**LANGUAGE, "data.source": more, "data.test": test}, tmp_path, "mixed")
     assert "4 of 16 training texts have nothing to predict" in caplog.text
@@ -57,11 +70,25 @@ def test_texts_with_nothing_to_predict_are_no_ones_records(endless, tmp_path, ca
     counts = {(entry.count, entry.total) for entry in mixed.skipped}
     assert {(4, 16), (1, 3), (16, 16), (3, 3)} <= counts
     with pytest.raises(InputError, match=r"none of the 2 texts of .* has two tokens"):
-        here({**LANGUAGE, "data.source": letters(tmp_path / "c.jsonl", [*texts, "q", "r"], ["N"] * 12 + ["S"] * 2),
-              "data.test": test}, tmp_path, "none")
+        here(
+            {
+                **LANGUAGE,
+                "data.source": letters(tmp_path / "c.jsonl", [*texts, "q", "r"], ["N"] * 12 + ["S"] * 2),
+                "data.test": test,
+            },
+            tmp_path,
+            "none",
+        )
     with pytest.raises(InputError, match="no test text has two tokens"):
-        here({**LANGUAGE, "data.source": letters(tmp_path / "d.jsonl", texts, sites),
-              "data.test": letters(tmp_path / "e.jsonl", "xyz", "NNN")}, tmp_path, "nothing")
+        here(
+            {
+                **LANGUAGE,
+                "data.source": letters(tmp_path / "d.jsonl", texts, sites),
+                "data.test": letters(tmp_path / "e.jsonl", "xyz", "NNN"),
+            },
+            tmp_path,
+            "nothing",
+        )
 
 
 def test_a_run_says_once_what_it_leaves_out_and_whose_a_client_is(tmp_path, caplog):

@@ -46,7 +46,7 @@ def test_resumed_in_mid_task_it_is_the_same_run(case, digits):
     assert same(weights, dict(whole.model.base.backbone.state_dict())), "the base was written to"
     rows = [sum(row) for row in whole.right["linear"]]
     assert max(rows) > 0
-    for stop in ((3, 10, 17, 21) if case in TOY else (9,)):
+    for stop in (3, 10, 17, 21) if case in TOY else (9,):
         part = any_learner(case, digits).run(stop=stop)
         buffer = io.BytesIO()
         torch.save(part.state(), buffer)
@@ -214,8 +214,12 @@ def test_inflora_leaves_what_old_inputs_see():
     move(one, 5)
     assert torch.equal(one.body.parameters["0/A"], A)
     after = {name: one.body.change()["0"](x, torch.zeros(20, 7)).detach() for name, x in (("old", old), ("new", new))}
-    assert float((after["old"] - before["old"]).abs().max()) < 1e-5 < 1e-2 < float(
-        (after["new"] - before["new"]).abs().max())
+    assert (
+        float((after["old"] - before["old"]).abs().max())
+        < 1e-5
+        < 1e-2
+        < float((after["new"] - before["new"]).abs().max())
+    )
 
 
 def test_inflora_gram_is_additive_and_under_the_trained_adapters():
@@ -281,12 +285,15 @@ def test_orthogonal_slots_are_frozen_and_sum_up():
     assert torch.allclose(one.body.views()["online"]["0"](x, y), x @ total.T, atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"method": "opmc"}, "body.method: 'opmc' is not known. Did you mean 'opcm'"),
-    ({"method": "opcm", "method_options": {"alpha": 7.0}}, "body.method_options.alpha"),
-    ({"method": "orthogonal_adaptation", "r": 2}, "overlaps an earlier one's"),
-    ({"method": "metrics_weighted"}, "by=loss needs the loss"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "opmc"}, "body.method: 'opmc' is not known. Did you mean 'opcm'"),
+        ({"method": "opcm", "method_options": {"alpha": 7.0}}, "body.method_options.alpha"),
+        ({"method": "orthogonal_adaptation", "r": 2}, "overlaps an earlier one's"),
+        ({"method": "metrics_weighted"}, "by=loss needs the loss"),
+    ],
+)
 def test_what_cannot_be_merged_is_refused_before_training(options, message):
     with pytest.raises(InputError, match=message):
         learner("merging", options)

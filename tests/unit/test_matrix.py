@@ -91,15 +91,18 @@ def test_curve_and_accuracies():
     assert matrix.accuracies(RIGHT, TESTS)[1].tolist() == pytest.approx([0.5, 0.6, 0.25])
 
 
-@pytest.mark.parametrize(("right", "tests", "more", "said"), [
-    ([[1, 2]], [3, 3], {}, r"\[1, 2\]"),
-    ([], [], {}, "must be one"),
-    ([[4]], [3], {}, "between 0 and the test records"),
-    ([[-1]], [3], {}, "between 0 and the test records"),
-    ([[1]], [3], {"initial": [4]}, "initial"),
-    ([[1]], [3], {"initial": [1, 1]}, "initial"),
-    ([[1]], [3], {"records": [1, 1]}, "records"),
-])
+@pytest.mark.parametrize(
+    ("right", "tests", "more", "said"),
+    [
+        ([[1, 2]], [3, 3], {}, r"\[1, 2\]"),
+        ([], [], {}, "must be one"),
+        ([[4]], [3], {}, "between 0 and the test records"),
+        ([[-1]], [3], {}, "between 0 and the test records"),
+        ([[1]], [3], {"initial": [4]}, "initial"),
+        ([[1]], [3], {"initial": [1, 1]}, "initial"),
+        ([[1]], [3], {"records": [1, 1]}, "records"),
+    ],
+)
 def test_what_does_not_fit_is_refused(right, tests, more, said):
     with pytest.raises(InputError, match=said):
         matrix.summary(right, tests, **more)

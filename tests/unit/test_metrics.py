@@ -13,14 +13,30 @@ from hypothesis import strategies as st
 from fedpeft.errors import InputError
 from fedpeft.record.metrics import CLIENTS, SERVER, Recorder, baseline, evaluations, finite, read, summarise
 
-START = {"event": "start", "strategy": "fedsvd", "engine": "cohort", "seed": 3, "clients": 4, "rounds": 3,
-         "trainable_parameters": 120}
+START = {
+    "event": "start",
+    "strategy": "fedsvd",
+    "engine": "cohort",
+    "seed": 3,
+    "clients": 4,
+    "rounds": 3,
+    "trainable_parameters": 120,
+}
 PLAIN = {"privacy": {"unit": "none"}}
 
 
 def round_event(number, **scores):
-    return {"event": "round", "round": number, "clients": ["a", "b"], "quarantined": {}, "bytes_down": 1000 * number,
-            "bytes_up": 10 * number, "train_loss": 1.0 / number, **scores, "seconds": 0.5}
+    return {
+        "event": "round",
+        "round": number,
+        "clients": ["a", "b"],
+        "quarantined": {},
+        "bytes_down": 1000 * number,
+        "bytes_up": 10 * number,
+        "train_loss": 1.0 / number,
+        **scores,
+        "seconds": 0.5,
+    }
 
 
 def run_events(rounds=3):
@@ -62,13 +78,20 @@ def test_numbers_that_are_not_finite_become_valid_json(tmp_path):
     text = (tmp_path / "m").read_text()
     event = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     event.pop("time")
-    assert event == {"event": "x", "loss": None, "loss_nonfinite": "nan",
-                     "deep": {"a": {"loss": None, "loss_nonfinite": "-inf"}}, "list": [1.5, None]}
+    assert event == {
+        "event": "x",
+        "loss": None,
+        "loss_nonfinite": "nan",
+        "deep": {"a": {"loss": None, "loss_nonfinite": "-inf"}},
+        "list": [1.5, None],
+    }
 
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,20 +174,40 @@ def test_resume_refuses_a_record_that_is_behind_the_checkpoint(tmp_path):
 def test_summary_numbers_by_hand():
     summary = summarise(run_events(), PLAIN, {"device": "cpu"})
     assert summary == {
-        "strategy": "fedsvd", "engine": "cohort", "seed": 3, "rounds": 3, "clients": 4, "trainable_parameters": 120,
+        "strategy": "fedsvd",
+        "engine": "cohort",
+        "seed": 3,
+        "rounds": 3,
+        "clients": 4,
+        "trainable_parameters": 120,
         "final": {"round": 3, "accuracy": 0.625, "loss": 0.75},
         "best": {"round": 2, "accuracy": 0.75, "loss": 1.0},
         "baseline": {"round": 0, "accuracy": 0.25, "loss": 2.0, "evaluated_on": SERVER},
-        "evaluated_on": SERVER, "evaluated_rounds": [1, 2, 3], "accuracy_by_round": [0.5, 0.75, 0.625],
-        "bytes_up": 60, "bytes_down": 6000, "seconds": 1.5,
+        "evaluated_on": SERVER,
+        "evaluated_rounds": [1, 2, 3],
+        "accuracy_by_round": [0.5, 0.75, 0.625],
+        "bytes_up": 60,
+        "bytes_down": 6000,
+        "seconds": 1.5,
         "quarantined": [{"round": 2, "client": "c", "reason": "A has NaN or inf"}],
         "dropped_rounds": [],
-        "epsilon_max": None, "device": "cpu", "baselines": {}, "test_records": None, "test_tokens": None,
-        "standard_error": None, "last_rounds": {"rounds": [1, 2, 3], "accuracy": 0.625}, "updates": [],
-        "comparison": {"baseline": "frozen", "accuracy": 0.25, "gap": 0.375, "constant": None,
-                       "no_better_than_constant": None},
+        "epsilon_max": None,
+        "device": "cpu",
+        "baselines": {},
+        "test_records": None,
+        "test_tokens": None,
+        "standard_error": None,
+        "last_rounds": {"rounds": [1, 2, 3], "accuracy": 0.625},
+        "updates": [],
+        "comparison": {
+            "baseline": "frozen",
+            "accuracy": 0.25,
+            "gap": 0.375,
+            "constant": None,
+            "no_better_than_constant": None,
+        },
         "headline": "Accuracy 62.5 % on the server test set after round 3; mean of the last 3 evaluated rounds 62.5 %. "
-                    "Best without federation: the frozen model, 25.0 %: +37.5 points.",
+        "Best without federation: the frozen model, 25.0 %: +37.5 points.",
     }
 
 

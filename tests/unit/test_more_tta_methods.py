@@ -112,8 +112,13 @@ def shifted(kind: str, number: int) -> dict[str, torch.Tensor]:
 def test_ear_opens_a_branch_a_domain_and_leaves_the_others_alone(which, vit_folder):
     model = parts.conv() if which == "conv" else parts.vit(vit_folder)
     adapt = "norm_affine" if which == "conv" else "lora"
-    method = make("ear", model, {"adapt": adapt, "threshold": 0.8, "lr": 0.05}, 3,
-                  Encoded(parts.images(64, 99), torch.arange(64) % 3))
+    method = make(
+        "ear",
+        model,
+        {"adapt": adapt, "threshold": 0.8, "lr": 0.05},
+        3,
+        Encoded(parts.images(64, 99), torch.arange(64) % 3),
+    )
     assert method.step(shifted("plain", 1))[1]["reason"] == "the batch looks like source data"
     assert torch.equal(method.predict(shifted("plain", 2)), make("source", model).predict(shifted("plain", 2)))
     for number in range(2, 5):
@@ -146,8 +151,12 @@ def test_ear_at_its_limit_takes_the_nearest():
 
 
 def test_codes_by_hand():
-    prepared = {"mean": torch.tensor([1.0, 0.0]), "deviation": torch.tensor([2.0, 1.0]),
-                "signs": torch.tensor([[1.0, -1.0], [1.0, 1.0]]), "bias": torch.tensor([0.25, -1.0])}
+    prepared = {
+        "mean": torch.tensor([1.0, 0.0]),
+        "deviation": torch.tensor([2.0, 1.0]),
+        "signs": torch.tensor([[1.0, -1.0], [1.0, 1.0]]),
+        "bias": torch.tensor([0.25, -1.0]),
+    }
     assert codes(torch.tensor([[3.0, -2.0], [1.0, 0.0]]), prepared).tolist() == [[-1.0, -1.0], [1.0, -1.0]]
 
 

@@ -21,12 +21,22 @@ from fedpeft.run.offline import aggregate_folders, merge_folders
 
 IDS = torch.tensor([[3, 4, 7, 20, 30, 11]])
 REFUSED = {  # fields of peft's config that change what the factors compute, each with a value that switches it on
-    "bias": "lora_only", "use_dora": True, "lora_bias": True, "use_bdlora": {"nblocks": 2},
+    "bias": "lora_only",
+    "use_dora": True,
+    "lora_bias": True,
+    "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
-    "layer_replication": [[0, 2], [0, 2]], "alora_invocation_tokens": [5, 6], "trainable_token_indices": [3],
-    "target_parameters": ["mlp.w"], "velora_config": {"a": 1}, "monteclora_config": {"a": 1}, "arrow_config": {"a": 1},
-    "kasa_config": {"a": 1}, "megatron_config": {"a": 1}, "ensure_weight_tying": True,
-}  # fmt: skip
+    "layer_replication": [[0, 2], [0, 2]],
+    "alora_invocation_tokens": [5, 6],
+    "trainable_token_indices": [3],
+    "target_parameters": ["mlp.w"],
+    "velora_config": {"a": 1},
+    "monteclora_config": {"a": 1},
+    "arrow_config": {"a": 1},
+    "kasa_config": {"a": 1},
+    "megatron_config": {"a": 1},
+    "ensure_weight_tying": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +105,23 @@ def test_a_field_that_changes_the_function_is_refused_by_name(name, bases, tmp_p
         folder.load(path)
 
 
-OPTIONS = st.fixed_dictionaries({
-    "r": st.integers(1, 5), "lora_alpha": st.integers(1, 20), "use_rslora": st.booleans(),
-    "target_modules": st.sampled_from([["q_proj"], ["q_proj", "up_proj"], r".*layers\.1.*(k|o)_proj", "all-linear"]),
-    "layers_to_transform": st.sampled_from([None, [1]]),
-    "rank_pattern": st.sampled_from([{}, {"layers.1.self_attn.q_proj": 7}, {"q_proj": 1}]),
-    "alpha_pattern": st.sampled_from([{}, {r".*1\..*_proj": 9}, {"o_proj": 2}]),
-    "modules_to_save": st.sampled_from([None, ["lm_head"], ["norm"], ["embed_tokens", "lm_head"], ["input_layernorm"]]),
-    "init_lora_weights": st.sampled_from([True, "gaussian", "orthogonal"]),
-})  # fmt: skip
+OPTIONS = st.fixed_dictionaries(
+    {
+        "r": st.integers(1, 5),
+        "lora_alpha": st.integers(1, 20),
+        "use_rslora": st.booleans(),
+        "target_modules": st.sampled_from(
+            [["q_proj"], ["q_proj", "up_proj"], r".*layers\.1.*(k|o)_proj", "all-linear"]
+        ),
+        "layers_to_transform": st.sampled_from([None, [1]]),
+        "rank_pattern": st.sampled_from([{}, {"layers.1.self_attn.q_proj": 7}, {"q_proj": 1}]),
+        "alpha_pattern": st.sampled_from([{}, {r".*1\..*_proj": 9}, {"o_proj": 2}]),
+        "modules_to_save": st.sampled_from(
+            [None, ["lm_head"], ["norm"], ["embed_tokens", "lm_head"], ["input_layernorm"]]
+        ),
+        "init_lora_weights": st.sampled_from([True, "gaussian", "orthogonal"]),
+    }
+)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -122,9 +140,17 @@ def test_the_mean_of_an_adapter_with_itself_is_the_same_function(options, bases,
     assert (got - want).abs().max() < 0.01 * (want - untrained).abs().max()
 
 
-@pytest.mark.parametrize("options", [{"trainable_token_indices": [3, 4]}, {"target_modules": ["q_proj", "lm_head"]},
-                                     {"target_modules": ["embed_tokens"]}, {"alora_invocation_tokens": [5, 6]},
-                                     {"layer_replication": [[0, 2], [0, 2]]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": [3, 4]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"alora_invocation_tokens": [5, 6]},
+        {"layer_replication": [[0, 2], [0, 2]]},
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore")
 def test_what_peft_writes_and_cannot_be_averaged_is_refused(options, bases, tmp_path):
     path = made(tmp_path / "a", bases[0], **options)
@@ -142,14 +168,17 @@ def test_a_lora_on_the_output_layer_is_read_without_the_base_layers_weights(base
     torch.testing.assert_close(logits(tmp_path / "out", bases[0]), logits(path, bases[0]), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("rename", "said"), [
-    (lambda key: key.replace(".weight", ".default.weight"), "'default'"),
-    (lambda key: key.replace(".weight", ".hospital-7.weight"), "'hospital-7'"),
-    (lambda key: key.removeprefix("base_model.model."), "no name that peft writes"),
-    (lambda key: f"module.{key}", "no name that peft writes"),
-    (lambda key: key.replace("lora_A.weight", "lora_down.weight"), "only LoRA factors"),
-    (lambda key: key.replace("lora_A.weight", "scale.weight"), "neither a LoRA factor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda key: key.replace(".weight", ".default.weight"), "'default'"),
+        (lambda key: key.replace(".weight", ".hospital-7.weight"), "'hospital-7'"),
+        (lambda key: key.removeprefix("base_model.model."), "no name that peft writes"),
+        (lambda key: f"module.{key}", "no name that peft writes"),
+        (lambda key: key.replace("lora_A.weight", "lora_down.weight"), "only LoRA factors"),
+        (lambda key: key.replace("lora_A.weight", "scale.weight"), "neither a LoRA factor"),
+    ],
+)
 def test_names_that_peft_does_not_write_are_said(rename, said, bases, tmp_path):
     path = made(tmp_path / "a", bases[0])
     rewrite(path, lambda tensors: {rename(key): value for key, value in tensors.items()})

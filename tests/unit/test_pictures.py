@@ -44,21 +44,29 @@ def test_fractions_stay_fractions_and_whole_pictures_beside_them_become_fraction
     np.testing.assert_allclose(read[0, ..., 0], RAMP / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize(("picture", "kind", "said"), [
-    (Image.fromarray(RAMP.astype(np.int32) * 200), "TIFF", "mode I "),
-    (Image.fromarray(RAMP.astype(np.float32)), "TIFF", "from 0 to 255; allowed are 0 to 1"),
-    (Image.fromarray((RAMP / 128 - 1).astype(np.float32)), "TIFF", "from -1 to"),
-    (Image.new("LAB", (8, 8)), "TIFF", "mode LAB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("picture", "kind", "said"),
+    [
+        (Image.fromarray(RAMP.astype(np.int32) * 200), "TIFF", "mode I "),
+        (Image.fromarray(RAMP.astype(np.float32)), "TIFF", "from 0 to 255; allowed are 0 to 1"),
+        (Image.fromarray((RAMP / 128 - 1).astype(np.float32)), "TIFF", "from -1 to"),
+        (Image.new("LAB", (8, 8)), "TIFF", "mode LAB"),
+    ],
+)
 def test_what_has_no_fixed_white_is_refused_by_record_and_mode(picture, kind, said):
     good = saved(Image.fromarray(RAMP))
     with pytest.raises(InputError, match=f"column image: record 2 .*{said}"):
         column(good, saved(picture, kind))
 
 
-@pytest.mark.parametrize(("values", "said"), [
-    (RAMP // 255, "above 1 "), (RAMP // 17, "above 15 "), ((RAMP.astype(np.uint16) * 16), "above 16 "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (RAMP // 255, "above 1 "),
+        (RAMP // 17, "above 15 "),
+        ((RAMP.astype(np.uint16) * 16), "above 16 "),
+    ],
+)
 def test_ranges_that_are_almost_black_are_refused(values, said):
     with pytest.raises(InputError, match=f"{said}.*Bring them to 0 to 255"):
         column(saved(Image.fromarray(values)), saved(Image.fromarray(values)))
@@ -122,13 +130,25 @@ def test_every_kind_of_source_reads_what_datasets_reads(tmp_path):
             assert all(np.array_equal(x, y) for x, y in zip(mine, expected[label], strict=True)), where
 
 
-@pytest.mark.parametrize(("value", "said"), [
-    (saved(Image.new("1", (15000, 12000))), "exceeds limit"), (b"no picture", "cannot identify"),
-    (saved(Image.fromarray(RAMP))[:60], ""), (None, "there is none"), ({"bytes": None, "path": None}, "there is none"),
-    (float("nan"), "there is none"), ("https://example.org/a.png", "is a URL"), ("nowhere.png", "nowhere.png"), (7, ""),
-    ([[1, 2], [3]], ""), ([[300, 0]], "0 to 255"), ([["a"]], "expected numbers"), (np.zeros((2, 2, 2)), "shape"),
-    (saved(Image.new("L", (2, 2)), "TIFF", save_all=True, append_images=[Image.new("L", (2, 2))]), "2 frames"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (saved(Image.new("1", (15000, 12000))), "exceeds limit"),
+        (b"no picture", "cannot identify"),
+        (saved(Image.fromarray(RAMP))[:60], ""),
+        (None, "there is none"),
+        ({"bytes": None, "path": None}, "there is none"),
+        (float("nan"), "there is none"),
+        ("https://example.org/a.png", "is a URL"),
+        ("nowhere.png", "nowhere.png"),
+        (7, ""),
+        ([[1, 2], [3]], ""),
+        ([[300, 0]], "0 to 255"),
+        ([["a"]], "expected numbers"),
+        (np.zeros((2, 2, 2)), "shape"),
+        (saved(Image.new("L", (2, 2)), "TIFF", save_all=True, append_images=[Image.new("L", (2, 2))]), "2 frames"),
+    ],
+)
 def test_what_is_no_picture_is_refused_with_its_record(value, said, tmp_path):
     with pytest.raises(InputError, match=f"record 2 is no picture.*{said}"):
         column(saved(Image.fromarray(RAMP)), value, tmp_path=tmp_path)
@@ -144,8 +164,10 @@ def test_photos_of_any_size_go_through_the_processor(tmp_path):
     assert len(records.fingerprint) == 64 and len({array.shape for array in records.inputs}) == 8
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     pixels = encode(records, processor, "image-classification", 8).inputs["pixel_values"]
-    alone = [processor(records.inputs[i], return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
-             for i in range(8)]
+    alone = [
+        processor(records.inputs[i], return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+        for i in range(8)
+    ]
     assert pixels.shape == (8, 3, 16, 16) and all((x == y).all() for x, y in zip(pixels, alone, strict=True))
     with pytest.raises(InputError, match="differ in size: record 1 is 20x30, record 2 is 23x30"):
         encode(records, None, "image-classification", 8)
@@ -157,8 +179,10 @@ def test_photos_of_any_size_go_through_the_processor(tmp_path):
 
 
 def test_arrays_in_json_are_read_as_they_were(tmp_path):
-    lines = [json.dumps({"image": (RAMP / 255).tolist() if index else RAMP.tolist(), "label": "ab"[index % 2]})
-             for index in range(4)]
+    lines = [
+        json.dumps({"image": (RAMP / 255).tolist() if index else RAMP.tolist(), "label": "ab"[index % 2]})
+        for index in range(4)
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     read = source.whole(str(tmp_path / "d.jsonl"), "data.source", DataConfig(), "image-classification").inputs
     np.testing.assert_allclose(read[..., 0], np.stack([RAMP / 255] * 4), atol=1e-6)

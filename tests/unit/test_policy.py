@@ -61,12 +61,23 @@ def site(bert, tmp_path):
         if text is not None:
             (tmp_path / "policy.yaml").write_text(opened(text))
             settings["policy"] = str(tmp_path / "policy.yaml")
-        config = Config(client=client, privacy=PrivacyConfig(**settings), run=RunConfig(rounds=rounds),
-                        strategy=strategy or StrategyConfig(weighting="uniform"))
+        config = Config(
+            client=client,
+            privacy=PrivacyConfig(**settings),
+            run=RunConfig(rounds=rounds),
+            strategy=strategy or StrategyConfig(weighting="uniform"),
+        )
         data = {"a": small.texts(RECORDS)}
         start = small.randomised(bert)
-        return Local(config, bert, start, Locked() if locked else data, Locked() if locked else data,
-                     Store(tmp_path / run, 3), Guard(config, tmp_path / "ledger", run))
+        return Local(
+            config,
+            bert,
+            start,
+            Locked() if locked else data,
+            Locked() if locked else data,
+            Store(tmp_path / run, 3),
+            Guard(config, tmp_path / "ledger", run),
+        )
 
     return make
 
@@ -132,22 +143,32 @@ def test_evaluation_is_bound_in_the_same_way(text, asked, reason, site):
 
 def test_all_reasons_are_given_at_once(site):
     with pytest.raises(Refused) as caught:
-        ask(site("{max_epsilon: 1.0, max_rounds: 2, strategies: [fedsvd]}", locked=True, epsilon=2.0, delta=1e-4,
-                 randomness="seeded"))
+        ask(
+            site(
+                "{max_epsilon: 1.0, max_rounds: 2, strategies: [fedsvd]}",
+                locked=True,
+                epsilon=2.0,
+                delta=1e-4,
+                randomness="seeded",
+            )
+        )
     for part in ("max_epsilon=1", "max_delta", "max_rounds=2", "fedit", "seeded"):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "asked"), [
-    (None, {"randomness": "seeded", "delta": 1e-3}),
-    ("", {}),
-    ("{max_epsilon: 3.0, max_delta: 1.0e-5, max_rounds: 3, strategies: [fedit]}", {"epsilon": 3.0}),
-    ("min_noise_multiplier: 1.0", {}),
-    ("strategies: [fedsvd, median]", {"strategy": MEDIAN}),
-    ("metrics: [train_loss, loss, accuracy, num-examples]", {"release_metrics": True}),
-    ("seeded_noise: true", {"randomness": "seeded"}),
-    ("unit: none", {"unit": "none"}),
-])
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        (None, {"randomness": "seeded", "delta": 1e-3}),
+        ("", {}),
+        ("{max_epsilon: 3.0, max_delta: 1.0e-5, max_rounds: 3, strategies: [fedit]}", {"epsilon": 3.0}),
+        ("min_noise_multiplier: 1.0", {}),
+        ("strategies: [fedsvd, median]", {"strategy": MEDIAN}),
+        ("metrics: [train_loss, loss, accuracy, num-examples]", {"release_metrics": True}),
+        ("seeded_noise: true", {"randomness": "seeded"}),
+        ("unit: none", {"unit": "none"}),
+    ],
+)
 def test_what_is_within_the_bounds_is_trained(text, asked, site):
     local = site(text, **asked)
     assert ask(local)[0].distance(local.initial) > 0
@@ -191,21 +212,24 @@ def test_a_site_that_lists_no_metrics_sends_none_without_privacy_either(site):
 # The file -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("max_epsilonn: 3", r"policy\.max_epsilonn.*Did you mean 'max_epsilon'"),
-    ("max_epsilon: 0", r"policy\.max_epsilon: 0.* out of range; allowed: > 0"),
-    ("max_epsilon: .nan", r"policy\.max_epsilon: nan"),
-    ("max_epsilon: much", r"policy\.max_epsilon: 'much'"),
-    ("max_delta: 0.6", r"policy\.max_delta: 0\.6"),
-    ("min_noise_multiplier: -1", r"policy\.min_noise_multiplier: -1"),
-    ("max_rounds: 0", r"policy\.max_rounds: 0"),
-    ("records: 0", r"policy\.records: 0"),
-    ("unit: client", r"policy\.unit: 'client'.*Allowed: sample, none"),
-    ("metrics: [losses]", r"policy\.metrics: losses not known. Allowed: train_loss, loss"),
-    ("strategies: fedit", r"policy\.strategies: 'fedit'"),
-    ("[max_epsilon]", "expected a mapping"),
-    ("{max_epsilon: 3", "not readable as YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("max_epsilonn: 3", r"policy\.max_epsilonn.*Did you mean 'max_epsilon'"),
+        ("max_epsilon: 0", r"policy\.max_epsilon: 0.* out of range; allowed: > 0"),
+        ("max_epsilon: .nan", r"policy\.max_epsilon: nan"),
+        ("max_epsilon: much", r"policy\.max_epsilon: 'much'"),
+        ("max_delta: 0.6", r"policy\.max_delta: 0\.6"),
+        ("min_noise_multiplier: -1", r"policy\.min_noise_multiplier: -1"),
+        ("max_rounds: 0", r"policy\.max_rounds: 0"),
+        ("records: 0", r"policy\.records: 0"),
+        ("unit: client", r"policy\.unit: 'client'.*Allowed: sample, none"),
+        ("metrics: [losses]", r"policy\.metrics: losses not known. Allowed: train_loss, loss"),
+        ("strategies: fedit", r"policy\.strategies: 'fedit'"),
+        ("[max_epsilon]", "expected a mapping"),
+        ("{max_epsilon: 3", "not readable as YAML"),
+    ],
+)
 def test_a_file_that_makes_no_sense_is_refused(text, reason, tmp_path, site):
     (tmp_path / "policy.yaml").write_text(text)
     with pytest.raises(InputError, match=reason):
@@ -325,36 +349,47 @@ def test_refusals_and_spent_budgets_are_told(site):
 
 # What a config may not ask --------------------------------------------------------------------------------------------
 
-PRIVATE = {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
-           "client.local_steps": 2, "client.local_epochs": None}
+PRIVATE = {
+    "privacy.unit": "sample",
+    "privacy.noise_multiplier": 1.0,
+    "strategy.weighting": "uniform",
+    "client.local_steps": 2,
+    "client.local_epochs": None,
+}
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"privacy.noise_multiplier": None}, "give exactly one"),
-    ({"privacy.epsilon": 1.0}, "give exactly one"),
-    ({"strategy.weighting": "examples"}, r"Set strategy\.weighting=uniform"),
-    ({"data.holdout": 0.2}, r"Set data\.holdout=0"),
-    ({"client.local_steps": None, "client.local_epochs": 1}, r"client\.local_steps=null"),
-    ({"client.max_grad_norm": 1.0}, r"client\.max_grad_norm=1"),
-    ({"strategy": "hetlora", "adapter.client_ranks": [2, 4]}, r"Set adapter\.client_ranks=null"),
-    ({"privacy.policy": "no/such/place"}, r"privacy\.policy: no file or folder no/such/place"),
-    ({"privacy.clip": float("inf")}, r"privacy\.clip: inf"),
-    ({"privacy.noise_multiplier": float("inf")}, r"privacy\.noise_multiplier: inf"),
-    ({"privacy.noise_multiplier": None, "privacy.epsilon": float("inf")}, r"privacy\.epsilon: inf"),
-    ({"privacy.noise_multiplier": 0.0}, r"privacy\.noise_multiplier: 0"),
-    ({"privacy.delta": 0.0}, r"privacy\.delta: 0"),
-    ({"privacy.clip": 0.0}, r"privacy\.clip: 0"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"privacy.noise_multiplier": None}, "give exactly one"),
+        ({"privacy.epsilon": 1.0}, "give exactly one"),
+        ({"strategy.weighting": "examples"}, r"Set strategy\.weighting=uniform"),
+        ({"data.holdout": 0.2}, r"Set data\.holdout=0"),
+        ({"client.local_steps": None, "client.local_epochs": 1}, r"client\.local_steps=null"),
+        ({"client.max_grad_norm": 1.0}, r"client\.max_grad_norm=1"),
+        ({"strategy": "hetlora", "adapter.client_ranks": [2, 4]}, r"Set adapter\.client_ranks=null"),
+        ({"privacy.policy": "no/such/place"}, r"privacy\.policy: no file or folder no/such/place"),
+        ({"privacy.clip": float("inf")}, r"privacy\.clip: inf"),
+        ({"privacy.noise_multiplier": float("inf")}, r"privacy\.noise_multiplier: inf"),
+        ({"privacy.noise_multiplier": None, "privacy.epsilon": float("inf")}, r"privacy\.epsilon: inf"),
+        ({"privacy.noise_multiplier": 0.0}, r"privacy\.noise_multiplier: 0"),
+        ({"privacy.delta": 0.0}, r"privacy\.delta: 0"),
+        ({"privacy.clip": 0.0}, r"privacy\.clip: 0"),
+    ],
+)
 def test_a_config_that_cannot_be_private_is_refused_at_once(change, named):
     configs.load({}, PRIVATE)
     with pytest.raises(InputError, match=named):
         configs.load({}, {**PRIVATE, **change})
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"client.batch_size": 500}, r"client\.batch_size=500.*client-00"),
-    ({"privacy.delta": 0.1}, r"privacy\.delta=0\.1 is not below 1 / "),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"client.batch_size": 500}, r"client\.batch_size=500.*client-00"),
+        ({"privacy.delta": 0.1}, r"privacy\.delta=0\.1 is not below 1 / "),
+    ],
+)
 def test_clients_too_small_for_the_plan_are_named_before_round_1(change, named, tiny, tmp_path):
     with pytest.raises(InputError, match=named):
         tiny("run", {**PRIVATE, **change})

@@ -29,8 +29,11 @@ def file(tmp_path):
 
     def write(content):
         path = tmp_path / "policy.yaml"
-        path.write_bytes(content if isinstance(content, bytes) else
-                         (content if isinstance(content, str) else yaml.safe_dump(content)).encode())
+        path.write_bytes(
+            content
+            if isinstance(content, bytes)
+            else (content if isinstance(content, str) else yaml.safe_dump(content)).encode()
+        )
         return path
 
     return write
@@ -42,8 +45,18 @@ def test_a_file_that_says_nothing_is_no_policy(text, file):
         policy.load(file(text))
 
 
-@pytest.mark.parametrize("text", ["3\n", "[max_epsilon, 3]\n", "max_epsilon\n", "- max_epsilon: 3\n", b"\xff\xfe\n",
-                                  b"max_epsilon: \x00\n", "max_epsilon: 3\nmax_epsilon: 300\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3\n",
+        "[max_epsilon, 3]\n",
+        "max_epsilon\n",
+        "- max_epsilon: 3\n",
+        b"\xff\xfe\n",
+        b"max_epsilon: \x00\n",
+        "max_epsilon: 3\nmax_epsilon: 300\n",
+    ],
+)
 def test_what_is_no_mapping_is_no_policy(text, file):
     with pytest.raises(InputError):
         policy.load(file(text))
@@ -61,29 +74,38 @@ def test_each_bound_is_set_or_left_open_by_name(key, file):
     assert getattr(policy.load(file(WHOLE)), key) == WHOLE[key]
 
 
-@pytest.mark.parametrize(("more", "reason"), [
-    ({"unbounded": ["max_epsilonn"]}, r"policy\.unbounded: max_epsilonn not known. Allowed: max_epsilon, max_rounds"),
-    ({"unbounded": ["strategies"]}, r"policy\.unbounded: strategies not known"),
-    ({"unbounded": "records"}, r"policy\.unbounded: 'records'"),
-    ({"unbound": ["records"]}, r"policy\.unbound.*Did you mean 'unbounded'"),
-    ({"record": 3}, r"policy\.record.*Did you mean 'records'"),
-    ({"privacy": {"max_epsilon": 3}}, r"policy\.privacy"),
-])
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (
+            {"unbounded": ["max_epsilonn"]},
+            r"policy\.unbounded: max_epsilonn not known. Allowed: max_epsilon, max_rounds",
+        ),
+        ({"unbounded": ["strategies"]}, r"policy\.unbounded: strategies not known"),
+        ({"unbounded": "records"}, r"policy\.unbounded: 'records'"),
+        ({"unbound": ["records"]}, r"policy\.unbound.*Did you mean 'unbounded'"),
+        ({"record": 3}, r"policy\.record.*Did you mean 'records'"),
+        ({"privacy": {"max_epsilon": 3}}, r"policy\.privacy"),
+    ],
+)
 def test_unknown_names_are_refused_with_the_nearest(more, reason, file):
     with pytest.raises(InputError, match=reason):
         policy.load(file({**WHOLE, **more}))
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("a: &a [1]\nmetrics: *a\n", "it has an anchor or an alias"),
-    ("bounds: &b {max_epsilon: 3}\n<<: *b\n", "it has an anchor or an alias"),
-    ("max_epsilon: !!float 3\n", "it has a tag"),
-    ("strategies: !!python/name:os.system\n", "it has a tag"),
-    ("strategies: " + "[" * 40 + "]" * 40 + "\n", "nests deeper"),
-    ("# " + "x" * 70_000 + "\nmax_epsilon: 3\n", "at most 65536 bytes are read"),
-    ("max_epsilon: three\n", r"policy\.max_epsilon"),
-    ("max_epsilon: 3\nmetrics: [everything]\n", r"policy\.metrics: everything not known"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: &a [1]\nmetrics: *a\n", "it has an anchor or an alias"),
+        ("bounds: &b {max_epsilon: 3}\n<<: *b\n", "it has an anchor or an alias"),
+        ("max_epsilon: !!float 3\n", "it has a tag"),
+        ("strategies: !!python/name:os.system\n", "it has a tag"),
+        ("strategies: " + "[" * 40 + "]" * 40 + "\n", "nests deeper"),
+        ("# " + "x" * 70_000 + "\nmax_epsilon: 3\n", "at most 65536 bytes are read"),
+        ("max_epsilon: three\n", r"policy\.max_epsilon"),
+        ("max_epsilon: 3\nmetrics: [everything]\n", r"policy\.metrics: everything not known"),
+    ],
+)
 def test_a_file_from_elsewhere_is_bounded_before_it_is_read_and_named(text, reason, file):
     path = file(text)
     with pytest.raises(InputError, match=reason) as raised:
@@ -124,8 +146,12 @@ def test_the_command_says_what_a_file_allows_and_leaves_open(file, tmp_path):
     path = file({"max_epsilon": 3, "min_noise_multiplier": 0.5, "unbounded": ["max_rounds", "records"]})
     shown = CliRunner().invoke(app, ["site", "policy", str(path)])
     assert shown.exit_code == 0
-    for words in ("max_epsilon: 3 of one record", "ANY NUMBER of rounds", "min_noise_multiplier: 0.5",
-                  "left open: max_rounds, records, strategies"):
+    for words in (
+        "max_epsilon: 3 of one record",
+        "ANY NUMBER of rounds",
+        "min_noise_multiplier: 0.5",
+        "left open: max_rounds, records, strategies",
+    ):
         assert words in shown.output
     found = json.loads(CliRunner().invoke(app, ["site", "policy", str(path), "--json"]).output)["policies"][0]
     assert found["open"] == ["max_rounds", "records", "strategies"]

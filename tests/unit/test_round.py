@@ -41,7 +41,8 @@ def test_rounds_build_on_each_other_and_carry_their_number():
     torch.testing.assert_close(server.adapter["q/B"], torch.full((3, 2), 3.0))
     roles = ("A", "B", "head")
     assert [PACKED.open(message.content)[1] for message in grid.sent["a"]] == [
-        Instructions(number, trains=roles, uploads=roles) for number in (1, 2, 3)]
+        Instructions(number, trains=roles, uploads=roles) for number in (1, 2, 3)
+    ]
     assert [event["round"] for event in events if event["event"] == "round"] == [1, 2, 3]
 
 

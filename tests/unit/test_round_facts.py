@@ -23,7 +23,8 @@ def updates_of(moves: dict[str, np.ndarray]) -> tuple[dict[str, AdapterState], l
     sent = AdapterState({"q/A": torch.ones(2, 4)}, SITES)
     return dict.fromkeys(moves, sent), [
         Update(name, 1.0, AdapterState({"q/A": torch.ones(2, 4) + torch.tensor(move, dtype=torch.float32)}, SITES))
-        for name, move in moves.items()]
+        for name, move in moves.items()
+    ]
 
 
 def random_moves(count: int, **more: np.ndarray) -> dict[str, np.ndarray]:
@@ -57,15 +58,18 @@ def test_columns_taken_in_pieces_give_the_same_distances(monkeypatch):
     assert round_facts.of_single(sent, updates, ["A"]) == whole
 
 
-@pytest.mark.parametrize(("norms", "named"), [
-    ({"a": 1.0, "b": 1.0, "c": 9.9}, {}),
-    ({"a": 1.0, "b": 1.0, "c": 10.1}, {"c": 10.1}),
-    ({"a": 1.0, "b": 1000.0}, {"b": 1000.0}),  # of two, the others' median is the other
-    ({"a": 0.0, "b": 0.0, "c": 0.5}, {"c": None}),
-    ({"a": 0.0, "b": 0.0}, {}),
-    ({"a": 5.0}, {}),
-    ({"a": 1.0, "b": 1.0, "c": 1.0, "d": 50.0, "e": 80.0}, {"d": 50.0, "e": 80.0}),
-])
+@pytest.mark.parametrize(
+    ("norms", "named"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 9.9}, {}),
+        ({"a": 1.0, "b": 1.0, "c": 10.1}, {"c": 10.1}),
+        ({"a": 1.0, "b": 1000.0}, {"b": 1000.0}),  # of two, the others' median is the other
+        ({"a": 0.0, "b": 0.0, "c": 0.5}, {"c": None}),
+        ({"a": 0.0, "b": 0.0}, {}),
+        ({"a": 5.0}, {}),
+        ({"a": 1.0, "b": 1.0, "c": 1.0, "d": 50.0, "e": 80.0}, {"d": 50.0, "e": 80.0}),
+    ],
+)
 def test_who_is_far_is_measured_against_the_others(norms, named):
     assert round_facts.far(norms) == named
 
@@ -97,16 +101,20 @@ def treated(wrap: str, moves: dict[str, np.ndarray], **options: float) -> dict[s
     return strategy.treatments()
 
 
-@pytest.mark.parametrize(("wrap", "options", "words"), [
-    ("trimmed_mean", {"fraction": 0.2}, "trimmed in 100 % of its values"),
-    ("median", {}, "trimmed in 100 % of its values"),
-    ("norm_clip", {"bound": 20.0}, "clipped to 1.41 % of its length"),
-    ("krum", {"keep": 5}, "not selected"),
-])
+@pytest.mark.parametrize(
+    ("wrap", "options", "words"),
+    [
+        ("trimmed_mean", {"fraction": 0.2}, "trimmed in 100 % of its values"),
+        ("median", {}, "trimmed in 100 % of its values"),
+        ("norm_clip", {"bound": 20.0}, "clipped to 1.41 % of its length"),
+        ("krum", {"keep": 5}, "not selected"),
+    ],
+)
 def test_robust_rules_name_whom_they_left_out(wrap, options, words):
     draws = np.random.default_rng(0).normal(size=(6, 2, 4))
-    found = treated(wrap, {**{f"c{index}": move for index, move in enumerate(draws)}, "loud": np.full((2, 4), 500.0)},
-                    **options)
+    found = treated(
+        wrap, {**{f"c{index}": move for index, move in enumerate(draws)}, "loud": np.full((2, 4), 500.0)}, **options
+    )
     assert found["loud"] == words
     if wrap != "median":  # which uses one value of seven: others may hardly count either
         assert len(found) == (2 if wrap == "krum" else 1)
@@ -115,7 +123,9 @@ def test_robust_rules_name_whom_they_left_out(wrap, options, words):
 def test_values_that_all_clients_share_are_cut_from_nobody():
     moves = {f"c{index}": np.r_[np.zeros(7), index].reshape(2, 4) for index in range(5)}
     assert treated("trimmed_mean", moves, fraction=0.2) == {
-        "c0": "trimmed in 100 % of its values", "c4": "trimmed in 100 % of its values"}
+        "c0": "trimmed in 100 % of its values",
+        "c4": "trimmed in 100 % of its values",
+    }
     assert treated("trimmed_mean", dict.fromkeys("abcde", np.ones((2, 4))), fraction=0.2) == {}
     assert treated("trimmed_mean", {"a": np.ones((2, 4)), "b": np.zeros((2, 4))}, fraction=0.2) == {}  # nothing cut
 

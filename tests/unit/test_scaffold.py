@@ -28,8 +28,12 @@ def visit(start, extra, kept, steps):
 
 def test_the_new_control_by_hand():
     """Option II: c_k+ = c_k - c + (theta_0 - theta) / (steps lr); c_k+ - c_k is sent, c_k+ is kept."""
-    given = visit(AdapterState({"q/A": torch.tensor([3.0, 4.0])}), {"control:q/A": torch.tensor([0.5, -1.0])},
-                  {"control:q/A": torch.tensor([1.0, 2.0])}, steps=5)
+    given = visit(
+        AdapterState({"q/A": torch.tensor([3.0, 4.0])}),
+        {"control:q/A": torch.tensor([0.5, -1.0])},
+        {"control:q/A": torch.tensor([1.0, 2.0])},
+        steps=5,
+    )
     sent, kept = half().finish(given, AdapterState({"q/A": torch.tensor([2.0, 4.5])}))
     torch.testing.assert_close(kept["control:q/A"], torch.tensor([1.0 - 0.5 + 2.0, 2.0 + 1.0 - 1.0]))
     torch.testing.assert_close(sent["control:q/A"], kept["control:q/A"] - torch.tensor([1.0, 2.0]))
@@ -58,6 +62,8 @@ def test_the_new_control_is_the_mean_gradient(tmp_path, monkeypatch):
 def test_two_clients_with_one_gradient_have_one_control(steps):
     """Who moved by the same mean gradient knows the same, however many steps it took."""
     start = AdapterState({"q/A": torch.tensor([3.0])})
-    _, kept = half().finish(visit(start, {"control:q/A": torch.zeros(1)}, {}, steps),
-                            AdapterState({"q/A": torch.tensor([3.0 - steps * SGD.lr * 0.7])}))
+    _, kept = half().finish(
+        visit(start, {"control:q/A": torch.zeros(1)}, {}, steps),
+        AdapterState({"q/A": torch.tensor([3.0 - steps * SGD.lr * 0.7])}),
+    )
     torch.testing.assert_close(kept["control:q/A"], torch.tensor([0.7]))

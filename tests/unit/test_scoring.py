@@ -40,8 +40,11 @@ def scored(model, folder, held, unit="sample", **sections):
 
 
 NONE = hostile.data("vit", None).view(np.arange(0))
-UNUSABLE = {"none": NONE, "one that is not finite": hostile.data("vit", "nan", 1),
-            "one of a strange class": hostile.data("vit", "label", 1)}
+UNUSABLE = {
+    "none": NONE,
+    "one that is not finite": hostile.data("vit", "nan", 1),
+    "one of a strange class": hostile.data("vit", "label", 1),
+}
 
 
 @pytest.mark.parametrize("held", UNUSABLE)

@@ -47,6 +47,7 @@ def test_the_mean_is_off_by_at_most_half_a_step_beside_clipping(rows, bits):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_bit_budget_is_exact(clients, sign):
     """At the largest allowed bits all clients at the clip add up; with one more bit the same sum overflows."""
+
     def mean(bits):
         word, _ = masking.quantise(np.array([sign * 0.7]), 0.7, bits)
         total = np.full(clients, word[0], masking.WORD).sum(dtype=masking.WORD, keepdims=True)
@@ -136,9 +137,12 @@ def test_a_client_that_drops_out_takes_only_its_own_change_along(stage, how, own
 
 def each(change):
     """A content in which every value of every config record is changed."""
+
     def changed(content):
-        records = {name: ConfigRecord({key: change(value) for key, value in record.items()})
-                   for name, record in content.config_records.items()}
+        records = {
+            name: ConfigRecord({key: change(value) for key, value in record.items()})
+            for name, record in content.config_records.items()
+        }
         return RecordDict({**content, **records})
 
     return changed
@@ -151,7 +155,9 @@ def without(content, kind):
 SPOILED = {
     "no content": lambda content: RecordDict({}),
     "no key": lambda content: RecordDict({**without(content, ConfigRecord), RECORD: ConfigRecord({"other": b"x"})}),
-    "a text": each(lambda value: "x" * 32), "a number": each(lambda value: 7), "nothing": each(lambda value: b""),
+    "a text": each(lambda value: "x" * 32),
+    "a number": each(lambda value: 7),
+    "nothing": each(lambda value: b""),
     "a list too long": each(lambda value: [*(value if isinstance(value, list) else [value]), b"x"]),
     "a list too short": each(lambda value: value[:-1] if isinstance(value, list) else [value]),
     "texts in a list": each(lambda value: ["x"] * len(value) if isinstance(value, list) else ["x"]),
@@ -170,8 +176,9 @@ def uploading(content, name, array):
     return RecordDict({**without(content, ArrayRecord), "arrays": ArrayRecord({name: array})})
 
 
-@pytest.mark.parametrize(("stage", "how"), [*((stage, how) for stage in (0, 1, 3) for how in SPOILED),
-                                            *((2, how) for how in UPLOADS)])
+@pytest.mark.parametrize(
+    ("stage", "how"), [*((stage, how) for stage in (0, 1, 3) for how in SPOILED), *((2, how) for how in UPLOADS)]
+)
 def test_a_reply_of_another_form_loses_its_client_and_no_other(stage, how):
     own = config()
     after, gone = updates(own.data.clients), "client-001"
@@ -226,8 +233,9 @@ def test_traffic_is_what_was_moved():
 def test_controls_are_changes_already():
     """What SCAFFOLD sends beside the adapter is not measured from what was sent."""
     control = {f"control:{key}": value + 0.5 for key, value in START.tensors.items()}
-    after = {name: update.beside({key: value + 0.1 for key, value in control.items()})
-             for name, update in updates(5).items()}
+    after = {
+        name: update.beside({key: value + 0.1 for key, value in control.items()}) for name, update in updates(5).items()
+    }
     own, strategy = config(), FedIT()
     strategy.uploads = lambda server: ("A", "B")
     strategy.broadcast = lambda server, client: START.beside(control)
@@ -239,10 +247,13 @@ def test_controls_are_changes_already():
     torch.testing.assert_close(update.adapter.extra["control:q/B"], wanted, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("change", [
-    lambda tensors: tensors | {"q/B": tensors["q/B"] * float("nan")},
-    lambda tensors: tensors | {"q/B": tensors["q/B"][:-1]},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors | {"q/B": tensors["q/B"] * float("nan")},
+        lambda tensors: tensors | {"q/B": tensors["q/B"][:-1]},
+    ],
+)
 def test_an_update_that_no_server_could_check_is_not_sent(change):
     own, after = config(), updates(5)
     spoiled = after | {"client-004": AdapterState(change(after["client-004"].tensors), START.sites)}

@@ -24,8 +24,9 @@ pytestmark = pytest.mark.usefixtures("flower_run")
 
 
 def uploads(grid: Watched) -> dict[str, np.ndarray]:
-    return {client: reply.content.array_records["arrays"]["adapter"].numpy()
-            for client, reply in grid.replies(2).items()}
+    return {
+        client: reply.content.array_records["arrays"]["adapter"].numpy() for client, reply in grid.replies(2).items()
+    }
 
 
 def hides(words: np.ndarray, change: np.ndarray, own: Config) -> bool:
@@ -47,8 +48,10 @@ def shared_secrets(grid: Watched, own: Config) -> dict[str, dict[str, bytes]]:
             owners = [(name, kind) for kind in ("uploaded", "silent") for name in asked[kind]]
             for (name, kind), share in zip(owners, reply.content[RECORD]["shares"], strict=True):
                 given[kind].setdefault(name, []).append(share)
-    return {kind: {name: masking.combine(shares, Terms.of(own).threshold) for name, shares in owners.items()}
-            for kind, owners in given.items()}
+    return {
+        kind: {name: masking.combine(shares, Terms.of(own).threshold) for name, shares in owners.items()}
+        for kind, owners in given.items()
+    }
 
 
 def test_no_message_to_the_server_holds_an_update():
@@ -162,7 +165,8 @@ def test_a_client_never_gives_both_secrets_of_one_client(waiting):
 
 def test_a_client_gives_nothing_unless_enough_have_uploaded(waiting):
     assert "2 of this client and its neighbours have uploaded; secagg.threshold needs 3" in told(
-        waiting, 3, uploaded=ALL[:2], silent=ALL[2:])
+        waiting, 3, uploaded=ALL[:2], silent=ALL[2:]
+    )
     assert "needs 3" in told(waiting, 3, uploaded=[ALL[0]] * 5, silent=[])  # one name five times
     assert "its own upload is not in the sum" in told(waiting, 3, uploaded=ALL[1:], silent=[ALL[0]])
     assert "shares of stranger, which are not held" in told(waiting, 3, uploaded=[*ALL[:-1], "stranger"], silent=[])
@@ -182,8 +186,11 @@ def test_keys_that_a_client_does_not_take():
     keys = {name: (masking.keypair()[1], masking.keypair()[1]) for name in [*ALL[1:], "extra"]}
 
     def asked(names, **changed):
-        fields = {"names": list(names), "masks": [keys[name][0] for name in names],
-                  "boxes": [keys[name][1] for name in names]}
+        fields = {
+            "names": list(names),
+            "masks": [keys[name][0] for name in names],
+            "boxes": [keys[name][1] for name in names],
+        }
         return told(grid, 1, **{**fields, **changed})
 
     assert "2 of this client and its neighbours have keys; secagg.threshold needs 3" in asked(ALL[1:2])
@@ -210,23 +217,29 @@ def test_a_client_that_masks_sends_nothing_in_the_clear_and_the_other_way_round(
 ON = {"secagg.enabled": True, "strategy.weighting": "uniform"}
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"strategy": "flora"}, r"strategy\.name=flora must see each .*Strategies that need sums only: fedit, .*fed_sb\."),
-    ({"strategy.wrap": ["fedprox", "median"]}, r"strategy\.wrap: median must see .*Wrappers .*: fedprox, scaffold"),
-    ({"strategy.wrap": ["fedprox"], "strategy": "krum"}, "krum must see"),
-    ({"strategy.weighting": "examples"}, r"Set strategy\.weighting=uniform"),
-    ({"run.max_update_norm": 3}, r"run\.max_update_norm=3: .*Set run\.max_update_norm=null"),
-    ({"strategy": "fedit", "adapter.client_ranks": [2, 4]}, r"adapter\.client_ranks=\[2, 4\]"),
-    ({"data.clients": 2}, "with 2 clients a round: with fewer than 3"),
-    ({"run.clients_per_round": 2}, "with 2 clients a round"),
-    ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0}, r"privacy\.unit=client"),
-    ({"secagg.threshold": 0.5}, r"secagg\.threshold=0\.5 .* 9 neighbours is 5; at least 6"),
-    ({"data.clients": 3, "secagg.threshold": 0.1}, r"is 1; at least 2 must be needed"),
-    ({"secagg.neighbours": 10}, r"secagg\.neighbours=10: must be even and at most 9"),
-    ({"secagg.neighbours": 3}, r"secagg\.neighbours=3: must be even"),
-    ({"secagg.bits": 29}, r"secagg\.bits=29: the sum of 10 clients .* at most 28; set secagg\.bits=28"),
-    ({"data.clients": 2000}, r"secagg\.bits=22: the sum of 2000 clients .* at most 21"),
-])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"strategy": "flora"},
+            r"strategy\.name=flora must see each .*Strategies that need sums only: fedit, .*fed_sb\.",
+        ),
+        ({"strategy.wrap": ["fedprox", "median"]}, r"strategy\.wrap: median must see .*Wrappers .*: fedprox, scaffold"),
+        ({"strategy.wrap": ["fedprox"], "strategy": "krum"}, "krum must see"),
+        ({"strategy.weighting": "examples"}, r"Set strategy\.weighting=uniform"),
+        ({"run.max_update_norm": 3}, r"run\.max_update_norm=3: .*Set run\.max_update_norm=null"),
+        ({"strategy": "fedit", "adapter.client_ranks": [2, 4]}, r"adapter\.client_ranks=\[2, 4\]"),
+        ({"data.clients": 2}, "with 2 clients a round: with fewer than 3"),
+        ({"run.clients_per_round": 2}, "with 2 clients a round"),
+        ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0}, r"privacy\.unit=client"),
+        ({"secagg.threshold": 0.5}, r"secagg\.threshold=0\.5 .* 9 neighbours is 5; at least 6"),
+        ({"data.clients": 3, "secagg.threshold": 0.1}, r"is 1; at least 2 must be needed"),
+        ({"secagg.neighbours": 10}, r"secagg\.neighbours=10: must be even and at most 9"),
+        ({"secagg.neighbours": 3}, r"secagg\.neighbours=3: must be even"),
+        ({"secagg.bits": 29}, r"secagg\.bits=29: the sum of 10 clients .* at most 28; set secagg\.bits=28"),
+        ({"data.clients": 2000}, r"secagg\.bits=22: the sum of 2000 clients .* at most 21"),
+    ],
+)
 def test_what_cannot_be_summed_in_secret_is_refused(changed, message):
     with pytest.raises(InputError, match=message):
         configs.load({}, {**ON, **changed})
@@ -234,11 +247,22 @@ def test_what_cannot_be_summed_in_secret_is_refused(changed, message):
         configs.load({}, {**changed, "secagg.enabled": False})
 
 
-@pytest.mark.parametrize("changed", [
-    {}, {"strategy": "fedsvd"}, {"strategy": "ffa_lora"}, {"strategy": "rolora"}, {"strategy.wrap": ["fedadam"]},
-    {"secagg.bits": 28}, {"secagg.neighbours": 4}, {"secagg.neighbours": 9}, {"data.clients": 3},
-    {"data.clients": 1024}, {"data.clients": 5000, "run.clients_per_round": 1000},
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"strategy": "fedsvd"},
+        {"strategy": "ffa_lora"},
+        {"strategy": "rolora"},
+        {"strategy.wrap": ["fedadam"]},
+        {"secagg.bits": 28},
+        {"secagg.neighbours": 4},
+        {"secagg.neighbours": 9},
+        {"data.clients": 3},
+        {"data.clients": 1024},
+        {"data.clients": 5000, "run.clients_per_round": 1000},
+    ],
+)
 def test_what_can_be_summed_passes(changed):
     check(configs.load({}, {**ON, **changed}))
 

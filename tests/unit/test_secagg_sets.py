@@ -143,8 +143,12 @@ class Noisy(Watched):
     def finish(self, name, outcome):
         number = self.queue[name].content[RECORD]["round"]
         reply = super().finish(name, outcome)
-        if not reply.has_error() and "arrays" in reply.content and reply.metadata.src_node_id == 2 \
-                and number in self.rounds:
+        if (
+            not reply.has_error()
+            and "arrays" in reply.content
+            and reply.metadata.src_node_id == 2
+            and number in self.rounds
+        ):
             words = reply.content.array_records["arrays"]["adapter"].numpy()
             noise = np.random.default_rng(number).integers(0, 2**32, words.shape, dtype=np.uint32)
             reply.content["arrays"]["adapter"] = Array(noise)
@@ -155,8 +159,13 @@ def rounds(grid, own, count):
     events, states = [], []
     strategy = FedIT()
     rules = Rules(rounds=count, secagg=exchange(own))
-    return events, states, lambda: strategy.run(grid, ServerState(START), rules, codec=_Known(grid),
-                                                record=events.append, after_round=states.append)
+    return (
+        events,
+        states,
+        lambda: strategy.run(
+            grid, ServerState(START), rules, codec=_Known(grid), record=events.append, after_round=states.append
+        ),
+    )
 
 
 class _Known:
@@ -177,7 +186,11 @@ def test_noise_drops_its_round_and_the_run_goes_on_under_the_next_number():
     events, states, run = rounds(Noisy(own, after, {1, 3}), own, 4)
     end = run()
     assert [(event["event"], event["round"]) for event in events if event["event"] != "quarantine"] == [
-        ("round_dropped", 1), ("round", 2), ("round_dropped", 3), ("round", 4)]
+        ("round_dropped", 1),
+        ("round", 2),
+        ("round_dropped", 3),
+        ("round", 4),
+    ]
     assert "an upload was damaged or made up" in events[0]["reason"] and "outside" in events[0]["reason"]
     assert states[0].adapter.sha256() == START.sha256() and states[0].round == 1
     assert states[1].adapter.sha256() != START.sha256() and DROPPED not in end.numbers
@@ -200,6 +213,7 @@ def test_a_client_can_shift_a_sum_by_what_the_others_leave_and_no_more():
     after = {client: START for client in ALL}  # the others do not move
     levels, shifts = 2 ** (own.secagg.bits - 1) - 1, {}
     for clips in (4, 6):
+
         class Shifting(Watched):
             def finish(self, name, outcome, clips=clips):
                 reply = super().finish(name, outcome)

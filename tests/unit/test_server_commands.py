@@ -41,8 +41,10 @@ def test_last_is_the_run_that_was_submitted_last_whatever_its_name(folder):
 
 
 def rows(running, *statuses):
-    return {"running": running, "sites": [{"name": f"site-{number}", "status": status}
-                                          for number, status in enumerate(statuses)]}
+    return {
+        "running": running,
+        "sites": [{"name": f"site-{number}", "status": status} for number, status in enumerate(statuses)],
+    }
 
 
 @pytest.fixture
@@ -69,9 +71,14 @@ def test_waiting_ends_when_so_many_are_connected(count, folder, seen):
     assert server.await_sites(folder, count, patience_s=30, poll_s=0) == states[count]
 
 
-@pytest.mark.parametrize(("last", "said"), [(rows(False, "unknown", "unknown"), "the coordinator is not running"),
-                                            (rows(True, "online", "offline"), r"1 of 2 sites are connected \(site-0\)"),
-                                            (RunError("it does not answer"), "it does not answer")])
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (rows(False, "unknown", "unknown"), "the coordinator is not running"),
+        (rows(True, "online", "offline"), r"1 of 2 sites are connected \(site-0\)"),
+        (RunError("it does not answer"), "it does not answer"),
+    ],
+)
 def test_waiting_gives_up_and_says_what_is_missing(last, said, folder, seen):
     seen.append(last)
     with pytest.raises(RunError, match=said):

@@ -47,8 +47,9 @@ def test_what_is_no_number_is_refused_by_name(name, text, monkeypatch):
         shortened.rounds("quickstart", {}) if name == shortened.ROUNDS else shortened.seeds(3)
 
 
-@pytest.mark.parametrize(("most", "asked", "least", "kept"), [("", 3, 1, 3), ("1", 3, 1, 1), ("1", 8, 2, 2),
-                                                              ("5", 3, 1, 3)])
+@pytest.mark.parametrize(
+    ("most", "asked", "least", "kept"), [("", 3, 1, 3), ("1", 3, 1, 1), ("1", 8, 2, 2), ("5", 3, 1, 3)]
+)
 def test_seeds_are_cut_to_what_the_benchmark_needs(most, asked, least, kept, monkeypatch):
     monkeypatch.setenv(shortened.SEEDS, most)
     assert shortened.seeds(asked, least) == kept

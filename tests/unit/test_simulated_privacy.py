@@ -21,11 +21,21 @@ from support.allowed import opened
 DELTA = 1e-5
 NONE: dict[str, Any] = {}
 SAMPLE: dict[str, Any] = {
-    "privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp", "privacy.clip": 0.7,
-    "strategy.weighting": "uniform", "client.local_steps": 2, "client.local_epochs": None,
+    "privacy.unit": "sample",
+    "privacy.noise_multiplier": 1.0,
+    "privacy.accountant": "rdp",
+    "privacy.clip": 0.7,
+    "strategy.weighting": "uniform",
+    "client.local_steps": 2,
+    "client.local_epochs": None,
 }
-CLIENT: dict[str, Any] = {"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "privacy.accountant": "rdp",
-                          "strategy.weighting": "uniform", "run.rounds": 3}
+CLIENT: dict[str, Any] = {
+    "privacy.unit": "client",
+    "privacy.noise_multiplier": 1.0,
+    "privacy.accountant": "rdp",
+    "strategy.weighting": "uniform",
+    "run.rounds": 3,
+}
 SILENT: dict[str, Any] = {**SAMPLE, "privacy.randomness": "os", "privacy.records": 50, "run.baselines": False}
 LAST = "which clients took part or failed, and how long they took"
 
@@ -37,8 +47,9 @@ def here(folder: Path, settings: dict[str, Any], releases: dict[str, list[tuple[
     for client, each in releases.items():
         for number, release in enumerate(each, start=1):
             guard.ledger(client).reserve(Entry("run", number, str(number), *release), Budget(100.0, DELTA, "rdp"))
-    return SimpleNamespace(config=config, strategy=build(config),
-                           local=SimpleNamespace(guard=guard, train_data=dict.fromkeys(releases)))
+    return SimpleNamespace(
+        config=config, strategy=build(config), local=SimpleNamespace(guard=guard, train_data=dict.fromkeys(releases))
+    )
 
 
 TWO = {"client-000": [(0.1, 2.0, 2)], "client-001": [(0.1, 1.0, 2), (0.1, 1.0, 2)]}
@@ -55,28 +66,40 @@ def test_every_simulation_shows_who_took_part_and_nothing_else_has_to(tmp_path):
     assert told(tmp_path, SILENT) == [LAST]
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"privacy.randomness": "seeded"}, "whoever has it can remove the noise"),
-    ({"privacy.records": None}, "number of records of a client counts as public"),
-    ({"privacy.release_metrics": True}, "(privacy.release_metrics)"),
-    ({"privacy.release_metrics": True, "data.holdout": 0.2}, "loss, accuracy and counts of each client"),
-    ({"run.baselines": True}, "logistic regressions"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"privacy.randomness": "seeded"}, "whoever has it can remove the noise"),
+        ({"privacy.records": None}, "number of records of a client counts as public"),
+        ({"privacy.release_metrics": True}, "(privacy.release_metrics)"),
+        ({"privacy.release_metrics": True, "data.holdout": 0.2}, "loss, accuracy and counts of each client"),
+        ({"run.baselines": True}, "logistic regressions"),
+    ],
+)
 def test_a_key_adds_the_line_that_it_is_the_reason_of(changes, words, tmp_path):
     lines = told(tmp_path, {**SILENT, **changes})
     assert len(lines) == 2 and words in lines[0] and lines[1] == LAST
 
 
 def test_all_lines_together_are_the_lines_of_each(tmp_path):
-    loud = {"privacy.randomness": "seeded", "privacy.records": None, "privacy.release_metrics": True,
-            "run.baselines": True}
+    loud = {
+        "privacy.randomness": "seeded",
+        "privacy.records": None,
+        "privacy.release_metrics": True,
+        "run.baselines": True,
+    }
     single = [told(tmp_path, {**SILENT, key: value})[0] for key, value in loud.items()]
     assert told(tmp_path, {**SILENT, **loud}) == [*single, LAST]
 
 
-@pytest.mark.parametrize(("policies", "public"), [
-    (["records: 50", "records: 60"], False), (["records: 50", "max_rounds: 9"], True),
-    (["max_rounds: 8", "max_rounds: 9"], True)])
+@pytest.mark.parametrize(
+    ("policies", "public"),
+    [
+        (["records: 50", "records: 60"], False),
+        (["records: 50", "max_rounds: 9"], True),
+        (["max_rounds: 8", "max_rounds: 9"], True),
+    ],
+)
 def test_a_policy_hides_the_number_of_records_only_where_it_gives_one(policies, public, tmp_path):
     (tmp_path / "policies").mkdir()
     for number, text in enumerate(policies):
@@ -107,12 +130,21 @@ def test_the_section_of_sample_level_privacy(tmp_path):
     world = here(tmp_path, SAMPLE, TWO)
     found = section(world)
     assert json.loads(json.dumps(found)) == found
-    spent_by = {client: (row["epsilon"], row["steps"], row["rounds"], row["noise_multiplier"])
-                for client, row in found["clients"].items()}
-    assert spent_by == {"client-000": (composed(((0.1, 2.0, 2),), DELTA, "rdp"), 2, 1, 2.0),
-                        "client-001": (composed(((0.1, 1.0, 4),), DELTA, "rdp"), 4, 2, 1.0)}
+    spent_by = {
+        client: (row["epsilon"], row["steps"], row["rounds"], row["noise_multiplier"])
+        for client, row in found["clients"].items()
+    }
+    assert spent_by == {
+        "client-000": (composed(((0.1, 2.0, 2),), DELTA, "rdp"), 2, 1, 2.0),
+        "client-001": (composed(((0.1, 1.0, 4),), DELTA, "rdp"), 4, 2, 1.0),
+    }
     assert {key: found[key] for key in ("unit", "delta", "accountant", "clip", "relation")} == {
-        "unit": "sample", "delta": DELTA, "accountant": "rdp", "clip": 0.7, "relation": "add or remove one record"}
+        "unit": "sample",
+        "delta": DELTA,
+        "accountant": "rdp",
+        "clip": 0.7,
+        "relation": "add or remove one record",
+    }
     assert "(epsilon, 1e-05)-private for neighbours that add or remove one record" in found["claim"]
     assert "the server included" in found["claim"] and "theirs add up" in found["claim"]
     assert found["outside"] == outside(world)

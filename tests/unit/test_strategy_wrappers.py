@@ -33,7 +33,9 @@ from support.handmade import (
 
 def scalar(value: float, role: str = "B") -> AdapterState:
     tensors = {"q/A": torch.ones(1, 1).double(), "q/B": torch.ones(1, 1).double()}
-    return AdapterState({**tensors, f"q/{role}": torch.full((1, 1), value).double()}, {"q": AdaptedLayer("lora", (1, 1))})
+    return AdapterState(
+        {**tensors, f"q/{role}": torch.full((1, 1), value).double()}, {"q": AdaptedLayer("lora", (1, 1))}
+    )
 
 
 def aggregate_scalars(strategy: FederatedStrategy, values: list[float], start: float = 0.0) -> float:

@@ -103,8 +103,9 @@ def test_domains_have_the_same_classes_and_other_inputs(built):
     means = {}
     for task in made.tasks:
         assert task.classes == tuple(range(10)) and len(task.train) == 100 and len(task.test) == 50
-        means[task.name] = torch.stack([task.train.inputs["signal"][task.train.labels == label].mean(0)
-                                        for label in range(10)])
+        means[task.name] = torch.stack(
+            [task.train.inputs["signal"][task.train.labels == label].mean(0) for label in range(10)]
+        )
     correlated = torch.corrcoef(torch.stack([means["shear"].flatten(), means["flip"].flatten()]))[0, 1]
     assert correlated < -0.5
     assert means["clip"].abs().max() <= 0.7 < means["noise"].abs().max()
@@ -160,13 +161,16 @@ def test_saved_manifest_gives_the_same_stream(built, name, tmp_path):
         source("glyph1d").load(tmp_path / "stream.json")
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"version": 99}, "version 99"),
-    ({"seed": 6}, "other records"),
-    ({"options": {"train": 11, "test": 5}}, "other records"),
-    ({"validation": True}, "other records"),
-    (None, "not the manifest"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"seed": 6}, "other records"),
+        ({"options": {"train": 11, "test": 5}}, "other records"),
+        ({"validation": True}, "other records"),
+        (None, "not the manifest"),
+    ],
+)
 def test_a_manifest_of_other_records_is_refused(built, tmp_path, change, said):
     path = tmp_path / "stream.json"
     path.write_text("[]" if change is None else json.dumps({**built["glyph1d_domain"].stream.manifest, **change}))
@@ -177,12 +181,21 @@ def test_a_manifest_of_other_records_is_refused(built, tmp_path, change, said):
 def test_records_by_a_natural_column(tmp_path):
     texts = ["the cat sat", "a dog ran", "cats are here", "dogs are there"]
     for which in ("train", "test"):
-        lines = [f"{text} {n},{'cat' if 'cat' in text else 'dog'},{site}"
-                 for site in ("north", "south", "east") for n, text in enumerate(texts)]
+        lines = [
+            f"{text} {n},{'cat' if 'cat' in text else 'dog'},{site}"
+            for site in ("north", "south", "east")
+            for n, text in enumerate(texts)
+        ]
         (tmp_path / f"{which}.csv").write_text("\n".join(["text,label,site", *lines]) + "\n")
     options: dict[str, object] = {
-        "source": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv"), "model": "tiny-bert",
-        "kind": "sequence-classification", "max_length": 16, "scenario": "domain", "limit": None}
+        "source": str(tmp_path / "train.csv"),
+        "test": str(tmp_path / "test.csv"),
+        "model": "tiny-bert",
+        "kind": "sequence-classification",
+        "max_length": 16,
+        "scenario": "domain",
+        "limit": None,
+    }
     made = source("records", **options, column="site").build(0).stream
     assert made.scenario == "domain" and sorted(task.name for task in made.tasks) == ["east", "north", "south"]
     assert all(task.classes == (0, 1) and len(task.train) == len(task.test) == 4 for task in made.tasks)
@@ -205,8 +218,10 @@ def test_networks_are_copies_of_one_that_has_learned(built):
     made = built["glyph1d"]
     with torch.no_grad():
         made.base.backbone.get_parameter("blocks.0.fc2.weight").add_(1)
-        assert not torch.equal(nets.glyph_net("signals", 40).backbone.get_parameter("blocks.0.fc2.weight"),
-                               made.base.backbone.get_parameter("blocks.0.fc2.weight"))
+        assert not torch.equal(
+            nets.glyph_net("signals", 40).backbone.get_parameter("blocks.0.fc2.weight"),
+            made.base.backbone.get_parameter("blocks.0.fc2.weight"),
+        )
         made.base.backbone.get_parameter("blocks.0.fc2.weight").sub_(1)
     with pytest.raises(InputError, match="drawings"):
         nets.glyph_net("drawing", 3)
@@ -221,10 +236,13 @@ def test_frozen_bodies_have_the_accuracies_that_are_documented(name, better):
     total = sum(len(task.test) for task in made.stream.tasks)
     ncm, ranpac = (sum(learner.right[head][-1]) / total for head in ("ncm", "ranpac"))
     assert 0.75 < ncm < 0.92 and ranpac > 0.9 and ncm + 0.04 < ranpac
-    train, test = (torch.cat([next(iter(getattr(task, which).inputs.values())).flatten(1)
-                              for task in made.stream.tasks]) for which in ("train", "test"))
-    labels, truth = (torch.cat([getattr(task, which).labels for task in made.stream.tasks])
-                     for which in ("train", "test"))
+    train, test = (
+        torch.cat([next(iter(getattr(task, which).inputs.values())).flatten(1) for task in made.stream.tasks])
+        for which in ("train", "test")
+    )
+    labels, truth = (
+        torch.cat([getattr(task, which).labels for task in made.stream.tasks]) for which in ("train", "test")
+    )
     means = torch.stack([train[labels == label].mean(0) for label in range(made.stream.classes)])
     raw = float((torch.cdist(test, means).argmin(1) == truth).float().mean())
     assert ncm > raw + better
@@ -243,12 +261,22 @@ def test_glyphs_pretrains_once_on_fonts_that_the_stream_has_not(tmp_path, monkey
     rng = np.random.default_rng(0)
     folder = tmp_path / "glyphs"
     folder.mkdir()
-    (folder / "dataset.json").write_text(json.dumps(
-        {"name": "glyphs", "kind": "image", "parts": [], "image_shape": [32, 32, 1]}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"name": "glyphs", "kind": "image", "parts": [], "image_shape": [32, 32, 1]})
+    )
     for which in ("train", "test"):
-        frame = [{"image": rng.integers(0, 256, 1024, dtype=np.uint8).tobytes(), "label": f"{label:02d}",
-                  "character": "x", "font": f"{package}-{which}", "package": package}
-                 for package in (glyphs.DISPLAY, "fonts-noto-core") for label in range(36) for _ in range(2)]
+        frame = [
+            {
+                "image": rng.integers(0, 256, 1024, dtype=np.uint8).tobytes(),
+                "label": f"{label:02d}",
+                "character": "x",
+                "font": f"{package}-{which}",
+                "package": package,
+            }
+            for package in (glyphs.DISPLAY, "fonts-noto-core")
+            for label in range(36)
+            for _ in range(2)
+        ]
         pandas.DataFrame(frame).to_parquet(folder / f"{which}.parquet")
     monkeypatch.setenv("FEDPEFT_DATA", str(tmp_path))
     monkeypatch.setattr(glyphs, "EPOCHS", 1)
@@ -278,14 +306,25 @@ def test_augmented_images_are_images_and_differ():
 def test_two_halves_of_a_bert_are_the_whole():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        bert = transformers.BertModel(transformers.BertConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=32))
+        bert = transformers.BertModel(
+            transformers.BertConfig(
+                vocab_size=50, hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=32
+            )
+        )
         head = nn.Linear(16, 3)
     bert.requires_grad_(False).eval()
-    base = Base(bert, lambda batch: head(mean_pool(bert(**batch).last_hidden_state, batch["attention_mask"])),
-                {"classifier": head}, None, "", "sequence-classification")
-    inputs = {"input_ids": torch.randint(0, 50, (4, 7), generator=torch.Generator().manual_seed(1)),
-              "attention_mask": (torch.arange(7) < torch.tensor([[7], [3], [5], [1]])).long()}
+    base = Base(
+        bert,
+        lambda batch: head(mean_pool(bert(**batch).last_hidden_state, batch["attention_mask"])),
+        {"classifier": head},
+        None,
+        "",
+        "sequence-classification",
+    )
+    inputs = {
+        "input_ids": torch.randint(0, 50, (4, 7), generator=torch.Generator().manual_seed(1)),
+        "attention_mask": (torch.arange(7) < torch.tensor([[7], [3], [5], [1]])).long(),
+    }
     expected = base.forward(inputs)
     hidden = wordnet.lower_half(base)(**inputs).last_hidden_state
     upper = wordnet.upper_half(base)

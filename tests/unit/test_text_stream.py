@@ -32,8 +32,12 @@ def texts(count: int, style: str, seed: int) -> Records:
 
 def material(parallel: bool = False) -> Material:
     plain, loud = texts(60, "plain", 2), texts(60, "loud", 2 if parallel else 3)
-    return Material(texts(160, "plain", 1), {"plain": plain, "loud": loud},
-                    [Domain("plain", "plain"), Domain("loud", "loud")], parallel)
+    return Material(
+        texts(160, "plain", 1),
+        {"plain": plain, "loud": loud},
+        [Domain("plain", "plain"), Domain("loud", "loud")],
+        parallel,
+    )
 
 
 class Tiny(RealTexts):
@@ -61,9 +65,15 @@ def test_a_plan_is_complete_and_the_same_every_time():
     assert len(set(plan["record"][:40])) == 40, "no record twice in a domain"
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("version", 2, "version 2"), ("source_sha256", "0", "other records"), ("label", None, "does not fit its hash"),
-    ("inputs_sha256", "0", "inputs do not fit")])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("version", 2, "version 2"),
+        ("source_sha256", "0", "other records"),
+        ("label", None, "does not fit its hash"),
+        ("inputs_sha256", "0", "inputs do not fit"),
+    ],
+)
 def test_a_changed_plan_is_refused(key, value, message):
     plan = bench().manifest(0)
     changed = {**plan, key: plan["label"][::-1] if key == "label" else value}
@@ -83,8 +93,11 @@ def test_items_in_common_are_aligned():
     one, two = texts(12, "plain", 5), texts(9, "loud", 6)
     pools = tta_real.in_common({"one": one, "two": two}, "item")
     assert len(pools["one"]) == 9
-    assert pools["one"].columns["item"].tolist() == pools["two"].columns["item"].tolist() == sorted(
-        two.columns["item"].tolist())
+    assert (
+        pools["one"].columns["item"].tolist()
+        == pools["two"].columns["item"].tolist()
+        == sorted(two.columns["item"].tolist())
+    )
     where = one.columns["item"].tolist().index("004")
     assert pools["one"].inputs[4] == one.inputs[where] and pools["one"].labels[4] == one.labels[where]
 
@@ -129,7 +142,10 @@ def test_methods_run_on_text_or_say_why_not(monkeypatch, tmp_path):
     assert "no batch norms" in found["bn_adapt"]["refused"]
     assert all(row["refused"] is None for name, row in found.items() if name != "bn_adapt")
     assert {name for name, row in found.items() if row["options"].get("augment") == "tokens"} == {
-        "aug_average", "roid", "rotta"}
+        "aug_average",
+        "roid",
+        "rotta",
+    }
     assert found["tent"]["cost"]["backwards"] == 6 and found["tent"]["cost"]["held"] > 0
     assert found["source"]["segments"] == [["plain", 0], ["loud", 3]]
     assert found["source"]["nll"] != found["aug_average"]["nll"], "tokens were hidden"
@@ -155,8 +171,11 @@ def test_images_are_corrupted_domain_by_domain_and_train_a_network(tmp_path):
     images[labels == 0, 2:6, :4] = 200
     images[labels == 1, 2:6, 4:] = 200
     records = Records(images, labels, ["left", "right"], {}, "image")
-    made = Material(records.take(np.arange(160)), {"test": records.take(np.arange(160, 240))},
-                    [Domain("clean", "test"), Domain("contrast", "test", "contrast")])
+    made = Material(
+        records.take(np.arange(160)),
+        {"test": records.take(np.arange(160, 240))},
+        [Domain("clean", "test"), Domain("contrast", "test", "contrast")],
+    )
     given = RealImages("hand", lambda: made, ImageOptions(batch=32, limit=64, severity=5))
     plan = given.manifest(0)
     stream = given.load(plan)

@@ -246,6 +246,7 @@ def test_a_texts_loss_is_the_mean_over_its_own_tokens(llama):
 
 def test_a_training_step_makes_no_predictions(llama, monkeypatch):
     """The largest of the whole vocabulary at every token is sought where it is asked for, in `evaluate`."""
+
     def asked(*arguments):
         raise LookupError
 
@@ -301,8 +302,10 @@ def test_texts_with_nothing_to_predict_do_not_count(llama):
     silent = torch.full_like(data.labels[:4], IGNORE)
     silent[:, 0] = data.labels[:4, 0]  # a first token has nothing before it
     for order in (np.arange(10), np.arange(9, -1, -1)):
-        both = Encoded({name: torch.cat([value, value[:4]]) for name, value in data.inputs.items()},
-                       torch.cat([data.labels, silent])).view(order)
+        both = Encoded(
+            {name: torch.cat([value, value[:4]]) for name, value in data.inputs.items()},
+            torch.cat([data.labels, silent]),
+        ).view(order)
         found = evaluate(llama, both, batch_size=4)
         assert found["num-examples"] == 6 and found["accuracy"] == wanted["accuracy"]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
@@ -328,12 +331,16 @@ def test_texts_with_nothing_to_predict_are_left_out_of_training_by_both_engines(
             assert torch.allclose(value, alone[key], atol=1e-5), key
         found.append((alone, done.after, loss))
     assert found[0][2] == found[1][2] and all(
-        torch.equal(value, other[key]) for one, other in zip(found[0][:2], found[1][:2], strict=True)
-        for key, value in one.items())
+        torch.equal(value, other[key])
+        for one, other in zip(found[0][:2], found[1][:2], strict=True)
+        for key, value in one.items()
+    )
     assert caplog.text.count(f"{len(silent)} of 10 texts have nothing to predict and are left out") == 2
     nothing = Encoded(data.inputs, torch.full_like(data.labels, IGNORE))
-    for run in (lambda: train(llama, nothing, ["A", "B"], SGD, 7),
-                lambda: train_cohort(llama, [Job(start.tensors, nothing, 7)], ["A", "B"], SGD, 4096)):
+    for run in (
+        lambda: train(llama, nothing, ["A", "B"], SGD, 7),
+        lambda: train_cohort(llama, [Job(start.tensors, nothing, 7)], ["A", "B"], SGD, 4096),
+    ):
         with pytest.raises(RunError, match="none of 10 texts has a token to predict"):
             run()
 

@@ -46,8 +46,11 @@ def test_batch_norm_blends_running_and_batch_statistics():
     norm.running_var.copy_(torch.tensor([4.0, 9.0]))
     x = random(6, 2)
     model = deploy(norm)
-    assert torch.allclose(model(x, statistics=batch_statistics(1.0))[0], F.batch_norm(x, None, None, norm.weight,
-                                                                                      norm.bias, True), atol=1e-6)
+    assert torch.allclose(
+        model(x, statistics=batch_statistics(1.0))[0],
+        F.batch_norm(x, None, None, norm.weight, norm.bias, True),
+        atol=1e-6,
+    )
     mean = 0.9 * norm.running_mean + 0.1 * x.mean(0)
     variance = 0.9 * norm.running_var + 0.1 * x.var(0, correction=0)
     blended = model(x, statistics=batch_statistics(0.1))[0]
@@ -100,8 +103,11 @@ def test_text_through_a_bert(bert_folder):
 
     model = deploy(small_models.adapted(bert_folder, "bert"))
     batch = small_models.inputs("bert")
-    for name, options in (("tent", {}), ("lame", {"k": 1}),
-                          ("cotta", {"augment": "tokens", "threshold": 1.1, "views": 2, "adapt": "lora"})):
+    for name, options in (
+        ("tent", {}),
+        ("lame", {"k": 1}),
+        ("cotta", {"augment": "tokens", "threshold": 1.1, "views": 2, "adapt": "lora"}),
+    ):
         method = make(name, model, options)
         probs, diagnostics = method.step(batch)
         assert probs.shape == (3, 3) and diagnostics["reason"] is None
@@ -270,11 +276,14 @@ def test_eata_with_a_huge_fisher_weight_is_frozen():
     free, frozen = parts.method("eata", model), parts.method("eata", model, fisher_weight=1e12)
     for method in (free, frozen):
         parts.play(method, parts.stream(4))
-    moved = {name: (value - model.tensor(name)).detach().abs().max()
-             for name, value in frozen.memory["student"].items()}
+    moved = {
+        name: (value - model.tensor(name)).detach().abs().max() for name, value in frozen.memory["student"].items()
+    }
     assert max(float(value) for value in moved.values()) < 1e-5
-    assert max(float((value - model.tensor(name)).detach().abs().max())
-               for name, value in free.memory["student"].items()) > 1e-4
+    assert (
+        max(float((value - model.tensor(name)).detach().abs().max()) for name, value in free.memory["student"].items())
+        > 1e-4
+    )
 
 
 def test_eata_weights_its_samples():
@@ -285,7 +294,8 @@ def test_eata_weights_its_samples():
     logits = method.forward(batch, leaves, method.statistics(batch), graph=True).logits
     H, limit = scores.entropy(logits), middle * math.log(3)
     loss = sum((math.exp(limit - float(h)) * h for h in H if float(h) < limit), torch.zeros(())) / sum(
-        float(h) < limit for h in H)
+        float(h) < limit for h in H
+    )
     wanted = torch.autograd.grad(loss, list(leaves.values()))
     start = {name: value.clone() for name, value in method.memory["student"].items()}
     assert 0 < sum(float(h) < limit for h in H) < 7
@@ -304,8 +314,10 @@ def test_sar_without_radius_is_filtered_entropy_descent():
         assert torch.allclose(value, tent.memory["student"][name], atol=1e-6)
     sharp = parts.method("sar", parts.conv(), rho=0.5, top=0.0, momentum=0.0)
     sharp.step(batch)
-    assert any(not torch.allclose(value, flat.memory["student"][name], atol=1e-6)
-               for name, value in sharp.memory["student"].items())
+    assert any(
+        not torch.allclose(value, flat.memory["student"][name], atol=1e-6)
+        for name, value in sharp.memory["student"].items()
+    )
 
 
 def test_sar_averages_the_entropy_of_what_passes_both_filters():

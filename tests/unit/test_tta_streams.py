@@ -56,12 +56,22 @@ def test_default_streams_are_those_of_version_1(kind):
 
 def test_a_manifest_that_was_changed_is_refused():
     plan = drift.manifest(StreamSpec("iid", **SMALL))
-    for key, value, message in (("version", 2, "version 2"), ("label", plan["label"][::-1], "does not fit its hash"),
-                                ("pixels_sha256", "0", "pixels do not fit"), ("source_sha256", "0", "other images")):
+    for key, value, message in (
+        ("version", 2, "version 2"),
+        ("label", plan["label"][::-1], "does not fit its hash"),
+        ("pixels_sha256", "0", "pixels do not fit"),
+        ("source_sha256", "0", "other images"),
+    ):
         with pytest.raises(InputError, match=message):
             drift.load({**plan, key: value})
-    for wrong in ({"kind": "sorted"}, {"shift": "up"}, {"batch": 0}, {"batch": 201}, {"corruptions": ("snow",)},
-                  {"severity": 6}):
+    for wrong in (
+        {"kind": "sorted"},
+        {"shift": "up"},
+        {"batch": 0},
+        {"batch": 201},
+        {"corruptions": ("snow",)},
+        {"severity": 6},
+    ):
         with pytest.raises(InputError):
             drift.manifest(StreamSpec(**{**SMALL, **wrong}))
 
@@ -79,8 +89,10 @@ def test_what_each_kind_of_stream_is():
     assert tail.domains[-90:] == ["clean"] * 90
     clean = drift._test_set()
     assert float(tail.inputs["pixel_values"][-1].max()) <= 1
-    assert any(np.allclose(tail.inputs["pixel_values"][-1, 0].numpy(), image[..., 0], atol=1 / 255)
-               for image in np.asarray(clean.inputs)[:90])
+    assert any(
+        np.allclose(tail.inputs["pixel_values"][-1, 0].numpy(), image[..., 0], atol=1 / 255)
+        for image in np.asarray(clean.inputs)[:90]
+    )
     assert drift.build("iid", batch=1, **SMALL).parts[5] == slice(5, 6)
 
 
@@ -93,8 +105,10 @@ def test_dirichlet_streams_come_in_bursts():
 
 
 def test_label_shift_is_a_long_tail_and_its_mirror():
-    counts = {shift: torch.bincount(drift.build("label_shift", shift=shift, corruptions=("blur",)).labels)
-              for shift in ("forward", "uniform", "backward")}
+    counts = {
+        shift: torch.bincount(drift.build("label_shift", shift=shift, corruptions=("blur",)).labels)
+        for shift in ("forward", "uniform", "backward")
+    }
     assert counts["forward"][0] > 15 * counts["forward"][9] > 0
     assert counts["backward"][9] > 15 * counts["backward"][0] > 0
     assert counts["uniform"].max() - counts["uniform"].min() <= 3
@@ -103,8 +117,15 @@ def test_label_shift_is_a_long_tail_and_its_mirror():
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_severity_moves_an_image_further(name):
     images = np.asarray(drift._test_set().inputs)[:60, ..., 0].astype(float)
-    distance = [np.mean([np.abs(corrupt(image, name, level, np.random.default_rng(row)) - image).mean()
-                         for row, image in enumerate(images)]) for level in range(1, 6)]
+    distance = [
+        np.mean(
+            [
+                np.abs(corrupt(image, name, level, np.random.default_rng(row)) - image).mean()
+                for row, image in enumerate(images)
+            ]
+        )
+        for level in range(1, 6)
+    ]
     assert distance[0] > 0 and all(after > before for before, after in pairwise(distance))
     bad = corrupt(images[0], name, 5, np.random.default_rng(0))
     assert bad.min() >= 0 and bad.max() <= 1 and bad.shape == (8, 8)
@@ -129,8 +150,9 @@ def test_measures_by_hand():
 
 
 def test_a_played_stream_is_json_with_cost_and_diagnostics():
-    stream = TestStream("hand", parts.images(20), torch.arange(20) % 3, ["x"] * 20, [slice(0, 7), slice(7, 14),
-                                                                              slice(14, 20)])
+    stream = TestStream(
+        "hand", parts.images(20), torch.arange(20) % 3, ["x"] * 20, [slice(0, 7), slice(7, 14), slice(14, 20)]
+    )
     inputs = stream.inputs["pixel_values"]
     inputs[8] = torch.nan
     result = play.run_stream("tent", stream, parts.conv())
@@ -188,8 +210,9 @@ def test_the_monitor_resets_a_method_that_collapses():
     errors = {}
     for reset in (False, True):
         method = make("tent", model, {"lr": 0.3})
-        monitor = Monitor.on_source(method, parts.source(), window=40, class_share=0.0, entropy_share=0.2,
-                                    max_drift=10.0, reset=reset)
+        monitor = Monitor.on_source(
+            method, parts.source(), window=40, class_share=0.0, entropy_share=0.2, max_drift=10.0, reset=reset
+        )
         result = play.run_stream(method, stream, model, monitor=monitor)
         errors[reset] = result["error"]
         assert result["alarms"] > 0 and (result["cost"]["resets"] > 0) == reset

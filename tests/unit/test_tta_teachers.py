@@ -121,8 +121,9 @@ def test_cotta_teacher_is_the_moving_average_of_students():
         method.step(batch)
         students.append(method.memory["student"])
     for name, value in method.memory["teacher"].items():
-        expected = 0.7**4 * start[name] + 0.3 * sum(0.7 ** (3 - t) * student[name]
-                                                    for t, student in enumerate(students))
+        expected = 0.7**4 * start[name] + 0.3 * sum(
+            0.7 ** (3 - t) * student[name] for t, student in enumerate(students)
+        )
         assert torch.allclose(value, expected, atol=1e-6)
 
 
@@ -166,8 +167,9 @@ def test_cotta_averages_views_only_where_the_anchor_is_uncertain(threshold, forw
 def test_cotta_that_averages_is_the_augmentation_average_at_first():
     model, batch = parts.conv(), parts.images()
     average = make("aug_average", model, {"views": 3}, seed=3)
-    assert torch.allclose(parts.method("cotta", model, threshold=1.1, views=3).predict(batch), average.predict(batch),
-                          atol=1e-6)
+    assert torch.allclose(
+        parts.method("cotta", model, threshold=1.1, views=3).predict(batch), average.predict(batch), atol=1e-6
+    )
 
 
 def test_petal_restores_the_smallest_with_ties_at_random():
@@ -176,9 +178,20 @@ def test_petal_restores_the_smallest_with_ties_at_random():
         masks = petal.smallest(values, share, torch.Generator().manual_seed(0), False)
         assert sum(int(mask.sum()) for mask in masks.values()) == int(share * 7)
         assert not masks["b"][1, 0], "an entry that was not used does not count"
-    picks = {tuple(torch.cat([mask.flatten() for mask in petal.smallest(
-        values, 0.3, torch.Generator().manual_seed(seed), False).values()]).nonzero().squeeze(-1).tolist())
-        for seed in range(30)}
+    picks = {
+        tuple(
+            torch.cat(
+                [
+                    mask.flatten()
+                    for mask in petal.smallest(values, 0.3, torch.Generator().manual_seed(seed), False).values()
+                ]
+            )
+            .nonzero()
+            .squeeze(-1)
+            .tolist()
+        )
+        for seed in range(30)
+    }
     assert picks == {(0, 2), (0, 4), (2, 4)}
     masks = petal.smallest(values, 0.5, torch.Generator(), True)
     assert [int(mask.sum()) for mask in masks.values()] == [2, 1] and masks["a"].tolist() == [True, False, True, False]

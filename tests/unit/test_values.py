@@ -30,33 +30,80 @@ def test_class_names_stay_as_typed_on_the_command_line_in_a_file_and_after_a_rou
     assert load(tmp_path / "c.yaml") == config == from_yaml(to_yaml(config))
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("yes", "yes"), ("01", "01"), ("1.10", "1.10"), ("12:30", "12:30"), ("null", None), ("~", None), ("'null'", "null"),
-    ('"~"', "~"), ("a=b", "a=b"), ("a #b", "a #b"), ("[x]", "[x]"), ("'a' or 'b'", "'a' or 'b'"), ("''", ""),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("yes", "yes"),
+        ("01", "01"),
+        ("1.10", "1.10"),
+        ("12:30", "12:30"),
+        ("null", None),
+        ("~", None),
+        ("'null'", "null"),
+        ('"~"', "~"),
+        ("a=b", "a=b"),
+        ("a #b", "a #b"),
+        ("[x]", "[x]"),
+        ("'a' or 'b'", "'a' or 'b'"),
+        ("''", ""),
+    ],
+)
 def test_a_text_is_what_stands_there_and_null_only_where_the_field_can_be_none(text, value):
     assert load({}, [f"data.label={text}"]).data.label == value
     if value is None:
         assert typed(Plain(text), "str", "x") == text
 
 
-@pytest.mark.parametrize(("kind", "text", "value"), [
-    ("int", "010", 10), ("int", "-3", -3), ("int", "1_000", 1000), ("int", "'5'", 5), ("float", "1e-3", 1e-3),
-    ("float", ".5", 0.5), ("float", "7", 7.0), ("bool", "Off", False), ("bool", "yes", True), ("bool", "1", True),
-    ("list[int]", "[1, 02]", [1, 2]), ("list[int] | None", "null", None), ("list[str]", "[]", []),
-    ("dict[str, Any]", "{a: 1, b: 01, c: null, d: x, e: true}", {"a": 1, "b": "01", "c": None, "d": "x", "e": True}),
-    ("dict[str, float]", "{a: 1}", {"a": 1.0}),
-])
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("int", "010", 10),
+        ("int", "-3", -3),
+        ("int", "1_000", 1000),
+        ("int", "'5'", 5),
+        ("float", "1e-3", 1e-3),
+        ("float", ".5", 0.5),
+        ("float", "7", 7.0),
+        ("bool", "Off", False),
+        ("bool", "yes", True),
+        ("bool", "1", True),
+        ("list[int]", "[1, 02]", [1, 2]),
+        ("list[int] | None", "null", None),
+        ("list[str]", "[]", []),
+        (
+            "dict[str, Any]",
+            "{a: 1, b: 01, c: null, d: x, e: true}",
+            {"a": 1, "b": "01", "c": None, "d": "x", "e": True},
+        ),
+        ("dict[str, float]", "{a: 1}", {"a": 1.0}),
+    ],
+)
 def test_numbers_and_truth_values_are_read_where_the_field_has_them(kind, text, value):
     found = typed(Plain(text), kind, "x")
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize(("kind", "text"), [
-    ("int", "1e3"), ("int", "0x10"), ("int", "12:30"), ("int", "2.0"), ("int", "true"), ("float", "1:30"),
-    ("float", "fast"), ("bool", "2"), ("bool", "null"), ("list[str]", "a,b"), ("list[str]", "[a"), ("int", "null"),
-    ("list[str]", "[a: b]"), ("list[int]", "[1, x]"), ("list[str]", "[[a]]"), ("dict[str, Any]", "[a]"),
-])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("int", "1e3"),
+        ("int", "0x10"),
+        ("int", "12:30"),
+        ("int", "2.0"),
+        ("int", "true"),
+        ("float", "1:30"),
+        ("float", "fast"),
+        ("bool", "2"),
+        ("bool", "null"),
+        ("list[str]", "a,b"),
+        ("list[str]", "[a"),
+        ("int", "null"),
+        ("list[str]", "[a: b]"),
+        ("list[int]", "[1, x]"),
+        ("list[str]", "[[a]]"),
+        ("dict[str, Any]", "[a]"),
+    ],
+)
 def test_what_a_field_cannot_have_is_refused_with_key_and_value(kind, text):
     with pytest.raises(InputError) as error:
         typed(Plain(text), kind, "some.key")
@@ -89,12 +136,19 @@ def test_a_class_has_one_name(labels):
 
 def test_a_tilde_is_somebodys_home_wherever_a_path_stands(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = ["data.source=~/d.csv", "data.test=~/t.csv", "model.name=~/m", "privacy.policy=~/p.yaml", "data.split=~/s",
-             "data.label=~/not-a-path"]
+    given = [
+        "data.source=~/d.csv",
+        "data.test=~/t.csv",
+        "model.name=~/m",
+        "privacy.policy=~/p.yaml",
+        "data.split=~/s",
+        "data.label=~/not-a-path",
+    ]
     (tmp_path / "p.yaml").write_text("max_epsilon: 3\nunbounded: [max_rounds, records]\n")
     config = load({}, given)
     assert [config.data.source, config.data.test, config.model.name, config.privacy.policy, config.data.split] == [
-        str(tmp_path / name) for name in ("d.csv", "t.csv", "m", "p.yaml", "s")]
+        str(tmp_path / name) for name in ("d.csv", "t.csv", "m", "p.yaml", "s")
+    ]
     assert config.data.label == "~/not-a-path"
     (tmp_path / "site.yaml").write_text("name: a\nmodel: ~/m\ndata: {source: ~/d.csv}\n")
     site = build(SiteSettings, read_yaml(tmp_path / "site.yaml"), "site")
@@ -116,8 +170,9 @@ def test_an_interpolation_follows_overrides_and_defaults(tmp_path, monkeypatch):
     assert load(path).adapter.alpha == 4.0
     monkeypatch.setenv("CLASSES", "[no,01]")
     assert load({}, ["data.labels=${oc.env:CLASSES}"]).data.labels == ["no", "01"]
-    assert load({"data": {"labels": ["x", "1.10"]}, "adapter": {"target_modules": "${data.labels}"}}
-                ).adapter.target_modules == ["x", "1.10"]
+    assert load(
+        {"data": {"labels": ["x", "1.10"]}, "adapter": {"target_modules": "${data.labels}"}}
+    ).adapter.target_modules == ["x", "1.10"]
 
 
 @pytest.mark.parametrize("text", ["${adapter.rank}", "${oc.env:NOT_SET_ANYWHERE}", "${adapter.r", "${data.source}"])
@@ -146,8 +201,11 @@ def test_a_foreign_config_reads_nothing_of_this_machine(monkeypatch):
 
 # Other names, other options -------------------------------------------------------------------------------------------
 
-HELD = {"continual": {"body": "factor_coso", "head": "ranpac", "head_options": {"features": 50}}, "run": {"rounds": 10},
-        "strategy": {"name": "fedsvd", "transport": "dense"}}
+HELD = {
+    "continual": {"body": "factor_coso", "head": "ranpac", "head_options": {"features": 50}},
+    "run": {"rounds": 10},
+    "strategy": {"name": "fedsvd", "transport": "dense"},
+}
 
 
 def test_another_head_drops_the_options_of_the_one_it_replaces(caplog):
@@ -165,8 +223,12 @@ def test_another_head_drops_the_options_of_the_one_it_replaces(caplog):
 
 def test_another_body_base_or_rule_drops_options_too(caplog):
     caplog.set_level(logging.INFO, "fedpeft")
-    assert "side" not in load({**HELD, "continual": {"body": "factor_coso", "side": "in"}},
-                              ["continual.body=sequential"]).continual.options
+    assert (
+        "side"
+        not in load(
+            {**HELD, "continual": {"body": "factor_coso", "side": "in"}}, ["continual.body=sequential"]
+        ).continual.options
+    )
     assert "continual.body=sequential: the options of factor_coso are dropped: side" in caplog.text
     restarted = {"data": {"holdout": 0.3}, "tta": {"method": "rdumb", "base_options": {"fisher_weight": 0.1}}}
     assert load(restarted).tta.options["base_options"] == {"fisher_weight": 0.1}

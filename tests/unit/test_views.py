@@ -63,7 +63,8 @@ def test_sharing_among_a_thousand_clients_reads_no_input():
     with InputsAtRest(data.inputs["pixel_values"]):
         clients = list(shared(data))
     assert {view.stored.inputs["pixel_values"].data_ptr() for views in clients for view in views} == {
-        data.inputs["pixel_values"].data_ptr()}
+        data.inputs["pixel_values"].data_ptr()
+    }
     assert sorted(np.concatenate([view.rows for views in clients for view in views[:2]])) == list(range(len(data)))
     assert all(set(part.labels.tolist()) <= {2, 3} and len(order) == 8 for _, _, part, order in clients)
 

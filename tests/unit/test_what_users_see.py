@@ -19,17 +19,40 @@ Event = dict[str, Any]
 
 
 def start(clients: list[str], **more: Any) -> Event:
-    return {"event": "start", "strategy": "fedit", "engine": "cohort", "seed": 0, "clients": len(clients), "rounds": 3,
-            "trainable_parameters": 100, "personalised": False, **more}
+    return {
+        "event": "start",
+        "strategy": "fedit",
+        "engine": "cohort",
+        "seed": 0,
+        "clients": len(clients),
+        "rounds": 3,
+        "trainable_parameters": 100,
+        "personalised": False,
+        **more,
+    }
 
 
 def a_round(number: int, clients: list[str], **more: Any) -> Event:
-    return {"event": "round", "round": number, "clients": clients, "quarantined": {}, "bytes_down": 10, "bytes_up": 10,
-            "train_loss": 1.0, "seconds": 0.1, **more}
+    return {
+        "event": "round",
+        "round": number,
+        "clients": clients,
+        "quarantined": {},
+        "bytes_down": 10,
+        "bytes_up": 10,
+        "train_loss": 1.0,
+        "seconds": 0.1,
+        **more,
+    }
 
 
-def written(path: Path, events: list[Event], overrides: dict[str, Any] | None = None, extra: Event | None = None,
-            split: Event | None = None) -> Path:
+def written(
+    path: Path,
+    events: list[Event],
+    overrides: dict[str, Any] | None = None,
+    extra: Event | None = None,
+    split: Event | None = None,
+) -> Path:
     """A run folder of these events, ended, as `finish` leaves it."""
     path.mkdir(parents=True)
     config = configs.load({}, {"run.rounds": 10, **(overrides or {})})
@@ -70,15 +93,24 @@ def terminal(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 SITES = ["St. Mary", "North & Sons", "<b>south</b>"]
 COUNTS = {"labels": ["no", "yes"], "counts": [[31, 17], [12, 29], [3, 8]]}
-SPLIT = {"fingerprint": "f" * 64, "clients": {name: list(range(sum(row))) for name, row
-                                              in zip(SITES, COUNTS["counts"], strict=True)}, "histogram": COUNTS}
+SPLIT = {
+    "fingerprint": "f" * 64,
+    "clients": {name: list(range(sum(row))) for name, row in zip(SITES, COUNTS["counts"], strict=True)},
+    "histogram": COUNTS,
+}
 
 
 def plain(scores: list[float], baselines: Event | None = None, records: int = 400) -> list[Event]:
     zero = {"event": "evaluate", "round": 0, "accuracy": 0.2, "loss": 2.0, "test_records": records}
-    return [start(SITES), zero, {"event": "baselines", **(baselines or {})},
-            *(a_round(number, SITES, accuracy=score, loss=1.0, test_records=records)
-              for number, score in enumerate(scores, start=1))]
+    return [
+        start(SITES),
+        zero,
+        {"event": "baselines", **(baselines or {})},
+        *(
+            a_round(number, SITES, accuracy=score, loss=1.0, test_records=records)
+            for number, score in enumerate(scores, start=1)
+        ),
+    ]
 
 
 # A sequence of tasks --------------------------------------------------------------------------------------------------
@@ -88,14 +120,31 @@ def sequence(tasks: int = 3) -> list[Event]:
     """Two rounds a task. The trained classifier has 98.5 % on the first two classes and falls; the head holds."""
     right = [[78, 0, 0], [76, 74, 0], [72, 73, 70]]
     trained = [0.9, 0.985, 0.6, 0.7, 0.5, 0.528]
-    events = [start(SITES), {"event": "evaluate", "round": 0, "accuracy": 0.51, "loss": 1.0},
-              {"event": "baselines", "largest_class": 0.34, "largest_class_name": "3", "frozen_head": 0.8125,
-               "frozen_head_forgetting": 0.05, "frozen_head_by_task": [0.95, 0.9, 0.8125]}]
+    events = [
+        start(SITES),
+        {"event": "evaluate", "round": 0, "accuracy": 0.51, "loss": 1.0},
+        {
+            "event": "baselines",
+            "largest_class": 0.34,
+            "largest_class_name": "3",
+            "frozen_head": 0.8125,
+            "frozen_head_forgetting": 0.05,
+            "frozen_head_by_task": [0.95, 0.9, 0.8125],
+        },
+    ]
     for task in range(tasks):
         for number in (2 * task + 1, 2 * task + 2):
             events.append(a_round(number, SITES, accuracy=trained[number - 1], loss=1.0, classes=2 * task + 2))
-        events.append({"event": "task", "round": 2 * task + 2, "task": task, "classes": [2 * task, 2 * task + 1],
-                       "right": right[task], "count": [80, 80, 80]})
+        events.append(
+            {
+                "event": "task",
+                "round": 2 * task + 2,
+                "task": task,
+                "classes": [2 * task, 2 * task + 1],
+                "right": right[task],
+                "count": [80, 80, 80],
+            }
+        )
     return events
 
 
@@ -137,8 +186,9 @@ def test_the_plot_of_a_sequence_joins_no_two_tasks_and_marks_where_they_end(tmp_
     assert answers.get_ydata() == pytest.approx([78 / 80, 150 / 160, 215 / 240])
     runs = [list(line.get_xdata()) for line in lines if line.get_color() == "#56b4e9"]
     assert runs == [[1, 2], [3, 4], [5, 6]]
-    assert [line.get_xdata()[0] for line in lines if line.get_linestyle() == ":" and len(set(line.get_xdata())) == 1
-            ] == [2.5, 4.5, 6.5]
+    assert [
+        line.get_xdata()[0] for line in lines if line.get_linestyle() == ":" and len(set(line.get_xdata())) == 1
+    ] == [2.5, 4.5, 6.5]
 
 
 def test_a_sequence_in_its_midst_or_of_an_older_record_says_what_it_knows(tmp_path):
@@ -158,8 +208,11 @@ def test_a_sequence_in_its_midst_or_of_an_older_record_says_what_it_knows(tmp_pa
 def hostile(treated: bool) -> list[Event]:
     events = plain([])
     for number in (1, 2, 3):
-        facts: Event = {"update_norms": {name: 1.0 + index for index, name in enumerate(SITES)},
-                        "update_distances": dict.fromkeys(SITES, 0.5), "far_updates": {}}
+        facts: Event = {
+            "update_norms": {name: 1.0 + index for index, name in enumerate(SITES)},
+            "update_distances": dict.fromkeys(SITES, 0.5),
+            "far_updates": {},
+        }
         if number != 2:
             facts["update_norms"][SITES[2]] = 1500.0 * number
             facts["far_updates"] = {SITES[2]: 1000.0 * number}
@@ -178,8 +231,10 @@ def test_a_client_far_beyond_the_others_is_named_everywhere(treated, tmp_path, m
     page, shown = page_of(run), terminal(run, monkeypatch)
     became = "trimmed in 99 % of its values by the robust rule" if treated else "counted like any other"
     for text in (page, shown):
-        assert (f"<b>south</b>: update far beyond the others' in 2 rounds, last 3 (up to 3,000 times their median), "
-                f"{became}") in text
+        assert (
+            f"<b>south</b>: update far beyond the others' in 2 rounds, last 3 (up to 3,000 times their median), "
+            f"{became}"
+        ) in text
         assert "over 10 times the median norm" in text  # the rule
     state = "trimmed in 99 % of its values" if treated else "used"
     assert f"<td>3</td><td><b>south</b></td><td>{state}</td><td>4,500</td><td>2,250</td><td>0.5</td>" in page
@@ -197,15 +252,27 @@ def test_a_run_in_which_nobody_stands_out_warns_of_nobody(tmp_path, monkeypatch)
 # What a score is compared with ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("baselines", "best", "words"), [
-    ({"frozen_logistic": 0.85, "pixels_or_words_logistic": 0.97}, "pixels_or_words_logistic",
-     "a logistic regression on raw inputs of the pooled data, 97.0 %: -3.1 points"),
-    ({"frozen_logistic": 0.85, "pixels_or_words_logistic": None, "pixels_or_words_logistic_reason": "no words"},
-     "frozen_logistic", "a logistic regression on frozen features of the pooled data, 85.0 %: +8.9 points"),
-    ({"largest_class": 0.44, "largest_class_name": "numpy"}, "largest_class",
-     "always saying 'numpy', 44.0 %: +49.9 points"),
-    ({}, "frozen", "the frozen model, 20.0 %: +73.9 points"),
-])
+@pytest.mark.parametrize(
+    ("baselines", "best", "words"),
+    [
+        (
+            {"frozen_logistic": 0.85, "pixels_or_words_logistic": 0.97},
+            "pixels_or_words_logistic",
+            "a logistic regression on raw inputs of the pooled data, 97.0 %: -3.1 points",
+        ),
+        (
+            {"frozen_logistic": 0.85, "pixels_or_words_logistic": None, "pixels_or_words_logistic_reason": "no words"},
+            "frozen_logistic",
+            "a logistic regression on frozen features of the pooled data, 85.0 %: +8.9 points",
+        ),
+        (
+            {"largest_class": 0.44, "largest_class_name": "numpy"},
+            "largest_class",
+            "always saying 'numpy', 44.0 %: +49.9 points",
+        ),
+        ({}, "frozen", "the frozen model, 20.0 %: +73.9 points"),
+    ],
+)
 def test_the_lead_compares_with_the_best_that_does_not_federate(baselines, best, words, tmp_path):
     run = written(tmp_path / "run", plain([0.9, 0.939], baselines))
     summary = summary_of(run)
@@ -225,10 +292,13 @@ def test_no_better_than_one_answer_is_said_where_it_is_true(accuracy, said, tmp_
 
 def test_models_on_other_records_are_not_subtracted(tmp_path):
     each = {name: {"accuracy": 0.5, "loss": 1.0, "num-examples": 20.0} for name in SITES}
-    events = [start(SITES, personalised=True), *plain([])[1:2],
-              {"event": "baselines", "frozen_logistic": 0.9, "largest_class": 0.3, "clients_largest_class": 0.55},
-              {"event": "clients_evaluated", "round": 1, "clients": each},
-              a_round(1, SITES, client_accuracy=0.5, client_loss=1.0)]
+    events = [
+        start(SITES, personalised=True),
+        *plain([])[1:2],
+        {"event": "baselines", "frozen_logistic": 0.9, "largest_class": 0.3, "clients_largest_class": 0.55},
+        {"event": "clients_evaluated", "round": 1, "clients": each},
+        a_round(1, SITES, client_accuracy=0.5, client_loss=1.0),
+    ]
     summary = summary_of(written(tmp_path / "run", events))
     assert summary["test_records"] == 60 and summary["standard_error"] == pytest.approx(math.sqrt(0.25 / 60))
     assert summary["comparison"]["baseline"] == "clients_largest_class"
@@ -265,10 +335,26 @@ def test_a_language_model_leads_with_perplexity_and_its_tokens(tmp_path):
 
 def adapted() -> dict[str, Any]:
     rows = {SITES[0]: (0.9, 0.5, 0.6), SITES[1]: (0.8, 0.6, 0.6), SITES[2]: (0.7, 0.7, 0.5)}
-    clients = {name: {"stream": "blur", "records": 20, "rows": 20, "accuracy": clean, "source_accuracy": before,
-                      "tta_accuracy": after} for name, (clean, before, after) in rows.items()}
-    found = {"method": "t3a", "severity": 3, "round": 2, "accuracy": 0.8, "source_accuracy": 0.6,
-             "tta_accuracy": 0.5667, "clients": clients}
+    clients = {
+        name: {
+            "stream": "blur",
+            "records": 20,
+            "rows": 20,
+            "accuracy": clean,
+            "source_accuracy": before,
+            "tta_accuracy": after,
+        }
+        for name, (clean, before, after) in rows.items()
+    }
+    found = {
+        "method": "t3a",
+        "severity": 3,
+        "round": 2,
+        "accuracy": 0.8,
+        "source_accuracy": 0.6,
+        "tta_accuracy": 0.5667,
+        "clients": clients,
+    }
     return {**found, **lead.gains(found)}
 
 
@@ -277,8 +363,10 @@ def test_a_test_time_run_leads_with_what_was_gained_and_for_whom(tmp_path, monke
     tta = summary_of(run)["tta"]
     assert (tta["better"], tta["same"], tta["worse"], tta["rows"]) == (1, 1, 1, 60)
     assert tta["gain"] == pytest.approx(-0.0333)
-    wanted = ("On the clients' streams: as trained 60.0 %, with t3a 56.7 %: -3.3 points; 1 of 3 clients better, 1 the "
-              "same, 1 worse (60 rows).")
+    wanted = (
+        "On the clients' streams: as trained 60.0 %, with t3a 56.7 %: -3.3 points; 1 of 3 clients better, 1 the "
+        "same, 1 worse (60 rows)."
+    )
     page, shown = page_of(run), terminal(run, monkeypatch)
     assert first_line(page) == wanted and summary_of(run)["headline"].startswith(wanted) and shown.startswith(wanted)
     row = ["St. Mary", "blur", "20", "90.0 %", "50.0 %", "60.0 %", "+10.0 points"]
@@ -295,16 +383,23 @@ def test_a_test_time_run_leads_with_what_was_gained_and_for_whom(tmp_path, monke
 
 def test_unlike_runs_are_said_to_be_unlike_and_compared_where_they_can_be(tmp_path, monkeypatch):
     one = written(tmp_path / "one", plain([0.5, 0.6, 0.9], {"largest_class": 0.3}), split=SPLIT)
-    other = {**SPLIT, "fingerprint": "a" * 64,
-             "histogram": {"labels": ["no", "yes", "maybe"], "counts": [[1, 2, 3]] * 3}}
+    other = {
+        **SPLIT,
+        "fingerprint": "a" * 64,
+        "histogram": {"labels": ["no", "yes", "maybe"], "counts": [[1, 2, 3]] * 3},
+    }
     texts = {"data.source": "docstrings", "model.task": "sequence-classification", "model.name": "tiny-bert"}
     two = written(tmp_path / "two", plain([0.4, 0.7], {"largest_class": 0.5}, records=100), texts, split=other)
     said = side_by_side.said([one, two])
     assert said["ranking"].startswith("At round 2, the last that all evaluated: two 70.0 %, one 60.0 %")
     page = html.unescape(side_by_side.compare([one, two], tmp_path / "c.html").read_text())
-    for line in ("rounds: one 3; two 2", "data source: one digits; two docstrings", "test records: one 400; two 100",
-                 "training records (fingerprint): one ffffffffffff; two aaaaaaaaaaaa",
-                 "classes: one 2 (no, yes); two 3 (no, yes, maybe)"):
+    for line in (
+        "rounds: one 3; two 2",
+        "data source: one digits; two docstrings",
+        "test records: one 400; two 100",
+        "training records (fingerprint): one ffffffffffff; two aaaaaaaaaaaa",
+        "classes: one 2 (no, yes); two 3 (no, yes, maybe)",
+    ):
         assert line in said["differences"] and f"<li>{line}</li>" in page
     assert "<td>always giving one answer</td><td>30.0 %</td><td>50.0 %</td>" in page
     rows = side_by_side.table([one, two])
@@ -348,8 +443,13 @@ def test_sites_keep_their_names_in_tables_plots_and_quarantine(tmp_path, monkeyp
         assert {label.get_text() for label in labels} == set(SITES)
 
 
-PRIVATE = {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform",
-           "client.local_steps": 2, "client.local_epochs": None}
+PRIVATE = {
+    "privacy.unit": "sample",
+    "privacy.noise_multiplier": 1.0,
+    "strategy.weighting": "uniform",
+    "client.local_steps": 2,
+    "client.local_epochs": None,
+}
 
 
 def private(**more: Any) -> list[Event]:
@@ -365,12 +465,15 @@ def test_a_private_run_says_first_what_it_spent_and_whether_it_is_private(random
         assert text.startswith(wanted)
 
 
-@pytest.mark.parametrize(("settings", "drawn"), [
-    ({**PRIVATE}, False),
-    ({**PRIVATE, "privacy.release_metrics": True}, True),
-    ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"}, False),
-    ({}, True),
-])
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({**PRIVATE}, False),
+        ({**PRIVATE, "privacy.release_metrics": True}, True),
+        ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"}, False),
+        ({}, True),
+    ],
+)
 def test_label_counts_of_a_private_run_are_shown_only_where_they_are_released(settings, drawn, tmp_path):
     run = written(tmp_path / "run", private(), settings, split=SPLIT)
     page = page_of(run)

@@ -32,8 +32,15 @@ class Fake:
         return [message for message, _ in self.theirs.recv()]
 
 
-@pytest.mark.parametrize(("count", "share", "expected"), [
-    (5, 256, [[0, 1, 2], [3, 4]]), (5, 2, [[0, 1], [2, 3], [4]]), (1, 256, [[0]]), (7, 3, [[0, 1, 2], [3, 4, 5], [6]])])
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [
+        (5, 256, [[0, 1, 2], [3, 4]]),
+        (5, 2, [[0, 1], [2, 3], [4]]),
+        (1, 256, [[0]]),
+        (7, 3, [[0, 1, 2], [3, 4, 5], [6]]),
+    ],
+)
 @pytest.mark.parametrize("slow", [0, 1])
 def test_shares_are_the_same_whichever_worker_is_idle_first(slow, count, share, expected):
     pool = Pool(Fake, 2, share)

@@ -30,8 +30,10 @@ class CLASSP(FormBody):
     """Thresholded steps that get smaller with all that a weight has moved."""
 
     paper = "Ludwig 2024, arXiv 2405.09637"
-    stays_central = ("is an optimizer whose memory follows the gradient of every step, which clients take "
-                     "on paths of their own; no sum of theirs is one learner's")
+    stays_central = (
+        "is an optimizer whose memory follows the gradient of every step, which clients take "
+        "on paths of their own; no sum of theirs is one learner's"
+    )
 
     @dataclass
     class Config(FormConfig):
@@ -52,8 +54,15 @@ class CLASSP(FormBody):
         for key, value in self.parameters.items():
             assert value.grad is not None
             with torch.no_grad():
-                move(value, self.memory["statistics"][f"{key}/a"], value.grad, self.train.lr, config.threshold,
-                     config.power, config.eps)
+                move(
+                    value,
+                    self.memory["statistics"][f"{key}/a"],
+                    value.grad,
+                    self.train.lr,
+                    config.threshold,
+                    config.power,
+                    config.eps,
+                )
 
 
 def move(w: Tensor, a: Tensor, g: Tensor, lr: float, threshold: float, power: float, eps: float) -> None:

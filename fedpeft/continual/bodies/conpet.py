@@ -60,8 +60,10 @@ class ConPET(Body):
     needs = ("boundaries", "raw")
     loss = "seen"
     heads = ("linear",)
-    stays_central = ("keeps raw records of all owners with the scores of every expert for them, and trains "
-                     "a selector with a loss of its own")
+    stays_central = (
+        "keeps raw records of all owners with the scores of every expert for them, and trains "
+        "a selector with a loss of its own"
+    )
 
     @dataclass
     class Config:
@@ -129,8 +131,7 @@ class ConPET(Body):
     def _part(self, name: str) -> Tensors:
         """The tensors of `selector` or `expert/k`: those that train where they do."""
         everything = {**self.memory["adapters"], **self.parameters}
-        return {key.removeprefix(f"{name}/"): value for key, value in everything.items()
-                if key.startswith(f"{name}/")}
+        return {key.removeprefix(f"{name}/"): value for key, value in everything.items() if key.startswith(f"{name}/")}
 
     def _experts(self) -> list[Tensors]:
         found = [self._part(f"expert/{task}") for task in range(self.index + 1)]
@@ -196,8 +197,9 @@ class ConPET(Body):
                 key = f"logits/{numbers[f'hash/{expert}']}/{task}"
                 if key not in cache:
                     with torch.no_grad():
-                        cache[key] = torch.cat([self._logits(f"expert/{expert}", inputs)
-                                                for inputs, _ in self.each_batch(data)])
+                        cache[key] = torch.cat(
+                            [self._logits(f"expert/{expert}", inputs) for inputs, _ in self.each_batch(data)]
+                        )
 
     def _cached(self, expert: int, tasks: Tensor) -> Tensor:
         """Cached logits [N, |C_j|] of an old expert for the batch that was drawn."""
@@ -224,8 +226,11 @@ class ConPET(Body):
     def stored(self) -> dict[str, int]:
         """Bytes by kind; after a task the newest expert is in memory and still in `parameters`: it counts once."""
         kept = super().stored()
-        twice = (value for key, value in self.parameters.items() if key in self.memory["adapters"]
-                 and torch.equal(self.memory["adapters"][key], value))
+        twice = (
+            value
+            for key, value in self.parameters.items()
+            if key in self.memory["adapters"] and torch.equal(self.memory["adapters"][key], value)
+        )
         kept["adapters"] -= sum(value.numel() * value.element_size() for value in twice)
         return kept
 

@@ -49,8 +49,11 @@ class ConPETStatic(Body):
 
     def change(self) -> Change:
         scale = self.config.alpha / self.config.r
-        return {layer: low_rank(self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"], scale)
-                for layer in self.model.layers if self.parameters}
+        return {
+            layer: low_rank(self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"], scale)
+            for layer in self.model.layers
+            if self.parameters
+        }
 
     def steps(self) -> int:
         return self.train.epochs * (self.config.batches if self.index else self.per_epoch())

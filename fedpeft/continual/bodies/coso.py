@@ -59,25 +59,46 @@ class CoSO(Body):
 
     @dataclass
     class Config:
-        side: str = option("out", "space of the protected directions: outputs of a layer (published), or its inputs",
-                           choices=("out", "in"))
+        side: str = option(
+            "out",
+            "space of the protected directions: outputs of a layer (published), or its inputs",
+            choices=("out", "in"),
+        )
         r1: int = option(8, "directions that a step moves in", low=1, only=LEARNER)
         r2: int = option(16, "directions of the sketch", low=1)
         refresh: int = option(1, "K, steps between new directions", low=1, only=LEARNER)
         eps_th: float = option(0.98, "share of the sketch's energy that is protected after a task", above=0, high=1)
-        basis: str = option("sketch", "the task's subspace: from the clients' gradients, or drawn from the seed, which "
-                            "sends no sketch", choices=("sketch", "random"), only=FEDERATION)
-        shrink: str = option("next", "singular value that the sketch shrinks by: place r2 + 1, or the last, r2",
-                             choices=("next", "last"), only=LEARNER)
+        basis: str = option(
+            "sketch",
+            "the task's subspace: from the clients' gradients, or drawn from the seed, which sends no sketch",
+            choices=("sketch", "random"),
+            only=FEDERATION,
+        )
+        shrink: str = option(
+            "next",
+            "singular value that the sketch shrinks by: place r2 + 1, or the last, r2",
+            choices=("next", "last"),
+            only=LEARNER,
+        )
         decay: float = option(1.0, "the sketch is multiplied by it before each merge", above=0, high=1, only=LEARNER)
-        sketch_every: int = option(0, "steps between gradients that enter the sketch; 0: at each refresh", low=0,
-                                   only=LEARNER)
+        sketch_every: int = option(
+            0, "steps between gradients that enter the sketch; 0: at each refresh", low=0, only=LEARNER
+        )
         rotate_moments: bool = option(False, "turn Adam's moments into the new directions at a refresh", only=LEARNER)
-        svd: str = option("gram", "how directions are found: eigenvectors of the smaller Gram matrix, a randomised or "
-                          "a full singular value decomposition", choices=("gram", "randomized", "full"), only=LEARNER)
+        svd: str = option(
+            "gram",
+            "how directions are found: eigenvectors of the smaller Gram matrix, a randomised or "
+            "a full singular value decomposition",
+            choices=("gram", "randomized", "full"),
+            only=LEARNER,
+        )
         cap: float = option(1.0, "largest share of directions that may be protected", above=0, high=1, only=LEARNER)
-        deltas: str = option("none", "each task's change of the weights is also kept: not, whole, or truncated",
-                             choices=("none", "dense", "svd"), only=LEARNER)
+        deltas: str = option(
+            "none",
+            "each task's change of the weights is also kept: not, whole, or truncated",
+            choices=("none", "dense", "svd"),
+            only=LEARNER,
+        )
         delta_rank: int = option(16, "rank of a truncated change; what it leaves out is reported", low=1, only=LEARNER)
 
     def begin_task(self) -> None:
@@ -140,8 +161,9 @@ class CoSO(Body):
 
     def statistics(self, data: Encoded) -> dict[str, Tensor]:
         """S S^T by layer: the sum over owners is that of all their gradients. `merge_sketches` sends less."""
-        return {f"{layer}/C": (S := self.memory["statistics"][f"{layer}/S"].double()) @ S.T
-                for layer in self.model.layers}
+        return {
+            f"{layer}/C": (S := self.memory["statistics"][f"{layer}/S"].double()) @ S.T for layer in self.model.layers
+        }
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         for layer in self.model.layers:
@@ -151,8 +173,12 @@ class CoSO(Body):
             self._keep(layer)
         for layer, share in self.saturation().items():
             if share > FULL:
-                log.warning("coso: %.0f %% of the directions of %s are protected; it hardly learns any more. Lower "
-                            "eps_th or r2, or set cap.", 100 * share, layer)
+                log.warning(
+                    "coso: %.0f %% of the directions of %s are protected; it hardly learns any more. Lower "
+                    "eps_th or r2, or set cap.",
+                    100 * share,
+                    layer,
+                )
 
     def saturation(self) -> dict[str, float]:
         """D / m: the share of each layer's directions that are protected."""

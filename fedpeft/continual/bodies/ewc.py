@@ -39,15 +39,17 @@ class EWC(FormBody):
 
     paper = "Kirkpatrick et al. 2017, arXiv 1612.00796"
     needs = ("boundaries", "statistics")
-    stays_central = ("pulls each parameter back by its own weight in every step, and no client half has "
-                     "such a term of the loss")
+    stays_central = (
+        "pulls each parameter back by its own weight in every step, and no client half has such a term of the loss"
+    )
 
     @dataclass
     class Config(FormConfig):
         lam: float = option(1.0, "mean weight of the pull that one task adds", low=0)
         decay: float = option(1.0, "share of the earlier importance that a new task leaves", low=0, high=1)
-        labels: str = option("data", "gradients at the records' labels, or at labels that the model draws",
-                             choices=("data", "model"))
+        labels: str = option(
+            "data", "gradients at the records' labels, or at labels that the model draws", choices=("data", "model")
+        )
         records: int = option(256, "records of a task that the importance is measured on", low=1)
 
     def penalty(self, inputs: Inputs, labels: Tensor, features: Tensor, classifier: Classifier) -> Tensor | None:

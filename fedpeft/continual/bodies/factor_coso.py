@@ -31,8 +31,9 @@ class FactorCoSO(Body):
 
     @dataclass
     class Config:
-        side: str = option("out", "what is protected: inputs, output directions, or both",
-                           choices=("in", "out", "both"))
+        side: str = option(
+            "out", "what is protected: inputs, output directions, or both", choices=("in", "out", "both")
+        )
         r: int = option(4, "rank of a task's LoRA; else adapter.r", low=1, only=LEARNER)
         alpha: float = option(4.0, "scale: alpha / r; else adapter.alpha", above=0, only=LEARNER)
         energy: float = option(0.98, "side out: share of B's squared singular values to protect", above=0, high=1)
@@ -57,10 +58,17 @@ class FactorCoSO(Body):
         scale, adapters = self.config.alpha / self.config.r, self.memory["adapters"]
         if not self.parameters:
             return {}
-        past = [{layer: low_rank(adapters[f"past/{task}/{layer}/B"], adapters[f"past/{task}/{layer}/A"], scale)
-                 for layer in self.model.layers} for task in range(self.index)]
-        now = {layer: low_rank(self.parameters[f"{layer}/B"], adapters[f"now/{layer}/A"], scale)
-               for layer in self.model.layers}
+        past = [
+            {
+                layer: low_rank(adapters[f"past/{task}/{layer}/B"], adapters[f"past/{task}/{layer}/A"], scale)
+                for layer in self.model.layers
+            }
+            for task in range(self.index)
+        ]
+        now = {
+            layer: low_rank(self.parameters[f"{layer}/B"], adapters[f"now/{layer}/A"], scale)
+            for layer in self.model.layers
+        }
         return together(*past, now)
 
     def after_backward(self) -> None:

@@ -83,8 +83,10 @@ class InfLoRA(Body):
     def statistics(self, data: Encoded) -> dict[str, Tensor]:
         """`layer/G` [n, n]: sums of x x^T over all tokens, in float64."""
         change = self.change()
-        grams = {f"{layer}/G": torch.zeros(n, n).double() for layer, (_, n) in
-                 ((layer, self.model.base.shape(layer)) for layer in self.model.layers)}
+        grams = {
+            f"{layer}/G": torch.zeros(n, n).double()
+            for layer, (_, n) in ((layer, self.model.base.shape(layer)) for layer in self.model.layers)
+        }
         for inputs, _ in self.each_batch(data):
             for layer, x in self.model.observe(inputs, change).items():
                 grams[f"{layer}/G"] += x.double().T @ x.double()
@@ -98,7 +100,10 @@ class InfLoRA(Body):
         if full:
             logging.getLogger("fedpeft").warning(
                 "inflora: after task %d the protected inputs fill over 90 %% of %s; little more can be learned there. "
-                "Lower the threshold or adapt other layers.", self.index, ", ".join(full))
+                "Lower the threshold or adapt other layers.",
+                self.index,
+                ", ".join(full),
+            )
 
     def saturation(self) -> dict[str, float]:
         """Share D/n of each layer's input space that is protected."""

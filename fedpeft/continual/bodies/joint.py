@@ -23,14 +23,16 @@ class Joint(FormBody):
 
     needs = ("raw",)
     loss = "seen"
-    stays_central = ("trains on the raw records of all tasks again, which is a federation without tasks "
-                     "(continual.body=null)")
+    stays_central = (
+        "trains on the raw records of all tasks again, which is a federation without tasks (continual.body=null)"
+    )
 
     def feed(self, index: int, task: Task, seen: list[int]) -> None:
         super().feed(index, task, seen)
         raw = self.memory["raw"]
-        inputs = {name: torch.cat([raw["inputs"][name], value]) if raw else value
-                  for name, value in task.train.inputs.items()}
+        inputs = {
+            name: torch.cat([raw["inputs"][name], value]) if raw else value for name, value in task.train.inputs.items()
+        }
         labels = torch.cat([raw["labels"], task.train.labels]) if raw else task.train.labels
         self.memory["raw"] = {"inputs": inputs, "labels": labels}
 

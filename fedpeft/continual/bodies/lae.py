@@ -57,8 +57,9 @@ class LAE(Body):
         r: int = option(5, "rank of the LoRA, or width of the adapter; else adapter.r", low=1, only=LEARNER)
         length: int = option(10, "keys and values in a prefix", low=1, only=LEARNER)
         retention: float = option(0.9, "share of the offline expert (the average) that a task leaves", low=0, high=1)
-        frozen_epochs: int = option(3, "epochs of a later task in which only the classifier trains", low=0,
-                                    only=LEARNER)
+        frozen_epochs: int = option(
+            3, "epochs of a later task in which only the classifier trains", low=0, only=LEARNER
+        )
         frozen_rounds: int = option(1, "rounds of a later task in which only the head trains", low=0, only=FEDERATION)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -74,8 +75,9 @@ class LAE(Body):
             for place, layer in self.places.items():
                 self.parameters |= {f"{place}/{role}": leaf(value) for role, value in self._drawn(place, layer).items()}
         elif self.index == 1:
-            self.memory["adapters"] = {f"offline/{key}": value.detach().clone()
-                                       for key, value in self.parameters.items()}
+            self.memory["adapters"] = {
+                f"offline/{key}": value.detach().clone() for key, value in self.parameters.items()
+            }
 
     def _drawn(self, place: str, layer: str) -> dict[str, Tensor]:
         if self.config.form == "prefix":
@@ -84,8 +86,11 @@ class LAE(Body):
         m, n = self.model.base.shape(layer)
         if self.config.form == "adapter":
             m = n  # beside an attention: from hidden states to hidden states
-        return {"A": lora.drawn(n, self.config.r, self.generator("A", place)),
-                "B": torch.zeros(m, self.config.r), "s": torch.ones(())}
+        return {
+            "A": lora.drawn(n, self.config.r, self.generator("A", place)),
+            "B": torch.zeros(m, self.config.r),
+            "s": torch.ones(()),
+        }
 
     def change(self) -> Change:
         return self._view(self.parameters)

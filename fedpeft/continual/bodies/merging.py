@@ -49,8 +49,11 @@ class Merging(Body):
     class Config:
         method: str = option("running_average", "registered merger")
         method_options: dict[str, Any] = option({}, "options of the merger", options_of=("mergers", "method"))
-        start: str = option("same", "A of a new task: one draw for all, or frozen rows orthogonal to earlier ones",
-                            choices=("same", "orthogonal"))
+        start: str = option(
+            "same",
+            "A of a new task: one draw for all, or frozen rows orthogonal to earlier ones",
+            choices=("same", "orthogonal"),
+        )
         r: int = option(8, "rank of each task's LoRA; else adapter.r", low=1, only=LEARNER)
         alpha: float = option(8.0, "scale of the LoRAs: alpha / r; else adapter.alpha", above=0, only=LEARNER)
 
@@ -78,8 +81,11 @@ class Merging(Body):
         return {"online": self.change() if merged is None else view(merged)}
 
     def merged(self) -> AdapterState | None:
-        tensors = {key.removeprefix("merged/"): value for key, value in self.memory["adapters"].items()
-                   if key.startswith("merged/")}
+        tensors = {
+            key.removeprefix("merged/"): value
+            for key, value in self.memory["adapters"].items()
+            if key.startswith("merged/")
+        }
         return self._adapter(tensors) if tensors else None
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
@@ -92,8 +98,10 @@ class Merging(Body):
         state = self.merger.add(state, self._adapter(own))
         merged = self.merger.result(state).tensors
         numbers["merger"] = state["numbers"]
-        self.memory["adapters"] = {**{f"merger/{key}": value for key, value in state["tensors"].items()},
-                                   **{f"merged/{key}": value for key, value in merged.items()}}
+        self.memory["adapters"] = {
+            **{f"merger/{key}": value for key, value in state["tensors"].items()},
+            **{f"merged/{key}": value for key, value in merged.items()},
+        }
 
     def _start(self, layer: str, task: int) -> Tensor:
         _, n = self.model.base.shape(layer)
@@ -103,8 +111,9 @@ class Merging(Body):
 
     def _adapter(self, tensors: dict[str, Tensor]) -> AdapterState:
         scale = self.config.alpha / self.config.r
-        return AdapterState(tensors, {layer: AdaptedLayer("lora", self.model.base.shape(layer), scale)
-                                      for layer in self.model.layers})
+        return AdapterState(
+            tensors, {layer: AdaptedLayer("lora", self.model.base.shape(layer), scale) for layer in self.model.layers}
+        )
 
     def _rehearse(self) -> None:
         """Merge two adapters of noise: a merger that cannot take what comes says so before anything was trained."""
@@ -120,5 +129,7 @@ class Merging(Body):
 
 def view(adapter: AdapterState) -> Change:
     """What a plain LoRA adapter changes."""
-    return {site: low_rank(adapter[f"{site}/B"], adapter[f"{site}/A"], adapter.sites[site].scaling)
-            for site in adapter.lora_sites()}
+    return {
+        site: low_rank(adapter[f"{site}/B"], adapter[f"{site}/A"], adapter.sites[site].scaling)
+        for site in adapter.lora_sites()
+    }

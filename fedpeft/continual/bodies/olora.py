@@ -37,8 +37,9 @@ class OLoRA(Body):
 
     paper = "Wang et al. 2023, arXiv 2310.14152"
     needs = ("boundaries",)
-    stays_central = ("penalises the overlap with earlier rows in every step, and no client half has such a "
-                     "term of the loss")
+    stays_central = (
+        "penalises the overlap with earlier rows in every step, and no client half has such a term of the loss"
+    )
 
     @dataclass
     class Config:
@@ -53,14 +54,19 @@ class OLoRA(Body):
 
     def change(self) -> Change:
         scale = self.config.alpha / self.config.r
-        return {layer: low_rank(*lora.side_by_side([*lora.past(self, layer), self._pair(layer)]), scale)
-                for layer in self.model.layers if self.parameters}
+        return {
+            layer: low_rank(*lora.side_by_side([*lora.past(self, layer), self._pair(layer)]), scale)
+            for layer in self.model.layers
+            if self.parameters
+        }
 
     def penalty(self, inputs: Inputs, labels: Tensor, features: Tensor, classifier: Classifier) -> Tensor | None:
         terms = []
         if self.index and self.config.lam:
-            terms += [self.config.lam * lora.overlap(self._pair(layer)[1], lora.past(self, layer))
-                      for layer in self.model.layers]
+            terms += [
+                self.config.lam * lora.overlap(self._pair(layer)[1], lora.past(self, layer))
+                for layer in self.model.layers
+            ]
         if self.config.lam2:
             terms += [self.config.lam2 * value.norm() for value in self.parameters.values()]
         return torch.stack(terms).sum() if terms else None

@@ -52,8 +52,11 @@ class OWLoRA(Body):
             self.parameters[f"{layer}/weights"] = leaf(torch.cat([before, torch.ones(1)]))
 
     def change(self) -> Change:
-        return {layer: low_rank(*self._pairs(layer), self.config.alpha / self.config.r)
-                for layer in self.model.layers if self.parameters}
+        return {
+            layer: low_rank(*self._pairs(layer), self.config.alpha / self.config.r)
+            for layer in self.model.layers
+            if self.parameters
+        }
 
     def penalty(self, inputs: Inputs, labels: Tensor, features: Tensor, classifier: Classifier) -> Tensor | None:
         if not self.index:

@@ -24,8 +24,9 @@ class Sequential(Body):
 
     @dataclass
     class Config:
-        form: str = option("full", "what trains: the layers' full weights, or a LoRA", choices=("full", "lora"),
-                           only=LEARNER)
+        form: str = option(
+            "full", "what trains: the layers' full weights, or a LoRA", choices=("full", "lora"), only=LEARNER
+        )
         r: int = option(8, "rank of the LoRA; else adapter.r", low=1, only=LEARNER)
         alpha: float = option(8.0, "scale of the LoRA: alpha / r; else adapter.alpha", above=0, only=LEARNER)
 
@@ -45,5 +46,7 @@ class Sequential(Body):
         if self.config.form == "full":
             return {layer: dense(self.parameters[f"{layer}/W"]) for layer in self.model.layers}
         scale = self.config.alpha / self.config.r
-        return {layer: low_rank(self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"], scale)
-                for layer in self.model.layers}
+        return {
+            layer: low_rank(self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"], scale)
+            for layer in self.model.layers
+        }

@@ -33,8 +33,9 @@ class LDA(Head):
 
     @dataclass
     class Config:
-        covariance: str = option("within", "scatter within classes, or total covariance of all features",
-                                 choices=("within", "total"))
+        covariance: str = option(
+            "within", "scatter within classes, or total covariance of all features", choices=("within", "total")
+        )
         ridge: float = option(1e-2, "added to the diagonal, in units of its mean", above=0)
         prior: bool = option(False, "add the log share of each class")
 

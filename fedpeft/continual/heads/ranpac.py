@@ -58,8 +58,9 @@ class RanPAC(Head):
     @dataclass
     class Config:
         features: int = option(1000, "random features M; the sums have 2 M^2 numbers", low=1)
-        ridge: float | None = option(None, "in units of the mean of G's diagonal; chosen on held-out records when null",
-                                     above=0)
+        ridge: float | None = option(
+            None, "in units of the mean of G's diagonal; chosen on held-out records when null", above=0
+        )
 
     def __init__(self, classes: int, width: int, seed: int, **options: Any) -> None:
         super().__init__(classes, width, seed, **options)

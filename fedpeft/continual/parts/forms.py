@@ -38,8 +38,12 @@ CHANNELS_FIRST = ("BatchNorm", "GroupNorm", "InstanceNorm")
 class FormConfig:
     """Options of bodies whose trained form can be chosen; r and alpha are the LoRA's alone."""
 
-    form: str = option("full", "what trains: the layers' full weights, a LoRA, or gain and shift of the norms",
-                       choices=("full", "lora", "film"), only=LEARNER)
+    form: str = option(
+        "full",
+        "what trains: the layers' full weights, a LoRA, or gain and shift of the norms",
+        choices=("full", "lora", "film"),
+        only=LEARNER,
+    )
     r: int = option(8, "rank of the LoRA; else adapter.r", low=1, only=LEARNER)
     alpha: float = option(8.0, "scale of the LoRA: alpha / r; else adapter.alpha", above=0, only=LEARNER)
 
@@ -71,8 +75,10 @@ def start(model: Plastic, form: str, r: int, generator: Callable[[str], torch.Ge
     if form == "film":
         found = norms(model)
         if not found:
-            raise InputError(f"body.form=film: {type(model.base.backbone).__name__} has no normalisation layers with "
-                             "a gain. Use full or lora.")
+            raise InputError(
+                f"body.form=film: {type(model.base.backbone).__name__} has no normalisation layers with "
+                "a gain. Use full or lora."
+            )
         return {f"{name}/{role}": torch.zeros(width) for name, width in found.items() for role in ("g", "b")}
     values = {}
     for layer in model.layers:
@@ -103,13 +109,18 @@ def change(model: Plastic, leaves: Mapping[str, Tensor], scale: float = 1.0) -> 
 def norms(model: Plastic) -> dict[str, int]:
     """Normalisation layers with a gain, and their channels; the head's own are left out."""
     head = {id(module) for module in model.base.head.modules()}
-    return {name: weight.numel() for name, module in model.base.backbone.named_modules()
-            if "Norm" in type(module).__name__ and id(module) not in head
-            and isinstance(weight := getattr(module, "weight", None), nn.Parameter)}
+    return {
+        name: weight.numel()
+        for name, module in model.base.backbone.named_modules()
+        if "Norm" in type(module).__name__
+        and id(module) not in head
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+    }
 
 
 def modulate(g: Tensor, b: Tensor, channels_first: bool = False) -> Patch:
     """y -> (1 + g) y + b; channels are the last dimension, or the second."""
+
     def patch(x: Tensor, y: Tensor) -> Tensor:
         shape = (-1, *(1,) * (y.ndim - 2)) if channels_first else (-1,)
         return ((1 + g.view(shape)) * y + b.view(shape)).to(y.dtype)

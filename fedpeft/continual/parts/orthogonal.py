@@ -25,8 +25,10 @@ def outside(M: Tensor | None, size: int, count: int, seed: int, site: str, task:
     """
     used = 0 if M is None else M.shape[1]
     if used + count > size:
-        raise InputError(f"continual.body: {site} has {size} dimensions, of which {used} are protected; task {task} "
-                         f"needs {count} more. Lower adapter.r, continual.tasks or the protected share.")
+        raise InputError(
+            f"continual.body: {site} has {size} dimensions, of which {used} are protected; task {task} "
+            f"needs {count} more. Lower adapter.r, continual.tasks or the protected share."
+        )
     draw = torch.randn(size, count, generator=seeds.torch_generator(seed, "subspace", site, task), dtype=torch.float64)
     for _ in range(2):  # the second time removes what rounding left
         draw = torch.linalg.qr(draw if M is None else project(draw, M)).Q

@@ -45,8 +45,10 @@ def attentions(model: Plastic, body: str) -> dict[str, str]:
         if parent and inside:
             found[parent] = f"{parent}.{inside[0]}"
     if not found:
-        raise InputError(f"{body}: none of the adapted layers ({', '.join(model.layers[:3])}, ...) is in an attention "
-                         "module with a query projection of a known name. Use form=lora, or adapt attention layers.")
+        raise InputError(
+            f"{body}: none of the adapted layers ({', '.join(model.layers[:3])}, ...) is in an attention "
+            "module with a query projection of a known name. Use form=lora, or adapt attention layers."
+        )
     return found
 
 
@@ -70,8 +72,10 @@ def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -
     def check(x: Tensor, y: Tensor) -> Tensor:
         if waiting:
             _restore(module, waiting)
-            raise InputError(f"{attention}: {type(module).__name__} does not take its attention from transformers' "
-                             "registry, so it can have no prefix. Use form=lora or form=adapter.")
+            raise InputError(
+                f"{attention}: {type(module).__name__} does not take its attention from transformers' "
+                "registry, so it can have no prefix. Use form=lora or form=adapter."
+            )
         return y
 
     return {query: arm, attention: check}
@@ -85,13 +89,16 @@ def widths(model: Plastic, attention: str, query: str) -> int:
     """
     *parents, name = query.split(".")
     if name not in SEPARATE or not hasattr(model.base.layer(attention), "config"):
-        raise InputError(f"{attention}: a prefix needs separate query and key projections "
-                         f"({', '.join(SEPARATE)}); found '{name}'. Use form=lora or form=adapter.")
+        raise InputError(
+            f"{attention}: a prefix needs separate query and key projections "
+            f"({', '.join(SEPARATE)}); found '{name}'. Use form=lora or form=adapter."
+        )
     return model.base.shape(".".join([*parents, SEPARATE[name]]))[0]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, K: Tensor, V: Tensor, mask: Tensor | None,
-           scaling: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
     """Attention with a calibrated prefix, [N, heads, T, d].
 
     Args:
@@ -116,8 +123,16 @@ def _register() -> None:
     AttentionInterface.register(NAME, _attention)
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               scaling: float | None = None, is_causal: bool | None = None, **other: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
     """transformers' form of an attention function: heads in dimension 1, the output [N, T, heads, d]."""
     K, V, waiting = module._fedpeft_prefix
     _restore(module, waiting)

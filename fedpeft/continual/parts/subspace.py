@@ -39,8 +39,12 @@ def project(G: Tensor, M: Tensor) -> Tensor:
     return left.to(G.dtype)
 
 
-def left_singular(G: Tensor, rank: int, svd: str = "full", generator: torch.Generator | None = None,
-                  ) -> tuple[Tensor, Tensor]:
+def left_singular(
+    G: Tensor,
+    rank: int,
+    svd: str = "full",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors [m, rank] and values [rank] of G [m, n], float64.
 
     Both are zero beyond the rank of G: from where sigma_i <= 1e-6 sigma_1. The largest entry of a vector is positive.

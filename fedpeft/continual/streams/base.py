@@ -133,19 +133,35 @@ def domain_plan(name: str, found: Material, seed: int, **more: Any) -> dict[str,
     train, test = found.domains
     order = seeds.numpy_generator(seed, "domains").permutation(len(found.domain_names)).tolist()
     labels = found.train.labels.numpy()
-    tasks = [{"name": found.domain_names[domain], "classes": sorted(set(labels[train == domain].tolist())),
-              "train": np.flatnonzero(train == domain).tolist(), "test": np.flatnonzero(test == domain).tolist()}
-             for domain in order]
+    tasks = [
+        {
+            "name": found.domain_names[domain],
+            "classes": sorted(set(labels[train == domain].tolist())),
+            "train": np.flatnonzero(train == domain).tolist(),
+            "test": np.flatnonzero(test == domain).tolist(),
+        }
+        for domain in order
+    ]
     for task in tasks:
         if not task["train"] or not task["test"]:
-            raise InputError(f"stream {name}: the domain '{task['name']}' has {len(task['train'])} training and "
-                             f"{len(task['test'])} test records; both sets need some of each domain.")
-    return {"version": stream.VERSION, "name": name, "scenario": "domain", "seed": seed, "classes": _classes(found),
-            **more, "tasks": tasks}
+            raise InputError(
+                f"stream {name}: the domain '{task['name']}' has {len(task['train'])} training and "
+                f"{len(task['test'])} test records; both sets need some of each domain."
+            )
+    return {
+        "version": stream.VERSION,
+        "name": name,
+        "scenario": "domain",
+        "seed": seed,
+        "classes": _classes(found),
+        **more,
+        "tasks": tasks,
+    }
 
 
-def labelled(data: DataConfig, model: ModelConfig, layers: list[str] | None, seed: int,
-             column: str | None = None) -> Material:
+def labelled(
+    data: DataConfig, model: ModelConfig, layers: list[str] | None, seed: int, column: str | None = None
+) -> Material:
     """Records of any data set of `data.source`, as the model takes them.
 
     Args:
@@ -158,8 +174,10 @@ def labelled(data: DataConfig, model: ModelConfig, layers: list[str] | None, see
     domains, names = None, []
     if column is not None:
         if column not in train.columns or column not in test.columns:
-            raise InputError(f"stream.column: '{data.source}' has no column '{column}'. It has: "
-                             f"{', '.join(train.columns) or 'none'}.")
+            raise InputError(
+                f"stream.column: '{data.source}' has no column '{column}'. It has: "
+                f"{', '.join(train.columns) or 'none'}."
+            )
         values = [part.columns[column].astype(str) for part in (train, test)]
         names = sorted(set(values[0].tolist()) | set(values[1].tolist()))
         domains = (np.searchsorted(names, values[0]), np.searchsorted(names, values[1]))

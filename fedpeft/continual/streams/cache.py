@@ -18,8 +18,9 @@ from fedpeft.errors import InputError
 from fedpeft.files import write_tensors
 
 
-def tensors(what: str, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Tensor]],
-            also: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def tensors(
+    what: str, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Tensor]], also: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """The tensors that `make` gives, read from disk where it has run before with the same data and settings.
 
     Args:

@@ -37,5 +37,6 @@ class Digits5(StreamSource):
         labels = np.concatenate([part.labels for part in parts])
         data = Encoded({"pixel_values": torch.from_numpy(np.ascontiguousarray(images))}, torch.from_numpy(labels))
         train, test = train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, stratify=labels, random_state=seed)
-        return Material(data.view(np.sort(train)), data.view(np.sort(test)), nets.glyph_net("drawings", 10),
-                        nets.LAYERS)
+        return Material(
+            data.view(np.sort(train)), data.view(np.sort(test)), nets.glyph_net("drawings", 10), nets.LAYERS
+        )

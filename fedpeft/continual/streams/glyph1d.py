@@ -28,6 +28,8 @@ class Glyph1D(StreamSource):
         test: int = option(40, "test records a class", low=1)
 
     def records(self, seed: int) -> Material:
-        train, test = (drawn(CLASSES, count, seed, which)
-                       for which, count in (("train", self.config.train), ("test", self.config.test)))
+        train, test = (
+            drawn(CLASSES, count, seed, which)
+            for which, count in (("train", self.config.train), ("test", self.config.test))
+        )
         return Material(train, test, nets.glyph_net("signals", CLASSES), nets.LAYERS)

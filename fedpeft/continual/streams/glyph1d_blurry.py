@@ -40,8 +40,10 @@ class Glyph1DBlurry(StreamSource):
         test: int = option(40, "test records a class", low=1)
 
     def records(self, seed: int) -> Material:
-        train, test = (drawn(CLASSES, count, seed, which)
-                       for which, count in (("train", self.config.train), ("test", self.config.test)))
+        train, test = (
+            drawn(CLASSES, count, seed, which)
+            for which, count in (("train", self.config.train), ("test", self.config.test))
+        )
         return Material(train, test, nets.glyph_net("signals", CLASSES), nets.LAYERS)
 
     def manifest(self, found: Material, seed: int, **more: Any) -> dict[str, Any]:
@@ -54,11 +56,26 @@ class Glyph1DBlurry(StreamSource):
         seen: set[int] = set()
         for number, part in enumerate(np.array_split(order, self.config.parts)):
             classes = sorted(set(labels[part].tolist()))
-            tasks.append({"name": f"part-{number}", "classes": classes, "train": part.tolist(),
-                          "test": np.flatnonzero(np.isin(tests, sorted(set(classes) - seen))).tolist()})
+            tasks.append(
+                {
+                    "name": f"part-{number}",
+                    "classes": classes,
+                    "train": part.tolist(),
+                    "test": np.flatnonzero(np.isin(tests, sorted(set(classes) - seen))).tolist(),
+                }
+            )
             seen |= set(classes)
-        return {"version": stream.VERSION, "name": self.name, "scenario": self.scenario, "seed": seed,
-                "classes": CLASSES, **more, "groups": groups, "home": home.tolist(), "tasks": tasks}
+        return {
+            "version": stream.VERSION,
+            "name": self.name,
+            "scenario": self.scenario,
+            "seed": seed,
+            "classes": CLASSES,
+            **more,
+            "groups": groups,
+            "home": home.tolist(),
+            "tasks": tasks,
+        }
 
 
 def scattered(labels: np.ndarray, groups: list[list[int]], blur: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,9 +34,11 @@ class Glyph1DDomain(StreamSource):
     def records(self, seed: int) -> Material:
         (train, of_train), (test, of_test) = (
             _joined([drawn(CLASSES, count, seed, which, domain) for domain in DOMAINS])
-            for which, count in (("train", self.config.train), ("test", self.config.test)))
-        return Material(train, test, nets.glyph_net("signals", CLASSES), nets.LAYERS, (of_train, of_test),
-                        list(DOMAINS))
+            for which, count in (("train", self.config.train), ("test", self.config.test))
+        )
+        return Material(
+            train, test, nets.glyph_net("signals", CLASSES), nets.LAYERS, (of_train, of_test), list(DOMAINS)
+        )
 
 
 def _joined(parts: list[Encoded]) -> tuple[Encoded, np.ndarray]:

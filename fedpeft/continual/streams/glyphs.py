@@ -27,8 +27,15 @@ from fedpeft.models.base import Base
 
 CLASSES, TASK, LAYERS = 36, "image-classification", ["q_proj", "v_proj"]
 DISPLAY = "fonts-aenigma"
-SHAPE = {"image_size": 32, "patch_size": 8, "num_channels": 1, "hidden_size": 96, "num_hidden_layers": 4,
-         "num_attention_heads": 4, "intermediate_size": 192}
+SHAPE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_channels": 1,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+}
 EPOCHS, BATCH, RATE = 30, 64, 2e-3
 VERSION = 1  # of the pre-training: cached weights of another one are not read
 
@@ -104,8 +111,9 @@ def moved(images: Tensor, rng: np.random.Generator) -> Tensor:
 def _vit() -> Any:
     import transformers
 
-    return transformers.ViTForImageClassification(transformers.ViTConfig(
-        **SHAPE, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**SHAPE, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
 
 
 def _base(weights: dict[str, Tensor]) -> Base:

@@ -1,8 +1,8 @@
 """Labelled 1-D signals for the glyph1d streams, and the six ways in which a domain changes them.
 
-    shear    slopes three times as steep          flip     sign changed
-    warp     time runs quadratically              noise    strongly correlated instead of nearly white
-    clip     values cut at +-0.7                  permute  eight segments in another order, the same for all records
+shear    slopes three times as steep          flip     sign changed
+warp     time runs quadratically              noise    strongly correlated instead of nearly white
+clip     values cut at +-0.7                  permute  eight segments in another order, the same for all records
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ class Text(StreamSource):
         max_length: int = option(32, "longest text in tokens (bytes)", low=1)
 
     def records(self, seed: int) -> Material:
-        model = ModelConfig(name="tiny-bert", task="sequence-classification", pooling="mean",
-                            max_length=self.config.max_length)
+        model = ModelConfig(
+            name="tiny-bert", task="sequence-classification", pooling="mean", max_length=self.config.max_length
+        )
         return labelled(DataConfig(source="docstrings", limit=self.config.limit), model, None, seed)

@@ -44,12 +44,20 @@ class WordNet(StreamSource):
     def records(self, seed: int) -> Material:
         cache.about("wordnet"), cache.about("minilm")
         base = loading.load(ModelConfig(name="minilm", task=TASK, max_length=self.config.max_length), CLASSES, 0)
-        settings = {"train": self.config.train, "test": self.config.test, "max_length": self.config.max_length,
-                    "lower": LOWER}
+        settings = {
+            "train": self.config.train,
+            "test": self.config.test,
+            "max_length": self.config.max_length,
+            "lower": LOWER,
+        }
         found = cache.tensors(f"layer{LOWER}", "wordnet", settings, lambda: self._lower(base), also=("minilm",))
-        train, test = (Encoded({"inputs_embeds": found[f"{which}/hidden"],
-                                "attention_mask": found[f"{which}/mask"].long()}, found[f"{which}/labels"])
-                       for which in ("train", "test"))
+        train, test = (
+            Encoded(
+                {"inputs_embeds": found[f"{which}/hidden"], "attention_mask": found[f"{which}/mask"].long()},
+                found[f"{which}/labels"],
+            )
+            for which in ("train", "test")
+        )
         return Material(train, test, upper_half(base), LAYERS)
 
     def _lower(self, base: Base) -> dict[str, Tensor]:
@@ -61,10 +69,17 @@ class WordNet(StreamSource):
             part = part.take(per_class(part.labels, getattr(self.config, which), 0, f"wordnet {which}"))
             data = encode(part, base.processor, TASK, self.config.max_length)
             with torch.no_grad():
-                hidden = [half(**{name: value[start : start + BATCH] for name, value in data.inputs.items()})
-                          .last_hidden_state.half() for start in range(0, len(data), BATCH)]
-            found |= {f"{which}/hidden": torch.cat(hidden), f"{which}/labels": data.labels,
-                      f"{which}/mask": data.inputs["attention_mask"].to(torch.uint8)}
+                hidden = [
+                    half(
+                        **{name: value[start : start + BATCH] for name, value in data.inputs.items()}
+                    ).last_hidden_state.half()
+                    for start in range(0, len(data), BATCH)
+                ]
+            found |= {
+                f"{which}/hidden": torch.cat(hidden),
+                f"{which}/labels": data.labels,
+                f"{which}/mask": data.inputs["attention_mask"].to(torch.uint8),
+            }
         return found
 
 

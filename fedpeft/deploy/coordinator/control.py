@@ -67,13 +67,17 @@ class Control:
         self.server = server
         root = None if insecure else (server.path / "ca.crt").read_bytes()
         self.client = ControlHttpClient.from_server_address(
-            server.control, insecure, root, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")])
+            server.control, insecure, root, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
+        )
 
     def nodes(self) -> list[RegisteredNode]:
         """The SuperLink's nodes that have not been unregistered, online or not."""
         answer = self.client.ListNodes(ListNodesRequest())
-        return [RegisteredNode(node.node_id, node.name, node.public_key, node.status, node.online_until)
-                for node in answer.nodes_info if node.status != "unregistered"]
+        return [
+            RegisteredNode(node.node_id, node.name, node.public_key, node.status, node.online_until)
+            for node in answer.nodes_info
+            if node.status != "unregistered"
+        ]
 
     def register(self, name: str, key: str) -> None:
         """Let the holder of this public key (a line in OpenSSH's form) connect under the name."""
@@ -99,8 +103,9 @@ class Control:
     def start_run(self, name: str) -> int:
         """Have Flower start a run that carries this name and no code; Flower's number of it."""
         content = build_fab_from_files({"pyproject.toml": APP.encode()})[0]
-        request = StartRunRequest(fab=fab_to_proto(Fab("", content, {})),
-                                  override_config=user_config_to_proto({"run": name}))
+        request = StartRunRequest(
+            fab=fab_to_proto(Fab("", content, {})), override_config=user_config_to_proto({"run": name})
+        )
         answer = self.client.StartRun(request)
         if not answer.run_id:
             raise RunError(f"{name}: the SuperLink did not start it; see logs/superlink.log.")
@@ -137,7 +142,9 @@ def connected(server: Server, insecure: bool) -> Iterator[Control]:
     try:
         yield control
     except httpx.HTTPError as error:
-        raise RunError(f"the coordinator does not answer on {server.control}: {error}. Is `fedpeft server start "
-                       f"{server.path}` running?") from error
+        raise RunError(
+            f"the coordinator does not answer on {server.control}: {error}. Is `fedpeft server start "
+            f"{server.path}` running?"
+        ) from error
     finally:
         control.close()

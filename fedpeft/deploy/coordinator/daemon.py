@@ -37,8 +37,10 @@ CHECK_S = 1.0  # between looks at sites and runs that were added, stopped or bro
 START_S = 60.0
 BEFORE = ("pending", "starting")
 AUTHENTICATED = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-INSECURE = ("INSECURE: no TLS and no authentication. Anyone who reaches port %d can read every update and pose as a "
-            "site. For tests on one machine only.")
+INSECURE = (
+    "INSECURE: no TLS and no authentication. Anyone who reaches port %d can read every update and pose as a "
+    "site. For tests on one machine only."
+)
 
 
 def serve(path: Path, insecure: bool = False) -> None:
@@ -55,14 +57,21 @@ def serve(path: Path, insecure: bool = False) -> None:
         if insecure:
             log.warning(INSECURE, server.settings.port)
         env = settings.environment(server.path)
-        link = Child("superlink", launch("superlink", server.path, *superlink_options(server, insecure)),
-                     {**env, "FLWR_LOG_LEVEL": "WARNING"}, server.path / "logs" / "superlink.log")
+        link = Child(
+            "superlink",
+            launch("superlink", server.path, *superlink_options(server, insecure)),
+            {**env, "FLWR_LOG_LEVEL": "WARNING"},
+            server.path / "logs" / "superlink.log",
+        )
         coordinator = Coordinator(server, insecure, env)
         try:
             link.start()
             _wait_for(server, link)
-            log.info("coordinator ready: sites reach it at %s; %d sites added.",
-                     address.join(server.settings.host, server.settings.port), len(server.sites()))
+            log.info(
+                "coordinator ready: sites reach it at %s; %d sites added.",
+                address.join(server.settings.host, server.settings.port),
+                len(server.sites()),
+            )
             while True:
                 link.keep()
                 coordinator.step()
@@ -76,14 +85,37 @@ def serve(path: Path, insecure: bool = False) -> None:
 def superlink_options(server: Server, insecure: bool) -> list[str]:
     """The SuperLink's command line: Fleet API over gRPC in public, everything else on loopback."""
     chosen, folder = server.settings, server.path
-    tls = ["--insecure"] if insecure else [
-        "--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt"),
-        "--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
-    return ["--host", "127.0.0.1", "--port", str(chosen.control_port),
-            "--fleet-api-type", "grpc-rere", "--fleet-api-address", address.join(chosen.listen, chosen.port), *tls,
-            "--database", str(folder / ("insecure.db" if insecure else "state.db")),
-            "--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret"),
-            "--disable-runtime-dependency-installation"]
+    tls = (
+        ["--insecure"]
+        if insecure
+        else [
+            "--ssl-ca-certfile",
+            str(folder / "ca.crt"),
+            "--ssl-certfile",
+            str(folder / "server.crt"),
+            "--ssl-keyfile",
+            str(folder / "server.key"),
+            "--enable-supernode-auth",
+        ]
+    )
+    return [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(chosen.control_port),
+        "--fleet-api-type",
+        "grpc-rere",
+        "--fleet-api-address",
+        address.join(chosen.listen, chosen.port),
+        *tls,
+        "--database",
+        str(folder / ("insecure.db" if insecure else "state.db")),
+        "--isolation",
+        "process",
+        "--superexec-auth-secret-file",
+        str(folder / "secret"),
+        "--disable-runtime-dependency-installation",
+    ]
 
 
 class Coordinator:
@@ -95,10 +127,16 @@ class Coordinator:
         self.control = Control(server, insecure)
         root = None if insecure else (server.path / "ca.crt").read_bytes()
         self.runtime = RuntimeHttpClient.from_server_address(
-            server.control, insecure, root,
-            [RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-             SuperExecAuthHttpInterceptor(master_secret=(server.path / "secret").read_bytes(),
-                                          protected_methods=AUTHENTICATED)])
+            server.control,
+            insecure,
+            root,
+            [
+                RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+                SuperExecAuthHttpInterceptor(
+                    master_secret=(server.path / "secret").read_bytes(), protected_methods=AUTHENTICATED
+                ),
+            ],
+        )
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
         self.submitted: set[str] = set()
@@ -128,8 +166,12 @@ class Coordinator:
             return
         folder = self.server.runs / name
         env = {**self.env, "FEDPEFT_TASK_TOKEN": answer.token}  # not in the arguments, which every user can read
-        child = Child(f"run {name}", launch("run", self.server.path, name, "insecure" if self.insecure else "tls"), env,
-                      folder / "log.txt")
+        child = Child(
+            f"run {name}",
+            launch("run", self.server.path, name, "insecure" if self.insecure else "tls"),
+            env,
+            folder / "log.txt",
+        )
         child.start()
         self.children[name] = child
         log.info("run %s: started.", name)

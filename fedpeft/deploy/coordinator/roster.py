@@ -50,8 +50,9 @@ class SiteGrid(Grid):
     def run(self) -> Run:
         return self.grid.run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
-                       ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -96,9 +97,17 @@ class SiteGrid(Grid):
             except Exception as error:  # of objects that somebody else made, whatever is wrong with them
                 reason = shown(f"unreadable reply: {error!r}")
                 node = self.sent.get(name, 0)
-                about = Metadata(run_id=self.grid.run.run_id, message_id="", src_node_id=node, dst_node_id=0,
-                                 reply_to_message_id=name, group_id="", created_at=time.time(), ttl=1.0,
-                                 message_type="train")
+                about = Metadata(
+                    run_id=self.grid.run.run_id,
+                    message_id="",
+                    src_node_id=node,
+                    dst_node_id=0,
+                    reply_to_message_id=name,
+                    group_id="",
+                    created_at=time.time(),
+                    ttl=1.0,
+                    message_type="train",
+                )
                 replies.append(make_message(about, error=Error(ErrorCode.UNKNOWN, reason)))
         return replies
 
@@ -142,8 +151,9 @@ class Roster(Packed):
         waiting: told what is waited for, and None when it is there.
     """
 
-    def __init__(self, grid: SiteGrid, registered: Callable[[], dict[str, str]] | None,
-                 waiting: Callable[[str | None], None]) -> None:
+    def __init__(
+        self, grid: SiteGrid, registered: Callable[[], dict[str, str]] | None, waiting: Callable[[str | None], None]
+    ) -> None:
         self.sites, self.registered, self.waiting = grid, registered, waiting
 
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:

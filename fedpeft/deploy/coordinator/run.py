@@ -1,6 +1,6 @@
 """The server's side of one run: the same rounds as a simulation's, over Flower's Grid, from the last checkpoint on.
 
-    python -m fedpeft.deploy.launch run FOLDER PARENT NAME   (FEDPEFT_TASK_TOKEN: Flower's token for the task)
+python -m fedpeft.deploy.launch run FOLDER PARENT NAME   (FEDPEFT_TASK_TOKEN: Flower's token for the task)
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
     world, labels = world_of(config, run)
     tests = {} if config.data.test is None else {"test records": world.test.fingerprint}
     identity.hold(run, {"base model": identity.of_base(world.local.model.base, config), **tests}, config)
-    cover = envelope.Envelope(run.name, configs.to_yaml(config), tuple(labels),
-                              envelope.base_fingerprint(world.local.model.base, config))
+    cover = envelope.Envelope(
+        run.name, configs.to_yaml(config), tuple(labels), envelope.base_fingerprint(world.local.model.base, config)
+    )
     # Here, once: what sites would refuse must not cost a round of all of them.
     cover.require()
     recorder = Recorder(run / "metrics.jsonl")

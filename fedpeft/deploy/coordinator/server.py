@@ -39,8 +39,12 @@ def init(path: Path, host: str, port: int, control_port: int, listen: str) -> di
     for name in ("sites", "runs", "logs"):
         (folder / name).mkdir()
     write_bytes(folder / "server.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
-    return {"folder": str(folder), "fleet": address.join(host, port), "ca": str(folder / "ca.crt"),
-            "next": f"give ca.crt to every site; fedpeft server start {path}"}
+    return {
+        "folder": str(folder),
+        "fleet": address.join(host, port),
+        "ca": str(folder / "ca.crt"),
+        "next": f"give ca.crt to every site; fedpeft server start {path}",
+    }
 
 
 def add_site(path: Path, name: str, public_key: str) -> dict[str, Any]:
@@ -64,8 +68,10 @@ def sites(path: Path) -> dict[str, Any]:
 
         with connected(server, running["insecure"]) as control:
             online = {node.name: node.status for node in control.nodes()}
-    return {"running": bool(running),
-            "sites": [{"name": name, "status": online.get(name, "unknown")} for name in server.sites()]}
+    return {
+        "running": bool(running),
+        "sites": [{"name": name, "status": online.get(name, "unknown")} for name in server.sites()],
+    }
 
 
 def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float = 0.5) -> dict[str, Any]:
@@ -77,8 +83,9 @@ def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float
     """
     added = len(settings.server(path).sites())
     if count > added:
-        raise InputError(f"--wait: {count} sites, but {added} were added. Add one with `fedpeft server add-site {path} "
-                         "NAME KEY`.")
+        raise InputError(
+            f"--wait: {count} sites, but {added} were added. Add one with `fedpeft server add-site {path} NAME KEY`."
+        )
     until = time.monotonic() + patience_s
     while True:
         try:
@@ -86,8 +93,11 @@ def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float
             online = [row["name"] for row in seen["sites"] if row["status"] == "online"]
             if seen["running"] and len(online) >= count:
                 return seen
-            missing = (f"{len(online)} of {count} sites are connected ({', '.join(online) or 'none'})"
-                       if seen["running"] else f"{path}: the coordinator is not running")
+            missing = (
+                f"{len(online)} of {count} sites are connected ({', '.join(online) or 'none'})"
+                if seen["running"]
+                else f"{path}: the coordinator is not running"
+            )
         except RunError as error:  # it has begun, and does not answer yet
             missing = str(error)
         if time.monotonic() > until:
@@ -121,8 +131,10 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     if checked.run.faults:
         raise InputError("run.faults: a simulation only.")
     if checked.continual.body is not None and checked.data.test is None:
-        raise InputError(f"continual.body={checked.continual.body}: what is forgotten is counted on the coordinator's "
-                         "own test set. Set data.test.")
+        raise InputError(
+            f"continual.body={checked.continual.body}: what is forgotten is counted on the coordinator's "
+            "own test set. Set data.test."
+        )
     _absolute(checked.data, "test")
     foreign.read_yaml(configs.to_yaml(checked), "CONFIG")  # as every site will
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -132,8 +144,7 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     write_bytes(draft / "resolved.yaml", configs.to_yaml(checked).encode())
     put_status(draft, state="submitted")
     draft.rename(server.runs / name)  # whole or not at all: the coordinator takes what it finds
-    return {"run": name, "folder": str(server.runs / name), "rounds": checked.run.rounds,
-            "sites": checked.data.clients}
+    return {"run": name, "folder": str(server.runs / name), "rounds": checked.run.rounds, "sites": checked.data.clients}
 
 
 def status(path: Path, name: str | None = None) -> dict[str, Any]:
@@ -249,18 +260,22 @@ def _run_status(folder: Path) -> dict[str, Any]:
     config, events = configs.load(folder / "resolved.yaml"), events_of(folder)
     rounds = [event for event in events if event["event"] == "round"]
     last = rounds[-1] if rounds else {}
-    shown: dict[str, Any] = metrics.finite({
-        "run": folder.name,
-        **get_status(folder),
-        "round": last.get("round", 0),
-        "rounds": config.run.rounds,
-        "clients": last.get("clients", []),
-        "left_out": last.get("quarantined", {}),
-        "seconds": last.get("seconds"),
-        "accuracy": last.get("accuracy"),
-        "history": [{key: event.get(key) for key in ("round", "clients", "quarantined", "seconds", "accuracy")}
-                    for event in rounds],
-    })
+    shown: dict[str, Any] = metrics.finite(
+        {
+            "run": folder.name,
+            **get_status(folder),
+            "round": last.get("round", 0),
+            "rounds": config.run.rounds,
+            "clients": last.get("clients", []),
+            "left_out": last.get("quarantined", {}),
+            "seconds": last.get("seconds"),
+            "accuracy": last.get("accuracy"),
+            "history": [
+                {key: event.get(key) for key in ("round", "clients", "quarantined", "seconds", "accuracy")}
+                for event in rounds
+            ],
+        }
+    )
     return shown
 
 

@@ -30,8 +30,10 @@ def tls_of(host: str, port: int, ca: Path) -> tuple[str | None, str | None]:
     """
     context = ssl.create_default_context(cafile=str(ca))
     context.set_alpn_protocols(["h2"])
-    with (socket.create_connection((host, port), timeout=TIMEOUT_S) as raw,
-          context.wrap_socket(raw, server_hostname=host) as stream):
+    with (
+        socket.create_connection((host, port), timeout=TIMEOUT_S) as raw,
+        context.wrap_socket(raw, server_hostname=host) as stream,
+    ):
         return stream.version(), stream.selected_alpn_protocol()
 
 
@@ -69,8 +71,10 @@ def clock_behind_s(site: Site) -> float:
     with _channel(site) as channel:
         stub = FleetStub(channel)
         if not _in_time(stub, key, 0):
-            raise RunError("more than 300 s behind the coordinator's or 5 s ahead of it; the coordinator refuses this "
-                           "site's signatures. Set the clock (NTP).")
+            raise RunError(
+                "more than 300 s behind the coordinator's or 5 s ahead of it; the coordinator refuses this "
+                "site's signatures. Set the clock (NTP)."
+            )
         low, high = 0.0, SPAN_S
         while high - low > 0.5:
             middle = (low + high) / 2
@@ -106,6 +110,11 @@ def _signed(key: Any, shift_s: float) -> list[tuple[str, str | bytes]]:
 
     moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=shift_s)
     stamp = moment.isoformat()
-    return [("flwr-public-key-bin", public_key_to_bytes(key.public_key())), ("flwr-timestamp", stamp),
-            ("flwr-signature-bin", sign_message(key, stamp.encode("ascii"))),
-            ("flwr-package-name", "flwr"), ("flwr-package-version", __version__), ("flwr-component-name", "SuperNode")]
+    return [
+        ("flwr-public-key-bin", public_key_to_bytes(key.public_key())),
+        ("flwr-timestamp", stamp),
+        ("flwr-signature-bin", sign_message(key, stamp.encode("ascii"))),
+        ("flwr-package-name", "flwr"),
+        ("flwr-package-version", __version__),
+        ("flwr-component-name", "SuperNode"),
+    ]

@@ -48,8 +48,14 @@ def main(folder: Path, address: str, socket: str) -> None:
     """
     secret = (folder / "secret").read_bytes()
     client = RuntimeHttpClient.from_server_address(
-        address, True, None, [RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-                              SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=AUTHENTICATED)])
+        address,
+        True,
+        None,
+        [
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=AUTHENTICATED),
+        ],
+    )
     worker = WorkerLink(socket)
     while True:
         try:
@@ -75,8 +81,11 @@ def handled(address: str, token: str, worker: WorkerLink) -> None:
 def handle(address: str, token: str, worker: WorkerLink) -> None:
     """One message, from the SuperNode to the worker and back."""
     client = RuntimeHttpClient.from_server_address(
-        address, True, None, [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
-                              RuntimeTokenHttpInterceptor(token)])
+        address,
+        True,
+        None,
+        [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)],
+    )
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     context, failed = None, "the message was lost"

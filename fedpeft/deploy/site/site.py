@@ -56,10 +56,14 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
     Raises:
         InputError: the folder is not empty, or a value is no good.
     """
-    tree: dict[str, Any] = {"name": name, "server": server, "model": _absolute(model),
-                            "data": {"source": _absolute(data) if data else None, "text": None, "image": None,
-                                     "label": None},
-                            "device": "auto", "threads": 1}
+    tree: dict[str, Any] = {
+        "name": name,
+        "server": server,
+        "model": _absolute(model),
+        "data": {"source": _absolute(data) if data else None, "text": None, "image": None, "label": None},
+        "device": "auto",
+        "threads": 1,
+    }
     configs.build(SiteSettings, tree, "site")
     parse_endpoint(server, "--server")
     settings.require_name(name, "--name")
@@ -72,8 +76,11 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
         shutil.copyfile(ca, folder / "ca.crt")
     write_bytes(folder / "site.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
     write_bytes(folder / "policy.yaml", POLICY.encode())
-    return {"folder": str(folder), "public_key": line,
-            "next": f"send the public key to the coordinator; read {folder}/policy.yaml; fedpeft site check {path}"}
+    return {
+        "folder": str(folder),
+        "public_key": line,
+        "next": f"send the public key to the coordinator; read {folder}/policy.yaml; fedpeft site check {path}",
+    }
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -132,8 +139,9 @@ def start(path: Path, insecure: bool = False) -> None:
     if site.settings.data.source is None:
         raise InputError(f"site.data.source: no data are named in {site.path / 'site.yaml'}.")
     if not insecure and not (site.path / "ca.crt").is_file():
-        raise InputError(f"{site.path}: no ca.crt; it is the coordinator's, and it is what makes sure whom this site "
-                         "talks to.")
+        raise InputError(
+            f"{site.path}: no ca.crt; it is the coordinator's, and it is what makes sure whom this site talks to."
+        )
     with folders.alone(site.path, RUNNING, patience_s=0.5):  # `site check` looks for an instant
         policies.record(bounds)
         if insecure:
@@ -166,10 +174,30 @@ def start(path: Path, insecure: bool = False) -> None:
 def supernode_options(site: Site, address: str, insecure: bool) -> list[str]:
     """The SuperNode's command line: gRPC to the coordinator, its runtime API on loopback, no process of its own."""
     host, _, port = address.rpartition(":")
-    tls = ["--insecure"] if insecure else ["--root-certificates", str(site.path / "ca.crt"),
-                                           "--auth-supernode-private-key", str(site.path / "site.key")]
-    return ["--grpc-rere", "--superlink", site.settings.server, *tls, "--host", host, "--port", port,
-            "--isolation", "process", "--superexec-auth-secret-file", str(site.path / "secret")]
+    tls = (
+        ["--insecure"]
+        if insecure
+        else [
+            "--root-certificates",
+            str(site.path / "ca.crt"),
+            "--auth-supernode-private-key",
+            str(site.path / "site.key"),
+        ]
+    )
+    return [
+        "--grpc-rere",
+        "--superlink",
+        site.settings.server,
+        *tls,
+        "--host",
+        host,
+        "--port",
+        port,
+        "--isolation",
+        "process",
+        "--superexec-auth-secret-file",
+        str(site.path / "secret"),
+    ]
 
 
 def free_port() -> int:
@@ -197,8 +225,10 @@ def _policy(site: Site) -> str:
     epsilon = "any epsilon" if bounds.max_epsilon is None else f"epsilon up to {bounds.max_epsilon:g}"
     warning = "; SEEDED NOISE IS ALLOWED: no privacy" if bounds.seeded_noise else ""
     left = ", ".join(policies.allows(bounds)["open"]) or "nothing"
-    return (f"unit {bounds.unit}, {epsilon}, at most {bounds.max_rounds or 'any number of'} rounds; left open: "
-            f"{left}{warning}")
+    return (
+        f"unit {bounds.unit}, {epsilon}, at most {bounds.max_rounds or 'any number of'} rounds; left open: "
+        f"{left}{warning}"
+    )
 
 
 def _keys(site: Site) -> str:
@@ -325,8 +355,10 @@ def _server(site: Site, found: dict[str, Any]) -> str:
         except RunError as error:
             raise RunError(f"{error} ({way}; no_proxy={host} goes past it)" if proxy else str(error)) from error
         if not registered:
-            raise RunError(f"{site.settings.server} answers, but does not know this site's key; has the coordinator "
-                           f"added it? Its public key is in {site.path / 'site.pub'}.")
+            raise RunError(
+                f"{site.settings.server} answers, but does not know this site's key; has the coordinator "
+                f"added it? Its public key is in {site.path / 'site.pub'}."
+            )
     return f"{site.settings.server}, {way}; {'the site is running' if running else 'its key is registered'}"
 
 

@@ -113,8 +113,13 @@ class Resident:
         """
         log.info("run %s: loading model and data", cover.run)
         config.data.labels = list(cover.labels) if load_objective(config.model.task).classes else None
-        here = bare(config, self.site.path / "state" / cover.run, list(cover.labels), self.site.path / "ledger",
-                    cover.account(config))
+        here = bare(
+            config,
+            self.site.path / "state" / cover.run,
+            list(cover.labels),
+            self.site.path / "ledger",
+            cover.account(config),
+        )
         local = here.local
         # Before the data are read: with another base the updates would mean nothing.
         if envelope.base_fingerprint(local.model.base, config) != cover.base:

@@ -37,8 +37,11 @@ from fedpeft.state import AdapterState
 class MetricsWeightedConfig:
     """Options of `metrics_weighted`: what an adapter's number says of it, and how steeply weights follow it."""
 
-    by: str = option("loss", "what the numbers are: loss, less is better; step, later (or any score: more) is better",
-                     choices=("loss", "step"))
+    by: str = option(
+        "loss",
+        "what the numbers are: loss, less is better; step, later (or any score: more) is better",
+        choices=("loss", "step"),
+    )
     p: float = option(1.0, "exponent of the weights; 0 is the uniform mean", low=0)
 
 
@@ -62,8 +65,10 @@ class MetricsWeighted(Merger):
     def _log_weight(self, state: State, number: float | None) -> float:
         if number is None:
             if self.config.by == "loss":
-                raise InputError("metrics_weighted: by=loss needs the loss of each adapter as a number; by=step takes "
-                                 "1, 2, 3, ... where none is given.")
+                raise InputError(
+                    "metrics_weighted: by=loss needs the loss of each adapter as a number; by=step takes "
+                    "1, 2, 3, ... where none is given."
+                )
             number = float(state["numbers"]["count"] + 1)
         if number <= 0:
             raise InputError(f"metrics_weighted: number={number:g}: a {self.config.by} must be positive.")

@@ -52,8 +52,9 @@ NOISE = 1e-12  # singular values below this share of the largest are rounding: n
 class OPCMConfig:
     """Options of `opcm`: how much of what was merged before is shut off from a new task."""
 
-    alpha: float = option(0.5, "share of the sum of singular values whose directions a new task may not touch at all",
-                          low=0, high=1)
+    alpha: float = option(
+        0.5, "share of the sum of singular values whose directions a new task may not touch at all", low=0, high=1
+    )
 
 
 class OPCM(Merger):
@@ -108,6 +109,7 @@ def mask(S: Tensor, alpha: float) -> Tensor:
 
 def _norm(tensors: Tensors, scaling: dict[str, float]) -> float:
     """Frobenius norm of the change of all sites together."""
-    norms = [factor * float(lowrank.norm(tensors[f"{site}/B"], tensors[f"{site}/A"]))
-             for site, factor in scaling.items()]
+    norms = [
+        factor * float(lowrank.norm(tensors[f"{site}/B"], tensors[f"{site}/A"])) for site, factor in scaling.items()
+    ]
     return math.hypot(*norms)

@@ -59,13 +59,17 @@ class OrthogonalAdaptation(Merger):
     def _require_orthogonal(self, site: str, kept: Tensor, A: Tensor) -> None:
         width, used, rank = A.shape[1], kept.shape[0], A.shape[0]
         if used + rank > width and self.config.tolerance < 1:
-            raise InputError(f"orthogonal_adaptation: {site} is {width} wide and {used} of its directions are taken: "
-                             f"there is no room for rank {rank} (capacity {width // rank} adapters of that rank).")
+            raise InputError(
+                f"orthogonal_adaptation: {site} is {width} wide and {used} of its directions are taken: "
+                f"there is no room for rank {rank} (capacity {width // rank} adapters of that rank)."
+            )
         unit = torch.nn.functional.normalize
         cosine = float((unit(kept) @ unit(A).T).abs().max())
         if cosine > self.config.tolerance:
-            raise InputError(f"orthogonal_adaptation: {site}: the A of this adapter overlaps an earlier one's (cosine "
-                             f"{cosine:.3g}, tolerance {self.config.tolerance:g}). Train each in a slot of its own.")
+            raise InputError(
+                f"orthogonal_adaptation: {site}: the A of this adapter overlaps an earlier one's (cosine "
+                f"{cosine:.3g}, tolerance {self.config.tolerance:g}). Train each in a slot of its own."
+            )
 
 
 def initial(adapter: AdapterState, slot: int, seed: int) -> AdapterState:
@@ -86,11 +90,19 @@ def rows(width: int, rank: int, slot: int, seed: int, site: str) -> Tensor:
     """Orthonormal rows [rank, width] of slot number `slot` (from 0), in float64."""
     capacity = width // rank
     if not 0 <= slot < capacity:
-        raise InputError(f"orthogonal_adaptation: slot={slot}: {site}, {width} wide, has {capacity} slots of rank "
-                         f"{rank}, numbered from 0.")
-    blocks = [torch.randn(width, rank, dtype=torch.float64,
-                          generator=seeds.torch_generator(seed, "orthogonal_adaptation", site, rank, block))
-              for block in range(slot + 1)]
+        raise InputError(
+            f"orthogonal_adaptation: slot={slot}: {site}, {width} wide, has {capacity} slots of rank "
+            f"{rank}, numbered from 0."
+        )
+    blocks = [
+        torch.randn(
+            width,
+            rank,
+            dtype=torch.float64,
+            generator=seeds.torch_generator(seed, "orthogonal_adaptation", site, rank, block),
+        )
+        for block in range(slot + 1)
+    ]
     Q, R = torch.linalg.qr(torch.cat(blocks, dim=1))
     last: Tensor = (Q * R.diagonal().sign())[:, slot * rank :]
     return last.T.contiguous()

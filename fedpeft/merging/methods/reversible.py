@@ -60,10 +60,13 @@ class Reversible(Merger):
         for site in adapter.lora_sites():
             rank = form[f"{site}/A"][1][0]
             if adapter.rank(site) != rank:
-                raise InputError(f"reversible: {site} has rank {adapter.rank(site)}, the first adapter's is {rank}; "
-                                 "all need the same.")
-        own = {f"own:{state['numbers']['count']}:{key}": value
-               for key, value in adapter.select(("head",)).tensors.items()}
+                raise InputError(
+                    f"reversible: {site} has rank {adapter.rank(site)}, the first adapter's is {rank}; "
+                    "all need the same."
+                )
+        own = {
+            f"own:{state['numbers']['count']}:{key}": value for key, value in adapter.select(("head",)).tensors.items()
+        }
         before = {key: value for key, value in state["tensors"].items() if key.startswith("own:")}
         return append(state, adapter) | before | own, {}
 
@@ -96,8 +99,11 @@ class Reversible(Merger):
             mean = X.mean(2)
             U, S, Vt = torch.linalg.svd(X - mean[:, :, None], full_matrices=False)
             p = self.config.p
-            tensors |= {f"{key}/mean": mean, f"{key}/basis": U[:, :, :p].contiguous(),
-                        f"{key}/coefficients": S[:, :p, None] * Vt[:, :p]}
+            tensors |= {
+                f"{key}/mean": mean,
+                f"{key}/basis": U[:, :, :p].contiguous(),
+                f"{key}/coefficients": S[:, :p, None] * Vt[:, :p],
+            }
         return tensors
 
     def notes(self, state: State) -> list[str]:
@@ -105,8 +111,10 @@ class Reversible(Merger):
         kept = sum(value.numel() for value in store.values())
         error = sum(float((X - _vectors(store, key)).square().sum()) for key, X in _positions(state).items())
         total = sum(float(X.square().sum()) for X in _positions(state).values())
-        return [f"{kept:,} numbers store {state['numbers']['count']} adapters of {numbers:,}; relative error of the "
-                f"factors {(error / total) ** 0.5 if total else 0.0:.3g}"]
+        return [
+            f"{kept:,} numbers store {state['numbers']['count']} adapters of {numbers:,}; relative error of the "
+            f"factors {(error / total) ** 0.5 if total else 0.0:.3g}"
+        ]
 
     def _recovered(self, state: State, store: Tensors, index: int) -> Tensors:
         count = state["numbers"]["count"]
@@ -117,8 +125,9 @@ class Reversible(Merger):
             tensors[f"{site}/A"] = _vectors(store, f"{site}/A")[:, :, index].T.contiguous()
             tensors[f"{site}/B"] = _vectors(store, f"{site}/B")[:, :, index].contiguous()
         prefix = f"own:{index}:"
-        return tensors | {key.removeprefix(prefix): value for key, value in state["tensors"].items()
-                          if key.startswith(prefix)}
+        return tensors | {
+            key.removeprefix(prefix): value for key, value in state["tensors"].items() if key.startswith(prefix)
+        }
 
 
 def _positions(state: State) -> Tensors:

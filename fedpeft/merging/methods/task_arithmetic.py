@@ -47,5 +47,7 @@ class TaskArithmetic(Merger):
         return combine(state, adapter, 1.0, 1.0 if number is None else number), {}
 
     def finish(self, state: State) -> Tensors:
-        return {key: value * (self.config.lambda_ if key.endswith("/B") else 1.0)
-                for key, value in super().finish(state).items()}
+        return {
+            key: value * (self.config.lambda_ if key.endswith("/B") else 1.0)
+            for key, value in super().finish(state).items()
+        }

@@ -65,8 +65,10 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
     """
     config = configs.load(source, overrides)
     if config.privacy.unit != "sample":
-        raise InputError(f"privacy.unit={config.privacy.unit}: the audit tests DP-SGD at the clients. Set privacy.unit="
-                         "sample, with privacy.epsilon or privacy.noise_multiplier.")
+        raise InputError(
+            f"privacy.unit={config.privacy.unit}: the audit tests DP-SGD at the clients. Set privacy.unit="
+            "sample, with privacy.epsilon or privacy.noise_multiplier."
+        )
     settle(config)
     with TemporaryDirectory() as folder:
         subject = Audit(load_world(config, Path(folder)), Path(folder))
@@ -78,14 +80,27 @@ def report(subject: Audit) -> dict[str, Any]:
     plan, checks = subject.plan, [check for part in PARTS for check in subject.part(part)]
     return {
         "passed": all(check.passed for check in checks),
-        "claim": {"sample_rate": plan.sample_rate, "noise_multiplier": plan.noise_multiplier, "steps": plan.steps,
-                  "epsilon": subject.claim, "asked": subject.here.config.privacy.epsilon, "delta": plan.budget.delta},
+        "claim": {
+            "sample_rate": plan.sample_rate,
+            "noise_multiplier": plan.noise_multiplier,
+            "steps": plan.steps,
+            "epsilon": subject.claim,
+            "asked": subject.here.config.privacy.epsilon,
+            "delta": plan.budget.delta,
+        },
         "measured_epsilon": _finite(checks[-1].measured),
         "false_alarm": ALARM,
         "seen": subject.seen(),
-        "checks": [{"name": check.name, "measured": _finite(check.measured),
-                    "allowed": [_finite(check.low), _finite(check.high)], "passed": check.passed, "what": check.what}
-                   for check in checks],
+        "checks": [
+            {
+                "name": check.name,
+                "measured": _finite(check.measured),
+                "allowed": [_finite(check.low), _finite(check.high)],
+                "passed": check.passed,
+                "what": check.what,
+            }
+            for check in checks
+        ],
         "limits": list(audit.LIMITS),
     }
 
@@ -112,14 +127,19 @@ class Audit:
         self.claim = self.cost(self.plan)
         self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.told, 1)
         self.engines = ["alone"]
-        if not (cannot(self.local.model, self.told.trains) or self.config.run.cohort_tokens == 0
-                or len(self.clients) < 2):
+        if not (
+            cannot(self.local.model, self.told.trains) or self.config.run.cohort_tokens == 0 or len(self.clients) < 2
+        ):
             self.engines.append("cohort")
 
     def seen(self) -> dict[str, Any]:
         """What was run."""
-        return {"clients": self.clients, "of": len(self.local.train_data), "engines": self.engines,
-                "rounds": list(range(1, rounds_seen.rounds_of(self.config) + 1))}
+        return {
+            "clients": self.clients,
+            "of": len(self.local.train_data),
+            "engines": self.engines,
+            "rounds": list(range(1, rounds_seen.rounds_of(self.config) + 1)),
+        }
 
     def part(self, name: str) -> list[Check]:
         """The checks of one part; a part in which a client fails, or refuses what is in its budget, has not passed."""
@@ -160,20 +180,40 @@ class Audit:
             plan = self.plan_of(name)
             count = self.local.guard.records(name) or len(self.local.records(name, self.told))
             costs[name] = self.cost(plan)
-            given = {"sample_rate": client.batch_size / count, "expected_batch": client.batch_size,
-                     "clip": privacy.clip, "noise_multiplier": privacy.noise_multiplier or plan.noise_multiplier,
-                     "steps": (client.local_steps or 0) * (privacy.planned_rounds or self.local.guard.rounds)}
+            given = {
+                "sample_rate": client.batch_size / count,
+                "expected_batch": client.batch_size,
+                "clip": privacy.clip,
+                "noise_multiplier": privacy.noise_multiplier or plan.noise_multiplier,
+                "steps": (client.local_steps or 0) * (privacy.planned_rounds or self.local.guard.rounds),
+            }
             off |= {f"{key} of {name}": abs(getattr(plan, key) / value - 1) for key, value in given.items()}
         most, wrong = max(costs, key=lambda name: costs[name]), max(off, key=lambda key: off[key])
         again = second.epsilon(*self.plan.release, self.plan.budget.delta)
         one = accounting.composed((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
         return [
-            Check("claim", costs[most], 0.0, math.inf if privacy.epsilon is None else privacy.epsilon * (1 + 1e-9),
-                  f"epsilon that is claimed for {most}, the most of all; allowed: privacy.epsilon"),
-            Check("plan", off[wrong], 0.0, 1e-9, "batch_size / records, batch_size, clip, noise, steps x rounds: how "
-                  f"far a plan is from the config; farthest: {wrong}"),
-            Check("accountant", one / again, 1 - SAME, math.inf, "epsilon of the steps over that of a second "
-                  f"accountant ({again:.4g}); rdp is above it"),
+            Check(
+                "claim",
+                costs[most],
+                0.0,
+                math.inf if privacy.epsilon is None else privacy.epsilon * (1 + 1e-9),
+                f"epsilon that is claimed for {most}, the most of all; allowed: privacy.epsilon",
+            ),
+            Check(
+                "plan",
+                off[wrong],
+                0.0,
+                1e-9,
+                "batch_size / records, batch_size, clip, noise, steps x rounds: how "
+                f"far a plan is from the config; farthest: {wrong}",
+            ),
+            Check(
+                "accountant",
+                one / again,
+                1 - SAME,
+                math.inf,
+                f"epsilon of the steps over that of a second accountant ({again:.4g}); rdp is above it",
+            ),
         ]
 
     # Single steps ----------------------------------------------------------------------------------------------------
@@ -182,14 +222,16 @@ class Audit:
         """What this client's sampling and noise of this round are drawn from."""
         return Guard(self.config, self.folder / "source", "audit").source(client, number)
 
-    def steps(self, engine: str, plan: Plan, sets: list[Encoded], start: AdapterState, source: Randomness
-              ) -> list[Tensor]:
+    def steps(
+        self, engine: str, plan: Plan, sets: list[Encoded], start: AdapterState, source: Randomness
+    ) -> list[Tensor]:
         """What a step releases [P] of each of these sets of records, by one engine; zeros for one that is left out."""
         model, trains = self.local.model, self.told.trains
         client = replace(self.config.client, local_steps=1)
         data = {str(index): Watched(some, str(index)) for index, some in enumerate(sets)}
-        jobs = {name: Job(start.tensors, some, 0, private=training.Private(plan, source))
-                for name, some in data.items()}
+        jobs = {
+            name: Job(start.tensors, some, 0, private=training.Private(plan, source)) for name, some in data.items()
+        }
         with Watch(data) as watch:
             if engine == "cohort":
                 model.write(start)
@@ -214,15 +256,23 @@ class Audit:
         starts = (self.start, self._enlarged())
         cases = [self._cases(start) for start in starts]
         for engine in self.engines:
-            found = [audit.sensitivity("sensitivity" if engine == "alone" else "sensitivity in a cohort",
-                                       self._asked(engine, start, source),
-                                       replace(self.plan, clip=scale * self.plan.clip), some, rounding)
-                     for start, some in zip(starts, cases, strict=True) for scale in (1.0, 1e-3)]
+            found = [
+                audit.sensitivity(
+                    "sensitivity" if engine == "alone" else "sensitivity in a cohort",
+                    self._asked(engine, start, source),
+                    replace(self.plan, clip=scale * self.plan.clip),
+                    some,
+                    rounding,
+                )
+                for start, some in zip(starts, cases, strict=True)
+                for scale in (1.0, 1e-3)
+            ]
             worst.append(max(found, key=lambda check: (math.isnan(check.measured), check.measured)))
         return [*worst, audit.sensitivity("sensitivity of clipping", bare, self.plan, gradients(self.plan.clip))]
 
-    def _asked(self, engine: str, start: AdapterState, source: Randomness
-               ) -> Callable[[Plan, list[Encoded]], list[Tensor]]:
+    def _asked(
+        self, engine: str, start: AdapterState, source: Randomness
+    ) -> Callable[[Plan, list[Encoded]], list[Tensor]]:
         return lambda plan, sets: self.steps(engine, plan, sets, start, source)
 
     def _cases(self, start: AdapterState) -> list[tuple[Encoded, list[Encoded]]]:
@@ -261,8 +311,15 @@ class Audit:
                     ends.append(model.read(self.start.select(trains)))
             changes.append(ends[0].distance(ends[1]) / max(ends[0].distance(self.start), 1e-30))
         model.write(self.start)
-        return [Check("public seed", max(changes), 0.0, audit.ROUNDING,
-                      "change by another run.seed; whoever knows dropout's masks sees them differ between neighbours")]
+        return [
+            Check(
+                "public seed",
+                max(changes),
+                0.0,
+                audit.ROUNDING,
+                "change by another run.seed; whoever knows dropout's masks sees them differ between neighbours",
+            )
+        ]
 
     def empty(self) -> list[Check]:
         """Both engines on so few records that a batch has one on average."""
@@ -304,8 +361,18 @@ class Audit:
         guard = Guard(self.config, folder, "audit")
         ledger = guard.ledger(account_of_task(client, self.told))
         for number in range(1, rounds + 1):
-            ledger.reserve(Entry("audit", number, f"spent {number}", self.plan.sample_rate, self.plan.noise_multiplier,
-                                 self.config.client.local_steps or 0), self.plan.budget, self.plan.release)
+            ledger.reserve(
+                Entry(
+                    "audit",
+                    number,
+                    f"spent {number}",
+                    self.plan.sample_rate,
+                    self.plan.noise_multiplier,
+                    self.config.client.local_steps or 0,
+                ),
+                self.plan.budget,
+                self.plan.release,
+            )
         taken = rounds_seen.steps_over_budget(self.here, client, folder)
         return [Check("budget", float(taken), 0.0, 0.0, "steps of a client whose planned steps are all spent")]
 
@@ -313,5 +380,12 @@ class Audit:
         """A lower bound of epsilon (95 %) from one run with canaries, which must not pass what is claimed."""
         measured, delta = audit.one_run(self.plan, self.source(self.client, 1)), self.plan.budget.delta
         most = audit.lower_bound(audit.CANARIES, audit.GUESSES, audit.GUESSES, delta)
-        return [Check("canaries", measured, 0.0, self.claim, "lower bound of epsilon (95 %) from one run; "
-                      f"{audit.CANARIES} canaries can show at most {most:.2f}")]
+        return [
+            Check(
+                "canaries",
+                measured,
+                0.0,
+                self.claim,
+                f"lower bound of epsilon (95 %) from one run; {audit.CANARIES} canaries can show at most {most:.2f}",
+            )
+        ]

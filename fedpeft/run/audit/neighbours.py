@@ -26,8 +26,13 @@ def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Enco
     first, last = data.view(np.arange(1)), data.view(np.array([len(data) - 1]))
     many = data.view(np.arange(min(count, len(data) - 1)))
     sets = [data.view(np.arange(0)), labelled(model, first, best), labelled(model, many, best), many]
-    more = [last, labelled(model, first, second), labelled(model, last, worst), unlabelled(last),
-            *(labelled(model, record, worst) for record in extreme(last))]
+    more = [
+        last,
+        labelled(model, first, second),
+        labelled(model, last, worst),
+        unlabelled(last),
+        *(labelled(model, record, worst) for record in extreme(last)),
+    ]
     for some in sets:
         yield some, [joined(some, record) for record in more]
 
@@ -81,14 +86,20 @@ def extreme(record: Encoded) -> list[Encoded]:
         mask = inputs["attention_mask"]
         first = torch.zeros_like(mask)
         first[:, 0] = 1
-        return [Encoded({**inputs, "attention_mask": value}, labels, end=record.end)
-                for value in (torch.ones_like(mask), first)]
-    return [Encoded({name: factor * value for name, value in inputs.items()}, labels)
-            for factor in (1e3, -1e3, math.nan)]
+        return [
+            Encoded({**inputs, "attention_mask": value}, labels, end=record.end)
+            for value in (torch.ones_like(mask), first)
+        ]
+    return [
+        Encoded({name: factor * value for name, value in inputs.items()}, labels) for factor in (1e3, -1e3, math.nan)
+    ]
 
 
 def joined(some: Encoded, record: Encoded) -> Encoded:
     """The records and after them one more, as a neighbouring data set."""
     more = record.inputs
-    return Encoded({name: torch.cat([value, more[name]]) for name, value in some.inputs.items()},
-                   torch.cat([some.labels, record.labels]), end=some.end)
+    return Encoded(
+        {name: torch.cat([value, more[name]]) for name, value in some.inputs.items()},
+        torch.cat([some.labels, record.labels]),
+        end=some.end,
+    )

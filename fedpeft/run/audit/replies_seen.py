@@ -26,21 +26,49 @@ def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list
     reserved = sum(entry.steps for one in seen for entry in one.entries)
     late = sum(one.name not in {entry.request for entry in one.entries} for one in seen)
     again = [one.again for one in seen if one.again is not None]
-    twice = sum(len(other.steps) + abs(len(other.entries) - 1) + (other.update.sha256() != one.update.sha256())
-                for one, other in ((one, one.again) for one in seen) if other is not None)
+    twice = sum(
+        len(other.steps) + abs(len(other.entries) - 1) + (other.update.sha256() != one.update.sha256())
+        for one, other in ((one, one.again) for one in seen)
+        if other is not None
+    )
     return [
         Check("ledger", float(reserved), float(taken), float(taken), "steps reserved; allowed: noisy steps taken"),
-        Check("ledger entries", float(sum(not _entered(one, plans[one.client]) for one in seen)), 0.0, 0.0,
-              f"of {len(seen)} rounds, those whose rate, noise or steps are not in it as they were"),
-        Check("ledger comes first", float(late), 0.0, 0.0,
-              f"of {len(seen)} rounds, those whose update was handed out before the ledger had it"),
-        Check("replies are kept", float(sum(not _same(one) for one in seen)), 0.0, 0.0,
-              f"of {len(seen)} rounds, those whose reply is not what a repeated request would get"),
+        Check(
+            "ledger entries",
+            float(sum(not _entered(one, plans[one.client]) for one in seen)),
+            0.0,
+            0.0,
+            f"of {len(seen)} rounds, those whose rate, noise or steps are not in it as they were",
+        ),
+        Check(
+            "ledger comes first",
+            float(late),
+            0.0,
+            0.0,
+            f"of {len(seen)} rounds, those whose update was handed out before the ledger had it",
+        ),
+        Check(
+            "replies are kept",
+            float(sum(not _same(one) for one in seen)),
+            0.0,
+            0.0,
+            f"of {len(seen)} rounds, those whose reply is not what a repeated request would get",
+        ),
         Check("asked again", float(twice), 0.0, 0.0, f"steps, entries and changes by {len(again)} repeated requests"),
-        Check("update", max((_strays(one, config.client) for one in seen), default=0.0), 0.0, FOLLOWS,
-              "distance of an update from the same start and noised steps taken by another optimizer, over its length"),
-        Check("what leaves", float(max(_surplus(one, config) for one in seen)), 0.0, 0.0,
-              "tensors and metrics beside what noised steps determine"),
+        Check(
+            "update",
+            max((_strays(one, config.client) for one in seen), default=0.0),
+            0.0,
+            FOLLOWS,
+            "distance of an update from the same start and noised steps taken by another optimizer, over its length",
+        ),
+        Check(
+            "what leaves",
+            float(max(_surplus(one, config) for one in seen)),
+            0.0,
+            0.0,
+            "tensors and metrics beside what noised steps determine",
+        ),
         Check("masks are fresh", float(_repeated(seen)), 0.0, 0.0, "seeds of dropout's masks that were there before"),
     ]
 
@@ -66,17 +94,25 @@ def _strays(one: Seen, client: ClientConfig) -> float:
             return math.inf
         weights.grad = step.released.clone()
         optimizer.step()
-    parts = [one.start.replace(dict(zip(start, value.detach().cpu().split([part.numel() for part in start.values()]),
-                                        strict=True))) for value in (begin, weights)]
-    return _distance(one, {key: (parts[0][key].view_as(value), parts[1][key].view_as(value))
-                           for key, value in start.items()})
+    parts = [
+        one.start.replace(
+            dict(zip(start, value.detach().cpu().split([part.numel() for part in start.values()]), strict=True))
+        )
+        for value in (begin, weights)
+    ]
+    return _distance(
+        one, {key: (parts[0][key].view_as(value), parts[1][key].view_as(value)) for key, value in start.items()}
+    )
 
 
 def _distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]]) -> float:
     trained = AdapterState({key: after for key, (_, after) in ends.items()}, one.start.sites)
     visit = replace(one.visit, steps=len(one.steps))
-    expected = {name: (torch.zeros_like(value), value) for half in one.halves
-                for name, value in half.finish(visit, trained)[0].items()}
+    expected = {
+        name: (torch.zeros_like(value), value)
+        for half in one.halves
+        for name, value in half.finish(visit, trained)[0].items()
+    }
     apart, length = 0.0, 0.0
     for key, value in (*one.update.tensors.items(), *one.update.extra.items()):
         before, after = ends.get(key) or expected.get(key) or (one.start.tensors.get(key),) * 2

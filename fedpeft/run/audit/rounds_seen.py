@@ -91,9 +91,14 @@ class Rounds:
         self.sizes = {key: value.numel() for key, value in parameters.items()}
         with self.local.model.competing(sequence.competing_classes(self.told)):
             still = self.local.model.still()
-        self.moving = torch.cat([~still[key][:, *[None] * (value.ndim - 1)].expand_as(value).flatten().cpu()
-                                 if key in still else torch.ones(value.numel(), dtype=torch.bool)
-                                 for key, value in parameters.items()])
+        self.moving = torch.cat(
+            [
+                ~still[key][:, *[None] * (value.ndim - 1)].expand_as(value).flatten().cpu()
+                if key in still
+                else torch.ones(value.numel(), dtype=torch.bool)
+                for key, value in parameters.items()
+            ]
+        )
 
     def checks(self) -> list[Check]:
         """Checks of clipped sums, noise, sampling, coverage and replies, from all ways that rounds are run."""
@@ -107,23 +112,43 @@ class Rounds:
             for way in (real, still):
                 runs = [self.run(engine, way, number) for number in range(self._runs(way))]
                 found = [[[self.noise_of(one, way) for one in line] for line in run] for run in runs]
-                blocks.append(NoiseBlock(engine, way is real, torch.stack([torch.stack([torch.stack(line) for line in run])
-                                                                      for run in found]).transpose(1, 2)))
+                blocks.append(
+                    NoiseBlock(
+                        engine,
+                        way is real,
+                        torch.stack([torch.stack([torch.stack(line) for line in run]) for run in found]).transpose(
+                            1, 2
+                        ),
+                    )
+                )
                 rows += runs if way is real else []
                 seen += [one for run in runs for line in run for one in line]
             run = self.run(engine, quiet, 0)
             off = max([off, *(self.error_of(one, quiet) for line in run for one in line)])
             rows.append(run)
             seen += [one for line in run for one in line]
-            draws += [Draws(engine, client, np.stack([[self.drawn(line[place]) for line in run] for run in rows]),
-                            self.plans[client].sample_rate)
-                      for place, client in enumerate(some)]
+            draws += [
+                Draws(
+                    engine,
+                    client,
+                    np.stack([[self.drawn(line[place]) for line in run] for run in rows]),
+                    self.plans[client].sample_rate,
+                )
+                for place, client in enumerate(some)
+            ]
         return [
-            Check("clipped sums", off, 0.0, ROUNDING[self.config.model.dtype],
-                  "distance of a step without noise from the clipped mean computed here, over clip / expected batch "
-                  "and record; worst step"),
-            *noise(blocks, self._sizes()), *audit.sampler(draws),
-            *self.coverage(), *judged(seen, self.plans, self.config),
+            Check(
+                "clipped sums",
+                off,
+                0.0,
+                ROUNDING[self.config.model.dtype],
+                "distance of a step without noise from the clipped mean computed here, over clip / expected batch "
+                "and record; worst step",
+            ),
+            *noise(blocks, self._sizes()),
+            *audit.sampler(draws),
+            *self.coverage(),
+            *judged(seen, self.plans, self.config),
         ]
 
     def _sizes(self) -> dict[str, int]:
@@ -168,8 +193,10 @@ class Rounds:
         server = self.here.strategy.before_round(replace(self.here.start, round=number - 1))
         told = self.here.strategy.instructions(server)
         sent = [self.here.strategy.broadcast(server, client) for client in way.clients]
-        return [(client, loud(one, told.trains) if way.loud else one, told)
-                for client, one in zip(way.clients, sent, strict=True)]
+        return [
+            (client, loud(one, told.trains) if way.loud else one, told)
+            for client, one in zip(way.clients, sent, strict=True)
+        ]
 
     def _cutting(self) -> float:
         """A clip that about half of the records of a loud adapter pass by a factor of two."""
@@ -185,8 +212,11 @@ class Rounds:
     def noise_of(self, one: Seen, way: Way) -> Tensor:
         """The noise of a round's steps in its standard deviation [steps, values]; of a step that is left out, zeros."""
         plan = self.plans[one.client]
-        rows = [(self._added(one, step) - self._mean(one, step, plan if way.name == "real" else None))
-                * (plan.expected_batch / (plan.noise_multiplier * plan.clip)) for step in one.steps[: self.steps]]
+        rows = [
+            (self._added(one, step) - self._mean(one, step, plan if way.name == "real" else None))
+            * (plan.expected_batch / (plan.noise_multiplier * plan.clip))
+            for step in one.steps[: self.steps]
+        ]
         rows += [torch.zeros(len(self.moving), dtype=torch.float64)] * (self.steps - len(rows))
         return torch.stack(rows)[:, self.moving].float()
 
@@ -196,8 +226,13 @@ class Rounds:
         NaN passes every number, and a client without steps is infinitely far.
         """
         plan = replace(self.plans[one.client], **way.changed)  # type: ignore[arg-type]
-        errors = [float((self._added(one, step) - self._mean(one, step, plan))[self.moving].norm())
-                  * plan.expected_batch / plan.clip / max(1, len(step.drawn)) for step in one.steps]
+        errors = [
+            float((self._added(one, step) - self._mean(one, step, plan))[self.moving].norm())
+            * plan.expected_batch
+            / plan.clip
+            / max(1, len(step.drawn))
+            for step in one.steps
+        ]
         return max(errors, key=lambda error: (math.isnan(error), error), default=math.inf)
 
     def drawn(self, one: Seen) -> np.ndarray:
@@ -217,8 +252,10 @@ class Rounds:
             if mu := half.proximal(one.visit):
                 released = released - mu * (step.before - one.steps[0].before).double().cpu()
             if offset := half.gradient_offset(one.visit):
-                released = released - torch.cat([padded(offset[key], value).flatten()
-                                                 for key, value in trained.items()]).double()
+                released = (
+                    released
+                    - torch.cat([padded(offset[key], value).flatten() for key, value in trained.items()]).double()
+                )
         return released
 
     def _mean(self, one: Seen, step: Step, plan: Plan | None) -> Tensor:
@@ -243,8 +280,9 @@ class Rounds:
                 parameter.copy_(part.view_as(parameter))
         model.training_mode()
         with without_dropout(), first_token(model, data), model.competing(sequence.competing_classes(self.told)):
-            rows, _ = per_sample_gradients(model.base.modules, parameters, partial(per_sample_loss, model),
-                                           *on_device(data, numbers, device))
+            rows, _ = per_sample_gradients(
+                model.base.modules, parameters, partial(per_sample_loss, model), *on_device(data, numbers, device)
+            )
         model.base.backbone.eval()
         return rows.double().cpu()
 
@@ -282,8 +320,9 @@ def loud(sent: AdapterState, trains: tuple[str, ...]) -> AdapterState:
     """What was sent with random changes of all that trains."""
     generator = seeds.torch_generator(0, "audit", "loud")
     chosen = {key: value for key, value in sent.select(trains).tensors.items() if ":" not in key}
-    return sent.replace({key: value + 0.1 * torch.randn(value.shape, generator=generator).to(value)
-                         for key, value in chosen.items()})
+    return sent.replace(
+        {key: value + 0.1 * torch.randn(value.shape, generator=generator).to(value) for key, value in chosen.items()}
+    )
 
 
 def padded(value: Tensor, like: Tensor) -> Tensor:

@@ -55,18 +55,33 @@ def checks(here: World, clients: list[str], engines: list[str], folder: Path) ->
     seen = [rounds.run(engine, drawing, number, config.run.seed)[0] for engine in engines for number in (4, 5)]
     masks = [{step.mask for one in run for step in one.steps if step.mask is not None} for run in seen]
     where = "two processes and this one twice" if on_cpu else "this process four times (no forks beside a device)"
-    found = [_compared(name, [answer[place] for answer in answers if answer], where)
-             for place, name in enumerate(("streams of noise", "streams of samples"))]
+    found = [
+        _compared(name, [answer[place] for answer in answers if answer], where)
+        for place, name in enumerate(("streams of noise", "streams of samples"))
+    ]
     repeated = sum(map(len, masks)) - len(set().union(*masks))
-    return [*found, Check("streams of masks", float(repeated), 0.0, 0.0,
-                          "seeds of dropout's masks that came twice, with privacy.randomness=os")]
+    return [
+        *found,
+        Check(
+            "streams of masks",
+            float(repeated),
+            0.0,
+            0.0,
+            "seeds of dropout's masks that came twice, with privacy.randomness=os",
+        ),
+    ]
 
 
 def _compared(name: str, parts: list[np.ndarray], where: str) -> Check:
     rows = torch.from_numpy(np.concatenate(parts))
     value, pairs = alike(rows)
-    return Check(name, worst([value]), -limit(pairs), limit(pairs),
-                 f"inner product of two of {len(rows)}, with privacy.randomness=os, in {where}; in standard errors")
+    return Check(
+        name,
+        worst([value]),
+        -limit(pairs),
+        limit(pairs),
+        f"inner product of two of {len(rows)}, with privacy.randomness=os, in {where}; in standard errors",
+    )
 
 
 def in_child(work: Callable[[int], T], number: int) -> T | None:

@@ -124,8 +124,10 @@ class Watch:
             for client, before, slope in zip(self.rows, parameters[0].detach(), slopes[0], strict=False):
                 self._add(client, before, slope)
         else:
-            self._add(self.current, *(torch.cat([value.detach().flatten() for value in values])
-                                      for values in (parameters, slopes)))
+            self._add(
+                self.current,
+                *(torch.cat([value.detach().flatten() for value in values]) for values in (parameters, slopes)),
+            )
 
     def _add(self, client: str, before: Tensor, released: Tensor) -> None:
         drawn, mask = self.data[client].forget() if client in self.data else (np.empty(0, dtype=np.int64), None)
@@ -137,12 +139,20 @@ def without_dropout() -> Iterator[None]:
     """Dropout lets everything through: it is random, and differs between a batch and its samples."""
     attention = functional.scaled_dot_product_attention
 
-    def whole(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-              **kwargs: Any) -> Tensor:
+    def whole(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **kwargs: Any,
+    ) -> Tensor:
         return attention(query, key, value, attn_mask=attn_mask, dropout_p=0.0, **kwargs)
 
-    with mock.patch.object(functional, "dropout", lambda input, *_, **__: input), \
-            mock.patch.object(functional, "scaled_dot_product_attention", whole):
+    with (
+        mock.patch.object(functional, "dropout", lambda input, *_, **__: input),
+        mock.patch.object(functional, "scaled_dot_product_attention", whole),
+    ):
         yield
 
 
@@ -219,8 +229,7 @@ class Seen:
 
 def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -> list[Seen]:
     """One round of these clients by a `Local` whose guard is a `Probe`."""
-    starts = [local.compose(client, received, told, before=told.round)[0]
-              for client, received, told in requests]
+    starts = [local.compose(client, received, told, before=told.round)[0] for client, received, told in requests]
     if engine == "cohort":
         local.prepare(requests)
     seen = []
@@ -228,9 +237,24 @@ def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -
         watch.current, number, request = client, told.round, fingerprint(received, told)
         update, metrics = local.train(client, received, told)
         found, kept = entries(local.guard.folder, client, number), local.store.reply(client, number, request)
-        seen.append(Seen(engine, client, number, received, told, start, [], found, release(request, update), update,
-                         metrics, None if kept is None else kept[0], str(local.guard.folder),
-                         Visit(client, local.config.client, local.model, received, start, {}, local.train_data[client],
-                               seed=0), local.halves))
+        seen.append(
+            Seen(
+                engine,
+                client,
+                number,
+                received,
+                told,
+                start,
+                [],
+                found,
+                release(request, update),
+                update,
+                metrics,
+                None if kept is None else kept[0],
+                str(local.guard.folder),
+                Visit(client, local.config.client, local.model, received, start, {}, local.train_data[client], seed=0),
+                local.halves,
+            )
+        )
     steps = watch.take()
     return [replace(one, steps=steps.get(one.client, [])) for one in seen]

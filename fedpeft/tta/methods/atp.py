@@ -54,10 +54,16 @@ Point = dict[str, Tensor]
 class ATPConfig(MethodConfig):
     """Options of `atp`; those named `learn_` are for `prepare`, where eta is `learn_lr`."""
 
-    adapt: Any = option("all", "what prepare learns rates for: norm_affine, lora, head, all, or a list of name "
-                        "patterns; all and norm_affine have the statistics of batch norms too")
-    mode: str = option("batch", "where a batch starts: batch, at the source model; online, half way to the last one",
-                       choices=("batch", "online"))
+    adapt: Any = option(
+        "all",
+        "what prepare learns rates for: norm_affine, lora, head, all, or a list of name "
+        "patterns; all and norm_affine have the statistics of batch norms too",
+    )
+    mode: str = option(
+        "batch",
+        "where a batch starts: batch, at the source model; online, half way to the last one",
+        choices=("batch", "online"),
+    )
     learn_lr: float = option(1e-3, "eta of prepare", low=0)
     learn_epochs: int = option(1, "passes of prepare over the source data", low=1)
     learn_batch: int = option(32, "batch of prepare", low=1)
@@ -89,8 +95,9 @@ class TestTimeATP(TTAMethod):
         self.prepared, self.ready = {"rates": dict(rates)}, True
         self.reset()
 
-    def learn(self, rates: dict[str, float], data: Encoded, lr: float, epochs: int, batch: int, scale: str,
-              seed: int) -> dict[str, float]:
+    def learn(
+        self, rates: dict[str, float], data: Encoded, lr: float, epochs: int, batch: int, scale: str, seed: int
+    ) -> dict[str, float]:
         """New rates of the same tensors from passes over labelled data, the model being the source of each batch."""
         rates, start = dict(rates), self._source(rates)
         device = next(iter(start.values())).device
@@ -102,8 +109,9 @@ class TestTimeATP(TTAMethod):
                 moves, reason = self._moves(inputs, start)
                 if reason is not None:
                     continue
-                leaves: Point = {name: torch.nn.Parameter(value)
-                                 for name, value in moved(start, moves, rates, 1.0).items()}
+                leaves: Point = {
+                    name: torch.nn.Parameter(value) for name, value in moved(start, moves, rates, 1.0).items()
+                }
                 logits = self._at(inputs, leaves, graph=True).logits
                 with torch.enable_grad():
                     loss = F.cross_entropy(logits, labels.to(device))
@@ -117,25 +125,41 @@ class TestTimeATP(TTAMethod):
         config = self.config
         names = self.model.select(config.adapt)
         names += list(self._statistics()) if config.adapt in ("all", "norm_affine") else []
-        return {"rates": self.learn(dict.fromkeys(names, 0.0), source, config.learn_lr, config.learn_epochs,
-                                    config.learn_batch, config.scale, self.seed)}
+        return {
+            "rates": self.learn(
+                dict.fromkeys(names, 0.0),
+                source,
+                config.learn_lr,
+                config.learn_epochs,
+                config.learn_batch,
+                config.scale,
+                self.seed,
+            )
+        }
 
     def _fresh(self) -> dict[str, Any]:
         return {"point": self._source(self.prepared["rates"])} if self.config.mode == "online" else {}
 
     def _statistics(self) -> Point:
         """Running means and variances of batch norms by name."""
-        return {f"{name}.{which}": getattr(norm, which) for name, norm in self.model.norms.items()
-                for which in ("running_mean", "running_var") if norm.running_mean is not None}
+        return {
+            f"{name}.{which}": getattr(norm, which)
+            for name, norm in self.model.norms.items()
+            for which in ("running_mean", "running_var")
+            if norm.running_mean is not None
+        }
 
     def _source(self, rates: dict[str, float]) -> Point:
         """theta_0: the model's own tensors and statistics that have a rate."""
         statistics = self._statistics()
-        return {name: statistics[name].clone() if name in statistics else self.model.tensor(name).detach().clone()
-                for name in rates}
+        return {
+            name: statistics[name].clone() if name in statistics else self.model.tensor(name).detach().clone()
+            for name in rates
+        }
 
     def _at(self, batch: Batch, point: Point, measured: Point | None = None, graph: bool = False) -> Outputs:
         """A forward pass at a point; running - batch of each batch norm goes into `measured`."""
+
         def statistics(name: str, module: Any, values: Tensor) -> tuple[Tensor, Tensor]:
             if module.running_mean is None:
                 return of_batch(values)
@@ -164,8 +188,10 @@ class TestTimeATP(TTAMethod):
         rates, share = self.prepared["rates"], 1.0
         start = self._source(rates)
         if self.config.mode == "online":
-            start, share = {name: torch.lerp(value, self.memory["point"][name], 0.5)
-                            for name, value in start.items()}, 0.5
+            start, share = (
+                {name: torch.lerp(value, self.memory["point"][name], 0.5) for name, value in start.items()},
+                0.5,
+            )
         moves, reason = self._moves(batch, start)
         point = start if reason is not None else moved(start, moves, rates, share)
         outputs = self._at(batch, point)

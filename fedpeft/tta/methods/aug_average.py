@@ -50,5 +50,8 @@ class AugAverage(TTAMethod):
         views = [self.forward(augment(config.augment, batch, draws), None, statistics) for _ in range(config.views)]
         logits = torch.stack([view.logits for view in views])
         features = [view.features for view in views if view.features is not None]
-        return Outputs(logits.mean(0), torch.stack(features).mean(0) if features else None,
-                       logits.softmax(-1).mean(0) if config.average == "probs" else None)
+        return Outputs(
+            logits.mean(0),
+            torch.stack(features).mean(0) if features else None,
+            logits.softmax(-1).mean(0) if config.average == "probs" else None,
+        )

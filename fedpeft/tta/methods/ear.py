@@ -107,13 +107,15 @@ class EAR(GradientMethod):
         if reason is not None:
             return reason
         if place is None:
-            branches.append({"code": torch.zeros_like(outputs.extra["code"]), "student": self._start(),
-                             "moments": optim.fresh()})
+            branches.append(
+                {"code": torch.zeros_like(outputs.extra["code"]), "student": self._start(), "moments": optim.fresh()}
+            )
             place = len(branches)
         branch, config = branches[place - 1], self.config
         branch["code"] = branch["code"] + outputs.extra["code"]
-        branch["student"] = optim.step(config.optimizer, branch["student"], gradients, branch["moments"], config.lr,
-                                       config.momentum)
+        branch["student"] = optim.step(
+            config.optimizer, branch["student"], gradients, branch["moments"], config.lr, config.momentum
+        )
         return None
 
 

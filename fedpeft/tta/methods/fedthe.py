@@ -56,8 +56,9 @@ Layer = dict[str, Tensor]  # weight [K, D] and bias [K]
 class FedTHEConfig(MethodConfig):
     """Options of `fedthe`; FedTHE+ is FedTHE with `memo_steps` above 0."""
 
-    order: str = option("before", "a sample's own feature is in its answer, so there is no other order",
-                        choices=("before",))
+    order: str = option(
+        "before", "a sample's own feature is in its answer, so there is no other order", choices=("before",)
+    )
     steps: int = option(20, "steps on the weights of a sample", low=0)
     lr: float = option(0.1, "learning rate of the weights (Adam)", low=0)
     rate: float = option(0.1, "a, share of a new sample in the history", low=0, high=1)
@@ -68,8 +69,9 @@ class FedTHEConfig(MethodConfig):
     memo_steps: int = option(0, "FedTHE+: steps on the views of a sample; 0 is FedTHE", low=0)
     views: int = option(16, "FedTHE+: views of a sample", low=1)
     memo_lr: float = option(5e-4, "FedTHE+: learning rate (SGD), also of the personal head", low=0)
-    adapt: Any = option("all", "FedTHE+: what moves beside the personal head: norm_affine, lora, head, all, or a list "
-                        "of name patterns")
+    adapt: Any = option(
+        "all", "FedTHE+: what moves beside the personal head: norm_affine, lora, head, all, or a list of name patterns"
+    )
     augment: str = option("image", "FedTHE+: kind of views", choices=KINDS)
 
 
@@ -99,8 +101,9 @@ class TestTimeFedTHE(TTAMethod):
         """
         width = self.model.require_head().in_features
         if everyone.shape != (width,) or not bool(everyone.isfinite().all()):
-            raise InputError(f"everyone: the mean feature has shape {list(everyone.shape)}; it must be [{width}], and "
-                             "finite.")
+            raise InputError(
+                f"everyone: the mean feature has shape {list(everyone.shape)}; it must be [{width}], and finite."
+            )
         self.prepare(source)
         self.prepared["everyone"] = everyone.to(self.prepared["own"])
 
@@ -131,8 +134,9 @@ class TestTimeFedTHE(TTAMethod):
         heads = torch.stack([plain.logits, _logits(features, prepared["head"])], 1)
         weights = mixing(heads, far, config.steps, config.lr)
         if config.memo_steps:
-            heads = torch.stack([self._tuned(take(batch, torch.tensor([row])), row, weights[row])
-                                 for row in range(size(batch))])
+            heads = torch.stack(
+                [self._tuned(take(batch, torch.tensor([row])), row, weights[row]) for row in range(size(batch))]
+            )
         logits = (weights[:, :, None] * heads).sum(1)
         return Outputs(logits, features, None, {"history": history, "weights": weights})
 
@@ -209,8 +213,13 @@ def mean_feature(model: Deployed, data: Encoded) -> Tensor:
         InputError: the model declares no last layer.
     """
     device = model.require_head().weight.device
-    total = torch.stack([_sum(model({name: value.to(device) for name, value in batch.items()})[1])
-                         for batch, _ in source_batches(data) if isinstance(batch, dict)])
+    total = torch.stack(
+        [
+            _sum(model({name: value.to(device) for name, value in batch.items()})[1])
+            for batch, _ in source_batches(data)
+            if isinstance(batch, dict)
+        ]
+    )
     return total.sum(0) / len(data)
 
 

@@ -50,11 +50,14 @@ BLOCKS = 4
 class ITTAConfig(GradientConfig):
     """Options of `itta`; those named `align_` train f_w on source data before deployment."""
 
-    order: str = option("after", "predict before the update, or after it with another forward pass",
-                        choices=("before", "after"))
+    order: str = option(
+        "after", "predict before the update, or after it with another forward pass", choices=("before", "after")
+    )
     bn_alpha: float = option(0.0, "share of the batch's statistics in batch norms", low=0, high=1)
-    adapt: Any = option("norm_affine", "tensors whose gradients align the consistency loss on source data; none of "
-                        "them changes at test time")
+    adapt: Any = option(
+        "norm_affine",
+        "tensors whose gradients align the consistency loss on source data; none of them changes at test time",
+    )
     blocks: Any = option(None, "names of modules whose outputs are scaled and shifted; null finds the model's blocks")
     depth: int = option(10, "affine maps in f_w", low=1)
     align_steps: int = option(50, "training steps of f_w on source data", low=0)
@@ -146,8 +149,13 @@ def find_blocks(model: Deployed) -> list[str]:
         found: list[list[str]] = []
         for name, part in model.modules.items():
             if isinstance(part, kind):
-                found.append([f"{name}.{child}" if name else child for child, module in part.named_children()
-                              if module is not model.head and any(True for _ in module.parameters())])
+                found.append(
+                    [
+                        f"{name}.{child}" if name else child
+                        for child, module in part.named_children()
+                        if module is not model.head and any(True for _ in module.parameters())
+                    ]
+                )
         longest = max(found, key=len, default=[])
         if len(longest) > 1:
             count = min(BLOCKS, len(longest))
@@ -167,8 +175,11 @@ def alignment(regular: Tensor, task: Tensor, tensors: list[Tensor]) -> Tensor:
     """0.1 x mean squared difference of the two losses' standardised gradients over `tensors`."""
     wanted = torch.autograd.grad(task, tensors, retain_graph=True, allow_unused=True)
     given = torch.autograd.grad(regular, tensors, create_graph=True, allow_unused=True)
-    pairs = [(mine, theirs.detach()) for mine, theirs in zip(given, wanted, strict=True)
-             if mine is not None and theirs is not None]
+    pairs = [
+        (mine, theirs.detach())
+        for mine, theirs in zip(given, wanted, strict=True)
+        if mine is not None and theirs is not None
+    ]
     return 0.1 * (_standard([mine for mine, _ in pairs]) - _standard([theirs for _, theirs in pairs])).square().mean()
 
 
@@ -176,8 +187,10 @@ def mix_style(hidden: Tensor, draws: np.random.Generator) -> Tensor:
     """Channel statistics of [N, C, H, W] or [N, T, D] mixed with those of another sample; statistics are constants."""
     axes = [axis for axis in range(1, hidden.ndim) if axis != _axis(hidden) % hidden.ndim]
     if not axes:
-        raise InputError(f"itta: a block's output {list(hidden.shape)} has no positions; name blocks of a convolution "
-                         "network or a transformer.")
+        raise InputError(
+            f"itta: a block's output {list(hidden.shape)} has no positions; name blocks of a convolution "
+            "network or a transformer."
+        )
     variance, mean = torch.var_mean(hidden.detach(), axes, correction=0, keepdim=True)
     spread = (variance + 1e-6).sqrt()
     order = torch.from_numpy(draws.permutation(len(hidden))).to(hidden.device)

@@ -48,8 +48,9 @@ class LAMEConfig(WrapperConfig):
     psd: bool = option(True, "knn: shift W to be positive semi-definite, row sums at most k; needs symmetric")
     max_iterations: int = option(100, "most steps", low=1)
     tolerance: float = option(1e-6, "stop when no entry of Y changes by more", above=0)
-    max_changed: float = option(1.0, "share of labels that may change; above it the base's answer is given",
-                                low=0, high=1)
+    max_changed: float = option(
+        1.0, "share of labels that may change; above it the base's answer is given", low=0, high=1
+    )
 
 
 class LAME(WrappedMethod):

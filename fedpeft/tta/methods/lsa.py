@@ -110,8 +110,12 @@ class LabelShiftAdapter(WrappedMethod):
 def fresh_network(hidden: int, classes: int, width: int, draws: torch.Generator) -> dict[str, Tensor]:
     """Weights of d -> tanh layer -> (gamma [D], beta [D], dW [K, D], db [K]) in one row."""
     out = 2 * width + classes * width + classes
-    return {"first": torch.randn(hidden, 1, generator=draws), "first_bias": torch.randn(hidden, generator=draws),
-            "last": torch.zeros(out, hidden), "last_bias": torch.zeros(out)}
+    return {
+        "first": torch.randn(hidden, 1, generator=draws),
+        "first_bias": torch.randn(hidden, generator=draws),
+        "last": torch.zeros(out, hidden),
+        "last_bias": torch.zeros(out),
+    }
 
 
 def adapted(logits: Tensor, features: Tensor, weight: Tensor, network: dict[str, Tensor], d: float) -> Tensor:

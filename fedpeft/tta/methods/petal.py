@@ -76,8 +76,9 @@ class PETAL(MeanTeacher):
             rows = draws.choice(len(source), min(config.snapshot_batch, len(source)), replace=False)
             batch, labels = source.batch(rows)
             leaves = self.leaves(student)
-            loss = F.cross_entropy(self.forward(batch, leaves, self.statistics(batch), graph=True).logits,
-                                   labels.to(self.model.device))
+            loss = F.cross_entropy(
+                self.forward(batch, leaves, self.statistics(batch), graph=True).logits, labels.to(self.model.device)
+            )
             gradients, reason = self.finite_gradients(loss, leaves)
             if reason is not None:
                 raise InputError(f"petal: source training for the prior failed: {reason}. Lower snapshot_lr.")
@@ -86,8 +87,10 @@ class PETAL(MeanTeacher):
                 for name, value in student.items():
                     moved[name] += (value - start[name]) / config.snapshots
                     square[name] += (value - start[name]).square() / config.snapshots
-        return {"mean": {name: value + moved[name] for name, value in start.items()},
-                "variance": {name: (square[name] - moved[name].square()).clamp(min=0) for name in start}}
+        return {
+            "mean": {name: value + moved[name] for name, value in start.items()},
+            "variance": {name: (square[name] - moved[name].square()).clamp(min=0) for name in start},
+        }
 
     def _start(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.prepared["mean"].items()}
@@ -104,8 +107,9 @@ class PETAL(MeanTeacher):
         gradient: Tensor = weight * (value - mean) / (variance + DAMPING)
         return gradient
 
-    def _restored(self, student: dict[str, Tensor], data: dict[str, Tensor],
-                  whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _restored(
+        self, student: dict[str, Tensor], data: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         config, draws, mean = self.config, self.generator("restore"), self.prepared["mean"]
         if config.rule == "random":
             return stochastic(student, mean, config.restore, draws, config.joint_lora)
@@ -115,8 +119,10 @@ class PETAL(MeanTeacher):
             if isinstance(self.model.slots[name][0][0], nn.Embedding):
                 fisher[name] = value.masked_fill((data[name] == 0).all(-1, keepdim=True), torch.nan)
         masks = smallest(fisher, config.restore, draws, config.per_tensor)
-        return {name: torch.where(masks[name], mean[name], value) if name in masks else value
-                for name, value in student.items()}
+        return {
+            name: torch.where(masks[name], mean[name], value) if name in masks else value
+            for name, value in student.items()
+        }
 
 
 def smallest(values: dict[str, Tensor], share: float, draws: torch.Generator, per_tensor: bool) -> dict[str, Tensor]:

@@ -29,8 +29,9 @@ class RDumbConfig(WrapperConfig):
     """Options of `rdumb`; by default the base is ETA, that is EATA without its Fisher term."""
 
     base: str = option("eata", "registered method that is restarted")
-    base_options: dict[str, Any] = option({"fisher_weight": 0.0}, "options of the base method",
-                                           options_of=("tta", "base"))
+    base_options: dict[str, Any] = option(
+        {"fisher_weight": 0.0}, "options of the base method", options_of=("tta", "base")
+    )
     period: int = option(1000, "batches learned from between restarts", low=1)
 
 

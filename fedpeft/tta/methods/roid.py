@@ -63,8 +63,9 @@ class ROID(GradientMethod):
         config, logits, leaves = self.config, outputs.logits, outputs.extra["leaves"]
         probs = logits.detach().softmax(-1)
         mean = self.memory["mean"]
-        weights, kept = sample_weights(probs, torch.full_like(probs[0], 1 / len(probs[0])) if mean is None else mean,
-                                       config.temperature)
+        weights, kept = sample_weights(
+            probs, torch.full_like(probs[0], 1 / len(probs[0])) if mean is None else mean, config.temperature
+        )
         losses = soft_likelihood_ratio(logits[kept])
         if config.consistency:
             view = augment(config.augment, take(batch, kept), self.generator("view"))
@@ -75,8 +76,9 @@ class ROID(GradientMethod):
         if reason is not None:
             return reason
         start, mu = self._start(), config.mu
-        self.memory["student"] = {name: torch.lerp(start[name], value, mu)
-                                  for name, value in self.memory["student"].items()}
+        self.memory["student"] = {
+            name: torch.lerp(start[name], value, mu) for name, value in self.memory["student"].items()
+        }
         now = probs.mean(0)
         old = torch.full_like(now, 1 / len(now)) if mean is None else mean
         self.memory["mean"] = 0.9 * old + 0.1 * now

@@ -56,10 +56,19 @@ class RoTTA(GradientMethod):
     min_batch: ClassVar[int] = 1
 
     def _fresh(self) -> dict[str, Any]:
-        moving = {name: [part.running_mean.clone(), part.running_var.clone()]
-                  for name, part in self.model.norms.items() if part.running_mean is not None}
-        return {**super()._fresh(), "teacher": self._start(), "moving": moving, "student_moving": moving, "items": [],
-                "offered": 0}
+        moving = {
+            name: [part.running_mean.clone(), part.running_var.clone()]
+            for name, part in self.model.norms.items()
+            if part.running_mean is not None
+        }
+        return {
+            **super()._fresh(),
+            "teacher": self._start(),
+            "moving": moving,
+            "student_moving": moving,
+            "items": [],
+            "offered": 0,
+        }
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         return self.forward(batch, self.memory["teacher"], self._fixed())
@@ -70,8 +79,12 @@ class RoTTA(GradientMethod):
         labels, uncertainty = outputs.prediction.argmax(-1).tolist(), scores.entropy_of(outputs.prediction).tolist()
         classes = outputs.logits.shape[1]
         for row, label in enumerate(labels):
-            item = {"input": take(batch, torch.tensor([row])), "label": label, "uncertainty": uncertainty[row],
-                    "age": 0}
+            item = {
+                "input": take(batch, torch.tensor([row])),
+                "label": label,
+                "uncertainty": uncertainty[row],
+                "age": 0,
+            }
             self.memory["items"] = offer(self.memory["items"], item, config.capacity, classes)
             self.memory["offered"] += 1
             if self.memory["offered"] % config.update_every == 0 and len(self.memory["items"]) > 1:
@@ -94,12 +107,14 @@ class RoTTA(GradientMethod):
         if reason is not None:
             return reason
         # `apply` writes into the moments; without a copy the way back of `_update` would be gone.
-        self.memory["moments"] = {key: dict(value) if isinstance(value, dict) else value
-                                  for key, value in self.memory["moments"].items()}
+        self.memory["moments"] = {
+            key: dict(value) if isinstance(value, dict) else value for key, value in self.memory["moments"].items()
+        }
         self.apply(gradients)
         student, keep = self.memory["student"], self.config.ema
-        self.memory["teacher"] = {name: keep * value + (1 - keep) * student[name]
-                                  for name, value in self.memory["teacher"].items()}
+        self.memory["teacher"] = {
+            name: keep * value + (1 - keep) * student[name] for name, value in self.memory["teacher"].items()
+        }
         self.memory |= {"moving": moving, "student_moving": student_moving}
         return None
 
@@ -109,8 +124,9 @@ class RoTTA(GradientMethod):
             return None
         return lambda name, module, values: tuple(moving[name]) if name in moving else of_batch(values)
 
-    def _training_forward(self, batch: Batch, overlay: Tensors, which: str,
-                          graph: bool) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def _training_forward(
+        self, batch: Batch, overlay: Tensors, which: str, graph: bool
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Logits under statistics that take in this batch, and these statistics."""
         alpha, old = self.config.bn_alpha, self.memory[which]
         new: dict[str, list[Tensor]] = {}
@@ -127,6 +143,7 @@ class RoTTA(GradientMethod):
 
 def offer(items: list[Item], item: Item, capacity: int, classes: int) -> list[Item]:
     """The memory after a sample was offered; everything in it is one sample older."""
+
     def score(entry: Item) -> float:
         return float(1 / (1 + math.exp(-entry["age"] / capacity)) + entry["uncertainty"] / math.log(classes))
 

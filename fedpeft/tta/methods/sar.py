@@ -88,5 +88,7 @@ class SAR(GradientMethod):
 def perturbed(params: dict[str, Tensor], gradients: dict[str, Tensor], rho: float) -> dict[str, Tensor]:
     """theta + rho g / |g|, the norm over all tensors together."""
     norm = torch.stack([value.norm() for value in gradients.values()]).norm()
-    return {name: value + rho * gradients[name] / (norm + 1e-12) if name in gradients else value
-            for name, value in params.items()}
+    return {
+        name: value + rho * gradients[name] / (norm + 1e-12) if name in gradients else value
+        for name, value in params.items()
+    }

@@ -35,8 +35,9 @@ from fedpeft.tta.parts.wrapped import WrappedMethod, WrapperConfig
 class T3AConfig(WrapperConfig):
     """Options of `t3a`; as published a sample joins the supports before it is answered."""
 
-    order: str = option("after", "predict before the update, or after it with another forward pass",
-                        choices=("before", "after"))
+    order: str = option(
+        "after", "predict before the update, or after it with another forward pass", choices=("before", "after")
+    )
     supports: int = option(100, "M, supports kept a class", low=1)
 
 
@@ -49,8 +50,11 @@ class T3A(WrappedMethod):
     def _fresh(self) -> dict[str, Any]:
         weight, bias = self.model.head_parameters()
         weight = weight.detach().clone()
-        return {"supports": weight, "labels": torch.arange(len(weight), device=weight.device),
-                "entropy": scores.entropy(weight @ weight.T + bias.detach())}
+        return {
+            "supports": weight,
+            "labels": torch.arange(len(weight), device=weight.device),
+            "entropy": scores.entropy(weight @ weight.T + bias.detach()),
+        }
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         base = self.base._outputs(batch, learn)
@@ -65,9 +69,11 @@ class T3A(WrappedMethod):
         reason = self._learn_base(batch, base)
         if reason is None:
             logits = base.logits.detach()
-            grown = (torch.cat([self.memory["supports"], base.features.detach()]),
-                     torch.cat([self.memory["labels"], logits.argmax(-1)]),
-                     torch.cat([self.memory["entropy"], scores.entropy(logits)]))
+            grown = (
+                torch.cat([self.memory["supports"], base.features.detach()]),
+                torch.cat([self.memory["labels"], logits.argmax(-1)]),
+                torch.cat([self.memory["entropy"], scores.entropy(logits)]),
+            )
             kept = most_certain(grown[1], grown[2], self.config.supports)
             names = ("supports", "labels", "entropy")
             self.memory |= {name: value[kept] for name, value in zip(names, grown, strict=True)}

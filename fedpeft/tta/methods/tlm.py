@@ -53,8 +53,10 @@ class TLM(GradientMethod):
     def __init__(self, model: Any, seed: int = 0, **options: Any) -> None:
         super().__init__(model, seed, **options)
         if self.model.output is None:
-            raise InputError("tlm: it learns from the tokens of its input, so it needs a causal language model "
-                             "(model.task=causal-lm).")
+            raise InputError(
+                "tlm: it learns from the tokens of its input, so it needs a causal language model "
+                "(model.task=causal-lm)."
+            )
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         assert isinstance(batch, dict) and self.model.output is not None

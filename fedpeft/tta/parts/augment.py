@@ -1,11 +1,11 @@
 """Views of a batch, all drawn from one generator: one draw is shared by the whole batch (noise aside).
 
-    >>> import torch
-    >>> from fedpeft.tta.deployed import size
-    >>> images = torch.rand(3, 1, 8, 8)
-    >>> view = augment("image", images, torch.Generator().manual_seed(0))
-    >>> tuple(view.shape), bool(view.equal(images)), bool(augment("identity", images, torch.Generator()).equal(images))
-    ((3, 1, 8, 8), False, True)
+>>> import torch
+>>> from fedpeft.tta.deployed import size
+>>> images = torch.rand(3, 1, 8, 8)
+>>> view = augment("image", images, torch.Generator().manual_seed(0))
+>>> tuple(view.shape), bool(view.equal(images)), bool(augment("identity", images, torch.Generator()).equal(images))
+((3, 1, 8, 8), False, True)
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def augment(kind: str, batch: Batch, generator: torch.Generator) -> Batch:
         return _image(batch, generator, kind)
     keys = [key for key, value in batch.items() if value.ndim == 4]
     if not keys:
-        raise InputError(f"augment={kind}: the batch ({', '.join(batch)}) has no image tensor [N, C, H, W]. "
-                         f"Allowed: {', '.join(KINDS)}.")
+        raise InputError(
+            f"augment={kind}: the batch ({', '.join(batch)}) has no image tensor [N, C, H, W]. "
+            f"Allowed: {', '.join(KINDS)}."
+        )
     return {**batch, keys[0]: _image(batch[keys[0]], generator, kind)}
 
 
@@ -62,8 +64,12 @@ def _image(images: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     size = SMALL if kind == "small_image" else 1.0
     angle, scale = size * math.radians(_between(draw[3], -15, 15)), 1 + size * _between(draw[4], -0.1, 0.1)
     shift = [size * _between(draw[axis], -0.125, 0.125) for axis in (5, 6)]  # of half the width: 1/16 of it all
-    turn = torch.tensor([[math.cos(angle) / scale, -math.sin(angle) / scale, shift[0]],
-                         [math.sin(angle) / scale, math.cos(angle) / scale, shift[1]]])
+    turn = torch.tensor(
+        [
+            [math.cos(angle) / scale, -math.sin(angle) / scale, shift[0]],
+            [math.sin(angle) / scale, math.cos(angle) / scale, shift[1]],
+        ]
+    )
     grid = F.affine_grid(turn.expand(len(images), 2, 3).to(images), list(images.shape), align_corners=False)
     view = F.grid_sample(view, grid, padding_mode="border", align_corners=False)
     view = _blur(view, 0.001 + 0.5 * size * draw[7])

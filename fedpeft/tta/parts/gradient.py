@@ -22,8 +22,9 @@ class GradientConfig(MethodConfig):
     lr: float = option(1e-3, "learning rate", low=0)
     optimizer: str = option("adam", "optimizer", choices=("adam", "sgd"))
     momentum: float = option(0.9, "of sgd", low=0, high=1)
-    bn_alpha: float = option(1.0, "share of the batch's statistics in batch norms; 0 keeps the running ones",
-                             low=0, high=1)
+    bn_alpha: float = option(
+        1.0, "share of the batch's statistics in batch norms; 0 keeps the running ones", low=0, high=1
+    )
 
 
 class GradientMethod(TTAMethod):
@@ -79,5 +80,6 @@ class GradientMethod(TTAMethod):
     def apply(self, gradients: dict[str, Tensor]) -> None:
         """One step of the optimiser on the student; its moments are kept in the memory."""
         config = self.config
-        self.memory["student"] = optim.step(config.optimizer, self.memory["student"], gradients,
-                                            self.memory["moments"], config.lr, config.momentum)
+        self.memory["student"] = optim.step(
+            config.optimizer, self.memory["student"], gradients, self.memory["moments"], config.lr, config.momentum
+        )

@@ -1,10 +1,10 @@
 """SGD and Adam as functions of plain tensors: an optimiser's moments are data like the rest of a method's state.
 
-    >>> import torch
-    >>> params, moments = {"w": torch.tensor([1.0])}, fresh()
-    >>> params = step("sgd", params, {"w": torch.tensor([2.0])}, moments, lr=0.25)
-    >>> params["w"].tolist()
-    [0.5]
+>>> import torch
+>>> params, moments = {"w": torch.tensor([1.0])}, fresh()
+>>> params = step("sgd", params, {"w": torch.tensor([2.0])}, moments, lr=0.25)
+>>> params["w"].tolist()
+[0.5]
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ def fresh() -> dict[str, Any]:
     return {"steps": 0, "first": {}, "second": {}}
 
 
-def step(kind: str, params: dict[str, Tensor], gradients: dict[str, Tensor], moments: dict[str, Any], lr: float,
-         momentum: float = 0.0) -> dict[str, Tensor]:
+def step(
+    kind: str,
+    params: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    moments: dict[str, Any],
+    lr: float,
+    momentum: float = 0.0,
+) -> dict[str, Tensor]:
     """New parameters after one step; `moments` is updated in place, and tensors without a gradient stay as they are.
 
     `adam` is Kingma and Ba's, without weight decay; `sgd` has heavy-ball momentum, its first step being the gradient.

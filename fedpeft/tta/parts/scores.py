@@ -1,8 +1,8 @@
 """Losses and measures on rows of logits [N, K] or probabilities that more than one method uses.
 
-    >>> import torch
-    >>> round(float(entropy(torch.zeros(1, 4))), 4) == round(float(torch.tensor(4.0).log()), 4)
-    True
+>>> import torch
+>>> round(float(entropy(torch.zeros(1, 4))), 4) == round(float(torch.tensor(4.0).log()), 4)
+True
 """
 
 from __future__ import annotations

@@ -24,13 +24,18 @@ class TeacherConfig(GradientConfig):
     adapt: Any = option("all", "what adapts: norm_affine, lora, head, all, or a list of name patterns")
     ema: float = option(0.999, "alpha, share that the teacher keeps", low=0, high=1)
     views: int = option(32, "augmented views in a target", low=1)
-    threshold: float | None = option(None, "mean confidence of the anchor below which targets are averaged over views; "
-                                     "null is the 5 % quantile on source data - 0.05", low=0)
+    threshold: float | None = option(
+        None,
+        "mean confidence of the anchor below which targets are averaged over views; "
+        "null is the 5 % quantile on source data - 0.05",
+        low=0,
+    )
     augment: str = option("image", "kind of views", choices=KINDS)
     symmetric: bool = option(False, "mean of the cross entropy in both directions (the authors' ImageNet form)")
     restore: float = option(0.01, "p, share of entries that go back to the anchor after a step", low=0, high=1)
-    restore_order: str = option("after", "restore after the teacher took the student in, as published, or before",
-                                choices=("after", "before"))
+    restore_order: str = option(
+        "after", "restore after the teacher took the student in, as published, or before", choices=("after", "before")
+    )
     joint_lora: bool = option(True, "restore row r of lora_A and column r of lora_B together, or not at all")
 
 
@@ -45,8 +50,10 @@ class MeanTeacher(GradientMethod):
     def _prepare(self, source: Encoded) -> dict[str, Any]:
         if self.config.threshold is not None:
             return {}
-        confidence = [self.forward(batch, self.anchor(), self.statistics(batch)).prediction.max(-1).values
-                      for batch, _ in source_batches(source)]
+        confidence = [
+            self.forward(batch, self.anchor(), self.statistics(batch)).prediction.max(-1).values
+            for batch, _ in source_batches(source)
+        ]
         return {"threshold": float(torch.cat(confidence).quantile(0.05)) - 0.05}
 
     def _fresh(self) -> dict[str, Any]:
@@ -59,11 +66,13 @@ class MeanTeacher(GradientMethod):
     def _penalty_gradient(self, name: str, value: Tensor) -> Tensor | None:
         return None
 
-    def _restored(self, student: dict[str, Tensor], data: dict[str, Tensor],
-                  whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _restored(
+        self, student: dict[str, Tensor], data: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The student after the restore; `data` and `whole` are the gradients of its loss without and with penalty."""
-        return stochastic(student, self._start(), self.config.restore, self.generator("restore"),
-                          self.config.joint_lora)
+        return stochastic(
+            student, self._start(), self.config.restore, self.generator("restore"), self.config.joint_lora
+        )
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         config, statistics = self.config, self.statistics(batch)
@@ -71,11 +80,15 @@ class MeanTeacher(GradientMethod):
         threshold = config.threshold if config.threshold is not None else self.prepared["threshold"]
         if float(anchor.prediction.max(-1).values.mean()) < threshold:
             draws = self.generator("views")
-            views = [self.forward(augment(config.augment, batch, draws), self.memory["teacher"], statistics)
-                     for _ in range(config.views)]
+            views = [
+                self.forward(augment(config.augment, batch, draws), self.memory["teacher"], statistics)
+                for _ in range(config.views)
+            ]
             features = [view.features for view in views if view.features is not None]
-            target = Outputs(torch.stack([view.logits for view in views]).mean(0),
-                             torch.stack(features).mean(0) if features else None)
+            target = Outputs(
+                torch.stack([view.logits for view in views]).mean(0),
+                torch.stack(features).mean(0) if features else None,
+            )
         else:
             target = self.forward(batch, self.memory["teacher"], statistics)
         if learn:
@@ -99,15 +112,17 @@ class MeanTeacher(GradientMethod):
         if self.config.restore_order == "before":
             self.memory["student"] = self._restored(self.memory["student"], data, whole)
         keep, student = self.config.ema, self.memory["student"]
-        self.memory["teacher"] = {name: keep * value + (1 - keep) * student[name]
-                                  for name, value in self.memory["teacher"].items()}
+        self.memory["teacher"] = {
+            name: keep * value + (1 - keep) * student[name] for name, value in self.memory["teacher"].items()
+        }
         if self.config.restore_order == "after":
             self.memory["student"] = self._restored(student, data, whole)
         return None
 
 
-def stochastic(student: dict[str, Tensor], anchor: dict[str, Tensor], p: float, draws: torch.Generator,
-               joint_lora: bool) -> dict[str, Tensor]:
+def stochastic(
+    student: dict[str, Tensor], anchor: dict[str, Tensor], p: float, draws: torch.Generator, joint_lora: bool
+) -> dict[str, Tensor]:
     """Each entry from `anchor` with probability p; a LoRA pair by rank-one components if `joint_lora`."""
     new = {}
     components: dict[str, Tensor] = {}
