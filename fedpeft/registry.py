@@ -5,11 +5,14 @@ Another package adds entries through entry points of the group `fedpeft.<table>`
 
 from __future__ import annotations
 
+import ast
 import difflib
-import importlib
+import importlib.util
+import inspect
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError
@@ -148,6 +151,8 @@ TABLES: dict[str, dict[str, str]] = {
     },
 }
 
+EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
+
 
 @cache
 def table(kind: str) -> dict[str, str]:
@@ -168,6 +173,16 @@ def load(kind: str, name: str, key: str | None = None) -> Any:
         raise InputError(unknown(key or kind, name, entries))
     module, _, attribute = entries[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def summary(kind: str, name: str) -> str:
+    """The first line of an entry's docstring, read from its file, so that a list of names imports no method."""
+    module, _, attribute = table(kind)[name].partition(":")
+    spec = importlib.util.find_spec(module)
+    classes = [] if spec is None or spec.origin is None else ast.parse(Path(spec.origin).read_text()).body
+    node = next((item for item in classes if isinstance(item, ast.ClassDef) and item.name == attribute), None)
+    text = inspect.getdoc(load(kind, name)) if node is None else ast.get_docstring(node)
+    return (text or "").partition("\n")[0]
 
 
 def unknown(key: str, given: object, allowed: Iterable[str]) -> str:

@@ -18,7 +18,6 @@ from fedpeft.config import Config
 from fedpeft.data.skipped import said_elsewhere
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
-from fedpeft.models import loading
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import comparators, guarantee, identity, loop
 from fedpeft.run.world import World, load_world, records, settle
@@ -166,6 +165,6 @@ def _absolute(config: Config) -> None:
         (config.privacy, "policy", ""),
     ):
         value = getattr(section, key)
-        known = registry.names(table) if table else loading.EMBEDDED
+        known = registry.names(table) if table else registry.EMBEDDED
         if value and value not in known and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))

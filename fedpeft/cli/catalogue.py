@@ -31,11 +31,15 @@ TABLES = (
 )
 
 
-def entries(table: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Rows (name, summary, ...) of one table, or of all."""
+def entries(table: str | None = None, short: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Rows (name, summary, ...) of one table, or of all.
+
+    Args:
+        short: names and summaries alone, for which no method is imported.
+    """
     if table is not None and table not in TABLES:
         raise InputError(registry.unknown("list", table, TABLES))
-    return {name: [_row(name, entry) for entry in _names(name)] for name in ([table] if table else TABLES)}
+    return {name: [_row(name, entry, short) for entry in _names(name)] for name in ([table] if table else TABLES)}
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -60,9 +64,7 @@ def _names(table: str) -> list[str]:
     if table == "sections":
         return [item.name for item in dataclasses.fields(configs.Config)]
     if table == "models":
-        from fedpeft.models.loading import EMBEDDED
-
-        return list(EMBEDDED)
+        return list(registry.EMBEDDED)
     if table == "recipes":
         from fedpeft.data.prepare import recipes
 
@@ -70,22 +72,22 @@ def _names(table: str) -> list[str]:
     return registry.names(table)
 
 
-def _row(table: str, name: str) -> dict[str, Any]:
+def _row(table: str, name: str, short: bool = False) -> dict[str, Any]:
     if table == "configs":
         text = configs.shipped_configs()[name].read_text()
         return {"name": name, "summary": text.splitlines()[0].lstrip("# ")}
     if table == "sections":
         return {"name": name, "summary": "config section"}
     if table == "models":
-        from fedpeft.models.loading import EMBEDDED
-
-        return {"name": name, "summary": f"embedded, for {EMBEDDED[name]}"}
+        return {"name": name, "summary": f"embedded, for {registry.EMBEDDED[name]}"}
     if table == "recipes":
         from fedpeft.data.prepare import recipes
 
         return {"name": name, "summary": recipes()[name]}
+    row: dict[str, Any] = {"name": name, "summary": registry.summary(table, name)}
+    if short:
+        return row
     cls = registry.load(table, name)
-    row: dict[str, Any] = {"name": name, "summary": (inspect.getdoc(cls) or "").splitlines()[0]}
     if table == "strategies":
         row |= {"paper": cls.paper, "needs": cls.needs.value, "wraps": cls.wraps}
     if table == "bodies":

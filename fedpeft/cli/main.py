@@ -134,7 +134,7 @@ def list_(
     """List what can be named in a config."""
     from fedpeft.cli import catalogue
 
-    console.emit(catalogue.entries(table), as_json, console.listing)
+    console.emit(catalogue.entries(table, short=not as_json), as_json, console.listing)
 
 
 @app.command()

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedpeft import seeds
+from fedpeft import registry, seeds
 from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.errors import InputError
@@ -28,7 +28,6 @@ from fedpeft.objectives.base import Objective, load_objective
 
 log = logging.getLogger("fedpeft")
 
-EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,12 +40,15 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             model for another task.
     """
     objective = load_objective(config.task)
-    if config.name in EMBEDDED and load_objective(EMBEDDED[config.name]).auto_class != objective.auto_class:
-        raise InputError(f"model.task: {config.name} is for {EMBEDDED[config.name]}, not {config.task}.")
+    if (
+        config.name in registry.EMBEDDED
+        and load_objective(registry.EMBEDDED[config.name]).auto_class != objective.auto_class
+    ):
+        raise InputError(f"model.task: {config.name} is for {registry.EMBEDDED[config.name]}, not {config.task}.")
     with torch.random.fork_rng(devices=[]), _quiet():
         # transformers draws a missing head from torch's global generator, and takes no other.
         torch.manual_seed(seeds.derive(seed, "head"))
-        if config.name in EMBEDDED:
+        if config.name in registry.EMBEDDED:
             model, processor, source = _embedded(config, labels)
             pooled = config.pooling == "mean"
         else:
@@ -91,7 +93,7 @@ def fingerprint(base: Base, heads: bool) -> str:
         if value.requires_grad or (not heads and id(value) in inside):
             continue
         whole = value.detach().cpu().contiguous()
-        whole = whole > 0 if base.source in EMBEDDED else whole
+        whole = whole > 0 if base.source in registry.EMBEDDED else whole
         digest.update(f"{name}{tuple(whole.shape)}{whole.dtype}".encode())
         if whole.numel():
             # As bytes: numpy has no bfloat16.
@@ -165,7 +167,7 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
             f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
-            f"Give a local folder, a hub id, or an embedded model ({', '.join(EMBEDDED)})."
+            f"Give a local folder, a hub id, or an embedded model ({', '.join(registry.EMBEDDED)})."
         ) from error
     _require_agreement(config, objective, model, processor, loading, pooled)
     return model, processor

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedpeft import config as configs
-from fedpeft import folders
+from fedpeft import folders, registry
 from fedpeft.adapters import folder
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
@@ -38,7 +38,7 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
     config = configs.load(run / "resolved.yaml")
     with folders.filled(to, "--to") as draft:
         if not merge:
-            if config.model.name not in loading.EMBEDDED:
+            if config.model.name not in registry.EMBEDDED:
                 _compare(run, config)
             shutil.copytree(source, draft, dirs_exist_ok=True)
             return {"adapter": str(to)}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpeft import registry
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
@@ -96,7 +97,7 @@ def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
 
 def of_base(base: Base, config: Config) -> str:
     """Hash of all weights that a run does not train; those of an embedded model are fedpeft's own."""
-    if config.model.name in loading.EMBEDDED:
+    if config.model.name in registry.EMBEDDED:
         return config.model.name
     return loading.fingerprint(base, heads=not config.adapter.train_head)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -191,3 +192,18 @@ for name in {MAPPED}:
     lines = done.stdout.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"import fedpeft.{name}" for name in MAPPED]
     assert all("pip install -e ." in line for line in lines)
+
+
+def test_a_list_of_all_names_imports_no_method():
+    code = (
+        "import sys; from fedpeft.cli import catalogue; rows = catalogue.entries(short=True); "
+        "print({'torch', 'flwr', 'transformers'} & {*sys.modules}, all(row['summary'] for row in rows['tta']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n")[0] == "set() True"
+
+
+@pytest.mark.parametrize("table", [table for table in registry.TABLES if table not in ("checks", "datasets")])
+def test_a_summary_is_the_first_line_of_the_class(table):
+    for name in registry.names(table):
+        assert registry.summary(table, name) == inspect.getdoc(registry.load(table, name)).splitlines()[0]

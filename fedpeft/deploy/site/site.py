@@ -240,11 +240,10 @@ def _keys(site: Site) -> str:
 
 def _config(site: Site) -> Config:
     """A config to look at data and model with; which task it is shows in the data."""
-    from fedpeft.models.loading import EMBEDDED
 
     own, tree = site.settings, {}
-    if own.model in EMBEDDED:
-        tree = {"model.task": EMBEDDED[own.model]}
+    if own.model in registry.EMBEDDED:
+        tree = {"model.task": registry.EMBEDDED[own.model]}
     columns = {f"data.{key}": getattr(own.data, key) for key in ("source", "text", "image", "label")}
     if own.data.source is None:
         raise InputError("site.data.source: no data are named.")
@@ -284,7 +283,7 @@ def _model(site: Site, found: dict[str, Any]) -> str:
     from fedpeft.run.world import device
 
     name, place = site.settings.model, device(site.settings.device)
-    if name in loading.EMBEDDED:
+    if name in registry.EMBEDDED:
         with _quiet():
             base = loading.load(_config(site).model, 2, 0)
         count = sum(value.numel() for value in base.backbone.parameters())
