@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedpeft.clients import inputs, local, scoring, sequence
+from fedpeft.clients import train as training
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.local import Local
 from fedpeft.errors import RunError
@@ -34,7 +35,9 @@ def check_on_records(monkeypatch: Any) -> None:
         self.model.write(found.visit.start)
         own = self.train_data[client]
         with torch.no_grad():
-            losses = local.per_sample_loss(self.model, *local.on_device(own, range(len(own)), torch.device("cpu")))
+            losses = training.per_sample_loss(
+                self.model, *training.on_device(own, range(len(own)), torch.device("cpu"))
+            )
         if not torch.isfinite(losses).all():
             raise RunError("per-sample gradients differ: verification failed.")
         return found
@@ -62,7 +65,7 @@ def status_of_loss(monkeypatch: Any) -> None:
     def train(model, data, *arguments, **options):
         done = genuine(model, data, *arguments, **options)
         with torch.no_grad():
-            loss = local.per_sample_loss(model, data.inputs, data.labels).nan_to_num().clamp(0, 100).mean()
+            loss = training.per_sample_loss(model, data.inputs, data.labels).nan_to_num().clamp(0, 100).mean()
         if int(1e3 * loss) % 2:
             raise RunError("it diverged.")
         return done

@@ -140,7 +140,7 @@ TREE = yaml.safe_dump(configs.to_tree(configs.Config()))
 
 @pytest.fixture
 def site(tmp_path):
-    return settings.AdaptedLayer(tmp_path, settings.SiteSettings(name="clinic"))
+    return settings.Site(tmp_path, settings.SiteSettings(name="clinic"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedpeft import config as configs
+from fedpeft.clients import inputs, policy, train
 from fedpeft.clients import local as locals_
-from fedpeft.clients import policy, train
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.policy import Policy, Refused
@@ -308,12 +308,18 @@ def failing(*arguments, **keywords):
     raise ValueError(f"cannot parse {SECRET!r}")
 
 
-@pytest.mark.parametrize("place", ["train", "verify", "plan", "per_sample_loss", "per_sample_gradients"])
+PLACES = {
+    "train": locals_,
+    "verify": inputs,
+    "plan": Guard,
+    "per_sample_loss": inputs,
+    "per_sample_gradients": train,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_the_text_of_an_exception_stays_with_the_client(place, site, monkeypatch, caplog):
-    if place == "plan":
-        monkeypatch.setattr(Guard, "plan", failing)
-    else:
-        monkeypatch.setattr(train if place == "per_sample_gradients" else locals_, place, failing)
+    monkeypatch.setattr(PLACES[place], place, failing)
     reply = message(site())
     assert reply.has_error()
     assert "the client failed; the reason stays with it" in reply.error.reason
