@@ -222,9 +222,9 @@ def test_model_stays_what_it_is(folder):
 
 def test_private_gradients_are_verified_on_the_model_that_trains(tiny, monkeypatch):
     """Before the first private step, with the last block cut as it is in training."""
-    from fedpeft.clients import local
+    from fedpeft.clients import inputs as client_inputs
 
-    real, cut = local.verify, []
+    real, cut = client_inputs.verify, []
 
     def watched(modules, parameters, loss, inputs, labels):
         last = modules[0].vit.layers[-1].mlp.fc1
@@ -232,7 +232,7 @@ def test_private_gradients_are_verified_on_the_model_that_trains(tiny, monkeypat
         real(modules, parameters, loss, inputs, labels)
         hook.remove()
 
-    monkeypatch.setattr(local, "verify", watched)
+    monkeypatch.setattr(client_inputs, "verify", watched)
     tiny(
         config={
             "privacy.unit": "sample",
