@@ -217,7 +217,7 @@ def test_owners_statistics_add_up_to_those_of_all_gradients():
 
 def test_changes_of_the_weights_are_kept_whole_or_truncated():
     dense, low = coso(deltas="dense", r1=4, r2=2), coso(deltas="svd", delta_rank=2, r1=4, r2=2)
-    for body in low:
+    for body in (dense, low):
         for task in range(2):
             step(body, drawn(4, 4, seed=task))
             body.end_task(body.statistics(body.records()))
