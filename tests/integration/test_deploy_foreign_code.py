@@ -105,7 +105,7 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
     tree = configs.to_tree(configs.load(TRAIN))
     tree["strategy"]["name"] = "evil.app:app"
     bare = Message(RecordDict({"config": ConfigRecord({"task": "{}"})}), node, "train")
-    named = Message(RecordDict({"config": ConfigRecord({"task": "{}"})}), node, "train")
+    named = Message(RecordDict({"config": ConfigRecord({"task": '{"round": 1}'})}), node, "train")
     Envelope("run-1", yaml.safe_dump(tree), tuple(LABELS), "").put(named, "clinic")
     said = [reply.error.reason for message in (bare, named) for reply in grid.send_and_receive([message], timeout=90)]
     assert len(said) == 2 and "does not say what run" in said[0] and "strategy.name" in said[1]
