@@ -1,8 +1,9 @@
-"""Has Flower believe that it is inside a run."""
+"""Has Flower believe that it is inside a run, and torch draw the same in every test."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -12,3 +13,9 @@ def flower_run(monkeypatch):
 
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def seeded():
+    """Torch draws the same in every test."""
+    torch.manual_seed(0)

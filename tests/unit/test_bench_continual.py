@@ -5,78 +5,25 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html import escape
-from statistics import stdev
 
-import numpy as np
 import pytest
-import torch
-from torch import nn
 from typer.testing import CliRunner
 
 from fedpeft.cli import catalogue
 from fedpeft.cli.main import app
-from fedpeft.config import option
 from fedpeft.continual import matrix
 from fedpeft.continual.body import TrainConfig
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
-from fedpeft.continual.streams.base import Material, StreamSource
-from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks import continual, continual_report
+from support.hand_stream import CLASSES, WIDTH, Hand
 
-CLASSES, WIDTH = 6, 8
 FAST = "linear,ranpac:features=20"  # and lda, which is always there
 FIGURES = continual_report.figures
 SET = ["epochs=2", "batch_size=8", "lr=0.01"]
-
-
-class Net(nn.Module):
-    """Two linear layers and a head; nothing is normalised."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.classifier = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x):
-        return self.classifier(self.two(torch.relu(self.one(x))))
-
-
-class Hand(StreamSource):
-    """Gaussian clusters, two classes a task; as a domain stream all classes in each of two domains."""
-
-    name = "hand"
-    summary = "gaussian clusters"
-
-    @dataclass
-    class Config:
-        tasks: int = option(3, "tasks", low=1, high=CLASSES)
-
-    def __init__(self, scenario="class", **options):
-        super().__init__(**options)
-        self.scenario, self.made = scenario, 0
-
-    def records(self, seed):
-        self.made += 1
-        rng = np.random.default_rng([seed, 1])
-        centres = 2 * rng.normal(size=(CLASSES, 5))
-        parts = []
-        for rows in (120, 60):
-            labels = np.arange(rows) % CLASSES
-            values = torch.tensor(centres[labels] + 0.5 * rng.normal(size=(rows, 5)), dtype=torch.float32)
-            parts.append(Encoded({"x": values}, torch.from_numpy(labels)))
-        net = Net()
-        for number, value in enumerate(net.parameters()):
-            draws = torch.Generator().manual_seed(number)
-            value.requires_grad_(False).copy_(0.6 * torch.randn(value.shape, generator=draws))
-        base = Base(
-            net.eval(), lambda batch: net(batch["x"]), {"classifier": net.classifier}, None, "", "image-classification"
-        )
-        domains = tuple(np.arange(rows) // CLASSES % 2 for rows in (120, 60)) if self.scenario == "domain" else None
-        return Material(*parts, base, ["two"], domains, ["even", "odd"])
 
 
 @pytest.fixture(autouse=True)
@@ -346,62 +293,6 @@ def test_validation_holds_out_training_records_and_says_so(hand, tmp_path):
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
-
-
-def row(body, head, seed, last, bytes_kept=100, **more):
-    right = [[9, 0], [last, 8]]
-    found = matrix.summary(right, [10, 10])
-    stored = {"raw": 0, "statistics": 0, "bases": 0, "adapters": bytes_kept, "numbers": 0}
-    entry = {"parameters": 5, "stored_bytes": stored, "passes_per_prediction": 1.0, "train_cpu_s": 2.0}
-    return {
-        "stream": "s",
-        "body": body,
-        "head": head,
-        "seed": seed,
-        "refused": None,
-        "right": right,
-        "tests": [10, 10],
-        "metrics": found["values"],
-        "undefined": found["undefined"],
-        "ledger": [entry, entry],
-        "head_bytes": 50,
-        "resumed": False,
-        "manifest_sha256": "f" * 64,
-        "body_options": {},
-        "head_options": {},
-        **more,
-    }
-
-
-def test_means_and_paired_differences_by_hand():
-    rows = [
-        row("frozen", "lda", 0, 8),
-        row("frozen", "lda", 1, 6),
-        row("frozen", "ranpac", 0, 5),
-        row("frozen", "ranpac", 1, 5),
-        row("x", "linear", 0, 9),
-        row("x", "linear", 1, 9),
-        {"body": "y", "head": "lda", "seed": 0, "refused": "no"},
-    ]
-    lda, ranpac, x, y = found = continual_report.summary(rows)
-    assert lda["metrics"]["acc_micro"] == 0.75 and lda["sd"]["acc_micro"] == pytest.approx(stdev([0.8, 0.7]))
-    assert lda["metrics"]["forgetting_chaudhry"] == pytest.approx(0.2) and lda["difference"] == 0
-    assert x["difference"] == pytest.approx(0.1) and x["difference_error"] == pytest.approx(0.05)
-    assert ranpac["difference"] == pytest.approx(-0.1) and continual_report.reference(found) == lda
-    assert (x["bytes"], x["passes"], x["train_cpu_s"], x["parameters"]) == (150, 1.0, 4.0, 5)
-    assert y["refused"] == "no" and y["seeds"] == 0
-    assert continual_report.line(x, ["acc_micro"]) == ["x", "linear", "85.0 ± 0.0", "+10.0 ± 5.0", "0.1", "1", "4.0"]
-
-
-def test_the_sentence_says_what_beats_the_frozen_model():
-    fixed = [row("frozen", "lda", 0, 8), row("frozen", "lda", 1, 6)]
-    unclear = continual_report.summary([*fixed, row("x", "linear", 0, 9)])
-    assert "standard errors: nothing." in continual_report.sentence(unclear), "one seed decides nothing"
-    equal = continual_report.summary([*fixed, row("x", "linear", 0, 9), row("x", "linear", 1, 5)])
-    assert "standard errors: nothing." in continual_report.sentence(equal)
-    clear = continual_report.summary([*fixed, row("x", "linear", 0, 10), row("x", "linear", 1, 9)])
-    assert continual_report.sentence(clear).endswith("two standard errors: x with linear.")
-    assert "Not run: frozen" in continual_report.sentence(continual_report.summary([row("x", "lda", 0, 1)]))
 
 
 def test_the_page_is_made_of_results_alone(hand, tmp_path, monkeypatch):

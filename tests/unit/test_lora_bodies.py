@@ -18,15 +18,12 @@ from fedpeft.continual.parts import lora
 from fedpeft.errors import InputError
 from support.lora_parts import TOY, TRAIN, VIT, begun, digits_stream, learner, move, same, stepped, vit, without_times
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 @pytest.fixture(scope="module")
 def digits() -> streams.Stream:
     return digits_stream()
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def any_learner(case: str, digits: streams.Stream) -> Learner:
