@@ -46,8 +46,21 @@ CASES = {
 }
 
 
-# One of each kind of work at the server and at clients; the others do a part of the same.
-SAMPLE = ("fedex", "fedsa", "fed_sb", "scaffold", "private", "secagg", "fedthe", "factor_coso", "lae", "bfloat16")
+# One of each kind of work at the server and at clients: merges, kept and drawn factors, noise, masks, sums, bodies.
+SAMPLE = (
+    "fedex",
+    "fedsa",
+    "fed_sb",
+    "scaffold",
+    "dropout",
+    "private",
+    "secagg",
+    "fedthe",
+    "coso",
+    "lae",
+    "inflora",
+    "bfloat16",
+)
 
 
 @pytest.mark.parametrize("name", few(CASES, SAMPLE))

@@ -57,11 +57,16 @@ def half(body: str, options: dict[str, Any]) -> ServerBody:
     return make_body(ContinualConfig(body=body, options=options))
 
 
+def deal(rows: int, shares: int) -> list[np.ndarray]:
+    """Unequal shares of records: one, all of them; three, one record, up to a third, and the others."""
+    return np.split(np.arange(rows), [1, rows // 3] if shares == 3 else [])
+
+
 def play(server_body: ServerBody, shares: int = 1) -> tuple[list[Tensor], list[ServerState], Adapted]:
     """Logits of the test records and the state after each task.
 
     Args:
-        shares: clients that the records are dealt to for sketches; one trains on them all.
+        shares: clients that the records are dealt to for sketches, one or three; one trains on them all.
     """
     stream, model = parts.stream(tasks=TASKS), adapted()
     plan = Curriculum(tuple(task.classes for task in stream.tasks), 1)
@@ -73,13 +78,14 @@ def play(server_body: ServerBody, shares: int = 1) -> tuple[list[Tensor], list[S
         for what in server_body.sketches if number else [what for what in server_body.sketches if what != PAST]:
             data = stream.tasks[number - 1].train if what == PAST else task.train
             model.write(server.adapter)
-            dealt = [
-                server_body.make_sketch(model, data.view(own)) for own in np.array_split(np.arange(len(data)), shares)
-            ]
+            parcels = [data.view(rows) for rows in deal(len(data), shares)]
+            dealt = [server_body.make_sketch(model, parcel) for parcel in parcels]
             assert {key: tuple(value.shape) for key, value in dealt[0].items()} == server_body.describe_sketch(
                 server.adapter
             )
-            sketches[what] = server_body.merge_sketches(dealt, [1.0] * shares)
+            sketches[what] = server_body.merge_sketches(dealt, [float(len(parcel)) for parcel in parcels])
+            pooled = {key: value.double() for key, value in server_body.make_sketch(model, data).items()}
+            torch.testing.assert_close(sketches[what], pooled, rtol=1e-12, atol=0)
         server = strategy.begin(server, number, sketches)
         model.write(server.adapter)
         with model.competing(list(task.classes)):
@@ -130,7 +136,7 @@ def test_inflora_takes_the_sums_of_all_clients_and_no_client_alone(float64):
     """A_t spans the leading inputs of the pooled records outside of M; so who has which record does not count."""
     one, three = (play(half("inflora", {}), shares) for shares in (1, 3))
     for first, second in zip(one[0], three[0], strict=True):
-        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+        torch.testing.assert_close(first, second, atol=1e-10, rtol=0)
 
 
 def test_inflora_leaves_the_function_alone_where_earlier_inputs_are(float64):

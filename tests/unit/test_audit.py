@@ -34,17 +34,49 @@ SETTING = {
     "privacy.unit": "sample",
     "privacy.noise_multiplier": 1.0,
 }
-# A fixed sample of the faults: one or two for each part of the audit.
+# A fixed sample of the faults: at least one for each part of the audit.
 SAMPLE = {
     "half_the_planned_noise",
+    "half_with_records",
+    "again_after_two",
     "one_value_bare",
     "entered_after_the_reply",
     "twice_the_rate_at_the_client",
     "one_stream_of_each_process",
     "head_escapes_the_clip",
+    "nothing_clipped_in_a_cohort",
     "half_of_the_steps_counted",
     "no_budget",
     "empty_batches_drawn_again",
+}
+# Checks of which a fault is looked for in `make attack` only.
+ATTACK_ONLY = {
+    ("claims", "plan"),
+    ("exact_rounds", "batch size spread"),
+    ("exact_rounds", "noise is fresh"),
+    ("exact_rounds", "noise of each part"),
+    ("rounds", "batch size"),
+    ("rounds", "batches are independent"),
+    ("rounds", "coordinates are apart"),
+    ("rounds", "frozen tensors rest"),
+    ("rounds", "ledger"),
+    ("rounds", "ledger entries"),
+    ("rounds", "masks are fresh"),
+    ("rounds", "noise is fresh"),
+    ("rounds", "noise is not reordered"),
+    ("rounds", "noise shape"),
+    ("rounds", "noise size"),
+    ("rounds", "noise tails"),
+    ("rounds", "nothing in common"),
+    ("rounds", "once in a batch"),
+    ("rounds", "rate of each part"),
+    ("rounds", "replies are kept"),
+    ("rounds", "rounds"),
+    ("rounds", "update"),
+    ("rounds", "what leaves"),
+    ("sensitivity", "sensitivity in a cohort"),
+    ("streams", "streams of masks"),
+    ("streams", "streams of samples"),
 }
 
 
@@ -103,6 +135,12 @@ def test_it_catches(name, failing, monkeypatch):
     part, check, seed = FAULTS[name]
     seed(monkeypatch.setattr)
     assert check in failing(part)
+
+
+def test_each_check_with_a_fault_is_in_the_sample_or_said_to_be_left_out():
+    sampled = {FAULTS[name][:2] for name in SAMPLE}
+    assert {fault[:2] for fault in FAULTS.values()} - sampled == ATTACK_ONLY
+    assert {part for part, _ in ATTACK_ONLY} - {"exact_rounds"} <= {part for part, _ in sampled}
 
 
 @pytest.mark.attack
