@@ -81,7 +81,7 @@ class FederatedStrategy(Configured, Strategy):
     robust: ClassVar[bool] = False
     takes_fixed_factor: ClassVar[bool] = False
     client_half: ClassVar[type[ClientHalf]] = ClientHalf
-    context = RunContext()  # of a subclass with an __init__ of its own
+    context = RunContext()  # likewise, of a subclass that does not call `__init__`
 
     def __init__(self, *, context: RunContext = RunContext(), **options: Any) -> None:
         super().__init__(**options)

@@ -332,6 +332,7 @@ class Configured:
 
     Config: ClassVar[Any] = NoOptions
     paper: ClassVar[str] = ""
+    config: Any = NoOptions()  # of a subclass with an `__init__` of its own
 
     def __init__(self, **options: Any) -> None:
         self.config = self.Config(**options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.record.drawing import (
     COLORS,
@@ -131,6 +131,25 @@ def participation(run: Run) -> Figure | None:
     for at, client in marked["trimmed, clipped or not selected"]:
         grid[row[client]][at - 1] = 0.25
     figure, (axes,) = axes_of(["Clients' updates"], heights=(min(2.4, 0.8 + 0.06 * len(names)),))
+    _draw_rounds(axes, grid, f"used ({len(used)})")
+    for (label, pairs), (look, color) in zip(
+        marked.items(), (("s", "#d0e1f2"), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
+    ):
+        if pairs:
+            shown = [] if look == "s" else pairs  # marks stay visible where a cell is thinner than a pixel
+            places = [at for at, _ in shown], [row[client] for _, client in shown]
+            size: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.6, "clip_on": False}
+            axes.plot(*places, look, color=color, label=f"{label} ({len(pairs)})", **size)
+    name_ticks(axes.yaxis, names, most=25)
+    axes.set_ylabel("client")
+    round_axis(axes)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_rounds(axes: Axes, grid: list[list[float]], label: str) -> None:
+    """A cell for each client and round, `grid` [clients, rounds] of shades from 0 to 1, NaN where nothing was used."""
+    rows, last = len(grid), len(grid[0])
     axes.imshow(
         grid,
         aspect="auto",
@@ -138,33 +157,12 @@ def participation(run: Run) -> Figure | None:
         vmin=0,
         vmax=1,
         interpolation="nearest",
-        extent=(0.5, last + 0.5, len(names) - 0.5, -0.5),
+        extent=(0.5, last + 0.5, rows - 0.5, -0.5),
     )
-    axes.plot([], [], "s", color="#4a98c9", markersize=7, label=f"used ({len(used)})")
-    for (label, pairs), (look, color) in zip(
-        marked.items(), (("s", "#d0e1f2"), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
-    ):
-        if not pairs:
-            continue
-        shown = [] if look == "s" else pairs  # marks stay visible where a cell is thinner than a pixel
-        axes.plot(
-            [at for at, _ in shown],
-            [row[client] for _, client in shown],
-            look,
-            color=color,
-            markersize=5,
-            markeredgewidth=1.6,
-            clip_on=False,
-            label=f"{label} ({len(pairs)})",
-        )
+    axes.plot([], [], "s", color="#4a98c9", markersize=7, label=label)
     axes.grid(False)
-    if len(names) <= 40:
-        axes.hlines([edge + 0.5 for edge in range(len(names) - 1)], 0.5, last + 0.5, color="white", linewidth=1)
-    name_ticks(axes.yaxis, names, most=25)
-    axes.set_ylabel("client")
-    round_axis(axes)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
+    if rows <= 40:
+        axes.hlines([edge + 0.5 for edge in range(rows - 1)], 0.5, last + 0.5, color="white", linewidth=1)
 
 
 def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[list[int]]) -> None:

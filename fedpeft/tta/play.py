@@ -73,27 +73,35 @@ def run_stream(
         seconds += time.perf_counter() - start
         predictions.append(probs.cpu())
         batches.append({"batch": number, **diagnostics, "alarm": alarm})
-    probs = torch.cat(predictions)
     after = played.spent()
     cost = {key: after[key] - before[key] for key in after}
-    result = {
-        "method": name,
-        "stream": stream.name,
-        "order": played.config.order,
-        "oracle": oracle,
-        "seed": played.seed,
+    result: dict[str, Any] = finite(
+        {
+            "method": name,
+            "stream": stream.name,
+            "order": played.config.order,
+            "oracle": oracle,
+            "seed": played.seed,
+            **score_predictions(torch.cat(predictions), stream),
+            "cost": {**cost, "held": played.held(), "seconds": round(seconds, 3)},
+            "skipped": sum(entry["reason"] is not None for entry in batches),
+            "alarms": sum(bool(entry["alarm"]) for entry in batches),
+            "batches": batches,
+        }
+    )
+    return result
+
+
+def score_predictions(probs: Tensor, stream: TestStream) -> dict[str, Any]:
+    """What labels and domains say of a stream's predictions [rows, K], given in its order."""
+    wrong = probs.argmax(-1) != stream.labels
+    return {
         "rows": len(probs),
         **measures(probs, stream.labels),
-        "worst_window": worst_window(probs.argmax(-1) != stream.labels),
-        "domains": by_domain(probs.argmax(-1) != stream.labels, stream.domains),
-        "cost": {**cost, "held": played.held(), "seconds": round(seconds, 3)},
-        "skipped": sum(entry["reason"] is not None for entry in batches),
-        "alarms": sum(bool(entry["alarm"]) for entry in batches),
-        "curve": [float((probs[part].argmax(-1) != stream.labels[part]).float().mean()) for part in stream.parts],
-        "batches": batches,
+        "worst_window": worst_window(wrong),
+        "domains": by_domain(wrong, stream.domains),
+        "curve": [float(wrong[part].float().mean()) for part in stream.parts],
     }
-    checked: dict[str, Any] = finite(result)
-    return checked
 
 
 def source_answers(stream: TestStream, model: Any) -> list[Tensor]:

@@ -146,19 +146,10 @@ def run(
         world = World(label, source, seed, validation, out / "manifests")
         for body in asked:
             rows += body_rows(out, world, body, shown, train, progress)
-    given = [
-        f"--stream {name}",
-        f"--bodies {bodies}" if bodies else "",
-        f"--heads {heads}" if heads else "",
-        *(f"--set {text}" for text in settings or []),
-        f"--seeds {seeds}",
-        "--validation" if validation else "",
-        "--quick" if quick else "",
-    ]
-    command = " ".join(["fedpeft bench continual", *filter(None, given), "--out DIR"])
+    flags = [f"--seeds {seeds}", "--validation" if validation else "", "--quick" if quick else ""]
     results = {
         "version": VERSION,
-        "reproduce": command,
+        "reproduce": command_of(name, bodies, heads, settings or [], flags),
         "quick": quick,
         "validation": validation,
         "stream": label,
@@ -174,6 +165,18 @@ def run(
     cells.write(out / "results.json", results)
     continual_report.write(out)
     return results
+
+
+def command_of(name: str, bodies: str, heads: str, settings: list[str], flags: list[str]) -> str:
+    """The command line that makes these results again."""
+    given = [
+        f"--stream {name}",
+        f"--bodies {bodies}" if bodies else "",
+        f"--heads {heads}" if heads else "",
+        *(f"--set {text}" for text in settings),
+        *flags,
+    ]
+    return " ".join(["fedpeft bench continual", *filter(None, given), "--out DIR"])
 
 
 # What was asked -------------------------------------------------------------------------------------------------------

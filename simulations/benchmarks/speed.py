@@ -81,10 +81,9 @@ def run(
         RunError: an engine does not compute what the others do, or a whole run failed.
     """
     where = device_of(device)
-    names = engines or usable_engines(where)
+    names = engines or (DEFAULT if quick else usable_engines(where))
     if quick:
         models, clients, batch, repeats, seq = ("tiny",), (3,), (1, 2), 1, 16
-        names = engines or DEFAULT
     _require(models, names, (*(clients or (0,)), *(batch or (0,)), repeats, seq, steps), where)
     local = [name for name in names if name in ENGINES]
     whole = [name for name in names if name in whole_run.ENGINES]
@@ -96,15 +95,9 @@ def run(
         distance = check(local, where) if local else None
         if local:
             progress("engines checked against each other")
+        cells = [(count, size) for count in clients for size in batch]
         for model in models:
-            built = {name: make(name, model, where) for name in local}
-            start = adapted(model, where, torch.float32).state().tensors
-            cells = [(count, size) for count in clients for size in batch]
-            timed = []
-            for count, size in cells:
-                timed.append(race(built, work(start, count, size, seq, steps), repeats, where))
-                progress(f"{model}, {count} clients, batch {size}: local training timed")
-            built.clear()
+            timed = _race_cells(model, local, cells, (seq, steps, repeats), where, progress)
             for (count, size), times in zip(cells, timed, strict=True):
                 case = {"model": model, "clients": count, "batch": size, "seq": seq, "steps": steps}
                 peaks = {name: _child(name, case, where.type) for name in local}
@@ -123,6 +116,29 @@ def run(
     with drawing.style():
         files.write_bytes(out / "speed.png", drawing.png(figure(rows)))
     return results
+
+
+def _race_cells(
+    model: str,
+    engines: list[str],
+    cells: list[tuple[int, int]],
+    lengths: tuple[int, int, int],
+    where: torch.device,
+    progress: Progress,
+) -> list[Times]:
+    """Seconds of each engine in each cell (clients, batch); the engines are gone when it returns.
+
+    Args:
+        lengths: tokens of a text, steps, repeats.
+    """
+    seq, steps, repeats = lengths
+    built = {name: make(name, model, where) for name in engines}
+    start = adapted(model, where, torch.float32).state().tensors
+    timed = []
+    for count, size in cells:
+        timed.append(race(built, work(start, count, size, seq, steps), repeats, where))
+        progress(f"{model}, {count} clients, batch {size}: local training timed")
+    return timed
 
 
 def describe(asked: dict[str, tuple[Any, ...]], options: dict[str, int], quick: bool, where: torch.device) -> Row:

@@ -49,6 +49,7 @@ def ask_for_sums(
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
     content = {node: codec.content(adapter, message) for node in roster.values()}
     replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
+    about = {"round": number, "task": task, "sums": what}
     found, names = [], []
     for client in sorted(roster):
         try:
@@ -56,16 +57,7 @@ def ask_for_sums(
             names.append(client)
         except wire.BadReply as error:
             log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
-            record(
-                {
-                    "event": "sums_missing",
-                    "round": number,
-                    "task": task,
-                    "sums": what,
-                    "client": client,
-                    "reason": str(error),
-                }
-            )
+            record({"event": "sums_missing", **about, "client": client, "reason": str(error)})
     needed = math.ceil(rules.quorum * len(roster))
     if len(found) < needed:
         raise RoundFailed(
@@ -73,18 +65,8 @@ def ask_for_sums(
             f"{rules.quorum} needs {needed}."
         )
     sent = sum(value.numel() * value.element_size() for tensors, _ in found for value in tensors.values())
-    record(
-        {
-            "event": "sums",
-            "round": number,
-            "task": task,
-            "sums": what,
-            "view": view,
-            "clients": names,
-            "bytes_up": sent,
-            "bytes_down": adapter.nbytes * len(roster),
-        }
-    )
+    traffic = {"bytes_up": sent, "bytes_down": adapter.nbytes * len(roster)}
+    record({"event": "sums", **about, "view": view, "clients": names, **traffic})
     return found
 
 

@@ -6,7 +6,6 @@ with layer norms, random weights, whose second linear layers (`fc2`, [12, 16]) t
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from fedpeft.continual.model import Plastic
 from fedpeft.data.encode import Encoded
 from fedpeft.models import loading
 from fedpeft.models.base import Base
+from support.fingerprint import fingerprint_modules
 
 INPUTS, WIDTH, HIDDEN, CLASSES = 8, 12, 16, 6
 LAYERS = ["fc2"]
@@ -243,18 +243,8 @@ def seen_by(given: Learner) -> list[Tensor]:
 
 
 def fingerprint(given: Base) -> str:
-    """Every parameter and buffer, every module's mode, and what hangs on it."""
-    digest = hashlib.sha256()
-    for name, part in given.backbone.named_modules():
-        digest.update(
-            f"{name} {part.training} {'forward' in part.__dict__} {len(part._forward_hooks)} "
-            f"{len(part._forward_pre_hooks)}".encode()
-        )
-        for value in [*part._parameters.values(), *part._buffers.values()]:
-            if value is not None:
-                digest.update(f"{value.requires_grad} {value.grad is None}".encode())
-                digest.update(value.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """What hangs on the model, see `fingerprint_modules`."""
+    return fingerprint_modules(given.backbone.named_modules())
 
 
 def saved(given: Learner) -> bytes:

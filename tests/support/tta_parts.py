@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fedpeft.data.encode import Encoded
 from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod, make
+from support.fingerprint import fingerprint_modules
 
 CLASSES = 3
 # So small that a stream takes milliseconds, so lenient that random models pass the filters.
@@ -116,18 +116,8 @@ def play(given: TTAMethod, batches: list[dict[str, Tensor]]) -> Tensor:
 
 
 def fingerprint(model: Deployed) -> str:
-    """Every parameter and buffer, whether it trains, every module's mode, and what hangs on it."""
-    digest = hashlib.sha256()
-    for name, part in model.modules.items():
-        digest.update(
-            f"{name} {part.training} {'forward' in part.__dict__} {len(part._forward_hooks)} "
-            f"{list(part._forward_pre_hooks)}".encode()
-        )
-        for value in [*part._parameters.values(), *part._buffers.values()]:
-            if value is not None:
-                digest.update(f"{value.requires_grad} {value.grad is None}".encode())
-                digest.update(value.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """What hangs on the model, see `fingerprint_modules`."""
+    return fingerprint_modules(model.modules.items())
 
 
 def without_cost(state: dict[str, Any]) -> dict[str, Any]:
