@@ -24,7 +24,6 @@ from fedpeft.files import explained
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Federated and continual fine-tuning of peft adapters.",

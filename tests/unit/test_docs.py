@@ -14,7 +14,7 @@ MAPPED = ("strategies", "clients", "simulations")
 PAGE = (ROOT / "docs" / "how_a_round_works.md").read_text()
 HOPS = re.findall(r"^\| \d+ \| `([\w/.]+)` `([\w.]+)` \|", PAGE, flags=re.M)
 
-GUIDES = ("README", "DEPLOY", "CONTRIBUTING", "REPRODUCIBILITY", "SECURITY")
+GUIDES = ("README", "DEPLOY", "CONTRIBUTING", "REPRODUCIBILITY", "SECURITY", "AGENTS")
 PAGES = [ROOT / f"{name}.md" for name in GUIDES] + sorted((ROOT / "docs").glob("*.md"))
 WORDS = (
     "cohort",
