@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients.app import CohortApp
+from fedpeft.flower import ErrorCode, Run, empty_run, identify
 from fedpeft.simulations.workers import Outcome, Pool, Worker, handle
 
 SERVER_NODE = 1
@@ -55,7 +53,7 @@ class LocalGrid(Grid):
         share: int = 256,
         start: Callable[[Callable[[], ClientApp], int], Worker] = Worker,
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, SERVER_NODE
+        identify(RUN_ID, SERVER_NODE, SERVER_NODE)
         self.nothing = RecordDict()  # one for all nodes that keep nothing, as apps get copies
         self.nodes = {node: Node(config, self.nothing) for node, config in nodes.items()}
         self.share, self.shown = share, set[str]()
@@ -63,7 +61,7 @@ class LocalGrid(Grid):
         self.app = None if workers else make_app()
         self.ids = itertools.count(1)
         self.queue: dict[str, Message] = {}
-        self._run = Run.create_empty(RUN_ID)
+        self._run = empty_run(RUN_ID)
 
     def set_run(self, run: Run) -> None:
         self._run = run

@@ -22,11 +22,11 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 
 from fedpeft.clients.app import CohortApp
 from fedpeft.errors import RunError
 from fedpeft.files import explained
+from fedpeft.flower import ErrorCode
 
 POLL_S = 0.05
 SHM = Path("/dev/shm")

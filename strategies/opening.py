@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Array, RecordDict
-from flwr.common.constant import SType
 from numpy.lib import format as npy
 
+from fedpeft.flower import SType
 from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.packing import described, packed_form, unpack
 from fedpeft.state import AdapterState, StateMismatch

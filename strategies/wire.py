@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
+from fedpeft.flower import ErrorCode
 from fedpeft.foreign import BadMessage, shown
 from fedpeft.packing import manifest_of, pack
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch

@@ -75,12 +75,10 @@ def follow(parent: int) -> None:
 
 
 def superlink(arguments: list[str]) -> None:
-    """Flower's SuperLink takes 2 GB in one call; what a site sends comes in chunks of at most 5 MiB."""
-    from flwr.superlink.cli.flower_superlink import flower_superlink
+    """Flower's SuperLink; what a site sends comes in chunks of at most 5 MiB."""
+    from fedpeft.deploy.coordinator.flower import run_superlink
 
-    vars(sys.modules[flower_superlink.__module__])["GRPC_MAX_MESSAGE_LENGTH"] = LARGEST_CALL
-    sys.argv = ["flower-superlink", *arguments]
-    flower_superlink()
+    run_superlink(arguments, LARGEST_CALL)
 
 
 def supernode(arguments: list[str]) -> None:

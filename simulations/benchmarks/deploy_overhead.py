@@ -25,6 +25,7 @@ from fedpeft.deploy import settings
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.daemon import answers, ports
+from fedpeft.deploy.coordinator.flower import start_run_request
 from fedpeft.deploy.site import site
 from fedpeft.deploy.site.site import free_port
 
@@ -197,11 +198,6 @@ def flower_programs(root: Path, coordinator: Path, server: Any) -> dict[str, lis
 
 def stock_flower(root: Path) -> dict[str, Any]:
     """Rounds of Flower's own programs as they come."""
-    from flwr.cli.build import build_fab_from_files
-    from flwr.common.serde import fab_to_proto
-    from flwr.proto.control_pb2 import StartRunRequest
-    from flwr.supercore.fab import Fab
-
     root.mkdir()
     coordinator = prepared(root)
     server = settings.server(coordinator)
@@ -214,15 +210,13 @@ def stock_flower(root: Path) -> dict[str, Any]:
         control.register_missing()
         with running(root, starts):
             server_code = SERVER.replace("ROUNDS", str(root / "rounds"))
-            fab = build_fab_from_files(
-                {
-                    "pyproject.toml": PROJECT.encode(),
-                    "stock/__init__.py": b"",
-                    "stock/client.py": CLIENT.encode(),
-                    "stock/server.py": server_code.encode(),
-                }
-            )[0]
-            number = control.client.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", fab, {})))).run_id
+            files = {
+                "pyproject.toml": PROJECT.encode(),
+                "stock/__init__.py": b"",
+                "stock/client.py": CLIENT.encode(),
+                "stock/server.py": server_code.encode(),
+            }
+            number = control.client.StartRun(start_run_request(files, {})).run_id
             while control.run_status(number) != "finished":
                 time.sleep(1)
     rounds = [float(line) for line in (root / "rounds").read_text().split()]

@@ -18,7 +18,7 @@ MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ tha
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
     {"errors", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
-    {"state", "packing"},
+    {"state", "packing", "flower"},
     {"record"},
     {"objectives", "data"},
     {"models"},

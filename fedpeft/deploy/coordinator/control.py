@@ -12,21 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from flwr.cli.build import build_fab_from_files
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import (
+
+from fedpeft import __version__
+from fedpeft.deploy.coordinator.flower import (
     ListNodesRequest,
     ListRunsRequest,
     RegisterNodeRequest,
-    StartRunRequest,
     StopRunRequest,
     UnregisterNodeRequest,
+    control_client,
+    start_run_request,
 )
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.fab import Fab
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-from fedpeft import __version__
 from fedpeft.deploy.keys import pem
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import RunError
@@ -66,9 +62,7 @@ class Control:
     def __init__(self, server: Server, insecure: bool) -> None:
         self.server = server
         root = None if insecure else (server.path / "ca.crt").read_bytes()
-        self.client = ControlHttpClient.from_server_address(
-            server.control, insecure, root, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
-        )
+        self.client = control_client(server.control, root)
 
     def nodes(self) -> list[RegisteredNode]:
         """The SuperLink's nodes that have not been unregistered, online or not."""
@@ -102,11 +96,7 @@ class Control:
 
     def start_run(self, name: str) -> int:
         """Have Flower start a run that carries this name and no code; Flower's number of it."""
-        content = build_fab_from_files({"pyproject.toml": APP.encode()})[0]
-        request = StartRunRequest(
-            fab=fab_to_proto(Fab("", content, {})), override_config=user_config_to_proto({"run": name})
-        )
-        answer = self.client.StartRun(request)
+        answer = self.client.StartRun(start_run_request({"pyproject.toml": APP.encode()}, {"run": name}))
         if not answer.run_id:
             raise RunError(f"{name}: the SuperLink did not start it; see logs/superlink.log.")
         return int(answer.run_id)

@@ -17,15 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
-from flwr.supercore.constant import TaskType
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedpeft import folders
 from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import executor_client, take_task
 from fedpeft.deploy.processes import Child, end, launch
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import InputError, RunError, Stopped
@@ -36,7 +33,6 @@ POLL_S = 0.25
 CHECK_S = 1.0  # between looks at sites and runs that were added, stopped or broken off
 START_S = 60.0
 BEFORE = ("pending", "starting")
-AUTHENTICATED = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 INSECURE = (
     "INSECURE: no TLS and no authentication. Anyone who reaches port %d can read every update and pose as a "
     "site. For tests on one machine only."
@@ -126,17 +122,7 @@ class Coordinator:
         self.children: dict[str, Child] = {}
         self.control = Control(server, insecure)
         root = None if insecure else (server.path / "ca.crt").read_bytes()
-        self.runtime = RuntimeHttpClient.from_server_address(
-            server.control,
-            insecure,
-            root,
-            [
-                RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-                SuperExecAuthHttpInterceptor(
-                    master_secret=(server.path / "secret").read_bytes(), protected_methods=AUTHENTICATED
-                ),
-            ],
-        )
+        self.runtime = executor_client(server.control, root, (server.path / "secret").read_bytes())
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
         self.submitted: set[str] = set()
@@ -156,16 +142,17 @@ class Coordinator:
 
     def take(self) -> None:
         """Start the process of a run that Flower has ready."""
-        answer = self.runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-        if not (answer.HasField("task") and answer.token):
+        task = take_task(self.runtime)
+        if task is None:
             return
-        name = self.named(int(answer.task.run_id))
+        number, token = task
+        name = self.named(number)
         if name is None:  # submitted by somebody else on this machine; its code is not run
-            log.warning("run %d is none of this coordinator's and is ignored.", answer.task.run_id)
-            self.control.stop_run(int(answer.task.run_id))
+            log.warning("run %d is none of this coordinator's and is ignored.", number)
+            self.control.stop_run(number)
             return
         folder = self.server.runs / name
-        env = {**self.env, "FEDPEFT_TASK_TOKEN": answer.token}  # not in the arguments, which every user can read
+        env = {**self.env, "FEDPEFT_TASK_TOKEN": token}  # not in the arguments, which every user can read
         child = Child(
             f"run {name}",
             launch("run", self.server.path, name, "insecure" if self.insecure else "tls"),

@@ -9,13 +9,12 @@ from typing import Any
 
 import httpx
 from flwr.app import Error, Message, Metadata, RecordDict
-from flwr.app.message.message import make_message
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedpeft.deploy.coordinator.flower import error_reply
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.keys import pem
+from fedpeft.flower import ErrorCode, Run
 from fedpeft.foreign import shown
 from fedpeft.strategies.wire import Packed
 
@@ -108,7 +107,7 @@ class SiteGrid(Grid):
                     ttl=1.0,
                     message_type="train",
                 )
-                replies.append(make_message(about, error=Error(ErrorCode.UNKNOWN, reason)))
+                replies.append(error_reply(about, Error(ErrorCode.UNKNOWN, reason)))
         return replies
 
     def transferred_s(self) -> dict[str, float]:

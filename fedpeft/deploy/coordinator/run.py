@@ -14,12 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.common.serde import run_from_proto
-from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedpeft import config as configs
 from fedpeft import folders
@@ -28,6 +23,7 @@ from fedpeft.data import source
 from fedpeft.data.encode import encode
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
+from fedpeft.deploy.coordinator.flower import Task
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
@@ -46,17 +42,10 @@ def main(folder: Path, name: str, mode: str) -> None:
     # Out of the environment, which children would inherit.
     token = os.environ.pop("FEDPEFT_TASK_TOKEN")
     root = None if insecure else (folder / "ca.crt").read_bytes()
-    grid = HttpGrid(server.control, insecure, root, token=token)
-    client = grid._runtime_client
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    heartbeat.start()
-    answer = client.PullTaskInput(PullTaskInputRequest())
-    TaskIdentity.task_id, TaskIdentity.run_id = answer.task_id, answer.run.run_id
-    TaskIdentity.node_id = answer.context.node_id
-    grid.set_run(run_from_proto(answer.run))
+    task = Task(server.control, root, token)
     reason = ""
     try:
-        play(run, grid, None if insecure else server.sites)
+        play(run, task.grid, None if insecure else server.sites)
         put_status(run, state="done")
     except Exception as error:  # whatever it is, the run's folder must say so, or it would be tried for ever
         if not isinstance(error, InputError | RunError):
@@ -66,8 +55,7 @@ def main(folder: Path, name: str, mode: str) -> None:
         # A run that was stopped says so, whatever its process ran into on the way down.
         if get_status(run)["state"] not in ENDED:
             put_status(run, state="failed", reason=reason)
-    client.PushTaskOutput(PushTaskOutputRequest(sub_status="failed" if reason else "completed", details=reason))
-    heartbeat.stop()
+    task.end(reason)
 
 
 def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:

@@ -17,11 +17,6 @@ from typing import Any
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
@@ -32,8 +27,10 @@ from fedpeft.data.encode import Encoded, encode
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.envelope import Envelope
+from fedpeft.deploy.flower import read_context, read_message, write_context, write_message
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError, RunError
+from fedpeft.flower import ErrorCode, identify
 from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.models import agreement
 from fedpeft.objectives.base import load_objective
@@ -206,16 +203,15 @@ def serve(resident: Resident, pipe: Connection) -> None:
     while True:
         try:
             identity = json.loads(pipe.recv_bytes())
-            message = message_from_proto(ProtoMessage.FromString(pipe.recv_bytes()))
-            context = context_from_proto(ProtoContext.FromString(pipe.recv_bytes()))
+            message = read_message(pipe.recv_bytes())
+            context = read_context(pipe.recv_bytes())
         except (EOFError, OSError):
             return
-        # Flower looks these up in the process when it makes a reply.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = identity
+        identify(*identity)
         reply = resident.answer(message, context)
         try:
-            pipe.send_bytes(message_to_proto(reply).SerializeToString())
-            pipe.send_bytes(context_to_proto(context).SerializeToString())
+            pipe.send_bytes(write_message(reply))
+            pipe.send_bytes(write_context(context))
         except OSError:
             log.warning("the client process is gone; its reply is dropped.")
             return

@@ -1,0 +1,110 @@
+"""What the coordinator uses of Flower beyond its public interface: its SuperLink, its APIs on loopback, its Grid.
+
+Private, and so listed and tried by tests/unit/test_flower_names.py: the messages of its APIs (flwr.proto), their HTTP
+clients and what signs their calls (flwr.supercore), its Grid over HTTP and its program (flwr.superlink).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from flwr.app import Error, Message, Metadata
+from flwr.app.message.message import make_message
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from fedpeft.flower import identify
+
+__all__ = [
+    "ControlHttpClient",
+    "ListNodesRequest",
+    "ListRunsRequest",
+    "RegisterNodeRequest",
+    "RuntimeHttpClient",
+    "StartRunRequest",
+    "StopRunRequest",
+    "Task",
+    "UnregisterNodeRequest",
+    "control_client",
+    "error_reply",
+    "executor_client",
+    "run_superlink",
+    "start_run_request",
+    "take_task",
+]
+AUTHENTICATED = frozenset({"/flwr.proto.Runtime/AcquireTask"})  # what an executor needs its secret for
+
+
+def control_client(place: str, root: bytes | None) -> ControlHttpClient:
+    """The API of operators at HOST:PORT; without a root certificate not over TLS."""
+    about = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+    return ControlHttpClient.from_server_address(place, root is None, root, [about])
+
+
+def executor_client(place: str, root: bytes | None, secret: bytes) -> RuntimeHttpClient:
+    """The API that hands out tasks, to those who know the secret."""
+    about = RuntimeVersionHttpInterceptor(component_name="SuperExec")
+    proof = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=AUTHENTICATED)
+    return RuntimeHttpClient.from_server_address(place, root is None, root, [about, proof])
+
+
+def take_task(client: RuntimeHttpClient) -> tuple[int, str] | None:
+    """Flower's number and token of a run that is to be started; None if there is none."""
+    answer: AcquireTaskResponse = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+    return (int(answer.task.run_id), answer.token) if answer.HasField("task") and answer.token else None
+
+
+def start_run_request(files: dict[str, bytes], settings: dict[str, str]) -> StartRunRequest:
+    """A run of an app that consists of these files, with these settings of its own."""
+    content = build_fab_from_files(files)[0]
+    return StartRunRequest(fab=fab_to_proto(Fab("", content, {})), override_config=user_config_to_proto(settings))
+
+
+class Task:
+    """The task of one run: its Grid; Flower is told from a thread that it is worked on, until it ends."""
+
+    def __init__(self, place: str, root: bytes | None, token: str) -> None:
+        self.grid = HttpGrid(place, root is None, root, token=token)
+        self.client = self.grid._runtime_client
+        self.heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self.client))
+        self.heartbeat.start()
+        answer = self.client.PullTaskInput(PullTaskInputRequest())
+        identify(answer.run.run_id, answer.context.node_id, answer.task_id)
+        self.grid.set_run(run_from_proto(answer.run))
+
+    def end(self, reason: str) -> None:
+        """Say that the task has ended; with a reason if it failed."""
+        self.client.PushTaskOutput(
+            PushTaskOutputRequest(sub_status="failed" if reason else "completed", details=reason)
+        )
+        self.heartbeat.stop()
+
+
+def error_reply(about: Metadata, error: Error) -> Message:
+    """A reply that nobody sent, with metadata of our own."""
+    return make_message(about, error=error)
+
+
+def run_superlink(arguments: list[str], largest_call: int) -> None:
+    """Be Flower's SuperLink, which takes 2 GB in one call unless its limit, in bytes, is another."""
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    vars(sys.modules[flower_superlink.__module__])["GRPC_MAX_MESSAGE_LENGTH"] = largest_call
+    sys.argv = ["flower-superlink", *arguments]
+    flower_superlink()

@@ -1,0 +1,78 @@
+"""Every name that Flower keeps private and that we use is imported in one of a few files, and is there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = {
+    "flwr",
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.clientapp.typing",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+    "flwr.simulation",
+}
+PLACES = ("fedpeft/flower.py", "fedpeft/deploy/flower.py", "fedpeft/deploy/coordinator/flower.py")
+# Not imported by name: what is read, called or set of what is imported.
+ATTRIBUTES = (
+    ("flwr.app", "Metadata.ttl"),
+    ("flwr.supercore.run", "Run.create_empty"),
+    ("flwr.supercore.task_identity", "TaskIdentity._run_id"),
+    ("flwr.supercore.task_identity", "TaskIdentity._node_id"),
+    ("flwr.supercore.task_identity", "TaskIdentity._task_id"),
+    ("flwr.supercore.control", "ControlHttpClient.from_server_address"),
+    ("flwr.supercore.control", "ControlHttpClient.ListNodes"),
+    ("flwr.supercore.control", "ControlHttpClient.ListRuns"),
+    ("flwr.supercore.control", "ControlHttpClient.RegisterNode"),
+    ("flwr.supercore.control", "ControlHttpClient.UnregisterNode"),
+    ("flwr.supercore.control", "ControlHttpClient.StartRun"),
+    ("flwr.supercore.control", "ControlHttpClient.StopRun"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.AcquireTask"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PullTaskInput"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PushTaskOutput"),
+    ("flwr.supercore.heartbeat", "HeartbeatSender.start"),
+    ("flwr.supercore.heartbeat", "HeartbeatSender.stop"),
+    ("flwr.superlink.grid.http_grid", "HttpGrid.get_nodes"),
+)
+
+
+def private(path: Path) -> set[tuple[str, str]]:
+    """Module and name of all that a file imports of Flower beyond its public interface, also inside functions."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {
+        (node.module, alias.name)
+        for node in nodes
+        if node.module and node.module.split(".")[0] == "flwr" and node.module not in PUBLIC
+        for alias in node.names
+    }
+
+
+NAMES = sorted({*ATTRIBUTES, *(name for place in PLACES for name in private(ROOT / place))})
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda text: text)
+def test_flower_has_what_we_use_of_its_private_parts(module, name):
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+
+
+def test_the_grid_has_the_client_that_its_task_uses():
+    from flwr.superlink.grid.http_grid import HttpGrid
+
+    assert "_runtime_client" in dir(HttpGrid("127.0.0.1:1", True, None, token="x"))
+
+
+def test_nothing_else_imports_flower_s_private_parts():
+    folders = ("fedpeft", "strategies", "clients", "simulations")
+    files = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    leftover = {"fedpeft/deploy/launch.py", "fedpeft/deploy/site/proxy.py", "fedpeft/deploy/site/probe.py"}
+    others = {name for name in files - {*PLACES} if private(ROOT / name)}
+    assert others <= leftover
+    assert len(NAMES) > 40
