@@ -1,0 +1,321 @@
+"""Conversations in a table: the form that they have, found from the columns, and their turns.
+
+    form         columns                                                  turns
+    messages     messages: a list of {role, content}                      as they are
+    sharegpt     conversations: a list of {from, value}                   human is the user, gpt the assistant
+    alpaca       instruction, output (or response); input may be missing  instruction and input are asked, output said
+    completion   prompt, completion: strings, or lists of messages        prompt is asked, completion said
+    qa           question, answer                                         question is asked, answer said
+    preference   chosen, rejected; prompt may be missing                  not for a language model, see `find_form`
+
+>>> form, columns = find_form(["question", "answer"], {}, "faq.csv")
+>>> form.name, form.read({"question": "2 + 2?", "answer": "4"})
+('qa', [('user', '2 + 2?'), ('assistant', '4')])
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpeft import registry
+from fedpeft.data.columns import ASKED, PARTNERS, missing
+from fedpeft.errors import InputError
+
+Turn = tuple[str, str]  # role (system, user or assistant) and content
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
+SYSTEMS = ("system", "system_prompt")
+HALVES = {*ASKED, *PARTNERS, *SYSTEMS, "problem"}  # columns that are a part of a conversation
+
+
+class Malformed(Exception):
+    """A record is no conversation; says why."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write a conversation into columns.
+
+    Attributes:
+        needed, optional: what a record has, and the usual names of its columns, in lower case.
+        read: turns of a record, by what it has; raises Malformed.
+    """
+
+    name: str
+    needed: Mapping[str, tuple[str, ...]]
+    read: Callable[[Mapping[str, Any]], list[Turn]]
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"system": ("system",)})
+
+    def find(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """What the form has -> column, of columns by their lower-case names; empty where one is lacking."""
+        every = {**self.needed, **self.optional}
+        held = {
+            key: columns[name]
+            for key, names in every.items()
+            if (name := next(filter(columns.__contains__, names), ""))
+        }
+        return held if self.needed.keys() <= held.keys() else {}
+
+
+# Reading one record ---------------------------------------------------------------------------------------------------
+
+
+def _read_messages(row: Mapping[str, Any]) -> list[Turn]:
+    return _checked(_system(row) + _listed(row["messages"], "messages", "role", "content", ROLES))
+
+
+def _read_sharegpt(row: Mapping[str, Any]) -> list[Turn]:
+    turns = _listed(row["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+    return _checked(_system(row) + turns)
+
+
+def _read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
+    asked = _string(row["instruction"], "instruction")
+    if not missing(row.get("input")):
+        asked += "\n\n" + _string(row["input"], "input")
+    return _checked([*_system(row), ("user", asked), ("assistant", _string(row["output"], "output"))])
+
+
+def _read_completion(row: Mapping[str, Any]) -> list[Turn]:
+    sides = {"prompt": "user", "completion": "assistant"}
+    turns: list[Turn] = []
+    for key, role in sides.items():
+        if isinstance(row[key], str) or missing(row[key]):
+            turns.append((role, _string(row[key], key)))
+        else:
+            turns += _listed(row[key], key, "role", "content", ROLES)
+    return _checked(_system(row) + turns)
+
+
+def _read_qa(row: Mapping[str, Any]) -> list[Turn]:
+    return _checked(
+        [
+            *_system(row),
+            ("user", _string(row["question"], "question")),
+            ("assistant", _string(row["answer"], "answer")),
+        ]
+    )
+
+
+def _read_preference(row: Mapping[str, Any]) -> list[Turn]:
+    raise Malformed("two answers are no conversation")
+
+
+def _system(row: Mapping[str, Any]) -> list[Turn]:
+    """The system turn that stands in a column of its own, if any."""
+    return [] if missing(row.get("system")) else [("system", _string(row["system"], "system"))]
+
+
+def _string(value: Any, key: str) -> str:
+    if isinstance(value, str) and not missing(value):
+        _require_unicode(value, key)
+        return value
+    raise Malformed(f"its {key} is empty" if missing(value) else f"its {key} is no string, but {_shown(value)}")
+
+
+def _require_unicode(value: str, what: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Malformed(f"its {what} has half of a character (\\u{ord(value[error.start]):04x})") from error
+
+
+def _listed(value: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Turn]:
+    """Turns of a list of objects, each with a role and a content."""
+    if missing(value) or not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise Malformed(f"its {key} is no list, but {_shown(value)}")
+    turns = []
+    for place, item in enumerate(value, 1):
+        if not isinstance(item, Mapping) or role_key not in item or content_key not in item:
+            raise Malformed(f"turn {place} is {_shown(item)}; expected an object with {role_key} and {content_key}")
+        role = item[role_key]
+        if not isinstance(role, str) or role not in roles:
+            raise Malformed(f"turn {place} has the {role_key} {_shown(role)}; allowed: {', '.join(roles)}")
+        turns.append((roles[role], _string(item[content_key], f"{content_key} of turn {place}")))
+    return turns
+
+
+def _checked(turns: list[Turn]) -> list[Turn]:
+    """The turns, where user and assistant take turns, after at most one of the system."""
+    if not turns:
+        raise Malformed("it has no turn")
+    said = [role for role, _ in turns[turns[0][0] == "system" :]]
+    first = len(turns) - len(said) + 1  # number of the first turn that is not the system's
+    if "system" in said:
+        raise Malformed(f"turn {first + said.index('system')} is of the system, which may speak first only")
+    if said[:1] == ["assistant"]:
+        raise Malformed("it begins with the assistant, whom nobody has asked")
+    twice = next((place for place in range(1, len(said)) if said[place] == said[place - 1]), None)
+    if twice is not None:
+        raise Malformed(f"turns {first + twice - 1} and {first + twice} are both of the {said[twice]}")
+    if "assistant" not in said:
+        raise Malformed("it has no turn of the assistant")
+    return turns
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# The form of a table --------------------------------------------------------------------------------------------------
+
+FORMS = (
+    Form("preference", {"chosen": ("chosen",), "rejected": ("rejected",)}, _read_preference, {"prompt": ("prompt",)}),
+    Form("messages", {"messages": ("messages",)}, _read_messages),
+    Form("sharegpt", {"conversations": ("conversations", "conversation")}, _read_sharegpt),
+    Form(
+        "alpaca",
+        {"instruction": ("instruction",), "output": ("output", "response")},
+        _read_alpaca,
+        {"input": ("input",), "system": ("system",)},
+    ),
+    Form("completion", {"prompt": ("prompt",), "completion": ("completion",)}, _read_completion),
+    Form("qa", {"question": ("question",), "answer": ("answer",)}, _read_qa),
+)
+WHOLE = ("messages", "sharegpt")  # forms whose one column has all that was said
+
+
+def find_form(
+    names: Sequence[str], given: Mapping[str, Any], where: str, known: Collection[str | None] = ()
+) -> tuple[Form, dict[str, str]] | None:
+    """The form of a table's conversations, and what it has -> column; None where the columns are no conversation's.
+
+    Args:
+        names: the table's columns.
+        given: `data.columns`; empty is to find them by their names.
+        where: the table, for messages.
+        known: columns that hold something else for certain.
+
+    Raises:
+        InputError: `given` is no form or names no column; several forms fit, or a form leaves out a column that may be
+            a part of the conversation.
+    """
+    if given:
+        return _named_form(names, given, where)
+    by_name: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if name not in known:
+            by_name[name.strip().lower()].append(name)
+    columns = {lower: same[0] for lower, same in by_name.items()}
+    fits = [(form, held) for form in FORMS if (held := form.find(columns))]
+    if not fits:
+        _require_no_halves(columns, where)
+        return None
+    form, held = fits[0]
+    others = [
+        *(", ".join(other.values()) for _, other in fits),
+        *(columns[name] for name in ("text",) if name in columns),
+    ]
+    twice = [same for same in by_name.values() if len(same) > 1 and set(same) & set(held.values())]
+    if len(others) > 1 or twice:
+        which = " or in ".join(others if len(others) > 1 else twice[0])
+        raise InputError(f"{where}: what is to be learned could be in {which}. {_how_to_name(held, columns)}")
+    left = [columns[lower] for lower in sorted(HALVES & columns.keys()) if columns[lower] not in held.values()]
+    if left and form.name not in WHOLE:
+        way = held if "input" not in form.optional.keys() - held.keys() else {**held, "input": left[0]}
+        raise InputError(
+            f"{where}: beside {', '.join(held.values())} there is {', '.join(left)}, which may be a part of the same "
+            f"conversation. {_how_to_name(way, columns)}"
+        )
+    return form, held
+
+
+def _require_no_halves(columns: Mapping[str, str], where: str) -> None:
+    """Refuse a question and an answer under names that are of no form, where no column has the whole text."""
+    asked = [columns[name] for name in sorted(ASKED & columns.keys())]
+    said = [columns[name] for name in sorted(PARTNERS & columns.keys())]
+    if asked and said and "text" not in columns:
+        columns_key = as_key({"prompt": asked[0], "completion": said[0]})
+        raise InputError(
+            f"{where}: {', '.join(asked + said)} seem to be parts of a conversation, in no form that is known by these "
+            f"names. Say what is what, as {columns_key}, or name the column of whole texts with data.text."
+        )
+
+
+def _how_to_name(held: Mapping[str, str], columns: Mapping[str, str]) -> str:
+    text = f", or data.text={columns['text']} for that text alone" if "text" in columns else ""
+    return f"Say it: {as_key(held)}{text} (fedpeft show data has the names of all forms)."
+
+
+def as_key(columns: Mapping[str, str]) -> str:
+    """These columns as the `data.columns` that names them."""
+    return f"data.columns={{{', '.join(f'{key}: {name}' for key, name in columns.items())}}}"
+
+
+def _named_form(names: Sequence[str], given: Mapping[str, Any], where: str) -> tuple[Form, dict[str, str]]:
+    """The form that `data.columns` names."""
+    fits = [form for form in FORMS if form.needed.keys() <= given.keys() <= {*form.needed, *form.optional}]
+    if not fits:
+        raise InputError(
+            f"data.columns has the keys {', '.join(given)}; allowed are those of one form: "
+            f"{'; '.join(', '.join(form.needed) for form in FORMS)}. Beside them "
+            "may stand system, input (of instruction, output) and prompt (of chosen, rejected)."
+        )
+    for key, name in given.items():
+        if name not in names:
+            raise InputError(registry.unknown(f"data.columns.{key}", name, names) + f" (columns of {where})")
+    return fits[0], dict(given)
+
+
+def require_form(form: Form, task: str, where: str) -> None:
+    """Refuse a form that is of another task.
+
+    Raises:
+        InputError: preferences for a language model.
+    """
+    if form.name != "preference" or task == "preference":
+        return
+    able = "preference" in registry.names("objectives")
+    way = "Set model.task=preference" if able else "model.task=preference is not there yet"
+    raise InputError(
+        f"{where}: chosen and rejected are preferences, of which model.task={task} does not learn. {way}; or train on "
+        "what was chosen, as data.columns={prompt: prompt, completion: chosen}."
+    )
+
+
+def read_rows(
+    columns: Mapping[str, Sequence[Any]], form: Form, held: Mapping[str, str], where: str, skip_bad: bool
+) -> tuple[list[str], list[int], list[str]]:
+    """Each record's turns as text (`dump`), the numbers of the records that have some, and what is bad of the others.
+
+    Args:
+        columns: of the table.
+        held: what the form has -> column, of `find_form`.
+        skip_bad: leave out what is no conversation.
+
+    Raises:
+        InputError: a record is no conversation; names the record.
+    """
+    texts, kept, bad = [], [], []
+    for number in range(len(columns[next(iter(held.values()))])):
+        try:
+            turns = form.read({key: columns[name][number] for key, name in held.items()})
+        except Malformed as error:
+            if not skip_bad:
+                raise InputError(
+                    f"{where}: record {number + 1} is no conversation of the columns {', '.join(held.values())}: "
+                    f"{error}. Mend or remove it, or set data.skip_bad=true, which counts such records and leaves "
+                    "them out."
+                ) from error
+            bad.append(f"record {number + 1} ({error})")
+        else:
+            texts.append(dump(turns))
+            kept.append(number)
+    if not texts:
+        raise InputError(f"{where}: none of {len(bad)} records is a conversation; the first: {bad[0]}.")
+    return texts, kept, bad
+
+
+def dump(turns: Sequence[Turn]) -> str:
+    """Turns as one text."""
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def parse(text: str) -> list[Turn]:
+    """The turns of a text that `dump` has made."""
+    return [(role, content) for role, content in json.loads(text)]
