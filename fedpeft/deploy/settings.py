@@ -33,7 +33,10 @@ class ServerSettings:
 
     host: str = option("localhost", "name or address by which sites reach the coordinator; it is in the certificate")
     port: int = option(9092, "Fleet port (gRPC), the only one that sites need", low=1, high=65535)
-    listen: str = option("0.0.0.0", "address that the Fleet port is bound to")
+    http_port: int | None = option(
+        None, "port for the Fleet API over HTTPS: sites behind a web proxy, Flower's own nodes", low=1, high=65535
+    )
+    listen: str = option("0.0.0.0", "address that the ports for sites are bound to")
     control_port: int = option(9093, "port of the control and runtime APIs, on 127.0.0.1 only", low=1, high=65535)
 
 

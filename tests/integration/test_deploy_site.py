@@ -313,8 +313,8 @@ class FakeGrid:
 def test_sites_join_from_round_to_round_and_late_replies_are_named_and_dropped(rig, tmp_path, monkeypatch):
     monkeypatch.setattr(roster, "LATE_S", 0.0)
     lines = {name: keys.site_keys(tmp_path / name) for name in ("north", "south", "posing")}
-    grid, events, said = FakeGrid(), [], []
-    sites = roster.SiteGrid(grid, Envelope("run-1", "", (), ""), 5.0, events.append)
+    grid, events, said, pushes = FakeGrid(), [], [], []
+    sites = roster.SiteGrid(grid, Envelope("run-1", "", (), ""), 5.0, events.append, lambda: pushes.append(1))
     known = {"north": lines["north"]}
     book = roster.Roster(sites, lambda: known, said.append)
     grid.nodes = [SimpleNamespace(node_id=1, name="north", public_key=keys.pem(lines["north"]))]
@@ -329,6 +329,7 @@ def test_sites_join_from_round_to_round_and_late_replies_are_named_and_dropped(r
     names = list(sites.push_messages(messages))
     assert [message.content["fedpeft.run"]["site"] for message in messages] == ["north", "south"]
     assert all(message.metadata.ttl == 10.0 for message in messages)
+    assert pushes == [1]
     sites.cancel(names)
     for message, name in zip(messages, names, strict=True):
         message.metadata.__dict__["_message_id"] = name
@@ -353,7 +354,7 @@ def test_a_reply_that_flower_cannot_put_together_takes_no_other_with_it(monkeypa
             return super().pull_messages(names)
 
     grid = Breaking()
-    sites = roster.SiteGrid(grid, Envelope("run-1", "", (), ""), 5.0, lambda event: None)
+    sites = roster.SiteGrid(grid, Envelope("run-1", "", (), ""), 5.0, lambda event: None, lambda: None)
     asked = [Message(RecordDict({}), node, "train") for node in (1, 2, 3)]
     names = sites.push_messages(asked)
     for name, message in zip(names, asked, strict=True):

@@ -11,30 +11,47 @@ import sys
 from flwr.app import Error, Message, Metadata
 from flwr.app.message.message import make_message
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
+    ListNodesResponse,
     ListRunsRequest,
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.fleet_pb2 import DESCRIPTOR, DeactivateNodeRequest, PullMessagesRequest, PullMessagesResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.cli.flower_superlink import flower_superlink
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedpeft.flower import identify
 
 __all__ = [
+    "FLEET_METHODS",
+    "FLEET_SERVICE",
+    "LATEST_S",
+    "OLDEST_S",
+    "PROTOBUF",
+    "UNKNOWN_KEY",
     "ControlHttpClient",
+    "DeactivateNodeRequest",
     "ListNodesRequest",
+    "ListNodesResponse",
     "ListRunsRequest",
+    "PullMessagesRequest",
+    "PullMessagesResponse",
     "RegisterNodeRequest",
     "RuntimeHttpClient",
     "StartRunRequest",
@@ -44,10 +61,16 @@ __all__ = [
     "control_client",
     "error_reply",
     "executor_client",
+    "is_signed",
     "run_superlink",
     "start_run_request",
     "take_task",
 ]
+FLEET_SERVICE = DESCRIPTOR.services_by_name["Fleet"].full_name
+FLEET_METHODS = tuple(DESCRIPTOR.services_by_name["Fleet"].methods_by_name)
+PROTOBUF = PROTOBUF_MEDIA_TYPE
+UNKNOWN_KEY = int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED)
+LATEST_S, OLDEST_S = SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE  # of a signature's time
 AUTHENTICATED = frozenset({"/flwr.proto.Runtime/AcquireTask"})  # what an executor needs its secret for
 
 
@@ -70,7 +93,7 @@ def take_task(client: RuntimeHttpClient) -> tuple[int, str] | None:
     return (int(answer.task.run_id), answer.token) if answer.HasField("task") and answer.token else None
 
 
-def start_run_request(files: dict[str, bytes], settings: dict[str, str]) -> StartRunRequest:
+def start_run_request(files: dict[str, bytes], settings: dict[str, bool | float | int | str]) -> StartRunRequest:
     """A run of an app that consists of these files, with these settings of its own."""
     content = build_fab_from_files(files)[0]
     return StartRunRequest(fab=fab_to_proto(Fab("", content, {})), override_config=user_config_to_proto(settings))
@@ -101,10 +124,13 @@ def error_reply(about: Metadata, error: Error) -> Message:
     return make_message(about, error=error)
 
 
+def is_signed(key: bytes, text: str, signature: bytes) -> bool:
+    """Whether the holder of a key, which is given as Flower keeps it, has signed the text."""
+    return verify_signature(bytes_to_public_key(key), text.encode(), signature)
+
+
 def run_superlink(arguments: list[str], largest_call: int) -> None:
     """Be Flower's SuperLink, which takes 2 GB in one call unless its limit, in bytes, is another."""
-    from flwr.superlink.cli.flower_superlink import flower_superlink
-
     vars(sys.modules[flower_superlink.__module__])["GRPC_MAX_MESSAGE_LENGTH"] = largest_call
     sys.argv = ["flower-superlink", *arguments]
     flower_superlink()

@@ -32,10 +32,13 @@ class SiteGrid(Grid):
         deadline_s: of a round. A message lives for two deadlines: a site that was away does not work through all that
             was asked meanwhile, and one that is late is heard, if only to say so.
         record: receives an event for every late reply.
+        pushed: called when messages are there to be pulled.
     """
 
-    def __init__(self, grid: Grid, cover: Envelope, deadline_s: float | None, record: Record) -> None:
-        self.grid, self.cover, self.deadline_s, self.record = grid, cover, deadline_s, record
+    def __init__(
+        self, grid: Grid, cover: Envelope, deadline_s: float | None, record: Record, pushed: Callable[[], None]
+    ) -> None:
+        self.grid, self.cover, self.deadline_s, self.record, self.pushed = grid, cover, deadline_s, record, pushed
         self.names: dict[int, str] = {}
         self.sent: dict[str, int] = {}
         self.late: dict[str, tuple[int, float]] = {}
@@ -69,6 +72,7 @@ class SiteGrid(Grid):
                 message.metadata.ttl = 2 * self.deadline_s
         begun = time.monotonic()
         names = list(self.grid.push_messages(messages))
+        self.pushed()
         self.transfer_s["push_s"] += time.monotonic() - begun
         self.sent |= {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
         return names

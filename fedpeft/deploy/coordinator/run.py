@@ -24,6 +24,7 @@ from fedpeft.data.encode import encode
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.coordinator.flower import Task
+from fedpeft.deploy.coordinator.relay import tell_pushed
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
@@ -79,7 +80,7 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
     # Here, once: what sites would refuse must not cost a round of all of them.
     cover.require()
     recorder = Recorder(run / "metrics.jsonl")
-    sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record)
+    sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, partial(tell_pushed, run.parents[1]))
     roster = Roster(sites, registered, partial(waiting, run))
     federation = loop.Federation(sites, roster, False, lambda number: sites.transferred_s())
     return loop.run(world, run, recorder, lambda: nullcontext(federation), tell)

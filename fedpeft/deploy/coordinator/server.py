@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import secrets
@@ -26,13 +27,17 @@ RUNNING = "running.json"  # the lock of a coordinator's folder
 ENDED = ("done", "failed", "stopped")
 
 
-def init(path: Path, host: str, port: int, control_port: int, listen: str) -> dict[str, Any]:
+def init(
+    path: Path, host: str, port: int, control_port: int, listen: str, http_port: int | None = None
+) -> dict[str, Any]:
     """Make a coordinator's folder: authority, server certificate, settings."""
     host, listen = address.parse_host(host, "--host"), address.parse_listen(listen, "--listen")
-    tree = {"host": host, "port": port, "listen": listen, "control_port": control_port}
+    tree = {"host": host, "port": port, "http_port": http_port, "listen": listen, "control_port": control_port}
     configs.build(ServerSettings, tree, "server")
-    if port == control_port:
-        raise InputError(f"--port and --control-port are both {port}.")
+    chosen = {"--port": port, "--control-port": control_port, "--http-port": http_port}
+    for flag, other in itertools.combinations(chosen, 2):
+        if chosen[flag] == chosen[other]:
+            raise InputError(f"{flag} and {other} are both {chosen[flag]}.")
     folder = settings.new_folder(path)
     keys.certificates(folder, host)
     keys.write_mode(folder / "secret", settings.new_secret(), keys.PRIVATE)

@@ -1,0 +1,285 @@
+"""What sites call reaches Flower only if it is theirs and of a size; pulls wait, and no message is lost on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from base64 import b64encode
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.node_pb2 import NodeInfo
+
+from fedpeft.deploy import keys, settings
+from fedpeft.deploy.coordinator import face, relay, server
+from fedpeft.deploy.coordinator.flower import (
+    DeactivateNodeRequest,
+    ListNodesResponse,
+    PullMessagesRequest,
+    PullMessagesResponse,
+)
+
+
+class Flower:
+    """Stands where Flower's HTTP API is: what was asked, the messages that it still has, and who is connected."""
+
+    def __init__(self):
+        self.asked, self.messages, self.delay_s, self.status, self.text = [], [], 0.0, 200, ""
+        self.online = []
+
+    async def __call__(self, request):
+        self.asked.append(request)
+        await asyncio.sleep(self.delay_s)
+        if self.status != 200:
+            return httpx.Response(self.status, text=self.text)
+        if request.url.path.endswith("list-nodes"):
+            return httpx.Response(200, content=ListNodesResponse(nodes_info=self.online).SerializeToString())
+        if request.url.path.endswith("/activate-node") and self.online:
+            return httpx.Response(412, text='{"code": 2004}')
+        if request.url.path.endswith("deactivate-node"):
+            self.online.clear()
+        if not request.url.path.endswith("pull-messages"):
+            return httpx.Response(200, content=b"answer")
+        answer = PullMessagesResponse()
+        if self.messages:
+            answer.messages_list.add().metadata.message_id = self.messages.pop(0)
+        return httpx.Response(200, content=answer.SerializeToString())
+
+
+@pytest.fixture
+def flower():
+    return Flower()
+
+
+@pytest.fixture
+def rig(tmp_path, flower):
+    """A relay that knows site north, and north's headers at a shift of its clock."""
+    folder = tmp_path / "coordinator"
+    server.init(folder, "localhost", 9092, 9093, "127.0.0.1")
+    server.add_site(folder, "north", keys.site_keys(tmp_path))
+    return relay.Relay(settings.server(folder), False, httpx.MockTransport(flower)), folder, tmp_path
+
+
+def headers(place, shift_s=0.0, **changed):
+    key = load_ssh_private_key((place / "site.key").read_bytes(), None)
+    stamp = (datetime.now(UTC) + timedelta(seconds=shift_s)).isoformat()
+    signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
+    public = keys.pem((place / "site.pub").read_text())
+    found = {
+        "flwr-public-key": b64encode(public).decode(),
+        "flwr-timestamp": stamp,
+        "flwr-signature": b64encode(signature).decode(),
+        "cookie": "x",
+    }
+    return {**found, **changed}
+
+
+def named(content):
+    messages = PullMessagesResponse.FromString(content).messages_list
+    return messages[0].metadata.message_id if messages else None
+
+
+def pulled(*received):
+    return PullMessagesRequest(message_ids=received).SerializeToString()
+
+
+def test_a_call_goes_on_with_its_own_identity_and_nothing_else_of_it(rig, flower):
+    passing, _, place = rig
+    signed = headers(place)
+    assert asyncio.run(passing.call("PushObject", b"body", signed)) == b"answer"
+    (request,) = flower.asked
+    assert request.url.path == "/v1/fleet/push-object" and request.content == b"body"
+    assert request.headers["flwr-signature"] == signed["flwr-signature"] and "cookie" not in request.headers
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({}, 401, "invalid signature"),
+        ({"flwr-signature": "?"}, 401, "no signed identity"),
+        ({"flwr-timestamp": "yesterday"}, 401, "no signed identity"),
+        ({"flwr-timestamp": "2026-01-01T00:00:00"}, 401, "no signed identity"),  # of no time zone
+        ({"flwr-public-key": b64encode(b"stranger").decode()}, 412, "not registered"),
+    ],
+)
+def test_an_identity_that_is_not_a_site_s_never_reaches_flower(rig, flower, change, status, words):
+    passing, _, place = rig
+    later = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+    with pytest.raises(relay.Refusal, match=words) as refused:
+        asyncio.run(passing.call("GetRun", b"", {**headers(place), "flwr-timestamp": later, **change}))
+    assert refused.value.status == status and not flower.asked
+
+
+@pytest.mark.parametrize(("shift_s", "taken"), [(-303, True), (-307, False), (3, True), (7, False)])
+def test_a_clock_may_be_as_far_off_as_flower_allows(rig, shift_s, taken):
+    passing, _, place = rig
+    if taken:
+        assert asyncio.run(passing.call("GetRun", b"", headers(place, shift_s)))
+    else:
+        with pytest.raises(relay.Refusal, match="timestamp"):
+            asyncio.run(passing.call("GetRun", b"", headers(place, shift_s)))
+
+
+def test_a_site_that_is_added_is_let_in_at_once_and_its_old_key_is_not(rig, tmp_path):
+    passing, folder, place = rig
+    other = tmp_path / "other"
+    line = keys.site_keys(other)
+    with pytest.raises(relay.Refusal) as refused:
+        asyncio.run(passing.call("ActivateNode", b"", headers(other)))
+    assert json.loads(refused.value.said)["code"] == 2004  # Flower's word for it, which its own nodes know
+    server.add_site(folder, "north", line)
+    assert asyncio.run(passing.call("ActivateNode", b"", headers(other))) == b"answer"
+    with pytest.raises(relay.Refusal, match="not registered"):
+        asyncio.run(passing.call("ActivateNode", b"", headers(place)))
+
+
+def test_a_site_that_was_killed_is_let_in_again_without_a_wait(rig, flower):
+    passing, _, place = rig
+    signed = headers(place)
+    flower.online = [NodeInfo(node_id=7, public_key=keys.pem((place / "site.pub").read_text()), status="online")]
+    assert asyncio.run(passing.call("ActivateNode", b"", signed)) == b"answer"
+    left = [request for request in flower.asked if request.url.path.endswith("deactivate-node")]
+    assert [DeactivateNodeRequest.FromString(request.content).node_id for request in left] == [7]
+    assert left[0].headers["flwr-signature"] == signed["flwr-signature"]
+    flower.online = [NodeInfo(node_id=8, public_key=b"another", status="online")]
+    with pytest.raises(relay.Refusal, match="2004"):
+        asyncio.run(passing.call("ActivateNode", b"", signed))
+
+
+def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
+    passing, _, place = rig
+    with pytest.raises(relay.Refusal, match="at most 1048576") as refused:
+        asyncio.run(passing.call("GetRun", bytes(2**20 + 1), headers(place)))
+    assert refused.value.status == 413
+    assert asyncio.run(passing.call("PushObject", bytes(2**20 + 1), headers(place))) == b"answer"
+
+    async def crowd():
+        flower.delay_s = 0.2
+        calls = [passing.call("GetRun", b"", headers(place)) for _ in range(relay.CALLS_AT_ONCE + 3)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    refused = [answer for answer in asyncio.run(crowd()) if isinstance(answer, relay.Refusal)]
+    assert len(refused) == 3 and {refusal.status for refusal in refused} == {429}
+    assert asyncio.run(passing.call("GetRun", b"", headers(place)))  # they are counted off again
+
+
+def test_flower_s_refusal_is_told_as_it_is_and_its_silence_is_one(rig, flower, monkeypatch):
+    passing, _, place = rig
+    flower.status, flower.text = 403, '{"code": 2007, "public_message": "no"}'
+    with pytest.raises(relay.Refusal) as refused:
+        asyncio.run(passing.call("GetRun", b"", headers(place)))
+    assert (refused.value.status, json.loads(refused.value.said)["code"]) == (403, 2007)
+
+    async def gone(*given, **named):
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(passing.client, "post", gone)
+    with pytest.raises(relay.Refusal, match="does not answer") as refused:
+        asyncio.run(passing.call("GetRun", b"", headers(place)))
+    assert refused.value.status == 503
+
+
+def test_a_pull_waits_and_ends_as_soon_as_a_message_was_pushed(rig, flower):
+    passing, folder, place = rig
+
+    async def play():
+        watch = asyncio.create_task(passing.watch())
+        waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        await asyncio.sleep(0.15)
+        assert not waiting.done() and len(flower.asked) == 1
+        flower.messages.append("m1")
+        relay.tell_pushed(folder)
+        begun = asyncio.get_running_loop().time()
+        answer = named(await waiting)
+        watch.cancel()
+        return answer, asyncio.get_running_loop().time() - begun
+
+    answer, seconds = asyncio.run(play())
+    assert answer == "m1" and seconds < relay.LOOK_S / 2  # nobody had to look
+
+
+def test_a_message_that_nobody_told_of_is_looked_for_and_a_pull_ends_without_one(rig, flower, monkeypatch):
+    passing, _, place = rig
+    monkeypatch.setattr(relay, "LOOK_S", 0.05)
+    monkeypatch.setattr(relay, "WAIT_S", 0.3)
+    assert asyncio.run(passing.call("PullMessages", pulled(), headers(place))) == b""
+    assert len(flower.asked) > 3
+
+    async def play():
+        waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        await asyncio.sleep(0.1)
+        flower.messages.append("m1")
+        return named(await waiting)
+
+    assert asyncio.run(play()) == "m1"
+
+
+def test_a_message_is_given_again_until_the_site_shows_that_it_has_it(rig, flower, monkeypatch):
+    passing, _, place = rig
+    monkeypatch.setattr(relay, "WAIT_S", 0.05)
+    flower.messages += ["m1", "m2", "m3", "m4"]
+
+    def pull(*received):
+        return named(asyncio.run(passing.call("PullMessages", pulled(*received), headers(place))))
+
+    assert [pull(), pull(), pull("another")] == ["m1"] * 3
+    assert pull("m1") == "m2"
+    asyncio.run(passing.call("PullObject", b"", headers(place)))  # as Flower's own node shows it
+    assert pull() == "m3"
+    assert [pull() for _ in range(relay.REPEATS + 1)] == ["m3"] * relay.REPEATS + ["m4"]  # not for ever
+
+
+def test_what_flower_hands_out_while_a_site_hangs_up_is_not_lost(rig, flower):
+    """A cancelled call, as grpc.aio makes of a connection that breaks; and one that a newer pull takes the place of."""
+    passing, _, place = rig
+
+    async def play():
+        flower.messages, flower.delay_s = ["m1"], 0.2
+        broken = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        await asyncio.sleep(0.1)
+        broken.cancel()
+        assert named(await passing.call("PullMessages", pulled(), headers(place))) == "m1"
+
+        flower.delay_s = 0.0
+        older = asyncio.create_task(passing.call("PullMessages", pulled("m1"), headers(place)))
+        await asyncio.sleep(0.1)
+        flower.messages = ["m2"]
+        newer = await passing.call("PullMessages", pulled("m1"), headers(place))
+        assert named(newer) == "m2" and await asyncio.wait_for(older, 1) == b""
+
+    asyncio.run(play())
+
+
+def through_door(passing, path, method, body, fields):
+    """Status, content type and content of one HTTP request to the door."""
+    told = []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(event):
+        told.append(event)
+
+    pairs = [(name.encode(), value.encode()) for name, value in fields.items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": pairs}
+    asyncio.run(face.door(passing)(scope, receive, send))
+    return told[0]["status"], dict(told[0]["headers"])[b"content-type"], told[1]["body"]
+
+
+def test_over_http_the_fleet_s_paths_are_open_and_no_others(rig, flower):
+    passing, _, place = rig
+    signed = headers(place)
+    assert through_door(passing, "/v1/fleet/get-run", "POST", b"x", signed) == (200, b"application/protobuf", b"answer")
+    others = ("/v1/control/start-run", "/v1/runtime/acquire-task", "/docs", "/v1/fleet/../control/list-runs", "/health")
+    for path in others:
+        assert through_door(passing, path, "POST", b"x", signed)[0] == 404
+    assert through_door(passing, "/v1/fleet/get-run", "GET", b"", signed)[0] == 404
+    assert len(flower.asked) == 1
+    status, kind, content = through_door(passing, "/v1/fleet/get-run", "POST", b"x", {})
+    assert (status, kind) == (401, b"application/json") and "identity" in json.loads(content)["detail"]
+    large = {**signed, "content-length": str(2**40)}
+    assert through_door(passing, "/v1/fleet/push-object", "POST", b"x", large)[0] == 413
