@@ -11,6 +11,7 @@ from typing import Any
 from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.config import schema
+from fedpeft.config.option import INFINITY
 from fedpeft.errors import InputError
 
 TABLES = (
@@ -146,10 +147,10 @@ def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any
         meta = item.metadata
         if not meta:
             continue
-        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -schema.INFINITY) + [f"> {meta['above']:g}"] * (
-            meta["above"] > -schema.INFINITY
+        bounds = [f">= {meta['low']:g}"] * (meta["low"] > -INFINITY) + [f"> {meta['above']:g}"] * (
+            meta["above"] > -INFINITY
         )
-        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < schema.INFINITY)
+        bounds += [f"<= {meta['high']:g}"] * (meta["high"] < INFINITY)
         choices = ", ".join(schema.choices_of(item))
         allowed = choices or " and ".join(bounds) or re.sub(r"typing\.", "", str(item.type))
         yield {"name": name, "default": configs.default_of(item), "allowed": allowed, "help": meta["help"]}

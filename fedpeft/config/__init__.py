@@ -16,10 +16,10 @@ from fedpeft.config.loading import (
     to_tree,
     to_yaml,
 )
+from fedpeft.config.option import FEDERATION, LEARNER, option
 from fedpeft.config.overrides import parse_overrides
+from fedpeft.config.protection import PrivacyConfig, SecAggConfig
 from fedpeft.config.schema import (
-    FEDERATION,
-    LEARNER,
     AdapterConfig,
     ClientConfig,
     Config,
@@ -28,13 +28,10 @@ from fedpeft.config.schema import (
     DataConfig,
     ModelConfig,
     PartitionConfig,
-    PrivacyConfig,
     RunConfig,
-    SecAggConfig,
     StrategyConfig,
     TTAConfig,
     default_of,
-    option,
     options_of,
 )
 

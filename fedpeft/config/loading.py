@@ -19,11 +19,9 @@ from omegaconf import OmegaConf
 
 from fedpeft import registry
 from fedpeft.config import values
+from fedpeft.config.option import FEDERATION, INFINITY, LEARNER
 from fedpeft.config.overrides import apply, parse_overrides
 from fedpeft.config.schema import (
-    FEDERATION,
-    INFINITY,
-    LEARNER,
     METHOD_SECTIONS,
     Config,
     choices_of,

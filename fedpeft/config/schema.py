@@ -7,49 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fedpeft import registry
-
-INFINITY = float("inf")
-LEARNER, FEDERATION = "for one learner", "in a federation"  # where a continual body runs
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float = -INFINITY,
-    high: float = INFINITY,
-    above: float = -INFINITY,
-    choices: tuple[Any, ...] = (),
-    table: str = "",
-    path: bool = False,
-    options_of: tuple[str, str] | None = None,
-    only: str = "",
-) -> Any:
-    """A dataclass field with its meaning and its bounds: `low` <= value <= `high`, value > `above`, or `choices`.
-
-    Args:
-        table: the choices are the names of this registry table.
-        path: it may be a place in the file system, so a `~` in front is somebody's home folder.
-        options_of: it holds options of an entry of this registry table ("" is none of ours), whose name stands in this
-            field beside it; or a list of entries, whose names stand in this key of each.
-        only: of a body's options, LEARNER or FEDERATION: where alone it means something; empty is both.
-    """
-    if only:
-        help += f" ({only} only)"
-    meta = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "above": above,
-        "choices": choices,
-        "table": table,
-        "path": path,
-        "options_of": options_of,
-        "only": only,
-    }
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
+from fedpeft.config.option import option
+from fedpeft.config.protection import PrivacyConfig, SecAggConfig
 
 
 @dataclass
@@ -177,76 +136,6 @@ class ClientConfig:
     local_epochs: int | None = option(1, "passes over the client's data a round; give this or local_steps", low=1)
     batch_size: int = option(16, "examples a step", low=1)
     max_grad_norm: float | None = option(None, "clip the gradient of a step to this norm", above=0)
-
-
-@dataclass
-class PrivacyConfig:
-    """Section `privacy`: what is protected, its budget, and how sampling and noise keep it."""
-
-    unit: str = option(
-        "none",
-        "what differential privacy protects: sample, one record, by DP-SGD at each client, "
-        "also against the server; client, all data of one client, by noise at a trusted server",
-        choices=("none", "sample", "client"),
-    )
-    epsilon: float | None = option(
-        None, "budget for the whole run; the noise follows. Give this or noise_multiplier", above=0
-    )
-    noise_multiplier: float | None = option(None, "noise standard deviation / clip; the budget follows", above=0)
-    delta: float = option(1e-5, "of the guarantee; below 1 / records of the smallest client", above=0, high=0.5)
-    clip: float = option(
-        1.0,
-        "L2 norm that one record's gradient (unit sample) or one client's update (unit client) "
-        "is clipped to, over all trained tensors together",
-        above=0,
-    )
-    accountant: str = option("pld", "how epsilon is computed", choices=("pld", "prv", "rdp"))
-    planned_rounds: int | None = option(None, "rounds that the budget is planned for; null is run.rounds", low=1)
-    randomness: str = option(
-        "seeded",
-        "seeded: reproducible, so not private (simulations, tests); os: the operating system's generator",
-        choices=("seeded", "os"),
-    )
-    records: int | None = option(
-        None,
-        "public number of records a client is said to have, for its sampling rate; null "
-        "takes each client's own count, which then counts as public",
-        low=1,
-    )
-    release_metrics: bool = option(False, "let clients send loss, accuracy and counts, which no guarantee covers")
-    policy: str | None = option(
-        None, "policy file of every client, or folder with <client name>.yaml of each", path=True
-    )
-    client_sampling: str = option(
-        "fixed",
-        "unit client: a fixed number of clients a round (no amplification), or each "
-        "with probability run.clients_per_round / data.clients",
-        choices=("fixed", "poisson"),
-    )
-    adaptive_clip: bool = option(False, "unit client: let clip follow a quantile of the update norms")
-    clip_quantile: float = option(0.5, "share of updates that adaptive clipping leaves unclipped", low=0, high=1)
-    clip_lr: float = option(0.2, "step of adaptive clipping in log space", above=0)
-    clip_count_noise: float | None = option(
-        None, "standard deviation of the noise on the count of unclipped updates; null is clients a round / 20", above=0
-    )
-
-
-@dataclass
-class SecAggConfig:
-    """Section `secagg`: masks over fixed-point updates; strategies that must see each update cannot have it."""
-
-    enabled: bool = option(False, "secure aggregation (SecAgg+): the server learns the sum of the updates, none alone")
-    clip: float = option(1.0, "largest change of one coordinate in a round; larger ones are cut to it", above=0)
-    bits: int = option(22, "bits of the fixed-point value of one coordinate", low=8, high=30)
-    threshold: float = option(
-        0.6, "share of a client's neighbours that must stay for its masks to be removed", above=0, high=1
-    )
-    neighbours: int | None = option(None, "clients that one client shares masks with; null is all others", low=2)
-    min_clients: int | None = option(
-        None,
-        "fewest clients, as each of them sees, whose sum is given away; null is what secagg.threshold comes to",
-        low=2,
-    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedpeft import config as configs
 from fedpeft import folders, foreign
-from fedpeft.config.schema import option
+from fedpeft.config.option import option
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.errors import InputError
 
