@@ -36,8 +36,7 @@ ATTRIBUTES = (
     ("flwr.supercore.runtime", "RuntimeHttpClient.AcquireTask"),
     ("flwr.supercore.runtime", "RuntimeHttpClient.PullTaskInput"),
     ("flwr.supercore.runtime", "RuntimeHttpClient.PushTaskOutput"),
-    ("flwr.supercore.heartbeat", "HeartbeatSender.start"),
-    ("flwr.supercore.heartbeat", "HeartbeatSender.stop"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.SendTaskHeartbeat"),
     ("flwr.superlink.grid.http_grid", "HttpGrid.get_nodes"),
 )
 

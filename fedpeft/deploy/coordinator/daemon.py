@@ -22,7 +22,7 @@ from fedpeft import folders
 from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.flower import executor_client, take_task
+from fedpeft.deploy.coordinator.flower import HeldTask, executor_client, take_task
 from fedpeft.deploy.processes import Child, end, launch
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import InputError, RunError, Stopped
@@ -30,6 +30,7 @@ from fedpeft.files import write_bytes
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
+TELL_S = 10.0  # between words to Flower that its runs are worked on
 CHECK_S = 1.0  # between looks at sites and runs that were added, stopped or broken off
 START_S = 60.0
 BEFORE = ("pending", "starting")
@@ -120,9 +121,11 @@ class Coordinator:
     def __init__(self, server: Server, insecure: bool, env: dict[str, str]) -> None:
         self.server, self.insecure, self.env = server, insecure, env
         self.children: dict[str, Child] = {}
+        self.held: dict[str, HeldTask] = {}
+        self.told = -TELL_S
         self.control = Control(server, insecure)
-        root = None if insecure else (server.path / "ca.crt").read_bytes()
-        self.runtime = executor_client(server.control, root, (server.path / "secret").read_bytes())
+        self.root = None if insecure else (server.path / "ca.crt").read_bytes()
+        self.runtime = executor_client(server.control, self.root, (server.path / "secret").read_bytes())
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
         self.submitted: set[str] = set()
@@ -136,6 +139,9 @@ class Coordinator:
                     self.sites = self.server.sites()
                 self.look_at_runs()
                 self.checked = time.monotonic()
+            if time.monotonic() - self.told > TELL_S:
+                self.tell()
+                self.told = time.monotonic()
             self.take()
         except httpx.HTTPError as error:
             log.debug("the SuperLink does not answer: %s", error)
@@ -159,6 +165,9 @@ class Coordinator:
             env,
             folder / "log.txt",
         )
+        # By this process, not by the run's: on a busy machine that one loads longer than Flower waits for it.
+        self.held[name] = HeldTask(self.server.control, self.root, token)
+        self.held[name].beat()
         child.start()
         self.children[name] = child
         log.info("run %s: started.", name)
@@ -171,19 +180,32 @@ class Coordinator:
             alive = child is not None and child.process is not None and child.process.poll() is None
             if commands.get_status(folder)["state"] in commands.ENDED:
                 if child is not None:
-                    end([child])
+                    self.drop(name)
                     self.control.stop_run(number)
-                    del self.children[name]
                 continue
             if alive or (child is None and name in self.submitted and self.control.run_status(number) in BEFORE):
                 continue
             if number:
                 log.warning("run %s: goes on from its last checkpoint.", name)
                 self.control.stop_run(number)
-            self.children.pop(name, None)
+            self.drop(name)
             # Another number each time: Flower cannot start a run again, so it gets a new one of the same name.
             write_bytes(folder / "flower.json", json.dumps({"run_id": self.control.start_run(name)}).encode())
             self.submitted.add(name)
+
+    def tell(self) -> None:
+        """Tell Flower of every run at work; one that it has given up is begun again, in place of its process."""
+        for name in list(self.held):
+            ended = commands.get_status(self.server.runs / name)["state"] in commands.ENDED
+            if not ended and not self.held[name].beat():
+                log.warning("run %s: the SuperLink has given it up.", name)
+                self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """End a run's process if there is one, and tell Flower no longer that it is worked on."""
+        if name in self.children:
+            end([self.children.pop(name)])
+            self.held.pop(name).close()
 
     def named(self, number: int) -> str | None:
         """The run that was last submitted under Flower's number."""

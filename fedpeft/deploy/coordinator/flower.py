@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import httpx
 from flwr.app import Error, Message, Metadata
 from flwr.app.message.message import make_message
 from flwr.cli.build import build_fab_from_files
@@ -23,13 +24,22 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fleet_pb2 import DESCRIPTOR, DeactivateNodeRequest, PullMessagesRequest, PullMessagesResponse
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    AcquireTaskResponse,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -47,6 +57,7 @@ __all__ = [
     "UNKNOWN_KEY",
     "ControlHttpClient",
     "DeactivateNodeRequest",
+    "HeldTask",
     "ListNodesRequest",
     "ListNodesResponse",
     "ListRunsRequest",
@@ -93,6 +104,32 @@ def take_task(client: RuntimeHttpClient) -> tuple[int, str] | None:
     return (int(answer.task.run_id), answer.token) if answer.HasField("task") and answer.token else None
 
 
+class HeldTask:
+    """A task that this process has others work on; Flower gives it up if not told so for 30 s, later 60."""
+
+    def __init__(self, place: str, root: bytes | None, token: str) -> None:
+        about = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+        proof = RuntimeTokenHttpInterceptor(token)
+        self.client = RuntimeHttpClient.from_server_address(place, root is None, root, [about, proof])
+
+    def beat(self) -> bool:
+        """Say that it is worked on; whether Flower still has it.
+
+        Raises:
+            httpx.HTTPError: the SuperLink does not answer.
+        """
+        try:
+            return bool(self.client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+        except httpx.HTTPStatusError as error:
+            if error.response.is_server_error:
+                raise
+            return False
+
+    def close(self) -> None:
+        """Close the connection; the task is given up unless it has ended."""
+        self.client.close()
+
+
 def start_run_request(files: dict[str, bytes], settings: dict[str, bool | float | int | str]) -> StartRunRequest:
     """A run of an app that consists of these files, with these settings of its own."""
     content = build_fab_from_files(files)[0]
@@ -100,13 +137,11 @@ def start_run_request(files: dict[str, bytes], settings: dict[str, bool | float 
 
 
 class Task:
-    """The task of one run: its Grid; Flower is told from a thread that it is worked on, until it ends."""
+    """The task of one run: its Grid, and how it ended."""
 
     def __init__(self, place: str, root: bytes | None, token: str) -> None:
         self.grid = HttpGrid(place, root is None, root, token=token)
         self.client = self.grid._runtime_client
-        self.heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self.client))
-        self.heartbeat.start()
         answer = self.client.PullTaskInput(PullTaskInputRequest())
         identify(answer.run.run_id, answer.context.node_id, answer.task_id)
         self.grid.set_run(run_from_proto(answer.run))
@@ -116,7 +151,6 @@ class Task:
         self.client.PushTaskOutput(
             PushTaskOutputRequest(sub_status="failed" if reason else "completed", details=reason)
         )
-        self.heartbeat.stop()
 
 
 def error_reply(about: Metadata, error: Error) -> Message:
