@@ -26,6 +26,7 @@ from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.opened import Answer, Opened, unlike
 from fedpeft.clients.policy import Refused
+from fedpeft.clients.rates import Clock
 from fedpeft.clients.spending import Spending, discreet
 from fedpeft.clients.store import Store
 from fedpeft.clients.train import Private, train
@@ -175,7 +176,8 @@ class Local:
         seed = seeds.derive(self.config.run.seed, "round", told.round, "client", client)
         mixed = sequence.mix_replay(self.train_data[client], told, self.config.client, seed)
         shown = data if mixed is None else mixed
-        visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed)
+        clock = Clock(max(told.round, 1), self.config.run.rounds)
+        visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed, clock=clock)
         offset: dict[str, Tensor] = {}
         for half in self.halves:
             for key, value in half.gradient_offset(visit).items():
@@ -190,6 +192,7 @@ class Local:
             offset or None,
             private,
             in_order=mixed is not None,
+            clock=clock,
         )
 
     def _finish(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
@@ -205,17 +208,7 @@ class Local:
         start, job, trains = opened.visit.start, opened.job, opened.told.trains
         self.model.write(start)
         with self.model.competing(sequence.competing_classes(opened.told)):
-            steps, loss = train(
-                self.model,
-                job.data,
-                trains,
-                self.config.client,
-                job.seed,
-                proximal=job.proximal,
-                offset=job.offset,
-                private=job.private,
-                in_order=job.in_order,
-            )
+            steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, **job.settings)
         return Done(self.model.read(start.select(trains)).tensors, steps, loss)
 
     def _together(self, cohort: list[Opened]) -> list[Done] | None:
@@ -252,7 +245,9 @@ class Local:
         still = all(torch.equal(value, visit.start[key]) for key, value in trained.tensors.items())
         # A client with one class of a task has nothing to learn; whether a private one has is nobody's business.
         if still and told.learn is None and private is None:
-            raise RunError(f"no trained tensor moved in {done.steps} steps; check client.lr and the adapter.")
+            raise RunError(
+                f"no trained tensor moved in {done.steps} steps; check client.lr, its schedule and the adapter."
+            )
         visit.steps = done.steps
         update, keep = trained.select(told.uploads), trained.select(told.keeps).tensors
         for half in self.halves:

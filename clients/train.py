@@ -2,7 +2,7 @@
 
     for each step:  g = gradient of the mean per-sample loss, or of DP-SGD (fedpeft.privacy.plan)
                     g += mu (theta - theta_0) + offset,  where the method's client half has them
-                    optimizer step (a new optimizer every round)
+                    optimizer step at its rate (`rates`; a new optimizer every round)
 
 What is added to a private gradient afterwards depends on noised or public values only, so it costs no privacy.
 """
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
+from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
@@ -57,6 +59,7 @@ def train(
     offset: dict[str, Tensor] | None = None,
     private: Private | None = None,
     in_order: bool = False,
+    clock: Clock = ONE_ROUND,
 ) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
@@ -66,6 +69,7 @@ def train(
         offset: by parameter name, what is added to every gradient.
         private: train by DP-SGD.
         in_order: take the records as they stand, not shuffled.
+        clock: the round, which a schedule of rates goes by.
 
     Returns:
         Steps taken and mean loss (of private steps: of the records that were drawn and whose loss is finite; it is not
@@ -78,8 +82,9 @@ def train(
     parameters = model.train_roles(trains)
     device = next(iter(parameters.values())).device
     start = {key: value.detach().clone() for key, value in parameters.items()}
-    optimizer = make_optimizer(list(parameters.values()), config)
-    losses, steps = [], 0
+    optimizer = make_optimizer(list(parameters.values()), config, make_layout(model, parameters))
+    rates = clock.rates(config, steps_of(len(data), config, in_order))
+    losses = []
     model.training_mode()
     # Dropout draws from torch's global generator; forked, what runs before and after draws as if nothing had been.
     with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -89,7 +94,7 @@ def train(
             gradients_of_steps = plain_steps(model, data, parameters, config, rng, device)
         else:
             gradients_of_steps = private_steps(model, data, parameters, config, private, device)
-        for gradients, loss in gradients_of_steps:
+        for (gradients, loss), rate in zip(gradients_of_steps, rates, strict=True):
             for key, parameter in parameters.items():
                 gradient = gradients[key]
                 if proximal:
@@ -99,13 +104,13 @@ def train(
                 parameter.grad = gradient
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses += loss
-            steps += 1
     model.base.backbone.eval()
     seen = torch.stack(losses) if losses else torch.zeros(0)
-    return steps, float((seen if private is None else seen[torch.isfinite(seen)]).mean())
+    return len(rates), float((seen if private is None else seen[torch.isfinite(seen)]).mean())
 
 
 def taught(data: Encoded, private: Private | None) -> Encoded:
@@ -178,6 +183,13 @@ def private_steps(
         yield by_name, losses
 
 
+def steps_of(count: int, config: ClientConfig, in_order: bool) -> int:
+    """Steps of a round over `count` records; private ones have `local_steps`, as their config must."""
+    if config.local_steps and not in_order:
+        return config.local_steps
+    return -(-count // config.batch_size) * (1 if in_order else config.local_epochs or 1)
+
+
 def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -> Iterator[np.ndarray]:
     """Index batches of shuffled passes over `count` examples: `local_epochs` of them, or what `local_steps` need.
 
@@ -187,8 +199,7 @@ def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -
     if rng is None:
         yield from np.split(np.arange(count), range(size, count, size))
         return
-    per_epoch = -(-count // size)
-    steps = config.local_steps or per_epoch * (config.local_epochs or 1)
+    steps = steps_of(count, config, in_order=False)
     while steps > 0:
         order = rng.permutation(count)
         for start in range(0, count, size):
@@ -196,13 +207,6 @@ def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -
                 return
             yield order[start : start + size]
             steps -= 1
-
-
-def make_optimizer(parameters: list[nn.Parameter], config: ClientConfig) -> torch.optim.Optimizer:
-    """A new optimizer without moments, with the config's learning rate, momentum (of SGD alone) and weight decay."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

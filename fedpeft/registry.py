@@ -52,6 +52,10 @@ TABLES: dict[str, dict[str, str]] = {
         "lora": "fedpeft.adapters.lora:Lora",
         "lora_sb": "fedpeft.adapters.lora_sb:LoraSB",
     },
+    "optimizers": {
+        "adamw": "fedpeft.clients.optimizers.adamw:AdamW",
+        "sgd": "fedpeft.clients.optimizers.sgd:SGD",
+    },
     "datasets": {
         "digits": "fedpeft.data.digits:Digits",
         "docstrings": "fedpeft.data.docstrings:Docstrings",
@@ -140,6 +144,7 @@ TABLES: dict[str, dict[str, str]] = {
         "privacy": "fedpeft.clients.guard:check",
         "tta": "fedpeft.clients.test_time:check",
         "client_half": "fedpeft.strategies.client:check",
+        "training": "fedpeft.clients.training_checks:check",
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
     },
     "partitioners": {

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Visit:
         data: its records of the round.
         seed: of the client's round.
         steps: local steps taken, once training is over.
+        clock: the round, which a schedule of rates goes by.
     """
 
     client: str
@@ -56,6 +58,12 @@ class Visit:
     data: Encoded
     seed: int
     steps: int = 0
+    clock: Clock = ONE_ROUND
+
+    @property
+    def rates(self) -> float:
+        """Sum of the learning rates of the steps taken."""
+        return self.clock.total(self.config, self.steps)
 
 
 class ClientHalf:

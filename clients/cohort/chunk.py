@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.layers import Pass
 from fedpeft.clients.cohort.passes import Piece, assemble, cut, token_counts
 from fedpeft.clients.cohort.rows import frozen, rows, shrink
-from fedpeft.clients.train import Private, batches, make_optimizer, per_sample_loss
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
+from fedpeft.clients.rates import ONE_ROUND, Clock
+from fedpeft.clients.train import Private, batches, per_sample_loss, steps_of
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.mechanism import add_clipped
@@ -30,7 +33,7 @@ class Job:
     Attributes:
         start: adapter tensors to start from, by parameter name; ranks may be below the model's. What is not named
             keeps the model's value.
-        seed, proximal, offset, private, in_order: as of `clients.train.train`.
+        seed, proximal, offset, private, in_order, clock: as of `clients.train.train`.
     """
 
     start: dict[str, Tensor]
@@ -40,6 +43,16 @@ class Job:
     offset: dict[str, Tensor] | None = None
     private: Private | None = None
     in_order: bool = False
+    clock: Clock = ONE_ROUND
+
+    def steps(self, config: ClientConfig) -> int:
+        """Steps that it takes."""
+        return steps_of(len(self.data), config, self.in_order)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `train` takes beside model, data, roles, config and seed."""
+        return {key: getattr(self, key) for key in ("proximal", "offset", "private", "in_order", "clock")}
 
 
 @dataclass
@@ -49,15 +62,6 @@ class Done:
     after: dict[str, Tensor]
     steps: int
     loss: float
-
-
-def steps_of(job: Job, config: ClientConfig) -> int:
-    """Steps that a job takes."""
-    if job.private is not None:
-        return config.local_steps or 0
-    if job.in_order:
-        return -(-len(job.data) // config.batch_size)
-    return config.local_steps or -(-len(job.data) // config.batch_size) * (config.local_epochs or 1)
 
 
 class Chunk:
@@ -71,13 +75,14 @@ class Chunk:
         self.model, self.jobs, self.config, self.tokens, self.now = model, jobs, config, tokens, now
         own = {key: value.detach() for key, value in model.parameters.items()}
         trained = {key: own[key] for key in model.form.select(trains).tensors}
-        self.shapes = {key: value.shape for key, value in trained.items()}
+        self.layout = make_layout(model, trained)
+        self.shapes = self.layout.shapes
         self.device = next(iter(own.values())).device
         starts = [{**own, **job.start} for job in jobs]
         self.values = rows(starts, trained)
         self.frozen = {key: frozen([start[key] for start in starts], own[key]) for key in own if key not in self.shapes}
         self.lengths = [token_counts(model, job.data) for job in jobs]
-        self.steps = [steps_of(job, config) for job in jobs]
+        self.steps = [job.steps(config) for job in jobs]
         self.draws = [self._draws(job) for job in jobs]
         self.mu = self.values.new_tensor([job.proximal for job in jobs])[:, None]
         self.start = self.values.clone() if any(job.proximal for job in jobs) else None
@@ -100,7 +105,8 @@ class Chunk:
         The mean loss of a client without steps is NaN.
         """
         weights = nn.Parameter(self.values)
-        optimizer = make_optimizer([weights], self.config)
+        optimizer = make_optimizer([weights], self.config, self.layout)
+        rates = self.jobs[0].clock.rates(self.config, self.steps[0])  # those of all
         # Before the first batch, as in `train`: a source then gives both engines the same batches and noise.
         masks = [
             seeds.derive(job.seed, "dropout") if job.private is None else job.private.secret_seed() for job in self.jobs
@@ -112,6 +118,7 @@ class Chunk:
                 active = sum(steps > step for steps in self.steps)
                 shrink(optimizer, weights, active)
                 weights.grad = self._gradient(weights.detach())
+                set_rate(optimizer, rates[step])
                 optimizer.step()
         values, losses = self.values.cpu(), (self.losses.cpu() / self.seen.cpu().double()).tolist()
         return [

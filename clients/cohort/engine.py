@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
-from fedpeft.clients.cohort.chunk import Chunk, Done, Job, steps_of
+from fedpeft.clients.cohort.chunk import Chunk, Done, Job
 from fedpeft.clients.cohort.layers import Pass, layers, replaced
 from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.train import taught
@@ -84,15 +85,21 @@ def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) 
     """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
     sizes = [min(config.batch_size, len(job.data)) for job in jobs]
     widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
-    # Private jobs apart, as a chunk takes one kind of step; most steps first, as those that go on are its first rows.
-    order = sorted(range(len(jobs)), key=lambda i: (jobs[i].private is None, -steps_of(jobs[i], config), -widths[i]))
+    kinds = [_kind(job, config) for job in jobs]
+    # Most steps first, as those that go on are a chunk's first rows.
+    order = sorted(range(len(jobs)), key=lambda i: (kinds[i], -jobs[i].steps(config), -widths[i]))
     chunk: list[int] = []
     for index in order:
         together = [*chunk, index]
         rows = sum(sizes[i] for i in together) * max(widths[i] for i in together)
-        if chunk and (rows > tokens or (jobs[index].private is None) != (jobs[chunk[0]].private is None)):
+        if chunk and (rows > tokens or kinds[index] != kinds[chunk[0]]):
             yield chunk
             together = [index]
         chunk = together
     if chunk:
         yield chunk
+
+
+def _kind(job: Job, config: ClientConfig) -> tuple[Any, ...]:
+    """What all jobs of a chunk have in common: whether their steps are private, and the rate of each step."""
+    return job.private is None, [] if config.schedule_over == "rounds" else job.clock.rates(config, job.steps(config))

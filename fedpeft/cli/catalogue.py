@@ -18,6 +18,7 @@ TABLES = (
     "strategies",
     "objectives",
     "adapters",
+    "optimizers",
     "datasets",
     "partitioners",
     "tta",

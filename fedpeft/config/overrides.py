@@ -96,7 +96,8 @@ def _drop_options(tree: dict[str, Any], key: str, value: Any) -> None:
 def _fields_of(path: str, section: dict[str, Any]) -> list[dataclasses.Field[Any]]:
     """Fields of a section's class, and of the method that it names."""
     if path not in METHOD_SECTIONS:
-        return []
+        whole = getattr(Config(), path, None)
+        return list(dataclasses.fields(whole)) if dataclasses.is_dataclass(whole) else []
     name = section.get(METHOD_SECTIONS[path].key)
     fields = list(dataclasses.fields(METHOD_SECTIONS[path].config))
     if isinstance(name, str) and name in registry.names(METHOD_SECTIONS[path].table):

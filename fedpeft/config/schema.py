@@ -128,10 +128,22 @@ class StrategyConfig:
 class ClientConfig:
     """Section `client`: a client's training in one round. One of `local_steps` and `local_epochs` is null."""
 
-    optimizer: str = option("adamw", "local optimizer, new every round", choices=("adamw", "sgd"))
-    lr: float = option(1e-3, "local learning rate", above=0)
+    optimizer: str = option("adamw", "registered local optimizer, new every round", table="optimizers")
+    optimizer_options: dict[str, Any] = option(
+        {}, "options of the optimizer named above", options_of=("optimizers", "optimizer")
+    )
+    lr: float = option(1e-3, "local learning rate; with a schedule the largest", above=0)
+    schedule: str = option("constant", "how the rate falls from lr to min_lr", choices=("constant", "linear", "cosine"))
+    schedule_over: str = option(
+        "rounds",
+        "rounds: from round to round of the run, constant inside one; steps: over the steps of all rounds, as "
+        "transformers does; round: over the steps of each round anew",
+        choices=("rounds", "steps", "round"),
+    )
+    warmup_rounds: float = option(0.0, "rounds over which the rate rises to lr; of steps also part of one", low=0)
+    min_lr: float = option(0.0, "rate at the end of a schedule", low=0)
     momentum: float = option(0.0, "of sgd", low=0, high=1)
-    weight_decay: float = option(0.0, "decoupled for adamw, L2 for sgd", low=0)
+    weight_decay: float = option(0.0, "decoupled; for sgd L2", low=0)
     local_steps: int | None = option(None, "optimizer steps a round; give this or local_epochs", low=1)
     local_epochs: int | None = option(1, "passes over the client's data a round; give this or local_steps", low=1)
     batch_size: int = option(16, "examples a step", low=1)

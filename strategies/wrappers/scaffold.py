@@ -8,8 +8,8 @@ back c_k+ - c_k under the same names and keep c_k. agg is the strategy inside (i
 mean. N is the number of all clients. Traffic doubles, and a control fits its coordinates only while they mean the same,
 hence strategies with a fixed basis only.
 
-Deviations: none. With a local optimizer other than plain SGD (x - y) / (steps eta) is no longer a mean gradient, so the
-others are refused.
+Deviations: none. Under a schedule of rates (steps eta) is their sum over the steps. With a local optimizer other than
+plain SGD (x - y) / (steps eta) is no longer a mean gradient, so the others are refused.
 
     >>> from fedpeft.strategies.wrappers.scaffold import Scaffold
     >>> Scaffold().needs.value
@@ -50,7 +50,7 @@ class ScaffoldClient(ClientHalf):
         known, new = _known(visit), {}
         for name, control in known.items():
             key = name.removeprefix(CONTROL)
-            mean_gradient = (visit.start[key] - trained[key]) / (visit.steps * visit.config.lr)
+            mean_gradient = (visit.start[key] - trained[key]) / visit.rates
             new[name] = control - visit.received.extra[name] + mean_gradient
         return {name: new[name] - control for name, control in known.items()}, new
 

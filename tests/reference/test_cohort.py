@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedpeft.clients.cohort.engine import cannot, train_cohort
 from fedpeft.clients.cohort.layers import Pass, layers, replaced
+from fedpeft.clients.rates import Clock
 from fedpeft.clients.train import per_sample_loss
 from fedpeft.errors import InputError
 from fedpeft.privacy.gradients import per_sample_gradients
@@ -125,6 +126,26 @@ def test_proximal_term_control_and_norm(build):
     ]
     check(model, jobs, ALL, SGD)
     check(model, jobs, ALL, replace(EPOCHS, max_grad_norm=0.3))
+
+
+@pytest.mark.parametrize("over", ["rounds", "steps", "round"])
+def test_rates_of_a_schedule(build, over):
+    """Clients with unlike numbers of steps have unlike rates where steps count."""
+    model, config = build(), replace(EPOCHS, schedule="cosine", schedule_over=over, min_lr=0.01, warmup_rounds=0.4)
+    jobs = [replace(job, clock=Clock(2, 3)) for job in make_jobs(model, UNEVEN)]
+    check(model, jobs, ALL, config)
+    constant = one_by_one(model, jobs, ALL, EPOCHS)
+    scheduled = train_cohort(model, jobs, ALL, config, WIDE)
+    assert all(
+        any(not torch.allclose(done.after[key], after[key]) for key in after)
+        for done, (after, *_) in zip(scheduled, constant, strict=True)
+    )
+
+
+def test_nesterov(build):
+    model = build()
+    config = replace(HEAVY, optimizer_options={"nesterov": True})
+    check(model, make_jobs(model, UNEVEN), ALL, replace(config, local_steps=None, local_epochs=2))
 
 
 def test_norm_is_a_clients_own(build):

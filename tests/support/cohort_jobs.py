@@ -51,9 +51,7 @@ def one_by_one(model, jobs, trains, config):
     ends = []
     for job in jobs:
         model.write(AdapterState(job.start, model.sites))
-        steps, loss = train(
-            model, job.data, trains, config, job.seed, proximal=job.proximal, offset=job.offset, private=job.private
-        )
+        steps, loss = train(model, job.data, trains, config, job.seed, **job.settings)
         ends.append((model.read(AdapterState(job.start, model.sites).select(trains)).tensors, steps, loss))
     return ends
 

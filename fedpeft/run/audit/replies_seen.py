@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedpeft.clients.train import make_optimizer
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
 from fedpeft.config import ClientConfig, Config
 from fedpeft.privacy.audit import Check
 from fedpeft.privacy.plan import Plan
@@ -86,17 +86,20 @@ def _strays(one: Seen, client: ClientConfig) -> float:
     if not one.steps:
         return math.inf
     start = one.start.select(one.told.trains).tensors
-    weights = nn.Parameter(_flat(start, one.steps[0].before))
-    optimizer = make_optimizer([weights], client)
+    weights = nn.Parameter(_flat(start, one.steps[0].before)[None])
+    optimizer = make_optimizer([weights], client, make_layout(one.visit.model, start))
     begin = weights.detach().clone()
-    for step in one.steps:
-        if step.released.shape != weights.shape:
+    for step, rate in zip(one.steps, one.visit.clock.rates(client, len(one.steps)), strict=True):
+        if step.released.shape != weights.shape[1:]:
             return math.inf
-        weights.grad = step.released.clone()
+        weights.grad = step.released.clone()[None]
+        set_rate(optimizer, rate)
         optimizer.step()
     parts = [
         one.start.replace(
-            dict(zip(start, value.detach().cpu().split([part.numel() for part in start.values()]), strict=True))
+            dict(
+                zip(start, value.detach().cpu().flatten().split([part.numel() for part in start.values()]), strict=True)
+            )
         )
         for value in (begin, weights)
     ]

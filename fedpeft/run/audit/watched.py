@@ -26,6 +26,7 @@ from fedpeft.clients.cohort import engine as cohort
 from fedpeft.clients.cohort.chunk import Chunk, Done
 from fedpeft.clients.guard import Guard, fingerprint, release
 from fedpeft.clients.local import Local, Request
+from fedpeft.clients.rates import Clock
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.ledger import Entry, accounts_of, client_of
@@ -252,7 +253,17 @@ def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -
                 metrics,
                 None if kept is None else kept[0],
                 str(local.guard.folder),
-                Visit(client, local.config.client, local.model, received, start, {}, local.train_data[client], seed=0),
+                Visit(
+                    client,
+                    local.config.client,
+                    local.model,
+                    received,
+                    start,
+                    {},
+                    local.train_data[client],
+                    seed=0,
+                    clock=Clock(number, local.config.run.rounds),
+                ),
                 local.halves,
             )
         )

@@ -1,0 +1,1 @@
+"""A client's optimizer: the contract in `base`, one file each."""

@@ -1,0 +1,96 @@
+"""What a client's optimizer is: `client.optimizer` names it, and a client makes a new one every round.
+
+A new one is a file here and a line in `fedpeft.registry`: a subclass of `ClientOptimizer` with its options in `Config`
+(they stand under `client.optimizer_options`) and a `make` that gives a `torch.optim.Optimizer`.
+
+What `make` gets trains in one of two forms, and the optimizer must do the same in both:
+
+    alone    the model's parameters, one for each name of the layout, in its order
+    cohort   one matrix [K, P], a row for each of K clients: the values of the same names, flattened, in the same order
+
+Rows never meet: what a client does may not depend on who trains beside it, and rows leave in mid-round (the matrix and
+all state with K rows are then cut to the first rows, as views). So state is changed in place, is named after what it is
+(`exp_avg`), has the form of the weights, and is zero for a client that has none; `step`, a count without rows, is the
+same for all rows. An elementwise rule of torch is right as it is. A rule that sees a tensor as a matrix, or that treats
+some roles unlike others, is a `Stacked`: it steps on [K, ...] views of each named tensor, in both forms, by products
+that are batched over the clients.
+
+The rate of a step is set from outside (`set_rate`). Gradients come with all that is added to them. Under DP-SGD they
+are noised before an optimizer sees them, so what one computes or keeps of them costs no privacy; it sees no record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft import config as configs
+from fedpeft.config import ClientConfig, Configured
+from fedpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from fedpeft.adapters.adapted import Adapted
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors that train, in their order.
+
+    Attributes:
+        shapes: by name, `site/role`.
+        scales: s of a site's product s B A, by site.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    scales: Mapping[str, float]
+
+
+class ClientOptimizer(Configured):
+    """Makes a client's optimizer."""
+
+    def require(self, client: ClientConfig) -> None:
+        """Raise InputError where a key of the section contradicts this optimizer."""
+
+    def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
+        """A new optimizer without state, at the rate `client.lr`."""
+        raise NotImplementedError
+
+
+def refuse_momentum(client: ClientConfig) -> None:
+    """Raise InputError where `client.momentum` is set for an optimizer that has a mean of gradients of its own."""
+    if client.momentum:
+        raise InputError(
+            f"client.momentum={client.momentum:g} is of sgd; client.optimizer={client.optimizer} has options of its "
+            f"own (fedpeft show {client.optimizer}). Set client.momentum=0."
+        )
+
+
+def find_optimizer(client: ClientConfig) -> ClientOptimizer:
+    """The optimizer that a config names, with its options."""
+    found: ClientOptimizer = configs.method(
+        "optimizers", client.optimizer, client.optimizer_options, "client.optimizer_options"
+    )
+    return found
+
+
+def make_optimizer(weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
+    """A new optimizer of a client's round, or of those of a cohort."""
+    return find_optimizer(client).make(weights, client, layout)
+
+
+def make_layout(model: Adapted, trained: Mapping[str, Tensor]) -> Layout:
+    """The layout of what trains of a model."""
+    return Layout(
+        {key: value.shape for key, value in trained.items()},
+        {name: site.scaling for name, site in model.sites.items()},
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
