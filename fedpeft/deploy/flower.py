@@ -1,34 +1,120 @@
-"""What both sides of a deployment use of Flower beyond its public interface: messages as bytes.
+"""What the Fleet API takes of Flower beyond its public interface: calls, who signs them, messages as objects.
 
-The coordinator's side has `coordinator.flower` beside it, and what simulations need is in `fedpeft.flower`.
-tests/unit/test_flower_names.py lists each private name, and tries it.
+It is light, as a site's node is. The coordinator's side has `coordinator.flower` beside it, and what simulations need
+is in `fedpeft.flower`. tests/unit/test_flower_names.py lists each private name, and tries it.
 """
 
 from __future__ import annotations
 
-from flwr.app import Context, Message
-from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
+import datetime
+import json
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from flwr import __version__
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto import fleet_pb2
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from google.protobuf.message import DecodeError
+
+from fedpeft.flower import ErrorCode, identify
+
+__all__ = ["DecodeError", "FleetStub", "Message", "Node", "PullMessagesResponse", "PushMessagesRequest"]
+
+HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away
+KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED = 23, 2004, 2007  # Flower's numbers of errors
+Objects = Callable[[str], bytes]
+METHODS = fleet_pb2.DESCRIPTOR.services_by_name["Fleet"].methods_by_name
 
 
-def write_message(message: Message) -> bytes:
-    """A message as bytes."""
-    data: bytes = message_to_proto(message).SerializeToString()
-    return data
+def request(method: str, node: Node | None, **fields: Any) -> Any:
+    """The request of a call to the Fleet API, such as PullMessages; with the node where it has one."""
+    kind = METHODS[method].input_type
+    return kind._concrete_class(**fields, **({"node": node} if "node" in kind.fields_by_name else {}))
 
 
-def read_message(data: bytes) -> Message:
-    """The message that `write_message` wrote."""
-    return message_from_proto(ProtoMessage.FromString(data))
+def answer_type(method: str) -> Any:
+    """The class of the answer to a call."""
+    return METHODS[method].output_type._concrete_class
 
 
-def write_context(context: Context) -> bytes:
-    """A context as bytes."""
-    data: bytes = context_to_proto(context).SerializeToString()
-    return data
+def error_number(text: str) -> int:
+    """Flower's number of an error from what came with it; 0 if there is none."""
+    try:
+        return int(json.loads(text)["code"])
+    except (ValueError, TypeError, KeyError):
+        return 0
 
 
-def read_context(data: bytes) -> Context:
-    """The context that `write_context` wrote."""
-    return context_from_proto(ProtoContext.FromString(data))
+def public_bytes(key: Any) -> bytes:
+    """The public half of a key, as Flower knows a node by it."""
+    return public_key_to_bytes(key.public_key())
+
+
+def identity(key: Any, shift_s: float = 0.0) -> list[tuple[str, str | bytes]]:
+    """What proves who calls over gRPC: public key, time (`shift_s` from now), its signature, and our versions."""
+    stamp = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=shift_s)).isoformat()
+    return [
+        ("flwr-public-key-bin", public_bytes(key)),
+        ("flwr-timestamp", stamp),
+        ("flwr-signature-bin", sign_message(key, stamp.encode("ascii"))),
+        ("flwr-package-name", "flwr"),
+        ("flwr-package-version", __version__),
+        ("flwr-component-name", "SuperNode"),
+    ]
+
+
+def identity_headers(key: Any, shift_s: float = 0.0) -> dict[str, str]:
+    """The same over HTTP, where bytes are in base64."""
+    found = identity(key, shift_s)
+    return {
+        name.removesuffix("-bin"): b64encode(value).decode() if isinstance(value, bytes) else value
+        for name, value in found
+    }
+
+
+def object_ids(tree: Any) -> Iterator[str]:
+    """Ids of an object tree, children first."""
+    for child in tree.children:
+        yield from object_ids(child)
+    yield tree.object_id
+
+
+def inflated(pulled: PullMessagesResponse, contents: dict[str, bytes]) -> Message:
+    """The message of one pull, from its objects."""
+    root = pulled.message_object_trees[0].object_id
+    message = cast(Message, inflate_object_from_contents(root, contents))
+    message.metadata.__dict__["_message_id"] = root  # an object does not hold its own hash
+    return message
+
+
+def deflated(reply: Message) -> tuple[PushMessagesRequest, Objects]:
+    """A reply as it is pushed: without its content, beside what gives the objects that have it, by their ids."""
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    request = PushMessagesRequest(messages_list=[message_to_proto(remove_content_from_message(reply))])
+    with no_object_id_recompute():
+        request.message_object_trees.append(get_object_tree(reply))
+        objects = {name: item.deflate() for name, item in get_all_nested_objects(reply).items()}
+    return request, objects.__getitem__
+
+
+def failure(pulled: PullMessagesResponse, reason: str) -> Message:
+    """The reply to a message that this site cannot answer."""
+    context_of(pulled)
+    crashed = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
+    return Message(crashed, reply_to=message_from_proto(pulled.messages_list[0]))
+
+
+def context_of(pulled: PullMessagesResponse) -> Context:
+    """Flower's context of a message, which this process then works on."""
+    data = pulled.messages_list[0].metadata
+    identify(data.run_id, data.dst_node_id, 0)
+    return Context(data.run_id, data.dst_node_id, {}, RecordDict(), {})

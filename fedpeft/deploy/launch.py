@@ -1,8 +1,8 @@
 """One child process of a deployment: `python -m fedpeft.deploy.launch ROLE FOLDER PARENT_PID ...`.
 
-superlink, supernode   Flower's own programs, with the options that a deployment needs
-run                    the server's side of one run
-proxy, worker          a site's client: the thin Flower side, and the process that has model and data
+superlink   Flower's own program, with the options that a deployment needs
+run         the server's side of one run
+worker      what has model and data at a site
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 POLL_S = 0.5
+DEBUG = "FEDPEFT_DEBUG"
 LARGEST_CALL = 32 * 2**20  # bytes
-OWN_POLL_S = 0.1  # of what is in the same process
 
 
 def main(arguments: list[str]) -> None:
-    """Run one role of a deployment: superlink, supernode, run, proxy or worker.
+    """Run one role of a deployment: superlink, run or worker.
 
     Args:
         arguments: role, folder, process id of the parent (with which this process ends), and the role's own.
@@ -32,16 +31,10 @@ def main(arguments: list[str]) -> None:
     log_lines("" if role == "run" else f"{role}: ")
     if role == "superlink":
         superlink(rest)
-    elif role == "supernode":
-        supernode(rest)
     elif role == "run":
         from fedpeft.deploy.coordinator.run import main as play
 
         play(Path(folder), *rest)
-    elif role == "proxy":
-        from fedpeft.deploy.site.proxy import main as proxy
-
-        proxy(Path(folder), *rest)
     elif role == "worker":
         from fedpeft.deploy.site.worker import main as worker
 
@@ -56,7 +49,7 @@ def log_lines(who: str) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s"))
     logger = logging.getLogger("fedpeft")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if DEBUG in os.environ else logging.INFO)
     logger.propagate = False
 
 
@@ -79,18 +72,6 @@ def superlink(arguments: list[str]) -> None:
     from fedpeft.deploy.coordinator.flower import run_superlink
 
     run_superlink(arguments, LARGEST_CALL)
-
-
-def supernode(arguments: list[str]) -> None:
-    """Flower's SuperNode asks for work every 3 s, and for its client's reply every 0.5 s; neither has an option."""
-    from flwr.supernode import start_client_internal
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
-    pace = SimpleNamespace(sleep=lambda seconds: time.sleep(POLL_S if seconds > 1 else OWN_POLL_S))
-    # In that module alone: everything else in the process keeps its clock.
-    vars(start_client_internal)["time"] = pace
-    sys.argv = ["flower-supernode", *arguments]
-    flower_supernode()
 
 
 if __name__ == "__main__":

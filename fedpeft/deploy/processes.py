@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 log = logging.getLogger("fedpeft")
@@ -22,12 +23,14 @@ STEADY_S = 60.0  # a process that ran so long is started again without a pause
 
 @dataclass
 class Child:
-    """One process and when it may be started again."""
+    """One process and when it may be started again. One that is `piped` is given its end of a pipe as last argument."""
 
     role: str
     command: list[str]
     env: dict[str, str]
     output: Path | None = None
+    piped: bool = False
+    pipe: Connection | None = None
     process: subprocess.Popen[bytes] | None = None
     pause_s: float = 0.0
     begun: float = field(default=0.0)
@@ -35,9 +38,12 @@ class Child:
     def start(self) -> None:
         """Start the process in a session of its own, so that Ctrl-C does not reach it; it appends to `output`."""
         stream = self.output.open("ab") if self.output else None
+        ours, theirs = Pipe()
+        ends = [str(theirs.fileno())] if self.piped else []
         try:
             self.process = subprocess.Popen(
-                self.command,
+                [*self.command, *ends],
+                pass_fds=list(map(int, ends)),
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
@@ -45,8 +51,10 @@ class Child:
                 start_new_session=True,
             )
         finally:
+            theirs.close()  # so that the end of the process is the end of the pipe
             if stream:
                 stream.close()
+        self.pipe = ours
         self.begun = time.monotonic()
 
     def keep(self) -> None:

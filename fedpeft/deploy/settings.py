@@ -1,7 +1,7 @@
 """The two folders of a deployment: the coordinator's with server.yaml, a site's with site.yaml, and what lies in them.
 
 coordinator: server.yaml ca.crt ca.key server.crt server.key secret sites/<name>.pub state.db runs/<run>/ logs/
-site:        site.yaml policy.yaml ca.crt site.key site.pub secret ledger/<name>.jsonl state/<run>/<name>/
+site:        site.yaml policy.yaml ca.crt site.key site.pub status.json owed/ ledger/<name>.jsonl state/<run>/<name>/
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class SiteSettings:
 
     name: str = option("", "the name that the coordinator has registered this site under")
     server: str = option("localhost:9092", "HOST:PORT of the coordinator")
+    transport: str = option("grpc", "how the site calls: grpc, or http through a web proxy", choices=("grpc", "http"))
     model: str = option(
         "tiny-vit", "embedded or prepared model, or a local folder, whatever the server's config names", path=True
     )
@@ -153,7 +154,7 @@ def new_folder(path: Path) -> Path:
 
 
 def new_secret() -> bytes:
-    """What a process must know to be given work by the SuperLink or SuperNode beside it."""
+    """What a process must know to be given work by the SuperLink."""
     return secrets.token_bytes(32)
 
 

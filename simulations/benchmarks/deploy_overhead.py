@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.daemon import answers, ports
 from fedpeft.deploy.coordinator.flower import start_run_request
 from fedpeft.deploy.site import site
-from fedpeft.deploy.site.site import free_port
 
 SITES = ("one", "two")
 ROUNDS = 12
@@ -151,6 +151,13 @@ def ours(root: Path) -> dict[str, Any]:
         "polling_and_fleet_s": round(rest, 3),
         "process_starts": 0,
     }
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free now; another process may take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def flower_programs(root: Path, coordinator: Path, server: Any) -> dict[str, list[str]]:

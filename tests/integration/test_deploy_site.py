@@ -7,7 +7,6 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,8 +14,6 @@ import pytest
 import yaml
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.proto.runtime_pb2 import AcquireTaskResponse
-from flwr.proto.task_pb2 import Task
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import config as configs
@@ -25,7 +22,7 @@ from fedpeft.data import source
 from fedpeft.deploy import build, envelope, keys, settings
 from fedpeft.deploy.coordinator import roster
 from fedpeft.deploy.envelope import Envelope
-from fedpeft.deploy.site import proxy, site, worker
+from fedpeft.deploy.site import site, worker
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.strategies.wire import PACKED, BadReply
 from support import instructed
@@ -275,8 +272,8 @@ def test_an_update_with_nan_is_quarantined(rig):
         PACKED.read(reply, rig.sent, ("B", "head"), 1)
 
 
-def test_the_proxy_imports_no_torch():
-    code = "import sys; import fedpeft.deploy.site.proxy, fedpeft.deploy.launch; print('torch' in sys.modules)"
+def test_the_node_imports_no_torch():
+    code = "import sys; import fedpeft.deploy.site.site, fedpeft.deploy.site.node; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -287,7 +284,7 @@ def test_private_files_are_their_owner_s_alone(tmp_path):
     server.init(tmp_path / "server", "example.org", 9092, 9093, "127.0.0.1")
     site.init(tmp_path / "site", "clinic", "example.org:9092", tmp_path / "server" / "ca.crt", None, "tiny-bert")
     private = [tmp_path / "server" / name for name in ("ca.key", "server.key", "secret")]
-    private += [tmp_path / "site" / name for name in ("site.key", "secret")]
+    private += [tmp_path / "site" / "site.key"]
     assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("server", "site")} == {0o700}
 
@@ -365,21 +362,3 @@ def test_a_reply_that_flower_cannot_put_together_takes_no_other_with_it(monkeypa
     assert [name for name, reply in found.items() if reply.has_error()] == ["message-2"]
     said = found["message-2"].error.reason
     assert "KeyError" in said and said.isprintable() and len(said.encode()) <= 2048
-
-
-def test_a_message_that_never_comes_does_not_hold_up_the_next(rig, monkeypatch):
-    """Flower makes a task before the message is there; a coordinator that dies in between leaves one for hours."""
-    never, answered, tokens = threading.Event(), threading.Event(), ["stuck", "next"]
-
-    def handle(address, token, worker):
-        never.wait(30) if token == "stuck" else answered.set()
-
-    def acquire(request):
-        return AcquireTaskResponse(token=tokens.pop(0), task=Task()) if tokens else AcquireTaskResponse()
-
-    client = SimpleNamespace(AcquireTask=acquire)
-    monkeypatch.setattr(proxy.RuntimeHttpClient, "from_server_address", lambda *given: client)
-    monkeypatch.setattr(proxy, "handle", handle)
-    threading.Thread(target=proxy.main, args=(rig.folder, "", ""), daemon=True).start()
-    assert answered.wait(10)
-    never.set()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-import socket
-import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,7 +70,6 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
         raise InputError(f"--ca: no file {ca}. It is the coordinator's ca.crt.")
     folder = settings.new_folder(path)
     line = keys.site_keys(folder)
-    keys.write_mode(folder / "secret", settings.new_secret(), keys.PRIVATE)
     if ca is not None:
         shutil.copyfile(ca, folder / "ca.crt")
     write_bytes(folder / "site.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
@@ -146,65 +144,38 @@ def start(path: Path, insecure: bool = False) -> None:
         policies.record(bounds)
         if insecure:
             log.warning(INSECURE)
-        place = Path(tempfile.mkdtemp(prefix="fedpeft-"))  # mode 0700; socket names must be short
-        pipe, address = str(place / "worker"), f"127.0.0.1:{free_port()}"
-        env = settings.environment(site.path)
-        children = [
-            Child("worker", launch("worker", site.path, pipe), env),
-            Child("supernode", launch("supernode", site.path, *supernode_options(site, address, insecure)), env),
-            Child("proxy", launch("proxy", site.path, address, pipe), env),
-        ]
-        try:
-            for child in children:
-                child.start()
-            log.info("site %s started; its coordinator is %s.", site.settings.name, site.settings.server)
-            if proxy := proxy_of(parse_endpoint(site.settings.server, "site.server")[0]):
-                log.warning("gRPC goes to the coordinator through the proxy of %s.", proxy)
-            while True:
-                time.sleep(POLL_S)
-                for child in children:
-                    child.keep()
-        except Stopped:
-            log.info("site %s stops.", site.settings.name)
-        finally:
-            end(children)
-            shutil.rmtree(place, ignore_errors=True)
+        if proxy := proxy_of(parse_endpoint(site.settings.server, "site.server")[0]):
+            log.warning("gRPC goes to the coordinator through the proxy of %s.", proxy)
+        _start(site, insecure)
 
 
-def supernode_options(site: Site, address: str, insecure: bool) -> list[str]:
-    """The SuperNode's command line: gRPC to the coordinator, its runtime API on loopback, no process of its own."""
-    host, _, port = address.rpartition(":")
-    tls = (
-        ["--insecure"]
-        if insecure
-        else [
-            "--root-certificates",
-            str(site.path / "ca.crt"),
-            "--auth-supernode-private-key",
-            str(site.path / "site.key"),
-        ]
-    )
-    return [
-        "--grpc-rere",
-        "--superlink",
-        site.settings.server,
-        *tls,
-        "--host",
-        host,
-        "--port",
-        port,
-        "--isolation",
-        "process",
-        "--superexec-auth-secret-file",
-        str(site.path / "secret"),
-    ]
+def _start(site: Site, insecure: bool) -> None:
+    """The node in a thread, the worker beside it."""
+    from fedpeft.deploy.site.link import connect
+    from fedpeft.deploy.site.node import Node, Worker
 
+    child = Child("worker", launch("worker", site.path), settings.environment(site.path), piped=True)
+    worker = Worker(child)
+    node = Node(site, connect(site, insecure), worker.ask, registers=insecure)
 
-def free_port() -> int:
-    """A TCP port on loopback that is free now; another process may take it before it is used."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    def take_part() -> None:
+        worker.pipe(math.inf)  # a site that is connected is one that can begin
+        node.run()
+
+    thread = threading.Thread(target=take_part, daemon=True)
+    try:
+        child.start()
+        thread.start()
+        log.info("site %s started; its coordinator is %s.", site.settings.name, site.settings.server)
+        while thread.is_alive():
+            thread.join(POLL_S)
+            child.keep()
+        raise RunError("the site's node ended; the line above says why.")
+    except Stopped:
+        log.info("site %s stops.", site.settings.name)
+    finally:
+        node.leave()
+        end([child])
 
 
 def _running(site: Site) -> bool:
@@ -350,14 +321,9 @@ def _server(site: Site, found: dict[str, Any]) -> str:
     running = _running(site)
     if not running:
         try:
-            registered = probe.known(site)
+            probe.require_known(site)
         except RunError as error:
             raise RunError(f"{error} ({way}; no_proxy={host} goes past it)" if proxy else str(error)) from error
-        if not registered:
-            raise RunError(
-                f"{site.settings.server} answers, but does not know this site's key; has the coordinator "
-                f"added it? Its public key is in {site.path / 'site.pub'}."
-            )
     return f"{site.settings.server}, {way}; {'the site is running' if running else 'its key is registered'}"
 
 

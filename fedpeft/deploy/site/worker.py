@@ -1,17 +1,16 @@
 """A site's resident worker: it has the base model, the data and the device, and answers one message at a time.
 
-It stays while Flower's client processes come and go, so that a message costs no import and no load. A run with another
-config has its model built anew; the data are read when the first message that the policy allows is there, not before.
-What the worker runs is the installed fedpeft. From the server come tensors, a task and a config (`envelope`).
+It stays, so that a message costs no import and no load. A run with another config has its model built anew; the data
+are read when the first message that the policy allows is there, not before. What the worker runs is the installed
+fedpeft. From the server come tensors, a task and a config (`envelope`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,15 @@ from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.encode import Encoded, encode
-from fedpeft.deploy import envelope, settings
+from fedpeft.deploy import envelope, flower, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.envelope import Envelope
-from fedpeft.deploy.flower import read_context, read_message, write_context, write_message
 from fedpeft.deploy.settings import Site
+from fedpeft.deploy.site.node import ANSWERED, FAILED, READY, UNTOLD
+from fedpeft.deploy.site.owed import Owed
 from fedpeft.errors import InputError, RunError
-from fedpeft.flower import ErrorCode, identify
+from fedpeft.files import explained
+from fedpeft.flower import ErrorCode
 from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.models import agreement
 from fedpeft.objectives.base import load_objective
@@ -76,9 +77,9 @@ class Resident:
         except RunError as error:
             reason = shown(error)
             log.warning("refused or failed: %s", reason)
-        except Exception:
-            log.exception("a message could not be answered; the server is not told why")
-            reason = "the site could not take part; its own log says why."
+        except Exception as error:
+            say(error, "a message could not be answered; the server is not told why")
+            reason = UNTOLD
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def prepare(self, message: Message) -> None:
@@ -126,10 +127,10 @@ class Resident:
             own, held = load_data(config, self.name, local.model.base.processor)
             for part in (own, held):
                 require_fit(local, part)
-        except Exception:
+        except Exception as error:
             if not private:
                 raise
-            log.exception("run %s: the records cannot be read; the server is not told", cover.run)
+            say(error, f"run {cover.run}: the records cannot be read; the server is not told")
             local.train_data = local.holdout = Unreadable()
             return local
         local.train_data, local.holdout = {self.name: own}, {self.name: held}
@@ -198,31 +199,35 @@ def read_round(message: Message) -> int:
         raise Refused(f"refused: the server's message: {error}") from error
 
 
-def serve(resident: Resident, pipe: Connection) -> None:
-    """Answer what comes over one connection, until it closes."""
+def answer(resident: Resident, owed: Owed) -> bytes:
+    """Put the reply to a message into its folder; whether that was possible."""
+    try:
+        context = flower.context_of(owed.pulled)
+        owed.put_reply(resident.answer(owed.inflated(), context))
+        return ANSWERED
+    except Exception as error:  # of a message that was made to be no message, or of a disk that is full
+        say(error, "a message could not be answered; the server is not told why")
+        return FAILED
+
+
+def say(error: Exception, what: str) -> None:
+    """One line in the site's log; with --debug, where it happened too."""
+    reason = explained(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+    kind = "" if isinstance(error, OSError | InputError | RunError) else f"{type(error).__name__}: "
+    log.error("%s: %s%s", what, kind, shown(reason), exc_info=log.isEnabledFor(logging.DEBUG))
+
+
+def main(folder: Path, pipe: str) -> None:
+    """Answer what the node owes, until it ends. Ready is who has all in memory that does not depend on a run.
+
+    Args:
+        pipe: number of the file that leads to the node; this process inherited it.
+    """
+    resident, node = Resident(settings.site(folder)), Connection(int(pipe))
+    node.send_bytes(READY)
     while True:
         try:
-            identity = json.loads(pipe.recv_bytes())
-            message = read_message(pipe.recv_bytes())
-            context = read_context(pipe.recv_bytes())
+            owed = Owed(Path(node.recv_bytes().decode()))
+            node.send_bytes(answer(resident, owed))
         except (EOFError, OSError):
             return
-        identify(*identity)
-        reply = resident.answer(message, context)
-        try:
-            pipe.send_bytes(write_message(reply))
-            pipe.send_bytes(write_context(context))
-        except OSError:
-            log.warning("the client process is gone; its reply is dropped.")
-            return
-
-
-def main(folder: Path, socket: str) -> None:
-    """Listen on a socket in a folder that only its owner can enter."""
-    # A worker that was killed leaves its socket, and no other can be bound to that name.
-    Path(socket).unlink(missing_ok=True)
-    resident = Resident(settings.site(folder))
-    with Listener(socket, "AF_UNIX") as listener:
-        while True:
-            with listener.accept() as pipe:
-                serve(resident, pipe)

@@ -1,0 +1,158 @@
+"""A site's calls to its coordinator's Fleet API: the same messages and the same signed identity over gRPC or HTTP.
+
+A call is one method of the API, such as PullMessages, with its protobuf message. What is no answer is a `Failure` with
+whatever came instead, and a sentence for the site's log.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+import threading
+from typing import Any, Protocol
+
+import grpc
+import httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from fedpeft.deploy import flower
+from fedpeft.deploy.settings import Site
+from fedpeft.foreign import shown
+
+LARGEST = 2**31 - 1  # bytes of one answer; Flower cuts what it sends into objects of a few MB
+CHANNEL = [  # a half-open connection is found within 30 s, and a coordinator that comes back within two
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_receive_message_length", LARGEST),
+    ("grpc.max_send_message_length", LARGEST),
+]
+CAUSES = (  # what an answer has in it, in lower case, and what that means
+    (
+        "certificate",
+        "its certificate is none that ca.crt vouches for under this name. Get ca.crt anew.",
+    ),
+    ("connection refused", "nothing listens there. Does the coordinator run, and is that its Fleet port?"),
+    (
+        "resolution|name or service|no address associated|domain name",
+        "there is no such name. Is site.server in site.yaml the name that the coordinator gave you?",
+    ),
+    ("timestamp", "its clock and this one differ by more than it allows. Set this machine's clock (NTP)."),
+    (
+        "wrong_version|record_layer|ssl|handshake|http1|http2|unimplemented|not found|405",
+        "what listens there is no Fleet API. Is it the coordinator's Fleet port, and site.transport its kind?",
+    ),
+    ("unreachable|no route", "this machine has no way there. Look at its network, and at a firewall in between."),
+    (
+        "invalid supernode|invalid signature|invalid node",
+        "it does not take this site's key. Was it given a new one?",
+    ),
+)
+UNKNOWN = (
+    "it does not know this site's key. Have the coordinator add it: fedpeft server add-site DIR NAME, with site.pub."
+)
+
+
+class Failure(Exception):
+    """What came instead of an answer: a status, and what was said with it."""
+
+    def __init__(self, status: str, said: str) -> None:
+        super().__init__(f"{status}: {said}")
+        self.status, self.said, self.number = status, said, flower.error_number(said)
+        self.stranger = status in ("UNAUTHENTICATED", "HTTP 401")
+
+    def sentence(self, server: str) -> str:
+        """Whom this site called, what was answered, and what to do where that is known."""
+        text = f"{self.status} {self.said}".lower()
+        meant = next((what for words, what in CAUSES if re.search(words, text)), "it is tried again.")
+        if self.number == flower.UNKNOWN_KEY:
+            return f"{server}: {UNKNOWN}"
+        return f"{server}: {meant} ({self.status}: {shown(self.said, 300)})"
+
+
+class Link(Protocol):
+    """A transport; `key` is the site's private one."""
+
+    key: Any
+
+    def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
+        """The answer to a call, signed as of `shift_s` from now.
+
+        Raises:
+            Failure: there is none, whatever the reason.
+        """
+
+    def close(self) -> None:
+        """End the connection."""
+
+
+class GrpcLink:
+    """One channel, made anew where a call got no answer in time: its connection may be half open."""
+
+    def __init__(self, server: str, key: Any, ca: bytes | None) -> None:
+        self.server, self.key, self.ca = server, key, ca
+        self.lock = threading.Lock()
+        self.channel = self._open()
+
+    def _open(self) -> grpc.Channel:
+        if self.ca is None:
+            return grpc.insecure_channel(self.server, CHANNEL)
+        return grpc.secure_channel(self.server, grpc.ssl_channel_credentials(self.ca), CHANNEL)
+
+    def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
+        channel = self.channel
+        try:
+            stub = flower.FleetStub(channel)
+            return getattr(stub, method)(request, metadata=flower.identity(self.key, shift_s), timeout=within_s)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._renew(channel)
+            raise Failure(error.code().name, str(error.details())) from error
+        except ValueError as error:  # another thread has closed the channel meanwhile
+            raise Failure("CANCELLED", str(error)) from error
+
+    def _renew(self, stale: grpc.Channel) -> None:
+        with self.lock:
+            if self.channel is stale:
+                self.channel = self._open()
+                stale.close()
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class HttpLink:
+    """POST with protobuf bodies, for sites behind a web proxy."""
+
+    def __init__(self, server: str, key: Any, ca: bytes | None) -> None:
+        self.key = key
+        trusted = ssl.create_default_context(cadata=ca.decode()) if ca else True
+        self.client = httpx.Client(base_url=f"http{'s' if ca else ''}://{server}/v1/fleet/", verify=trusted)
+
+    def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
+        path = re.sub(r"(?<!^)(?=[A-Z])", "-", method).lower()
+        kind = "application/protobuf"
+        headers = {"content-type": kind, "accept": kind, **flower.identity_headers(self.key, shift_s)}
+        try:
+            answer = self.client.post(path, content=request.SerializeToString(), headers=headers, timeout=within_s)
+            if answer.status_code != httpx.codes.OK:
+                raise Failure(f"HTTP {answer.status_code}", answer.text)
+            return flower.answer_type(method).FromString(answer.content)
+        except httpx.HTTPError as error:
+            raise Failure(type(error).__name__, str(error)) from error
+        except flower.DecodeError as error:
+            raise Failure("HTTP 200", f"no protobuf message: {error}") from error
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def connect(site: Site, insecure: bool = False) -> Link:
+    """The transport that site.yaml names, with the site's key; nothing is sent yet."""
+    ca = None if insecure else (site.path / "ca.crt").read_bytes()
+    key = load_ssh_private_key((site.path / "site.key").read_bytes(), None)
+    kind = GrpcLink if site.settings.transport == "grpc" else HttpLink
+    return kind(site.settings.server, key, ca)
