@@ -16,8 +16,7 @@ from flwr import __version__
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto import fleet_pb2
-from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.proto.fleet_pb2 import DESCRIPTOR, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
@@ -32,7 +31,7 @@ __all__ = ["DecodeError", "FleetStub", "Message", "Node", "PullMessagesResponse"
 HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away
 KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED = 23, 2004, 2007  # Flower's numbers of errors
 Objects = Callable[[str], bytes]
-METHODS = fleet_pb2.DESCRIPTOR.services_by_name["Fleet"].methods_by_name
+METHODS = DESCRIPTOR.services_by_name["Fleet"].methods_by_name
 
 
 def request(method: str, node: Node | None, **fields: Any) -> Any:

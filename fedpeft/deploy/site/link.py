@@ -32,24 +32,21 @@ CHANNEL = [  # a half-open connection is found within 30 s, and a coordinator th
 ]
 CAUSES = (  # what an answer has in it, in lower case, and what that means
     (
-        "certificate",
+        "resolution|resolving|name or service|no address associated|domain name",
+        "there is no such name. Is site.server in site.yaml the name that the coordinator gave you?",
+    ),
+    (
+        "wrong_version|record_layer|record layer|http1|http2|unimplemented|not found|http 405",
+        "what listens there is no Fleet API. Is it the coordinator's Fleet port, and site.transport its kind?",
+    ),
+    (
+        "certificate_verify|certificate verify|peer name|hostname|not valid for",
         "its certificate is none that ca.crt vouches for under this name. Get ca.crt anew.",
     ),
     ("connection refused", "nothing listens there. Does the coordinator run, and is that its Fleet port?"),
-    (
-        "resolution|name or service|no address associated|domain name",
-        "there is no such name. Is site.server in site.yaml the name that the coordinator gave you?",
-    ),
     ("timestamp", "its clock and this one differ by more than it allows. Set this machine's clock (NTP)."),
-    (
-        "wrong_version|record_layer|ssl|handshake|http1|http2|unimplemented|not found|405",
-        "what listens there is no Fleet API. Is it the coordinator's Fleet port, and site.transport its kind?",
-    ),
     ("unreachable|no route", "this machine has no way there. Look at its network, and at a firewall in between."),
-    (
-        "invalid supernode|invalid signature|invalid node",
-        "it does not take this site's key. Was it given a new one?",
-    ),
+    ("invalid supernode|invalid signature|invalid node", "it does not take this site's key. Was it given a new one?"),
 )
 UNKNOWN = (
     "it does not know this site's key. Have the coordinator add it: fedpeft server add-site DIR NAME, with site.pub."
@@ -64,13 +61,16 @@ class Failure(Exception):
         self.status, self.said, self.number = status, said, flower.error_number(said)
         self.stranger = status in ("UNAUTHENTICATED", "HTTP 401")
 
-    def sentence(self, server: str) -> str:
-        """Whom this site called, what was answered, and what to do where that is known."""
+    def cause(self, server: str) -> str:
+        """Whom this site called, what that means, and what to do where that is known."""
         text = f"{self.status} {self.said}".lower()
-        meant = next((what for words, what in CAUSES if re.search(words, text)), "it is tried again.")
-        if self.number == flower.UNKNOWN_KEY:
-            return f"{server}: {UNKNOWN}"
-        return f"{server}: {meant} ({self.status}: {shown(self.said, 300)})"
+        found = (what for words, what in CAUSES if re.search(words, text))
+        meant = UNKNOWN if self.number == flower.UNKNOWN_KEY else next(found, f"no answer ({self.status}).")
+        return f"{server}: {meant}"
+
+    def sentence(self, server: str) -> str:
+        """The cause, and what was answered."""
+        return f"{self.cause(server)} ({self.status}: {shown(self.said, 300)})"
 
 
 class Link(Protocol):

@@ -98,11 +98,11 @@ class Node:
     def tell(self, failure: Failure) -> None:
         """Say what is wrong once, then once a minute."""
         log.debug("%s", failure)
-        sentence, known = failure.sentence(self.site.settings.server), self.trouble
-        if sentence != known or time.monotonic() - self.told > TELL_S:
-            log.warning("%s%s", "still: " if sentence == known else "", sentence)
-            self.trouble, self.told = sentence, time.monotonic()
-            self.note(state="away", trouble=sentence)
+        server, known = self.site.settings.server, self.trouble
+        if failure.cause(server) != known or time.monotonic() - self.told > TELL_S:
+            log.warning("%s%s", "still: " if failure.cause(server) == known else "", failure.sentence(server))
+            self.trouble, self.told = failure.cause(server), time.monotonic()
+            self.note(state="away", trouble=failure.sentence(server))
 
     def hear(self) -> None:
         """Note that a call was answered: the site is alive."""
@@ -277,6 +277,7 @@ class Worker:
             pipe.send_bytes(str(owed.path).encode())
             answered = pipe.recv_bytes() == ANSWERED
         except (EOFError, OSError) as error:
+            self.ready = None
             raise RunError("the site's worker ended; it is started again.") from error
         if not answered:
             raise RunError(UNTOLD)
