@@ -17,7 +17,7 @@ from fedpeft.seeds import numpy_generator
 if TYPE_CHECKING:
     from fedpeft.adapters.adapted import Adapted
     from fedpeft.data.encode import Encoded
-    from fedpeft.data.source import Records
+    from fedpeft.data.records import Records
     from fedpeft.run.world import World
 
 log = logging.getLogger("fedpeft")

@@ -57,7 +57,7 @@ def simulate(
     _absolute(config)
     records.cache_clear()  # files may have changed since an earlier run of this process
     # Ahead of the folder, so that a config that is refused leaves none behind.
-    faults.check(config.run, settle(config))
+    faults.check(config.run, settle(config, Path("runs/new" if out is None else out)))
     name = f"{'run' if isinstance(source, dict) else Path(source).stem}-{config.strategy.name}-seed{config.run.seed}"
     with folders.new(out, Path("runs") / name, hint=", or go on with `fedpeft resume {}`") as made:
         run = made.path
@@ -168,3 +168,5 @@ def _absolute(config: Config) -> None:
         known = registry.names(table) if table else registry.EMBEDDED
         if value and value not in known and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
+    if config.data.cache is not None:  # which need not exist yet
+        config.data.cache = str(Path(config.data.cache).absolute())

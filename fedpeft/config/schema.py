@@ -81,6 +81,12 @@ class DataConfig:
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
     labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
+    cache: str | None = option(
+        None,
+        "folder where what was read and tokenized is kept for later runs, whatever its size; null keeps that of files "
+        "of 8 MB and more in .fedpeft-cache beside the folder of the run",
+        path=True,
+    )
     limit: int | None = option(None, "use at most this many training records", low=1)
     clients: int | None = option(
         10,

@@ -11,13 +11,14 @@ import math
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from fedpeft import registry
+from fedpeft.data.ragged import Texts
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
@@ -142,19 +143,20 @@ def missing(value: Any) -> bool:
     )
 
 
-def texts(table: Table, name: str) -> list[str]:
+def texts(table: Table, name: str) -> Texts:
     """The texts of a column.
 
     Raises:
         InputError: a record without one; names it.
     """
-    for number, value in enumerate(table.columns[name], 1):
+    values = table.columns[name]
+    for number, value in enumerate(values, 1):
         if not isinstance(value, str) or missing(value):
             raise InputError(
                 f"{table.where}: column {name}: record {number} has no text, but {_shown(value)}. Remove or fill it."
             )
         _require_unicode(table, name, number, value)
-    return list(table.columns[name])
+    return values if isinstance(values, Texts) else Texts.of(values)
 
 
 def _require_unicode(table: Table, name: str, number: int, value: str) -> None:
@@ -249,6 +251,44 @@ def _doubtful(table: Table, name: str, values: Sequence[str]) -> tuple[Skipped, 
     return some(
         where, "labels read like a missing value, and are taken as a class as they stand", words, len(values)
     ) + some(where, "groups of classes differ in case or blanks only, and stay several classes", sorted(twins))
+
+
+class Natural(Mapping[str, np.ndarray]):
+    """The natural columns of some records, each [N]; one of texts is made of its bytes when it is asked for.
+
+    Args:
+        stored: arrays, or texts, of all records.
+    """
+
+    def __init__(self, stored: Mapping[str, np.ndarray | Texts]) -> None:
+        self.stored = dict(stored)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Sequence[Any]]) -> Natural:
+        """Those of a table's columns that are natural ones."""
+        found = {name: values if isinstance(values, Texts) else natural(values) for name, values in columns.items()}
+        return cls({name: values for name, values in found.items() if values is not None})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        values = self.stored[name]
+        if isinstance(values, np.ndarray):
+            return values
+        return _objects(["" if missing(value) else value for value in values])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def take(self, rows: np.ndarray) -> Natural:
+        """The columns of the records with these numbers."""
+        return Natural(
+            {
+                name: values.take(rows) if isinstance(values, Texts) else values[rows]
+                for name, values in self.stored.items()
+            }
+        )
 
 
 def natural(values: Sequence[Any]) -> np.ndarray | None:

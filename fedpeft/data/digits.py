@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 
 TEST = 597
 

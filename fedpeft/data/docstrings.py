@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 
 LIBRARIES = ("numpy", "sklearn", "torch", "transformers")

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedpeft import registry, seeds
 from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
 from fedpeft.data.digits import Digits
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 
 VERSION = 1

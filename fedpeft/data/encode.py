@@ -1,7 +1,7 @@
 """Records as tensors: texts tokenized and padded on the right, images as float32 [N, C, H, W].
 
 >>> import numpy as np
->>> from fedpeft.data.source import Records
+>>> from fedpeft.data.records import Records
 >>> images = np.full((2, 4, 4, 1), 255, dtype=np.uint8)
 >>> data = encode(Records(images, np.array([0, 1]), ["a", "b"], {}, "image"), None, "image-classification", 128)
 >>> inputs, labels = data.batch(np.array([1]))
@@ -12,41 +12,29 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from functools import cached_property
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.data import skipped
+from fedpeft.data.cache import Cache, code, digest
+from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
+from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
-from fedpeft.data.source import Records
+from fedpeft.data.stored import Stored, Tensors, Tokens, describe_tokens, open_tokens
 from fedpeft.errors import InputError
-from fedpeft.objectives.base import IGNORE, load_objective
+from fedpeft.objectives.base import Objective, load_objective
 
 CHUNK = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """All records of a data set as tensors. Its views read them, and none copies them."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each record without its padding, int64 [N]; 1 for records without a mask, such as images."""
-        mask = self.inputs.get("attention_mask")
-        return np.ones(len(self.labels), dtype=np.int64) if mask is None else mask.sum(1).numpy()
-
-    @cached_property
-    def teaches(self) -> np.ndarray:
-        """Whether each record has something to predict; a text of one token in causal-lm has not."""
-        if self.labels.ndim == 1:
-            return np.ones(len(self.labels), dtype=bool)
-        return (self.labels[:, 1:] != IGNORE).any(1).numpy()
+TOKENIZED = 1024  # texts that are tokenized together
 
 
 class Encoded:
@@ -63,14 +51,23 @@ class Encoded:
         end: the token that follows the texts in causal-lm, if any.
     """
 
+    stored: Stored
+
     def __init__(
         self, inputs: dict[str, Tensor], labels: Tensor, skipped: tuple[Skipped, ...] = (), end: int | None = None
     ) -> None:
-        self.stored, self.skipped, self.end = Stored(inputs, labels), skipped, end
+        self.stored, self.skipped, self.end = Tensors(inputs, labels), skipped, end
         self._rows: np.ndarray | None = None  # all of them, in order
 
+    @classmethod
+    def over(cls, stored: Stored, skipped: tuple[Skipped, ...] = (), end: int | None = None) -> Self:
+        """All records of a storage."""
+        made = cls.__new__(cls)
+        made.stored, made.skipped, made.end, made._rows = stored, skipped, end, None
+        return made
+
     def __len__(self) -> int:
-        return len(self.stored.labels if self._rows is None else self._rows)
+        return len(self.stored if self._rows is None else self._rows)
 
     @property
     def rows(self) -> np.ndarray:
@@ -80,12 +77,12 @@ class Encoded:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Inputs by name, each [N, ...] at full width; of a view, copies."""
-        return {name: self._chosen(value) for name, value in self.stored.inputs.items()}
+        return self.stored.inputs_of(self._rows)
 
     @property
     def labels(self) -> Tensor:
         """Labels [N], or [N, T] at full width; no input is touched."""
-        return self._chosen(self.stored.labels)
+        return self.stored.labels_of(self._rows)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -101,6 +98,11 @@ class Encoded:
         chosen.skipped = ()
         return chosen
 
+    def blocks(self, size: int = CHUNK) -> Iterator[Self]:
+        """Views of all records in order, some at a time: whoever looks at all inputs never has all in memory."""
+        for start in range(0, len(self), size):
+            yield self.view(np.arange(start, min(start + size, len(self))))
+
     def teaching(self) -> np.ndarray:
         """Numbers of the records that have something to predict."""
         return np.flatnonzero(self.stored.teaches if self._rows is None else self.stored.teaches[self._rows])
@@ -115,12 +117,11 @@ class Encoded:
         cut = {name: value[:, :longest] for name, value in inputs.items()}
         return cut, labels[:, :longest] if labels.ndim == 2 else labels
 
-    def _chosen(self, value: Tensor) -> Tensor:
-        return value if self._rows is None else value[torch.from_numpy(self._rows)]
 
-
-def encode(records: Records, processor: Any, task: str, max_length: int, what: str = "texts") -> Encoded:
-    """All records as tensors. Texts that are cut, and those with nothing to predict, are counted and said.
+def encode(
+    records: Records, processor: Any, task: str, max_length: int, what: str = "texts", cache: Cache | None = None
+) -> Encoded:
+    """All records as a model takes them. Texts that are cut, and those with nothing to predict, are counted and said.
 
     Args:
         processor: a transformers tokenizer for texts; an image processor, or None for images that go in as they are
@@ -128,6 +129,7 @@ def encode(records: Records, processor: Any, task: str, max_length: int, what: s
         task: name of the objective, which makes inputs and labels of the records.
         max_length: longest text in tokens, with what the tokenizer puts around it; longer ones lose their end.
         what: the texts, for what is said of them.
+        cache: where tokens are kept for other processes and later runs; None has them in memory.
 
     Raises:
         InputError: the records are of a kind that the task or the processor does not take.
@@ -137,7 +139,50 @@ def encode(records: Records, processor: Any, task: str, max_length: int, what: s
         raise InputError(f"model.task={task} does not take {records.kind}s.")
     if records.kind == "text" and processor is None:
         raise InputError(f"model.task={task}: the model has no tokenizer.")
-    return objective.encode(records, processor, max_length, what)
+    texts = records.inputs
+    if cache is None or not isinstance(texts, Texts) or texts.nbytes < cache.least:
+        return objective.encode(records, processor, max_length, what)
+    return _cached(objective, records, processor, max_length, what, cache)
+
+
+def _cached(
+    objective: Objective, records: Records, tokenizer: Any, max_length: int, what: str, cache: Cache
+) -> Encoded:
+    fresh: list[Encoded] = []
+
+    def make(folder: Path) -> dict[str, Any]:
+        data = objective.encode(records, tokenizer, max_length, what, folder)
+        fresh.append(data)
+        tree = describe_tokens(data.stored, folder) if isinstance(data.stored, Tokens) else None
+        return {"tokens": tree, "skipped": [entry.tree() for entry in data.skipped], "end": data.end}
+
+    facts = {
+        "records": records.fingerprint,
+        "tokenizer": fingerprint_of(tokenizer),
+        "objective": code(type(objective)),
+        "max_length": max_length,
+        "what": what,
+    }
+    folder, made = cache.get("tokens", facts, make)
+    if made["tokens"] is None:  # an objective that has its own way
+        return fresh[0] if fresh else objective.encode(records, tokenizer, max_length, what)
+    notes = tuple(Skipped.of(entry) for entry in made["skipped"])
+    if not fresh:
+        skipped.say(notes)
+    return Encoded.over(open_tokens(folder, made["tokens"]), notes, made["end"])
+
+
+def fingerprint_of(processor: Any) -> str:
+    """sha256 of all that decides what a tokenizer makes of a text, without what a call leaves in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        found = {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    files: dict[str, Any] = {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+    if "tokenizer.json" in found:
+        tree = json.loads(found["tokenizer.json"])
+        files["tokenizer.json"] = digest({key: tree[key] for key in tree.keys() - {"truncation", "padding"}})
+    versions = [metadata.version(package) for package in ("transformers", "tokenizers")]
+    return digest([type(processor).__qualname__, list(processor.model_input_names), files, versions])
 
 
 def encode_images(images: Any, processor: Any) -> Tensor:
@@ -146,26 +191,69 @@ def encode_images(images: Any, processor: Any) -> Tensor:
 
 
 def encode_texts(
-    records: Records, tokenizer: Any, max_length: int, what: str, *, end: int | None = None, keep_start: bool = False
-) -> tuple[dict[str, Tensor], tuple[Skipped, ...]]:
-    """Inputs [N, T] of texts, padded on the right, and what is to be said of those that are cut.
+    records: Records,
+    tokenizer: Any,
+    max_length: int,
+    what: str,
+    *,
+    end: int | None = None,
+    keep_start: bool = False,
+    folder: Path | None = None,
+) -> tuple[dict[str, Ragged | int], dict[str, int], tuple[Skipped, ...]]:
+    """The columns of texts and what they are filled up with, as `Tokens` has them, and what is to be said of those
+    that are cut.
 
     Args:
         end: token to put after every text that does not end in it.
         keep_start: a text that is too long ends where it is cut, without what the tokenizer puts at an end.
+        folder: where the columns are written; None keeps them in memory.
     """
-    rows, cut, longest = _tokenize([str(text) for text in records.inputs], tokenizer, max_length, keep_start, end)
+    writers: dict[str, RaggedWriter] = {}
+    values: dict[str, set[int]] = {}
+    cut = longest = 0
+    for texts in _blocks(records.inputs):
+        rows, count, most = _tokenize([str(text) for text in texts], tokenizer, max_length, keep_start, end)
+        cut, longest = cut + count, max(longest, most)
+        for name, each in rows.items():
+            if name not in writers:
+                writers[name] = RaggedWriter(_type_of(name, tokenizer), folder and folder / name)
+            writers[name].extend(each)
+            if name != "input_ids" and len(values.setdefault(name, set())) < 2:
+                values[name].update(*each)
+    columns: dict[str, Ragged | int] = {name: writer.finish() for name, writer in writers.items()}
+    for name, found in values.items():
+        if len(found) < 2:
+            columns[name] = next(iter(found), 0)
+            for path in () if folder is None else folder.glob(f"{name}.*"):
+                path.unlink()
+    # The filler may be None: a tokenizer without a padding token has no id for it.
+    fillers = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id or 0}
     if not cut:
-        return _padded(rows, tokenizer), ()
+        return columns, fillers, ()
     with_end = ", with their end token," if end is not None else ""
     text = f"{what} have more tokens{with_end} and are cut; the longest has {longest}"
-    return _padded(rows, tokenizer), (Skipped(f"model.max_length={max_length}", text, len(cut), len(records)),)
+    return columns, fillers, (Skipped(f"model.max_length={max_length}", text, cut, len(records)),)
+
+
+def _blocks(texts: Any) -> Iterator[Sequence[str]]:
+    """The texts in blocks; one empty block of no texts, as a tokenizer then still says which inputs it makes."""
+    if isinstance(texts, Texts) and len(texts):
+        yield from texts.blocks(TOKENIZED)  # type: ignore[misc]  # none is missing
+    else:
+        for start in range(0, max(1, len(texts)), TOKENIZED):
+            yield texts[start : start + TOKENIZED]
+
+
+def _type_of(name: str, tokenizer: Any) -> Any:
+    if name != "input_ids":
+        return np.uint8 if name in ("attention_mask", "token_type_ids") else np.int32
+    return np.uint16 if len(tokenizer) <= 2**16 else np.int32
 
 
 def _tokenize(
     texts: list[str], tokenizer: Any, max_length: int, keep_start: bool, end: int | None
-) -> tuple[dict[str, list[list[int]]], list[int], int]:
-    """Rows of every model input, of at most `max_length` tokens; which texts were cut; tokens of the longest."""
+) -> tuple[dict[str, list[list[int]]], int, int]:
+    """Rows of every model input, of at most `max_length` tokens; how many texts were cut; tokens of the longest."""
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)
     rows = {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}
     if end is not None:
@@ -184,21 +272,7 @@ def _tokenize(
         for name, values in rows.items():
             for index, row in zip(cut, short[name], strict=True):
                 values[index] = row
-    return rows, cut, longest
-
-
-def _padded(rows: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, Tensor]:
-    """[N, T] of every model input, padded on the right to the longest text."""
-    filler = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    longest = max((len(row) for row in rows["input_ids"]), default=0)
-    padded = {}
-    for name, values in rows.items():
-        # The filler may be None: a tokenizer without a padding token has no id for it.
-        table = np.full((len(values), longest), filler.get(name) or 0, dtype=np.int64)
-        for row, value in zip(table, values, strict=True):
-            row[: len(value)] = value
-        padded[name] = torch.from_numpy(table)
-    return padded
+    return rows, len(cut), longest
 
 
 def _plain(images: np.ndarray | list[np.ndarray]) -> Tensor:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from fedpeft.data.ragged import BLOCK, TextWriter
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 
@@ -32,6 +32,7 @@ BOMS = (  # longest first: UTF-32's begins with UTF-16's
 DELIMITERS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
 NEWLINE = re.compile(r"\r\n|\r|\n")  # not str.splitlines: a json string may hold U+2028 as it is
 LONGEST_FIELD = 2**31 - 1
+PIECE = 2**20  # bytes that are read at a time
 
 
 def ending(path: Path) -> str:
@@ -40,8 +41,11 @@ def ending(path: Path) -> str:
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def read(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
+def read(path: Path, folder: Path | None = None) -> tuple[Columns, tuple[Skipped, ...]]:
     """Columns of a file, and what was left out of it.
+
+    Args:
+        folder: where columns of texts are written, for a cache; None keeps them in memory, as UTF-8.
 
     Raises:
         InputError: it is no such file; names it, the line where there is one, and what to do.
@@ -50,10 +54,12 @@ def read(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
     if kind not in ENDINGS:
         raise InputError(f"{path}: files are read by their ending; allowed: {', '.join(ENDINGS)}.")
     try:
-        columns, skipped = ENDINGS[kind](path)
+        columns, skipped = ENDINGS[kind](path, folder)
     except InputError:
         raise
     except Exception as error:  # whatever a parser stumbles over, it is about this file
+        if folder is not None and isinstance(error, OSError) and str(error.filename).startswith(str(folder)):
+            raise  # but for the disk that the cache is on
         said = str(error).strip() or type(error).__name__
         raise InputError(f"{path}: not readable as {kind[1:]}: {said}") from error
     if not columns or not len(next(iter(columns.values()))):
@@ -61,46 +67,120 @@ def read(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
     return columns, skipped
 
 
-def decoded(path: Path) -> str:
-    """The text of a file: UTF-8, or what its byte order mark says.
+def pieces(path: Path) -> Iterator[str]:
+    """The text of a file, some at a time: UTF-8, or what its byte order mark says.
 
     Raises:
         InputError: bytes that are no such text; names the line and how to convert the file.
     """
-    data = path.read_bytes()
+    lines, encoding, decoder = 1, "", None
+    with path.open("rb") as raw:
+        for data in _bytes(path, raw):
+            if decoder is None:
+                encoding = next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
+                decoder = codecs.getincrementaldecoder(encoding)()
+            text = _decode(path, decoder, data, encoding, lines)
+            if "\0" in text:
+                number = lines + text.count("\n", 0, text.index("\0"))
+                raise InputError(
+                    f"{path}: line {number} has a null character. If the encoding is UTF-16 with no byte order "
+                    f"mark: iconv -f UTF-16LE -t UTF-8 {path.name} > new{path.suffix}; else remove it."
+                )
+            lines += text.count("\n")
+            yield text
+
+
+def _bytes(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """A file in pieces, unpacked; an empty one is the last, for a decoder to end with."""
     if path.suffix.lower() == ".gz":
+        packed = gzip.GzipFile(fileobj=raw)
         try:
-            data = gzip.decompress(data)
+            while piece := packed.read(PIECE):
+                yield piece
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(
                 f"{path}: not readable as a gzip file: {error}. Pack it again, or give it unpacked."
             ) from error
-    encoding = next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
+    else:
+        while piece := raw.read(PIECE):
+            yield piece
+    yield b""
+
+
+def _decode(path: Path, decoder: codecs.IncrementalDecoder, data: bytes, encoding: str, lines: int) -> str:
+    """The next piece as text; `lines` is the number of the line that it goes on with."""
     try:
-        text = data.decode(encoding)
+        return decoder.decode(data, final=not data)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        # What the decoder had kept of the piece before is in front, and has no whole line.
+        line = lines + error.object[: error.start].count(b"\n")
         raise InputError(
             f"{path}: line {line} is not in the encoding {encoding.removesuffix('-sig')}: byte "
-            f"0x{data[error.start]:02x}. Files are read as UTF-8, or by their byte order mark. Convert it, for a file "
-            f"from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > new{path.suffix}"
+            f"0x{error.object[error.start]:02x}. Files are read as UTF-8, or by their byte order mark. Convert it, for "
+            f"a file from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > new{path.suffix}"
         ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(
-            f"{path}: line {line} has a null character. If the encoding is UTF-16 with no byte order "
-            f"mark: iconv -f UTF-16LE -t UTF-8 {path.name} > new{path.suffix}; else remove it."
-        )
-    return text
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file with their ends, as csv and json end them: CR LF, CR or LF."""
+    rest = ""
+    for text in pieces(path):
+        seen, rest = max(0, len(rest) - 1), rest + text
+        # One at the end may be half of two.
+        ends = [match.end() for match in NEWLINE.finditer(rest, seen) if match.end() < len(rest)]
+        start = 0
+        for end in ends:
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+class Spool:
+    """Rows in, columns out: texts go to flat arrays, in memory or in files, and no row is kept as Python's objects.
+
+    Args:
+        folder: where columns of texts are written; None keeps them in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.count = folder, 0
+        self.columns: dict[str, TextWriter | list[Any]] = {}
+
+    def extend(self, columns: dict[str, Sequence[Any]], count: int) -> None:
+        """Put the next `count` rows at the end; a column that was not there before has None in the rows before."""
+        for name in [*columns, *(name for name in self.columns if name not in columns)]:
+            values = columns.get(name, [None] * count)
+            if name not in self.columns:
+                path = self.folder and self.folder / f"column-{len(self.columns)}"
+                self.columns[name] = TextWriter(path)
+                self._put(name, [None] * self.count)
+            self._put(name, values)
+        self.count += count
+
+    def finish(self) -> Columns:
+        """The columns; one with other values than texts is a list."""
+        return {
+            name: column.finish() if isinstance(column, TextWriter) else column for name, column in self.columns.items()
+        }
+
+    def _put(self, name: str, values: Sequence[Any]) -> None:
+        column = self.columns[name]
+        if isinstance(column, TextWriter) and not all(value is None or isinstance(value, str) for value in values):
+            column = self.columns[name] = list(column.finish())
+        column.extend(values)
 
 
 # csv ------------------------------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, delimiter: str = ",") -> tuple[Columns, tuple[Skipped, ...]]:
-    rows = _rows(path, decoded(path), delimiter)
+def _csv(path: Path, folder: Path | None, delimiter: str = ",") -> tuple[Columns, tuple[Skipped, ...]]:
+    rows = _rows(path, delimiter)
     _, header = next(rows, (0, []))
     _require_header(path, header, delimiter)
+    names = [name or f"column {number}" for number, name in enumerate(header, 1)]
+    spool = Spool(folder)
     values: list[list[str]] = []
     blank: list[int] = []
     empty: list[int] = []  # lines without a character, which do not count at the end of a file
@@ -117,17 +197,21 @@ def _csv(path: Path, delimiter: str = ",") -> tuple[Columns, tuple[Skipped, ...]
                 "value is an empty field."
             )
         else:
-            blank, empty = [*blank, *empty], []
+            blank += empty
+            empty = []
             values.append(row)
-    names = [name or f"column {number}" for number, name in enumerate(header, 1)]
-    columns: Columns = {name: [row[place] for row in values] for place, name in enumerate(names)}
+            if len(values) == BLOCK:
+                spool.extend(dict(zip(names, zip(*values, strict=True), strict=True)), len(values))
+                values = []
+    if values or not spool.count:
+        spool.extend({name: [row[place] for row in values] for place, name in enumerate(names)}, len(values))
     lines = [f"line {number}" for number in sorted(blank)]
-    return columns, some(str(path), "lines have no value and are left out", lines)
+    return spool.finish(), some(str(path), "lines have no value and are left out", lines)
 
 
-def _rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(line it starts on, fields) of each row. Text after a closing quote, or a quote never closed, is wrong."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines_of(path), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         while True:
@@ -169,34 +253,40 @@ def require_distinct(path: Path, names: Sequence[str]) -> None:
         )
 
 
-def _tsv(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
-    return _csv(path, "\t")
+def _tsv(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
+    return _csv(path, folder, "\t")
 
 
 # json -----------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
-    rows = []
-    for number, line in enumerate(NEWLINE.split(decoded(path)), 1):
+def _jsonl(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
+    spool, rows = Spool(folder), []
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             row = _parsed(path, line, f"line {number}")
             if not isinstance(row, dict):
                 more = " A file with one list of objects is a .json file." if isinstance(row, list) else ""
                 raise InputError(f"{path}: line {number} is {_named(row)}; expected an object on every line.{more}")
             rows.append(row)
-    return _by_column(rows), ()
+            if len(rows) == BLOCK:
+                spool.extend(_by_column(rows), len(rows))
+                rows = []
+    spool.extend(_by_column(rows), len(rows))
+    return spool.finish(), ()
 
 
-def _json(path: Path) -> tuple[Columns, tuple[Skipped, ...]]:
-    rows = _parsed(path, decoded(path), "the file")
+def _json(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
+    rows = _parsed(path, "".join(pieces(path)), "the file")
     if not isinstance(rows, list):
         keys = f" with the keys {', '.join(map(repr, list(rows)[:5]))}" if isinstance(rows, dict) else ""
         raise InputError(f"{path}: expected a list of objects, one per record; found {_named(rows)}{keys}.")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise InputError(f"{path}: record {number} is {_named(row)}; expected objects, one per record.")
-    return _by_column(rows), ()
+    spool = Spool(folder)
+    spool.extend(_by_column(rows), len(rows))
+    return spool.finish(), ()
 
 
 def _parsed(path: Path, text: str, what: str) -> Any:
@@ -230,32 +320,38 @@ def _by_column(rows: list[dict[str, Any]]) -> Columns:
 # parquet --------------------------------------------------------------------------------------------------------------
 
 
-def parquet(path: Path) -> Columns:
+def parquet(path: Path, folder: Path | None = None) -> Columns:
     """Columns of a parquet file as the Python values of their Arrow types: a null stays one, whole numbers exact."""
     from pyarrow import parquet as files
 
-    table = files.ParquetFile(path).read()
-    require_distinct(path, table.column_names)
-    columns: Columns = {}
-    for name in table.column_names:
-        try:
-            columns[name] = table.column(name).to_pylist()
-        except Exception as error:  # dates beyond Python's, types of other programs
-            kind = table.schema.field(name).type
-            raise InputError(
-                f"{path}: column {name} of the type {kind} cannot be read: {error}. Remove it, or save it "
-                "as strings or numbers."
-            ) from error
-    return columns
+    with files.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        require_distinct(path, names)
+        spool = Spool(folder)
+        spool.extend({name: [] for name in names}, 0)
+        for batch in file.iter_batches(BLOCK):
+            spool.extend({name: _values(path, name, batch.column(name)) for name in names}, batch.num_rows)
+    return spool.finish()
 
 
-ENDINGS: dict[str, Callable[[Path], tuple[Columns, tuple[Skipped, ...]]]] = {
+def _values(path: Path, name: str, column: Any) -> list[Any]:
+    try:
+        found: list[Any] = column.to_pylist()
+    except Exception as error:  # dates beyond Python's, types of other programs
+        raise InputError(
+            f"{path}: column {name} of the type {column.type} cannot be read: {error}. Remove it, or save it "
+            "as strings or numbers."
+        ) from error
+    return found
+
+
+ENDINGS: dict[str, Callable[[Path, Path | None], tuple[Columns, tuple[Skipped, ...]]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".parquet": lambda path: (parquet(path), ()),
+    ".parquet": lambda path, folder: (parquet(path, folder), ()),
     ".csv.gz": _csv,
     ".tsv.gz": _tsv,
     ".jsonl.gz": _jsonl,

@@ -45,6 +45,11 @@ class Skipped:
             "examples": list(self.examples),
         }
 
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> Skipped:
+        """The inverse of `tree`."""
+        return cls(**{**tree, "examples": tuple(tree["examples"])})
+
 
 def some(where: str, what: str, found: Sequence[object], total: int | None = None) -> tuple[Skipped, ...]:
     """One entry for these things, none if there are none."""

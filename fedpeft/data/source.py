@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +17,14 @@ import numpy as np
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
 from fedpeft.data import columns, pictures, prepare, skipped, tables
+from fedpeft.data.cache import Cache, code, content
+from fedpeft.data.records import Records, open_records, save_records
 from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 
 
-@dataclass(frozen=True)
-class Records:
-    """Raw labelled records before any tokenizer or image processor.
-
-    Attributes:
-        inputs: N texts, or images [N, H, W, C], uint8 or float32 in [0, 1]; a list of [H, W, C] where they differ in
-            size.
-        labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
-        columns: natural columns (strings or numbers), each [N].
-        kind: "text" or "image".
-        skipped: what the source has besides, and is not in the records.
-    """
-
-    inputs: list[str] | np.ndarray | list[np.ndarray]
-    labels: np.ndarray
-    label_names: list[str]
-    columns: dict[str, np.ndarray]
-    kind: str
-    skipped: tuple[Skipped, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: np.ndarray) -> Records:
-        """The records with these numbers, in this order."""
-        inputs = (
-            self.inputs[indices] if isinstance(self.inputs, np.ndarray) else [self.inputs[index] for index in indices]
-        )
-        return replace(
-            self,
-            inputs=inputs,
-            labels=self.labels[indices],
-            columns={name: values[indices] for name, values in self.columns.items()},
-        )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of inputs, labels and label names: whether a saved split fits. Natural columns may be added later."""
-        digest = hashlib.sha256(self.kind.encode())
-        if isinstance(self.inputs, np.ndarray):
-            digest.update(f"{self.inputs.dtype}{self.inputs.shape}".encode())
-            digest.update(np.ascontiguousarray(self.inputs).data)
-        else:
-            for value in self.inputs:
-                data = value.encode() if isinstance(value, str) else pictures.as_bytes(value)
-                digest.update(len(data).to_bytes(8, "big") + data)
-        digest.update(np.ascontiguousarray(self.labels).data)
-        digest.update("\0".join(self.label_names).encode())
-        return digest.hexdigest()
-
-
-def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
+def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -> tuple[Records, Records]:
     """Training and test records of a config.
 
     The test set is `config.test`, else the source's own test split, else a stratified `config.test_fraction`. With
@@ -83,18 +32,21 @@ def load(config: DataConfig, task: str, seed: int) -> tuple[Records, Records]:
 
     What the source has besides is said once, and stands in both sets' `skipped`.
 
+    Args:
+        cache: where what was read of large files is kept for other processes and later runs.
+
     Raises:
         InputError: nothing of that name, a column that is missing, a record without text, image or label, a single
             class, a label that only the test set has, or data of another kind than `task` needs.
     """
-    train, test = _read(config.source, "data.source", config, task)
+    train, test = _read(config.source, "data.source", config, task, cache)
     if config.labels:
         train = _align(train, config.labels, "data.source", "data.labels")
     notes = train.skipped if test is None or config.test is not None else train.skipped + test.skipped
     if load_objective(task).classes:
         _require_classes(train, config)
     if config.test is not None:
-        first, second = _read(config.test, "data.test", config, task)
+        first, second = _read(config.test, "data.test", config, task, cache)
         test = _align(second or first, train.label_names)
         notes += test.skipped
     elif test is not None:
@@ -126,19 +78,21 @@ def _require_classes(records: Records, config: DataConfig) -> None:
         )
 
 
-def whole(source: str, key: str, config: DataConfig, task: str, test: bool = False) -> Records:
+def whole(
+    source: str, key: str, config: DataConfig, task: str, test: bool = False, cache: Cache | None = None
+) -> Records:
     """All records of one source, or of its own test split where it has one and `test` is set; nothing is held out.
 
     Raises:
         InputError: as `load`; and a label that is not among `config.labels`.
     """
-    train, own = _read(source, key, config, task)
+    train, own = _read(source, key, config, task, cache)
     records = own if test and own is not None else train
     skipped.say(records.skipped)
     return _align(records, config.labels, key, "data.labels") if config.labels else records
 
 
-def _read(source: str, key: str, config: DataConfig, task: str) -> tuple[Records, Records | None]:
+def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | None) -> tuple[Records, Records | None]:
     """The source's training and test records, labels by its own names."""
     if source in registry.names("datasets"):
         chosen = {
@@ -151,9 +105,30 @@ def _read(source: str, key: str, config: DataConfig, task: str) -> tuple[Records
         train, test = registry.load("datasets", source, key)().load()
         _require_kind(train.kind, task, f"{key}={source}")
         return train, test
+    if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
+        name, size = content(Path(source))
+        if size >= cache.least:
+            return _cached(source, name, config, task, cache), None
     found = _tables(source, key)
     train = _records(found.train, config, task)
     return train, None if found.test is None else _records(found.test, config, task)
+
+
+def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache) -> Records:
+    """Records of texts in a file, as they were read before of a file with this content."""
+    objective = load_objective(task)
+    facts = {
+        "content": name,
+        "source": source,  # which messages name, and whose ending says how it is read
+        "columns": [config.text, config.label, config.partition.options.get("column")],
+        "objective": [objective.classes, objective.causal],
+        "code": code(),
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        return save_records(_records(tables.local(source, folder).train, config, task), folder)
+
+    return open_records(*cache.get("records", facts, make))
 
 
 def _tables(source: str, key: str) -> tables.Tables:
@@ -185,12 +160,9 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     inputs: Any = (
         pictures.read_column(table.columns[name], what, table.folder) if kind == "image" else columns.texts(table, name)
     )
-    natural = {
-        other: values
-        for other in table.columns
-        if other not in (name, label)
-        if (values := columns.natural(table.columns[other])) is not None
-    }
+    natural = columns.Natural.of(
+        {other: values for other, values in table.columns.items() if other not in (name, label)}
+    )
     return Records(inputs, labels, label_names, natural, kind, table.skipped + notes)
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from fedpeft.config import Config, to_tree
 from fedpeft.data.partition import owners, unowned
+from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
-from fedpeft.data.source import Records
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 
@@ -113,7 +113,7 @@ def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config:
         "clients": {client: [int(index) for index in part] for client, part in parts.items()},
     }
     column = config.data.partition.options.get("column")
-    if column in train.columns:
+    if column is not None and column in train.columns:
         values = train.columns[column]
         tree["owners"] = owners(values, parts)
         tree["left_out"] = [entry.tree() for entry in unowned(column, values, list(parts.values()))]
@@ -178,7 +178,7 @@ def owners_of(path: Path) -> dict[str, str]:
 def left_out(path: Path) -> tuple[Skipped, ...]:
     """What a split that `save` wrote gives to no client."""
     found = json.loads(path.read_text()).get("left_out", [])
-    return tuple(Skipped(**{**entry, "examples": tuple(entry["examples"])}) for entry in found)
+    return tuple(map(Skipped.of, found))
 
 
 def _read(path: Path) -> tuple[str, int, dict[str, list[int]]]:

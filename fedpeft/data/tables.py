@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.data import folders, readers
+from fedpeft.data.ragged import BLOCK
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 
@@ -59,11 +60,15 @@ def is_local(source: str, key: str) -> bool:
     return False
 
 
-def local(source: str) -> Tables:
-    """The tables of a file or folder."""
+def local(source: str, folder: Path | None = None) -> Tables:
+    """The tables of a file or folder.
+
+    Args:
+        folder: where a file's texts are written, for a cache; None keeps them in memory.
+    """
     path = Path(source)
     if path.is_file():
-        columns, skipped = readers.read(path)
+        columns, skipped = readers.read(path, folder)
         return Tables(Table(columns, str(path), folder=path.parent, skipped=skipped))
     if not path.is_dir():
         raise InputError(f"{path}: neither a file nor a folder.")
@@ -119,7 +124,11 @@ def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = (
     for name, feature in found.features.items():  # our loader decodes pictures, and names the record that it cannot
         if isinstance(feature, datasets.Image):
             found = found.cast_column(name, datasets.Image(decode=False))
-    return Table({name: list(found[name]) for name in found.column_names}, where, names, skipped=skipped)
+    spool = readers.Spool()
+    spool.extend({name: [] for name in found.column_names}, 0)
+    for batch in found.iter(BLOCK):
+        spool.extend(batch, len(next(iter(batch.values()))))
+    return Table(spool.finish(), where, names, skipped=skipped)
 
 
 def _image_folder(folder: Path, beside: tuple[Skipped, ...] = ()) -> Table:

@@ -13,7 +13,7 @@ from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.run.world import World, device
 from fedpeft.strategies.build import build as build_strategy
 

@@ -202,12 +202,11 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
     """
     if not len(encoded):
         return
-    ids, rows = encoded.inputs.get("input_ids"), rows_of(base.backbone)
-    if ids is not None and rows is not None and int(ids.max()) >= rows:
-        beyond = ids >= rows
-        token = int(ids.max())
+    rows = rows_of(base.backbone)
+    token, beyond = (-1, 0) if rows is None else _beyond(encoded, rows)
+    if beyond:
         raise InputError(
-            f"{key}: {int(beyond.any(dim=1).sum())} of {len(ids)} records have tokens that '{base.source}' has no "
+            f"{key}: {beyond} of {len(encoded)} records have tokens that '{base.source}' has no "
             f"embedding for, as {base.processor.convert_ids_to_tokens(token)!r} (number {token}; the embedding has "
             f"{rows} rows, the tokenizer {len(base.processor)} tokens). Take the tokenizer that belongs to the model, "
             "or save the model with model.resize_token_embeddings(len(tokenizer)) and its new rows trained."
@@ -226,6 +225,17 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
         raise InputError(
             f"{key}: the model '{base.source}' answers the longest record with numbers that are not finite."
         )
+
+
+def _beyond(encoded: Encoded, rows: int) -> tuple[int, int]:
+    """The highest token of all records, and how many have one that a table of so many rows has not."""
+    token, count = -1, 0
+    if "input_ids" in encoded.view(np.arange(0)).inputs:
+        for block in encoded.blocks():
+            ids = block.inputs["input_ids"]
+            token = max(token, int(ids.max()))
+            count += int((ids >= rows).any(dim=1).sum())
+    return token, count
 
 
 def _shape(batch: dict[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from fedpeft import registry
 
 if TYPE_CHECKING:
     from fedpeft.data.encode import Encoded
-    from fedpeft.data.source import Records
+    from fedpeft.data.records import Records
 
 IGNORE = -100  # the label of what is not to be predicted
 
@@ -51,8 +52,14 @@ class Objective:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
-        """Inputs and labels of the records, see `fedpeft.data.encode.encode`."""
+    def encode(
+        self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
+    ) -> Encoded:
+        """Inputs and labels of the records, see `fedpeft.data.encode.encode`.
+
+        Args:
+            folder: where long columns of tokens are written, for a cache; None keeps them in memory.
+        """
         raise NotImplementedError
 
     def pair(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
+from fedpeft.data.ragged import Ragged
+from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped, some
-from fedpeft.data.source import Records
+from fedpeft.data.stored import Tokens
 from fedpeft.objectives.base import IGNORE, Objective, divide
 
 log = logging.getLogger("fedpeft.data")
@@ -29,14 +32,20 @@ class CausalLM(Objective):
     classes = False
     causal = True
 
-    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
+    def encode(
+        self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
+    ) -> Encoded:
         """Labels are the input ids, IGNORE at the padding. The tokenizer's end token follows every text that has room
         for it, so that a model learns to stop.
         """
         end, total = processor.eos_token_id, len(records)
-        inputs, cut = encode_texts(records, processor, max_length, what, end=end, keep_start=True)
-        data = Encoded(inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE))
-        silent = [repr(records.inputs[index][:20]) for index in np.setdiff1d(np.arange(total), data.teaching())]
+        columns, fillers, cut = encode_texts(
+            records, processor, max_length, what, end=end, keep_start=True, folder=folder
+        )
+        ids = columns["input_ids"]
+        assert isinstance(ids, Ragged)
+        tokens = Tokens(columns, fillers, ids)
+        silent = [repr(records.inputs[index][:20]) for index in np.flatnonzero(~tokens.teaches).tolist()]
         left_out = some(
             self.name,
             f"{what} have nothing to predict, as they have fewer than two tokens, and are left out",
@@ -63,7 +72,7 @@ class CausalLM(Objective):
                 what,
             )
         skipped.say(cut + left_out + endless)
-        return Encoded(data.inputs, data.labels, cut + left_out + endless, end)
+        return Encoded.over(tokens, cut + left_out + endless, end)
 
     def pair(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The scores at each token are for its successor: [N, T - 1, K] and [N, T - 1]."""

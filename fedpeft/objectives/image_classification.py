@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedpeft.data.encode import Encoded, encode_images
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.objectives.base import Objective
 
 
@@ -17,5 +18,7 @@ class ImageClassification(Objective):
     records = "image"
     auto_class = "AutoModelForImageClassification"
 
-    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
+    def encode(
+        self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
+    ) -> Encoded:
         return Encoded({"pixel_values": encode_images(records.inputs, processor)}, torch.from_numpy(records.labels))

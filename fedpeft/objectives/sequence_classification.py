@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
+from fedpeft.data.stored import Tokens
 from fedpeft.objectives.base import Objective
 
 
@@ -20,7 +22,9 @@ class SequenceClassification(Objective):
     peft_task = "SEQ_CLS"
     mean_pooled = True
 
-    def encode(self, records: Records, processor: Any, max_length: int, what: str) -> Encoded:
-        inputs, cut = encode_texts(records, processor, max_length, what)
+    def encode(
+        self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
+    ) -> Encoded:
+        columns, fillers, cut = encode_texts(records, processor, max_length, what, folder=folder)
         skipped.say(cut)
-        return Encoded(inputs, torch.from_numpy(records.labels), cut)
+        return Encoded.over(Tokens(columns, fillers, torch.from_numpy(records.labels)), cut)

@@ -47,8 +47,8 @@ def constant(here: World) -> dict[str, Any]:
 
 def _targets(here: World, data: Encoded) -> Tensor:
     """What a model should say, one after another."""
-    targets = here.local.model.base.objective.targets(data.labels)
-    return targets[targets != IGNORE]
+    parts = [here.local.model.base.objective.targets(block.labels) for block in data.blocks(4096)]
+    return torch.cat([part[part != IGNORE] for part in parts])
 
 
 def frozen_head(here: World) -> dict[str, Any]:

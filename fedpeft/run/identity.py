@@ -17,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fedpeft import registry
 from fedpeft.config import Config
@@ -104,13 +104,18 @@ def of_base(base: Base, config: Config) -> str:
 
 def of_inputs(*parts: Encoded) -> list[Any]:
     """Token ids by hash; pixels by their mean and standard deviation."""
-    return [_tensor(value) for part in parts for _, value in sorted(part.inputs.items())]
+    return [_input(part, name) for part in parts for name in sorted(part.view(np.arange(0)).inputs)]
 
 
-def _tensor(value: Tensor) -> Any:
-    if value.is_floating_point():
+def _input(data: Encoded, name: str) -> Any:
+    form = data.view(np.arange(0)).inputs[name]
+    if form.is_floating_point():
+        value = data.inputs[name]
         return [list(value.shape), *(float(number) for number in torch.std_mean(value, correction=0))]
-    return hashlib.sha256(f"{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{(len(data), *form.shape[1:])}".encode())
+    for block in data.blocks():
+        digest.update(block.inputs[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _same(one: Any, other: Any) -> bool:

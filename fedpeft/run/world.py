@@ -20,10 +20,11 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
 from fedpeft.data import source, split
+from fedpeft.data.cache import FOLDER, Cache
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.partition import Column
+from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
-from fedpeft.data.source import Records
 from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.models import agreement
@@ -53,12 +54,13 @@ class World:
 def load_world(config: Config, run: Path) -> World:
     """The world of a resolved config; its split is read from, or written to, the run folder."""
     torch.set_num_threads(config.run.threads)
-    train, test = records(data_key(config))
+    cache = cache_of(config, run)
+    train, test = records(data_key(config), cache)
     labels = len(train.label_names)
     model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
     processor, length = model.base.processor, config.model.max_length
-    train_encoded = encode(train, processor, config.model.task, length, "training texts")
-    test_encoded = encode(test, processor, config.model.task, length, "test texts")
+    train_encoded = encode(train, processor, config.model.task, length, "training texts", cache)
+    test_encoded = encode(test, processor, config.model.task, length, "test texts", cache)
     if not len(test_encoded.teaching()):
         raise InputError("data.test: no test text has two tokens, so there is nothing to evaluate.")
     agreement.require_records(model.base, train_encoded, "data.source")
@@ -134,36 +136,47 @@ def hold_out(
 
 
 @functools.lru_cache(maxsize=1)
-def records(text: str) -> tuple[Records, Records]:
+def records(text: str, cache: Cache) -> tuple[Records, Records]:
     """Training and test records (read once a process) of a config that `data_key` made the text of."""
     tree = json.loads(text)
-    return source.load(configs.build(DataConfig, tree["data"], "data"), tree["task"], tree["seed"])
+    return source.load(configs.build(DataConfig, tree["data"], "data"), tree["task"], tree["seed"], cache)
+
+
+def cache_of(config: Config, run: Path) -> Cache:
+    """Where what was read and tokenized is kept: the config's folder, else one beside the run's folder."""
+    return Cache(run.absolute().parent / FOLDER) if config.data.cache is None else Cache(Path(config.data.cache), 0)
 
 
 def data_key(config: Config) -> str:
     """What reading the data depends on."""
     data = configs.to_tree(config.data)
     # How records are split among clients is not part of reading them, so many splits share one reading.
-    own = {key: value for key, value in data.items() if key not in ("clients", "partition", "split", "holdout")}
+    own = {
+        key: value for key, value in data.items() if key not in ("clients", "partition", "split", "holdout", "cache")
+    }
     return json.dumps({"data": own, "task": config.model.task, "seed": config.run.seed})
 
 
-def settle(config: Config) -> list[str]:
-    """The names of a config's clients; sets `data.clients` where it is null and so for the data to say."""
-    names = client_names(config)
+def settle(config: Config, run: Path) -> list[str]:
+    """The names of a config's clients; sets `data.clients` where it is null and so for the data to say.
+
+    Args:
+        run: the folder of the run, which need not be there yet.
+    """
+    names = client_names(config, run)
     if config.data.clients is None:
         config.data.clients = len(names)
         configs.check(config)
     return names
 
 
-def client_names(config: Config) -> list[str]:
+def client_names(config: Config, run: Path) -> list[str]:
     """The clients of a config, in their order; those that own their records are named by the data, which are read."""
     if config.data.split:
         return split.names(Path(config.data.split))
     partitioner = partitioner_of(config)
     if isinstance(partitioner, Column):
-        train, _ = records(data_key(config))
+        train, _ = records(data_key(config), cache_of(config, run))
         return split.owner_names(partitioner.owners(train.columns, config.data.clients))
     return [client_name(index) for index in range(config.data.count)]
 

@@ -25,7 +25,8 @@ from fedpeft.config import DataConfig, ModelConfig, option
 from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
 from fedpeft.data.drift import TestStream, bursts, plan_hash
 from fedpeft.data.encode import Encoded, encode
-from fedpeft.data.source import Records, load, whole
+from fedpeft.data.records import Records
+from fedpeft.data.source import load, whole
 from fedpeft.errors import InputError
 from fedpeft.models import loading
 from fedpeft.simulations.benchmarks import tta_sources

@@ -29,7 +29,7 @@ class Hinge(Objective):
     auto_class = "AutoModelForImageClassification"
     peft_task = "HINGE"
 
-    def encode(self, records, processor, max_length, what):
+    def encode(self, records, processor, max_length, what, folder=None):
         return Encoded({"pixel_values": encode_images(records.inputs, processor)}, torch.from_numpy(records.labels))
 
     def losses(self, scores, targets):
@@ -47,7 +47,7 @@ class Hinge(Objective):
 class LastToken(CausalLM):
     """Texts of which the last token alone is predicted."""
 
-    def encode(self, records, processor, max_length, what):
+    def encode(self, records, processor, max_length, what, folder=None):
         data = super().encode(records, processor, max_length, what)
         places = torch.arange(data.labels.shape[1])
         last = (data.inputs["attention_mask"].sum(1) - 1)[:, None]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedpeft.config import ModelConfig
 from fedpeft.data.encode import encode
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.deploy.site import site
 from fedpeft.deploy.site.worker import require_fit
 from fedpeft.errors import InputError

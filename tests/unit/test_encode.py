@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedpeft.data.encode import encode
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 from fedpeft.models.loading import byte_tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedpeft import config as configs
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 from fedpeft.models import loading
 from fedpeft.run.world import client_split, load_world

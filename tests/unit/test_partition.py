@@ -11,7 +11,7 @@ from fedpeft import registry, seeds
 from fedpeft.config import Config
 from fedpeft.data import split
 from fedpeft.data.partition import IID, Column, Dirichlet, Quantity, Shards
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 
 LABELS = np.repeat(np.arange(5), 60)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedpeft.data.drift import plan_hash
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks import tta, tta_real, tta_sources, tta_streams
 from fedpeft.simulations.benchmarks.tta_real import Domain, ImageOptions, Material, RealImages, RealTexts, TextOptions

@@ -22,7 +22,7 @@ from fedpeft.continual.streams import cache
 from fedpeft.continual.streams.base import Material, StreamSource, per_class
 from fedpeft.data import source
 from fedpeft.data.encode import encode
-from fedpeft.data.source import Records
+from fedpeft.data.records import Records
 from fedpeft.models.base import Base
 
 CLASSES, TASK, LAYERS = 36, "image-classification", ["q_proj", "v_proj"]

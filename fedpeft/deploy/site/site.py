@@ -25,7 +25,7 @@ from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import write_bytes
 
 if TYPE_CHECKING:
-    from fedpeft.data.source import Records
+    from fedpeft.data.records import Records
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25

@@ -22,6 +22,7 @@ from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
 from fedpeft.data import source
+from fedpeft.data.cache import Cache
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.deploy import envelope, flower, settings
 from fedpeft.deploy.build import bare
@@ -124,7 +125,7 @@ class Resident:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
         private = local.guard.private
         try:
-            own, held = load_data(config, self.name, local.model.base.processor)
+            own, held = load_data(config, self.name, local.model.base.processor, Cache(self.site.path / "cache"))
             for part in (own, held):
                 require_fit(local, part)
         except Exception as error:
@@ -153,16 +154,19 @@ class Resident:
         return self.local
 
 
-def load_data(config: Config, name: str, processor: Any) -> tuple[Encoded, Encoded]:
+def load_data(config: Config, name: str, processor: Any, cache: Cache | None = None) -> tuple[Encoded, Encoded]:
     """A site's records to train on, and those held out, in the order that a simulated client has them.
+
+    Args:
+        cache: where those of large files are kept; it holds what the records hold.
 
     Raises:
         InputError: they cannot be read.
     """
-    records = source.whole(config.data.source, "data.source", config.data, config.model.task)
+    records = source.whole(config.data.source, "data.source", config.data, config.model.task, cache=cache)
     if not len(records):
         raise InputError(f"data.source: {config.data.source} has no records.")
-    encoded = encode(records, processor, config.model.task, config.model.max_length)
+    encoded = encode(records, processor, config.model.task, config.model.max_length, cache=cache)
     teaching = encoded.teaching()
     if not len(teaching):
         raise InputError(f"data.source: no text of {config.data.source} has two tokens: nothing to predict.")

@@ -69,9 +69,11 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
             f"privacy.unit={config.privacy.unit}: the audit tests DP-SGD at the clients. Set privacy.unit="
             "sample, with privacy.epsilon or privacy.noise_multiplier."
         )
-    settle(config)
     with TemporaryDirectory() as folder:
-        subject = Audit(load_world(config, Path(folder)), Path(folder))
+        run = Path(folder) / "run"
+        run.mkdir()
+        settle(config, run)
+        subject = Audit(load_world(config, run), run)
         return {"config": configs.to_tree(config), **report(subject)}
 
 

@@ -1,0 +1,145 @@
+"""A cache of what was made of records, in folders that are there whole or not at all, named by all that they depend on.
+
+    NAME-<hash>/facts.json   what was made, and size and checksum of every file beside it
+    NAME-<hash>/...
+
+A folder is made under another name and moved into place, so that of two processes that make one at once the first
+wins and both are right. A folder whose files are not those that its facts tell is made again, which is said. Nothing is
+ever deleted that is sound: a user may delete a cache whenever no run uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import RunError
+from fedpeft.files import blamed
+
+log = logging.getLogger("fedpeft.data")
+FOLDER = ".fedpeft-cache"  # beside the folders of runs
+FACTS = "facts.json"
+SMALL = 8_000_000  # bytes of a source below which reading it anew takes less than a second or two
+PIECE = 2**20
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder for caches; what has fewer bytes than `least` is not kept in it."""
+
+    root: Path
+    least: int = SMALL
+
+    def get(self, name: str, facts: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any]:
+        """The folder for these facts, made if it is not there, and what `make` has returned when it was.
+
+        Args:
+            facts: all that the content depends on, as JSON has it.
+            make: writes files into an empty folder.
+
+        Raises:
+            OSError: it cannot be written; names the place.
+            RunError: it is damaged each time that it was made.
+        """
+        folder = self.root / f"{name}-{digest(facts)[:32]}"
+        for _ in range(TRIES):
+            found = sound(folder)
+            if found is not None:
+                return folder, found
+            if folder.exists():
+                log.warning("%s is damaged or was not finished; it is made again.", folder)
+                _discard(folder)
+            self._make(folder, make)
+        raise RunError(f"{folder}: what was written is not what is read. See to that disk, or set data.cache.")
+
+    def _make(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
+        with blamed(self.root):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what the records hold
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=self.root, ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir(mode=0o700)
+            returned = make(made)
+            files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(made.iterdir())}
+            with blamed(folder):
+                (made / FACTS).write_text(json.dumps({"files": files, "made": returned}))
+                try:
+                    made.rename(folder)
+                except OSError:
+                    if not folder.exists():
+                        raise
+        size = sum(entry[0] for entry in files.values())
+        log.info("%s: %.1f MB for later runs; it can be deleted when no run uses it.", folder, size / 1e6)
+
+
+def sound(folder: Path) -> Any | None:
+    """What `make` has returned for this folder; None where it is not there, or not what it was."""
+    try:
+        tree = json.loads((folder / FACTS).read_text())
+        for name, (size, check) in tree["files"].items():
+            path = folder / name
+            if path.stat().st_size != size or checksum(path) != check:
+                return None
+        return tree["made"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:  # read, not mapped: mapped pages count as this process's memory
+        while piece := file.read(PIECE):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def digest(facts: Any) -> str:
+    """sha256 of facts as JSON has them."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def code(*more: type) -> list[str]:
+    """The code that records are read and encoded by, and that of these classes: another one may do it otherwise."""
+    files = {str(path) for path in Path(__file__).parent.glob("*.py")}
+    for cls in more:
+        files |= {str(inspect.getsourcefile(base)) for base in cls.__mro__ if base.__module__ != "builtins"}
+    whole = digest([hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)])
+    return [whole, *(cls.__qualname__ for cls in more)]
+
+
+def content(path: Path) -> tuple[str, int]:
+    """sha256 of a file, or of all names and files of a folder, and their bytes."""
+    if path.is_file():
+        return _hash(path)
+    hashes, total = [], 0
+    for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        name, size = _hash(inner)
+        hashes.append([str(inner.relative_to(path)), name])
+        total += size
+    return digest(hashes), total
+
+
+def _hash(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
+
+
+def _discard(folder: Path) -> None:
+    """Take a folder out of the way first: another process may look at it."""
+    away = folder.with_name(f".discarded-{os.getpid()}-{folder.name}")
+    try:
+        folder.rename(away)
+    except FileNotFoundError:  # another process was faster
+        return
+    shutil.rmtree(away, ignore_errors=True)

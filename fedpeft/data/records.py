@@ -1,0 +1,132 @@
+"""Records as they were read, before any tokenizer or image processor; those of texts as files of a cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpeft.data import pictures
+from fedpeft.data.columns import Natural
+from fedpeft.data.ragged import BLOCK, Texts, TextWriter, mapped_texts
+from fedpeft.data.skipped import Skipped
+
+
+@dataclass(frozen=True)
+class Records:
+    """Raw labelled records before any tokenizer or image processor.
+
+    Attributes:
+        inputs: N texts (`Texts` where they come from files), or images [N, H, W, C], uint8 or float32 in [0, 1]; a
+            list of [H, W, C] where they differ in size.
+        labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
+        columns: natural columns (strings or numbers), each [N].
+        kind: "text" or "image".
+        skipped: what the source has besides, and is not in the records.
+    """
+
+    inputs: Sequence[str] | np.ndarray | list[np.ndarray]
+    labels: np.ndarray
+    label_names: list[str]
+    columns: Mapping[str, np.ndarray]
+    kind: str
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Records:
+        """The records with these numbers, in this order."""
+        inputs: Any
+        if isinstance(self.inputs, Texts):
+            inputs = self.inputs.take(indices)
+        elif isinstance(self.inputs, np.ndarray):
+            inputs = self.inputs[indices]
+        else:
+            inputs = [self.inputs[index] for index in indices]
+        known = self.columns if isinstance(self.columns, Natural) else Natural(self.columns)
+        return replace(self, inputs=inputs, labels=self.labels[indices], columns=known.take(indices))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of inputs, labels and label names: whether a saved split fits. Natural columns may be added later."""
+        digest = hashlib.sha256(self.kind.encode())
+        if isinstance(self.inputs, np.ndarray):
+            digest.update(f"{self.inputs.dtype}{self.inputs.shape}".encode())
+            digest.update(np.ascontiguousarray(self.inputs).data)
+        elif isinstance(self.inputs, Texts):
+            for block in self.inputs.raw():
+                digest.update(b"".join(len(data).to_bytes(8, "big") + data for data in block))
+        else:
+            for value in self.inputs:
+                data = value.encode() if isinstance(value, str) else pictures.as_bytes(value)
+                digest.update(len(data).to_bytes(8, "big") + data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        digest.update("\0".join(self.label_names).encode())
+        return digest.hexdigest()
+
+
+def save_records(records: Records, folder: Path) -> dict[str, Any]:
+    """Write records of texts into a folder, where some of their texts may lie already; what `open_records` needs."""
+    known = records.columns.stored if isinstance(records.columns, Natural) else records.columns
+    kept: dict[str, Any] = {
+        "inputs": _save_texts(records.inputs, folder / "inputs"),
+        "columns": [
+            [name, *_save_column(values, folder / f"natural-{number}")]
+            for number, (name, values) in enumerate(known.items())
+        ],
+    }
+    names = {kept["inputs"], *(file for _, kind, file in kept["columns"] if kind != "values")}
+    for path in folder.iterdir():
+        if path.stem not in names:
+            path.unlink()
+    np.save(folder / "labels.npy", records.labels)
+    return {**kept, "label_names": records.label_names, "skipped": [entry.tree() for entry in records.skipped]}
+
+
+def open_records(folder: Path, tree: dict[str, Any]) -> Records:
+    """Records of texts that were saved; texts are mapped from the folder."""
+    columns = {
+        name: mapped_texts(folder / file) if kind == "texts" else np.load(folder / f"{file}.npy", allow_pickle=False)
+        for name, kind, file in tree["columns"]
+        if kind != "values"
+    }
+    for name, kind, file in tree["columns"]:
+        if kind == "values":
+            array = np.empty(len(file), dtype=object)
+            array[:] = file
+            columns[name] = array
+    return Records(
+        mapped_texts(folder / tree["inputs"]),
+        np.load(folder / "labels.npy"),
+        tree["label_names"],
+        Natural({name: columns[name] for name, _, _ in tree["columns"]}),
+        "text",
+        tuple(map(Skipped.of, tree["skipped"])),
+    )
+
+
+def _save_texts(texts: Any, path: Path) -> str:
+    """The name of a text column's files in the folder."""
+    if isinstance(texts, Texts) and texts.path is not None and texts.path.parent == path.parent:
+        return texts.path.name
+    writer = TextWriter(path)
+    for start in range(0, len(texts), BLOCK):
+        writer.extend(texts[start : start + BLOCK])
+    writer.finish()
+    return path.name
+
+
+def _save_column(values: np.ndarray | Texts, path: Path) -> tuple[str, Any]:
+    """How a natural column is kept: as texts or an array, under a name, or as the values themselves."""
+    if isinstance(values, Texts):
+        return "texts", _save_texts(values, path)
+    if values.dtype == object:
+        return "values", values.tolist()
+    np.save(path.with_name(f"{path.name}.npy"), values)
+    return "array", path.name
