@@ -34,6 +34,14 @@ def server_init(
     console.emit(server.init(folder, host, port, control_port, listen), as_json, console.pairs)
 
 
+@server_app.command("renew")
+def server_renew(folder: Dir, as_json: Json = False) -> None:
+    """Make the server's certificate anew, with the same keys and authority; sites need nothing new."""
+    from fedpeft.deploy.coordinator import server
+
+    console.emit(server.renew(folder), as_json, console.pairs)
+
+
 @server_app.command("start")
 def server_start(folder: Dir, insecure: Insecure = False) -> None:
     """Serve sites and go on with unfinished runs, until stopped."""
@@ -77,15 +85,19 @@ def server_run(
     folder: Dir,
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return at once; the run goes on.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach/--wait", help="Return at once; the run goes on. Or wait for its end.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Submit a run and watch it; Ctrl-C ends the watching, not the run."""
+    """Submit a run, print its name and watch it; Ctrl-C ends the watching, not the run."""
     from fedpeft.cli import deploy_tables
     from fedpeft.deploy.coordinator import server
 
     submitted = server.run(folder, config, overrides or [])
     if not detach:
+        if not as_json:
+            console.note(f"run {submitted['run']}: submitted.")
         with deploy_tables.FleetWatch(folder, submitted["run"], quiet=as_json) as watch:
             submitted |= server.wait(folder, submitted["run"], watch)
     console.emit(submitted, as_json, deploy_tables.run)

@@ -20,15 +20,59 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 
-YEARS = 5
-LOOPBACK = ("localhost", "127.0.0.1")
+DAYS, AUTHORITY_DAYS = 5 * 365, 20 * 365  # of a server's certificate and of its authority's
+ISSUER = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft coordinator's authority")])
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PRIVATE, PUBLIC = 0o600, 0o644
 
 
 def certificates(folder: Path, host: str) -> None:
     """Write ca.key, ca.crt, server.key and server.crt; the server's certificate is for `host` and for loopback."""
     authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft coordinator's authority")])
+    write_mode(folder / "ca.key", _pem(authority), PRIVATE)
+    write_mode(folder / "ca.crt", _of_authority(authority), PUBLIC)
+    write_mode(folder / "server.key", _pem(own), PRIVATE)
+    write_mode(folder / "server.crt", _of_server(own, authority, host), PUBLIC)
+
+
+def renew(folder: Path, host: str) -> bool:
+    """Write server.crt anew, with the same keys, by the same authority.
+
+    Returns:
+        Whether ca.crt would end before it, and was written anew too; the old one is good until it ends.
+    """
+    authority, own = (_read_private(folder / name) for name in ("ca.key", "server.key"))
+    older = days_left(folder / "ca.crt") < DAYS
+    if older:
+        write_mode(folder / "ca.crt", _of_authority(authority), PUBLIC)
+    write_mode(folder / "server.crt", _of_server(own, authority, host), PUBLIC)
+    return older
+
+
+def days_left(path: Path) -> float:
+    """Days until a certificate ends; below zero, since it has.
+
+    Raises:
+        InputError: the file is no certificate.
+    """
+    try:
+        ends = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except ValueError as error:
+        raise InputError(f"{path}: no certificate: {error}") from error
+    return (ends - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
+
+
+def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise InputError(f"{path}: no private key: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise InputError(f"{path}: no EC key.")
+    return key
+
+
+def _of_authority(key: ec.EllipticCurvePrivateKey) -> bytes:
     usage = x509.KeyUsage(
         digital_signature=True,
         key_cert_sign=True,
@@ -40,26 +84,27 @@ def certificates(folder: Path, host: str) -> None:
         encipher_only=False,
         decipher_only=False,
     )
-    root = (
-        _certificate(issuer, issuer, authority.public_key())
+    return (
+        _certificate(ISSUER, key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
-        .sign(authority, hashes.SHA256())
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
     )
+
+
+def _of_server(key: ec.EllipticCurvePrivateKey, authority: ec.EllipticCurvePrivateKey, host: str) -> bytes:
     names = list(dict.fromkeys([host, *LOOPBACK]))
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
-    server = (
-        _certificate(subject, issuer, own.public_key())
+    return (
+        _certificate(subject, key.public_key(), DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
         .sign(authority, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
     )
-    write_mode(folder / "ca.key", _pem(authority), PRIVATE)
-    write_mode(folder / "ca.crt", root.public_bytes(serialization.Encoding.PEM), PUBLIC)
-    write_mode(folder / "server.key", _pem(own), PRIVATE)
-    write_mode(folder / "server.crt", server.public_bytes(serialization.Encoding.PEM), PUBLIC)
 
 
 def site_keys(folder: Path) -> str:
@@ -114,17 +159,17 @@ def write_mode(path: Path, data: bytes, mode: int) -> None:
         os.umask(mask)
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _certificate(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key)  # Python 3.13 takes no chain without key identifiers
     begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)  # clocks of sites may be behind
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(issuer)
+        .issuer_name(ISSUER)
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
-        .not_valid_after(begin + datetime.timedelta(days=365 * YEARS))
+        .not_valid_after(begin + datetime.timedelta(days=days + 1))
         .add_extension(identifier, critical=False)
     )
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
 import os
+import ssl
+from types import SimpleNamespace
 
 import pytest
 
-from fedpeft.deploy import settings
-from fedpeft.deploy.coordinator import server
+from fedpeft.deploy import keys, settings
+from fedpeft.deploy.coordinator import daemon, server
+from fedpeft.deploy.coordinator import run as runs
 from fedpeft.errors import InputError, RunError
 
 
@@ -75,7 +81,7 @@ def test_waiting_ends_when_so_many_are_connected(count, folder, seen):
     ("last", "said"),
     [
         (rows(False, "unknown", "unknown"), "the coordinator is not running"),
-        (rows(True, "online", "offline"), r"1 of 2 sites are connected \(site-0\)"),
+        (rows(True, "online", "offline"), r"1 of 2 sites are connected; not site-1\."),
         (RunError("it does not answer"), "it does not answer"),
     ],
 )
@@ -89,3 +95,136 @@ def test_more_sites_than_were_added_are_not_waited_for(folder, seen):
     seen.append(rows(True, "online", "online"))
     with pytest.raises(InputError, match="--wait: 3 sites, but 2 were added"):
         server.await_sites(folder, 3)
+
+
+def chain(folder):
+    """Whether ca.crt vouches for server.crt, as strictly as Python 3.13 asks."""
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(folder / "server.crt", folder / "server.key")
+    ours, theirs = ssl.MemoryBIO(), ssl.MemoryBIO()
+    one = context.wrap_bio(ours, theirs, server_hostname="localhost")
+    other = serving.wrap_bio(theirs, ours, server_side=True)
+    for side in (one, other, one, other):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+    return one.version()
+
+
+def test_a_certificate_that_has_ended_is_refused_and_renewed_without_new_keys(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(keys, "DAYS", -1)  # it begins a day ago
+    server.init(tmp_path / "c", "localhost", 9092, 9093, "127.0.0.1")
+    folder = tmp_path / "c"
+    before = {name: (folder / name).read_bytes() for name in ("ca.key", "ca.crt", "server.key", "server.crt")}
+    with pytest.raises(InputError, match=r"server\.crt: it ended 1 days ago.*server renew"):
+        daemon.serve(folder)
+    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        chain(folder)
+
+    monkeypatch.setattr(keys, "DAYS", 20)
+    made = server.renew(folder)
+    after = {name: (folder / name).read_bytes() for name in before}
+    assert [name for name in before if before[name] != after[name]] == ["server.crt"]
+    assert made["days"] == 20 and "ca.crt" not in made["next"] and chain(folder) == "TLSv1.3"
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        logging.getLogger("fedpeft").propagate = True
+        server.require_certificates(settings.server(folder))
+    assert "server.crt ends in 20 days" in caplog.text
+
+    monkeypatch.setattr(keys, "DAYS", 30 * 365)  # longer than its authority has left
+    assert "new ca.crt to every site" in server.renew(folder)["next"]
+    sites_own = tmp_path / "site"
+    sites_own.mkdir()
+    for name in ("server.crt", "server.key"):
+        (sites_own / name).write_bytes((folder / name).read_bytes())
+    (sites_own / "ca.crt").write_bytes(before["ca.crt"])  # a site that has not got the new one
+    assert chain(folder) == chain(sites_own) == "TLSv1.3"
+
+
+class Full:
+    """Stands where write_bytes is, on a disk that is full."""
+
+    def __init__(self, left):
+        self.left = left
+
+    def __call__(self, path, data):
+        if self.left <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        self.left -= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_run_that_a_full_disk_does_not_take_leaves_nothing(folder, monkeypatch, left):
+    monkeypatch.setattr(server, "state", lambda found: {"insecure": True})
+    monkeypatch.setattr(server, "write_bytes", Full(left))
+    with pytest.raises(OSError, match="No space left"):
+        server.run(folder, "quickstart", ["data.clients=4", "run.clients_per_round=2"])
+    assert list((folder / "runs").iterdir()) == []
+
+
+def test_a_coordinator_on_a_full_disk_starts_no_run_says_so_once_and_goes_on(folder, monkeypatch, caplog):
+    put_run(folder, "alpha-1", at=1000, state="submitted")
+    started, stopped = [], []
+
+    def start(name):
+        started.append(name)
+        return len(started)
+
+    coordinator = daemon.Coordinator(settings.server(folder), True, {})
+    coordinator.control = SimpleNamespace(start_run=start, stop_run=stopped.append, run_status=lambda number: "pending")
+    coordinator.runtime = None
+    monkeypatch.setattr(daemon, "take_task", lambda client: None)
+    monkeypatch.setattr(daemon, "write_bytes", Full(0))
+    logging.getLogger("fedpeft").propagate = True
+    with caplog.at_level(logging.INFO, "fedpeft"):
+        for _ in range(3):
+            coordinator.step()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "flower.json: no space left on device; make room" in caplog.text
+    assert started == ["alpha-1"] and stopped == [1]  # what Flower began is none of which nothing is known
+    monkeypatch.setattr(daemon, "write_bytes", Full(9))
+    coordinator.full, coordinator.checked = -daemon.FULL_S, -daemon.CHECK_S
+    coordinator.step()
+    assert json.loads((folder / "runs" / "alpha-1" / "flower.json").read_text()) == {"run_id": 2}
+    coordinator.checked = -daemon.CHECK_S
+    coordinator.step()
+    assert len(started) == 2 and stopped == [1]
+
+
+@pytest.mark.parametrize(("number", "state"), [(errno.ENOSPC, "running"), (errno.EACCES, "failed")])
+def test_a_run_without_room_pauses_and_with_another_trouble_of_the_disk_fails_in_a_sentence(
+    folder, monkeypatch, caplog, number, state
+):
+    place = put_run(folder, "alpha-1", at=1000, state="running")
+    ends = []
+    monkeypatch.setattr(runs, "Task", lambda *given: SimpleNamespace(grid=None, end=ends.append))
+    monkeypatch.setenv("FEDPEFT_TASK_TOKEN", "x")
+
+    def play(*given):
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+    monkeypatch.setattr(runs, "play", play)
+    logging.getLogger("fedpeft").propagate = True
+    runs.main(folder, "alpha-1", "insecure")
+    assert server.get_status(place)["state"] == state
+    assert "metrics.jsonl: " in ends[0] and "Traceback" not in caplog.text and "metrics.jsonl" in caplog.text
+
+
+def test_a_run_that_ends_at_once_is_started_again_after_a_longer_pause_each_time(folder, monkeypatch):
+    coordinator = daemon.Coordinator(settings.server(folder), True, {})
+    now = [1000.0]
+    monkeypatch.setattr(daemon.time, "monotonic", lambda: now[0])
+    waits = []
+    for _ in range(8):
+        child, begun = SimpleNamespace(begun=now[0]), now[0]
+        while not coordinator.rested("alpha-1", child):
+            now[0] += 0.5
+        waits.append(now[0] - begun)
+    assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    child = SimpleNamespace(begun=now[0])
+    now[0] += daemon.STEADY_S + 1
+    assert coordinator.rested("alpha-1", child) and coordinator.pauses_s["alpha-1"] == 1.0

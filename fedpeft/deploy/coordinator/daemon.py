@@ -23,14 +23,16 @@ from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.flower import HeldTask, executor_client, take_task
-from fedpeft.deploy.processes import Child, end, launch
+from fedpeft.deploy.processes import LONGEST_PAUSE_S, STEADY_S, Child, end, launch
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import InputError, RunError, Stopped
-from fedpeft.files import write_bytes
+from fedpeft.files import explained, write_bytes
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
 TELL_S = 10.0  # between words to Flower that its runs are worked on
+FULL_S = 10.0  # after the disk was full
+DAY_S = 86_400.0
 CHECK_S = 1.0  # between looks at sites and runs that were added, stopped or broken off
 START_S = 60.0
 BEFORE = ("pending", "starting")
@@ -49,10 +51,12 @@ def serve(path: Path, insecure: bool = False) -> None:
     """
     server = settings.server(path)
     with _alone(server, insecure):
-        for place in ports(server):
-            require_free(*place)
         if insecure:
             log.warning(INSECURE, server.settings.port)
+        else:
+            commands.require_certificates(server)
+        for place in ports(server):
+            require_free(*place)
         env = settings.environment(server.path)
         link = Child(
             "superlink",
@@ -69,9 +73,14 @@ def serve(path: Path, insecure: bool = False) -> None:
                 address.join(server.settings.host, server.settings.port),
                 len(server.sites()),
             )
+            looked = time.monotonic()
             while True:
                 link.keep()
                 coordinator.step()
+                if not insecure and time.monotonic() - looked > DAY_S:
+                    looked = time.monotonic()
+                    with logged():
+                        commands.require_certificates(server)
                 time.sleep(POLL_S)
         except Stopped:
             log.info("coordinator stops; runs go on when it is started again.")
@@ -115,6 +124,17 @@ def superlink_options(server: Server, insecure: bool) -> list[str]:
     ]
 
 
+@contextmanager
+def logged() -> Iterator[None]:
+    """What would end a command is a line in the log of a coordinator that goes on."""
+    try:
+        yield
+    except InputError as error:
+        log.error("%s", error)
+    except OSError as error:
+        log.error("%s", explained(error))
+
+
 class Coordinator:
     """Hands runs to processes, and brings back those that ended before their time."""
 
@@ -129,9 +149,13 @@ class Coordinator:
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
         self.submitted: set[str] = set()
+        self.pauses_s: dict[str, float] = {}
+        self.full = -FULL_S
 
     def step(self) -> None:
-        """Look once for work. A SuperLink that does not answer is waited for."""
+        """Look once for work. A SuperLink that does not answer is waited for, and so is room on the disk."""
+        if time.monotonic() - self.full < FULL_S:
+            return
         try:
             if time.monotonic() - self.checked > CHECK_S:
                 if not self.insecure and self.sites != self.server.sites():
@@ -145,6 +169,9 @@ class Coordinator:
             self.take()
         except httpx.HTTPError as error:
             log.debug("the SuperLink does not answer: %s", error)
+        except OSError as error:
+            log.error("%s No run is started until then.", explained(error))
+            self.full = time.monotonic()
 
     def take(self) -> None:
         """Start the process of a run that Flower has ready."""
@@ -185,13 +212,35 @@ class Coordinator:
                 continue
             if alive or (child is None and name in self.submitted and self.control.run_status(number) in BEFORE):
                 continue
+            if child is not None and not self.rested(name, child):
+                continue
             if number:
                 log.warning("run %s: goes on from its last checkpoint.", name)
                 self.control.stop_run(number)
             self.drop(name)
-            # Another number each time: Flower cannot start a run again, so it gets a new one of the same name.
-            write_bytes(folder / "flower.json", json.dumps({"run_id": self.control.start_run(name)}).encode())
-            self.submitted.add(name)
+            self.submit(folder)
+
+    def rested(self, name: str, child: Child) -> bool:
+        """Whether a run whose process ended may be started again: after a longer pause each time."""
+        lasted = time.monotonic() - child.begun
+        pause_s = 0.0 if lasted > STEADY_S else self.pauses_s.get(name, 0.0)
+        if lasted < pause_s:
+            return False
+        self.pauses_s[name] = min(LONGEST_PAUSE_S, 2 * pause_s or 1.0)
+        return True
+
+    def submit(self, folder: Path) -> None:
+        """Have Flower start a run, and note its number, without which the run would be taken for somebody else's.
+
+        Another number each time: Flower cannot start a run again, so it gets a new one of the same name.
+        """
+        number = self.control.start_run(folder.name)
+        try:
+            write_bytes(folder / "flower.json", json.dumps({"run_id": number}).encode())
+        except OSError:
+            self.control.stop_run(number)
+            raise
+        self.submitted.add(folder.name)
 
     def tell(self) -> None:
         """Tell Flower of every run at work; one that it has given up is begun again, in place of its process."""

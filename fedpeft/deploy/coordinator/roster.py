@@ -163,7 +163,7 @@ class Roster(Packed):
         """Name -> node of every connected site, once at least `expected` are; there is no limit to the wait."""
         said = ""
         while len(found := self.connected()) < (expected or 1):
-            text = f"{len(found)} of {expected or 1} sites are connected: {', '.join(sorted(found)) or 'none'}"
+            text = f"{len(found)} of {expected or 1} sites are connected{self.named_missing(found)}"
             if text != said:
                 log.info("waiting: %s", text)
                 self.waiting(text)
@@ -171,6 +171,11 @@ class Roster(Packed):
             time.sleep(1.0)
         self.waiting(None)
         return found
+
+    def named_missing(self, found: dict[str, int]) -> str:
+        """The sites that may take part and are not there, as the end of a sentence."""
+        missing = sorted(set(self.registered()) - set(found)) if self.registered else []
+        return f"; not {', '.join(missing)}" if missing else ""
 
     def connected(self) -> dict[str, int]:
         """Name -> node of the sites that are online and may take part, which the grid then knows by name too."""

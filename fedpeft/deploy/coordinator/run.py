@@ -5,6 +5,7 @@ python -m fedpeft.deploy.launch run FOLDER PARENT NAME   (FEDPEFT_TASK_TOKEN: Fl
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -28,12 +29,14 @@ from fedpeft.deploy.coordinator.relay import tell_pushed
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
+from fedpeft.files import explained
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import identity, loop
 from fedpeft.run.world import World
 
 log = logging.getLogger("fedpeft")
 ORPHAN_S = 10.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(folder: Path, name: str, mode: str) -> None:
@@ -49,14 +52,23 @@ def main(folder: Path, name: str, mode: str) -> None:
         play(run, task.grid, None if insecure else server.sites)
         put_status(run, state="done")
     except Exception as error:  # whatever it is, the run's folder must say so, or it would be tried for ever
-        if not isinstance(error, InputError | RunError):
+        reason, pauses = explain(error), isinstance(error, OSError) and error.errno in NO_ROOM
+        if not reason:
             log.exception("run %s", name)
-        reason = str(error) or type(error).__name__
-        log.error("run %s failed: %s", name, reason)
-        # A run that was stopped says so, whatever its process ran into on the way down.
-        if get_status(run)["state"] not in ENDED:
+            reason = str(error) or type(error).__name__
+        log.error("run %s %s: %s", name, "pauses" if pauses else "failed", reason)
+        # A run that was stopped says so, whatever its process ran into on the way down. One for which there is no room
+        # is started again until there is: its last checkpoint is whole.
+        if not pauses and get_status(run)["state"] not in ENDED:
             put_status(run, state="failed", reason=reason)
     task.end(reason)
+
+
+def explain(error: Exception) -> str:
+    """What went wrong, as a sentence; empty where only a traceback can say it."""
+    if isinstance(error, OSError):
+        return explained(error)
+    return str(error) if isinstance(error, InputError | RunError) else ""
 
 
 def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:

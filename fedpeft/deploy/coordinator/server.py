@@ -24,6 +24,7 @@ from fedpeft.record import metrics
 
 log = logging.getLogger("fedpeft")
 RUNNING = "running.json"  # the lock of a coordinator's folder
+WARNED_DAYS = 30
 ENDED = ("done", "failed", "stopped")
 
 
@@ -38,18 +39,49 @@ def init(
     for flag, other in itertools.combinations(chosen, 2):
         if chosen[flag] == chosen[other]:
             raise InputError(f"{flag} and {other} are both {chosen[flag]}.")
-    folder = settings.new_folder(path)
-    keys.certificates(folder, host)
-    keys.write_mode(folder / "secret", settings.new_secret(), keys.PRIVATE)
-    for name in ("sites", "runs", "logs"):
-        (folder / name).mkdir()
-    write_bytes(folder / "server.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+    with folders.filled(path, "DIR") as draft:  # whole or not at all, whatever the disk says
+        draft.parent.chmod(0o700)
+        keys.certificates(draft, host)
+        keys.write_mode(draft / "secret", settings.new_secret(), keys.PRIVATE)
+        for name in ("sites", "runs", "logs"):
+            (draft / name).mkdir()
+        write_bytes(draft / "server.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+        folder = draft.parent
     return {
         "folder": str(folder),
         "fleet": address.join(host, port),
         "ca": str(folder / "ca.crt"),
         "next": f"give ca.crt to every site; fedpeft server start {path}",
     }
+
+
+def renew(path: Path) -> dict[str, Any]:
+    """Make the server's certificate anew, for the host that server.yaml names now; no key changes."""
+    server = settings.server(path)
+    authority_too = keys.renew(server.path, server.settings.host)
+    then = [f"stop the coordinator and start it again: fedpeft server start {path}"]
+    if authority_too:
+        then.append("give the new ca.crt to every site; the old one is good until its own end")
+    return {
+        "certificate": str(server.path / "server.crt"),
+        "days": round(keys.days_left(server.path / "server.crt")),
+        "next": "; ".join(then),
+    }
+
+
+def require_certificates(server: Server) -> None:
+    """Refuse certificates that have ended; warn of those that end soon.
+
+    Raises:
+        InputError: which, and what to do.
+    """
+    for name in ("server.crt", "ca.crt"):
+        days = keys.days_left(server.path / name)
+        remedy = f"Make another: fedpeft server renew {server.path}"
+        if days <= 0:
+            raise InputError(f"{server.path / name}: it ended {-days:.0f} days ago; no site trusts it. {remedy}")
+        if days < WARNED_DAYS:
+            log.warning("%s ends in %.0f days. %s", server.path / name, days, remedy)
 
 
 def add_site(path: Path, name: str, public_key: str) -> dict[str, Any]:
@@ -95,11 +127,12 @@ def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float
     while True:
         try:
             seen = sites(path)
-            online = [row["name"] for row in seen["sites"] if row["status"] == "online"]
-            if seen["running"] and len(online) >= count:
+            away = [row["name"] for row in seen["sites"] if row["status"] != "online"]
+            online = len(seen["sites"]) - len(away)
+            if seen["running"] and online >= count:
                 return seen
             missing = (
-                f"{len(online)} of {count} sites are connected ({', '.join(online) or 'none'})"
+                f"{online} of {count} sites are connected; not {', '.join(away)}"
                 if seen["running"]
                 else f"{path}: the coordinator is not running"
             )
@@ -145,10 +178,14 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     settings.require_name(name, "CONFIG")
     draft = server.runs / f".{name}"
-    draft.mkdir(parents=True)
-    write_bytes(draft / "resolved.yaml", configs.to_yaml(checked).encode())
-    put_status(draft, state="submitted")
-    draft.rename(server.runs / name)  # whole or not at all: the coordinator takes what it finds
+    try:
+        draft.mkdir(parents=True)
+        write_bytes(draft / "resolved.yaml", configs.to_yaml(checked).encode())
+        put_status(draft, state="submitted")
+        draft.rename(server.runs / name)  # whole or not at all: the coordinator takes what it finds
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return {"run": name, "folder": str(server.runs / name), "rounds": checked.run.rounds, "sites": checked.data.clients}
 
 
