@@ -142,14 +142,20 @@ def plain_steps(
 ) -> Iterator[Gradients]:
     """The gradient of the mean loss of each batch; each is taken at the parameters as they then are."""
     for index in batches(len(data), config, rng):
-        loss = per_sample_loss(model, *on_device(data, index, device)).mean()
-        loss.backward()
+        losses = []
+        size = config.micro_batch or len(index)
+        for start in range(0, len(index), size):
+            each = per_sample_loss(model, *on_device(data, index[start : start + size], device))
+            # Of pieces, shares of the whole batch's mean, which add up.
+            loss = each.mean() if len(each) == len(index) else each.sum() / len(index)
+            loss.backward()
+            losses.append(loss.detach())
         yield (
             {
                 key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 for key, parameter in parameters.items()
             },
-            [loss.detach()],
+            [torch.stack(losses).sum()],
         )
 
 
@@ -167,8 +173,9 @@ def private_steps(
         drawn = plan.sample(len(data), source)
         total = torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters.values()])
         losses: list[Tensor] = []
-        for start in range(0, len(drawn), 2 * config.batch_size):
-            inputs, labels = on_device(data, drawn[start : start + 2 * config.batch_size], device)
+        size = config.micro_batch or 2 * config.batch_size
+        for start in range(0, len(drawn), size):
+            inputs, labels = on_device(data, drawn[start : start + size], device)
             gradients, each = per_sample_gradients(
                 model.base.modules, parameters, partial(per_sample_loss, model), inputs, labels
             )

@@ -1,4 +1,4 @@
-"""make.py fills docs/ with what stands elsewhere: tables of methods.md and continual.md, and figures/wordnet.svg.
+"""make.py fills docs/: tables of methods.md, continual.md and commands.md from the registry, and figures/wordnet.svg.
 
     python docs/make.py
 
@@ -14,11 +14,12 @@ from pathlib import Path
 from fedpeft import registry
 from fedpeft.cli import catalogue
 from fedpeft.config import ContinualConfig
+from fedpeft.config.other_names import OTHERS
 from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.general import GeneralServerBody
 
 ROOT = Path(__file__).parents[1]
-METHODS, CONTINUAL = ROOT / "docs/methods.md", ROOT / "docs/continual.md"
+METHODS, CONTINUAL, COMMANDS = (ROOT / f"docs/{page}.md" for page in ("methods", "continual", "commands"))
 MEASURED, FIGURE = ROOT / "REPRODUCIBILITY.md", ROOT / "docs/figures/wordnet.svg"
 BODIES = {
     "frozen": "MiniLM as it is",
@@ -65,13 +66,24 @@ def federations() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def other_names() -> str:
+    """Keys of other tools as Markdown, beside ours."""
+    rows = [["theirs", "whose", "ours", "mind"], ["---"] * 4]
+    rows += [[f"`{name}`", whose, f"`{ours}`", note] for name, (whose, ours, note) in OTHERS.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def with_tables(page: str) -> str:
     """The page with every block between `<!-- table KIND -->` and `<!-- end -->` made anew."""
 
     def fill(block: re.Match[str]) -> str:
-        return f"{block[1]}{federations() if block[2] == 'federations' else table(block[2])}\n"
+        made = MADE[block[2]]() if block[2] in MADE else table(block[2])
+        return f"{block[1]}{made}\n"
 
     return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)", fill, page, flags=re.DOTALL)
+
+
+MADE = {"federations": federations, "other_names": other_names}
 
 
 def measured() -> dict[str, dict[str, tuple[float, float]]]:
@@ -111,6 +123,6 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for page in (METHODS, CONTINUAL):
+    for page in (METHODS, CONTINUAL, COMMANDS):
         page.write_text(with_tables(page.read_text()))
     draw(FIGURE)

@@ -153,7 +153,7 @@ class Chunk:
         sources = [
             own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads) for own in private
         ]
-        for piece in cut(self.lengths[:active], drawn, self.tokens):
+        for piece in self._pieces(drawn):
             # DP-SGD clips record by record, so each sample needs factors of its own.
             groups = piece.clients if private else piece.groups()
             # Weighed by the whole batch, so that the pieces it is cut into add up to its mean.
@@ -188,6 +188,13 @@ class Chunk:
             norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
+
+    def _pieces(self, drawn: list[np.ndarray]) -> Iterator[Piece]:
+        """What is drawn, in passes; in each at most `micro_batch` records of a client."""
+        longest = max(map(len, drawn))
+        size = self.config.micro_batch or max(1, longest)
+        for start in range(0, longest, size):
+            yield from cut(self.lengths[: len(drawn)], [index[start : start + size] for index in drawn], self.tokens)
 
     def _slopes(
         self, values: Tensor, piece: Piece, groups: np.ndarray, shares: np.ndarray | None

@@ -83,7 +83,7 @@ def train_cohort(
 
 def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
     """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
-    sizes = [min(config.batch_size, len(job.data)) for job in jobs]
+    sizes = [min(config.micro_batch or config.batch_size, len(job.data)) for job in jobs]
     widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
     kinds = [_kind(job, config) for job in jobs]
     # Most steps first, as those that go on are a chunk's first rows.

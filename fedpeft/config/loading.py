@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft import registry
-from fedpeft.config import values
+from fedpeft.config import other_names, values
 from fedpeft.config.option import FEDERATION, INFINITY, LEARNER
 from fedpeft.config.overrides import apply, parse_overrides
 from fedpeft.config.schema import (
@@ -337,4 +337,7 @@ def _keys(cls: Any) -> list[str]:
 
 def _unknown_key(key: str, path: str, allowed: list[str]) -> str:
     where = f"{path}." if path else ""
+    theirs = other_names.ours(key)
+    if theirs is not None:
+        return f"config key {where}{key}: {theirs}"
     return registry.unknown(f"config key {where}{key}", key, allowed)

@@ -34,6 +34,9 @@ class ModelConfig:
         "AMX) and stands in the run's config as what it came to",
         choices=("float32", "bfloat16", "auto"),
     )
+    gradient_checkpointing: bool = option(
+        False, "keep only each block's inputs for the backward pass and compute the rest again: less memory, more time"
+    )
     trust_remote_code: bool = option(False, "let transformers run code that comes with the model")
 
 
@@ -153,6 +156,9 @@ class ClientConfig:
     local_steps: int | None = option(None, "optimizer steps a round; give this or local_epochs", low=1)
     local_epochs: int | None = option(1, "passes over the client's data a round; give this or local_steps", low=1)
     batch_size: int = option(16, "examples a step", low=1)
+    micro_batch: int | None = option(
+        None, "take a step's examples in pieces of so many, whose gradients add up: less memory, the same step", low=1
+    )
     max_grad_norm: float | None = option(None, "clip the gradient of a step to this norm", above=0)
 
 

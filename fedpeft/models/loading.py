@@ -58,6 +58,8 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             source = config.name
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
     model.requires_grad_(False).eval()
+    if config.gradient_checkpointing:
+        _recompute_activations(model)
     if head is not None:
         head.requires_grad_(False)
         return Base(
@@ -70,6 +72,23 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         )
     heads = _heads(model) if objective.classes else {}
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Let a block's activations be computed again in the backward pass; in training mode only, as transformers has it.
+
+    Raises:
+        InputError: the model has no blocks that can.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"model.gradient_checkpointing=true: {type(model).__name__} does not support it. Set it to false, and "
+            "client.micro_batch to save memory."
+        )
+    # The other kind has no gradient where a block's inputs have none, and over a frozen base the first ones have none.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # keys and values for generation, which a block cannot write twice
 
 
 def fingerprint(base: Base, heads: bool) -> str:

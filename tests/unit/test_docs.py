@@ -118,6 +118,12 @@ def test_every_body_says_whether_a_federation_can_run_it(make):
     assert set(rows) == set(make.registry.names("bodies")) and set(rows.values()) == {"yes", "no"}
 
 
+def test_keys_of_other_tools_are_in_their_table(make):
+    page = make.COMMANDS.read_text()
+    assert make.with_tables(page) == page, "python docs/make.py writes the table of docs/commands.md anew"
+    assert page.count("| transformers |") > 15
+
+
 def test_a_method_that_is_not_in_the_tables_is_noticed(make, monkeypatch):
     table, page = make.registry.table, make.METHODS.read_text()
     monkeypatch.setattr(
