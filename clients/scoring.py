@@ -61,7 +61,7 @@ def scores(
         raise RunError(f"{client} has no held-out records that the model can take.")
     local.model.write(start)
     with local.model.competing(None if told.learn is None else told.learn.seen):
-        found = evaluate(local.model, held)
+        found = evaluate(local.model, held, tokens=local.config.run.evaluate_tokens)
         if local.config.tta.method is not None:
             own = local.usable(sequence.records_of_seen(local.data(local.train_data, client), told, client))
             found |= test_time.score(

@@ -22,16 +22,21 @@ from torch import Tensor, nn
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
+from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
 from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
+from fedpeft.data.ragged import runs
 from fedpeft.errors import RunError
+from fedpeft.models.agreement import rows_of
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
 
 log = logging.getLogger("fedpeft")
+EVALUATED = 2**15  # tokens of a pass
+SCORES = 2**26  # numbers that a pass of a language model gives out: 256 MB, and twice as much again in its loss
 
 
 @dataclass(frozen=True)
@@ -234,20 +239,32 @@ def _predict(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple
 
 
 @torch.no_grad()
-def evaluate(model: Adapted, data: Encoded, batch_size: int = 256) -> dict[str, float]:
-    """What the model's objective measures of the records that have something to predict; `num-examples` of them."""
+def evaluate(model: Adapted, data: Encoded, batch_size: int = 256, tokens: int = EVALUATED) -> dict[str, float]:
+    """What the model's objective measures of the records that have something to predict; `num-examples` of them.
+
+    Args:
+        batch_size: most records of a pass.
+        tokens: most tokens of a pass, padding included; of a language model fewer where its scores would be more than
+            SCORES numbers. A longer record is a pass by itself.
+    """
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
     objective, teaching = model.base.objective, data.teaching()
     sums: defaultdict[str, float] = defaultdict(int)
     with first_token(model, data):
-        for start in range(0, len(teaching), batch_size):
-            scores, targets = _predict(model, *on_device(data, teaching[start : start + batch_size], device))
+        for places in runs(token_counts(model, data)[teaching], batch_size, scored_tokens(model, tokens)):
+            scores, targets = _predict(model, *on_device(data, teaching[places], device))
             # Sums over many records must not hang on how they are cut into batches.
             losses = objective.losses(scores, targets).double()
             for key, value in objective.measure(scores, targets, losses).items():
                 sums[key] += value
     return objective.metrics(sums, len(teaching))
+
+
+def scored_tokens(model: Adapted, tokens: int) -> int:
+    """Of so many tokens those whose scores are few enough to be had at once: a language model scores all words."""
+    words = rows_of(model.base.backbone) if not model.base.objective.classes else None
+    return tokens if words is None else max(1, min(tokens, SCORES // words))
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +14,13 @@ from fedpeft import config as configs
 from fedpeft import seeds
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
+from fedpeft.data.ragged import runs
 from fedpeft.models.base import Base
 from fedpeft.models.loading import load as load_base
 from fedpeft.state import AdaptedLayer, AdapterState
 
 NEVER = -1e4
+TOKENS = 2**15  # of a pass for features
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ class Adapted:
         """Features [N, D], logits [N, labels] and labels [N] of all records in order, in batches, on the CPU."""
         device = next(self.base.head.parameters()).device
         self.base.backbone.eval()
-        for start in range(0, len(data), size):
-            inputs, labels = data.batch(np.arange(start, min(start + size, len(data))))
+        for places in runs(data.lengths, size, TOKENS):
+            inputs, labels = data.batch(places)
             features, logits = self.base.features_and_logits({key: value.to(device) for key, value in inputs.items()})
             yield features.cpu(), self._among_competing(logits).float().cpu(), labels
 

@@ -218,6 +218,12 @@ class RunConfig:
         "one after another; null is 2048 on a CPU, 16384 elsewhere",
         low=0,
     )
+    evaluate_tokens: int = option(
+        2**15,
+        "tokens (or image patches) of a pass of an evaluation, of at most 256 records; of a language model fewer where "
+        "their scores would take more than 256 MB",
+        low=1,
+    )
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)

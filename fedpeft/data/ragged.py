@@ -67,6 +67,24 @@ class Ragged:
         return table
 
 
+def runs(lengths: np.ndarray, most: int, tokens: int) -> Iterator[np.ndarray]:
+    """Places 0 to N - 1 in runs of at most `most` that have at most so many tokens when they are padded to one length,
+    or are one record.
+
+    >>> [run.tolist() for run in runs(np.array([2, 2, 5, 1, 1, 9]), 3, 8)]
+    [[0, 1], [2], [3, 4], [5]]
+    """
+    start = width = 0
+    for place, length in enumerate(lengths.tolist()):
+        wider = max(width, length)
+        if place > start and (place - start == most or (place - start + 1) * wider > tokens):
+            yield np.arange(start, place)
+            start, wider = place, length
+        width = wider
+    if len(lengths):
+        yield np.arange(start, len(lengths))
+
+
 class RaggedWriter:
     """Makes a `Ragged`, in memory or, with `path`, in the files PATH.values and PATH.ends."""
 

@@ -30,7 +30,7 @@ def score(world: World, server: ServerState) -> dict[str, float]:
     if world.config.continual.body is not None:
         return sequence.score(world, server)
     world.local.model.write(server.adapter)
-    result = evaluate(world.local.model, world.test_encoded)
+    result = evaluate(world.local.model, world.test_encoded, tokens=world.config.run.evaluate_tokens)
     return {
         **{key: value for key, value in result.items() if key != "num-examples"},
         "test_records": int(result["num-examples"]),

@@ -27,7 +27,8 @@ from fedpeft.config import (
     StrategyConfig,
     TTAConfig,
 )
-from fedpeft.data.encode import IGNORE, Encoded
+from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 from fedpeft.simulations.workers import handle
 from fedpeft.state import AdapterState
 from fedpeft.strategies.instructions import Instructions, Lesson

@@ -75,7 +75,7 @@ def test_a_plain_client_says_that_it_has_no_records(model, tmp_path):
 
 
 def test_a_disk_that_is_full_is_not_a_score(model, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scoring, "evaluate", full)

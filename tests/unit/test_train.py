@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import seeds
+from fedpeft.clients import train as training
 from fedpeft.clients.cohort.chunk import Job
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import batches, evaluate, on_device, per_sample_loss, train
@@ -294,6 +295,26 @@ def test_evaluate_a_language_model_by_hand(llama):
     half.labels[:5] = data.labels[:5]
     some = int((guesses == labels)[:5][guesses[:5] != IGNORE].sum()) + int((guesses[5:] != IGNORE).sum())
     assert 0 < some < made and evaluate(llama, half, batch_size=3)["accuracy"] == pytest.approx(some / made)
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(1, None), (9, None), (40, None), (2**15, 3)])
+def test_an_evaluation_is_cut_by_tokens_and_by_scores_and_counts_the_same(llama, monkeypatch, tokens, words):
+    """No pass has more tokens than asked for, but for one record; nor more scores than allowed."""
+    data = small.texts(10, causal=True)
+    wanted, shapes, forward = evaluate(llama, data), [], llama.base.forward
+    if words is not None:
+        monkeypatch.setattr(training, "SCORES", words * llama.base.backbone.get_input_embeddings().num_embeddings)
+
+    def watched(inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(inputs)
+
+    monkeypatch.setattr(llama.base, "forward", watched)
+    found = evaluate(llama, data, tokens=tokens)
+    assert sum(rows for rows, _ in shapes) == 10 and len(shapes) > 1
+    assert all(rows == 1 or rows * width <= (words or tokens) for rows, width in shapes)
+    assert found["num-examples"] == 10 and found["accuracy"] == wanted["accuracy"]
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
 def test_texts_with_nothing_to_predict_do_not_count(llama):
