@@ -11,8 +11,9 @@ export PIP_NO_WARN_SCRIPT_LOCATION ?= 1
 # Tests of bit-equality, engines and claims, for `make kernels`: other processors have other kernels, which round otherwise.
 ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack" -o timeout=900 \
 	tests/unit/test_ledger_runs.py tests/reference/test_client_dp_account.py tests/reference/test_cohort.py \
-	tests/integration/test_engines.py tests/integration/test_resume.py tests/integration/test_kill_points.py \
-	tests/integration/test_secagg_rounds.py tests/conformance tests/claims
+	tests/reference/test_bodies_in_a_federation.py tests/integration/test_toy_bodies.py \
+	tests/integration/test_federated_continual.py tests/integration/test_engines.py tests/integration/test_resume.py \
+	tests/integration/test_kill_points.py tests/integration/test_secagg_rounds.py tests/conformance tests/claims
 
 .PHONY: demo test slow attack claims full kernels gpu lint checkpoint smoke clean
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer.main
 
+# The tree of commands takes a tenth of a second to build, and tests call commands many hundred times.
+typer.main.get_command = cache(typer.main.get_command)
 pytest.register_assert_rewrite("support")
 torch.set_num_threads(1)
 
@@ -40,6 +45,23 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
         return simulate({}, {**TINY, **(config or {})}, tmp_path / name, **arguments)
 
     return run
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are made and never painted, which would take most of a report's time: their files are no images."""
+    from fedpeft.record import drawing
+
+    monkeypatch.setattr(drawing, "png", lambda figure: b"\x89PNG")
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes are forked, with all imported; fresh ones, which test_engines has, import for seconds."""
+    from fedpeft.simulations import workers
+
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: fork)
 
 
 @pytest.fixture

@@ -80,7 +80,9 @@ def test_a_test_time_method_documents_itself_and_its_options(name):
         configs.method("tta", name, {"learning_rat": 1.0}, "tta", model=None)
 
 
-@pytest.mark.parametrize("name, model", sampled(registry.names("adapters"), ["tiny-vit", "tiny-bert", "tiny-llama"]))
+@pytest.mark.parametrize(
+    "name, model", sampled(registry.names("adapters"), ["tiny-vit", "tiny-bert", "tiny-llama"], keep=2)
+)
 def test_an_adapter_trains_on_every_model_family(name, model, tiny, tmp_path):
     text = {"data.source": "docstrings", "data.limit": 60, "model.max_length": 32}
     config = {

@@ -71,9 +71,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tiny, tmp_
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tiny, tmp_path):
-    tiny("run", {**settings(name), "run.rounds": 1})
-    here = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run")
+def test_a_client_moves_what_the_strategy_declares_and_nothing_else(name, tmp_path):
+    here = load_world(configs.load({}, {**TINY, **settings(name)}), tmp_path / "run")
     local, strategy = here.local, here.strategy
     server = strategy.before_round(here.start)
     client = "client-001"

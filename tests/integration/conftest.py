@@ -35,6 +35,11 @@ class Result:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def no_paint(unpainted):
+    """Only the finished runs, which are made once, have real images."""
+
+
 @pytest.fixture
 def fedpeft(capsys, monkeypatch):
     """`fedpeft("list", "--json")` calls the command line; runs of white space in what it says on stderr become one."""

@@ -190,7 +190,7 @@ def test_the_out_side_works_with_factors_that_clients_draw_themselves(go, strate
 # Engines and resume ---------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_process_gives_the_same_bits(go, tmp_path):
+def test_a_worker_process_gives_the_same_bits(go, tmp_path, forked):
     go("here", "continual_coso", ALONE)
     go("worker", "continual_coso", {**ALONE, "run.workers": 1})
     assert adapter(tmp_path / "worker") == adapter(tmp_path / "here")

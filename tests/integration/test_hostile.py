@@ -22,7 +22,7 @@ RUN = {
     "data.clients": 12,
     "data.limit": 600,
     "client.local_steps": 10,
-    "run.rounds": 6,
+    "run.rounds": 4,
     "run.quorum": 0.3,
     "client.lr": 0.005,
 }
@@ -41,13 +41,13 @@ def test_a_robust_run_survives_hostile_clients_and_names_them(wrapper, tiny):
     entry = {"name": "krum", "byzantine": 1, "keep": 4} if wrapper == "krum" else wrapper
     clean = tiny("clean", {**RUN, "strategy.wrap": [entry]})
     hostile = tiny("hostile", {**RUN, "strategy.wrap": [entry], "run.faults": FAULTS})
-    named = {(row["client"], row["round"]) for row in hostile["quarantined"]}
-    assert named == {(client, number) for client, fault in FAULTS.items() if fault != "scale" for number in range(1, 7)}
+    named, rounds = {(row["client"], row["round"]) for row in hostile["quarantined"]}, [1, 2, 3, 4]
+    assert named == {(client, number) for client, fault in FAULTS.items() if fault != "scale" for number in rounds}
     reasons = {row["client"]: row["reason"] for row in hostile["quarantined"]}
     assert "NaN" in reasons["client-000"] and "expected float32" in reasons["client-002"]
     assert "adapter" in reasons["client-004"] and "injected crash" in reasons["client-006"]
     loud = updates_of(hostile, "client-008")
-    assert loud["far_rounds"] == loud["treated_rounds"] == [1, 2, 3, 4, 5, 6] and loud["times_median"] > 100
+    assert loud["far_rounds"] == loud["treated_rounds"] == rounds and loud["times_median"] > 100
     assert loud["treated"] == "not selected" if wrapper == "krum" else loud["treated"].startswith("trimmed in ")
     assert not any(row["far_rounds"] for row in hostile["updates"] if row["client"] != "client-008")
     assert not any(row["far_rounds"] for row in clean["updates"])
@@ -66,15 +66,16 @@ def test_without_a_robust_wrapper_the_scaled_update_ruins_the_run(tiny):
 
 
 def test_a_norm_bound_names_the_scaled_update(tiny):
-    bounded = tiny("bounded", {**RUN, "run.faults": {"client-008": "scale"}, "run.max_update_norm": 20.0})
+    bounds = {"run.rounds": 2, "run.max_update_norm": 20.0}
+    bounded = tiny("bounded", {**RUN, **bounds, "run.faults": {"client-008": "scale"}})
     assert {row["client"] for row in bounded["quarantined"]} == {"client-008"}
     assert all("norm" in row["reason"] for row in bounded["quarantined"])
 
 
-def test_clients_that_hang_or_die_are_dropped_at_the_deadline(tiny):
+def test_clients_that_hang_or_die_are_dropped_at_the_deadline(tiny, forked):
     config = {
         "run.workers": 3,
-        "run.deadline_s": 20.0,
+        "run.deadline_s": 10.0,
         "run.rounds": 1,
         "data.clients": 6,
         "data.limit": 200,

@@ -5,7 +5,6 @@ All points of every kind of run are behind the marker `attack`; of each kind a f
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 
 from fedpeft.errors import InputError
 from fedpeft.simulations import run as runs
-from fedpeft.simulations import workers
 from support.kill_points import Left, facts, ledgers, watched
 
 SMALL: dict[str, Any] = {
@@ -64,10 +62,8 @@ FEW = 2  # points of each kind in the default tier
 
 
 @pytest.fixture
-def killed(tiny, tmp_path, monkeypatch):
+def killed(tiny, tmp_path, forked):
     """`killed(kind)` is a run's folder, and what a kill at each of its points leaves."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: fork)  # starts at once
 
     def run(kind: str) -> tuple[Path, list[Left]]:
         points, left = watched(tmp_path / "run", tmp_path / "copies", lambda: tiny("run", {**SMALL, **KINDS[kind]}))

@@ -207,7 +207,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_ends_equal_later(tmp_path, fedpef
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_client_that_cannot_write_ends_the_run_and_is_not_left_out(tmp_path, workers):
+def test_a_client_that_cannot_write_ends_the_run_and_is_not_left_out(tmp_path, workers, forked):
     def in_the_way(event):
         if event["event"] == "start":
             (tmp_path / "run" / "clients").touch()

@@ -77,7 +77,7 @@ def test_clipped_changes_are_told_at_the_client_only(tiny, tmp_path, caplog):
     assert "cut" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_a_run_in_a_worker_and_a_resumed_one_give_the_same_adapter(tiny, tmp_path):
+def test_a_run_in_a_worker_and_a_resumed_one_give_the_same_adapter(tiny, tmp_path, forked):
     """State travels to the worker and back; sums do not depend on masks, so the adapters are equal bit for bit."""
     longer = {**ON, "run.rounds": 3, "run.clients_per_round": 4}
     tiny("whole", longer)

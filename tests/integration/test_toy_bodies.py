@@ -98,6 +98,7 @@ def test_a_body_from_elsewhere_runs_and_resumes(tmp_path):
     whole, cut = (ended(tmp_path / name) for name in ("whole", "cut"))
     assert whole.adapter.sha256() == cut.adapter.sha256() and whole.numbers == cut.numbers
     assert whole.numbers["continual:numbers"] == {"tasks": 3}
+    assert whole.memory.keys() == cut.memory.keys() and any("seen/" in key for key in whole.memory)
     assert all(torch.equal(value, cut.memory[key]) for key, value in whole.memory.items())
     pairs = [key for key in whole.adapter.tensors if whole.adapter.role(key) in ("A", "B")]
     assert pairs and all(torch.equal(states[3].adapter[key], states[5].adapter[key]) for key in pairs)

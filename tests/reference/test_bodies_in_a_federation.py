@@ -6,7 +6,8 @@ One round a task, one batch of all records a step, Adam at both: what is left be
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from functools import cache
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,13 @@ def play(server_body: ServerBody, shares: int = 1) -> tuple[list[Tensor], list[S
     return logits, states, model
 
 
+@cache
+def last_logits(case: str) -> Tensor:
+    """The test records' logits after the last task of a case in SAME; asked for in float64 only."""
+    body, options, _ = SAME[case]
+    return play(half(body, options))[0][-1]
+
+
 def learned(body: str, options: dict[str, Any]) -> list[Tensor]:
     """The same of one learner, which begins with the same classifier, and the same pairs where it draws none."""
     start = adapted().state()
@@ -121,15 +129,17 @@ def learned(body: str, options: dict[str, Any]) -> list[Tensor]:
 def test_one_client_is_one_learner(case, float64):
     body, options, alone = SAME[case]
     for one, two in zip(play(half(body, options))[0], learned(body, {**options, **alone}), strict=True):
-        torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-7)
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("case", sorted(set(SAME) - {"sequential"}))
-def test_no_body_is_sequential_in_disguise(case, float64):
+def test_no_two_bodies_are_one_in_disguise(float64):
     """What the test above compares is far apart from body to body."""
-    body, options, _ = SAME[case]
-    last, plain = play(half(body, options))[0][-1], play(half("sequential", {}))[0][-1]
-    assert float((last - plain).abs().max()) > 1e-2
+    apart = {
+        (one, two): float((last_logits(one) - last_logits(two)).abs().max())
+        for one, two in combinations(SAME, 2)
+        if SAME[one][0] != SAME[two][0]
+    }
+    assert len(apart) >= 10 and min(apart.values()) > 1e-1, apart
 
 
 def test_inflora_takes_the_sums_of_all_clients_and_no_client_alone(float64):
@@ -215,9 +225,9 @@ def test_a_task_whose_last_round_is_dropped_is_merged_too(float64):
 def test_a_general_half_keeps_nothing_outside_of_the_state(case, float64):
     """Two halves take turns: what one has done the other goes on from, bit for bit."""
     body, options, _ = SAME[case]
-    one = [half(body, options) for _ in range(2)]
+    both = [half(body, options) for _ in range(2)]
     states = []
-    for halves in (one[:1], one):
+    for halves in (both[:1], both):
         server = ServerState(adapted().state())
         plan = Curriculum(tuple((task,) for task in range(TASKS)), 1)
         draw = torch.Generator().manual_seed(1)
@@ -228,7 +238,9 @@ def test_a_general_half_keeps_nothing_outside_of_the_state(case, float64):
             server = replace(strategy.aggregate(server, [Update("client", 1.0, moved)]), round=task + 1)
         states.append(server)
     assert states[0].adapter.sha256() == states[1].adapter.sha256() and states[0].numbers == states[1].numbers
-    assert all(torch.equal(value, states[1].memory[key]) for key, value in states[0].memory.items())
+    one, other = (state.memory for state in states)
+    assert one.keys() == other.keys() and bool(one) == (body == "merging")
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def test_the_general_half_runs_what_has_no_half_of_its_own():

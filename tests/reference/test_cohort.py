@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -68,13 +69,15 @@ def check(model, jobs, trains, config, tokens=(WIDE, FEW), limit=EXACT):
 
 
 @pytest.mark.parametrize(
-    "kind, config, sizes",
+    "kind, case",
     sampled(
-        ["bert", "roberta", "vit", "llama", "gpt2"], ["sgd", "momentum", "adamw", "epochs"], ["even", "uneven"], keep=2
+        ["bert", "roberta", "vit", "llama", "gpt2"],
+        [*product(["sgd", "momentum", "adamw", "epochs"], ["even", "uneven"])],
+        keep=2,
     ),
 )
-def test_equals_clients_one_by_one(build, kind, config, sizes):
-    model = build(kind)
+def test_equals_clients_one_by_one(build, kind, case):
+    model, (config, sizes) = build(kind), case
     config = {"sgd": SGD, "momentum": HEAVY, "adamw": ADAMW, "epochs": EPOCHS}[config]
     sizes = {"even": EVEN, "uneven": UNEVEN}[sizes]
     check(model, make_jobs(model, sizes, kind), ALL if small.HEADS[kind] else AB, config)

@@ -18,7 +18,7 @@ from support.classified import EXACT, REFERENCED, ROBUST
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
 # FedSA has no global product, server optimizers move by a step of their own: both are tested apart.
 RULES = REFERENCED
-STATEFUL = (*RULES, "fedsa", "fedadam", "fedyogi", "fedadagrad")
+STATEFUL = (*RULES, "fedsa", "fedadam", "fedyogi", "fedadagrad", "atp")
 FLOAT32 = {"flora", "fedex", "flower"}  # residual factors, and Flower's arrays, are float32
 
 

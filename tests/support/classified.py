@@ -137,7 +137,7 @@ APART = {
     "fedadam": "steps by itself",
     "fedyogi": "steps by itself",
     "fedadagrad": "steps by itself",
-    "atp": "its rates are in test_asked and test_client_halves",
+    "atp": "the mean of its rates is in test_federated_continual and test_federated_tta",
     "fedthe": "its history is in test_federated_fedthe",
 }
 # Optimizers whose steps are torch's own, and those that are compared with their equations in float64.

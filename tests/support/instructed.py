@@ -11,6 +11,7 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.wire import PACKED
 
+ROLES = ["A", "B", "head"]
 Told = Instructions | dict[str, Any]  # ours, or the JSON of whoever wrote it
 
 
@@ -25,3 +26,8 @@ def content(received: AdapterState, told: Told) -> RecordDict:
 def changed(told: Instructions, **change: Any) -> Instructions:
     """The instructions with other values in their JSON, as a client reads them."""
     return Instructions.from_json({**told.to_json(), **change})
+
+
+def task(number: int = 1, **more: Any) -> Instructions:
+    """A round's instructions to train and send everything, or what `more` says."""
+    return changed(Instructions(number), **{"trains": ROLES, "uploads": ROLES, **more})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from itertools import product
 from typing import Any
@@ -14,31 +13,24 @@ import pytest
 def sampled(*axes: Iterable[Any], keep: int = 1) -> list[Any]:
     """The product of the axes as parameters, of which all but a sample are marked `full`.
 
-    Combinations are looked at in the order of the sha256 of their text, and taken into the sample while one of their
-    values is in fewer than `keep` of those taken. So every value of every axis is tested in `make test`, the sample is
-    the same on every machine, and a new value brings one combination and moves no other out of those before it.
+    For each value of each axis the sample holds the `keep` combinations with it whose text has the smallest sha256. So
+    every value is tested in `make test`, and the sample is the same on every machine. A new value brings `keep`
+    combinations with it, and takes another's place only with a combination of that other value and itself.
     """
-    cases = list(product(*axes))
-    seen: Counter[tuple[int, str]] = Counter()
+    axes = tuple([*axis] for axis in axes)
+    cases = sorted(product(*axes), key=lambda case: hashlib.sha256(repr(case).encode()).hexdigest())
     taken = set()
-    for case in sorted(cases, key=lambda case: hashlib.sha256(repr(case).encode()).hexdigest()):
-        values = [(axis, repr(value)) for axis, value in enumerate(case)]
-        if any(seen[value] < keep for value in values):
-            taken.add(repr(case))
-            seen.update(values)
-    return [param(case, repr(case) in taken) for case in cases]
-
-
-def every(step: int, cases: Iterable[Any]) -> list[Any]:
-    """Like cases as parameters, of which all but every `step`-th, in the order of their sha256, are marked `full`."""
-    cases = list(cases)
-    taken = set(sorted(map(repr, cases), key=lambda text: hashlib.sha256(text.encode()).hexdigest())[::step])
-    return [param(case, repr(case) in taken) for case in cases]
+    for axis, values in enumerate(axes):
+        for value in values:
+            taken |= {repr(case) for case in [case for case in cases if case[axis] == value][:keep]}
+    return [param(case, repr(case) in taken) for case in product(*axes)]
 
 
 def few(cases: Iterable[Any], always: Iterable[Any]) -> list[Any]:
     """The cases as parameters, of which all but those named are marked `full`."""
-    always = [*always]
+    cases, always = [*cases], [*always]
+    unknown = [case for case in always if case not in cases]
+    assert not unknown, f"{unknown} are named as a sample of cases that do not have them"
     return [param(case, case in always) for case in cases]
 
 

@@ -131,7 +131,7 @@ def test_bad_options(tmp_path):
         memory.run(tmp_path, ())
 
 
-def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch):
+def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch, unpainted):
     asked = []
     monkeypatch.setattr(speed.whole_run, "prepare", lambda *_: None)
     monkeypatch.setattr(

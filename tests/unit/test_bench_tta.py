@@ -64,7 +64,7 @@ class Hand:
 
 
 @pytest.fixture
-def hand(monkeypatch):
+def hand(monkeypatch, unpainted):
     """Every stream is a new `Hand`; the ones made, in order."""
     made: list[Hand] = []
 

@@ -15,14 +15,12 @@ from fedpeft.clients.train import train
 from fedpeft.config import ClientConfig, Config, StrategyConfig
 from fedpeft.errors import RunError
 from fedpeft.state import ServerState
-from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wrappers.scaffold import CONTROL
-from support import instructed
 from support import small_models as small
+from support.instructed import ROLES, task
 
 SGD = ClientConfig(optimizer="sgd", lr=0.1, local_steps=5, local_epochs=None, batch_size=4)
-ROLES = ["A", "B", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +50,6 @@ def make(model, tmp_path, **strategy):
         Store(tmp_path, history=3),
         Guard(Config(client=SGD), tmp_path / "ledger", "run"),
     )
-
-
-def task(**more):
-    return instructed.changed(Instructions(1), **{"trains": ROLES, "uploads": ROLES, **more})
 
 
 def test_a_client_that_does_not_move_is_an_error(local):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from fedpeft import config as configs
+from support.guides import GUIDES, ROOT
 
 SHIPPED = configs.shipped_configs()
-ROOT = Path(__file__).parents[2]
-GUIDES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "DEPLOY.md")
 COMMAND = re.compile(r"fedpeft simulate ([^#\n(`]+)")
 
 

@@ -21,6 +21,8 @@ from support.run_folders import (
     written,
 )
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 # What a score is compared with ----------------------------------------------------------------------------------------
 
 

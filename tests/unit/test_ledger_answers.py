@@ -12,16 +12,9 @@ from fedpeft.clients.store import Store
 from fedpeft.config import ClientConfig, Config, PrivacyConfig, RunConfig
 from fedpeft.errors import RunError
 from fedpeft.privacy.ledger import BudgetExhausted
-from fedpeft.strategies.instructions import Instructions
-from support import instructed
 from support import small_models as small
+from support.instructed import task
 from support.ledger_parts import DELTA, cost
-
-ROLES = ["A", "B", "head"]
-
-
-def task(number=1, **more):
-    return instructed.changed(Instructions(number), **{"trains": ROLES, "uploads": ROLES, **more})
 
 
 @pytest.fixture(scope="module")

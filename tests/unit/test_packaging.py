@@ -95,7 +95,9 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import fedpeft, fedpeft.strategies.rules.fedsvd, fedpeft.clients.store, fedpeft.simulations.grid
 from fedpeft import config, registry
+from fedpeft.record import drawing
 from fedpeft.simulations import run
+drawing.png = lambda figure: b""
 few = {"run.rounds": 1, "data.clients": 2, "data.limit": 60, "run.clients_per_round": 2, "run.baselines": False,
        "client.local_epochs": None, "client.local_steps": 1}
 summary = run.simulate("quickstart", few, sys.argv[2])

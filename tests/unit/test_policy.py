@@ -21,15 +21,14 @@ from fedpeft.errors import InputError
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.simulations.workers import handle
-from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.wire import PACKED
 from support import instructed
 from support import small_models as small
 from support.allowed import opened
+from support.instructed import task
 
 pytestmark = pytest.mark.usefixtures("flower_run")
 
-ROLES = ["A", "B", "head"]
 CLIENT = ClientConfig(optimizer="sgd", local_steps=2, local_epochs=None, batch_size=4)
 RECORDS = 12
 
@@ -78,10 +77,6 @@ def site(bert, tmp_path):
         )
 
     return make
-
-
-def task(number=1, **more):
-    return instructed.changed(Instructions(number), **{"trains": ROLES, "uploads": ROLES, **more})
 
 
 def ask(local, number=1, **more):

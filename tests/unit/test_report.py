@@ -25,7 +25,7 @@ def cells(page):
     return [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
 
 
-def test_a_private_run_shows_accuracy_against_epsilon_and_what_each_client_spent(tmp_path):
+def test_a_private_run_shows_accuracy_against_epsilon_and_what_each_client_spent(tmp_path, unpainted):
     clients = {f"client-{index}": {"epsilon": 0.5 + index, "delta": 1e-5, "steps": 10} for index in range(4)}
     section = {"unit": "sample", "delta": 1e-5, "claim": "each <record>", "outside": ["who took part"]}
     section["clients"] = clients
@@ -56,7 +56,7 @@ def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path
     assert [base64.b64decode(text) for text in inlined] == [path.read_bytes() for path in files[:-1]]
 
 
-def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path):
+def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path, unpainted):
     run = make_run(tmp_path / "run", bad={3: ("client-2", "norm 9.1 is over 2")}, extra={"device": "cpu-of-test"})
     page = report.write(run)[-1].read_text()
     assert ("Accuracy 70.0 % on the server test set after round 5; mean of the last 5 evaluated rounds 50.0 %.") in page
@@ -83,7 +83,7 @@ def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path):
 OWNERS = {"client-0": "St. Mary", "client-1": "<b>N & Sons</b>", "client-2": "South", "client-3": "South"}
 
 
-def test_a_client_is_named_by_its_owner_where_the_split_says_so(tmp_path):
+def test_a_client_is_named_by_its_owner_where_the_split_says_so(tmp_path, unpainted):
     """In tables, plots and sentences; an owner of two clients is named with each, a client without one as it is."""
     clients = {f"client-{index}": {"epsilon": 0.5 + index} for index in range(5)}
     section = {"unit": "none", "delta": 1e-5, "claim": "c", "outside": [], "clients": clients}
@@ -129,7 +129,7 @@ def test_text_from_outside_is_escaped_everywhere(tmp_path):
     assert "&lt;script&gt;" in report.write(run)[-1].read_text()
 
 
-def test_an_interrupted_run_is_reported_as_far_as_it_came(tmp_path):
+def test_an_interrupted_run_is_reported_as_far_as_it_came(tmp_path, unpainted):
     run = make_run(tmp_path / "run", rounds=2, end=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"event": "round", "rou')
@@ -209,7 +209,7 @@ FAST_ON_PAGE = [
 ]
 
 
-def test_compare_puts_runs_side_by_side(tmp_path):
+def test_compare_puts_runs_side_by_side(tmp_path, unpainted):
     slow = make_run(tmp_path / "one" / "run", rounds=5)
     fast = make_run(tmp_path / "two" / "run", strategy="fedsvd", rounds=3, gain=0.2, seed=7)
     rows = side_by_side.table([slow, fast])
@@ -229,7 +229,7 @@ def test_compare_puts_runs_side_by_side(tmp_path):
     assert sum(item.get_label().startswith("frozen model") for item in axes.lines) == 1
 
 
-def test_compare_says_when_accuracies_are_not_comparable_or_a_run_has_not_ended(tmp_path):
+def test_compare_says_when_accuracies_are_not_comparable_or_a_run_has_not_ended(tmp_path, unpainted):
     runs = [make_run(tmp_path / "global"), make_run(tmp_path / "personal", personalised=True, end=False)]
     page = side_by_side.compare(runs, tmp_path / "c.html").read_text()
     assert f"evaluated on: global {metrics.SERVER}; personal clients&#x27; held-out records" in page

@@ -1,31 +1,40 @@
-"""The sample of a product is fixed, small, and has every value."""
+"""The sample of a product is fixed, small, has every value, and hardly changes with a new one."""
 
 from __future__ import annotations
 
-from support.sample import every, few, sampled
+import pytest
+
+from support.sample import few, sampled
+
+AXES = ["abcdefgh", range(5), ("x", "y")]
 
 
 def kept(cases):
     return [case.values for case in cases if not case.marks]
 
 
-def test_a_sample_has_every_value_and_is_small():
-    axes = ["abcdefgh", range(5), ("x", "y")]
-    for keep in (1, 2):
-        cases, sample = sampled(*axes, keep=keep), kept(sampled(*axes, keep=keep))
-        assert len(cases) == 80 and 8 * keep <= len(sample) <= 15 * keep
-        for axis, values in enumerate(axes):
-            assert all(sum(case[axis] == value for case in sample) >= keep for value in values)
-    assert kept(sampled(*axes)) == kept(sampled(*axes))
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_sample_has_every_value_and_is_small(keep):
+    cases, sample = sampled(*AXES, keep=keep), kept(sampled(*AXES, keep=keep))
+    assert len(cases) == 80 and 8 * keep <= len(sample) <= 15 * keep
+    for axis, values in enumerate(AXES):
+        assert all(sum(case[axis] == value for case in sample) >= keep for value in values)
+    assert kept(sampled(*AXES, keep=keep)) == sample
+    assert {*kept(sampled(*(axis[::-1] for axis in AXES), keep=keep))} == {*sample}, "whatever the order"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("axis, value", [(axis, value) for axis, values in enumerate(AXES) for value in values])
+def test_a_new_value_changes_the_sample_by_its_own_combinations_only(axis, value, keep):
+    before = [[one for one in values if (place, one) != (axis, value)] for place, values in enumerate(AXES)]
+    old, new = ({*kept(sampled(*axes, keep=keep))} for axes in (before, AXES))
+    assert new - old == {case for case in new if case[axis] == value} != set()
+    others = sum(map(len, before)) - len(before[axis])  # values whose place a combination with the new one may take
+    assert len(old - new) <= keep * others
 
 
 def test_one_axis_is_whole_and_few_are_those_named():
     assert kept(sampled("abc")) == [("a",), ("b",), ("c",)]
     assert kept(few("abc", "b")) == [("b",)] and len(few("abc", "b")) == 3
-
-
-def test_every_third_of_a_list():
-    cases = [(number, -number) for number in range(10)]
-    assert len(every(3, cases)) == 10 and len(kept(every(3, cases))) == 4
-    assert kept(every(3, cases)) == kept(every(3, cases)) and {*kept(every(3, cases))} == {*kept(every(3, cases[::-1]))}
-    assert kept(every(1, cases)) == cases and len(kept(every(20, cases))) == 1
+    with pytest.raises(AssertionError, match=r"\['d'\] are named"):
+        few("abc", "bd")

@@ -186,6 +186,8 @@ def test_a_reply_of_another_form_loses_its_client_and_no_other(stage, how):
     result, _ = exchanged(own, after, spoiled={gone: (stage, change)})
     expect(result, after, [client for client in after if client != gone or stage == 3], own)
     assert result[2]["secagg"]["dropped"] == {NAMES[stage]: [gone]}
+    _, bad, _ = result
+    assert "Traceback" not in bad.get(gone, "") and bool(bad.get(gone)) == (stage != 3)
 
 
 @given(st.dictionaries(st.sampled_from(list(updates(5))), st.integers(0, 3), max_size=3), st.booleans())

@@ -23,6 +23,8 @@ from support.run_folders import (
     written,
 )
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 # A sequence of tasks --------------------------------------------------------------------------------------------------
 
 
