@@ -41,7 +41,11 @@ def answer(
         OSError: a disk that cannot be written has nothing to do with a record.
     """
     if not local.guard.private:
-        return scores(local, client, received, start, told)
+        plain = scores(local, client, received, start, told)
+        if local.guard.policy(client) is None:
+            return plain
+        further = local.model.base.objective.measures  # no policy knows them, so none allows them
+        return {key: value for key, value in plain.items() if key not in further}
     found: dict[str, float] = {}
     try:
         found = scores(local, client, received, start, told)

@@ -10,7 +10,6 @@ What is added to a private gradient afterwards depends on noised or public value
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.data.ragged import runs
 from fedpeft.errors import RunError
 from fedpeft.models.agreement import rows_of
+from fedpeft.objectives import measures
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
@@ -239,26 +239,29 @@ def _predict(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple
 
 
 @torch.no_grad()
-def evaluate(model: Adapted, data: Encoded, batch_size: int = 256, tokens: int = EVALUATED) -> dict[str, float]:
+def evaluate(
+    model: Adapted,
+    data: Encoded,
+    batch_size: int = 256,
+    tokens: int = EVALUATED,
+    tally: measures.Tally | None = None,
+) -> dict[str, float]:
     """What the model's objective measures of the records that have something to predict; `num-examples` of them.
 
     Args:
         batch_size: most records of a pass.
         tokens: most tokens of a pass, padding included; of a language model fewer where its scores would be more than
             SCORES numbers. A longer record is a pass by itself.
+        tally: of whoever wants to see more of the answers; a new one is the default.
     """
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
-    objective, teaching = model.base.objective, data.teaching()
-    sums: defaultdict[str, float] = defaultdict(int)
+    tally = measures.Tally(model.base.objective) if tally is None else tally
+    teaching = data.teaching()
     with first_token(model, data):
         for places in runs(token_counts(model, data)[teaching], batch_size, scored_tokens(model, tokens)):
-            scores, targets = _predict(model, *on_device(data, teaching[places], device))
-            # Sums over many records must not hang on how they are cut into batches.
-            losses = objective.losses(scores, targets).double()
-            for key, value in objective.measure(scores, targets, losses).items():
-                sums[key] += value
-    return objective.metrics(sums, len(teaching))
+            tally.add(*_predict(model, *on_device(data, teaching[places], device)))
+    return tally.metrics()
 
 
 def scored_tokens(model: Adapted, tokens: int) -> int:

@@ -142,6 +142,7 @@ TABLES: dict[str, dict[str, str]] = {
         "client_dp": "fedpeft.strategies.wrappers.client_dp:check",
         "continual": "fedpeft.strategies.sequence.build:check",
         "privacy": "fedpeft.clients.guard:check",
+        "metric": "fedpeft.objectives.base:check",
         "tta": "fedpeft.clients.test_time:check",
         "client_half": "fedpeft.strategies.client:check",
         "training": "fedpeft.clients.training_checks:check",

@@ -161,7 +161,7 @@ class FederatedStrategy(Configured, Strategy):
         *,
         stop: int | None = None,
         codec: wire.Codec = wire.PACKED,
-        evaluate: Callable[[ServerState], dict[str, float]] | None = None,
+        evaluate: Callable[[ServerState], dict[str, Any]] | None = None,
         record: Callable[[dict[str, Any]], None] = lambda event: None,
         after_round: Callable[[ServerState], None] = lambda server: None,
     ) -> ServerState:

@@ -227,6 +227,11 @@ class RunConfig:
     threads: int = option(1, "threads per process", low=1)
     device: str = option("auto", "torch device; auto takes an accelerator when there is one")
     evaluate_every: int = option(1, "rounds between evaluations of the global model; the last one always is", low=1)
+    metric: str | None = option(
+        None,
+        "the measure that a run's headline names first: accuracy, loss, or one of the objective's (f1, auroc, "
+        "average_precision, ece; of language models exact_match, perplexity); null is accuracy, or perplexity",
+    )
     baselines: bool = option(True, "fit logistic regressions on frozen features and on pixels or words, for the table")
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
     deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)

@@ -22,8 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft import registry
+from fedpeft.errors import InputError
+from fedpeft.objectives.measures import CLASSES, Measure, described
 
 if TYPE_CHECKING:
+    from fedpeft.config import Config
     from fedpeft.data.encode import Encoded
     from fedpeft.data.records import Records
 
@@ -39,6 +42,7 @@ class Objective:
         peft_task: peft's `task_type`; None where peft has none.
         classes: labels are classes, for which the model has a head; else a label is no class and there is no head.
         causal: every token is predicted from those before it, so a model that sees later ones is refused.
+        measures: what an evaluation says beside accuracy and loss; `run.metric` names one of all.
         mean_pooled: a linear head on mean-pooled features can take the place of the model's own.
     """
 
@@ -48,6 +52,7 @@ class Objective:
     classes: ClassVar[bool] = True
     causal: ClassVar[bool] = False
     mean_pooled: ClassVar[bool] = False
+    measures: ClassVar[Mapping[str, Measure]] = CLASSES
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -94,6 +99,14 @@ class Objective:
             "num-examples": samples,
         }
 
+    def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
+        """Measures that follow from the sums too. No private client sends them, unlike `metrics`."""
+        return {}
+
+    def predictions(self, scores: Tensor) -> Tensor:
+        """What the measures that are computed of all records take of the scores of a batch."""
+        return scores.softmax(-1)
+
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The scores [N, K] of one answer for each record, which test-time methods adapt."""
         return logits
@@ -115,6 +128,21 @@ def load_objective(task: str) -> Objective:
     """
     objective: Objective = registry.load("objectives", task, "model.task")(task)
     return objective
+
+
+def check(config: Config) -> None:
+    """Refuse a `run.metric` that the objective does not have, or that a sequence of tasks is not measured by."""
+    metric, task = config.run.metric, config.model.task
+    if metric is None:
+        return
+    names = described(load_objective(task).measures)
+    if metric not in names:
+        raise InputError(registry.unknown(f"run.metric (of {task})", metric, names))
+    if config.continual.body is not None and metric != "accuracy":
+        raise InputError(
+            f"run.metric={metric}: with continual.body={config.continual.body} a run is measured by the accuracy "
+            "of the head that answers, over all classes so far. Set run.metric=accuracy."
+        )
 
 
 def divide(total: float, count: float) -> float:

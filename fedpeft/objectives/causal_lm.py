@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.stored import Tokens
 from fedpeft.objectives.base import IGNORE, Objective, divide
+from fedpeft.objectives.measures import TOKENS
 
 log = logging.getLogger("fedpeft.data")
 
@@ -31,6 +33,7 @@ class CausalLM(Objective):
     peft_task = "CAUSAL_LM"
     classes = False
     causal = True
+    measures = TOKENS
 
     def encode(
         self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
@@ -88,7 +91,8 @@ class CausalLM(Objective):
 
     def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
         over_tokens = float((losses * (targets != IGNORE).sum(1)).sum())
-        return {**super().measure(scores, targets, losses), "over_tokens": over_tokens}
+        exact = int(((scores.argmax(-1) == targets) | (targets == IGNORE)).all(1).sum())
+        return {**super().measure(scores, targets, losses), "over_tokens": over_tokens, "exact": exact}
 
     def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`loss` is the mean over texts, `token_loss` that over all their tokens, which are `test_tokens`."""
@@ -96,6 +100,16 @@ class CausalLM(Objective):
             **super().metrics(sums, samples),
             "test_tokens": sums["targets"],
             "token_loss": divide(sums["over_tokens"], sums["targets"]),
+        }
+
+    def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
+        """`exact_match`: a text whose every next token is the most likely one is what greedy generation from its first
+        token says. `perplexity` is exp of the mean loss of all tokens.
+        """
+        loss = divide(sums["over_tokens"], sums["targets"])
+        return {
+            "exact_match": divide(sums["exact"], samples),
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
         }
 
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

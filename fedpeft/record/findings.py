@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fedpeft.record import measured
+
 Event = dict[str, Any]
 LAST = 5  # evaluated rounds whose mean stands beside the last
 SERVER = "server test set"
@@ -39,6 +41,11 @@ def of(events: list[Event], config: dict[str, Any], found: dict[str, Any]) -> di
     whole = {**found, **entries}
     tokens = whole["test_tokens"] is not None  # accuracy is then a share of tokens, which are not independent
     entries["standard_error"] = None if tokens else standard_error(whole["final"], whole["test_records"])
+    if whole.get("sequence") is None:
+        prefix = "" if whole["evaluated_on"] == SERVER else "client_"
+        entries["measures"] = measured.table(events, prefix, (whole["final"] or {}).get("round"))
+        entries["by_class"] = measured.by_class(events)
+        entries["metric"] = (config.get("run") or {}).get("metric")
     if tokens and whole["final"] is not None:
         entries["perplexity"] = _perplexity(events, whole)
     return {**entries, "comparison": _comparison({**whole, **entries}), "updates": _updates(events)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedpeft.record.findings import FROZEN, NAMES, SERVER
+from fedpeft.record.measured import shown
 from fedpeft.record.words import number, percent, points
 
 SEEDED = "seeded: not private"
@@ -23,7 +24,7 @@ def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
         return lines + _sequence(summary)
     if summary["final"] is None:
         return [*lines, "Nothing has been evaluated yet."]
-    return [*lines, *_score(summary, config), *_compared(summary)]
+    return [*lines, *_metric(summary), *_score(summary, config), *_compared(summary)]
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -109,6 +110,22 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
             f"The frozen model with the same head has {percent(frozen)}{beside}: {points(final['accuracy'] - frozen)}."
         )
     return [*lines, *_compared(summary), *([alone] if alone else [])]
+
+
+def _metric(summary: dict[str, Any]) -> list[str]:
+    """The measure that `run.metric` names, where it is another than what every headline says."""
+    name = summary.get("metric")
+    row = summary.get("measures", {}).get(name)
+    if row is None or name in ("accuracy", "perplexity"):
+        return []
+    words = row["words"][0].upper() + row["words"][1:]
+    if row["final"] is None:
+        return [f"{words}: {shown(row, row['clients']['mean'])}, mean of {row['clients']['clients']} clients."]
+    frozen = f"; the frozen model has {shown(row, row['frozen'])}" if row["frozen"] is not None else ""
+    return [
+        f"{words}: {shown(row, row['final'])} on the {summary['evaluated_on']} after round {summary['final']['round']}"
+        f"{frozen}."
+    ]
 
 
 def _score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:

@@ -13,13 +13,24 @@ from typing import Any
 
 from fedpeft.files import write_bytes
 from fedpeft.record import drawing, lead, metrics, plots
+from fedpeft.record.measured import html_measures
 from fedpeft.record.pages import html_folded, html_image, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run, load
 from fedpeft.record.words import number, percent, plain, points
 
 log = logging.getLogger("fedpeft")
 MOST_ROWS = 1000  # of a table with a row for each client and round
-APART = ("privacy", "continual", "sequence", "tta", "headline", "comparison", "owner")  # have a place of their own
+APART = (
+    "privacy",
+    "continual",
+    "sequence",
+    "tta",
+    "headline",
+    "comparison",
+    "owner",
+    "measures",
+    "by_class",
+)  # have a place of their own
 
 
 def write(run: Path) -> list[Path]:
@@ -63,6 +74,7 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
         body += _test_time(summary["tta"])
     if summary.get("sequence"):
         body += _sequence(summary)
+    body += html_measures(summary.get("measures") or {}, summary.get("by_class"))
     facts = [
         [plain(key), _fact(key, value)]
         for key, value in summary.items()

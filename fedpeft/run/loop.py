@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from flwr.serverapp import Grid
 
 from fedpeft.config import Config
+from fedpeft.objectives.measures import described
 from fedpeft.record import checkpoint
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import comparators, results, sequence
@@ -110,6 +111,7 @@ def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, 
             "rounds": config.run.rounds,
             "trainable_parameters": count_trainable(world),
             "personalised": bool(world.strategy.keeps),
+            "measures": described({} if config.continual.body else world.local.model.base.objective.measures),
             "test_fingerprint": world.test.fingerprint if len(world.test) else None,
             "skipped": [entry.tree() for entry in world.skipped],
         }

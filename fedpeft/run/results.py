@@ -15,6 +15,7 @@ from fedpeft.clients.train import evaluate
 from fedpeft.data import split
 from fedpeft.errors import RunError
 from fedpeft.files import write_bytes
+from fedpeft.objectives.measures import Tally
 from fedpeft.record import report
 from fedpeft.record.metrics import read, summarise
 from fedpeft.run import guarantee, sequence
@@ -25,15 +26,22 @@ from fedpeft.strategies.secagg import terms
 log = logging.getLogger("fedpeft")
 
 
-def score(world: World, server: ServerState) -> dict[str, float]:
-    """Accuracy and loss of the global model on the server's test set; in a sequence, on that of the classes so far."""
+def score(world: World, server: ServerState) -> dict[str, Any]:
+    """What is measured of the global model on the server's test set, after the last round also `by_class`.
+
+    In a sequence of tasks it is accuracy and loss on the records of the classes so far.
+    """
     if world.config.continual.body is not None:
         return sequence.score(world, server)
     world.local.model.write(server.adapter)
-    result = evaluate(world.local.model, world.test_encoded, tokens=world.config.run.evaluate_tokens)
+    tally = Tally(world.local.model.base.objective)
+    result = evaluate(world.local.model, world.test_encoded, tokens=world.config.run.evaluate_tokens, tally=tally)
+    last = server.round == world.config.run.rounds
+    classes = tally.by_class(world.test.label_names) if last else {}
     return {
         **{key: value for key, value in result.items() if key != "num-examples"},
         "test_records": int(result["num-examples"]),
+        **({"by_class": classes} if classes else {}),
     }
 
 

@@ -33,7 +33,19 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # A whole module may reach up for one thing, inside a function.
 EXCEPTIONS = {("fedpeft.config.loading", "fedpeft.simulations"), ("fedpeft", "fedpeft.simulations.run")}
-HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "ray", "flwr", "opacus", "sklearn", "safetensors"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "matplotlib",
+    "ray",
+    "flwr",
+    "opacus",
+    "sklearn",
+    "safetensors",
+    "torchmetrics",
+}
 LIGHT = (
     "fedpeft",
     "fedpeft.errors",

@@ -173,6 +173,10 @@ def test_resume_refuses_a_record_that_is_behind_the_checkpoint(tmp_path):
 
 def test_summary_numbers_by_hand():
     summary = summarise(run_events(), PLAIN, {"device": "cpu"})
+    accuracy, loss = (summary["measures"].pop(name) for name in ("accuracy", "loss"))
+    assert (accuracy["final"], accuracy["best"], accuracy["best_round"], accuracy["frozen"]) == (0.625, 0.75, 2, 0.25)
+    assert loss["best"] == min(score for score in (loss["best"], loss["final"])) and loss["clients"] is None
+    assert (summary.pop("measures"), summary.pop("by_class"), summary.pop("metric")) == ({}, None, None)
     assert summary == {
         "strategy": "fedsvd",
         "engine": "cohort",
