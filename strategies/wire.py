@@ -20,6 +20,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft import progress
 from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
 from fedpeft.flower import ErrorCode
@@ -285,12 +286,16 @@ def refused(reply: Message, reason: str) -> Message:
 def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Message]:
     """Replies to these messages, until all are there or the deadline; a grid that can, gives up on the rest."""
     waiting, replies = list(names), []
+    progress.step("clients", 0, len(names))
     until = math.inf if deadline_s is None else time.monotonic() + deadline_s
     while waiting:
-        arrived = [reply for reply in grid.pull_messages(waiting) if reply.metadata.reply_to_message_id in waiting]
+        with progress.share_of("clients", len(names) - len(waiting), len(names)):  # clients may train ahead together
+            pulled = list(grid.pull_messages(waiting))
+        arrived = [reply for reply in pulled if reply.metadata.reply_to_message_id in waiting]
         replies += arrived
         answered = {reply.metadata.reply_to_message_id for reply in arrived}
         waiting = [name for name in waiting if name not in answered]
+        progress.step("clients", len(names) - len(waiting), len(names))
         if waiting and time.monotonic() > until:
             # Flower's own grids have no such thing.
             if hasattr(grid, "cancel"):

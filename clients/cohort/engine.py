@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.chunk import Chunk, Done, Job
@@ -76,6 +77,7 @@ def train_cohort(
             for chunk in _chunks(model, jobs, config, tokens):
                 results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
                 done |= dict(zip(chunk, results, strict=True))
+                progress.step("clients", len(done), len(jobs))
     finally:
         model.base.backbone.eval()
     return [done[index] for index in range(len(jobs))]

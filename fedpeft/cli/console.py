@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpeft import folders
+from fedpeft.cli import alive
 from fedpeft.errors import RunError, Stopped
 from fedpeft.files import explained
 from fedpeft.record.lead import warnings
@@ -38,6 +39,7 @@ def fail(message: str) -> None:
 
 def note(message: str) -> None:
     """A line that is no error, on standard error."""
+    alive.spoke()
     err.print(message, markup=False, soft_wrap=True)
 
 

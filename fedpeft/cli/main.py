@@ -8,14 +8,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedpeft import __version__
-from fedpeft.cli import console
+from fedpeft.cli import alive, console
 from fedpeft.cli.bench import bench_app
 from fedpeft.cli.deploy import server_app, site_app
 from fedpeft.cli.privacy import privacy_app
@@ -247,8 +247,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
-        with stopped_by_signals():
-            app([_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)], prog_name="fedpeft")
+        words = [_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)]
+        with stopped_by_signals(), _watched(words):
+            app(words, prog_name="fedpeft")
     except InputError as error:
         console.fail(str(error))
         sys.exit(2)
@@ -261,6 +262,14 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         console.note(f"{'interrupted' if stop.number == signal.SIGINT else 'terminated'}. {stop.advice}".strip())
         sys.exit(128 + stop.number)
+
+
+def _watched(words: list[str]) -> AbstractContextManager[None]:
+    """Signs of life of the command that these words call, on standard error; a terminal has bars and notes instead."""
+    if console.err.is_terminal:
+        return nullcontext()
+    groups = {group.name for group in app.registered_groups}
+    return alive.watched(" ".join(words[: 2 if words[:1] and words[0] in groups else 1]), console.note)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import __version__, registry
+from fedpeft import __version__, progress, registry
 from fedpeft.data import readers
 from fedpeft.data.recipe import Recipe, sha256
 from fedpeft.data.tables import Table, Tables
@@ -108,7 +108,7 @@ def _files(chosen: Recipe, source: Path | None, scratch: Path) -> dict[str, Path
     if folder is None:
         folder = scratch / "packages"
         folder.mkdir()
-        for item in chosen.sources:
+        for item in progress.each("parts", chosen.sources):
             item.download(folder)
     return {name: path for item in chosen.sources for name, path in item.find(folder).items()}
 

@@ -34,6 +34,17 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def about(seconds: float) -> str:
+    """A length of time as people say it.
+
+    >>> about(12.4), about(150), about(9000)
+    ('12 s', '2 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def plain(key: str) -> str:
     """A key as words: underscores become spaces."""
     return key.replace("_", " ")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from flwr.serverapp import Grid
 
+from fedpeft import progress
 from fedpeft.config import Config
 from fedpeft.objectives.measures import described
 from fedpeft.record import checkpoint
@@ -80,6 +81,8 @@ def run(
     """
 
     def record(event: Event) -> None:
+        if event["event"] in ("round", "round_dropped"):
+            progress.step("rounds", event["round"], world.config.run.rounds)
         recorder.record(event)
         on_event(event)
 
@@ -90,6 +93,7 @@ def run(
     else:
         recorder.resume(server.round, sequence.find_unfinished(server))
         on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
+    progress.step("rounds", server.round, world.config.run.rounds)
     # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
     if not is_complete(world, server):
         with open_federation() as federation:

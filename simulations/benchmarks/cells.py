@@ -18,9 +18,10 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from fedpeft import __version__, files, registry
+from fedpeft import __version__, files, progress, registry
 from fedpeft import config as configs
 from fedpeft.errors import InputError
+from fedpeft.record.words import about
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
@@ -38,25 +39,18 @@ class Progress:
         self.tell, self.total = tell, total
         self.done = self.ran = 0
         self.started = time.monotonic()
+        progress.step("parts", 0, total)
 
     def __call__(self, line: str) -> None:
         self.done, self.ran = self.done + 1, self.ran + 1
+        progress.step("parts", self.done, self.total)
         rest = (time.monotonic() - self.started) / self.ran * (self.total - self.done)
         self.tell(f"{self.done}/{self.total} {line}" + (f", {about(rest)} left" if self.done < self.total else ""))
 
     def skip(self, parts: int = 1) -> None:
         """Count what was there already: it took no time, so the rest is not reckoned from it."""
         self.done += parts
-
-
-def about(seconds: float) -> str:
-    """
-    >>> about(12.4), about(150), about(9000)
-    ('12 s', '2 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        progress.step("parts", self.done, self.total)
 
 
 def silent(line: str) -> None:

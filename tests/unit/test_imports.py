@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ that are its sub-packages
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
-    {"errors", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
+    {"errors", "progress", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
     {"state", "packing", "flower"},
     {"record"},
     {"objectives", "data"},
@@ -56,7 +56,9 @@ LIGHT = (
     "fedpeft.files",
     "fedpeft.folders",
     "fedpeft.foreign",
+    "fedpeft.cli.alive",
     "fedpeft.cli.console",
+    "fedpeft.progress",
     "fedpeft.cli.catalogue",
     "fedpeft.cli.deploy",
     "fedpeft.deploy.settings",

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import config as configs
+from fedpeft import progress
 from fedpeft.clients import train as training
 from fedpeft.clients.cohort.engine import Job, cannot, train_cohort
 from fedpeft.clients.guard import Guard
@@ -79,7 +80,7 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
 
 def report(subject: Audit) -> dict[str, Any]:
     """All checks, and the claim that they are about."""
-    plan, checks = subject.plan, [check for part in PARTS for check in subject.part(part)]
+    plan, checks = subject.plan, [check for part in progress.each("parts", PARTS) for check in subject.part(part)]
     return {
         "passed": all(check.passed for check in checks),
         "claim": {
