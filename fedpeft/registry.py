@@ -143,10 +143,16 @@ TABLES: dict[str, dict[str, str]] = {
         "continual": "fedpeft.strategies.sequence.build:check",
         "privacy": "fedpeft.clients.guard:check",
         "metric": "fedpeft.objectives.base:check",
+        "trackers": "fedpeft.record.trackers.base:check",
         "tta": "fedpeft.clients.test_time:check",
         "client_half": "fedpeft.strategies.client:check",
         "training": "fedpeft.clients.training_checks:check",
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
+    },
+    "trackers": {
+        "tensorboard": "fedpeft.record.trackers.tensorboard:TensorBoardTracker",
+        "wandb": "fedpeft.record.trackers.wandb:WandbTracker",
+        "mlflow": "fedpeft.record.trackers.mlflow:MLflowTracker",
     },
     "partitioners": {
         "iid": "fedpeft.data.partition:IID",

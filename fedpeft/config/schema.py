@@ -232,6 +232,11 @@ class RunConfig:
         "the measure that a run's headline names first: accuracy, loss, or one of the objective's (f1, auroc, "
         "average_precision, ece; of language models exact_match, perplexity); null is accuracy, or perplexity",
     )
+    trackers: list[str] = option(
+        [],
+        "registered trackers that are told the run's numbers, config, plots and adapter (tensorboard, wandb, mlflow), "
+        "which pip's extra fedpeft[trackers] installs",
+    )
     baselines: bool = option(True, "fit logistic regressions on frozen features and on pixels or words, for the table")
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
     deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)

@@ -15,7 +15,7 @@ from fedpeft.record.words import number, percent
 
 Event = dict[str, Any]
 TAIL = 0.1
-PLAIN = {  # of a run that was recorded before runs said what they are measured by
+PLAIN: dict[str, dict[str, Any]] = {  # of a run that was recorded before runs said what they are measured by
     "accuracy": {"words": "accuracy", "higher": True, "share": True},
     "loss": {"words": "loss", "higher": False, "share": False},
 }
@@ -31,7 +31,7 @@ def table(events: list[Event], where: str, at: int | None) -> dict[str, Any]:
     """
     start = next((event for event in events if event["event"] == "start"), {})
     evaluated = [event for event in events if event["event"] in ("round", "evaluate")]
-    clients = next(
+    clients: dict[str, Event] = next(
         (event["clients"] for event in events if event["event"] == "clients_evaluated" and event["round"] == at), {}
     )
     rows = {}

@@ -169,8 +169,8 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
     often the run was resumed. `bytes_up` and `bytes_down` are payload totals. `epsilon_max` is the largest one of the
     round events, null when `privacy.unit` is none. `headline` is what the report and the terminal say first. What
     `findings` adds: `test_records`, `standard_error`, `last_rounds`, `baselines`, `comparison`, `updates`, `metric`
-    (the config's `run.metric`), `measures` (`measured.table`), `by_class` and, of a sequence of tasks, `sequence`. There
-    `final` is the answering head's, over all classes so far; what would join
+    (the config's `run.metric`), `measures` (`measured.table`), `by_class` and, of a sequence of tasks, `sequence`.
+    There `final` is the answering head's, over all classes so far; what would join
     unlike classes (`best`, `accuracy_by_round`) is null, and stands with its classes in `sequence.trained_classifier`.
 
     Args:

@@ -25,6 +25,7 @@ from fedpeft.config import Config
 from fedpeft.objectives.measures import described
 from fedpeft.record import checkpoint
 from fedpeft.record.metrics import Recorder
+from fedpeft.record.trackers.base import tracking
 from fedpeft.run import comparators, results, sequence
 from fedpeft.run.world import World
 from fedpeft.state import RoundFailed, Rules, ServerState
@@ -80,26 +81,31 @@ def run(
         RunError: the rounds have no result.
     """
 
-    def record(event: Event) -> None:
-        if event["event"] in ("round", "round_dropped"):
-            progress.step("rounds", event["round"], world.config.run.rounds)
-        recorder.record(event)
-        on_event(event)
-
     server = checkpoint.latest(folder / "checkpoints")
-    if server is None:
-        recorder.path.unlink(missing_ok=True)  # of a process that ended before its first checkpoint
-        server = begin(world, record, fit_baselines)
-    else:
-        recorder.resume(server.round, sequence.find_unfinished(server))
-        on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
-    progress.step("rounds", server.round, world.config.run.rounds)
-    # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
-    if not is_complete(world, server):
-        with open_federation() as federation:
-            server = Session(world, folder, federation, record).play(server)
-    record({"event": "end", "round": server.round})
-    return results.finish(world, server, folder)
+    with tracking(world.config, folder, 0 if server is None else server.round) as trackers:
+
+        def record(event: Event) -> None:
+            if event["event"] in ("round", "round_dropped"):
+                progress.step("rounds", event["round"], world.config.run.rounds)
+            recorder.record(event)
+            trackers.tell(event)
+            on_event(event)
+
+        if server is None:
+            recorder.path.unlink(missing_ok=True)  # of a process that ended before its first checkpoint
+            server = begin(world, record, fit_baselines)
+        else:
+            recorder.resume(server.round, sequence.find_unfinished(server))
+            on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
+        progress.step("rounds", server.round, world.config.run.rounds)
+        # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
+        if not is_complete(world, server):
+            with open_federation() as federation:
+                server = Session(world, folder, federation, record).play(server)
+        record({"event": "end", "round": server.round})
+        summary = results.finish(world, server, folder)
+        trackers.take(folder)
+    return summary
 
 
 def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, Any]]) -> ServerState:

@@ -45,6 +45,9 @@ HEAVY = {
     "sklearn",
     "safetensors",
     "torchmetrics",
+    "tensorboard",
+    "wandb",
+    "mlflow",
 }
 LIGHT = (
     "fedpeft",

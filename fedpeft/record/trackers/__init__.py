@@ -1,0 +1,1 @@
+"""Trackers show a run's events elsewhere: one file each, named by `run.trackers`."""
