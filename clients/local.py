@@ -28,7 +28,7 @@ from fedpeft.clients.opened import Answer, Opened, unlike
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.rates import Clock
 from fedpeft.clients.spending import Spending, discreet
-from fedpeft.clients.store import Store
+from fedpeft.clients.store import MOMENTS, Store, moments_of
 from fedpeft.clients.train import Private, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
@@ -193,6 +193,7 @@ class Local:
             private,
             in_order=mixed is not None,
             clock=clock,
+            moments=moments_of(kept) if self.config.client.keep_optimizer else None,
         )
 
     def _finish(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
@@ -208,8 +209,10 @@ class Local:
         start, job, trains = opened.visit.start, opened.job, opened.told.trains
         self.model.write(start)
         with self.model.competing(sequence.competing_classes(opened.told)):
-            steps, loss = train(self.model, job.data, trains, self.config.client, job.seed, **job.settings)
-        return Done(self.model.read(start.select(trains)).tensors, steps, loss)
+            moments = None if job.moments is None else {**job.moments}
+            config = self.config.client
+            steps, loss = train(self.model, job.data, trains, config, job.seed, moments=moments, **job.settings)
+        return Done(self.model.read(start.select(trains)).tensors, steps, loss, moments)
 
     def _together(self, cohort: list[Opened]) -> list[Done] | None:
         """Train a cohort; None where clients have to be trained one after another, which is said once."""
@@ -254,7 +257,7 @@ class Local:
             sent, kept = half.finish(visit, trained)
             update, keep = update.beside(sent), {**keep, **kept}
         marks, missed = sequence.mark_task(visit.kept, told, visit.client)
-        keep = {**keep, **marks}
+        keep = {**keep, **marks, **{f"{MOMENTS}{name}": value for name, value in (done.moments or {}).items()}}
         # Before the answer: a kill in between has the round done again from the older state. The other way round the
         # answer would stand, be given again, and what belongs to it would never be written.
         if keep:  # what this round did not touch (the inactive factor's control) stays

@@ -1,4 +1,5 @@
-"""A client keeps personal factors, control variates and a test-time method's state on its own disk, one file a round.
+"""A client keeps personal factors, control variates, its optimizer's state (`client.keep_optimizer`) and a test-time
+method's state on its own disk, one file a round.
 
 A file is named by the round that wrote it and written whole or not at all, so that a run resumed at round t reads what
 was true before round t, whatever a killed process had begun.
@@ -20,7 +21,13 @@ from fedpeft.files import write_bytes, write_tensors
 from fedpeft.state import AdapterState
 
 EXTRA = "extra:"  # in a file's names, of what travels beside an adapter
+MOMENTS = "optimizer:"  # in a client's kept tensors, of its optimizer's state
 ROUND, STATE = "round-*.safetensors", "tta-*.pt"
+
+
+def moments_of(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an optimizer among what a client kept; empty before its first round."""
+    return {key.removeprefix(MOMENTS): value for key, value in kept.items() if key.startswith(MOMENTS)}
 
 
 class Store:

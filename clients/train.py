@@ -2,7 +2,7 @@
 
     for each step:  g = gradient of the mean per-sample loss, or of DP-SGD (fedpeft.privacy.plan)
                     g += mu (theta - theta_0) + offset,  where the method's client half has them
-                    optimizer step at its rate (`rates`; a new optimizer every round)
+                    optimizer step at its rate (`rates`; a new optimizer every round, its state too unless it is kept)
 
 What is added to a private gradient afterwards depends on noised or public values only, so it costs no privacy.
 """
@@ -22,7 +22,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.passes import token_counts
-from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, read_state, set_rate, write_state
 from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -65,6 +65,7 @@ def train(
     private: Private | None = None,
     in_order: bool = False,
     clock: Clock = ONE_ROUND,
+    moments: dict[str, Tensor] | None = None,
 ) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
@@ -75,6 +76,8 @@ def train(
         private: train by DP-SGD.
         in_order: take the records as they stand, not shuffled.
         clock: the round, which a schedule of rates goes by.
+        moments: state of the optimizer to begin with, as `optimizers.base.read_state` has it; replaced by that at the
+            end. None begins with none and keeps none.
 
     Returns:
         Steps taken and mean loss (of private steps: of the records that were drawn and whose loss is finite; it is not
@@ -88,6 +91,8 @@ def train(
     device = next(iter(parameters.values())).device
     start = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = make_optimizer(list(parameters.values()), config, make_layout(model, parameters))
+    if moments:
+        write_state(optimizer, parameters, moments)
     rates = clock.rates(config, steps_of(len(data), config, in_order))
     losses = []
     model.training_mode()
@@ -114,6 +119,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             losses += loss
     model.base.backbone.eval()
+    if moments is not None:
+        moments.update(read_state(optimizer, parameters))
     seen = torch.stack(losses) if losses else torch.zeros(0)
     return len(rates), float((seen if private is None else seen[torch.isfinite(seen)]).mean())
 

@@ -12,9 +12,40 @@ def check(config: Config) -> None:
     """Refuse what contradicts itself in a client's training; each message names the keys and the way out."""
     client = config.client
     find_optimizer(client).require(client)
+    if client.keep_optimizer:
+        _require_lasting_state(config)
     rates.require(client, config.run.rounds)
     if client.micro_batch is not None and client.micro_batch > client.batch_size:
         raise InputError(
             f"client.micro_batch={client.micro_batch} is a part of client.batch_size={client.batch_size}, and above "
             "it. Lower it, or set it to null."
         )
+
+
+def _require_lasting_state(config: Config) -> None:
+    """Refuse to keep an optimizer's state from round to round where there is none, or where it would be of other
+    coordinates in the next round.
+
+    It is allowed under sample-level privacy: the state is made of noised gradients, and stays with the client.
+    """
+    from fedpeft.state import AdapterState, ServerState
+    from fedpeft.strategies.build import build
+
+    client, name = config.client, config.strategy.name
+    strategy = build(config)
+    if not find_optimizer(client).has_state(client):
+        reason = f"client.optimizer={client.optimizer} without momentum has no state. Set client.momentum"
+    elif config.continual.body is not None:
+        reason = f"continual.body={config.continual.body}: a task would begin with the state of the one before. Set"
+        reason += " continual.body=null"
+    elif not strategy.fixed_basis:
+        reason = (
+            f"strategy {name} changes what the coordinates mean between rounds (new factors or a moved base), so the "
+            "state would be of others. Take fedit or ffa_lora"
+        )
+    elif len({strategy.trained(ServerState(AdapterState({}), round=number)) for number in range(2)}) > 1:
+        reason = f"strategy {name} trains other factors in every second round, and each changes what the other's state"
+        reason += " is of. Take fedit or ffa_lora"
+    else:
+        return
+    raise InputError(f"client.keep_optimizer=true: {reason}, or set client.keep_optimizer=false.")

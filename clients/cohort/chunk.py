@@ -17,7 +17,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.layers import Pass
 from fedpeft.clients.cohort.passes import Piece, assemble, cut, token_counts
 from fedpeft.clients.cohort.rows import frozen, rows, shrink
-from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
+from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate
 from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.clients.train import Private, batches, per_sample_loss, steps_of
 from fedpeft.config import ClientConfig
@@ -33,7 +33,8 @@ class Job:
     Attributes:
         start: adapter tensors to start from, by parameter name; ranks may be below the model's. What is not named
             keeps the model's value.
-        seed, proximal, offset, private, in_order, clock: as of `clients.train.train`.
+        seed, proximal, offset, private, in_order, clock, moments: as of `clients.train.train`, but moments stay what
+            they are.
     """
 
     start: dict[str, Tensor]
@@ -44,6 +45,7 @@ class Job:
     private: Private | None = None
     in_order: bool = False
     clock: Clock = ONE_ROUND
+    moments: dict[str, Tensor] | None = None
 
     def steps(self, config: ClientConfig) -> int:
         """Steps that it takes."""
@@ -51,17 +53,20 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `train` takes beside model, data, roles, config and seed."""
+        """What `train` takes beside model, data, roles, config, seed and moments."""
         return {key: getattr(self, key) for key in ("proximal", "offset", "private", "in_order", "clock")}
 
 
 @dataclass
 class Done:
-    """The trained tensors, cut to the shapes of the start, on the CPU; steps taken and mean loss, as of `train`."""
+    """The trained tensors, cut to the shapes of the start, on the CPU; steps taken, mean loss and the optimizer's state
+    at the end (if it is kept), as of `train`.
+    """
 
     after: dict[str, Tensor]
     steps: int
     loss: float
+    moments: dict[str, Tensor] | None = None
 
 
 class Chunk:
@@ -106,6 +111,7 @@ class Chunk:
         """
         weights = nn.Parameter(self.values)
         optimizer = make_optimizer([weights], self.config, self.layout)
+        self._write_state(optimizer, weights)
         rates = self.jobs[0].clock.rates(self.config, self.steps[0])  # those of all
         # Before the first batch, as in `train`: a source then gives both engines the same batches and noise.
         masks = [
@@ -120,11 +126,42 @@ class Chunk:
                 weights.grad = self._gradient(weights.detach())
                 set_rate(optimizer, rates[step])
                 optimizer.step()
+                if step == 0:  # with all rows; those that leave stay in these tensors as they were
+                    state = {**optimizer.state[weights]}
         values, losses = self.values.cpu(), (self.losses.cpu() / self.seen.cpu().double()).tolist()
         return [
-            Done(self._after(job, row), steps, loss if steps else math.nan)
-            for job, row, steps, loss in zip(self.jobs, values, self.steps, losses, strict=True)
+            Done(self._after(job, values[k]), steps, loss if steps else math.nan, self._read_state(k, state))
+            for k, (job, steps, loss) in enumerate(zip(self.jobs, self.steps, losses, strict=True))
         ]
+
+    def _write_state(self, optimizer: torch.optim.Optimizer, weights: nn.Parameter) -> None:
+        """Let the optimizer go on from what clients kept; whoever kept nothing begins at zero, as a new one does."""
+        kept = [job.moments or {} for job in self.jobs]
+        kinds = set[str]().union(*map(kinds_of, kept))
+        if not kinds:
+            return
+        form = {key: torch.zeros(shape, dtype=weights.dtype) for key, shape in self.shapes.items()}
+        state: dict[str, Tensor] = {}
+        for what in kinds:
+            each = [{key: one.get(f"{what}:{key}", form[key]) for key in self.shapes} for one in kept]
+            state[what] = rows(each, form).to(self.device)
+        if count := count_of(kept[0]):  # the same of all
+            state[STEP] = torch.tensor(float(count))
+        optimizer.state[weights] = state
+
+    def _read_state(self, k: int, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The state of client k at its end."""
+        job = self.jobs[k]
+        if job.moments is None:
+            return None
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        found = {
+            f"{what}:{key}": part.view(shape).cpu().clone()
+            for what, value in state.items()
+            if what != STEP and torch.is_tensor(value)
+            for (key, shape), part in zip(self.shapes.items(), value[k].split(sizes), strict=True)
+        }
+        return found | ({STEP: torch.tensor(float(count_of(job.moments) + self.steps[k]))} if STEP in state else {})
 
     def _draws(self, job: Job) -> Iterator[np.ndarray]:
         """The records of each step. Drawn step by step, as sampling and noise may share a source."""

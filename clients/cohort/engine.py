@@ -31,6 +31,7 @@ from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.chunk import Chunk, Done, Job
 from fedpeft.clients.cohort.layers import Pass, layers, replaced
 from fedpeft.clients.cohort.passes import token_counts
+from fedpeft.clients.optimizers.base import count_of
 from fedpeft.clients.train import taught
 from fedpeft.config import ClientConfig
 from fedpeft.errors import InputError
@@ -103,5 +104,8 @@ def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) 
 
 
 def _kind(job: Job, config: ClientConfig) -> tuple[Any, ...]:
-    """What all jobs of a chunk have in common: whether their steps are private, and the rate of each step."""
-    return job.private is None, [] if config.schedule_over == "rounds" else job.clock.rates(config, job.steps(config))
+    """What all jobs of a chunk have in common: whether steps are private, the rate of each, and the steps before them
+    that their optimizer counts.
+    """
+    rates = [] if config.schedule_over == "rounds" else job.clock.rates(config, job.steps(config))
+    return job.private is None, count_of(job.moments), rates

@@ -1,4 +1,5 @@
-"""What a client's optimizer is: `client.optimizer` names it, and a client makes a new one every round.
+"""What a client's optimizer is: `client.optimizer` names it, and a client makes a new one every round; its state begins
+anew, or with `client.keep_optimizer` goes on from what the client kept on its disk (`write_state`, `read_state`).
 
 A new one is a file here and a line in `fedpeft.registry`: a subclass of `ClientOptimizer` with its options in `Config`
 (they stand under `client.optimizer_options`) and a `make` that gives a `torch.optim.Optimizer`.
@@ -32,6 +33,9 @@ from fedpeft import config as configs
 from fedpeft.config import ClientConfig, Configured
 from fedpeft.errors import InputError
 
+Tensors = dict[str, Tensor]
+STEP = "step"
+
 if TYPE_CHECKING:
     from fedpeft.adapters.adapted import Adapted
 
@@ -54,6 +58,10 @@ class ClientOptimizer(Configured):
 
     def require(self, client: ClientConfig) -> None:
         """Raise InputError where a key of the section contradicts this optimizer."""
+
+    def has_state(self, client: ClientConfig) -> bool:
+        """Whether a step leaves something behind for the next one."""
+        return True
 
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         """A new optimizer without state, at the rate `client.lr`."""
@@ -94,3 +102,37 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def write_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], kept: Tensors) -> None:
+    """Let a new optimizer of a client alone go on from what `read_state` gave; from nothing where that is empty."""
+    for key, parameter in parameters.items():
+        state = {}
+        for what in kinds_of(kept):
+            state[what] = torch.zeros_like(parameter)
+            # A smaller rank than the model's, as of what it is the state of.
+            value = kept[f"{what}:{key}"]
+            state[what][tuple(map(slice, value.shape))] = value.to(parameter)
+        if STEP in kept:
+            state[STEP] = kept[STEP].clone()
+        optimizer.state[parameter] = state
+
+
+def read_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensors:
+    """The state of a client alone: `exp_avg:site/role` and the like, and `step` where it counts; copies, on the CPU."""
+    found = {}
+    for key, parameter in parameters.items():
+        for what, value in optimizer.state[parameter].items():
+            if torch.is_tensor(value):
+                found[STEP if what == STEP else f"{what}:{key}"] = value.detach().cpu().clone()
+    return found
+
+
+def kinds_of(kept: Tensors) -> set[str]:
+    """What of each tensor is kept: `exp_avg` and the like."""
+    return {name.partition(":")[0] for name in kept} - {STEP}
+
+
+def count_of(kept: Tensors | None) -> int:
+    """Steps that a kept state has behind it; 0 where none is kept or none are counted."""
+    return int(kept[STEP]) if kept and STEP in kept else 0

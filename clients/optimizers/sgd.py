@@ -39,6 +39,9 @@ class SGD(ClientOptimizer):
                 "Set client.momentum, for example 0.9."
             )
 
+    def has_state(self, client: ClientConfig) -> bool:
+        return client.momentum > 0
+
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             weights,

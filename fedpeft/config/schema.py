@@ -137,9 +137,14 @@ class StrategyConfig:
 class ClientConfig:
     """Section `client`: a client's training in one round. One of `local_steps` and `local_epochs` is null."""
 
-    optimizer: str = option("adamw", "registered local optimizer, new every round", table="optimizers")
+    optimizer: str = option(
+        "adamw", "registered local optimizer, new every round (but keep_optimizer)", table="optimizers"
+    )
     optimizer_options: dict[str, Any] = option(
         {}, "options of the optimizer named above", options_of=("optimizers", "optimizer")
+    )
+    keep_optimizer: bool = option(
+        False, "go on with the state that the client's optimizer had after its last round, kept on the client's disk"
     )
     lr: float = option(1e-3, "local learning rate; with a schedule the largest", above=0)
     schedule: str = option("constant", "how the rate falls from lr to min_lr", choices=("constant", "linear", "cosine"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,8 +86,10 @@ def _recompute_activations(model: Any) -> None:
             f"model.gradient_checkpointing=true: {type(model).__name__} does not support it. Set it to false, and "
             "client.micro_batch to save memory."
         )
-    # The other kind has no gradient where a block's inputs have none, and over a frozen base the first ones have none.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 has another name for it, 5.0 only this one
+        # The other kind has no gradient where a block's inputs have none, and over a frozen base the first have none.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # keys and values for generation, which a block cannot write twice
 

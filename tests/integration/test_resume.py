@@ -134,6 +134,26 @@ def test_client_state_is_that_of_the_round_before(tiny, tmp_path):
     assert all(any(key.endswith("/B") for key in load_file(path)) for path in files)
 
 
+def test_optimizers_that_are_kept_go_on_where_they_were(tiny, tmp_path):
+    """Who sat a round out goes on from the state of its last one; a resumed run from that of the round before."""
+    config = {"client.keep_optimizer": True, "run.clients_per_round": 2, "run.rounds": 4}
+    tiny("whole", config)
+
+    def interrupt(event):
+        if event["event"] == "round" and event["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny("run", config, on_event=interrupt)
+    runs.resume(tmp_path / "run")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    tiny("anew", {**config, "client.keep_optimizer": False})
+    assert adapter(tmp_path / "anew") != adapter(tmp_path / "whole")
+    for folder in (tmp_path / "whole" / "clients").iterdir():
+        counts = [int(load_file(path)["optimizer:step"]) for path in sorted(folder.glob("round-*.safetensors"))]
+        assert counts == [counts[0] * (1 + number) for number in range(len(counts))]
+
+
 def test_controls_of_the_factor_that_rests_are_kept(tiny, tmp_path):
     config = {"strategy": "rolora", "strategy.wrap": ["scaffold"], "client.optimizer": "sgd", "client.lr": 0.1}
     tiny("run", config)  # three rounds: B, A, B
