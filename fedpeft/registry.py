@@ -148,6 +148,7 @@ TABLES: dict[str, dict[str, str]] = {
         "client_half": "fedpeft.strategies.client:check",
         "training": "fedpeft.clients.training_checks:check",
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
+        "conversations": "fedpeft.data.conversations:check",
     },
     "trackers": {
         "tensorboard": "fedpeft.record.trackers.tensorboard:TensorBoardTracker",

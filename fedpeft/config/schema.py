@@ -83,6 +83,29 @@ class DataConfig:
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
+    columns: dict[str, Any] = option(
+        {},
+        "columns of conversations by what is in them, where their names do not say it: {messages: NAME}, "
+        "{conversations: NAME}, {prompt: NAME, completion: NAME}, {question: NAME, answer: NAME} or "
+        "{instruction: NAME, input: NAME, output: NAME}; each may have system: NAME beside",
+    )
+    template: str | None = option(
+        None,
+        "how conversations are written: alpaca, chatml, plain, or the path of a Jinja file; null is the tokenizer's "
+        "own template, and where it has none alpaca for instructions, plain for all else",
+        path=True,
+    )
+    loss_on: str = option(
+        "response", "what of a conversation is learned: what the assistant says, or all", choices=("response", "all")
+    )
+    truncate: str = option(
+        "end",
+        "what a language model's text of over model.max_length tokens loses: its end, its start, or drop: all of it",
+        choices=("end", "start", "drop"),
+    )
+    skip_bad: bool = option(
+        False, "leave out records that are no conversation, and count them; else the first one is an error"
+    )
     labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
     cache: str | None = option(
         None,

@@ -121,8 +121,8 @@ def require_whole_texts(table: Table, name: str, known: Sequence[str | None]) ->
     if beside:
         raise InputError(
             f"{table.where}: a language model would be trained on the column {name} alone, beside "
-            f"{', '.join(beside[:5])}. Put into one column what belongs together, as the question and its answer, and "
-            f"name it with data.text; or set data.text={name} if that is meant."
+            f"{', '.join(beside[:5])}. Say which is what, as data.columns={{prompt: {name}, completion: "
+            f"{beside[0]}}}; or set data.text={name} if that column alone is meant."
         )
 
 

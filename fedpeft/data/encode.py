@@ -16,6 +16,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -30,11 +31,13 @@ from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
 from fedpeft.data.stored import Stored, Tensors, Tokens, describe_tokens, open_tokens
+from fedpeft.data.templates import template_of
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import Objective, load_objective
 
 CHUNK = 256
 TOKENIZED = 1024  # texts that are tokenized together
+CUT = {"": "are cut", "end": "are cut", "start": "are cut at their start", "drop": "are left out"}
 
 
 class Encoded:
@@ -162,6 +165,7 @@ def _cached(
         "objective": code(type(objective)),
         "max_length": max_length,
         "what": what,
+        "wording": [asdict(records.wording), template_of(records, tokenizer).text],
     }
     folder, made = cache.get("tokens", facts, make)
     if made["tokens"] is None:  # an objective that has its own way
@@ -197,7 +201,7 @@ def encode_texts(
     what: str,
     *,
     end: int | None = None,
-    keep_start: bool = False,
+    losing: str = "",
     folder: Path | None = None,
 ) -> tuple[dict[str, Ragged | int], dict[str, int], tuple[Skipped, ...]]:
     """The columns of texts and what they are filled up with, as `Tokens` has them, and what is to be said of those
@@ -205,18 +209,19 @@ def encode_texts(
 
     Args:
         end: token to put after every text that does not end in it.
-        keep_start: a text that is too long ends where it is cut, without what the tokenizer puts at an end.
+        losing: what a text that is too long loses (`shortened`); empty leaves it to the tokenizer, which keeps what it
+            puts around a text.
         folder: where the columns are written; None keeps them in memory.
     """
     writers: dict[str, RaggedWriter] = {}
     values: dict[str, set[int]] = {}
     cut = longest = 0
-    for texts in _blocks(records.inputs):
-        rows, count, most = _tokenize([str(text) for text in texts], tokenizer, max_length, keep_start, end)
+    for texts in blocks(records.inputs):
+        rows, count, most = _tokenize([str(text) for text in texts], tokenizer, max_length, losing, end)
         cut, longest = cut + count, max(longest, most)
         for name, each in rows.items():
             if name not in writers:
-                writers[name] = RaggedWriter(_type_of(name, tokenizer), folder and folder / name)
+                writers[name] = RaggedWriter(type_of(name, tokenizer), folder and folder / name)
             writers[name].extend(each)
             if name != "input_ids" and len(values.setdefault(name, set())) < 2:
                 values[name].update(*each)
@@ -231,11 +236,11 @@ def encode_texts(
     if not cut:
         return columns, fillers, ()
     with_end = ", with their end token," if end is not None else ""
-    text = f"{what} have more tokens{with_end} and are cut; the longest has {longest}"
+    text = f"{what} have more tokens{with_end} and {CUT[losing]}; the longest has {longest}"
     return columns, fillers, (Skipped(f"model.max_length={max_length}", text, cut, len(records)),)
 
 
-def _blocks(texts: Any) -> Iterator[Sequence[str]]:
+def blocks(texts: Any) -> Iterator[Sequence[str]]:
     """The texts in blocks; one empty block of no texts, as a tokenizer then still says which inputs it makes."""
     if isinstance(texts, Texts) and len(texts):
         yield from texts.blocks(TOKENIZED)  # type: ignore[misc]  # none is missing
@@ -244,14 +249,15 @@ def _blocks(texts: Any) -> Iterator[Sequence[str]]:
             yield texts[start : start + TOKENIZED]
 
 
-def _type_of(name: str, tokenizer: Any) -> Any:
+def type_of(name: str, tokenizer: Any) -> Any:
+    """The smallest type that holds a model input of this tokenizer."""
     if name != "input_ids":
         return np.uint8 if name in ("attention_mask", "token_type_ids") else np.int32
     return np.uint16 if len(tokenizer) <= 2**16 else np.int32
 
 
 def _tokenize(
-    texts: list[str], tokenizer: Any, max_length: int, keep_start: bool, end: int | None
+    texts: list[str], tokenizer: Any, max_length: int, losing: str, end: int | None
 ) -> tuple[dict[str, list[list[int]]], int, int]:
     """Rows of every model input, of at most `max_length` tokens; how many texts were cut; tokens of the longest."""
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)
@@ -264,8 +270,12 @@ def _tokenize(
                     values[index] = [*values[index], added.get(name, 0)]
     longest = max((len(ids) for ids in rows["input_ids"]), default=0)
     cut = [index for index, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-    if keep_start:
-        rows = {name: [row[:max_length] for row in values] for name, values in rows.items()}
+    if losing:
+        first = [int(ids[:1] == [tokenizer.bos_token_id]) for ids in rows["input_ids"]]
+        rows = {
+            name: [shortened(row, max_length, losing, kept) for row, kept in zip(values, first, strict=True)]
+            for name, values in rows.items()
+        }
     elif cut:
         # By the tokenizer itself, which keeps its end mark; a row cut by hand would lose it.
         short = tokenizer([texts[index] for index in cut], padding=False, truncation=True, max_length=max_length)
@@ -273,6 +283,20 @@ def _tokenize(
             for index, row in zip(cut, short[name], strict=True):
                 values[index] = row
     return rows, len(cut), longest
+
+
+def shortened(row: list[Any], most: int, losing: str, kept: int) -> list[Any]:
+    """At most so many entries of a text.
+
+    Args:
+        losing: "end" or "start" is what goes; "drop" leaves the first entry alone, from which nothing is learned.
+        kept: entries of the start that stay where the start goes, such as the mark of a beginning.
+    """
+    if len(row) <= most:
+        return row
+    if losing == "start":
+        return row[:kept] + row[len(row) - most + kept :]
+    return row[: 1 if losing == "drop" else most]
 
 
 def _plain(images: np.ndarray | list[np.ndarray]) -> Tensor:

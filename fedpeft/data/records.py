@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from fedpeft.data import pictures
 from fedpeft.data.columns import Natural
+from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import BLOCK, Texts, TextWriter, mapped_texts
 from fedpeft.data.skipped import Skipped
 
@@ -22,12 +23,14 @@ class Records:
     """Raw labelled records before any tokenizer or image processor.
 
     Attributes:
-        inputs: N texts (`Texts` where they come from files), or images [N, H, W, C], uint8 or float32 in [0, 1]; a
+        inputs: N texts (`Texts` where they come from files; a conversation is the text that `conversations.dump` makes
+            of its turns), or images [N, H, W, C], uint8 or float32 in [0, 1]; a
             list of [H, W, C] where they differ in size.
         labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
         columns: natural columns (strings or numbers), each [N].
         kind: "text" or "image".
         skipped: what the source has besides, and is not in the records.
+        wording: what the texts are, and how they become tokens.
     """
 
     inputs: Sequence[str] | np.ndarray | list[np.ndarray]
@@ -36,6 +39,7 @@ class Records:
     columns: Mapping[str, np.ndarray]
     kind: str
     skipped: tuple[Skipped, ...] = ()
+    wording: Wording = field(default_factory=Wording)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,7 +90,12 @@ def save_records(records: Records, folder: Path) -> dict[str, Any]:
         if path.stem not in names:
             path.unlink()
     np.save(folder / "labels.npy", records.labels)
-    return {**kept, "label_names": records.label_names, "skipped": [entry.tree() for entry in records.skipped]}
+    return {
+        **kept,
+        "label_names": records.label_names,
+        "skipped": [entry.tree() for entry in records.skipped],
+        "form": records.wording.form,
+    }
 
 
 def open_records(folder: Path, tree: dict[str, Any]) -> Records:
@@ -108,6 +117,7 @@ def open_records(folder: Path, tree: dict[str, Any]) -> Records:
         Natural({name: columns[name] for name, _, _ in tree["columns"]}),
         "text",
         tuple(map(Skipped.of, tree["skipped"])),
+        Wording(tree["form"]),
     )
 
 

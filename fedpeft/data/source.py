@@ -16,10 +16,12 @@ import numpy as np
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
-from fedpeft.data import columns, pictures, prepare, skipped, tables
+from fedpeft.data import columns, conversations, pictures, prepare, skipped, tables
 from fedpeft.data.cache import Cache, code, content
+from fedpeft.data.conversations import Wording
+from fedpeft.data.ragged import Texts
 from fedpeft.data.records import Records, open_records, save_records
-from fedpeft.data.skipped import Skipped
+from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 
@@ -53,6 +55,12 @@ def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -
         test = _align(test, train.label_names)
     else:
         train, test = _hold_out(train, config.test_fraction, seed)
+    if (train.wording.form == "text") != (test.wording.form == "text"):
+        kinds = [
+            f"{which} {'plain texts' if part.wording.form == 'text' else 'conversations'}"
+            for which, part in (("the training set has", train), ("the test set has", test))
+        ]
+        raise InputError(f"data.test: {', '.join(kinds)}; a score would be of something else than what is learned.")
     if config.limit is not None:
         train = _limit(train, config.limit, seed, "train")
         test = _limit(test, config.limit, seed, "test")
@@ -104,7 +112,8 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
             )
         train, test = registry.load("datasets", source, key)().load()
         _require_kind(train.kind, task, f"{key}={source}")
-        return train, test
+        wording = Wording.of(config, "text")
+        return replace(train, wording=wording), replace(test, wording=wording)
     if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
         name, size = content(Path(source))
         if size >= cache.least:
@@ -120,7 +129,7 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache)
     facts = {
         "content": name,
         "source": source,  # which messages name, and whose ending says how it is read
-        "columns": [config.text, config.label, config.partition.options.get("column")],
+        "columns": [config.text, config.label, config.partition.options.get("column"), config.columns, config.skip_bad],
         "objective": [objective.classes, objective.causal],
         "code": code(),
     }
@@ -128,7 +137,8 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache)
     def make(folder: Path) -> dict[str, Any]:
         return save_records(_records(tables.local(source, folder).train, config, task), folder)
 
-    return open_records(*cache.get("records", facts, make))
+    records = open_records(*cache.get("records", facts, make))
+    return replace(records, wording=Wording.of(config, records.wording.form))
 
 
 def _tables(source: str, key: str) -> tables.Tables:
@@ -152,6 +162,12 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     kind = objective.records
     if kind == "image":
         _require_kind(kind if columns.find_column(table, "image", config.image) else "text", task, table.where)
+    if objective.causal and config.text is None:
+        known = (config.label, config.partition.options.get("column"))
+        form = conversations.find_form(list(table.columns), config.columns, table.where, known)
+        if form is not None:
+            conversations.require_form(form[0], task, table.where)
+            return _conversations(table, *form, config)
     name = columns.column(table, kind, config.image if kind == "image" else config.text)
     label, labels, label_names, notes = _labels(table, config, objective.classes)
     if objective.causal and config.text is None:
@@ -163,7 +179,25 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     natural = columns.Natural.of(
         {other: values for other, values in table.columns.items() if other not in (name, label)}
     )
-    return Records(inputs, labels, label_names, natural, kind, table.skipped + notes)
+    return Records(inputs, labels, label_names, natural, kind, table.skipped + notes, Wording.of(config, "text"))
+
+
+def _conversations(table: tables.Table, form: conversations.Form, held: dict[str, str], config: DataConfig) -> Records:
+    """Records of conversations; those that are none are left out with `data.skip_bad`."""
+    texts, kept, bad = conversations.read_rows(table.columns, form, held, table.where, config.skip_bad)
+    label, labels, label_names, notes = _labels(table, config, needed=False)
+    others = {name: values for name, values in table.columns.items() if name not in (*held.values(), label)}
+    rows = np.array(kept)
+    left_out = some(table.where, "records are no conversation and are left out", bad, len(labels))
+    return Records(
+        Texts.of(texts),
+        labels[rows],
+        label_names,
+        columns.Natural.of(others).take(rows),
+        "text",
+        table.skipped + notes + left_out,
+        Wording.of(config, form.name),
+    )
 
 
 def _labels(

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedpeft import registry
 from fedpeft.data.conversations import Turn
 from fedpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from fedpeft.data.records import Records
 
 ALPACA = (
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}Below is an instruction that describes a "
@@ -70,7 +72,7 @@ class Template:
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=answering
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise NotWritten(f"the template of {self.name} refuses it: {error}") from error
+            raise NotWritten(f"the template {self.name} refuses it: {error}") from error
         return self.start + str(text)
 
 
@@ -81,7 +83,7 @@ def find_template(given: str | None, form: str, tokenizer: Any) -> Template:
         InputError: a file that cannot be read, or a template of marks that the tokenizer does not have.
     """
     if given is None and getattr(tokenizer, "chat_template", None):
-        return Template(tokenizer.get_chat_template(), "the tokenizer")
+        return Template(tokenizer.get_chat_template(), "of the tokenizer")
     name = given or ("alpaca" if form == "alpaca" else "plain")
     if name not in BUILT_IN:
         return Template(_read(name), name)
@@ -94,10 +96,16 @@ def find_template(given: str | None, form: str, tokenizer: Any) -> Template:
     return Template(_with_end(BUILT_IN[name], tokenizer), name + why, _start(tokenizer) if name != "chatml" else "")
 
 
-def require_template(given: str | None) -> None:
-    """Raise InputError unless `data.template` is one of those here, or a file."""
-    if given is not None and given not in BUILT_IN and not Path(given).is_file():
-        raise InputError(registry.unknown("data.template", given, BUILT_IN) + " Or give the path of a Jinja file.")
+def marks_of(tokenizer: Any) -> set[int]:
+    """Tokens that are marks and no words: the special ones, and those that were added for a template."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
+def template_of(records: Records, tokenizer: Any) -> Template:
+    """The template that records are written by; of plain texts an empty one."""
+    if records.wording.form == "text":
+        return Template("", "")
+    return find_template(records.wording.template, records.wording.form, tokenizer)
 
 
 def _read(path: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -20,6 +20,7 @@ from fedpeft import foreign
 from fedpeft.clients import policy as policies
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
+from fedpeft.data.conversations import TEMPLATES
 from fedpeft.deploy import settings
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedpeft")
 RECORD = "fedpeft.run"
 LABELS, LABEL_BYTES = 32_768, 256
-SHARED = ("clients", "holdout", "labels")  # of the data section: what a run says, not a site
+SHARED = ("clients", "holdout", "labels", "template", "loss_on", "truncate")  # of `data`: what a run says, not a site
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     # Whatever the server asked for: noise that it can draw again is no noise to it.
     if not bounds.seeded_noise:
         privacy["randomness"] = "os"
-    columns = {key: getattr(own.data, key) for key in ("text", "image", "label")}
+    if data.get("template") not in (None, *TEMPLATES):
+        raise Refused(f"data.template: a file is not read for a coordinator; it may be one of {', '.join(TEMPLATES)}.")
     # Built up key by key, so that one that comes to the data section later cannot slip through.
-    data = {**{key: data[key] for key in SHARED if key in data}, **columns, "source": own.data.source}
+    data = {**{key: data[key] for key in SHARED if key in data}, **asdict(own.data)}
     try:
         return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data}, foreign=True)
     except InputError as error:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
+from fedpeft.data.encode_conversations import encode_conversations
 from fedpeft.data.ragged import Ragged
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped, some
@@ -38,12 +39,17 @@ class CausalLM(Objective):
     def encode(
         self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
     ) -> Encoded:
-        """Labels are the input ids, IGNORE at the padding. The tokenizer's end token follows every text that has room
-        for it, so that a model learns to stop.
+        """Labels are the input ids, IGNORE at the padding and where nothing of a conversation is learned.
+
+        The tokenizer's end token follows every plain text that has room for it, so that a model learns to stop.
         """
+        if records.wording.form != "text":
+            written, notes = encode_conversations(records, processor, max_length, what, folder)
+            skipped.say(notes)
+            return Encoded.over(written, notes, processor.eos_token_id)
         end, total = processor.eos_token_id, len(records)
         columns, fillers, cut = encode_texts(
-            records, processor, max_length, what, end=end, keep_start=True, folder=folder
+            records, processor, max_length, what, end=end, losing=records.wording.truncate, folder=folder
         )
         ids = columns["input_ids"]
         assert isinstance(ids, Ragged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.data import templates
+from fedpeft.data import conversations, templates
 from fedpeft.data.templates import NotWritten, Template, Written
 from fedpeft.errors import InputError
 from support import chat
@@ -101,7 +101,7 @@ def test_own_templates_have_the_tokenizers_start_and_an_end(bos):
 
 def test_which_template_is_taken_and_what_it_is_called(tmp_path):
     chosen = templates.find_template(None, "alpaca", chat.tokenizer("phi"))
-    assert chosen.name == "the tokenizer" and chosen.text == chat.JINJA["phi"]
+    assert chosen.name == "of the tokenizer" and chosen.text == chat.JINJA["phi"]
     bare = chat.tokenizer("")
     assert templates.find_template(None, "alpaca", bare).name == "alpaca, as the tokenizer has none"
     assert templates.find_template(None, "messages", bare).name == "plain, as the tokenizer has none"
@@ -118,10 +118,11 @@ def test_which_template_is_taken_and_what_it_is_called(tmp_path):
 
 
 def test_a_name_that_is_no_template_is_refused_with_those_that_are(tmp_path):
-    templates.require_template(None)
-    templates.require_template("plain")
+    conversations.require_template(None)
+    assert tuple(templates.BUILT_IN) == conversations.TEMPLATES
+    conversations.require_template("plain")
     with pytest.raises(InputError, match=r"data\.template: 'alpacca' is not known. Did you mean 'alpaca'.*Jinja file"):
-        templates.require_template("alpacca")
+        conversations.require_template("alpacca")
     (tmp_path / "x.jinja").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="not readable as a Jinja file"):
         templates.find_template(str(tmp_path / "x.jinja"), "messages", chat.tokenizer(""))

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,14 +211,17 @@ def _keys(site: Site) -> str:
 
 def _config(site: Site) -> Config:
     """A config to look at data and model with; which task it is shows in the data."""
+    from fedpeft.objectives.base import load_objective
 
     own, tree = site.settings, {}
     if own.model in registry.EMBEDDED:
         tree = {"model.task": registry.EMBEDDED[own.model]}
-    columns = {f"data.{key}": getattr(own.data, key) for key in ("source", "text", "image", "label")}
+    elif own.data.columns or own.data.skip_bad:
+        tree = {"model.task": next(task for task in registry.names("objectives") if load_objective(task).causal)}
     if own.data.source is None:
         raise InputError("site.data.source: no data are named.")
-    return configs.load({}, {"model.name": own.model, **tree, **columns})
+    data = {f"data.{key}": value for key, value in asdict(own.data).items()}
+    return configs.load({}, {"model.name": own.model, **tree, **data})
 
 
 def _readings(config: Config) -> Iterator[tuple[str, Records]]:
