@@ -25,6 +25,7 @@ from fedpeft.simulations import faults
 from fedpeft.simulations.baselines import attempted, baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
+from fedpeft.simulations.trained_baselines import trained_baselines
 from fedpeft.strategies import wire
 
 
@@ -106,13 +107,18 @@ def _run(config: Config, run: Path, on_event: loop.Listener) -> dict[str, Any]:
         Recorder(run / "metrics.jsonl"),
         partial(_open_grid, world, run),
         on_event,
-        partial(fit_baselines, world) if config.run.baselines else dict,
+        partial(fit_baselines, world),
     )
 
 
 def fit_baselines(world: World) -> dict[str, Any]:
-    """Test accuracies of what needs no federation: logistic regressions, and in a sequence the frozen model's head."""
-    return {**baselines(world), **attempted("frozen_head", partial(comparators.frozen_head, world))}
+    """Test accuracies of what needs no federation: logistic regressions, in a sequence the frozen model's head, and
+    what `run.trained_baselines` names.
+    """
+    fitted: dict[str, Any] = {}
+    if world.config.run.baselines:
+        fitted = {**baselines(world), **attempted("frozen_head", partial(comparators.frozen_head, world))}
+    return {**fitted, **trained_baselines(world)}
 
 
 @contextmanager

@@ -160,6 +160,10 @@ def _models(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
         ("frozen model, same head, all classes" if sequence else "no adaptation (round 0)", summary.get("baseline")),
         ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
         ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
+        ("each client alone, mean on the test set", _row(summary, "local")),
+        ("each client alone, on its own records", _row(summary, "clients_local")),
+        ("one model of all records (central)", _row(summary, "central")),
+        ("one model of all records, on the clients' own", _row(summary, "clients_central")),
     ]
     final = {**(summary.get("final") or {}), "standard_error": summary.get("standard_error")}
     if sequence:

@@ -152,8 +152,28 @@ def check(config: Config) -> None:
     if twice or data.labels == []:
         what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
         raise InputError(f"data.labels={data.labels}: {what}. Every class has one name; null takes the source's.")
+    _check_trained_baselines(config)
     for name in registry.names("checks"):
         registry.load("checks", name)(config)
+
+
+def _check_trained_baselines(config: Config) -> None:
+    names = config.run.trained_baselines
+    for name in names:
+        if name not in ("local", "central"):
+            raise InputError(registry.unknown("run.trained_baselines", name, ("local", "central")))
+        if names.count(name) > 1:
+            raise InputError(f"run.trained_baselines={names}: {name} stands there twice.")
+    if names and config.run.engine == "sites":
+        raise InputError(
+            f"run.trained_baselines={names}: they are trained where the clients' records are, and with real sites "
+            "those are not here. Set run.trained_baselines=[]."
+        )
+    if names and config.continual.body is not None:
+        raise InputError(
+            f"run.trained_baselines={names}: with continual.body={config.continual.body} records come task by task, "
+            "and a run is compared with the frozen model's head. Set run.trained_baselines=[]."
+        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -266,6 +266,11 @@ class RunConfig:
         "which pip's extra fedpeft[trackers] installs",
     )
     baselines: bool = option(True, "fit logistic regressions on frozen features and on pixels or words, for the table")
+    trained_baselines: list[str] = option(
+        [],
+        "models trained without a federation beside the run, each at about its cost: local, every client alone; "
+        "central, one on all clients' records",
+    )
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
     deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)
     quorum: float = option(0.5, "share of the asked clients whose good replies a round needs", above=0, high=1)

@@ -25,8 +25,12 @@ NAMES = {  # what a comparison may be with -> words
     FROZEN_HEAD: "the frozen model with the same head",
     "frozen_logistic": "a logistic regression on frozen features of the pooled data",
     "pixels_or_words_logistic": "a logistic regression on raw inputs of the pooled data",
+    "local": "each client alone, the mean of their models",
+    "central": "one model trained on all clients' records",
     "largest_class": "always giving one answer",
     "clients_largest_class": "each client always giving one answer",
+    "clients_local": "each client alone",
+    "clients_central": "one model trained on all clients' records",
 }
 
 
@@ -150,8 +154,10 @@ def comparable(summary: dict[str, Any]) -> dict[str, float]:
         baseline = summary["baseline"] or {}
         if baseline.get("evaluated_on") == summary["evaluated_on"]:
             rows[FROZEN] = baseline.get("accuracy")
-        own = ("frozen_logistic", "pixels_or_words_logistic", "largest_class")
-        for key in own if summary["evaluated_on"] == SERVER else ("clients_largest_class",):
+        own: tuple[str, ...] = ("frozen_logistic", "pixels_or_words_logistic", "local", "central", "largest_class")
+        if summary["evaluated_on"] != SERVER:
+            own = ("clients_largest_class", "clients_local", "clients_central")
+        for key in own:
             rows[key] = given.get(key)
     return {key: value for key, value in rows.items() if isinstance(value, int | float)}
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 REFERENCES = {  # key of the baselines event -> what it is
     "frozen_logistic": "logistic regression on frozen features",
     "pixels_or_words_logistic": "logistic regression on raw inputs",
+    "local": "each client alone (mean)",
+    "central": "one model of all records",
     "largest_class": "always the largest class",
 }
 
