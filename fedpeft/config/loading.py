@@ -30,6 +30,8 @@ from fedpeft.config.schema import (
 )
 from fedpeft.errors import InputError
 
+AUGMENTATIONS = ("crop", "flip", "colour")
+
 
 def load(
     source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (), foreign: bool = False
@@ -153,6 +155,8 @@ def check(config: Config) -> None:
         what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
         raise InputError(f"data.labels={data.labels}: {what}. Every class has one name; null takes the source's.")
     _check_trained_baselines(config)
+    if wrong := [name for name in data.augment if name not in AUGMENTATIONS]:
+        raise InputError(registry.unknown("data.augment", wrong[0], AUGMENTATIONS))
     for name in registry.names("checks"):
         registry.load("checks", name)(config)
 

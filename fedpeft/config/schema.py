@@ -113,6 +113,10 @@ class DataConfig:
         "of 8 MB and more in .fedpeft-cache beside the folder of the run",
         path=True,
     )
+    augment: list[str] = option(
+        [],
+        "what is done to pictures that are trained on, anew every round: crop, flip, colour",
+    )
     limit: int | None = option(None, "use at most this many training records", low=1)
     clients: int | None = option(
         10,

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedpeft.data import skipped
 from fedpeft.data.cache import Cache, code, digest
+from fedpeft.data.images import Images
 from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
@@ -55,6 +55,7 @@ class Encoded:
     """
 
     stored: Stored
+    draws: int | None = None  # seed of what is done to pictures
 
     def __init__(
         self, inputs: dict[str, Tensor], labels: Tensor, skipped: tuple[Skipped, ...] = (), end: int | None = None
@@ -80,6 +81,8 @@ class Encoded:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Inputs by name, each [N, ...] at full width; of a view, copies."""
+        if self.draws is not None and isinstance(self.stored, Images):
+            return self.stored.augmented(self.rows, self.draws)
         return self.stored.inputs_of(self._rows)
 
     @property
@@ -99,6 +102,18 @@ class Encoded:
         chosen._rows = indices if self._rows is None else self._rows[indices]
         # Said once, of the whole: a view would say it again.
         chosen.skipped = ()
+        return chosen
+
+    def augmented(self, seed: int) -> Self:
+        """The same records whose pictures are changed by `data.augment`: each in its own way, by this seed.
+
+        Raises:
+            InputError: they are no pictures as they were read, or nothing is to be done to them.
+        """
+        if not isinstance(self.stored, Images) or not self.stored.augment:
+            raise InputError("data.augment: the objective's records are no pictures that can be changed.")
+        chosen = copy.copy(self)
+        chosen.draws = seed
         return chosen
 
     def blocks(self, size: int = CHUNK) -> Iterator[Self]:
@@ -187,11 +202,6 @@ def fingerprint_of(processor: Any) -> str:
         files["tokenizer.json"] = digest({key: tree[key] for key in tree.keys() - {"truncation", "padding"}})
     versions = [metadata.version(package) for package in ("transformers", "tokenizers")]
     return digest([type(processor).__qualname__, list(processor.model_input_names), files, versions])
-
-
-def encode_images(images: Any, processor: Any) -> Tensor:
-    """Pixels float32 [N, C, H, W] of images [N, H, W, C], or of a list of images that differ in size."""
-    return _plain(images) if processor is None else _processed(images, processor)
 
 
 def encode_texts(
@@ -297,40 +307,3 @@ def shortened(row: list[Any], most: int, losing: str, kept: int) -> list[Any]:
     if losing == "start":
         return row[:kept] + row[len(row) - most + kept :]
     return row[: 1 if losing == "drop" else most]
-
-
-def _plain(images: np.ndarray | list[np.ndarray]) -> Tensor:
-    if isinstance(images, list):
-        first, number = images[0], next(n for n, image in enumerate(images, 1) if image.shape != images[0].shape)
-        other = images[number - 1]
-        raise InputError(
-            f"images differ in size: record 1 is {first.shape[1]}x{first.shape[0]}, record {number} is "
-            f"{other.shape[1]}x{other.shape[0]}, and the model has no image processor that brings them to one. Resize "
-            "them, or take a model with a processor."
-        )
-    scaled = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
-
-
-def _processed(images: np.ndarray | list[np.ndarray], processor: Any) -> Tensor:
-    """Through a transformers image processor, each by itself where sizes differ; grey images get as many channels as it
-    normalises.
-    """
-    first = images[0]
-    mean = getattr(processor, "image_mean", None)
-    channels = len(mean) if isinstance(mean, list | tuple) else first.shape[2]
-    if first.shape[2] == 1 and channels > 1:
-        each = isinstance(images, list)
-        images = [np.repeat(one, channels, axis=2) for one in images] if each else np.repeat(images, channels, axis=3)
-    scaling = {} if first.dtype == np.uint8 else {"do_rescale": False}
-    step = 1 if isinstance(images, list) else CHUNK
-    done = [
-        processor(
-            list(images[start : start + step]), return_tensors="pt", input_data_format="channels_last", **scaling
-        )["pixel_values"]
-        for start in range(0, len(images), step)
-    ]
-    sizes = {tuple(pixels.shape[1:]) for pixels in done}
-    if len(sizes) > 1:
-        raise InputError(f"the model's image processor does not bring images to one size: {sorted(sizes)[:3]}.")
-    return torch.cat(done).float()

@@ -75,14 +75,7 @@ def read(value: Any, folder: Path = Path()) -> Array:
     """
     from PIL import Image, ImageOps
 
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        raise ValueError("there is none")
-    if isinstance(value, str):
-        if value.lower().startswith(ENDINGS_OF_URLS):
-            raise ValueError(f"'{value}' is a URL; pictures are read from files")
-        value = folder / Path(value).expanduser()
+    value = _place(value, folder)
     if isinstance(value, bytes | Path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # 89 million pixels are 268 MB as colour
@@ -93,6 +86,29 @@ def read(value: Any, folder: Path = Path()) -> Array:
     if frames > 1 and value.format != "MPO":
         raise ValueError(f"{value.format} with {frames} frames or pages; a record is one picture")
     return _from_pillow(ImageOps.exif_transpose(value))
+
+
+def encoded(value: Any, folder: Path = Path()) -> bytes:
+    """The bytes of a picture in a file, or in a table.
+
+    Raises:
+        ValueError, OSError: there is none.
+    """
+    value = _place(value, folder)
+    return value.read_bytes() if isinstance(value, Path) else bytes(value)
+
+
+def _place(value: Any, folder: Path) -> Any:
+    """A path as one to read, and what a dictionary holds."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        raise ValueError("there is none")
+    if isinstance(value, str):
+        if value.lower().startswith(ENDINGS_OF_URLS):
+            raise ValueError(f"'{value}' is a URL; pictures are read from files")
+        value = folder / Path(value).expanduser()
+    return value
 
 
 def as_bytes(array: Array) -> bytes:

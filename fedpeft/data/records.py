@@ -14,6 +14,7 @@ import numpy as np
 from fedpeft.data import pictures
 from fedpeft.data.columns import Natural
 from fedpeft.data.conversations import Wording
+from fedpeft.data.photos import Pictures
 from fedpeft.data.ragged import BLOCK, Texts, TextWriter, mapped_texts
 from fedpeft.data.skipped import Skipped
 
@@ -24,22 +25,24 @@ class Records:
 
     Attributes:
         inputs: N texts (`Texts` where they come from files; a conversation is the text that `conversations.dump` makes
-            of its turns), or images [N, H, W, C], uint8 or float32 in [0, 1]; a
-            list of [H, W, C] where they differ in size.
+            of its turns), or images [N, H, W, C], uint8 or float32 in [0, 1]; a list of [H, W, C] where they differ in
+            size; `Pictures` where they are files or bytes.
         labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
         columns: natural columns (strings or numbers), each [N].
         kind: "text" or "image".
         skipped: what the source has besides, and is not in the records.
         wording: what the texts are, and how they become tokens.
+        augment: what is done to pictures that are trained on.
     """
 
-    inputs: Sequence[str] | np.ndarray | list[np.ndarray]
+    inputs: Sequence[str] | np.ndarray | Sequence[np.ndarray]
     labels: np.ndarray
     label_names: list[str]
     columns: Mapping[str, np.ndarray]
     kind: str
     skipped: tuple[Skipped, ...] = ()
     wording: Wording = field(default_factory=Wording)
+    augment: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +50,7 @@ class Records:
     def take(self, indices: np.ndarray) -> Records:
         """The records with these numbers, in this order."""
         inputs: Any
-        if isinstance(self.inputs, Texts):
+        if isinstance(self.inputs, Texts | Pictures):
             inputs = self.inputs.take(indices)
         elif isinstance(self.inputs, np.ndarray):
             inputs = self.inputs[indices]
@@ -63,6 +66,8 @@ class Records:
         if isinstance(self.inputs, np.ndarray):
             digest.update(f"{self.inputs.dtype}{self.inputs.shape}".encode())
             digest.update(np.ascontiguousarray(self.inputs).data)
+        elif isinstance(self.inputs, Pictures):
+            digest.update(np.ascontiguousarray(self.inputs.hashes).data)
         elif isinstance(self.inputs, Texts):
             for block in self.inputs.raw():
                 digest.update(b"".join(len(data).to_bytes(8, "big") + data for data in block))

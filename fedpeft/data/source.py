@@ -16,7 +16,7 @@ import numpy as np
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
-from fedpeft.data import columns, conversations, pictures, prepare, skipped, tables
+from fedpeft.data import columns, conversations, photos, prepare, skipped, tables
 from fedpeft.data.cache import Cache, code, content
 from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import Texts
@@ -41,6 +41,7 @@ def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -
         InputError: nothing of that name, a column that is missing, a record without text, image or label, a single
             class, a label that only the test set has, or data of another kind than `task` needs.
     """
+    _require_pictures(config, task)
     train, test = _read(config.source, "data.source", config, task, cache)
     if config.labels:
         train = _align(train, config.labels, "data.source", "data.labels")
@@ -72,7 +73,14 @@ def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -
             f"{' and more' if len(unseen) > 5 else ''}. Remove them, or raise data.limit if that is set."
         )
     skipped.say(notes)
-    return replace(train, skipped=notes), replace(test, skipped=notes)
+    return replace(train, skipped=notes, augment=tuple(config.augment)), replace(test, skipped=notes)
+
+
+def _require_pictures(config: DataConfig, task: str) -> None:
+    if config.augment and (kind := load_objective(task).records) != "image":
+        raise InputError(
+            f"data.augment={config.augment} is for pictures; model.task={task} takes {kind}s. Set it to []."
+        )
 
 
 def _require_classes(records: Records, config: DataConfig) -> None:
@@ -94,8 +102,9 @@ def whole(
     Raises:
         InputError: as `load`; and a label that is not among `config.labels`.
     """
+    _require_pictures(config, task)
     train, own = _read(source, key, config, task, cache)
-    records = own if test and own is not None else train
+    records = replace(own if test and own is not None else train, augment=tuple(config.augment))
     skipped.say(records.skipped)
     return _align(records, config.labels, key, "data.labels") if config.labels else records
 
@@ -119,8 +128,8 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
         if size >= cache.least:
             return _cached(source, name, config, task, cache), None
     found = _tables(source, key)
-    train = _records(found.train, config, task)
-    return train, None if found.test is None else _records(found.test, config, task)
+    train = _records(found.train, config, task, cache)
+    return train, None if found.test is None else _records(found.test, config, task, cache)
 
 
 def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache) -> Records:
@@ -157,7 +166,7 @@ def _tables(source: str, key: str) -> tables.Tables:
         ) from error
 
 
-def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
+def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | None = None) -> Records:
     objective = load_objective(task)
     kind = objective.records
     if kind == "image":
@@ -173,12 +182,17 @@ def _records(table: tables.Table, config: DataConfig, task: str) -> Records:
     if objective.causal and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
     what = f"{table.where}: column {name}"
-    inputs: Any = (
-        pictures.read_column(table.columns[name], what, table.folder) if kind == "image" else columns.texts(table, name)
-    )
+    inputs: Any
+    if kind == "image":
+        inputs, kept, damaged = photos.open_column(table.columns[name], what, table.folder, cache)
+        labels, notes = labels[kept], notes + damaged
+    else:
+        inputs, kept = columns.texts(table, name), np.arange(len(labels))
     natural = columns.Natural.of(
         {other: values for other, values in table.columns.items() if other not in (name, label)}
     )
+    if len(kept) < len(table.columns[name]):
+        natural = natural.take(kept)
     return Records(inputs, labels, label_names, natural, kind, table.skipped + notes, Wording.of(config, "text"))
 
 

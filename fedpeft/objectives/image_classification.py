@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fedpeft.data.encode import Encoded, encode_images
+from fedpeft.data.encode import Encoded
+from fedpeft.data.images import Images
 from fedpeft.data.records import Records
 from fedpeft.objectives.base import Objective
 
@@ -21,4 +22,4 @@ class ImageClassification(Objective):
     def encode(
         self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
     ) -> Encoded:
-        return Encoded({"pixel_values": encode_images(records.inputs, processor)}, torch.from_numpy(records.labels))
+        return Encoded.over(Images(records.inputs, processor, torch.from_numpy(records.labels), records.augment))

@@ -13,7 +13,8 @@ from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.adapters import folder
 from fedpeft.cli import catalogue
-from fedpeft.data.encode import Encoded, encode_images
+from fedpeft.data.encode import Encoded
+from fedpeft.data.images import encode_images
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import IGNORE, Objective, divide, load_objective
 from fedpeft.objectives.causal_lm import CausalLM

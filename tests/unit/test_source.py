@@ -183,7 +183,7 @@ def test_image_folder(tmp_path):
         image = Image.new("RGB", (5, 3), (200, 0, 0)) if index % 2 else Image.new("L", (5, 3), 90)
         image.save(folder / f"{index}.png")
     train, test = source.load(DataConfig(source=str(tmp_path / "pictures")), IMAGE, 0)
-    assert train.inputs.shape == (6, 3, 5, 3) and train.inputs.dtype == np.uint8 and len(test) == 2
+    assert np.asarray(train.inputs).shape == (6, 3, 5, 3) and train.inputs[0].dtype == np.uint8 and len(test) == 2
     for image, label in zip(train.inputs, train.labels, strict=True):
         assert image[0, 0].tolist() == ([200, 0, 0] if train.label_names[label] == "red" else [90, 90, 90])
     Image.new("L", (4, 4)).save(tmp_path / "pictures" / "red" / "small.png")

@@ -1,0 +1,133 @@
+"""Pictures as a model takes them: float32 [N, C, H, W], through its processor; decoded batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft import seeds
+from fedpeft.data.augment import augment
+from fedpeft.data.stored import chosen
+from fedpeft.errors import InputError
+
+CHUNK = 256
+FEW = 2**26  # bytes of pixels up to which a whole set is made once and kept: a pass over it is then no decoding
+
+
+class Images:
+    """Pictures that lie encoded or as arrays, and become pixels when a batch asks for them.
+
+    Args:
+        pictures: [N, H, W, C], or N of [H, W, C].
+        processor: an image processor; None where they go in as they are.
+        labels: int64 [N].
+        augment: what is done to pictures that are trained on.
+    """
+
+    def __init__(self, pictures: Any, processor: Any, labels: Tensor, augment: Sequence[str] = ()) -> None:
+        self.pictures, self.processor, self.labels, self.augment = pictures, processor, labels, tuple(augment)
+        require_one_size(pictures, processor)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.ones(len(self), dtype=np.int64)
+
+    @cached_property
+    def teaches(self) -> np.ndarray:
+        return np.ones(len(self), dtype=bool)
+
+    @cached_property
+    def form(self) -> Tensor:
+        """Pixels of no picture [0, C, H, W]."""
+        return encode_images(self.pictures[:1], self.processor)[:0]
+
+    @cached_property
+    def ready(self) -> Tensor | None:
+        """All pixels, where they are few."""
+        few = len(self) * int(np.prod(self.form.shape[1:])) * 4 <= FEW
+        return encode_images(self.pictures, self.processor) if few else None
+
+    def inputs_of(self, rows: np.ndarray | None) -> dict[str, Tensor]:
+        if rows is not None and not len(rows):
+            return {"pixel_values": self.form.clone()}
+        if self.ready is not None:
+            return {"pixel_values": chosen(self.ready, rows)}
+        places = range(len(self)) if rows is None else rows.tolist()
+        return {"pixel_values": encode_images([self.pictures[place] for place in places], self.processor)}
+
+    def labels_of(self, rows: np.ndarray | None) -> Tensor:
+        return chosen(self.labels, rows)
+
+    def augmented(self, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
+        """As `inputs_of`, each picture changed by its number and the seed."""
+        if not len(rows):
+            return {"pixel_values": self.form.clone()}
+        changed = [
+            augment(self.pictures[row], self.augment, seeds.numpy_generator(seed, "augment", row))
+            for row in rows.tolist()
+        ]
+        return {"pixel_values": encode_images(changed, self.processor)}
+
+
+def require_one_size(pictures: Any, processor: Any) -> None:
+    """Raise InputError where pictures differ in size and nothing brings them to one."""
+    if isinstance(pictures, np.ndarray) or not len(pictures) or getattr(pictures, "uniform", False):
+        return
+    first = pictures[0]
+    other = next((number for number in range(1, len(pictures)) if pictures[number].shape != first.shape), None)
+    if other is None:
+        return
+    if processor is None:
+        _plain([first] * other + [pictures[other]])
+    _processed([first, pictures[other]], processor)
+
+
+def encode_images(images: Any, processor: Any) -> Tensor:
+    """Pixels float32 [N, C, H, W] of images [N, H, W, C], or of a list of images that differ in size."""
+    return _plain(images) if processor is None else _processed(images, processor)
+
+
+def _plain(images: Any) -> Tensor:
+    if not isinstance(images, np.ndarray) and len({image.shape for image in images}) > 1:
+        first, number = images[0], next(n for n, image in enumerate(images, 1) if image.shape != images[0].shape)
+        other = images[number - 1]
+        raise InputError(
+            f"images differ in size: record 1 is {first.shape[1]}x{first.shape[0]}, record {number} is "
+            f"{other.shape[1]}x{other.shape[0]}, and the model has no image processor that brings them to one. Resize "
+            "them, or take a model with a processor."
+        )
+    images = np.asarray(images)
+    scaled = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
+
+
+def _processed(images: Any, processor: Any) -> Tensor:
+    """Through a transformers image processor, each by itself where sizes differ; grey images get as many channels as it
+    normalises.
+    """
+    first = images[0]
+    mean = getattr(processor, "image_mean", None)
+    channels = len(mean) if isinstance(mean, list | tuple) else first.shape[2]
+    if first.shape[2] == 1 and channels > 1:
+        each = not isinstance(images, np.ndarray)
+        images = [np.repeat(one, channels, axis=2) for one in images] if each else np.repeat(images, channels, axis=3)
+    scaling = {} if first.dtype == np.uint8 else {"do_rescale": False}
+    step = CHUNK if isinstance(images, np.ndarray) else 1
+    done = [
+        processor(
+            list(images[start : start + step]), return_tensors="pt", input_data_format="channels_last", **scaling
+        )["pixel_values"]
+        for start in range(0, len(images), step)
+    ]
+    sizes = {tuple(pixels.shape[1:]) for pixels in done}
+    if len(sizes) > 1:
+        raise InputError(f"the model's image processor does not bring images to one size: {sorted(sizes)[:3]}.")
+    return torch.cat(done).float()
