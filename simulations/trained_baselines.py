@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from fedpeft import progress, seeds
 from fedpeft.clients.rates import Clock
@@ -63,10 +64,11 @@ def train_alone(world: World, client: str, data: Encoded, config: ClientConfig) 
     run, model = world.config.run, world.local.model
     server = world.strategy.before_round(world.start)
     model.write(server.adapter)
+    moments: dict[str, Tensor] | None = {} if config.keep_optimizer else None
     for number in range(1, run.rounds + 1):
         seed = seeds.derive(run.seed, "round", number, "client", client)
         roles = world.strategy.trained(replace(server, round=number - 1))
-        train(model, data, roles, config, seed, clock=Clock(number, run.rounds))
+        train(model, data, roles, config, seed, clock=Clock(number, run.rounds), moments=moments)
 
 
 def evaluated(world: World, data: Encoded) -> dict[str, float]:

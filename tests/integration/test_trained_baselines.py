@@ -14,8 +14,9 @@ from fedpeft.simulations import trained_baselines as rows
 BOTH = {"run.trained_baselines": ["local", "central"], "client.lr": 0.05, "run.cohort_tokens": 0}
 
 
-def test_of_one_client_all_three_are_the_federated_model(tiny):
-    summary = tiny("run", {**BOTH, "data.clients": 1, "data.holdout": 0.3})
+@pytest.mark.parametrize("keep_optimizer", [False, True])
+def test_of_one_client_all_three_are_the_federated_model(keep_optimizer, tiny):
+    summary = tiny("run", {**BOTH, "data.clients": 1, "data.holdout": 0.3, "client.keep_optimizer": keep_optimizer})
     found = summary["baselines"]
     assert found["local"] == found["local_worst"] == found["central"] == summary["final"]["accuracy"]
     assert found["local"] != summary["baseline"]["accuracy"]
