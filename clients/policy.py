@@ -162,6 +162,8 @@ def _require_bounds(policy: Policy, path: Path) -> None:
         unknown = sorted(set(getattr(policy, key)) - set(allowed))
         if unknown:
             raise InputError(f"{path}: policy.{key}: {', '.join(unknown)} not known. Allowed: {', '.join(allowed)}.")
+    if policy.strategies == []:
+        raise InputError(f"{path}: policy.strategies: [] allows no run. Name those that may ask; null is all.")
     for key in BOUNDS:
         value = getattr(policy, key)
         if value is None and key not in policy.unbounded:

@@ -196,8 +196,20 @@ def site_policy(
 
 
 @site_app.command("start")
-def site_start(folder: SiteDir, insecure: Insecure = False) -> None:
+def site_start(
+    folder: SiteDir,
+    insecure: Insecure = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log where failures happen, and unanswered calls.")] = False,
+) -> None:
     """Take part in the coordinator's runs, within the policy, until stopped."""
     from fedpeft.deploy.site.site import start
 
-    start(folder, insecure)
+    start(folder, insecure, debug)
+
+
+@site_app.command("status")
+def site_status(folder: SiteDir, as_json: Json = False) -> None:
+    """Show whether the site runs, when the coordinator last answered it, and what is in the way."""
+    from fedpeft.deploy.site import site
+
+    console.emit(site.status(folder), as_json, console.pairs)

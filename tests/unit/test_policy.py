@@ -105,7 +105,6 @@ BOUNDS = [
     ("max_rounds: 2", {}, "3 rounds are over max_rounds=2"),
     ("max_rounds: 4", {"number": 5}, "5 rounds are over max_rounds=4"),
     ("strategies: [ffa_lora]", {}, "strategy fedit is not among ffa_lora"),
-    ("strategies: []", {}, "strategy fedit is not among"),
     ("strategies: [fedsvd]", {"strategy": MEDIAN}, "fedsvd, median is not among fedsvd"),
     ("strategies: [median]", {"strategy": MEDIAN}, "fedsvd, median is not among median"),
     ("strategies: [fedsvd]", {"strategy": replace(MEDIAN, wrap=[{"name": "median"}])}, "median is not among fedsvd"),

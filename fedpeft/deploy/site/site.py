@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -19,17 +21,21 @@ from fedpeft import folders, registry
 from fedpeft.config import Config
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.address import parse_endpoint, proxy_of
+from fedpeft.deploy.launch import DEBUG
 from fedpeft.deploy.processes import Child, end, launch
 from fedpeft.deploy.settings import Site, SiteSettings
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import write_bytes
+from fedpeft.foreign import shown
 
 if TYPE_CHECKING:
     from fedpeft.data.records import Records
+    from fedpeft.models.base import Base
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
 RUNNING = "running"  # the lock of a site's folder
+LABELS = "labels.json"  # of the last run that this site took part in
 SKEW_S = 60.0  # Flower takes clocks that are up to 300 s behind and 5 s ahead
 INSECURE = "INSECURE: no TLS and no authentication; whoever is on the way can read and change what is sent."
 POLICY = """\
@@ -68,6 +74,8 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
     settings.require_name(name, "--name")
     if ca is not None and not ca.is_file():
         raise InputError(f"--ca: no file {ca}. It is the coordinator's ca.crt.")
+    if data is not None and not Path(data).exists():
+        _require_made(data)
     folder = settings.new_folder(path)
     line = keys.site_keys(folder)
     if ca is not None:
@@ -79,6 +87,14 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
         "public_key": line,
         "next": f"send the public key to the coordinator; read {folder}/policy.yaml; fedpeft site check {path}",
     }
+
+
+def _require_made(data: str) -> None:
+    from fedpeft.data import prepare
+
+    known = [*registry.names("datasets"), *prepare.RECIPES]
+    if prepare.canonical(data.partition("/")[0]) not in known:
+        raise InputError(f"--data: no file or folder {data}, and no data set of these: {', '.join(known)}.")
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -123,8 +139,19 @@ def policy(path: Path) -> dict[str, Any]:
     return {"policies": found}
 
 
-def start(path: Path, insecure: bool = False) -> None:
+def status(path: Path) -> dict[str, Any]:
+    """How the site's node does: whether it runs, when the coordinator last answered it, what is in the way."""
+    site = settings.site(path)
+    file, owed = site.path / "status.json", list((site.path / "owed").glob("*"))
+    seen = json.loads(file.read_text()) if file.exists() else {"state": "never started"}
+    return {"site": site.settings.name, "running": _running(site), **seen, "owed": len(owed)}
+
+
+def start(path: Path, insecure: bool = False, debug: bool = False) -> None:
     """Run the site until SIGTERM or Ctrl-C.
+
+    Args:
+        debug: log where failures happen, and every call that was not answered.
 
     Raises:
         InputError: the folder is in use, or something is missing in it.
@@ -142,6 +169,9 @@ def start(path: Path, insecure: bool = False) -> None:
         )
     with folders.alone(site.path, RUNNING, patience_s=0.5):  # `site check` looks for an instant
         policies.record(bounds)
+        if debug:
+            log.setLevel(logging.DEBUG)
+            os.environ[DEBUG] = "1"  # for the worker
         if insecure:
             log.warning(INSECURE)
         if proxy := proxy_of(parse_endpoint(site.settings.server, "site.server")[0]):
@@ -218,8 +248,6 @@ def _config(site: Site) -> Config:
         tree = {"model.task": registry.EMBEDDED[own.model]}
     elif own.data.columns or own.data.skip_bad:
         tree = {"model.task": next(task for task in registry.names("objectives") if load_objective(task).causal)}
-    if own.data.source is None:
-        raise InputError("site.data.source: no data are named.")
     data = {f"data.{key}": value for key, value in asdict(own.data).items()}
     return configs.load({}, {"model.name": own.model, **tree, **data})
 
@@ -245,35 +273,47 @@ def _readings(config: Config) -> Iterator[tuple[str, Records]]:
 
 
 def _data(site: Site, found: dict[str, Any]) -> str:
+    if site.settings.data.source is None:
+        raise InputError("site.data.source: no data are named.")
     _, records = next(_readings(_config(site)))
+    file = site.path / LABELS
+    told = json.loads(file.read_text()) if file.exists() else {"run": "", "labels": records.label_names}
+    if strange := sorted(set(records.label_names) - set(told["labels"])):
+        raise InputError(
+            shown(f"labels {', '.join(strange)} are none of run {told['run']}, which has {', '.join(told['labels'])}")
+        )
     found["data"] = True
     return f"{len(records)} records, {records.kind}, labels: {', '.join(records.label_names[:10])}"
+
+
+def load_model(site: Site) -> Base:
+    """The site's base model, for the first task that it can be loaded for; a run says which it is.
+
+    Raises:
+        InputError: it can be loaded for none; what the first said.
+    """
+    from fedpeft.models import loading
+
+    config, failures = _config(site).model, []
+    for task in dict.fromkeys([config.task, *registry.names("objectives")]):
+        try:
+            with _quiet():
+                return loading.load(replace(config, task=task, max_length=1), 2, 0)
+        except InputError as error:
+            failures.append(str(error))
+    raise InputError(failures[0])
 
 
 def _model(site: Site, found: dict[str, Any]) -> str:
     import torch
 
-    from fedpeft.models import loading
     from fedpeft.run.world import device
 
-    name, place = site.settings.model, device(site.settings.device)
-    if name in registry.EMBEDDED:
-        with _quiet():
-            base = loading.load(_config(site).model, 2, 0)
-        count = sum(value.numel() for value in base.backbone.parameters())
-        torch.empty(1, device=place)
-        found["positions"] = None
-        return f"{name}, {count:,} parameters, on {place}"
-    from transformers import AutoConfig, AutoModel
-
-    from fedpeft.data import prepare
-
-    path = str(prepare.model(name) or name)
-    settings_of = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    model = AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    found["positions"] = getattr(settings_of, "max_position_embeddings", None)
-    count = sum(value.numel() for value in model.parameters())
-    return f"{name} ({settings_of.model_type}), {count:,} parameters, on {place}"
+    place, base = device(site.settings.device), load_model(site)
+    torch.empty(1, device=place)
+    found["positions"] = getattr(base.backbone.config, "max_position_embeddings", None)
+    count = sum(value.numel() for value in base.backbone.parameters())
+    return f"{site.settings.model}, {count:,} parameters, on {place}"
 
 
 def _records(site: Site, found: dict[str, Any]) -> str:
@@ -283,7 +323,8 @@ def _records(site: Site, found: dict[str, Any]) -> str:
 
     if not {"data", "positions"} <= found.keys():
         raise RunError("not checked: that takes data and a model")
-    config, failures = _config(site), []
+    config = _config(site)
+    failures: list[str] = []
     length = min(config.model.max_length, found["positions"] or config.model.max_length)
     for task, records in _readings(config):
         try:

@@ -7,6 +7,7 @@ fedpeft. From the server come tensors, a task and a config (`envelope`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.settings import Site
 from fedpeft.deploy.site.node import ANSWERED, FAILED, READY, UNTOLD
 from fedpeft.deploy.site.owed import Owed
+from fedpeft.deploy.site.site import LABELS, load_model
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import explained
+from fedpeft.files import explained, write_bytes
 from fedpeft.flower import ErrorCode
 from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.models import agreement
@@ -123,6 +125,9 @@ class Resident:
         # Before the data are read: with another base the updates would mean nothing.
         if envelope.base_fingerprint(local.model.base, config) != cover.base:
             raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
+        if config.data.labels:  # for `fedpeft site check`
+            told = {"run": cover.run, "labels": config.data.labels}
+            write_bytes(self.site.path / LABELS, json.dumps(told).encode())
         private = local.guard.private
         try:
             own, held = load_data(config, self.name, local.model.base.processor, Cache(self.site.path / "cache"))
@@ -222,12 +227,19 @@ def say(error: Exception, what: str) -> None:
 
 
 def main(folder: Path, pipe: str) -> None:
-    """Answer what the node owes, until it ends. Ready is who has all in memory that does not depend on a run.
+    """Answer what the node owes, until it ends.
 
     Args:
         pipe: number of the file that leads to the node; this process inherited it.
     """
-    resident, node = Resident(settings.site(folder)), Connection(int(pipe))
+    site, node = settings.site(folder), Connection(int(pipe))
+    try:
+        load_model(site)  # then its files are in memory, and a run's first round loads it in no time
+    except Exception as error:
+        say(error, "the model cannot be loaded, so this site does not take part; it is tried again")
+        raise SystemExit(1) from None
+    resident = Resident(site)
+    log.info("ready.")
     node.send_bytes(READY)
     while True:
         try:
