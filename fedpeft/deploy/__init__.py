@@ -1,1 +1,1 @@
-"""Real clients over gRPC: Flower's SuperLink at the coordinator, a SuperNode and a resident worker at each site."""
+"""Real clients over gRPC: Flower's SuperLink at the coordinator, a node and a resident worker at each site."""

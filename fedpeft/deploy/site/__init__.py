@@ -1,1 +1,1 @@
-"""The side that has the data: `fedpeft site`, its SuperNode, a proxy and a resident worker."""
+"""The side that has the data: `fedpeft site`, its node and its resident worker."""
