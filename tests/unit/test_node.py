@@ -215,6 +215,18 @@ def test_a_run_that_has_ended_wants_no_answer(site):
         assert name not in state.replies
 
 
+def test_a_message_that_the_coordinator_knows_nothing_of_any_more_does_not_hold_up_the_next(site, monkeypatch):
+    monkeypatch.setattr(node, "REFUSED_S", 0.2)
+    state = State()
+    state.before["PullObject"] = [Fault(grpc.StatusCode.UNKNOWN, "KeyError") for _ in range(10_000)]
+    with at_work(site, state):
+        name = state.send("forgotten")
+        until(lambda: "PullObject" in state.calls and not list((site.path / "owed").iterdir()))
+        assert name not in state.replies
+        state.before.clear()
+        exchange(site, state, "next")
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "", "x" * 64, "A" * 64])
 def test_a_message_whose_id_is_no_hash_touches_no_file(site, caplog, name):
     state = State()

@@ -48,6 +48,7 @@ CAUSES = (  # what an answer has in it, in lower case, and what that means
     ("unreachable|no route", "this machine has no way there. Look at its network, and at a firewall in between."),
     ("invalid supernode|invalid signature|invalid node", "it does not take this site's key. Was it given a new one?"),
 )
+LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "HTTP 408", "HTTP 429", "HTTP 502", "HTTP 503", "HTTP 504")
 UNKNOWN = (
     "it does not know this site's key. Have the coordinator add it: fedpeft server add-site DIR NAME, with site.pub."
 )
@@ -60,6 +61,7 @@ class Failure(Exception):
         super().__init__(f"{status}: {said}")
         self.status, self.said, self.number = status, said, flower.error_number(said)
         self.stranger = status in ("UNAUTHENTICATED", "HTTP 401")
+        self.lost = status in LOST or not status.isupper()  # on the way, as far as can be seen
 
     def cause(self, server: str) -> str:
         """Whom this site called, what that means, and what to do where that is known."""
@@ -141,7 +143,7 @@ class HttpLink:
             if answer.status_code != httpx.codes.OK:
                 raise Failure(f"HTTP {answer.status_code}", answer.text)
             return flower.answer_type(method).FromString(answer.content)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # the latter of a client that another thread has closed
             raise Failure(type(error).__name__, str(error)) from error
         except flower.DecodeError as error:
             raise Failure("HTTP 200", f"no protobuf message: {error}") from error

@@ -36,6 +36,7 @@ WITHIN_S = {"PullMessages": 30.0, "PushObject": 300.0, "PullObject": 300.0}  # p
 OTHERS_WITHIN_S, LEAVE_WITHIN_S = 20.0, 3.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0  # between tries
 TELL_S, NOTE_S = 60.0, 10.0  # between lines about the same trouble; between writings of the status
+REFUSED_S = 120.0  # after that a coordinator that answers, and with an error each time, knows nothing of the message
 WORKER_S = 60.0  # for a worker that is being started again
 BEGINNINGS = 3  # a message that was begun so often without an answer has killed this site, and is not begun again
 AT_ONCE = 4  # calls
@@ -72,16 +73,19 @@ class Node:
         """The answer to a call, which is made again until there is one.
 
         Raises:
-            Gone: the run has ended, or `until` (of time.monotonic) has passed.
+            Gone: the run has ended, or the coordinator has refused the call for long, or `until` (of time.monotonic)
+                has passed.
             Leaving: the site stops.
         """
-        pause = FIRST_PAUSE_S
+        pause, refused = FIRST_PAUSE_S, float("inf")
         while not self.stopping.is_set():
             request = flower.request(method, self.node, **fields)
             try:
                 answer = self.link.call(method, request, WITHIN_S.get(method, OTHERS_WITHIN_S))
             except Failure as failure:
-                if failure.number == flower.RUN_ENDED or time.monotonic() > until:
+                refused = float("inf") if failure.lost else min(refused, time.monotonic())
+                patience = REFUSED_S if until < float("inf") else float("inf")
+                if failure.number == flower.RUN_ENDED or time.monotonic() > min(until, refused + patience):
                     raise Gone(failure.sentence(self.site.settings.server)) from failure
                 if failure.number == flower.KEY_IN_USE and method == "RegisterNode":
                     return None  # by this site, before it was started again

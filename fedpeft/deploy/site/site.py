@@ -193,6 +193,8 @@ def _start(site: Site, insecure: bool) -> None:
         node.run()
 
     thread = threading.Thread(target=take_part, daemon=True)
+    for scrap in site.path.glob(".*.json.*"):  # of a process that was killed while it wrote
+        scrap.unlink()
     try:
         child.start()
         thread.start()
@@ -360,7 +362,7 @@ def _server(site: Site, found: dict[str, Any]) -> str:
     if proxy:
         way = f"through the proxy of {proxy}"
     else:
-        way = ", ".join(map(str, probe.tls_of(host, port, site.path / "ca.crt")))
+        way = ", ".join(filter(None, probe.tls_of(host, port, site.path / "ca.crt")))
     found["reached"] = True
     running = _running(site)
     if not running:
