@@ -11,7 +11,13 @@ from fedpeft.errors import InputError
 def check(config: Config) -> None:
     """Refuse what contradicts itself in a client's training; each message names the keys and the way out."""
     client = config.client
-    find_optimizer(client).require(client)
+    optimizer = find_optimizer(client)
+    optimizer.require(client)
+    if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in _trained(config)):
+        raise InputError(
+            f"client.optimizer={client.optimizer} steps A and B of a layer by each other, but strategy "
+            f"{config.strategy.name} does not train both in every round. Take fedit, or another optimizer."
+        )
     if client.keep_optimizer:
         _require_lasting_state(config)
     rates.require(client, config.run.rounds)
@@ -28,13 +34,12 @@ def _require_lasting_state(config: Config) -> None:
 
     It is allowed under sample-level privacy: the state is made of noised gradients, and stays with the client.
     """
-    from fedpeft.state import AdapterState, ServerState
     from fedpeft.strategies.build import build
 
     client, name = config.client, config.strategy.name
     strategy = build(config)
     if not find_optimizer(client).has_state(client):
-        reason = f"client.optimizer={client.optimizer} without momentum has no state. Set client.momentum"
+        reason = f"client.optimizer={client.optimizer} has no state here. Take adamw, or sgd with client.momentum"
     elif config.continual.body is not None:
         reason = f"continual.body={config.continual.body}: a task would begin with the state of the one before. Set"
         reason += " continual.body=null"
@@ -43,9 +48,18 @@ def _require_lasting_state(config: Config) -> None:
             f"strategy {name} changes what the coordinates mean between rounds (new factors or a moved base), so the "
             "state would be of others. Take fedit or ffa_lora"
         )
-    elif len({strategy.trained(ServerState(AdapterState({}), round=number)) for number in range(2)}) > 1:
+    elif len(_trained(config)) > 1:
         reason = f"strategy {name} trains other factors in every second round, and each changes what the other's state"
         reason += " is of. Take fedit or ffa_lora"
     else:
         return
     raise InputError(f"client.keep_optimizer=true: {reason}, or set client.keep_optimizer=false.")
+
+
+def _trained(config: Config) -> set[tuple[str, ...]]:
+    """The roles that the first rounds train; what goes in turn does so from the second on."""
+    from fedpeft.state import AdapterState, ServerState
+    from fedpeft.strategies.build import build
+
+    strategy = build(config)
+    return {strategy.trained(ServerState(AdapterState({}), round=number)) for number in range(2)}

@@ -55,6 +55,10 @@ TABLES: dict[str, dict[str, str]] = {
     "optimizers": {
         "adamw": "fedpeft.clients.optimizers.adamw:AdamW",
         "sgd": "fedpeft.clients.optimizers.sgd:SGD",
+        "lora_plus": "fedpeft.clients.optimizers.lora_plus:LoRAPlus",
+        "lora_pro": "fedpeft.clients.optimizers.lora_pro:LoRAPro",
+        "riemannian": "fedpeft.clients.optimizers.riemannian:Riemannian",
+        "muon": "fedpeft.clients.optimizers.muon:Muon",
     },
     "datasets": {
         "digits": "fedpeft.data.digits:Digits",

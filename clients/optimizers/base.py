@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,13 @@ class Layout:
 
 
 class ClientOptimizer(Configured):
-    """Makes a client's optimizer."""
+    """Makes a client's optimizer.
+
+    Attributes:
+        pairs_factors: it needs A and B of a site to train together.
+    """
+
+    pairs_factors: ClassVar[bool] = False
 
     def require(self, client: ClientConfig) -> None:
         """Raise InputError where a key of the section contradicts this optimizer."""

@@ -142,6 +142,7 @@ APART = {
 }
 # Optimizers whose steps are torch's own, and those that are compared with their equations in float64.
 OF_TORCH = ("adamw", "sgd")
+BY_HAND = ("lora_plus", "lora_pro", "riemannian", "muon")
 RANDOM_SPLITS = ("iid", "dirichlet", "shards", "quantity")
 SPLITS_BY_DATA = ("column",)
 
@@ -159,7 +160,7 @@ QUESTIONS: dict[str, tuple[str, tuple[Collection[str], ...]]] = {
     "is it a rule or a wrapper?": ("strategies", (RULES, ["fed_sb"], WRAPPERS)),
     "what is its reference?": ("strategies", (REFERENCED, APART)),
     "which small models have it?": ("objectives", ({task for task, *_ in small_models.KINDS.values()},)),
-    "is it torch's own?": ("optimizers", (OF_TORCH,)),
+    "is it torch's own?": ("optimizers", (OF_TORCH, BY_HAND)),
     "does it draw?": ("partitioners", (RANDOM_SPLITS, SPLITS_BY_DATA)),
 }
 # Tables of which conformance tests take every entry there is, and those that hold parts of others.

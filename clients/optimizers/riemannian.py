@@ -1,0 +1,60 @@
+"""Scaled SGD: each factor's gradient is divided by the other's Gram matrix. Zhang and Pilanci, arXiv 2402.02347.
+
+    A -= lr (B^T B + d I)^-1 g_A,    B -= lr g_B (A A^T + d I)^-1
+
+Both at the old values. The step of the product B A then does not hang on how it is split into factors. The head takes
+plain steps; weight decay is decoupled. Where B is small (it starts at 0) so is what g_A is divided by, noise of DP-SGD
+included: a larger `damping` bounds that.
+
+Deviations: none from the paper's scaled SGD with damping d; its scaled AdamW is not offered.
+
+    >>> from fedpeft.clients.optimizers.base import Layout
+    >>> weights = nn.Parameter(torch.tensor([[2.0, 4.0]]))  # of one client, A = 2 and B = 4
+    >>> weights.grad = torch.tensor([[16.0, 4.0]])
+    >>> layout = Layout({"q/A": torch.Size([1, 1]), "q/B": torch.Size([1, 1])}, {})
+    >>> Riemannian(damping=0.0).make([weights], ClientConfig(lr=1.0), layout).step()
+    >>> weights.detach().tolist()
+    [[1.0, 3.0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedpeft.clients.optimizers.base import ClientOptimizer, Layout, refuse_momentum
+from fedpeft.clients.optimizers.stacked import Moving, Stacked, gram, pairs
+from fedpeft.config import ClientConfig, option
+
+
+class Riemannian(ClientOptimizer):
+    """SGD preconditioned by the other factor, so that a step of B A does not hang on its split."""
+
+    paper = "Zhang and Pilanci 2024, arXiv 2402.02347"
+    pairs_factors = True
+
+    @dataclass
+    class Config:
+        damping: float = option(1e-6, "added to the diagonal of the Gram matrices: B may be 0", above=0)
+
+    def require(self, client: ClientConfig) -> None:
+        refuse_momentum(client)
+
+    def has_state(self, client: ClientConfig) -> bool:
+        return False
+
+    def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
+        damping = self.config.damping
+
+        def move(tensors: dict[str, Moving], lr: float, step: int) -> None:
+            steps = {name: tensor.gradient for name, tensor in tensors.items()}
+            for site, (A, B) in pairs(tensors).items():
+                steps[f"{site}/A"] = torch.linalg.solve(gram(B.value.mT, damping), A.gradient)
+                steps[f"{site}/B"] = torch.linalg.solve(gram(A.value, damping), B.gradient.mT).mT
+            for name, tensor in tensors.items():
+                tensor.value.mul_(1 - lr * client.weight_decay).sub_(lr * steps[name])
+
+        return Stacked(weights, client.lr, layout, (), move)

@@ -1,0 +1,87 @@
+"""Optimizers that see each tensor by its name and shape: one step is over all clients' [K, ...] of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.clients.optimizers.base import STEP, Layout
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A tensor of K clients, its gradient and its state, all views [K, ...]: what is changed in place is changed."""
+
+    value: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+
+
+Moves = Callable[[dict[str, Moving], float, int], None]  # tensors by name, the rate, and the number of the step from 1
+
+
+class Stacked(torch.optim.Optimizer):
+    """Calls `move` for every step, alone with K = 1.
+
+    Args:
+        kinds: what is kept of each tensor from step to step, zero at first; without any, no steps are counted.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], lr: float, layout: Layout, kinds: Sequence[str], move: Moves):
+        super().__init__(weights, {"lr": lr})
+        self.layout, self.kinds, self.move = layout, kinds, move
+        self.alone = [weight.shape for weight in weights] == list(layout.shapes.values())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of all clients."""
+        [group] = self.param_groups
+        tensors: dict[str, Moving] = {}
+        count = 0
+        for place, weight in enumerate(group["params"]):
+            state = self.state[weight]
+            if self.kinds:
+                for kind in self.kinds:
+                    state.setdefault(kind, torch.zeros_like(weight))
+                state[STEP] = state.get(STEP, torch.tensor(0.0)) + 1
+                count = int(state[STEP])
+            views = [
+                self._views(value, place) for value in (weight, weight.grad, *(state[kind] for kind in self.kinds))
+            ]
+            for name, value, gradient, *kept in zip(views[0], *(view.values() for view in views), strict=True):
+                tensors[name] = Moving(value, gradient, dict(zip(self.kinds, kept, strict=True)))
+        self.move(tensors, group["lr"], count)
+
+    def _views(self, value: Tensor, place: int) -> dict[str, Tensor]:
+        shapes = self.layout.shapes
+        if self.alone:
+            return {list(shapes)[place]: value[None]}
+        parts = value.split([shape.numel() for shape in shapes.values()], dim=1)
+        return {key: part.unflatten(1, shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def pairs(tensors: dict[str, Moving]) -> dict[str, tuple[Moving, Moving]]:
+    """A and B of each site that has both, by site."""
+    sites = {name.rpartition("/")[0] for name in tensors}
+    return {
+        site: (tensors[f"{site}/A"], tensors[f"{site}/B"])
+        for site in sorted(sites)
+        if f"{site}/A" in tensors and f"{site}/B" in tensors
+    }
+
+
+def gram(matrix: Tensor, damping: float) -> Tensor:
+    """M M^T + damping I of [K, r, n]."""
+    return matrix @ matrix.mT + damping * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+
+
+def adam_direction(tensor: Moving, step: int, beta1: float, beta2: float, eps: float) -> Tensor:
+    """Adam's mean gradient over its root mean square, both bias-corrected; moves the moments."""
+    mean, square = tensor.state["exp_avg"], tensor.state["exp_avg_sq"]
+    mean.lerp_(tensor.gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(tensor.gradient, tensor.gradient, value=1 - beta2)
+    return (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)

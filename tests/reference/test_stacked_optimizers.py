@@ -1,0 +1,173 @@
+"""Optimizers that see factors as matrices, against their equations in float64, alone and in a cohort."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fedpeft.clients.cohort.engine import train_cohort
+from fedpeft.clients.optimizers.base import Layout, make_optimizer
+from fedpeft.clients.optimizers.muon import even
+from fedpeft.config import ClientConfig, load
+from fedpeft.errors import InputError
+from support.classified import BY_HAND
+from support.cohort_jobs import ALL, FEW, SGD, WIDE, make_jobs, one_by_one, private
+
+EXACT = 1e-10  # solves of small systems come before the sums
+OUT, IN, R, SCALE = 7, 5, 3, 2.0
+LAYOUT = Layout(
+    {
+        "q/A": torch.Size([R, IN]),
+        "q/B": torch.Size([OUT, R]),
+        "head/weight": torch.Size([2, 4]),
+        "head/bias": torch.Size([2]),
+    },
+    {"q": SCALE},
+)
+RATE, DECAY = 0.05, 0.1
+
+
+def drawn(seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in LAYOUT.shapes.items()}
+
+
+def after(name, start, gradients, **options):
+    """Values after a step for each of the gradients."""
+    config = ClientConfig(optimizer=name, optimizer_options=options, lr=RATE, weight_decay=DECAY)
+    weights = {key: nn.Parameter(value.clone()) for key, value in start.items()}
+    optimizer = make_optimizer(list(weights.values()), config, LAYOUT)
+    for gradient in gradients:
+        for key, weight in weights.items():
+            weight.grad = gradient[key].clone()
+        optimizer.step()
+    return {key: weight.detach() for key, weight in weights.items()}
+
+
+def adam(value, gradients, rate):
+    mean = square = torch.zeros_like(value)
+    for t, g in enumerate(gradients, start=1):
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
+        value = value * (1 - rate * DECAY) - rate * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)) ** 0.5 + 1e-8)
+    return value
+
+
+def near(found, expected, limit=1e-12):
+    assert float((found - expected).abs().max()) < limit
+
+
+def test_lora_plus_is_adamw_with_two_rates():
+    start, gradients = drawn(0), [drawn(1), drawn(2), drawn(3)]
+    found = after("lora_plus", start, gradients, ratio=5.0)
+    for key, value in start.items():
+        near(found[key], adam(value, [g[key] for g in gradients], RATE * (5.0 if key == "q/B" else 1.0)))
+
+
+def test_riemannian_is_its_equation_and_does_not_hang_on_the_split():
+    start, whole = drawn(0), torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def step(A, B):
+        gradient = {**drawn(1), "q/A": SCALE * B.T @ whole, "q/B": SCALE * whole @ A.T}
+        found = after("riemannian", {**start, "q/A": A, "q/B": B}, [gradient], damping=1e-14)
+        shrunk = 1 - RATE * DECAY
+        near(found["q/A"], shrunk * A - RATE * torch.linalg.inv(B.T @ B) @ gradient["q/A"], 1e-9)
+        near(found["q/B"], shrunk * B - RATE * gradient["q/B"] @ torch.linalg.inv(A @ A.T), 1e-9)
+        near(found["head/bias"], shrunk * start["head/bias"] - RATE * gradient["head/bias"])
+        return found["q/B"] @ found["q/A"]
+
+    A, B = start["q/A"], start["q/B"]
+    mix = torch.tensor([[3.0, 1, 0], [0, 0.5, 2], [1, 0, 1]], dtype=torch.float64)
+    near(step(mix @ A, B @ torch.linalg.inv(mix)), step(A, B), 1e-8)
+
+
+def test_lora_pro_projects_the_whole_gradient():
+    """The product moves by the projection of G on what steps of the factors reach: G P_A + P_B G (I - P_A)."""
+    start = drawn(0)
+    A, B = start["q/A"], start["q/B"]
+    whole = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    gradient = {**drawn(1), "q/A": SCALE * B.T @ whole, "q/B": SCALE * whole @ A.T}
+    found = after("lora_pro", start, [gradient], damping=1e-14)
+    moved_A, moved_B = (((1 - RATE * DECAY) * start[key] - found[key]) / RATE for key in ("q/A", "q/B"))
+    P_A, P_B = A.T @ torch.linalg.inv(A @ A.T) @ A, B @ torch.linalg.inv(B.T @ B) @ B.T
+    near(SCALE * (B @ moved_A + moved_B @ A), whole @ P_A + P_B @ whole - P_B @ whole @ P_A, 1e-9)
+    inner = torch.linalg.inv(B.T @ B)
+    X = (moved_A - inner @ gradient["q/A"] / SCALE**2) @ A.T @ torch.linalg.inv(A @ A.T)
+    near(B.T @ B @ X + X @ A @ A.T, -inner @ gradient["q/A"] @ A.T / SCALE**2, 1e-9)
+
+
+def test_lora_pro_begins_where_b_is_zero():
+    start = {**drawn(0), "q/B": torch.zeros(OUT, R, dtype=torch.float64)}
+    gradient = {**drawn(1), "q/A": torch.zeros(R, IN, dtype=torch.float64)}
+    found, A = after("lora_pro", start, [gradient], damping=1e-14), start["q/A"]
+    near(found["q/A"], (1 - RATE * DECAY) * A)
+    near(found["q/B"], -RATE * gradient["q/B"] @ torch.linalg.inv(A @ A.T) / SCALE**2, 1e-9)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_its_rule(nesterov):
+    start, gradients = drawn(0), [drawn(1), drawn(2)]
+    found = after("muon", start, gradients, nesterov=nesterov)
+    for key in ("q/A", "q/B"):
+        value, mean = start[key], torch.zeros_like(start[key])
+        for g in (one[key] for one in gradients):
+            mean = 0.95 * mean + 0.05 * g
+            U, S, Vt = torch.linalg.svd(0.05 * g + 0.95 * mean if nesterov else mean, full_matrices=False)
+            S = S / S.square().sum().sqrt()
+            for _ in range(5):  # Newton-Schulz moves singular values alone
+                S = 3.4445 * S - 4.775 * S**3 + 2.0315 * S**5
+            rows, columns = value.shape
+            value = value * (1 - RATE * DECAY) - RATE * max(1, rows / columns) ** 0.5 * (U * S) @ Vt
+        near(found[key], value, 1e-9)
+    for key in ("head/weight", "head/bias"):
+        near(found[key], adam(start[key], [g[key] for g in gradients], RATE))
+
+
+def test_muon_is_torchs_but_for_its_bfloat16():
+    value, gradient = drawn(0)["q/B"], drawn(1)["q/B"]
+    theirs = nn.Parameter(value.clone())
+    theirs.grad = gradient.clone()
+    torch.optim.Muon([theirs], lr=RATE, weight_decay=DECAY).step()
+    near(after("muon", drawn(0), [drawn(1)])["q/B"], theirs.detach(), 0.03 * RATE)
+    singular = torch.linalg.svdvals(even(gradient[None], 5))
+    assert singular.min() > 0.6 and singular.max() < 1.3
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_cohort_takes_the_steps_of_each_client(build, name):
+    """Clients leave at different steps; the last has B = 0, as at the start of a run; private ones too."""
+    model = build()
+    config = replace(SGD, optimizer=name, lr=0.01, weight_decay=0.1, local_steps=None, local_epochs=2)
+    jobs = make_jobs(model, (9, 3, 8))
+    jobs[2].start = {key: 0 * value if key.endswith("/B") else value for key, value in jobs[2].start.items()}
+    for noisy in (False, True):
+        settings = replace(config, local_steps=2, local_epochs=None) if noisy else config
+
+        def some(noisy=noisy):
+            return [
+                replace(job, private=private(0.1, 0.5, k) if noisy else None)
+                for k, job in enumerate(jobs[:2] if noisy else jobs)
+            ]
+
+        ends = one_by_one(model, some(), ALL, settings)
+        for tokens in (WIDE, FEW):
+            for mine, (values, steps, _) in zip(train_cohort(model, some(), ALL, settings, tokens), ends, strict=True):
+                assert mine.steps == steps
+                for key, value in values.items():
+                    near(mine.after[key], value, EXACT)
+                    assert noisy or key.endswith("/A") or not torch.equal(value, some()[0].start[key].to(value))
+
+
+@pytest.mark.parametrize("name", ["lora_pro", "riemannian"])
+@pytest.mark.parametrize("strategy", ["ffa_lora", "rolora"])
+def test_what_pairs_factors_needs_both(name, strategy):
+    with pytest.raises(InputError, match=rf"client\.optimizer={name}.*strategy {strategy}.*fedit"):
+        load({}, {"strategy": strategy, "client.optimizer": name})
+    assert load({}, {"client.optimizer": name}).client.optimizer == name
+
+
+def test_those_without_state_keep_none():
+    with pytest.raises(InputError, match=r"client\.keep_optimizer=true: client\.optimizer=lora_pro"):
+        load({}, {"client.optimizer": "lora_pro", "client.keep_optimizer": True})
