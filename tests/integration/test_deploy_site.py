@@ -362,3 +362,19 @@ def test_a_reply_that_flower_cannot_put_together_takes_no_other_with_it(monkeypa
     assert [name for name, reply in found.items() if reply.has_error()] == ["message-2"]
     said = found["message-2"].error.reason
     assert "KeyError" in said and said.isprintable() and len(said.encode()) <= 2048
+
+
+def test_what_a_stage_leaves_is_there_for_the_next_stage_of_its_run_and_for_no_other(rig):
+    def message_of(run):
+        return rig.resident.remembered(
+            Context(run_id=run, node_id=7, node_config={}, state=RecordDict(), run_config={})
+        )
+
+    first = message_of(1)
+    assert message_of(1) is first and message_of(2) is not first
+    for run in range(3, 3 + worker.RUNS - 2):
+        message_of(run)
+    assert message_of(1) is first
+    for run in range(10, 10 + worker.RUNS):
+        message_of(run)
+    assert message_of(1) is not first  # of an old run nothing is kept

@@ -43,6 +43,7 @@ from fedpeft.strategies import opening
 from fedpeft.strategies.instructions import Instructions
 
 log = logging.getLogger("fedpeft")
+RUNS = 4  # at work at once
 
 
 class Unreadable(Mapping[str, Encoded]):
@@ -67,6 +68,15 @@ class Resident:
         self.bounds: Policy | None = None
         self.local: Local | None = None
         self.app: ClientApp = client_app(self.current, lambda context: self.name)
+        self.contexts: dict[int, Context] = {}
+
+    def remembered(self, context: Context) -> Context:
+        """The context of an earlier message of the same run, or else this one: stages of secure aggregation leave in it
+        what the next one needs. Only in memory, as there are secrets in it, and of the newest runs alone.
+        """
+        kept = self.contexts.pop(context.run_id, context)
+        self.contexts = {**dict(list(self.contexts.items())[1 - RUNS :]), context.run_id: kept}
+        return kept
 
     def answer(self, message: Message, context: Context) -> Message:
         """The reply to a message. What went wrong at the site is told only where it says nothing of its data."""
@@ -211,7 +221,7 @@ def read_round(message: Message) -> int:
 def answer(resident: Resident, owed: Owed) -> bytes:
     """Put the reply to a message into its folder; whether that was possible."""
     try:
-        context = flower.context_of(owed.pulled)
+        context = resident.remembered(flower.context_of(owed.pulled))
         owed.put_reply(resident.answer(owed.inflated(), context))
         return ANSWERED
     except Exception as error:  # of a message that was made to be no message, or of a disk that is full
