@@ -64,7 +64,7 @@ class FlowerRule(FederatedStrategy):
         super().__init__(context=context, **options)
         rule = self.config.rule
         if rule.startswith("DifferentialPrivacy"):
-            wrong = "Flower 1.39 moves an adaptive clip the wrong way, up if too large. " if "Adapt" in rule else ""
+            wrong = "Flower moves an adaptive clip the wrong way, up if too large. " if "Adapt" in rule else ""
             raise InputError(
                 f"strategy.rule={rule}: {wrong}Flower's DP wrappers keep no ledger and are not offered. "
                 "Use privacy.unit=client for DP at the server, privacy.unit=sample for DP at the clients."

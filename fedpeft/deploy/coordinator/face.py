@@ -129,6 +129,7 @@ def http_server(relay: Relay, server: Server, insecure: bool) -> uvicorn.Server:
         limit_concurrency=CALLS,
         server_header=False,
         ws="none",
+        timeout_graceful_shutdown=1,  # calls that wait are made again
         ssl_certfile=None if insecure else str(server.path / "server.crt"),
         ssl_keyfile=None if insecure else str(server.path / "server.key"),
     )
