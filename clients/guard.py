@@ -221,6 +221,11 @@ def check(config: Config) -> None:
             "client.local_steps=null: with privacy.unit=sample batches are Poisson samples, and the "
             "number of steps must be public. Set client.local_steps and client.local_epochs=null."
         )
+    if client.loss_weighting == "token":
+        raise InputError(
+            "client.loss_weighting=token: with privacy.unit=sample a record's gradient must not depend on how long the "
+            "others of its batch are. Set client.loss_weighting=record."
+        )
     if client.max_grad_norm is not None:
         raise InputError(
             f"client.max_grad_norm={client.max_grad_norm:g}: with privacy.unit=sample every record's "

@@ -30,6 +30,7 @@ from fedpeft.data.ragged import runs
 from fedpeft.errors import RunError
 from fedpeft.models.agreement import rows_of
 from fedpeft.objectives import measures
+from fedpeft.objectives.base import IGNORE
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
@@ -153,13 +154,19 @@ def plain_steps(
     device: torch.device,
 ) -> Iterator[Gradients]:
     """The gradient of the mean loss of each batch; each is taken at the parameters as they then are."""
+    by_token = config.loss_weighting == "token"
     for index in batches(len(data), config, rng):
         losses = []
+        total = count_targets(model, data.view(index).labels).sum().to(device) if by_token else None
         size = config.micro_batch or len(index)
         for start in range(0, len(index), size):
-            each = per_sample_loss(model, *on_device(data, index[start : start + size], device))
+            inputs, labels = on_device(data, index[start : start + size], device)
+            each = per_sample_loss(model, inputs, labels)
             # Of pieces, shares of the whole batch's mean, which add up.
-            loss = each.mean() if len(each) == len(index) else each.sum() / len(index)
+            if total is not None:
+                loss = (each * count_targets(model, labels)).sum() / total
+            else:
+                loss = each.mean() if len(each) == len(index) else each.sum() / len(index)
             loss.backward()
             losses.append(loss.detach())
         yield (
@@ -237,6 +244,12 @@ def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[d
 def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Loss [N] of each sample, as the model's objective has it."""
     return model.base.objective.losses(*_predict(model, inputs, labels))
+
+
+def count_targets(model: Adapted, labels: Tensor) -> Tensor:
+    """How much of each record is predicted [N]: tokens of a text, 1 of a class."""
+    targets = model.base.objective.targets(labels)
+    return (targets != IGNORE).flatten(1).sum(1) if targets.ndim > 1 else torch.ones_like(targets)
 
 
 def _predict(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,8 @@ TABLES: dict[str, dict[str, str]] = {
     "datasets": {
         "digits": "fedpeft.data.digits:Digits",
         "docstrings": "fedpeft.data.docstrings:Docstrings",
+        "instructions": "fedpeft.data.exercises:Instructions",
+        "chats": "fedpeft.data.exercises:Chats",
     },
     "tta": {
         "source": "fedpeft.tta.methods.source:Source",

@@ -19,7 +19,7 @@ from fedpeft.clients.cohort.passes import Piece, assemble, cut, token_counts
 from fedpeft.clients.cohort.rows import frozen, rows, shrink
 from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate
 from fedpeft.clients.rates import ONE_ROUND, Clock
-from fedpeft.clients.train import Private, batches, per_sample_loss, steps_of
+from fedpeft.clients.train import Private, batches, count_targets, per_sample_loss, steps_of
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.mechanism import add_clipped
@@ -184,7 +184,7 @@ class Chunk:
         """What the optimizer gets: the gradient of every row's loss, or of its DP-SGD, and what is added to it."""
         active = len(values)
         drawn = [next(draw) for draw in self.draws[:active]]
-        counts = np.array([len(index) for index in drawn])
+        counts = np.array([self._weight(job, index) for job, index in zip(self.jobs, drawn, strict=False)])
         total = torch.zeros_like(values)
         private = [job.private for job in self.jobs[:active] if job.private is not None]
         sources = [
@@ -226,6 +226,12 @@ class Chunk:
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
 
+    def _weight(self, job: Job, index: np.ndarray) -> int:
+        """What a client's summed losses of a step are divided by: its records, or their tokens."""
+        if self.config.loss_weighting == "record" or job.private is not None:
+            return len(index)
+        return int(count_targets(self.model, job.data.view(index).labels).sum())
+
     def _pieces(self, drawn: list[np.ndarray]) -> Iterator[Piece]:
         """What is drawn, in passes; in each at most `micro_batch` records of a client."""
         longest = max(map(len, drawn))
@@ -252,9 +258,12 @@ class Chunk:
         self.now.samples, self.now.groups, self.now.values = len(piece.clients), len(groups), {**fixed, **leaves}
         inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-        losses = per_sample_loss(self.model, inputs, labels.to(self.device, non_blocking=True))
+        labels = labels.to(self.device, non_blocking=True)
+        losses = per_sample_loss(self.model, inputs, labels)
         if shares is not None:
             losses = losses * torch.from_numpy(shares[piece.clients]).to(losses)
+            if self.config.loss_weighting == "token":
+                losses = losses * count_targets(self.model, labels)
         # The sum: no sample reads another group's factors, so one pass gives each group its own gradient.
         slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         self.now.values = {}

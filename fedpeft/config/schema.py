@@ -192,6 +192,27 @@ class ClientConfig:
         None, "take a step's examples in pieces of so many, whose gradients add up: less memory, the same step", low=1
     )
     max_grad_norm: float | None = option(None, "clip the gradient of a step to this norm", above=0)
+    loss_weighting: str = option(
+        "record",
+        "of a language model: record, a batch's loss is the mean over its records of the mean over each one's tokens; "
+        "token, the mean over all its tokens, so long answers count more",
+        choices=("record", "token"),
+    )
+
+
+@dataclass
+class GenerateConfig:
+    """Section `evaluation.generate`: answers that a language model gives to test conversations, beside those wanted."""
+
+    records: int = option(0, "test conversations whose last answer is generated after the last round; 0 is none", low=0)
+    max_new_tokens: int = option(64, "longest answer in tokens", low=1)
+
+
+@dataclass
+class EvaluationConfig:
+    """Section `evaluation`: what is looked at of the model after the last round, beside its scores."""
+
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
 @dataclass
@@ -316,6 +337,7 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     secagg: SecAggConfig = field(default_factory=SecAggConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tta: TTAConfig = field(default_factory=TTAConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
 

@@ -76,6 +76,12 @@ def check(config: Config) -> None:
                     f"data.{name}={getattr(data, name)}: of language models' texts; model.task={task} is not trained "
                     "on them. Leave it out, or set model.task=causal-lm."
                 )
+        for key, value, default in (
+            ("client.loss_weighting", config.client.loss_weighting, "record"),
+            ("evaluation.generate.records", config.evaluation.generate.records, 0),
+        ):
+            if value != default:
+                raise InputError(f"{key}={value}: of language models; model.task={task} is none. Set it to {default}.")
     if data.columns and data.text is not None:
         raise InputError(
             f"data.text={data.text} and {as_key(data.columns)}: one is for plain texts, the other for conversations. "
@@ -88,6 +94,20 @@ def require_template(given: str | None) -> None:
     """Raise InputError unless `data.template` is one of those here, or a file."""
     if given is not None and given not in TEMPLATES and not Path(given).is_file():
         raise InputError(registry.unknown("data.template", given, TEMPLATES) + " Or give the path of a Jinja file.")
+
+
+def require_asked(config: Config, wording: Wording) -> None:
+    """Refuse generated answers to test records that ask nothing.
+
+    Raises:
+        InputError: they are plain texts.
+    """
+    count = config.evaluation.generate.records
+    if count and wording.form == "text":
+        raise InputError(
+            f"evaluation.generate.records={count}: the test records are plain texts, in which nothing is asked. Give "
+            "conversations (columns such as prompt and completion), or set it to 0."
+        )
 
 
 @dataclass(frozen=True)

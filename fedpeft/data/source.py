@@ -113,7 +113,7 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
     """The source's training and test records, labels by its own names."""
     if source in registry.names("datasets"):
         chosen = {
-            name: getattr(config, name) for name in ("text", "image", "label") if getattr(config, name) is not None
+            name: getattr(config, name) for name in ("text", "image", "label", "columns") if getattr(config, name)
         }
         if chosen and key == "data.source":
             raise InputError(
@@ -121,7 +121,7 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
             )
         train, test = registry.load("datasets", source, key)().load()
         _require_kind(train.kind, task, f"{key}={source}")
-        wording = Wording.of(config, "text")
+        wording = Wording.of(config, train.wording.form)
         return replace(train, wording=wording), replace(test, wording=wording)
     if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
         name, size = content(Path(source))

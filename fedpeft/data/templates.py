@@ -108,6 +108,25 @@ def template_of(records: Records, tokenizer: Any) -> Template:
     return find_template(records.wording.template, records.wording.form, tokenizer)
 
 
+def describe_texts(records: Records, tokenizer: Any) -> dict[str, str]:
+    """What a language model's records are and how they became tokens, for the summary of a run."""
+    wording = records.wording
+    found = {"form": wording.form, "truncate": wording.truncate}
+    if wording.form == "text":
+        return found
+    return {**found, "template": template_of(records, tokenizer).name, "loss_on": wording.loss_on}
+
+
+def find_ends(template: Template, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end token, and the marks that the template puts behind an answer."""
+    (written,) = write([[("user", "a"), ("assistant", "b")]], template, tokenizer, "response")
+    ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if isinstance(written, Written):
+        marks = marks_of(tokenizer)
+        ends |= {token for token, chosen in zip(written.ids, written.learned, strict=True) if chosen and token in marks}
+    return sorted(ends)
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from fedpeft.record.words import number, percent, plain, points
 log = logging.getLogger("fedpeft")
 MOST_ROWS = 1000  # of a table with a row for each client and round
 APART = (
+    "answers",
     "privacy",
     "continual",
     "sequence",
@@ -97,6 +98,8 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
         body += _privacy(summary["privacy"])
     if summary.get("continual"):
         body += _tasks(summary["continual"])
+    if summary.get("answers"):
+        body += _answers(summary["answers"])
     body += _updates(run)
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
@@ -219,6 +222,19 @@ def _tasks(section: dict[str, Any]) -> list[str]:
             )
         )
     return body
+
+
+def _answers(section: dict[str, Any]) -> list[str]:
+    """What the model answered before and after training, beside what was wanted."""
+    scores = [
+        [name, percent(section[name]["exact_match"]), percent(section[name]["rouge_l"])] for name in ("base", "tuned")
+    ]
+    keys = ("prompt", "base", "tuned", "wanted")
+    return [
+        f"<h2>Answers to {section['records']} test conversations, greedy</h2>",
+        html_table(["model", "exact match", "ROUGE-L"], scores),
+        html_table(list(keys), [[sample[key] for key in keys] for sample in section["samples"]]),
+    ]
 
 
 def _updates(run: Run) -> list[str]:

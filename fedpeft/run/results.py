@@ -13,12 +13,13 @@ from fedpeft.adapters.flat import flat
 from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.data import split
+from fedpeft.data.templates import describe_texts
 from fedpeft.errors import RunError
 from fedpeft.files import write_bytes
 from fedpeft.objectives.measures import Tally
 from fedpeft.record import report
 from fedpeft.record.metrics import read, summarise
-from fedpeft.run import guarantee, sequence
+from fedpeft.run import generations, guarantee, sequence
 from fedpeft.run.world import World
 from fedpeft.state import DROPPED, ServerState
 from fedpeft.strategies.secagg import terms
@@ -43,6 +44,15 @@ def score(world: World, server: ServerState) -> dict[str, Any]:
         "test_records": int(result["num-examples"]),
         **({"by_class": classes} if classes else {}),
     }
+
+
+def _texts(world: World) -> dict[str, str] | None:
+    """What a language model's records are, and what its loss weighs; None for other models."""
+    base = world.local.model.base
+    if not base.objective.causal:
+        return None
+    records = world.train if len(world.train) else world.test
+    return {**describe_texts(records, base.processor), "loss_weighting": world.config.client.loss_weighting}
 
 
 def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
@@ -73,6 +83,8 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
         "tta": test_time.describe(config, events),
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [name for name, _ in config.strategy.wrappers],
+        "texts": _texts(world),
+        "answers": generations.compare(world, server),
     }
     summary = summarise(events, configs.to_tree(config), extra)
     # Before the report, which is made from it.

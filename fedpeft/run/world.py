@@ -21,6 +21,7 @@ from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
 from fedpeft.data import source, split
 from fedpeft.data.cache import FOLDER, Cache
+from fedpeft.data.conversations import require_asked
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.partition import Column
 from fedpeft.data.records import Records
@@ -59,6 +60,7 @@ def load_world(config: Config, run: Path) -> World:
     labels = len(train.label_names)
     model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
     processor, length = model.base.processor, config.model.max_length
+    require_asked(config, test.wording)
     train_encoded = encode(train, processor, config.model.task, length, "training texts", cache)
     test_encoded = encode(test, processor, config.model.task, length, "test texts", cache)
     if not len(test_encoded.teaching()):

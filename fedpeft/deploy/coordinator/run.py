@@ -21,6 +21,7 @@ from fedpeft import config as configs
 from fedpeft import folders
 from fedpeft.config import Config
 from fedpeft.data import source
+from fedpeft.data.conversations import require_asked
 from fedpeft.data.encode import encode
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
@@ -115,6 +116,7 @@ def world_of(config: Config, run: Path) -> tuple[World, list[str]]:
     task, test, found = config.model.task, None, None
     if config.data.test is not None:
         test = source.whole(config.data.test, "data.test", config.data, task, test=True)
+        require_asked(config, test.wording)
         found = test.label_names
     labels = envelope.classes(config, found)
     world = bare(config, run, labels)

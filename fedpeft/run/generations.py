@@ -1,0 +1,169 @@
+"""Answers that a language model gives to test conversations, before and after training, beside those wanted.
+
+Greedy: the most likely token each time, until a token that ends an answer. Prompts are padded on the left, so that
+every answer begins where its prompt ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.config import Config
+from fedpeft.data import templates
+from fedpeft.data.conversations import parse
+from fedpeft.data.records import Records
+from fedpeft.data.templates import NotWritten
+from fedpeft.run.world import World
+from fedpeft.state import ServerState
+
+log = logging.getLogger("fedpeft")
+TOGETHER = 16  # prompts of one pass
+SAMPLES = 10  # answers that a report shows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: its tokens and words, and the answer that the record has."""
+
+    ids: list[int]
+    text: str
+    wanted: str
+
+
+def compare(world: World, server: ServerState) -> dict[str, Any] | None:
+    """Answers of the model before and after training, JSON-ready; None where none were asked for, or there is no single
+    model to ask.
+    """
+    section = world.config.evaluation.generate
+    if not section.records or not len(world.test) or world.strategy.keeps:
+        return None
+    model = world.local.model
+    asked = draw_prompts(world.config, world.test, model.base.processor)
+    if not asked:
+        return None
+    stop = templates.find_ends(templates.template_of(world.test, model.base.processor), model.base.processor)
+    answers = {}
+    for name, state in (("base", world.start.adapter), ("tuned", server.adapter)):
+        model.write(state)
+        answers[name] = generate(model, [prompt.ids for prompt in asked], section.max_new_tokens, stop)
+    wanted = [prompt.wanted for prompt in asked]
+    samples = [
+        {"prompt": prompt.text, "base": base, "tuned": tuned, "wanted": prompt.wanted}
+        for prompt, base, tuned in zip(asked, answers["base"], answers["tuned"], strict=True)
+    ]
+    return {
+        "records": len(asked),
+        "max_new_tokens": section.max_new_tokens,
+        **{name: score(said, wanted) for name, said in answers.items()},
+        "samples": samples[:SAMPLES],
+    }
+
+
+def draw_prompts(config: Config, records: Records, tokenizer: Any) -> list[Prompt]:
+    """As many conversations as the config asks for, drawn from its seed, each up to its last answer.
+
+    Those that the template does not take, or whose prompt is longer than a record may be, are left out, and said.
+    """
+    template, section = templates.template_of(records, tokenizer), config.evaluation.generate
+    rng = seeds.numpy_generator(config.run.seed, "generate")
+    chosen = np.sort(rng.permutation(len(records))[: section.records])
+    found = []
+    for index in chosen:
+        turns = parse(records.inputs[index])
+        last = max(place for place, (role, _) in enumerate(turns) if role == "assistant")
+        try:
+            text = template.write(turns[:last], tokenizer, answering=True)
+        except NotWritten:
+            continue
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) <= config.model.max_length:
+            found.append(Prompt(ids, text, turns[last][1].strip()))
+    if len(found) < len(chosen):
+        log.warning(
+            "evaluation.generate: %d of %d prompts have more than model.max_length=%d tokens, or are not taken by the "
+            "template, and are left out",
+            len(chosen) - len(found),
+            len(chosen),
+            config.model.max_length,
+        )
+    return found
+
+
+@torch.no_grad()
+def generate(model: Adapted, prompts: Sequence[list[int]], most: int, stop: Sequence[int]) -> list[str]:
+    """Greedy answers in words, to prompts of token ids.
+
+    Args:
+        most: longest answer in tokens.
+        stop: tokens that end an answer.
+    """
+    backbone: Any = model.base.backbone
+    tokenizer = model.base.processor
+    device = next(iter(model.parameters.values())).device
+    backbone.eval()
+    answers: dict[int, str] = {}
+    for rows in _alike(prompts):
+        ids, mask = pad_left([prompts[row] for row in rows], tokenizer.pad_token_id or 0)
+        settings = _settings(backbone, most, ids.shape[1], stop, tokenizer.pad_token_id or 0)
+        if settings is None:
+            answers |= dict.fromkeys(rows, "")
+            continue
+        made = backbone.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+        for row, said in zip(rows, made[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(said) if token in stop), len(said))
+            answers[row] = tokenizer.decode(said[:end], skip_special_tokens=True).strip()
+    return [answers[row] for row in range(len(prompts))]
+
+
+def _alike(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Numbers of prompts in batches of similar length."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(order), TOGETHER):
+        yield order[start : start + TOGETHER]
+
+
+def pad_left(rows: Sequence[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [N, T] of prompts, the padding before them."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[filler] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _settings(backbone: Any, most: int, width: int, stop: Sequence[int], filler: int) -> Any:
+    """How to generate, within the positions that the model has; None where a prompt fills them."""
+    from transformers import GenerationConfig
+
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    room = most if positions is None else min(most, positions - width)
+    if room < 1:
+        return None
+    return GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=room, eos_token_id=list(stop) or None, pad_token_id=filler
+    )
+
+
+def score(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """Share of answers that are the wanted one to the letter, and ROUGE-L: the mean F1 of the longest common
+    subsequence of words (Lin 2004), a word being a run of letters and digits of any script, in lower case.
+    """
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    rouge = rouge_score(
+        list(answers),
+        list(wanted),
+        rouge_keys="rougeL",
+        normalizer=str.lower,
+        tokenizer=lambda text: re.findall(r"\w+", text),
+    )
+    exact = sum(answer == right for answer, right in zip(answers, wanted, strict=True)) / len(wanted)
+    return {"exact_match": exact, "rouge_l": float(rouge["rougeL_fmeasure"])}

@@ -1,0 +1,91 @@
+"""Generated answers: those of a loop that takes the most likely token, prompts of unequal length together or alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedpeft import config as configs
+from fedpeft.data import templates
+from fedpeft.data.exercises import Instructions
+from fedpeft.run import generations
+from support import chat
+from support import small_models as small
+
+PROMPTS = ["a", "What is it?", "to be or not", "x" * 40]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    adapted = small.adapted(small.save("llama", tmp_path_factory.mktemp("base") / "llama"), "llama")
+    adapted.write(small.randomised(adapted))
+    return adapted
+
+
+def by_hand(model, ids, most, stop):
+    """One prompt without padding, token by token, over the whole text each time."""
+    said = []
+    with torch.no_grad():
+        while len(said) < most:
+            token = int(model.base.forward({"input_ids": torch.tensor([ids + said])})[0, -1].argmax())
+            if token in stop:
+                break
+            said.append(token)
+    return model.base.processor.decode(said, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("stop", [[], [1], "second"])
+def test_greedy_answers_are_those_of_a_plain_loop(model, stop):
+    tokenizer = model.base.processor
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    if stop == "second":  # a token that the model does say, so that an answer ends early
+        logits = model.base.forward({"input_ids": torch.tensor([prompts[1]])})
+        first = int(logits[0, -1].argmax())
+        stop = [int(model.base.forward({"input_ids": torch.tensor([[*prompts[1], first]])})[0, -1].argmax())]
+    answers = generations.generate(model, prompts, 7, stop)
+    assert answers == [by_hand(model, ids, 7, stop) for ids in prompts]
+    assert len(set(answers)) > 1
+
+
+def test_a_prompt_that_fills_the_models_positions_gets_no_answer(model):
+    long = [5] * small.POSITIONS
+    assert generations.generate(model, [long], 3, []) == [""]
+
+
+def test_padding_stands_before_a_prompt():
+    ids, mask = generations.pad_left([[3, 4], [5, 6, 7, 8]], 0)
+    assert ids.tolist() == [[0, 0, 3, 4], [5, 6, 7, 8]] and mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+def test_scores_are_exact_matches_and_the_longest_common_subsequence():
+    # LCS of "the cat sat" and "the old cat": the, cat; precision 2/3, recall 2/3. Danish letters are letters.
+    found = generations.score(["the cat sat", "Rødgrød!", ""], ["the old cat", "rødgrød", "x"])
+    assert found["exact_match"] == 0 and found["rouge_l"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert generations.score(["a b"], ["a b"]) == {"exact_match": 1.0, "rouge_l": pytest.approx(1.0)}
+
+
+def test_prompts_end_where_the_answer_begins_and_long_ones_are_left_out(caplog):
+    tree = {"evaluation": {"generate": {"records": 5}}, "model": {"name": "tiny-llama", "task": "causal-lm"}}
+    _, records = Instructions().load()
+    tokenizer = small.tokenizer()
+    roomy = configs.load(tree, {"model.max_length": 400})
+    found = generations.draw_prompts(roomy, records, tokenizer)
+    assert len(found) == 5 and all(prompt.text.endswith("### Response:\n") and prompt.wanted for prompt in found)
+    assert [prompt.wanted in prompt.text for prompt in found].count(False) >= 1
+    assert found == generations.draw_prompts(roomy, records, tokenizer)
+    none = generations.draw_prompts(configs.load(tree, {"model.max_length": 20}), records, tokenizer)
+    assert none == [] and "5 of 5 prompts have more than model.max_length=20 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("kind", list(chat.JINJA))
+def test_answers_end_at_the_templates_mark_and_at_the_tokenizers(kind):
+    tokenizer = chat.tokenizer(kind)
+    ends = {
+        "chatml": "<|im_end|>",
+        "llama": "<|eot_id|>",
+        "gemma": "<end_of_turn>",
+        "mistral": "</s>",
+        "phi": "<|end|>",
+    }
+    found = templates.find_ends(templates.find_template(None, "messages", tokenizer), tokenizer)
+    assert set(tokenizer.convert_ids_to_tokens(found)) == {ends[kind], tokenizer.eos_token}
