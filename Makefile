@@ -15,13 +15,18 @@ ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gp
 	tests/integration/test_federated_continual.py tests/integration/test_engines.py tests/integration/test_resume.py \
 	tests/integration/test_kill_points.py tests/integration/test_secagg_rounds.py tests/conformance tests/claims
 
-.PHONY: demo test slow attack claims full kernels gpu lint checkpoint smoke clean
+.PHONY: demo test test-flower slow attack claims full kernels gpu lint checkpoint smoke clean
 
 demo: .venv/ready
 	$(BIN)/fedpeft simulate quickstart
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims and not full"
+
+# The oldest and the newest minor of Flower that pyproject.toml allows.
+test-flower: .venv/ready
+	.ci/flower 1.40
+	.ci/flower 1.42
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -o timeout=600
@@ -65,4 +70,4 @@ checkpoint: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-flower-* build dist *.egg-info

@@ -25,13 +25,14 @@ def server_init(
     host: Annotated[str, typer.Option(help="Name or address by which sites reach this machine.")],
     port: Annotated[int, typer.Option(help="Fleet port, the one that sites need.")] = 9092,
     control_port: Annotated[int, typer.Option(help="Control port, on 127.0.0.1 only.")] = 9093,
-    listen: Annotated[str, typer.Option(help="Address that the Fleet port is bound to.")] = "0.0.0.0",
+    listen: Annotated[str, typer.Option(help="Address that the ports for sites are bound to.")] = "0.0.0.0",
+    http_port: Annotated[int | None, typer.Option(help="Port for sites behind a web proxy; none if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a coordinator: its authority, its certificate, its settings."""
     from fedpeft.deploy.coordinator import server
 
-    console.emit(server.init(folder, host, port, control_port, listen), as_json, console.pairs)
+    console.emit(server.init(folder, host, port, control_port, listen, http_port), as_json, console.pairs)
 
 
 @server_app.command("renew")

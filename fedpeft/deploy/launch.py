@@ -1,6 +1,7 @@
 """One child process of a deployment: `python -m fedpeft.deploy.launch ROLE FOLDER PARENT_PID ...`.
 
 superlink   Flower's own program, with the options that a deployment needs
+face        what sites reach of the coordinator
 run         the server's side of one run
 worker      what has model and data at a site
 """
@@ -17,11 +18,11 @@ from pathlib import Path
 
 POLL_S = 0.5
 DEBUG = "FEDPEFT_DEBUG"
-LARGEST_CALL = 32 * 2**20  # bytes
+LARGEST_CALL = 32 * 2**20  # bytes; what a site sends comes in objects of at most 5 MiB
 
 
 def main(arguments: list[str]) -> None:
-    """Run one role of a deployment: superlink, run or worker.
+    """Run one role of a deployment: superlink, face, run or worker.
 
     Args:
         arguments: role, folder, process id of the parent (with which this process ends), and the role's own.
@@ -31,6 +32,10 @@ def main(arguments: list[str]) -> None:
     log_lines("" if role == "run" else f"{role}: ")
     if role == "superlink":
         superlink(rest)
+    elif role == "face":
+        from fedpeft.deploy.coordinator.face import main as face
+
+        face(Path(folder), *rest)
     elif role == "run":
         from fedpeft.deploy.coordinator.run import main as play
 
@@ -68,10 +73,11 @@ def follow(parent: int) -> None:
 
 
 def superlink(arguments: list[str]) -> None:
-    """Flower's SuperLink; what a site sends comes in chunks of at most 5 MiB."""
-    from fedpeft.deploy.coordinator.flower import run_superlink
+    """Be Flower's SuperLink."""
+    from fedpeft.deploy.coordinator.flower import flower_superlink
 
-    run_superlink(arguments, LARGEST_CALL)
+    sys.argv = ["flower-superlink", *arguments]
+    flower_superlink()
 
 
 if __name__ == "__main__":

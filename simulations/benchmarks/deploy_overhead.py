@@ -25,7 +25,7 @@ from typing import Any
 from fedpeft.deploy import settings
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.daemon import answers, ports
+from fedpeft.deploy.coordinator.daemon import answers
 from fedpeft.deploy.coordinator.flower import start_run_request
 from fedpeft.deploy.site import site
 
@@ -180,8 +180,6 @@ def flower_programs(root: Path, coordinator: Path, server: Any) -> dict[str, lis
             "127.0.0.1",
             "--port",
             str(server.settings.control_port),
-            "--fleet-api-address",
-            f"127.0.0.1:{server.settings.port}",
             "--database",
             f"{coordinator}/state.db",
         ]
@@ -190,7 +188,7 @@ def flower_programs(root: Path, coordinator: Path, server: Any) -> dict[str, lis
         name: [
             f"{programs}/flower-supernode",
             "--superlink",
-            f"localhost:{server.settings.port}",
+            f"localhost:{server.settings.control_port}",
             "--root-certificates",
             f"{coordinator}/ca.crt",
             "--auth-supernode-private-key",
@@ -211,7 +209,7 @@ def stock_flower(root: Path) -> dict[str, Any]:
     starts = flower_programs(root, coordinator, server)
     link = {"superlink": starts.pop("superlink")}
     with running(root, link):
-        while not all(answers(*place) for place in ports(server)):
+        while not answers("127.0.0.1", server.settings.control_port):
             time.sleep(0.2)
         control = Control(server, insecure=False)
         control.register_missing()

@@ -141,8 +141,8 @@ def test_all_but_the_fleet_port_is_on_loopback(deployment):
     """Every listening socket of the coordinator and of the sites, from the kernel's table."""
     pids = [pid for process in deployment.processes.values() for pid, _ in children(process.pid)]
     found = listening(pids)
-    assert {deployment.port, deployment.control_port} <= found.keys() and len(found) == 2
-    assert all(address.endswith("0100007F") for address in found.values())  # by --listen the Fleet port too
+    assert found.keys() == {deployment.port, deployment.http_port, deployment.control_port}
+    assert all(address.endswith("0100007F") for address in found.values())  # by --listen those for sites too
 
 
 @pytest.mark.parametrize(
@@ -263,6 +263,8 @@ def test_a_run_outlives_everything_that_is_killed(deployment):
     assert [(entry.run, entry.round, entry.request) for entry in ledger.entries()][: len(before)] == before
 
     deployment.kill("coordinator", "superlink")
+    rounds_after(2)
+    deployment.kill("coordinator", "face")
     rounds_after(2)
     deployment.kill("coordinator", "run")
     rounds_after(2)

@@ -23,7 +23,7 @@ from fedpeft.deploy import settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.envelope import Envelope
-from fedpeft.deploy.processes import Child, end, launch
+from fedpeft.deploy.processes import end
 from support.deployed import LABELS, TRAIN, Deployment, until, write_records
 
 PROJECT = """
@@ -60,13 +60,9 @@ def taken_over(tmp_path):
     write_records(tmp_path / "own.csv", 20, 0)
     made.add_site("clinic", tmp_path / "own.csv")
     server = settings.server(made.coordinator)
-    link = Child(
-        "superlink",
-        launch("superlink", made.coordinator, *daemon.superlink_options(server, False)),
-        settings.environment(made.coordinator),
-        tmp_path / "superlink.log",
-    )
-    link.start()
+    fleet = daemon.fleet_of(server, False, settings.environment(made.coordinator))
+    for child in fleet:
+        child.start()
     control = Control(server, insecure=False)
     try:
         until(lambda: all(daemon.answers(*place) for place in daemon.ports(server)), "the SuperLink")
@@ -75,7 +71,7 @@ def taken_over(tmp_path):
         yield made, server, control
     finally:
         made.close()
-        end([link])
+        end(fleet)
 
 
 def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ def three_sites(root, policy=POLICY, words=WORDS):
     try:
         for name in NAMES:
             made.add_site(name, root / f"{name}.csv", policy=policy)
+        made.over_http(NAMES[1])
         made.start("coordinator")
         for name in NAMES:
             made.start(name)
@@ -117,7 +118,7 @@ class Deployment:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.port, self.control_port = free_ports(2)
+        self.port, self.control_port, self.http_port = free_ports(3)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.coordinator = root / "coordinator"
         self.call(
@@ -132,6 +133,8 @@ class Deployment:
             self.control_port,
             "--listen",
             "127.0.0.1",
+            "--http-port",
+            self.http_port,
         )
 
     def call(self, *arguments, code=0):
@@ -163,6 +166,12 @@ class Deployment:
         if register:
             self.call("server", "add-site", self.coordinator, name, made["public_key"])
         return folder
+
+    def over_http(self, name):
+        """Have a site call by HTTP, as one behind a web proxy."""
+        file = self.root / name / "site.yaml"
+        kept = [line for line in file.read_text().splitlines() if not line.startswith(("server:", "transport:"))]
+        file.write_text("\n".join([*kept, f"server: localhost:{self.http_port}", "transport: http"]) + "\n")
 
     def start(self, what, *options):
         """Start the coordinator, or a site by name."""

@@ -58,16 +58,12 @@ def serve(path: Path, insecure: bool = False) -> None:
         for place in ports(server):
             require_free(*place)
         env = settings.environment(server.path)
-        link = Child(
-            "superlink",
-            launch("superlink", server.path, *superlink_options(server, insecure)),
-            {**env, "FLWR_LOG_LEVEL": "WARNING"},
-            server.path / "logs" / "superlink.log",
-        )
+        fleet = fleet_of(server, insecure, env)
         coordinator = Coordinator(server, insecure, env)
         try:
-            link.start()
-            _wait_for(server, link)
+            for child in fleet:
+                child.start()
+            _wait_for(server, fleet)
             log.info(
                 "coordinator ready: sites reach it at %s; %d sites added.",
                 address.join(server.settings.host, server.settings.port),
@@ -75,7 +71,8 @@ def serve(path: Path, insecure: bool = False) -> None:
             )
             looked = time.monotonic()
             while True:
-                link.keep()
+                for child in fleet:
+                    child.keep()
                 coordinator.step()
                 if not insecure and time.monotonic() - looked > DAY_S:
                     looked = time.monotonic()
@@ -85,11 +82,21 @@ def serve(path: Path, insecure: bool = False) -> None:
         except Stopped:
             log.info("coordinator stops; runs go on when it is started again.")
         finally:
-            end([link, *coordinator.children.values()])
+            end([*fleet, *coordinator.children.values()])
+
+
+def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> list[Child]:
+    """What sites talk to: the SuperLink, and the face before it. Each may end and come back without the other."""
+    commands = {
+        "superlink": launch("superlink", server.path, *superlink_options(server, insecure)),
+        "face": launch("face", server.path, mode(insecure)),
+    }
+    quiet = {**env, "FLWR_LOG_LEVEL": "WARNING"}
+    return [Child(role, command, quiet, server.path / "logs" / f"{role}.log") for role, command in commands.items()]
 
 
 def superlink_options(server: Server, insecure: bool) -> list[str]:
-    """The SuperLink's command line: Fleet API over gRPC in public, everything else on loopback."""
+    """The SuperLink's command line. It is on loopback with all of its APIs; sites reach the Fleet API by the face."""
     chosen, folder = server.settings, server.path
     tls = (
         ["--insecure"]
@@ -109,10 +116,6 @@ def superlink_options(server: Server, insecure: bool) -> list[str]:
         "127.0.0.1",
         "--port",
         str(chosen.control_port),
-        "--fleet-api-type",
-        "grpc-rere",
-        "--fleet-api-address",
-        address.join(chosen.listen, chosen.port),
         *tls,
         "--database",
         str(folder / ("insecure.db" if insecure else "state.db")),
@@ -188,7 +191,7 @@ class Coordinator:
         env = {**self.env, "FEDPEFT_TASK_TOKEN": token}  # not in the arguments, which every user can read
         child = Child(
             f"run {name}",
-            launch("run", self.server.path, name, "insecure" if self.insecure else "tls"),
+            launch("run", self.server.path, name, mode(self.insecure)),
             env,
             folder / "log.txt",
         )
@@ -277,9 +280,10 @@ def _alone(server: Server, insecure: bool) -> Iterator[None]:
 
 
 def ports(server: Server) -> list[tuple[str, int]]:
-    """Where this machine reaches the control port and the Fleet port."""
+    """Where this machine reaches the control port and those that sites reach."""
     chosen = server.settings
-    return [("127.0.0.1", chosen.control_port), (address.own_address(chosen.listen), chosen.port)]
+    public = [port for port in (chosen.port, chosen.http_port) if port is not None]
+    return [("127.0.0.1", chosen.control_port), *((address.own_address(chosen.listen), port) for port in public)]
 
 
 def require_free(host: str, port: int) -> None:
@@ -288,12 +292,18 @@ def require_free(host: str, port: int) -> None:
         raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
 
 
-def _wait_for(server: Server, link: Child) -> None:
+def mode(insecure: bool) -> str:
+    """How a child process is told whether there is TLS."""
+    return "insecure" if insecure else "tls"
+
+
+def _wait_for(server: Server, children: list[Child]) -> None:
     until = time.monotonic() + START_S
     for host, port in ports(server):
         while not answers(host, port):
-            if link.process is None or link.process.poll() is not None or time.monotonic() > until:
-                raise RunError(f"the SuperLink does not come up; see {link.output}.")
+            for child in children:
+                if child.process is None or child.process.poll() is not None or time.monotonic() > until:
+                    raise RunError(f"the {child.role} does not come up; see {child.output}.")
             time.sleep(0.2)
 
 

@@ -6,8 +6,6 @@ clients and what signs their calls (flwr.supercore), its Grid over HTTP and its 
 
 from __future__ import annotations
 
-import sys
-
 import httpx
 from flwr.app import Error, Message, Metadata
 from flwr.app.message.message import make_message
@@ -72,8 +70,8 @@ __all__ = [
     "control_client",
     "error_reply",
     "executor_client",
+    "flower_superlink",
     "is_signed",
-    "run_superlink",
     "start_run_request",
     "take_task",
 ]
@@ -161,10 +159,3 @@ def error_reply(about: Metadata, error: Error) -> Message:
 def is_signed(key: bytes, text: str, signature: bytes) -> bool:
     """Whether the holder of a key, which is given as Flower keeps it, has signed the text."""
     return verify_signature(bytes_to_public_key(key), text.encode(), signature)
-
-
-def run_superlink(arguments: list[str], largest_call: int) -> None:
-    """Be Flower's SuperLink, which takes 2 GB in one call unless its limit, in bytes, is another."""
-    vars(sys.modules[flower_superlink.__module__])["GRPC_MAX_MESSAGE_LENGTH"] = largest_call
-    sys.argv = ["flower-superlink", *arguments]
-    flower_superlink()

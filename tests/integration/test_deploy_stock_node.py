@@ -1,0 +1,102 @@
+"""Flower's own node beside ours: it comes by HTTP, with a stock ClientApp that uses peft."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from peft import get_peft_model_state_dict
+
+from fedpeft.deploy import settings
+from fedpeft.deploy.coordinator import daemon
+from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import Task, start_run_request, take_task
+from fedpeft.deploy.processes import end
+from fedpeft.strategies import FedSVD
+from support import stock_app
+from support.deployed import Deployment, free_ports, until, write_records
+
+PROJECT = """
+[project]
+name = "stock"
+version = "1.0.0"
+description = "x"
+license = {text = "x"}
+dependencies = []
+[tool.flwr.app]
+publisher = "stock"
+[tool.flwr.app.components]
+serverapp = "stock.app:server"
+clientapp = "stock.app:client"
+[tool.flwr.app.config]
+"""
+
+
+def beat(held):
+    """As the coordinator does for its runs."""
+    with contextlib.suppress(Exception):
+        while held.beat():
+            time.sleep(5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
+    """Ours is connected too; it runs no app that comes from elsewhere, and says so."""
+    made = Deployment(tmp_path)
+    (node_port,) = free_ports(1)
+    write_records(tmp_path / "own.csv", 20, 0)
+    for name in ("ours", "stock"):
+        made.add_site(name, tmp_path / "own.csv")
+    server = settings.server(made.coordinator)
+    env = settings.environment(made.coordinator)
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    fleet = daemon.fleet_of(server, False, env)
+    for child in fleet:
+        child.start()
+    node = None
+    try:
+        until(lambda: all(daemon.answers(*place) for place in daemon.ports(server)), "the ports")
+        control = Control(server, insecure=False)
+        control.register_missing()
+        made.start("ours")
+        command = [
+            str(Path(sys.executable).parent / "flower-supernode"),
+            *("--superlink", f"localhost:{made.http_port}", "--root-certificates", str(made.coordinator / "ca.crt")),
+            *("--auth-supernode-private-key", str(tmp_path / "stock" / "site.key")),
+            *("--port", str(node_port), "--node-config", "partition-id=0 num-partitions=1"),
+        ]
+        with (tmp_path / "stock.log").open("wb") as log:
+            env["FLWR_HOME"] = str(tmp_path / "flwr")
+            node = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        until(lambda: [one.status for one in control.nodes()] == ["online"] * 2, "both nodes", 120)
+        app = Path(stock_app.__file__).read_bytes()
+        files = {"pyproject.toml": PROJECT.encode(), "stock/__init__.py": b"", "stock/app.py": app}
+        control.client.StartRun(start_run_request(files, {}))
+        ca = (made.coordinator / "ca.crt").read_bytes()
+        runtime = daemon.executor_client(server.control, ca, (made.coordinator / "secret").read_bytes())
+        _, token = until(lambda: take_task(runtime), "the run's task")
+        task = Task(server.control, ca, token)
+        held = daemon.HeldTask(server.control, ca, token)
+        threading.Thread(target=beat, args=(held,), daemon=True).start()
+        start = ArrayRecord(get_peft_model_state_dict(stock_app.build()))
+        result = FedSVD().start(task.grid, start, num_rounds=1, timeout=400)
+    finally:
+        if node is not None:
+            node.terminate()
+            node.wait(20)
+        made.close()
+        end(fleet)
+        print((tmp_path / "stock.log").read_text()[-3000:])
+    moved = result.arrays.to_torch_state_dict()
+    before = start.to_torch_state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in moved.items() if "lora_B" in name)
+    assert "does not say what run" in made.log("ours")
