@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from fedpeft import config as configs
 from fedpeft import folders, registry
 from fedpeft.clients.app import Local, client_app
 from fedpeft.config import Config
+from fedpeft.data import from_python
 from fedpeft.data.skipped import said_elsewhere
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
@@ -34,6 +36,8 @@ def simulate(
     overrides: Sequence[str] | dict[str, Any] = (),
     out: str | Path | None = None,
     on_event: loop.Listener = lambda event: None,
+    data: from_python.Source | None = None,
+    test: from_python.Source | None = None,
 ) -> dict[str, Any]:
     """Run a simulation from its first round.
 
@@ -44,6 +48,9 @@ def simulate(
             with NAME = <config>-<strategy>-seed<seed>; runs/NAME is a link to the newest.
         on_event: receives every event that goes to metrics.jsonl, and before them `folder` with its `path`,
             `given` by the caller or not.
+        data: records to use in place of `data.source`: a pandas DataFrame, a `datasets.Dataset`, a `DatasetDict` with
+            train and test, or a torch Dataset of dicts, which is written into the run's folder once.
+        test: the same in place of `data.test`.
 
     Returns:
         The content of summary.json, and `out`.
@@ -57,8 +64,9 @@ def simulate(
         raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
     _absolute(config)
     records.cache_clear()  # files may have changed since an earlier run of this process
-    # Ahead of the folder, so that a config that is refused leaves none behind.
-    faults.check(config.run, settle(config, Path("runs/new" if out is None else out)))
+    handed = data is not None or test is not None
+    if not handed:  # ahead of the folder, so that a config that is refused leaves none behind
+        faults.check(config.run, settle(config, Path("runs/new" if out is None else out)))
     name = f"{'run' if isinstance(source, dict) else Path(source).stem}-{config.strategy.name}-seed{config.run.seed}"
     with folders.new(out, Path("runs") / name, hint=", or go on with `fedpeft resume {}`") as made:
         run = made.path
@@ -71,12 +79,17 @@ def simulate(
             on_event(event)
 
         try:
+            if handed:
+                from_python.write(config.data, run, data, test)
+                faults.check(config.run, settle(config, run))
             # Resolved: a resumed run must not see a shipped config or a default that has changed since.
             write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
             identity.begin(run)
             return _run(config, run, tell)
         except InputError:
             if not (run / "metrics.jsonl").exists():  # nothing was trained: the command, mended, may use the folder
+                if handed:
+                    shutil.rmtree(run / from_python.FOLDER, ignore_errors=True)
                 made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
             raise
 

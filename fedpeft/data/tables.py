@@ -124,6 +124,7 @@ def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = (
     for name, feature in found.features.items():  # our loader decodes pictures, and names the record that it cannot
         if isinstance(feature, datasets.Image):
             found = found.cast_column(name, datasets.Image(decode=False))
+    found = found.with_format(None)  # one saved with torch's would give tensors
     spool = readers.Spool()
     spool.extend({name: [] for name in found.column_names}, 0)
     for batch in found.iter(BLOCK):

@@ -19,7 +19,7 @@ from fedpeft.clients.guard import Guard
 from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
-from fedpeft.data import source, split
+from fedpeft.data import from_python, source, split
 from fedpeft.data.cache import FOLDER, Cache
 from fedpeft.data.conversations import require_asked
 from fedpeft.data.encode import Encoded, encode
@@ -55,6 +55,7 @@ class World:
 def load_world(config: Config, run: Path) -> World:
     """The world of a resolved config; its split is read from, or written to, the run folder."""
     torch.set_num_threads(config.run.threads)
+    from_python.follow(config.data, run)
     cache = cache_of(config, run)
     train, test = records(data_key(config), cache)
     labels = len(train.label_names)
