@@ -13,7 +13,7 @@ from fedpeft.adapters.tail import first_token
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.data.encode import Encoded
 from fedpeft.models import agreement
-from fedpeft.objectives.base import IGNORE
+from fedpeft.objectives.base import IGNORE, by_token
 from fedpeft.privacy.gradients import verify
 
 DRAWN = 3
@@ -40,9 +40,16 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
             made[name] = torch.randn((DRAWN, *value.shape[1:]), generator=generator).to(value.dtype)
         else:
             made[name] = {"input_ids": ids, "attention_mask": mask}.get(name, torch.zeros_like(mask)).to(value.dtype)
-    if none.labels.ndim == 2:
-        return Encoded(made, ids.masked_fill(mask == 0, IGNORE))
-    return Encoded(made, torch.randint(0, model.base.classes, (DRAWN,), generator=generator))
+    return Encoded(made, _drawn_labels(model, none.labels, ids, mask, generator))
+
+
+def _drawn_labels(model: Adapted, like: Tensor, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels of the form of `like`: of each token, numbers that are 0 or 1, or classes."""
+    if like.is_floating_point():
+        return torch.randint(0, 2, (DRAWN, *like.shape[1:]), generator=generator).to(like.dtype)
+    if not by_token(like):
+        return torch.randint(0, model.base.classes, (DRAWN,), generator=generator)
+    return (ids % model.base.classes if model.base.objective.headed else ids).masked_fill(mask == 0, IGNORE)
 
 
 def verify_gradients(model: Adapted, like: Encoded, roles: tuple[str, ...], length: int) -> None:
@@ -83,11 +90,13 @@ def usable(model: Adapted, data: Encoded) -> Encoded:
 
 def _good(model: Adapted, data: Encoded) -> Tensor:
     """Whether the model can take each record, bool [N]."""
-    labels = data.labels
-    texts = labels.ndim > 1
-    labels = labels.flatten(1) if texts else labels[:, None]
-    most = words_of(model) if texts else model.base.classes
-    good = ((labels >= 0) & (labels < most) | (labels == IGNORE) & texts).all(1)
+    labels, tokens = data.labels, by_token(data.labels)
+    if labels.is_floating_point():
+        good = torch.isfinite(labels).all(1)
+    else:
+        most = model.base.classes if model.base.objective.headed else words_of(model)
+        labels = labels if tokens else labels[:, None]
+        good = ((labels >= 0) & (labels < most) | (labels == IGNORE) & tokens).all(1)
     for name, value in data.inputs.items():
         if value.is_floating_point():
             good &= torch.isfinite(value).flatten(1).all(1)

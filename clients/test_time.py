@@ -165,6 +165,12 @@ def check(config: Config) -> None:
     tta = config.tta
     if tta.method is None:
         return
+    objective = load_objective(config.model.task)
+    if not (objective.classes or objective.causal):
+        raise InputError(
+            f"tta.method={tta.method}: a method adapts the scores of one answer for each record, a class or the next "
+            f"token, and model.task={config.model.task} has none. Set tta.method=null."
+        )
     if config.data.holdout == 0:
         raise InputError(
             f"tta.method={tta.method}: a client's stream is made of its held-out records, and "
@@ -173,7 +179,7 @@ def check(config: Config) -> None:
     allowed = [*CORRUPTIONS, PER_CLIENT, SEQUENCE, CLEAN]
     if tta.corruption not in allowed:
         raise InputError(registry.unknown("tta.corruption", tta.corruption, allowed))
-    if tta.corruption != CLEAN and load_objective(config.model.task).records != "image":
+    if tta.corruption != CLEAN and objective.records != "image":
         raise InputError(
             f"tta.corruption={tta.corruption}: corruptions are for images, not for model.task="
             f"{config.model.task}. Set tta.corruption=clean: the stream is then the client's own texts."

@@ -47,6 +47,7 @@ TABLES: dict[str, dict[str, str]] = {
         "image-classification": "fedpeft.objectives.image_classification:ImageClassification",
         "sequence-classification": "fedpeft.objectives.sequence_classification:SequenceClassification",
         "causal-lm": "fedpeft.objectives.causal_lm:CausalLM",
+        "regression": "fedpeft.objectives.regression:Regression",
     },
     "adapters": {
         "lora": "fedpeft.adapters.lora:Lora",
@@ -65,6 +66,7 @@ TABLES: dict[str, dict[str, str]] = {
         "docstrings": "fedpeft.data.docstrings:Docstrings",
         "instructions": "fedpeft.data.exercises:Instructions",
         "chats": "fedpeft.data.exercises:Chats",
+        "docstring-capitals": "fedpeft.data.docstrings:DocstringCapitals",
     },
     "tta": {
         "source": "fedpeft.tta.methods.source:Source",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encode import Encoded
-from fedpeft.objectives.base import IGNORE
+from fedpeft.objectives.base import IGNORE, by_token
 
 LONGEST = 2.0  # padded tokens of a pass / tokens asked for: a planned batch that comes out longer is seldom cut
 WASTE = 0.125  # tokens of a pass that are padding / tokens asked for: costs what another pass would cost in overhead
@@ -94,7 +94,7 @@ def assemble(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[st
             filler = (getattr(settings, "pad_token_id", None) or 0) if name == "input_ids" else 0
             values = [_wide(value, piece.width, filler) for value in values]
         inputs[name] = torch.cat(values)
-    if labels[0].ndim == 2:
+    if by_token(labels[0]):
         labels = [_wide(value, piece.width, IGNORE) for value in labels]
     return inputs, torch.cat(labels)
 

@@ -106,6 +106,9 @@ class DataConfig:
     skip_bad: bool = option(
         False, "leave out records that are no conversation, and count them; else the first one is an error"
     )
+    label_separator: str | None = option(
+        None, "what stands between the labels, or the numbers, of one record in a text; null where the column has lists"
+    )
     labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
     cache: str | None = option(
         None,

@@ -153,7 +153,7 @@ def texts(table: Table, name: str) -> Texts:
     for number, value in enumerate(values, 1):
         if not isinstance(value, str) or missing(value):
             raise InputError(
-                f"{table.where}: column {name}: record {number} has no text, but {_shown(value)}. Remove or fill it."
+                f"{table.where}: column {name}: record {number} has no text, but {shown(value)}. Remove or fill it."
             )
         _require_unicode(table, name, number, value)
     return values if isinstance(values, Texts) else Texts.of(values)
@@ -213,10 +213,11 @@ def _kind(table: Table, name: str, number: int, value: Any) -> str:
         why = "; a record has one label. For several labels, or one-hot rows, make a column with one name or number"
     else:
         why = "; labels must be all strings or all whole numbers"
-    raise InputError(f"{table.where}: column {name}: record {number} has {_shown(value)}{why}.")
+    raise InputError(f"{table.where}: column {name}: record {number} has {shown(value)}{why}.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a table for a message, with its type where that is no plain one."""
     kind = type(value).__name__
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:60]}..."

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ class Docstrings:
     One docstring in four is for test, chosen by a hash of its text, so that a copy is on the same side as its original.
     """
 
+    labelled = "class"
     summary = "docstrings of numpy, scikit-learn, torch and transformers, label is the library, natural column module"
     kind = "text"
     license = "BSD-3-Clause and Apache-2.0 (texts of the installed packages)"
@@ -43,6 +45,25 @@ class Docstrings:
         records = Records(list(texts), np.array(labels, dtype=np.int64), list(LIBRARIES), columns, "text")
         held_out = np.array([seeds.derive(0, "docstrings", text) % TEST_SHARE == 0 for text in texts])
         return records.take(np.flatnonzero(~held_out)), records.take(np.flatnonzero(held_out))
+
+
+class DocstringCapitals:
+    """How many of this docstring's words begin with a capital letter? The share in units of 10 %, as a number."""
+
+    labelled = "numbers"
+    summary = "the same docstrings, the label is a number: the share of words with a capital, in units of 10 %"
+    kind = "text"
+    license = Docstrings.license
+
+    def load(self) -> tuple[Records, Records]:
+        train, test = Docstrings().load()
+        return _with_capitals(train), _with_capitals(test)
+
+
+def _with_capitals(records: Records) -> Records:
+    shares = [[10 * np.mean([word[0].isupper() for word in text.split()])] for text in records.inputs]
+    targets = np.array(shares, dtype=np.float32)
+    return replace(records, labels=np.zeros_like(records.labels), label_names=["capitals"], targets=targets)
 
 
 def paragraphs(library: str) -> list[tuple[str, str]]:

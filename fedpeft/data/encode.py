@@ -33,7 +33,7 @@ from fedpeft.data.skipped import Skipped
 from fedpeft.data.stored import Stored, Tensors, Tokens, describe_tokens, open_tokens
 from fedpeft.data.templates import template_of
 from fedpeft.errors import InputError
-from fedpeft.objectives.base import Objective, load_objective
+from fedpeft.objectives.base import Objective, by_token, load_objective
 
 CHUNK = 256
 TOKENIZED = 1024  # texts that are tokenized together
@@ -49,7 +49,8 @@ class Encoded:
 
     Args:
         inputs: model inputs by name, each [N, ...]; texts are padded on the right.
-        labels: int64 [N]; for causal-lm [N, T], the input ids with IGNORE at the padding.
+        labels: int64 [N]; where tokens have labels int64 [N, T], IGNORE where there is nothing to predict; numbers
+            float32 [N, K].
         skipped: what of the records is not in them.
         end: the token that follows the texts in causal-lm, if any.
     """
@@ -133,7 +134,7 @@ class Encoded:
             return inputs, labels
         longest = int(chosen.lengths.max(initial=1))
         cut = {name: value[:, :longest] for name, value in inputs.items()}
-        return cut, labels[:, :longest] if labels.ndim == 2 else labels
+        return cut, labels[:, :longest] if by_token(labels) else labels
 
 
 def encode(

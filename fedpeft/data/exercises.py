@@ -55,6 +55,7 @@ class Instructions:
 
     summary = "instructions with an input and a short answer, made by rule (causal-lm)"
     kind = "text"
+    labelled = "none"
     license = "Apache-2.0 (made here)"
 
     def load(self) -> tuple[Records, Records]:
@@ -66,6 +67,7 @@ class Chats:
 
     summary = "conversations of four turns, made by rule, natural column user (causal-lm)"
     kind = "text"
+    labelled = "none"
     license = "Apache-2.0 (made here)"
 
     def load(self) -> tuple[Records, Records]:

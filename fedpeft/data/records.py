@@ -27,12 +27,15 @@ class Records:
         inputs: N texts (`Texts` where they come from files; a conversation is the text that `conversations.dump` makes
             of its turns), or images [N, H, W, C], uint8 or float32 in [0, 1]; a list of [H, W, C] where they differ in
             size; `Pictures` where they are files or bytes.
-        labels: int64 [N], indices into `label_names`; zeros where there are no labels (language modelling).
+        labels: int64 [N], indices into `label_names`; zeros where records have no class of their own (language
+            modelling, and where there are `targets`).
         columns: natural columns (strings or numbers), each [N].
         kind: "text" or "image".
         skipped: what the source has besides, and is not in the records.
         wording: what the texts are, and how they become tokens.
         augment: what is done to pictures that are trained on.
+        targets: [N, K], a column for each of `label_names`: numbers (float32), or which of the names a record has
+            (bool); None where a record has one class at most (`fedpeft.data.answers`).
     """
 
     inputs: Sequence[str] | np.ndarray | Sequence[np.ndarray]
@@ -43,6 +46,7 @@ class Records:
     skipped: tuple[Skipped, ...] = ()
     wording: Wording = field(default_factory=Wording)
     augment: tuple[str, ...] = ()
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +61,8 @@ class Records:
         else:
             inputs = [self.inputs[index] for index in indices]
         known = self.columns if isinstance(self.columns, Natural) else Natural(self.columns)
-        return replace(self, inputs=inputs, labels=self.labels[indices], columns=known.take(indices))
+        targets = None if self.targets is None else self.targets[indices]
+        return replace(self, inputs=inputs, labels=self.labels[indices], columns=known.take(indices), targets=targets)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,6 +81,8 @@ class Records:
                 data = value.encode() if isinstance(value, str) else pictures.as_bytes(value)
                 digest.update(len(data).to_bytes(8, "big") + data)
         digest.update(np.ascontiguousarray(self.labels).data)
+        if self.targets is not None:
+            digest.update(np.ascontiguousarray(self.targets).data)
         digest.update("\0".join(self.label_names).encode())
         return digest.hexdigest()
 
@@ -95,6 +102,8 @@ def save_records(records: Records, folder: Path) -> dict[str, Any]:
         if path.stem not in names:
             path.unlink()
     np.save(folder / "labels.npy", records.labels)
+    if records.targets is not None:
+        np.save(folder / "targets.npy", records.targets)
     return {
         **kept,
         "label_names": records.label_names,
@@ -123,6 +132,7 @@ def open_records(folder: Path, tree: dict[str, Any]) -> Records:
         "text",
         tuple(map(Skipped.of, tree["skipped"])),
         Wording(tree["form"]),
+        targets=np.load(folder / "targets.npy") if (folder / "targets.npy").is_file() else None,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
-from fedpeft.data import columns, conversations, photos, prepare, skipped, tables
+from fedpeft.data import answers, columns, conversations, photos, prepare, skipped, tables
 from fedpeft.data.cache import Cache, code, content
 from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import Texts
@@ -119,8 +119,15 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
             raise InputError(
                 f"data.{next(iter(chosen))}: the embedded data set {source} has fixed columns. Set it to null."
             )
-        train, test = registry.load("datasets", source, key)().load()
-        _require_kind(train.kind, task, f"{key}={source}")
+        dataset = registry.load("datasets", source, key)()
+        _require_kind(dataset.kind, task, f"{key}={source}")
+        has, needed = getattr(dataset, "labelled", "class"), load_objective(task).labelled
+        if needed not in ("none", has):
+            raise InputError(
+                f"{key}={source}: its records have {answers.WORDS[has]}, and model.task={task} learns "
+                f"{answers.WORDS[needed]}. Name a file that has them."
+            )
+        train, test = dataset.load()
         wording = Wording.of(config, train.wording.form)
         return replace(train, wording=wording), replace(test, wording=wording)
     if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
@@ -139,7 +146,7 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache)
         "content": name,
         "source": source,  # which messages name, and whose ending says how it is read
         "columns": [config.text, config.label, config.partition.options.get("column"), config.columns, config.skip_bad],
-        "objective": [objective.classes, objective.causal],
+        "objective": [objective.labelled, objective.causal, config.label_separator],
         "code": code(),
     }
 
@@ -178,7 +185,13 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
             conversations.require_form(form[0], task, table.where)
             return _conversations(table, *form, config)
     name = columns.column(table, kind, config.image if kind == "image" else config.text)
-    label, labels, label_names, notes = _labels(table, config, objective.classes)
+    targets = None
+    if objective.labelled in answers.KINDS:
+        label = columns.column(table, "label", config.label)
+        targets, label_names, notes = answers.read(objective.labelled, table, label, config.label_separator)
+        labels = np.zeros(len(targets), dtype=np.int64)
+    else:
+        label, labels, label_names, notes = _labels(table, config, objective.classes)
     if objective.causal and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
     what = f"{table.where}: column {name}"
@@ -193,7 +206,8 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
     )
     if len(kept) < len(table.columns[name]):
         natural = natural.take(kept)
-    return Records(inputs, labels, label_names, natural, kind, table.skipped + notes, Wording.of(config, "text"))
+    wording = Wording.of(config, "text")
+    return Records(inputs, labels, label_names, natural, kind, table.skipped + notes, wording, targets=targets)
 
 
 def _conversations(table: tables.Table, form: conversations.Form, held: dict[str, str], config: DataConfig) -> Records:
@@ -250,6 +264,8 @@ def _align(
     records: Records, label_names: list[str], what: str = "test set", where: str = "the training set"
 ) -> Records:
     """The same records with labels as indices into another list of names."""
+    if records.targets is not None:
+        return answers.align(records, label_names, what, where)
     position = {name: index for index, name in enumerate(label_names)}
     used = np.unique(records.labels)
     unknown = [records.label_names[label] for label in used if records.label_names[label] not in position]

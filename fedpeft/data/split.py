@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.config import Config, to_tree
+from fedpeft.data import answers
 from fedpeft.data.partition import owners, unowned
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
@@ -99,6 +100,12 @@ def histogram(parts: Mapping[str, Sequence[int]], labels: np.ndarray, label_name
     return np.stack([np.bincount(labels[np.asarray(part)], minlength=len(label_names)) for part in parts.values()])
 
 
+def _counts(parts: Mapping[str, Sequence[int]], train: Records) -> np.ndarray:
+    if train.targets is None:
+        return histogram(parts, train.labels, train.label_names)
+    return np.stack([answers.counts(train.targets[np.asarray(part)]) for part in parts.values()])
+
+
 def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config: Config) -> None:
     """Write client name -> numbers of its training records, with what made them and what data they are of."""
     tree: dict[str, Any] = {
@@ -108,7 +115,7 @@ def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config:
         "partition": to_tree(config.data.partition),
         "histogram": {
             "labels": train.label_names,
-            "counts": histogram(parts, train.labels, train.label_names).tolist(),
+            "counts": _counts(parts, train).tolist(),
         },
         "clients": {client: [int(index) for index in part] for client, part in parts.items()},
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.data.ragged import BLOCK, Ragged, mapped
-from fedpeft.objectives.base import IGNORE
+from fedpeft.objectives.base import IGNORE, by_token
 
 
 class Stored(Protocol):
@@ -35,7 +35,7 @@ class Stored(Protocol):
         """Model inputs by name [n, ...] of these records; None is all."""
 
     def labels_of(self, rows: np.ndarray | None) -> Tensor:
-        """Labels [n] or [n, T] of these records; None is all. No input is touched."""
+        """Labels [n], [n, T] or [n, K] of these records; None is all. No input is touched."""
 
 
 class Tensors:
@@ -54,7 +54,7 @@ class Tensors:
 
     @cached_property
     def teaches(self) -> np.ndarray:
-        if self.labels.ndim == 1:
+        if not by_token(self.labels):
             return np.ones(len(self.labels), dtype=bool)
         return (self.labels[:, 1:] != IGNORE).any(1).numpy()
 
@@ -71,7 +71,8 @@ class Tokens:
     Args:
         columns: model inputs in the tokenizer's order; the ids, and others that are alike in all tokens as that number.
         fillers: of the columns that are not filled up with 0.
-        labels: int64 [N]; or rows, filled up with IGNORE, as long as the texts (in causal-lm the ids themselves).
+        labels: int64 [N]; float32 [N, K]; or rows, filled up with IGNORE, as long as the texts (in causal-lm the ids
+            themselves).
     """
 
     def __init__(
@@ -131,9 +132,11 @@ def describe_tokens(stored: Tokens, folder: Path) -> dict[str, Any]:
     columns = {
         name: column if isinstance(column, int) else str(column.values.dtype) for name, column in stored.columns.items()
     }
-    labels: Any = "input_ids" if stored.labels is stored.ids else "flat"
+    labels: Any = "input_ids"
     if isinstance(stored.labels, Tensor):
-        (folder / "labels.values").write_bytes(stored.labels.numpy().tobytes())
+        values = stored.labels.numpy()
+        (folder / "labels.values").write_bytes(values.tobytes())
+        labels = {"dtype": str(values.dtype), "shape": list(values.shape)}
     elif stored.labels is not stored.ids:
         labels = str(stored.labels.values.dtype)
     return {"columns": columns, "fillers": stored.fillers, "labels": labels}
@@ -146,8 +149,9 @@ def open_tokens(folder: Path, tree: dict[str, Any]) -> Tokens:
         for name, column in tree["columns"].items()
     }
     labels: Any
-    if tree["labels"] == "flat":
-        labels = torch.from_numpy(np.fromfile(folder / "labels.values", dtype=np.int64))
+    if isinstance(tree["labels"], dict):
+        values = np.fromfile(folder / "labels.values", dtype=tree["labels"]["dtype"])
+        labels = torch.from_numpy(values.reshape(tree["labels"]["shape"]))
     else:
         labels = columns["input_ids"] if tree["labels"] == "input_ids" else mapped(folder / "labels", tree["labels"])
     return Tokens(columns, tree["fillers"], labels)

@@ -178,7 +178,7 @@ def classes(config: Config, found: list[str] | None) -> list[str]:
     Raises:
         InputError: nobody says what the classes are.
     """
-    if not load_objective(config.model.task).classes:
+    if not load_objective(config.model.task).headed:
         return ["all"]
     names: Any = config.data.labels or found
     if not names:

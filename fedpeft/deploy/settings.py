@@ -48,6 +48,7 @@ class SiteData:
     text: str | None = option(None, "text column; found by name when null")
     image: str | None = option(None, "image column; found by name when null")
     label: str | None = option(None, "label column; found by name when null")
+    label_separator: str | None = option(None, "what stands between several labels, or numbers, of a record in a text")
     columns: dict[str, Any] = option({}, "columns of conversations by what is in them, as data.columns of a run")
     skip_bad: bool = option(False, "leave out records that are no conversation, and count them")
 

@@ -61,6 +61,8 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     model.requires_grad_(False).eval()
     if config.gradient_checkpointing:
         _recompute_activations(model)
+    if objective.problem_type is not None:
+        model.config.problem_type = objective.problem_type
     if head is not None:
         head.requires_grad_(False)
         return Base(
@@ -71,7 +73,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             source,
             config.task,
         )
-    heads = _heads(model) if objective.classes else {}
+    heads = _heads(model) if objective.headed else {}
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
 
 
@@ -178,7 +180,7 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     agreement.require_base(config.name)
     try:
         kind = transformers.AutoModel if pooled else getattr(transformers, objective.auto_class)
-        if objective.classes and not pooled:
+        if objective.headed and not pooled:
             # The head is trained here, so one of another size is no fault; `require_covered` sees to all else.
             arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
         model, loading = kind.from_pretrained(config.name, output_loading_info=True, **arguments)
@@ -206,7 +208,7 @@ def _require_agreement(
                 f"model.name: '{config.name}' is no {config.task} checkpoint: it lacks "
                 f"{', '.join(sorted(loading['missing_keys'])[:3])}."
             )
-    heads = _heads(model) if objective.classes and not pooled else ()
+    heads = _heads(model) if objective.headed and not pooled else ()
     agreement.require_covered(config.name, model, loading, heads, ("pooler",) if pooled else ())
     if objective.records == "image":
         return

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedpeft.data.encode import Encoded
     from fedpeft.data.records import Records
 
-IGNORE = -100  # the label of what is not to be predicted
+IGNORE = -100  # the label of what is not to be predicted; among numbers it is NaN
 
 
 class Objective:
@@ -40,22 +40,37 @@ class Objective:
         records: what a record is, "text" or "image".
         auto_class: transformers' class that loads a base model for it.
         peft_task: peft's `task_type`; None where peft has none.
-        classes: labels are classes, for which the model has a head; else a label is no class and there is no head.
+        labelled: what a record's label is: one "class"; "numbers" or "several" names (`fedpeft.data.answers`); or
+            "none", and there is no head.
+        problem_type: what transformers calls it in a model's config, where it has a name for it.
         causal: every token is predicted from those before it, so a model that sees later ones is refused.
         measures: what an evaluation says beside accuracy and loss; `run.metric` names one of all.
+        headline: the measure that leads where `run.metric` is null and there is no accuracy.
         mean_pooled: a linear head on mean-pooled features can take the place of the model's own.
     """
 
     records: ClassVar[str]
     auto_class: ClassVar[str]
     peft_task: ClassVar[str | None] = None
-    classes: ClassVar[bool] = True
+    labelled: ClassVar[str] = "class"
+    problem_type: ClassVar[str | None] = None
     causal: ClassVar[bool] = False
     mean_pooled: ClassVar[bool] = False
     measures: ClassVar[Mapping[str, Measure]] = CLASSES
+    headline: ClassVar[str | None] = None
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @property
+    def classes(self) -> bool:
+        """Whether each record has one class."""
+        return self.labelled == "class"
+
+    @property
+    def headed(self) -> bool:
+        """Whether the model gets a head for the labels, one output for each of their names."""
+        return self.labelled != "none"
 
     def encode(
         self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
@@ -143,6 +158,11 @@ def check(config: Config) -> None:
             f"run.metric={metric}: with continual.body={config.continual.body} a run is measured by the accuracy "
             "of the head that answers, over all classes so far. Set run.metric=accuracy."
         )
+
+
+def by_token(labels: Tensor) -> bool:
+    """Whether each token of a text has a label [N, T]; numbers [N, K] are a record's."""
+    return labels.ndim == 2 and not labels.is_floating_point()
 
 
 def divide(total: float, count: float) -> float:

@@ -32,7 +32,7 @@ class CausalLM(Objective):
     records = "text"
     auto_class = "AutoModelForCausalLM"
     peft_task = "CAUSAL_LM"
-    classes = False
+    labelled = "none"
     causal = True
     measures = TOKENS
 

@@ -107,6 +107,28 @@ TOKENS = {
 }
 
 
+def _root_mean_squared_error(predictions: Tensor, targets: Tensor) -> float:
+    return float((predictions - targets).double().square().mean().sqrt())
+
+
+def _mean_absolute_error(predictions: Tensor, targets: Tensor) -> float:
+    return float((predictions - targets).double().abs().mean())
+
+
+def _r_squared(predictions: Tensor, targets: Tensor) -> float:
+    """Mean over the numbers [N, K] that differ between records; NaN where none does."""
+    spread = (targets.double() - targets.double().mean(0)).square().sum(0)
+    missed = (predictions - targets).double().square().sum(0)
+    return float((1 - missed / spread)[spread > 0].mean())
+
+
+NUMBERS = {
+    "rmse": Measure("root mean squared error", higher=False, share=False, compute=_root_mean_squared_error),
+    "mae": Measure("mean absolute error", higher=False, share=False, compute=_mean_absolute_error),
+    "r2": Measure("coefficient of determination (R2), mean over numbers", share=False, compute=_r_squared),
+}
+
+
 class Tally:
     """What an evaluation has seen so far, fed batch by batch."""
 

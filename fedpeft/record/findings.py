@@ -49,7 +49,7 @@ def of(events: list[Event], config: dict[str, Any], found: dict[str, Any]) -> di
         prefix = "" if whole["evaluated_on"] == SERVER else "client_"
         entries["measures"] = measured.table(events, prefix, (whole["final"] or {}).get("round"))
         entries["by_class"] = measured.by_class(events)
-        entries["metric"] = (config.get("run") or {}).get("metric")
+        entries["metric"] = next((event.get("metric") for event in events if event["event"] == "start"), None)
     if tokens and whole["final"] is not None:
         entries["perplexity"] = _perplexity(events, whole)
     return {**entries, "comparison": _comparison({**whole, **entries}), "updates": _updates(events)}

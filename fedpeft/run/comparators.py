@@ -12,7 +12,7 @@ from fedpeft.clients.sequence import scale_to_unit
 from fedpeft.continual import matrix
 from fedpeft.continual.body import only
 from fedpeft.data.encode import Encoded
-from fedpeft.objectives.base import IGNORE
+from fedpeft.objectives.base import IGNORE, by_token
 from fedpeft.run import sequence
 from fedpeft.run.world import World
 from fedpeft.strategies.sequence.build import head_needs_sums
@@ -23,8 +23,10 @@ def constant(here: World) -> dict[str, Any]:
     """`largest_class`, the accuracy on the server's test set of always giving its most frequent answer, and the answer;
     where clients hold records out, `clients_largest_class`, of each always giving the most frequent one of its own.
 
-    For a language model an answer is a token.
+    For a language model an answer is a token. Numbers, and several labels of a record, have no most frequent one.
     """
+    if here.train.targets is not None and not by_token(here.test_encoded.labels):
+        return {}
     found: dict[str, Any] = {}
     if len(here.test_encoded):
         values, counts = _targets(here, here.test_encoded).unique(return_counts=True)

@@ -67,7 +67,7 @@ def _compare(run: Path, config: Config) -> None:
 
 def _save(base: Base, names: list[str], to: Path) -> None:
     merged: Any = base.backbone
-    if base.objective.classes:
+    if base.objective.headed:
         merged.config.id2label = dict(enumerate(names))
         merged.config.label2id = {name: index for index, name in enumerate(names)}
     merged.save_pretrained(to)

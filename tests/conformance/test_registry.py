@@ -14,9 +14,9 @@ from fedpeft import registry
 from fedpeft.config.schema import METHOD_SECTIONS, options_of
 from fedpeft.data.source import load
 from fedpeft.errors import InputError
+from fedpeft.objectives.base import load_objective
 from support.sample import sampled
 
-MODELS = {"image": ("tiny-vit", "image-classification"), "text": ("tiny-bert", "sequence-classification")}
 PARTITION_OPTIONS = {
     "column": {
         "data.source": "docstrings",
@@ -104,8 +104,13 @@ def test_an_adapter_trains_on_every_model_family(name, model, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", registry.names("datasets"))
 def test_a_data_set_is_the_same_every_time_and_does_not_leak(name):
-    kind = registry.load("datasets", name).kind
-    task = "causal-lm" if name in ("instructions", "chats") else MODELS[kind][1]
+    cls = registry.load("datasets", name)
+    kind, labelled = cls.kind, getattr(cls, "labelled", "class")
+    task = next(
+        task
+        for task in registry.names("objectives")
+        if (load_objective(task).records, load_objective(task).labelled) == (kind, labelled)
+    )
     config = configs.DataConfig(source=name, limit=150)
     one, two = (load(config, task, 0) for _ in range(2))
     assert [part.fingerprint for part in one] == [part.fingerprint for part in two]

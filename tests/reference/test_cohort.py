@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from itertools import product
@@ -26,44 +25,19 @@ from support.cohort_jobs import (
     ALL,
     EPOCHS,
     EVEN,
-    FEW,
+    EXACT,
     HEAVY,
     SGD,
     UNEVEN,
     WIDE,
+    check,
+    difference,
     make_jobs,
     one_by_one,
     private,
     records,
 )
 from support.sample import sampled
-
-EXACT = 1e-12
-
-
-def difference(done, ends):
-    """Largest difference of a value or a loss."""
-    worst = 0.0
-    for mine, (after, steps, loss) in zip(done, ends, strict=True):
-        assert mine.steps == steps and mine.after.keys() == after.keys()
-        assert math.isnan(loss) == math.isnan(mine.loss)
-        worst = max(worst, 0.0 if math.isnan(loss) else abs(mine.loss - loss))
-        for key, value in after.items():
-            assert mine.after[key].shape == value.shape and mine.after[key].device.type == "cpu"
-            worst = max(worst, float((mine.after[key] - value).abs().max()))
-    return worst
-
-
-def check(model, jobs, trains, config, tokens=(WIDE, FEW), limit=EXACT):
-    twin = [replace(job, private=copy.deepcopy(job.private)) for job in jobs]
-    ends = one_by_one(model, twin, trains, config)
-    for job, (after, steps, _) in zip(jobs, ends, strict=True):  # equal because nothing happened would prove nothing
-        for key, value in after.items():
-            assert not steps or not torch.equal(value, job.start[key].to(value)), key
-    for budget in tokens:
-        again = [replace(job, private=copy.deepcopy(job.private)) for job in jobs]
-        assert difference(train_cohort(model, again, trains, config, budget), ends) < limit
-
 
 # Step by step ---------------------------------------------------------------------------------------------------------
 

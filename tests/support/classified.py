@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fedpeft import registry
-from support import small_models
+from support import objectives, small_models
 from support.handmade import RULES, WRAPPERS
 
 # Test-time methods ----------------------------------------------------------------------------------------------------
@@ -159,7 +159,10 @@ QUESTIONS: dict[str, tuple[str, tuple[Collection[str], ...]]] = {
     "can it be built here?": ("streams", (CLASS_STREAMS, OTHER_STREAMS, PREPARED_STREAMS)),
     "is it a rule or a wrapper?": ("strategies", (RULES, ["fed_sb"], WRAPPERS)),
     "what is its reference?": ("strategies", (REFERENCED, APART)),
-    "which small models have it?": ("objectives", ({task for task, *_ in small_models.KINDS.values()},)),
+    "which small models have it?": (
+        "objectives",
+        ({task for task, *_ in small_models.KINDS.values()}, objectives.CASES),
+    ),
     "is it torch's own?": ("optimizers", (OF_TORCH, BY_HAND)),
     "does it draw?": ("partitioners", (RANDOM_SPLITS, SPLITS_BY_DATA)),
 }

@@ -123,7 +123,7 @@ class Resident:
             RunError: the base model is another one than the coordinator's, or it mixes records.
         """
         log.info("run %s: loading model and data", cover.run)
-        config.data.labels = list(cover.labels) if load_objective(config.model.task).classes else None
+        config.data.labels = list(cover.labels) if load_objective(config.model.task).headed else None
         here = bare(
             config,
             self.site.path / "state" / cover.run,

@@ -60,23 +60,38 @@ def worst(logits: Tensor) -> Tensor:
     return logits.argmin(-1)
 
 
+# The same among numbers, for whose loss the model's own is the best, or near it.
+PULLS: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
+    best: lambda logits: logits,
+    second: lambda logits: -logits,
+    worst: lambda logits: 1e3 - logits,
+}
+
+
 @torch.no_grad()
 def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) -> Encoded:
-    """The records with labels chosen from the model's own logits; for causal-lm, token by token."""
+    """The records with labels chosen from the model's own logits; of each token where tokens have labels."""
     device, labels = next(iter(model.parameters.values())).device, data.labels.clone()
     for index in range(len(data)):
         inputs, _ = training.on_device(data, np.array([index]), device)
-        answer = choose(model.logits(inputs))[0].cpu()
+        logits = model.logits(inputs).cpu()
+        answer = choose(logits)[0]
         if labels.ndim == 1:
             labels[index] = answer
-        else:
+        elif labels.is_floating_point():
+            labels[index] = PULLS[choose](logits[0].float())
+        elif model.base.objective.causal:
             labels[index, 1 : len(answer)] = answer[:-1]
+        else:
+            labels[index, : len(answer)] = answer
     return Encoded(data.inputs, labels, end=data.end)
 
 
 def unlabelled(data: Encoded) -> Encoded:
     """The records with every label IGNORE, so that they teach nothing."""
-    return Encoded(data.inputs, torch.full_like(data.labels, IGNORE), end=data.end)
+    labels = data.labels
+    nothing = math.nan if labels.is_floating_point() else IGNORE
+    return Encoded(data.inputs, torch.full_like(labels, nothing), end=data.end)
 
 
 def extreme(record: Encoded) -> list[Encoded]:

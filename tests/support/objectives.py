@@ -1,0 +1,72 @@
+"""Objectives that are no class of a whole record: records of each in a file, its labels drawn, its loss written out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpeft.adapters.adapted import Adapted, build
+from fedpeft.config import AdapterConfig, ModelConfig
+from fedpeft.data.encode import Encoded
+from support import small_models as small
+
+
+@dataclass
+class Case:
+    """An objective as tests run it.
+
+    Attributes:
+        kind: the small model.
+        outputs: of its head; None where it has none.
+        row: record by number, as it stands in a jsonl file.
+        draw: labels of texts [N, T] with their mask, from a generator.
+        loss: of one record, of its scores and labels in float64, by the definition.
+    """
+
+    kind: str
+    outputs: int
+    row: Callable[[int], dict[str, Any]]
+    draw: Callable[[Encoded, torch.Generator], Tensor]
+    loss: Callable[[Tensor, Tensor], float]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+WORDS = ("red", "green", "blue", "grey", "pale")
+
+
+def _squared(scores: Tensor, targets: Tensor) -> float:
+    return sum((float(y) - float(t)) ** 2 for y, t in zip(scores, targets, strict=True)) / len(targets)
+
+
+CASES = {
+    "regression": Case(
+        "bert",
+        2,
+        lambda n: {"text": f"{WORDS[n % 5]} {n}", "label": [n % 5, n % 3 - 0.5]},
+        lambda texts, rng: torch.randn(len(texts), 2, generator=rng),
+        _squared,
+    ),
+}
+
+
+def write(name: str, path: Path, count: int = 60) -> Path:
+    """A file of this many records."""
+    path.write_text("".join(json.dumps(CASES[name].row(number)) + "\n" for number in range(count)))
+    return path
+
+
+def records(name: str, count: int, seed: int = 0) -> Encoded:
+    """Texts of unequal lengths with labels of the objective."""
+    texts = small.texts(count, seed=seed)
+    return Encoded(texts.inputs, CASES[name].draw(texts, torch.Generator().manual_seed(seed)))
+
+
+def adapted(name: str, folder: Path, seed: int = 0) -> Adapted:
+    """The small model of an objective, with a LoRA."""
+    return build(ModelConfig(name=str(folder), task=name), AdapterConfig(), CASES[name].outputs, seed)
