@@ -161,7 +161,7 @@ def align(records: Records, names: list[str], what: str, where: str) -> Records:
                 f"{', '.join(names[:20])}."
             )
         return replace(records, label_names=names)
-    used = [name for name, there in zip(records.label_names, targets.any(0), strict=True) if there]
+    used = [records.label_names[index] for index in np.flatnonzero(targets.any(axis=0))]
     unknown = [name for name in used if name not in names]
     if unknown:
         raise InputError(
@@ -178,4 +178,6 @@ def align(records: Records, names: list[str], what: str, where: str) -> Records:
 
 def counts(targets: np.ndarray) -> np.ndarray:
     """How many records have each label; all have each number. int64 [K]."""
-    return (targets if targets.dtype == bool else np.ones_like(targets, dtype=bool)).sum(0)
+    there = targets if targets.dtype == bool else np.ones_like(targets, dtype=bool)
+    found: np.ndarray = np.count_nonzero(there, axis=0)
+    return found

@@ -61,7 +61,7 @@ class DocstringCapitals:
 
 
 def _with_capitals(records: Records) -> Records:
-    shares = [[10 * np.mean([word[0].isupper() for word in text.split()])] for text in records.inputs]
+    shares = [[10 * np.mean([word[0].isupper() for word in str(text).split()])] for text in records.inputs]
     targets = np.array(shares, dtype=np.float32)
     return replace(records, labels=np.zeros_like(records.labels), label_names=["capitals"], targets=targets)
 

@@ -185,7 +185,7 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
             conversations.require_form(form[0], task, table.where)
             return _conversations(table, *form, config)
     name = columns.column(table, kind, config.image if kind == "image" else config.text)
-    targets = None
+    targets, label = None, config.label
     if objective.labelled in answers.KINDS:
         label = columns.column(table, "label", config.label)
         targets, label_names, notes = answers.read(objective.labelled, table, label, config.label_separator)

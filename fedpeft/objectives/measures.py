@@ -129,6 +129,35 @@ NUMBERS = {
 }
 
 
+def _of_labels(function: str, average: str | None) -> Callable[[Tensor, Tensor], float]:
+    """A multi-label function of torchmetrics; a mean over labels leaves out those that none or all records have, where
+    they are not defined.
+    """
+
+    def compute(predictions: Tensor, targets: Tensor) -> float:
+        from torchmetrics.functional import classification
+
+        targets, count = targets.long(), targets.sum(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # labels without records
+            value: Tensor = getattr(classification, function)(
+                predictions, targets, num_labels=targets.shape[1], average=average, validate_args=False
+            )
+        return float(value if average else value[(count > 0) & (count < len(targets))].mean())
+
+    return compute
+
+
+SEVERAL = {
+    "f1_micro": Measure("F1 of all labels together", compute=_of_labels("multilabel_f1_score", "micro")),
+    "f1": Measure("F1, mean over labels", compute=_of_labels("multilabel_f1_score", "macro")),
+    "auroc": Measure("area under the ROC curve, mean over labels", compute=_of_labels("multilabel_auroc", None)),
+    "average_precision": Measure(
+        "average precision, mean over labels", compute=_of_labels("multilabel_average_precision", None)
+    ),
+}
+
+
 class Tally:
     """What an evaluation has seen so far, fed batch by batch."""
 

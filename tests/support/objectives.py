@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,13 @@ def _squared(scores: Tensor, targets: Tensor) -> float:
     return sum((float(y) - float(t)) ** 2 for y, t in zip(scores, targets, strict=True)) / len(targets)
 
 
+def _binary(scores: Tensor, targets: Tensor) -> float:
+    total = 0.0
+    for score, wanted in zip(scores.double().tolist(), targets.tolist(), strict=True):
+        total -= math.log(1 / (1 + math.exp(-score if wanted else score)))
+    return total / len(targets)
+
+
 CASES = {
     "regression": Case(
         "bert",
@@ -51,6 +59,13 @@ CASES = {
         lambda n: {"text": f"{WORDS[n % 5]} {n}", "label": [n % 5, n % 3 - 0.5]},
         lambda texts, rng: torch.randn(len(texts), 2, generator=rng),
         _squared,
+    ),
+    "multi-label": Case(
+        "bert",
+        3,
+        lambda n: {"text": f"{WORDS[n % 5]} {n}", "label": [name for k, name in enumerate("abc") if n % (k + 2)]},
+        lambda texts, rng: torch.randint(0, 2, (len(texts), 3), generator=rng).float(),
+        _binary,
     ),
 }
 

@@ -182,3 +182,29 @@ def test_new_measures_leave_neither_a_private_client_nor_one_with_a_policy(who, 
     assert {"accuracy", "loss", "num-examples"} <= set(found)
     assert ("f1" in found) == (who == "plain")
     assert set(scoring.names(site.config)) == {"accuracy", "loss", "num-examples"}
+
+
+def test_measures_of_numbers_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(50, 2, generator=generator)
+    answers = truth + torch.randn(50, 2, generator=generator)
+    found, _ = measured_of(answers, truth, batch=17, task="regression")
+    assert found["rmse"] == pytest.approx(sklearn.mean_squared_error(truth, answers) ** 0.5)
+    assert found["mae"] == pytest.approx(sklearn.mean_absolute_error(truth, answers))
+    assert found["r2"] == pytest.approx(sklearn.r2_score(truth, answers))
+    assert found["loss"] == pytest.approx(found["rmse"] ** 2) and "accuracy" not in found
+    assert "r2" not in measured_of(answers, torch.ones(50, 2), task="regression")[0]
+
+
+def test_measures_of_several_labels_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 2, (60, 3), generator=generator).float()
+    truth[:, 2] = 0  # a label that no record has
+    scores = torch.randn(60, 3, generator=generator) + truth
+    found, _ = measured_of(scores, truth, batch=17, task="multi-label")
+    wanted, answers, shares = truth.numpy(), (scores > 0).numpy(), scores.sigmoid().numpy()
+    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(wanted, answers))
+    assert found["f1_micro"] == pytest.approx(sklearn.f1_score(wanted, answers, average="micro"))
+    assert found["f1"] == pytest.approx(sklearn.f1_score(wanted, answers, average="macro", zero_division=0))
+    assert found["auroc"] == pytest.approx(sklearn.roc_auc_score(wanted[:, :2], shares[:, :2]))
+    assert found["average_precision"] == pytest.approx(sklearn.average_precision_score(wanted[:, :2], shares[:, :2]))
