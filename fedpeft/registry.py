@@ -48,6 +48,7 @@ TABLES: dict[str, dict[str, str]] = {
         "sequence-classification": "fedpeft.objectives.sequence_classification:SequenceClassification",
         "causal-lm": "fedpeft.objectives.causal_lm:CausalLM",
         "regression": "fedpeft.objectives.regression:Regression",
+        "token-classification": "fedpeft.objectives.token_classification:TokenClassification",
         "multi-label": "fedpeft.objectives.multi_label:MultiLabel",
     },
     "adapters": {

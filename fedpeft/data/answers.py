@@ -95,8 +95,8 @@ def _several(table: Table, name: str, separator: str | None) -> Read:
                 f"{table.where}: column {name}: record {number} has the text {shown(value)}, and labels are to be a "
                 "list. Say what stands between them with data.label_separator, for example data.label_separator=';'."
             )
-        rows.append([_name(table, name, number, part, known) for part in _parts(value, separator)])
-    names = known or _in_order({part for row in rows for part in row})
+        rows.append([name_of(table, name, number, part, known) for part in _parts(value, separator)])
+    names = known or in_order({part for row in rows for part in row})
     if len(names) > MOST_NAMES or not names:
         raise InputError(
             f"{table.where}: column {name} has {len(names)} different labels; from 1 to {MOST_NAMES} are taken. Is "
@@ -107,7 +107,12 @@ def _several(table: Table, name: str, separator: str | None) -> Read:
     return table_of(rows, names), names, notes
 
 
-def _name(table: Table, name: str, number: int, value: Any, known: list[str] | None) -> str:
+def name_of(table: Table, name: str, number: int, value: Any, known: list[str] | None) -> str:
+    """A label of a record as text; a number is that of a known name.
+
+    Raises:
+        InputError: it is none, or not a known one.
+    """
     if known and isinstance(value, int | np.integer) and 0 <= value < len(known):
         return known[int(value)]
     try:
@@ -131,7 +136,7 @@ def _parts(value: Any, separator: str | None) -> list[Any]:
     return [] if separator is not None and missing(value) else [value]
 
 
-def _in_order(names: set[str]) -> list[str]:
+def in_order(names: set[str]) -> list[str]:
     """Sorted; as numbers where all are whole ones."""
     whole = all(name.lstrip("-").isdecimal() for name in names)
     return sorted(names, key=int) if whole else sorted(names)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
-from fedpeft.data import answers, columns, conversations, photos, prepare, skipped, tables
+from fedpeft.data import answers, columns, conversations, photos, prepare, skipped, tables, tagged
 from fedpeft.data.cache import Cache, code, content
 from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import Texts
@@ -184,6 +184,8 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
         if form is not None:
             conversations.require_form(form[0], task, table.where)
             return _conversations(table, *form, config)
+    if objective.labelled == "tags":
+        return replace(tagged.read(table, config), wording=Wording.of(config, "text"))
     name = columns.column(table, kind, config.image if kind == "image" else config.text)
     targets, label = None, config.label
     if objective.labelled in answers.KINDS:

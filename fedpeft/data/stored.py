@@ -73,12 +73,13 @@ class Tokens:
         fillers: of the columns that are not filled up with 0.
         labels: int64 [N]; float32 [N, K]; or rows, filled up with IGNORE, as long as the texts (in causal-lm the ids
             themselves).
+        since: the first place whose label is predicted: 1 where that is done from the token before.
     """
 
     def __init__(
-        self, columns: Mapping[str, Ragged | int], fillers: Mapping[str, int], labels: Tensor | Ragged
+        self, columns: Mapping[str, Ragged | int], fillers: Mapping[str, int], labels: Tensor | Ragged, since: int = 1
     ) -> None:
-        self.columns, self.fillers, self.labels = dict(columns), dict(fillers), labels
+        self.columns, self.fillers, self.labels, self.since = dict(columns), dict(fillers), labels, since
         ids = columns["input_ids"]
         assert isinstance(ids, Ragged)
         self.ids, self.longest = ids, ids.longest
@@ -97,7 +98,7 @@ class Tokens:
         if self.labels is self.ids:
             return self.lengths > 1
         blocks = np.split(np.arange(len(self)), range(BLOCK, len(self), BLOCK))
-        return np.concatenate([(self.labels_of(block)[:, 1:] != IGNORE).any(1).numpy() for block in blocks])
+        return np.concatenate([(self.labels_of(block)[:, self.since :] != IGNORE).any(1).numpy() for block in blocks])
 
     def inputs_of(self, rows: np.ndarray | None) -> dict[str, Tensor]:
         rows = np.arange(len(self)) if rows is None else rows
@@ -139,7 +140,7 @@ def describe_tokens(stored: Tokens, folder: Path) -> dict[str, Any]:
         labels = {"dtype": str(values.dtype), "shape": list(values.shape)}
     elif stored.labels is not stored.ids:
         labels = str(stored.labels.values.dtype)
-    return {"columns": columns, "fillers": stored.fillers, "labels": labels}
+    return {"columns": columns, "fillers": stored.fillers, "labels": labels, "since": stored.since}
 
 
 def open_tokens(folder: Path, tree: dict[str, Any]) -> Tokens:
@@ -154,4 +155,4 @@ def open_tokens(folder: Path, tree: dict[str, Any]) -> Tokens:
         labels = torch.from_numpy(values.reshape(tree["labels"]["shape"]))
     else:
         labels = columns["input_ids"] if tree["labels"] == "input_ids" else mapped(folder / "labels", tree["labels"])
-    return Tokens(columns, tree["fillers"], labels)
+    return Tokens(columns, tree["fillers"], labels, tree["since"])

@@ -117,9 +117,9 @@ def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = (
     import datasets
 
     names = {
-        name: list(feature.names)
+        name: list(inner.names)
         for name, feature in found.features.items()
-        if isinstance(feature, datasets.ClassLabel)
+        if isinstance(inner := getattr(feature, "feature", feature), datasets.ClassLabel)
     }
     for name, feature in found.features.items():  # our loader decodes pictures, and names the record that it cannot
         if isinstance(feature, datasets.Image):

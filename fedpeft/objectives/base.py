@@ -40,8 +40,8 @@ class Objective:
         records: what a record is, "text" or "image".
         auto_class: transformers' class that loads a base model for it.
         peft_task: peft's `task_type`; None where peft has none.
-        labelled: what a record's label is: one "class"; "numbers" or "several" names (`fedpeft.data.answers`); or
-            "none", and there is no head.
+        labelled: what a record's label is: one "class"; "numbers" or "several" names (`fedpeft.data.answers`); "tags"
+            of its words (`fedpeft.data.tagged`); or "none", and there is no head.
         problem_type: what transformers calls it in a model's config, where it has a name for it.
         causal: every token is predicted from those before it, so a model that sees later ones is refused.
         measures: what an evaluation says beside accuracy and loss; `run.metric` names one of all.

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
+from fedpeft.objectives.base import IGNORE
 from support import small_models as small
 
 
@@ -52,6 +53,20 @@ def _binary(scores: Tensor, targets: Tensor) -> float:
     return total / len(targets)
 
 
+def _tags(scores: Tensor, targets: Tensor) -> float:
+    rows = [(row, int(tag)) for row, tag in zip(scores.double().tolist(), targets, strict=True) if tag >= 0]
+    return sum(math.log(sum(map(math.exp, row))) - row[tag] for row, tag in rows) / len(rows)
+
+
+def _some_tagged(texts: Encoded, rng: torch.Generator) -> Tensor:
+    """A tag at the first two tokens and at about half of the others."""
+    mask = texts.inputs["attention_mask"]
+    tags = torch.randint(0, 3, mask.shape, generator=rng)
+    kept = torch.rand(mask.shape, generator=rng) < 0.5
+    kept[:, :2] = True
+    return tags.where(kept & (mask == 1), torch.tensor(IGNORE))
+
+
 CASES = {
     "regression": Case(
         "bert",
@@ -59,6 +74,13 @@ CASES = {
         lambda n: {"text": f"{WORDS[n % 5]} {n}", "label": [n % 5, n % 3 - 0.5]},
         lambda texts, rng: torch.randn(len(texts), 2, generator=rng),
         _squared,
+    ),
+    "token-classification": Case(
+        "bert",
+        3,
+        lambda n: {"tokens": [WORDS[n % 5], "is", f"{n}"], "ner_tags": ["colour", "O", ("even", "O")[n % 2]]},
+        _some_tagged,
+        _tags,
     ),
     "multi-label": Case(
         "bert",
