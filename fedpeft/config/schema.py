@@ -109,6 +109,10 @@ class DataConfig:
     label_separator: str | None = option(
         None, "what stands between the labels, or the numbers, of one record in a text; null where the column has lists"
     )
+    format: dict[str, Any] = option({}, "how a csv or tsv is written: {delimiter: semicolon, encoding: windows-1252}")
+    train_split: str | None = option(None, "split of a data set, or folder of pictures, to learn from; null is train")
+    test_split: str | None = option(None, "likewise the test set, of data.test if set; null is test, else validation")
+    revision: str | None = option(None, "branch, tag or commit of a data set of the hub")
     labels: list[str] | None = option(None, "class names in their order; null takes those of the source, sorted")
     cache: str | None = option(
         None,

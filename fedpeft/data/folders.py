@@ -13,20 +13,37 @@ HIDDEN = {"__macosx", "@eadir", "__pycache__", "thumbs.db", "desktop.ini", "$rec
 TEST = ("test", "validation", "val", "valid", "dev")  # the first one there is the test set, where there is train/
 
 
-def splits(root: Path) -> tuple[Path, Path | None, tuple[Skipped, ...]]:
+def splits(
+    root: Path, train_name: str | None = None, test_name: str | None = None, train_key: str = "train_split"
+) -> tuple[Path, Path | None, tuple[Skipped, ...]]:
     """The folder of training pictures, of test pictures, and what lies beside them.
 
     A folder `train` without sub-folders of its own is the class of pictures of trains.
+
+    Args:
+        train_name, test_name: of folders that are to be these; None is by their names.
+        train_key: what the first is called in messages.
+
+    Raises:
+        InputError: there is none of such a name.
     """
     beside = {path.name: path for path in _entries(root) if path.is_dir() and not hidden(path)}
-    train = beside.pop("train", None)
+    for key, name in ((train_key, train_name), ("test_split", test_name)):
+        if name is not None and name not in beside:
+            raise InputError(f"data.{key}={name}: {root} has no such folder. It has: {', '.join(beside) or 'none'}.")
+    train = beside.pop(train_name or "train", None)
     if train is None or not any(path.is_dir() and not hidden(path) for path in _entries(train)):
-        return root, None, ()
-    test = next((beside.pop(name) for name in TEST if name in beside), None)
+        if train_name is None and test_name is None:
+            return root, None, ()
+        raise InputError(
+            f"{root}: the folder {train_name or 'train'} has no folder for each label in it"
+            f"{'.' if train_name else ', or is not there; name the one to learn from with data.train_split.'}"
+        )
+    test = next((beside.pop(name) for name in ((test_name,) if test_name else TEST) if name in beside), None)
     files = [path.name for path in _entries(root) if not path.is_dir() and not hidden(path)]
     what = f"folders or files beside train{f' and {test.name}' if test else ''} are left out"
     skipped = some(str(root), what, sorted([f"{name}/" for name in beside] + files))
-    if test is not None and test.name != TEST[0]:
+    if test is not None and test.name not in (TEST[0], test_name):
         skipped += some(str(root), "other folder is the test set, as there is none named test", [f"{test.name}/"])
     return train, test, skipped
 

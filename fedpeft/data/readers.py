@@ -41,11 +41,12 @@ def ending(path: Path) -> str:
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def read(path: Path, folder: Path | None = None) -> tuple[Columns, tuple[Skipped, ...]]:
+def read(path: Path, folder: Path | None = None, **form: str) -> tuple[Columns, tuple[Skipped, ...]]:
     """Columns of a file, and what was left out of it.
 
     Args:
         folder: where columns of texts are written, for a cache; None keeps them in memory, as UTF-8.
+        form: delimiter and encoding of a csv or tsv file, where they are not those of its ending and UTF-8.
 
     Raises:
         InputError: it is no such file; names it, the line where there is one, and what to do.
@@ -54,7 +55,7 @@ def read(path: Path, folder: Path | None = None) -> tuple[Columns, tuple[Skipped
     if kind not in ENDINGS:
         raise InputError(f"{path}: files are read by their ending; allowed: {', '.join(ENDINGS)}.")
     try:
-        columns, skipped = ENDINGS[kind](path, folder)
+        columns, skipped = ENDINGS[kind](path, folder, **form)
     except InputError:
         raise
     except Exception as error:  # whatever a parser stumbles over, it is about this file
@@ -67,8 +68,8 @@ def read(path: Path, folder: Path | None = None) -> tuple[Columns, tuple[Skipped
     return columns, skipped
 
 
-def pieces(path: Path) -> Iterator[str]:
-    """The text of a file, some at a time: UTF-8, or what its byte order mark says.
+def pieces(path: Path, given: str | None = None) -> Iterator[str]:
+    """The text of a file, some at a time: UTF-8, or what its byte order mark says; else the encoding `given`.
 
     Raises:
         InputError: bytes that are no such text; names the line and how to convert the file.
@@ -77,7 +78,9 @@ def pieces(path: Path) -> Iterator[str]:
     with path.open("rb") as raw:
         for data in _bytes(path, raw):
             if decoder is None:
-                encoding = next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
+                marked = next((name for mark, name in BOMS if data.startswith(mark)), None)
+                unicode = given is None or codecs.lookup(given).name.startswith("utf")  # others may begin so by chance
+                encoding = marked if marked is not None and unicode else given or "utf-8"
                 decoder = codecs.getincrementaldecoder(encoding)()
             text = _decode(path, decoder, data, encoding, lines)
             if "\0" in text:
@@ -116,15 +119,16 @@ def _decode(path: Path, decoder: codecs.IncrementalDecoder, data: bytes, encodin
         line = lines + error.object[: error.start].count(b"\n")
         raise InputError(
             f"{path}: line {line} is not in the encoding {encoding.removesuffix('-sig')}: byte "
-            f"0x{error.object[error.start]:02x}. Files are read as UTF-8, or by their byte order mark. Convert it, for "
+            f"0x{error.object[error.start]:02x}. Files are read as UTF-8, or by their byte order mark. A csv has "
+            "data.format={encoding: windows-1252} or the like; or convert it, for "
             f"a file from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > new{path.suffix}"
         ) from error
 
 
-def lines_of(path: Path) -> Iterator[str]:
+def lines_of(path: Path, encoding: str | None = None) -> Iterator[str]:
     """The lines of a file with their ends, as csv and json end them: CR LF, CR or LF."""
     rest = ""
-    for text in pieces(path):
+    for text in pieces(path, encoding):
         seen, rest = max(0, len(rest) - 1), rest + text
         # One at the end may be half of two.
         ends = [match.end() for match in NEWLINE.finditer(rest, seen) if match.end() < len(rest)]
@@ -175,8 +179,11 @@ class Spool:
 # csv ------------------------------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, folder: Path | None, delimiter: str = ",") -> tuple[Columns, tuple[Skipped, ...]]:
-    rows = _rows(path, delimiter)
+def _csv(
+    path: Path, folder: Path | None, delimiter: str = "", encoding: str | None = None
+) -> tuple[Columns, tuple[Skipped, ...]]:
+    delimiter = delimiter or CSV[ending(path)]
+    rows = _rows(path, delimiter, encoding)
     _, header = next(rows, (0, []))
     _require_header(path, header, delimiter)
     names = [name or f"column {number}" for number, name in enumerate(header, 1)]
@@ -193,7 +200,7 @@ def _csv(path: Path, folder: Path | None, delimiter: str = ",") -> tuple[Columns
             which = "more" if len(row) > len(header) else "fewer"
             raise InputError(
                 f"{path}: line {line} has {len(row)} fields, {which} fields than the header, which has {len(header)}. "
-                f"A field that holds a {DELIMITERS[delimiter]} or a line break stands between double quotes; a missing "
+                f"A field that holds a {_sign(delimiter)} or a line break stands between double quotes; a missing "
                 "value is an empty field."
             )
         else:
@@ -209,9 +216,13 @@ def _csv(path: Path, folder: Path | None, delimiter: str = ",") -> tuple[Columns
     return spool.finish(), some(str(path), "lines have no value and are left out", lines)
 
 
-def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _sign(delimiter: str) -> str:
+    return DELIMITERS.get(delimiter, repr(delimiter))
+
+
+def _rows(path: Path, delimiter: str, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
     """(line it starts on, fields) of each row. Text after a closing quote, or a quote never closed, is wrong."""
-    reader = csv.reader(lines_of(path), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines_of(path, encoding), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         while True:
@@ -238,8 +249,8 @@ def _require_header(path: Path, header: list[str], delimiter: str) -> None:
     if len(header) == 1 and found:
         raise InputError(
             f"{path}: the fields seem to be separated by a {DELIMITERS[found]}: the header is {header[0]!r}. The "
-            f"delimiter of {ending(path)} files is the {DELIMITERS[delimiter]}; save it with that one"
-            f"{', or name the file .tsv' if DELIMITERS[found] == 'tab' else ''}."
+            f"delimiter of {ending(path)} files is the {_sign(delimiter)}; save it with that one, or set "
+            f"data.format={{delimiter: {DELIMITERS[found]}}}."
         )
     require_distinct(path, header)
 
@@ -251,10 +262,6 @@ def require_distinct(path: Path, names: Sequence[str]) -> None:
         raise InputError(
             f"{path}: {Counter(names)[twice[0]]} columns have the name {twice[0]!r}. Rename or remove all but one."
         )
-
-
-def _tsv(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
-    return _csv(path, folder, "\t")
 
 
 # json -----------------------------------------------------------------------------------------------------------------
@@ -345,15 +352,16 @@ def _values(path: Path, name: str, column: Any) -> list[Any]:
     return found
 
 
-ENDINGS: dict[str, Callable[[Path, Path | None], tuple[Columns, tuple[Skipped, ...]]]] = {
+CSV = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}  # and their delimiters
+ENDINGS: dict[str, Callable[..., tuple[Columns, tuple[Skipped, ...]]]] = {
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": _csv,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
     ".parquet": lambda path, folder: (parquet(path, folder), ()),
     ".csv.gz": _csv,
-    ".tsv.gz": _tsv,
+    ".tsv.gz": _csv,
     ".jsonl.gz": _jsonl,
     ".ndjson.gz": _jsonl,
     ".json.gz": _json,

@@ -20,6 +20,7 @@ from fedpeft.data import answers, columns, conversations, photos, prepare, skipp
 from fedpeft.data.cache import Cache, code, content
 from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import Texts
+from fedpeft.data.reading import Reading
 from fedpeft.data.records import Records, open_records, save_records
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
@@ -119,6 +120,7 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
             raise InputError(
                 f"data.{next(iter(chosen))}: the embedded data set {source} has fixed columns. Set it to null."
             )
+        Reading.of(config, key).require("an embedded data set", source)
         dataset = registry.load("datasets", source, key)()
         _require_kind(dataset.kind, task, f"{key}={source}")
         has, needed = getattr(dataset, "labelled", "class"), load_objective(task).labelled
@@ -133,17 +135,18 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
     if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
         name, size = content(Path(source))
         if size >= cache.least:
-            return _cached(source, name, config, task, cache), None
-    found = _tables(source, key)
+            return _cached(source, name, config, task, cache, Reading.of(config, key)), None
+    found = _tables(source, key, Reading.of(config, key))
     train = _records(found.train, config, task, cache)
     return train, None if found.test is None else _records(found.test, config, task, cache)
 
 
-def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache) -> Records:
+def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache, reading: Reading) -> Records:
     """Records of texts in a file, as they were read before of a file with this content."""
     objective = load_objective(task)
     facts = {
         "content": name,
+        "format": reading.format,
         "source": source,  # which messages name, and whose ending says how it is read
         "columns": [config.text, config.label, config.partition.options.get("column"), config.columns, config.skip_bad],
         "objective": [objective.labelled, objective.causal, config.label_separator],
@@ -151,20 +154,26 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache)
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        return save_records(_records(tables.local(source, folder).train, config, task), folder)
+        return save_records(_records(tables.local(source, folder, reading).train, config, task), folder)
+
+    reading.require_file(source)
 
     records = open_records(*cache.get("records", facts, make))
     return replace(records, wording=Wording.of(config, records.wording.form))
 
 
-def _tables(source: str, key: str) -> tables.Tables:
+def _tables(source: str, key: str, reading: Reading) -> tables.Tables:
     if prepare.canonical(source.partition("/")[0]) in prepare.RECIPES:
+        reading.require("a prepared data set", source)
         return prepare.read(source)
     if tables.is_local(source, key):
         prepared = (Path(source) / prepare.ABOUT).is_file()
-        return prepare.read_folder(Path(source)) if prepared else tables.local(source)
+        if prepared:
+            reading.require("a prepared data set", source)
+            return prepare.read_folder(Path(source))
+        return tables.local(source, reading=reading)
     try:
-        return tables.hub(source)
+        return tables.hub(source, reading)
     except tables.NotOnHub as error:
         known = [*registry.names("datasets"), *prepare.RECIPES]
         hint = registry.unknown(key, source, known)

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft import registry
 from fedpeft.data import folders, readers
 from fedpeft.data.ragged import BLOCK
+from fedpeft.data.reading import Reading
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
     import datasets
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,17 @@ def is_local(source: str, key: str) -> bool:
     return False
 
 
-def local(source: str, folder: Path | None = None) -> Tables:
+def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> Tables:
     """The tables of a file or folder.
 
     Args:
         folder: where a file's texts are written, for a cache; None keeps them in memory.
+        reading: what the config says of the source besides.
     """
     path = Path(source)
     if path.is_file():
-        columns, skipped = readers.read(path, folder)
+        reading.require_file(source)
+        columns, skipped = readers.read(path, folder, **reading.format)
         return Tables(Table(columns, str(path), folder=path.parent, skipped=skipped))
     if not path.is_dir():
         raise InputError(f"{path}: neither a file nor a folder.")
@@ -76,39 +83,49 @@ def local(source: str, folder: Path | None = None) -> Tables:
         import datasets
 
         try:
-            return _dataset(datasets.load_from_disk(str(path)), source)
+            saved = datasets.load_from_disk(str(path))
+            several = " of several splits" if isinstance(saved, datasets.DatasetDict) else ""
+            reading.require(f"a saved data set{several}", source)
+            return _dataset(saved, source, reading)
         except InputError:
             raise
         except Exception as error:  # of datasets, pyarrow, json and the file system
             raise InputError(f"{path}: not readable as a saved data set: {error}") from error
-    train, test, beside = folders.splits(path)
+    reading.require("a folder of pictures", source)
+    train, test, beside = folders.splits(path, reading.train_split, reading.test_split, reading.train_key)
+    test = None if reading.alone else test
     return Tables(_image_folder(train, beside), None if test is None else _image_folder(test))
 
 
-def hub(source: str) -> Tables:
+def hub(source: str, reading: Reading = PLAIN) -> Tables:
     """A data set of the hub; `name:subset` picks one of several configurations."""
     import datasets
 
+    reading.require("a data set of the hub", source)
     name, _, subset = source.partition(":")
     try:
-        found = datasets.load_dataset(name, subset or None)
+        found = datasets.load_dataset(name, subset or None, revision=reading.revision)
     except Exception as error:  # the hub client raises errors of many unrelated libraries
         raise NotOnHub(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
-    return _dataset(found, source)
+    return _dataset(found, source, reading)
 
 
-def _dataset(found: Any, where: str) -> Tables:
+def _dataset(found: Any, where: str, reading: Reading) -> Tables:
     import datasets
 
     if not isinstance(found, datasets.DatasetDict):
         return Tables(_split(found, where))
-    if "train" not in found and len(found) > 1:
-        raise InputError(f"{where}: no split named train; it has {', '.join(found)}. Save the wanted split by itself.")
-    train = found["train"] if "train" in found else next(iter(found.values()))
-    name = next((name for name in ("test", "validation") if name in found and found[name] is not train), None)
-    unused = [f"{other} ({len(part)})" for other, part in found.items() if part is not train and other != name]
+    for key, wanted in ((reading.train_key, reading.train_split), ("test_split", reading.test_split)):
+        if wanted is not None and wanted not in found:
+            raise InputError(registry.unknown(f"data.{key}", wanted, found) + f" (splits of {where})")
+    if reading.train_split is None and "train" not in found and len(found) > 1:
+        raise InputError(f"{where}: no split named train; it has {', '.join(found)}. Name one with data.train_split.")
+    first = reading.train_split or ("train" if "train" in found else next(iter(found)))
+    tests = ("test", "validation") if reading.test_split is None else (reading.test_split,)
+    name = None if reading.alone else next((name for name in tests if name in found and name != first), None)
+    unused = [f"{other} ({len(part)})" for other, part in found.items() if other not in (first, name)]
     return Tables(
-        _split(train, f"{where} (train)", some(where, "other splits are not used", unused)),
+        _split(found[first], f"{where} ({first})", some(where, "other splits are not used", unused)),
         _split(found[name], f"{where} ({name})") if name else None,
     )
 

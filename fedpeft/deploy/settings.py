@@ -51,6 +51,7 @@ class SiteData:
     label_separator: str | None = option(None, "what stands between several labels, or numbers, of a record in a text")
     columns: dict[str, Any] = option({}, "columns of conversations by what is in them, as data.columns of a run")
     skip_bad: bool = option(False, "leave out records that are no conversation, and count them")
+    format: dict[str, Any] = option({}, "delimiter and encoding of a csv or tsv file, as data.format of a run")
 
 
 @dataclass

@@ -173,7 +173,7 @@ def refusals():
     yield "wide.csv", GOOD.encode("utf-16-le"), "null character.*UTF-16"
     yield "torn.csv", "\ufefftext".encode("utf-16-le") + b"x", "not in the encoding utf-16"
     yield "semi.csv", GOOD.replace(",", ";"), "separated by a semicolon.*delimiter of .csv files is the comma"
-    yield "tab.csv", GOOD.replace(",", "\t"), "separated by a tab.*name the file .tsv"
+    yield "tab.csv", GOOD.replace(",", "\t"), "separated by a tab.*delimiter: tab"
     yield "bar.csv", GOOD.replace(",", "|"), "separated by a bar"
     yield "comma.tsv", GOOD, "separated by a comma.*delimiter of .tsv files is the tab"
     yield "open.csv", GOOD.replace("letter 2", '"letter 2'), "lines 4 to 9 are no csv: unexpected end of data.*stray"

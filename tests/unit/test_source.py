@@ -215,7 +215,7 @@ def test_language_modelling_needs_no_labels(tmp_path):
 def test_an_unreachable_hub_is_said_with_the_nearest_name(monkeypatch):
     import datasets
 
-    def refuse(*arguments):
+    def refuse(*arguments, **keys):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
