@@ -2,18 +2,18 @@
 
 Files: .csv and .tsv, .jsonl (an object a line), .json (a list of objects), .parquet (`fedpeft.data.readers`). Folders:
 saved by `datasets.save_to_disk`, or images in one sub-folder per label, which may lie under train/ and test/ or val/
-(`fedpeft.data.folders`).
+(`fedpeft.data.folders`). Archives: .zip, .tar, .tar.gz of such images, or of a file and the images that it names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import registry
-from fedpeft.data import folders, readers
+from fedpeft.data import archives, folders, readers
 from fedpeft.data.ragged import BLOCK
 from fedpeft.data.reading import Reading
 from fedpeft.data.skipped import Skipped, some
@@ -59,7 +59,7 @@ def is_local(source: str, key: str) -> bool:
     path = Path(source)
     if path.exists():
         return True
-    file = readers.ending(path) in readers.ENDINGS
+    file = readers.ending(path) in (*readers.ENDINGS, *archives.ENDINGS)
     if file or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise InputError(f"{key}: no file or folder {source}.")
     return False
@@ -73,6 +73,8 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
         reading: what the config says of the source besides.
     """
     path = Path(source)
+    if path.is_file() and readers.ending(path) in archives.ENDINGS:
+        return _archive(path, reading)
     if path.is_file():
         reading.require_file(source)
         columns, skipped = readers.read(path, folder, **reading.format)
@@ -95,6 +97,21 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
     train, test, beside = folders.splits(path, reading.train_split, reading.test_split, reading.train_key)
     test = None if reading.alone else test
     return Tables(_image_folder(train, beside), None if test is None else _image_folder(test))
+
+
+def _archive(path: Path, reading: Reading) -> Tables:
+    """As a folder with the same content: pictures in folders of labels, or one file of records and the pictures."""
+    reading.require("an archive", str(path))
+    with archives.unpacked(path) as (root, damaged):
+        file = archives.table_of(root)
+        parts = local(str(file or root), reading=Reading() if file else reading)
+
+        def keep(table: Table, more: tuple[Skipped, ...] = ()) -> Table:
+            where, skipped = (table.where.replace(str(root), str(path)), more + table.skipped)
+            said = tuple(replace(entry, where=entry.where.replace(str(root), str(path))) for entry in skipped)
+            return replace(table, columns=archives.hold(table.columns, root), where=where, folder=Path(), skipped=said)
+
+        return Tables(keep(parts.train, damaged), None if parts.test is None else keep(parts.test))
 
 
 def hub(source: str, reading: Reading = PLAIN) -> Tables:

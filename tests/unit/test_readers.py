@@ -197,7 +197,7 @@ def refusals():
     yield "mixed.json", '[{"text": "a"}, null]', "record 2 is null"
     yield "a.parquet", b"PAR1 no", "not readable as parquet"
     yield "a.xlsx", b"PK", "allowed: .csv, .tsv"
-    yield "a.csv.zip", b"PK", "allowed: .csv, .tsv"
+    yield "a.csv.bz2", b"PK", "allowed: .csv, .tsv"
 
 
 @pytest.mark.parametrize(("name", "data", "said"), refusals(), ids=[name for name, *_ in refusals()])
