@@ -114,6 +114,14 @@ def test_an_identity_that_is_not_a_site_s_never_reaches_flower(rig, flower, chan
     assert refused.value.status == status and not flower.asked
 
 
+def test_a_site_that_was_not_added_yet_learns_of_its_clock_first(rig, flower):
+    passing, _, place = rig
+    old = headers(place, -400, **{"flwr-public-key": b64encode(b"stranger").decode()})
+    with pytest.raises(relay.Refusal, match="timestamp") as refused:
+        asyncio.run(passing.call("RegisterNode", b"", old))
+    assert refused.value.status == 401 and not flower.asked
+
+
 @pytest.mark.parametrize(("shift_s", "taken"), [(-303, True), (-307, False), (3, True), (7, False)])
 def test_a_clock_may_be_as_far_off_as_flower_allows(rig, shift_s, taken):
     passing, _, place = rig

@@ -149,15 +149,16 @@ class Relay:
             age_s = (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
         except (KeyError, ValueError, TypeError, binascii.Error) as error:
             raise Refusal(HTTPStatus.UNAUTHORIZED, "no signed identity (key, timestamp, signature).") from error
-        if key not in self.registered():
-            said = {"code": UNKNOWN_KEY, "public_message": "Failed to activate SuperNode: its key is not registered."}
-            raise Refusal(HTTPStatus.PRECONDITION_FAILED, json.dumps(said))
+        # Ahead of the key: a site that nobody has added yet can look at its clock too.
         if not -LATEST_S < age_s < OLDEST_S:
             raise Refusal(
                 HTTPStatus.UNAUTHORIZED,
                 f"the timestamp of the signature is {age_s:.0f} s old by the coordinator's clock; from "
                 f"{-LATEST_S:g} to {OLDEST_S:g} s are taken.",
             )
+        if key not in self.registered():
+            said = {"code": UNKNOWN_KEY, "public_message": "Failed to activate SuperNode: its key is not registered."}
+            raise Refusal(HTTPStatus.PRECONDITION_FAILED, json.dumps(said))
         if not is_signed(key, stamp, signature):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid signature.")
 
