@@ -95,7 +95,7 @@ def train(
     if moments:
         write_state(optimizer, parameters, moments)
     rates = clock.rates(config, steps_of(len(data), config, in_order))
-    losses = []
+    losses, steps = [], 0
     model.training_mode()
     # Dropout draws from torch's global generator; forked, what runs before and after draws as if nothing had been.
     with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -105,7 +105,7 @@ def train(
             gradients_of_steps = plain_steps(model, data, parameters, config, rng, device)
         else:
             gradients_of_steps = private_steps(model, data, parameters, config, private, device)
-        for (gradients, loss), rate in zip(gradients_of_steps, rates, strict=True):
+        for (gradients, loss), rate in zip(gradients_of_steps, rates, strict=False):
             for key, parameter in parameters.items():
                 gradient = gradients[key]
                 if proximal:
@@ -119,11 +119,12 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses += loss
+            steps += 1
     model.base.backbone.eval()
     if moments is not None:
         moments.update(read_state(optimizer, parameters))
     seen = torch.stack(losses) if losses else torch.zeros(0)
-    return len(rates), float((seen if private is None else seen[torch.isfinite(seen)]).mean())
+    return steps, float((seen if private is None else seen[torch.isfinite(seen)]).mean())
 
 
 def taught(data: Encoded, private: Private | None) -> Encoded:
