@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import threading
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from fedpeft.deploy import address, keys, settings
-from fedpeft.deploy.coordinator import daemon, server
+from fedpeft.deploy.coordinator import daemon, face, server
 from fedpeft.deploy.coordinator.daemon import superlink_options
 from fedpeft.deploy.site import site
 from fedpeft.errors import InputError
@@ -108,8 +109,23 @@ def test_a_coordinator_with_ipv6_prints_and_binds_addresses_with_brackets(tmp_pa
     made = server.init(tmp_path / "c", "[::1]", 9092, 9093, "[::]")
     assert made["fleet"] == "[::1]:9092"
     options = superlink_options(settings.server(tmp_path / "c"), insecure=False)
-    assert options[options.index("--fleet-api-address") + 1] == "[::]:9092"
+    assert options[options.index("--host") + 1] == "127.0.0.1"  # sites reach the face, and nothing of Flower's
     assert daemon.ports(settings.server(tmp_path / "c")) == [("127.0.0.1", 9093), ("::1", 9092)]
+
+
+def test_the_fleet_port_is_open_at_an_address_of_ipv6(tmp_path):
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        port = probe.getsockname()[1]
+    server.init(tmp_path / "c", "[::1]", port, 9093, "[::1]")
+
+    async def serve() -> None:
+        opened = face.grpc_server(None, settings.server(tmp_path / "c"), insecure=True)
+        await opened.start()
+        socket.create_connection(("::1", port), timeout=5).close()
+        await opened.stop(None)
+
+    asyncio.run(serve())
 
 
 @pytest.mark.parametrize(
