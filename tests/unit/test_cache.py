@@ -16,6 +16,7 @@ from fedpeft.config import DataConfig
 from fedpeft.data import cache as caches
 from fedpeft.data import readers, source
 from fedpeft.data.cache import Cache
+from fedpeft.data.conversations import parse
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.ragged import RaggedWriter, Texts, TextWriter, mapped, mapped_texts
 from fedpeft.files import explained
@@ -63,6 +64,31 @@ def test_records_and_batches_are_the_same_with_a_cold_a_warm_and_no_cache(tmp_pa
         assert isinstance(mine.stored.ids.values.base, np.memmap) and isinstance(
             train.inputs.stored.values.base, np.memmap
         )
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_conversations_keep_their_columns_where_bad_ones_are_left_out(tmp_path, ending, caplog):
+    rows = [
+        {"prompt": f"ask {i}", "completion": f"say {i}" if i % 3 else "", "site": f"site {i}", "age": i}
+        for i in range(30)
+    ]
+    if ending == "csv":
+        lines = [",".join(map(str, row.values())) for row in rows]
+        (tmp_path / "a.csv").write_text("\n".join(["prompt,completion,site,age", *lines]))
+    else:
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(source=str(tmp_path / f"a.{ending}"), skip_bad=True)
+    for cache in (None, Cache(tmp_path / "cache", 0), Cache(tmp_path / "cache", 0)):
+        caplog.clear()
+        records = source.whole(config.source, "data.source", config, "causal-lm", cache=cache)
+        data = encode(records, byte_tokenizer(), "causal-lm", 40, "texts", cache)
+        good = [row for row in rows if row["completion"]]
+        assert [str(turns) for turns in map(parse, records.inputs)] == [
+            str([("user", row["prompt"]), ("assistant", row["completion"])]) for row in good
+        ]
+        assert records.columns["site"].tolist() == [row["site"] for row in good]
+        assert [*map(int, records.columns["age"])] == [row["age"] for row in good]
+        assert len(data) == 20 and "10 of 30 records are no conversation" in caplog.text
 
 
 def test_tokens_are_those_of_a_padded_table(tmp_path):
