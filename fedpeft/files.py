@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +76,28 @@ def blamed(path: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """A folder inside another one that is gone at the end; those that killed processes of this machine have left go."""
+    start = f".{name}-{socket.gethostname()}-"
+    for left in folder.glob(f".{name}-*"):
+        owner = left.name.removeprefix(start).partition("-")[0]
+        if left.name.startswith(start) and owner.isdecimal() and not _is_alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{start}{os.getpid()}-", dir=folder, ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def explained(error: OSError) -> str:

@@ -4,8 +4,9 @@
     NAME-<hash>/...
 
 A folder is made under another name and moved into place, so that of two processes that make one at once the first
-wins and both are right. A folder whose files are not those that its facts tell is made again, which is said. Nothing is
-ever deleted that is sound: a user may delete a cache whenever no run uses it.
+wins and both are right. A folder whose files are not those that its facts tell is made again, which is said. Nothing
+that is sound is deleted, but where somebody else can ask for ever more (`Cache.most`): a user may delete a cache
+whenever no run uses it. One that nobody has named is a help and no need, so that a run goes on where there can be none.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ import inspect
 import json
 import logging
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft.errors import RunError
-from fedpeft.files import blamed
+from fedpeft.errors import InputError
+from fedpeft.files import blamed, explained, scratch
 
 log = logging.getLogger("fedpeft.data")
 FOLDER = ".fedpeft-cache"  # beside the folders of runs
@@ -36,38 +36,73 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder for caches; what has fewer bytes than `least` is not kept in it."""
+    """A folder for caches.
+
+    Attributes:
+        root: the folder.
+        least: bytes below which nothing is kept.
+        named: a user has asked for it, so that it is an error where it cannot be written.
+        most: caches of one name that are kept, the newest; None is all. What a process has mapped stays its own.
+    """
 
     root: Path
     least: int = SMALL
+    named: bool = False
+    most: int | None = None
 
-    def get(self, name: str, facts: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any]:
+    def get(self, name: str, facts: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any] | None:
         """The folder for these facts, made if it is not there, and what `make` has returned when it was.
+
+        None, which is said, where it cannot be read or written and nobody has named it.
 
         Args:
             facts: all that the content depends on, as JSON has it.
             make: writes files into an empty folder.
 
         Raises:
-            OSError: it cannot be written; names the place.
-            RunError: it is damaged each time that it was made.
+            OSError: it cannot be read or written; names the place.
+            InputError: it is damaged each time that it was made.
         """
         folder = self.root / f"{name}-{digest(facts)[:32]}"
+        try:
+            return folder, self._found(folder, make)
+        except OSError as error:
+            if self.named:
+                raise
+            log.warning("nothing is kept for later processes and runs: %s", explained(error))
+            return None
+
+    def _found(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> Any:
         for _ in range(TRIES):
             found = sound(folder)
             if found is not None:
-                return folder, found
+                return found
             if folder.exists():
+                found = sound(folder)  # another process may just have made it again
+                if found is not None:
+                    return found
                 log.warning("%s is damaged or was not finished; it is made again.", folder)
                 _discard(folder)
             self._make(folder, make)
-        raise RunError(f"{folder}: what was written is not what is read. See to that disk, or set data.cache.")
+            self._trim(folder)
+        # No RunError: the name of a place at a site is not for its coordinator.
+        raise InputError(f"{folder}: what was written is not what is read. See to that disk, or set data.cache.")
+
+    def _trim(self, folder: Path) -> None:
+        """Discard all but the newest caches of this folder's name, which counts as the newest."""
+        if self.most is None:
+            return
+        name = folder.name.rpartition("-")[0]
+        others = [path for path in self.root.glob(f"{name}-*") if path != folder]
+        others.sort(key=lambda path: path.stat().st_mtime_ns)
+        for path in others[: max(0, len(others) + 1 - self.most)]:
+            _discard(path)
 
     def _make(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
         with blamed(self.root):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what the records hold
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=self.root, ignore_cleanup_errors=True) as scratch:
-            made = Path(scratch) / "made"
+        with scratch(self.root, "making") as place:
+            made = place / "made"
             made.mkdir(mode=0o700)
             returned = make(made)
             files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(made.iterdir())}
@@ -83,7 +118,11 @@ class Cache:
 
 
 def sound(folder: Path) -> Any | None:
-    """What `make` has returned for this folder; None where it is not there, or not what it was."""
+    """What `make` has returned for this folder; None where it is not there, or not what it was.
+
+    Raises:
+        OSError: it cannot be looked at, which is no damage.
+    """
     try:
         tree = json.loads((folder / FACTS).read_text())
         for name, (size, check) in tree["files"].items():
@@ -91,7 +130,7 @@ def sound(folder: Path) -> Any | None:
             if path.stat().st_size != size or checksum(path) != check:
                 return None
         return tree["made"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -137,9 +176,5 @@ def _hash(path: Path) -> tuple[str, int]:
 
 def _discard(folder: Path) -> None:
     """Take a folder out of the way first: another process may look at it."""
-    away = folder.with_name(f".discarded-{os.getpid()}-{folder.name}")
-    try:
-        folder.rename(away)
-    except FileNotFoundError:  # another process was faster
-        return
-    shutil.rmtree(away, ignore_errors=True)
+    with scratch(folder.parent, "making") as place, suppress(FileNotFoundError):  # another process was faster
+        folder.rename(place / folder.name)

@@ -183,7 +183,10 @@ def _cached(
         "what": what,
         "wording": [asdict(records.wording), template_of(records, tokenizer).text],
     }
-    folder, made = cache.get("tokens", facts, make)
+    kept = cache.get("tokens", facts, make)
+    if kept is None:
+        return objective.encode(records, tokenizer, max_length, what)
+    folder, made = kept
     if made["tokens"] is None:  # an objective that has its own way
         return fresh[0] if fresh else objective.encode(records, tokenizer, max_length, what)
     notes = tuple(Skipped.of(entry) for entry in made["skipped"])

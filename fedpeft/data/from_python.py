@@ -9,7 +9,6 @@ processes of one, read what the first round had.
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from fedpeft.config import DataConfig
 from fedpeft.data import pictures
 from fedpeft.errors import InputError
-from fedpeft.files import blamed
+from fedpeft.files import blamed, scratch
 
 if TYPE_CHECKING:
     import datasets
@@ -39,8 +38,8 @@ def write(config: DataConfig, run: Path, data: Source | None, test: Source | Non
         InputError: of another type, without records, or with values that no file can hold.
         OSError: it cannot be written; names the place.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=run, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / FOLDER
+    with scratch(run, FOLDER) as place:
+        made = place / FOLDER
         made.mkdir(mode=0o700)
         for key, argument, value in (("source", "data", data), ("test", "test", test)):
             if value is not None:

@@ -99,11 +99,9 @@ def open_column(
     def make(_: Path | None = None) -> dict[str, Any]:
         return _looked(values, what, folder)
 
-    if cache is None or size < cache.least:
-        found = make()
-    else:
-        facts = {"pictures": hashlib.sha256(hashes.tobytes()).hexdigest(), "code": code()}
-        found = cache.get("pictures", facts, make)[1]
+    facts = {"pictures": hashlib.sha256(hashes.tobytes()).hexdigest(), "code": code()}
+    kept = None if cache is None or size < cache.least else cache.get("pictures", facts, make)
+    found = make() if kept is None else kept[1]
     bad = {int(number): str(reason) for number, reason in found["bad"]}
     good = np.array([number for number in range(len(values)) if number not in bad], dtype=np.int64)
     said = [f"record {number + 1} ({_name(values[number])}: {reason})" for number, reason in bad.items()]

@@ -138,8 +138,8 @@ def open_records(folder: Path, tree: dict[str, Any]) -> Records:
 
 def _save_texts(texts: Any, path: Path) -> str:
     """The name of a text column's files in the folder."""
-    whole = isinstance(texts, Texts) and texts.rows is None  # of a view the file has other texts besides
-    if whole and texts.path is not None and texts.path.parent == path.parent:
+    # The file of a view has other texts besides.
+    if isinstance(texts, Texts) and texts.rows is None and texts.path is not None and texts.path.parent == path.parent:
         return texts.path.name
     writer = TextWriter(path)
     for start in range(0, len(texts), BLOCK):

@@ -157,8 +157,10 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache,
         return save_records(_records(tables.local(source, folder, reading).train, config, task), folder)
 
     reading.require_file(source)
-
-    records = open_records(*cache.get("records", facts, make))
+    kept = cache.get("records", facts, make)
+    if kept is None:
+        return _records(tables.local(source, reading=reading).train, config, task)
+    records = open_records(*kept)
     return replace(records, wording=Wording.of(config, records.wording.form))
 
 

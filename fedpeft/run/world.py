@@ -147,7 +147,8 @@ def records(text: str, cache: Cache) -> tuple[Records, Records]:
 
 def cache_of(config: Config, run: Path) -> Cache:
     """Where what was read and tokenized is kept: the config's folder, else one beside the run's folder."""
-    return Cache(run.absolute().parent / FOLDER) if config.data.cache is None else Cache(Path(config.data.cache), 0)
+    named = config.data.cache
+    return Cache(run.absolute().parent / FOLDER) if named is None else Cache(Path(named), 0, named=True)
 
 
 def data_key(config: Config) -> str:

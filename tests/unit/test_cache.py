@@ -7,18 +7,23 @@ import json
 import multiprocessing
 import os
 import re
+import socket
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
 from fedpeft.config import DataConfig
+from fedpeft.config import load as load_config
 from fedpeft.data import cache as caches
 from fedpeft.data import readers, source
 from fedpeft.data.cache import Cache
 from fedpeft.data.conversations import parse
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.ragged import RaggedWriter, Texts, TextWriter, mapped, mapped_texts
+from fedpeft.deploy.site.worker import CACHES, load_data
+from fedpeft.errors import InputError
 from fedpeft.files import explained
 from fedpeft.models.loading import byte_tokenizer
 
@@ -195,17 +200,99 @@ def test_the_slower_of_two_takes_what_the_faster_has_made(tmp_path):
     assert found == 2 and [path.name for path in cache.root.iterdir()] == [folder.name]
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    path, cache = table(tmp_path), Cache(tmp_path / "cache", 0)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+    path, cache = table(tmp_path), Cache(tmp_path / "cache", 0, named=True)
+    put = RaggedWriter._put
 
     def full(self, flat, sizes):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        if self.path is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        put(self, flat, sizes)
 
+    wanted = both(path, None)[1]
     monkeypatch.setattr(RaggedWriter, "_put", full)
     with pytest.raises(OSError) as caught:
         both(path, cache)
     assert re.fullmatch(r"\S+: no space left on device; make room on that disk\.", explained(caught.value))
     assert not list(cache.root.iterdir())
+    require_same_without(Cache(cache.root, 0), path, wanted, caplog)  # which nobody has named
+    assert not list(cache.root.iterdir())
+
+
+def require_same_without(cache, path, wanted, caplog):
+    caplog.clear()
+    found = both(path, cache)[1]
+    assert all(torch.equal(value, wanted.inputs[name]) for name, value in found.inputs.items())
+    assert "nothing is kept for later processes and runs" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_gone_without_where_nobody_named_it(tmp_path, caplog):
+    path, root = table(tmp_path), tmp_path / "file" / "cache"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        both(path, Cache(root, 0, named=True))
+    require_same_without(Cache(root, 0), path, both(path, None)[1], caplog)
+
+
+def test_what_cannot_be_looked_at_is_not_damaged(tmp_path, monkeypatch, caplog):
+    path, cache = table(tmp_path), Cache(tmp_path / "cache", 0)
+    wanted = both(path, cache)[1]
+    inodes = {entry.stat().st_ino for entry in cache.root.iterdir()}
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(caches, "checksum", refuse)
+    require_same_without(cache, path, wanted, caplog)
+    assert "damaged" not in caplog.text and {entry.stat().st_ino for entry in cache.root.iterdir()} == inodes
+
+
+def write_one(folder):
+    (folder / "file").write_bytes(b"x")
+    return {}
+
+
+def test_what_another_process_has_made_again_meanwhile_is_not_deleted(tmp_path, monkeypatch):
+    cache, looks = Cache(tmp_path / "cache", 0), []
+    folder, _ = cache.get("x", {}, write_one)
+    inode, look = folder.stat().st_ino, caches.sound
+    monkeypatch.setattr(caches, "sound", lambda path: looks.append(path) or (None if len(looks) == 1 else look(path)))
+    assert cache.get("x", {}, write_one)[0].stat().st_ino == inode and len(looks) == 2
+
+
+def test_a_disk_that_reads_what_was_not_written_is_an_input_error_which_no_coordinator_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(caches, "sound", lambda folder: None)
+    with pytest.raises(InputError, match="what was written is not what is read"):
+        Cache(tmp_path / "cache", 0).get("x", {}, write_one)
+
+
+def test_only_the_newest_of_a_name_are_kept_where_a_coordinator_can_ask_for_ever_more(tmp_path):
+    path, cache = table(tmp_path), Cache(tmp_path / "cache", 0, most=CACHES)
+    config = load_config({"model": {"task": TASKS[0]}, "data": {"source": str(path)}})
+    made = []
+    for length in range(4, 13):
+        config.model.max_length = length
+        made.append((length, load_data(config, "a", byte_tokenizer(), cache)[0]))
+        for age, entry in enumerate(sorted(cache.root.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)):
+            os.utime(entry, ns=(age, age))
+    assert sorted(entry.name.partition("-")[0] for entry in cache.root.iterdir()) == ["records"] + ["tokens"] * CACHES
+    assert all(data.inputs["input_ids"].shape[1] == length for length, data in made)  # those that are gone are mapped
+    config.model.max_length = 9  # the oldest that is left
+    assert len(list(cache.root.glob("tokens-*/facts.json"))) == CACHES
+    inodes = {entry.stat().st_ino for entry in cache.root.iterdir()}
+    load_data(config, "a", byte_tokenizer(), cache)
+    assert {entry.stat().st_ino for entry in cache.root.iterdir()} == inodes
+
+
+def test_what_a_killed_process_has_left_goes_and_that_of_a_living_one_stays(tmp_path):
+    cache, host = Cache(tmp_path / "cache", 0), socket.gethostname()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f".making-{host}-{ended.pid}-a", f".making-{host}-{os.getpid()}-b", f".making-elsewhere-{ended.pid}-c"]
+    for name in names:
+        (cache.root / name / "made").mkdir(parents=True)
+    folder, _ = cache.get("x", {}, write_one)
+    assert {entry.name for entry in cache.root.iterdir()} == {folder.name, *names[1:]}
 
 
 def test_small_files_are_kept_only_where_a_folder_is_named(tmp_path):

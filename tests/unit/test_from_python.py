@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+
 import datasets
 import numpy as np
 import pandas
@@ -49,6 +52,15 @@ def letters(count=24, start=0):
 def photos(count=12):
     draws = np.random.default_rng(0)
     return [draws.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def test_what_a_killed_process_has_left_in_the_folder_goes(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / f".data-{socket.gethostname()}-{ended.pid}-a"
+    left.mkdir()
+    from_python.write(DataConfig(), tmp_path, pandas.DataFrame(letters()), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def load(folder, data, test=None, task=TEXT, **keys):

@@ -44,6 +44,7 @@ from fedpeft.strategies.instructions import Instructions
 
 log = logging.getLogger("fedpeft")
 RUNS = 4  # at work at once
+CACHES = 4  # of what the records become, which the coordinator has a say in: each is as large as the records
 
 
 class Unreadable(Mapping[str, Encoded]):
@@ -140,7 +141,8 @@ class Resident:
             write_bytes(self.site.path / LABELS, json.dumps(told).encode())
         private = local.guard.private
         try:
-            own, held = load_data(config, self.name, local.model.base.processor, Cache(self.site.path / "cache"))
+            cache = Cache(self.site.path / "cache", most=CACHES)
+            own, held = load_data(config, self.name, local.model.base.processor, cache)
             for part in (own, held):
                 require_fit(local, part)
         except Exception as error:
