@@ -106,13 +106,7 @@ def train(
         else:
             gradients_of_steps = private_steps(model, data, parameters, config, private, device)
         for (gradients, loss), rate in zip(gradients_of_steps, rates, strict=False):
-            for key, parameter in parameters.items():
-                gradient = gradients[key]
-                if proximal:
-                    gradient = gradient + proximal * (parameter.detach() - start[key])
-                if offset is not None:
-                    gradient = gradient + _padded(offset[key], parameter)
-                parameter.grad = gradient
+            set_gradients(parameters, gradients, start, proximal, offset)
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             set_rate(optimizer, rate)
@@ -125,6 +119,23 @@ def train(
         moments.update(read_state(optimizer, parameters))
     seen = torch.stack(losses) if losses else torch.zeros(0)
     return steps, float((seen if private is None else seen[torch.isfinite(seen)]).mean())
+
+
+def set_gradients(
+    parameters: dict[str, nn.Parameter],
+    gradients: dict[str, Tensor],
+    start: dict[str, Tensor],
+    proximal: float,
+    offset: dict[str, Tensor] | None,
+) -> None:
+    """Give every parameter its gradient, with the terms that the method's client half adds."""
+    for key, parameter in parameters.items():
+        gradient = gradients[key]
+        if proximal:
+            gradient = gradient + proximal * (parameter.detach() - start[key])
+        if offset is not None:
+            gradient = gradient + _padded(offset[key], parameter)
+        parameter.grad = gradient
 
 
 def taught(data: Encoded, private: Private | None) -> Encoded:

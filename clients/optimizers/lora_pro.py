@@ -12,59 +12,40 @@ decoupled. Where B is small what it is divided by is small, noise of DP-SGD incl
 Deviations: Gram matrices have `damping` on the diagonal; the Adam form, which keeps moments of whole weights, is not
 offered.
 
+    >>> from fedpeft.config import ClientConfig
     >>> LoRAPro().has_state(ClientConfig())
     False
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedpeft.clients.optimizers.base import ClientOptimizer, Layout, refuse_momentum
-from fedpeft.clients.optimizers.stacked import Moving, Stacked, gram, pairs
-from fedpeft.config import ClientConfig, option
+from fedpeft.clients.optimizers.stacked import Moving, PairedSGD, gram
+from fedpeft.config import option
 
 
-class LoRAPro(ClientOptimizer):
+class LoRAPro(PairedSGD):
     """SGD whose step of the product is the nearest to a step of the whole weight."""
 
     paper = "Wang et al. 2024, arXiv 2407.18242"
-    pairs_factors = True
 
     @dataclass
     class Config:
         damping: float = option(1e-8, "added to the diagonal of the Gram matrices", above=0)
 
-    def require(self, client: ClientConfig) -> None:
-        refuse_momentum(client)
-
-    def has_state(self, client: ClientConfig) -> bool:
-        return False
-
-    def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
-        def move(tensors: dict[str, Moving], lr: float, step: int) -> None:
-            steps = {name: tensor.gradient for name, tensor in tensors.items()}
-            for site, (A, B) in pairs(tensors).items():
-                steps[f"{site}/A"], steps[f"{site}/B"] = adjusted(A, B, layout.scales[site], self.config.damping)
-            for name, tensor in tensors.items():
-                tensor.value.mul_(1 - lr * client.weight_decay).sub_(lr * steps[name])
-
-        return Stacked(weights, client.lr, layout, (), move)
-
-
-def adjusted(A: Moving, B: Moving, scale: float, damping: float) -> tuple[Tensor, Tensor]:
-    """g_A* [K, r, in] and g_B* [K, out, r]."""
-    inner, outer = gram(B.value.mT, damping), gram(A.value, damping)
-    down = torch.linalg.solve(inner, A.gradient) / scale**2
-    up = torch.linalg.solve(outer, B.gradient.mT).mT / scale**2
-    across = up - B.value @ torch.linalg.solve(inner, B.value.mT @ up)
-    # In the eigenvectors of both Gram matrices the equation of X is one of numbers.
-    (left, U), (right, V) = torch.linalg.eigh(inner), torch.linalg.eigh(outer)
-    C = U.mT @ (-down @ A.value.mT) @ V
-    X = U @ (C / (left[:, :, None] + right[:, None, :])) @ V.mT
-    begins = (B.value == 0).all(dim=(1, 2), keepdim=True)  # a client's own business
-    return torch.where(begins, A.gradient, down + X @ A.value), torch.where(begins, up, across - B.value @ X)
+    def directions(self, A: Moving, B: Moving, scale: float) -> tuple[Tensor, Tensor]:
+        damping = self.config.damping
+        inner, outer = gram(B.value.mT, damping), gram(A.value, damping)
+        down = torch.linalg.solve(inner, A.gradient) / scale**2
+        up = torch.linalg.solve(outer, B.gradient.mT).mT / scale**2
+        across = up - B.value @ torch.linalg.solve(inner, B.value.mT @ up)
+        # In the eigenvectors of both Gram matrices the equation of X is one of numbers.
+        (left, U), (right, V) = torch.linalg.eigh(inner), torch.linalg.eigh(outer)
+        C = U.mT @ (-down @ A.value.mT) @ V
+        X = U @ (C / (left[:, :, None] + right[:, None, :])) @ V.mT
+        begins = (B.value == 0).all(dim=(1, 2), keepdim=True)  # a client's own business
+        return torch.where(begins, A.gradient, down + X @ A.value), torch.where(begins, up, across - B.value @ X)

@@ -8,10 +8,12 @@ included: a larger `damping` bounds that.
 
 Deviations: none from the paper's scaled SGD with damping d; its scaled AdamW is not offered.
 
+    >>> from torch import nn
     >>> from fedpeft.clients.optimizers.base import Layout
+    >>> from fedpeft.config import ClientConfig
     >>> weights = nn.Parameter(torch.tensor([[2.0, 4.0]]))  # of one client, A = 2 and B = 4
     >>> weights.grad = torch.tensor([[16.0, 4.0]])
-    >>> layout = Layout({"q/A": torch.Size([1, 1]), "q/B": torch.Size([1, 1])}, {})
+    >>> layout = Layout({"q/A": torch.Size([1, 1]), "q/B": torch.Size([1, 1])}, {"q": 1.0})
     >>> Riemannian(damping=0.0).make([weights], ClientConfig(lr=1.0), layout).step()
     >>> weights.detach().tolist()
     [[1.0, 3.0]]
@@ -19,42 +21,25 @@ Deviations: none from the paper's scaled SGD with damping d; its scaled AdamW is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from fedpeft.clients.optimizers.base import ClientOptimizer, Layout, refuse_momentum
-from fedpeft.clients.optimizers.stacked import Moving, Stacked, gram, pairs
-from fedpeft.config import ClientConfig, option
+from fedpeft.clients.optimizers.stacked import Moving, PairedSGD, gram
+from fedpeft.config import option
 
 
-class Riemannian(ClientOptimizer):
+class Riemannian(PairedSGD):
     """SGD preconditioned by the other factor, so that a step of B A does not hang on its split."""
 
     paper = "Zhang and Pilanci 2024, arXiv 2402.02347"
-    pairs_factors = True
 
     @dataclass
     class Config:
         damping: float = option(1e-6, "added to the diagonal of the Gram matrices: B may be 0", above=0)
 
-    def require(self, client: ClientConfig) -> None:
-        refuse_momentum(client)
-
-    def has_state(self, client: ClientConfig) -> bool:
-        return False
-
-    def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
+    def directions(self, A: Moving, B: Moving, scale: float) -> tuple[Tensor, Tensor]:
         damping = self.config.damping
-
-        def move(tensors: dict[str, Moving], lr: float, step: int) -> None:
-            steps = {name: tensor.gradient for name, tensor in tensors.items()}
-            for site, (A, B) in pairs(tensors).items():
-                steps[f"{site}/A"] = torch.linalg.solve(gram(B.value.mT, damping), A.gradient)
-                steps[f"{site}/B"] = torch.linalg.solve(gram(A.value, damping), B.gradient.mT).mT
-            for name, tensor in tensors.items():
-                tensor.value.mul_(1 - lr * client.weight_decay).sub_(lr * steps[name])
-
-        return Stacked(weights, client.lr, layout, (), move)
+        down = torch.linalg.solve(gram(B.value.mT, damping), A.gradient)
+        return down, torch.linalg.solve(gram(A.value, damping), B.gradient.mT).mT

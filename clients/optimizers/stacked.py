@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft.clients.optimizers.base import STEP, Layout
+from fedpeft.clients.optimizers.base import STEP, ClientOptimizer, Layout, refuse_momentum
+from fedpeft.config import ClientConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,35 @@ class Stacked(torch.optim.Optimizer):
             return {list(shapes)[place]: value[None]}
         parts = value.split([shape.numel() for shape in shapes.values()], dim=1)
         return {key: part.unflatten(1, shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+class PairedSGD(ClientOptimizer):
+    """Steps A and B of a site against directions that hang on both, all else against its gradient; keeps no state.
+
+    Weight decay is decoupled.
+    """
+
+    pairs_factors = True
+
+    def require(self, client: ClientConfig) -> None:
+        refuse_momentum(client)
+
+    def has_state(self, client: ClientConfig) -> bool:
+        return False
+
+    def directions(self, A: Moving, B: Moving, scale: float) -> tuple[Tensor, Tensor]:
+        """What is subtracted, times the rate, from A [K, r, in] and B [K, out, r] of the product `scale` B A."""
+        raise NotImplementedError
+
+    def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
+        def move(tensors: dict[str, Moving], lr: float, step: int) -> None:
+            steps = {name: tensor.gradient for name, tensor in tensors.items()}
+            for site, (A, B) in pairs(tensors).items():
+                steps[f"{site}/A"], steps[f"{site}/B"] = self.directions(A, B, layout.scales[site])
+            for name, tensor in tensors.items():
+                tensor.value.mul_(1 - lr * client.weight_decay).sub_(lr * steps[name])
+
+        return Stacked(weights, client.lr, layout, (), move)
 
 
 def pairs(tensors: dict[str, Moving]) -> dict[str, tuple[Moving, Moving]]:

@@ -78,6 +78,7 @@ def test_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     plain = [text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
     assert len(plain) == len(declared["dependencies"])
+    assert name.replace("METADATA", "licenses/LICENSE") in archive.namelist()
     scripts = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert "fedpeft = fedpeft.cli.main:main" in scripts
 
@@ -86,6 +87,7 @@ def test_the_version_is_that_of_the_module(wheel):
     import fedpeft
 
     assert wheel.name.split("-")[1] == fedpeft.__version__
+    assert f"version: {fedpeft.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
