@@ -291,6 +291,31 @@ def test_a_half_open_connection_is_left_for_a_new_one(site, monkeypatch, kind, t
     relays[0].listening.close()
 
 
+def test_a_call_that_is_under_way_when_the_site_stops_is_no_trouble(site, caplog):
+    entered, closed = threading.Event(), threading.Event()
+
+    class Cut:
+        key = key_of(site)
+
+        def call(self, method, request, within_s, shift_s=0.0):
+            if method == "ActivateNode":
+                entered.set()
+                closed.wait(10)
+            raise link.Failure("CANCELLED", "Channel closed!")
+
+        def close(self):
+            closed.set()
+
+    working = node.Node(site, Cut(), replied)
+    thread = threading.Thread(target=working.run, daemon=True)
+    thread.start()
+    assert entered.wait(10)
+    working.leave()
+    thread.join(10)
+    assert not thread.is_alive() and json.loads((site.path / "status.json").read_text())["state"] == "stopped"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def said(site, caplog, server, ca=None):
     """The lines of a node that is kept out for a moment."""
     site.settings.server = server

@@ -120,6 +120,8 @@ class Node:
     def note(self, **values: Any) -> None:
         """Write down how it goes, for `fedpeft site status`."""
         with self.lock:
+            if self.state["state"] == "stopped":  # what a thread was still at does not count
+                return
             self.state |= values
             self.noted = time.monotonic()
             try:
