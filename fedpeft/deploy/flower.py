@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -38,6 +39,11 @@ def request(method: str, node: Node | None, **fields: Any) -> Any:
     """The request of a call to the Fleet API, such as PullMessages; with the node where it has one."""
     kind = METHODS[method].input_type
     return kind._concrete_class(**fields, **({"node": node} if "node" in kind.fields_by_name else {}))
+
+
+def path_of(method: str) -> str:
+    """Where a method of the Fleet API is called over HTTP."""
+    return f"/v1/fleet/{re.sub(r'(?<!^)(?=[A-Z])', '-', method).lower()}"
 
 
 def answer_type(method: str) -> Any:

@@ -38,8 +38,8 @@ class Child:
     def start(self) -> None:
         """Start the process in a session of its own, so that Ctrl-C does not reach it; it appends to `output`."""
         stream = self.output.open("ab") if self.output else None
-        ours, theirs = Pipe()
-        ends = [str(theirs.fileno())] if self.piped else []
+        ours, theirs = Pipe() if self.piped else (None, None)
+        ends = [str(theirs.fileno())] if theirs else []
         try:
             self.process = subprocess.Popen(
                 [*self.command, *ends],
@@ -51,7 +51,8 @@ class Child:
                 start_new_session=True,
             )
         finally:
-            theirs.close()  # so that the end of the process is the end of the pipe
+            if theirs:
+                theirs.close()  # so that the end of the process is the end of the pipe
             if stream:
                 stream.close()
         self.pipe = ours

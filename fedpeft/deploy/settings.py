@@ -6,6 +6,7 @@ site:        site.yaml policy.yaml ca.crt site.key site.pub status.json owed/ le
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from fedpeft import config as configs
 from fedpeft import folders, foreign
 from fedpeft.config.option import option
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
+from fedpeft.deploy.keys import pem
 from fedpeft.errors import InputError
 
+log = logging.getLogger("fedpeft")
 NAME = foreign.NAME
 LAST = "last"  # stands for a run; names of runs end in the time of their start
 QUIET = {  # Flower reports, asks for updates and installs packages unless told not to
@@ -103,6 +106,16 @@ class Server:
         """Folders of all runs, in the order in which they were submitted."""
         found = [path for path in self.runs.glob("*") if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (path / "resolved.yaml").stat().st_mtime)
+
+    def site_keys(self) -> dict[str, bytes]:
+        """Name -> public key, in PEM, of every site; a file that is no key is said, and lets nobody in."""
+        found = {}
+        for name, line in self.sites().items():
+            try:
+                found[name] = pem(line)
+            except InputError as error:
+                log.error("%s: %s", self.path / "sites" / f"{name}.pub", error)
+        return found
 
     def sites(self) -> dict[str, str]:
         """Name -> public key of every site that was added."""

@@ -90,10 +90,59 @@ def test_a_run_that_flower_gave_up_has_one_process_again(made):
     link.given_up.add("token-1")
     coordinator.step()
     assert first.poll() is not None, "the old process is at work beside a new one"
-    assert "run-1" not in coordinator.children
-    coordinator.step()
     assert link.runs == 2 and link.stopped == [1]
     assert coordinator.children["run-1"].process.poll() is None and link.beats[-1] == "token-2"
+
+
+def test_a_run_whose_first_word_is_lost_has_a_process(made, monkeypatch):
+    coordinator, link, _ = made
+    taken = daemon.take_task
+
+    def take_and_go_down(client):
+        task = taken(client)
+        link.down = task is not None
+        return task
+
+    monkeypatch.setattr(daemon, "take_task", take_and_go_down)
+    coordinator.step()
+    assert not link.beats and coordinator.children["run-1"].process.poll() is None
+    link.down = False
+    coordinator.step()
+    assert link.beats == ["token-1"] and link.runs == 1
+
+
+def test_a_process_that_cannot_be_started_is_not_said_to_work(made, monkeypatch):
+    coordinator, _, _ = made
+
+    def fail(child):
+        raise OSError(28, "No space left on device", "log.txt")
+
+    monkeypatch.setattr(daemon.Child, "start", fail)
+    coordinator.step()
+    assert not coordinator.held and not coordinator.children
+
+
+def test_a_run_that_cannot_be_submitted_takes_no_word_from_the_others(made, monkeypatch):
+    coordinator, link, run = made
+    coordinator.step()
+    other = run.with_name("run-2")
+    other.mkdir()
+    (other / "resolved.yaml").write_text("{}")
+    commands.put_status(other, state="submitted")
+
+    def refuse(name):
+        raise httpx.HTTPStatusError("500", request=None, response=None)
+
+    monkeypatch.setattr(link, "start_run", refuse)
+    coordinator.step()
+    coordinator.step()
+    assert link.beats == ["token-1"] * 3
+
+
+def test_a_file_that_is_no_key_is_said_and_lets_nobody_in(made, caplog):
+    coordinator, _, _ = made
+    (coordinator.server.path / "sites" / "north.pub").write_text("ssh-rsa AAAA\n")
+    assert coordinator.server.site_keys() == {} and "north.pub" in caplog.text
 
 
 def test_a_link_that_is_down_takes_no_run_away(made):

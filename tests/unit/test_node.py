@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -131,6 +132,46 @@ def test_a_pull_that_waits_at_the_coordinator_is_made_again_at_once_and_brings_a
         assert time.monotonic() - begun < 2.0
 
 
+def test_what_is_asked_for_and_is_not_in_the_answer_ends_the_message_and_not_the_node(site, caplog):
+    state = State()
+    caplog.set_level(logging.INFO, "fedpeft")
+    pushed = state.PushMessages
+
+    def ask_for_more(request, key):
+        answer = pushed(request, key)
+        answer.objects_to_push.append("../site.key")
+        return answer
+
+    with at_work(site, state):
+        state.PushMessages = ask_for_more
+        state.send("first")
+        until(lambda: "not in the answer" in caplog.text)
+        state.PushMessages = pushed
+        exchange(site, state, "second")
+
+
+def test_no_more_of_a_message_is_fetched_than_the_disk_has_room_for(site, monkeypatch):
+    fetched = []
+    message = SimpleNamespace(names=[str(number) for number in range(100)])
+    working = node.Node(site, SimpleNamespace(key=key_of(site)), replied)
+    monkeypatch.setattr(working, "fetch", lambda _, name, until: fetched.append(name) or b"")
+    with ThreadPoolExecutor(node.AT_ONCE) as pool:
+        contents = working.fetch_all(pool, message, 0.0)
+        assert [next(contents) for _ in range(3)] == [b""] * 3
+        contents.close()
+    assert len(fetched) <= node.AT_ONCE
+
+
+def test_a_site_that_is_stopped_in_a_message_does_not_count_it_as_a_kill(site):
+    for _ in range(node.BEGINNINGS + 1):
+        state = State()
+        state.before["PullObject"] = [Fault(grpc.StatusCode.UNAVAILABLE)] * 1000
+        with at_work(site, state):
+            state.send("long")
+            until(lambda state=state: "PullObject" in state.calls)
+        assert not list((site.path / "owed").glob("*/begun"))
+
+
 class Killed(BaseException):
     """SIGKILL, as far as a thread can have one."""
 
@@ -227,8 +268,14 @@ def test_a_message_that_the_coordinator_knows_nothing_of_any_more_does_not_hold_
         exchange(site, state, "next")
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "", "x" * 64, "A" * 64])
-def test_a_message_whose_id_is_no_hash_touches_no_file(site, caplog, name):
+HASH = "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "child"),
+    [("../../etc/passwd", HASH), ("", HASH), ("x" * 64, HASH), ("A" * 64, HASH), (HASH, "../x"), (HASH, "")],
+)
+def test_a_message_with_an_id_that_is_no_hash_touches_no_file(site, caplog, name, child):
     state = State()
     with at_work(site, state, ask=killing):
         state.send("evil")
@@ -237,6 +284,7 @@ def test_a_message_whose_id_is_no_hash_touches_no_file(site, caplog, name):
         root = message.messages_list.add()
         root.metadata.message_id = name
         tree = message.message_object_trees.add(object_id=name)
+        tree.children.add(object_id=child)
         state.waiting.append((root, tree))
         until(lambda: "not one of Flower's" in caplog.text)
         state.handed = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from base64 import b64encode
+import socket
+from base64 import b64decode, b64encode
 from datetime import UTC, datetime, timedelta
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -260,6 +263,37 @@ def test_what_flower_hands_out_while_a_site_hangs_up_is_not_lost(rig, flower):
         assert named(newer) == "m2" and await asyncio.wait_for(older, 1) == b""
 
     asyncio.run(play())
+
+
+def test_a_stranger_is_refused_before_a_byte_of_its_message_is_read(rig, flower):
+    """Over gRPC, where a message of any size, or one that never comes, would hold up others."""
+    passing, folder, place = rig
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chosen = settings.server(folder)
+    chosen.settings.port = port
+
+    async def call(signed):
+        opened = face.grpc_server(passing, chosen, insecure=True)
+        await opened.start()
+        metadata = [
+            (name, value) if name == "flwr-timestamp" else (f"{name}-bin", b64decode(value))
+            for name, value in signed.items()
+            if name.startswith("flwr-")
+        ]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            push = channel.stream_unary("/flwr.proto.Fleet/PushObject")(metadata=metadata, timeout=20)
+            try:
+                await push  # nothing is ever sent
+            except grpc.aio.AioRpcError as error:
+                return error
+            finally:
+                await opened.stop(None)
+
+    stranger = {**headers(place), "flwr-public-key": b64encode(b"stranger").decode()}
+    error = asyncio.run(call(stranger))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION and "not registered" in error.details()
 
 
 def through_door(passing, path, method, body, fields):

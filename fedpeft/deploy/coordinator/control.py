@@ -23,7 +23,6 @@ from fedpeft.deploy.coordinator.flower import (
     control_client,
     start_run_request,
 )
-from fedpeft.deploy.keys import pem
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import RunError
 
@@ -73,9 +72,9 @@ class Control:
             if node.status != "unregistered"
         ]
 
-    def register(self, name: str, key: str) -> None:
-        """Let the holder of this public key (a line in OpenSSH's form) connect under the name."""
-        self.client.RegisterNode(RegisterNodeRequest(public_key=pem(key), name=name))
+    def register(self, name: str, key: bytes) -> None:
+        """Let the holder of this public key, in PEM, connect under the name."""
+        self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
     def unregister(self, node: int) -> None:
         """Shut a node out; the SuperLink keeps it, as unregistered."""
@@ -83,16 +82,14 @@ class Control:
 
     def register_missing(self) -> None:
         """Make the SuperLink's sites those of the folder."""
-        nodes, sites = self.nodes(), self.server.sites()
-        wanted = {(name, pem(key)) for name, key in sites.items()}
+        nodes, wanted = self.nodes(), set(self.server.site_keys().items())
         for node in nodes:
             # Key and name together: a site that made a new key is another one to the SuperLink.
             if node.key and node.name and (node.name, node.key) not in wanted:
                 self.unregister(node.id)
         known = {(node.name, node.key) for node in nodes}
-        for name, key in sites.items():
-            if (name, pem(key)) not in known:
-                self.register(name, key)
+        for name, key in sorted(wanted - known):
+            self.register(name, key)
 
     def start_run(self, name: str) -> int:
         """Have Flower start a run that carries this name and no code; Flower's number of it."""

@@ -73,7 +73,8 @@ def serve(path: Path, insecure: bool = False) -> None:
             while True:
                 for child in fleet:
                     child.keep()
-                coordinator.step()
+                with logged():
+                    coordinator.step()
                 if not insecure and time.monotonic() - looked > DAY_S:
                     looked = time.monotonic()
                     with logged():
@@ -91,7 +92,8 @@ def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> list[Child]
         "superlink": launch("superlink", server.path, *superlink_options(server, insecure)),
         "face": launch("face", server.path, mode(insecure)),
     }
-    quiet = {**env, "FLWR_LOG_LEVEL": "WARNING"}
+    # Of gRPC nothing: it writes a line for every handshake that fails, and anybody can make those.
+    quiet = {**env, "FLWR_LOG_LEVEL": "WARNING", "GRPC_VERBOSITY": "NONE"}
     return [Child(role, command, quiet, server.path / "logs" / f"{role}.log") for role, command in commands.items()]
 
 
@@ -132,7 +134,7 @@ def logged() -> Iterator[None]:
     """What would end a command is a line in the log of a coordinator that goes on."""
     try:
         yield
-    except InputError as error:
+    except (InputError, RunError) as error:
         log.error("%s", error)
     except OSError as error:
         log.error("%s", explained(error))
@@ -157,6 +159,7 @@ class Coordinator:
 
     def step(self) -> None:
         """Look once for work. A SuperLink that does not answer is waited for, and so is room on the disk."""
+        self.tell()  # first, whatever hinders the rest: a run at work must not be given up
         if time.monotonic() - self.full < FULL_S:
             return
         try:
@@ -166,10 +169,9 @@ class Coordinator:
                     self.sites = self.server.sites()
                 self.look_at_runs()
                 self.checked = time.monotonic()
-            if time.monotonic() - self.told > TELL_S:
-                self.tell()
-                self.told = time.monotonic()
             self.take()
+        except httpx.HTTPStatusError as error:
+            log.error("the SuperLink refuses: %s", error)
         except httpx.HTTPError as error:
             log.debug("the SuperLink does not answer: %s", error)
         except OSError as error:
@@ -195,11 +197,11 @@ class Coordinator:
             env,
             folder / "log.txt",
         )
+        child.start()  # if it cannot be started nothing is held, and Flower offers the run again
+        self.children[name] = child
         # By this process, not by the run's: on a busy machine that one loads longer than Flower waits for it.
         self.held[name] = HeldTask(self.server.control, self.root, token)
         self.held[name].beat()
-        child.start()
-        self.children[name] = child
         log.info("run %s: started.", name)
 
     def look_at_runs(self) -> None:
@@ -246,12 +248,20 @@ class Coordinator:
         self.submitted.add(folder.name)
 
     def tell(self) -> None:
-        """Tell Flower of every run at work; one that it has given up is begun again, in place of its process."""
+        """Tell Flower, now and then, of every run at work; one that it has given up is begun again, in place of its
+        process.
+        """
+        if time.monotonic() - self.told <= TELL_S:
+            return
+        self.told = time.monotonic()
         for name in list(self.held):
             ended = commands.get_status(self.server.runs / name)["state"] in commands.ENDED
-            if not ended and not self.held[name].beat():
-                log.warning("run %s: the SuperLink has given it up.", name)
-                self.drop(name)
+            try:
+                if not ended and not self.held[name].beat():
+                    log.warning("run %s: the SuperLink has given it up.", name)
+                    self.drop(name)
+            except httpx.HTTPError as error:
+                log.debug("the SuperLink does not answer: %s", error)
 
     def drop(self, name: str) -> None:
         """End a run's process if there is one, and tell Flower no longer that it is worked on."""

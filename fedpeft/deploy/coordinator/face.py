@@ -29,14 +29,14 @@ from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
 
 log = logging.getLogger("fedpeft")
-STATUS = {
+STATUS: dict[int, Any] = {
     HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
     HTTPStatus.UNAUTHORIZED: grpc.StatusCode.UNAUTHENTICATED,
     HTTPStatus.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
     HTTPStatus.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     HTTPStatus.CONFLICT: grpc.StatusCode.FAILED_PRECONDITION,
     HTTPStatus.PRECONDITION_FAILED: grpc.StatusCode.FAILED_PRECONDITION,
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: grpc.StatusCode.OUT_OF_RANGE,  # always; RESOURCE_EXHAUSTED passes
     HTTPStatus.UNPROCESSABLE_ENTITY: grpc.StatusCode.INVALID_ARGUMENT,
     HTTPStatus.TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     HTTPStatus.INTERNAL_SERVER_ERROR: grpc.StatusCode.INTERNAL,
@@ -83,8 +83,7 @@ async def serve(server: Server, insecure: bool) -> None:
 def grpc_server(relay: Relay, server: Server, insecure: bool) -> grpc.aio.Server:
     """The Fleet methods, bound to the Fleet port."""
     face = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS)
-    methods = {name: grpc.unary_unary_rpc_method_handler(answerer(relay, name)) for name in FLEET_METHODS}
-    face.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(FLEET_SERVICE, methods),))
+    face.add_generic_rpc_handlers((Methods(relay),))
     place = address.join(server.settings.listen, server.settings.port)
     if insecure:
         face.add_insecure_port(place)
@@ -94,6 +93,42 @@ def grpc_server(relay: Relay, server: Server, insecure: bool) -> grpc.aio.Server
     return face
 
 
+class Methods(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The Fleet methods. A call's identity is looked at before its message is read."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self.handlers = {
+            f"/{FLEET_SERVICE}/{name}": (name, grpc.unary_unary_rpc_method_handler(answerer(relay, name)))
+            for name in FLEET_METHODS
+        }
+
+    def service(self, handler_call_details: Any) -> Any:
+        """What handles a call; of a method that is none of these, nothing."""
+        name, handler = self.handlers.get(handler_call_details.method, ("", None))
+        if handler is None:
+            return None
+        try:
+            self.relay.admit(name, 0, headers_of(handler_call_details.invocation_metadata))
+        except Refusal as refusal:
+            return grpc.stream_unary_rpc_method_handler(refuser(refusal))  # as of a stream, of which nothing is read
+        return handler
+
+
+def refuser(refusal: Refusal) -> Callable[[Any, Any], Awaitable[None]]:
+    """What answers a call with a refusal and reads nothing of it."""
+
+    async def answer(_: Any, context: Any) -> None:
+        await refuse(context, refusal)
+
+    return answer
+
+
+async def refuse(context: Any, refusal: Refusal) -> None:
+    """End a call with the status of a refusal."""
+    await context.abort(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN), refusal.said)
+
+
 def answerer(relay: Relay, method: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
     """What answers one method over gRPC; messages stay bytes."""
 
@@ -101,8 +136,7 @@ def answerer(relay: Relay, method: str) -> Callable[[bytes, Any], Awaitable[byte
         try:
             return await relay.call(method, body, headers_of(context.invocation_metadata()))
         except Refusal as refusal:
-            code = STATUS.get(HTTPStatus(refusal.status), grpc.StatusCode.UNKNOWN)
-            await context.abort(code, refusal.said)
+            await refuse(context, refusal)
             raise
 
     return answer
@@ -145,9 +179,10 @@ def door(relay: Relay) -> Callable[[dict[str, Any], Receive, Send], Awaitable[No
     async def answer(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            status, kind, content = HTTPStatus.OK, PROTOBUF, await passed(relay, scope, headers, receive)
+            status: int = HTTPStatus.OK
+            kind, content = PROTOBUF, await passed(relay, scope, headers, receive)
         except Refusal as refusal:
-            status, kind = HTTPStatus(refusal.status), "application/json"
+            status, kind = refusal.status, "application/json"
             said = refusal.said
             content = (said if said.startswith("{") else json.dumps({"detail": said})).encode()
         fields = [(b"content-type", kind.encode()), (b"content-length", str(len(content)).encode())]

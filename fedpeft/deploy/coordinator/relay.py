@@ -12,7 +12,6 @@ import asyncio
 import binascii
 import json
 import logging
-import re
 import ssl
 from base64 import b64decode
 from collections import defaultdict
@@ -37,13 +36,13 @@ from fedpeft.deploy.coordinator.flower import (
     PullMessagesResponse,
     is_signed,
 )
-from fedpeft.deploy.keys import pem
+from fedpeft.deploy.flower import path_of
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
 from fedpeft.foreign import shown
 
 log = logging.getLogger("fedpeft")
-PATHS = {f"/v1/fleet/{re.sub(r'(?<!^)(?=[A-Z])', '-', name).lower()}": name for name in FLEET_METHODS}
+PATHS = {path_of(name): name for name in FLEET_METHODS}
 PATH_OF = {**{name: path for path, name in PATHS.items()}, "ListNodes": "/v1/control/list-nodes"}  # of Flower's
 KEY, STAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"  # over gRPC two of them end in -bin
 LARGE = {"PushMessages", "PushObject"}  # the others name things
@@ -102,7 +101,7 @@ class Relay:
             transport=transport,
             trust_env=False,  # loopback is reached directly
         )
-        self.lines: dict[str, Line] = defaultdict(Line)
+        self.lines: dict[bytes, Line] = defaultdict(Line)
         self.waiting = 0
         self.pushed = asyncio.Event()
         self.known: tuple[int, frozenset[bytes]] = (-1, frozenset())
@@ -116,8 +115,7 @@ class Relay:
         Raises:
             Refusal: by this process or by Flower.
         """
-        self.admit(method, len(body), headers)
-        line = self.lines[headers.get(KEY, "")]
+        line = self.lines[self.admit(method, len(body), headers)]
         if line.calls >= CALLS_AT_ONCE:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has {CALLS_AT_ONCE} calls open.")
         line.calls += 1
@@ -132,8 +130,8 @@ class Relay:
         finally:
             line.calls -= 1
 
-    def admit(self, method: str, size: int, headers: Mapping[str, str]) -> None:
-        """Refuse a call by its size in bytes or by its identity.
+    def admit(self, method: str, size: int, headers: Mapping[str, str]) -> bytes:
+        """The key of a call's site; refuse it by its size in bytes or by its identity.
 
         Raises:
             Refusal: why.
@@ -142,7 +140,7 @@ class Relay:
         if size > largest:
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{method}: {size} bytes; at most {largest}.")
         if self.insecure:
-            return
+            return headers.get(KEY, "").encode()
         try:
             key, signature = (b64decode(headers[name], validate=True) for name in (KEY, SIGNATURE))
             stamp = headers[STAMP]
@@ -161,12 +159,13 @@ class Relay:
             raise Refusal(HTTPStatus.PRECONDITION_FAILED, json.dumps(said))
         if not is_signed(key, stamp, signature):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid signature.")
+        return key
 
     def registered(self) -> frozenset[bytes]:
         """Keys of the sites that were added, as Flower keeps them; read anew when their folder has changed."""
         changed = (self.server.path / "sites").stat().st_mtime_ns
         if changed != self.known[0]:
-            self.known = changed, frozenset(pem(line) for line in self.server.sites().values())
+            self.known = changed, frozenset(self.server.site_keys().values())
         return self.known[1]
 
     async def post(self, method: str, body: bytes, headers: Mapping[str, str]) -> bytes:
@@ -230,6 +229,8 @@ class Relay:
             if line.message and line.name not in received and line.repeats < REPEATS:
                 line.repeats += 1
                 return line.message
+            if line.message and line.name not in received:
+                log.warning("a message was handed out %d times, and its site does not show it.", 1 + REPEATS)
             line.settle()
             answer = await self.post("PullMessages", body, headers)
             messages = PullMessagesResponse.FromString(answer).messages_list

@@ -197,10 +197,11 @@ def status(path: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def logs(path: Path, name: str | None) -> str:
-    """The log of a run, or of the SuperLink."""
+    """The log of a run, or those of the SuperLink and of the face before it."""
     server = settings.server(path)
-    file = server.run(name) / "log.txt" if name else server.path / "logs" / "superlink.log"
-    return file.read_text(errors="replace") if file.exists() else ""
+    logs = server.path / "logs"
+    files = [server.run(name) / "log.txt"] if name else [logs / "superlink.log", logs / "face.log"]
+    return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
 
 def stop(path: Path, name: str) -> dict[str, Any]:

@@ -48,7 +48,10 @@ CAUSES = (  # what an answer has in it, in lower case, and what that means
     ("unreachable|no route", "this machine has no way there. Look at its network, and at a firewall in between."),
     ("invalid supernode|invalid signature|invalid node", "it does not take this site's key. Was it given a new one?"),
 )
-LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "HTTP 408", "HTTP 429", "HTTP 502", "HTTP 503", "HTTP 504")
+LOST = (  # of statuses, those that say nothing of the call itself
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"),
+    *("HTTP 408", "HTTP 429", "HTTP 502", "HTTP 503", "HTTP 504"),
+)
 UNKNOWN = (
     "it does not know this site's key. Have the coordinator add it: fedpeft server add-site DIR NAME, with site.pub."
 )
@@ -132,14 +135,17 @@ class HttpLink:
     def __init__(self, server: str, key: Any, ca: bytes | None) -> None:
         self.key = key
         trusted = ssl.create_default_context(cadata=ca.decode()) if ca else True
-        self.client = httpx.Client(base_url=f"http{'s' if ca else ''}://{server}/v1/fleet/", verify=trusted)
+        self.client = httpx.Client(base_url=f"http{'s' if ca else ''}://{server}", verify=trusted)
 
     def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
-        path = re.sub(r"(?<!^)(?=[A-Z])", "-", method).lower()
         kind = "application/protobuf"
-        headers = {"content-type": kind, "accept": kind, **flower.identity_headers(self.key, shift_s)}
+        # Not compressed, or a few bytes could become as many as this machine has.
+        headers = {"content-type": kind, "accept": kind, "accept-encoding": "identity"}
+        headers |= flower.identity_headers(self.key, shift_s)
         try:
-            answer = self.client.post(path, content=request.SerializeToString(), headers=headers, timeout=within_s)
+            answer = self.client.post(
+                flower.path_of(method), content=request.SerializeToString(), headers=headers, timeout=within_s
+            )
             if answer.status_code != httpx.codes.OK:
                 raise Failure(f"HTTP {answer.status_code}", answer.text)
             return flower.answer_type(method).FromString(answer.content)

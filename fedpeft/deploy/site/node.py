@@ -16,7 +16,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -66,7 +66,7 @@ class Node:
         self.key, self.node = flower.public_bytes(link.key), flower.Node()
         self.stopping, self.lock = threading.Event(), threading.Lock()
         self.last: list[str] = []  # what was pulled last: a coordinator that keeps count sees what got lost on its way
-        self.trouble, self.told, self.noted = "", 0.0, 0.0
+        self.trouble, self.told, self.noted, self.failed = "", 0.0, 0.0, False
         self.state: dict[str, Any] = {"state": "starting", "server": site.settings.server, "answered": None}
 
     def insist(self, method: str, until: float = float("inf"), **fields: Any) -> Any:
@@ -83,9 +83,12 @@ class Node:
             try:
                 answer = self.link.call(method, request, WITHIN_S.get(method, OTHERS_WITHIN_S))
             except Failure as failure:
+                if self.stopping.is_set():  # the connection was closed under this call
+                    raise Leaving from failure
                 refused = float("inf") if failure.lost else min(refused, time.monotonic())
                 patience = REFUSED_S if until < float("inf") else float("inf")
-                if failure.number == flower.RUN_ENDED or time.monotonic() > min(until, refused + patience):
+                run_ended = failure.number == flower.RUN_ENDED and until < float("inf")
+                if run_ended or time.monotonic() > min(until, refused + patience):
                     raise Gone(failure.sentence(self.site.settings.server)) from failure
                 if failure.number == flower.KEY_IN_USE and method == "RegisterNode":
                     return None  # by this site, before it was started again
@@ -131,16 +134,23 @@ class Node:
 
     def run(self) -> None:
         """Take part until `stopping` is set."""
-        try:
+        with self.guarded():
             self.activate()
             threading.Thread(target=self.beat, daemon=True).start()
             for owed in left(self.site.path / "owed"):
                 self.finish(owed)
-            while True:
+            while not self.failed:
                 self.pull()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What one of its threads does; whatever ends one ends the node, and so the process, which is started again."""
+        try:
+            yield
         except Leaving:
             return
-        except Exception as error:  # whatever it is, the process ends, and is started again
+        except Exception as error:
+            self.failed = True
             log.error("the node ended: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
 
     def activate(self) -> None:
@@ -153,12 +163,10 @@ class Node:
 
     def beat(self) -> None:
         """Say every now and then that the site is there, also while it trains."""
-        try:
+        with self.guarded():
             while not self.stopping.wait(flower.HEARTBEAT_S * random.uniform(0.5, 0.7)):
                 if not self.insist("SendNodeHeartbeat", heartbeat_interval=flower.HEARTBEAT_S).success:
                     self.activate()
-        except Leaving:
-            return
 
     def leave(self) -> None:
         """Go offline, if the coordinator can still be told."""
@@ -184,7 +192,8 @@ class Node:
         except OSError as error:
             log.error("a message could not be kept: %s", explained(error))
             with contextlib.suppress(Gone):
-                self.push(*flower.deflated(flower.failure(pulled, UNTOLD)), time.monotonic() + TELL_S)
+                until = time.monotonic() + pulled.messages_list[0].metadata.ttl
+                self.push(*flower.deflated(flower.failure(pulled, UNTOLD)), until)
         except (ValueError, IndexError) as error:
             log.error("a message is not one of Flower's, and is not answered: %s", error)
         else:
@@ -200,6 +209,9 @@ class Node:
             self.insist("ConfirmMessageReceived", until, run_id=data.run_id, message_object_id=owed.path.name)
         except Gone as error:
             log.info("a message needs no answer any more: %s", error)
+        except Leaving:
+            owed.forget_beginnings()  # a site that is stopped was not killed by the message
+            raise
         owed.settle()
 
     def answer(self, owed: Owed, until: float) -> bool:
@@ -208,7 +220,7 @@ class Node:
             if owed.begin() > BEGINNINGS:
                 raise RunError(f"the site ended {BEGINNINGS} times in the middle of this message.")
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                owed.put_objects(pool.map(lambda name: self.fetch(owed, name, until), owed.names))
+                owed.put_objects(self.fetch_all(pool, owed, until))
             self.ask(owed)
             return True
         except (OSError, RunError) as error:
@@ -219,6 +231,11 @@ class Node:
             reason = UNTOLD if isinstance(error, OSError) else said
         self.push(*flower.deflated(flower.failure(owed.pulled, reason)), until)
         return False
+
+    def fetch_all(self, pool: ThreadPoolExecutor, owed: Owed, until: float) -> Iterator[bytes]:
+        """A message's objects in the order of their names; no more are fetched ahead than are fetched at once."""
+        for start in range(0, len(owed.names), AT_ONCE):
+            yield from pool.map(lambda name: self.fetch(owed, name, until), owed.names[start : start + AT_ONCE])
 
     def fetch(self, owed: Owed, name: str, until: float) -> bytes:
         """One object of a message, as soon as the coordinator has it."""
@@ -234,6 +251,7 @@ class Node:
     def push(self, request: flower.PushMessagesRequest, objects: flower.Objects, until: float) -> None:
         """Bring an answer and all of its objects to the coordinator."""
         reply, tree = request.messages_list[0], request.message_object_trees[0]
+        names = set(flower.object_ids(tree))
 
         def bring(name: str) -> bool:
             fields = {"run_id": reply.metadata.run_id, "object_id": name, "object_content": objects(name)}
@@ -242,6 +260,8 @@ class Node:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             while True:
                 taken = self.insist("PushMessages", until, messages_list=[reply], message_object_trees=[tree])
+                if not names.issuperset(taken.objects_to_push):
+                    raise Gone("the coordinator asks for what is not in the answer.")
                 if all(pool.map(bring, taken.objects_to_push)):
                     return
                 if time.monotonic() > until:

@@ -19,7 +19,7 @@ from zipfile import BadZipFile, ZipFile
 
 from fedpeft.deploy import flower
 from fedpeft.deploy.flower import Message, PullMessagesResponse, PushMessagesRequest
-from fedpeft.files import write_bytes
+from fedpeft.files import explained, write_bytes
 
 log = logging.getLogger("fedpeft")
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -33,16 +33,13 @@ class Owed:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pulled = PullMessagesResponse.FromString((path / "pulled").read_bytes())
-        self.names = list(dict.fromkeys(flower.object_ids(self.pulled.message_object_trees[0])))
-        if not all(HASH.fullmatch(name) for name in [path.name, *self.names]):
-            raise ValueError("an id in it is no hash")  # they become names of files
+        self.names = names_in(self.pulled)
 
     @classmethod
     def take(cls, folder: Path, pulled: PullMessagesResponse) -> Owed:
         """Begin to owe the answer to what was pulled."""
         name = pulled.messages_list[0].metadata.message_id
-        if not HASH.fullmatch(name):
-            raise ValueError("its id is no hash")
+        names_in(pulled)  # before anything is on the disk
         write_bytes(folder / name / "pulled", pulled.SerializeToString())
         return cls(folder / name)
 
@@ -56,7 +53,7 @@ class Owed:
         with ZipFile(self.path / "objects", "w") as archive:
             for name, content in zip(self.names, contents, strict=True):
                 total += len(content)
-                if shutil.disk_usage(self.path).free < ROOM + 2 * total:
+                if shutil.disk_usage(self.path).free < ROOM + len(content) + total:  # to be written, and to be answered
                     raise OSError(errno.ENOSPC, "too little room for an answer", str(self.path))
                 archive.writestr(name, content)
 
@@ -89,6 +86,10 @@ class Owed:
             file.write(b".")
             return file.tell()
 
+    def forget_beginnings(self) -> None:
+        """Let the next beginning be the first."""
+        (self.path / "begun").unlink(missing_ok=True)
+
     def reply(self) -> tuple[PushMessagesRequest, flower.Objects]:
         """The request that pushes the answer, and what gives its objects by their ids."""
         archive = ZipFile(self.path / "reply")
@@ -100,13 +101,27 @@ class Owed:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def names_in(pulled: PullMessagesResponse) -> list[str]:
+    """Ids of a message's objects, each once.
+
+    Raises:
+        ValueError: one of them, or the message's own, is no hash: they become names of files.
+    """
+    names = list(dict.fromkeys(flower.object_ids(pulled.message_object_trees[0])))
+    if not all(HASH.fullmatch(name) for name in [pulled.messages_list[0].metadata.message_id, *names]):
+        raise ValueError("an id in it is no hash")
+    return names
+
+
 def left(folder: Path) -> list[Owed]:
     """What an earlier process owed, oldest first; whatever else it left in the folder is removed."""
     found = []
     for path in sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime):
         try:
             found.append(Owed(path))
-        except (OSError, ValueError, IndexError, flower.DecodeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, IndexError, flower.DecodeError):
             log.info("%s: left over, removed.", path)
             shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:  # perhaps a finished answer: it stays for the next start
+            log.error("what is owed cannot be read: %s", explained(error))
     return found

@@ -189,6 +189,7 @@ def _start(site: Site, insecure: bool) -> None:
     node = Node(site, connect(site, insecure), worker.ask, registers=insecure)
 
     def take_part() -> None:
+        node.note(state="starting", trouble=None)
         worker.pipe(math.inf)  # a site that is connected is one that can begin
         node.run()
 

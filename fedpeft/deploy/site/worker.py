@@ -135,7 +135,8 @@ class Resident:
         local = here.local
         # Before the data are read: with another base the updates would mean nothing.
         if envelope.base_fingerprint(local.model.base, config) != cover.base:
-            raise RunError(f"the base model here ({config.model.name}) is not the coordinator's.")
+            log.error("run %s: %s is not the coordinator's base model", cover.run, config.model.name)
+            raise RunError("the base model here is not the coordinator's.")  # where it lies is the site's own
         if config.data.labels:  # for `fedpeft site check`
             told = {"run": cover.run, "labels": config.data.labels}
             write_bytes(self.site.path / LABELS, json.dumps(told).encode())
