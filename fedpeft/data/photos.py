@@ -21,8 +21,6 @@ from fedpeft.data.cache import Cache, code
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 
-TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera that was held upright
-ORIENTATION = 0x0112
 SMALLER = 8  # a JPEG is looked at in this part of its size, which is several times faster and reads it to its end
 
 
@@ -148,7 +146,7 @@ def look(data: bytes, bright: bool) -> Look:
             picture = Image.open(io.BytesIO(data))
         width, height = picture.size
         quick = picture.format == "JPEG" and picture.mode in ("L", "RGB")
-        turned = quick and picture.getexif().get(ORIENTATION) in TURNED
+        turned = quick and pictures.orientation(picture) in pictures.UPRIGHT
         if quick:
             picture.draft(picture.mode, (width // SMALLER, height // SMALLER))
         picture.load()

@@ -34,6 +34,17 @@ Array = np.ndarray
 COLOUR = ("RGB", "CMYK", "YCbCr", "P")
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 DARK = 16  # largest value of whole numbers at which a whole column counts as not using 0 to 255
+ORIENTATION = 0x0112  # of EXIF: how a photo is to be turned to lie as its camera was held; 1 is not at all
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+UPRIGHT = (5, 6, 7, 8)  # orientations that exchange height and width
 ENDINGS_OF_URLS = ("http://", "https://", "s3://", "gs://", "hf://")
 
 
@@ -73,7 +84,7 @@ def read(value: Any, folder: Path = Path()) -> Array:
     Raises:
         ValueError, OSError, and what else Pillow raises: it is no picture, or of a mode that is not read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     value = _place(value, folder)
     if isinstance(value, bytes | Path):
@@ -85,7 +96,20 @@ def read(value: Any, folder: Path = Path()) -> Array:
     frames = getattr(value, "n_frames", 1)
     if frames > 1 and value.format != "MPO":
         raise ValueError(f"{value.format} with {frames} frames or pages; a record is one picture")
-    return _from_pillow(ImageOps.exif_transpose(value))
+    turn = TURNS.get(orientation(value))
+    return _from_pillow(value if turn is None else value.transpose(Image.Transpose[turn]))
+
+
+def orientation(picture: Picture) -> int:
+    """EXIF's number for how a photo is turned; 1, as it is stored, where there is none that can be read.
+
+    Of all entries only this one is decoded: those of cameras are often of other types than they should be.
+    """
+    try:
+        number = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises errors of many kinds for EXIF that is none
+        return 1
+    return number if isinstance(number, int) and number in TURNS else 1
 
 
 def encoded(value: Any, folder: Path = Path()) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,26 @@ def test_damaged_files_are_counted_and_said_and_the_others_are_read(folder, capl
         path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="none of 15 pictures can be decoded: record 1 "):
         whole(folder)
+
+
+def exif_beside(turn, tag, kind, value):
+    """The EXIF of a camera, and an entry whose type is not that of its tag."""
+    entries = [struct.pack("<HHI4s", tag, kind, 1, value), struct.pack("<HHIHH", 0x0112, 3, 1, turn, 0)]
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(sorted(entries)) + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize("turn", range(1, 10))
+@pytest.mark.parametrize(("tag", "kind"), [(0x100, 2), (0x11A, 1), (0x110, 11), (0x128, 4)])
+def test_a_photo_is_turned_by_its_orientation_whatever_else_its_exif_holds(tmp_path, turn, tag, kind):
+    pixels = np.random.default_rng(turn).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif_beside(turn, tag, kind, b"abc\x7f"))
+    Image.fromarray(pixels).save(tmp_path / "b.jpg")
+    as_stored = pictures.read(str(tmp_path / "b.jpg"))
+    ways = [lambda a: a, np.fliplr, lambda a: a[::-1, ::-1], np.flipud, lambda a: a.transpose(1, 0, 2)]
+    ways += [lambda a: np.rot90(a, -1), lambda a: a[::-1, ::-1].transpose(1, 0, 2), np.rot90, lambda a: a]
+    wanted = ways[turn - 1](as_stored)
+    assert np.array_equal(pictures.read(str(tmp_path / "a.jpg")), wanted)
+    assert photos.look((tmp_path / "a.jpg").read_bytes(), True).size == wanted.shape[:2]
 
 
 def test_a_picture_of_a_kind_that_is_not_read_is_still_refused(folder, tmp_path):
