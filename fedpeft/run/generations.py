@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +118,29 @@ def generate(model: Adapted, prompts: Sequence[list[int]], most: int, stop: Sequ
         if settings is None:
             answers |= dict.fromkeys(rows, "")
             continue
-        made = backbone.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+        with _without_habits(backbone):
+            made = backbone.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
         for row, said in zip(rows, made[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(said) if token in stop), len(said))
             answers[row] = tokenizer.decode(said[:end], skip_special_tokens=True).strip()
     return [answers[row] for row in range(len(prompts))]
+
+
+@contextmanager
+def _without_habits(backbone: Any) -> Iterator[None]:
+    """Leave out the settings that a checkpoint comes with: transformers takes them wherever its caller names none, and
+    a penalty on repetition or a list of suppressed tokens would make an answer that is not the likeliest.
+    """
+    from transformers import GenerationConfig
+
+    habits = backbone.generation_config
+    backbone.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        backbone.generation_config = habits
 
 
 def _alike(prompts: Sequence[list[int]]) -> Iterator[list[int]]:

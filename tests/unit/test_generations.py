@@ -47,6 +47,23 @@ def test_greedy_answers_are_those_of_a_plain_loop(model, stop):
     assert len(set(answers)) > 1
 
 
+def test_a_checkpoints_own_way_to_generate_does_not_count(model, monkeypatch):
+    from transformers import GenerationConfig
+
+    prompts = [model.base.processor(text)["input_ids"] for text in PROMPTS]
+    wanted = generations.generate(model, prompts, 7, [])
+    token = int(model.base.forward({"input_ids": torch.tensor([prompts[1]])})[0, -1].argmax())
+    for habits in (
+        {"do_sample": True, "temperature": 5.0, "top_k": 3},
+        {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": [token], "min_new_tokens": 7, "forced_eos_token_id": 2},
+    ):
+        its = GenerationConfig(**habits)
+        monkeypatch.setattr(model.base.backbone, "generation_config", its)
+        assert generations.generate(model, prompts, 7, []) == wanted
+        assert model.base.backbone.generation_config is its
+
+
 def test_a_prompt_that_fills_the_models_positions_gets_no_answer(model):
     long = [5] * small.POSITIONS
     assert generations.generate(model, [long], 3, []) == [""]
