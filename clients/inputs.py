@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,12 +13,15 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.data.encode import Encoded
+from fedpeft.data.stored import Stored
 from fedpeft.models import agreement
 from fedpeft.objectives.base import IGNORE, by_token
 from fedpeft.privacy.gradients import verify
 
 DRAWN = 3
 BLOCK = 256  # records that are looked at together
+UNKNOWN = -1  # beside 0 and 1: whether the model can take a record has not been looked at
+Looks = WeakKeyDictionary[Stored, np.ndarray]  # of each storage, int8 [N]
 
 
 def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
@@ -76,16 +80,24 @@ def words_of(model: Adapted) -> int:
     return agreement.rows_of(model.base.backbone) or 0
 
 
-def usable(model: Adapted, data: Encoded) -> Encoded:
+def usable(model: Adapted, data: Encoded, looks: Looks | None = None) -> Encoded:
     """The records that the model can take: numbers that are finite, tokens that it knows, labels of its classes.
 
     Each is looked at alone, so one more record moves nobody else's place. One that is left out counts as one whose
     gradient is zero, and a private client has nothing else to say of it.
+
+    Args:
+        looks: what is known from earlier calls with this model; a record is looked at, and a picture decoded for it,
+            once.
     """
-    good = torch.cat(
-        [_good(model, data.view(block)) for block in np.split(np.arange(len(data)), range(BLOCK, len(data), BLOCK))]
-    )
-    return data if bool(good.all()) else data.view(good.nonzero()[:, 0].numpy())
+    looks = WeakKeyDictionary() if looks is None else looks
+    known = looks.setdefault(data.stored, np.full(len(data.stored), UNKNOWN, dtype=np.int8))
+    new = np.flatnonzero(known[data.rows] == UNKNOWN)
+    for start in range(0, len(new), BLOCK):
+        block = new[start : start + BLOCK]
+        known[data.rows[block]] = _good(model, data.view(block)).numpy()
+    good = known[data.rows] == 1
+    return data if good.all() else data.view(np.flatnonzero(good))
 
 
 def _good(model: Adapted, data: Encoded) -> Tensor:

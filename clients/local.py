@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Local:
         verified: role sets whose per-sample gradients have been checked.
         ready: by client and round, what `prepare` has trained ahead of the message.
         sequential: by trained roles, why clients cannot be trained as a cohort; `said` are the reasons in the log.
+        looks: under DP, which records the model can take.
     """
 
     config: Config
@@ -68,6 +70,7 @@ class Local:
     ready: dict[tuple[str, int], Answer | Exception] = field(default_factory=dict)
     sequential: dict[tuple[str, ...], str] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    looks: inputs.Looks = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
         test_time.require(self.config, self.model)
@@ -352,7 +355,7 @@ class Local:
 
     def usable(self, data: Encoded) -> Encoded:
         """The records that the model can take; without DP all, as one that it cannot take is then an error."""
-        return inputs.usable(self.model, data) if self.guard.private else data
+        return inputs.usable(self.model, data, self.looks) if self.guard.private else data
 
     def _require_apart(self, like: Encoded, trains: tuple[str, ...]) -> None:
         try:

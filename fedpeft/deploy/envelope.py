@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedpeft")
 RECORD = "fedpeft.run"
 LABELS, LABEL_BYTES = 32_768, 256
-SHARED = ("clients", "holdout", "labels", "template", "loss_on", "truncate")  # of `data`: what a run says, not a site
+# Of `data`: what a run says, not a site.
+SHARED = ("clients", "holdout", "labels", "template", "loss_on", "truncate", "augment")
 
 
 @dataclass(frozen=True)

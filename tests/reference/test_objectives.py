@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import pytest
 import torch
@@ -98,4 +100,12 @@ def test_a_record_that_the_model_cannot_take_is_left_out(model):
     data = objectives.records(model.base.task, 3)
     labels = data.labels.clone()
     labels[1, 0] = float("nan") if labels.is_floating_point() else 10**6
-    assert usable(model, type(data)(data.inputs, labels)).rows.tolist() == [0, 2]
+    part, looks = type(data)(data.inputs, labels), WeakKeyDictionary()
+    assert usable(model, part).rows.tolist() == [0, 2]
+    assert usable(model, part.view(np.array([1, 2])), looks).rows.tolist() == [2]
+    asked = []
+    inputs_of = part.stored.inputs_of
+    part.stored.inputs_of = lambda rows: asked.extend(rows.tolist()) or inputs_of(rows)
+    assert usable(model, part.view(np.array([2, 1, 0, 2])), looks).rows.tolist() == [2, 0, 2]
+    assert usable(model, part, looks).rows.tolist() == [0, 2]
+    assert asked == [0]  # each record is looked at once

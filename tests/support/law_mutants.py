@@ -49,8 +49,8 @@ def name_the_record(monkeypatch: Any) -> None:
     """A record that the model cannot take is named in an error that may be told."""
     genuine = inputs.usable
 
-    def usable(model, data):
-        found = genuine(model, data)
+    def usable(model, data, looks=None):
+        found = genuine(model, data, looks)
         if len(found) < len(data):
             raise local.Refused(f"record {len(found)} is not finite.")
         return found

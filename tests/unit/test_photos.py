@@ -7,15 +7,20 @@ import struct
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from fedpeft.config import DataConfig
+from fedpeft.clients.policy import Policy, Refused
+from fedpeft.config import DataConfig, to_tree
 from fedpeft.config import load as load_config
 from fedpeft.data import images, photos, pictures, source
 from fedpeft.data.augment import augment
 from fedpeft.data.cache import Cache
 from fedpeft.data.encode import encode
+from fedpeft.deploy.envelope import own_config
+from fedpeft.deploy.settings import Site, SiteData, SiteSettings
+from fedpeft.deploy.site.worker import load_data
 from fedpeft.errors import InputError
 
 TASK = "image-classification"
@@ -144,6 +149,20 @@ def test_changed_pictures_hang_on_seed_and_record_alone(folder):
     other = plain.augmented(8).batch(np.arange(12))[0]["pixel_values"]
     assert all((one != two).any() for one, two in zip(first, other, strict=True))
     assert torch.equal(plain.batch(order)[0]["pixel_values"], plain.inputs["pixel_values"][order])  # evaluation
+
+
+def test_a_site_changes_its_pictures_as_the_coordinator_says(folder):
+    tree = to_tree(load_config({}, {"data.augment": ["crop", "flip"], "data.holdout": 0.25, "run.seed": 3}))
+    (folder.parent / "policy.yaml").write_text("unbounded: [max_epsilon, max_rounds, records]")
+    site = Site(folder.parent, SiteSettings(data=SiteData(source=str(folder))))
+    config = own_config(yaml.safe_dump(tree), site, Policy())
+    assert config.data.augment == ["crop", "flip"] and config.data.source == str(folder)
+    trained, held = load_data(config, "clinic", PROCESSOR)
+    assert len(trained) == 9 and len(held) == 3
+    pixels, plain = trained.augmented(7).inputs["pixel_values"], trained.inputs["pixel_values"]
+    assert all((one != other).any() for one, other in zip(pixels, plain, strict=True))
+    with pytest.raises(Refused, match=r"data\.augment: 'turn' is not known"):
+        own_config(yaml.safe_dump({"data": {"augment": ["turn"]}}), site, Policy())
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
