@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.data.columns import as_text, missing, shown
+from fedpeft.data.columns import as_text, in_order, missing, shown
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
@@ -134,12 +134,6 @@ def _parts(value: Any, separator: str | None) -> list[Any]:
     if isinstance(value, str) and separator is not None:
         return [part.strip() for part in value.split(separator)] if value.strip() else []
     return [] if separator is not None and missing(value) else [value]
-
-
-def in_order(names: set[str]) -> list[str]:
-    """Sorted; as numbers where all are whole ones."""
-    whole = all(name.lstrip("-").isdecimal() for name in names)
-    return sorted(names, key=int) if whole else sorted(names)
 
 
 def table_of(rows: Sequence[Sequence[str]], names: Sequence[str]) -> np.ndarray:

@@ -66,6 +66,7 @@ ASKED = {
     "messages",
     "query",
 }
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 LIKE_MISSING = re.compile(r"n/?a|<na>|nan|nat|none|null", re.IGNORECASE)
 EXACT = 2**53  # whole numbers from here on are not told apart as floats
 
@@ -198,8 +199,14 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, list[str], tuple[Skippe
         return (*_classes([bool(value) for value in values], lambda value: str(value).lower()), ())
     if "a string" not in kinds:
         return (*_classes([int(value) for value in values]), ())
-    whole = all(re.fullmatch(r"0|-?[1-9][0-9]*", value) for value in values)
-    return (*_classes([int(value) for value in values] if whole else values), _doubtful(table, name, values))
+    names = in_order(set(values))
+    index = {value: position for position, value in enumerate(names)}
+    return np.array([index[value] for value in values], dtype=np.int64), names, _doubtful(table, name, values)
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Names of labels, sorted; as numbers where all are whole numbers as one writes them (not 007 or +1)."""
+    return sorted(names, key=int) if all(map(WHOLE_NUMBER.fullmatch, names)) else sorted(names)
 
 
 def _kind(table: Table, name: str, number: int, value: Any) -> str:

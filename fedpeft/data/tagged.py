@@ -15,7 +15,7 @@ import numpy as np
 
 from fedpeft.config import DataConfig
 from fedpeft.data import answers
-from fedpeft.data.columns import Natural, shown
+from fedpeft.data.columns import Natural, in_order, shown
 from fedpeft.data.encode import blocks, type_of
 from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
 from fedpeft.data.records import Records
@@ -51,7 +51,7 @@ def read(table: Table, config: DataConfig) -> Records:
         if wrong is not None:
             raise InputError(f"{table.where}: column {words}: record {number} has {shown(wrong)} among its words.")
         rows.append((list(each), [answers.name_of(table, tags, number, mark, known) for mark in marks]))
-    names = known or answers.in_order({mark for _, marks in rows for mark in marks})
+    names = known or in_order({mark for _, marks in rows for mark in marks})
     natural = Natural.of({name: values for name, values in table.columns.items() if name not in (words, tags)})
     return Records(
         Texts.of([json.dumps(row, ensure_ascii=False) for row in rows]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedpeft.config import DataConfig
-from fedpeft.data import answers, source
+from fedpeft.data import answers, columns, source, tagged
 from fedpeft.data.cache import Cache
 from fedpeft.data.records import Records
 from fedpeft.data.tables import Table
@@ -74,6 +74,17 @@ def test_one_number_in_all_records_is_said():
 def test_several_names(values, separator, names, expected):
     targets, found, _ = read("several", values, separator)
     assert found == names and targets.dtype == bool and targets.astype(int).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "names", [["10", "9", "-3", "0"], ["10", "9", "007"], ["10", "9", "-0"], ["10", "9", "٣"], ["b", "10", "9"]]
+)
+def test_several_names_stand_in_the_order_of_those_that_are_classes(names):
+    _, classes, _ = columns.labels(table(names), "label")
+    assert read("several", [[name] for name in names])[1] == classes
+    assert (classes == sorted(names)) == (names != ["10", "9", "-3", "0"])
+    texts = Table({"tokens": [["a"] * len(names)], "tags": [names]}, "a.json")
+    assert tagged.read(texts, DataConfig()).label_names == classes
 
 
 def test_numbers_of_known_names():
