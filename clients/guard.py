@@ -25,6 +25,7 @@ from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.sequence.build import sums_of_a_task
 
 log = logging.getLogger("fedpeft")
+FAILED = "failed "  # begins the name of a release that was none
 
 
 class Guard:
@@ -125,7 +126,16 @@ class Guard:
 
     def spend_failed(self, account: str, number: int, request: str, plan: Plan, sums: float | None = None) -> None:
         """Count what failed after records were touched, once a request: that it failed may have to do with a record."""
-        self.spend(account, number, f"failed {request}", plan, sums)
+        self.spend(account, number, f"{FAILED}{request}", plan, sums)
+
+    def counted(self, client: str) -> frozenset[str] | None:
+        """The releases of this run in the client's accounts, none of which failed; None without privacy."""
+        if not self.private:
+            return None
+        entries = [entry for ledger in accounts_of(self.folder, client) for entry in ledger.entries()]
+        return frozenset(
+            entry.request for entry in entries if entry.run == self.run and not entry.request.startswith(FAILED)
+        )
 
     def _release(
         self, account: str, number: int, name: str, plan: Plan, sums: float | None

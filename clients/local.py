@@ -266,7 +266,9 @@ class Local:
         # Before the answer: a kill in between has the round done again from the older state. The other way round the
         # answer would stand, be given again, and what belongs to it would never be written.
         if keep:  # what this round did not touch (the inactive factor's control) stays
-            self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep})
+            name = "" if private is None else release(opened.spending.request, update)
+            counted = self.guard.counted(visit.client)
+            self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep}, name, counted)
         # NaN would be refused by the server, and so tell it that no record was drawn.
         loss = 0.0 if private is not None and math.isnan(done.loss) else done.loss  # it drew no record
         metrics = {"num-examples": float(opened.count), "train_loss": loss}
@@ -308,7 +310,8 @@ class Local:
                 f"roles {', '.join(static.roles)} drawn from run.seed={self.config.run.seed} differ from the "
                 "server's (another torch or transformers version?). Set strategy.transport=dense."
             )
-        kept = self.store.load(client, before)
+        # Private: only what the ledger has counted. A round that was never counted must not be part of what is sent.
+        kept = self.store.load(client, before, self.guard.counted(client))
         # The store has more than adapter tensors: control variates, marks of tasks.
         personal = {key: value for key, value in kept.items() if key in self.initial}
         # Last wins: what stays with the client comes before what was sent.

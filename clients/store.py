@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from fedpeft.files import write_bytes, write_tensors
 from fedpeft.state import AdapterState
 
+log = logging.getLogger("fedpeft")
 EXTRA = "extra:"  # in a file's names, of what travels beside an adapter
 MOMENTS = "optimizer:"  # in a client's kept tensors, of its optimizer's state
 ROUND, STATE = "round-*.safetensors", "tta-*.pt"
@@ -41,16 +44,35 @@ class Store:
     def __init__(self, root: Path, history: int) -> None:
         self.root, self.history = root, history
 
-    def load(self, client: str, before: int) -> dict[str, Tensor]:
-        """The newest state written before round `before`; empty if there is none."""
-        # Not simply the newest: a process that was killed may have written the round that is now done again.
-        versions = [number for number in self._versions(client) if number < before]
-        return load_file(self._file(client, max(versions))) if versions else {}
+    def load(self, client: str, before: int, counted: Set[str] | None = None) -> dict[str, Tensor]:
+        """The newest state written before round `before`; empty if there is none.
 
-    def save(self, client: str, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write the state after round `number`, and drop what no resume can ask for."""
-        write_tensors(self._file(client, number), tensors)
-        self._drop(client, number)
+        Args:
+            counted: releases in the client's ledger. A state of another is left out: its noised steps would be part of
+                the next update, and nothing would have paid for them. None takes all.
+        """
+        # Not simply the newest: a process that was killed may have written the round that is now done again.
+        for number in reversed([number for number in self._versions(client) if number < before]):
+            if counted is None or self._release(client, number) in counted:
+                return load_file(self._file(client, number))
+            log.warning("%s: what it kept of round %d is left out, as that round was never counted", client, number)
+        return {}
+
+    def save(
+        self, client: str, number: int, tensors: dict[str, Tensor], release: str = "", counted: Set[str] | None = None
+    ) -> None:
+        """Write the state after round `number`, and drop what no resume can ask for.
+
+        Args:
+            release: that the state belongs to, as the ledger will name it.
+            counted: as `load` has it.
+        """
+        write_tensors(self._file(client, number), tensors, {"release": release})
+        old = [version for version in self._versions(client) if version < number - self.history]
+        good = [version for version in old if counted is None or self._release(client, version) in counted]
+        # The last good one stays: a client that sat rounds out has nothing newer to resume from.
+        for version in set(old) - set(good[-1:]):
+            self._file(client, version).unlink(missing_ok=True)
 
     def load_state(self, client: str, before: int) -> dict[str, Any] | None:
         """The newest plain-data state (`TTAMethod.state`) from before round `before`, on the CPU; None if none."""
@@ -67,7 +89,9 @@ class Store:
         file = io.BytesIO()
         torch.save(state, file)
         write_bytes(self._file(client, number, STATE), file.getvalue())
-        self._drop(client, number, STATE)
+        old = [version for version in self._versions(client, STATE) if version < number - self.history]
+        for version in old[:-1]:
+            self._file(client, version, STATE).unlink(missing_ok=True)
 
     def reply(self, client: str, number: int, request: str) -> tuple[AdapterState, dict[str, float]] | None:
         """The update, without its sites, and the metrics that answered this very request of round `number`."""
@@ -112,11 +136,9 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, json.dumps([*known, entry]).encode())
 
-    def _drop(self, client: str, number: int, pattern: str = ROUND) -> None:
-        old = [version for version in self._versions(client, pattern) if version < number - self.history]
-        # The last of the old ones stays: a client that sat rounds out has nothing newer to resume from.
-        for version in old[:-1]:
-            self._file(client, version, pattern).unlink(missing_ok=True)
+    def _release(self, client: str, number: int) -> str:
+        with safe_open(self._file(client, number), framework="pt") as file:
+            return (file.metadata() or {}).get("release", "")
 
     def _file(self, client: str, number: int, pattern: str = ROUND) -> Path:
         return self.root / client / pattern.replace("*", f"{number:06d}")
