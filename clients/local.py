@@ -265,7 +265,12 @@ class Local:
         keep = {**keep, **marks, **{f"{MOMENTS}{name}": value for name, value in (done.moments or {}).items()}}
         # Before the answer: a kill in between has the round done again from the older state. The other way round the
         # answer would stand, be given again, and what belongs to it would never be written.
-        if keep:  # what this round did not touch (the inactive factor's control) stays
+        # NaN would be what every later round begins with, so that the client never came back.
+        if not all(bool(torch.isfinite(value).all()) for value in keep.values()):
+            log.warning(
+                "round %d of %s left NaN or inf, so it keeps what it had before", opened.spending.number, visit.client
+            )
+        elif keep:  # what this round did not touch (the inactive factor's control) stays
             name = "" if private is None else release(opened.spending.request, update)
             counted = self.guard.counted(visit.client)
             self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep}, name, counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -128,3 +129,32 @@ def test_another_draw_than_the_servers_is_refused(local):
 def test_the_tasks_of_a_strategy_fit(local):
     update, _ = local.train("a", local.initial, FedIT().instructions(ServerState(local.initial)))
     local.initial.require_same_form(update, "update")
+
+
+@pytest.mark.parametrize("method", [{}, {"name": "fedsa"}])
+def test_a_round_that_diverged_leaves_the_client_as_it_was(model, tmp_path, method, monkeypatch, caplog):
+    """NaN in what it keeps would be in every later round; the next one is that of a client that never did this one."""
+    told = {"uploads": ["A"], "keeps": ["B", "head"]} if method else {}
+    lasting = replace(SGD, optimizer="adamw", keep_optimizer=not method)
+    never, local = (make(model, tmp_path / folder, **method) for folder in ("never", "diverged"))
+    for one in (never, local):
+        one.config.client = lasting
+    sent = small.randomised(model, seed=11)
+    sent = sent.without(("B", "head")) if method else sent
+    [each.train("a", sent, task(1, **told)) for each in (never, local)]
+
+    def diverged(trained, *arguments, **keywords):
+        result = train(trained, *arguments, **keywords)
+        for parameter in trained.parameters.values():
+            parameter.data.fill_(math.nan)
+        for value in (keywords["moments"] or {}).values():
+            value.fill_(math.nan)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedpeft.clients.local.train", diverged)
+        local.train("a", sent, task(2, **told))
+    assert "round 2 of a left NaN or inf, so it keeps what it had before" in caplog.text
+    update, _ = local.train("a", sent, task(3, **told))
+    assert update.sha256() == never.train("a", sent, task(3, **told))[0].sha256()
+    assert all(torch.isfinite(value).all() for value in update.tensors.values())
