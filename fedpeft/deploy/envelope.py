@@ -126,8 +126,8 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
         raise Refused("run.faults: a simulation only.")
     own = site.settings
     model["name"] = own.model
-    # What the server says of these is not looked at: a site decides how and on what it computes.
-    run |= {"device": own.device, "threads": own.threads, "workers": 0, "engine": "sites"}
+    # What the server says of these is not looked at: a site decides how and on what it computes, and who is told.
+    run |= {"device": own.device, "threads": own.threads, "workers": 0, "engine": "sites", "trackers": []}
     privacy["policy"] = str(site.policy)
     # Whatever the server asked for: noise that it can draw again is no noise to it.
     if not bounds.seeded_noise:

@@ -11,7 +11,9 @@ import pytest
 from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.errors import InputError
+from fedpeft.record import report
 from fedpeft.record.trackers import base
+from fedpeft.run.export import export
 from fedpeft.simulations.run import resume, simulate
 from support.methods import TINY
 
@@ -176,12 +178,19 @@ def test_a_tracker_that_fails_is_named_once_and_ends_nothing(at, tmp_path, monke
     assert said.startswith("the tracker mine failed") and "No space left on device" in said
 
 
-def test_what_is_not_known_or_not_installed_is_refused(monkeypatch):
+def test_what_is_not_known_is_refused():
     with pytest.raises(InputError, match=r"run\.trackers: 'tensorbord' is not known\. Did you mean 'tensorboard'\?"):
         configs.load({}, {"run.trackers": ["tensorbord"]})
     with pytest.raises(InputError, match="mlflow stands there twice"):
         configs.load({}, {"run.trackers": ["mlflow", "mlflow"]})
+
+
+def test_a_package_that_is_missing_ends_a_run_before_it_begins_and_no_report(run, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in NAMES:
         with pytest.raises(InputError, match=rf'{name} needs the package {name}.*pip install "fedpeft\[trackers\]"'):
-            configs.load({}, {"run.trackers": [name]})
+            simulate({}, {**TINY, "run.trackers": [name]}, tmp_path / name)
+        assert not (tmp_path / name).exists()
+    assert configs.load({}, {"run.trackers": NAMES}).run.trackers == NAMES
+    report.write(run)
+    export(run, tmp_path / "exported", merge=False)

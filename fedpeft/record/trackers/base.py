@@ -105,7 +105,12 @@ class Trackers:
 
 @contextmanager
 def tracking(config: Config, run: Path, after: int) -> Iterator[Trackers]:
-    """The trackers of a run while it is at work."""
+    """The trackers of a run while it is at work.
+
+    Raises:
+        InputError: the package of one is not installed.
+    """
+    require_packages(config.run.trackers)
     trackers = Trackers()
     trackers.open(config.run.trackers, run, dotted(to_tree(config)), after)
     try:
@@ -162,13 +167,18 @@ def plain_name(name: str) -> str:
 
 
 def check(config: Config) -> None:
-    """Refuse trackers that there are not, that are named twice, or whose package is not installed."""
+    """Refuse trackers that there are not, or that are named twice."""
     names = config.run.trackers
     for name in names:
         if name not in registry.names("trackers"):
             raise InputError(registry.unknown("run.trackers", name, registry.names("trackers")))
         if names.count(name) > 1:
             raise InputError(f"run.trackers={names}: {name} stands there twice.")
+
+
+def require_packages(names: list[str]) -> None:
+    """Refuse trackers whose package is not installed. Who only reads a run's config, or its folder, needs none."""
+    for name in names:
         package = registry.load("trackers", name).package
         if importlib.util.find_spec(package) is None:
             raise InputError(f"run.trackers: {name} needs the package {package}, which is not installed. Run: {EXTRA}")
