@@ -119,6 +119,8 @@ def _metric(summary: dict[str, Any]) -> list[str]:
     if row is None or name in ("accuracy", "perplexity"):
         return []
     words = row["words"][0].upper() + row["words"][1:]
+    if row["final"] is None and not row["clients"]:
+        return [f"{words}: not defined after the last round."]
     if row["final"] is None:
         return [f"{words}: {shown(row, row['clients']['mean'])}, mean of {row['clients']['clients']} clients."]
     frozen = f"; the frozen model has {shown(row, row['frozen'])}" if row["frozen"] is not None else ""

@@ -104,6 +104,19 @@ def test_a_language_model_leads_with_perplexity_and_its_tokens(tmp_path):
     assert first_line(page_of(run)).startswith("Perplexity 7.389 over 12,345 tokens of 40 texts on the server test set")
 
 
+def test_a_metric_that_the_last_round_does_not_define_is_said_to_be_none(tmp_path):
+    """F1 was there in round 1 and not in round 2, nor at any client."""
+    about = {
+        "accuracy": {"words": "accuracy", "higher": True, "share": True},
+        "f1": {"words": "F1, mean over classes", "higher": True, "share": True},
+    }
+    events = [start(SITES, metric="f1", measures=about), *plain([])[1:]]
+    events.append(a_round(1, SITES, accuracy=0.5, loss=1.0, f1=0.4))
+    events.append(a_round(2, SITES, accuracy=0.6, loss=1.0, f1=None))
+    summary = summary_of(written(tmp_path / "run", events))
+    assert summary["headline"].startswith("F1, mean over classes: not defined after the last round. Accuracy 60.0 %")
+
+
 # Test-time adaptation -------------------------------------------------------------------------------------------------
 
 
