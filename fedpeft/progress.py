@@ -51,4 +51,4 @@ def share_of(level: str, before: int, total: int) -> Iterator[None]:
     try:
         yield
     finally:
-        del _shares[level]
+        _shares.pop(level, None)

@@ -56,6 +56,10 @@ class SignOfLife:
         elif done > known.done:
             known.done = done
 
+    def until_due(self, every_s: float) -> float:
+        """Seconds until something has to be said, if nothing was said for `every_s`; 0 when it is due."""
+        return max(0.0, self.spoke + every_s - self.clock())
+
     def line(self) -> str:
         """Where the work stands: levels, rate of the innermost, time so far and time left."""
         now, levels = self.clock(), self.levels
@@ -105,8 +109,8 @@ def watched(name: str, say: Callable[[str], None], every_s: float | None = None)
     pause_s = EVERY_S if every_s is None else every_s
 
     def speak() -> None:
-        while not ended.wait(max(0.0, sign.spoke + pause_s - sign.clock())):
-            if sign.clock() - sign.spoke >= pause_s:
+        while not ended.wait(sign.until_due(pause_s)):
+            if not sign.until_due(pause_s):
                 sign.spoke = sign.clock()
                 say(sign.line())
 

@@ -149,16 +149,29 @@ def test_a_share_is_told_as_part_of_the_whole():
     assert heard == [("clients", 266, 1000), ("rounds", 1, 3)]
 
 
-def test_a_note_is_a_sign_of_life_too(monkeypatch, capsys):
-    lines = []
-    with alive.watched("merge", lines.append, 0.2):
-        for _ in range(8):
-            time.sleep(0.05)
-            console.note("a line")
-    assert not lines
-    with alive.watched("server start", lines.append, 0.01):
-        time.sleep(0.1)
-    assert not lines
+def test_a_share_inside_a_share_ends_without_an_error():
+    with progress.share_of("clients", 0, 1000), progress.share_of("clients", 256, 1000):
+        pass
+    assert not progress._shares
+
+
+def test_a_note_is_a_sign_of_life_too(told, monkeypatch):
+    sign, clock = told
+    monkeypatch.setattr(alive, "_current", [sign])
+    clock.now = 29.0
+    assert sign.until_due(30.0) == 1.0
+    console.note("a line")
+    clock.now = 58.0
+    assert sign.until_due(30.0) == 1.0
+    clock.now = 60.0
+    assert sign.until_due(30.0) == 0.0
+
+
+def test_a_service_is_not_watched():
+    with alive.watched("merge", pytest.fail, 60.0):
+        assert [sign.name for sign in alive._current] == ["merge"]
+    with alive.watched("server start", pytest.fail, 0.0):
+        assert alive._current == []
 
 
 def test_a_run_tells_rounds_and_clients(tiny):
