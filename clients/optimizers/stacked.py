@@ -104,9 +104,31 @@ def pairs(tensors: dict[str, Moving]) -> dict[str, tuple[Moving, Moving]]:
     }
 
 
-def gram(matrix: Tensor, damping: float) -> Tensor:
-    """M M^T + damping I of [K, r, n]."""
-    return matrix @ matrix.mT + damping * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+@dataclass(frozen=True)
+class Gram:
+    """M M^T + d I of K clients as its eigenvalues [K, r] and eigenvectors [K, r, r]; NaN where a client's M is."""
+
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, damping: float) -> Gram:
+        """Of M [K, r, n]. d is `damping`, and ten times what rounding leaves of an eigenvalue of zero, eps r tr(M M^T).
+
+        What rounding leaves in a gradient along such an eigenvector, divided by d, is then small beside the step.
+        """
+        product = matrix @ matrix.mT
+        good = torch.isfinite(product).all(dim=(1, 2))
+        # LAPACK refuses the whole batch for one client's NaN.
+        identity = torch.eye(product.shape[1], dtype=product.dtype, device=product.device)
+        values, vectors = torch.linalg.eigh(product.where(good[:, None, None], identity))
+        values = values.clamp(min=0.0)
+        rounding = 10 * torch.finfo(product.dtype).eps * product.shape[1] * values.sum(1, keepdim=True)
+        return cls((values + damping + rounding).where(good[:, None], torch.nan), vectors)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(M M^T + d I)^-1 R of [K, r, n]."""
+        return self.vectors @ (self.vectors.mT @ right / self.values[:, :, None])
 
 
 def adam_direction(tensor: Moving, step: int, beta1: float, beta2: float, eps: float) -> Tensor:

@@ -190,7 +190,7 @@ class ClientConfig:
     )
     warmup_rounds: float = option(0.0, "rounds over which the rate rises to lr; of steps also part of one", low=0)
     min_lr: float = option(0.0, "rate at the end of a schedule", low=0)
-    momentum: float = option(0.0, "of sgd", low=0, high=1)
+    momentum: float = option(0.0, "of sgd", low=0, high=0.9999)
     weight_decay: float = option(0.0, "decoupled; for sgd L2", low=0)
     local_steps: int | None = option(None, "optimizer steps a round; give this or local_epochs", low=1)
     local_epochs: int | None = option(1, "passes over the client's data a round; give this or local_steps", low=1)

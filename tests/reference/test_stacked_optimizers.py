@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,10 @@ def adam(value, gradients, rate):
     return value
 
 
+def cast(tensors, kind):
+    return {key: value.to(kind) for key, value in tensors.items()}
+
+
 def near(found, expected, limit=1e-12):
     assert float((found - expected).abs().max()) < limit
 
@@ -104,6 +109,38 @@ def test_lora_pro_begins_where_b_is_zero():
     found, A = after("lora_pro", start, [gradient], damping=1e-14), start["q/A"]
     near(found["q/A"], (1 - RATE * DECAY) * A)
     near(found["q/B"], -RATE * gradient["q/B"] @ torch.linalg.inv(A @ A.T) / SCALE**2, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["lora_pro", "riemannian"])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_where_b_has_a_lower_rank_float32_steps_as_float64_does(name, rank, size):
+    """In float32 its Gram matrix with a small damping is singular, to rounding."""
+    start, whole = drawn(0), torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    start["q/B"] = size * start["q/B"][:, :rank] @ drawn(3)["q/A"][:rank, :R]
+    gradient = {**drawn(1), "q/A": SCALE * start["q/B"].T @ whole, "q/B": SCALE * whole @ start["q/A"].T}
+    single, double = (after(name, cast(start, kind), [cast(gradient, kind)]) for kind in (torch.float32, torch.float64))
+    for key in ("q/A", "q/B"):
+        moved = double[key] - (1 - RATE * DECAY) * start[key]
+        near(single[key].double(), double[key], 0.06 * float(moved.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["lora_pro", "riemannian"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_client_that_diverged_is_alone_with_it(name, value):
+    """Of three clients the second is lost; the others take the steps that they take alone."""
+    starts, gradients = ([drawn(seed) for seed in seeds] for seeds in ((0, 1, 2), (3, 4, 5)))
+    starts[1]["q/B"][0, 0] = value
+    matrices = [
+        torch.stack([torch.cat([*map(torch.flatten, one.values())]) for one in rows]) for rows in (starts, gradients)
+    ]
+    weights = nn.Parameter(matrices[0])
+    weights.grad = matrices[1]
+    make_optimizer([weights], ClientConfig(optimizer=name, lr=RATE, weight_decay=DECAY), LAYOUT).step()
+    assert not torch.isfinite(weights[1]).all()
+    for k in (0, 2):
+        alone = after(name, starts[k], [gradients[k]])
+        near(weights[k].detach(), torch.cat([*map(torch.flatten, alone.values())]))
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

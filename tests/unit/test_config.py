@@ -99,7 +99,7 @@ def test_a_wrong_type_of_a_methods_option(name, key, value):
         ("run.seed", -1, ">= 0"),
         ("client.lr", 0.0, "> 0"),
         ("client.lr", -1e-3, "> 0"),
-        ("client.momentum", 1.5, "<= 1"),
+        ("client.momentum", 1.5, "<= 0.9999"),
         ("run.quorum", 1.5, "<= 1"),
         ("run.quorum", 0, "> 0"),
         ("adapter.r", 0, ">= 1"),
