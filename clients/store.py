@@ -138,7 +138,7 @@ class Store:
 
     def _release(self, client: str, number: int) -> str:
         with safe_open(self._file(client, number), framework="pt") as file:
-            return (file.metadata() or {}).get("release", "")
+            return str((file.metadata() or {}).get("release", ""))
 
     def _file(self, client: str, number: int, pattern: str = ROUND) -> Path:
         return self.root / client / pattern.replace("*", f"{number:06d}")
