@@ -27,6 +27,7 @@ from fedpeft.objectives.measures import CLASSES
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.record.metrics import read
 from support.deployed import NAMES, TRAIN, Deployment, children, listening, simulated, three_sites, until, write_records
+from support.deployed import POLICY as SAMPLE_LEVEL
 
 WORDS = {"no": ["bad", "sad", "mad"], "yes": ["fun", "joy", "win"], "up": ["hill", "sky"], "down": ["well", "pit"]}
 TREE = {**TRAIN, "data": {"labels": list(WORDS)}}
@@ -37,6 +38,7 @@ HELD = {"data.holdout": 0.2, "tta.corruption": "clean"}
 TASKS = {"continual.tasks": 2, "continual.head": "lda"}
 CASES = {
     "secagg": ({}, {"secagg.enabled": True}),
+    "plain": ({}, {}),
     "kept": (CLEAR, {"strategy.name": "fedsa", **HELD}),
     "tasks-dp": (
         SIGMA,
@@ -61,6 +63,8 @@ CASES = {
     "fedthe": (CLEAR, {"strategy.name": "fedit", "strategy.wrap": ["fedthe"], "tta.method": "fedthe", **HELD}),
 }
 SAMPLE = ("secagg", "tasks-dp")  # the others are slow
+assert set(SAMPLE) <= CASES.keys()
+PRIVATE = ("secagg", "plain", "tasks-dp")  # of sample-level privacy, which one of the sites then asks for
 EVENTS = ("round", "sums", "task")
 OWN = {"time", "seconds", "push_s", "pull_s"}  # of a run
 UNTOLD = {f"client_{name}" for name in CLASSES}  # what a site with a policy does not send
@@ -74,23 +78,6 @@ POLICY = (
 def deployment(tmp_path_factory):
     with three_sites(tmp_path_factory.mktemp("deployment"), POLICY, WORDS) as made:
         yield made
-
-
-def test_three_sites_make_the_adapter_of_the_simulation(deployment):
-    run = deployment.submit(TREE, "data.test=test.csv", "privacy.randomness=seeded")
-    twin = simulated(deployment, TREE, {"data.test": str(deployment.root / "test.csv")}, "simulated")
-    deployment.wait(run)
-    assert [event["clients"] for event in deployment.rounds(run)] == [NAMES] * 3
-    ours = deployment.call("server", "fetch", deployment.coordinator, run, "--to", deployment.root / "fetched")
-    got, expected = folder.load(deployment.root / "fetched" / "adapter"), folder.load(twin / "adapter")
-    close(got.tensors, expected.tensors)
-    fresh = folder.load(twin / "adapter").map(torch.zeros_like)
-    assert got.distance(fresh) > 0.1
-    assert "<html" in (deployment.root / "fetched" / "report.html").read_text()
-    assert {"adapter", "metrics.jsonl", "summary.json", "report.html"} <= ours.keys()
-    for name in NAMES:  # what was spent is in the site's ledger, and is what the simulation's says
-        own = Ledger(deployment.root / name / "ledger" / f"{name}.jsonl")
-        assert own.spent(1e-3) == pytest.approx(Ledger(twin / "ledger" / f"{name}.jsonl").spent(1e-3))
 
 
 def test_a_site_that_does_not_allow_seeded_noise_adds_its_own(deployment):
@@ -153,16 +140,18 @@ def test_sites_end_as_the_simulation_does(deployment, case):
     privacy, options = CASES[case]
     tree, test = {**TREE, **privacy}, str(deployment.root / "test.csv")
     options = {**options, "privacy.randomness": "seeded", "run.rounds": 2, "data.test": test}
+    (deployment.root / NAMES[2] / "policy.yaml").write_text(SAMPLE_LEVEL if case in PRIVATE else POLICY)
     run = deployment.submit(tree, *(f"{key}={json.dumps(value)}" for key, value in options.items()))
     twin = simulated(deployment, tree, options, case)
     deployment.wait(run)
+    (deployment.root / NAMES[2] / "policy.yaml").write_text(POLICY)
     close(folder.load(deployment.coordinator / "runs" / run / "adapter").tensors, folder.load(twin / "adapter").tensors)
     wanted = [event for event in read(twin / "metrics.jsonl") if event["event"] in EVENTS]
     found = [event for event in deployment.events(run) if event["event"] in EVENTS]
     assert case.startswith("tasks") == any(event["event"] == "task" for event in found)
     for event, expected in zip(found, wanted, strict=True):
         assert event.get("clients", NAMES) == NAMES
-        if event["event"] == "round" and case in SAMPLE:  # what a record has spent stays with real sites
+        if event["event"] == "round" and case in PRIVATE:  # what a record has spent stays with real sites
             assert "epsilon_max" not in event and expected.pop("epsilon_max") > 0
         assert not event.keys() & UNTOLD and event.keys() - OWN == expected.keys() - OWN - UNTOLD
         for key in expected.keys() - OWN - UNTOLD:
@@ -175,7 +164,24 @@ def test_sites_end_as_the_simulation_does(deployment, case):
         for path in here.glob("*.safetensors"):
             close(load_file(path), load_file(there / path.name))
             kept += 1
-    assert bool(kept) == (case in ("kept", "scaffold") or case.startswith("tasks") or case in SAMPLE)
+    assert bool(kept) == (case in ("kept", "scaffold") or case.startswith("tasks") or case in PRIVATE)
+    if case in ("secagg", "plain"):
+        same_fetched_and_spent(deployment, run, twin)
+
+
+def same_fetched_and_spent(deployment, run, twin):
+    """What `server fetch` brings, and what is in the sites' ledgers, is what the simulation has."""
+    place = deployment.root / f"fetched-{run}"
+    brought = deployment.call("server", "fetch", deployment.coordinator, run, "--to", place)
+    assert {"adapter", "metrics.jsonl", "summary.json", "report.html"} <= brought.keys()
+    assert "<html" in (place / "report.html").read_text()
+    got = folder.load(place / "adapter")
+    close(got.tensors, folder.load(twin / "adapter").tensors)
+    assert got.distance(got.map(torch.zeros_like)) > 0.1
+    for name in NAMES:
+        ledger = Ledger(deployment.root / name / "ledger" / f"{name}.jsonl")
+        spent = [entry.release for entry in ledger.entries() if entry.run.startswith(run)]
+        assert spent == [entry.release for entry in Ledger(twin / "ledger" / f"{name}.jsonl").entries()] != []
 
 
 def test_a_sequence_needs_a_test_set_of_the_coordinator(deployment):
