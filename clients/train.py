@@ -298,9 +298,14 @@ def evaluate(
 
 
 def scored_tokens(model: Adapted, tokens: int) -> int:
-    """Of so many tokens those whose scores are few enough to be had at once: a language model scores all words."""
-    words = rows_of(model.base.backbone) if not model.base.objective.classes else None
-    return tokens if words is None else max(1, min(tokens, SCORES // words))
+    """Of so many tokens those whose scores are few enough to be had at once: at each one a language model scores all
+    words, and a tagger all tags.
+    """
+    if not model.base.objective.headed:
+        each = rows_of(model.base.backbone)
+    else:
+        each = model.base.classes if model.base.objective.labelled == "tags" else None
+    return tokens if each is None else max(1, min(tokens, SCORES // each))
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

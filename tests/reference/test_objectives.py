@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.clients import train
 from fedpeft.clients.inputs import drawn, usable, verify_gradients
 from fedpeft.clients.train import evaluate, per_sample_loss
 from fedpeft.run.audit.neighbours import neighbours, unlabelled
@@ -93,6 +94,13 @@ def test_a_record_without_labels_teaches_nothing_and_neighbours_are_of_its_form(
     assert all(value is None or not value.any() for value in found)
     labels = [record.labels for _, more in neighbours(model, data, 3) for record in more]
     assert all(value.dtype == data.labels.dtype and value.shape[0] in (1, 2, 4) for value in labels)
+
+
+@each
+def test_an_evaluation_counts_the_scores_of_tokens_where_tokens_have_some(model, monkeypatch):
+    tags = model.base.task == "token-classification"
+    monkeypatch.setattr(train, "SCORES", 7 * model.base.classes)
+    assert train.scored_tokens(model, 100) == (7 if tags else 100) and train.scored_tokens(model, 3) == 3
 
 
 @each
