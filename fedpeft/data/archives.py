@@ -2,6 +2,7 @@
 
 An archive comes from somewhere else, so that one with a member outside of its own folder, a link or a device is refused
 as a whole, and so is one that is larger than pictures that fit memory. Members that cannot be unpacked are left out.
+What is in it is then read as if it had been named: a folder of pictures, or one file of records and its pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from fedpeft.data.folders import PICTURES, hidden
 from fedpeft.data.readers import ENDINGS as FILES
@@ -25,11 +26,20 @@ from fedpeft.errors import InputError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 LARGEST = 2 * 2**30  # bytes of all members, unpacked
-MOST = 200_000  # members
+MOST = 200_000  # members, and the folders that they are in
+HEADER, HEADERS = 2**20, 2**27  # bytes of a tar's longest header of names and attributes, and of all
 DEEPEST, LONGEST = 16, 200  # folders of a member, and bytes of each name
+EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
 
-Members = Generator[tuple[str, int, IO[bytes] | None], None, None]
+# Name, size and content of each file, where a content of None cannot be had; of a folder the size is None.
+Members = Generator[tuple[str, int | None, IO[bytes] | None], None, None]
 
 
 @contextmanager
@@ -40,22 +50,9 @@ def unpacked(path: Path) -> Iterator[tuple[Path, tuple[Skipped, ...]]]:
         InputError: it is no such archive, or one that is refused; names the member.
     """
     with tempfile.TemporaryDirectory(prefix="fedpeft-") as scratch:
-        root, total = Path(scratch).resolve() / "archive", 0
+        root = Path(scratch).resolve() / "archive"
         root.mkdir()
-        damaged: list[str] = []
-        with closing(_zip(path) if ending(path) == ".zip" else _tar(path)) as members:
-            for number, (name, size, file) in enumerate(members):
-                total += size
-                if total > LARGEST or number >= MOST:
-                    raise InputError(
-                        f"{path}: more than {LARGEST / 2**30:.0f} GB or {MOST} members unpacked. Unpack it, and name "
-                        "the folder."
-                    )
-                target = root.joinpath(*PurePosixPath(name).parts)
-                if target.exists() or any(folder.is_file() for folder in target.parents if folder != root):
-                    raise InputError(f"{path}: two members have the name {name}.")
-                if file is None or not _write(file, size, target):
-                    damaged.append(name)
+        damaged = _unpack(path, root)
         if not any(root.iterdir()):
             raise InputError(f"{path}: not readable as {ending(path)[1:]}: no member of it can be unpacked.")
         skipped = some(str(path), "members of the archive are damaged and left out", damaged)
@@ -63,6 +60,29 @@ def unpacked(path: Path) -> Iterator[tuple[Path, tuple[Skipped, ...]]]:
             yield _top(root), skipped
         except InputError as error:
             raise InputError(str(error).replace(str(_top(root)), str(path))) from error
+
+
+def _unpack(path: Path, root: Path) -> list[str]:
+    """Write an archive's files; the names of those that are damaged."""
+    total, damaged = 0, []
+    names: set[PurePosixPath] = set()
+    with closing(_zip(path) if ending(path) == ".zip" else _tar(path)) as members:
+        for number, (name, size, file) in enumerate(members):
+            member, total = PurePosixPath(name), total + (size or 0)
+            names |= {member, *member.parents}
+            if total > LARGEST or max(number + 1, len(names) - 1) > MOST:  # the folder of all is among the names
+                raise InputError(
+                    f"{path}: more than {LARGEST / 2**30:.0f} GB or {MOST} members unpacked. Unpack it, and name the "
+                    "folder."
+                )
+            if size is None:
+                continue
+            target = root.joinpath(*member.parts)
+            if target.exists() or any(folder.is_file() for folder in target.parents if folder != root):
+                raise InputError(f"{path}: two members have the name {name}.")
+            if file is None or not _write(file, size, target):
+                damaged.append(name)
+    return damaged
 
 
 def table_of(root: Path) -> Path | None:
@@ -74,8 +94,23 @@ def table_of(root: Path) -> Path | None:
 
 
 def hold(columns: dict[str, Sequence[Any]], root: Path) -> dict[str, Sequence[Any]]:
-    """The columns with the bytes of pictures in place of their paths below `root`; None where there is no such file."""
-    return {name: _held(values, root) if _names_pictures(values, root) else values for name, values in columns.items()}
+    """The columns with the bytes of pictures in place of their paths below `root`; None where there is no such file.
+
+    A picture that several records name is in memory once.
+    """
+    read: dict[Path, dict[str, Any]] = {}
+
+    def held(value: Any) -> dict[str, Any] | None:
+        place = _inside(value, root) if isinstance(value, str) else None
+        if place is None:
+            return None
+        if place not in read:
+            read[place] = {"bytes": place.read_bytes(), "path": str(place.relative_to(root))}
+        return read[place]
+
+    return {
+        name: list(map(held, values)) if _names_pictures(values, root) else values for name, values in columns.items()
+    }
 
 
 def _names_pictures(values: Sequence[Any], root: Path) -> bool:
@@ -85,25 +120,22 @@ def _names_pictures(values: Sequence[Any], root: Path) -> bool:
     )
 
 
-def _held(values: Sequence[Any], root: Path) -> list[Any]:
-    places = [_inside(value, root) if isinstance(value, str) else None for value in values]
-    return [
-        None if place is None else {"bytes": place.read_bytes(), "path": str(place.relative_to(root))}
-        for place in places
-    ]
-
-
 def _inside(value: str, root: Path) -> Path | None:
-    place = (root / value).resolve()
-    return place if "\0" not in value and place.is_relative_to(root) and place.is_file() else None
+    try:
+        place = (root / value).resolve()
+        return place if place.is_relative_to(root) and place.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
+        return None
 
 
 def _top(root: Path) -> Path:
     """Archives often have all in one folder, which is then the one that is meant."""
     while True:
         entries = [entry for entry in root.iterdir() if not hidden(entry)]
-        if len(entries) != 1 or not entries[0].is_dir() or not any(inner.is_dir() for inner in entries[0].iterdir()):
+        if len(entries) != 1 or not entries[0].is_dir():
             return root
+        if table_of(entries[0]) is None and not any(inner.is_dir() for inner in entries[0].iterdir()):
+            return root  # pictures of one label
         root = entries[0]
 
 
@@ -123,10 +155,9 @@ def _write(file: IO[bytes], size: int, target: Path) -> bool:
 
 
 def _zip(path: Path) -> Members:
-    """Name, size and content of each file; a content of None cannot be had."""
     try:
         archive = zipfile.ZipFile(path)
-    except DAMAGED as error:
+    except Exception as error:  # zipfile raises errors of many kinds
         raise InputError(f"{path}: not readable as zip: {error}. Is it complete?") from error
     with archive:
         for member in archive.infolist():
@@ -136,30 +167,61 @@ def _zip(path: Path) -> Members:
             _require_below(path, member.filename)
             if member.flag_bits & 1:
                 raise InputError(f"{path}: the member {member.filename} is encrypted. Unpack it, and name the folder.")
-            if not member.is_dir():
-                try:
-                    file: IO[bytes] | None = archive.open(member)
-                except (*DAMAGED, NotImplementedError):  # a header that is none, a method that Python has not
-                    file = None
-                yield member.filename, member.file_size, file
+            if member.is_dir():
+                yield member.filename, None, None
+                continue
+            try:
+                file: IO[bytes] | None = archive.open(member)
+            except Exception:  # a header that is none, a method that Python has not
+                file = None
+            yield member.filename, member.file_size, file
 
 
 def _tar(path: Path) -> Members:
-    """As `_zip`; behind a damage nothing can be found any more, which counts as one member."""
+    """Behind a damage nothing can be found any more, which counts as one member."""
     last = ""
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_small_headers(path)) as archive:
             for member in archive:
                 if not member.isfile() and not member.isdir():
                     raise InputError(f"{path}: the member {member.name} is a link or device. Pack it without these.")
                 _require_below(path, member.name)
                 if member.isfile():
                     yield member.name, member.size, archive.extractfile(member)
+                else:
+                    yield member.name, None, None
                 last = member.name
-    except DAMAGED as error:
+    except InputError:
+        raise
+    except Exception as error:  # tarfile raises errors of many kinds
         if not last or (isinstance(error, OSError) and error.errno is not None):
             raise InputError(f"{path}: not readable as tar: {error}. Is it complete?") from error
         yield f"what follows {last}", 0, None
+
+
+def _small_headers(path: Path) -> type[tarfile.TarInfo]:
+    """Headers of an archive that is refused where they are large: tarfile has names and attributes, and the map of a
+    sparse file, in memory as a whole.
+    """
+    total = 0
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+            nonlocal total
+            made = super().frombuf(buf, encoding, errors)
+            if made.type == tarfile.GNUTYPE_SPARSE:
+                raise InputError(f"{path}: the member {made.name} is a sparse file. Pack it without --sparse.")
+            if made.type in EXTENDED:
+                total += made.size
+                if made.size > HEADER or total > HEADERS:
+                    raise InputError(
+                        f"{path}: headers of more than {HEADER / 2**20:.0f} MB, or {HEADERS / 2**20:.0f} MB in all. "
+                        "Pack it without attributes (--no-xattrs --no-acls), or unpack it and name the folder."
+                    )
+            return made
+
+    return Header
 
 
 def _require_below(path: Path, name: str) -> None:

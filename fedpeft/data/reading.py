@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedpeft import registry
 from fedpeft.config import DataConfig
+from fedpeft.data.archives import ENDINGS as ARCHIVES
 from fedpeft.data.readers import CSV, DELIMITERS, ending
 from fedpeft.errors import InputError
 
@@ -21,7 +22,6 @@ KINDS = {  # what a source is, and which of the keys it can have
     "a saved data set": (),
     "a saved data set of several splits": SPLITS,
     "a folder of pictures": SPLITS,
-    "an archive": SPLITS,
     "a data set of the hub": ("revision", *SPLITS),
 }
 
@@ -53,7 +53,7 @@ class Reading:
         """
         form = parse_format(config.format)
         if key == "data.test":
-            written = ending(Path(config.test or "")) in CSV
+            written = ending(Path(config.test or "")) in (*CSV, *ARCHIVES)
             return cls(form if written else {}, train_split=config.test_split, train_key="test_split")
         if config.train_split is not None and config.train_split == config.test_split and config.test is None:
             raise InputError(
@@ -65,6 +65,11 @@ class Reading:
     def alone(self) -> bool:
         """Whether what is taken was named as the test set: then no other one is looked for beside it."""
         return self.train_split is not None and self.train_key != "train_split"
+
+    def inside(self, file: Path | None) -> Reading:
+        """How an archive's file is read, or its folder: `data.format`, which is of two sources, may be of the other."""
+        theirs = self.train_key == "test_split" and (file is None or ending(file) not in CSV)
+        return replace(self, format={}) if theirs else self
 
     def require_file(self, source: str) -> None:
         """As `require`, for a file."""

@@ -100,11 +100,10 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
 
 
 def _archive(path: Path, reading: Reading) -> Tables:
-    """As a folder with the same content: pictures in folders of labels, or one file of records and the pictures."""
-    reading.require("an archive", str(path))
+    """As what is in it: pictures in folders of labels, or one file of records and the pictures that it names."""
     with archives.unpacked(path) as (root, damaged):
         file = archives.table_of(root)
-        parts = local(str(file or root), reading=Reading() if file else reading)
+        parts = local(str(file or root), reading=reading.inside(file))
 
         def keep(table: Table, more: tuple[Skipped, ...] = ()) -> Table:
             where, skipped = (table.where.replace(str(root), str(path)), more + table.skipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import stat
@@ -66,6 +67,47 @@ def test_a_csv_names_the_pictures_beside_it_and_none_outside(tmp_path, folder):
         load(path)
 
 
+@pytest.mark.parametrize("top", [True, False])
+def test_a_file_in_an_archive_is_read_as_the_file(tmp_path, folder, top):
+    pictures = Path(shutil.move(folder / "train" / "a", tmp_path / "pictures"))
+    names = sorted(path.name for path in pictures.iterdir())
+    rows = "".join(f"{name};{'ab'[number % 2]}\n" for number, name in enumerate(names * 2))
+    (pictures / "index.csv").write_text("image;label\n" + rows)
+    form = {"format": {"delimiter": "semicolon"}}
+    whole = load(pictures / "index.csv", **form)
+    inside = {"root_dir": tmp_path, "base_dir": "pictures"} if top else {"root_dir": pictures}
+    path = shutil.make_archive(str(tmp_path / "packed"), "zip", **inside)
+    assert [part.fingerprint for part in load(path, **form)] == [part.fingerprint for part in whole]
+    assert [part.fingerprint for part in load(path, test=path, **form)][1] == load(path, test=path, **form)[
+        0
+    ].fingerprint
+    for split in ("train_split", "test_split"):
+        with pytest.raises(InputError, match=rf"data\.{split}=val: .*packed\.zip.*index\.csv is a csv or tsv file"):
+            load(path, **form, **{split: "val"})
+    held = archives.hold({"image": names * 3, "other": ["x"]}, pictures)
+    assert len({id(value["bytes"]) for value in held["image"]}) == len(names) and held["other"] == ["x"]
+
+
+def test_the_format_of_a_file_is_none_of_an_archive_of_pictures(tmp_path, folder):
+    path = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    form = {"format": {"delimiter": "semicolon"}}
+    with pytest.raises(InputError, match=r"data\.format=.*packed\.zip is a folder of pictures"):
+        load(path, **form)
+    (tmp_path / "index.csv").write_text(
+        "image;label\n" + "".join(f"photos/train/{label}/1.png;{label}\n" for label in "ab")
+    )
+    assert len(load(tmp_path / "index.csv", test=path, **form)[1]) == 4
+
+
+def test_a_file_that_names_no_file_that_can_be_is_refused_by_record(tmp_path, folder):
+    for number, name in enumerate(("x" * 5000 + ".png", "a\0b.png", "train/a/" + "y" * 300)):
+        rows = [{"image": f"train/{label}/0.png", "label": label} for label in "ab"] + [{"image": name, "label": "a"}]
+        (folder / "index.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        path = shutil.make_archive(str(tmp_path / f"{number}"), "zip", folder)
+        with pytest.raises(InputError, match=r"index\.jsonl: column image: record 3 is no picture.*there is none"):
+            load(path)
+
+
 def test_damaged_members_are_counted(tmp_path, folder):
     path = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
     with zipfile.ZipFile(path) as archive:
@@ -127,6 +169,58 @@ def test_what_is_too_large_or_no_archive_is_refused(tmp_path, folder, monkeypatc
             load(tmp_path / f"no.{end}")
         with pytest.raises(InputError, match=r"data\.source: no file or folder"):
             load(tmp_path / f"there.{end}")
+
+
+def test_folders_count_as_members(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MOST", 20)
+    for number, names in enumerate(([f"a{n}/" for n in range(21)], ["a/"] * 21, [f"{n}/b/c/x.png" for n in range(6)])):
+        with (
+            tarfile.open(tmp_path / f"{number}.tar", "w") as archive,
+            zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as z,
+        ):
+            for name in names:
+                member = tarfile.TarInfo(name.rstrip("/"))
+                member.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+                archive.addfile(member)
+                z.writestr(name, "")
+        for end in ("tar", "zip"):
+            with pytest.raises(InputError, match="more than 2 GB or 20 members"):
+                load(tmp_path / f"{number}.{end}")
+
+
+def header(kind, size, name="a"):
+    made = tarfile.TarInfo(name)
+    made.type, made.size = kind, size
+    return made.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("kind", archives.EXTENDED)
+@pytest.mark.parametrize("before", [b"", header(tarfile.REGTYPE, 0, "a/x.png")])
+def test_large_headers_are_not_read(tmp_path, monkeypatch, kind, before):
+    read = []
+    monkeypatch.setattr(tarfile.TarInfo, "_proc_pax", lambda *_: read.append(1))
+    monkeypatch.setattr(tarfile.TarInfo, "_proc_gnulong", lambda *_: read.append(1))
+    (tmp_path / "x.tar").write_bytes(before + header(kind, archives.HEADER + 1) + b"\0" * 2048)
+    with pytest.raises(InputError, match=r"x\.tar: headers of more than 1 MB"):
+        load(tmp_path / "x.tar")
+    assert not read
+
+
+def test_many_headers_a_sparse_file_and_headers_upon_headers_are_refused(tmp_path, folder, monkeypatch):
+    (tmp_path / "x.tar").write_bytes(header(tarfile.GNUTYPE_SPARSE, 0) + b"\0" * 2048)
+    with pytest.raises(InputError, match="the member a is a sparse file"):
+        load(tmp_path / "x.tar")
+    (tmp_path / "x.tar").write_bytes((header(tarfile.XHDTYPE, 512) + b"\0" * 512) * 3000)
+    with pytest.raises(InputError, match=r"x\.tar: not readable as tar"):
+        load(tmp_path / "x.tar")
+    path = tmp_path / "y.tar"
+    with tarfile.open(path, "w") as archive:  # the names' headers: beyond the 100 bytes that a plain one has room for
+        for picture in sorted(folder.glob("*/*/*.png")):
+            archive.add(picture, f"{'long' * 40}/{picture.relative_to(folder)}")
+    assert len(load(path)[0]) == 12
+    monkeypatch.setattr(archives, "HEADERS", 2000)
+    with pytest.raises(InputError, match=r"y\.tar: headers of more than"):
+        load(path)
 
 
 def test_names_that_no_folder_can_hold_are_refused(tmp_path):
