@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FACTS = "facts.json"
 SMALL = 8_000_000  # bytes of a source below which reading it anew takes less than a second or two
 PIECE = 2**20
 TRIES = 3
+READERS = ("numpy", "pillow", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,14 @@ def digest(facts: Any) -> str:
 
 
 def code(*more: type) -> list[str]:
-    """The code that records are read and encoded by, and that of these classes: another one may do it otherwise."""
+    """The code that records are read and encoded by, and that of these classes, and the libraries' versions: another
+    one may do it otherwise.
+    """
     files = {str(path) for path in Path(__file__).parent.glob("*.py")}
     for cls in more:
         files |= {str(inspect.getsourcefile(base)) for base in cls.__mro__ if base.__module__ != "builtins"}
     whole = digest([hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)])
-    return [whole, *(cls.__qualname__ for cls in more)]
+    return [whole, *(f"{name} {metadata.version(name)}" for name in READERS), *(cls.__qualname__ for cls in more)]
 
 
 def content(path: Path) -> tuple[str, int]:

@@ -33,7 +33,7 @@ class _Seen:
     long: int = 0
     longest: int = 0
     turns: int = 0
-    ends: bool = True  # the first answer ends in a mark of the tokenizer
+    ends: bool | None = None  # the first one's answers end in a mark of the tokenizer; None before there is one
 
 
 def encode_conversations(
@@ -95,7 +95,7 @@ def _rows(
             seen.refused.append(f"{begin} ({written})")
             rows.append(([tokenizer.pad_token_id or 0], [False]))
             continue
-        if not rows:
+        if seen.ends is None:
             seen.ends = _has_mark(written, tokenizer)
         seen.longest = max(seen.longest, len(written.ids))
         seen.long += len(written.ids) > max_length
@@ -124,7 +124,7 @@ def _said(seen: _Seen, records: Records, what: str, max_length: int) -> tuple[Sk
     left = "have no token of an answer" if wording.loss_on == "response" else "have fewer than two tokens"
     why = f", as data.truncate={wording.truncate} cuts them" if seen.long else ""
     entries += some("data.loss_on", f"{what} {left} left{why}, and are left out", seen.silent, total)
-    if not seen.ends:
+    if seen.ends is False:
         text = f"{what} have no end mark in what is learned: the model does not learn where an answer ends"
         entries += (Skipped("data.template", text, total, total),)
     return entries

@@ -20,6 +20,7 @@ from fedpeft.data import answers, columns, conversations, photos, prepare, skipp
 from fedpeft.data.cache import Cache, code, content
 from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import Texts
+from fedpeft.data.readers import ending
 from fedpeft.data.reading import Reading
 from fedpeft.data.records import Records, open_records, save_records
 from fedpeft.data.skipped import Skipped, some
@@ -147,21 +148,25 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache,
     facts = {
         "content": name,
         "format": reading.format,
-        "source": source,  # which messages name, and whose ending says how it is read
+        "ending": ending(Path(source)),  # says how it is read; where it lies does not matter
         "columns": [config.text, config.label, config.partition.options.get("column"), config.columns, config.skip_bad],
         "objective": [objective.labelled, objective.causal, config.label_separator],
         "code": code(),
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        return save_records(_records(tables.local(source, folder, reading).train, config, task), folder)
+        records = _records(tables.local(source, folder, reading).train, config, task)
+        return {**save_records(records, folder), "source": str(Path(source))}
 
     reading.require_file(source)
     kept = cache.get("records", facts, make)
     if kept is None:
         return _records(tables.local(source, reading=reading).train, config, task)
     records = open_records(*kept)
-    return replace(records, wording=Wording.of(config, records.wording.form))
+    notes = tuple(
+        replace(note, where=note.where.replace(kept[1]["source"], str(Path(source)))) for note in records.skipped
+    )
+    return replace(records, wording=Wording.of(config, records.wording.form), skipped=notes)
 
 
 def _tables(source: str, key: str, reading: Reading) -> tables.Tables:

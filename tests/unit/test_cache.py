@@ -9,16 +9,18 @@ import os
 import re
 import socket
 import subprocess
+from importlib import metadata
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
 from fedpeft.config import DataConfig
 from fedpeft.config import load as load_config
 from fedpeft.data import cache as caches
-from fedpeft.data import readers, source
-from fedpeft.data.cache import Cache
+from fedpeft.data import from_python, readers, source
+from fedpeft.data.cache import Cache, code
 from fedpeft.data.conversations import parse
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.ragged import RaggedWriter, Texts, TextWriter, mapped, mapped_texts
@@ -94,6 +96,38 @@ def test_conversations_keep_their_columns_where_bad_ones_are_left_out(tmp_path, 
         assert records.columns["site"].tolist() == [row["site"] for row in good]
         assert [*map(int, records.columns["age"])] == [row["age"] for row in good]
         assert len(data) == 20 and "10 of 30 records are no conversation" in caplog.text
+
+
+def test_where_a_file_lies_does_not_matter_and_the_libraries_that_read_it_do(tmp_path, caplog, monkeypatch):
+    cache, path, twin = Cache(tmp_path / "cache", 0), table(tmp_path), tmp_path / "other" / "twin.csv"
+    twin.parent.mkdir()
+    path.write_text(path.read_text() + "\nmore,Cat,,1" * 4)  # of which something is to be said
+    twin.write_bytes(path.read_bytes())
+    first, *_ = both(path, cache)
+    made = sorted(cache.root.iterdir())
+    caplog.clear()
+    second, *_ = both(twin, cache)
+    assert second.fingerprint == first.fingerprint and sorted(cache.root.iterdir()) == made
+    assert str(twin) in caplog.text and str(path) not in caplog.text
+    assert [note.where for note in second.skipped] == [
+        note.where.replace(str(path), str(twin)) for note in first.skipped
+    ]
+    here, genuine = code(), metadata.version
+    for name in ("pillow", "pyarrow"):
+        monkeypatch.setattr(metadata, "version", lambda other, name=name: genuine(other) + "1" * (other == name))
+        assert code() != here
+
+
+def test_what_python_hands_over_is_known_by_its_content(tmp_path):
+    cache, frame = Cache(tmp_path / "cache", 0), pandas.read_csv(table(tmp_path))
+    seen = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        config = DataConfig()
+        from_python.write(config, tmp_path / name, frame, None)
+        source.load(config, TASKS[0], 0, cache)
+        seen |= {path.name for path in cache.root.iterdir()}
+    assert len(seen) == 1
 
 
 def test_tokens_are_those_of_a_padded_table(tmp_path):

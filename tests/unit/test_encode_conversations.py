@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fedpeft import config as configs
-from fedpeft.data import source
+from fedpeft.data import encode as encoding
+from fedpeft.data import source, templates
 from fedpeft.data.cache import Cache
 from fedpeft.data.encode import encode, shortened
 from fedpeft.errors import InputError
@@ -159,6 +160,22 @@ def test_an_answer_without_an_end_is_said(tmp_path, caplog):
     endless.eos_token = None
     encode(read(write(tmp_path, [{"prompt": "a", "completion": "b"}])), endless, "causal-lm", 8)
     assert "the model does not learn where an answer ends" in caplog.text
+
+
+@pytest.mark.parametrize("block", [1, 9])
+def test_the_end_that_is_looked_at_is_that_of_the_first_conversation_that_is_taken(
+    tmp_path, caplog, monkeypatch, block
+):
+    monkeypatch.setattr(encoding, "TOKENIZED", block)
+    path = write(tmp_path, [row([("system", "Be brief."), *TURNS]), row(TURNS), row(TURNS)])
+    tokenizer = chat.tokenizer("gemma")
+    genuine, asked = templates.marks_of, []
+    for first, then in ((set(), genuine(tokenizer)), (genuine(tokenizer), set())):
+        asked.clear(), caplog.clear()
+        answers = iter([first, then, then])
+        monkeypatch.setattr(templates, "marks_of", lambda _, answers=answers: asked.append(1) or next(answers))
+        encode(read(path, skip_bad=True), tokenizer, "causal-lm", 64)
+        assert ("does not learn where an answer ends" in caplog.text) == (not first) and len(asked) == 1
 
 
 def test_a_cache_keeps_form_and_labels_and_knows_another_template(tmp_path):
