@@ -4,7 +4,7 @@
     constant   lr
     linear     min_lr + (lr - min_lr) (1 - x)
     cosine     min_lr + (lr - min_lr) (1 + cos(pi x)) / 2
-    warm-up    lr t / w,  while t < w
+    warm-up    lr t / w over rounds, lr (t + 1) / (w + 1) over steps,  while t < w
 
     client.schedule_over   t                                        T                     w
     rounds                 number of the round, from 1              run.rounds            client.warmup_rounds
@@ -14,8 +14,9 @@
 
 `rounds` is constant inside a round, as FlowerTune and OpenFedLLM have it; with t from 1 it is FlowerTune's formula, and
 the last round is at min_lr. `steps` are the schedules of transformers (`get_cosine_schedule_with_warmup`, also with
-`min_lr`; `get_linear_schedule_with_warmup`); their first step has rate 0 where there is a warm-up. What a step's rate
-is follows from the config and the number of the round, so nothing is kept.
+`min_lr`; `get_linear_schedule_with_warmup`); where there is a warm-up, those of w + 1 and T + 1 steps without the first,
+which has a rate of 0: it would be the whole round of a client with one batch, and a private step is paid for. What a
+step's rate is follows from the config and the number of the round, so nothing is kept.
 
     >>> config = ClientConfig(lr=1.0, schedule="cosine", min_lr=0.2)
     >>> [round(Clock(t, 4).rates(config, 1)[0], 3) for t in (1, 2, 3, 4)]
@@ -58,7 +59,8 @@ ONE_ROUND = Clock()
 
 def _rate(config: ClientConfig, time: int, end: int, warmup: float) -> float:
     if time < warmup:
-        return config.lr * time / warmup
+        over_rounds = config.schedule_over == "rounds"
+        return config.lr * (time / warmup if over_rounds else (time + 1) / (warmup + 1))
     share = min(1.0, (time - warmup) / max(1, end - warmup))
     if config.schedule == "constant":
         return config.lr
@@ -92,8 +94,9 @@ def require(config: ClientConfig, rounds: int) -> None:
             f"client.schedule={config.schedule} with client.min_lr=0: the last of {rounds} rounds would train at a "
             f"rate of 0. Set client.min_lr (for example {config.lr / 50:g}), or client.schedule_over=steps."
         )
-    if config.schedule_over != "rounds" and config.warmup_rounds and config.local_steps == 1:
+    if config.schedule_over == "round" and config.warmup_rounds and config.local_steps == 1:
         raise InputError(
-            "client.warmup_rounds: a warm-up over steps begins at a rate of 0, and with client.local_steps=1 a whole "
-            "round would be that step. Set client.local_steps to 2 or more, or client.schedule_over=rounds."
+            f"client.warmup_rounds={config.warmup_rounds:g}: with client.schedule_over=round and client.local_steps=1 "
+            "every step would be a round's first, and the rate would never reach client.lr. Set client.local_steps to "
+            "2 or more, or client.schedule_over to steps or rounds."
         )

@@ -39,8 +39,9 @@ def of_transformers(make, count, **options):
 def test_over_steps_it_is_the_schedule_of_transformers(schedule, min_lr, warmup, over):
     if over == "round":
         warmup /= 5
-    count = STEPS * (ROUNDS if over == "steps" else 1)
-    common = {"num_warmup_steps": math.ceil(warmup * STEPS), "num_training_steps": count}
+    rises = int(warmup > 0)  # with a warm-up transformers' first step has a rate of 0; ours begins at the second
+    count = STEPS * (ROUNDS if over == "steps" else 1) + rises
+    common = {"num_warmup_steps": math.ceil(warmup * STEPS) + rises, "num_training_steps": count}
     if schedule == "constant":
         make = transformers.get_constant_schedule_with_warmup
         common.pop("num_training_steps")
@@ -52,7 +53,7 @@ def test_over_steps_it_is_the_schedule_of_transformers(schedule, min_lr, warmup,
         make = transformers.get_cosine_schedule_with_warmup
         if min_lr:
             make, common = transformers.get_cosine_with_min_lr_schedule_with_warmup, {**common, "min_lr": min_lr}
-    expected = of_transformers(make, count, **common) * (1 if over == "steps" else ROUNDS)
+    expected = of_transformers(make, count, **common)[rises:] * (1 if over == "steps" else ROUNDS)
     config = replace(BASE, schedule=schedule, schedule_over=over, warmup_rounds=warmup, min_lr=min_lr)
     found = of_run(config)
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)
@@ -76,6 +77,14 @@ def test_over_rounds_by_hand():
     assert of_run(held, steps=1, rounds=5) == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("over", ["steps", "round"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_no_step_of_a_round_of_one_step_is_at_a_rate_of_zero(over, schedule):
+    """A client with one batch: lr / 2 where the step is the warm-up's only one."""
+    rates = of_run(replace(BASE, schedule=schedule, schedule_over=over, warmup_rounds=0.5), steps=1)
+    assert rates[0] == pytest.approx(BASE.lr / 2) and min(rates) > 0
+
+
 def test_a_constant_rate_is_the_configs_to_the_bit():
     assert of_run(BASE) == [0.3] * ROUNDS * STEPS
     for steps in range(1, 50):  # SCAFFOLD divides by it, as it divided by steps x lr
@@ -94,7 +103,7 @@ def test_a_constant_rate_is_the_configs_to_the_bit():
         ({"warmup_rounds": 10, "schedule_over": "steps"}, ("client.warmup_rounds=10", "below 10")),
         ({"warmup_rounds": 1, "schedule_over": "round"}, ("client.warmup_rounds=1", "below 1")),
         (
-            {"warmup_rounds": 1, "schedule_over": "steps", "local_steps": 1, "local_epochs": None},
+            {"warmup_rounds": 0.5, "schedule_over": "round", "local_steps": 1, "local_epochs": None},
             ("client.warmup_rounds", "client.local_steps"),
         ),
     ],
