@@ -14,9 +14,9 @@
 
 `rounds` is constant inside a round, as FlowerTune and OpenFedLLM have it; with t from 1 it is FlowerTune's formula, and
 the last round is at min_lr. `steps` are the schedules of transformers (`get_cosine_schedule_with_warmup`, also with
-`min_lr`; `get_linear_schedule_with_warmup`); where there is a warm-up, those of w + 1 and T + 1 steps without the first,
-which has a rate of 0: it would be the whole round of a client with one batch, and a private step is paid for. What a
-step's rate is follows from the config and the number of the round, so nothing is kept.
+`min_lr`; `get_linear_schedule_with_warmup`); where there is a warm-up, those of w + 1 and T + 1 steps without their
+first, whose rate of 0 would be that of the whole round of a client with one batch, and a private step is paid for. What
+a step's rate is follows from the config and the number of the round, so nothing is kept.
 
     >>> config = ClientConfig(lr=1.0, schedule="cosine", min_lr=0.2)
     >>> [round(Clock(t, 4).rates(config, 1)[0], 3) for t in (1, 2, 3, 4)]

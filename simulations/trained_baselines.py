@@ -1,9 +1,9 @@
 """Models that were trained without a federation, as rows beside a run: every client alone, and one on all records.
 
-Both start where the run starts and train the roles that it trains, by its own optimizer, rates, batches and seeds, for
-all of its rounds and without noise. In `local` nothing is ever averaged: each client's model is scored on the common
-test set (the row is their mean) and, where clients hold records out, on its own. `central` is one client that has all
-clients' records: as many passes over them, or `clients` times as many steps.
+Both start where the run starts and train the roles that it trains, by its own optimizer, rates, batches, augmentation
+and seeds, for all of its rounds and without noise. In `local` nothing is ever averaged: each client's model is scored
+on the common test set (the row is their mean) and, where clients hold records out, on its own. `central` is one client
+that has all clients' records: as many passes over them, or `clients` times as many steps.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def train_alone(world: World, client: str, data: Encoded, config: ClientConfig) 
     for number in range(1, run.rounds + 1):
         seed = seeds.derive(run.seed, "round", number, "client", client)
         roles = world.strategy.trained(replace(server, round=number - 1))
-        train(model, data, roles, config, seed, clock=Clock(number, run.rounds), moments=moments)
+        shown = data.augmented(seed) if world.config.data.augment else data
+        train(model, shown, roles, config, seed, clock=Clock(number, run.rounds), moments=moments)
 
 
 def evaluated(world: World, data: Encoded) -> dict[str, float]:

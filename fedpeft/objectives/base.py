@@ -14,6 +14,7 @@ sample, what an evaluation measures, and what transformers and peft call it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from fedpeft import registry
 from fedpeft.errors import InputError
-from fedpeft.objectives.measures import CLASSES, Measure, described
+from fedpeft.objectives.measures import CLASSES, PLAIN, Measure
 
 if TYPE_CHECKING:
     from fedpeft.config import Config
@@ -66,6 +67,12 @@ class Objective:
     def classes(self) -> bool:
         """Whether each record has one class."""
         return self.labelled == "class"
+
+    @property
+    def all_measures(self) -> dict[str, Measure]:
+        """Accuracy, where there is one, loss, and the objective's `measures`."""
+        plain = self.metrics(defaultdict(int), 0)
+        return {**{name: measure for name, measure in PLAIN.items() if name in plain}, **self.measures}
 
     @property
     def headed(self) -> bool:
@@ -146,13 +153,26 @@ def load_objective(task: str) -> Objective:
 
 
 def check(config: Config) -> None:
-    """Refuse a `run.metric` that the objective does not have, or that a sequence of tasks is not measured by."""
+    """Refuse what the objective does not have: a head on mean-pooled features, the accuracy of baselines, `run.metric`;
+    and a metric that a sequence of tasks is not measured by.
+    """
     metric, task = config.run.metric, config.model.task
+    objective = load_objective(task)
+    measures = objective.all_measures
+    if config.model.pooling == "mean" and not objective.mean_pooled:
+        raise InputError(
+            f"model.pooling=mean: model.task={task} has no head on mean-pooled features, which is for texts that are "
+            "classified or given numbers as a whole. Set model.pooling=auto."
+        )
+    if config.run.trained_baselines and "accuracy" not in measures:
+        raise InputError(
+            f"run.trained_baselines={config.run.trained_baselines}: their rows are accuracies, and model.task={task} "
+            "has none. Set run.trained_baselines=[]."
+        )
     if metric is None:
         return
-    names = described(load_objective(task).measures)
-    if metric not in names:
-        raise InputError(registry.unknown(f"run.metric (of {task})", metric, names))
+    if metric not in measures:
+        raise InputError(registry.unknown(f"run.metric (of {task})", metric, measures))
     if config.continual.body is not None and metric != "accuracy":
         raise InputError(
             f"run.metric={metric}: with continual.body={config.continual.body} a run is measured by the accuracy "

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,7 @@ def _by_torchmetrics(function: str, predictions: Tensor, targets: Tensor, **opti
     return value
 
 
-ACCURACY, LOSS = Measure("accuracy"), Measure("loss", higher=False, share=False)
+PLAIN = {"accuracy": Measure("accuracy"), "loss": Measure("loss", higher=False, share=False)}
 CLASSES = {
     "f1": Measure("F1, mean over classes", compute=_f1),
     "auroc": Measure(
@@ -195,8 +195,3 @@ class Tally:
     def _together(self) -> tuple[Tensor, Tensor]:
         predictions, targets = zip(*self.collected, strict=True)
         return torch.cat(predictions), torch.cat(targets)
-
-
-def described(measures: Mapping[str, Measure]) -> dict[str, Any]:
-    """Accuracy, loss and these measures, JSON-ready, for the record of a run."""
-    return {key: measure.tree() for key, measure in {"accuracy": ACCURACY, "loss": LOSS, **measures}.items()}

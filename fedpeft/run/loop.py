@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 
 from fedpeft import progress
 from fedpeft.config import Config
-from fedpeft.objectives.measures import described
+from fedpeft.objectives.measures import PLAIN
 from fedpeft.record import checkpoint
 from fedpeft.record.metrics import Recorder
 from fedpeft.record.trackers.base import tracking
@@ -110,7 +110,8 @@ def run(
 
 def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, Any]]) -> ServerState:
     """The state before round 1; what the run is, and how good the model is before it, are recorded."""
-    config, start = world.config, world.start
+    config, start, objective = world.config, world.start, world.local.model.base.objective
+    measures = PLAIN if config.continual.body else objective.all_measures
     record(
         {
             "event": "start",
@@ -121,8 +122,8 @@ def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, 
             "rounds": config.run.rounds,
             "trainable_parameters": count_trainable(world),
             "personalised": bool(world.strategy.keeps),
-            "metric": config.run.metric or world.local.model.base.objective.headline,
-            "measures": described({} if config.continual.body else world.local.model.base.objective.measures),
+            "metric": config.run.metric or objective.headline,
+            "measures": {name: measure.tree() for name, measure in measures.items()},
             "test_fingerprint": world.test.fingerprint if len(world.test) else None,
             "skipped": [entry.tree() for entry in world.skipped],
         }

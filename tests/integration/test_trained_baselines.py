@@ -23,6 +23,14 @@ def test_of_one_client_all_three_are_the_federated_model(keep_optimizer, tiny):
     assert found["clients_local"] == found["clients_central"]
 
 
+def test_they_see_the_pictures_as_augmented_as_the_clients_do(tiny):
+    alone = {**BOTH, "data.clients": 1, "client.lr": 0.05, "run.rounds": 4}
+    summary = tiny("run", {**alone, "data.augment": ["crop", "flip"]})
+    found = summary["baselines"]
+    assert found["local"] == found["central"] == summary["final"]["accuracy"]
+    assert found["local"] != tiny("plain", alone)["baselines"]["local"]
+
+
 def test_of_several_clients_each_is_trained_on_its_own_records_alone(tiny, tmp_path):
     summary = tiny("run", {**BOTH, "data.holdout": 0.3, "strategy": "fedsa"})
     found = summary["baselines"]
@@ -50,6 +58,7 @@ def test_of_several_clients_each_is_trained_on_its_own_records_alone(tiny, tmp_p
         ({"run.trained_baselines": ["centrl"]}, r"'centrl' is not known\. Did you mean 'central'\?"),
         ({"run.trained_baselines": ["local", "local"]}, "local stands there twice"),
         ({**BOTH, "continual.body": "sequential", "continual.tasks": 2}, "records come task by task"),
+        ({**BOTH, "model.task": "regression", "model.name": "tiny-bert"}, "accuracies, and model.task=regression has"),
     ],
 )
 def test_what_they_cannot_be_is_refused(more, said):

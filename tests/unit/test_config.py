@@ -152,6 +152,14 @@ def test_give_steps_or_epochs(overrides):
     refused({}, overrides, "client.local_steps", "client.local_epochs", "exactly one")
 
 
+@pytest.mark.parametrize(
+    ("name", "task"), [("tiny-vit", "image-classification"), ("tiny-llama", "causal-lm"), ("x", "token-classification")]
+)
+def test_a_mean_pooled_head_is_for_texts_as_a_whole(name, task):
+    refused({"model": {"name": name, "task": task}}, {"model.pooling": "mean"}, "model.pooling=mean", task)
+    assert load({"model": {"name": name, "task": task}}, {"model.pooling": "model"}).model.pooling == "model"
+
+
 def test_steps_alone_are_fine():
     assert load({}, {"client.local_steps": 5, "client.local_epochs": None}).client.local_steps == 5
 

@@ -158,6 +158,8 @@ def test_a_metric_that_the_objective_does_not_have_is_refused():
         configs.load({}, {"run.metric": "auroc1"})
     with pytest.raises(InputError, match=r"run\.metric=f1: with continual\.body=sequential"):
         configs.load({}, {"run.metric": "f1", "continual.body": "sequential", "continual.tasks": 2})
+    with pytest.raises(InputError, match=r"run\.metric \(of regression\): 'accuracy' is not.*loss, rmse, mae, r2"):
+        configs.load("regression", {"run.metric": "accuracy"})
 
 
 # What leaves a client -------------------------------------------------------------------------------------------------
