@@ -1,4 +1,4 @@
-"""Combinations in section `client` that cannot work, refused before anything is loaded."""
+"""Combinations of how clients train, and from what, that cannot work, refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def check(config: Config) -> None:
     if client.keep_optimizer:
         _require_lasting_state(config)
     rates.require(client, config.run.rounds)
+    if config.adapter.start is not None:
+        _require_fresh_is_not_needed(config)
     if client.micro_batch is not None and client.micro_batch > client.batch_size:
         raise InputError(
             f"client.micro_batch={client.micro_batch} is a part of client.batch_size={client.batch_size}, and above "
@@ -54,6 +56,22 @@ def _require_lasting_state(config: Config) -> None:
     else:
         return
     raise InputError(f"client.keep_optimizer=true: {reason}, or set client.keep_optimizer=false.")
+
+
+def _require_fresh_is_not_needed(config: Config) -> None:
+    """Refuse what cannot begin from an adapter that has been trained."""
+    where = f"adapter.start={config.adapter.start}"
+    if config.continual.body is not None:
+        raise InputError(
+            f"{where}: with continual.body={config.continual.body} the sequence of tasks begins from a fresh adapter. "
+            "Merge the folder into the base model (`fedpeft export RUN --merge`) and give that as model.name, or set "
+            "adapter.start=null."
+        )
+    if config.adapter.client_ranks:
+        raise InputError(
+            f"{where}: clients of lower ranks (adapter.client_ranks) would begin from a part of it. Set "
+            "adapter.client_ranks=null."
+        )
 
 
 def _trained(config: Config) -> set[tuple[str, ...]]:

@@ -181,6 +181,7 @@ def _absolute(config: Config) -> None:
         (config.data, "test", "datasets"),
         (config.data, "split", ""),
         (config.model, "name", ""),
+        (config.adapter, "start", ""),
         (config.privacy, "policy", ""),
     ):
         value = getattr(section, key)

@@ -90,7 +90,9 @@ class FederatedStrategy(Configured, Strategy):
     # What a strategy defines ---------------------------------------------------------------------------------------
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
-        """The state before round 1 from a fresh adapter (A random, B zero); a function of its arguments only."""
+        """The state before round 1, of the same products as the adapter: a fresh one (A random, B zero) or that of
+        `adapter.start`. A function of its arguments only.
+        """
         return ServerState(adapter)
 
     def before_round(self, server: ServerState) -> ServerState:

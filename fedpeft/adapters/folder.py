@@ -120,7 +120,7 @@ def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
     first = about(folders[0])
     for path in folders[1:]:
         other = about(path)
-        if base is None and (_place(other["base"]), other["revision"]) != (_place(first["base"]), first["revision"]):
+        if base is None and (place(other["base"]), other["revision"]) != (place(first["base"]), first["revision"]):
             raise InputError(
                 f"{path}: its base model is {_named(other)}; that of {folders[0]} is {_named(first)}. If both are one "
                 "model, say so with --base and the name that the result is to have."
@@ -128,7 +128,9 @@ def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
         if other["task"] and first["task"] and other["task"] != first["task"]:
             raise InputError(f"{path}: made for {other['task']}; {folders[0]} for {first['task']}.")
         if other["pooled_head"] != first["pooled_head"]:
-            raise InputError(f"{path}: its head is {_head(other)}; that of {folders[0]} is {_head(first)}.")
+            raise InputError(
+                f"{path}: its head is {describe_head(other)}; that of {folders[0]} is {describe_head(first)}."
+            )
         first = {**first, "task": first["task"] or other["task"]}
     return first if base is None else {**first, "base": base, "revision": None}
 
@@ -154,7 +156,7 @@ def load(folder: Path) -> AdapterState:
     return AdapterState(tensors, _sites(folder, tensors, config))
 
 
-def _place(base: str) -> str:
+def place(base: str) -> str:
     """One spelling of a local path; the name itself where nothing lies there."""
     return str(Path(base).resolve()) if base and Path(base).exists() else base
 
@@ -169,7 +171,8 @@ def _task_of(kind: str | None) -> str | None:
     return next((name for name in names if load_objective(name).peft_task == kind), None)
 
 
-def _head(about: dict[str, Any]) -> str:
+def describe_head(about: dict[str, Any]) -> str:
+    """Whose head an adapter has, in words."""
     return "a mean-pooled one of fedpeft's" if about["pooled_head"] else "the base model's"
 
 

@@ -58,6 +58,12 @@ class AdapterConfig:
     client_ranks: list[int] | None = option(
         None, "rank of client i is client_ranks[i mod length]; every rank <= r; the scale stays that of r"
     )
+    start: str | None = option(
+        None,
+        "folder of an adapter to go on from, a run's or stock peft's LoRA, of the same base, layers, rank, scale and "
+        "head; null draws a fresh one",
+        path=True,
+    )
     options: dict[str, Any] = option({}, "options of the adapter named above")
 
 

@@ -14,6 +14,8 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.data.records import Records
+from fedpeft.run import identity
+from fedpeft.run.start import require_sent, write_start
 from fedpeft.run.world import World, device
 from fedpeft.strategies.build import build as build_strategy
 
@@ -29,8 +31,12 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     """
     torch.set_num_threads(config.run.threads)
     model = build_adapted(config.model, config.adapter, len(labels), config.run.seed).to(device(config.run.device))
+    content = write_start(config, model, labels)
     strategy = build_strategy(config, len(labels), ledger=run / "ledger" / "server.jsonl")
     start = strategy.initial(model.state(), config.run.seed)
+    if config.adapter.start is not None:
+        identity.hold(run, content, config)
+        require_sent(strategy, start, config.adapter.start)
     store = Store(run, history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, ledger or run / "ledger", name or run.name)
     local = Local(config, model, start.adapter, {}, {}, store, guard)

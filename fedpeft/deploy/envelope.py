@@ -119,7 +119,9 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
         raise Refused(str(error)) from error
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key) or {}, dict) for key in tree):
         raise Refused("the config is no mapping of sections.")
-    model, run, privacy, data = ({**(tree.get(key) or {})} for key in ("model", "run", "privacy", "data"))
+    model, run, privacy, data, adapter = (
+        {**(tree.get(key) or {})} for key in ("model", "run", "privacy", "data", "adapter")
+    )
     if model.get("trust_remote_code"):
         raise Refused("model.trust_remote_code: no code of a model is run here.")
     if run.get("faults"):
@@ -129,6 +131,7 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     # What the server says of these is not looked at: a site decides how and on what it computes, and who is told.
     run |= {"device": own.device, "threads": own.threads, "workers": 0, "engine": "sites", "trackers": []}
     privacy["policy"] = str(site.policy)
+    adapter["start"] = None  # the coordinator's: a site is sent all of it
     # Whatever the server asked for: noise that it can draw again is no noise to it.
     if not bounds.seeded_noise:
         privacy["randomness"] = "os"
@@ -137,7 +140,8 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     # Built up key by key, so that one that comes to the data section later cannot slip through.
     data = {**{key: data[key] for key in SHARED if key in data}, **asdict(own.data)}
     try:
-        return configs.load({**tree, "model": model, "run": run, "privacy": privacy, "data": data}, foreign=True)
+        own_sections = {"model": model, "run": run, "privacy": privacy, "data": data, "adapter": adapter}
+        return configs.load({**tree, **own_sections}, foreign=True)
     except InputError as error:
         raise Refused(f"the config is not valid here: {error}") from error
 

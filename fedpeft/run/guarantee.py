@@ -57,6 +57,11 @@ def outside(here: World) -> list[str]:
             "the number of records of a client counts as public where neither its policy nor privacy.records "
             "gives another: it sets the client's sampling rate and noise"
         )
+    if config.adapter.start is not None:
+        lines.append(
+            "the adapter that the run began from (adapter.start): it counts as public, and what it was trained on "
+            "before is not in this run's epsilon"
+        )
     if privacy.release_metrics:
         lines.append("loss, accuracy and counts of each client, its labels' too (privacy.release_metrics)")
     if config.run.baselines and load_objective(config.model.task).classes:

@@ -82,6 +82,11 @@ def compare_versions(run: Path) -> None:
         )
 
 
+def fingerprint_of(run: Path, key: str) -> Any:
+    """What a run's folder has as its fingerprint of `key`; None where it has none, or is no run's."""
+    return (_read(run).get("fingerprints") or {}).get(key)
+
+
 def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
     """Why a run cannot go on: what `key` names is another than when it began (`known`), and what to do."""
     what = {
@@ -90,6 +95,7 @@ def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
         "test records": f"data.test={config.data.test or config.data.source}: the test records are not those",
         "processed inputs": f"model.name={config.model.name}: its tokenizer or image processor makes other inputs of "
         "the same records than it did",
+        "adapter to start from": f"adapter.start={config.adapter.start}: its content is another than",
     }[key]
     return (
         f"{what} when {run} began (fingerprint {_brief(known)} then, {_brief(value)} now). Put back what was "

@@ -30,6 +30,7 @@ from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.models import agreement
 from fedpeft.run import identity
+from fedpeft.run.start import write_start
 from fedpeft.seeds import numpy_generator
 from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
@@ -76,6 +77,7 @@ def load_world(config: Config, run: Path) -> World:
             "training records": train.fingerprint,
             "test records": test.fingerprint,
             "processed inputs": identity.of_inputs(train_encoded, test_encoded),
+            **write_start(config, model, train.label_names),
         },
         config,
     )

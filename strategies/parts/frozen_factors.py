@@ -11,13 +11,19 @@ from fedpeft.strategies.instructions import Drawn
 
 
 def orthonormal(adapter: AdapterState) -> AdapterState:
-    """The adapter with every A [r, n] replaced by an orthonormal basis of its row space.
+    """The adapter with every A [r, n] replaced by an orthonormal basis Q of its row space, A = L Q, and every B that is
+    not zero by B L: the products stay.
 
     Raises:
         InputError: a rank is above the layer's input size.
     """
-    sites = adapter.lora_sites()
-    return adapter.replace({f"{site}/A": _orthonormal_rows(adapter[f"{site}/A"], site) for site in sites})
+    tensors = {}
+    for site in adapter.lora_sites():
+        A, B = adapter[f"{site}/A"], adapter[f"{site}/B"]
+        tensors[f"{site}/A"] = rows = _orthonormal_rows(A, site)
+        if B.any():  # of an adapter that a run goes on from; a fresh one is zero
+            tensors[f"{site}/B"] = (B.double() @ (A.double() @ rows.double().T)).to(B.dtype)
+    return adapter.replace(tensors)
 
 
 def _orthonormal_rows(A: Tensor, site: str) -> Tensor:

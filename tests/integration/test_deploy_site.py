@@ -208,12 +208,14 @@ def test_data_model_policy_and_randomness_are_the_site_s_own(rig):
     tree["data"] |= {"source": "/etc/passwd", "text": "root", "split": "/etc/shadow", "test": "/etc/hosts", "limit": 1}
     tree["model"]["name"] = "../evil"
     tree["run"] |= {"device": "meta", "threads": 64, "trackers": ["of a newer fedpeft"]}
+    tree["adapter"]["start"] = "/etc"
     tree["privacy"] |= {"policy": "/dev/null", "randomness": "seeded"}
     own = envelope.own_config(yaml.safe_dump(tree), rig.site, envelope.policies.load(rig.site.policy))
     assert own.data.source == str(rig.folder.parent / "own.csv")
     assert (own.data.text, own.data.split, own.data.test, own.data.limit) == (None, None, None, None)
     assert (own.model.name, own.run.device, own.run.threads) == ("tiny-bert", "auto", 1)
     assert own.run.trackers == []
+    assert own.adapter.start is None
     assert (own.privacy.policy, own.privacy.randomness) == (str(rig.folder / "policy.yaml"), "os")
 
 

@@ -174,6 +174,7 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
             "own test set. Set data.test."
         )
     _absolute(checked.data, "test")
+    _absolute(checked.adapter, "start")
     foreign.read_yaml(configs.to_yaml(checked), "CONFIG")  # as every site will
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     settings.require_name(name, "CONFIG")
