@@ -30,6 +30,7 @@ from fedpeft.data.split import client_name
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 from fedpeft.record import lead
+from fedpeft.record.measured import mean_over_clients
 from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.tta.deployed import Deployed, deploy
@@ -211,11 +212,8 @@ def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | N
     }
     if not clients:
         return None
-    total = sum(row["records"] for row in clients.values())
-    means = {
-        key: sum(row[key] * row["records"] for row in clients.values()) / total
-        for key in ("accuracy", "source_accuracy", "tta_accuracy")
-    }
+    keys = ("accuracy", "source_accuracy", "tta_accuracy")
+    means = mean_over_clients([({key: row[key] for key in keys}, row["records"]) for row in clients.values()])
     found = {
         "method": config.tta.method,
         "severity": config.tta.severity,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedpeft import progress, seeds
 from fedpeft.clients.rates import Clock
 from fedpeft.clients.train import evaluate, train
+from fedpeft.record.measured import mean_over_clients
 from fedpeft.simulations.baselines import attempted
 
 if TYPE_CHECKING:
@@ -78,7 +79,5 @@ def evaluated(world: World, data: Encoded) -> dict[str, float]:
 
 
 def _over_clients(name: str, results: list[dict[str, float]]) -> dict[str, float]:
-    """Accuracy over all held-out records, each client's weighted by its number of them."""
-    total = sum(result["num-examples"] for result in results)
-    right = sum(result["accuracy"] * result["num-examples"] for result in results)
-    return {f"clients_{name}": right / total} if total else {}
+    means = mean_over_clients([(result, result["num-examples"]) for result in results])
+    return {f"clients_{name}": means["accuracy"]} if "accuracy" in means else {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
+from fedpeft.record.measured import mean_over_clients
 from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies import wire
 
@@ -45,10 +46,6 @@ def evaluate_clients(
             record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})
     if not results:
         raise RoundFailed(f"round {server.round}: no client could evaluate its model; the log names the reasons.")
-    total = sum(result["num-examples"] for result in results.values())
     record({"event": "clients_evaluated", "round": server.round, "clients": results})
-    shared = set.intersection(*(set(result) for result in results.values())) - {"num-examples"}
-    return {
-        f"client_{key}": sum(result[key] * result["num-examples"] for result in results.values()) / total
-        for key in sorted(shared)
-    }
+    means = mean_over_clients([(result, result["num-examples"]) for result in results.values()])
+    return {f"client_{key}": value for key, value in means.items() if key != "num-examples"}

@@ -1,12 +1,14 @@
 """What a run was measured by, beside its headline: every measure on the server's records, and over the clients.
 
-Of the clients: the mean of theirs, the worst, the 10 % quantile (of those where less is better: the 90 % one) and the
-spread, which is the standard deviation over clients. A client whose records do not define a measure is left out.
+Of the clients: the mean of theirs, by their numbers of records, the worst, the 10 % quantile (of those where less is
+better: the 90 % one) and the spread, which is the standard deviation over clients. A client whose records do not define
+a measure is left out.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpeft.record.drawing import quantile
@@ -34,6 +36,7 @@ def table(events: list[Event], where: str, at: int | None) -> dict[str, Any]:
     clients: dict[str, Event] = next(
         (event["clients"] for event in events if event["event"] == "clients_evaluated" and event["round"] == at), {}
     )
+    means = mean_over_clients([(row, row["num-examples"]) for row in clients.values()])
     rows = {}
     for name, about in (start.get("measures") or PLAIN).items():
         taken = {event["round"]: event.get(where + name) for event in evaluated}
@@ -48,21 +51,38 @@ def table(events: list[Event], where: str, at: int | None) -> dict[str, Any]:
             "best": known.get(best),
             "best_round": best,
             "frozen": taken.get(0),
-            "clients": over_clients(each, about["higher"]) if each else None,
+            "clients": over_clients(each, means[name], about["higher"]) if each else None,
         }
     return rows
 
 
-def over_clients(each: dict[str, float], higher: bool) -> dict[str, Any]:
+def mean_over_clients(rows: Sequence[tuple[Mapping[str, float], float]]) -> dict[str, float]:
+    """Each measure's mean over the clients that have it.
+
+    Args:
+        rows: what each client measured, and what it counts for: how many records, as a rule.
+
+    >>> mean_over_clients([({"loss": 1.0, "f1": 0.5}, 1), ({"loss": 2.0}, 3)])
+    {'f1': 0.5, 'loss': 1.75}
     """
-    >>> over_clients({"a": 0.5, "b": 0.7, "c": 0.9}, higher=True)["quantile_10"]
+    means = {}
+    for key in sorted({key for row, _ in rows for key in row}):
+        having = [(row[key], count) for row, count in rows if count > 0 and row.get(key) is not None]
+        if having:
+            means[key] = sum(value * count for value, count in having) / sum(count for _, count in having)
+    return means
+
+
+def over_clients(each: dict[str, float], mean: float, higher: bool) -> dict[str, Any]:
+    """
+    >>> over_clients({"a": 0.5, "b": 0.7, "c": 0.9}, 0.7, higher=True)["quantile_10"]
     0.54
     """
     values = sorted(each.values())
     worst = (min if higher else max)(each, key=lambda client: each[client])
     return {
         "clients": len(values),
-        "mean": statistics.fmean(values),
+        "mean": mean,
         "worst": each[worst],
         "worst_client": worst,
         "quantile_10": quantile(values, TAIL if higher else 1 - TAIL),

@@ -14,7 +14,7 @@ from fedpeft import config as configs
 from fedpeft.clients import scoring
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import IGNORE, load_objective
-from fedpeft.objectives.measures import Tally
+from fedpeft.objectives.measures import Measure, Tally
 from fedpeft.record import lead, measured, report
 from fedpeft.simulations.run import simulate
 from support import hostile
@@ -100,11 +100,25 @@ def test_measures_of_a_language_model_follow_from_sums_alone():
 
 def test_over_clients_stand_the_worst_and_the_tail_in_the_direction_of_worse():
     each = {f"c{number}": number / 10 for number in range(11)}
-    higher = measured.over_clients(each, higher=True)
+    higher = measured.over_clients(each, 0.5, higher=True)
     assert (higher["worst_client"], higher["worst"], higher["quantile_10"]) == ("c0", 0.0, pytest.approx(0.1))
-    lower = measured.over_clients(each, higher=False)
+    lower = measured.over_clients(each, 0.5, higher=False)
     assert (lower["worst_client"], lower["worst"], lower["quantile_10"]) == ("c10", 1.0, pytest.approx(0.9))
-    assert higher["mean"] == pytest.approx(0.5) and higher["spread"] == pytest.approx(math.sqrt(0.1))
+    assert higher["mean"] == 0.5 and higher["spread"] == pytest.approx(math.sqrt(0.1))
+
+
+def test_the_mean_over_clients_is_by_records_of_those_that_have_the_measure():
+    clients = {
+        "a": {"accuracy": 1.0, "auroc": 0.25, "num-examples": 10.0},
+        "b": {"accuracy": 0.0, "num-examples": 30.0},
+    }
+    events = [
+        {"event": "start", "measures": {name: Measure(name).tree() for name in ("accuracy", "auroc")}},
+        {"event": "clients_evaluated", "round": 1, "clients": clients},
+    ]
+    rows = measured.table(events, "client_", 1)
+    assert [rows[name]["clients"]["mean"] for name in ("accuracy", "auroc")] == [0.25, 0.25]
+    assert [rows[name]["clients"]["clients"] for name in ("accuracy", "auroc")] == [2, 1]
 
 
 # In a run -------------------------------------------------------------------------------------------------------------
@@ -129,9 +143,8 @@ def test_a_run_says_its_measures_and_those_of_its_clients(run):
         assert row["best"] == (max if row["higher"] else min)(event[name] for event in rounds)
     clients = [event for event in events if event["event"] == "clients_evaluated"][-1]["clients"]
     values = [row["f1"] for row in clients.values()]
-    assert rows["f1"]["clients"]["worst"] == min(values) and rows["f1"]["clients"]["mean"] == pytest.approx(
-        sum(values) / len(values)
-    )
+    assert rows["f1"]["clients"]["worst"] == min(values)
+    assert rows["f1"]["clients"]["mean"] == rounds[-1]["client_f1"] == pytest.approx(sum(values) / len(values))
     matrix = np.array(summary["by_class"]["confusion"])
     assert matrix.trace() / matrix.sum() == pytest.approx(rounds[-1]["accuracy"])
     assert matrix.sum() == summary["test_records"] and "by_class" not in rounds[0]

@@ -58,11 +58,13 @@ def test_a_run_goes_on_from_the_round_of_its_state():
 
 
 def test_the_event_tells_clients_traffic_and_mean_metrics():
-    _, events, _ = run({"a": good(1.0, 10, train_loss=1.0), "b": good(1.0, 30, train_loss=2.0, extra=9.0)})
+    """What only some sent is the mean of theirs; no client says what the event says of the round or the model."""
+    alone = {"extra": 9.0, "accuracy": 1.0, "round": 7.0, "quarantined": 3.0}
+    _, events, _ = run({"a": good(1.0, 10, train_loss=1.0), "b": good(1.0, 30, train_loss=2.0, **alone)})
     (event,) = events
     assert (event["event"], event["round"], event["clients"], event["quarantined"]) == ("round", 1, ["a", "b"], {})
     assert event["train_loss"] == pytest.approx((10 * 1.0 + 30 * 2.0) / 40)
-    assert "extra" not in event  # not every client sent it
+    assert (event["train_extra"], event["train_accuracy"]) == (9.0, 1.0) and "accuracy" not in event
     assert event["bytes_down"] == event["bytes_up"] == 2 * START.nbytes
 
 
@@ -197,7 +199,9 @@ def test_client_evaluation_is_weighted_by_records():
                 return train(message)
             if accuracy < 0:
                 return Error(2, "no held-out records")
-            return RecordDict({"metrics": MetricRecord({"num-examples": count, "accuracy": accuracy, "loss": 1.0})})
+            defined = {"f1": 0.5} if accuracy else {}
+            scores = {"num-examples": count, "accuracy": accuracy, "loss": 1.0, **defined}
+            return RecordDict({"metrics": MetricRecord(scores)})
 
         return reply
 
@@ -207,3 +211,4 @@ def test_client_evaluation_is_weighted_by_records():
     assert failed["event"] == "evaluation_failed" and failed["client"] == "c" and "no held-out" in failed["reason"]
     assert list(evaluated["clients"]) == ["a", "b"]
     assert done["client_accuracy"] == pytest.approx(0.25) and done["client_loss"] == pytest.approx(1.0)
+    assert done["client_f1"] == 0.5  # of the one whose records define it
