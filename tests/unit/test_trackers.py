@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -20,26 +24,59 @@ from support.methods import TINY
 NAMES = registry.names("trackers")
 
 
+HERE = ("127.0.0.1", "::1", "localhost", None)
+
+
+class Watch:
+    """Who is asked for, or called, beyond this machine: by this process, and through a proxy by one that it starts."""
+
+    def __init__(self, patch):
+        self.tried = []
+        self.proxy = socket.create_server(("127.0.0.1", 0))
+        self.proxy.setblocking(False)
+        lookup, connect = socket.getaddrinfo, socket.socket.connect
+
+        def watched_lookup(host, *more, **named):
+            return self.ask(host) or lookup(host, *more, **named)
+
+        def watched_connect(sock, address):
+            inet = sock.family in (socket.AF_INET, socket.AF_INET6)
+            return (inet and self.ask(address[0])) or connect(sock, address)
+
+        patch.setattr(socket, "getaddrinfo", watched_lookup)
+        patch.setattr(socket.socket, "connect", watched_connect)
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            for key in (name, name.lower()):
+                patch.setenv(key, f"http://127.0.0.1:{self.proxy.getsockname()[1]}")
+        patch.setenv("NO_PROXY", "")
+        patch.setenv("no_proxy", "")
+
+    def ask(self, host):
+        if host not in HERE:
+            self.tried.append(host)
+            raise OSError(f"{host} is beyond this machine")  # a tracker's code may catch it: `tried` has it
+
+    def seen(self):
+        try:
+            self.proxy.accept()[0].close()
+        except BlockingIOError:
+            return self.tried
+        return [*self.tried, "the proxy"]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def no_network():
-    """A connection beyond this machine fails the test."""
-    connect = socket.socket.connect
-
-    def local_only(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a connection to {address} was tried")
-        return connect(self, address)
-
+def watch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", local_only)
         for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
-        yield
+        watch = Watch(patch)
+        yield watch
+        watch.proxy.close()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that all trackers were told of, broken off after round 2 of 3 and resumed."""
+def run(tmp_path_factory, watch):
+    """A run that all trackers were told of, broken off after round 2 of 3 and resumed from round 1."""
     folder = tmp_path_factory.mktemp("tracked") / "run"
 
     def stop(event):
@@ -56,6 +93,26 @@ def recorded(run):
     """Accuracy by round, as metrics.jsonl has it."""
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {event["round"]: event["accuracy"] for event in events if event["event"] in ("round", "evaluate")}
+
+
+def test_nothing_leaves_the_machine(run, watch):
+    assert watch.seen() == []
+
+
+def test_what_would_leave_the_machine_is_seen():
+    """By a library that swallows what fails, by an address, and by another process that asks its proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        for address in ("api.wandb.ai", "192.0.2.1"):
+            with contextlib.suppress(OSError):
+                socket.create_connection((address, 443), timeout=1)
+        code = "import urllib.request as r; r.urlopen('http://192.0.2.1/', timeout=1)"
+        with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL):
+            deadline = time.monotonic() + 60
+            while (seen := watch.seen())[-1] != "the proxy" and time.monotonic() < deadline:
+                time.sleep(0.05)
+        watch.proxy.close()
+    assert seen == ["api.wandb.ai", "192.0.2.1", "the proxy"]
 
 
 def test_tensorboard_has_the_numbers_the_config_and_the_plots(run):
@@ -78,8 +135,8 @@ def test_mlflow_has_one_run_with_numbers_parameters_and_files(run):
     [experiment] = [item for item in client.search_experiments() if item.name == "fedpeft"]
     [found] = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED" and found.info.run_name == "run"
-    history = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, "accuracy")}
-    assert history == pytest.approx(recorded(run))
+    history = [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "accuracy")]
+    assert dict(history) == pytest.approx(recorded(run)) and len(history) == len(dict(history))  # told once
     assert found.data.params["client.lr"] == "0.01" and found.data.params["strategy.name"] == "fedit"
     files = {
         item.path for folder in ("", "adapter", "plots") for item in client.list_artifacts(found.info.run_id, folder)
@@ -91,12 +148,13 @@ def test_wandb_has_one_run_with_numbers_config_and_files(run):
     records = wandb_records(run / "trackers" / "wandb")
     identity = (run / "trackers" / "wandb" / "run_id").read_text()
     assert {record.run.run_id for record in records if record.HasField("run")} == {identity}
-    history = {}
+    history, told = {}, []
     for record in records:
         items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         if "accuracy" in items:
             history[items["round"]] = items["accuracy"]
-    assert history == pytest.approx(recorded(run))
+            told.append(items["round"])
+    assert history == pytest.approx(recorded(run)) and len(told) == len(history)
     config = {
         item.key or item.nested_key[0]: json.loads(item.value_json)
         for record in records
@@ -159,7 +217,7 @@ class Broken(base.Tracker):
     def log_files(self, run):
         self.fail("files")
 
-    def close(self):
+    def close(self, failed):
         self.fail("close")
 
 
@@ -173,9 +231,27 @@ def test_a_tracker_that_fails_is_named_once_and_ends_nothing(at, tmp_path, monke
     for number in range(3):
         trackers.tell({"event": "round", "round": number, "loss": 1.0})
     trackers.take(tmp_path)
-    trackers.close()
+    trackers.close(failed=False)
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith("the tracker mine failed") and "No space left on device" in said
+
+
+def test_a_tracker_learns_that_a_run_failed(tmp_path):
+    from mlflow import MlflowClient
+
+    config = configs.load({}, {"run.trackers": ["mlflow", "wandb"]})
+    ends = []
+    for number, error in enumerate((RuntimeError, KeyboardInterrupt, None)):
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt), base.tracking(config, tmp_path, number) as trackers:
+            trackers.tell({"event": "round", "round": number, "loss": 1.0})
+            if error:
+                raise error
+        client = MlflowClient((tmp_path / "trackers" / "mlflow" / "store").as_uri())
+        ends.append(client.get_run((tmp_path / "trackers" / "mlflow" / "run_id").read_text()).info.status)
+    assert ends == ["FAILED", "FAILED", "FINISHED"]
+    records = wandb_records(tmp_path / "trackers" / "wandb")
+    codes = sorted(record.exit.exit_code for record in records if record.HasField("exit"))
+    assert codes == [0, 1, 1]
 
 
 def test_what_is_not_known_is_refused():

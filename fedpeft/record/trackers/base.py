@@ -2,23 +2,26 @@
 
 What they write lies in `trackers/` of the run folder, unless their own environment variables say otherwise, and nothing
 leaves the machine unless those do. A tracker that fails is named once and left out from then on: the run goes on, and
-`metrics.jsonl` has all that a tracker would have had.
+`metrics.jsonl` has all that a tracker would have had. What a resumed run says again it is told once.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fedpeft import registry
 from fedpeft.config import Config, to_tree
 from fedpeft.errors import InputError
+from fedpeft.files import write_bytes
 
 log = logging.getLogger("fedpeft")
 Event = dict[str, Any]
@@ -33,9 +36,11 @@ class Tracker:
 
     Attributes:
         package: what has to be installed.
+        forgets: told again of a round, it shows the last that it was told.
     """
 
     package: ClassVar[str]
+    forgets: ClassVar[bool] = False
 
     def __init__(self, folder: Path, run: str, config: dict[str, Any], after: int) -> None:
         """
@@ -54,8 +59,8 @@ class Tracker:
         """Take what the run has left in its folder (FILES, FOLDERS)."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Write what is not yet written."""
+    def close(self, failed: bool) -> None:
+        """Write what is not yet written, and how the run ended."""
 
 
 class Trackers:
@@ -63,6 +68,7 @@ class Trackers:
 
     def __init__(self) -> None:
         self.working: dict[str, Tracker] = {}
+        self.told: dict[str, Told] = {}
 
     def open(self, names: list[str], run: Path, config: dict[str, Any], after: int) -> None:
         """Open trackers by name."""
@@ -72,6 +78,7 @@ class Trackers:
                 folder = run / "trackers" / name
                 folder.mkdir(parents=True, exist_ok=True)
                 made = registry.load("trackers", name, "run.trackers")
+                self.told[name] = Told(folder / "told.json")
                 self.working[name] = made(folder, run.resolve().name, config, after)
 
             self._attempt(name, start)
@@ -79,20 +86,26 @@ class Trackers:
     def tell(self, event: Event) -> None:
         """Pass an event's numbers on."""
         values = numbers(event) if event["event"] in NUMBERS else {}
-        if values:
-            self._all(lambda tracker: tracker.log_numbers(values, event.get("round", 0)))
+        for name, tracker in list(self.working.items()):
+            self._attempt(name, partial(self._tell, tracker, self.told[name], values, event.get("round", 0)))
+
+    def _tell(self, tracker: Tracker, told: Told, values: dict[str, float], step: int) -> None:
+        fresh = values if tracker.forgets else told.unknown(values, step)
+        if fresh:
+            tracker.log_numbers(fresh, step)
+            told.add(fresh, step)
 
     def take(self, run: Path) -> None:
         """Pass on what a finished run has left."""
         self._all(lambda tracker: tracker.log_files(run))
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """End all."""
-        self._all(lambda tracker: tracker.close())
+        self._all(lambda tracker: tracker.close(failed))
 
     def _all(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.working.items()):
-            self._attempt(name, lambda tracker=tracker: act(tracker))  # type: ignore[misc]
+            self._attempt(name, partial(act, tracker))
 
     def _attempt(self, name: str, act: Callable[[], None]) -> None:
         try:
@@ -101,6 +114,23 @@ class Trackers:
             self.working.pop(name, None)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log.warning("the tracker %s failed and gets nothing more; the run goes on: %s", name, reason)
+
+
+class Told:
+    """The last round of each number that a tracker was told, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def unknown(self, values: dict[str, float], step: int) -> dict[str, float]:
+        """Those of these numbers of round `step` that are to be told yet."""
+        return {name: value for name, value in values.items() if self.last.get(name, -1) < step}
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Remember that they were told."""
+        self.last |= dict.fromkeys(values, step)
+        write_bytes(self.path, json.dumps(self.last).encode())
 
 
 @contextmanager
@@ -115,8 +145,10 @@ def tracking(config: Config, run: Path, after: int) -> Iterator[Trackers]:
     trackers.open(config.run.trackers, run, dotted(to_tree(config)), after)
     try:
         yield trackers
-    finally:
-        trackers.close()
+    except BaseException:
+        trackers.close(failed=True)
+        raise
+    trackers.close(failed=False)
 
 
 def files(run: Path) -> Iterator[tuple[str, Path]]:

@@ -55,7 +55,9 @@ class MLflowTracker(Tracker):
     def log_files(self, run: Path) -> None:
         for name, path in files(run):
             self.client.log_artifact(self.id, str(path), name.rpartition("/")[0] or None)
-        self.client.set_terminated(self.id)
+
+    def close(self, failed: bool) -> None:
+        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
 def _batches(values: dict[str, Any]) -> Iterator[list[tuple[str, Any]]]:

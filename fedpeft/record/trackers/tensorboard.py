@@ -1,6 +1,6 @@
 """TensorBoard: event files that `tensorboard --logdir runs` shows; numbers as scalars, config as text, plots as images.
 
-It has no place for files, so that the adapter is named with its folder.
+It has no place for files, so that the adapter is named with its folder, nor for how a run ended.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ class TensorBoardTracker(Tracker):
     """TensorBoard's event files in trackers/tensorboard of the run."""
 
     package = "tensorboard"
+    forgets = True
 
     def __init__(self, folder: Path, run: str, config: dict[str, Any], after: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -39,5 +40,5 @@ class TensorBoardTracker(Tracker):
                 self.writer.add_image(f"plots/{path.stem}", np.asarray(image.convert("RGB")), 0, dataformats="HWC")
         self.writer.add_text("adapter", str((run / "adapter").resolve()), 0)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()

@@ -50,5 +50,5 @@ class WandbTracker(Tracker):
         self.run.log_artifact(results)
         self.run.log_artifact(adapter)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
