@@ -26,6 +26,7 @@ from fedpeft.strategies.instructions import Instructions
 PARTS = ("arrays", "config")  # records of every message that has an adapter
 HEADER_BYTES = 4096  # of an npy file; ours have 128
 TASK_BYTES = 2**20
+COUNT = "num-examples"
 METRICS, METRIC_NAME = 64, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:/ -]{0,99}")
 LARGEST, MOST_EXAMPLES = 1e30, 1e12  # beyond them a weighted mean could overflow
 
@@ -134,13 +135,16 @@ def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
     items = [(key, value) for record in found.values() for key, value in record.items()]
     if len(items) > METRICS:
         raise BadMessage(f"{len(items)} metrics; at most {METRICS} are read")
+    # First: the other metrics of no record are NaN.
+    if any(key == COUNT and value == 0 for key, value in items):
+        raise BadMessage(f"{COUNT} is 0: the client has no record that the model can take")
     values = {key: _metric(key, value) for key, value in items if strict or not isinstance(value, list)}
-    count = values.get("num-examples")
+    count = values.get(COUNT)
     if count is None:
-        raise BadMessage("no num-examples in the reply")
+        raise BadMessage(f"no {COUNT} in the reply")
     # Written so that NaN fails too.
     if not 0 < count <= MOST_EXAMPLES:
-        raise BadMessage(f"num-examples is {count:g}, not positive and at most {MOST_EXAMPLES:g}")
+        raise BadMessage(f"{COUNT} is {count:g}, not positive and at most {MOST_EXAMPLES:g}")
     return values
 
 

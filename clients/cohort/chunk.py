@@ -208,7 +208,7 @@ class Chunk:
         if not private:
             # The weighed losses of a step are its mean already.
             self.seen[:active] += 1
-        if private:
+        else:
             # Every row, also one whose draw was empty: a step without noise would tell that nothing was drawn.
             total = torch.stack(
                 [own.plan.noised_mean(row, source) for own, row, source in zip(private, total, sources, strict=True)]

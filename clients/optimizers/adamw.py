@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedpeft.clients.optimizers.base import ClientOptimizer, Layout, refuse_momentum
+from fedpeft.clients.optimizers.base import ClientOptimizer, Layout
 from fedpeft.config import ClientConfig, option
 
 
@@ -39,9 +39,6 @@ class AdamW(ClientOptimizer):
 
     paper = "Loshchilov and Hutter 2017, arXiv 1711.05101"
     Config = AdamConfig
-
-    def require(self, client: ClientConfig) -> None:
-        refuse_momentum(client)
 
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         config = self.config

@@ -63,7 +63,12 @@ class ClientOptimizer(Configured):
     pairs_factors: ClassVar[bool] = False
 
     def require(self, client: ClientConfig) -> None:
-        """Raise InputError where a key of the section contradicts this optimizer."""
+        """Raise InputError where a key of the section contradicts this optimizer: one but `sgd` takes no momentum."""
+        if client.momentum:
+            raise InputError(
+                f"client.momentum={client.momentum:g} is of sgd; client.optimizer={client.optimizer} has options of "
+                f"its own (fedpeft show {client.optimizer}). Set client.momentum=0."
+            )
 
     def has_state(self, client: ClientConfig) -> bool:
         """Whether a step leaves something behind for the next one."""
@@ -72,15 +77,6 @@ class ClientOptimizer(Configured):
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         """A new optimizer without state, at the rate `client.lr`."""
         raise NotImplementedError
-
-
-def refuse_momentum(client: ClientConfig) -> None:
-    """Raise InputError where `client.momentum` is set for an optimizer that has a mean of gradients of its own."""
-    if client.momentum:
-        raise InputError(
-            f"client.momentum={client.momentum:g} is of sgd; client.optimizer={client.optimizer} has options of its "
-            f"own (fedpeft show {client.optimizer}). Set client.momentum=0."
-        )
 
 
 def find_optimizer(client: ClientConfig) -> ClientOptimizer:

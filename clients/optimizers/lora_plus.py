@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fedpeft.clients.optimizers.adamw import AdamConfig
-from fedpeft.clients.optimizers.base import ClientOptimizer, Layout, refuse_momentum
+from fedpeft.clients.optimizers.base import ClientOptimizer, Layout
 from fedpeft.clients.optimizers.stacked import Moving, Stacked, adam_direction
 from fedpeft.config import ClientConfig, option
 
@@ -38,9 +38,6 @@ class LoRAPlus(ClientOptimizer):
     @dataclass
     class Config(AdamConfig):
         ratio: float = option(16.0, "rate of B over that of A and of the head", above=0)
-
-    def require(self, client: ClientConfig) -> None:
-        refuse_momentum(client)
 
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         config = self.config

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.clients.optimizers.adamw import AdamConfig
-from fedpeft.clients.optimizers.base import ClientOptimizer, Layout, refuse_momentum
+from fedpeft.clients.optimizers.base import ClientOptimizer, Layout
 from fedpeft.clients.optimizers.stacked import Moving, Stacked, adam_direction
 from fedpeft.config import ClientConfig, option
 
@@ -44,9 +44,6 @@ class Muon(ClientOptimizer):
         decay: float = option(0.95, "mu, decay of the momentum", low=0, high=0.9999)
         nesterov: bool = option(True, "Nesterov's form of the momentum")
         iterations: int = option(5, "of Newton-Schulz", low=1, high=20)
-
-    def require(self, client: ClientConfig) -> None:
-        refuse_momentum(client)
 
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         config = self.config

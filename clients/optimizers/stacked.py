@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft.clients.optimizers.base import STEP, ClientOptimizer, Layout, refuse_momentum
+from fedpeft.clients.optimizers.base import STEP, ClientOptimizer, Layout
 from fedpeft.config import ClientConfig
 
 
@@ -72,9 +72,6 @@ class PairedSGD(ClientOptimizer):
     """
 
     pairs_factors = True
-
-    def require(self, client: ClientConfig) -> None:
-        refuse_momentum(client)
 
     def has_state(self, client: ClientConfig) -> bool:
         return False

@@ -51,7 +51,14 @@ BAD = {
     "wrong dtype": (spoiled(lambda state: state.map(lambda value: value.double())), "dtype torch.float64"),
     "nan": (spoiled(with_value(math.nan)), "q/B has NaN or inf"),
     "inf": (spoiled(with_value(math.inf)), "q/B has NaN or inf"),
-    "weight 0": (spoiled(lambda state: state, metrics={"num-examples": 0.0}), "num-examples is 0"),
+    "weight 0": (
+        spoiled(lambda state: state, metrics={"num-examples": 0.0}),
+        "num-examples is 0: the client has no record",
+    ),
+    "no record": (
+        spoiled(lambda state: state, metrics={"accuracy": math.nan, "num-examples": 0.0}),
+        "num-examples is 0: the client has no record",
+    ),
     "weight negative": (spoiled(lambda state: state, metrics={"num-examples": -5.0}), "num-examples is -5"),
     "weight nan": (spoiled(lambda state: state, metrics={"num-examples": math.nan}), "num-examples is nan"),
     "weight inf": (spoiled(lambda state: state, metrics={"num-examples": math.inf}), "num-examples is inf"),
