@@ -202,8 +202,9 @@ def summary(kind: str, name: str) -> str:
     """The first line of an entry's docstring, read from its file, so that a list of names imports no method."""
     module, _, attribute = table(kind)[name].partition(":")
     spec = importlib.util.find_spec(module)
-    classes = [] if spec is None or spec.origin is None else ast.parse(Path(spec.origin).read_text()).body
-    node = next((item for item in classes if isinstance(item, ast.ClassDef) and item.name == attribute), None)
+    nodes = [] if spec is None or spec.origin is None else ast.parse(Path(spec.origin).read_text()).body
+    named = [item for item in nodes if isinstance(item, ast.ClassDef | ast.FunctionDef)]
+    node = next((item for item in named if item.name == attribute), None)
     text = inspect.getdoc(load(kind, name)) if node is None else ast.get_docstring(node)
     return (text or "").partition("\n")[0]
 

@@ -21,6 +21,7 @@ KINDS = {  # what a source is, and which of the keys it can have
     "a file that is no csv or tsv": (),
     "a saved data set": (),
     "a saved data set of several splits": SPLITS,
+    "a shard": (),
     "a folder of pictures": SPLITS,
     "a data set of the hub": ("revision", *SPLITS),
 }

@@ -113,7 +113,8 @@ def whole(
 
 def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | None) -> tuple[Records, Records | None]:
     """The source's training and test records, labels by its own names."""
-    if source in registry.names("datasets"):
+    entry = registry.load("datasets", source, key) if source in registry.names("datasets") else None
+    if isinstance(entry, type):
         chosen = {
             name: getattr(config, name) for name in ("text", "image", "label", "columns") if getattr(config, name)
         }
@@ -122,7 +123,7 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
                 f"data.{next(iter(chosen))}: the embedded data set {source} has fixed columns. Set it to null."
             )
         Reading.of(config, key).require("an embedded data set", source)
-        dataset = registry.load("datasets", source, key)()
+        dataset = entry()
         _require_kind(dataset.kind, task, f"{key}={source}")
         has, needed = getattr(dataset, "labelled", "class"), load_objective(task).labelled
         if needed not in ("none", has):
@@ -137,7 +138,8 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
         name, size = content(Path(source))
         if size >= cache.least:
             return _cached(source, name, config, task, cache, Reading.of(config, key)), None
-    found = _tables(source, key, Reading.of(config, key))
+    reading = Reading.of(config, key)
+    found = _tables(source, key, reading) if entry is None else tables.made(entry, source, key, reading)
     train = _records(found.train, config, task, cache)
     return train, None if found.test is None else _records(found.test, config, task, cache)
 

@@ -2,18 +2,19 @@
 
 Files: .csv and .tsv, .jsonl (an object a line), .json (a list of objects), .parquet (`fedpeft.data.readers`). Folders:
 saved by `datasets.save_to_disk`, or images in one sub-folder per label, which may lie under train/ and test/ or val/
-(`fedpeft.data.folders`). Archives: .zip, .tar, .tar.gz of such images, or of a file and the images that it names.
+(`fedpeft.data.folders`). Archives: .zip, .tar, .tar.gz of such images, or of a file and the images that it names; and
+shards of webdataset (`fedpeft.data.shards`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import registry
-from fedpeft.data import archives, folders, readers
+from fedpeft.data import archives, folders, readers, shards
 from fedpeft.data.ragged import BLOCK
 from fedpeft.data.reading import Reading
 from fedpeft.data.skipped import Skipped, some
@@ -93,6 +94,12 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
             raise
         except Exception as error:  # of datasets, pyarrow, json and the file system
             raise InputError(f"{path}: not readable as a saved data set: {error}") from error
+    if files := shards.tar_files(path):
+        return _shards(path, files, reading)
+    if shards.are_in(path):
+        reading.require("a shard", source)
+        columns, skipped = shards.columns(path)
+        return Tables(Table(columns, str(path), skipped=skipped))
     reading.require("a folder of pictures", source)
     train, test, beside = folders.splits(path, reading.train_split, reading.test_split, reading.train_key)
     test = None if reading.alone else test
@@ -102,7 +109,7 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
 def _archive(path: Path, reading: Reading) -> Tables:
     """As what is in it: pictures in folders of labels, or one file of records and the pictures that it names."""
     with archives.unpacked(path) as (root, damaged):
-        file = archives.table_of(root)
+        file = None if shards.are_in(root) else archives.table_of(root)
         parts = local(str(file or root), reading=reading.inside(file))
 
         def keep(table: Table, more: tuple[Skipped, ...] = ()) -> Table:
@@ -111,6 +118,16 @@ def _archive(path: Path, reading: Reading) -> Tables:
             return replace(table, columns=archives.hold(table.columns, root), where=where, folder=Path(), skipped=said)
 
         return Tables(keep(parts.train, damaged), None if parts.test is None else keep(parts.test))
+
+
+def _shards(path: Path, files: list[Path], reading: Reading) -> Tables:
+    """As one table."""
+    parts = [_archive(file, reading) for file in files]
+    if more := next((file for file, part in zip(files, parts, strict=True) if part.test is not None), None):
+        raise InputError(f"{path}: {more.name} has a test set in it, so it is no shard. Give it by its own path.")
+    tables = [part.train for part in parts]
+    skipped = tuple(entry for table in tables for entry in table.skipped)
+    return Tables(Table(shards.joined([table.columns for table in tables]), str(path), skipped=skipped))
 
 
 def hub(source: str, reading: Reading = PLAIN) -> Tables:
@@ -123,6 +140,34 @@ def hub(source: str, reading: Reading = PLAIN) -> Tables:
         found = datasets.load_dataset(name, subset or None, revision=reading.revision)
     except Exception as error:  # the hub client raises errors of many unrelated libraries
         raise NotOnHub(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
+    return _dataset(found, source, reading)
+
+
+def made(loader: Callable[[], Any], source: str, key: str, reading: Reading = PLAIN) -> Tables:
+    """What another package's function returns, which is registered as a data set of that name.
+
+    Raises:
+        InputError: it fails, or returns something else than a DataFrame, Dataset or DatasetDict; names it.
+    """
+    import datasets
+    import pandas
+
+    try:
+        found = loader()
+        if isinstance(found, pandas.DataFrame):
+            found = datasets.Dataset.from_pandas(found, preserve_index=False)
+    except Exception as error:  # another package's
+        said = str(error).strip() or "without a word"
+        raise InputError(f"{key}={source}: its function failed with {type(error).__name__}: {said}") from error
+    several = isinstance(found, datasets.DatasetDict)
+    if not several and not isinstance(found, datasets.Dataset):
+        raise InputError(
+            f"{key}={source}: its function returns a {type(found).__name__}; expected a pandas.DataFrame, a "
+            "datasets.Dataset, or a DatasetDict with train and test."
+        )
+    if not found or not all(len(part) for part in (found.values() if several else [found])):
+        raise InputError(f"{key}={source}: its function returns no records.")
+    reading.require("a saved data set of several splits" if several else "a saved data set", source)
     return _dataset(found, source, reading)
 
 

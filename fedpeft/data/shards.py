@@ -1,0 +1,104 @@
+"""Shards of webdataset: tar files in which the files of one record share their name up to its first dot.
+
+    000017.jpg, 000017.cls        a picture and the number of its class
+    000018.png, 000018.json       a picture and its columns, an object
+    000019.txt, 000019.cls        a text and the number of its class
+
+A picture becomes the column `image`, `cls` `label`, `txt` `text`, and what stands in `json` a column each. A folder of
+tar files is read as all of its shards, in the order of their names, records in the order of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpeft.data import readers
+from fedpeft.data.folders import PICTURES, hidden
+from fedpeft.data.skipped import Skipped, some
+from fedpeft.errors import InputError
+
+TAR = ".tar"
+
+
+def are_in(root: Path) -> bool:
+    """Whether an unpacked folder is that of a shard: a class beside a record, or a picture and its text at the top."""
+    if next(root.rglob("*.cls"), None) is not None:
+        return True
+    names = {path.name.lower() for path in root.iterdir() if path.is_file() and not hidden(path)}
+    pictures = {name.partition(".")[0] for name in names if name.endswith(PICTURES)}
+    return any(f"{key}{kind}" in names for key in pictures for kind in (".json", ".txt"))
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """The tar files of a folder that holds nothing else; none where it does."""
+    files = [path for path in sorted(folder.iterdir()) if not hidden(path)]
+    return files if all(path.is_file() and readers.ending(path) == TAR for path in files) else []
+
+
+def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
+    """Columns of a shard's records, None where a record has no such file, and what was left out.
+
+    Raises:
+        InputError: two files of a record are one column, or a file is not what its ending says; names it.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    other: list[str] = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file() and not hidden(path)):
+        name = path.relative_to(root)
+        key, _, kind = path.name.partition(".")
+        read = KINDS.get(f".{kind.lower()}")
+        if read is None:
+            other.append(str(name))
+            continue
+        record = records.setdefault(str(name.with_name(key)), {})
+        for column, value in _values(path, read).items():
+            if column in record:
+                raise InputError(f"{root}: {name} is the column {column!r} of its record a second time. Rename one.")
+            record[column] = value
+    names = dict.fromkeys(column for record in records.values() for column in record)
+    skipped = some(str(root), f"files of other endings than {', '.join(KINDS)} are left out", other)
+    return {name: [record.get(name) for record in records.values()] for name in names}, skipped
+
+
+def joined(shards: list[dict[str, Sequence[Any]]]) -> dict[str, Sequence[Any]]:
+    """The columns of shards, one after the other; None where one has no such column."""
+    names = dict.fromkeys(name for shard in shards for name in shard)
+    lengths = [len(next(iter(shard.values()))) for shard in shards]
+    return {
+        name: [
+            value for shard, length in zip(shards, lengths, strict=True) for value in shard.get(name, [None] * length)
+        ]
+        for name in names
+    }
+
+
+def _values(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return read(path)
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
+        raise InputError(f"{path}: not readable as {path.suffix[1:]}: {error}") from error
+
+
+def _class(path: Path) -> dict[str, Any]:
+    text = path.read_text("utf-8").strip()
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"expected the number of a class, found {text[:40]!r}. A name goes into a json, as a column.")
+    return {"label": int(text)}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("expected an object, whose keys are columns.")
+    return found
+
+
+KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    **dict.fromkeys(PICTURES, lambda path: {"image": str(path)}),
+    ".cls": _class,
+    ".txt": lambda path: {"text": path.read_text("utf-8")},
+    ".json": _object,
+}
