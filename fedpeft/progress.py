@@ -1,7 +1,7 @@
 """How far a piece of work has come, told by what works to whoever shows it: nobody, unless a command line listens.
 
-LEVELS go from the outside in: the parts of a benchmark, a run's rounds, a round's clients. A level begins anew where it
-is told 0, or another total.
+LEVELS go from the outside in: the parts of a benchmark, a run's rounds, a round's clients, a file's records. A level
+begins anew where it is told 0, or another total.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-LEVELS = ("parts", "rounds", "clients")
+LEVELS = ("parts", "rounds", "clients", "records")
 T = TypeVar("T")
 Listener = Callable[[str, int, int], None]
 _listeners: list[Listener] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -39,6 +40,8 @@ Base = Annotated[
     str | None,
     typer.Option(help="The base model of all, to be named in the result; says that unlike names mean one model."),
 ]
+Model = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or an adapter folder.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer of a language model, in tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
 Overrides = Annotated[
@@ -188,6 +191,44 @@ def export(
 
 
 @app.command()
+def predict(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="File (or folder) of records; labels are not needed.")],
+    out: Annotated[Path, typer.Option(help="File of the answers, .csv or .jsonl; not there yet.")],
+    overrides: Overrides = None,
+    max_new_tokens: MaxNewTokens = 64,
+    as_json: Json = False,
+) -> None:
+    """Say what a trained model makes of the records of a file, in their order."""
+    from fedpeft.run.predict import predict as run
+
+    console.emit(run(model, data, out, overrides or [], max_new_tokens), as_json, console.pairs)
+
+
+@app.command()
+def chat(
+    model: Model,
+    overrides: Overrides = None,
+    max_new_tokens: MaxNewTokens = 64,
+    history: Annotated[
+        bool, typer.Option("--history", help="Earlier turns belong to the next question; a blank line begins anew.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each question and answer as JSON, one a line.")
+    ] = False,
+) -> None:
+    """Ask a trained language model: a question a line, an answer a line, until the input ends."""
+    from fedpeft.run import chat as chats
+    from fedpeft.run.trained import open_trained
+
+    trained = open_trained(model, overrides or [])
+    chats.require_language_model(trained)
+    for question, answer in chats.answers(trained, _read_lines("> "), max_new_tokens, history, console.fail):
+        sys.stdout.write((json.dumps({"question": question, "answer": answer}) if as_json else answer) + "\n")
+        sys.stdout.flush()
+
+
+@app.command()
 def audit(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Test on a config's own steps what its privacy accountant assumes, and bound epsilon from below."""
     from fedpeft.run.audit.audit import run
@@ -227,6 +268,17 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _read_lines(prompt: str) -> Iterator[str]:
+    """Lines of standard input until it ends; a terminal is asked for each."""
+    while True:
+        if sys.stdin.isatty():
+            console.err.print(prompt, end="", markup=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
 
 
 def _at_home(argument: str) -> str:

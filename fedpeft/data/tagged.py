@@ -34,7 +34,7 @@ def read(table: Table, config: DataConfig) -> Records:
     Raises:
         InputError: no such columns; or a record that has none, or another number of tags than of words.
     """
-    words, tags = _column(table, "text", config.text), _column(table, "label", config.label)
+    words, tags = find_column(table, "text", config.text), find_column(table, "label", config.label)
     known, rows = table.names.get(tags), []
     for number, (each, marks) in enumerate(zip(table.columns[words], table.columns[tags], strict=True), 1):
         if not all(isinstance(value, list | tuple | np.ndarray) for value in (each, marks)):
@@ -64,7 +64,8 @@ def read(table: Table, config: DataConfig) -> Records:
     )
 
 
-def _column(table: Table, what: str, given: str | None) -> str:
+def find_column(table: Table, what: str, given: str | None) -> str:
+    """The column of words ("text") or tags ("label"): the one given, else the first usual name that there is."""
     name = next((name for name in USUAL[what] if name in table.columns), None) if given is None else given
     if name is None or name not in table.columns:
         missing = f"no column {given}" if given else f"no column of {'words' if what == 'text' else 'tags'}"

@@ -129,6 +129,20 @@ class Objective:
         """What the measures that are computed of all records take of the scores of a batch."""
         return scores.softmax(-1)
 
+    def say(self, scores: Tensor, labels: Tensor, names: Sequence[str], inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What a trained model says of each record, JSON-ready: here its most likely class, and all probabilities.
+
+        Args:
+            scores: [N, ..., K].
+            labels: [N, ...], of records that were read without answers (`fedpeft.data.unanswered`).
+            names: of the K outputs.
+            inputs: the records as they were read.
+        """
+        return [
+            {"label": names[int(row.argmax())], "probabilities": named_numbers(names, row)}
+            for row in scores.softmax(-1)
+        ]
+
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The scores [N, K] of one answer for each record, which test-time methods adapt."""
         return logits
@@ -183,6 +197,11 @@ def check(config: Config) -> None:
 def by_token(labels: Tensor) -> bool:
     """Whether each token of a text has a label [N, T]; numbers [N, K] are a record's."""
     return labels.ndim == 2 and not labels.is_floating_point()
+
+
+def named_numbers(names: Sequence[str], values: Tensor) -> dict[str, float]:
+    """Numbers by name, with the digits that float32 has."""
+    return {name: float(f"{value:.7g}") for name, value in zip(names, values.tolist(), strict=True)}
 
 
 def divide(total: float, count: float) -> float:

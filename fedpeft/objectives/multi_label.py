@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
 from fedpeft.data.records import Records
 from fedpeft.data.stored import Tokens
-from fedpeft.objectives.base import Objective
+from fedpeft.objectives.base import Objective, named_numbers
 from fedpeft.objectives.measures import SEVERAL
 
 
@@ -46,6 +47,16 @@ class MultiLabel(Objective):
         """Right is a text whose every label is right."""
         right = int(((scores > 0) == (targets > 0.5)).all(1).sum())
         return {"loss": float(losses.sum()), "right": right, "targets": len(targets)}
+
+    def say(self, scores: Tensor, labels: Tensor, names: Sequence[str], inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """The labels of each text, and the probability of each."""
+        return [
+            {
+                "labels": [name for name, value in zip(names, row.tolist(), strict=True) if value > 0.5],
+                "probabilities": named_numbers(names, row),
+            }
+            for row in scores.sigmoid()
+        ]
 
     def predictions(self, scores: Tensor) -> Tensor:
         """The probability of each label."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
 from fedpeft.data.records import Records
 from fedpeft.data.stored import Tokens
-from fedpeft.objectives.base import Objective, divide
+from fedpeft.objectives.base import Objective, divide, named_numbers
 from fedpeft.objectives.measures import NUMBERS
 
 
@@ -51,3 +51,7 @@ class Regression(Objective):
     def predictions(self, scores: Tensor) -> Tensor:
         """The numbers themselves."""
         return scores
+
+    def say(self, scores: Tensor, labels: Tensor, names: Sequence[str], inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """The numbers of each text, by name."""
+        return [{"values": named_numbers(names, row)} for row in scores]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,3 +56,14 @@ class TokenClassification(Objective):
         each = {tag: sums[f"there/{tag}"] + sums[f"said/{tag}"] for tag in tags}
         values = [2 * sums[f"right/{tag}"] / count for tag, count in each.items() if count]
         return {"f1": sum(values) / len(values)} if values else {}
+
+    def say(self, scores: Tensor, labels: Tensor, names: Sequence[str], inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """The words of each text and their tags; labels are the words' numbers. A word that was cut off has None."""
+        found = []
+        for row, places, text in zip(scores.argmax(-1), labels, inputs, strict=True):
+            words = json.loads(str(text))[0]
+            tags: list[str | None] = [None] * len(words)
+            for token in (places != IGNORE).nonzero().flatten().tolist():
+                tags[int(places[token])] = names[int(row[token])]
+            found.append({"tokens": words, "tags": tags})
+        return found

@@ -42,7 +42,7 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
                 _compare(run, config)
             shutil.copytree(source, draft, dirs_exist_ok=True)
             return {"adapter": str(to)}
-        names = _label_names(run / "split.json")
+        names = label_names(run / "split.json")
         base = loading.load(config.model, len(names), config.run.seed)
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
         merge_into(base, folder.load(source))
@@ -58,7 +58,7 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
 def _compare(run: Path, config: Config) -> None:
     """Refuse an adapter whose base has become another one. A base that is not on this machine is said to be unknown."""
     try:
-        base = loading.load(config.model, len(_label_names(run / "split.json")), config.run.seed)
+        base = loading.load(config.model, len(label_names(run / "split.json")), config.run.seed)
     except InputError as error:
         log.warning("the base model cannot be loaded here, so whether it is the one of the run is not known: %s", error)
         return
@@ -75,7 +75,7 @@ def _save(base: Base, names: list[str], to: Path) -> None:
         base.processor.save_pretrained(to)
 
 
-def _label_names(path: Path) -> list[str]:
+def label_names(path: Path) -> list[str]:
     """The classes of a run, in the order of its head's outputs."""
     try:
         return [str(name) for name in json.loads(path.read_text())["histogram"]["labels"]]

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from fedpeft import seeds
-from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
 from fedpeft.data import templates
 from fedpeft.data.conversations import parse
 from fedpeft.data.records import Records
 from fedpeft.data.templates import NotWritten
+from fedpeft.models.base import Base
 from fedpeft.run.world import World
 from fedpeft.state import ServerState
 
@@ -55,7 +55,7 @@ def compare(world: World, server: ServerState) -> dict[str, Any] | None:
     answers = {}
     for name, state in (("base", world.start.adapter), ("tuned", server.adapter)):
         model.write(state)
-        answers[name] = generate(model, [prompt.ids for prompt in asked], section.max_new_tokens, stop)
+        answers[name] = generate(model.base, [prompt.ids for prompt in asked], section.max_new_tokens, stop)
     wanted = [prompt.wanted for prompt in asked]
     samples = [
         {"prompt": prompt.text, "base": base, "tuned": tuned, "wanted": prompt.wanted}
@@ -100,16 +100,16 @@ def draw_prompts(config: Config, records: Records, tokenizer: Any) -> list[Promp
 
 
 @torch.no_grad()
-def generate(model: Adapted, prompts: Sequence[list[int]], most: int, stop: Sequence[int]) -> list[str]:
+def generate(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence[int]) -> list[str]:
     """Greedy answers in words, to prompts of token ids.
 
     Args:
         most: longest answer in tokens.
         stop: tokens that end an answer.
     """
-    backbone: Any = model.base.backbone
-    tokenizer = model.base.processor
-    device = next(iter(model.parameters.values())).device
+    backbone: Any = base.backbone
+    tokenizer = base.processor
+    device = next(backbone.parameters()).device
     backbone.eval()
     answers: dict[int, str] = {}
     for rows in _alike(prompts):

@@ -7,7 +7,6 @@ keeps is the folder's.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fedpeft.models import loading
 from fedpeft.models.base import Base
 from fedpeft.objectives.base import load_objective
 from fedpeft.run import identity
+from fedpeft.run.export import label_names
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.base import FederatedStrategy
 
@@ -28,11 +28,11 @@ FINGERPRINT = "adapter to start from"
 CLOSE = 1e-5  # relative: scales in adapter_config.json are alphas, divided by a rank
 
 
-def write_start(config: Config, model: Adapted, label_names: list[str]) -> dict[str, str]:
+def write_start(config: Config, model: Adapted, classes: list[str]) -> dict[str, str]:
     """Put the adapter of `adapter.start` into the model; a fingerprint of its content, to be held.
 
     Args:
-        label_names: the classes of the run, in the order of the head's outputs.
+        classes: those of the run, in the order of the head's outputs.
 
     Returns:
         Nothing without `adapter.start`.
@@ -51,7 +51,7 @@ def write_start(config: Config, model: Adapted, label_names: list[str]) -> dict[
     _require_task(path, about, config, model.base)
     _require_base(path, about["base"], config, model.base)
     _require_form(path, start, model.form, config)
-    _require_labels(path, start, label_names)
+    _require_labels(path, start, classes)
     model.write(start)
     return {FINGERPRINT: start.sha256()}
 
@@ -145,17 +145,14 @@ def _require_layers(path: Path, start: AdapterState, form: AdapterState) -> None
         )
 
 
-def _require_labels(path: Path, start: AdapterState, label_names: list[str]) -> None:
+def _require_labels(path: Path, start: AdapterState, classes: list[str]) -> None:
     """The head's outputs mean what the run takes them for, where the folder lies in that of a run, which says so."""
     split = path.parent / "split.json"
     if not split.is_file() or not any(site.kind == "head" for site in start.sites.values()):
         return
-    try:
-        theirs = [str(name) for name in json.loads(split.read_text())["histogram"]["labels"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{split}: cannot read the label names of adapter.start: {error!r}") from error
-    if theirs != label_names:
+    theirs = label_names(split)
+    if theirs != classes:
         raise InputError(
             f"adapter.start={path}: its head answers {', '.join(theirs[:5])}; the run's classes are "
-            f"{', '.join(label_names[:5])}. Set data.labels=[{','.join(theirs[:5])}{',...' if theirs[5:] else ''}]."
+            f"{', '.join(classes[:5])}. Set data.labels=[{','.join(theirs[:5])}{',...' if theirs[5:] else ''}]."
         )

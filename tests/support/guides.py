@@ -87,10 +87,10 @@ def at_hand(folder: Path) -> None:
         byte_tokenizer().save_pretrained(folder / "models" / name)
     notes = [
         f"{SITES[number % 3]},note {number} of a {'calm' if number % 2 else 'restless'} night,"
-        f"{'day' if number % 2 else 'night'} ward"
+        f"{'day' if number % 2 else 'night'} ward,{number % 7}"
         for number in range(90)
     ]
-    (folder / "notes.csv").write_text("\n".join(["site,note,ward", *notes]) + "\n")
+    (folder / "notes.csv").write_text("\n".join(["site,note,ward,days", *notes]) + "\n")
     (folder / "letters.jsonl").write_text(
         "".join(f'{{"text": "Dear colleague, this is letter {number}."}}\n' for number in range(60))
     )

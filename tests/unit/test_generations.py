@@ -42,7 +42,7 @@ def test_greedy_answers_are_those_of_a_plain_loop(model, stop):
         logits = model.base.forward({"input_ids": torch.tensor([prompts[1]])})
         first = int(logits[0, -1].argmax())
         stop = [int(model.base.forward({"input_ids": torch.tensor([[*prompts[1], first]])})[0, -1].argmax())]
-    answers = generations.generate(model, prompts, 7, stop)
+    answers = generations.generate(model.base, prompts, 7, stop)
     assert answers == [by_hand(model, ids, 7, stop) for ids in prompts]
     assert len(set(answers)) > 1
 
@@ -51,7 +51,7 @@ def test_a_checkpoints_own_way_to_generate_does_not_count(model, monkeypatch):
     from transformers import GenerationConfig
 
     prompts = [model.base.processor(text)["input_ids"] for text in PROMPTS]
-    wanted = generations.generate(model, prompts, 7, [])
+    wanted = generations.generate(model.base, prompts, 7, [])
     token = int(model.base.forward({"input_ids": torch.tensor([prompts[1]])})[0, -1].argmax())
     for habits in (
         {"do_sample": True, "temperature": 5.0, "top_k": 3},
@@ -60,13 +60,13 @@ def test_a_checkpoints_own_way_to_generate_does_not_count(model, monkeypatch):
     ):
         its = GenerationConfig(**habits)
         monkeypatch.setattr(model.base.backbone, "generation_config", its)
-        assert generations.generate(model, prompts, 7, []) == wanted
+        assert generations.generate(model.base, prompts, 7, []) == wanted
         assert model.base.backbone.generation_config is its
 
 
 def test_a_prompt_that_fills_the_models_positions_gets_no_answer(model):
     long = [5] * small.POSITIONS
-    assert generations.generate(model, [long], 3, []) == [""]
+    assert generations.generate(model.base, [long], 3, []) == [""]
 
 
 def test_padding_stands_before_a_prompt():

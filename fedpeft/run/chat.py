@@ -1,0 +1,51 @@
+"""Questions, a line each, and the answers of a trained language model, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from fedpeft.data.conversations import Turn
+from fedpeft.errors import InputError
+from fedpeft.run.generations import generate
+from fedpeft.run.predict import Asker
+from fedpeft.run.trained import Trained
+
+
+def require_language_model(trained: Trained) -> None:
+    """Refuse a model that generates nothing."""
+    if not trained.base.objective.causal:
+        raise InputError(
+            f"model.task={trained.config.model.task}: only language models answer in words. `fedpeft predict` says "
+            "what this model says of the records of a file."
+        )
+
+
+def answers(
+    trained: Trained, lines: Iterable[str], most: int, history: bool, refuse: Callable[[str], None]
+) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank, and its answer, as soon as it is read; greedy, on one line.
+
+    Args:
+        most: tokens of an answer.
+        history: earlier questions and answers are part of the next question, until a blank line.
+        refuse: is told why a line has no answer; its answer is empty then, so that answers stay beside their lines.
+    """
+    # A run over plain texts goes on with the line itself.
+    asker = Asker.of(trained, trained.form or "qa")
+    earlier: list[Turn] = []
+    for number, line in enumerate(lines, 1):
+        question = line.strip()
+        if not question:
+            earlier = []
+            continue
+        turns = [*earlier, ("user", question)]
+        try:
+            ids = asker.ask(turns if asker.template else question, f"line {number}")
+            (said,) = generate(trained.base, [ids], most, asker.stop)
+        except InputError as error:
+            refuse(str(error))
+            yield question, ""
+            continue
+        yield question, " ".join(said.split())
+        if history and said:
+            earlier = [*turns, ("assistant", said)]
