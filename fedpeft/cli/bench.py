@@ -109,6 +109,27 @@ def bench_memory(
         console.emit(memory.run(out, _numbers("clients", clients), console.note), as_json, memory.show)
 
 
+@bench_app.command("data")
+def bench_data(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    data: Annotated[Path | None, typer.Option(help="Folder where texts and photos are made, and stay.")] = None,
+    texts: Annotated[int, typer.Option(min=0, help="Texts of 60 tokens; 0 leaves them out.")] = 300_000,
+    photos: Annotated[int, typer.Option(min=0, help="JPEGs of 224 x 224; 0 leaves them out.")] = 20_000,
+    rival: Annotated[int, typer.Option(min=0, help="Photos of the comparison with a plain loop; 0 is none.")] = 5000,
+    engines: Annotated[str, typer.Option(help="Processes: one, workers, ray.")] = "one,workers,ray",
+    repeats: Annotated[int, typer.Option(min=1, help="Times that the comparison is run.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory, start and rate of runs over many texts and photos, and a plain loop of other libraries beside ours."""
+    with _folder("data", out) as out:
+        from fedpeft.simulations.benchmarks import data as bench
+
+        sizes = {"texts": texts, "photos": photos, "rival": rival, "repeats": repeats}
+        result = bench.run(out, data, engines=_listed(engines), **sizes, quick=quick, tell=console.note)
+        console.emit(result, as_json, bench.show)
+
+
 @bench_app.command("tta")
 def bench_tta(
     out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],

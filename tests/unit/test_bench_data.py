@@ -1,0 +1,106 @@
+"""The benchmark of data: what it runs on, how memory is looked at, and what its rows say; no figure is asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fedpeft.cli.main import app
+from fedpeft.errors import InputError, RunError
+from fedpeft.simulations.benchmarks import data, data_memory, data_work
+
+
+def here(command, environment):
+    """The job of a command in this process, which has imported what takes most of the time."""
+    began = time.monotonic()
+    samples = [(time.monotonic(), data_memory.memory())]
+    data_work.main(command[-1])
+    return began, [*samples, (time.monotonic(), data_memory.memory())]
+
+
+def test_a_quick_run_has_rows_a_comparison_and_goals(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "watched", here)
+
+    done = CliRunner().invoke(
+        app, ["bench", "data", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "in"), "--quick", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["kind"], row["engine"], row["cache"]) for row in results["rows"]] == [
+        (kind, "one", cache) for kind in ("texts", "photos") for cache in ("cold", "warm")
+    ]
+    assert all(row["first_step_s"] > 0 and row["records_per_s"] > 0 for row in results["rows"])
+    assert [row["engine"] for row in results["rival"]] == ["rival", "fedpeft"]
+    assert all(row["records_per_cpu_s"] > 0 and row["records"] == 20 for row in results["rival"])
+    assert len(results["goals"]) == 7 and results["reproduce"].endswith("--quick")
+    assert {path.name for path in (tmp_path / "in").iterdir()} == {
+        *("texts-320.csv", "texts-64.csv", "texts-40.csv"),
+        *("photos-320", "photos-64", "photos-40", "photos-20", "model"),
+    }
+    data.show(results)
+
+
+def test_texts_have_their_tokens_and_photos_their_size(tmp_path):
+    texts = data_work.prepare(tmp_path, "texts", 30)
+    lines = texts.read_text().splitlines()
+    assert len(lines) == 31 and {len(line) for line in lines[1:]} == {data_work.TOKENS + 2}
+    photos = data_work.prepare(tmp_path, "photos", 8)
+    files = sorted(photos.glob("*/*.jpg"))
+    assert len(files) == 8 and {Image.open(file).size for file in files} == {(224, 224)}
+    assert len({file.read_bytes() for file in files}) == 8
+    before = files[0].stat().st_mtime_ns
+    assert data_work.prepare(tmp_path, "photos", 8) == photos and files[0].stat().st_mtime_ns == before
+
+
+def test_memory_is_that_of_all_processes_and_shared_pages_count_once(tmp_path):
+    """80 MB of its own in a child and a grandchild; 50 MB of a file that both have mapped."""
+    (tmp_path / "file").write_bytes(b"x" * 50_000_000)
+    script = (
+        "import mmap, subprocess, sys, time\n"
+        "file = open(sys.argv[1], 'rb')\n"
+        "pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); sum(pages[::4096])\n"
+        "mine = bytearray(b'y' * 80_000_000)\n"
+        "other = subprocess.Popen([sys.executable, *sys.argv[2:]]) if sys.argv[2:] else None\n"
+        "other.wait() if other else time.sleep(1.5)\n"
+    )
+    began, samples = data_memory.watched(
+        [sys.executable, "-c", script, str(tmp_path / "file"), "-c", script, str(tmp_path / "file")], {}
+    )
+    assert began <= samples[0][0]
+    anonymous, total = data_memory.peak(samples, "anonymous"), data_memory.peak(samples, "total")
+    alone = data_memory.peak(samples[:1], "anonymous")
+    assert 160 < anonymous - alone < 240 and 45 < total - anonymous < 110
+    with pytest.raises(RunError, match="no such thing"):
+        data_memory.watched([sys.executable, "-c", "raise SystemExit('no such thing')"], {})
+
+
+def test_rows_are_of_the_time_up_to_the_end_of_training():
+    samples = [(float(t), {"total": total, "anonymous": total - 10}) for t, total in enumerate((50, 70, 90, 80, 500))]
+    noted = {"rounds": [[1.5, 2.0], [2.5, 4.0], [3.0, 5.0]], "end": [3.5, 5.5], "first_step": [1.0, 1.5]}
+    row = data.describe(noted, samples, {"total": 40.0, "anonymous": 35.0}, 30)
+    assert row["total_mb"] == 90 and row["total_above_mb"] == 50 and row["anonymous_above_mb"] == 45
+    assert row["growth_mb"] == (80 - 10) - (70 - 10)
+    assert row["records_per_s"] == 60 / 1.5 and row["records_per_cpu_s"] == 60 / 3.0
+    assert (row["first_step_s"], row["first_step_cpu_s"]) == (1.0, 1.5)
+    spread = data.describe({**noted, "first_step": None}, samples, {"total": 40.0, "anonymous": 35.0}, 30)
+    assert spread["first_step_s"] is None and spread["records_per_cpu_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engines": ("two",)}, "--engines: two given; known are one, workers, ray"),
+        ({"engines": ("ray",)}, "--engines: one is among them"),
+        ({"texts": 7}, "--texts: 7; 10 clients need 20"),
+        ({"repeats": 0}, "--repeats: 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, options, said):
+    with pytest.raises(InputError, match=said):
+        data.run(tmp_path, **options)
