@@ -1,0 +1,1 @@
+"""Digits, learned by a small vision transformer whose adapter alone travels."""
