@@ -102,7 +102,8 @@ def run_folder(path: Path | str) -> Path:
 
 def advice(run: Path) -> str:
     """How a run that was broken off goes on."""
-    rounds = sorted(int(path.name.removeprefix("round-")) for path in (run / "checkpoints").glob("round-*"))
+    names = (path.name.removeprefix("round-") for path in (run / "checkpoints").glob("round-*"))
+    rounds = sorted(int(name.partition(".")[0]) for name in names)  # a second state of a round ends in .1
     if not rounds:
         return f"No round was complete, so nothing can be resumed. What there is lies in {run}."
     return f"The last complete round is {rounds[-1]}. Go on with: fedpeft resume {shlex.quote(_short(run))}"

@@ -159,6 +159,7 @@ TABLES: dict[str, dict[str, str]] = {
         "training": "fedpeft.clients.training_checks:check",
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
         "conversations": "fedpeft.data.conversations:check",
+        "best": "fedpeft.run.best:check",
     },
     "trackers": {
         "tensorboard": "fedpeft.record.trackers.tensorboard:TensorBoardTracker",

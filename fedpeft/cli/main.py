@@ -182,12 +182,16 @@ def export(
     merge: Annotated[
         bool, typer.Option(help="Merge the adapter into the base model and save the whole model.")
     ] = False,
+    best: Annotated[bool, typer.Option("--best", help="The best state, by run.best, in place of the last.")] = False,
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="The state of a checkpoint that is still kept.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Copy the adapter out of a run, or merge it into its base model."""
     from fedpeft.run.export import export as run
 
-    console.emit(run(run_dir, to, merge), as_json, console.pairs)
+    console.emit(run(run_dir, to, merge, best, round_number), as_json, console.pairs)
 
 
 @app.command()

@@ -60,8 +60,7 @@ class AdapterConfig:
     )
     start: str | None = option(
         None,
-        "folder of an adapter to go on from, a run's or stock peft's LoRA, of the same base, layers, rank, scale and "
-        "head; null draws a fresh one",
+        "folder of an adapter to go on from, a run's or peft's LoRA, of this form; null draws a fresh one",
         path=True,
     )
     options: dict[str, Any] = option({}, "options of the adapter named above")
@@ -127,8 +126,7 @@ class DataConfig:
         path=True,
     )
     augment: list[str] = option(
-        [],
-        "what is done to pictures that are trained on, anew every round: crop, flip, colour",
+        [], "what is done to pictures that are trained on, anew every round: crop, flip, colour"
     )
     limit: int | None = option(None, "use at most this many training records", low=1)
     clients: int | None = option(
@@ -310,6 +308,11 @@ class RunConfig:
         "central, one on all clients' records",
     )
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
+    keep_checkpoints: int | None = option(2, "newest checkpoints that are kept, to be exported; null is all", low=2)
+    best: str | None = option(
+        None, "measure by which the best round is kept apart, on clients' held-out records (data.holdout); null is none"
+    )
+    patience: int | None = option(None, "evaluated rounds no better by run.best after which a run ends", low=1)
     deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)
     quorum: float = option(0.5, "share of the asked clients whose good replies a round needs", above=0, high=1)
     max_update_norm: float | None = option(None, "quarantine updates farther from what was sent (L2)", above=0)

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from fedpeft.state import ServerState
 
 log = logging.getLogger("fedpeft")
+RESUMED = 2  # newest rounds that a run may go on from: a damaged checkpoint has the one before
 
 
-def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
-    """Save the state of a complete round below `folder`; keep those of the newest `keep` rounds."""
+def write(folder: Path, server: ServerState, keep: int | None = 2) -> Path:
+    """Save the state of a complete round below `folder`; keep those of the newest `keep` rounds, None is all."""
     final = folder / _name(server.round, folder)
     temporary = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".round-*"):  # of a process that was killed; one process at a time has the run
@@ -51,8 +52,8 @@ def write(folder: Path, server: ServerState, keep: int = 2) -> Path:
     # A rename is on the disk only when the folder that holds the name is.
     sync_folder(folder)
     # Old ones go last: at no moment is there no checkpoint.
-    rounds = sorted({_place(path)[0] for path in _folders(folder)})[-keep:]
-    for old in (path for path in _folders(folder) if _place(path)[0] < rounds[0]):
+    kept = rounds(folder) if keep is None else rounds(folder)[-keep:]
+    for old in (path for path in _folders(folder) if _place(path)[0] < kept[0]):
         shutil.rmtree(old)
     return final
 
@@ -93,7 +94,9 @@ def latest(folder: Path) -> ServerState | None:
     Raises:
         InputError: there are checkpoints, and every one is damaged.
     """
-    found = list(reversed(_folders(folder)))
+    # Clients' state reaches as far back; what is kept besides is there to be exported.
+    recent = rounds(folder)[-RESUMED:]
+    found = [path for path in reversed(_folders(folder)) if _place(path)[0] in recent]
     for number, path in enumerate(found):
         try:
             return read(path)
@@ -103,6 +106,16 @@ def latest(folder: Path) -> ServerState | None:
                 raise InputError(f"{error} {hint}") from error
             log.warning("%s Using the one before.", error)
     return None
+
+
+def rounds(folder: Path) -> list[int]:
+    """Rounds of which there are checkpoints, in their order."""
+    return sorted({_place(path)[0] for path in _folders(folder)})
+
+
+def of_round(folder: Path, number: int) -> list[Path]:
+    """The checkpoints of one round, the oldest state first."""
+    return [path for path in _folders(folder) if _place(path)[0] == number]
 
 
 def _folders(folder: Path) -> list[Path]:

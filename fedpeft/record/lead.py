@@ -24,7 +24,7 @@ def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
         return lines + _sequence(summary)
     if summary["final"] is None:
         return [*lines, "Nothing has been evaluated yet."]
-    return [*lines, *_metric(summary), *_score(summary, config), *_compared(summary)]
+    return [*lines, *_metric(summary), *_score(summary, config), *_compared(summary), *_selected(summary)]
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -110,6 +110,20 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
             f"The frozen model with the same head has {percent(frozen)}{beside}: {points(final['accuracy'] - frozen)}."
         )
     return [*lines, *_compared(summary), *([alone] if alone else [])]
+
+
+def _selected(summary: dict[str, Any]) -> list[str]:
+    """The round that `run.best` has kept, and whether `run.patience` has ended the run."""
+    chosen = summary.get("selected")
+    if not chosen or chosen["round"] is None:
+        return []
+    best = f"best {chosen['metric']} on the clients' held-out records, {number(chosen['value'])}"
+    if not chosen["stopped"]:
+        return [f"Round {chosen['round']} has the {best}, and is kept in best/."]
+    return [
+        f"The run stopped after round {summary['rounds']} of {chosen['rounds']}: {chosen['patience']} evaluations were "
+        f"no better than round {chosen['round']}, which has the {best}, and is kept in best/."
+    ]
 
 
 def _metric(summary: dict[str, Any]) -> list[str]:

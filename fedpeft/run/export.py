@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,26 @@ from safetensors import SafetensorError
 from fedpeft import config as configs
 from fedpeft import folders, registry
 from fedpeft.adapters import folder
+from fedpeft.adapters.flat import flat
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
 from fedpeft.models import loading
 from fedpeft.models.base import Base
+from fedpeft.record import checkpoint
 from fedpeft.run import identity
+from fedpeft.run.best import Best
 from fedpeft.state import AdapterState
+from fedpeft.strategies.build import build
 
 log = logging.getLogger("fedpeft")
 
 
-def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
+def export(run: Path, to: Path, merge: bool, best: bool = False, round_number: int | None = None) -> dict[str, Any]:
     """Copy `run/adapter` to `to`, or save the base model with the adapter merged in (and its tokenizer or processor).
+
+    Args:
+        best: the state that `run.best` has kept, in place of the last one.
+        round_number: likewise that of a checkpoint which is still there.
 
     Raises:
         InputError: `run` has no finished adapter, its base has become another model, or `to` is not empty.
@@ -36,7 +47,7 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
     if not (source / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config = configs.load(run / "resolved.yaml")
-    with folders.filled(to, "--to") as draft:
+    with folders.filled(to, "--to") as draft, _chosen(run, config, best, round_number) as source:
         if not merge:
             if config.model.name not in registry.EMBEDDED:
                 _compare(run, config)
@@ -53,6 +64,39 @@ def export(run: Path, to: Path, merge: bool) -> dict[str, Any]:
         if (source / folder.HEAD).exists():
             shutil.copy2(source / folder.HEAD, draft / folder.HEAD)
         return {"model": str(to)}
+
+
+@contextmanager
+def _chosen(run: Path, config: Config, best: bool, round_number: int | None) -> Iterator[Path]:
+    """The adapter folder that is meant, made of a checkpoint where it is not the last one's."""
+    if not best and round_number is None:
+        yield run / "adapter"
+        return
+    state = checkpoint.read(_find_state(run, config, best, round_number))
+    strategy = build(config, len(label_names(run / "split.json")))
+    with tempfile.TemporaryDirectory() as made:
+        adapter = flat(strategy.before_round(state).adapter)
+        folder.save(adapter, Path(made), **folder.about(run / "adapter"))
+        yield Path(made)
+
+
+def _find_state(run: Path, config: Config, best: bool, round_number: int | None) -> Path:
+    if best and round_number is not None:
+        raise InputError(f"--best and --round {round_number}: give one of them.")
+    parent, number = run / "checkpoints", round_number
+    if best:
+        found = Best.open(config, run)
+        if found is None:
+            raise InputError(f"{run}: --best: the run had no run.best to choose by, so none was kept.")
+        parent, number = found.folder, found.find_round(config.run.rounds)
+    states = checkpoint.of_round(parent, number or 0)
+    if not states:
+        there = ", ".join(map(str, checkpoint.rounds(parent))) or "none"
+        raise InputError(
+            f"{run}: {'--best' if best else f'--round {number}'}: no state of that round is kept in {parent}; there "
+            f"are: {there}. run.keep_checkpoints says how many checkpoints stay."
+        )
+    return states[-1]
 
 
 def _compare(run: Path, config: Config) -> None:

@@ -27,6 +27,7 @@ from fedpeft.record import checkpoint
 from fedpeft.record.metrics import Recorder
 from fedpeft.record.trackers.base import tracking
 from fedpeft.run import comparators, results, sequence
+from fedpeft.run.best import Best
 from fedpeft.run.world import World
 from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies import wire
@@ -98,12 +99,13 @@ def run(
             recorder.resume(server.round, sequence.find_unfinished(server))
             on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
         progress.step("rounds", server.round, world.config.run.rounds)
+        best = Best.open(world.config, folder)
         # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
-        if not is_complete(world, server):
+        if not is_complete(world, server, best):
             with open_federation() as federation:
-                server = Session(world, folder, federation, record).play(server)
+                server = Session(world, folder, federation, record, best).play(server)
         record({"event": "end", "round": server.round})
-        summary = results.finish(world, server, folder)
+        summary = results.finish(world, server, folder, best)
         trackers.take(folder)
     return summary
 
@@ -141,8 +143,10 @@ def count_trainable(world: World) -> int:
     return adapter.select(roles).parameters
 
 
-def is_complete(world: World, server: ServerState) -> bool:
+def is_complete(world: World, server: ServerState, best: Best | None) -> bool:
     """Whether nothing is left to do at the clients: no round, and in a sequence no sums after the last one."""
+    if best is not None and best.is_exhausted(server.round):
+        return True
     if world.config.continual.body is not None and not sequence.is_complete(world, server):
         return False
     return server.round >= world.config.run.rounds
@@ -172,6 +176,7 @@ class Session:
     folder: Path
     federation: Federation
     record: Listener
+    best: Best | None = None
 
     def play(self, server: ServerState) -> ServerState:
         """The state after all that is left."""
@@ -180,11 +185,14 @@ class Session:
         return sequence.run(self.world, server, self.play_rounds, self.ask_for_sums, self.record, self.save)
 
     def play_rounds(self, server: ServerState, until: int) -> ServerState:
-        """The state after round `until`, by one call of the strategy where clients are steady, else one a round."""
+        """The state after round `until`, or where `run.patience` ends: by one call of the strategy where clients are
+        steady and every round will be played, else one a round.
+        """
         world, federation = self.world, self.federation
         tested = len(world.test) and not world.strategy.keeps  # else there is no single model, or nothing to test it on
         evaluate = partial(results.score, world) if tested else None
-        while server.round < until:
+        at_once = federation.steady and world.config.run.patience is None
+        while server.round < until and not self.is_exhausted(server):
             number = server.round + 1
             rules = replace(rules_of(world.config), rounds=until, clients=self.count_awaited(number))
             # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
@@ -195,7 +203,7 @@ class Session:
                     federation.grid,
                     server,
                     rules,
-                    stop=until if federation.steady else number,
+                    stop=until if at_once else number,
                     codec=federation.codec,
                     evaluate=evaluate,
                     record=self.record_round,
@@ -249,10 +257,19 @@ class Session:
     def record_round(self, event: Event) -> None:
         """Record an event; a round's also with what the federation knows of that round."""
         about = self.federation.describe_round(event["round"]) if event["event"] == "round" else {}
+        if self.best is not None:
+            self.best.hear(event)
         self.record({**event, **about})
+
+    def is_exhausted(self, server: ServerState) -> bool:
+        """Whether `run.patience` has ended the run."""
+        return self.best is not None and self.best.is_exhausted(server.round)
 
     def save(self, server: ServerState) -> None:
         """Write a checkpoint where one is due: a run goes on from there, and repeats what came after."""
-        section = self.world.config.run
-        if server.round % section.checkpoint_every == 0 or server.round == section.rounds:
-            checkpoint.write(self.folder / "checkpoints", server)
+        section, checkpoints = self.world.config.run, self.folder / "checkpoints"
+        if self.best is not None:
+            self.best.keep(server, checkpoints)
+        last = server.round == section.rounds or self.is_exhausted(server)
+        if server.round % section.checkpoint_every == 0 or last:
+            checkpoint.write(checkpoints, server, section.keep_checkpoints)

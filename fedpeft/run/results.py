@@ -20,6 +20,7 @@ from fedpeft.objectives.measures import Tally
 from fedpeft.record import report
 from fedpeft.record.metrics import read, summarise
 from fedpeft.run import generations, guarantee, sequence
+from fedpeft.run.best import Best
 from fedpeft.run.world import World
 from fedpeft.state import DROPPED, ServerState
 from fedpeft.strategies.secagg import terms
@@ -55,7 +56,7 @@ def _texts(world: World) -> dict[str, str] | None:
     return {**describe_texts(records, base.processor), "loss_weighting": world.config.client.loss_weighting}
 
 
-def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
+def finish(world: World, server: ServerState, run: Path, best: Best | None = None) -> dict[str, Any]:
     """Write the adapter folders, summary, plots and report.
 
     Raises:
@@ -84,6 +85,7 @@ def finish(world: World, server: ServerState, run: Path) -> dict[str, Any]:
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [name for name, _ in config.strategy.wrappers],
         "texts": _texts(world),
+        "selected": None if best is None else best.describe(server.round),
         "answers": generations.compare(world, server),
     }
     summary = summarise(events, configs.to_tree(config), extra)
