@@ -16,7 +16,8 @@ def check(config: Config) -> None:
     if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in _trained(config)):
         raise InputError(
             f"client.optimizer={client.optimizer} steps A and B of a layer by each other, but strategy "
-            f"{config.strategy.name} does not train both in every round. Take fedit, or another optimizer."
+            f"{config.strategy.name} over adapter.name={config.adapter.name} does not train both in every round. Take "
+            "fedit over lora, or another optimizer."
         )
     if client.keep_optimizer:
         _require_lasting_state(config)

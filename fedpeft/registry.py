@@ -54,6 +54,7 @@ TABLES: dict[str, dict[str, str]] = {
     "adapters": {
         "lora": "fedpeft.adapters.lora:Lora",
         "lora_sb": "fedpeft.adapters.lora_sb:LoraSB",
+        "peft": "fedpeft.adapters.peft:Peft",
     },
     "optimizers": {
         "adamw": "fedpeft.clients.optimizers.adamw:AdamW",
@@ -147,6 +148,7 @@ TABLES: dict[str, dict[str, str]] = {
         "lora_squeeze": "fedpeft.merging.methods.lora_squeeze:LoRASqueeze",
     },
     "checks": {
+        "peft": "fedpeft.adapters.peft_types:check",
         "strategy": "fedpeft.strategies.build:check",
         "secagg": "fedpeft.strategies.secagg.terms:check",
         "client_dp": "fedpeft.strategies.wrappers.client_dp:check",

@@ -7,6 +7,8 @@ A tensor is named `site/role`: the module's path in the base model, and what the
     A            [r, in]     as peft's lora_A.weight
     B            [out, r]    as peft's lora_B.weight
     R            [r, r]      core of LoRA-SB: the product is scaling * B R A
+    peft         any         what another tuner of peft trains; the site is its name in peft's files
+    frozen       any         what else is in that tuner's file: every client draws it from the run's seed
     residual_B, residual_A   factored change of the frozen weight: W <- W + residual_B residual_A (scaling included)
 
 Tensors of a trained head keep their parameter names as roles; asking for the role "head" means all of them. What a
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from fedpeft.errors import InputError, RunError
 
+FROZEN = "frozen"  # role of what no client trains and each draws itself
 DROPS = 3  # rounds dropped one after another, after which a run stops
 DROPPED = "dropped"  # how many have been, in the state's numbers
 
@@ -38,7 +41,10 @@ class StateMismatch(InputError):
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """An adapted module: `kind` is lora or head, `shape` its frozen weight's [out, in], `scaling` alpha / r."""
+    """An adapted module: `kind` is lora or head, `shape` its frozen weight's [out, in], `scaling` alpha / r.
+
+    Of kind peft it is a tensor of one of peft's tuners (or a layer whose base has a residual), and `shape` the tensor's.
+    """
 
     kind: str
     shape: tuple[int, ...] = ()
@@ -239,6 +245,7 @@ class RunContext:
         population: clients of the federation, of which a round may ask some; None where nobody has counted them.
         client_ranks: by client, where they differ from the server's.
         ledger: file that client-level privacy writes every release to before it is used.
+        adapter: name of the adapter, and `averages`, its roles that any plain average takes.
     """
 
     weighting: str = "examples"
@@ -246,6 +253,8 @@ class RunContext:
     client_ranks: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     ledger: Path | None = None
+    adapter: str = "lora"
+    averages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

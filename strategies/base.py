@@ -31,6 +31,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.state import (
     DROPPED,
     DROPS,
+    FROZEN,
     AdapterState,
     Needs,
     RoundDropped,
@@ -44,6 +45,7 @@ from fedpeft.strategies import flower_api, round_facts, wire
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.strategies.evaluation import evaluate_clients
 from fedpeft.strategies.instructions import Instructions
+from fedpeft.strategies.parts.frozen_factors import drawn
 
 log = logging.getLogger("fedpeft")
 
@@ -56,6 +58,7 @@ class FederatedStrategy(Configured, Strategy):
         trains: roles that clients train.
         keeps: roles that stay with each client (personalised parts).
         adapter: registered adapter that the strategy works on.
+        takes_any_adapter: whether it is right for tensors of any meaning, and so takes every adapter that `averages`.
         unequal_ranks: whether clients may have ranks below the server's.
         changes_base: whether it moves the frozen base (the exported adapter then has a higher rank).
         fixed_basis: whether coordinates of the factors mean the same from round to round; what carries per-coordinate
@@ -80,12 +83,15 @@ class FederatedStrategy(Configured, Strategy):
     wraps: ClassVar[bool] = False
     robust: ClassVar[bool] = False
     takes_fixed_factor: ClassVar[bool] = False
+    takes_any_adapter: ClassVar[bool] = False
     client_half: ClassVar[type[ClientHalf]] = ClientHalf
     context = RunContext()  # likewise, of a subclass that does not call `__init__`
 
     def __init__(self, *, context: RunContext = RunContext(), **options: Any) -> None:
         super().__init__(**options)
         self.context = context
+        if self.takes_any_adapter and context.averages:
+            self.adapter, self.trains = context.adapter, (*context.averages, "head")
 
     # What a strategy defines ---------------------------------------------------------------------------------------
 
@@ -105,7 +111,7 @@ class FederatedStrategy(Configured, Strategy):
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
         """What this client receives. Trained roles that it does not keep must be among them."""
-        return server.adapter.without(self.keeps).beside(self.extra(server))
+        return server.adapter.without((*self.keeps, FROZEN)).beside(self.extra(server))
 
     def extra(self, server: ServerState) -> dict[str, Tensor]:
         """What the method itself sends beside the adapter; clients send back tensors of the same names and shapes."""
@@ -121,7 +127,8 @@ class FederatedStrategy(Configured, Strategy):
 
     def instructions(self, server: ServerState) -> Instructions:
         """What clients are told beside tensors of the round about to start."""
-        return Instructions(server.round + 1, self.trained(server), self.uploads(server), self.keeps)
+        static = drawn(server.adapter, (FROZEN,)) if server.adapter.select((FROZEN,)).tensors else None
+        return Instructions(server.round + 1, self.trained(server), self.uploads(server), self.keeps, static)
 
     def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
         """What the round's event says of single updates."""

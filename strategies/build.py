@@ -30,7 +30,10 @@ def build(
     section = config.strategy
     names = clients or [client_name(index) for index in range(config.data.clients or 0)]
     ranks = dict(zip(names, itertools.cycle(config.adapter.client_ranks or ()), strict=False))
-    context = RunContext(section.weighting, config.data.clients, ranks, config.run.seed, ledger)
+    averages = getattr(registry.load("adapters", config.adapter.name, "adapter.name"), "averages", ())
+    context = RunContext(
+        section.weighting, config.data.clients, ranks, config.run.seed, ledger, config.adapter.name, averages
+    )
     strategy = named(section.name, section.options, "strategy", context=context)
     for entry in section.wrap:
         if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):

@@ -93,14 +93,14 @@ def layers(model: Adapted) -> list[Layer]:
     Raises:
         InputError: one is owned by a module that is neither a plain LoRA layer nor a linear layer of the head.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     keys = {id(parameter): key for key, parameter in model.parameters.items()}
     found: list[Layer] = []
     inside: set[int] = set()
     for root in model.base.modules:
         for name, module in root.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, BaseTunerLayer):
                 parts = [module.lora_A["default"], *module.lora_B["default"].modules()] if _plain(module) else []
                 chain = [part for part in parts if not isinstance(part, nn.Sequential)]
                 factors = [keys.get(id(getattr(part, "weight", None)), "") for part in chain]
@@ -126,9 +126,12 @@ def layers(model: Adapted) -> list[Layer]:
 
 
 def _plain(module: Any) -> bool:
-    """Whether a LoRA layer computes W x + s B A x: active, not merged, neither DoRA nor another variant."""
+    """Whether a layer of peft computes W x + s B A x: LoRA, active, not merged, neither DoRA nor another variant."""
+    from peft.tuners.lora import LoraLayer
+
     return (
-        module.active_adapters == ["default"]
+        isinstance(module, LoraLayer)
+        and module.active_adapters == ["default"]
         and "default" in module.lora_A
         and not (module.disable_adapters or module.merged or module.lora_variant)
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,26 @@ TOKENS = 2**15  # of a pass for features
 
 @dataclass(frozen=True)
 class Injected:
-    """What an adapter put into the backbone: parameters by `site/role`, and sites by the name of their layer."""
+    """What an adapter put into the backbone: parameters by `site/role`, and sites by the name of their layer.
+
+    Attributes:
+        fixed: what a state has beside the parameters, by `site/role`: it never trains.
+        folder: adapter_config.json of its folder, but for base, task and head; None is plain LoRA's.
+    """
 
     parameters: dict[str, nn.Parameter]
     sites: dict[str, AdaptedLayer]
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    folder: dict[str, Any] | None = None
 
 
 class Adapter(Protocol):
-    """A registered adapter method."""
+    """A registered adapter method.
+
+    Attributes:
+        averages: roles of what trains, where a plain average takes them whatever they mean; a class without it is for
+            the rules that name it.
+    """
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         """Put the adapter into the base's target modules; its untrained product is zero."""
@@ -55,6 +67,7 @@ class Adapted:
         self.base = base
         self.parameters = dict(injected.parameters)
         self.sites = dict(injected.sites)
+        self.fixed, self.folder = injected.fixed, injected.folder
         self.originals: dict[str, Tensor] = {}
         self.compete: list[int] | None = None
         self.tail: list[nn.Module] | None = None
@@ -68,7 +81,7 @@ class Adapted:
         for parameter in self.parameters.values():
             # Small steps would vanish in half precision.
             parameter.data = parameter.data.float()
-        self.form = AdapterState({**self.parameters}, self.sites)
+        self.form = AdapterState({**self.fixed, **self.parameters}, self.sites)
 
     def state(self) -> AdapterState:
         """A copy of the current adapter (and head) on the CPU, where strategies work."""
@@ -78,7 +91,7 @@ class Adapted:
         """A copy of the current values of the tensors of `like`, cut to their shapes."""
         return AdapterState(
             {
-                key: self.parameters[key].detach()[tuple(map(slice, value.shape))].cpu().clone()
+                key: self.form[key].detach()[tuple(map(slice, value.shape))].cpu().clone()
                 for key, value in like.tensors.items()
             },
             like.sites,
@@ -92,7 +105,7 @@ class Adapted:
             KeyError: the state has a tensor that this model has no place for.
         """
         for key, value in state.tensors.items():
-            if state.role(key) in ("residual_A", "residual_B"):
+            if key in self.fixed or state.role(key) in ("residual_A", "residual_B"):
                 continue
             parameter = self.parameters[key]
             if value.shape != parameter.shape:

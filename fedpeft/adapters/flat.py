@@ -10,7 +10,7 @@ from fedpeft.state import AdapterState, StateMismatch
 
 
 def flat(adapter: AdapterState) -> AdapterState:
-    """The same change of every weight, s B A, in the roles A and B only.
+    """The same change of every weight, s B A, in the roles A and B only; tensors of another tuner of peft stay.
 
     A core is folded, s B R A = s (B R) A, and a residual appended,
 
@@ -27,16 +27,23 @@ def flat(adapter: AdapterState) -> AdapterState:
     """
     tensors, sites = dict(adapter.tensors), dict(adapter.sites)
     for site in adapter.lora_sites():
-        A, B = tensors[f"{site}/A"], tensors[f"{site}/B"]
+        keys = [f"{site}/A", f"{site}/B"]
+        if sites[site].kind == "peft":
+            keys = [f"model.{site}.lora_{factor}.weight/peft" for factor in "AB"]
+            if f"{site}/residual_B" not in tensors:
+                continue
+            del sites[site]
+        else:
+            sites[site] = replace(sites[site], kind="lora")
+        A, B = (tensors[key] for key in keys)
         core = tensors.pop(f"{site}/R", None)
         left, right = tensors.pop(f"{site}/residual_B", None), tensors.pop(f"{site}/residual_A", None)
         if core is not None:
-            tensors[f"{site}/B"] = (B.double() @ core.double()).to(B.dtype)
+            tensors[keys[1]] = (B.double() @ core.double()).to(B.dtype)
         if left is not None and right is not None:
-            left = left.double() / sites[site].scaling
-            tensors[f"{site}/B"] = torch.cat([tensors[f"{site}/B"], left.to(B.dtype)], dim=1)
-            tensors[f"{site}/A"] = torch.cat([A, right.to(A.dtype)], dim=0)
-        sites[site] = replace(sites[site], kind="lora")
+            left = left.double() / adapter.sites[site].scaling
+            tensors[keys[1]] = torch.cat([tensors[keys[1]], left.to(B.dtype)], dim=1)
+            tensors[keys[0]] = torch.cat([A, right.to(A.dtype)], dim=0)
     return AdapterState(tensors, sites)
 
 

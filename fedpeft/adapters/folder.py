@@ -42,36 +42,57 @@ def save(
     pooled_head: bool = False,
     revision: str | None = None,
     modules: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
-    """Write a plain LoRA state (see `flat`) as a peft folder. Sites may have different ranks and scales.
+    """Write a flat state (see `flat`) as a peft folder. Of plain LoRA, sites may have different ranks and scales.
 
     Args:
         base: what `from_pretrained` takes to get the base model.
         pooled_head: the head is fedpeft's mean-pooled one, no module of the base: it goes to head.safetensors only.
         revision: of the base, where it has one.
         modules: full names of the modules that a head is in; None is the part of each name before the first dot.
+        settings: the config of another tuner than plain LoRA (`Injected.folder`).
+
+    Raises:
+        InputError: there is nothing to save.
     """
     tensors: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
-    ranks, alphas = {}, {}
     for key, value in adapter.tensors.items():
         site, _, role = key.rpartition("/")
-        if adapter.sites[site].kind == "head":
+        kind = adapter.sites[site].kind if site in adapter.sites else "peft"
+        if kind == "head":
             head[f"{site}.{role}"] = value
         else:
-            tensors[f"{PREFIX}{site}.lora_{role}.weight"] = value
-    for site in adapter.lora_sites():
-        ranks[site] = adapter.rank(site)
-        alphas[site] = adapter.sites[site].scaling * ranks[site]
-    if not ranks:
-        raise InputError(f"{folder}: there is no LoRA factor to save.")
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    config = {
-        "peft_type": "LORA",
+            tensors[f"base_model.{site}" if kind == "peft" else f"{PREFIX}{site}.lora_{role}.weight"] = value
+    config = dict(_plain_lora(adapter, folder) if settings is None else settings)
+    saved = config.get("modules_to_save") or []
+    if head and not pooled_head:
+        saved = [*saved, *(modules or sorted({key.split(".")[0] for key in head}))]
+        tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
+    config |= {
         "task_type": POOLED if pooled_head else load_objective(task).peft_task if task else None,
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
+        "modules_to_save": saved or None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors)
+    if head:
+        write_tensors(folder / HEAD, head)
+    # Last: a folder without it is not taken for an adapter.
+    write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _plain_lora(adapter: AdapterState, folder: Path) -> dict[str, Any]:
+    ranks = {site: adapter.rank(site) for site in adapter.lora_sites()}
+    alphas = {site: adapter.sites[site].scaling * rank for site, rank in ranks.items()}
+    if not ranks:
+        raise InputError(f"{folder}: there is no LoRA factor to save.")
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    return {
+        "peft_type": "LORA",
         "bias": "none",
         "r": rank,
         "lora_alpha": alpha,
@@ -82,16 +103,7 @@ def save(
         "target_modules": sorted(ranks),
         "rank_pattern": {site: value for site, value in ranks.items() if value != rank},
         "alpha_pattern": {site: value for site, value in alphas.items() if value != alpha},
-        "modules_to_save": None if pooled_head or not head else modules or sorted({key.split(".")[0] for key in head}),
     }
-    if not pooled_head:
-        tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors)
-    if head:
-        write_tensors(folder / HEAD, head)
-    # Last: a folder without it is not taken for an adapter.
-    write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -96,6 +96,17 @@ def _recompute_activations(model: Any) -> None:
         model.config.use_cache = False  # keys and values for generation, which a block cannot write twice
 
 
+def _added(backbone: nn.Module) -> set[int]:
+    """Ids of the tensors that peft has put around the base's own layers."""
+    found, kept = set[int](), set[int]()
+    for module in backbone.modules():
+        inner = getattr(module, "base_layer", getattr(module, "original_module", None))
+        if isinstance(inner, nn.Module):
+            found |= {id(value) for value in module.state_dict(keep_vars=True).values()}
+            kept |= {id(value) for value in inner.state_dict(keep_vars=True).values()}
+    return found - kept
+
+
 def fingerprint(base: Base, heads: bool) -> str:
     """sha256 of the base as it was loaded, over names, shapes and all values, at about 1 s per GB.
 
@@ -108,10 +119,11 @@ def fingerprint(base: Base, heads: bool) -> str:
     inside = {id(value) for module in base.heads.values() for value in module.state_dict(keep_vars=True).values()}
     digest = hashlib.sha256()
     # Under the names of the plain base: the same hash whether or not an adapter is in it.
+    added = _added(base.backbone)
     tensors = {
-        name.replace(".base_layer.", "."): value
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
         for name, value in base.backbone.state_dict(keep_vars=True).items()
-        if ".lora_" not in name
+        if id(value) not in added
     }
     for name, value in sorted(tensors.items()):
         if value.requires_grad or (not heads and id(value) in inside):

@@ -68,6 +68,7 @@ def finish(world: World, server: ServerState, run: Path, best: Best | None = Non
     config, base = world.config, world.local.model.base
     pooled = "classifier" in base.heads and not hasattr(base.backbone, "classifier")
     options: dict[str, Any] = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
+    options["settings"] = world.local.model.folder
     # In the form that a next round would send, as clients and users of the folder see the same factors.
     folder.save(flat(world.strategy.before_round(server).adapter), run / "adapter", **options)
     if world.strategy.keeps:

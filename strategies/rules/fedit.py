@@ -20,4 +20,5 @@ class FedIT(FederatedStrategy):
     paper = "Zhang et al. 2023, arXiv 2305.05644"
     needs = Needs.SUM
     takes_fixed_factor = True
+    takes_any_adapter = True
     trains = ("A", "B", "head")

@@ -54,6 +54,7 @@ class FlowerRule(FederatedStrategy):
 
     paper = "Beutel et al. 2020, arXiv 2007.14390"
     needs = Needs.INDIVIDUAL
+    takes_any_adapter = True
 
     @dataclass
     class Config:

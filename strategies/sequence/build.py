@@ -88,6 +88,11 @@ def check(config: Config) -> None:
         )
     if not load_objective(config.model.task).classes:
         raise InputError(f"continual.body: tasks are groups of classes, and model.task={config.model.task} has none.")
+    if config.adapter.name not in ("lora", "lora_sb"):
+        raise InputError(
+            f"adapter.name={config.adapter.name}: continual.body={section.body} works on LoRA's factors. Set "
+            "adapter.name=lora, or continual.body=null."
+        )
     if not config.adapter.train_head:
         raise InputError(
             "adapter.train_head=false: classes of a new task need rows of the head that can move. Set "

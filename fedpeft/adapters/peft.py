@@ -1,0 +1,165 @@
+"""Any tuner of peft's that lives in the layers of a model: IA3, VeRA, DoRA, LoHa, FourierFT, norms and some thirty more.
+
+`adapter.type` is peft's name of it and `adapter.options` are fields of its config, both as peft has them. What peft
+trains travels, under the names of peft's files; what else stands there (random bases, places of entries) every client
+draws itself from the run's seed, and the server's hash says whether it is the same. Both are in the folder of a run,
+which stock peft loads.
+
+    model.bert.encoder.layer.0.attention.self.query.ia3_l/peft       trained
+    vera_A/frozen                                                    drawn
+
+The rule that averages (fedit) averages these tensors whatever they mean. How far the average is from the mean of what
+the clients' adapters do, `peft_measure` measures; docs/peft.md has the table. Rules that need LoRA's factors refuse.
+
+PiSSA and OLoRA begin with factors that are not zero over a base that lacks their product, W - s B_0 A_0. The base stays
+as it is here: what it lacks is a residual of the state, -s B_0 A_0, which goes to the clients and into the base of each,
+and which the folder has as further ranks, [B, -B_0] [A; A_0]: plain LoRA, over the base that everybody has.
+
+Deviations: none of the computation, which is peft's. Starts that look at data are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.adapters.adapted import Injected
+from fedpeft.adapters.peft_types import MOVING, OTHER_LAYERS, PRESETS, config_class
+from fedpeft.config import AdapterConfig, Configured, option
+from fedpeft.errors import InputError
+from fedpeft.models.base import Base
+from fedpeft.models.targets import linear_layers, resolve
+from fedpeft.state import FROZEN, AdaptedLayer
+
+TRAINED = "peft"
+BEFORE = "base_model."  # all names of peft's files
+DEFAULT = "default"  # peft's name of the only adapter
+
+
+class Peft(Configured):
+    """Any tuner of peft that lives in a model's layers, under peft's own name and options."""
+
+    paper = "of each type: docs/peft.md"
+    averages = (TRAINED,)
+
+    @dataclass
+    class Config:
+        type: str = option("LORA", "peft's name of the tuner: LORA, IA3, VERA, LOHA, LN_TUNING, ...")
+        options: dict[str, Any] = option(
+            {}, "fields of peft's config of this type, under peft's names", options_of=("", "type")
+        )
+
+    def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
+        settings = self._settings(base, config)
+        start = str(getattr(settings, "init_lora_weights", ""))
+        layers = linear_layers(base) if start.startswith(MOVING) else {}
+        before = {name: base.weight(name).clone() for name in layers}
+        parameters, frozen = self._put_in(base, settings)
+        told = {key: _plain(value) for key, value in settings.to_dict().items()}
+        sites = {key.rpartition("/")[0]: AdaptedLayer("peft", tuple(value.shape)) for key, value in parameters.items()}
+        if before:
+            moved, places = _undo_start(base, before)
+            frozen, sites = frozen | moved, sites | places
+            told |= {"init_lora_weights": True, "use_rslora": False, "r": 2 * settings.r}
+            told["lora_alpha"] = 2 * settings.r * next(iter(places.values())).scaling
+        return Injected(parameters, sites, frozen, told)
+
+    def _settings(self, base: Base, config: AdapterConfig) -> Any:
+        """peft's config."""
+        name, options = self.config.type, {**PRESETS.get(self.config.type, {}), **self.config.options}
+        cls = config_class(name)
+        wanted = config.target_modules
+        if "target_modules" not in options and name not in OTHER_LAYERS:
+            # Full names: by endings peft would also take layers of the head.
+            options["target_modules"] = resolve(base, wanted)
+        elif "target_modules" not in options and (wanted or name == "LN_TUNING"):
+            options["target_modules"] = wanted or _norms(base)
+        try:
+            return cls(**options)
+        except (ValueError, TypeError) as error:
+            raise self._refused(error) from error
+
+    def _put_in(self, base: Base, settings: Any) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """What trains and what else is in peft's file, by `name/role`.
+
+        Raises:
+            InputError: peft does not take the model or the options, it took a layer of the head, or nothing trains.
+        """
+        from peft import get_peft_model, get_peft_model_state_dict
+
+        heads = {id(value) for head in base.heads.values() for value in head.parameters()}
+        try:
+            tuned: Any = get_peft_model(base.backbone, settings)
+        except (ValueError, TypeError, NotImplementedError, KeyError, RuntimeError) as error:
+            raise self._refused(error) from error
+        kept = get_peft_model_state_dict(
+            tuned, state_dict=tuned.state_dict(keep_vars=True), save_embedding_layers=False
+        )
+        self._require_apart(base)
+        trained = {id(value): name for name, value in tuned.named_parameters() if value.requires_grad}
+        trained = {known: name for known, name in trained.items() if known not in heads}
+        tuned.requires_grad_(False)
+        parameters, frozen, taken = dict[str, nn.Parameter](), dict[str, Tensor](), set[int]()
+        for name, value in kept.items():
+            if id(value) in trained and id(value) not in taken:
+                parameters[f"{name.removeprefix(BEFORE)}/{TRAINED}"] = value
+                taken.add(id(value))
+            elif id(value) not in trained and id(value) not in heads:
+                frozen[f"{name.removeprefix(BEFORE)}/{FROZEN}"] = value.detach()
+        if lost := [name for known, name in trained.items() if known not in taken]:
+            raise InputError(
+                f"adapter.type={self.config.type}: peft's file would lack {lost[0]}, which trains. Leave out the option "
+                "that has it saved otherwise."
+            )
+        if not parameters:
+            raise InputError(f"adapter.type={self.config.type}: nothing would train with these options.")
+        return parameters, frozen
+
+    def _require_apart(self, base: Base) -> None:
+        """Refuse targets in a head, which is trained as it is."""
+        for head, module in base.heads.items():
+            if _wrapped(module) is not None or any(_wrapped(part) is not None for part in module.modules()):
+                raise InputError(
+                    f"adapter.options: peft would take {head}, the head of the model, which adapter.train_head trains "
+                    "as it is. Name other modules, or set adapter.options.exclude_modules."
+                )
+
+    def _refused(self, error: Exception) -> InputError:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return InputError(f"adapter.type={self.config.type}: peft refuses it for this model and these options: {said}")
+
+
+def _undo_start(base: Base, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, AdaptedLayer]]:
+    """Put the weights back that a start has moved, and give what they lack as residuals, with the layers."""
+    from peft.tuners.lora import LoraLayer
+
+    residuals, places = {}, {}
+    for name, module in base.backbone.named_modules():
+        if isinstance(module, LoraLayer):
+            A, B = module.lora_A[DEFAULT].weight.detach(), module.lora_B[DEFAULT].weight.detach()
+            places[name] = AdaptedLayer("peft", (B.shape[0], A.shape[1]), float(module.scaling[DEFAULT]))
+            residuals |= {f"{name}/residual_A": A.float().clone(), f"{name}/residual_B": -places[name].scaling * B.float()}
+            base.weight(name).copy_(before[name])
+    return residuals, places
+
+
+def _norms(base: Base) -> list[str]:
+    heads = {id(part) for head in base.heads.values() for part in head.modules()}
+    named = base.backbone.named_modules()
+    return [name for name, part in named if type(part).__name__.endswith("Norm") and id(part) not in heads]
+
+
+def _wrapped(module: nn.Module) -> Any:
+    """The base's own module inside one of peft's; None where it is not."""
+    return getattr(module, "base_layer", getattr(module, "original_module", None))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else value
