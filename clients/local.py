@@ -313,7 +313,7 @@ class Local:
         if static is not None and self.initial.select(static.roles).sha256() != static.sha256:
             raise RunError(
                 f"roles {', '.join(static.roles)} drawn from run.seed={self.config.run.seed} differ from the "
-                "server's (another torch, transformers or peft?). Set strategy.transport=dense, where the strategy has it."
+                "server's (another torch, transformers or peft?). Set strategy.transport=dense, if it has that."
             )
         # Private: only what the ledger has counted. A round that was never counted must not be part of what is sent.
         kept = self.store.load(client, before, self.guard.counted(client))

@@ -8,10 +8,13 @@ The tables come from the registry, the figure's numbers from the table in REPROD
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 from fedpeft import registry
+from fedpeft.adapters.peft_types import CANNOT, EXACT
+from fedpeft.adapters.peft_types import measured as measured_types
 from fedpeft.cli import catalogue
 from fedpeft.config import ContinualConfig
 from fedpeft.config.other_names import OTHERS
@@ -66,6 +69,26 @@ def federations() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def peft_types() -> str:
+    """What was measured of peft's tuners as Markdown, and why the others cannot be had."""
+    rows = [["type", "options", "start", "bytes up", "average", "gradient of one record", "trains in a cohort"]]
+    rows += [["---"] * 7]
+    ways = {"together": "in one pass", "alone": "in a pass of its own", "none": "refused"}
+    for row in measured_types():
+        options = ", ".join(f"{key}={json.dumps(value)[:20]}" for key, value in row["options"].items())
+        off = "exact" if row["average"] < EXACT else f"{row['average']:.0%} off"
+        start = "exact" if row["start"] < 1e-5 else f"{row['start']:.1g}"
+        cells = [f"`{row['type']}`", options and f"`{options}`", start, f"{4 * row['values']:,}", off]
+        rows.append([*cells, ways[row["per_sample"]], "yes" if row["cohort"] else "no"])
+    return "\n".join(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)
+
+
+def peft_refused() -> str:
+    """Why the others of peft's tuners cannot be had, as Markdown."""
+    rows = [["type", "cannot be had, since"], ["---"] * 2, *([f"`{name}`", why] for name, why in CANNOT.items())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def other_names() -> str:
     """Keys of other tools as Markdown, beside ours."""
     rows = [["theirs", "whose", "ours", "mind"], ["---"] * 4]
@@ -83,7 +106,7 @@ def with_tables(page: str) -> str:
     return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
-MADE = {"federations": federations, "other_names": other_names}
+MADE = {"federations": federations, "other_names": other_names, "peft_types": peft_types, "peft_refused": peft_refused}
 
 
 def measured() -> dict[str, dict[str, tuple[float, float]]]:

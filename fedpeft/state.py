@@ -43,7 +43,7 @@ class StateMismatch(InputError):
 class AdaptedLayer:
     """An adapted module: `kind` is lora or head, `shape` its frozen weight's [out, in], `scaling` alpha / r.
 
-    Of kind peft it is a tensor of one of peft's tuners (or a layer whose base has a residual), and `shape` the tensor's.
+    Of kind peft it is a tensor of a tuner of peft's, and `shape` the tensor's, or a layer whose base has a residual.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Any tuner of peft's that lives in the layers of a model: IA3, VeRA, DoRA, LoHa, FourierFT, norms and some thirty more.
+"""Any tuner of peft's that lives in the layers of a model: IA3, VeRA, DoRA, LoHa, FourierFT, norms and thirty more.
 
 `adapter.type` is peft's name of it and `adapter.options` are fields of its config, both as peft has them. What peft
 trains travels, under the names of peft's files; what else stands there (random bases, places of entries) every client
@@ -9,32 +9,44 @@ which stock peft loads.
     vera_A/frozen                                                    drawn
 
 The rule that averages (fedit) averages these tensors whatever they mean. How far the average is from the mean of what
-the clients' adapters do, `peft_measure` measures; docs/peft.md has the table. Rules that need LoRA's factors refuse.
+the clients' adapters do, `peft_measure` measures; docs/methods.md has the table. Rules that need LoRA's factors refuse.
 
-PiSSA and OLoRA begin with factors that are not zero over a base that lacks their product, W - s B_0 A_0. The base stays
-as it is here: what it lacks is a residual of the state, -s B_0 A_0, which goes to the clients and into the base of each,
-and which the folder has as further ranks, [B, -B_0] [A; A_0]: plain LoRA, over the base that everybody has.
+PiSSA and OLoRA begin with factors that are not zero over a base that lacks their product, W - s B_0 A_0. Here the base
+stays as it is: what it lacks is a residual of the state, -s B_0 A_0, which goes to the clients and into the base of
+each, and which the folder has as further ranks, [B, -B_0] [A; A_0]: plain LoRA, over the base that everybody has.
 
 Deviations: none of the computation, which is peft's. Starts that look at data are refused.
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import Injected
-from fedpeft.adapters.peft_types import MOVING, OTHER_LAYERS, PRESETS, config_class
+from fedpeft.adapters.peft_types import (
+    CANNOT,
+    EXACT,
+    MOVING,
+    OTHER_LAYERS,
+    PRESETS,
+    allowed_types,
+    average_error,
+    config_class,
+    measured,
+)
 from fedpeft.config import AdapterConfig, Configured, option
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
 from fedpeft.models.targets import linear_layers, resolve
 from fedpeft.state import FROZEN, AdaptedLayer
 
+log = logging.getLogger("fedpeft")
 TRAINED = "peft"
 BEFORE = "base_model."  # all names of peft's files
 DEFAULT = "default"  # peft's name of the only adapter
@@ -43,7 +55,7 @@ DEFAULT = "default"  # peft's name of the only adapter
 class Peft(Configured):
     """Any tuner of peft that lives in a model's layers, under peft's own name and options."""
 
-    paper = "of each type: docs/peft.md"
+    paper = "of each type: peft's documentation"
     averages = (TRAINED,)
 
     @dataclass
@@ -53,8 +65,19 @@ class Peft(Configured):
             {}, "fields of peft's config of this type, under peft's names", options_of=("", "type")
         )
 
+    @staticmethod
+    def notes() -> list[str]:
+        """What `fedpeft show peft` says of types."""
+        exact = [row["type"] for row in measured() if row["average"] < EXACT and not row["options"]]
+        return [
+            f"types: {', '.join(allowed_types())}",
+            f"averages are exact of {', '.join(exact)}; docs/methods.md has what was measured of all",
+            *(f"not {name}: {why}" for name, why in CANNOT.items()),
+        ]
+
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         settings = self._settings(base, config)
+        self._tell_error()
         start = str(getattr(settings, "init_lora_weights", ""))
         layers = linear_layers(base) if start.startswith(MOVING) else {}
         before = {name: base.weight(name).clone() for name in layers}
@@ -68,12 +91,24 @@ class Peft(Configured):
             told["lora_alpha"] = 2 * settings.r * next(iter(places.values())).scaling
         return Injected(parameters, sites, frozen, told)
 
+    def _tell_error(self) -> None:
+        """Say once a process how far an average is from what it should do."""
+        error = average_error(self.config.type, self.config.options)
+        if error is None or error > EXACT:
+            log.warning(
+                "adapter.type=%s: an average of these adapters is %s off the average of what they do (for moves of 0.3 "
+                "standard deviations; docs/methods.md has all types). Averages of IA3, FOURIERFT, MISS and others are "
+                "exact.",
+                self.config.type,
+                "not known to be how far" if error is None else f"{error:.0%}",
+            )
+
     def _settings(self, base: Base, config: AdapterConfig) -> Any:
         """peft's config."""
         name, options = self.config.type, {**PRESETS.get(self.config.type, {}), **self.config.options}
         cls = config_class(name)
         wanted = config.target_modules
-        if "target_modules" not in options and name not in OTHER_LAYERS:
+        if "target_modules" not in options and name not in OTHER_LAYERS and hasattr(cls, "target_modules"):
             # Full names: by endings peft would also take layers of the head.
             options["target_modules"] = resolve(base, wanted)
         elif "target_modules" not in options and (wanted or name == "LN_TUNING"):
@@ -93,7 +128,9 @@ class Peft(Configured):
 
         heads = {id(value) for head in base.heads.values() for value in head.parameters()}
         try:
-            tuned: Any = get_peft_model(base.backbone, settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that has another now
+                tuned: Any = get_peft_model(base.backbone, settings)
         except (ValueError, TypeError, NotImplementedError, KeyError, RuntimeError) as error:
             raise self._refused(error) from error
         kept = get_peft_model_state_dict(
@@ -112,8 +149,8 @@ class Peft(Configured):
                 frozen[f"{name.removeprefix(BEFORE)}/{FROZEN}"] = value.detach()
         if lost := [name for known, name in trained.items() if known not in taken]:
             raise InputError(
-                f"adapter.type={self.config.type}: peft's file would lack {lost[0]}, which trains. Leave out the option "
-                "that has it saved otherwise."
+                f"adapter.type={self.config.type}: peft's file would lack {lost[0]}, which trains. Leave out the "
+                "option that has it saved otherwise."
             )
         if not parameters:
             raise InputError(f"adapter.type={self.config.type}: nothing would train with these options.")
@@ -142,7 +179,8 @@ def _undo_start(base: Base, before: dict[str, Tensor]) -> tuple[dict[str, Tensor
         if isinstance(module, LoraLayer):
             A, B = module.lora_A[DEFAULT].weight.detach(), module.lora_B[DEFAULT].weight.detach()
             places[name] = AdaptedLayer("peft", (B.shape[0], A.shape[1]), float(module.scaling[DEFAULT]))
-            residuals |= {f"{name}/residual_A": A.float().clone(), f"{name}/residual_B": -places[name].scaling * B.float()}
+            residuals[f"{name}/residual_A"] = A.float().clone()
+            residuals[f"{name}/residual_B"] = -places[name].scaling * B.float()
             base.weight(name).copy_(before[name])
     return residuals, places
 

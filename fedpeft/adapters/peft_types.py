@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from fedpeft import registry
@@ -12,7 +14,8 @@ from fedpeft.config import Config
 from fedpeft.errors import InputError
 
 _INPUTS = "it learns inputs of the model and none of its layers, and needs a forward of peft's around the model"
-_FORWARD = "it computes in a forward of peft's around the model, which runs of a model with layers put in do not have: "
+_FORWARD = "part of it is computed in a forward of peft's around the model, which is not run here: "
+_AVERAGE = "an average of adapters is about as far from what they do as no adapter is: it averages "
 # Every type of the installed peft is here or can be had; a test tries each of both kinds.
 CANNOT = {
     "PROMPT_TUNING": _INPUTS,
@@ -26,8 +29,12 @@ CANNOT = {
     "XLORA": f"{_FORWARD}the mixture of other adapters",
     "SHADOW": f"{_FORWARD}a second model",
     "ADAPTION_PROMPT": "it replaces the attention of Llama and Mistral, by a module that keeps no adapter apart",
+    "OFT": f"{_AVERAGE}rotations",
+    "VBLORA": f"{_AVERAGE}scores that choose vectors of a bank",
 }
 # What a type needs where nothing is said: peft looks targets up by architecture, and ours are what is there.
+MEASURED = Path(__file__).parents[1] / "assets" / "peft_types.json"
+EXACT, MEANINGLESS = 1e-3, 0.9  # errors of averages: below it is rounding; from here on hardly better than no adapter
 PRESETS: dict[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}
 OTHER_LAYERS = ("LN_TUNING", "TRAINABLE_TOKENS")  # on norms and on embeddings
 FROM_DATA = ("eva", "corda", "lora_ga")
@@ -49,6 +56,27 @@ FIXED = {
 SECTION = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"}
 
 
+def allowed_types() -> list[str]:
+    """peft's types that can be had, in its order."""
+    from peft import PeftType
+
+    return [str(kind.value) for kind in PeftType if kind.value not in CANNOT]
+
+
+def measured() -> list[dict[str, Any]]:
+    """What has been measured of types and some of their options (`simulations.benchmarks.peft_types`)."""
+    rows: list[dict[str, Any]] = json.loads(MEASURED.read_text())
+    return rows
+
+
+def average_error(name: str, options: dict[str, Any]) -> float | None:
+    """How far an average is from what it should do, as measured of the type with the most of these options."""
+    rows = [row for row in measured() if row["type"] == name]
+    # Options that a type needs are there in every row, with whatever values.
+    fitting = [row for row in rows if row is rows[0] or row["options"].items() <= options.items()]
+    return max(fitting, key=lambda row: len(row["options"]) * (row is not rows[0]))["average"] if rows else None
+
+
 def config_class(name: str) -> Any:
     """peft's config of a type.
 
@@ -58,7 +86,7 @@ def config_class(name: str) -> Any:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
 
-    allowed = [str(kind.value) for kind in PeftType if kind.value not in CANNOT]
+    allowed = allowed_types()
     if name in CANNOT:
         raise InputError(f"adapter.type={name}: {CANNOT[name]}. Allowed: {', '.join(allowed)}.")
     if name not in allowed:
@@ -90,7 +118,7 @@ def require_options(name: str, given: dict[str, Any]) -> None:
             raise InputError(registry.unknown(f"adapter.options.{key} (adapter.type={name})", key, allowed))
         if not fits(value, allowed[key]):
             raise InputError(
-                f"adapter.options.{key}: {value!r} is not a valid {_named(allowed[key])}, as adapter.type={name} has it."
+                f"adapter.options.{key}: {value!r} is not a valid {_named(allowed[key])} of adapter.type={name}."
             )
     start = str(given.get("init_lora_weights"))
     if start.startswith((*FROM_DATA, "loftq")):
@@ -130,7 +158,7 @@ def check(config: Config) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, as an annotation names it; whole numbers are numbers too.
 
-    >>> fits(3, float), fits(True, int), fits(["q"], list[str] | None), fits("pissa_niter_4", Literal["pissa_niter_[n]"])
+    >>> fits(3, float), fits(True, int), fits(["q"], list[str] | None), fits("niter_4", Literal["niter_[n]"])
     (True, False, True, True)
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

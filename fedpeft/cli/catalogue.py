@@ -126,6 +126,8 @@ def _details(table: str, name: str) -> dict[str, Any]:
             if cls.stays_central
             else f"in a federation: continual.body={name}",
         ]
+    if table == "adapters":
+        notes = [] if not hasattr(cls, "notes") else cls.notes()
     if table == "heads":
         notes = [f"classes that compete in the training loss: {cls.loss}"]
     if table == "streams":

@@ -45,11 +45,18 @@ def per_sample_gradients(
 
 
 def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter]) -> dict[nn.Linear, str] | None:
-    """The linear layers that own the parameters, with their names; None if another module owns one."""
+    """The linear layers that own the parameters, with their names; None if another module owns one, or one of peft's
+    tuners but LoRA, which need not call the linear layers that they keep their weights in.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     wanted = {id(parameter) for parameter in parameters.values()}
     layers: dict[nn.Linear, str] = {}
     for root in modules:
         for name, module in root.named_modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+                return None
             if any(id(parameter) in wanted for parameter in module.parameters(recurse=False)):
                 # Exact types: a subclass may use its weight otherwise, and x g^T would be wrong.
                 if type(module) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):

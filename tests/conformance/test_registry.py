@@ -53,7 +53,7 @@ def test_an_entry_documents_itself_and_its_options(table, name):
 def test_a_config_with_the_method_is_read_as_it_was_written(path, name):
     """An option that had the name of a key of the section would take its place."""
     section, cls = METHOD_SECTIONS[path].config, registry.load(METHOD_SECTIONS[path].table, name)
-    assert not {item.name for item in dataclasses.fields(section)} & set(options_of(cls))
+    assert not {item.name for item in dataclasses.fields(section) if item.name != "options"} & set(options_of(cls))
     built = configs.build(section, {METHOD_SECTIONS[path].key: name}, path)
     assert configs.build(section, configs.to_tree(built), path) == built
 

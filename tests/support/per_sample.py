@@ -15,6 +15,7 @@ KINDS, ADAPTERS = list(small.KINDS), registry.names("adapters")
 ROLE_SETS = {
     "lora": [("A", "B", "head"), ("B", "head"), ("A",), ("B",), ("A", "head")],
     "lora_sb": [("R", "head"), ("R",)],
+    "peft": [("peft", "head"), ("peft",)],
 }
 EXACT = {"rtol": 0, "atol": 1e-12}
 
