@@ -69,6 +69,7 @@ TABLES: dict[str, dict[str, str]] = {
         "docstrings": "fedpeft.data.docstrings:Docstrings",
         "instructions": "fedpeft.data.exercises:Instructions",
         "chats": "fedpeft.data.exercises:Chats",
+        "letters": "fedpeft.data.letters:Letters",
         "docstring-capitals": "fedpeft.data.docstrings:DocstringCapitals",
     },
     "tta": {

@@ -30,6 +30,10 @@ from fedpeft.objectives.base import Objective, load_objective
 log = logging.getLogger("fedpeft")
 
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+ENCODERS = {  # heads that tiny-bert has
+    "AutoModelForSequenceClassification": "BertForSequenceClassification",
+    "AutoModelForTokenClassification": "BertForTokenClassification",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,10 +45,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             model for another task.
     """
     objective = load_objective(config.task)
-    if (
-        config.name in registry.EMBEDDED
-        and load_objective(registry.EMBEDDED[config.name]).auto_class != objective.auto_class
-    ):
+    if config.name in registry.EMBEDDED and not _has_embedded(config.name, objective):
         raise InputError(f"model.task: {config.name} is for {registry.EMBEDDED[config.name]}, not {config.task}.")
     with torch.random.fork_rng(devices=[]), _quiet():
         # transformers draws a missing head from torch's global generator, and takes no other.
@@ -75,6 +76,12 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         )
     heads = _heads(model) if objective.headed else {}
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
+
+
+def _has_embedded(name: str, objective: Objective) -> bool:
+    """Whether an embedded model has a form for an objective: tiny-bert has several heads, the others one."""
+    own = load_objective(registry.EMBEDDED[name]).auto_class
+    return objective.auto_class in (ENCODERS if own in ENCODERS else (own,))
 
 
 def _recompute_activations(model: Any) -> None:
@@ -270,7 +277,8 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
         elif config.pooling == "mean":
             model = transformers.BertModel(transformers.BertConfig(**common))
         else:
-            model = transformers.BertForSequenceClassification(transformers.BertConfig(**common, num_labels=labels))
+            kind = getattr(transformers, ENCODERS[load_objective(config.task).auto_class])
+            model = kind(transformers.BertConfig(**common, num_labels=labels))
     return model.to(DTYPES[config.dtype]), tokenizer, config.name
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from fedpeft.config import DataConfig
 from fedpeft.data import tagged
 from fedpeft.data.encode import encode
+from fedpeft.data.letters import MONTHS, TAGS, Letters
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
 from fedpeft.models.loading import byte_tokenizer
@@ -55,3 +58,20 @@ def test_columns_are_named_or_found():
     with pytest.raises(InputError, match=r"no column of words .*Name one with data\.text"):
         tagged.read(named, DataConfig())
     assert np.array_equal(tagged.read(named, DataConfig(text="w", label="t")).labels, [0])
+
+
+def test_the_letters_tag_every_word_by_what_it_is():
+    train, test = Letters().load()
+    assert (len(train), len(test), train.label_names) == (360, 120, TAGS)
+    known = {word for text in train.inputs for word, tag in zip(*json.loads(text), strict=True) if tag == "PER"}
+    new = total = 0
+    for records in (train, test):
+        for text, has in zip(records.inputs, records.targets, strict=True):
+            words, tags = json.loads(text)
+            assert len(words) == len(tags) and {TAGS[place] for place in np.flatnonzero(has)} == set(tags)
+            for word, tag in zip(words, tags, strict=True):
+                assert (word in MONTHS or word.isdigit()) == (tag == "DATE")
+                assert word.endswith(("ton", "burg")) == (tag == "LOC")
+                new, total = new + (tag == "PER" and word not in known), total + (tag == "PER" and records is test)
+    assert new > total / 2, "most names of the test set are not to be known by heart"
+    assert [part.columns["ward"][0][:5] for part in (train, test)] == ["ward-"] * 2
