@@ -158,11 +158,12 @@ class Peft(Configured):
 
     def _require_apart(self, base: Base) -> None:
         """Refuse targets in a head, which is trained as it is."""
-        for head, module in base.heads.items():
-            if _wrapped(module) is not None or any(_wrapped(part) is not None for part in module.modules()):
+        heads = {id(part) for head in base.heads.values() for part in head.modules()}
+        for name, module in base.backbone.named_modules():
+            if id(getattr(module, "base_layer", getattr(module, "original_module", None))) in heads:
                 raise InputError(
-                    f"adapter.options: peft would take {head}, the head of the model, which adapter.train_head trains "
-                    "as it is. Name other modules, or set adapter.options.exclude_modules."
+                    f"adapter.options: peft would take {name}, a head of the model, which adapter.train_head trains as "
+                    "it is. Name other modules, or set adapter.options.exclude_modules."
                 )
 
     def _refused(self, error: Exception) -> InputError:
@@ -189,11 +190,6 @@ def _norms(base: Base) -> list[str]:
     heads = {id(part) for head in base.heads.values() for part in head.modules()}
     named = base.backbone.named_modules()
     return [name for name, part in named if type(part).__name__.endswith("Norm") and id(part) not in heads]
-
-
-def _wrapped(module: nn.Module) -> Any:
-    """The base's own module inside one of peft's; None where it is not."""
-    return getattr(module, "base_layer", getattr(module, "original_module", None))
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ CANNOT = {
     "XLORA": f"{_FORWARD}the mixture of other adapters",
     "SHADOW": f"{_FORWARD}a second model",
     "ADAPTION_PROMPT": "it replaces the attention of Llama and Mistral, by a module that keeps no adapter apart",
+    "LILY": "its router takes a mean over a batch, so what it says of a record hangs on the records beside it",
     "OFT": f"{_AVERAGE}rotations",
     "VBLORA": f"{_AVERAGE}scores that choose vectors of a bank",
 }

@@ -50,7 +50,7 @@ def test_a_type_does_all_that_an_adapter_must(name, options, path, tmp_path):
     require_had(path, tmp_path / "adapter", name, options)
 
 
-@pytest.mark.parametrize("name", few(CANNOT, ["PROMPT_TUNING", "ADALORA", "ADAPTION_PROMPT", "OFT", "VBLORA"]))
+@pytest.mark.parametrize("name", few(CANNOT, ["PROMPT_TUNING", "ADALORA", "ADAPTION_PROMPT", "LILY", "OFT", "VBLORA"]))
 def test_a_type_in_the_list_does_not(name, path, tmp_path, monkeypatch):
     monkeypatch.setattr(peft_types, "CANNOT", {})
     with pytest.raises(AssertionError):
