@@ -132,6 +132,7 @@ def require_only_declared_move(model):
 
 
 def require_samples_apart(model):
+    model.base.backbone.eval()  # PVeRA draws noise in training
     inputs = small.inputs("bert")
     whole = model.logits(inputs)
     for index in range(len(whole)):
