@@ -120,6 +120,12 @@ def about(folder: Path) -> dict[str, Any]:
     }
 
 
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The config of an existing folder without what `about` says of it: `save` takes it for another tuner's."""
+    config, heads = _config(folder), about(folder)["modules"] or []
+    return {**config, "modules_to_save": [name for name in config.get("modules_to_save") or [] if name not in heads]}
+
+
 def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
     """What `save` is told about an adapter made of these.
 

@@ -76,7 +76,10 @@ def _chosen(run: Path, config: Config, best: bool, round_number: int | None) -> 
     strategy = build(config, len(label_names(run / "split.json")))
     with tempfile.TemporaryDirectory() as made:
         adapter = flat(strategy.before_round(state).adapter)
-        folder.save(adapter, Path(made), **folder.about(run / "adapter"))
+        about = folder.about(run / "adapter")
+        if any(layer.kind == "peft" for layer in adapter.sites.values()):
+            about["settings"] = folder.settings_of(run / "adapter")
+        folder.save(adapter, Path(made), **about)
         yield Path(made)
 
 

@@ -6,6 +6,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft.adapters import folder
@@ -57,6 +59,22 @@ def test_the_best_round_is_kept_and_exported(tiny, tmp_path):
         export(run, tmp_path / "second", merge=False, round_number=2)
     with pytest.raises(InputError, match="give one of them"):
         export(run, tmp_path / "second", merge=False, best=True, round_number=2)
+
+
+def test_another_tuner_of_peft_is_exported_with_its_own_config(tiny, tmp_path):
+    config = {"adapter": "peft", "adapter.type": "IA3", "run.rounds": 2, "client.lr": 0.05}
+    tiny("run", config)
+    export(tmp_path / "run", tmp_path / "last", merge=False, round_number=2)
+    export(tmp_path / "run", tmp_path / "first", merge=False, round_number=1)
+    there, again, first = (load_file(path / folder.WEIGHTS) for path in paths(tmp_path))
+    assert there.keys() == again.keys() and all(torch.equal(there[key], again[key]) for key in there)
+    assert any(not torch.equal(there[key], first[key]) for key in there)
+    said = [json.loads((path / "adapter_config.json").read_text()) for path in paths(tmp_path)]
+    assert said[0] == said[1] == said[2] and said[0]["peft_type"] == "IA3"
+
+
+def paths(root):
+    return root / "run" / "adapter", root / "last", root / "first"
 
 
 @pytest.mark.parametrize("every", [1, 3])
