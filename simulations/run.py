@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from fedpeft import config as configs
-from fedpeft import folders, registry
+from fedpeft import extras, folders, registry
 from fedpeft.clients.app import Local, client_app
 from fedpeft.config import Config
 from fedpeft.data import from_python
@@ -113,6 +113,8 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> dic
 
 
 def _run(config: Config, run: Path, on_event: loop.Listener) -> dict[str, Any]:
+    if config.run.engine == "ray":
+        extras.require("ray", "run.engine=ray")
     world = load_world(config, run)
     return loop.run(
         world,

@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fedpeft import extras
 from fedpeft.errors import InputError
 from fedpeft.registry import unknown
 
@@ -160,6 +161,7 @@ def _prv(releases: tuple[Release, ...], delta: float) -> float:
         raise _unresolvable(f"it would need {points:.0e} points")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's deprecations, and of orders that only bound the search
+        extras.require("opacus", "The accountant prv")
         from opacus.accountants import PRVAccountant
 
         accountant = PRVAccountant()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedpeft import __version__, files, seeds
+from fedpeft import __version__, extras, files, seeds
 from fedpeft.config import base_dtype
 from fedpeft.errors import InputError, RunError
 from fedpeft.run.world import device as device_of
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 EXACT = 1e-10
 ROUNDS = 10  # of a whole run
 DEFAULT = ("peft", "sequential", "cohort", "cohort-dp", "opacus", "opacus-ghost")
+NEEDED = {"opacus": "opacus", "opacus-ghost": "opacus", "flower": "ray"}  # engine -> the package that it is of
 Row = dict[str, Any]
 Times = dict[str, list[tuple[float, float]]]  # engine -> wall and CPU seconds of each repeat
 
@@ -50,7 +51,7 @@ def usable_engines(where: torch.device) -> tuple[str, ...]:
         "graphs": where.type == "cuda",
         "cohort-bf16": base_dtype(where.type) == "bfloat16",
         "simulate": True,
-        "flower": True,
+        "flower": _installed("ray"),
         "pfl": _installed("pfl"),
     }
     return (*DEFAULT, *(name for name, here in extra.items() if here))
@@ -166,6 +167,9 @@ def _require(models: tuple[str, ...], names: tuple[str, ...], numbers: tuple[int
         raise InputError(f"bench speed: clients, batch, repeats, seq and steps must be at least 1, not {min(numbers)}.")
     if "graphs" in names and where.type != "cuda":
         raise InputError(f"--engines: graphs needs a CUDA device, not {where.type}.")
+    for name, package in NEEDED.items():
+        if name in names:
+            extras.require(package, f"--engines: {name}")
     if "pfl" in names and not _installed("pfl"):
         raise InputError("--engines: pfl needs pfl-research: pip install --no-deps pfl==0.6.0 prv-accountant==0.2.0")
 

@@ -142,7 +142,7 @@ def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch,
     monkeypatch.setattr(speed, "make", lambda *_: lambda work: [])
     monkeypatch.setattr(speed, "check", lambda *_: 0.0)
     monkeypatch.setattr(speed, "_child", lambda *_: 1.0)
-    monkeypatch.setattr(speed, "_installed", lambda package: False)
+    monkeypatch.setattr(speed, "_installed", lambda package: package != "pfl")
     with pytest.raises(InputError, match="pip install --no-deps pfl"):
         speed.run(tmp_path, engines=("simulate", "pfl"))
     options = {"models": ("tiny",), "clients": (1,), "batch": (1,), "repeats": 1, "seq": 4}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ that are its sub-packages
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
-    {"errors", "progress", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
+    {"errors", "extras", "progress", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
     {"state", "packing", "flower"},
     {"record"},
     {"objectives", "data"},
@@ -52,6 +52,7 @@ HEAVY = {
 LIGHT = (
     "fedpeft",
     "fedpeft.errors",
+    "fedpeft.extras",
     "fedpeft.seeds",
     "fedpeft.registry",
     "fedpeft.config",

@@ -7,7 +7,6 @@ leaves the machine unless those do. A tracker that fails is named once and left 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -18,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedpeft import registry
+from fedpeft import extras, registry
 from fedpeft.config import Config, to_tree
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 
 log = logging.getLogger("fedpeft")
 Event = dict[str, Any]
-EXTRA = 'pip install "fedpeft[trackers]"'
 NUMBERS = ("evaluate", "baselines", "round", "clients_evaluated", "task")  # kinds of events that trackers are told
 FOLDERS = ("adapter", "plots")
 FILES = ("resolved.yaml", "summary.json", "report.html")
@@ -211,6 +209,4 @@ def check(config: Config) -> None:
 def require_packages(names: list[str]) -> None:
     """Refuse trackers whose package is not installed. Who only reads a run's config, or its folder, needs none."""
     for name in names:
-        package = registry.load("trackers", name).package
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"run.trackers: {name} needs the package {package}, which is not installed. Run: {EXTRA}")
+        extras.require(registry.load("trackers", name).package, f"run.trackers: {name}")
