@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from fedpeft.data.conversations import TEMPLATES
 from fedpeft.deploy import settings
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError
+from fedpeft.foreign import shown
 from fedpeft.objectives.base import load_objective
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedpeft")
 RECORD = "fedpeft.run"
 LABELS, LABEL_BYTES = 32_768, 256
+NAME = re.compile(r"[\w./ -]{0,200}")  # of layers and of choices; a search for it ends
 # Of `data`: what a run says, not a site.
 SHARED = ("clients", "holdout", "labels", "template", "loss_on", "truncate", "augment")
 
@@ -132,6 +135,11 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     run |= {"device": own.device, "threads": own.threads, "workers": 0, "engine": "sites", "trackers": []}
     privacy["policy"] = str(site.policy)
     adapter["start"] = None  # the coordinator's: a site is sent all of it
+    if odd := next((text for text in _all_texts(adapter) if not NAME.fullmatch(text)), None):
+        raise Refused(
+            f"adapter: {shown(odd)!r} is a pattern, and a search for a coordinator's could take for ever. Name layers, "
+            "or the ends of their names, in a list."
+        )
     # Whatever the server asked for: noise that it can draw again is no noise to it.
     if not bounds.seeded_noise:
         privacy["randomness"] = "os"
@@ -144,6 +152,15 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
         return configs.load({**tree, **own_sections}, foreign=True)
     except InputError as error:
         raise Refused(f"the config is not valid here: {error}") from error
+
+
+def _all_texts(tree: Any) -> Iterator[str]:
+    """All texts in a tree, keys among them."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for part in [*tree, *tree.values()] if isinstance(tree, dict) else tree:
+            yield from _all_texts(part)
 
 
 def in_force(site: Site) -> Policy:

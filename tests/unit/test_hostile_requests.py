@@ -140,7 +140,7 @@ TREE = yaml.safe_dump(configs.to_tree(configs.Config()))
 
 @pytest.fixture
 def site(tmp_path):
-    return settings.Site(tmp_path, settings.SiteSettings(name="clinic"))
+    return settings.Site(tmp_path, settings.SiteSettings(name="clinic", data=settings.SiteData(source="digits")))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,26 @@ def test_a_hostile_config_is_refused_within_a_second(text, site):
         envelope.own_config(text, site, Policy())
     assert time.monotonic() - began < 1.0
     assert len(str(error.value).encode()) <= TEXT_BYTES + 100
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "(([a-z_.])+.)+[A-Z]([a-z])+"},  # peft would search with it, for ever
+        {"exclude_modules": "(a+)+$"},
+        {"target_modules": ["query", "(.*)*x"]},
+        {"rank_pattern": {"(.*)*query": 4}},
+        {"layers_pattern": "(l|l)*", "layers_to_transform": [0]},
+    ],
+)
+def test_a_coordinators_pattern_is_not_searched_for(options, site):
+    site.policy.write_text("unit: none\nunbounded: [max_epsilon, max_rounds, records]\n")
+    tree = {"adapter": {"name": "peft", "type": "LORA", "options": options}}
+    with pytest.raises(Refused, match="is a pattern"):
+        envelope.own_config(yaml.safe_dump(tree), site, Policy())
+    named = {"target_modules": ["layer.0.query"], "exclude_modules": ["layer.1"], "rank_pattern": {"query": 2}}
+    tree["adapter"]["options"] = named
+    assert envelope.own_config(yaml.safe_dump(tree), site, Policy()).adapter.options["options"]["rank_pattern"]
 
 
 @pytest.mark.parametrize(
