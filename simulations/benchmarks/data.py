@@ -1,10 +1,11 @@
 """`fedpeft bench data`: what texts and photos cost a run in memory and time, and what reading them costs.
 
 Every row is a process of its own, or a tree of them: one process, two workers (`run.workers=2`), or two actors of Ray.
-Memory is looked at five times a second, and is that of the whole tree (`data_memory`), from its start to the end of
-training; the report is not in it. Above the model is: less what a process has that has loaded libraries and model and
-no data. For workers and Ray, which load as many models as there are processes, it is: less what the same run has on
-FEW records. Growth is the largest anonymous memory in the last round less that in the first.
+Memory is looked at twice a second, and is that of the whole tree (`data_memory`), from its start to the end of
+training; the report is not in it. It is resident memory of one process, and of several the sum in which shared pages
+count once. Above the model is: less what a process has that has loaded libraries and model and no data. For workers and
+Ray, which load as many models as there are processes, it is: less what the same run has on FEW records. Growth is the
+largest anonymous memory in the last round less that in the first.
 
 A cold start has no cache, a warm one that of the run before; the pages of files may be in the kernel's memory in both.
 Seconds are from the command on, Python's imports in them. On a machine that does other work trust CPU seconds.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ from fedpeft.simulations.benchmarks.data_work import BATCH, CLIENTS, config_of, 
 
 ENGINES: dict[str, dict[str, Any]] = {"one": {}, "workers": {"workers": 2}, "ray": {"workers": 2, "engine": "ray"}}
 ROUNDS, PASSES, FEW = 3, 2, 40
-STEPS = {"texts": 50, "photos": 6}  # of a client in a round: 16,000 texts, 1,920 photos
+STEPS = {"texts": 10, "photos": 3}  # of a client in a round: 3,200 texts, 960 photos
 GOALS = {"texts": (300.0, 60.0), "photos": (600.0, 10.0)}  # MB above the model, seconds to the first step when warm
 Row = dict[str, Any]
 
@@ -69,33 +70,37 @@ def run(
         tell: is given a line for every row.
 
     Raises:
-        InputError: an unknown engine, or too few records.
+        InputError: an unknown engine, too few records, or nothing to measure.
         RunError: a run failed.
     """
     if quick:
-        texts, photos, rival, engines, repeats = CLIENTS * BATCH, CLIENTS * BATCH, 2 * CLIENTS, ("one",), 1
+        texts, photos, rival, engines, repeats = FEW, FEW, FEW, ("one",), 1
     _require(engines, {"texts": texts, "photos": photos, "rival": rival}, repeats)
     sizes = {kind: count for kind, count in (("texts", texts), ("photos", photos)) if count}
     each = 2 + sum(1 if name == "one" else 2 for name in engines)
     progress = Progress(tell, each * len(sizes) + (2 * repeats if rival else 0))
-    rows: list[Row] = []
-    with ExitStack() as stack:
-        work = Path(stack.enter_context(TemporaryDirectory(prefix="fedpeft-bench-"))).resolve()
-        place = Place(work / "data" if data is None else data.resolve(), work)
-        for kind, count in sizes.items():
-            rows += _runs(place, kind, count, engines, progress)
-        races = _races(place, rival, repeats, progress) if rival else []
     asked = f"--texts {texts} --photos {photos} --rival {rival} --engines {','.join(engines)} --repeats {repeats}"
-    results = {
+    results: Row = {
         "reproduce": "fedpeft bench data --out DIR " + ("--quick" if quick else asked),
         "quick": quick,
         "cores": os.cpu_count(),
-        "load": [row["load"] for row in rows],
-        "rows": rows,
-        "rival": races,
-        "goals": goals(rows, races),
+        "rows": [],
+        "rival": [],
     }
-    files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+
+    def keep(part: str, row: Row) -> None:  # at once: some rows take minutes
+        results[part].append(row)
+        results["goals"] = goals(results["rows"], results["rival"])
+        files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+
+    with TemporaryDirectory(prefix="fedpeft-bench-") as made:
+        work = Path(made).resolve()
+        place = Place(work / "data" if data is None else data.resolve(), work)
+        for kind, count in sizes.items():
+            for row in _runs(place, kind, count, engines, progress):
+                keep("rows", row)
+        for row in _races(place, rival, repeats, progress) if rival else []:
+            keep("rival", row)
     return results
 
 
@@ -103,6 +108,8 @@ def _require(engines: tuple[str, ...], counts: dict[str, int], repeats: int) -> 
     wrong = [name for name in engines if name not in ENGINES]
     if wrong or not engines:
         raise InputError(f"--engines: {', '.join(wrong) or 'none'} given; known are {', '.join(ENGINES)}.")
+    if not any(counts.values()):
+        raise InputError("--texts, --photos and --rival are all 0: there is nothing to measure.")
     if "one" not in engines:
         raise InputError("--engines: one is among them, as others go on with its cache.")
     for name, count in counts.items():
@@ -112,13 +119,12 @@ def _require(engines: tuple[str, ...], counts: dict[str, int], repeats: int) -> 
         raise InputError(f"--repeats: {repeats}; at least 1.")
 
 
-def _runs(place: Place, kind: str, count: int, engines: tuple[str, ...], progress: Progress) -> list[Row]:
+def _runs(place: Place, kind: str, count: int, engines: tuple[str, ...], progress: Progress) -> Iterator[Row]:
     """The rows of one kind of records: the model alone, a cold and a warm start, and those of more processes."""
     source, few = prepare(place.data, kind, count), prepare(place.data, kind, FEW)
     steps = min(STEPS[kind], max(1, count // CLIENTS // BATCH))
     model, _ = _process(place, {"work": "model", "config": config_of(place.data, kind, source, 1, 1, place.work / "x")})
     progress(f"{kind}: model alone")
-    rows = []
     for engine in engines:
         for cache in ("cold", "warm") if engine == "one" else ("warm",):
             config = config_of(place.data, kind, source, steps, ROUNDS, place.work / f"cache-{kind}")
@@ -131,26 +137,29 @@ def _runs(place: Place, kind: str, count: int, engines: tuple[str, ...], progres
                 small, seen = _process(place, {"work": "run", "config": config})
                 base = {key: peak(seen, key, until=small["end"][0]) for key in base}
             row = {"kind": kind, "records": count, "engine": engine, "cache": cache, "load": os.getloadavg()[0]}
-            rows.append(row | describe(noted, samples, base, steps * CLIENTS * BATCH))
+            yield row | describe(noted, samples, base, min(count, steps * CLIENTS * BATCH), engine == "one")
             progress(f"{kind}, {engine}, {cache} cache{'' if engine == 'one' else ', few records'}")
-    return rows
 
 
-def describe(noted: Row, samples: list[Sample], base: dict[str, float], records: int) -> Row:
+def describe(noted: Row, samples: list[Sample], base: dict[str, float], records: int, alone: bool) -> Row:
     """A row of what was noted of a run and of its memory.
 
     Args:
         base: MB that are no data's.
         records: that a round trains on.
+        alone: it is one process.
     """
     rounds, end = noted["rounds"], noted["end"][0]
     peaks = {key: peak(samples, key, until=end) for key in base}
+    counted = "resident" if alone else "shared"
     first = peak(samples, "anonymous", until=rounds[0][0])
     last = peak(samples, "anonymous", since=rounds[-2][0], until=end)
     step = noted.get("first_step")
     return {
         **{f"{key}_mb": value for key, value in peaks.items()},
-        **{f"{key}_above_mb": value - base[key] for key, value in peaks.items()},
+        "peak_mb": peaks[counted],
+        "above_mb": peaks[counted] - base[counted],
+        "anonymous_above_mb": peaks["anonymous"] - base["anonymous"],
         "growth_mb": last - first,
         "first_step_s": None if step is None else step[0],
         "first_step_cpu_s": None if step is None else step[1],
@@ -180,7 +189,7 @@ def _races(place: Place, count: int, repeats: int, progress: Progress) -> list[R
                     "cpu_seconds": last[1],
                     "records_per_s": count / (last[0] - before[0]),
                     "records_per_cpu_s": count / (last[1] - before[1]),
-                    "total_mb": peak(samples, "total", until=noted["end"][0]),
+                    "peak_mb": peak(samples, "resident", until=noted["end"][0]),
                     "load": os.getloadavg()[0],
                 }
             )
@@ -214,7 +223,7 @@ def goals(rows: list[Row], races: list[Row]) -> list[Row]:
     for row in rows:
         most, soon = GOALS[row["kind"]]
         name = f"{row['records']} {row['kind']}, {row['engine']}, {row['cache']}"
-        found.append((f"{name}: MB above the model", most, row["total_above_mb"]))
+        found.append((f"{name}: MB above the model", most, row["above_mb"]))
         if row["cache"] == "warm" and row["first_step_s"] is not None:
             found.append((f"{name}: seconds to the first step", soon, row["first_step_s"]))
     by_name = {row["engine"]: row for row in races}
@@ -240,12 +249,7 @@ def show(results: Row) -> None:
         out.print(made)
 
     names = {"records": "records", "engine": "engine", "cache": "cache"}
-    memory = {
-        "total_mb": "peak\nMB",
-        "total_above_mb": "above",
-        "anonymous_above_mb": "anon.\nabove",
-        "growth_mb": "grows",
-    }
+    memory = {"peak_mb": "peak\nMB", "above_mb": "above", "anonymous_above_mb": "anon.\nabove", "growth_mb": "grows"}
     times = {"first_step_s": "step 1\ns", "first_step_cpu_s": "CPU s", "records_per_s": "/s"}
     if results["rows"]:
         table("memory, start and records per second", names | memory | times, results["rows"])

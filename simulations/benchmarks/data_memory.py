@@ -1,8 +1,10 @@
-"""Memory of a tree of processes while it works, as Linux tells it in /proc/PID/smaps_rollup, twice a second and more.
+"""Memory of a tree of processes while it works, as Linux tells it in /proc/PID/smaps_rollup, twice a second.
 
 anonymous   pages that are of no file: what a process has made for itself
-total       these and the pages of files that are in memory, as those of libraries and of a mapped cache; a page that
-            several processes have counts in parts (proportional set size), so that the sum counts it once
+resident    these and the pages of files that are in memory, as those of libraries and of a mapped cache; what several
+            processes have counts for each
+shared      as resident, but a page that several processes have counts in parts (proportional set size), so that the sum
+            counts it once; processes of others that have mapped the same libraries take their part
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from fedpeft.errors import RunError
-from fedpeft.simulations.benchmarks.whole_run import ADOPT_ORPHANS, descendants
 
-LOOK_S = 0.2
-KEYS = {"Pss": "total", "Pss_Anon": "anonymous"}
+LOOK_S = 0.5
+ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of Linux' prctl
+KEYS = {"Rss": "resident", "Pss": "shared", "Anonymous": "anonymous"}
 Sample = tuple[float, dict[str, float]]  # seconds of the clock that processes share, MB
 
 
 def memory(process: int | str = "self") -> dict[str, float]:
-    """MB of a process, in total and anonymous.
+    """MB of a process: resident, shared, anonymous.
 
     Raises:
         RunError: the kernel does not say.
@@ -81,3 +83,21 @@ def _sum(processes: list[int]) -> dict[str, float]:
 def peak(samples: list[Sample], key: str, since: float = 0.0, until: float = float("inf")) -> float:
     """The largest value of a key between two moments; 0 where nothing was looked at."""
     return max((found[key] for moment, found in samples if since <= moment <= until), default=0.0)
+
+
+def descendants(root: int) -> dict[int, tuple[float, float]]:
+    """CPU seconds and resident bytes of every process below this one."""
+    tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    parents, found = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()  # the name before may hold anything
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        number = int(path.parent.name)
+        parents[number] = int(fields[1])
+        found[number] = ((int(fields[11]) + int(fields[12])) / tick, float(fields[21]) * page)
+    below = {root}
+    while more := {number for number, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {number: found[number] for number in below - {root}}

@@ -18,7 +18,7 @@ import numpy as np
 from fedpeft import seeds
 from fedpeft.files import scratch
 
-TOKENS, SIDE, LABELS, TEST = 60, 224, 4, 64
+TOKENS, SIDE, LABELS, TEST = 60, 224, 4, 32
 CLIENTS, BATCH = 10, 32
 VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "patch_size": 32}
 LORA = {"r": 8, "alpha": 16.0}

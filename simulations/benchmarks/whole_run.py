@@ -26,11 +26,11 @@ import numpy as np
 from fedpeft import seeds
 from fedpeft.errors import RunError
 from fedpeft.models.loading import byte_tokenizer
+from fedpeft.simulations.benchmarks.data_memory import ADOPT_ORPHANS, descendants
 from fedpeft.simulations.benchmarks.speed_work import CLIENT, LABELS, LORA, backbone
 
 ENGINES = ("simulate", "flower", "pfl")
 RECORDS, TEST = 32, 64  # of a client, of the server
-ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of Linux' prctl
 LOOK_S = 0.5
 
 
@@ -151,21 +151,3 @@ def tree(command: list[str], environment: dict[str, str]) -> dict[str, float]:
         if process.returncode:
             raise RunError(f"bench speed: {' '.join(command[1:4])} failed: {said.read()[-2000:]}")
     return {"seconds": seconds, "cpu_seconds": sum(spent.values()), "peak_mb": peak / 1e6}
-
-
-def descendants(root: int) -> dict[int, tuple[float, float]]:
-    """CPU seconds and resident bytes of every process below this one."""
-    tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    parents, found = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()  # the name before may hold anything
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
-        number = int(path.parent.name)
-        parents[number] = int(fields[1])
-        found[number] = ((int(fields[11]) + int(fields[12])) / tick, float(fields[21]) * page)
-    below = {root}
-    while more := {number for number, parent in parents.items() if parent in below} - below:
-        below |= more
-    return {number: found[number] for number in below - {root}}

@@ -37,11 +37,10 @@ def test_a_quick_run_has_rows_a_comparison_and_goals(tmp_path, monkeypatch):
     ]
     assert all(row["first_step_s"] > 0 and row["records_per_s"] > 0 for row in results["rows"])
     assert [row["engine"] for row in results["rival"]] == ["rival", "fedpeft"]
-    assert all(row["records_per_cpu_s"] > 0 and row["records"] == 20 for row in results["rival"])
+    assert all(row["records_per_cpu_s"] > 0 and row["records"] == 40 for row in results["rival"])
     assert len(results["goals"]) == 7 and results["reproduce"].endswith("--quick")
     assert {path.name for path in (tmp_path / "in").iterdir()} == {
-        *("texts-320.csv", "texts-64.csv", "texts-40.csv"),
-        *("photos-320", "photos-64", "photos-40", "photos-20", "model"),
+        *("texts-40.csv", "texts-32.csv", "photos-40", "photos-32", "model"),
     }
     data.show(results)
 
@@ -73,22 +72,27 @@ def test_memory_is_that_of_all_processes_and_shared_pages_count_once(tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "file"), "-c", script, str(tmp_path / "file")], {}
     )
     assert began <= samples[0][0]
-    anonymous, total = data_memory.peak(samples, "anonymous"), data_memory.peak(samples, "total")
-    alone = data_memory.peak(samples[:1], "anonymous")
-    assert 160 < anonymous - alone < 240 and 45 < total - anonymous < 110
+    most = {key: data_memory.peak(samples, key) - data_memory.peak(samples[:1], key) for key in samples[0][1]}
+    assert 160 < most["anonymous"] < 240
+    assert 45 < most["shared"] - most["anonymous"] < 90 < most["resident"] - most["anonymous"] < 140
     with pytest.raises(RunError, match="no such thing"):
         data_memory.watched([sys.executable, "-c", "raise SystemExit('no such thing')"], {})
 
 
 def test_rows_are_of_the_time_up_to_the_end_of_training():
-    samples = [(float(t), {"total": total, "anonymous": total - 10}) for t, total in enumerate((50, 70, 90, 80, 500))]
+    samples = [
+        (float(t), {"resident": total, "shared": total - 5, "anonymous": total - 10})
+        for t, total in enumerate((50, 70, 90, 80, 500))
+    ]
     noted = {"rounds": [[1.5, 2.0], [2.5, 4.0], [3.0, 5.0]], "end": [3.5, 5.5], "first_step": [1.0, 1.5]}
-    row = data.describe(noted, samples, {"total": 40.0, "anonymous": 35.0}, 30)
-    assert row["total_mb"] == 90 and row["total_above_mb"] == 50 and row["anonymous_above_mb"] == 45
+    base = {"resident": 40.0, "shared": 38.0, "anonymous": 35.0}
+    row = data.describe(noted, samples, base, 30, alone=True)
+    assert row["peak_mb"] == row["resident_mb"] == 90 and row["above_mb"] == 50 and row["anonymous_above_mb"] == 45
     assert row["growth_mb"] == (80 - 10) - (70 - 10)
     assert row["records_per_s"] == 60 / 1.5 and row["records_per_cpu_s"] == 60 / 3.0
     assert (row["first_step_s"], row["first_step_cpu_s"]) == (1.0, 1.5)
-    spread = data.describe({**noted, "first_step": None}, samples, {"total": 40.0, "anonymous": 35.0}, 30)
+    spread = data.describe({**noted, "first_step": None}, samples, base, 30, alone=False)
+    assert spread["peak_mb"] == 85 and spread["above_mb"] == 47
     assert spread["first_step_s"] is None and spread["records_per_cpu_s"] is None
 
 
@@ -99,6 +103,7 @@ def test_rows_are_of_the_time_up_to_the_end_of_training():
         ({"engines": ("ray",)}, "--engines: one is among them"),
         ({"texts": 7}, "--texts: 7; 10 clients need 20"),
         ({"repeats": 0}, "--repeats: 0"),
+        ({"texts": 0, "photos": 0, "rival": 0}, "all 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, options, said):
