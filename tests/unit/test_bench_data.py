@@ -79,6 +79,14 @@ def test_memory_is_that_of_all_processes_and_shared_pages_count_once(tmp_path):
         data_memory.watched([sys.executable, "-c", "raise SystemExit('no such thing')"], {})
 
 
+def test_goals_are_of_the_rows_that_there_are():
+    rows = [{"kind": "photos", "records": 9, "engine": "one", "cache": "warm", "above_mb": 700.0, "first_step_s": 9.0}]
+    races = [{"engine": "rival", "records": 9, "records_per_cpu_s": 10.0}]
+    assert [row["met"] for row in data.goals(rows, races)] == [False, True]
+    both = data.goals(rows, [*races, {"engine": "fedpeft", "records": 9, "records_per_cpu_s": 8.0}])
+    assert both[2]["measured"] == 1.25 and not both[2]["met"]
+
+
 def test_rows_are_of_the_time_up_to_the_end_of_training():
     samples = [
         (float(t), {"resident": total, "shared": total - 5, "anonymous": total - 10})
