@@ -135,7 +135,8 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     run |= {"device": own.device, "threads": own.threads, "workers": 0, "engine": "sites", "trackers": []}
     privacy["policy"] = str(site.policy)
     adapter["start"] = None  # the coordinator's: a site is sent all of it
-    if odd := next((text for text in _all_texts(adapter) if not NAME.fullmatch(text)), None):
+    options = {key: value for key, value in adapter.items() if key != "name"}  # which the registry has
+    if odd := next((text for text in _all_texts(options) if not NAME.fullmatch(text)), None):
         raise Refused(
             f"adapter: {shown(odd)!r} is a pattern, and a search for a coordinator's could take for ever. Name layers, "
             "or the ends of their names, in a list."
