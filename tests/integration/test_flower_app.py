@@ -36,7 +36,7 @@ def config(**changed):
 
 @pytest.mark.parametrize(("strategy", "still"), [("fedsvd", ()), ("ffa_lora", ("lora_A",)), ("fedadam", ())])
 def test_any_strategy_trains_what_it_says_and_leaves_an_adapter(app, tmp_path, capsys, strategy, still):
-    grid = LocalGrid(lambda: app.client, {node + 2: {"partition-id": node, "num-partitions": 3} for node in range(3)})
+    grid = LocalGrid(lambda: app.client, {node + 2: {"partition-id": node, "num-partitions": 40} for node in range(3)})
     told = config(rounds=2, strategy=strategy, out=str(tmp_path / "adapter"), **{"local-steps": 2})
     app.main(grid, SimpleNamespace(run_config=told))
     said = capsys.readouterr().out.splitlines()
