@@ -68,6 +68,15 @@ class Pictures(Sequence[Any]):
         return np.stack([np.asarray(picture, dtype=dtype) for picture in self])
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of each picture: uint8, or float32 in [0, 1]."""
+        return np.dtype(np.float32 if self.form.fractions else np.uint8)
+
+    def max(self) -> float:
+        """The largest value, as of an array; reads all pictures, one by one."""
+        return max(float(picture.max()) for picture in self)
+
+    @property
     def uniform(self) -> bool:
         """Whether all have one size."""
         return self.form.size is not None

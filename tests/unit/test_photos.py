@@ -199,3 +199,14 @@ def test_augmentation_is_for_pictures_and_by_known_names(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\na,x\nb,y\n")
     with pytest.raises(InputError, match=r"data\.augment=\['flip'\] is for pictures"):
         source.whole(str(tmp_path / "a.csv"), "data.source", DataConfig(augment=["flip"]), "sequence-classification")
+
+
+@pytest.mark.parametrize(("mode", "pixels"), [("F", np.linspace(0, 1, 64)), ("L", np.arange(64) * 4)])
+def test_pictures_have_the_type_and_the_largest_value_of_an_array(tmp_path, mode, pixels):
+    picture = Image.fromarray(pixels.reshape(8, 8).astype(np.float32 if mode == "F" else np.uint8))
+    for name in ("a.tif", "b.tif"):
+        picture.save(tmp_path / name)
+    opened, _, _ = photos.open_column(["a.tif", "b.tif"], "x", tmp_path)
+    array = np.asarray(opened)
+    assert opened.dtype == array.dtype == (np.float32 if mode == "F" else np.uint8)
+    assert opened.max() == array.max() > 0.9
