@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError
+
+log = logging.getLogger("fedpeft")
 
 TABLES: dict[str, dict[str, str]] = {
     "strategies": {
@@ -185,6 +188,11 @@ EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classific
 def table(kind: str) -> dict[str, str]:
     """All entries of one table, other packages' entry points included."""
     found = {point.name: point.value for point in entry_points(group=f"fedpeft.{kind}")}
+    for name in found.keys() & TABLES[kind].keys():
+        log.warning(
+            "%s = %s (entry point of fedpeft.%s) is not used: fedpeft has %s itself. Give it another name.",
+            *(name, found[name], kind, name),
+        )
     return {**found, **TABLES[kind]}
 
 

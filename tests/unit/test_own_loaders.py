@@ -37,7 +37,7 @@ def install(tmp_path, monkeypatch):
         about = tmp_path / "clinic-1.dist-info"
         about.mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: clinic\nVersion: 1\n")
-        (about / "entry_points.txt").write_text("[fedpeft.datasets]\nletters = clinic.letters:load\n")
+        (about / "entry_points.txt").write_text("[fedpeft.datasets]\nclinic_letters = clinic.letters:load\n")
         registry.table.cache_clear()
 
     yield put
@@ -65,12 +65,12 @@ def example():
 
 def test_the_function_of_the_docs_gives_the_records_of_the_same_csv(install, database):
     install(example())
-    found, expected = (source.load(DataConfig(source=name), TEXT, 0) for name in ("letters", str(database)))
+    found, expected = (source.load(DataConfig(source=name), TEXT, 0) for name in ("clinic_letters", str(database)))
     assert [part.fingerprint for part in found] == [part.fingerprint for part in expected]
-    assert "letters" in registry.names("datasets") and registry.summary("datasets", "letters") in (
+    assert "clinic_letters" in registry.names("datasets") and registry.summary("datasets", "clinic_letters") in (
         "Letters with the ward that they are for.",
     )
-    shown = catalogue.describe("letters")
+    shown = catalogue.describe("clinic_letters")
     assert shown["options"] == [] and "Letters of the clinic" in shown["description"]
 
 
@@ -86,7 +86,7 @@ def test_a_federation_of_it_is_split_by_a_column_and_resumes_unless_its_records_
     keys = {
         "model.name": "tiny-bert",
         "model.task": TEXT,
-        "data.source": "letters",
+        "data.source": "clinic_letters",
         "run.rounds": 2,
         "data.limit": None,
     }
@@ -98,7 +98,7 @@ def test_a_federation_of_it_is_split_by_a_column_and_resumes_unless_its_records_
     with sqlite3.connect(tmp_path / "clinic.db") as opened:
         opened.execute("update letters set text = 'another' where id = 5")
         opened.commit()
-        with pytest.raises(InputError, match=r"data\.source=letters: its training records are not those when"):
+        with pytest.raises(InputError, match=r"data\.source=clinic_letters: its training records are not those when"):
             runs.resume(tmp_path / "run")
         opened.execute("update letters set text = ? where id = 5", ("the pulse of 4",))
     assert runs.resume(tmp_path / "run")["rounds"] == 2
@@ -116,8 +116,8 @@ def test_a_federation_of_it_is_split_by_a_column_and_resumes_unless_its_records_
 )
 def test_a_function_that_gives_no_records_is_named(install, body, said):
     install(f"def load():\n    {body}\n")
-    with pytest.raises(InputError, match=f"^data.source=letters: .*{said}"):
-        source.load(DataConfig(source="letters"), TEXT, 0)
+    with pytest.raises(InputError, match=f"^data.source=clinic_letters: .*{said}"):
+        source.load(DataConfig(source="clinic_letters"), TEXT, 0)
 
 
 def test_it_may_have_a_test_set_and_splits_are_named_as_everywhere(install):
@@ -127,7 +127,16 @@ def test_it_may_have_a_test_set_and_splits_are_named_as_everywhere(install):
         "    return datasets.Dataset.from_dict({'text': list(texts), 'label': [0, 1]})\n"
         f"def load():\n    return datasets.DatasetDict({made})\n"
     )
-    train, test = source.load(DataConfig(source="letters", test_split="dev"), TEXT, 0)
+    train, test = source.load(DataConfig(source="clinic_letters", test_split="dev"), TEXT, 0)
     assert (list(train.inputs), list(test.inputs)) == (list("abcdef"), list("xy"))
     with pytest.raises(InputError, match=r"data\.test_split: 'devv' is not known. Did you mean 'dev'"):
-        source.load(DataConfig(source="letters", test_split="devv"), TEXT, 0)
+        source.load(DataConfig(source="clinic_letters", test_split="devv"), TEXT, 0)
+
+
+def test_a_name_that_is_taken_is_said(install, tmp_path, caplog):
+    install("def load():\n    pass\n")
+    points = tmp_path / "clinic-1.dist-info" / "entry_points.txt"
+    points.write_text("[fedpeft.datasets]\ndigits = clinic.letters:load\n")
+    registry.table.cache_clear()
+    assert registry.table("datasets")["digits"] == "fedpeft.data.digits:Digits"
+    assert "digits = clinic.letters:load (entry point of fedpeft.datasets) is not used" in caplog.text
