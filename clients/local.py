@@ -267,9 +267,7 @@ class Local:
         # answer would stand, be given again, and what belongs to it would never be written.
         # NaN would be what every later round begins with, so that the client never came back.
         if not all(bool(torch.isfinite(value).all()) for value in keep.values()):
-            log.warning(
-                "round %d of %s left NaN or inf, so it keeps what it had before", opened.spending.number, visit.client
-            )
+            log.warning("%s: round %d left NaN or inf, so nothing of it is kept", visit.client, opened.spending.number)
         elif keep:  # what this round did not touch (the inactive factor's control) stays
             name = "" if private is None else release(opened.spending.request, update)
             counted = self.guard.counted(visit.client)

@@ -107,9 +107,7 @@ def train(
             gradients_of_steps = private_steps(model, data, parameters, config, private, device)
         # Rates first: past the last one no noise is drawn. A private round of fewer steps is for the audit to judge.
         for rate, (gradients, loss) in zip(rates, gradients_of_steps, strict=private is None):
-            set_gradients(parameters, gradients, start, proximal, offset)
-            if config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            set_gradients(parameters, gradients, start, config, proximal, offset)
             set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -118,18 +116,24 @@ def train(
     model.base.backbone.eval()
     if moments is not None:
         moments.update(read_state(optimizer, parameters))
+    return steps, mean_loss(losses, private)
+
+
+def mean_loss(losses: list[Tensor], private: Private | None) -> float:
+    """Of what was drawn, and of private steps is finite; NaN of nothing."""
     seen = torch.stack(losses) if losses else torch.zeros(0)
-    return steps, float((seen if private is None else seen[torch.isfinite(seen)]).mean())
+    return float((seen if private is None else seen[torch.isfinite(seen)]).mean())
 
 
 def set_gradients(
     parameters: dict[str, nn.Parameter],
     gradients: dict[str, Tensor],
     start: dict[str, Tensor],
+    config: ClientConfig,
     proximal: float,
     offset: dict[str, Tensor] | None,
 ) -> None:
-    """Give every parameter its gradient, with the terms that the method's client half adds."""
+    """Give every parameter its gradient, with the terms that the method's client half adds; all of them clipped."""
     for key, parameter in parameters.items():
         gradient = gradients[key]
         if proximal:
@@ -137,6 +141,8 @@ def set_gradients(
         if offset is not None:
             gradient = gradient + _padded(offset[key], parameter)
         parameter.grad = gradient
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
 
 
 def taught(data: Encoded, private: Private | None) -> Encoded:

@@ -96,9 +96,7 @@ class FederatedStrategy(Configured, Strategy):
     # What a strategy defines ---------------------------------------------------------------------------------------
 
     def initial(self, adapter: AdapterState, seed: int) -> ServerState:
-        """The state before round 1, of the same products as the adapter: a fresh one (A random, B zero) or that of
-        `adapter.start`. A function of its arguments only.
-        """
+        """The state before round 1, with the products of this adapter (`adapter.start`'s or a fresh one: B zero)."""
         return ServerState(adapter)
 
     def before_round(self, server: ServerState) -> ServerState:

@@ -154,7 +154,7 @@ def test_a_round_that_diverged_leaves_the_client_as_it_was(model, tmp_path, meth
     with monkeypatch.context() as patch:
         patch.setattr("fedpeft.clients.local.train", diverged)
         local.train("a", sent, task(2, **told))
-    assert "round 2 of a left NaN or inf, so it keeps what it had before" in caplog.text
+    assert "a: round 2 left NaN or inf, so nothing of it is kept" in caplog.text
     update, _ = local.train("a", sent, task(3, **told))
     assert update.sha256() == never.train("a", sent, task(3, **told))[0].sha256()
     assert all(torch.isfinite(value).all() for value in update.tensors.values())

@@ -1,0 +1,195 @@
+"""What a site's node does and says when its connection or its worker is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import grpc
+import pytest
+
+from fedpeft.deploy import flower, keys
+from fedpeft.deploy.processes import Child, end
+from fedpeft.deploy.site import link, node
+from fedpeft.errors import RunError
+from support.fleet import GrpcStandIn, HttpStandIn, State, replied
+from support.nodes import at_work, exchange, fast, key_of, site, until
+
+__all__ = ["fast", "site"]  # fixtures
+
+
+class Relay:
+    """A network in between that can go silent on the connections it has, and takes new ones."""
+
+    def __init__(self, port):
+        self.port_there, self.listening = port, socket.create_server(("127.0.0.1", 0))
+        self.port, self.silent = self.listening.getsockname()[1], set()
+        self.open = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                here = self.listening.accept()[0]
+            except OSError:
+                return
+            there = socket.create_connection(("127.0.0.1", self.port_there))
+            self.open.append(here)
+            for one, other in ((here, there), (there, here)):
+                threading.Thread(target=self.pump, args=(one, other, here), daemon=True).start()
+
+    def pump(self, one, other, here):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                if here not in self.silent:
+                    other.sendall(data)
+
+    def go_silent(self):
+        self.silent |= set(self.open)
+
+
+@pytest.mark.parametrize(("kind", "transport"), [(GrpcStandIn, link.GrpcLink), (HttpStandIn, link.HttpLink)])
+def test_a_half_open_connection_is_left_for_a_new_one(site, monkeypatch, kind, transport):
+    monkeypatch.setattr(node, "WITHIN_S", {})
+    monkeypatch.setattr(node, "OTHERS_WITHIN_S", 0.5)
+    state = State()
+    relays = []
+
+    def through(made):
+        relays.append(Relay(int(made.server.rpartition(":")[2]) if kind is GrpcStandIn else made.client.base_url.port))
+        return transport(f"127.0.0.1:{relays[0].port}", key_of(site), None)
+
+    with at_work(site, state, kind, wrap=through):
+        exchange(site, state, "first")
+        relays[0].go_silent()
+        exchange(site, state, "second")
+    relays[0].listening.close()
+
+
+def test_a_call_that_is_under_way_when_the_site_stops_is_no_trouble(site, caplog):
+    entered, closed = threading.Event(), threading.Event()
+
+    class Cut:
+        key = key_of(site)
+
+        def call(self, method, request, within_s, shift_s=0.0):
+            if method == "ActivateNode":
+                entered.set()
+                closed.wait(10)
+            raise link.Failure("CANCELLED", "Channel closed!")
+
+        def close(self):
+            closed.set()
+
+    working = node.Node(site, Cut(), replied)
+    thread = threading.Thread(target=working.run, daemon=True)
+    thread.start()
+    assert entered.wait(10)
+    working.leave()
+    thread.join(10)
+    assert not thread.is_alive() and json.loads((site.path / "status.json").read_text())["state"] == "stopped"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def said(site, caplog, server, ca=None):
+    """The lines of a node that is kept out for a moment."""
+    site.settings.server = server
+    working = node.Node(site, link.GrpcLink(server, key_of(site), ca), replied)
+    thread = threading.Thread(target=working.run, daemon=True)
+    thread.start()
+    until(lambda: any(record.levelno == logging.WARNING for record in caplog.records))
+    time.sleep(0.3)
+    working.leave()
+    thread.join(10)
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_nothing_listens_no_such_name_and_an_unknown_key_are_each_said_once_with_the_address(site, caplog):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    (line,) = said(site, caplog, f"127.0.0.1:{free}")
+    assert line.startswith(f"127.0.0.1:{free}: nothing listens there")
+    caplog.clear()
+    (line,) = said(site, caplog, "no-such-host.invalid:9092")
+    assert "no-such-host.invalid:9092: there is no such name" in line
+    caplog.clear()
+    server = GrpcStandIn(State())
+    (line,) = said(site, caplog, f"127.0.0.1:{server.port}")
+    assert "does not know this site's key" in line and "add-site" in line
+    assert "does not know" in json.loads((site.path / "status.json").read_text())["trouble"]
+    server.close()
+
+
+def test_a_foreign_certificate_and_a_port_of_something_else_are_named(site, caplog, tmp_path):
+    for name in ("theirs", "others"):
+        keys.certificates(tmp_path / name, "localhost")
+    pair = [(tmp_path / "theirs" / name).read_bytes() for name in ("server.key", "server.crt")]
+    state = State([flower.public_bytes(key_of(site))])
+    server = GrpcStandIn(state, credentials=grpc.ssl_server_credentials([pair]))
+    (line,) = said(site, caplog, f"localhost:{server.port}", (tmp_path / "others" / "ca.crt").read_bytes())
+    assert "its certificate is none that ca.crt vouches for" in line
+    server.close()
+    caplog.clear()
+    plain = HttpStandIn(state)
+    lines = said(site, caplog, f"localhost:{plain.port}", (tmp_path / "others" / "ca.crt").read_bytes())
+    assert "what listens there is no Fleet API" in lines[0]
+    plain.close()
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1", "localhost"])
+def test_a_site_reaches_a_coordinator_by_ipv6_as_by_ipv4(site, tmp_path, host):
+    keys.certificates(tmp_path / "theirs", host)
+    pair = [(tmp_path / "theirs" / name).read_bytes() for name in ("server.key", "server.crt")]
+    bare = f"[{host}]" if ":" in host else "127.0.0.1"
+    server = GrpcStandIn(State([flower.public_bytes(key_of(site))]), 0, grpc.ssl_server_credentials([pair]), bare)
+    name = f"[{host}]" if ":" in host else host
+    made = link.GrpcLink(f"{name}:{server.port}", key_of(site), (tmp_path / "theirs" / "ca.crt").read_bytes())
+    request = flower.request("ActivateNode", None, public_key=flower.public_bytes(made.key), heartbeat_interval=30)
+    assert made.call("ActivateNode", request, 10).node_id == 7
+    made.close()
+    server.close()
+
+
+WORKER = """
+import sys, time
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+pipe.send_bytes(b"ready")
+while True:
+    path = pipe.recv_bytes().decode()
+    if path.endswith("deadly"):
+        sys.exit(9)
+    pipe.send_bytes(b"failed" if path.endswith("broken") else b"answered")
+"""
+
+
+def test_a_worker_that_ends_is_said_to_have_and_its_successor_is_waited_for():
+    child = Child("worker", [sys.executable, "-c", WORKER], {}, piped=True)
+    worker = node.Worker(child)
+    child.start()
+    stop = threading.Event()
+
+    def keep():
+        while not stop.wait(0.05):
+            child.keep()
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        worker.ask(SimpleNamespace(path="fine"))
+        with pytest.raises(RunError, match="its own log says why"):
+            worker.ask(SimpleNamespace(path="broken"))
+        with pytest.raises(RunError, match="worker ended; it is started again"):
+            worker.ask(SimpleNamespace(path="deadly"))
+        worker.ask(SimpleNamespace(path="fine"))
+    finally:
+        stop.set()
+        thread.join()
+        end([child])
