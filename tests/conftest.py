@@ -48,6 +48,21 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
 
 
 @pytest.fixture
+def interrupted(tiny: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """`interrupted(name, config, at=2)` is `tiny`, ended as round `at` is recorded: its checkpoint is not written."""
+
+    def run(name: str, config: dict[str, Any] | None = None, at: int = 2) -> None:
+        def stop(event: dict[str, Any]) -> None:
+            if event["event"] == "round" and event["round"] == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tiny(name, config, on_event=stop)
+
+    return run
+
+
+@pytest.fixture
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are made and never painted, which would take most of a report's time: their files are no images."""
     from fedpeft.record import drawing

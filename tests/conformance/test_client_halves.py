@@ -63,22 +63,14 @@ def toy(monkeypatch):
     registry.table.cache_clear()
 
 
-def test_a_method_of_another_package_brings_both_halves_and_nothing_else_is_changed(toy, tiny, tmp_path):
+def test_a_method_of_another_package_brings_both_halves_and_nothing_else_is_changed(toy, tiny, interrupted, tmp_path):
     tiny("whole", {"strategy.wrap": ["counting"]})
     tiny("plain", {"strategy": "fedit"})
     whole, without = (checkpoint.latest(tmp_path / name / "checkpoints") for name in ("whole", "plain"))
     assert whole.adapter.sha256() != without.adapter.sha256(), "the offset of the gradients does nothing"
     assert whole.round == 3 and float(whole.memory["toy"]) > 0
 
-    class Stop(Exception):
-        pass
-
-    def stop(event):
-        if event["event"] == "round" and event["round"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        tiny("broken", {"strategy.wrap": ["counting"]}, on_event=stop)
+    interrupted("broken", {"strategy.wrap": ["counting"]})
     runs.resume(tmp_path / "broken")
     resumed = checkpoint.latest(tmp_path / "broken" / "checkpoints")
     assert resumed.adapter.sha256() == whole.adapter.sha256()

@@ -81,20 +81,12 @@ def test_the_gradient_of_each_record_is_that_of_autograd_on_it_alone(name, optio
 
 
 @pytest.mark.parametrize("name", few([name for name in TYPES if name != "TRAINABLE_TOKENS"], ["VERA"]))
-def test_a_run_of_a_type_moves_only_what_trains_and_goes_on_bit_for_bit(name, tiny, tmp_path):
+def test_a_run_of_a_type_moves_only_what_trains_and_goes_on_bit_for_bit(name, tiny, interrupted, tmp_path):
     adapter = {"name": "peft", "type": name, "options": measuring.NEEDED.get(name, {})}
     config: dict[str, Any] = {"adapter": adapter, "run.rounds": 2}
     tiny("whole", config)
 
-    class Stop(Exception):
-        pass
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "round" and event["round"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        tiny("broken", config, on_event=stop)
+    interrupted("broken", config)
     runs.resume(tmp_path / "broken")
     ends = [checkpoint.latest(tmp_path / run / "checkpoints").adapter for run in ("whole", "broken")]
     assert ends[0].sha256() == ends[1].sha256()

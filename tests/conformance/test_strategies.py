@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,20 +45,11 @@ def test_another_seed_gives_another_adapter(whole, tiny, tmp_path):
     assert not same(tensors(folder), tensors(tmp_path / "other"))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tiny, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tiny, interrupted, tmp_path):
     """So does, all the more, a second run with the same seed."""
     name, folder = whole
 
-    class Stop(Exception):
-        pass
-
-    def stop(event: dict[str, Any]) -> None:
-        # The event of round 2 is recorded before its checkpoint: the resumed run has to do round 2 again.
-        if event["event"] == "round" and event["round"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        tiny("broken", settings(name), on_event=stop)
+    interrupted("broken", settings(name))
     assert checkpoint.latest(tmp_path / "broken" / "checkpoints").round == 1
     runs.resume(tmp_path / "broken")
     end, resumed = (checkpoint.latest(run / "checkpoints") for run in (folder, tmp_path / "broken"))

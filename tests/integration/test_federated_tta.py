@@ -132,19 +132,11 @@ def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_pat
     assert [long.domains[part.start] == long.domains[part.stop - 1] for part in long.parts] == [True] * len(long)
 
 
-def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, tmp_path):
+def test_what_is_kept_goes_on_and_a_resumed_run_is_the_same(tiny, interrupted, tmp_path):
     config = {**HELD, "run.rounds": 3, "tta.batch_size": 7, "tta.method": "tent", "tta.lr": 0.05, "tta.keep": True}
     tiny("whole", config)
 
-    class Stop(Exception):
-        pass
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "round" and event["round"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        tiny("broken", config, on_event=stop)
+    interrupted("broken", config)
     runs.resume(tmp_path / "broken")
     rows = {name: events(tmp_path / name, "clients_evaluated") for name in ("whole", "broken")}
     for key in ("clients", "round"):

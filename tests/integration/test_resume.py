@@ -109,15 +109,10 @@ def test_resume_of_a_finished_run_only_reports_again(tiny, tmp_path):
     assert again["accuracy_by_round"] == first["accuracy_by_round"]
 
 
-def test_ctrl_c_leaves_a_resumable_run(tiny, tmp_path):
+def test_ctrl_c_leaves_a_resumable_run(tiny, interrupted, tmp_path):
     tiny("whole")
 
-    def interrupt(event):
-        if event["event"] == "round" and event["round"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny("run", on_event=interrupt)
+    interrupted("run")
     runs.resume(tmp_path / "run")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
@@ -134,17 +129,12 @@ def test_client_state_is_that_of_the_round_before(tiny, tmp_path):
     assert all(any(key.endswith("/B") for key in load_file(path)) for path in files)
 
 
-def test_optimizers_that_are_kept_go_on_where_they_were(tiny, tmp_path):
+def test_optimizers_that_are_kept_go_on_where_they_were(tiny, interrupted, tmp_path):
     """Who sat a round out goes on from the state of its last one; a resumed run from that of the round before."""
     config = {"client.keep_optimizer": True, "run.clients_per_round": 2, "run.rounds": 4}
     tiny("whole", config)
 
-    def interrupt(event):
-        if event["event"] == "round" and event["round"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny("run", config, on_event=interrupt)
+    interrupted("run", config)
     runs.resume(tmp_path / "run")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     tiny("anew", {**config, "client.keep_optimizer": False})

@@ -77,18 +77,13 @@ def test_clipped_changes_are_told_at_the_client_only(tiny, tmp_path, caplog):
     assert "cut" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_a_run_in_a_worker_and_a_resumed_one_give_the_same_adapter(tiny, tmp_path, forked):
+def test_a_run_in_a_worker_and_a_resumed_one_give_the_same_adapter(tiny, interrupted, tmp_path, forked):
     """State travels to the worker and back; sums do not depend on masks, so the adapters are equal bit for bit."""
     longer = {**ON, "run.rounds": 3, "run.clients_per_round": 4}
     tiny("whole", longer)
     tiny("worker", {**longer, "run.workers": 1})
 
-    def interrupt(event):
-        if event["event"] == "round" and event["round"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny("broken", longer, on_event=interrupt)
+    interrupted("broken", longer)
     runs.resume(tmp_path / "broken")
     whole, *others = (tensors(tmp_path / name, 3) for name in ("whole", "worker", "broken"))
     for other in others:

@@ -81,7 +81,7 @@ def factors(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_it_trains_is_evaluated_and_resumes(objective, tiny, tmp_path):
+def test_it_trains_is_evaluated_and_resumes(objective, tiny, interrupted, tmp_path):
     name, config = objective
     tiny("whole", config)
     [*_, last] = [
@@ -94,12 +94,7 @@ def test_it_trains_is_evaluated_and_resumes(objective, tiny, tmp_path):
         not torch.equal(value, factors(tmp_path / "plain")[key]) for key, value in factors(tmp_path / "whole").items()
     ), "its loss is not what was trained"
 
-    def stop(event):
-        if event["event"] == "round" and event["round"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny("half", config, on_event=stop)
+    interrupted("half", config, at=1)
     runs.resume(tmp_path / "half")
     for key, value in factors(tmp_path / "whole").items():
         assert torch.equal(value, factors(tmp_path / "half")[key])

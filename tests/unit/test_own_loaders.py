@@ -74,13 +74,8 @@ def test_the_function_of_the_docs_gives_the_records_of_the_same_csv(install, dat
     assert shown["options"] == [] and "Letters of the clinic" in shown["description"]
 
 
-def stop(event):
-    if event["event"] == "round":
-        raise KeyboardInterrupt
-
-
 def test_a_federation_of_it_is_split_by_a_column_and_resumes_unless_its_records_are_others(
-    install, database, tiny, tmp_path
+    install, database, interrupted, tmp_path
 ):
     install(example())
     keys = {
@@ -91,8 +86,7 @@ def test_a_federation_of_it_is_split_by_a_column_and_resumes_unless_its_records_
         "data.limit": None,
     }
     keys |= {"data.partition": "column", "data.partition.column": "doctor", "data.clients": 3}
-    with pytest.raises(KeyboardInterrupt):
-        tiny("run", keys, on_event=stop)
+    interrupted("run", keys, at=1)
     owners = json.loads((tmp_path / "run" / "split.json").read_text())["owners"]
     assert sorted(owners.values()) == ["dr 0", "dr 1", "dr 2"]
     with sqlite3.connect(tmp_path / "clinic.db") as opened:
