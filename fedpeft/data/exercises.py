@@ -46,8 +46,7 @@ def _split(conversations: list[list[Turn]], columns: dict[str, Any], form: str) 
     none = np.zeros(len(conversations), dtype=np.int64)
     texts = [dump(turns) for turns in conversations]
     records = Records(texts, none, ["all"], columns, "text", wording=Wording(form))
-    test = np.arange(len(texts)) % TEST_SHARE == 0
-    return records.take(np.flatnonzero(~test)), records.take(np.flatnonzero(test))
+    return records.split_every(TEST_SHARE)
 
 
 class Instructions:

@@ -74,5 +74,4 @@ class Letters:
             "text",
             targets=answers.table_of([tags for _, tags in rows], TAGS),
         )
-        test = np.arange(RECORDS) % TEST_SHARE == 0
-        return records.take(np.flatnonzero(~test)), records.take(np.flatnonzero(test))
+        return records.split_every(TEST_SHARE)

@@ -64,6 +64,11 @@ class Records:
         targets = None if self.targets is None else self.targets[indices]
         return replace(self, inputs=inputs, labels=self.labels[indices], columns=known.take(indices), targets=targets)
 
+    def split_every(self, nth: int) -> tuple[Records, Records]:
+        """Training records, and every nth one, from the first on, as test set."""
+        test = np.arange(len(self)) % nth == 0
+        return self.take(np.flatnonzero(~test)), self.take(np.flatnonzero(test))
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of inputs, labels and label names: whether a saved split fits. Natural columns may be added later."""
