@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -270,7 +270,7 @@ class Local:
             log.warning("%s: round %d left NaN or inf, so nothing of it is kept", visit.client, opened.spending.number)
         elif keep:  # what this round did not touch (the inactive factor's control) stays
             name = "" if private is None else release(opened.spending.request, update)
-            counted = self.guard.counted(visit.client)
+            counted = partial(self.guard.counted, visit.client)
             self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep}, name, counted)
         # NaN would be refused by the server, and so tell it that no record was drawn.
         loss = 0.0 if private is not None and math.isnan(done.loss) else done.loss  # it drew no record
@@ -314,7 +314,7 @@ class Local:
                 "server's (another torch, transformers or peft?). Set strategy.transport=dense, if it has that."
             )
         # Private: only what the ledger has counted. A round that was never counted must not be part of what is sent.
-        kept = self.store.load(client, before, self.guard.counted(client))
+        kept = self.store.load(client, before, partial(self.guard.counted, client))
         # The store has more than adapter tensors: control variates, marks of tasks.
         personal = {key: value for key, value in kept.items() if key in self.initial}
         # Last wins: what stays with the client comes before what was sent.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedpeft.files import write_bytes, write_tensors
 from fedpeft.state import AdapterState
 
 log = logging.getLogger("fedpeft")
+Counted = Callable[[], Set[str] | None]
 EXTRA = "extra:"  # in a file's names, of what travels beside an adapter
 MOMENTS = "optimizer:"  # in a client's kept tensors, of its optimizer's state
 ROUND, STATE = "round-*.safetensors", "tta-*.pt"
@@ -44,22 +45,27 @@ class Store:
     def __init__(self, root: Path, history: int) -> None:
         self.root, self.history = root, history
 
-    def load(self, client: str, before: int, counted: Set[str] | None = None) -> dict[str, Tensor]:
+    def load(self, client: str, before: int, counted: Counted = lambda: None) -> dict[str, Tensor]:
         """The newest state written before round `before`; empty if there is none.
 
         Args:
-            counted: releases in the client's ledger. A state of another is left out: its noised steps would be part of
-                the next update, and nothing would have paid for them. None takes all.
+            counted: releases in the client's ledger, which is read where there is a state. A state of another is left
+                out: its noised steps would be part of the next update, and nothing would have paid for them. None takes
+                all.
         """
         # Not simply the newest: a process that was killed may have written the round that is now done again.
-        for number in reversed([number for number in self._versions(client) if number < before]):
-            if counted is None or self._release(client, number) in counted:
+        versions = [number for number in self._versions(client) if number < before]
+        known = counted() if versions else None
+        for number in reversed(versions):
+            release = None if known is None else self._release(client, number)
+            if known is None or release in known:
                 return load_file(self._file(client, number))
-            log.warning("%s: what it kept of round %d is left out, as that round was never counted", client, number)
+            why = "that round was never counted" if release else "an earlier fedpeft did not write down its release"
+            log.warning("%s: what it kept of round %d is left out, as %s", client, number, why)
         return {}
 
     def save(
-        self, client: str, number: int, tensors: dict[str, Tensor], release: str = "", counted: Set[str] | None = None
+        self, client: str, number: int, tensors: dict[str, Tensor], release: str = "", counted: Counted = lambda: None
     ) -> None:
         """Write the state after round `number`, and drop what no resume can ask for.
 
@@ -69,7 +75,8 @@ class Store:
         """
         write_tensors(self._file(client, number), tensors, {"release": release})
         old = [version for version in self._versions(client) if version < number - self.history]
-        good = [version for version in old if counted is None or self._release(client, version) in counted]
+        known = counted() if old else None
+        good = [version for version in old if known is None or self._release(client, version) in known]
         # The last good one stays: a client that sat rounds out has nothing newer to resume from.
         for version in set(old) - set(good[-1:]):
             self._file(client, version).unlink(missing_ok=True)

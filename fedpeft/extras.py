@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from fedpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from fedpeft.config import Config
 
 EXTRAS = {  # package -> the extra that has it
     "ray": "ray",
@@ -20,3 +24,11 @@ def require(package: str, what: str) -> None:
     if importlib.util.find_spec(package) is None:
         named = f'"fedpeft[{EXTRAS[package]}]"' if package in EXTRAS else package
         raise InputError(f"{what} needs the package {package}, which is not installed. Run: pip install {named}")
+
+
+def require_of_run(config: Config) -> None:
+    """Refuse a run whose engine or accountant is not installed, before anything is loaded."""
+    if config.run.engine == "ray":
+        require("ray", "run.engine=ray")
+    if config.privacy.unit != "none" and config.privacy.accountant == "prv":
+        require("opacus", "privacy.accountant=prv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -82,9 +83,11 @@ def blamed(path: Path) -> Iterator[None]:
 def scratch(folder: Path, name: str) -> Iterator[Path]:
     """A folder inside another one that is gone at the end; those that killed processes of this machine have left go."""
     start = f".{name}-{socket.gethostname()}-"
+    ours = re.compile(
+        re.escape(start) + r"([0-9]{1,9})-[^-]+"
+    )  # whole: another machine's name may begin with this one's
     for left in folder.glob(f".{name}-*"):
-        owner = left.name.removeprefix(start).partition("-")[0]
-        if left.name.startswith(start) and owner.isdecimal() and not _is_alive(int(owner)):
+        if (found := ours.fullmatch(left.name)) and not _is_alive(int(found[1])):
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{start}{os.getpid()}-", dir=folder, ignore_cleanup_errors=True) as made:
         yield Path(made)

@@ -62,6 +62,7 @@ def simulate(
     config = configs.load(source, overrides)
     if config.run.engine == "sites":
         raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
+    extras.require_of_run(config)
     _absolute(config)
     records.cache_clear()  # files may have changed since an earlier run of this process
     handed = data is not None or test is not None
@@ -105,6 +106,7 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> dic
     config = configs.load(run / "resolved.yaml")
     if config.run.engine == "sites":
         raise InputError(f"{run}: a run of real sites; its coordinator goes on with it by `fedpeft server start`.")
+    extras.require_of_run(config)
     with folders.alone(run):
         on_event({"event": "folder", "path": str(run), "given": True})
         identity.compare_versions(run)
@@ -113,8 +115,6 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> dic
 
 
 def _run(config: Config, run: Path, on_event: loop.Listener) -> dict[str, Any]:
-    if config.run.engine == "ray":
-        extras.require("ray", "run.engine=ray")
     world = load_world(config, run)
     return loop.run(
         world,

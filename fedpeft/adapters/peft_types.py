@@ -39,12 +39,14 @@ EXACT, MEANINGLESS = 1e-3, 0.9  # errors of averages: below it is rounding; from
 PRESETS: dict[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}
 OTHER_LAYERS = ("LN_TUNING", "TRAINABLE_TOKENS")  # on norms and on embeddings
 FROM_DATA = ("eva", "corda", "lora_ga")
+MOST_ITERATIONS = 100  # of a randomised SVD; 4 are usual
 MOVING = ("pissa", "olora")  # starts W - s B A + s B A
-# Fields of peft's configs that are no options: they describe a folder, or name modules to import.
+# Fields of peft's configs that are no options: they describe a folder, name modules to import, or make another base.
 FIXED = {
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
+    "layer_replication",
     "megatron_config",
     "megatron_core",
     "peft_type",
@@ -127,6 +129,11 @@ def require_options(name: str, given: dict[str, Any]) -> None:
         raise InputError(
             f"adapter.options.init_lora_weights={start}: this start {why}. Take pissa, olora, orthogonal, mica, "
             "gaussian, or leave it out."
+        )
+    times = start.partition("_niter_")[2]
+    if times and not (times.isdecimal() and 0 < int(times[:9]) <= MOST_ITERATIONS):
+        raise InputError(
+            f"adapter.options.init_lora_weights={start}: {times} iterations; allowed are 1 to {MOST_ITERATIONS}."
         )
     if start.startswith(MOVING) and (others := sorted(set(given) - {"init_lora_weights", *SECTION.values()} - PLACES)):
         raise InputError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedpeft import config as configs
-from fedpeft import foreign
+from fedpeft import extras, foreign
 from fedpeft.clients import policy as policies
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
@@ -150,7 +150,9 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     data = {**{key: data[key] for key in SHARED if key in data}, **asdict(own.data)}
     try:
         own_sections = {"model": model, "run": run, "privacy": privacy, "data": data, "adapter": adapter}
-        return configs.load({**tree, **own_sections}, foreign=True)
+        config = configs.load({**tree, **own_sections}, foreign=True)
+        extras.require_of_run(config)
+        return config
     except InputError as error:
         raise Refused(f"the config is not valid here: {error}") from error
 

@@ -108,13 +108,21 @@ class Server:
         return sorted(found, key=lambda path: (path / "resolved.yaml").stat().st_mtime)
 
     def site_keys(self) -> dict[str, bytes]:
-        """Name -> public key, in PEM, of every site; a file that is no key is said, and lets nobody in."""
-        found = {}
+        """Name -> public key, in PEM, of every site; a file that is no key, or another site's, is said, and lets nobody
+        in.
+        """
+        found: dict[str, bytes] = {}
         for name, line in self.sites().items():
+            path = self.path / "sites" / f"{name}.pub"
             try:
-                found[name] = pem(line)
+                key = pem(line)
             except InputError as error:
-                log.error("%s: %s", self.path / "sites" / f"{name}.pub", error)
+                log.error("%s: %s", path, error)
+                continue
+            if other := next((known for known, value in found.items() if value == key), None):
+                log.error("%s: the key of %s, which has it already. Every site has a key of its own.", path, other)
+            else:
+                found[name] = key
         return found
 
     def sites(self) -> dict[str, str]:

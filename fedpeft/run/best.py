@@ -131,7 +131,8 @@ class Best:
             return
         checkpoint.write(self.folder, server, keep=None)
         # A run that goes on from an older checkpoint has the best of that one still to beat.
-        needed = {self.find_round(number) for number in [*checkpoint.rounds(checkpoints), server.round]}
+        resumed = checkpoint.rounds(checkpoints)[-checkpoint.RESUMED :]
+        needed = {self.find_round(number) for number in [*resumed, server.round]}
         for number in set(checkpoint.rounds(self.folder)) - needed:
             for path in checkpoint.of_round(self.folder, number):
                 shutil.rmtree(path)

@@ -74,6 +74,11 @@ def _chosen(run: Path, config: Config, best: bool, round_number: int | None) -> 
         return
     state = checkpoint.read(_find_state(run, config, best, round_number))
     strategy = build(config, len(label_names(run / "split.json")))
+    if strategy.keeps:
+        raise InputError(
+            f"--round {round_number}: with strategy.name={config.strategy.name} clients keep "
+            f"{', '.join(strategy.keeps)}, and no checkpoint holds these. Leave --round out: the last round has an adapter of each client."
+        )
     with tempfile.TemporaryDirectory() as made:
         adapter = flat(strategy.before_round(state).adapter)
         about = folder.about(run / "adapter")

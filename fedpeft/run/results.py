@@ -29,7 +29,7 @@ log = logging.getLogger("fedpeft")
 
 
 def score(world: World, server: ServerState) -> dict[str, Any]:
-    """What is measured of the global model on the server's test set, after the last round also `by_class`.
+    """What is measured of the global model on the server's test set, after what may be the last round also `by_class`.
 
     In a sequence of tasks it is accuracy and loss on the records of the classes so far.
     """
@@ -38,7 +38,8 @@ def score(world: World, server: ServerState) -> dict[str, Any]:
     world.local.model.write(server.adapter)
     tally = Tally(world.local.model.base.objective)
     result = evaluate(world.local.model, world.test_encoded, tokens=world.config.run.evaluate_tokens, tally=tally)
-    last = server.round == world.config.run.rounds
+    # A run with patience does not know which round is its last.
+    last = server.round == world.config.run.rounds or world.config.run.patience is not None
     classes = tally.by_class(world.test.label_names) if last else {}
     return {
         **{key: value for key, value in result.items() if key != "num-examples"},

@@ -159,3 +159,24 @@ def test_what_cannot_choose_is_refused(more, words):
 def test_no_best_is_exported_of_a_run_that_kept_none(runs, tmp_path):
     with pytest.raises(InputError, match=r"had no run\.best to choose by"):
         export(runs["fedit"], tmp_path / "out", merge=False, best=True)
+
+
+def test_only_the_best_of_what_is_resumed_is_kept_however_many_checkpoints_are(tmp_path, tiny):
+    """The loss falls, so that every round is the best so far."""
+    tiny("run", {**CONFIG, "client.lr": 0.01, "run.rounds": 6, "run.keep_checkpoints": None})
+    run = tmp_path / "run"
+    losses = rounds(run)
+    assert sorted(losses, key=losses.get, reverse=True)[-3:] == [4, 5, 6], losses
+    assert checkpoint.rounds(run / "checkpoints") == [1, 2, 3, 4, 5, 6] and checkpoint.rounds(run / "best") == [4, 5, 6]
+
+
+def test_a_run_that_ends_early_has_its_table_of_classes(tiny, tmp_path):
+    summary = tiny("run", {**CONFIG, "client.lr": 1.0, "run.patience": 1})
+    assert summary["selected"]["stopped"] and len(summary["by_class"]["f1"]) == 10
+
+
+def test_a_round_of_a_run_whose_clients_keep_parts_is_not_exported(tiny, tmp_path):
+    tiny("run", {"strategy.name": "fedsa", "run.keep_checkpoints": None})
+    with pytest.raises(InputError, match=r"--round 1: with strategy\.name=fedsa clients keep B, head"):
+        export(tmp_path / "run", tmp_path / "one", merge=False, round_number=1)
+    assert not (tmp_path / "one").exists()

@@ -7,7 +7,7 @@ import sys
 import httpx
 import pytest
 
-from fedpeft.deploy import settings
+from fedpeft.deploy import keys, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator import server as commands
 
@@ -164,3 +164,30 @@ def test_a_run_that_has_ended_is_let_go(made):
     assert process.poll() is not None and link.stopped == [1] and link.beats[-1] == "token-1 closed"
     coordinator.step()
     assert link.runs == 1 and not coordinator.children
+
+
+def test_a_site_that_is_refused_holds_up_no_run_and_is_said_once(made, monkeypatch, caplog):
+    coordinator, link, _ = made
+    answer = httpx.Response(409, request=httpx.Request("POST", "http://here"))
+
+    def refuse():
+        raise httpx.HTTPStatusError("public key already in use", request=answer.request, response=answer)
+
+    coordinator.insecure = False
+    link.register_missing = refuse
+    monkeypatch.setattr(type(coordinator.server), "sites", lambda server: {"north": "a key"})
+    for _ in range(3):
+        coordinator.step()
+    assert link.runs == 1 and coordinator.children["run-1"].process.poll() is None
+    assert caplog.text.count("the SuperLink refuses a site") == 1
+
+
+def test_a_key_that_two_sites_have_is_the_first_one_s(made, caplog):
+    coordinator, _, _ = made
+    folder = coordinator.server.path / "sites"
+    (folder / "north").mkdir(parents=True)
+    line = keys.site_keys(folder / "north")
+    for name in ("north", "south"):
+        (folder / f"{name}.pub").write_text(line)
+    assert list(coordinator.server.site_keys()) == ["north"]
+    assert "south.pub: the key of north, which has it already" in caplog.text

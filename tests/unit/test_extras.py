@@ -67,3 +67,11 @@ assert fedpeft.simulate({tree}, out={str(tmp_path / "run")!r})["rounds"] == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_run_whose_accountant_is_lacking_is_refused_before_anything_is_made(lacking, tiny, tmp_path):
+    private = {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"}
+    for more in ({**private, "privacy.accountant": "prv"}, {"run.engine": "ray", "run.workers": 1}):
+        with pytest.raises(InputError, match=r'=(prv|ray) needs the package .*pip install "fedpeft'):
+            tiny("run", more)
+        assert not (tmp_path / "run").exists()

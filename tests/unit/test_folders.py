@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import unicodedata
@@ -210,3 +211,16 @@ def test_groups_of_a_column_largest_first_and_all_of_them():
     assert [part.tolist() for part in Column("site").split(np.zeros(6), columns, 3, 0)] == [[0, 2, 4], [3, 5], [1]]
     with pytest.raises(InputError, match=r"data\.clients=4: column 'site' has 3 groups .*null for all groups: b, c, a"):
         Column("site").split(np.zeros(6), columns, 4, 0)
+
+
+def test_what_a_killed_process_left_goes_and_what_another_machine_makes_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / f".making-node-{dead.pid}-abc"
+    others = [f".making-node-{dead.pid}-18269-abc", f".making-other-{dead.pid}-abc", ".making-node-9999999999-abc"]
+    for name in (left.name, *others, f".making-node-{os.getpid()}-abc"):
+        (tmp_path / name).mkdir()
+    with files.scratch(tmp_path, "making"):
+        assert not left.exists() and all((tmp_path / name).exists() for name in others)
+    assert (tmp_path / f".making-node-{os.getpid()}-abc").exists()

@@ -182,7 +182,7 @@ def test_a_hostile_config_is_refused_within_a_second(text, site):
 def test_a_coordinators_pattern_is_not_searched_for(options, site):
     site.policy.write_text("unit: none\nunbounded: [max_epsilon, max_rounds, records]\n")
     tree = {"adapter": {"name": "peft", "type": "LORA", "options": options}}
-    with pytest.raises(Refused, match="is a pattern"):
+    with pytest.raises(Refused, match=r"is a pattern"):
         envelope.own_config(yaml.safe_dump(tree), site, Policy())
     named = {"target_modules": ["layer.0.query"], "exclude_modules": ["layer.1"], "rank_pattern": {"query": 2}}
     tree["adapter"]["options"] = named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_the_last_counted_state_outlives_any_number_of_rounds_that_were_not(site
         for number in (2, 3, 4, 5):
             with pytest.raises(OSError, match="no space"):
                 train(number)
-    counted = local.guard.counted("a")
+    counted = partial(local.guard.counted, "a")
     kept = local.store.load("a", 6, counted)
     assert kept.keys() == local.store.load("a", 2, counted).keys() != set()
     assert all(torch.equal(value, kept[key]) for key, value in local.store.load("a", 2, counted).items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -183,18 +184,29 @@ def test_without_room_for_an_answer_nothing_is_asked_of_the_worker(site, monkeyp
     assert "too little room" in caplog.text and str(site.path) in caplog.text
 
 
-def test_a_run_that_has_ended_wants_no_answer(site):
+@pytest.mark.parametrize("ttl", [60.0, math.inf])
+def test_a_run_that_has_ended_wants_no_answer_whatever_time_a_message_is_said_to_live(site, ttl):
     state = State()
+    name = state.send("too late")
+    state.waiting[0][0].metadata.ttl = ttl
 
     def ask(item):
         state.ended = True
         replied(item)
 
     with at_work(site, state, ask=ask):
-        name = state.send("too late")
         until(lambda: state.ended and not list((site.path / "owed").iterdir()))
         state.ended = False
         assert name not in state.replies
+
+
+@pytest.mark.parametrize(
+    ("ttl", "longest"), [(60.0, 60.0), (math.inf, node.LONGEST_TTL_S), (math.nan, 0.0), (-1.0, 0.0)]
+)
+def test_a_message_ends_at_some_time(ttl, longest):
+    began = time.monotonic()
+    ends = node.deadline_of(SimpleNamespace(ttl=ttl))
+    assert began + longest <= ends <= time.monotonic() + longest
 
 
 def test_a_message_that_the_coordinator_knows_nothing_of_any_more_does_not_hold_up_the_next(site, monkeypatch):

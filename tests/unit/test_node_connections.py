@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import logging
 import socket
 import sys
 import threading
 import time
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import grpc
@@ -18,7 +21,7 @@ from fedpeft.deploy import flower, keys
 from fedpeft.deploy.processes import Child, end
 from fedpeft.deploy.site import link, node
 from fedpeft.errors import RunError
-from support.fleet import GrpcStandIn, HttpStandIn, State, replied
+from support.fleet import Fault, GrpcStandIn, HttpStandIn, State, replied
 from support.nodes import at_work, exchange, fast, key_of, site, until
 
 __all__ = ["fast", "site"]  # fixtures
@@ -193,3 +196,39 @@ def test_a_worker_that_ends_is_said_to_have_and_its_successor_is_waited_for():
         stop.set()
         thread.join()
         end([child])
+
+
+@pytest.mark.parametrize("packed", ["gzip", "deflate", "br"])
+def test_an_answer_that_is_packed_is_not_unpacked(site, packed):
+    """Whether asked for or not: a few bytes could become as many as this machine has."""
+    body = gzip.compress(b"0" * 10**6)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("content-encoding", packed)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        made = link.HttpLink(f"127.0.0.1:{server.server_port}", key_of(site), None)
+        with pytest.raises(link.Failure, match=f"packed by {packed}, which was not asked for"):
+            made.call("PullMessages", flower.request("PullMessages", None), 5.0)
+        made.close()
+        server.shutdown()
+
+
+def test_an_answer_is_read_up_to_a_bound(site, monkeypatch):
+    monkeypatch.setattr(link, "LARGEST", 10)
+    state = State()
+    state.before["ActivateNode"] = [Fault(500, "x" * 1000)]
+    with closing(HttpStandIn(state)) as server:
+        made = link.HttpLink(f"127.0.0.1:{server.port}", key_of(site), None)
+        with pytest.raises(link.Failure, match="more than 10 bytes"):
+            made.call("ActivateNode", flower.request("ActivateNode", None, public_key=b""), 5.0)
+        made.close()

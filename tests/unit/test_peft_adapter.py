@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft import registry
-from fedpeft.adapters import folder
+from fedpeft.adapters import folder, peft_types
 from fedpeft.adapters.peft_types import average_error, fits
 from fedpeft.clients.cohort.engine import cannot
 from fedpeft.errors import InputError, RunError
@@ -208,3 +208,17 @@ def test_a_run_of_a_biased_type_says_by_how_much(tmp_path, caplog):
     assert "off the average" not in caplog.text
     assert average_error("LORA", {"use_dora": True, "r": 3}) > average_error("LORA", {"r": 3}) > 0.1
     assert average_error("LORA", {"init_lora_weights": "mica"}) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa_niter_999999999", "pissa_niter_0", "pissa_niter_x", "pissa_niter_" + "9" * 5000]
+)
+def test_iterations_of_a_start_are_bounded(start):
+    with pytest.raises(InputError, match=r"init_lora_weights=pissa_niter_.*allowed are 1 to 100|not a valid"):
+        peft_types.require_options("LORA", {"init_lora_weights": start})
+    peft_types.require_options("LORA", {"init_lora_weights": "pissa_niter_4"})
+
+
+def test_what_makes_another_base_is_no_option():
+    with pytest.raises(InputError, match=r"layer_replication.*is not known"):
+        peft_types.require_options("LORA", {"layer_replication": [[0, 2], [1, 2]]})

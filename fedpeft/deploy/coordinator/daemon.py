@@ -153,6 +153,7 @@ class Coordinator:
         self.runtime = executor_client(server.control, self.root, (server.path / "secret").read_bytes())
         self.checked = -CHECK_S
         self.sites: dict[str, str] = {}
+        self.refusal = ""  # of a site, which has been said
         self.submitted: set[str] = set()
         self.pauses_s: dict[str, float] = {}
         self.full = -FULL_S
@@ -164,11 +165,9 @@ class Coordinator:
             return
         try:
             if time.monotonic() - self.checked > CHECK_S:
-                if not self.insecure and self.sites != self.server.sites():
-                    self.control.register_missing()
-                    self.sites = self.server.sites()
-                self.look_at_runs()
                 self.checked = time.monotonic()
+                self.register()
+                self.look_at_runs()
             self.take()
         except httpx.HTTPStatusError as error:
             log.error("the SuperLink refuses: %s", error)
@@ -177,6 +176,19 @@ class Coordinator:
         except OSError as error:
             log.error("%s No run is started until then.", explained(error))
             self.full = time.monotonic()
+
+    def register(self) -> None:
+        """Let sites in that were added, and put out those that were removed. What is refused holds up no run."""
+        if self.insecure or self.sites == self.server.sites():
+            return
+        try:
+            self.control.register_missing()
+        except httpx.HTTPStatusError as error:
+            if str(error) != self.refusal:
+                log.error("the SuperLink refuses a site; it is asked again and again: %s", error)
+            self.refusal = str(error)
+        else:
+            self.sites, self.refusal = self.server.sites(), ""
 
     def take(self) -> None:
         """Start the process of a run that Flower has ready."""

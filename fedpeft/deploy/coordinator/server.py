@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft import config as configs
-from fedpeft import folders, foreign
+from fedpeft import extras, folders, foreign
 from fedpeft.config import shortened
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
@@ -164,6 +164,7 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     forced = {"run.engine": "sites", "run.baselines": False}
     given = {"data.clients": count or 1, "privacy.randomness": "os", **given, **forced}
     checked = configs.load(config, shortened.rounds(config, given))
+    extras.require_of_run(checked)
     if checked.adapter.client_ranks:
         raise InputError("adapter.client_ranks: given by the order of simulated clients; sites have names.")
     if checked.run.faults:

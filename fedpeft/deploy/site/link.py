@@ -139,16 +139,16 @@ class HttpLink:
 
     def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
         kind = "application/protobuf"
-        # Not compressed, or a few bytes could become as many as this machine has.
         headers = {"content-type": kind, "accept": kind, "accept-encoding": "identity"}
         headers |= flower.identity_headers(self.key, shift_s)
         try:
-            answer = self.client.post(
-                flower.path_of(method), content=request.SerializeToString(), headers=headers, timeout=within_s
-            )
-            if answer.status_code != httpx.codes.OK:
-                raise Failure(f"HTTP {answer.status_code}", answer.text)
-            return flower.answer_type(method).FromString(answer.content)
+            with self.client.stream(
+                "POST", flower.path_of(method), content=request.SerializeToString(), headers=headers, timeout=within_s
+            ) as answer:
+                content = _as_sent(answer)
+                if answer.status_code != httpx.codes.OK:
+                    raise Failure(f"HTTP {answer.status_code}", content.decode("utf-8", "replace"))
+                return flower.answer_type(method).FromString(content)
         except (httpx.HTTPError, RuntimeError) as error:  # the latter of a client that another thread has closed
             raise Failure(type(error).__name__, str(error)) from error
         except flower.DecodeError as error:
@@ -156,6 +156,18 @@ class HttpLink:
 
     def close(self) -> None:
         self.client.close()
+
+
+def _as_sent(answer: httpx.Response) -> bytes:
+    """The body of an answer, never unpacked: a few bytes could become as many as this machine has."""
+    if (packed := answer.headers.get("content-encoding", "identity")) != "identity":
+        raise Failure(f"HTTP {answer.status_code}", f"the answer is packed by {packed}, which was not asked for.")
+    content = bytearray()
+    for part in answer.iter_raw():
+        content += part
+        if len(content) > LARGEST:
+            raise Failure("HTTP 413", f"the answer has more than {LARGEST} bytes.")
+    return bytes(content)
 
 
 def connect(site: Site, insecure: bool = False) -> Link:

@@ -42,6 +42,7 @@ BEGINNINGS = 3  # a message that was begun so often without an answer has killed
 AT_ONCE = 4  # calls
 READY, ANSWERED, FAILED = b"ready", b"answered", b"failed"  # what a worker says
 PIPE_S = 0.05
+LONGEST_TTL_S = 7 * 86_400.0
 UNTOLD = "the site could not take part; its own log says why."
 
 
@@ -192,7 +193,7 @@ class Node:
         except OSError as error:
             log.error("a message could not be kept: %s", explained(error))
             with contextlib.suppress(Gone):
-                until = time.monotonic() + pulled.messages_list[0].metadata.ttl
+                until = deadline_of(pulled.messages_list[0].metadata)
                 self.push(*flower.deflated(flower.failure(pulled, UNTOLD)), until)
         except (ValueError, IndexError) as error:
             log.error("a message is not one of Flower's, and is not answered: %s", error)
@@ -202,7 +203,7 @@ class Node:
     def finish(self, owed: Owed) -> None:
         """Answer what is owed as far as that is still to be done, and bring the answer back."""
         data = owed.pulled.messages_list[0].metadata
-        until = time.monotonic() + data.ttl
+        until = deadline_of(data)
         try:
             if owed.answered() or self.answer(owed, until):
                 self.push(*owed.reply(), until)
@@ -210,7 +211,8 @@ class Node:
         except Gone as error:
             log.info("a message needs no answer any more: %s", error)
         except Leaving:
-            owed.forget_beginnings()  # a site that is stopped was not killed by the message
+            with contextlib.suppress(OSError):  # a disk that cannot be written then hides no stop
+                owed.forget_beginnings()  # a site that is stopped was not killed by the message
             raise
         owed.settle()
 
@@ -307,3 +309,8 @@ class Worker:
             raise RunError("the site's worker ended; it is started again.") from error
         if not answered:
             raise RunError(UNTOLD)
+
+
+def deadline_of(message: Any) -> float:
+    """Of time.monotonic: when a message ends. Its time to live is a coordinator's number: inf and NaN are none."""
+    return time.monotonic() + (min(message.ttl, LONGEST_TTL_S) if message.ttl >= 0 else 0.0)
