@@ -77,7 +77,8 @@ def _chosen(run: Path, config: Config, best: bool, round_number: int | None) -> 
     if strategy.keeps:
         raise InputError(
             f"--round {round_number}: with strategy.name={config.strategy.name} clients keep "
-            f"{', '.join(strategy.keeps)}, and no checkpoint holds these. Leave --round out: the last round has an adapter of each client."
+            f"{', '.join(strategy.keeps)}, and no checkpoint holds these. Leave --round out: the last round has an "
+            "adapter of each client."
         )
     with tempfile.TemporaryDirectory() as made:
         adapter = flat(strategy.before_round(state).adapter)

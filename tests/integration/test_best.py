@@ -176,7 +176,7 @@ def test_a_run_that_ends_early_has_its_table_of_classes(tiny, tmp_path):
 
 
 def test_a_round_of_a_run_whose_clients_keep_parts_is_not_exported(tiny, tmp_path):
-    tiny("run", {"strategy.name": "fedsa", "run.keep_checkpoints": None})
+    tiny("run", {"strategy.name": "fedsa", "data.holdout": 0.2, "run.keep_checkpoints": None})
     with pytest.raises(InputError, match=r"--round 1: with strategy\.name=fedsa clients keep B, head"):
         export(tmp_path / "run", tmp_path / "one", merge=False, round_number=1)
     assert not (tmp_path / "one").exists()
