@@ -16,20 +16,17 @@ from fedpeft.config.loading import (
     to_tree,
     to_yaml,
 )
+from fedpeft.config.materials import AdapterConfig, DataConfig, ModelConfig, PartitionConfig
 from fedpeft.config.option import FEDERATION, LEARNER, option
 from fedpeft.config.overrides import parse_overrides
 from fedpeft.config.protection import PrivacyConfig, SecAggConfig
 from fedpeft.config.schema import (
-    AdapterConfig,
     ClientConfig,
     Config,
     Configured,
     ContinualConfig,
-    DataConfig,
     EvaluationConfig,
     GenerateConfig,
-    ModelConfig,
-    PartitionConfig,
     RunConfig,
     StrategyConfig,
     TTAConfig,
