@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from fedpeft import registry
@@ -17,7 +18,7 @@ from fedpeft.adapters.peft_types import CANNOT, EXACT
 from fedpeft.adapters.peft_types import measured as measured_types
 from fedpeft.cli import catalogue
 from fedpeft.config import ContinualConfig
-from fedpeft.config.other_names import OTHERS
+from fedpeft.other_names import OTHERS, VALUES
 from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.general import GeneralServerBody
 
@@ -89,10 +90,10 @@ def peft_refused() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def other_names() -> str:
-    """Keys of other tools as Markdown, beside ours."""
+def other_names(table: dict[str, tuple[str, str, str]]) -> str:
+    """Keys, or values, of other tools as Markdown, beside ours."""
     rows = [["theirs", "whose", "ours", "mind"], ["---"] * 4]
-    rows += [[f"`{name}`", whose, f"`{ours}`", note] for name, (whose, ours, note) in OTHERS.items()]
+    rows += [[f"`{name}`", whose, ours and f"`{ours}`", note] for name, (whose, ours, note) in table.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -106,7 +107,13 @@ def with_tables(page: str) -> str:
     return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
-MADE = {"federations": federations, "other_names": other_names, "peft_types": peft_types, "peft_refused": peft_refused}
+MADE = {
+    "federations": federations,
+    "other_names": partial(other_names, OTHERS),
+    "other_values": partial(other_names, VALUES),
+    "peft_types": peft_types,
+    "peft_refused": peft_refused,
+}
 
 
 def measured() -> dict[str, dict[str, tuple[float, float]]]:

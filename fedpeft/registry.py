@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from fedpeft import other_names
 from fedpeft.errors import InputError
 
 log = logging.getLogger("fedpeft")
@@ -229,5 +230,6 @@ def unknown(key: str, given: object, allowed: Iterable[str]) -> str:
     """
     allowed = list(allowed)
     near = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    hint = f"Did you mean '{near[0]}'?" if near else ""
+    hint = f" {other_names.value(str(given), allowed) or hint}".rstrip()
     return f"{key}: '{given}' is not known.{hint} Allowed: {', '.join(allowed)}."

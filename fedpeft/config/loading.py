@@ -17,8 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedpeft import registry
-from fedpeft.config import other_names, values
+from fedpeft import other_names, registry
+from fedpeft.config import values
 from fedpeft.config.option import FEDERATION, INFINITY, LEARNER
 from fedpeft.config.overrides import apply, parse_overrides
 from fedpeft.config.schema import (

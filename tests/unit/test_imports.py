@@ -17,7 +17,19 @@ ROOT = Path(__file__).parents[2]
 MAPPED = ("strategies", "clients", "simulations")  # folders beside fedpeft/ that are its sub-packages
 # A module may import from its own line and the lines above. Names are modules or packages below fedpeft.
 LAYERS = (
-    {"errors", "extras", "progress", "seeds", "registry", "config", "lowrank", "files", "folders", "foreign"},
+    {
+        "errors",
+        "extras",
+        "progress",
+        "seeds",
+        "registry",
+        "other_names",
+        "config",
+        "lowrank",
+        "files",
+        "folders",
+        "foreign",
+    },
     {"state", "packing", "flower"},
     {"record"},
     {"objectives", "data"},

@@ -10,12 +10,13 @@ import transformers
 
 from fedpeft.clients.optimizers.adamw import AdamW
 from fedpeft.config import Config, load, options_of
-from fedpeft.config.other_names import FLOWER, HF, OTHERS, PEFT
 from fedpeft.errors import InputError
+from fedpeft.other_names import FLOWER, HF, OTHERS, PEFT, VALUES
 
 
 def known_keys():
-    """Every key of ours, and `client.optimizer_options` with those of the default optimizer."""
+    """Every key of ours, and `client.optimizer_options` with those of the default optimizer; "" is none."""
+    yield ""
     for section in dataclasses.fields(Config):
         yield section.name
         for item in dataclasses.fields(section.default_factory):
@@ -53,6 +54,60 @@ def test_a_key_of_another_tool_is_refused_with_ours(key, ours):
     with pytest.raises(InputError) as error:
         load({}, {key: 1})
     assert f"config key {key}: That is " in str(error.value) and f"here it is {ours}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "whose", "ours"),
+    [
+        ("model.max_seq_length", "TRL", "model.max_length"),
+        ("adapter.lora_r", "TRL", "adapter.r"),
+        ("model.model_name_or_path", "TRL", "model.name"),
+        ("data.dataset_name", "TRL", "data.source"),
+        ("run.num-server-rounds", "FlowerTune", "run.rounds"),
+        ("num_server_rounds", "FlowerTune", "run.rounds"),
+        ("train.learning-rate-max", "FlowerTune", "client (a section)"),
+        ("model.lora.peft-lora-r", "FlowerTune", "adapter (a section)"),
+        ("run.sample_clients", "OpenFedLLM", "run.clients_per_round"),
+        ("run.num_clients", "OpenFedLLM", "data.clients"),
+        ("strategy.prox_mu", "OpenFedLLM", "strategy.wrap ([{name: fedprox, mu: 0.01}])"),
+    ],
+)
+def test_keys_of_tools_that_are_not_installed(key, whose, ours):
+    with pytest.raises(InputError) as error:
+        load({}, {key: 1})
+    assert f"That is {whose}'s name; here it is {ours}" in str(error.value)
+
+
+def test_a_key_that_nothing_stands_for_says_what_to_do():
+    with pytest.raises(InputError, match=r"config key run.output_dir: .* no key here: the run folder is what --out"):
+        load({}, {"run.output_dir": "x"})
+
+
+def test_wrappers_in_the_notes_are_read():
+    for key in ("prox_mu", "fedopt_eta", "fedopt_tau", "fedopt_beta1", "fedopt_beta2"):
+        assert load({}, [f"strategy.wrap={OTHERS[key][2]}", "strategy.name=fedit"]).strategy.wrap
+
+
+@pytest.mark.parametrize(
+    ("key", "theirs", "ours"),
+    [
+        ("strategy.name", "FedAvg", "Flower's name; here it is fedit"),
+        ("client.optimizer", "paged_adamw_8bit", "transformers' name; here it is adamw"),
+        ("client.schedule", "cosine_with_min_lr", "transformers' name; here it is cosine"),
+        ("model.task", "CAUSAL_LM", "peft's name; here it is causal-lm"),
+        ("model.dtype", "bf16", "transformers' name; here it is bfloat16"),
+        ("data.truncate", "keep_start", "TRL's name; here it is end"),
+    ],
+)
+def test_a_value_of_another_tool_is_refused_with_ours(key, theirs, ours):
+    with pytest.raises(InputError, match=f"^{key}: '{theirs}' is not known. That is {ours}"):
+        load({}, {key: theirs})
+
+
+def test_a_value_is_suggested_only_where_it_is_allowed():
+    with pytest.raises(InputError) as error:
+        load({}, {"strategy.name": "bf16"})
+    assert "bfloat16" not in str(error.value) and "fedavg" in VALUES
 
 
 def test_what_is_ours_is_no_foreign_key():
