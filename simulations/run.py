@@ -22,6 +22,7 @@ from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import comparators, guarantee, identity, loop
+from fedpeft.run.dtype import settle_dtype
 from fedpeft.run.world import World, load_world, records, settle
 from fedpeft.simulations import faults
 from fedpeft.simulations.baselines import attempted, baselines
@@ -84,7 +85,9 @@ def simulate(
                 from_python.write(config.data, run, data, test)
                 faults.check(config.run, settle(config, run))
             # Resolved: a resumed run must not see a shipped config or a default that has changed since.
-            write_bytes(run / "resolved.yaml", configs.to_yaml(config).encode())
+            said = settle_dtype(config)
+            text = f"# {said}\n{configs.to_yaml(config)}" if said else configs.to_yaml(config)
+            write_bytes(run / "resolved.yaml", text.encode())
             identity.begin(run)
             return _run(config, run, tell)
         except InputError:

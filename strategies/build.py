@@ -104,7 +104,7 @@ def check(config: Config) -> None:
             f"strategy.name={name} leaves {', '.join(strategy.keeps)} with each client, so there is no single global "
             "model: it is evaluated on the clients. Set data.holdout (for example 0.2)."
         )
-    if config.model.dtype != "float32" and strategy.changes_base:
+    if config.model.dtype == "bfloat16" and strategy.changes_base:
         raise InputError(
             f"strategy.name={name} changes the base weights; model.dtype={config.model.dtype} would round its changes "
             "away. Set model.dtype=float32."

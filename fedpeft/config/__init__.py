@@ -4,7 +4,6 @@ What methods and programs need of it is named here.
 """
 
 from fedpeft.config.loading import (
-    base_dtype,
     build,
     check,
     from_yaml,
@@ -52,7 +51,6 @@ __all__ = [
     "SecAggConfig",
     "StrategyConfig",
     "TTAConfig",
-    "base_dtype",
     "build",
     "check",
     "default_of",

@@ -56,23 +56,8 @@ def load(
     except InputError as error:
         raise error if isinstance(source, dict) else InputError(f"{find(source)}: {error}") from error
     config: Config = build(Config, tree, "")
-    if config.model.dtype == "auto":
-        config.model.dtype = base_dtype(config.run.device)
     check(config)
     return config
-
-
-def base_dtype(device: str) -> str:
-    """The faster dtype of a frozen base: bfloat16 on a GPU that multiplies in it and on a processor with AMX. Without
-    AMX it is slower than float32, AVX512-BF16 or not.
-    """
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
 
 
 def find(source: str | Path) -> Path:

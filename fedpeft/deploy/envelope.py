@@ -127,6 +127,8 @@ def own_config(text: str, site: Site, bounds: Policy) -> Config:
     )
     if model.get("trust_remote_code"):
         raise Refused("model.trust_remote_code: no code of a model is run here.")
+    if model.get("dtype") == "auto":
+        raise Refused("model.dtype=auto: all sites have one base, in the dtype that the coordinator names.")
     if run.get("faults"):
         raise Refused("run.faults: a simulation only.")
     own = site.settings

@@ -23,18 +23,19 @@ from fedpeft import registry, seeds
 from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.errors import InputError
-from fedpeft.models import agreement
+from fedpeft.models import agreement, rates
 from fedpeft.models.base import Base
+from fedpeft.models.rates import DTYPES
 from fedpeft.objectives.base import Objective, load_objective
 
 log = logging.getLogger("fedpeft")
 
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises for files that are no model
 ENCODERS = {  # heads that tiny-bert has
     "AutoModelForSequenceClassification": "BertForSequenceClassification",
     "AutoModelForTokenClassification": "BertForTokenClassification",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(config: ModelConfig, labels: int, seed: int) -> Base:
@@ -76,6 +77,43 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         )
     heads = _heads(model) if objective.headed else {}
     return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
+
+
+def product_shapes(config: ModelConfig) -> rates.Shapes:
+    """The shapes of the base's linear layers, and how many have each; of a pre-trained one no weight is read.
+
+    Raises:
+        InputError: as `load`.
+    """
+    if config.name in registry.EMBEDDED:
+        return rates.shapes_of(load(replace(config, dtype="float32"), 2, 0).backbone)
+    import transformers
+
+    config = replace(config, name=str(prepare.model(config.name) or config.name))
+    agreement.require_base(config.name)
+    code = {"trust_remote_code": config.trust_remote_code}
+    try:
+        settings = transformers.AutoConfig.from_pretrained(config.name, **code)
+        pooled = load_objective(config.task).mean_pooled and _mean_pooled(config)
+        kind = transformers.AutoModel if pooled else _class_of(config.task)
+        with torch.device("meta"):
+            return rates.shapes_of(kind.from_config(settings, **code))
+    except UNREADABLE as error:
+        raise _cannot_load(config, error) from error
+
+
+def _class_of(task: str) -> Any:
+    """transformers' auto class of an objective."""
+    import transformers
+
+    return getattr(transformers, load_objective(task).auto_class)
+
+
+def _cannot_load(config: ModelConfig, error: Exception) -> InputError:
+    return InputError(
+        f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
+        f"Give a local folder, a hub id, or an embedded model ({', '.join(registry.EMBEDDED)})."
+    )
 
 
 def _has_embedded(name: str, objective: Objective) -> bool:
@@ -198,7 +236,7 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     arguments = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     agreement.require_base(config.name)
     try:
-        kind = transformers.AutoModel if pooled else getattr(transformers, objective.auto_class)
+        kind = transformers.AutoModel if pooled else _class_of(config.task)
         if objective.headed and not pooled:
             # The head is trained here, so one of another size is no fault; `require_covered` sees to all else.
             arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
@@ -207,11 +245,8 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
             processor = transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
         else:
             processor = transformers.AutoTokenizer.from_pretrained(config.name)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(
-            f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
-            f"Give a local folder, a hub id, or an embedded model ({', '.join(registry.EMBEDDED)})."
-        ) from error
+    except UNREADABLE as error:
+        raise _cannot_load(config, error) from error
     _require_agreement(config, objective, model, processor, loading, pooled)
     return model, processor
 

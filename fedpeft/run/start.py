@@ -88,10 +88,11 @@ def _require_task(path: Path, about: dict[str, Any], config: Config, base: Base)
 def _require_base(path: Path, theirs: str, config: Config, base: Base) -> None:
     """The base has the name that the folder gives it; of a run's folder the values themselves are compared."""
     run = path.parent
-    known = identity.fingerprint_of(run, "base model")
+    known, before = identity.fingerprint_of(run, "base model"), None
     if known is not None and (run / "resolved.yaml").is_file():
-        trained = configs.load(run / "resolved.yaml").adapter.train_head
-        same = known in (config.model.name, loading.fingerprint(base, heads=not trained))
+        before = configs.load(run / "resolved.yaml")
+    if before is not None and before.model.dtype == config.model.dtype:  # else the same weights have other values
+        same = known in (config.model.name, loading.fingerprint(base, heads=not before.adapter.train_head))
     else:
         same = folder.place(theirs) == folder.place(base.source)
     if not same:

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedpeft import __version__, extras, files, seeds
-from fedpeft.config import base_dtype
 from fedpeft.errors import InputError, RunError
+from fedpeft.models import rates
 from fedpeft.run.world import device as device_of
 from fedpeft.simulations.benchmarks import whole_run
 from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.server_cost import resident
 from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Engine, adapted, make
-from fedpeft.simulations.benchmarks.speed_work import MODELS, Work, work
+from fedpeft.simulations.benchmarks.speed_work import MODELS, Work, backbone, work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def usable_engines(where: torch.device) -> tuple[str, ...]:
     """All engines that can be run here."""
     extra = {
         "graphs": where.type == "cuda",
-        "cohort-bf16": base_dtype(where.type) == "bfloat16",
+        "cohort-bf16": rates.choose(rates.measure(rates.shapes_of(backbone("S")), where)) == "bfloat16",
         "simulate": True,
         "flower": _installed("ray"),
         "pfl": _installed("pfl"),

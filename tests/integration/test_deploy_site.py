@@ -111,6 +111,7 @@ def test_a_good_request_is_answered_and_the_same_one_costs_nothing_more(rig):
         ({"adapter.name": "subprocess:Popen"}, "adapter.name"),
         ({"strategy.wrap": ["builtins:eval"]}, "strategy.wrap"),
         ({"model.trust_remote_code": True}, "trust_remote_code"),
+        ({"model.dtype": "auto"}, "model.dtype"),
         ({"model.auto_map": "evil.py"}, "auto_map"),
         ({"hooks": {"before": "evil"}}, "hooks"),
         ({"run.faults": {"clinic": "die"}}, "run.faults"),

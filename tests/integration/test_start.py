@@ -56,6 +56,10 @@ def begun(start, run, **more):
     return load_world(configs.load({}, {**TINY, "adapter.start": str(start), **given}), run)
 
 
+def test_a_base_that_is_held_in_another_dtype_is_the_same_model(first, tmp_path):
+    assert begun(first / "adapter", tmp_path / "run", model__dtype="bfloat16").config.model.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(
     "strategy",
     [

@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import ssl
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from fedpeft import config as configs
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.coordinator import daemon, server
 from fedpeft.deploy.coordinator import run as runs
@@ -164,6 +166,13 @@ def test_a_run_that_a_full_disk_does_not_take_leaves_nothing(folder, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         server.run(folder, "quickstart", ["data.clients=4", "run.clients_per_round=2"])
     assert list((folder / "runs").iterdir()) == []
+
+
+def test_all_sites_have_one_base_so_auto_is_float32_and_that_is_said(folder, monkeypatch, caplog):
+    monkeypatch.setattr(server, "state", lambda found: {"insecure": True})
+    made = server.run(folder, "quickstart", ["data.clients=4", "model.dtype=auto", "run.clients_per_round=2"])
+    assert configs.load(Path(made["folder"]) / "resolved.yaml").model.dtype == "float32"
+    assert "model.dtype=auto: float32" in caplog.text
 
 
 def test_a_coordinator_on_a_full_disk_starts_no_run_says_so_once_and_goes_on(folder, monkeypatch, caplog):

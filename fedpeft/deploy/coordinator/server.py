@@ -165,6 +165,12 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     given = {"data.clients": count or 1, "privacy.randomness": "os", **given, **forced}
     checked = configs.load(config, shortened.rounds(config, given))
     extras.require_of_run(checked)
+    if checked.model.dtype == "auto":
+        checked.model.dtype = "float32"
+        log.warning(
+            "model.dtype=auto: float32. Each site computes on a machine of its own, and all must have one base; set "
+            "model.dtype=bfloat16 if all sites are faster in it."
+        )
     if checked.adapter.client_ranks:
         raise InputError("adapter.client_ranks: given by the order of simulated clients; sites have names.")
     if checked.run.faults:

@@ -44,6 +44,7 @@ from fedpeft.run.audit import rounds_seen, streams
 from fedpeft.run.audit.neighbours import gradients, neighbours
 from fedpeft.run.audit.rounds_seen import ROUNDING
 from fedpeft.run.audit.watched import Watch, Watched
+from fedpeft.run.dtype import settle_dtype
 from fedpeft.run.world import World, load_world, settle
 from fedpeft.seeds import torch_generator
 from fedpeft.state import AdapterState
@@ -74,6 +75,7 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
         run = Path(folder) / "run"
         run.mkdir()
         settle(config, run)
+        settle_dtype(config)
         subject = Audit(load_world(config, run), run)
         return {"config": configs.to_tree(config), **report(subject)}
 

@@ -1,0 +1,55 @@
+"""`model.dtype=auto`: what a run holds its base in is found out once, ahead of its first round, and written down."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from fedpeft import config as configs
+from fedpeft.config import Config
+from fedpeft.errors import InputError
+from fedpeft.models import loading, rates
+from fedpeft.run.world import device
+
+log = logging.getLogger("fedpeft")
+
+
+def settle_dtype(config: Config) -> str:
+    """Where `model.dtype` is auto, set it to float32, or to bfloat16 if this machine multiplies so much faster in it.
+
+    A run that goes on, its workers and its actors take what is set here, on whatever machine they are: with another
+    base in the middle a run would be two.
+
+    Returns:
+        A sentence with both rates; empty where the config names a dtype.
+
+    Raises:
+        InputError: the model cannot be loaded, or the device is not there.
+    """
+    if config.model.dtype != "auto":
+        return ""
+    said = _settled(config)
+    log.info("%s", said)
+    return said
+
+
+def _settled(config: Config) -> str:
+    config.model.dtype = "bfloat16"
+    try:
+        configs.check(config)
+    except InputError as error:
+        config.model.dtype = "float32"
+        return f"model.dtype=auto: float32, as in bfloat16 this config would be refused ({error})"
+    torch.set_num_threads(config.run.threads)
+    where = device(config.run.device)
+    shapes = loading.product_shapes(config.model)
+    if not shapes:
+        config.model.dtype = "float32"
+        return "model.dtype=auto: float32, as the base has no linear layers."
+    found = rates.measure(shapes, where)
+    config.model.dtype = rates.choose(found)
+    return (
+        f"model.dtype=auto: {config.model.dtype}. The base's products run at {found['float32']:.3g} GFLOP/s in float32 "
+        f"and at {found['bfloat16']:.3g} in bfloat16, which is taken from {rates.FASTER:g} times as fast on."
+    )
