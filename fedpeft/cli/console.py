@@ -16,7 +16,6 @@ from fedpeft import folders
 from fedpeft.cli import alive
 from fedpeft.errors import RunError, Stopped
 from fedpeft.files import explained
-from fedpeft.record.lead import warnings
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -189,6 +188,8 @@ def _sure(row: dict[str, Any]) -> str:
 
 def _named_clients(summary: dict[str, Any]) -> None:
     """Whose updates were far beyond the others', cut by a robust rule, or quarantined."""
+    from fedpeft.record.lead import warnings
+
     for text in warnings(summary):
         out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
     for row in summary.get("updates", []):

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedpeft import other_names, registry
 from fedpeft.config import values
 from fedpeft.config.option import FEDERATION, INFINITY, LEARNER
@@ -95,7 +93,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """YAML that `from_yaml` makes the same config of."""
-    return OmegaConf.to_yaml(OmegaConf.create(values.escaped(to_tree(config))))
+    return values.written(values.escaped(to_tree(config)))
 
 
 def from_yaml(text: str) -> Config:

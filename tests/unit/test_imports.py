@@ -61,6 +61,16 @@ HEAVY = {
     "wandb",
     "mlflow",
 }
+COSTLY = HEAVY | {"numpy", "scipy", "pandas", "pyarrow", "omegaconf", "tokenizers", "dp_accounting", "jinja2", "PIL"}
+MAY_LOAD = {  # a command -> what it may load of what is costly
+    "--help": set(),
+    "list strategies": set(),
+    "list": {"numpy"},
+    "show data": {"numpy"},
+    "show partitioners/iid": {"numpy"},
+    "show bodies/coso": {"numpy", "torch", "safetensors"},
+    "validate quickstart": {"numpy", "torch", "safetensors", "flwr"},
+}
 LIGHT = (
     "fedpeft",
     "fedpeft.errors",
@@ -205,6 +215,30 @@ def test_light_modules_load_nothing_heavy():
     code = f"import sys; import {', '.join(LIGHT)}; print(sorted(set(sys.modules) & {HEAVY}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def loaded(code: str, *arguments: str) -> set[str]:
+    """What is costly and loaded in a process after this code."""
+    says = f"{code}\nprint('loaded', *{COSTLY} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", says, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stdout.split("\n")[-2].split()[1:])
+
+
+@pytest.mark.parametrize("command", MAY_LOAD)
+def test_a_command_loads_what_it_needs_and_no_more(command):
+    code = """
+import sys
+from fedpeft.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+"""
+    assert loaded(code, *command.split()) == MAY_LOAD[command]
+
+
+def test_a_run_has_loaded_nothing_of_its_models_baselines_and_report_before_it_begins():
+    assert loaded("import sys; import fedpeft.simulations.run") == {"numpy", "torch", "safetensors", "flwr"}
 
 
 def test_bare_folders_refuse_to_be_imported():

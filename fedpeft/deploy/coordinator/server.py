@@ -11,11 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedpeft import config as configs
 from fedpeft import extras, folders, foreign
-from fedpeft.config import shortened
+from fedpeft.config import shortened, values
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.settings import Server, ServerSettings
 from fedpeft.errors import InputError, RunError
@@ -45,7 +43,7 @@ def init(
         keys.write_mode(draft / "secret", settings.new_secret(), keys.PRIVATE)
         for name in ("sites", "runs", "logs"):
             (draft / name).mkdir()
-        write_bytes(draft / "server.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+        write_bytes(draft / "server.yaml", values.written(tree).encode())
         folder = draft.parent
     return {
         "folder": str(folder),

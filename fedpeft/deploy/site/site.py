@@ -14,11 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from fedpeft import config as configs
 from fedpeft import folders, registry
-from fedpeft.config import Config
+from fedpeft.config import Config, values
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.address import parse_endpoint, proxy_of
 from fedpeft.deploy.launch import DEBUG
@@ -80,7 +78,7 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
     line = keys.site_keys(folder)
     if ca is not None:
         shutil.copyfile(ca, folder / "ca.crt")
-    write_bytes(folder / "site.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+    write_bytes(folder / "site.yaml", values.written(tree).encode())
     write_bytes(folder / "policy.yaml", POLICY.encode())
     return {
         "folder": str(folder),
