@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -275,7 +276,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def _read_lines(prompt: str) -> Iterator[str]:
-    """Lines of standard input until it ends; a terminal is asked for each."""
+    """Lines of standard input until it ends; a terminal is asked for each.
+
+    They are UTF-8, whatever the locale is; other bytes are half characters (surrogateescape), for the reader to refuse.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         if sys.stdin.isatty():
             console.err.print(prompt, end="", markup=False)

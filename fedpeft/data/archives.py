@@ -86,17 +86,27 @@ def _unpack(path: Path, root: Path) -> list[str]:
 
 
 def table_of(root: Path) -> Path | None:
-    """The one file of records (csv, parquet, ...) in an unpacked folder; None where there is none, or several."""
+    """The one file of records (csv, parquet, ...) in an unpacked folder; None where there is none, or several.
+
+    A json beside a picture of its name says something of the picture, and is none of them.
+    """
+    entries = [entry for entry in sorted(root.iterdir()) if entry.is_file() and not hidden(entry)]
+    pictures = {entry.stem for entry in entries if entry.suffix.lower() in PICTURES}
     files = [
-        entry for entry in sorted(root.iterdir()) if entry.is_file() and not hidden(entry) and ending(entry) in FILES
+        entry
+        for entry in entries
+        if ending(entry) in FILES and not (ending(entry) == ".json" and entry.stem in pictures)
     ]
     return files[0] if len(files) == 1 else None
 
 
-def hold(columns: dict[str, Sequence[Any]], root: Path) -> dict[str, Sequence[Any]]:
+def hold(columns: dict[str, Sequence[Any]], root: Path, archive: str = "") -> dict[str, Sequence[Any]]:
     """The columns with the bytes of pictures in place of their paths below `root`; None where there is no such file.
 
     A picture that several records name is in memory once.
+
+    Args:
+        archive: its name, before that of each picture, where several are one table.
     """
     read: dict[Path, dict[str, Any]] = {}
 
@@ -105,7 +115,7 @@ def hold(columns: dict[str, Sequence[Any]], root: Path) -> dict[str, Sequence[An
         if place is None:
             return None
         if place not in read:
-            read[place] = {"bytes": place.read_bytes(), "path": str(place.relative_to(root))}
+            read[place] = {"bytes": place.read_bytes(), "path": str(Path(archive, place.relative_to(root)))}
         return read[place]
 
     return {

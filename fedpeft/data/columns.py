@@ -156,11 +156,12 @@ def texts(table: Table, name: str) -> Texts:
             raise InputError(
                 f"{table.where}: column {name}: record {number} has no text, but {shown(value)}. Remove or fill it."
             )
-        _require_unicode(table, name, number, value)
+        require_unicode(table, name, number, value)
     return values if isinstance(values, Texts) else Texts.of(values)
 
 
-def _require_unicode(table: Table, name: str, number: int, value: str) -> None:
+def require_unicode(table: Table, name: str, number: int, value: str) -> None:
+    """Refuse half of a character, which no file can hold and no tokenizer reads; names the record."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -185,7 +186,7 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, list[str], tuple[Skippe
         if missing(value):
             raise InputError(f"{table.where}: column {name}: record {number} has no label. Remove or fill it.")
         if isinstance(value, str):
-            _require_unicode(table, name, number, value)
+            require_unicode(table, name, number, value)
         kinds.setdefault(_kind(table, name, number, value), number)
     if len(kinds) > 1:
         (first, one), (second, two) = list(kinds.items())[:2]

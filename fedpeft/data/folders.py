@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from fedpeft.data.readers import ENDINGS, ending
 from fedpeft.data.skipped import Skipped, some
@@ -82,6 +85,35 @@ def pictures(root: Path) -> tuple[list[Path], tuple[Skipped, ...]]:
     if not found:
         raise InputError(_nothing(root, skipped))
     return sorted(found), skipped
+
+
+def unlabelled(root: Path) -> tuple[list[Path], tuple[Skipped, ...]] | None:
+    """Pictures of a folder that has them at its top and nowhere below, and what is there besides; None of another."""
+    found: list[Path] = []
+    other: list[str] = []
+    for folder, names in walk(root):
+        pictures = [name for name in names if name.lower().endswith(PICTURES)]
+        if folder != root and pictures:
+            return None
+        found += [folder / name for name in pictures]
+        other += [str((folder / name).relative_to(root)) for name in names if name not in pictures]
+    said = some(str(root), f"files of other endings than {', '.join(PICTURES)} are left out", other)
+    return (found, said) if found else None
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, with the names of the files in each, sorted; hidden ones are left out.
+
+    Raises:
+        InputError: a folder cannot be read; names it.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"{error.filename}: the folder cannot be read: {error.strerror}.") from error
+
+    for folder, below, names in os.walk(root, onerror=refuse):
+        below[:] = sorted(name for name in below if not hidden(Path(name)))
+        yield Path(folder), sorted(name for name in names if not hidden(Path(name)))
 
 
 def hidden(path: Path) -> bool:

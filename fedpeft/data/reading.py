@@ -37,6 +37,7 @@ class Reading:
         test_split: the one that is the source's own test set; None is by its name.
         revision: of a data set of the hub.
         train_key: what named the split that is taken.
+        asked: its records are to be answered: pictures need no labels, and none may be lost.
     """
 
     format: dict[str, str] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Reading:
     test_split: str | None = None
     revision: str | None = None
     train_key: str = "train_split"
+    asked: bool = False
 
     @classmethod
     def of(cls, config: DataConfig, key: str) -> Reading:
@@ -64,8 +66,8 @@ class Reading:
 
     @property
     def alone(self) -> bool:
-        """Whether what is taken was named as the test set: then no other one is looked for beside it."""
-        return self.train_split is not None and self.train_key != "train_split"
+        """Whether what is taken was named as all there is, or as the test set: then no other one is looked for."""
+        return self.train_split is not None and (self.asked or self.train_key != "train_split")
 
     def inside(self, file: Path | None) -> Reading:
         """How an archive's file is read, or its folder: `data.format`, which is of two sources, may be of the other."""

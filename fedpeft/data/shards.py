@@ -16,20 +16,34 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.data import readers
-from fedpeft.data.folders import PICTURES, hidden
+from fedpeft.data.folders import PICTURES, hidden, walk
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.errors import InputError
 
-TAR = ".tar"
+TAR, CLASS = ".tar", ".cls"
+TEXTS = (".json", ".txt")
+TABLES = {ending for ending in readers.ENDINGS if ending != ".json"}
 
 
 def are_in(root: Path) -> bool:
-    """Whether an unpacked folder is that of a shard: a class beside a record, or a picture and its text at the top."""
-    if next(root.rglob("*.cls"), None) is not None:
-        return True
-    names = {path.name.lower() for path in root.iterdir() if path.is_file() and not hidden(path)}
-    pictures = {name.partition(".")[0] for name in names if name.endswith(PICTURES)}
-    return any(f"{key}{kind}" in names for key in pictures for kind in (".json", ".txt"))
+    """Whether a folder is that of a shard, by the names in it: somewhere a class beside its record, or at the top a
+    picture beside its text, and none in a folder of a label. A csv, or another table, at the top is meant instead.
+    """
+    described = False
+    for folder, names in walk(root):
+        if folder == root and any(readers.ending(Path(name)) in TABLES for name in names):
+            return False
+        pictures, texts = _keys(names, PICTURES), _keys(names, TEXTS)
+        if (pictures | texts) & _keys(names, (CLASS,)):
+            return True
+        if folder == root:
+            described = bool(pictures & texts)
+        described = described and (folder == root or not pictures)
+    return described
+
+
+def _keys(names: list[str], endings: tuple[str, ...]) -> set[str]:
+    return {name.partition(".")[0] for name in names if name.lower().endswith(endings)}
 
 
 def tar_files(folder: Path) -> list[Path]:
@@ -42,11 +56,13 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
     """Columns of a shard's records, None where a record has no such file, and what was left out.
 
     Raises:
-        InputError: two files of a record are one column, or a file is not what its ending says; names it.
+        InputError: there is no record; two files of a record are one column, or a file is not what its ending says;
+            names it.
     """
     records: dict[str, dict[str, Any]] = {}
     other: list[str] = []
-    for path in sorted(path for path in root.rglob("*") if path.is_file() and not hidden(path)):
+    paths = sorted(folder / name for folder, names in walk(root) for name in names)
+    for path in (path for path in paths if path.is_file()):
         name = path.relative_to(root)
         key, _, kind = path.name.partition(".")
         read = KINDS.get(f".{kind.lower()}")
@@ -59,6 +75,11 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
                 raise InputError(f"{root}: {name} is the column {column!r} of its record a second time. Rename one.")
             record[column] = value
     names = dict.fromkeys(column for record in records.values() for column in record)
+    if not records:
+        raise InputError(
+            f"{root}: no record in {', '.join(other[:5])}. A record's files share their name up to its first dot, and "
+            f"the rest says what each is, as in 000017.jpg and 000017.cls; allowed are {', '.join(KINDS)}."
+        )
     skipped = some(str(root), f"files of other endings than {', '.join(KINDS)} are left out", other)
     return {name: [record.get(name) for record in records.values()] for name in names}, skipped
 
@@ -83,14 +104,14 @@ def _values(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any
 
 
 def _class(path: Path) -> dict[str, Any]:
-    text = path.read_text("utf-8").strip()
+    text = path.read_text("utf-8-sig").strip()
     if not (text.isascii() and text.isdecimal()):
         raise ValueError(f"expected the number of a class, found {text[:40]!r}. A name goes into a json, as a column.")
     return {"label": int(text)}
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text("utf-8"))
+    found = json.loads(path.read_text("utf-8-sig"))
     if not isinstance(found, dict):
         raise ValueError("expected an object, whose keys are columns.")
     return found
@@ -98,7 +119,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     **dict.fromkeys(PICTURES, lambda path: {"image": str(path)}),
-    ".cls": _class,
-    ".txt": lambda path: {"text": path.read_text("utf-8")},
+    CLASS: _class,
+    ".txt": lambda path: {"text": path.read_text("utf-8-sig")},
     ".json": _object,
 }

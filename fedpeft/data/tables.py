@@ -101,33 +101,59 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
         columns, skipped = shards.columns(path)
         return Tables(Table(columns, str(path), skipped=skipped))
     reading.require("a folder of pictures", source)
+    if reading.asked and reading.train_split is None and (plain := folders.unlabelled(path)) is not None:
+        return Tables(Table({"image": [str(each) for each in plain[0]]}, str(path), skipped=plain[1]))
     train, test, beside = folders.splits(path, reading.train_split, reading.test_split, reading.train_key)
     test = None if reading.alone else test
     return Tables(_image_folder(train, beside), None if test is None else _image_folder(test))
 
 
-def _archive(path: Path, reading: Reading) -> Tables:
+def _archive(path: Path, reading: Reading, name: str = "") -> Tables:
     """As what is in it: pictures in folders of labels, or one file of records and the pictures that it names."""
     with archives.unpacked(path) as (root, damaged):
+        if reading.asked and damaged:
+            raise InputError(f"{damaged[0]}. They would have no answer. Pack it anew, or without them.")
         file = None if shards.are_in(root) else archives.table_of(root)
         parts = local(str(file or root), reading=reading.inside(file))
 
         def keep(table: Table, more: tuple[Skipped, ...] = ()) -> Table:
             where, skipped = (table.where.replace(str(root), str(path)), more + table.skipped)
             said = tuple(replace(entry, where=entry.where.replace(str(root), str(path))) for entry in skipped)
-            return replace(table, columns=archives.hold(table.columns, root), where=where, folder=Path(), skipped=said)
+            columns = archives.hold(table.columns, root, name)
+            return replace(table, columns=columns, where=where, folder=Path(), skipped=said)
 
         return Tables(keep(parts.train, damaged), None if parts.test is None else keep(parts.test))
 
 
 def _shards(path: Path, files: list[Path], reading: Reading) -> Tables:
     """As one table."""
-    parts = [_archive(file, reading) for file in files]
+    parts = [_archive(file, reading, file.name) for file in files]
     if more := next((file for file, part in zip(files, parts, strict=True) if part.test is not None), None):
         raise InputError(f"{path}: {more.name} has a test set in it, so it is no shard. Give it by its own path.")
     tables = [part.train for part in parts]
     skipped = tuple(entry for table in tables for entry in table.skipped)
-    return Tables(Table(shards.joined([table.columns for table in tables]), str(path), skipped=skipped))
+    joined = shards.joined([table.columns for table in tables])
+    return Tables(Table(joined, str(path), _names_of_all(path, files, tables), skipped=skipped))
+
+
+def _names_of_all(path: Path, files: list[Path], tables: list[Table]) -> dict[str, list[str]]:
+    """The names of class indices, which must be the same in all tables that have the column."""
+    names = {column: listed for table in tables for column, listed in table.names.items()}
+    for column in names:
+        having = [(file, table) for file, table in zip(files, tables, strict=True) if column in table.columns]
+        (first, one), *others = having
+        for file, table in others:
+            if table.names.get(column) != one.names.get(column):
+                raise InputError(
+                    f"{path}: the numbers in column {column} are of {_classes(one, column)} in {first.name}, and of "
+                    f"{_classes(table, column)} in {file.name}. Save both with the same ClassLabel."
+                )
+    return names
+
+
+def _classes(table: Table, column: str) -> str:
+    names = table.names.get(column)
+    return "no named classes" if names is None else f"the classes {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
 
 
 def hub(source: str, reading: Reading = PLAIN) -> Tables:
@@ -160,10 +186,11 @@ def made(loader: Callable[[], Any], source: str, key: str, reading: Reading = PL
         said = str(error).strip() or "without a word"
         raise InputError(f"{key}={source}: its function failed with {type(error).__name__}: {said}") from error
     several = isinstance(found, datasets.DatasetDict)
-    if not several and not isinstance(found, datasets.Dataset):
+    other = [part for part in (found.values() if several else [found]) if not isinstance(part, datasets.Dataset)]
+    if other:
         raise InputError(
-            f"{key}={source}: its function returns a {type(found).__name__}; expected a pandas.DataFrame, a "
-            "datasets.Dataset, or a DatasetDict with train and test."
+            f"{key}={source}: its function returns a {'DatasetDict of ' * several}{type(other[0]).__name__}; expected "
+            "a pandas.DataFrame, a datasets.Dataset, or a DatasetDict with train and test."
         )
     if not found or not all(len(part) for part in (found.values() if several else [found])):
         raise InputError(f"{key}={source}: its function returns no records.")
@@ -194,6 +221,8 @@ def _dataset(found: Any, where: str, reading: Reading) -> Tables:
 def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = ()) -> Table:
     import datasets
 
+    if not found.column_names:
+        raise InputError(f"{where}: a data set without columns, so without records.")
     names = {
         name: list(inner.names)
         for name, feature in found.features.items()

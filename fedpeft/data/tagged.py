@@ -15,7 +15,7 @@ import numpy as np
 
 from fedpeft.config import DataConfig
 from fedpeft.data import answers
-from fedpeft.data.columns import Natural, in_order, shown
+from fedpeft.data.columns import Natural, in_order, require_unicode, shown
 from fedpeft.data.encode import blocks, type_of
 from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
 from fedpeft.data.records import Records
@@ -50,7 +50,10 @@ def read(table: Table, config: DataConfig) -> Records:
         wrong = next((word for word in each if not isinstance(word, str) or not word.strip()), None)
         if wrong is not None:
             raise InputError(f"{table.where}: column {words}: record {number} has {shown(wrong)} among its words.")
-        rows.append((list(each), [answers.name_of(table, tags, number, mark, known) for mark in marks]))
+        named = [answers.name_of(table, tags, number, mark, known) for mark in marks]
+        for column, found in ((words, each), (tags, named)):
+            require_unicode(table, column, number, " ".join(found))
+        rows.append((list(each), named))
     names = known or in_order({mark for _, marks in rows for mark in marks})
     natural = Natural.of({name: values for name, values in table.columns.items() if name not in (words, tags)})
     return Records(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.config import DataConfig
-from fedpeft.data import columns, photos, readers, tables, tagged
+from fedpeft.data import columns, photos, readers, skipped, tables, tagged
 from fedpeft.data.conversations import FORMS, Form, Malformed, Turn, Wording, dump
 from fedpeft.data.ragged import Texts
 from fedpeft.data.reading import Reading, parse_format
@@ -29,21 +29,30 @@ LISTS: dict[str, dict[str, str]] = {
 }
 
 
-def read_unanswered(path: Path, config: DataConfig, task: str, names: list[str], form: str | None) -> Records:
+def read_unanswered(
+    path: Path,
+    config: DataConfig,
+    task: str,
+    names: list[str],
+    form: str | None,
+    splits: Mapping[str, str] | None = None,
+) -> Records:
     """The records of a file or folder, in their order. Labels, if there are any, are not looked at.
+
+    The column `file` has the names of pictures, from `path` on.
 
     Args:
         config: of the run, for its columns and `format`.
         names: outputs of the head.
         form: of the conversations that a language model was trained on ("text" is none); None where nobody knows.
+        splits: key of `data` -> the one of several sets of records in `path` that is meant; the run's own are of
+            another source.
 
     Raises:
-        InputError: no such file, no column of texts or images, or a record without one; names it.
+        InputError: no such file, several sets of records, no column of texts or images, or a record without one; names
+            it.
     """
-    if not path.exists():
-        raise InputError(f"--data {path}: there is no such file or folder.")
-    written = path.is_file() and readers.ending(path) in readers.CSV
-    table = tables.local(str(path), reading=Reading(parse_format(config.format) if written else {})).train
+    table = _read(path, config, splits or {})
     objective = load_objective(task)
     count = len(next(iter(table.columns.values())))
     inputs, kind = _inputs(table, config, task, form)
@@ -53,7 +62,42 @@ def read_unanswered(path: Path, config: DataConfig, task: str, names: list[str],
     if objective.labelled == "tags":  # a word's number is its tag, by which it is found again among the tokens
         names = [str(place) for place in range(max(len(json.loads(str(text))[0]) for text in inputs))]
     wording = Wording.of(config, kind) if objective.causal else Wording()
-    return Records(inputs, np.zeros(count, np.int64), names, {}, objective.records, wording=wording, targets=targets)
+    files = _files(table, config, path) if objective.records == "image" else {}
+    return Records(inputs, np.zeros(count, np.int64), names, files, objective.records, wording=wording, targets=targets)
+
+
+def _read(path: Path, config: DataConfig, splits: Mapping[str, str]) -> tables.Table:
+    """All there is, or what is named; what is left out is said."""
+    if not path.exists():
+        raise InputError(f"--data {path}: there is no such file or folder.")
+    if len(splits) > 1:
+        chosen = " and ".join(f"data.{key}={name}" for key, name in splits.items())
+        raise InputError(f"{chosen}: one set of records is answered at a time. Name one of them.")
+    written = path.is_file() and readers.ending(path) in readers.CSV
+    key, name = next(iter(splits.items()), ("train_split", None))
+    form = parse_format(config.format) if written else {}
+    found = tables.local(str(path), reading=Reading(form, train_split=name, train_key=key, asked=True))
+    if found.test is not None:
+        raise InputError(
+            f"--data {path}: has a training set, {found.train.where}, and a test set, {found.test.where}. Name one of "
+            "them: by its own path, or with data.train_split=NAME."
+        )
+    skipped.say(found.train.skipped)
+    return found.train
+
+
+def _files(table: tables.Table, config: DataConfig, path: Path) -> dict[str, np.ndarray]:
+    """The names of pictures, as a column; none where they have no names."""
+
+    def name(value: Any) -> str:
+        text = value.get("path") if isinstance(value, Mapping) else value
+        if not isinstance(text, str):
+            return ""
+        place = str(Path(text).relative_to(path)) if Path(text).is_relative_to(path) else text
+        return place.encode(errors="backslashreplace").decode()  # a name need not be UTF-8
+
+    names = list(map(name, table.columns[columns.column(table, "image", config.image)]))
+    return {"file": np.array(names, dtype=object)} if any(names) else {}
 
 
 def _inputs(table: tables.Table, config: DataConfig, task: str, form: str | None) -> tuple[Any, str]:
@@ -93,6 +137,7 @@ def _words(table: tables.Table, config: DataConfig) -> Texts:
         wrong = next((word for word in words if not isinstance(word, str) or not word.strip()), None)
         if wrong is not None:
             raise InputError(f"{table.where}: column {name}: record {number} has {columns.shown(wrong)} as a word.")
+        columns.require_unicode(table, name, number, " ".join(words))
         rows.append(json.dumps([list(words), [str(place) for place in range(len(words))]], ensure_ascii=False))
     return Texts.of(rows)
 

@@ -26,6 +26,7 @@ def answers(
     """Each line that is not blank, and its answer, as soon as it is read; greedy, on one line.
 
     Args:
+        lines: bytes that are no UTF-8 as Python's surrogateescape keeps them.
         most: tokens of an answer.
         history: earlier questions and answers are part of the next question, until a blank line.
         refuse: is told why a line has no answer; its answer is empty then, so that answers stay beside their lines.
@@ -34,12 +35,13 @@ def answers(
     asker = Asker.of(trained, trained.form or "qa")
     earlier: list[Turn] = []
     for number, line in enumerate(lines, 1):
-        question = line.strip()
+        question = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
         if not question:
             earlier = []
             continue
         turns = [*earlier, ("user", question)]
         try:
+            _require_utf8(line, number)
             ids = asker.ask(turns if asker.template else question, f"line {number}")
             (said,) = generate(trained.base, [ids], most, asker.stop)
         except InputError as error:
@@ -49,3 +51,11 @@ def answers(
         yield question, " ".join(said.split())
         if history and said:
             earlier = [*turns, ("assistant", said)]
+
+
+def _require_utf8(line: str, number: int) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte = f", but has the byte 0x{ord(line[error.start]) & 0xFF:02x}"
+        raise InputError(f"line {number}: is not UTF-8{byte}. Write it as UTF-8.") from error

@@ -48,7 +48,7 @@ def compare(world: World, server: ServerState) -> dict[str, Any] | None:
     if not section.records or not len(world.test) or world.strategy.keeps:
         return None
     model = world.local.model
-    asked = draw_prompts(world.config, world.test, model.base.processor)
+    asked = draw_prompts(world.config, world.test, model.base.processor, count_positions(model.base))
     if not asked:
         return None
     stop = templates.find_ends(templates.template_of(world.test, model.base.processor), model.base.processor)
@@ -69,14 +69,16 @@ def compare(world: World, server: ServerState) -> dict[str, Any] | None:
     }
 
 
-def draw_prompts(config: Config, records: Records, tokenizer: Any) -> list[Prompt]:
+def draw_prompts(config: Config, records: Records, tokenizer: Any, positions: int | None = None) -> list[Prompt]:
     """As many conversations as the config asks for, drawn from its seed, each up to its last answer.
 
-    Those that the template does not take, or whose prompt is longer than a record may be, are left out, and said.
+    Those that the template does not take, or whose prompt is longer than a record may be, or fills the positions that
+    the model has, are left out, and said.
     """
     template, section = templates.template_of(records, tokenizer), config.evaluation.generate
     rng = seeds.numpy_generator(config.run.seed, "generate")
     chosen = np.sort(rng.permutation(len(records))[: section.records])
+    longest = config.model.max_length if positions is None else min(config.model.max_length, positions - 1)
     found = []
     for index in chosen:
         turns = parse(records.inputs[index])
@@ -86,22 +88,25 @@ def draw_prompts(config: Config, records: Records, tokenizer: Any) -> list[Promp
         except NotWritten:
             continue
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) <= config.model.max_length:
+        if len(ids) <= longest:
             found.append(Prompt(ids, text, turns[last][1].strip()))
     if len(found) < len(chosen):
         log.warning(
-            "evaluation.generate: %d of %d prompts have more than model.max_length=%d tokens, or are not taken by the "
-            "template, and are left out",
+            "evaluation.generate: %d of %d prompts have more than model.max_length=%d tokens%s, or are not taken by "
+            "the template, and are left out",
             len(chosen) - len(found),
             len(chosen),
             config.model.max_length,
+            f" or leave no room in the model's {positions} positions" if longest < config.model.max_length else "",
         )
     return found
 
 
 @torch.no_grad()
 def generate(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence[int]) -> list[str]:
-    """Greedy answers in words, to prompts of token ids.
+    """Greedy answers in words, to prompts of token ids; each is what it is alone.
+
+    One that would need more positions than the model has is as long as these allow, and empty where there are none.
 
     Args:
         most: longest answer in tokens.
@@ -112,12 +117,12 @@ def generate(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence
     device = next(backbone.parameters()).device
     backbone.eval()
     answers: dict[int, str] = {}
-    for rows in _alike(prompts):
-        ids, mask = pad_left([prompts[row] for row in rows], tokenizer.pad_token_id or 0)
-        settings = _settings(backbone, most, ids.shape[1], stop, tokenizer.pad_token_id or 0)
-        if settings is None:
+    for rows, room in _alike([len(prompt) for prompt in prompts], most, count_positions(base)):
+        if room < 1:
             answers |= dict.fromkeys(rows, "")
             continue
+        ids, mask = pad_left([prompts[row] for row in rows], tokenizer.pad_token_id or 0)
+        settings = _settings(room, stop, tokenizer.pad_token_id or 0)
         with _without_habits(backbone):
             made = backbone.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
@@ -143,11 +148,24 @@ def _without_habits(backbone: Any) -> Iterator[None]:
         backbone.generation_config = habits
 
 
-def _alike(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Numbers of prompts in batches of similar length."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), TOGETHER):
-        yield order[start : start + TOGETHER]
+def count_positions(base: Base) -> int | None:
+    """Tokens of a prompt and its answer that the model can tell apart; None where it has no limit."""
+    backbone: Any = base.backbone
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def _alike(lengths: Sequence[int], most: int, positions: int | None) -> Iterator[tuple[list[int], int]]:
+    """Numbers of prompts in batches of similar length, and the room for their answers in tokens.
+
+    A prompt that leaves less room than an answer may need is alone: padded beside others it would have less, or they.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    roomy = [row for row in order if positions is None or lengths[row] + most <= positions]
+    for start in range(0, len(roomy), TOGETHER):
+        yield roomy[start : start + TOGETHER], most
+    for row in order[len(roomy) :]:
+        yield [row], (positions or 0) - lengths[row]
 
 
 def pad_left(rows: Sequence[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,14 +176,9 @@ def pad_left(rows: Sequence[list[int]], filler: int) -> tuple[torch.Tensor, torc
     return ids, mask
 
 
-def _settings(backbone: Any, most: int, width: int, stop: Sequence[int], filler: int) -> Any:
-    """How to generate, within the positions that the model has; None where a prompt fills them."""
+def _settings(room: int, stop: Sequence[int], filler: int) -> Any:
     from transformers import GenerationConfig
 
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    room = most if positions is None else min(most, positions - width)
-    if room < 1:
-        return None
     return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=room, eos_token_id=list(stop) or None, pad_token_id=filler
     )

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from fedpeft import progress
+from fedpeft.config import parse_overrides
 from fedpeft.data import templates
 from fedpeft.data.conversations import parse
 from fedpeft.data.encode import encode
 from fedpeft.data.ragged import runs
+from fedpeft.data.reading import SPLITS
 from fedpeft.data.records import Records
 from fedpeft.data.templates import NotWritten, Template
 from fedpeft.data.unanswered import read_unanswered
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
-from fedpeft.run.generations import generate
+from fedpeft.run.generations import count_positions, generate
 from fedpeft.run.trained import Trained, open_trained
 
 ENDINGS = (".jsonl", ".csv")
@@ -49,9 +51,15 @@ def predict(path: Path, data: Path, out: Path, overrides: Sequence[str] = (), mo
         raise InputError(f"--out {out}: there is no folder {out.parent} to write it to.")
     trained = open_trained(path, overrides)
     objective, config = trained.base.objective, trained.config
-    records = read_unanswered(data, config.data, config.model.task, trained.names, trained.form)
+    given = parse_overrides(overrides).keys() & {"data", *(f"data.{key}" for key in SPLITS)}
+    values = {key: getattr(config.data, key) for key in SPLITS if given & {"data", f"data.{key}"}}
+    splits = {key: value for key, value in values.items() if value is not None}
+    records = read_unanswered(data, config.data, config.model.task, trained.names, trained.form, splits)
     rows = answer(trained, records, most) if objective.causal else classify(trained, records)
-    numbered = [{"record": number, **row} for number, row in enumerate(rows, 1)]
+    files = [{"file": name} for name in records.columns.get("file", ())] or [{}] * len(rows)
+    numbered = [
+        {"record": number, **file, **row} for number, (file, row) in enumerate(zip(files, rows, strict=True), 1)
+    ]
     write_bytes(out, (_as_csv(numbered) if out.suffix == ".csv" else _as_lines(numbered)).encode())
     return {"records": len(numbered), "task": config.model.task, "out": str(out)}
 
@@ -91,7 +99,7 @@ class Asker:
 
     def __init__(self, trained: Trained, template: Template | None) -> None:
         self.tokenizer, self.template = trained.base.processor, template
-        self.longest = trained.config.model.max_length
+        self.longest, self.positions = trained.config.model.max_length, count_positions(trained.base)
         end = self.tokenizer.eos_token_id
         self.stop = templates.find_ends(template, self.tokenizer) if template else [] if end is None else [end]
 
@@ -123,6 +131,11 @@ class Asker:
             raise InputError(
                 f"{what}: has {len(ids)} tokens as a prompt; model.max_length={self.longest} is the most. Shorten it, "
                 "or give model.max_length=N if the model takes more."
+            )
+        if self.positions is not None and len(ids) >= self.positions:
+            raise InputError(
+                f"{what}: has {len(ids)} tokens as a prompt, which leave no room for an answer: the model has "
+                f"{self.positions} positions. Shorten it."
             )
         return list(ids)
 

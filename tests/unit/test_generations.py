@@ -69,6 +69,17 @@ def test_a_prompt_that_fills_the_models_positions_gets_no_answer(model):
     assert generations.generate(model.base, [long], 3, []) == [""]
 
 
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
+    """Of 7 tokens where there is room, of 3 where a prompt leaves no more; a long one takes nothing from a short one."""
+    short, fits, full = ([5] * count for count in (4, small.POSITIONS - 7, small.POSITIONS - 3))
+    wanted = [by_hand(model, ids, room, []) for ids, room in ((short, 7), (fits, 7), (full, 3))]
+    assert generations.generate(model.base, [short, fits, full], 7, []) == wanted
+    assert generations.generate(model.base, [full, short], 7, []) == [wanted[2], wanted[0]]
+    rows = generations._alike([9, 5, 12, 6, 11], 4, 14)  # of 9, 5 and 6 tokens an answer of 4 has room
+    assert list(rows) == [([1, 3, 0], 4), ([4], 3), ([2], 2)]
+    assert list(generations._alike([9, 5], 4, None)) == [([1, 0], 4)]
+
+
 def test_padding_stands_before_a_prompt():
     ids, mask = generations.pad_left([[3, 4], [5, 6, 7, 8]], 0)
     assert ids.tolist() == [[0, 0, 3, 4], [5, 6, 7, 8]] and mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
@@ -92,6 +103,11 @@ def test_prompts_end_where_the_answer_begins_and_long_ones_are_left_out(caplog):
     assert found == generations.draw_prompts(roomy, records, tokenizer)
     none = generations.draw_prompts(configs.load(tree, {"model.max_length": 20}), records, tokenizer)
     assert none == [] and "5 of 5 prompts have more than model.max_length=20 tokens" in caplog.text
+    longest = max(len(prompt.ids) for prompt in found)
+    fitting = generations.draw_prompts(roomy, records, tokenizer, longest)
+    assert fitting == [prompt for prompt in found if len(prompt.ids) < longest]  # a token at least is the answer's
+    assert f"leave no room in the model's {longest} positions" in caplog.text
+    assert generations.draw_prompts(roomy, records, tokenizer, longest + 1) == found
 
 
 @pytest.mark.parametrize("kind", list(chat.JINJA))

@@ -106,6 +106,8 @@ def test_a_federation_of_it_is_split_by_a_column_and_resumes_unless_its_records_
         ("return [1, 2]", "returns a list; expected a pandas.DataFrame, a datasets.Dataset"),
         ("import pandas; return pandas.DataFrame({'text': []})", "returns no records"),
         ("import datasets; return datasets.DatasetDict()", "returns no records"),
+        ("import datasets; return datasets.DatasetDict({'train': [1]})", "returns a DatasetDict of list; expected a"),
+        ("import datasets; return datasets.DatasetDict({'train': 1})", "returns a DatasetDict of int; expected a"),
     ],
 )
 def test_a_function_that_gives_no_records_is_named(install, body, said):

@@ -7,12 +7,13 @@ import json
 import shutil
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from fedpeft.config import DataConfig
-from fedpeft.data import source
+from fedpeft.data import shards, source, tables
 from fedpeft.errors import InputError
 
 IMAGE, TEXT = "image-classification", "sequence-classification"
@@ -136,3 +137,105 @@ def test_captions_in_folders_of_labels_are_no_shard(tmp_path):
             (tmp_path / "photos" / label / f"{number}.txt").write_text("a caption")
     data = load(tmp_path / "photos")[0]
     assert data.label_names == ["a", "b"] and "8 files of other endings" in str(data.skipped[0])
+
+
+def saved(path, names, inside):
+    """A tar of a saved data set of four texts, whose labels are numbers of these names."""
+    kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names) if names else None}
+    columns = {"text": [f"{path.stem}{n}" for n in range(4)], "label": [n % 2 for n in range(4)]}
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds) if names else None)
+    made.save_to_disk(str(inside))
+    return pack(path, {file.name: file.read_bytes() for file in inside.iterdir()})
+
+
+def test_names_of_classes_are_those_of_all_shards(tmp_path):
+    for name in "ab":
+        saved(tmp_path / "s" / f"{name}.tar", ["no", "yes"], tmp_path / name)
+    data = source.whole(str(tmp_path / "s"), "data.source", DataConfig(source=str(tmp_path / "s")), TEXT)
+    assert data.label_names == ["no", "yes"] and data.labels.tolist() == [0, 1] * 4
+    saved(tmp_path / "s" / "c.tar", ["yes", "no"], tmp_path / "c")
+    with pytest.raises(
+        InputError, match=r"column label are of the classes no, yes in a\.tar, and .* yes, no in c\.tar"
+    ):
+        load(tmp_path / "s", TEXT)
+    saved(tmp_path / "s" / "c.tar", None, tmp_path / "plain")
+    with pytest.raises(InputError, match=r"no, yes in a\.tar, and of no named classes in c\.tar"):
+        load(tmp_path / "s", TEXT)
+
+
+def placed(root, members):
+    for name, content in members.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+LABELLED = {f"{label}/{number}.png": picture(number) for label in "ab" for number in range(4)}
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"logo.png": b"a logo", "logo.txt": b"by me"},
+        {"cover.png": b"a cover", "cover.json": b"{}"},
+        {"thesis.cls": b"\\NeedsTeXFormat"},
+        {"a/thesis.cls": b"1"},
+        {".git/x.cls": b"1", ".git/x.txt": b"x"},
+        {"a/.0.cls": b"1"},
+        {"__MACOSX/a/0.png": b"", "__MACOSX/a/0.cls": b"1"},
+        {"a.cls/0.png": picture(9)},
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stray_file_makes_no_shard_of_folders_of_labels(tmp_path, stray, packed):
+    members = {**LABELLED, **stray}
+    path = pack(tmp_path / "s.tar", members) if packed else placed(tmp_path / "s", members)
+    table = tables.local(str(path)).train
+    assert table.columns["label"][:4] == ["a"] * 4 and set(table.columns["label"]) <= {"a", "a.cls", "b"}
+    assert len(table.columns["label"]) == 8 + ("a.cls/0.png" in stray)
+    assert table.skipped or "a.cls/0.png" in stray  # what is left out is said
+
+
+def test_the_file_of_a_table_is_read_before_what_lies_beside_its_pictures(tmp_path):
+    rows = "".join(f"{number}.png,{'ab'[number % 2]}\n" for number in range(4))
+    for more in ("json", "cls", "txt"):
+        members = {f"{n}.{end}": data for n in range(4) for end, data in (("png", picture(n)), (more, b'{"label": 7}'))}
+        path = pack(tmp_path / f"{more}.tar", {"index.csv": b"image,label\n" + rows.encode(), **members})
+        table = tables.local(str(path)).train
+        assert table.columns["label"] == list("abab") and table.where.endswith("index.csv")
+
+
+def test_endings_are_found_in_capitals_and_hidden_files_are_no_part_of_a_shard(tmp_path):
+    members = {"1.PNG": picture(1), "1.CLS": b"3", "a/2.PNG": picture(2), "a/2.CLS": b"4", ".x/3.cls": b"5"}
+    table = tables.local(str(placed(tmp_path / "s", {**members, "a/.2.txt": b"x", "4.cls/note": b""}))).train
+    assert table.columns["label"] == [3, 4] and list(table.columns) == ["label", "image"]
+    assert [entry.examples for entry in table.skipped] == [("4.cls/note",)]
+
+
+def test_names_with_more_dots_are_no_records_and_say_how_they_are_to_be(tmp_path):
+    members = {f"img.{n}.{end}": b"1" for n in range(3) for end in ("png", "cls")}
+    pack(tmp_path / "s" / "a.tar", record(0, cls=b"1"))
+    path = pack(tmp_path / "s" / "b.tar", members)
+    for given in (path, path.parent, placed(tmp_path / "unpacked", members)):
+        with pytest.raises(InputError, match=r"no record in img\.0\.cls, img\.0\.png, .* up to its first dot"):
+            load(given)
+
+
+def test_a_byte_order_mark_is_no_part_of_what_a_shard_says(tmp_path):
+    mark = "\ufeff".encode()
+    members = {"0.txt": mark + b"text", "0.cls": mark + b"1", "1.txt": b"more", "1.json": mark + b'{"label": 0}'}
+    assert tables.local(str(placed(tmp_path / "s", members))).train.columns == {
+        "label": [1, 0],
+        "text": ["text", "more"],
+    }
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    placed(tmp_path / "s", LABELLED)
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(InputError, match=r"s: the folder cannot be read: Permission denied"):
+        shards.are_in(tmp_path / "s")

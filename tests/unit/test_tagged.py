@@ -45,6 +45,8 @@ def test_numbers_are_those_of_known_names():
         (("a b", ["O", "O"]), "both must be lists"),
         ((["a", ""], ["O", "O"]), "record 2 has '' among its words"),
         ((["a"], [None]), "record 2 has None among its labels"),
+        ((["a", "b \ud800"], ["O", "O"]), r"column tokens: record 2 has half of a character \(\\ud800\)"),
+        ((["a"], ["\udfff"]), r"column ner_tags: record 2 has half of a character \(\\udfff\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_record(row, said):
