@@ -70,7 +70,7 @@ def test_a_prompt_that_fills_the_models_positions_gets_no_answer(model):
 
 
 def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
-    """Of 7 tokens where there is room, of 3 where a prompt leaves no more; a long one takes nothing from a short one."""
+    """Of 7 tokens where there is room, of 3 where a prompt leaves no more; long ones take nothing from short ones."""
     short, fits, full = ([5] * count for count in (4, small.POSITIONS - 7, small.POSITIONS - 3))
     wanted = [by_hand(model, ids, room, []) for ids, room in ((short, 7), (fits, 7), (full, 3))]
     assert generations.generate(model.base, [short, fits, full], 7, []) == wanted
