@@ -43,7 +43,9 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
         if "attention_mask" not in form:
             made[name] = torch.randn((DRAWN, *value.shape[1:]), generator=generator).to(value.dtype)
         else:
-            made[name] = {"input_ids": ids, "attention_mask": mask}.get(name, torch.zeros_like(mask)).to(value.dtype)
+            known = {"input_ids": ids, "attention_mask": mask}
+            other = model.base.objective.draw_input
+            made[name] = (known[name] if name in known else other(name, mask)).to(value.dtype)
     return Encoded(made, _drawn_labels(model, none.labels, ids, mask, generator))
 
 
@@ -71,7 +73,14 @@ def verify_gradients(model: Adapted, like: Encoded, roles: tuple[str, ...], leng
     batch, labels = on_device(made, np.arange(len(made)), device)
     model.training_mode()
     with first_token(model, made):
-        verify(model.base.modules, parameters, partial(per_sample_loss, model), batch, labels)
+        verify(
+            model.base.modules,
+            parameters,
+            partial(per_sample_loss, model),
+            batch,
+            labels,
+            model.base.objective.rows,
+        )
     model.base.backbone.eval()
 
 

@@ -167,7 +167,7 @@ def check(config: Config) -> None:
     if tta.method is None:
         return
     objective = load_objective(config.model.task)
-    if not (objective.classes or objective.causal):
+    if not objective.classes and not (objective.causal and objective.labelled == "none"):
         raise InputError(
             f"tta.method={tta.method}: a method adapts the scores of one answer for each record, a class or the next "
             f"token, and model.task={config.model.task} has none. Set tta.method=null."

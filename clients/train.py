@@ -215,7 +215,12 @@ def private_steps(
         for start in range(0, len(drawn), size):
             inputs, labels = on_device(data, drawn[start : start + size], device)
             gradients, each = per_sample_gradients(
-                model.base.modules, parameters, partial(per_sample_loss, model), inputs, labels
+                model.base.modules,
+                parameters,
+                partial(per_sample_loss, model),
+                inputs,
+                labels,
+                model.base.objective.rows,
             )
             total += plan.clipped_sum(gradients, each)
             losses += list(each)

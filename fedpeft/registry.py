@@ -54,6 +54,7 @@ TABLES: dict[str, dict[str, str]] = {
         "regression": "fedpeft.objectives.regression:Regression",
         "token-classification": "fedpeft.objectives.token_classification:TokenClassification",
         "multi-label": "fedpeft.objectives.multi_label:MultiLabel",
+        "preference": "fedpeft.objectives.preference:Preference",
     },
     "adapters": {
         "lora": "fedpeft.adapters.lora:Lora",
@@ -73,6 +74,7 @@ TABLES: dict[str, dict[str, str]] = {
         "docstrings": "fedpeft.data.docstrings:Docstrings",
         "instructions": "fedpeft.data.exercises:Instructions",
         "chats": "fedpeft.data.exercises:Chats",
+        "preferences": "fedpeft.data.exercises:Preferences",
         "letters": "fedpeft.data.letters:Letters",
         "docstring-capitals": "fedpeft.data.docstrings:DocstringCapitals",
     },

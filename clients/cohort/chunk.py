@@ -255,7 +255,8 @@ class Chunk:
             for (key, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
         fixed = {key: value[chosen] if own else value for key, (value, own) in self.frozen.items()}
-        self.now.samples, self.now.groups, self.now.values = len(piece.clients), len(groups), {**fixed, **leaves}
+        self.now.rows = len(piece.clients) * self.model.base.objective.rows
+        self.now.groups, self.now.values = len(groups), {**fixed, **leaves}
         inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         labels = labels.to(self.device, non_blocking=True)

@@ -29,12 +29,12 @@ class Pass:
     """What the layers work with in one pass over the model.
 
     Attributes:
-        samples: how many; they are sorted by group.
+        rows: of the batch, those of one sample one after another; samples are sorted by group.
         groups: G.
         values: by parameter name, [G, ...] or, where all groups have the same, [...].
     """
 
-    samples: int = 0
+    rows: int = 0
     groups: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
 
@@ -54,15 +54,15 @@ class Layer:
     bias: str | None = None
 
     def forward(self, now: Pass, x: Tensor) -> Tensor:
-        """Outputs [samples, ..., out] for inputs [samples, ..., in], each group's with its own weights.
+        """Outputs [rows, ..., out] for inputs [rows, ..., in], each group's with its own weights.
 
         Raises:
-            InputError: the input has not one row for each sample.
+            InputError: the input has other rows than the batch.
         """
-        if x.shape[0] != now.samples:
+        if x.shape[0] != now.rows:
             raise InputError(
-                f"run.engine=cohort: {self.name} gets {x.shape[0]} rows for {now.samples} samples, so those of one "
-                "client cannot be told apart."
+                f"run.engine=cohort: {self.name} gets {x.shape[0]} rows for the {now.rows} of the batch, so those of "
+                "one client cannot be told apart."
             )
         weights = [now.values[key] for key in self.factors]
         if self.bias is not None or len(weights) == 1:

@@ -34,7 +34,9 @@ def first_token(model: Adapted, data: Encoded) -> Iterator[None]:
     Args:
         data: records to take the names and shapes of the inputs from.
     """
-    if model.tail is None:
+    if model.tail is None and not model.base.objective.headed:
+        model.tail = []  # every token has scores
+    elif model.tail is None:
         # One by one, as batch norms may be in evaluation mode while the rest trains.
         training = [module for module in model.base.backbone.modules() if module.training]
         model.base.backbone.eval()

@@ -18,6 +18,7 @@ class ModelConfig:
     task: str = option(
         "image-classification", "what the model is trained to do: a registered objective", table="objectives"
     )
+    task_options: dict[str, Any] = option({}, "options of the task named above", options_of=("objectives", "task"))
     pooling: str = option(
         "auto",
         "text classification head: the model's own, or a linear one on mean-pooled features; "

@@ -33,6 +33,7 @@ WORDS = {
     "numbers": "numbers",
     "several": "several labels each",
     "tags": "a tag for each word",
+    "pairs": "two answers each, one of them preferred",
 }
 MOST_NAMES = 10_000  # of labels that a record can have several of: more are free text, taken for labels
 LARGEST = 1e18  # of a number: its square is a float32 still

@@ -6,7 +6,8 @@
     alpaca       instruction, output (or response); input may be missing  instruction and input are asked, output said
     completion   prompt, completion: strings, or lists of messages        prompt is asked, completion said
     qa           question, answer                                         question is asked, answer said
-    preference   chosen, rejected; prompt may be missing                  not for a language model, see `find_form`
+    preference   chosen, rejected: strings, or lists of messages; prompt  two conversations, which share what is asked
+                 may be missing where these are lists                     and end in the better and the worse answer
 
 >>> form, columns = find_form(["question", "answer"], {}, "faq.csv")
 >>> form.name, form.read({"question": "2 + 2?", "answer": "4"})
@@ -82,12 +83,30 @@ def check(config: Config) -> None:
         ):
             if value != default:
                 raise InputError(f"{key}={value}: of language models; model.task={task} is none. Set it to {default}.")
+    _check_pairs(config)
     if data.columns and data.text is not None:
         raise InputError(
             f"data.text={data.text} and {as_key(data.columns)}: one is for plain texts, the other for conversations. "
             "Leave one of them out."
         )
     require_template(data.template)
+
+
+def _check_pairs(config: Config) -> None:
+    """Refuse what means nothing where two answers are compared as wholes."""
+    if load_objective(config.model.task).labelled != "pairs":
+        return
+    for key, value, allowed in (
+        ("data.text", config.data.text, None),
+        ("data.loss_on", config.data.loss_on, "response"),
+        ("client.loss_weighting", config.client.loss_weighting, "record"),
+    ):
+        if value != allowed:
+            way = "null" if allowed is None else allowed
+            raise InputError(
+                f"{key}={value}: model.task={config.model.task} compares the two answers of each record as wholes, by "
+                f"the sums of their tokens. Set it to {way}."
+            )
 
 
 def require_template(given: str | None) -> None:
@@ -116,12 +135,12 @@ class Form:
 
     Attributes:
         needed, optional: what a record has, and the usual names of its columns, in lower case.
-        read: turns of a record, by what it has; raises Malformed.
+        read: turns of a record, by what it has, of a preference those of both conversations; raises Malformed.
     """
 
     name: str
     needed: Mapping[str, tuple[str, ...]]
-    read: Callable[[Mapping[str, Any]], list[Turn]]
+    read: Callable[[Mapping[str, Any]], Sequence[Any]]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"system": ("system",)})
 
     def find(self, columns: Mapping[str, str]) -> dict[str, str]:
@@ -155,14 +174,7 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
 
 
 def _read_completion(row: Mapping[str, Any]) -> list[Turn]:
-    sides = {"prompt": "user", "completion": "assistant"}
-    turns: list[Turn] = []
-    for key, role in sides.items():
-        if isinstance(row[key], str) or missing(row[key]):
-            turns.append((role, _string(row[key], key)))
-        else:
-            turns += _listed(row[key], key, "role", "content", ROLES)
-    return _checked(_system(row) + turns)
+    return _checked(_system(row) + _said(row, "prompt", "user") + _said(row, "completion", "assistant"))
 
 
 def _read_qa(row: Mapping[str, Any]) -> list[Turn]:
@@ -175,8 +187,39 @@ def _read_qa(row: Mapping[str, Any]) -> list[Turn]:
     )
 
 
-def _read_preference(row: Mapping[str, Any]) -> list[Turn]:
-    raise Malformed("two answers are no conversation")
+def _read_preference(row: Mapping[str, Any]) -> list[list[Turn]]:
+    asked = [] if missing(row.get("prompt")) else _said(row, "prompt", "user")
+    both = []
+    for key in ("chosen", "rejected"):
+        if not asked and isinstance(row[key], str):
+            raise Malformed(f"its {key} is a string, and nothing says what it answers; give a prompt, or messages")
+        said = _said(row, key, "assistant")
+        # Some data sets repeat the prompt in both.
+        turns = _checked(_system(row) + (said if said[: len(asked)] == asked else asked + said))
+        if turns[-1][0] != "assistant":
+            raise Malformed(f"its {key} ends with the user")
+        both.append(turns)
+    shared = count_shared(*both)
+    if both[0] == both[1]:
+        raise Malformed("its chosen and rejected are the same")
+    if shared == min(map(len, both)):
+        raise Malformed("one of its chosen and rejected is only the beginning of the other")
+    if "user" not in [role for role, _ in both[0][:shared]]:
+        raise Malformed("its chosen and rejected answer different questions")
+    return both
+
+
+def count_shared(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> int:
+    """How many turns two conversations begin with both."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+
+
+def _said(row: Mapping[str, Any], key: str, role: str) -> list[Turn]:
+    """What is said in a column: a string, which is one turn of this role, or a list of messages."""
+    if isinstance(row[key], str) or missing(row[key]):
+        return [(role, _string(row[key], key))]
+    return _listed(row[key], key, "role", "content", ROLES)
 
 
 def _system(row: Mapping[str, Any]) -> list[Turn]:
@@ -239,7 +282,12 @@ def _shown(value: Any) -> str:
 # The form of a table --------------------------------------------------------------------------------------------------
 
 FORMS = (
-    Form("preference", {"chosen": ("chosen",), "rejected": ("rejected",)}, _read_preference, {"prompt": ("prompt",)}),
+    Form(
+        "preference",
+        {"chosen": ("chosen",), "rejected": ("rejected",)},
+        _read_preference,
+        {"prompt": ("prompt", "question"), "system": ("system",)},
+    ),
     Form("messages", {"messages": ("messages",)}, _read_messages),
     Form("sharegpt", {"conversations": ("conversations", "conversation")}, _read_sharegpt),
     Form(
@@ -251,11 +299,16 @@ FORMS = (
     Form("completion", {"prompt": ("prompt",), "completion": ("completion",)}, _read_completion),
     Form("qa", {"question": ("question",), "answer": ("answer",)}, _read_qa),
 )
+PAIRS = FORMS[:1]
 WHOLE = ("messages", "sharegpt")  # forms whose one column has all that was said
 
 
 def find_form(
-    names: Sequence[str], given: Mapping[str, Any], where: str, known: Collection[str | None] = ()
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    where: str,
+    known: Collection[str | None] = (),
+    forms: Sequence[Form] = FORMS,
 ) -> tuple[Form, dict[str, str]] | None:
     """The form of a table's conversations, and what it has -> column; None where the columns are no conversation's.
 
@@ -264,6 +317,7 @@ def find_form(
         given: `data.columns`; empty is to find them by their names.
         where: the table, for messages.
         known: columns that hold something else for certain.
+        forms: those that are looked for; `PAIRS` where no other is of use.
 
     Raises:
         InputError: `given` is no form or names no column; several forms fit, or a form leaves out a column that may be
@@ -276,14 +330,15 @@ def find_form(
         if name not in known:
             by_name[name.strip().lower()].append(name)
     columns = {lower: same[0] for lower, same in by_name.items()}
-    fits = [(form, held) for form in FORMS if (held := form.find(columns))]
+    fits = [(form, held) for form in forms if (held := form.find(columns))]
     if not fits:
-        _require_no_halves(columns, where)
+        if forms is not PAIRS:
+            _require_no_halves(columns, where)
         return None
     form, held = fits[0]
     others = [
         *(", ".join(other.values()) for _, other in fits),
-        *(columns[name] for name in ("text",) if name in columns),
+        *(columns[name] for name in ("text",) if name in columns and forms is not PAIRS),
     ]
     twice = [same for same in by_name.values() if len(same) > 1 and set(same) & set(held.values())]
     if len(others) > 1 or twice:
@@ -336,19 +391,23 @@ def _named_form(names: Sequence[str], given: Mapping[str, Any], where: str) -> t
     return fits[0], dict(given)
 
 
-def require_form(form: Form, task: str, where: str) -> None:
+def require_form(form: Form | None, task: str, where: str) -> None:
     """Refuse a form that is of another task.
 
     Raises:
-        InputError: preferences for a language model.
+        InputError: preferences for a language model, or something else for the objective that learns of them.
     """
-    if form.name != "preference" or task == "preference":
+    has, needs = form is not None and form.name == "preference", load_objective(task).labelled == "pairs"
+    if has == needs:
         return
-    able = "preference" in registry.names("objectives")
-    way = "Set model.task=preference" if able else "model.task=preference is not there yet"
+    if has:
+        raise InputError(
+            f"{where}: chosen and rejected are preferences, of which model.task={task} does not learn. Set "
+            "model.task=preference; or train on what was chosen, as data.columns={prompt: prompt, completion: chosen}."
+        )
     raise InputError(
-        f"{where}: chosen and rejected are preferences, of which model.task={task} does not learn. {way}; or train on "
-        "what was chosen, as data.columns={prompt: prompt, completion: chosen}."
+        f"{where}: model.task={task} learns of pairs of answers, and there are no columns chosen and rejected. Name "
+        "them with data.columns={chosen: NAME, rejected: NAME}, and prompt: NAME where these are strings."
     )
 
 
@@ -385,11 +444,17 @@ def read_rows(
     return texts, kept, bad
 
 
-def dump(turns: Sequence[Turn]) -> str:
-    """Turns as one text."""
+def dump(turns: Sequence[Any]) -> str:
+    """Turns, or both conversations of a preference, as one text."""
     return json.dumps(turns, ensure_ascii=False)
 
 
 def parse(text: str) -> list[Turn]:
     """The turns of a text that `dump` has made."""
     return [(role, content) for role, content in json.loads(text)]
+
+
+def parse_pair(text: str) -> tuple[list[Turn], list[Turn]]:
+    """The turns of the chosen and of the rejected conversation of a text that `dump` has made."""
+    chosen, rejected = json.loads(text)
+    return [(role, content) for role, content in chosen], [(role, content) for role, content in rejected]

@@ -1,4 +1,4 @@
-"""Small instructions and conversations made here: adding, turning round, counting and sorting, by rule.
+"""Small instructions, conversations and preferences made here: adding, turning round, counting, sorting, by rule.
 
 An input for demonstrations and tests of the way that conversations take, and no benchmark.
 """
@@ -21,6 +21,8 @@ TASKS: dict[str, Callable[[list[str], list[int]], tuple[str, str]]] = {
     "How many letters has the word?": lambda words, numbers: (words[1], str(len(words[1]))),
     "Sort the words.": lambda words, numbers: (" ".join(words[:3]), " ".join(sorted(words[:3]))),
 }
+GREETINGS = ("Gladly", "With pleasure", "Of course", "Certainly")
+GRUMBLES = (", you fool.", "! Ask someone else.", ". Leave me alone.", ", as anyone knows.")
 RECORDS, USERS, EXCHANGES, TEST_SHARE = 240, 6, 2, 4
 
 
@@ -41,7 +43,7 @@ def _distinct(seed: str, exchanges: int) -> tuple[list[list[Turn]], np.random.Ge
     return list(talks.values()), rng
 
 
-def _split(conversations: list[list[Turn]], columns: dict[str, Any], form: str) -> tuple[Records, Records]:
+def _split(conversations: list[Any], columns: dict[str, Any], form: str) -> tuple[Records, Records]:
     """Training and test records: every fourth is for test."""
     none = np.zeros(len(conversations), dtype=np.int64)
     texts = [dump(turns) for turns in conversations]
@@ -73,3 +75,22 @@ class Chats:
         talks, rng = _distinct("chats", EXCHANGES)
         users = np.array([f"user-{number}" for number in rng.integers(1, USERS + 1, size=RECORDS)])
         return _split(talks, {"user": users}, "messages")
+
+
+class Preferences:
+    """240 pairs of answers, of which the polite one is preferred; column `user` is who asks."""
+
+    summary = "pairs of answers, of which the polite one is preferred, made by rule, natural column user (preference)"
+    kind = "text"
+    labelled = "pairs"
+    license = "Apache-2.0 (made here)"
+
+    def load(self) -> tuple[Records, Records]:
+        talks, rng = _distinct("preferences", 1)
+        users = np.array([f"user-{number}" for number in rng.integers(1, USERS + 1, size=RECORDS)])
+        pairs = []
+        for asked, (_, said) in talks:
+            polite = f"{rng.choice(GREETINGS)}, it is {said}."
+            rude = f"{said}{rng.choice(GRUMBLES)}"
+            pairs.append([[asked, ("assistant", polite)], [asked, ("assistant", rude)]])
+        return _split(pairs, {"user": users}, "preference")

@@ -126,7 +126,7 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
         dataset = entry()
         _require_kind(dataset.kind, task, f"{key}={source}")
         has, needed = getattr(dataset, "labelled", "class"), load_objective(task).labelled
-        if needed not in ("none", has):
+        if needed != has and (needed != "none" or has == "pairs"):
             raise InputError(
                 f"{key}={source}: its records have {answers.WORDS[has]}, and model.task={task} learns "
                 f"{answers.WORDS[needed]}. Name a file that has them."
@@ -198,9 +198,10 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
         _require_kind(kind if columns.find_column(table, "image", config.image) else "text", task, table.where)
     if objective.causal and config.text is None:
         known = (config.label, config.partition.options.get("column"))
-        form = conversations.find_form(list(table.columns), config.columns, table.where, known)
+        forms = conversations.PAIRS if objective.labelled == "pairs" else conversations.FORMS
+        form = conversations.find_form(list(table.columns), config.columns, table.where, known, forms)
+        conversations.require_form(form and form[0], task, table.where)
         if form is not None:
-            conversations.require_form(form[0], task, table.where)
             return _conversations(table, *form, config)
     if objective.labelled == "tags":
         return replace(tagged.read(table, config), wording=Wording.of(config, "text"))

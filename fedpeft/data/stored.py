@@ -55,7 +55,7 @@ class Tensors:
     @cached_property
     def teaches(self) -> np.ndarray:
         if not by_token(self.labels):
-            return np.ones(len(self.labels), dtype=bool)
+            return labelled(self.labels)
         return (self.labels[:, 1:] != IGNORE).any(1).numpy()
 
     def inputs_of(self, rows: np.ndarray | None) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Tokens:
     @cached_property
     def teaches(self) -> np.ndarray:
         if isinstance(self.labels, Tensor):
-            return np.ones(len(self), dtype=bool)
+            return labelled(self.labels)
         if self.labels is self.ids:
             return self.lengths > 1
         blocks = np.split(np.arange(len(self)), range(BLOCK, len(self), BLOCK))
@@ -118,6 +118,13 @@ class Tokens:
             return chosen(self.labels, rows)
         rows = np.arange(len(self)) if rows is None else rows
         return torch.from_numpy(self.labels.padded(rows, self.longest, IGNORE))
+
+
+def labelled(labels: Tensor) -> np.ndarray:
+    """Whether each record has a label [N]; of numbers [N, K] at least one that is no NaN."""
+    if not labels.is_floating_point():
+        return np.ones(len(labels), dtype=bool)
+    return (~labels.isnan()).any(1).numpy()
 
 
 def chosen(value: Tensor, rows: np.ndarray | None) -> Tensor:

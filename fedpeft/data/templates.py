@@ -164,16 +164,23 @@ class _Border:
     after: str
 
 
-def write(conversations: Sequence[Sequence[Turn]], template: Template, tokenizer: Any, loss_on: str) -> list[Any]:
+def write(
+    conversations: Sequence[Sequence[Turn]],
+    template: Template,
+    tokenizer: Any,
+    loss_on: str,
+    since: Sequence[int] | None = None,
+) -> list[Any]:
     """Of each conversation what the template makes of it (`Written`), or why it is not taken (`NotWritten`).
 
     Args:
         loss_on: "response", for what the assistant says, or "all".
+        since: of each conversation the first turn of which something may be learned; None is the first.
     """
     results: list[Any] = []
-    for turns in conversations:
+    for turns, first in zip(conversations, since or [0] * len(conversations), strict=True):
         try:
-            results.append((template.write(turns, tokenizer), _borders(turns, template, tokenizer, loss_on)))
+            results.append((template.write(turns, tokenizer), _borders(turns, template, tokenizer, loss_on, first)))
         except NotWritten as error:
             results.append(error)
     taken = [result for result in results if not isinstance(result, NotWritten)]
@@ -189,14 +196,14 @@ def write(conversations: Sequence[Sequence[Turn]], template: Template, tokenizer
     return [result if isinstance(result, NotWritten) else next(written) for result in results]
 
 
-def _borders(turns: Sequence[Turn], template: Template, tokenizer: Any, loss_on: str) -> list[_Border]:
-    """Of each turn of the assistant; none where all is learned."""
+def _borders(turns: Sequence[Turn], template: Template, tokenizer: Any, loss_on: str, first: int) -> list[_Border]:
+    """Of each turn of the assistant from the first one on that may be learned; none where all is learned."""
     if loss_on == "all":
         return []
     return [
         _Border(template.write(turns[:place], tokenizer, answering=True), template.write(turns[: place + 1], tokenizer))
         for place, (role, _) in enumerate(turns)
-        if role == "assistant"
+        if role == "assistant" and place >= first
     ]
 
 

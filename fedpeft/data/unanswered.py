@@ -167,7 +167,8 @@ def _find_asked(
 
 def _questions(table: tables.Table, form: Form, held: Mapping[str, str]) -> list[list[Turn]]:
     """The turns of each record up to where the assistant has to speak."""
-    answer, turns = ANSWERS.get(form.name), []
+    answer = ANSWERS.get(form.name)
+    turns: list[list[Turn]] = []
     for number in range(len(next(iter(table.columns.values())))):
         row = {key: table.columns[name][number] for key, name in held.items()}
         if answer is not None:
@@ -181,7 +182,7 @@ def _questions(table: tables.Table, form: Form, held: Mapping[str, str]) -> list
             raise InputError(
                 f"{table.where}: record {number + 1} asks nothing in the columns {', '.join(held.values())}: {error}."
             ) from error
-        turns.append(read[: max(place for place, (role, _) in enumerate(read) if role == "assistant")])
+        turns.append([*read[: max(place for place, (role, _) in enumerate(read) if role == "assistant")]])
     return turns
 
 

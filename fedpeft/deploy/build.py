@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
@@ -14,6 +15,7 @@ from fedpeft.clients.store import Store
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.data.records import Records
+from fedpeft.errors import InputError
 from fedpeft.run import identity
 from fedpeft.run.start import require_sent, write_start
 from fedpeft.run.world import World, device
@@ -37,6 +39,7 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     if config.adapter.start is not None:
         identity.hold(run, content, config)
         require_sent(strategy, start, config.adapter.start)
+        _require_base_reference(model, config.adapter.start)
     store = Store(run, history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, ledger or run / "ledger", name or run.name)
     local = Local(config, model, start.adapter, {}, {}, store, guard)
@@ -44,3 +47,14 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     none = Records(np.zeros((0, 1, 1, 1), np.uint8) if kind == "image" else [], np.zeros(0, np.int64), labels, {}, kind)
     nothing = Encoded({}, torch.zeros(0, dtype=torch.int64))
     return World(config, strategy, local, start, none, none, nothing, nothing)
+
+
+def _require_base_reference(model: Adapted, path: str) -> None:
+    """Refuse to compare with a start that sites do not have."""
+    objective = model.base.objective
+    if objective.referred and objective.config.reference == "start":
+        raise InputError(
+            f"adapter.start={path}: sites do not have the folder, so they cannot compare with it. Set "
+            "model.task_options.reference=base; or merge the folder into the base model (`fedpeft export RUN --merge`) "
+            "and give that as model.name."
+        )

@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,7 @@ class Base:
         processor: tokenizer, image processor, or None where images go in as they are.
         source: what `AutoModel...from_pretrained` takes to get this base again.
         task: name of the objective.
+        options: of the objective.
     """
 
     backbone: nn.Module
@@ -41,11 +42,12 @@ class Base:
     processor: Any
     source: str
     task: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def objective(self) -> Objective:
         """What the model is trained to do."""
-        return load_objective(self.task)
+        return load_objective(self.task, self.options)
 
     @property
     def head(self) -> nn.Module:

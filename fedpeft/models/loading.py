@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a
             model for another task.
     """
-    objective = load_objective(config.task)
+    objective = load_objective(config.task, config.task_options)
     if config.name in registry.EMBEDDED and not _has_embedded(config.name, objective):
         raise InputError(f"model.task: {config.name} is for {registry.EMBEDDED[config.name]}, not {config.task}.")
     with torch.random.fork_rng(devices=[]), _quiet():
@@ -74,9 +75,10 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             processor,
             source,
             config.task,
+            config.task_options,
         )
     heads = _heads(model) if objective.headed else {}
-    return Base(model, lambda batch: model(**batch).logits, heads, processor, source, config.task)
+    return Base(model, partial(objective.score, model), heads, processor, source, config.task, config.task_options)
 
 
 def product_shapes(config: ModelConfig) -> rates.Shapes:

@@ -19,10 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft import registry
+from fedpeft.config.schema import Configured
 from fedpeft.errors import InputError
 from fedpeft.objectives.measures import CLASSES, PLAIN, Measure
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 IGNORE = -100  # the label of what is not to be predicted; among numbers it is NaN
 
 
-class Objective:
+class Objective(Configured):
     """Base of all objectives: a head scores classes.
 
     Attributes:
@@ -42,12 +44,14 @@ class Objective:
         auto_class: transformers' class that loads a base model for it.
         peft_task: peft's `task_type`; None where peft has none.
         labelled: what a record's label is: one "class"; "numbers" or "several" names (`fedpeft.data.answers`); "tags"
-            of its words (`fedpeft.data.tagged`); or "none", and there is no head.
+            of its words (`fedpeft.data.tagged`). There is no head for "none", and for "pairs" of which one is better.
         problem_type: what transformers calls it in a model's config, where it has a name for it.
         causal: every token is predicted from those before it, so a model that sees later ones is refused.
         measures: what an evaluation says beside accuracy and loss; `run.metric` names one of all.
         headline: the measure that leads where `run.metric` is null and there is no accuracy.
         mean_pooled: a linear head on mean-pooled features can take the place of the model's own.
+        rows: that a record has in the model's batch, one after another.
+        referred: the labels are the model's own scores before it was trained (`fedpeft.clients.reference`).
     """
 
     records: ClassVar[str]
@@ -59,8 +63,11 @@ class Objective:
     mean_pooled: ClassVar[bool] = False
     measures: ClassVar[Mapping[str, Measure]] = CLASSES
     headline: ClassVar[str | None] = None
+    rows: ClassVar[int] = 1
+    referred: ClassVar[bool] = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**options)
         self.name = name
 
     @property
@@ -77,7 +84,7 @@ class Objective:
     @property
     def headed(self) -> bool:
         """Whether the model gets a head for the labels, one output for each of their names."""
-        return self.labelled != "none"
+        return self.labelled not in ("none", "pairs")
 
     def encode(
         self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
@@ -88,6 +95,15 @@ class Objective:
             folder: where long columns of tokens are written, for a cache; None keeps them in memory.
         """
         raise NotImplementedError
+
+    def score(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """What a transformers model makes of a batch: [N, ...], for `pair` and `losses`."""
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def draw_input(self, name: str, mask: Tensor) -> Tensor:
+        """Another input than ids and mask [N, T] of texts that are drawn to try a model on."""
+        return torch.zeros_like(mask)
 
     def pair(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, ..., K] and the labels [N, ...] that they are for, IGNORE where there is nothing to predict."""
@@ -156,13 +172,16 @@ class Objective:
         return str(label_names[answer])
 
 
-def load_objective(task: str) -> Objective:
+def load_objective(task: str, options: Mapping[str, Any] | None = None) -> Objective:
     """The objective of a `model.task`.
+
+    Args:
+        options: `model.task_options`; None is its defaults, for whoever asks nothing that hangs on them.
 
     Raises:
         InputError: there is none of that name.
     """
-    objective: Objective = registry.load("objectives", task, "model.task")(task)
+    objective: Objective = registry.load("objectives", task, "model.task")(task, **(options or {}))
     return objective
 
 

@@ -27,19 +27,25 @@ Loss = Callable[[Inputs, Tensor], Tensor]  # inputs, labels -> losses [N], each 
 
 
 def per_sample_gradients(
-    modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor
+    modules: Iterable[nn.Module],
+    parameters: dict[str, nn.Parameter],
+    loss: Loss,
+    inputs: Inputs,
+    labels: Tensor,
+    rows: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Gradients [N, P], in the order of `parameters` (those that train), and losses [N].
 
     Args:
         modules: the roots that hold the parameters.
+        rows: of each sample in what the modules get, one after another.
 
     Raises:
         InputError: a layer does not keep the samples in its first dimension.
     """
     layers = linear_owners(modules, parameters)
     if layers is not None:
-        return _analytic(layers, parameters, loss, inputs, labels)
+        return _analytic(layers, parameters, loss, inputs, labels, rows)
     alone = [_alone(parameters, loss, inputs, labels, index) for index in range(len(labels))]
     return torch.stack([gradient for gradient, _ in alone]), torch.stack([value for _, value in alone])
 
@@ -66,7 +72,12 @@ def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Paramet
 
 
 def _analytic(
-    layers: dict[nn.Linear, str], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor
+    layers: dict[nn.Linear, str],
+    parameters: dict[str, nn.Parameter],
+    loss: Loss,
+    inputs: Inputs,
+    labels: Tensor,
+    rows: int,
 ) -> tuple[Tensor, Tensor]:
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
@@ -88,7 +99,7 @@ def _analytic(
     for (layer, x, _), g in zip(calls, slopes, strict=True):
         if g is None:
             continue
-        if x.shape[0] != count:
+        if x.shape[0] != count * rows:
             raise InputError(
                 f"privacy.unit=sample: {layers[layer]} gets {x.shape[0]} rows for {count} samples, so their gradients "
                 "cannot be told apart. Leave it out of adapter.target_modules."
@@ -115,7 +126,12 @@ class _NoDropout(TorchFunctionMode):
 
 
 def verify(
-    modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor
+    modules: Iterable[nn.Module],
+    parameters: dict[str, nn.Parameter],
+    loss: Loss,
+    inputs: Inputs,
+    labels: Tensor,
+    rows: int = 1,
 ) -> None:
     """Compare per-sample gradients of a batch with autograd on each sample alone, at random parameter values.
 
@@ -132,7 +148,7 @@ def verify(
             for parameter in parameters.values():  # a LoRA at its start (B = 0) has no gradient in A to compare
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
         with _NoDropout():
-            fast, _ = per_sample_gradients(modules, parameters, loss, inputs, labels)
+            fast, _ = per_sample_gradients(modules, parameters, loss, inputs, labels, rows)
             slow = torch.stack([_alone(parameters, loss, inputs, labels, index)[0] for index in range(len(labels))])
     finally:
         with torch.no_grad():

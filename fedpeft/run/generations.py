@@ -19,7 +19,7 @@ import torch
 from fedpeft import seeds
 from fedpeft.config import Config
 from fedpeft.data import templates
-from fedpeft.data.conversations import parse
+from fedpeft.data.conversations import parse, parse_pair
 from fedpeft.data.records import Records
 from fedpeft.data.templates import NotWritten
 from fedpeft.models.base import Base
@@ -81,7 +81,8 @@ def draw_prompts(config: Config, records: Records, tokenizer: Any, positions: in
     longest = config.model.max_length if positions is None else min(config.model.max_length, positions - 1)
     found = []
     for index in chosen:
-        turns = parse(records.inputs[index])
+        text = records.inputs[index]
+        turns = parse_pair(text)[0] if records.wording.form == "preference" else parse(text)
         last = max(place for place, (role, _) in enumerate(turns) if role == "assistant")
         try:
             text = template.write(turns[:last], tokenizer, answering=True)

@@ -16,6 +16,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
+from fedpeft.clients.reference import with_reference
 from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
@@ -81,6 +82,7 @@ def load_world(config: Config, run: Path) -> World:
         },
         config,
     )
+    train_encoded, test_encoded = (with_reference(config, model, part) for part in (train_encoded, test_encoded))
     parts = client_split(config, train, run)
     strategy = build_strategy(config, labels, list(parts), run / "ledger" / "server.jsonl")
     sequence = find_sequence(strategy)

@@ -25,10 +25,12 @@ class Case:
 
     Attributes:
         kind: the small model.
-        outputs: of its head; None where it has none.
+        outputs: of its head; 0 where it has none.
         row: record by number, as it stands in a jsonl file.
         draw: labels of texts [N, T] with their mask, from a generator.
         loss: of one record, of its scores and labels in float64, by the definition.
+        also: other inputs than ids and mask, of texts.
+        stock: scores of the first record of a batch, by a model of transformers.
     """
 
     kind: str
@@ -36,6 +38,8 @@ class Case:
     row: Callable[[int], dict[str, Any]]
     draw: Callable[[Encoded, torch.Generator], Tensor]
     loss: Callable[[Tensor, Tensor], float]
+    also: Callable[[Encoded], dict[str, Tensor]] = lambda texts: {}
+    stock: Callable[[Any, dict[str, Tensor]], Tensor] = lambda model, inputs: model(**inputs).logits[0]
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +71,41 @@ def _some_tagged(texts: Encoded, rng: torch.Generator) -> Tensor:
     return tags.where(kept & (mask == 1), torch.tensor(IGNORE))
 
 
+def _preferred(scores: Tensor, targets: Tensor) -> float:
+    """DPO with beta = 0.1, of log-probabilities of both answers and those of the reference."""
+    says, said = scores.double().tolist(), targets.double().tolist()
+    return -math.log(1 / (1 + math.exp(-0.1 * ((says[0] - said[0]) - (says[1] - said[1])))))
+
+
+def _halves(texts: Encoded) -> dict[str, Tensor]:
+    """The first half of each text is the chosen conversation, the second the rejected one; first tokens are asked."""
+    mask = texts.inputs["attention_mask"]
+    place, first = torch.arange(mask.shape[1]).expand(mask.shape), (mask.sum(1, keepdim=True) // 2).clamp(min=2)
+    part = torch.where(place < first, 1, 3) + ((place > 0) & (place != first)).long()
+    return {"part": part * mask}
+
+
+def _two_passes(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of the chosen and the rejected answer of the first pair, each in a pass of its own."""
+    ids, part, found = inputs["input_ids"][0], inputs["part"][0], []
+    for values in ((1, 2), (3, 4)):
+        own = torch.isin(part, torch.tensor(values))
+        says = model(input_ids=ids[own][None]).logits[0].double().log_softmax(-1)
+        places = [place for place, value in enumerate(part[own].tolist()) if value == values[1] and place > 0]
+        found.append(sum((says[place - 1, ids[own][place]] for place in places), torch.zeros(()).double()))
+    return torch.stack(found)
+
+
 CASES = {
+    "preference": Case(
+        "llama",
+        0,
+        lambda n: {"prompt": f"{WORDS[n % 5]}?", "chosen": f"it is {n}", "rejected": f"{WORDS[n % 3]}!"},
+        lambda texts, rng: -5 * torch.rand(len(texts), 2, generator=rng),
+        _preferred,
+        _halves,
+        _two_passes,
+    ),
     "regression": Case(
         "bert",
         2,
@@ -101,7 +139,9 @@ def write(name: str, path: Path, count: int = 60) -> Path:
 def records(name: str, count: int, seed: int = 0) -> Encoded:
     """Texts of unequal lengths with labels of the objective."""
     texts = small.texts(count, seed=seed)
-    return Encoded(texts.inputs, CASES[name].draw(texts, torch.Generator().manual_seed(seed)))
+    return Encoded(
+        {**texts.inputs, **CASES[name].also(texts)}, CASES[name].draw(texts, torch.Generator().manual_seed(seed))
+    )
 
 
 def adapted(name: str, folder: Path, seed: int = 0) -> Adapted:

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 
 from fedpeft import config as configs
 from fedpeft import folders
+from fedpeft.clients.reference import with_reference
 from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.conversations import require_asked
@@ -121,6 +122,7 @@ def world_of(config: Config, run: Path) -> tuple[World, list[str]]:
     labels = envelope.classes(config, found)
     world = bare(config, run, labels)
     if test is not None:
-        processor = world.local.model.base.processor
-        world = replace(world, test=test, test_encoded=encode(test, processor, task, config.model.max_length))
+        model = world.local.model
+        encoded = encode(test, model.base.processor, task, config.model.max_length)
+        world = replace(world, test=test, test_encoded=with_reference(config, model, encoded))
     return world, labels

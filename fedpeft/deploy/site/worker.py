@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from fedpeft.clients import policy as policies
 from fedpeft.clients.app import Local, client_app
 from fedpeft.clients.policy import Policy, Refused
+from fedpeft.clients.reference import with_reference
 from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.cache import Cache
@@ -146,6 +147,7 @@ class Resident:
             own, held = load_data(config, self.name, local.model.base.processor, cache)
             for part in (own, held):
                 require_fit(local, part)
+            own, held = (with_reference(config, local.model, part) for part in (own, held))
         except Exception as error:
             if not private:
                 raise

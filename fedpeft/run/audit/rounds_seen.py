@@ -281,7 +281,11 @@ class Rounds:
         model.training_mode()
         with without_dropout(), first_token(model, data), model.competing(sequence.competing_classes(self.told)):
             rows, _ = per_sample_gradients(
-                model.base.modules, parameters, partial(per_sample_loss, model), *on_device(data, numbers, device)
+                model.base.modules,
+                parameters,
+                partial(per_sample_loss, model),
+                *on_device(data, numbers, device),
+                rows=model.base.objective.rows,
             )
         model.base.backbone.eval()
         return rows.double().cpu()

@@ -1,0 +1,163 @@
+"""Runs over preferences: equal to loops written out with stock libraries, resumed bit for bit, used afterwards."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fedpeft import config as configs
+from fedpeft.adapters import folder
+from fedpeft.adapters.flat import flat
+from fedpeft.deploy import build
+from fedpeft.errors import InputError
+from fedpeft.record.metrics import read
+from fedpeft.run.export import export
+from fedpeft.run.world import load_world
+from fedpeft.simulations.run import resume
+from support import objectives
+from support import small_models as small
+
+CASE = objectives.CASES["preference"]
+BETA = 0.1
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small.save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def job(base, tmp_path):
+    return {
+        "model.name": str(base),
+        "model.task": "preference",
+        "model.max_length": 24,
+        "data.source": str(objectives.write("preference", tmp_path / "pairs.jsonl", 24)),
+        "data.clients": 2,
+        "run.rounds": 2,
+    }
+
+
+def stock(base, path=None, trainable=False):
+    """The base model, with the adapter of a folder, by stock libraries."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    return (model if path is None else peft.PeftModel.from_pretrained(model, path, is_trainable=trainable)).eval()
+
+
+def loss(model, reference, data, index):
+    """DPO of one pair, by a pass of each model over each conversation."""
+    inputs, _ = data.batch(np.array([index]))
+    says = CASE.stock(model, inputs)
+    with torch.no_grad():
+        said = CASE.stock(reference, inputs)
+    margin = (says - said)[0] - (says - said)[1]
+    return -torch.nn.functional.logsigmoid(BETA * margin), margin
+
+
+def test_a_federated_run_is_the_loop_that_averages_by_hand(job, base, tiny, tmp_path):
+    plain = {"client.optimizer": "sgd", "client.lr": 0.5, "client.batch_size": 100, "client.local_steps": 2}
+    tiny("run", {**job, **plain})
+    world = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run")
+    shares = world.local.train_data
+    folder.save(flat(world.start.adapter), tmp_path / "0", base=str(base), task="causal-lm")
+    reference = stock(base)
+    for number in range(2):
+        ends, weights = [], []
+        for share in shares.values():
+            model = stock(base, tmp_path / str(number), trainable=True)
+            trained = [value for value in model.parameters() if value.requires_grad]
+            optimizer = torch.optim.SGD(trained, lr=0.5)
+            for _ in range(2):
+                torch.stack([loss(model, reference, share, index)[0] for index in range(len(share))]).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            ends.append(peft.get_peft_model_state_dict(model))
+            weights.append(len(share) / sum(map(len, shares.values())))
+        # The stock model is saved with the averages in it.
+        mean = {key: sum(weight * end[key] for weight, end in zip(weights, ends, strict=True)) for key in ends[0]}
+        peft.set_peft_model_state_dict(model, mean)
+        model.save_pretrained(tmp_path / str(number + 1))
+    ours, by_hand = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "run/adapter", tmp_path / "2")
+    )
+    assert ours.keys() == by_hand.keys()
+    moved = load_file(tmp_path / "0" / "adapter_model.safetensors")
+    for key, value in by_hand.items():
+        torch.testing.assert_close(ours[key], value, atol=2e-5, rtol=1e-3)
+        assert (value - moved[key]).abs().max() > 1e-3, key
+
+
+@pytest.mark.parametrize("strategy", ["fedit", "flora", "fedex"])
+def test_the_reference_stays_the_base_that_the_run_began_with_also_where_a_strategy_moves_it(
+    strategy, job, base, tiny, tmp_path
+):
+    config = {**job, "strategy": strategy, "client.lr": 0.05}
+    tiny("run", config)
+    export(tmp_path / "run", tmp_path / "merged", merge=True)
+    data = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run").test_encoded
+    model, reference = stock(tmp_path / "merged"), stock(base)
+    with torch.no_grad():
+        losses, margins = zip(*(loss(model, reference, data, index) for index in range(len(data))), strict=True)
+    event = next(event for event in reversed(list(read(tmp_path / "run/metrics.jsonl"))) if event["event"] == "round")
+    assert event["loss"] == pytest.approx(float(sum(losses)) / len(data), rel=1e-4)
+    assert event["reward_margin"] == pytest.approx(BETA * float(sum(margins)) / len(data), rel=1e-3)
+    assert event["accuracy"] == pytest.approx(sum(float(margin > 0) for margin in margins) / len(data))
+    assert abs(event["loss"] - np.log(2)) > 1e-3
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(job, tiny, interrupted, tmp_path):
+    tiny("whole", job)
+    interrupted("half", job, at=2)
+    resume(tmp_path / "half")
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "half"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_run_that_goes_on_from_an_adapter_is_compared_with_it_or_with_the_base(job, base, tiny, tmp_path):
+    tiny("first", {**job, "client.lr": 0.05})
+    start = tmp_path / "first" / "adapter"
+    tuned, plain = stock(base, start), stock(base)
+    for reference, model in (("start", tuned), ("base", plain)):
+        config = {**job, "adapter.start": str(start), "model.task_options.reference": reference}
+        world = load_world(configs.load({}, {**config, "data.partition": "iid"}), tmp_path / reference)
+        for index in range(3):
+            inputs, labels = world.test_encoded.batch(np.array([index]))
+            with torch.no_grad():
+                torch.testing.assert_close(labels[0].double(), CASE.stock(model, inputs), atol=1e-4, rtol=1e-4)
+        begun = world.local.model.state()
+        assert all(torch.equal(value, world.start.adapter[key]) for key, value in begun.tensors.items())
+        assert any(begun[key].any() for key in begun.tensors if key.endswith("/B"))
+
+
+def test_sites_that_do_not_have_the_start_do_not_compare_with_it(job, tiny, tmp_path):
+    tiny("first", {**job, "run.rounds": 1})
+    start = {
+        "adapter.start": str(tmp_path / "first" / "adapter"),
+        "strategy": "ffa_lora",
+        "strategy.transport": "dense",
+    }
+    config = configs.load({}, {**job, **start, "data.partition": "iid"})
+    with pytest.raises(InputError, match=r"sites do not have the folder, .*model\.task_options\.reference=base"):
+        build.bare(config, tmp_path / "run", ["all"])
+    build.bare(configs.load({}, {**job, **start, "model.task_options.reference": "base"}), tmp_path / "b", ["all"])
+
+
+def test_the_shipped_config_learns_which_answer_is_preferred_and_its_model_answers(fedpeft, tmp_path):
+    run = tmp_path / "run"
+    few = ["run.rounds=1", "data.limit=80", "evaluation.generate.records=2", "evaluation.generate.max_new_tokens=4"]
+    done = fedpeft("simulate", "preference", *few, "--out", run, "--json")
+    assert done.code == 0, done.err
+    summary = done.json
+    assert summary["baseline"]["accuracy"] == 0.5 and summary["final"]["accuracy"] > 0.9
+    assert summary["texts"]["form"] == "preference" and summary["answers"]["samples"][0]["wanted"].endswith(".")
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "Add the numbers.\n\n2 and 3"}) + "\n")
+    told = fedpeft("predict", run, "--data", tmp_path / "asked.jsonl", "--out", tmp_path / "said.jsonl", "--json")
+    assert told.code == 0, told.err
+    assert json.loads((tmp_path / "said.jsonl").read_text()).keys() == {"record", "answer"}
