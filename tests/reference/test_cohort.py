@@ -347,6 +347,6 @@ def test_what_cannot_be_batched_is_named(build, tmp_path):
 
 def test_layer_that_does_not_keep_samples_apart_is_named(build):
     model = build()
-    found, now = layers(model), Pass(samples=2, groups=2, values=dict(model.parameters))
+    found, now = layers(model), Pass(rows=2, groups=2, values=dict(model.parameters))
     with replaced(found, now), pytest.raises(InputError, match="rows"):
         found[0].module(torch.zeros(6, small.WIDTH, dtype=torch.float64))
