@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
+from fedpeft import registry
 from fedpeft.config import Config, option
 from fedpeft.errors import InputError, RunError
 from fedpeft.foreign import YAML_BYTES, read_yaml
@@ -29,6 +30,7 @@ BOUNDS = ("max_epsilon", "max_rounds", "records")
 log = logging.getLogger("fedpeft")
 INVALID = "the site's policy is not valid now, so nothing is allowed; the site's own log says why."
 METRICS = ("train_loss", "loss", "accuracy", "num-examples", "missed_tasks")
+MEASURES = "and where unit is none any measure of an objective (f1, auroc, rmse, perplexity, ...)"
 
 UNSET = (
     f"Set {', '.join(BOUNDS[:-1])} and {BOUNDS[-1]}, or name what is left open on purpose, as in unbounded: "
@@ -54,7 +56,7 @@ class Policy:
     min_noise_multiplier: float = option(0.0, "smallest noise multiplier of a step, and of a head's sums", low=0)
     max_rounds: int | None = option(None, "most rounds of one run", low=1)
     strategies: list[str] | None = option(None, "strategies that may ask; null is all")
-    metrics: list[str] = option([], f"what may leave beside the update: {', '.join(METRICS)}")
+    metrics: list[str] = option([], f"what may leave beside the update: {', '.join(METRICS)}; {MEASURES}")
     records: int | None = option(
         None, "public number of records, for the sampling rate; null takes privacy.records, else the true count", low=1
     )
@@ -158,10 +160,17 @@ def load(path: Path) -> Policy:
 
 
 def _require_bounds(policy: Policy, path: Path) -> None:
-    for key, allowed in (("metrics", METRICS), ("unbounded", BOUNDS)):
+    further = sorted(set(policy.metrics) - set(METRICS))
+    measures = _measures() if further else frozenset()
+    for key, allowed in (("metrics", [*METRICS, *sorted(measures)]), ("unbounded", BOUNDS)):
         unknown = sorted(set(getattr(policy, key)) - set(allowed))
         if unknown:
             raise InputError(f"{path}: policy.{key}: {', '.join(unknown)} not known. Allowed: {', '.join(allowed)}.")
+    if further and policy.unit == "sample":
+        raise InputError(
+            f"{path}: policy.metrics: {', '.join(further)}: a site whose unit is sample sends no measure but "
+            f"{', '.join(METRICS)}, as no accounting covers it. Take it out, or set unit: none."
+        )
     if policy.strategies == []:
         raise InputError(f"{path}: policy.strategies: [] allows no run. Name those that may ask; null is all.")
     for key in BOUNDS:
@@ -170,6 +179,12 @@ def _require_bounds(policy: Policy, path: Path) -> None:
             raise InputError(f"{path}: policy.{key} is not set. {UNSET}")
         if value is not None and key in policy.unbounded:
             raise InputError(f"{path}: policy.{key} is {value:g}, and named in policy.unbounded too. Take one out.")
+
+
+def _measures() -> frozenset[str]:
+    """What objectives, those of other packages too, are measured by beside METRICS."""
+    every = [registry.load("objectives", name) for name in registry.names("objectives")]
+    return frozenset(measure for objective in every for measure in objective.measures)
 
 
 def allows(policy: Policy) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Scores of a received model on a client's held-out records.
 
-A private client sends them only where its config releases them, unprotected. What the config does not release is
-whether scoring went well: which records a client has, and what they do to a model or a test-time method, must not show
-in a status. So it answers in one form whatever happens, with NaN where there is no number; why, its own log says.
+A client with a policy sends those of the objective's measures (F1, ...) that the policy lists. A private client sends
+none of them, whatever its policy lists, as they have no noise and stand in no account; accuracy and loss only where its
+config releases them, unprotected. What the config does not release is whether scoring went well: which records a client
+has, and what they do to a model or a test-time method, must not show in a status. So it answers in one form whatever
+happens, with NaN where there is no number; why, its own log says.
 """
 
 from __future__ import annotations
@@ -41,11 +43,11 @@ def answer(
         OSError: a disk that cannot be written has nothing to do with a record.
     """
     if not local.guard.private:
-        plain = scores(local, client, received, start, told)
-        if local.guard.policy(client) is None:
+        plain, bounds = scores(local, client, received, start, told), local.guard.policy(client)
+        if bounds is None:
             return plain
-        further = local.model.base.objective.measures  # no policy knows them, so none allows them
-        return {key: value for key, value in plain.items() if key not in further}
+        withheld = set(local.model.base.objective.measures) - set(bounds.metrics)
+        return {key: value for key, value in plain.items() if key not in withheld}
     found: dict[str, float] = {}
     try:
         found = scores(local, client, received, start, told)

@@ -12,6 +12,7 @@ from sklearn import metrics as sklearn
 
 from fedpeft import config as configs
 from fedpeft.clients import scoring
+from fedpeft.clients.policy import METRICS, Policy
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import IGNORE, load_objective
 from fedpeft.objectives.measures import Measure, Tally
@@ -179,23 +180,29 @@ def test_a_metric_that_the_objective_does_not_have_is_refused():
 
 
 @pytest.mark.usefixtures("flower_run")
-@pytest.mark.parametrize("who", ["plain", "private", "policy"])
-def test_new_measures_leave_neither_a_private_client_nor_one_with_a_policy(who, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("unit", "listed", "sent"),
+    [
+        ("none", None, {"f1", "auroc", "average_precision", "ece"}),
+        ("none", [], set()),
+        ("none", ["auroc", "rmse"], {"auroc"}),
+        ("sample", None, set()),
+        ("sample", ["f1"], set()),  # no accounting covers it, whatever a policy says
+    ],
+)
+def test_measures_leave_by_name_and_no_private_client(unit, listed, sent, tmp_path, monkeypatch):
     model = small.adapted(small.save("vit", tmp_path / "vit"), "vit")
-    unit = "sample" if who == "private" else "none"
     privacy = {"release_metrics": True, **({} if unit == "sample" else {"noise_multiplier": None, "records": None})}
     site = Site(
         "vit", model, tmp_path / "site", "fedit", hostile.data("vit", None), hostile.data("vit", None), privacy=privacy
     )
     site.config.privacy.unit = unit
     site.local.guard.private = unit == "sample"
-    if who == "policy":
-        monkeypatch.setattr(site.local.guard, "policy", lambda client: object())
+    if listed is not None:
+        monkeypatch.setattr(site.local.guard, "policy", lambda client: Policy(metrics=[*METRICS, *listed]))
         monkeypatch.setattr(site.local.guard, "admit", lambda *_: None)
-        monkeypatch.setattr(site.local.guard, "admit_evaluation", lambda *_: None)
     found = site.local.evaluate("a", *site.request("evaluate", 1))
-    assert {"accuracy", "loss", "num-examples"} <= set(found)
-    assert ("f1" in found) == (who == "plain")
+    assert set(found) == {"accuracy", "loss", "num-examples"} | sent
     assert set(scoring.names(site.config)) == {"accuracy", "loss", "num-examples"}
 
 

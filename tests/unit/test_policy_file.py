@@ -103,7 +103,14 @@ def test_unknown_names_are_refused_with_the_nearest(more, reason, file):
         ("strategies: " + "[" * 40 + "]" * 40 + "\n", "nests deeper"),
         ("# " + "x" * 70_000 + "\nmax_epsilon: 3\n", "at most 65536 bytes are read"),
         ("max_epsilon: three\n", r"policy\.max_epsilon"),
-        ("max_epsilon: 3\nmetrics: [everything]\n", r"policy\.metrics: everything not known"),
+        (
+            "max_epsilon: 3\nmetrics: [everything]\n",
+            r"policy\.metrics: everything not known.*missed_tasks, .*auroc, .*f1",
+        ),
+        (
+            "max_epsilon: 3\nmetrics: [loss, f1]\n",
+            r"policy\.metrics: f1: a site whose unit is sample sends no measure but",
+        ),
     ],
 )
 def test_a_file_from_elsewhere_is_bounded_before_it_is_read_and_named(text, reason, file):
@@ -111,6 +118,11 @@ def test_a_file_from_elsewhere_is_bounded_before_it_is_read_and_named(text, reas
     with pytest.raises(InputError, match=reason) as raised:
         policy.load(path)
     assert str(raised.value).startswith(f"{path}: ") and str(raised.value).count(str(path)) == 1
+
+
+def test_a_site_without_privacy_may_name_the_measures_of_any_objective(file):
+    named = ["loss", "f1", "f1_micro", "rmse", "perplexity"]
+    assert policy.load(file({**WHOLE, "unit": "none", "metrics": named})).metrics == named
 
 
 def test_values_are_read_as_they_are_typed_not_as_yaml_takes_them(file):
