@@ -93,7 +93,7 @@ def assemble(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[st
             settings: Any = getattr(model.base.backbone, "config", None)
             filler = (getattr(settings, "pad_token_id", None) or 0) if name == "input_ids" else 0
             values = [_wide(value, piece.width, filler) for value in values]
-        inputs[name] = torch.cat(values)
+        inputs[name] = values[0] if len(values) == 1 else torch.cat(values)
     if by_token(labels[0]):
         labels = [_wide(value, piece.width, IGNORE) for value in labels]
     return inputs, torch.cat(labels)

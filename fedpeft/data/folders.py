@@ -30,7 +30,7 @@ def splits(
     Raises:
         InputError: there is none of such a name.
     """
-    beside = {path.name: path for path in _entries(root) if path.is_dir() and not hidden(path)}
+    beside = {path.name: Path(path) for path in _entries(root) if path.is_dir() and not hidden(path)}
     for key, name in ((train_key, train_name), ("test_split", test_name)):
         if name is not None and name not in beside:
             raise InputError(f"data.{key}={name}: {root} has no such folder. It has: {', '.join(beside) or 'none'}.")
@@ -51,17 +51,17 @@ def splits(
     return train, test, skipped
 
 
-def pictures(root: Path) -> tuple[list[Path], tuple[Skipped, ...]]:
-    """Pictures LABEL/NAME of a folder in the order of their paths, and what is there besides.
+def pictures(root: Path) -> tuple[list[tuple[str, str]], tuple[Skipped, ...]]:
+    """Path and label of each picture LABEL/NAME of a folder in the order of their paths, and what is there besides.
 
     Raises:
         InputError: there are none; says what there is.
     """
-    found: list[Path] = []
+    found: list[tuple[str, str]] = []
     out: dict[str, list[str]] = {}
 
-    def leave(path: Path, why: str) -> None:
-        out.setdefault(why, []).append(str(path.relative_to(root)) + "/" * path.is_dir())
+    def leave(path: os.DirEntry[str], why: str) -> None:
+        out.setdefault(why, []).append(os.path.relpath(path.path, root) + "/" * path.is_dir())
 
     for path in _entries(root):
         if hidden(path):
@@ -75,16 +75,16 @@ def pictures(root: Path) -> tuple[list[Path], tuple[Skipped, ...]]:
                     leave(inner, "hidden files or folders are left out")
                 elif inner.is_dir():
                     leave(inner, "folders deeper than LABEL/NAME are left out")
-                elif inner.suffix.lower() not in PICTURES:
+                elif not inner.name.lower().endswith(PICTURES):
                     leave(inner, f"files of other endings than {', '.join(PICTURES)} are left out")
                 else:
-                    found.append(inner)
+                    found.append((inner.path, path.name))
             if len(found) == mine:
                 leave(path, "folders have no picture in them, so they are no labels")
     skipped = tuple(entry for why, names in out.items() for entry in some(str(root), why, names))
     if not found:
         raise InputError(_nothing(root, skipped))
-    return sorted(found), skipped
+    return found, skipped
 
 
 def unlabelled(root: Path) -> tuple[list[Path], tuple[Skipped, ...]] | None:
@@ -116,20 +116,22 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(name for name in names if not hidden(Path(name)))
 
 
-def hidden(path: Path) -> bool:
+def hidden(path: Path | os.DirEntry[str]) -> bool:
     """What file managers, archives and notebooks leave behind."""
     return path.name.startswith(".") or path.name.lower() in HIDDEN
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder, in the order of names; its kind is known without another look at each."""
     try:
-        return sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read: {error.strerror}.") from error
+        raise InputError(f"{os.fspath(folder)}: the folder cannot be read: {error.strerror}.") from error
 
 
 def _nothing(root: Path, skipped: tuple[Skipped, ...]) -> str:
-    readable = [path.name for path in _entries(root) if ending(path) in ENDINGS]
+    readable = [path.name for path in _entries(root) if ending(Path(path)) in ENDINGS]
     hint = f" It holds {', '.join(readable[:5])}: give a file by its own path." if readable else ""
     there = "".join(f" {entry}." for entry in skipped) if not hint else ""
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedpeft.data.augment import augment
 from fedpeft.data.stored import chosen
 from fedpeft.errors import InputError
 
-CHUNK = 256
+TOGETHER = 2**25  # bytes of pictures that a processor is given at once
 FEW = 2**26  # bytes of pixels up to which a whole set is made once and kept: a pass over it is then no decoding
 
 
@@ -61,7 +61,7 @@ class Images:
         if self.ready is not None:
             return {"pixel_values": chosen(self.ready, rows)}
         places = range(len(self)) if rows is None else rows.tolist()
-        return {"pixel_values": encode_images([self.pictures[place] for place in places], self.processor)}
+        return {"pixel_values": self._pixels((self.pictures[place] for place in places), len(places))}
 
     def labels_of(self, rows: np.ndarray | None) -> Tensor:
         return chosen(self.labels, rows)
@@ -70,11 +70,15 @@ class Images:
         """As `inputs_of`, each picture changed by its number and the seed."""
         if not len(rows):
             return {"pixel_values": self.form.clone()}
-        changed = [
+        changed = (
             augment(self.pictures[row], self.augment, seeds.numpy_generator(seed, "augment", row))
             for row in rows.tolist()
-        ]
-        return {"pixel_values": encode_images(changed, self.processor)}
+        )
+        return {"pixel_values": self._pixels(changed, len(rows))}
+
+    def _pixels(self, pictures: Iterable[np.ndarray], count: int) -> Tensor:
+        """Of pictures that are made one by one."""
+        return _plain(list(pictures)) if self.processor is None else _processed(pictures, count, self.processor)
 
 
 def require_one_size(pictures: Any, processor: Any) -> None:
@@ -87,12 +91,14 @@ def require_one_size(pictures: Any, processor: Any) -> None:
         return
     if processor is None:
         _plain([first] * other + [pictures[other]])
-    _processed([first, pictures[other]], processor)
+    _processed([first, pictures[other]], 2, processor)
 
 
 def encode_images(images: Any, processor: Any) -> Tensor:
-    """Pixels float32 [N, C, H, W] of images [N, H, W, C], or of a list of images that differ in size."""
-    return _plain(images) if processor is None else _processed(images, processor)
+    """Pixels float32 [N, C, H, W] of images [N, H, W, C], or of a sequence of images that differ in size."""
+    if processor is None:
+        return _plain(images if isinstance(images, np.ndarray) else list(images))
+    return _processed(images, len(images), processor)
 
 
 def _plain(images: Any) -> Tensor:
@@ -109,25 +115,48 @@ def _plain(images: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
-def _processed(images: Any, processor: Any) -> Tensor:
-    """Through a transformers image processor, each by itself where sizes differ; grey images get as many channels as it
-    normalises.
+def _processed(images: Iterable[np.ndarray], count: int, processor: Any) -> Tensor:
+    """Through a transformers image processor, together with none of another size: what becomes of a picture must not
+    hang on the others of its batch. Grey images get as many channels as it normalises.
     """
+    pixels: Tensor | None = None
+    for places, alike in _alike(images):
+        found = _through(alike, processor)
+        if len(places) == count:
+            return found
+        if pixels is None:
+            pixels = torch.empty(count, *found.shape[1:])
+        if found.shape[1:] != pixels.shape[1:]:
+            sizes = sorted({tuple(pixels.shape[1:]), tuple(found.shape[1:])})
+            raise InputError(f"the model's image processor does not bring images to one size: {sizes}.")
+        for place, each in zip(places, found, strict=True):
+            pixels[place] = each
+    assert pixels is not None
+    return pixels
+
+
+def _alike(images: Iterable[np.ndarray]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Images of one size with their places, of some neighbours at a time: few are in memory at once."""
+    groups: dict[tuple[int, ...], tuple[list[int], list[np.ndarray]]] = {}
+    size = 0
+    for place, image in enumerate(images):
+        places, alike = groups.setdefault(image.shape, ([], []))
+        places.append(place)
+        alike.append(image)
+        size += image.nbytes
+        if size >= TOGETHER:
+            yield from groups.values()
+            groups, size = {}, 0
+    yield from groups.values()
+
+
+def _through(images: list[np.ndarray], processor: Any) -> Tensor:
+    """Pixels of images of one size."""
     first = images[0]
     mean = getattr(processor, "image_mean", None)
     channels = len(mean) if isinstance(mean, list | tuple) else first.shape[2]
     if first.shape[2] == 1 and channels > 1:
-        each = not isinstance(images, np.ndarray)
-        images = [np.repeat(one, channels, axis=2) for one in images] if each else np.repeat(images, channels, axis=3)
+        images = [np.repeat(image, channels, axis=2) for image in images]
     scaling = {} if first.dtype == np.uint8 else {"do_rescale": False}
-    step = CHUNK if isinstance(images, np.ndarray) else 1
-    done = [
-        processor(
-            list(images[start : start + step]), return_tensors="pt", input_data_format="channels_last", **scaling
-        )["pixel_values"]
-        for start in range(0, len(images), step)
-    ]
-    sizes = {tuple(pixels.shape[1:]) for pixels in done}
-    if len(sizes) > 1:
-        raise InputError(f"the model's image processor does not bring images to one size: {sorted(sizes)[:3]}.")
-    return torch.cat(done).float()
+    found: Tensor = processor(images, return_tensors="pt", input_data_format="channels_last", **scaling)["pixel_values"]
+    return found.float()

@@ -240,9 +240,6 @@ def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = (
 
 
 def _image_folder(folder: Path, beside: tuple[Skipped, ...] = ()) -> Table:
-    paths, skipped = folders.pictures(folder)
-    columns: dict[str, Sequence[Any]] = {
-        "image": [str(path) for path in paths],
-        "label": [path.parent.name for path in paths],
-    }
+    found, skipped = folders.pictures(folder)
+    columns: dict[str, Sequence[Any]] = {"image": [path for path, _ in found], "label": [label for _, label in found]}
     return Table(columns, str(folder), skipped=beside + skipped)
