@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers import CLIPImageProcessor, ViTImageProcessor
 
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import DataConfig, to_tree
@@ -210,3 +210,65 @@ def test_pictures_have_the_type_and_the_largest_value_of_an_array(tmp_path, mode
     array = np.asarray(opened)
     assert opened.dtype == array.dtype == (np.float32 if mode == "F" else np.uint8)
     assert opened.max() == array.max() > 0.9
+
+
+# Through a processor --------------------------------------------------------------------------------------------------
+
+
+class Doubled(ViTImageProcessor):
+    """One that does something else to the numbers."""
+
+    def normalize(self, *arguments, **options):
+        return 2 * super().normalize(*arguments, **options)
+
+
+PROCESSORS = {
+    "resized": PROCESSOR,
+    "enlarged": ViTImageProcessor(
+        size={"height": 30, "width": 41}, image_mean=[0.1, 0.2, 0.3], image_std=[0.3, 0.2, 0.9]
+    ),
+    "cropped": CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 10, "width": 16}),
+    "plain": ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False),
+    "bytes": ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False, do_rescale=False),
+    "its own": Doubled(size={"height": 8, "width": 8}),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_are_processed_bit_for_bit_as_each_alone(name, channels, monkeypatch):
+    draws, processor = np.random.default_rng(1), PROCESSORS[name]
+    sizes = [(20, 16), (16, 20), (20, 16), (9, 14), (20, 16), (16, 20)]
+    several = [draws.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes]
+    wanted = torch.cat(
+        [
+            processor([image.repeat(3 // channels, axis=2)], return_tensors="pt", input_data_format="channels_last")[
+                "pixel_values"
+            ].float()
+            for image in several
+        ]
+    )
+    assert (images.values_of(processor, 3) is None) == (name == "its own")
+    for together in (2**25, 1500 * channels, 1):  # all, some, each by itself
+        monkeypatch.setattr(images, "TOGETHER", together)
+        assert torch.equal(images.encode_images(several, processor), wanted)
+    assert torch.equal(images.encode_images(np.stack(several[::2][:1] * 3), processor), wanted[[0, 0, 0]])
+
+
+def test_pictures_of_one_size_are_one_call(monkeypatch):
+    calls = []
+
+    class Counting(Doubled):
+        def preprocess(self, given, *arguments, **options):
+            calls.append(len(given))
+            return super().preprocess(given, *arguments, **options)
+
+    processor = Counting(size={"height": 8, "width": 8})
+    images.encode_images([np.zeros((size, 9, 3), dtype=np.uint8) for size in (9, 12, 9, 9)], processor)
+    assert sorted(calls) == [1, 3]
+
+
+def test_a_processor_that_pads_is_left_to_itself():
+    padding = ViTImageProcessor(size={"height": 8, "width": 8}, do_pad=True, pad_size={"height": 9, "width": 9})
+    assert images.values_of(padding, 3) is None
+    assert images.encode_images([np.full((4, 4, 3), 255, dtype=np.uint8)], padding)[0, 0, 8, 8] == 0
