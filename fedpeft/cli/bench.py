@@ -116,8 +116,11 @@ def bench_data(
     texts: Annotated[int, typer.Option(min=0, help="Texts of 60 tokens; 0 leaves them out.")] = 300_000,
     photos: Annotated[int, typer.Option(min=0, help="JPEGs of 224 x 224; 0 leaves them out.")] = 20_000,
     rival: Annotated[int, typer.Option(min=0, help="Photos of the comparison with a plain loop; 0 is none.")] = 5000,
+    unequal: Annotated[
+        int, typer.Option(min=0, help="Photos of unequal size, changed in every pass, of one to a result; 0 is none.")
+    ] = 5000,
     engines: Annotated[str, typer.Option(help="Processes: one, workers, ray.")] = "one,workers,ray",
-    repeats: Annotated[int, typer.Option(min=1, help="Times that the comparison is run.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that a comparison is run.")] = 3,
     quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -125,7 +128,7 @@ def bench_data(
     with _folder("data", out) as out:
         from fedpeft.simulations.benchmarks import data as bench
 
-        sizes = {"texts": texts, "photos": photos, "rival": rival, "repeats": repeats}
+        sizes = {"texts": texts, "photos": photos, "rival": rival, "unequal": unequal, "repeats": repeats}
         result = bench.run(out, data, engines=_listed(engines), **sizes, quick=quick, tell=console.note)
         console.emit(result, as_json, bench.show)
 

@@ -7,11 +7,13 @@ count once. Above the model is: less what a process has that has loaded librarie
 Ray, which load as many models as there are processes, it is: less what the same run has on FEW records. Growth is the
 largest anonymous memory in the last round less that in the first.
 
-A cold start has no cache, a warm one that of the run before; the pages of files may be in the kernel's memory in both.
-Seconds are from the command on, Python's imports in them. On a machine that does other work trust CPU seconds.
+A cold start has no cache, a warm one that of the run before, of which reading the data is timed by itself too, when all
+is imported; the pages of files may be in the kernel's memory in both. Seconds are from the command on, Python's imports
+in them. On a machine that does other work trust CPU seconds.
 
 The rival (`photo_loop`) makes two passes over some of the photos with the same model in one process, and so do we, in
-turn; rates are of the second.
+turn; rates are of the second. Over photos of unequal size, which both change anew in every pass, both go to a result:
+an accuracy on other photos and an adapter on disk, ours with the report besides.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {"one": {}, "workers": {"workers": 2}, "ray
 ROUNDS, PASSES, FEW = 3, 2, 40
 STEPS = {"texts": 10, "photos": 3}  # of a client in a round: 3,200 texts, 960 photos
 GOALS = {"texts": (300.0, 60.0), "photos": (600.0, 10.0)}  # MB above the model, seconds to the first step when warm
+READ_S = 2.0  # to have the data from a warm cache, when all is imported
 Row = dict[str, Any]
 
 
@@ -53,6 +56,7 @@ def run(
     texts: int = 300_000,
     photos: int = 20_000,
     rival: int = 5000,
+    unequal: int = 5000,
     engines: tuple[str, ...] = tuple(ENGINES),
     repeats: int = 3,
     quick: bool = False,
@@ -64,8 +68,9 @@ def run(
         data: where texts and photos are, or are made, and stay; None makes them for this once.
         texts, photos: how many; 0 leaves them out.
         rival: photos of the comparison with a plain loop; 0 leaves it out.
+        unequal: photos of unequal size of the comparison to a result; 0 leaves it out.
         engines: of ENGINES.
-        repeats: of that comparison.
+        repeats: of those comparisons.
         quick: few records in one process, to see that it works.
         tell: is given a line for every row.
 
@@ -74,12 +79,14 @@ def run(
         RunError: a run failed.
     """
     if quick:
-        texts, photos, rival, engines, repeats = FEW, FEW, FEW, ("one",), 1
-    _require(engines, {"texts": texts, "photos": photos, "rival": rival}, repeats)
+        texts, photos, rival, unequal, engines, repeats = FEW, FEW, FEW, FEW, ("one",), 1
+    _require(engines, {"texts": texts, "photos": photos, "rival": rival, "unequal": unequal}, repeats)
     sizes = {kind: count for kind, count in (("texts", texts), ("photos", photos)) if count}
-    each = 2 + sum(1 if name == "one" else 2 for name in engines)
-    progress = Progress(tell, each * len(sizes) + (2 * repeats if rival else 0))
-    asked = f"--texts {texts} --photos {photos} --rival {rival} --engines {','.join(engines)} --repeats {repeats}"
+    each = 3 + sum(1 if name == "one" else 2 for name in engines)
+    races = {kind: count for kind, count in (("photos", rival), ("unequal", unequal)) if count}
+    progress = Progress(tell, each * len(sizes) + 2 * repeats * len(races))
+    asked = f"--texts {texts} --photos {photos} --rival {rival} --unequal {unequal}"
+    asked += f" --engines {','.join(engines)} --repeats {repeats}"
     results: Row = {
         "reproduce": "fedpeft bench data --out DIR " + ("--quick" if quick else asked),
         "quick": quick,
@@ -99,8 +106,9 @@ def run(
         for kind, count in sizes.items():
             for row in _runs(place, kind, count, engines, progress):
                 keep("rows", row)
-        for row in _races(place, rival, repeats, progress) if rival else []:
-            keep("rival", row)
+        for kind, count in races.items():
+            for row in _races(place, kind, count, repeats, progress):
+                keep("rival", row)
     return results
 
 
@@ -109,7 +117,7 @@ def _require(engines: tuple[str, ...], counts: dict[str, int], repeats: int) -> 
     if wrong or not engines:
         raise InputError(f"--engines: {', '.join(wrong) or 'none'} given; known are {', '.join(ENGINES)}.")
     if not any(counts.values()):
-        raise InputError("--texts, --photos and --rival are all 0: there is nothing to measure.")
+        raise InputError("--texts, --photos, --rival and --unequal are all 0: there is nothing to measure.")
     if "one" not in engines:
         raise InputError("--engines: one is among them, as others go on with its cache.")
     for name, count in counts.items():
@@ -138,6 +146,10 @@ def _runs(place: Place, kind: str, count: int, engines: tuple[str, ...], progres
                 base = {key: peak(seen, key, until=small["end"][0]) for key in base}
             row = {"kind": kind, "records": count, "engine": engine, "cache": cache, "load": os.getloadavg()[0]}
             row |= {"model_s": model["end"][0], "model_cpu_s": model["end"][1]}
+            if cache == "warm" and engine == "one":
+                seconds = _process(place, {"work": "read", "config": config})[0]["seconds"]
+                row |= {"read_s": seconds[0], "read_cpu_s": seconds[1]}
+                progress(f"{kind}: read from the cache")
             yield row | describe(noted, samples, base, min(count, steps * CLIENTS * BATCH), engine == "one")
             progress(f"{kind}, {engine}, {cache} cache{'' if engine == 'one' else ', few records'}")
 
@@ -169,34 +181,38 @@ def describe(noted: Row, samples: list[Sample], base: dict[str, float], records:
     }
 
 
-def _races(place: Place, count: int, repeats: int, progress: Progress) -> list[Row]:
-    """Passes over the photos, ours and the rival's in turn; a row of medians for each."""
-    source, model = prepare(place.data, "photos", count), model_of(place.data, "photos")
-    config = config_of(place.data, "photos", source, None, PASSES, place.work / "cache-rival")
+def _races(place: Place, kind: str, count: int, repeats: int, progress: Progress) -> list[Row]:
+    """Passes over the photos, ours and the rival's in turn, unequal ones to a result; a row of medians for each."""
+    source, model, whole = prepare(place.data, kind, count), model_of(place.data, kind), kind == "unequal"
+    config = config_of(place.data, kind, source, None, PASSES, place.work / f"cache-{kind}-rival")
     where = {"model": model, "source": str(source), "cache": str(place.work / "rival")}
+    where |= {"augment": config["data"].get("augment", []), "test": config["data"]["test"] if whole else None}
     jobs: dict[str, Row] = {
         "rival": {"work": "loop", "passes": PASSES, **where},
-        "fedpeft": {"work": "run", "config": config},
+        "fedpeft": {"work": "run", "config": config, "whole": whole},
     }
     found: dict[str, list[Row]] = {name: [] for name in jobs}
     for repeat in range(repeats):
         for name in list(jobs)[:: 1 if repeat % 2 else -1]:
             noted, samples = _process(place, jobs[name])
             before, last = noted["rounds"]
+            end = noted["end"] if whole else last
             found[name].append(
                 {
                     "first_step_s": noted["first_step"][0],
-                    "seconds": last[0],
-                    "cpu_seconds": last[1],
+                    "first_step_cpu_s": noted["first_step"][1],
+                    "seconds": end[0],
+                    "cpu_seconds": end[1],
                     "records_per_s": count / (last[0] - before[0]),
                     "records_per_cpu_s": count / (last[1] - before[1]),
                     "peak_mb": peak(samples, "resident", until=noted["end"][0]),
                     "load": os.getloadavg()[0],
+                    **({"accuracy": noted["accuracy"]} if whole else {}),
                 }
             )
-            progress(f"{count} photos, {name}")
+            progress(f"{count} {kind}, {name}")
     return [
-        {"engine": name, "records": count, **{key: median(row[key] for row in every) for key in every[0]}}
+        {"kind": kind, "engine": name, "records": count, **{key: median(row[key] for row in every) for key in every[0]}}
         for name, every in found.items()
     ]
 
@@ -227,11 +243,20 @@ def goals(rows: list[Row], races: list[Row]) -> list[Row]:
         found.append((f"{name}: MB above the model", most, row["above_mb"]))
         if row["cache"] == "warm" and row["first_step_s"] is not None:
             found.append((f"{name}: seconds to the first step", soon, row["first_step_s"]))
-    by_name = {row["engine"]: row for row in races}
-    if len(by_name) == 2:
-        ratio = by_name["rival"]["records_per_cpu_s"] / by_name["fedpeft"]["records_per_cpu_s"]
-        name = f"a pass over {by_name['rival']['records']} photos: CPU seconds over those of a plain loop"
-        found.append((name, 1.0, ratio))
+            found.append((f"{name}: seconds to read the data from the cache", READ_S, row["read_s"]))
+    for kind in dict.fromkeys(row["kind"] for row in races):
+        by_name = {row["engine"]: row for row in races if row["kind"] == kind}
+        if len(by_name) == 2:
+            ours, theirs = by_name["fedpeft"], by_name["rival"]
+            whole = kind == "unequal"
+            ratio = (
+                ours["cpu_seconds"] / theirs["cpu_seconds"]
+                if whole
+                else theirs["records_per_cpu_s"] / ours["records_per_cpu_s"]
+            )
+            what = "a run to its result over" if whole else "a pass over"
+            name = f"{what} {ours['records']} {kind}: CPU seconds over those of a plain loop"
+            found.append((name, 1.0, ratio))
     return [{"goal": name, "most": most, "measured": value, "met": value <= most} for name, most, value in found]
 
 
@@ -251,14 +276,13 @@ def show(results: Row) -> None:
 
     names = {"records": "records", "engine": "engine", "cache": "cache"}
     memory = {"peak_mb": "peak\nMB", "above_mb": "above", "anonymous_above_mb": "anon.\nabove", "growth_mb": "grows"}
-    times = {"first_step_s": "step 1\ns", "first_step_cpu_s": "CPU s", "records_per_s": "/s"}
+    times = {"read_s": "read\ns", "first_step_s": "step 1\ns", "first_step_cpu_s": "CPU s", "records_per_s": "/s"}
     if results["rows"]:
         table("memory, start and records per second", names | memory | times, results["rows"])
     if results["rival"]:
-        each = {"engine": "engine", "seconds": "seconds", "cpu_seconds": "CPU s", "records_per_s": "records/s"}
-        table(
-            "passes over photos, a plain loop's beside ours", each | {"records_per_cpu_s": "/CPU s"}, results["rival"]
-        )
+        each = {"records": "records", "engine": "engine", "seconds": "seconds", "cpu_seconds": "CPU s"}
+        each |= {"records_per_s": "records/s", "records_per_cpu_s": "/CPU s", "accuracy": "accuracy"}
+        table("passes over photos, a plain loop's beside ours", each, results["rival"])
     for row in results["goals"]:
         out.print(
             f"{'met' if row['met'] else 'MISSED'}: {row['goal']}: {row['measured']:.2f}, at most {row['most']:g}",
@@ -271,7 +295,9 @@ def show(results: Row) -> None:
 def _shown(row: Row, key: str) -> str:
     if key == "records" and "kind" in row:
         return f"{row['records']} {row['kind']}"
-    value = row[key]
+    value = row.get(key)
+    if key == "accuracy" and value is not None:
+        return f"{value:.1%}"
     return (
         value if isinstance(value, str) else "" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
     )

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -36,11 +37,14 @@ def test_a_quick_run_has_rows_a_comparison_and_goals(tmp_path, monkeypatch):
         (kind, "one", cache) for kind in ("texts", "photos") for cache in ("cold", "warm")
     ]
     assert all(row["first_step_s"] > 0 and row["records_per_s"] > 0 for row in results["rows"])
-    assert [row["engine"] for row in results["rival"]] == ["rival", "fedpeft"]
+    assert [(row["kind"], row["engine"]) for row in results["rival"]] == [
+        (kind, engine) for kind in ("photos", "unequal") for engine in ("rival", "fedpeft")
+    ]
     assert all(row["records_per_cpu_s"] > 0 and row["records"] == 40 for row in results["rival"])
-    assert len(results["goals"]) == 7 and results["reproduce"].endswith("--quick")
+    assert all(0 <= row["accuracy"] <= 1 for row in results["rival"][2:])
+    assert len(results["goals"]) == 10 and results["reproduce"].endswith("--quick")
     assert {path.name for path in (tmp_path / "in").iterdir()} == {
-        *("texts-40.csv", "texts-32.csv", "photos-40", "photos-32", "model"),
+        *("texts-40.csv", "texts-32.csv", "photos-40", "photos-32", "unequal-40", "unequal-200", "model"),
     }
     data.show(results)
 
@@ -55,6 +59,15 @@ def test_texts_have_their_tokens_and_photos_their_size(tmp_path):
     assert len({file.read_bytes() for file in files}) == 8
     before = files[0].stat().st_mtime_ns
     assert data_work.prepare(tmp_path, "photos", 8) == photos and files[0].stat().st_mtime_ns == before
+
+
+def test_unequal_photos_are_of_many_sizes_and_tinted_by_their_label(tmp_path):
+    photos = data_work.prepare(tmp_path, "unequal", 16)
+    files = sorted(photos.glob("*/*.jpg"))
+    sizes = {Image.open(file).size for file in files}
+    assert len(sizes) == 16 and all(160 <= side <= 320 for size in sizes for side in size)
+    means = {label: np.asarray(Image.open(file)).mean((0, 1)) for file in files for label in [file.parent.name]}
+    assert [int(means[f"label-{label}"].argmax()) for label in range(3)] == [0, 1, 2]
 
 
 def test_memory_is_that_of_all_processes_and_shared_pages_count_once(tmp_path):
@@ -80,11 +93,14 @@ def test_memory_is_that_of_all_processes_and_shared_pages_count_once(tmp_path):
 
 
 def test_goals_are_of_the_rows_that_there_are():
-    rows = [{"kind": "photos", "records": 9, "engine": "one", "cache": "warm", "above_mb": 700.0, "first_step_s": 9.0}]
-    races = [{"engine": "rival", "records": 9, "records_per_cpu_s": 10.0}]
-    assert [row["met"] for row in data.goals(rows, races)] == [False, True]
-    both = data.goals(rows, [*races, {"engine": "fedpeft", "records": 9, "records_per_cpu_s": 8.0}])
-    assert both[2]["measured"] == 1.25 and not both[2]["met"]
+    rows = [{"kind": "photos", "records": 9, "engine": "one", "cache": "warm", "above_mb": 700.0}]
+    rows[0] |= {"first_step_s": 9.0, "read_s": 2.5}
+    races = [{"kind": "photos", "engine": "rival", "records": 9, "records_per_cpu_s": 10.0, "cpu_seconds": 5.0}]
+    assert [row["met"] for row in data.goals(rows, races)] == [False, True, False]
+    both = [*races, {"kind": "photos", "engine": "fedpeft", "records": 9, "records_per_cpu_s": 8.0, "cpu_seconds": 4.0}]
+    assert data.goals(rows, both)[3]["measured"] == 1.25 and not data.goals(rows, both)[3]["met"]
+    last = data.goals(rows, [*both, *({**row, "kind": "unequal"} for row in both)])[4]  # to a result all seconds count
+    assert last["measured"] == 0.8 and last["met"] and "to its result" in last["goal"]
 
 
 def test_rows_are_of_the_time_up_to_the_end_of_training():
@@ -111,7 +127,7 @@ def test_rows_are_of_the_time_up_to_the_end_of_training():
         ({"engines": ("ray",)}, "--engines: one is among them"),
         ({"texts": 7}, "--texts: 7; 10 clients need 20"),
         ({"repeats": 0}, "--repeats: 0"),
-        ({"texts": 0, "photos": 0, "rival": 0}, "all 0"),
+        ({"texts": 0, "photos": 0, "rival": 0, "unequal": 0}, "all 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, options, said):
