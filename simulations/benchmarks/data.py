@@ -185,7 +185,7 @@ def _races(place: Place, kind: str, count: int, repeats: int, progress: Progress
     """Passes over the photos, ours and the rival's in turn, unequal ones to a result; a row of medians for each."""
     source, model, whole = prepare(place.data, kind, count), model_of(place.data, kind), kind == "unequal"
     config = config_of(place.data, kind, source, None, PASSES, place.work / f"cache-{kind}-rival")
-    where = {"model": model, "source": str(source), "cache": str(place.work / "rival")}
+    where: Row = {"model": model, "source": str(source), "cache": str(place.work / "rival")}
     where |= {"augment": config["data"].get("augment", []), "test": config["data"]["test"] if whole else None}
     jobs: dict[str, Row] = {
         "rival": {"work": "loop", "passes": PASSES, **where},
