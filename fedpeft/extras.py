@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 EXTRAS = {  # package -> the extra that has it
     "ray": "ray",
     "opacus": "opacus",
+    "bitsandbytes": "quantized",
     "tensorboard": "trackers",
     "wandb": "trackers",
     "mlflow": "trackers",
@@ -27,8 +28,10 @@ def require(package: str, what: str) -> None:
 
 
 def require_of_run(config: Config) -> None:
-    """Refuse a run whose engine or accountant is not installed, before anything is loaded."""
+    """Refuse a run whose engine, accountant or kernels are not installed, before anything is loaded."""
     if config.run.engine == "ray":
         require("ray", "run.engine=ray")
     if config.privacy.unit != "none" and config.privacy.accountant == "prv":
         require("opacus", "privacy.accountant=prv")
+    if config.model.quantization is not None:
+        require("bitsandbytes", f"model.quantization={config.model.quantization}")

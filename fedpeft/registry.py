@@ -155,6 +155,7 @@ TABLES: dict[str, dict[str, str]] = {
         "lora_squeeze": "fedpeft.merging.methods.lora_squeeze:LoRASqueeze",
     },
     "checks": {
+        "quantization": "fedpeft.models.quantized:check",  # the first: it completes the config
         "peft": "fedpeft.adapters.peft_types:check",
         "strategy": "fedpeft.strategies.build:check",
         "secagg": "fedpeft.strategies.secagg.terms:check",

@@ -109,6 +109,29 @@ def check(config: Config) -> None:
             f"strategy.name={name} changes the base weights; model.dtype={config.model.dtype} would round its changes "
             "away. Set model.dtype=float32."
         )
+    if config.model.quantization is not None:
+        _require_still_base(config, strategy)
+
+
+def _require_still_base(config: Config, strategy: FederatedStrategy) -> None:
+    """Refuse a strategy, a body or an adapter's start that moves a base which is kept in few bits."""
+    from fedpeft.strategies.client import layers
+    from fedpeft.strategies.sequence.sequence import TaskSequence
+    from fedpeft.strategies.wrappers.wrapper import name_of
+
+    adapter = registry.load("adapters", config.adapter.name, "adapter.name")
+    moving = adapter.moving_start(config.adapter.options) if hasattr(adapter, "moving_start") else None
+    mover = next((layer for layer in layers(strategy) if layer.changes_base), None)
+    if isinstance(mover, TaskSequence):
+        moving = f"continual.body={config.continual.body}"
+    elif mover is not None:
+        moving = f"strategy {name_of(mover)}"
+    if moving is not None:
+        raise InputError(
+            f"model.quantization={config.model.quantization}: {moving} moves the base weights, and in few bits a "
+            "weight would round its change away. Take one that leaves them as they are, or set "
+            "model.quantization=null."
+        )
 
 
 def require_clients(strategy: FederatedStrategy | None, count: int) -> None:

@@ -44,6 +44,7 @@ class Adapter(Protocol):
     Attributes:
         averages: roles of what trains, where a plain average takes them whatever they mean; a class without it is for
             the rules that name it.
+        moving_start: of a class that can begin by moving the base weights: from its options what says so, or None.
     """
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:

@@ -45,7 +45,7 @@ class LoraSB:
         parameters: dict[str, nn.Parameter] = {}
         sites: dict[str, AdaptedLayer] = {}
         for site, layer in lora_layers(base, config).items():
-            weight = base.weight(site)
+            weight = base.values(site)
             if config.r > min(weight.shape):
                 raise InputError(
                     f"adapter.r={config.r}: {site} is {weight.shape[0]} x {weight.shape[1]}, and frozen orthonormal "

@@ -75,11 +75,16 @@ class Peft(Configured):
             *(f"not {name}: {why}" for name, why in CANNOT.items()),
         ]
 
+    @staticmethod
+    def moving_start(options: dict[str, Any]) -> str | None:
+        """What of these options makes a start that moves the base weights; None where they stay."""
+        start = str(options["options"].get("init_lora_weights", ""))
+        return f"adapter.options.init_lora_weights={start}" if start.startswith(MOVING) else None
+
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         settings = self._settings(base, config)
         self._tell_error()
-        start = str(getattr(settings, "init_lora_weights", ""))
-        layers = linear_layers(base) if start.startswith(MOVING) else {}
+        layers = linear_layers(base) if self.moving_start({"options": self.config.options}) else {}
         before = {name: base.weight(name).clone() for name in layers}
         parameters, frozen = self._put_in(base, settings)
         told = {key: _plain(value) for key, value in settings.to_dict().items()}

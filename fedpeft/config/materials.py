@@ -32,6 +32,12 @@ class ModelConfig:
         "it, and stands in resolved.yaml as what it came to; with real sites it is float32",
         choices=("float32", "bfloat16", "auto"),
     )
+    quantization: str | None = option(
+        None,
+        "keep the base's linear layers in few bits (the extra `quantized`): nf4 in 4, int8 in 8; null leaves them as "
+        "they are, or takes what a base is that was quantised before",
+        choices=("nf4", "int8"),
+    )
     gradient_checkpointing: bool = option(
         False, "keep only each block's inputs for the backward pass and compute the rest again: less memory, more time"
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.errors import InputError
+from fedpeft.models.quantized import dequantize, is_quantized, make_dense
 from fedpeft.objectives.base import Objective, load_objective
 
 
@@ -111,14 +112,34 @@ class Base:
         return inner
 
     def weight(self, layer: str) -> Tensor:
-        """The weight [out, in] of a layer, a view: what is written into it is written into the layer."""
+        """The weight [out, in] of a layer, a view: what is written into it is written into the layer.
+
+        Raises:
+            InputError: it is quantised, and so cannot be written.
+        """
         module = self.layer(layer)
+        if is_quantized(module):
+            raise InputError(f"model.quantization: {layer} is kept in few bits, which hold no change of its weight.")
         return orient(module, module.get_parameter("weight").detach())
+
+    def values(self, layer: str) -> Tensor:
+        """The weight [out, in] of a layer to read, dequantised."""
+        module = self.layer(layer)
+        return dequantize(module) if is_quantized(module) else self.weight(layer)
 
     def shape(self, layer: str) -> tuple[int, int]:
         """(outputs, inputs) of a layer."""
+        module: Any = self.layer(layer)
+        if is_quantized(module):
+            return module.out_features, module.in_features
         rows, columns = self.weight(layer).shape
         return rows, columns
+
+    def make_dense(self, dtype: torch.dtype | None = None) -> None:
+        """Put plain layers in the place of quantised ones, all of it in this dtype, or the one that it has."""
+        make_dense(self.backbone)
+        for module in self.modules if dtype is not None else ():
+            module.to(dtype)
 
     def to(self, device: torch.device) -> None:
         """Move all modules to a device in place."""

@@ -26,6 +26,14 @@ from fedpeft.data import prepare
 from fedpeft.errors import InputError
 from fedpeft.models import agreement, rates
 from fedpeft.models.base import Base
+from fedpeft.models.quantized import (
+    is_quantized,
+    loading_settings,
+    multiply_dequantized,
+    quantize,
+    require_stated,
+    stated_kind,
+)
 from fedpeft.models.rates import DTYPES
 from fedpeft.objectives.base import Objective, load_objective
 
@@ -53,8 +61,12 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         # transformers draws a missing head from torch's global generator, and takes no other.
         torch.manual_seed(seeds.derive(seed, "head"))
         if config.name in registry.EMBEDDED:
-            model, processor, source = _embedded(config, labels)
             pooled = config.pooling == "mean"
+            model, processor, source = _embedded(config, labels)
+            if config.quantization is not None:
+                model = quantize(
+                    model, config.quantization, list(_heads(model)) if objective.headed and not pooled else None
+                )
         else:
             config = replace(config, name=str(prepare.model(config.name) or config.name))
             pooled = objective.mean_pooled and _mean_pooled(config)
@@ -78,6 +90,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             config.task_options,
         )
     heads = _heads(model) if objective.headed else {}
+    _require_plain(config, heads)
     return Base(model, partial(objective.score, model), heads, processor, source, config.task, config.task_options)
 
 
@@ -88,7 +101,7 @@ def product_shapes(config: ModelConfig) -> rates.Shapes:
         InputError: as `load`.
     """
     if config.name in registry.EMBEDDED:
-        return rates.shapes_of(load(replace(config, dtype="float32"), 2, 0).backbone)
+        return rates.shapes_of(load(replace(config, dtype="float32", quantization=None), 2, 0).backbone)
     import transformers
 
     config = replace(config, name=str(prepare.model(config.name) or config.name))
@@ -116,6 +129,16 @@ def _cannot_load(config: ModelConfig, error: Exception) -> InputError:
         f"model.name: cannot load '{config.name}' for {config.task}: {str(error).strip().splitlines()[0]} "
         f"Give a local folder, a hub id, or an embedded model ({', '.join(registry.EMBEDDED)})."
     )
+
+
+def _require_plain(config: ModelConfig, heads: dict[str, nn.Module]) -> None:
+    """Refuse heads that are quantised: they are trained."""
+    for name, head in heads.items():
+        if any(map(is_quantized, head.modules())):
+            raise InputError(
+                f"model.name: '{config.name}' was saved with its head '{name}' quantised, and a head is trained. Take "
+                f"its checkpoint in float32, float16 or bfloat16, with model.quantization={config.quantization}."
+            )
 
 
 def _has_embedded(name: str, objective: Objective) -> bool:
@@ -149,9 +172,14 @@ def _added(backbone: nn.Module) -> set[int]:
     for module in backbone.modules():
         inner = getattr(module, "base_layer", getattr(module, "original_module", None))
         if isinstance(inner, nn.Module):
-            found |= {id(value) for value in module.state_dict(keep_vars=True).values()}
-            kept |= {id(value) for value in inner.state_dict(keep_vars=True).values()}
+            found |= _ids(module)
+            kept |= _ids(inner)
     return found - kept
+
+
+def _ids(module: nn.Module) -> set[int]:
+    # Not of `state_dict`: a quantised layer makes tensors for it, which are gone while their ids are not.
+    return {id(value) for value in (*module.parameters(), *module.buffers())}
 
 
 def fingerprint(base: Base, heads: bool) -> str:
@@ -163,7 +191,7 @@ def fingerprint(base: Base, heads: bool) -> str:
     Args:
         heads: count the heads too (those that are not trained).
     """
-    inside = {id(value) for module in base.heads.values() for value in module.state_dict(keep_vars=True).values()}
+    inside = set[int]().union(*map(_ids, base.heads.values()))
     digest = hashlib.sha256()
     # Under the names of the plain base: the same hash whether or not an adapter is in it.
     added = _added(base.backbone)
@@ -237,12 +265,22 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     objective = load_objective(config.task)
     arguments = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     agreement.require_base(config.name)
+    stated = stated_kind(config.name)
+    require_stated(config.name, config.quantization, stated)
+    if stated is not None:
+        log.info("model.name: '%s' is quantised already; model.quantization is what it is, %s", config.name, stated)
     try:
         kind = transformers.AutoModel if pooled else _class_of(config.task)
+        if config.quantization is not None:
+            heads = _names_of_heads(config, kind) if objective.headed and not pooled else None
+            quantized = loading_settings(config.quantization, heads)
+            # One that is quantised already says itself how.
+            arguments |= quantized if stated is None else {"device_map": quantized["device_map"]}
         if objective.headed and not pooled:
             # The head is trained here, so one of another size is no fault; `require_covered` sees to all else.
             arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
         model, loading = kind.from_pretrained(config.name, output_loading_info=True, **arguments)
+        multiply_dequantized(model)  # before any pass: one would change the weights' form
         if objective.records == "image":
             processor = transformers.AutoImageProcessor.from_pretrained(config.name, use_fast=False)
         else:
@@ -251,6 +289,15 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
         raise _cannot_load(config, error) from error
     _require_agreement(config, objective, model, processor, loading, pooled)
     return model, processor
+
+
+def _names_of_heads(config: ModelConfig, kind: Any) -> list[str]:
+    """Names of the heads of a model that is not loaded yet."""
+    import transformers
+
+    code = {"trust_remote_code": config.trust_remote_code}
+    with torch.device("meta"):
+        return list(_heads(kind.from_config(transformers.AutoConfig.from_pretrained(config.name, **code), **code)))
 
 
 def _require_agreement(

@@ -52,10 +52,24 @@ def export(run: Path, to: Path, merge: bool, best: bool = False, round_number: i
             if config.model.name not in registry.EMBEDDED:
                 _compare(run, config)
             shutil.copytree(source, draft, dirs_exist_ok=True)
+            if config.model.quantization is not None:
+                log.warning(
+                    "the adapter was trained over a base that bitsandbytes kept as %s: load it so for the "
+                    "same answers (docs/commands.md has the lines)",
+                    config.model.quantization,
+                )
             return {"adapter": str(to)}
         names = label_names(run / "split.json")
         base = loading.load(config.model, len(names), config.run.seed)
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
+        if config.model.quantization is not None:
+            log.warning(
+                "the base was kept as %s: the adapter is merged into its dequantised weights, which is what it was "
+                "trained over, and the model that is saved is in %s",
+                config.model.quantization,
+                config.model.dtype,
+            )
+        base.make_dense()
         merge_into(base, folder.load(source))
         try:
             _save(base, names, draft)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedpeft import config as configs
 from fedpeft import folders, registry
 from fedpeft.adapters import folder
@@ -56,8 +58,6 @@ def open_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
     about = folder.about(adapter)
     source: Any = run / "resolved.yaml" if run is not None else _config_of(adapter, about, overrides)
     config = configs.load(source, overrides)
-    # What was added to a base in half precision by merging would be rounded away.
-    config.model.dtype = "float32"
     if config.continual.body is not None:
         raise InputError(
             f"{path}: a run over a sequence of tasks (continual.body={config.continual.body}) answers by its head "
@@ -68,6 +68,8 @@ def open_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
     base = loading.load(config.model, len(names), config.run.seed)
     if run is not None:
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
+    # What was added to a base in half precision, or in few bits, by merging would be rounded away.
+    base.make_dense(torch.float32)
     _require_fit(adapter, state, base)
     merge_into(base, state)
     base.to(device(config.run.device))

@@ -71,7 +71,8 @@ assert fedpeft.simulate({tree}, out={str(tmp_path / "run")!r})["rounds"] == 1
 
 def test_a_run_whose_accountant_is_lacking_is_refused_before_anything_is_made(lacking, tiny, tmp_path):
     private = {"privacy.unit": "sample", "privacy.noise_multiplier": 1.0, "strategy.weighting": "uniform"}
-    for more in ({**private, "privacy.accountant": "prv"}, {"run.engine": "ray", "run.workers": 1}):
-        with pytest.raises(InputError, match=r'=(prv|ray) needs the package .*pip install "fedpeft'):
+    few_bits = {"model.quantization": "nf4"}
+    for more in ({**private, "privacy.accountant": "prv"}, {"run.engine": "ray", "run.workers": 1}, few_bits):
+        with pytest.raises(InputError, match=r'=(prv|ray|nf4) needs the package .*pip install "fedpeft'):
             tiny("run", more)
         assert not (tmp_path / "run").exists()

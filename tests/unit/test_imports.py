@@ -60,6 +60,7 @@ HEAVY = {
     "tensorboard",
     "wandb",
     "mlflow",
+    "bitsandbytes",
 }
 COSTLY = HEAVY | {"numpy", "scipy", "pandas", "pyarrow", "omegaconf", "tokenizers", "dp_accounting", "jinja2", "PIL"}
 MAY_LOAD = {  # a command -> what it may load of what is costly
