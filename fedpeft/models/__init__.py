@@ -2,8 +2,5 @@
 
 from fedpeft.models.base import Base
 from fedpeft.models.loading import byte_tokenizer, load
-from fedpeft.models.quantized import import_kernels
-
-import_kernels()
 
 __all__ = ["Base", "byte_tokenizer", "load"]

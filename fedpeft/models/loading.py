@@ -27,6 +27,7 @@ from fedpeft.errors import InputError
 from fedpeft.models import agreement, rates
 from fedpeft.models.base import Base
 from fedpeft.models.quantized import (
+    import_kernels,
     is_quantized,
     loading_settings,
     multiply_dequantized,
@@ -54,6 +55,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a
             model for another task.
     """
+    import_kernels()
     objective = load_objective(config.task, config.task_options)
     if config.name in registry.EMBEDDED and not _has_embedded(config.name, objective):
         raise InputError(f"model.task: {config.name} is for {registry.EMBEDDED[config.name]}, not {config.task}.")
