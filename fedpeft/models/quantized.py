@@ -105,7 +105,7 @@ def import_kernels() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         return
     compiler = torch.compile
-    torch.compile = lambda function=None, **_: function
+    torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
     try:
         importlib.import_module("bitsandbytes")
     finally:
