@@ -21,6 +21,7 @@ from fedpeft.data.skipped import said_elsewhere
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.record.metrics import Recorder
+from fedpeft.record.result import Result
 from fedpeft.run import comparators, guarantee, identity, loop
 from fedpeft.run.dtype import settle_dtype
 from fedpeft.run.world import World, load_world, records, settle
@@ -39,7 +40,7 @@ def simulate(
     on_event: loop.Listener = lambda event: None,
     data: from_python.Source | None = None,
     test: from_python.Source | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Run a simulation from its first round.
 
     Args:
@@ -54,7 +55,7 @@ def simulate(
         test: the same in place of `data.test`.
 
     Returns:
-        The content of summary.json, and `out`.
+        The content of summary.json, and `out`; its rounds as a table, and more.
 
     Raises:
         InputError: the config, the data or the model cannot be used; nothing was trained.
@@ -98,7 +99,7 @@ def simulate(
             raise
 
 
-def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> dict[str, Any]:
+def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Result:
     """Go on with a run after its last complete checkpoint; a finished run is only reported again.
 
     Raises:
@@ -117,16 +118,10 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> dic
         return _run(config, run, on_event)
 
 
-def _run(config: Config, run: Path, on_event: loop.Listener) -> dict[str, Any]:
+def _run(config: Config, run: Path, on_event: loop.Listener) -> Result:
     world = load_world(config, run)
-    return loop.run(
-        world,
-        run,
-        Recorder(run / "metrics.jsonl"),
-        partial(_open_grid, world, run),
-        on_event,
-        partial(fit_baselines, world),
-    )
+    open_grid, fit = partial(_open_grid, world, run), partial(fit_baselines, world)
+    return Result(loop.run(world, run, Recorder(run / "metrics.jsonl"), open_grid, on_event, fit))
 
 
 def fit_baselines(world: World) -> dict[str, Any]:

@@ -94,12 +94,12 @@ def aggregate(
     as_json: Json = False,
 ) -> None:
     """Aggregate peft adapter folders once, offline."""
-    from fedpeft.run.offline import aggregate_folders
+    from fedpeft.run.offline import aggregate_folders, parse_numbers
 
     options, folders = options_and_folders(arguments)
-    console.emit(
-        aggregate_folders(strategy, folders, options, weights, start, out, base), as_json, console.aggregate_result
-    )
+    numbers = parse_numbers("--weights", weights)
+    result = aggregate_folders(strategy, folders, out, options, numbers, start, base)
+    console.emit(result, as_json, console.aggregate_result)
 
 
 @app.command()
@@ -117,10 +117,11 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge peft adapter folders that were trained one after another."""
-    from fedpeft.run.offline import merge_folders
+    from fedpeft.run.offline import merge_folders, parse_numbers
 
     options, folders = options_and_folders(arguments)
-    console.emit(merge_folders(method, folders, options, numbers, out, base), as_json, console.aggregate_result)
+    result = merge_folders(method, folders, out, options, parse_numbers("--numbers", numbers), base)
+    console.emit(result, as_json, console.aggregate_result)
 
 
 def options_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:

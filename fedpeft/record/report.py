@@ -104,7 +104,7 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
         body += ["<h2>Quarantined updates</h2>", html_table(["round", "client", "reason"], rows)]
-    body += ["<h2>Rounds</h2>", _rounds(run), "<h2>Config</h2>", f"<pre>{html.escape(run.config_text)}</pre>"]
+    body += ["<h2>Rounds</h2>", html_rounds(run), "<h2>Config</h2>", f"<pre>{html.escape(run.config_text)}</pre>"]
     return html_page(f"{summary['strategy']}: {run.label}", body)
 
 
@@ -271,7 +271,8 @@ def _updates_of(event: metrics.Event) -> list[list[str]]:
     return rows + [[at, name, "quarantined", "–", "–", "–", ""] for name in event["quarantined"]]
 
 
-def _rounds(run: Run) -> str:
+def html_rounds(run: Run) -> str:
+    """The rounds of a run as a folded table."""
     scores = {score["round"]: score for score in run.scores}
     rows = []
     for event in run.of("round"):

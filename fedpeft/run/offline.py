@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,19 @@ from fedpeft.strategies.offline import aggregate
 
 def aggregate_folders(
     strategy: str,
-    folders: list[Path],
-    options: list[str],
-    weights: str | None,
-    start: Path | None,
-    out: Path,
+    folders: Sequence[str | Path],
+    out: str | Path,
+    options: Sequence[str] | dict[str, Any] = (),
+    weights: Sequence[float] | None = None,
+    start: str | Path | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
     """Aggregate peft folders into a peft folder whose product is the aggregate.
 
     Args:
-        options: strategy options as `key=value`.
-        weights: one number an adapter, separated by commas; equal if None.
+        out: folder of the result, new or empty.
+        options: strategy options, as `key=value` or as a mapping.
+        weights: one number an adapter; equal if None.
         start: the global adapter before the round.
         base: the base model that all are for, where their folders name it in different ways.
 
@@ -38,16 +40,16 @@ def aggregate_folders(
     """
     if not folders:
         raise InputError("ADAPTER_DIR: give at least one adapter folder.")
+    paths, out, start = [Path(path) for path in folders], Path(out), Path(start) if start else None
     # Before anything is loaded: a result that has no place should cost no wait.
     require_new(out, "--out")
-    given = configs.parse_overrides(options)
-    rule = named(strategy, given, "")
-    adapters = [folder.load(path) for path in folders]
-    numbers = parse_numbers("--weights", weights, len(folders))
+    rule = named(strategy, _mapping(options), "")
+    adapters = [folder.load(path) for path in paths]
+    numbers = _numbers("--weights", weights, len(paths))
     if numbers is not None and not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise InputError(f"--weights: {weights}: every weight must be positive and finite.")
-    about = folder.about_all([*folders, *([start] if start else [])], base)
-    names = [str(path) for path in folders]
+        raise InputError(f"--weights: {numbers}: every weight must be positive and finite.")
+    about = folder.about_all([*paths, *([start] if start else [])], base)
+    names = [str(path) for path in paths]
     result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None, names)
     require_numbers(out, result.tensors)
     with filled(out, "--out") as draft:
@@ -55,7 +57,7 @@ def aggregate_folders(
     ranks = {result.rank(site) for site in result.lora_sites()}
     return {
         "strategy": strategy,
-        "adapters": len(folders),
+        "adapters": len(paths),
         "sites": len(result.lora_sites()),
         "rank": max(ranks),
         "notes": notes,
@@ -64,27 +66,34 @@ def aggregate_folders(
 
 
 def merge_folders(
-    method: str, folders: list[Path], options: list[str], numbers: str | None, out: Path, base: str | None = None
+    method: str,
+    folders: Sequence[str | Path],
+    out: str | Path,
+    options: Sequence[str] | dict[str, Any] = (),
+    numbers: Sequence[float] | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Merge peft folders, in the order given, into a peft folder.
 
     Args:
-        options: merger options as `key=value`.
-        numbers: one number an adapter, separated by commas: what the merger says it takes.
+        out: folder of the result, new or empty.
+        options: merger options, as `key=value` or as a mapping.
+        numbers: one number an adapter: what the merger says it takes.
         base: the base model that all are for, where their folders name it in different ways.
 
     Raises:
         InputError: unreadable or unlike adapters, bad numbers or options, an `out` that is not empty.
     """
+    paths, out = [Path(path) for path in folders], Path(out)
     require_new(out, "--out")
-    merger = make(method, configs.parse_overrides(options))
-    merger.require(len(folders))
+    merger = make(method, _mapping(options))
+    merger.require(len(paths))
     if numbers is not None and not merger.number:
         raise InputError(f"--numbers: {method} takes no number with an adapter.")
-    values = parse_numbers("--numbers", numbers, len(folders))
-    about = folder.about_all(folders, base)
+    values = _numbers("--numbers", numbers, len(paths))
+    about = folder.about_all(paths, base)
     state, ranks = merger.start(), set[int]()
-    for index, path in enumerate(folders):
+    for index, path in enumerate(paths):
         adapter = folder.load(path)
         try:
             state = merger.add(state, adapter, None if values is None else values[index])
@@ -102,7 +111,7 @@ def merge_folders(
         )
     return {
         "method": method,
-        "adapters": len(folders),
+        "adapters": len(paths),
         "sites": len(result.lora_sites()),
         "rank": rank,
         "notes": notes,
@@ -110,14 +119,19 @@ def merge_folders(
     }
 
 
-def parse_numbers(flag: str, text: str | None, count: int) -> list[float] | None:
-    """`1,2,5` as one number for each adapter; `flag` is blamed."""
-    if text is None:
-        return None
+def parse_numbers(flag: str, text: str | None) -> list[float] | None:
+    """`1,2,5` as numbers; `flag` is blamed."""
     try:
-        numbers = [float(part) for part in text.split(",")]
+        return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{flag}: '{text}' is not a list of numbers such as 1,2,5.") from error
-    if len(numbers) != count:
+
+
+def _numbers(flag: str, numbers: Sequence[float] | None, count: int) -> list[float] | None:
+    if numbers is not None and len(numbers) != count:
         raise InputError(f"{flag}: {len(numbers)} {flag.lstrip('-')} for {count} adapters.")
-    return numbers
+    return None if numbers is None else list(numbers)
+
+
+def _mapping(options: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
+    return options if isinstance(options, dict) else configs.parse_overrides(options)

@@ -78,7 +78,7 @@ def logits(path, base):
 
 
 def aggregated(paths, out, strategy="fedit", base=None):
-    return aggregate_folders(strategy, list(paths), [], None, None, out, base)
+    return aggregate_folders(strategy, paths, out, base=base)
 
 
 def rewrite(path, tensors=None, **config):
@@ -205,13 +205,11 @@ def test_values_that_are_not_finite_pass_neither_door(value, where, bases, tmp_p
         aggregate_folders(
             "fedit",
             [good, good if where == "global" else bad],
-            [],
-            None,
-            bad if where == "global" else None,
             tmp_path / "out",
+            start=bad if where == "global" else None,
         )
     with pytest.raises(InputError, match=f"{bad}: .*NaN or inf"):
-        merge_folders("task_arithmetic", [good, bad], [], None, tmp_path / "out")
+        merge_folders("task_arithmetic", [good, bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -226,8 +224,8 @@ def test_adapters_of_two_base_models_are_refused_by_both_commands(bases, tmp_pat
     one, other = made(tmp_path / "one", bases[0]), made(tmp_path / "other", bases[1])
     for call in (
         lambda: aggregated([one, other], tmp_path / "out"),
-        lambda: aggregate_folders("fedit", [one], [], None, other, tmp_path / "out"),
-        lambda: merge_folders("task_arithmetic", [one, other], [], None, tmp_path / "out"),
+        lambda: aggregate_folders("fedit", [one], tmp_path / "out", start=other),
+        lambda: merge_folders("task_arithmetic", [one, other], tmp_path / "out"),
     ):
         with pytest.raises(InputError, match=f"{other}: its base model is '{bases[1]}'.*--base"):
             call()
@@ -244,7 +242,7 @@ def test_one_base_in_two_spellings_is_one_and_the_user_may_say_so(bases, tmp_pat
     rewrite(other, base_model_name_or_path="/mnt/models/llama")
     aggregated([one, other], tmp_path / "named", base=str(bases[0]))
     assert folder.about(tmp_path / "named")["base"] == str(bases[0])
-    merge_folders("task_arithmetic", [one, other], [], None, tmp_path / "merged", str(bases[0]))
+    merge_folders("task_arithmetic", [one, other], tmp_path / "merged", base=str(bases[0]))
     assert make("task_arithmetic", {}) and folder.about(tmp_path / "merged")["base"] == str(bases[0])
 
 
