@@ -15,7 +15,7 @@ ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gp
 	tests/integration/test_federated_continual.py tests/integration/test_engines.py tests/integration/test_resume.py \
 	tests/integration/test_kill_points.py tests/integration/test_secagg_rounds.py tests/conformance tests/claims
 
-.PHONY: demo test test-flower slow attack claims full kernels gpu lint checkpoint smoke clean
+.PHONY: demo test test-flower slow attack claims full kernels gpu lint docs checkpoint smoke clean
 
 demo: .venv/ready
 	$(BIN)/fedpeft simulate quickstart
@@ -57,6 +57,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/types $(BIN)/mypy
+
+# Warnings are errors. The site begins at build/docs/index.html.
+docs: .venv/ready
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -b html . build/docs
 
 checkpoint: .venv/ready
 	$(BIN)/python fedpeft/assets/make_tiny_vit.py

@@ -1,4 +1,4 @@
-"""make.py fills docs/: tables of methods.md, continual.md and commands.md from the registry, and figures/wordnet.svg.
+"""make.py fills docs/: tables of methods, continual, commands and keys from the code, and figures/wordnet.svg.
 
     python docs/make.py
 
@@ -7,23 +7,27 @@ The tables come from the registry, the figure's numbers from the table in REPROD
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedpeft import registry
 from fedpeft.adapters.peft_types import CANNOT, EXACT
 from fedpeft.adapters.peft_types import measured as measured_types
 from fedpeft.cli import catalogue
-from fedpeft.config import ContinualConfig
+from fedpeft.config import Config, ContinualConfig, default_of
+from fedpeft.config.option import INFINITY
 from fedpeft.other_names import OTHERS, VALUES
 from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.general import GeneralServerBody
 
 ROOT = Path(__file__).parents[1]
-METHODS, CONTINUAL, COMMANDS = (ROOT / f"docs/{page}.md" for page in ("methods", "continual", "commands"))
+METHODS, CONTINUAL, COMMANDS, KEYS = (ROOT / f"docs/{page}.md" for page in ("methods", "continual", "commands", "keys"))
 MEASURED, FIGURE = ROOT / "REPRODUCIBILITY.md", ROOT / "docs/figures/wordnet.svg"
 BODIES = {
     "frozen": "MiniLM as it is",
@@ -97,6 +101,35 @@ def other_names(table: dict[str, tuple[str, str, str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def keys() -> str:
+    """Every key of a config as Markdown, a table for each section."""
+    return "\n\n".join(_section(item.name, item.default_factory) for item in dataclasses.fields(Config))
+
+
+def _section(name: str, section: Any) -> str:
+    rows = [["key", "default", "values", "meaning"], ["---"] * 4]
+    about = (inspect.getdoc(section) or "").partition(": ")[2]
+    nested = ""
+    for item in dataclasses.fields(section):
+        if "help" not in item.metadata:
+            nested += "\n\n" + _section(f"{name}.{item.name}", item.default_factory)
+            continue
+        default = json.dumps(default_of(item), ensure_ascii=False)
+        meaning = item.metadata["help"].replace("|", r"\|")
+        rows.append([f"`{name}.{item.name}`", f"`{default}`", _allowed(item.metadata), meaning])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## `{name}`\n\n" + (f"{about[0].upper()}{about[1:]}\n\n" if about else "") + table + nested
+
+
+def _allowed(meta: Mapping[str, Any]) -> str:
+    if meta["table"]:
+        return f"`fedpeft list {meta['table']}`"
+    if meta["choices"]:
+        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+    bounds = (("≥", meta["low"]), (">", meta["above"]), ("≤", meta["high"]))
+    return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if abs(bound) < INFINITY)
+
+
 def with_tables(page: str) -> str:
     """The page with every block between `<!-- table KIND -->` and `<!-- end -->` made anew."""
 
@@ -109,6 +142,7 @@ def with_tables(page: str) -> str:
 
 MADE = {
     "federations": federations,
+    "keys": keys,
     "other_names": partial(other_names, OTHERS),
     "other_values": partial(other_names, VALUES),
     "peft_types": peft_types,
@@ -153,6 +187,6 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for page in (METHODS, CONTINUAL, COMMANDS):
+    for page in (METHODS, CONTINUAL, COMMANDS, KEYS):
         page.write_text(with_tables(page.read_text()))
     draw(FIGURE)

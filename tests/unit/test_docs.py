@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import fedpeft
+from fedpeft.config import Config
 from support.guides import GUIDES, ROOT
 
 MAPPED = ("strategies", "clients", "simulations")
@@ -117,6 +122,32 @@ def test_every_body_says_whether_a_federation_can_run_it(make):
     assert make.with_tables(page) == page, "python docs/make.py writes the table of docs/continual.md anew"
     rows = dict(re.findall(r"^\| `(\w+)` \| (yes|no) \|", page, flags=re.M))
     assert set(rows) == set(make.registry.names("bodies")) and set(rows.values()) == {"yes", "no"}
+
+
+def test_every_key_of_a_config_is_in_its_table(make):
+    page = make.KEYS.read_text()
+    assert make.with_tables(page) == page, "python docs/make.py writes the tables of docs/keys.md anew"
+    shown = re.findall(r"^\| `([\w.]+)` \|", page, flags=re.M)
+    assert set(shown) == set(leaves(dataclasses.asdict(Config()))) and len(shown) > 100
+
+
+def leaves(tree, before=""):
+    """The dotted keys of a config's tree; options of a method are one."""
+    for key, value in tree.items():
+        path = f"{before}{key}"
+        inner = isinstance(value, dict) and (not before or path in ("data.partition", "evaluation.generate"))
+        yield from leaves(value, f"{path}.") if inner else [path]
+
+
+def test_every_name_that_fedpeft_offers_is_documented():
+    page = (ROOT / "docs" / "api.rst").read_text()
+    shown = re.findall(r"^\.\. auto\w+:: fedpeft\.(\w+)$", page, flags=re.M)
+    assert set(shown) == set(fedpeft.__all__) and len(shown) == len(set(shown))
+    for name in fedpeft.__all__:
+        assert len(inspect.getdoc(getattr(fedpeft, name)) or "") > 30, name
+    for path in re.findall(r"^\.\. auto\w+:: (fedpeft\.\w+\..*)$", page, flags=re.M):
+        module, _, name = path.rpartition(".")
+        assert inspect.getdoc(getattr(importlib.import_module(module), name)), path
 
 
 def test_keys_of_other_tools_are_in_their_table(make):
