@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 from urllib.parse import urlsplit
 
 from fedpeft.errors import InputError
@@ -127,3 +128,12 @@ def proxy_of(host: str) -> str | None:
         return None
     url = urlsplit(os.environ[name])
     return f"{name}={url.scheme}://{url.netloc.rpartition('@')[2]}"
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False

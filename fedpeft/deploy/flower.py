@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -16,10 +17,11 @@ from typing import Any, cast
 from flwr import __version__
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.fleet_pb2 import DESCRIPTOR, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictMessage
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
@@ -27,10 +29,20 @@ from google.protobuf.message import DecodeError
 
 from fedpeft.flower import ErrorCode, identify
 
-__all__ = ["DecodeError", "FleetStub", "Message", "Node", "PullMessagesResponse", "PushMessagesRequest"]
+__all__ = [
+    "DecodeError",
+    "FleetStub",
+    "Message",
+    "Node",
+    "PullMessagesResponse",
+    "PushMessagesRequest",
+    "message_from_proto",
+]
 
 HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away
 KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED = 23, 2004, 2007  # Flower's numbers of errors
+FRESH_S = 20.0  # of a signature
+SIGNED: dict[Any, tuple[float, list[tuple[str, str | bytes]]]] = {}  # by keys: when, and the identity
 Objects = Callable[[str], bytes]
 METHODS = DESCRIPTOR.services_by_name["Fleet"].methods_by_name
 
@@ -65,7 +77,18 @@ def public_bytes(key: Any) -> bytes:
 
 
 def identity(key: Any, shift_s: float = 0.0) -> list[tuple[str, str | bytes]]:
-    """What proves who calls over gRPC: public key, time (`shift_s` from now), its signature, and our versions."""
+    """What proves who calls over gRPC: public key, time (`shift_s` from now), its signature, and our versions.
+
+    Signed anew after a while, or when the clock was set: a signature costs either side as much as a small call.
+    """
+    age_s = time.time() - SIGNED.get(key, (0.0, []))[0]
+    if shift_s or not 0 <= age_s < FRESH_S:
+        SIGNED[key] = time.time() if not shift_s else 0.0, signed(key, shift_s)
+    return SIGNED[key][1]
+
+
+def signed(key: Any, shift_s: float) -> list[tuple[str, str | bytes]]:
+    """An identity with a signature of its own."""
     stamp = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=shift_s)).isoformat()
     return [
         ("flwr-public-key-bin", public_bytes(key)),
@@ -95,7 +118,11 @@ def object_ids(tree: Any) -> Iterator[str]:
 
 def inflated(pulled: PullMessagesResponse, contents: dict[str, bytes]) -> Message:
     """The message of one pull, from its objects."""
-    root = pulled.message_object_trees[0].object_id
+    return put_together(pulled.message_object_trees[0].object_id, contents)
+
+
+def put_together(root: str, contents: dict[str, bytes]) -> Message:
+    """The message with this id, from its objects."""
     message = cast(Message, inflate_object_from_contents(root, contents))
     message.metadata.__dict__["_message_id"] = root  # an object does not hold its own hash
     return message
@@ -109,6 +136,23 @@ def deflated(reply: Message) -> tuple[PushMessagesRequest, Objects]:
         request.message_object_trees.append(get_object_tree(reply))
         objects = {name: item.deflate() for name, item in get_all_nested_objects(reply).items()}
     return request, objects.__getitem__
+
+
+def content_to_bytes(content: RecordDict) -> bytes:
+    """A message's content as one protobuf message."""
+    return bytes(recorddict_to_proto(content).SerializeToString(deterministic=True))
+
+
+def content_from_bytes(whole: bytes) -> RecordDict:
+    """The inverse of `content_to_bytes`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return recorddict_from_proto(RecordDictMessage.FromString(whole))
+    except DecodeError as error:
+        raise ValueError("it is no content of a message") from error
 
 
 def failure(pulled: PullMessagesResponse, reason: str) -> Message:

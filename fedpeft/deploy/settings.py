@@ -6,6 +6,7 @@ site:        site.yaml policy.yaml ca.crt site.key site.pub status.json owed/ le
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -89,6 +90,10 @@ class Server:
         """HOST:PORT of the SuperLink's control API; it listens on loopback only."""
         return f"127.0.0.1:{self.settings.control_port}"
 
+    def database(self, insecure: bool) -> Path:
+        """Where Flower keeps runs, nodes and messages."""
+        return self.path / ("insecure.db" if insecure else "state.db")
+
     def run(self, name: str) -> Path:
         """The folder of a run; `last` is the one that was submitted last.
 
@@ -106,6 +111,12 @@ class Server:
         """Folders of all runs, in the order in which they were submitted."""
         found = [path for path in self.runs.glob("*") if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (path / "resolved.yaml").stat().st_mtime)
+
+    @staticmethod
+    def flower_number(folder: Path) -> int:
+        """Flower's number of the run that works on this folder; 0 if it was never submitted."""
+        file = folder / "flower.json"
+        return int(json.loads(file.read_text())["run_id"]) if file.exists() else 0
 
     def site_keys(self) -> dict[str, bytes]:
         """Name -> public key, in PEM, of every site; a file that is no key, or another site's, is said, and lets nobody

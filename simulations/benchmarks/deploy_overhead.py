@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.deploy import settings
+from fedpeft.deploy.address import answers
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.daemon import answers
 from fedpeft.deploy.coordinator.flower import start_run_request
 from fedpeft.deploy.site import site
 

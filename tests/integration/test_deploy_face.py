@@ -18,11 +18,11 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 
-from fedpeft.deploy import keys, settings
+from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.coordinator import daemon, server
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.flower import Task, take_task
-from fedpeft.deploy.coordinator.relay import tell_pushed
+from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.processes import end
 from support.deployed import alive, free_ports, until
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     for child in fleet:
         child.start()
     try:
-        until(lambda: all(daemon.answers(*at) for at in daemon.ports(made)), "the ports")
+        until(lambda: all(address.answers(*at) for at in daemon.ports(made)), "the ports")
         Control(made, insecure=False).register_missing()
         yield root, made, fleet
     finally:
@@ -80,6 +80,8 @@ def test_messages_reach_a_waiting_site_and_the_superlink_may_be_killed(place):
     runtime = daemon.executor_client(made.control, ca, (made.path / "secret").read_bytes())
     _, token = until(lambda: take_task(runtime), "the run's task")
     task = Task(made.control, ca, token)
+    post = Post(task.run, task.nodes)
+    Clerk(made.path, post)
     arrived, got = [], []
 
     def wait():
@@ -92,9 +94,8 @@ def test_messages_reach_a_waiting_site_and_the_superlink_may_be_killed(place):
         site.start()
         time.sleep(0.3 + number / 5)
         content = RecordDict({"config": ConfigRecord({"number": number, "content": bytes(100_000)})})
-        task.grid.push_messages([Message(content, node.node_id, "train")])
         begun = time.monotonic()
-        tell_pushed(made.path)
+        post.push_messages([Message(content, node.node_id, "train")])
         site.join(30)
         delays.append(arrived[-1] - begun)
         named = got[-1].messages_list[0].metadata
@@ -103,14 +104,13 @@ def test_messages_reach_a_waiting_site_and_the_superlink_may_be_killed(place):
     assert len({answer.messages_list[0].metadata.message_id for answer in got}) == 5
     print("seconds from a push to the site:", delays)
 
-    # Flower alone is killed: the site's call fails, and the next one is answered as soon as Flower is back.
+    # Flower alone is killed: who is there is answered meanwhile, by its run and of the state on the disk.
     fleet[0].process.kill()
     until(lambda: not alive(fleet[0].process.pid), "the end of the SuperLink")
-    with pytest.raises(grpc.RpcError) as refused:
-        caller.call("PullMessages", PullMessagesRequest(node=node))
-    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE and "does not answer" in refused.value.details()
+    post.push_messages([Message(RecordDict(), node.node_id, "train")])
+    assert caller.call("PullMessages", PullMessagesRequest(node=node)).messages_list
     fleet[0].start()
-    until(lambda: daemon.answers("127.0.0.1", made.settings.control_port), "the SuperLink")
+    until(lambda: address.answers("127.0.0.1", made.settings.control_port), "the SuperLink")
     assert caller.activate() == node
     control.close()
 

@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedpeft import config as configs
-from fedpeft.deploy import settings
+from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.envelope import Envelope
@@ -65,7 +65,7 @@ def taken_over(tmp_path):
         child.start()
     control = Control(server, insecure=False)
     try:
-        until(lambda: all(daemon.answers(*place) for place in daemon.ports(server)), "the SuperLink")
+        until(lambda: all(address.answers(*place) for place in daemon.ports(server)), "the SuperLink")
         control.register_missing()
         made.start("clinic")
         yield made, server, control

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord
+from flwr.superlink.grid.http_grid import HttpGrid
 from peft import get_peft_model_state_dict
 
-from fedpeft.deploy import settings
+from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.flower import Task, start_run_request, take_task
@@ -64,7 +65,7 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
         child.start()
     node = None
     try:
-        until(lambda: all(daemon.answers(*place) for place in daemon.ports(server)), "the ports")
+        until(lambda: all(address.answers(*place) for place in daemon.ports(server)), "the ports")
         control = Control(server, insecure=False)
         control.register_missing()
         made.start("ours")
@@ -85,10 +86,12 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
         runtime = daemon.executor_client(server.control, ca, (made.coordinator / "secret").read_bytes())
         _, token = until(lambda: take_task(runtime), "the run's task")
         task = Task(server.control, ca, token)
+        grid = HttpGrid(server.control, False, ca, token=token)
+        grid.set_run(task.run)
         held = daemon.HeldTask(server.control, ca, token)
         threading.Thread(target=beat, args=(held,), daemon=True).start()
         start = ArrayRecord(get_peft_model_state_dict(stock_app.build()))
-        result = FedSVD().start(task.grid, start, num_rounds=1, timeout=400)
+        result = FedSVD().start(grid, start, num_rounds=1, timeout=400)
     finally:
         if node is not None:
             node.terminate()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+
+from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FleetApi
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
@@ -37,7 +40,11 @@ ATTRIBUTES = (
     ("flwr.supercore.runtime", "RuntimeHttpClient.PullTaskInput"),
     ("flwr.supercore.runtime", "RuntimeHttpClient.PushTaskOutput"),
     ("flwr.supercore.runtime", "RuntimeHttpClient.SendTaskHeartbeat"),
-    ("flwr.superlink.grid.http_grid", "HttpGrid.get_nodes"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.GetNodes"),
+    ("flwr.server.superlink.linkstate", "SqlLinkState.get_node_id_by_public_key"),
+    ("flwr.server.superlink.linkstate", "SqlLinkState.get_node_info"),
+    ("flwr.server.superlink.linkstate", "SqlLinkState.get_run_status"),
+    ("flwr.server.superlink.linkstate", "SqlLinkState.object_store"),
 )
 
 
@@ -62,10 +69,11 @@ def test_flower_has_what_we_use_of_its_private_parts(module, name):
         found = getattr(found, part)
 
 
-def test_the_grid_has_the_client_that_its_task_uses():
-    from flwr.superlink.grid.http_grid import HttpGrid
-
-    assert "_runtime_client" in dir(HttpGrid("127.0.0.1:1", True, None, token="x"))
+def test_each_method_of_the_fleet_api_has_its_function_with_the_parts_that_we_have():
+    for name in FLEET_METHODS:
+        wanted = inspect.signature(FleetApi.handler(name)).parameters
+        assert next(iter(wanted)) == "request" and {*wanted} <= {"request", "state", "store", "enable_supernode_auth"}
+    assert len(FLEET_METHODS) == 12
 
 
 def test_nothing_else_imports_flower_s_private_parts():

@@ -5,52 +5,64 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from base64 import b64decode, b64encode
 from datetime import UTC, datetime, timedelta
 
 import grpc
 import grpc.aio
-import httpx
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app import Message, RecordDict
+from flwr.proto.message_pb2 import PullObjectResponse
 
 from fedpeft.deploy import keys, settings
-from fedpeft.deploy.coordinator import face, relay, server
+from fedpeft.deploy.coordinator import face, post, relay, server
 from fedpeft.deploy.coordinator.flower import (
+    FLEET_METHODS,
     DeactivateNodeRequest,
-    ListNodesResponse,
     PullMessagesRequest,
     PullMessagesResponse,
 )
+from fedpeft.flower import empty_run, identify
+
+NODE = 7
 
 
 class Flower:
-    """Stands where Flower's HTTP API is: what was asked, the messages that it still has, and who is connected."""
+    """Stands where Flower's Fleet API is: what was asked, the messages that it still has, and whether north counts as
+    connected.
+    """
 
     def __init__(self):
-        self.asked, self.messages, self.delay_s, self.status, self.text = [], [], 0.0, 200, ""
-        self.online = []
+        self.asked, self.messages, self.delay_s, self.refusal, self.there, self.working = [], [], 0.0, None, False, ()
 
-    async def __call__(self, request):
-        self.asked.append(request)
-        await asyncio.sleep(self.delay_s)
-        if self.status != 200:
-            return httpx.Response(self.status, text=self.text)
-        if request.url.path.endswith("list-nodes"):
-            return httpx.Response(200, content=ListNodesResponse(nodes_info=self.online).SerializeToString())
-        if request.url.path.endswith("/activate-node") and self.online:
-            return httpx.Response(412, text='{"code": 2004}')
-        if request.url.path.endswith("deactivate-node"):
-            self.online.clear()
-        if not request.url.path.endswith("pull-messages"):
-            return httpx.Response(200, content=b"answer")
+    def call(self, method, body, key):
+        self.asked.append((method, body, key))
+        time.sleep(self.delay_s)
+        if self.refusal:
+            raise self.refusal
+        if method == "ActivateNode" and self.there:
+            raise relay.Refusal(412, '{"code": 2004}')
+        if method == "DeactivateNode":
+            self.there = False
+        if method != "PullMessages":
+            return b"answer"
         answer = PullMessagesResponse()
         if self.messages:
             answer.messages_list.add().metadata.message_id = self.messages.pop(0)
-        return httpx.Response(200, content=answer.SerializeToString())
+        return answer.SerializeToString()
+
+    def node_of(self, key):
+        return NODE
+
+    def online(self, key):
+        return NODE if self.there else None
+
+    def works_on(self, run):
+        return run in self.working
 
 
 @pytest.fixture
@@ -64,7 +76,7 @@ def rig(tmp_path, flower):
     folder = tmp_path / "coordinator"
     server.init(folder, "localhost", 9092, 9093, "127.0.0.1")
     server.add_site(folder, "north", keys.site_keys(tmp_path))
-    return relay.Relay(settings.server(folder), False, httpx.MockTransport(flower)), folder, tmp_path
+    return relay.Relay(settings.server(folder), False, flower), folder, tmp_path
 
 
 def headers(place, shift_s=0.0, **changed):
@@ -87,16 +99,26 @@ def named(content):
 
 
 def pulled(*received):
-    return PullMessagesRequest(message_ids=received).SerializeToString()
+    return PullMessagesRequest(message_ids=received, node={"node_id": NODE}).SerializeToString()
 
 
-def test_a_call_goes_on_with_its_own_identity_and_nothing_else_of_it(rig, flower):
+def of_run(method, run=5, node=NODE, **fields):
+    """A call that is of a run."""
+    kind = FLEET_METHODS[method].input_type._concrete_class
+    return kind(node={"node_id": node}, run_id=run, **fields).SerializeToString()
+
+
+def test_a_call_goes_on_as_it_is_with_the_key_that_it_was_signed_by(rig, flower):
     passing, _, place = rig
-    signed = headers(place)
-    assert asyncio.run(passing.call("PushObject", b"body", signed)) == b"answer"
-    (request,) = flower.asked
-    assert request.url.path == "/v1/fleet/push-object" and request.content == b"body"
-    assert request.headers["flwr-signature"] == signed["flwr-signature"] and "cookie" not in request.headers
+    assert asyncio.run(passing.call("GetRun", b"body", headers(place))) == b"answer"
+    assert flower.asked == [("GetRun", b"body", keys.pem((place / "site.pub").read_text()))]
+
+
+def test_a_call_of_another_s_node_is_refused(rig, flower):
+    passing, _, place = rig
+    with pytest.raises(relay.Refusal, match="node") as refused:
+        asyncio.run(passing.call("PullMessages", pulled().replace(bytes([NODE]), b"\x08"), headers(place)))
+    assert refused.value.status == 401 and not flower.asked
 
 
 @pytest.mark.parametrize(
@@ -150,15 +172,13 @@ def test_a_site_that_is_added_is_let_in_at_once_and_its_old_key_is_not(rig, tmp_
 
 def test_a_site_that_was_killed_is_let_in_again_without_a_wait(rig, flower):
     passing, _, place = rig
-    signed = headers(place)
-    flower.online = [NodeInfo(node_id=7, public_key=keys.pem((place / "site.pub").read_text()), status="online")]
-    assert asyncio.run(passing.call("ActivateNode", b"", signed)) == b"answer"
-    left = [request for request in flower.asked if request.url.path.endswith("deactivate-node")]
-    assert [DeactivateNodeRequest.FromString(request.content).node_id for request in left] == [7]
-    assert left[0].headers["flwr-signature"] == signed["flwr-signature"]
-    flower.online = [NodeInfo(node_id=8, public_key=b"another", status="online")]
+    flower.there = True
+    assert asyncio.run(passing.call("ActivateNode", b"", headers(place))) == b"answer"
+    left = [body for method, body, _ in flower.asked if method == "DeactivateNode"]
+    assert [DeactivateNodeRequest.FromString(body).node_id for body in left] == [NODE]
+    flower.refusal = relay.Refusal(412, '{"code": 2004}')
     with pytest.raises(relay.Refusal, match="2004"):
-        asyncio.run(passing.call("ActivateNode", b"", signed))
+        asyncio.run(passing.call("ActivateNode", b"", headers(place)))
 
 
 def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
@@ -166,7 +186,8 @@ def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
     with pytest.raises(relay.Refusal, match="at most 1048576") as refused:
         asyncio.run(passing.call("GetRun", bytes(2**20 + 1), headers(place)))
     assert refused.value.status == 413
-    assert asyncio.run(passing.call("PushObject", bytes(2**20 + 1), headers(place))) == b"answer"
+    large = of_run("PushObject", object_content=bytes(2**20 + 1))
+    assert asyncio.run(passing.call("PushObject", large, headers(place))) == b"answer"
 
     async def crowd():
         flower.delay_s = 0.2
@@ -178,39 +199,69 @@ def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
     assert asyncio.run(passing.call("GetRun", b"", headers(place)))  # they are counted off again
 
 
-def test_flower_s_refusal_is_told_as_it_is_and_its_silence_is_one(rig, flower, monkeypatch):
+def test_flower_s_refusal_is_told_as_it_is(rig, flower):
     passing, _, place = rig
-    flower.status, flower.text = 403, '{"code": 2007, "public_message": "no"}'
+    flower.refusal = relay.Refusal(403, '{"code": 2007, "public_message": "no"}')
     with pytest.raises(relay.Refusal) as refused:
         asyncio.run(passing.call("GetRun", b"", headers(place)))
     assert (refused.value.status, json.loads(refused.value.said)["code"]) == (403, 2007)
 
-    async def gone(*given, **named):
-        raise httpx.ConnectError("refused")
 
-    monkeypatch.setattr(passing.client, "post", gone)
-    with pytest.raises(relay.Refusal, match="does not answer") as refused:
-        asyncio.run(passing.call("GetRun", b"", headers(place)))
-    assert refused.value.status == 503
+def test_a_call_of_a_run_that_is_being_started_again_waits_and_one_of_another_goes_to_flower(rig, flower):
+    """Flower would take the answer of a run whose process is away, and nobody would ever see it."""
+    passing, folder, place = rig
+    (folder / "runs" / "run-1").mkdir()
+    (folder / "runs" / "run-1" / "resolved.yaml").touch()
+    (folder / "runs" / "run-1" / "flower.json").write_text('{"run_id": 5}')
+    flower.working = (5, 6)
+    with pytest.raises(relay.Refusal, match="being started") as refused:
+        asyncio.run(passing.call("PullObject", of_run("PullObject"), headers(place)))
+    assert refused.value.status == 503 and not flower.asked
+    assert asyncio.run(passing.call("PullObject", of_run("PullObject", 6), headers(place))) == b"answer"
+    flower.working = (6,)  # it has ended: Flower says so
+    assert asyncio.run(passing.call("PullObject", of_run("PullObject"), headers(place))) == b"answer"
 
 
-def test_a_pull_waits_and_ends_as_soon_as_a_message_was_pushed(rig, flower, monkeypatch):
+def test_a_pull_waits_and_ends_as_soon_as_a_run_has_a_message(rig, flower, monkeypatch):
     passing, folder, place = rig
     monkeypatch.setattr(relay, "LOOK_S", 1e6)  # nobody looks: who waits has to be told
     monkeypatch.setattr(relay, "WAIT_S", 1e6)
+    identify(5, 1, 0)
+    box = post.Post(empty_run(5), list)
 
     async def play():
-        watch = asyncio.create_task(passing.watch())
+        await passing.counter.open()
+        clerk = post.Clerk(folder, box)
         waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        while not passing.counter.runs:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.15)
         assert not waiting.done() and len(flower.asked) == 1
-        flower.messages.append("m1")
-        relay.tell_pushed(folder)
-        answer = named(await asyncio.wait_for(waiting, 60))
-        watch.cancel()
-        return answer
+        (name,) = box.push_messages([Message(RecordDict(), NODE, "train")])
+        assert named(await asyncio.wait_for(waiting, 60)) == name
+        part = await passing.call("PullObject", of_run("PullObject", object_id=name), headers(place))
+        with pytest.raises(relay.Refusal, match="node"):
+            await passing.call("PullObject", of_run("PullObject", node=8, object_id=name), headers(place))
+        clerk.close()
+        while passing.counter.runs:
+            await asyncio.sleep(0.01)
+        return PullObjectResponse.FromString(part)
 
-    assert asyncio.run(play()) == "m1"
+    answer = asyncio.run(play())
+    assert answer.object_available and b"Message" in answer.object_content
+    assert len(flower.asked) == 1
+
+
+def test_a_process_without_the_secret_is_no_run(rig):
+    passing, folder, _ = rig
+
+    async def play():
+        await passing.counter.open()
+        reader, writer = await asyncio.open_connection("127.0.0.1", int((folder / post.PLACE).read_text()))
+        writer.write(post.hello(b"guessed", 5))
+        assert await reader.read() == b"" and not passing.counter.runs
+
+    asyncio.run(play())
 
 
 def test_a_message_that_nobody_told_of_is_looked_for_and_a_pull_ends_without_one(rig, flower, monkeypatch):
@@ -218,7 +269,7 @@ def test_a_message_that_nobody_told_of_is_looked_for_and_a_pull_ends_without_one
     monkeypatch.setattr(relay, "LOOK_S", 0.05)
     monkeypatch.setattr(relay, "WAIT_S", 0.3)
     assert asyncio.run(passing.call("PullMessages", pulled(), headers(place))) == b""
-    assert len(flower.asked) > 3
+    assert len(flower.asked) >= 3
 
     async def play():
         waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
@@ -239,7 +290,7 @@ def test_a_message_is_given_again_until_the_site_shows_that_it_has_it(rig, flowe
 
     assert [pull(), pull(), pull("another")] == ["m1"] * 3
     assert pull("m1") == "m2"
-    asyncio.run(passing.call("PullObject", b"", headers(place)))  # as Flower's own node shows it
+    asyncio.run(passing.call("PullObject", of_run("PullObject"), headers(place)))  # as Flower's own node shows it
     assert pull() == "m3"
     assert [pull() for _ in range(relay.REPEATS + 1)] == ["m3"] * relay.REPEATS + ["m4"]  # not for ever
 

@@ -120,7 +120,7 @@ def superlink_options(server: Server, insecure: bool) -> list[str]:
         str(chosen.control_port),
         *tls,
         "--database",
-        str(folder / ("insecure.db" if insecure else "state.db")),
+        str(server.database(insecure)),
         "--isolation",
         "process",
         "--superexec-auth-secret-file",
@@ -219,7 +219,7 @@ class Coordinator:
     def look_at_runs(self) -> None:
         """Submit new runs and those that nobody works on any more; after a start that is all that have not ended."""
         for folder in self.server.all_runs():
-            name, number = folder.name, self.flower_number(folder)
+            name, number = folder.name, self.server.flower_number(folder)
             child = self.children.get(name)
             alive = child is not None and child.process is not None and child.process.poll() is None
             if commands.get_status(folder)["state"] in commands.ENDED:
@@ -283,13 +283,9 @@ class Coordinator:
 
     def named(self, number: int) -> str | None:
         """The run that was last submitted under Flower's number."""
-        return next((folder.name for folder in self.server.all_runs() if self.flower_number(folder) == number), None)
-
-    @staticmethod
-    def flower_number(folder: Path) -> int:
-        """Flower's number of the run that works on this folder; 0 if it was never submitted."""
-        file = folder / "flower.json"
-        return int(json.loads(file.read_text())["run_id"]) if file.exists() else 0
+        return next(
+            (folder.name for folder in self.server.all_runs() if self.server.flower_number(folder) == number), None
+        )
 
 
 @contextmanager
@@ -310,7 +306,7 @@ def ports(server: Server) -> list[tuple[str, int]]:
 
 def require_free(host: str, port: int) -> None:
     """Raise InputError if something listens on a port of this machine."""
-    if answers(host, port):
+    if address.answers(host, port):
         raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
 
 
@@ -322,17 +318,8 @@ def mode(insecure: bool) -> str:
 def _wait_for(server: Server, children: list[Child]) -> None:
     until = time.monotonic() + START_S
     for host, port in ports(server):
-        while not answers(host, port):
+        while not address.answers(host, port):
             for child in children:
                 if child.process is None or child.process.poll() is not None or time.monotonic() > until:
                     raise RunError(f"the {child.role} does not come up; see {child.output}.")
             time.sleep(0.2)
-
-
-def answers(host: str, port: int) -> bool:
-    """Whether something listens there."""
-    try:
-        with socket.create_connection((host, port), timeout=1):
-            return True
-    except OSError:
-        return False

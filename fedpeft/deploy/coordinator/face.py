@@ -23,8 +23,8 @@ import grpc.aio
 import uvicorn
 
 from fedpeft.deploy import address, settings
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FLEET_SERVICE, PROTOBUF
-from fedpeft.deploy.coordinator.relay import PATHS, Refusal, Relay
+from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FLEET_SERVICE, PROTOBUF, FleetApi, Refusal
+from fedpeft.deploy.coordinator.relay import PATHS, Relay
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
 
@@ -54,6 +54,7 @@ OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 CALLS = 4096  # of all sites together
+POLL_S = 0.05
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -69,15 +70,16 @@ def main(folder: Path, mode: str) -> None:
 
 async def serve(server: Server, insecure: bool) -> None:
     """Serve over gRPC, and over HTTP if server.yaml says so."""
-    relay = Relay(server, insecure)
-    watch = asyncio.create_task(relay.watch())
+    while not address.answers("127.0.0.1", server.settings.control_port):
+        await asyncio.sleep(POLL_S)  # the SuperLink makes its state, or brings an older Flower's up to date
+    relay = Relay(server, insecure, FleetApi(server.database(insecure), insecure))
+    await relay.counter.open()
     face = grpc_server(relay, server, insecure)
     await face.start()
     if server.settings.http_port is None:
         await face.wait_for_termination()
     else:
         await http_server(relay, server, insecure).serve()
-    watch.cancel()
 
 
 def grpc_server(relay: Relay, server: Server, insecure: bool) -> grpc.aio.Server:

@@ -1,69 +1,73 @@
-"""Hands sites' calls to Flower's Fleet API on loopback, over whichever transport they came.
+"""Hands sites' calls to the run that they are of, or to Flower's Fleet API, over whichever transport they came.
 
 A call is refused before Flower sees it if its key is not registered, its signature is false or old, it is too large, or
-its site has too many calls open. What is passed on is the call's bytes with its own signed identity, which Flower
-checks again. Nothing is kept but what is on its way: the message that a site's last pull got, until the site shows that
-it has it. A site whose connection broke in between is given it once more; Flower itself hands out a message only once.
+its site has too many calls open; and then if it is of another node than its key's. Nothing is kept but what is on its
+way: the message that a site's last pull got, until the site shows that it has it. A site whose connection broke in
+between is given it once more; Flower itself hands out a message only once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
 import json
 import logging
-import ssl
 from base64 import b64decode
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
-from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import httpx
-from google.protobuf.message import DecodeError
-
+from fedpeft.deploy.coordinator.counter import Counter
 from fedpeft.deploy.coordinator.flower import (
     FLEET_METHODS,
     LATEST_S,
     OLDEST_S,
-    PROTOBUF,
     UNKNOWN_KEY,
     DeactivateNodeRequest,
-    ListNodesResponse,
     PullMessagesRequest,
     PullMessagesResponse,
+    Refusal,
     is_signed,
 )
-from fedpeft.deploy.flower import path_of
+from fedpeft.deploy.coordinator.post import METHODS
+from fedpeft.deploy.flower import DecodeError, path_of
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
-from fedpeft.foreign import shown
 
 log = logging.getLogger("fedpeft")
 PATHS = {path_of(name): name for name in FLEET_METHODS}
-PATH_OF = {**{name: path for path, name in PATHS.items()}, "ListNodes": "/v1/control/list-nodes"}  # of Flower's
 KEY, STAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"  # over gRPC two of them end in -bin
 LARGE = {"PushMessages", "PushObject"}  # the others name things
 SMALL_CALL = 2**20  # bytes
 CALLS_AT_ONCE = 32  # of one site
 WAIT_S = 20.0  # of a pull, when there is no message
 LOOK_S = 1.0  # between looks at Flower for messages of which nobody told us; longer when many sites wait
-LOOKS_PER_S = 50
-PUSHED = "pushed"  # a file in the coordinator's folder: a run's process touches it when it has pushed messages
-PUSHED_S = 0.02
+LOOKS_PER_S = 10
 REPEATS = 3  # of one message
 SHOWS = {"GetRun", "GetFab", "PullObject", "PushMessages", "PushObject", "ConfirmMessageReceived"}
-FLOWER_S = 60.0
+THREADS = 4  # at work on Flower's state, of which one writes at a time
+T = TypeVar("T")
 
 
-class Refusal(Exception):
-    """A call that is not answered: the HTTP status, and what its caller is told."""
+class Fleet(Protocol):
+    """What answers calls: `flower.FleetApi`."""
 
-    def __init__(self, status: int, said: str) -> None:
-        super().__init__(f"{status}: {said}")
-        self.status, self.said = status, said
+    def call(self, method: str, body: bytes, key: bytes) -> bytes:
+        """The answer to a call of who holds this key; raises Refusal."""
+
+    def node_of(self, key: bytes) -> int | None:
+        """The number of the key's node."""
+
+    def online(self, key: bytes) -> int | None:
+        """The same if that counts as connected."""
+
+    def works_on(self, run: int) -> bool:
+        """Whether a run has neither ended nor is unknown."""
 
 
 @dataclass
@@ -75,8 +79,11 @@ class Line:
     message: bytes = b""  # the last pull's answer, until the site shows that it has it
     name: str = ""
     repeats: int = 0
+    node: int = 0  # Flower's number of it
+    looked: float = -1e9  # when Flower was asked for a message last
+    proof: tuple[str, str] = ("", "")  # time and signature that were looked at last, and are good
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    newer: asyncio.Event = field(default_factory=asyncio.Event)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # there is a message, or a newer pull
 
     def settle(self) -> None:
         """The site has the message of its last pull."""
@@ -90,20 +97,12 @@ class Relay:
         insecure: any key will do, as for Flower.
     """
 
-    def __init__(self, server: Server, insecure: bool, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self.server, self.insecure = server, insecure
-        trusted = False if insecure else ssl.create_default_context(cafile=str(server.path / "ca.crt"))
-        self.client = httpx.AsyncClient(
-            base_url=f"{'http' if insecure else 'https'}://{server.control}",
-            verify=trusted,
-            timeout=FLOWER_S,
-            limits=httpx.Limits(max_connections=64),
-            transport=transport,
-            trust_env=False,  # loopback is reached directly
-        )
+    def __init__(self, server: Server, insecure: bool, fleet: Fleet) -> None:
+        self.server, self.insecure, self.fleet = server, insecure, fleet
+        self.pool = ThreadPoolExecutor(THREADS)
         self.lines: dict[bytes, Line] = defaultdict(Line)
-        self.waiting = 0
-        self.pushed = asyncio.Event()
+        self.nodes: dict[int, Line] = {}
+        self.counter = Counter(server.path, self.wake)
         self.known: tuple[int, frozenset[bytes]] = (-1, frozenset())
 
     async def call(self, method: str, body: bytes, headers: Mapping[str, str]) -> bytes:
@@ -115,18 +114,21 @@ class Relay:
         Raises:
             Refusal: by this process or by Flower.
         """
-        line = self.lines[self.admit(method, len(body), headers)]
+        key = self.admit(method, len(body), headers)
+        line = self.lines[key]
         if line.calls >= CALLS_AT_ONCE:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has {CALLS_AT_ONCE} calls open.")
         line.calls += 1
         try:
             if method == "PullMessages":
-                return await self.pull(line, body, headers)
+                return await self.pull(line, body, key)
             if method == "ActivateNode":
-                return await self.activate(body, headers)
+                return await self.activate(body, key)
             if method in SHOWS:
                 line.settle()
-            return await self.post(method, body, headers)
+            if method in METHODS:
+                return await self.of_a_run(method, line, body, key)
+            return await self.work(self.fleet.call, method, body, key)
         finally:
             line.calls -= 1
 
@@ -157,8 +159,10 @@ class Relay:
         if key not in self.registered():
             said = {"code": UNKNOWN_KEY, "public_message": "Failed to activate SuperNode: its key is not registered."}
             raise Refusal(HTTPStatus.PRECONDITION_FAILED, json.dumps(said))
-        if not is_signed(key, stamp, signature):
-            raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid signature.")
+        if (stamp, headers[SIGNATURE]) != self.lines[key].proof:
+            if not is_signed(key, stamp, signature):
+                raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid signature.")
+            self.lines[key].proof = stamp, headers[SIGNATURE]
         return key
 
     def registered(self) -> frozenset[bytes]:
@@ -168,63 +172,78 @@ class Relay:
             self.known = changed, frozenset(self.server.site_keys().values())
         return self.known[1]
 
-    async def post(self, method: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-        """Flower's answer to a call."""
-        kept = {name: value for name, value in headers.items() if name.startswith("flwr-")}
-        try:
-            answer = await self.client.post(
-                PATH_OF[method], content=body, headers={**kept, "content-type": PROTOBUF, "accept": PROTOBUF}
-            )
-        except httpx.HTTPError as error:
-            log.debug("%s: %r", method, error)
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the coordinator's SuperLink does not answer.") from error
-        if answer.status_code != HTTPStatus.OK:
-            raise Refusal(answer.status_code, shown(answer.text))
-        return answer.content
+    async def work(self, act: Callable[..., T], *given: Any) -> T:
+        """What `act` returns, in another thread: Flower's state is on a disk."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, act, *given)
 
-    async def activate(self, body: bytes, headers: Mapping[str, str]) -> bytes:
+    async def activate(self, body: bytes, key: bytes) -> bytes:
         """Let a site in. One that was killed counts as connected for a minute, and Flower takes in none that is: so it
-        leaves first, by its own signature.
+        leaves first.
         """
         try:
-            return await self.post("ActivateNode", body, headers)
+            return await self.work(self.fleet.call, "ActivateNode", body, key)
         except Refusal as refusal:
-            node = await self.node_of(b64decode(headers[KEY])) if str(UNKNOWN_KEY) in refusal.said else None
+            node = await self.work(self.fleet.online, key) if str(UNKNOWN_KEY) in refusal.said else None
             if node is None:
                 raise
-            await self.post("DeactivateNode", DeactivateNodeRequest(node_id=node).SerializeToString(), headers)
-            return await self.post("ActivateNode", body, headers)
+            leave = DeactivateNodeRequest(node_id=node).SerializeToString()
+            await self.work(self.fleet.call, "DeactivateNode", leave, key)
+            return await self.work(self.fleet.call, "ActivateNode", body, key)
 
-    async def node_of(self, key: bytes) -> int | None:
-        """Flower's number of the site with this key; None if it has none."""
-        answer = await self.post("ListNodes", b"", {})
-        nodes = ListNodesResponse.FromString(answer).nodes_info
-        return next((node.node_id for node in nodes if node.public_key == key and node.status == "online"), None)
+    async def of_a_run(self, method: str, line: Line, body: bytes, key: bytes) -> bytes:
+        """The answer to a call that names its run: by the process that works on it, else by Flower."""
+        try:
+            asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
+            run = asked.messages_list[0].metadata.run_id if method == "PushMessages" else asked.run_id
+        except (DecodeError, IndexError) as error:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+        if run in self.counter.runs:
+            await self.require_own(line, asked.node.node_id, key)
+            return await self.counter.call(run, method, line.node, body)
+        # Flower would take it, and no process would ever see it.
+        if self.is_ours(run) and await self.work(self.fleet.works_on, run):
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the run is being started.")
+        return await self.work(self.fleet.call, method, body, key)
 
-    async def pull(self, line: Line, body: bytes, headers: Mapping[str, str]) -> bytes:
+    async def require_own(self, line: Line, node: int, key: bytes) -> None:
+        """Refuse a call of another node than the key's."""
+        if not self.insecure and node != line.node and node != await self.work(self.fleet.node_of, key):
+            raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid node ID.")
+        line.node, self.nodes[node] = node, line
+
+    def is_ours(self, run: int) -> bool:
+        """Whether a run of Flower's is one of this coordinator's."""
+        return any(self.server.flower_number(folder) == run for folder in self.server.all_runs())
+
+    async def pull(self, line: Line, body: bytes, key: bytes) -> bytes:
         """The answer to a pull, which waits for a message; an older one of the same site ends without."""
         try:
-            received = set(PullMessagesRequest.FromString(body).message_ids)
+            asked = PullMessagesRequest.FromString(body)
         except DecodeError as error:
             raise Refusal(HTTPStatus.BAD_REQUEST, "no request of PullMessages.") from error
+        await self.require_own(line, asked.node.node_id, key)
         line.pulls += 1
-        mine = line.pulls
-        line.newer.set()
-        line.newer = newer = asyncio.Event()
+        mine, received = line.pulls, set(asked.message_ids)
+        line.wake.set()
         clock = asyncio.get_running_loop().time
         until = clock() + WAIT_S
         while mine == line.pulls:
-            pushed = self.pushed
-            # Shielded: a site that hangs up meanwhile must not take with it what Flower has just handed out.
-            answer = await asyncio.shield(asyncio.create_task(self.take(line, received, body, headers)))
+            line.wake = asyncio.Event()  # before looking: what comes while this looks wakes it
+            # Shielded: a site that hangs up meanwhile must not take with it what was just handed out.
+            answer = await asyncio.shield(asyncio.create_task(self.take(line, received, body, key)))
             left_s = until - clock()
             if answer or left_s <= 0:
                 return answer
-            await self.rest(pushed, newer, left_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(line.wake.wait(), min(self.look_s(), left_s))
         return b""
 
-    async def take(self, line: Line, received: set[str], body: bytes, headers: Mapping[str, str]) -> bytes:
-        """A site's message: the one that its last pull got, if that was lost, or Flower's next; empty if none."""
+    def look_s(self) -> float:
+        """Seconds between a site's looks at Flower for messages that are of no run at work."""
+        return max(LOOK_S, len(self.lines) / LOOKS_PER_S)
+
+    async def take(self, line: Line, received: set[str], body: bytes, key: bytes) -> bytes:
+        """A site's message: the one that its last pull got, if that was lost, or the next; empty if none."""
         async with line.lock:
             if line.message and line.name not in received and line.repeats < REPEATS:
                 line.repeats += 1
@@ -232,44 +251,19 @@ class Relay:
             if line.message and line.name not in received:
                 log.warning("a message was handed out %d times, and its site does not show it.", 1 + REPEATS)
             line.settle()
-            answer = await self.post("PullMessages", body, headers)
+            answer = await self.counter.pull(line.node, body)
+            clock = asyncio.get_running_loop().time
+            if not answer and clock() - line.looked >= self.look_s():
+                line.looked = clock()
+                answer = await self.work(self.fleet.call, "PullMessages", body, key)
             messages = PullMessagesResponse.FromString(answer).messages_list
             if not messages:
                 return b""
+            line.looked = -1e9  # there may be another
             line.message, line.name = answer, messages[0].metadata.message_id
             return answer
 
-    async def rest(self, pushed: asyncio.Event, newer: asyncio.Event, longest_s: float) -> None:
-        """Wait until messages were pushed, the site has pulled anew, or it is time to look at Flower."""
-        self.waiting += 1
-        look_s = max(LOOK_S, self.waiting / LOOKS_PER_S)
-        events = [asyncio.ensure_future(event.wait()) for event in (pushed, newer)]
-        try:
-            await asyncio.wait(events, timeout=min(look_s, longest_s), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for event in events:
-                event.cancel()
-            self.waiting -= 1
-
-    async def watch(self) -> None:
-        """Wake waiting pulls whenever a run's process says that it has pushed messages."""
-        seen = moment(self.server.path / PUSHED)
-        while True:
-            await asyncio.sleep(PUSHED_S)
-            if (now := moment(self.server.path / PUSHED)) != seen:
-                seen = now
-                self.pushed.set()
-                self.pushed = asyncio.Event()
-
-
-def moment(path: Path) -> int:
-    """When a file was last touched, in ns; 0 if there is none."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def tell_pushed(folder: Path) -> None:
-    """Say that messages are there to be pulled."""
-    (folder / PUSHED).touch()
+    def wake(self, node: int) -> None:
+        """Have the pull of a site look at once."""
+        if (line := self.nodes.get(node)) is not None:
+            line.wake.set()

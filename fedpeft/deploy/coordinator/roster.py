@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import httpx
-from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.deploy import parcel
 from fedpeft.deploy.coordinator.flower import error_reply
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.keys import pem
@@ -19,7 +19,6 @@ from fedpeft.foreign import shown
 from fedpeft.strategies.wire import Packed
 
 log = logging.getLogger("fedpeft")
-POLL_S = 0.2
 LATE_S = 5.0  # between looks for late replies
 FROM_SITES = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.CLIENT_APP_CRASHED)
 Record = Callable[[dict[str, Any]], None]
@@ -32,13 +31,18 @@ class SiteGrid(Grid):
         deadline_s: of a round. A message lives for two deadlines: a site that was away does not work through all that
             was asked meanwhile, and one that is late is heard, if only to say so.
         record: receives an event for every late reply.
-        pushed: called when messages are there to be pulled.
+        wait: returns when one of the messages that it is given was answered, or after a while.
     """
 
     def __init__(
-        self, grid: Grid, cover: Envelope, deadline_s: float | None, record: Record, pushed: Callable[[], None]
+        self,
+        grid: Grid,
+        cover: Envelope,
+        deadline_s: float | None,
+        record: Record,
+        wait: Callable[[list[str]], None],
     ) -> None:
-        self.grid, self.cover, self.deadline_s, self.record, self.pushed = grid, cover, deadline_s, record, pushed
+        self.grid, self.cover, self.deadline_s, self.record, self.wait = grid, cover, deadline_s, record, wait
         self.names: dict[int, str] = {}
         self.sent: dict[str, int] = {}
         self.late: dict[str, tuple[int, float]] = {}
@@ -67,51 +71,25 @@ class SiteGrid(Grid):
         messages = list(messages)
         for message in messages:
             node = message.metadata.dst_node_id
+            message.content = parcel.pack_content(message.content)
             self.cover.put(message, self.names.get(node, ""))
             if self.deadline_s is not None:
                 message.metadata.ttl = 2 * self.deadline_s
         begun = time.monotonic()
         names = list(self.grid.push_messages(messages))
-        self.pushed()
         self.transfer_s["push_s"] += time.monotonic() - begun
         self.sent |= {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self.look_for_late()
+        names = list(message_ids)
+        self.wait(names)
         begun = time.monotonic()
-        replies = self.pulled(message_ids)
-        if replies:
-            self.transfer_s["pull_s"] += time.monotonic() - begun
-        else:
-            time.sleep(POLL_S)
-        return replies
-
-    def pulled(self, names: Iterable[str]) -> list[Message]:
-        """Replies to these messages. They are asked for one by one: Flower puts together what it pulls, and one that a
-        site made so that this fails would take those of the others with it.
-        """
-        replies: list[Message] = []
-        for name in names:
-            try:
-                replies += self.grid.pull_messages([name])
-            except httpx.HTTPError:  # the SuperLink's, not the reply's
-                raise
-            except Exception as error:  # of objects that somebody else made, whatever is wrong with them
-                reason = shown(f"unreadable reply: {error!r}")
-                node = self.sent.get(name, 0)
-                about = Metadata(
-                    run_id=self.grid.run.run_id,
-                    message_id="",
-                    src_node_id=node,
-                    dst_node_id=0,
-                    reply_to_message_id=name,
-                    group_id="",
-                    created_at=time.time(),
-                    ttl=1.0,
-                    message_type="train",
-                )
-                replies.append(error_reply(about, Error(ErrorCode.UNKNOWN, reason)))
+        replies = [unpacked(reply) for reply in self.grid.pull_messages(names)]
+        self.transfer_s["pull_s"] += time.monotonic() - begun
+        for reply in replies:
+            self.sent.pop(reply.metadata.reply_to_message_id, None)
         return replies
 
     def transferred_s(self) -> dict[str, float]:
@@ -123,14 +101,14 @@ class SiteGrid(Grid):
     def cancel(self, message_ids: Iterable[str]) -> None:
         """The deadline has passed: what still comes in is late."""
         until = time.monotonic() + 2 * (self.deadline_s or 0.0)
-        self.late |= {name: (self.sent[name], until) for name in message_ids}
+        self.late |= {name: (self.sent.pop(name), until) for name in message_ids}
 
     def look_for_late(self) -> None:
         """Take late replies off the SuperLink, and say whose they were."""
         if not self.late or time.monotonic() - self.looked < LATE_S:
             return
         self.looked = time.monotonic()
-        for reply in self.pulled(list(self.late)):
+        for reply in self.grid.pull_messages(list(self.late)):
             node, _ = self.late.pop(reply.metadata.reply_to_message_id)
             if reply.has_error() and reply.error.code not in FROM_SITES:
                 continue  # Flower's word that the message has expired
@@ -144,6 +122,17 @@ class SiteGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.grid.send_and_receive(messages, timeout=timeout)
+
+
+def unpacked(reply: Message) -> Message:
+    """A reply with what a site packed; an error where that cannot be opened."""
+    if not reply.has_content():
+        return reply
+    try:
+        reply.content = parcel.unpack_content(reply.content)
+    except Exception as error:  # of bytes that somebody else made, whatever is wrong with them
+        return error_reply(reply.metadata, Error(ErrorCode.UNKNOWN, shown(f"unreadable reply: {error!r}")))
+    return reply
 
 
 class Roster(Packed):

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-
 from fedpeft import config as configs
 from fedpeft import folders
 from fedpeft.clients.reference import with_reference
@@ -27,7 +25,7 @@ from fedpeft.data.encode import encode
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.coordinator.flower import Task
-from fedpeft.deploy.coordinator.relay import tell_pushed
+from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
@@ -51,7 +49,9 @@ def main(folder: Path, name: str, mode: str) -> None:
     task = Task(server.control, root, token)
     reason = ""
     try:
-        play(run, task.grid, None if insecure else server.sites)
+        post = Post(task.run, task.nodes)
+        Clerk(folder, post)
+        play(run, post, None if insecure else server.sites)
         put_status(run, state="done")
     except Exception as error:  # whatever it is, the run's folder must say so, or it would be tried for ever
         reason, pauses = explain(error), isinstance(error, OSError) and error.errno in NO_ROOM
@@ -73,7 +73,7 @@ def explain(error: Exception) -> str:
     return str(error) if isinstance(error, InputError | RunError) else ""
 
 
-def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
+def play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
     """All rounds of a run that are left.
 
     Args:
@@ -83,7 +83,7 @@ def play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None)
         return _play(run, grid, registered)
 
 
-def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
+def _play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
     config = configs.load(run / "resolved.yaml")
     world, labels = world_of(config, run)
     tests = {} if config.data.test is None else {"test records": world.test.fingerprint}
@@ -94,7 +94,7 @@ def _play(run: Path, grid: Grid, registered: Callable[[], dict[str, str]] | None
     # Here, once: what sites would refuse must not cost a round of all of them.
     cover.require()
     recorder = Recorder(run / "metrics.jsonl")
-    sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, partial(tell_pushed, run.parents[1]))
+    sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, grid.wait)
     roster = Roster(sites, registered, partial(waiting, run))
     federation = loop.Federation(sites, roster, False, lambda number: sites.transferred_s())
     return loop.run(world, run, recorder, lambda: nullcontext(federation), tell)

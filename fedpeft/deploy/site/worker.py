@@ -26,7 +26,7 @@ from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.cache import Cache
 from fedpeft.data.encode import Encoded, encode
-from fedpeft.deploy import envelope, flower, settings
+from fedpeft.deploy import envelope, flower, parcel, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.settings import Site
@@ -226,8 +226,13 @@ def read_round(message: Message) -> int:
 def answer(resident: Resident, owed: Owed) -> bytes:
     """Put the reply to a message into its folder; whether that was possible."""
     try:
-        context = resident.remembered(flower.context_of(owed.pulled))
-        owed.put_reply(resident.answer(owed.inflated(), context))
+        context, message = resident.remembered(flower.context_of(owed.pulled)), owed.inflated()
+        packed = parcel.is_packed(message.content)
+        message.content = parcel.unpack_content(message.content)
+        reply = resident.answer(message, context)
+        if packed and reply.has_content():
+            reply.content = parcel.pack_content(reply.content)
+        owed.put_reply(reply)
         return ANSWERED
     except Exception as error:  # of a message that was made to be no message, or of a disk that is full
         say(error, "a message could not be answered; the server is not told why")

@@ -1,0 +1,345 @@
+"""The messages of a run at work, in the process that works on it.
+
+Who sends a message has it in memory anyway, and what it waits for is of no use without it: a run that was killed asks
+anew from its last checkpoint. So a run's process keeps its own messages and answers the calls of sites that are of
+them; the face hands these on over a connection (`Counter` there, `Clerk` here) on loopback. What Flower's SuperLink
+would do for each object, with its database, takes a hundred times as long.
+
+A frame is its length, the number of a call, a number of what it is (a node, or a status), a method, and a body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+import struct
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.deploy import flower
+from fedpeft.deploy.coordinator.flower import FLEET_METHODS, Refusal, error_reply
+from fedpeft.flower import ErrorCode, Run
+from fedpeft.foreign import shown
+
+log = logging.getLogger("fedpeft")
+FRAME = struct.Struct(">IIQB")  # bytes that follow, call, node or status, method
+BELL = 0  # no call: a node has a message
+METHODS = ("PullMessages", "PullObject", "PushMessages", "PushObject", "ConfirmMessageReceived")
+PLACE = "post"  # a file in the coordinator's folder: the port of the face's counter
+AGAIN_S = 0.1
+WAIT_S = 1.0  # for an answer, at a time
+AWAY_S = 5.0  # between looks for sites that went away
+OBJECTS = 100_000  # of one answer
+ROOM, TIMES = 256 * 2**20, 4  # bytes of one answer: so many, and so many times those of the message
+
+
+@dataclass
+class Letter:
+    """A message to a site, and its answer as far as that has come."""
+
+    message: Message
+    request: Any
+    objects: dict[str, bytes]
+    until: float
+    reply: Any = None
+    tree: Any = None
+    came: dict[str, bytes] = field(default_factory=dict)
+    room: int = ROOM
+    missing: list[str] = field(default_factory=list)  # objects of the answer that have not come
+
+    @property
+    def node(self) -> int:
+        """Whom it is to."""
+        return int(self.message.metadata.dst_node_id)
+
+    def begin(self, reply: Any, tree: Any) -> None:
+        """Take the answer without its objects, in place of one that did not come whole."""
+        self.reply, self.tree, self.came = reply, tree, {}
+        self.missing = list(dict.fromkeys(flower.object_ids(tree)))
+
+    def answered(self) -> bool:
+        """Whether all of the answer is there."""
+        return self.tree is not None and not self.missing
+
+
+class Post(Grid):
+    """Flower's Grid for one run, whose sites' calls it answers itself.
+
+    Args:
+        nodes: the nodes that Flower counts as connected.
+    """
+
+    def __init__(self, run: Run, nodes: Callable[[], Iterable[Any]]) -> None:
+        self.made_for, self.nodes = run, nodes
+        self.letters: dict[str, Letter] = {}
+        self.of: dict[int, dict[str, Letter]] = defaultdict(dict)  # the same by nodes
+        self.boxes: dict[int, list[str]] = defaultdict(list)  # ids of messages that were not handed out, by nodes
+        self.changed = threading.Condition()
+        self.looked = time.monotonic()
+        self.ring: Callable[[int], None] = lambda node: None
+
+    def set_run(self, run: Run) -> None:
+        self.made_for = run
+
+    @property
+    def run(self) -> Run:
+        return self.made_for
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_nodes(self) -> Iterable[Any]:
+        return self.nodes()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node.node_id for node in self.get_nodes()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Ids of the messages, which sites can pull from now on."""
+        names = []
+        for message in messages:
+            request, contents = flower.deflated(message)
+            tree = request.message_object_trees[0]
+            objects = {name: contents(name) for name in flower.object_ids(tree)}
+            with self.changed:
+                for name in objects:  # the same for many sites: once
+                    objects[name] = next(
+                        (one.objects[name] for one in self.newest() if name in one.objects), objects[name]
+                    )
+                letter = Letter(message, request, objects, time.monotonic() + message.metadata.ttl)
+                letter.room += TIMES * sum(map(len, objects.values()))
+                self.letters[tree.object_id] = self.of[letter.node][tree.object_id] = letter
+                self.boxes[letter.node].append(tree.object_id)
+            self.ring(letter.node)
+            names.append(str(tree.object_id))
+        return names
+
+    def newest(self) -> list[Letter]:
+        """The letter that was written last; the same content is sent to one site after the other."""
+        return list(self.letters.values())[-1:]
+
+    def wait(self, message_ids: Iterable[str]) -> None:
+        """Return as soon as one of these messages was answered, or after a while."""
+        wanted = list(message_ids)
+        with self.changed:
+            self.changed.wait_for(lambda: any(self.is_answered(name) for name in wanted), WAIT_S)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answers to these messages, of those that are there, and errors in place of those that will not come."""
+        wanted = set(message_ids)
+        with self.changed:
+            there = {name: self.letters[name] for name in wanted if self.is_answered(name)}
+            for name in there:
+                self.forget(name)
+        return [whole(name, letter) for name, letter in there.items()] or self.unanswerable(wanted)
+
+    def is_answered(self, name: str) -> bool:
+        """Whether all of the answer to a message is there."""
+        return name in self.letters and self.letters[name].answered()
+
+    def unanswerable(self, wanted: set[str]) -> list[Message]:
+        """Errors in the place of answers that do not come: the message has expired, or its site is not connected."""
+        if time.monotonic() - self.looked < AWAY_S:
+            return []
+        self.looked, online, errors = time.monotonic(), set(self.get_node_ids()), []
+        with self.changed:
+            for name, letter in list(self.letters.items()):
+                expired = self.looked > letter.until
+                if letter.answered() or (not expired and (letter.node in online or name not in wanted)):
+                    continue
+                message = self.forget(name)
+                if name in wanted:
+                    code = ErrorCode.MESSAGE_UNAVAILABLE if expired else ErrorCode.NODE_UNAVAILABLE
+                    reason = "the message has expired" if expired else "the site is not connected any more"
+                    errors.append(Message(Error(code, reason), reply_to=message))
+        return errors
+
+    def forget(self, name: str) -> Message:
+        """Drop a message, whether it was handed out or not."""
+        letter = self.letters.pop(name)
+        del self.of[letter.node][name]
+        if name in self.boxes[letter.node]:
+            self.boxes[letter.node].remove(name)
+        return letter.message
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError("a run pulls its answers itself")
+
+    def answer(self, method: str, node: int, body: bytes) -> bytes:
+        """The answer to the call of a node.
+
+        Raises:
+            Refusal: it is of no message to this node, or not as it should be.
+        """
+        with self.changed:
+            try:
+                asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
+                made = getattr(self, method)(node, asked)
+            except (flower.DecodeError, IndexError) as error:
+                raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+            return bytes(made.SerializeToString())
+
+    def PullMessages(self, node: int, asked: Any) -> Any:
+        """A message that this node has not got yet."""
+        made = flower.answer_type("PullMessages")()
+        if box := self.boxes[node]:
+            letter = self.letters[box.pop(0)]
+            made.messages_list.append(letter.request.messages_list[0])
+            made.message_object_trees.append(letter.request.message_object_trees[0])
+        return made
+
+    def PullObject(self, node: int, asked: Any) -> Any:
+        """A part of a message to this node."""
+        found = next((one for one in self.of[node].values() if asked.object_id in one.objects), None)
+        content = found.objects[asked.object_id] if found else b""
+        there = found is not None
+        kind = flower.answer_type("PullObject")
+        return kind(object_found=there, object_available=there, object_content=content)
+
+    def PushMessages(self, node: int, asked: Any) -> Any:
+        """What is still missing of an answer; nothing of one that nobody waits for."""
+        reply, tree = asked.messages_list[0], asked.message_object_trees[0]
+        letter = self.letters.get(reply.metadata.reply_to_message_id)
+        kind = flower.answer_type("PushMessages")
+        if letter is None or letter.node != node or reply.metadata.src_node_id != node:
+            return kind()
+        if sum(1 for _ in flower.object_ids(tree)) > OBJECTS:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer in more than {OBJECTS} objects.")
+        if not letter.answered() and (letter.tree is None or letter.tree.object_id != tree.object_id):
+            letter.begin(reply, tree)
+        known = letter.tree.object_id == tree.object_id
+        return kind(objects_to_push=letter.missing if known else [], session_id=reply.metadata.reply_to_message_id)
+
+    def PushObject(self, node: int, asked: Any) -> Any:
+        """Whether a part of an answer was taken."""
+        letter = self.letters.get(asked.session_id)
+        kind = flower.answer_type("PushObject")
+        if letter is None or letter.node != node:
+            return kind(stored=True)  # nobody waits for it
+        if asked.object_id not in letter.missing:
+            return kind(stored=asked.object_id in letter.came)
+        content = bytes(asked.object_content)
+        if hashlib.sha256(content).hexdigest() != asked.object_id:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "an object is not what its id says.")
+        if sum(map(len, letter.came.values())) + len(content) > letter.room:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer of more than {letter.room} bytes.")
+        letter.came[asked.object_id] = content
+        letter.missing.remove(asked.object_id)
+        if letter.answered():
+            self.changed.notify_all()
+        return kind(stored=True)
+
+    def ConfirmMessageReceived(self, node: int, asked: Any) -> Any:
+        """Nothing is to be done: an answer is there when all of it is."""
+        return flower.answer_type("ConfirmMessageReceived")()
+
+
+def whole(name: str, letter: Letter) -> Message:
+    """An answer with its content; where that is none, an error that says so."""
+    about = letter.reply.metadata
+    try:
+        made = flower.put_together(letter.tree.object_id, letter.came)
+        if (made.metadata.reply_to_message_id, made.metadata.src_node_id) != (name, about.src_node_id):
+            raise ValueError("it says to be of another site, or to another message, than it was sent as")
+    except Exception as error:  # of objects that somebody else made, whatever is wrong with them
+        return error_reply(
+            flower.message_from_proto(letter.reply).metadata,
+            Error(ErrorCode.UNKNOWN, shown(f"unreadable reply: {error!r}")),
+        )
+    return made
+
+
+class Clerk:
+    """A run's end of the connection to the face, which is made anew as often as it breaks.
+
+    Args:
+        folder: the coordinator's, with the face's port and the secret by which a process of it is known.
+    """
+
+    def __init__(self, folder: Path, post: Post) -> None:
+        self.folder, self.post, self.lock = folder, post, threading.Lock()
+        self.line: socket.socket | None = None
+        self.ended = threading.Event()
+        post.ring = self.ring
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        """Answer calls until this is closed."""
+        while not self.ended.is_set():
+            try:
+                port = int((self.folder / PLACE).read_text())
+                with socket.create_connection(("127.0.0.1", port)) as line:
+                    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    line.sendall(hello((self.folder / "secret").read_bytes(), self.post.run.run_id))
+                    self.line = line
+                    for node in list(self.post.boxes):
+                        self.ring(node)
+                    self.work(line)
+            except (OSError, ValueError) as error:
+                log.debug("no face: %r", error)
+            self.line = None
+            self.ended.wait(AGAIN_S)
+
+    def close(self) -> None:
+        """End the connection for good."""
+        self.ended.set()
+        if (line := self.line) is not None:
+            line.shutdown(socket.SHUT_RDWR)
+
+    def work(self, line: socket.socket) -> None:
+        """Answer the calls of one connection."""
+        while True:
+            size, call, node, method = FRAME.unpack(received(line, FRAME.size))
+            body = received(line, size)
+            status: int = HTTPStatus.OK
+            try:
+                made = self.post.answer(METHODS[method], node, body)
+            except Refusal as refusal:
+                status, made = refusal.status, refusal.said.encode()
+            self.send(line, FRAME.pack(len(made), call, status, method) + made)
+
+    def ring(self, node: int) -> None:
+        """Say that a node has a message; if nobody is there to hear it, it is said again."""
+        if (line := self.line) is not None:
+            try:
+                self.send(line, FRAME.pack(0, BELL, node, 0))
+            except OSError as error:
+                log.debug("no face: %r", error)
+
+    def send(self, line: socket.socket, data: bytes) -> None:
+        """Send a frame whole, whichever threads send."""
+        with self.lock:
+            line.sendall(data)
+
+
+def hello(secret: bytes, run: int) -> bytes:
+    """What a run says first: which it is, and that it is this coordinator's."""
+    return struct.pack(">Q", run) + hashlib.sha256(secret + struct.pack(">Q", run)).digest()
+
+
+def received(line: socket.socket, size: int) -> bytes:
+    """So many bytes from a connection.
+
+    Raises:
+        ConnectionError: it ended before.
+    """
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = line.recv_into(view)
+        if not count:
+            raise ConnectionError("the face has ended")
+        view = view[count:]
+    return bytes(data)

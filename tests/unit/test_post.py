@@ -1,0 +1,180 @@
+"""A run's process keeps its messages and answers its sites' calls: each gets its own, once, and answers it once."""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedpeft.deploy import flower, parcel
+from fedpeft.deploy.coordinator import post
+from fedpeft.deploy.coordinator.flower import Refusal
+from fedpeft.flower import ErrorCode, empty_run, identify
+
+RUN, NORTH, SOUTH = 5, 7, 8
+
+
+@pytest.fixture
+def box():
+    identify(RUN, 1, 0)
+    return post.Post(empty_run(RUN), lambda: [SimpleNamespace(node_id=NORTH), SimpleNamespace(node_id=SOUTH)])
+
+
+def send(box, text="hello", node=NORTH, ttl=60.0):
+    identify(RUN, 1, 0)
+    content = RecordDict({"config": ConfigRecord({"text": text})})
+    (name,) = box.push_messages([Message(content, node, "train", ttl=ttl)])
+    return name
+
+
+def call(box, method, node=NORTH, **fields):
+    request = flower.request(method, flower.Node(node_id=node), **fields)
+    return flower.answer_type(method).FromString(box.answer(method, node, request.SerializeToString()))
+
+
+def fetch(box, node=NORTH):
+    """The message that a node is given, with its content."""
+    pulled = call(box, "PullMessages", node)
+    if not pulled.messages_list:
+        return None
+    names = flower.object_ids(pulled.message_object_trees[0])
+    parts = {name: call(box, "PullObject", node, run_id=RUN, object_id=name).object_content for name in names}
+    return flower.inflated(pulled, parts)
+
+
+def answer(message, text="back", node=NORTH):
+    """The request that pushes an answer, and its objects."""
+    identify(RUN, node, 0)
+    request, contents = flower.deflated(Message(RecordDict({"config": ConfigRecord({"text": text})}), reply_to=message))
+    names = list(dict.fromkeys(flower.object_ids(request.message_object_trees[0])))
+    return request, {name: contents(name) for name in names}
+
+
+def bring(box, request, objects, node=NORTH, count=None):
+    """Push an answer, or its first objects; how each call was answered."""
+    trees = [request.message_object_trees[0]]
+    taken = call(box, "PushMessages", node, messages_list=request.messages_list, message_object_trees=trees)
+    wanted = list(taken.objects_to_push)[:count]
+    return [
+        call(
+            box,
+            "PushObject",
+            node,
+            run_id=RUN,
+            object_id=name,
+            object_content=objects[name],
+            session_id=taken.session_id,
+        ).stored
+        for name in wanted
+    ]
+
+
+def test_a_message_goes_to_its_site_once_and_comes_back_once(box):
+    name = send(box)
+    assert fetch(box, SOUTH) is None
+    message = fetch(box)
+    assert message.content["config"]["text"] == "hello" and fetch(box) is None
+    assert list(box.pull_messages([name])) == []
+    request, objects = answer(message)
+    assert bring(box, request, objects) == [True] * 3
+    (reply,) = box.pull_messages([name])
+    assert reply.content["config"]["text"] == "back" and reply.metadata.reply_to_message_id == name
+    assert list(box.pull_messages([name])) == []
+    # A site whose last call was answered by nobody makes it again, and is told that all is well.
+    assert bring(box, request, objects) == [] and call(box, "ConfirmMessageReceived", run_id=RUN) is not None
+    assert not box.letters and not any(box.of.values())
+
+
+def test_an_answer_that_did_not_come_whole_gives_way_to_another_and_a_whole_one_does_not(box):
+    """A site that is killed in between trains again, and its answer has another id."""
+    name = send(box)
+    message = fetch(box)
+    bring(box, *answer(message, "first"), count=1)
+    assert list(box.pull_messages([name])) == []
+    assert bring(box, *answer(message, "second")) == [True] * 3
+    assert bring(box, *answer(message, "third")) == []
+    (reply,) = box.pull_messages([name])
+    assert reply.content["config"]["text"] == "second"
+
+
+def test_a_site_cannot_read_or_answer_what_is_another_s(box):
+    name = send(box)
+    message = fetch(box)
+    assert not call(box, "PullObject", SOUTH, run_id=RUN, object_id=name).object_found
+    assert bring(box, *answer(message, node=SOUTH), node=SOUTH) == []
+    assert bring(box, *answer(message, node=NORTH), node=SOUTH) == []  # in the name of the other
+    assert list(box.pull_messages([name])) == []
+
+
+def test_objects_are_what_their_ids_say_and_no_more_than_was_to_be_expected(box, monkeypatch):
+    monkeypatch.setattr(post, "ROOM", 0)
+    send(box)
+    message = fetch(box)
+    box.of[NORTH][message.metadata.message_id].room = 2000
+    request, objects = answer(message)
+    with pytest.raises(Refusal, match="not what its id says"):
+        bring(box, request, {name: b"x" for name in objects})
+    with pytest.raises(Refusal, match="more than 2000 bytes"):
+        bring(box, *answer(message, "x" * 3000))
+    monkeypatch.setattr(post, "OBJECTS", 2)
+    with pytest.raises(Refusal, match="objects"):
+        bring(box, *answer(message))
+    with pytest.raises(Refusal, match="no request"):
+        box.answer("PushObject", NORTH, b"\xff\xff")
+
+
+def test_an_answer_that_cannot_be_put_together_is_an_error_that_takes_no_other_with_it(box):
+    names = [send(box, node=node) for node in (NORTH, SOUTH)]
+    good, bad = fetch(box, NORTH), fetch(box, SOUTH)
+    bring(box, *answer(good))
+    request, _ = answer(bad, node=SOUTH)
+    junk = b"Evil\x1b[2J" * 5000
+
+    tree = request.message_object_trees[0]
+    tree.Clear()
+    tree.object_id = hashlib.sha256(junk).hexdigest()
+    assert bring(box, request, {tree.object_id: junk}, SOUTH) == [True]
+    replies = {reply.metadata.reply_to_message_id: reply for reply in box.pull_messages(names)}
+    assert not replies[names[0]].has_error() and replies[names[1]].error.code == ErrorCode.UNKNOWN
+    said = replies[names[1]].error.reason
+    assert "unreadable" in said and said.isprintable() and len(said.encode()) <= 2048
+
+
+def test_what_will_not_be_answered_is_an_error(box):
+    away, late, lost = send(box, node=99), send(box, ttl=1e-9), send(box, "nobody waits", ttl=1e-9)
+    there = send(box, node=SOUTH)
+    box.looked -= post.AWAY_S
+    errors = {reply.metadata.reply_to_message_id: reply.error.code for reply in box.pull_messages([away, late, there])}
+    assert errors == {away: ErrorCode.NODE_UNAVAILABLE, late: ErrorCode.MESSAGE_UNAVAILABLE}
+    assert list(box.letters) == [there] and lost not in box.letters
+    assert fetch(box) is None  # of the late ones neither is handed out
+
+
+def test_what_is_the_same_for_many_sites_is_kept_once(box):
+    content = RecordDict({"config": ConfigRecord({"bytes": bytes(1000)})})
+    names = [
+        *box.push_messages([Message(content, NORTH, "train")]),
+        *box.push_messages([Message(content, SOUTH, "train")]),
+    ]
+    first, second = (box.letters[name].objects for name in names)
+    shared = first.keys() & second.keys()
+    assert len(shared) == 2 and all(first[name] is second[name] for name in shared)
+
+
+def test_a_parcel_holds_what_was_put_in_and_takes_what_lies_beside():
+    content = RecordDict({"config": ConfigRecord({"bytes": bytes(range(256)) * 40_000})})
+    packed = parcel.pack_content(content)
+    assert len(packed) == 3 and parcel.is_packed(packed) and not parcel.is_packed(content)
+    assert parcel.unpack_content(content) is content
+    packed["beside"] = ConfigRecord({"site": "north"})
+    opened = parcel.unpack_content(packed)
+    assert opened["config"] == content["config"] and opened["beside"]["site"] == "north"
+    packed["config"] = ConfigRecord({})
+    with pytest.raises(ValueError, match="both in the parcel and beside it"):
+        parcel.unpack_content(packed)
+    with pytest.raises(ValueError):
+        parcel.unpack_content(RecordDict({f"{parcel.NAME}.0": ConfigRecord({"piece": b"\xff\xff"})}))
+    with pytest.raises(ValueError, match="no bytes"):
+        parcel.unpack_content(RecordDict({f"{parcel.NAME}.0": ConfigRecord({"piece": "text"})}))
