@@ -109,6 +109,22 @@ def bench_memory(
         console.emit(memory.run(out, _numbers("clients", clients), console.note), as_json, memory.show)
 
 
+@bench_app.command("sites")
+def bench_sites(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    sites: Annotated[int, typer.Option(min=3, help="Light sites, all of which are asked in every round.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1)] = 10,
+    secagg: Annotated[bool, typer.Option("--secagg", help="Secure sums, each site in a group of others.")] = False,
+    late: Annotated[int, typer.Option(min=0, help="Every how many-th site answers late; 0 is none.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Rounds of a real coordinator with many light sites over gRPC and TLS: seconds, and memory after each."""
+    with _folder("sites", out) as out:
+        from fedpeft.simulations.benchmarks import sites as bench
+
+        console.emit(bench.run(out, sites, rounds, secagg, late, console.note), as_json, bench.show)
+
+
 @bench_app.command("data")
 def bench_data(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],

@@ -22,6 +22,7 @@ from fedpeft.deploy.processes import Child, end
 from fedpeft.deploy.site import link, node
 from fedpeft.errors import RunError
 from support.fleet import Fault, GrpcStandIn, HttpStandIn, State, replied
+from support.network import Cutting
 from support.nodes import at_work, exchange, fast, key_of, site, until
 
 __all__ = ["fast", "site"]  # fixtures
@@ -73,6 +74,27 @@ def test_a_half_open_connection_is_left_for_a_new_one(site, monkeypatch, kind, t
         relays[0].go_silent()
         exchange(site, state, "second")
     relays[0].listening.close()
+
+
+@pytest.mark.parametrize(("kind", "transport"), [(GrpcStandIn, link.GrpcLink), (HttpStandIn, link.HttpLink)])
+def test_a_proxy_that_cuts_every_connection_loses_no_message_and_doubles_none(site, kind, transport):
+    state, proxies = State(), []
+    asked = []
+
+    def counted(owed):
+        asked.append(owed.path.name)
+        time.sleep(0.05)
+        replied(owed)
+
+    def through(made):
+        port = int(made.server.rpartition(":")[2]) if kind is GrpcStandIn else made.client.base_url.port
+        proxies.append(Cutting(port, (0.05, 0.3)))
+        return transport(f"127.0.0.1:{proxies[0].port}", key_of(site), None)
+
+    with at_work(site, state, kind, ask=counted, wrap=through):
+        names = [exchange(site, state, f"message {number}") for number in range(20)]
+    proxies[0].close()
+    assert proxies[0].cuts >= 3 and asked == names and sorted(state.replies) == sorted(names)
 
 
 def test_a_call_that_is_under_way_when_the_site_stops_is_no_trouble(site, caplog):

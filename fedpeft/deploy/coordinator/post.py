@@ -85,7 +85,7 @@ class Post(Grid):
         self.of: dict[int, dict[str, Letter]] = defaultdict(dict)  # the same by nodes
         self.boxes: dict[int, list[str]] = defaultdict(list)  # ids of messages that were not handed out, by nodes
         self.changed = threading.Condition()
-        self.looked = time.monotonic()
+        self.looked, self.away = time.monotonic(), set[int]()
         self.ring: Callable[[int], None] = lambda node: None
 
     def set_run(self, run: Run) -> None:
@@ -154,10 +154,13 @@ class Post(Grid):
         if time.monotonic() - self.looked < AWAY_S:
             return []
         self.looked, online, errors = time.monotonic(), set(self.get_node_ids()), []
+        # Twice in a row: one that is started again leaves before it comes.
+        before, self.away = self.away, {letter.node for letter in self.letters.values()} - online
         with self.changed:
             for name, letter in list(self.letters.items()):
                 expired = self.looked > letter.until
-                if letter.answered() or (not expired and (letter.node in online or name not in wanted)):
+                gone = name in wanted and letter.node in self.away & before
+                if letter.answered() or not (expired or gone):
                     continue
                 message = self.forget(name)
                 if name in wanted:
