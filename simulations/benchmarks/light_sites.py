@@ -152,4 +152,5 @@ async def main(root: Path, first: int, last: int, late: int, late_s: float) -> N
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), float(sys.argv[5])))
+    begin, end, every = map(int, sys.argv[2:5])
+    asyncio.run(main(Path(sys.argv[1]), begin, end, every, float(sys.argv[5])))
