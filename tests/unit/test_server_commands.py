@@ -210,7 +210,9 @@ def test_a_run_without_room_pauses_and_with_another_trouble_of_the_disk_fails_in
 ):
     place = put_run(folder, "alpha-1", at=1000, state="running")
     ends = []
-    monkeypatch.setattr(runs, "Task", lambda *given: SimpleNamespace(grid=None, end=ends.append))
+    held = SimpleNamespace(run=None, nodes=list, end=ends.append)
+    monkeypatch.setattr(runs, "Task", lambda *given: held)
+    monkeypatch.setattr(runs, "Clerk", lambda *given: None)
     monkeypatch.setenv("FEDPEFT_TASK_TOKEN", "x")
 
     def play(*given):
