@@ -179,7 +179,7 @@ class Local:
         seed = seeds.derive(self.config.run.seed, "round", told.round, "client", client)
         mixed = sequence.mix_replay(self.train_data[client], told, self.config.client, seed)
         shown = data if mixed is None else mixed
-        if self.config.data.augment:
+        if self.config.data.augment or self.model.base.objective.redrawn:
             shown = shown.augmented(seed)
         clock = Clock(max(told.round, 1), self.config.run.rounds)
         visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed, clock=clock)

@@ -55,6 +55,7 @@ TABLES: dict[str, dict[str, str]] = {
         "token-classification": "fedpeft.objectives.token_classification:TokenClassification",
         "multi-label": "fedpeft.objectives.multi_label:MultiLabel",
         "preference": "fedpeft.objectives.preference:Preference",
+        "masked-lm": "fedpeft.objectives.masked_lm:MaskedLM",
     },
     "adapters": {
         "lora": "fedpeft.adapters.lora:Lora",

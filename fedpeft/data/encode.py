@@ -27,6 +27,7 @@ from torch import Tensor
 from fedpeft.data import skipped
 from fedpeft.data.cache import Cache, code, digest
 from fedpeft.data.images import Images
+from fedpeft.data.masked import MaskedTokens
 from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
@@ -106,11 +107,16 @@ class Encoded:
         return chosen
 
     def augmented(self, seed: int) -> Self:
-        """The same records whose pictures are changed by `data.augment`: each in its own way, by this seed.
+        """The same records with other draws: pictures that are changed by `data.augment`, each in its own way, or texts
+        of which other tokens are hidden.
 
         Raises:
-            InputError: they are no pictures as they were read, or nothing is to be done to them.
+            InputError: there is nothing to be drawn.
         """
+        if isinstance(self.stored, MaskedTokens):
+            chosen = copy.copy(self)
+            chosen.stored = self.stored.redrawn(seed)
+            return chosen
         if not isinstance(self.stored, Images) or not self.stored.augment:
             raise InputError("data.augment: the objective's records are no pictures that can be changed.")
         chosen = copy.copy(self)
@@ -192,7 +198,7 @@ def _cached(
     notes = tuple(Skipped.of(entry) for entry in made["skipped"])
     if not fresh:
         skipped.say(notes)
-    return Encoded.over(open_tokens(folder, made["tokens"]), notes, made["end"])
+    return Encoded.over(objective.arrange(open_tokens(folder, made["tokens"]), tokenizer), notes, made["end"])
 
 
 def fingerprint_of(processor: Any) -> str:

@@ -45,6 +45,7 @@ UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transfo
 ENCODERS = {  # heads that tiny-bert has
     "AutoModelForSequenceClassification": "BertForSequenceClassification",
     "AutoModelForTokenClassification": "BertForTokenClassification",
+    "AutoModelForMaskedLM": "BertForMaskedLM",
 }
 
 
@@ -344,6 +345,8 @@ def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
         )
         return model, None, folder
     tokenizer = byte_tokenizer()
+    if load_objective(config.task).redrawn:
+        tokenizer.add_special_tokens({"mask_token": "<mask>"})
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,

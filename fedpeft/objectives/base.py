@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedpeft.config import Config
     from fedpeft.data.encode import Encoded
     from fedpeft.data.records import Records
+    from fedpeft.data.stored import Tokens
 
 IGNORE = -100  # the label of what is not to be predicted; among numbers it is NaN
 
@@ -51,6 +52,8 @@ class Objective(Configured):
         headline: the measure that leads where `run.metric` is null and there is no accuracy.
         mean_pooled: a linear head on mean-pooled features can take the place of the model's own.
         rows: that a record has in the model's batch, one after another.
+        says: what a trained model is asked for: "labels" of records, "answers" in words, or "hidden words" of texts.
+        redrawn: inputs and labels are drawn anew for each client and round.
         referred: the labels are the model's own scores before it was trained (`fedpeft.clients.reference`).
     """
 
@@ -64,6 +67,8 @@ class Objective(Configured):
     measures: ClassVar[Mapping[str, Measure]] = CLASSES
     headline: ClassVar[str | None] = None
     rows: ClassVar[int] = 1
+    says: ClassVar[str] = "labels"
+    redrawn: ClassVar[bool] = False
     referred: ClassVar[bool] = False
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -95,6 +100,10 @@ class Objective(Configured):
             folder: where long columns of tokens are written, for a cache; None keeps them in memory.
         """
         raise NotImplementedError
+
+    def arrange(self, tokens: Tokens, processor: Any) -> Tokens:
+        """The texts that `encode` has made, when they come from a cache, as the objective has them."""
+        return tokens
 
     def score(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """What a transformers model makes of a batch: [N, ...], for `pair` and `losses`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
@@ -20,13 +18,14 @@ from fedpeft.data.ragged import Ragged
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.stored import Tokens
-from fedpeft.objectives.base import IGNORE, Objective, divide
+from fedpeft.objectives.base import IGNORE, divide
 from fedpeft.objectives.measures import TOKENS
+from fedpeft.objectives.tokens import TokenObjective
 
 log = logging.getLogger("fedpeft.data")
 
 
-class CausalLM(Objective):
+class CausalLM(TokenObjective):
     """The next token of each text, at every place."""
 
     records = "text"
@@ -34,6 +33,7 @@ class CausalLM(Objective):
     peft_task = "CAUSAL_LM"
     labelled = "none"
     causal = True
+    says = "answers"
     measures = TOKENS
 
     def encode(
@@ -90,33 +90,15 @@ class CausalLM(Objective):
     def targets(self, labels: Tensor) -> Tensor:
         return labels[:, 1:]
 
-    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Mean over a text's own tokens: a mean over the batch's tokens would couple the samples."""
-        losses = F.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
-        return losses.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
-
     def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
-        over_tokens = float((losses * (targets != IGNORE).sum(1)).sum())
         exact = int(((scores.argmax(-1) == targets) | (targets == IGNORE)).all(1).sum())
-        return {**super().measure(scores, targets, losses), "over_tokens": over_tokens, "exact": exact}
-
-    def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
-        """`loss` is the mean over texts, `token_loss` that over all their tokens, which are `test_tokens`."""
-        return {
-            **super().metrics(sums, samples),
-            "test_tokens": sums["targets"],
-            "token_loss": divide(sums["over_tokens"], sums["targets"]),
-        }
+        return {**super().measure(scores, targets, losses), "exact": exact}
 
     def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`exact_match`: a text whose every next token is the most likely one is what greedy generation from its first
-        token says. `perplexity` is exp of the mean loss of all tokens.
+        token says.
         """
-        loss = divide(sums["over_tokens"], sums["targets"])
-        return {
-            "exact_match": divide(sums["exact"], samples),
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        }
+        return {"exact_match": divide(sums["exact"], samples), **super().further(sums, samples)}
 
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Of token scores [N, T, V], those after each text's last real token [N, V], wherever its padding is."""

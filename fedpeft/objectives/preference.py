@@ -68,6 +68,7 @@ class Preference(Objective):
     peft_task = "CAUSAL_LM"
     labelled = "pairs"
     causal = True
+    says = "answers"
     measures: ClassVar[Mapping[str, Measure]] = {
         "reward_margin": Measure("reward of the chosen answer over the rejected one", share=False)
     }

@@ -148,7 +148,8 @@ def _score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     final, where = summary["final"], f"on the {summary['evaluated_on']} after round {summary['final']['round']}"
     if summary.get("perplexity") is not None:
         tokens = f"over {number(summary['test_tokens'])} tokens of {number(summary['test_records'])} texts "
-        right = f"; next-token accuracy {percent(final['accuracy'])}" if final["accuracy"] is not None else ""
+        kind = "next" if summary.get("texts") else "hidden"
+        right = f"; {kind}-token accuracy {percent(final['accuracy'])}" if final["accuracy"] is not None else ""
         text = f"Perplexity {number(summary['perplexity'])} {tokens}{where}, loss {number(final['loss'])}{right}"
     elif final["accuracy"] is None:
         return [f"Loss {number(final['loss'])} {where}."]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedpeft.data.templates import NotWritten, Template
 from fedpeft.data.unanswered import read_unanswered
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
+from fedpeft.run.fill import fill_in
 from fedpeft.run.generations import count_positions, generate
 from fedpeft.run.trained import Trained, open_trained
 
@@ -55,7 +57,12 @@ def predict(path: Path, data: Path, out: Path, overrides: Sequence[str] = (), mo
     values = {key: getattr(config.data, key) for key in SPLITS if given & {"data", f"data.{key}"}}
     splits = {key: value for key, value in values.items() if value is not None}
     records = read_unanswered(data, config.data, config.model.task, trained.names, trained.form, splits)
-    rows = answer(trained, records, most) if objective.causal else classify(trained, records)
+    ways: dict[str, Callable[[Trained, Records], list[dict[str, Any]]]] = {
+        "labels": classify,
+        "answers": partial(answer, most=most),
+        "hidden words": fill_in,
+    }
+    rows = ways[objective.says](trained, records)
     files = [{"file": name} for name in records.columns.get("file", ())] or [{}] * len(rows)
     numbered = [
         {"record": number, **file, **row} for number, (file, row) in enumerate(zip(files, rows, strict=True), 1)

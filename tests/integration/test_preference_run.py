@@ -12,15 +12,13 @@ import transformers
 from safetensors.torch import load_file
 
 from fedpeft import config as configs
-from fedpeft.adapters import folder
-from fedpeft.adapters.flat import flat
 from fedpeft.deploy import build
 from fedpeft.errors import InputError
 from fedpeft.record.metrics import read
 from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 from fedpeft.simulations.run import resume
-from support import objectives
+from support import by_hand, objectives
 from support import small_models as small
 
 CASE = objectives.CASES["preference"]
@@ -44,10 +42,10 @@ def job(base, tmp_path):
     }
 
 
-def stock(base, path=None, trainable=False):
+def stock(base, path=None):
     """The base model, with the adapter of a folder, by stock libraries."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return (model if path is None else peft.PeftModel.from_pretrained(model, path, is_trainable=trainable)).eval()
+    return (model if path is None else peft.PeftModel.from_pretrained(model, path)).eval()
 
 
 def loss(model, reference, data, index):
@@ -64,33 +62,14 @@ def test_a_federated_run_is_the_loop_that_averages_by_hand(job, base, tiny, tmp_
     plain = {"client.optimizer": "sgd", "client.lr": 0.5, "client.batch_size": 100, "client.local_steps": 2}
     tiny("run", {**job, **plain})
     world = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run")
+    reference, place = stock(base), tmp_path / "hand"
+
+    def mean_loss(model, share):
+        return torch.stack([loss(model, reference, share, index)[0] for index in range(len(share))]).mean()
+
     shares = world.local.train_data
-    folder.save(flat(world.start.adapter), tmp_path / "0", base=str(base), task="causal-lm")
-    reference = stock(base)
-    for number in range(2):
-        ends, weights = [], []
-        for share in shares.values():
-            model = stock(base, tmp_path / str(number), trainable=True)
-            trained = [value for value in model.parameters() if value.requires_grad]
-            optimizer = torch.optim.SGD(trained, lr=0.5)
-            for _ in range(2):
-                torch.stack([loss(model, reference, share, index)[0] for index in range(len(share))]).mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            ends.append(peft.get_peft_model_state_dict(model))
-            weights.append(len(share) / sum(map(len, shares.values())))
-        # The stock model is saved with the averages in it.
-        mean = {key: sum(weight * end[key] for weight, end in zip(weights, ends, strict=True)) for key in ends[0]}
-        peft.set_peft_model_state_dict(model, mean)
-        model.save_pretrained(tmp_path / str(number + 1))
-    ours, by_hand = (
-        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "run/adapter", tmp_path / "2")
-    )
-    assert ours.keys() == by_hand.keys()
-    moved = load_file(tmp_path / "0" / "adapter_model.safetensors")
-    for key, value in by_hand.items():
-        torch.testing.assert_close(ours[key], value, atol=2e-5, rtol=1e-3)
-        assert (value - moved[key]).abs().max() > 1e-3, key
+    ends = by_hand.average(world, lambda: stock(base), mean_loss, lambda number: shares, 2, 0.5, place)
+    by_hand.compare(tmp_path / "run", place, ends)
 
 
 @pytest.mark.parametrize("strategy", ["fedit", "flora", "fedex"])

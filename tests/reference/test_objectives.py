@@ -98,7 +98,7 @@ def test_a_record_without_labels_teaches_nothing_and_neighbours_are_of_its_form(
 
 @each
 def test_an_evaluation_counts_the_scores_of_tokens_where_tokens_have_some(model, monkeypatch):
-    headed, each = model.base.objective.headed, len(small.tokenizer())
+    headed, each = model.base.objective.headed, model.base.backbone.config.vocab_size
     few = not headed or model.base.task == "token-classification"
     monkeypatch.setattr(train, "SCORES", 7 * (model.base.classes if headed else each))
     assert train.scored_tokens(model, 100) == (7 if few else 100) and train.scored_tokens(model, 3) == 3

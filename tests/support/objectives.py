@@ -106,6 +106,13 @@ CASES = {
         _halves,
         _two_passes,
     ),
+    "masked-lm": Case(
+        "bert-mlm",
+        0,
+        lambda n: {"text": f"{WORDS[n % 5]} and {WORDS[n % 3]} {n}"},
+        lambda texts, rng: texts.inputs["input_ids"].where(_some_tagged(texts, rng) != IGNORE, torch.tensor(IGNORE)),
+        _tags,
+    ),
     "regression": Case(
         "bert",
         2,

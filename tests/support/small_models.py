@@ -46,6 +46,13 @@ def tokenizer() -> Any:
     return byte_tokenizer()
 
 
+@cache
+def masking_tokenizer() -> Any:
+    made = byte_tokenizer()
+    made.add_special_tokens({"mask_token": "<mask>"})
+    return made
+
+
 def make(name: str, seed: int = 0, whole: bool = True) -> Any:
     """A random model; its trunk alone unless `whole`."""
     torch.manual_seed(seed)
@@ -64,6 +71,9 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
         stem = {"bert": "Bert", "roberta": "Roberta"}[name]
         config = getattr(transformers, f"{stem}Config")(**common)
         return getattr(transformers, f"{stem}ForSequenceClassification" if whole else f"{stem}Model")(config)
+    if name == "bert-mlm":
+        own = {"vocab_size": len(masking_tokenizer()), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return transformers.BertForMaskedLM(transformers.BertConfig(**common | own))
     if name == "distilbert":
         config = transformers.DistilBertConfig(
             vocab_size=len(tokenizer()),
@@ -112,7 +122,7 @@ def save(name: str, folder: Path, seed: int = 0, whole: bool = True) -> Path:
         size = {"height": 8, "width": 8}
         transformers.ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
     else:
-        tokenizer().save_pretrained(folder)
+        (masking_tokenizer() if name == "bert-mlm" else tokenizer()).save_pretrained(folder)
     return folder
 
 
