@@ -11,6 +11,7 @@ Under secure aggregation the four stages of `clients.secagg` take the place of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -50,7 +51,12 @@ def client_app(local: Callable[[], Local], name: Callable[[Context], str], mods:
         mine = [(message, name(context)) for message, context in messages if message.metadata.message_type == kind]
         # Of a round before: messages that never came would keep their tensors in memory.
         opened.clear()
-        opened.update((message.metadata.message_id, read(message)) for message, _ in mine)
+        known: dict[tuple[Any, ...], tuple[AdapterState, Instructions]] = {}
+        for message, _ in mine:
+            key = requests.identity_of(message.content)
+            if key not in known:
+                known[key] = read(message)
+            opened[message.metadata.message_id] = known[key]
         local().prepare([(client, *opened[message.metadata.message_id]) for message, client in mine])
 
     app = CohortApp(prepare)

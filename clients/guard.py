@@ -17,7 +17,7 @@ from fedpeft.errors import InputError
 from fedpeft.privacy import checks
 from fedpeft.privacy import plan as plans
 from fedpeft.privacy.accounting import Release, composed
-from fedpeft.privacy.ledger import Budget, Entry, Ledger, accounts_of, client_of, exposures
+from fedpeft.privacy.ledger import TASK, Budget, Entry, Ledger, accounts_in, accounts_of, client_of, exposures
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
@@ -132,7 +132,10 @@ class Guard:
         """The releases of this run in the client's accounts, none of which failed; None without privacy."""
         if not self.private:
             return None
-        entries = [entry for ledger in accounts_of(self.folder, client) for entry in ledger.entries()]
+        # By name: to look for them in the folder of very many clients would take longer than a round.
+        tasks = self.config.continual.tasks if self.config.continual.body is not None else 0
+        accounts = [client, *(f"{client}{TASK}{task}" for task in range(tasks))]
+        entries = [entry for account in accounts for entry in self.ledger(account).entries()]
         return frozenset(
             entry.request for entry in entries if entry.run == self.run and not entry.request.startswith(FAILED)
         )
@@ -179,11 +182,11 @@ class Guard:
 
         In a sequence of tasks epsilon is that of the task that cost most: a record is in one task only.
         """
-        privacy, table = self.config.privacy, {}
+        privacy, table, kept = self.config.privacy, {}, accounts_in(self.folder)
         for client in clients:
             accounts = [
                 [entry for entry in ledger.entries() if until is None or entry.run != self.run or entry.round <= until]
-                for ledger in accounts_of(self.folder, client)
+                for ledger in kept.get(client, ())
             ]
             entries = [entry for account in accounts for entry in account]
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries

@@ -5,7 +5,9 @@ What its tensors and its instructions mean is checked after that, where they are
 
 from __future__ import annotations
 
-from flwr.app import RecordDict
+from typing import Any
+
+from flwr.app import Array, RecordDict
 
 from fedpeft.clients.policy import Refused
 from fedpeft.foreign import BadMessage, shown
@@ -51,6 +53,17 @@ def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, Instru
             return opening.packed(content, MANIFESTS * len(manifest_of(own)) + SMALL, check, BESIDE)
     except BadMessage as error:
         raise Refused(f"refused: the server's message: {error}") from error
+
+
+def identity_of(content: RecordDict) -> tuple[Any, ...]:
+    """Equal for messages that are all there, and hold the same texts and arrays of the very same bytes."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Array):
+            return value.dtype, tuple(value.shape), value.stype, id(value.data)
+        return value if isinstance(value, str) else id(value)
+
+    return tuple((name, key, of(value)) for name, record in content.items() for key, value in record.items())
 
 
 def most_bytes(own: AdapterState) -> int:

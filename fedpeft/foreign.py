@@ -66,7 +66,7 @@ def read_yaml(text: str, what: str, longest: int = YAML_BYTES) -> Any:
     Raises:
         InputError: too long, too deep, with aliases or tags, or no YAML.
     """
-    _require_length(text, what, longest)
+    require_length(text, what, longest)
     try:
         _require_plain(text)
         tree = yaml.load(text, Loader=_Loader)
@@ -85,7 +85,7 @@ def read_json(text: str, what: str, longest: int) -> Any:
     Raises:
         InputError: too long, too deep, or no JSON.
     """
-    _require_length(text, what, longest)
+    require_length(text, what, longest)
     try:
         tree = json.loads(text, parse_constant=_no_constant)
         require_plain(tree)
@@ -126,7 +126,8 @@ def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _require_length(text: str, what: str, longest: int) -> None:
+def require_length(text: str, what: str, longest: int) -> None:
+    """Raise InputError for a text of more bytes than `longest`; `what` is blamed."""
     if len(text) > longest or len(text.encode(errors="replace")) > longest:
         raise InputError(f"{what}: {len(text)} characters; at most {longest} bytes are read.")
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedpeft.foreign import read_json, shown
+from fedpeft.foreign import read_json, require_length, shown
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def manifest_of(state: AdapterState) -> str:
         ]
         for part in PARTS
     }
-    return json.dumps({**listed, "sites": {name: asdict(site) for name, site in state.sites.items()}})
+    return json.dumps({**listed, "sites": {name: vars(site) for name, site in state.sites.items()}})
 
 
 def packed_form(form: AdapterState) -> tuple[str, int]:
@@ -86,23 +86,30 @@ def described(manifest: str, longest: int | None = None) -> AdapterState:
         StateMismatch: the manifest is malformed or too long.
     """
     try:
-        meta = read_json(manifest, "manifest", len(manifest.encode()) if longest is None else longest)
-        listed = {}
-        for part in PARTS:
-            names = [key for key, _, _ in meta[part]]
-            if names != sorted(set(names)):
-                raise ValueError("names are not sorted, or not different")
-            listed[part] = {
-                _text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
-                for key, dtype, shape in meta[part]
-            }
-        sites = {
-            name: AdaptedLayer(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
-            for name, site in meta["sites"].items()
-        }
-        return AdapterState(**listed, sites=sites)
+        if longest is not None:
+            require_length(manifest, "manifest", longest)
+        return _form_of(manifest)
     except Exception as error:  # of a structure that somebody else made, whatever is wrong with it
         raise StateMismatch(f"manifest is not valid: {shown(repr(error), 500)}") from error
+
+
+@lru_cache(maxsize=4)  # all clients of a round have one manifest, or a few
+def _form_of(manifest: str) -> AdapterState:
+    meta = read_json(manifest, "manifest", len(manifest.encode()))
+    listed = {}
+    for part in PARTS:
+        names = [key for key, _, _ in meta[part]]
+        if names != sorted(set(names)):
+            raise ValueError("names are not sorted, or not different")
+        listed[part] = {
+            _text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
+            for key, dtype, shape in meta[part]
+        }
+    sites = {
+        name: AdaptedLayer(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
+        for name, site in meta["sites"].items()
+    }
+    return AdapterState(**listed, sites=sites)
 
 
 def _text(value: Any) -> str:

@@ -126,9 +126,8 @@ class LocalGrid(Grid):
         """What the node's app is called with; its state is a copy, so an app that fails leaves nothing behind."""
         node = message.metadata.dst_node_id
         entry = self.nodes[node]
-        return Context(
-            run_id=RUN_ID, node_id=node, node_config=dict(entry.config), state=copy.deepcopy(entry.state), run_config={}
-        )
+        state = RecordDict() if entry.state is self.nothing else copy.deepcopy(entry.state)
+        return Context(run_id=RUN_ID, node_id=node, node_config=dict(entry.config), state=state, run_config={})
 
     def finish(self, name: str, outcome: Outcome) -> Message:
         """The reply; the client's state is kept only if it answered without an error."""

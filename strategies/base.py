@@ -267,7 +267,7 @@ class FederatedStrategy(Configured, Strategy):
         server = self.before_round(server)  # not checkpointed: a round that is done again begins in the old form
         sent = {client: self.broadcast(server, client) for client in chosen}
         told = self.instructions(server)  # the same for all: who is asked does not show in it
-        return server, sent, {roster[client]: codec.content(sent[client], told) for client in chosen}
+        return server, sent, {roster[client]: content for client, content in wire.contents(codec, sent, told).items()}
 
     def conclude(
         self,

@@ -251,6 +251,19 @@ def joined(grid: Grid, expected: int | None) -> list[int]:
     return nodes
 
 
+def contents(codec: Codec, sent: dict[str, AdapterState], told: Instructions) -> dict[str, RecordDict]:
+    """A message for each client. The very same tensors are packed once, as that takes longer than a short training."""
+    packed: dict[tuple[Any, ...], RecordDict] = {}
+    found = {}
+    for client, state in sent.items():
+        key = (*state.tensors, *state.extra, *map(id, state.payload), id(state.sites))
+        if key not in packed:
+            packed[key] = codec.content(state, told)
+        # Records of its own: what a client's app does to its message is no other client's.
+        found[client] = RecordDict({name: type(record)({**record}) for name, record in packed[key].items()})
+    return found
+
+
 def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: float | None) -> dict[int, Message | None]:
     """Send one message a node and wait until all have answered, or the deadline. No answer is None.
 

@@ -348,8 +348,13 @@ def ledgers(result: dict[str, Any]) -> None:
     table = Table(title=f"spent at delta {result['delta']:g}, by {result['accountant']}")
     for name in ("ledger", "epsilon", "releases", "steps", "runs"):
         table.add_column(name, justify="left" if name == "ledger" else "right")
-    for name, row in result["ledgers"].items():
+    rows = list(result["ledgers"].items())
+    if len(rows) > CLIENTS_SHOWN:
+        rows = sorted(rows, key=lambda item: -item[1]["epsilon"])[:CLIENTS_SHOWN]
+    for name, row in rows:
         table.add_row(name, f"{row['epsilon']:.4g}", *(str(row[key]) for key in ("releases", "steps", "runs")))
+    if len(result["ledgers"]) > len(rows):
+        table.add_row(f"{len(result['ledgers']) - len(rows)} more", "spent no more; --json has all")
     out.print(table)
     out.print(
         f"At most {result['epsilon_max']:.4g} for one record (or client): of a run's tasks a record is in one. "

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,15 @@ def accounts_of(folder: Path, client: str) -> list[Ledger]:
     return [Ledger(folder / f"{client}.jsonl"), *map(Ledger, tasks)]
 
 
+def accounts_in(folder: Path) -> dict[str, list[Ledger]]:
+    """`accounts_of` every client that has one. The folder, which may have very many files, is looked through once."""
+    found: dict[str, list[Ledger]] = defaultdict(list)
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if name.endswith(".jsonl"):
+            found[client_of(name.removesuffix(".jsonl"))].append(Ledger(folder / name))
+    return found
+
+
 def exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
     """All that a record of one client may have been part of, for every account that it may be in; at least one.
 
@@ -195,30 +205,42 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
     Raises:
         InputError: there is no ledger.
     """
-    files = sorted((path / "ledger").glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
+    folder = path / "ledger" if path.is_dir() else path.parent
+    files = sorted(folder.glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
     if not files:
         raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
+    accounts = accounts_in(folder) if path.is_dir() else {"": accounts_of(folder, client_of(path.stem))}
     table: dict[str, Any] = {}
-    accounts: dict[str, set[Path]] = defaultdict(set)
-    for file in files:
-        entries, client = Ledger(file).entries(), client_of(file.stem)
-        accounts[client] |= {file, *(ledger.path for ledger in accounts_of(file.parent, client))}
-        table[file.stem] = {
-            "epsilon": Ledger(file).spent(delta, accountant),
-            "releases": len(entries),
-            "steps": sum(entry.steps for entry in entries),
-            "runs": len({entry.run for entry in entries}),
-        }
+    largest = 0.0
+    for ledgers in accounts.values():
+        read = {ledger.path: ledger.entries() for ledger in ledgers}
+        for file, entries in read.items():
+            if path.is_dir() or file == path:
+                table[file.stem] = _row(entries, delta, accountant)
+        costs = (_cost(found, delta, accountant) for found in exposures(list(read.values())))
+        largest = max(largest, *costs)
     return {
         "delta": delta,
         "accountant": accountant,
-        "ledgers": table,
-        "epsilon_max": max(
-            composed(tuple(entry.release for entry in found), delta, accountant)
-            for paths in accounts.values()
-            for found in exposures([Ledger(path).entries() for path in sorted(paths)])
-        ),
+        "ledgers": {file.stem: table[file.stem] for file in files},
+        "epsilon_max": largest,
     }
+
+
+def _row(entries: list[Entry], delta: float, accountant: str) -> dict[str, Any]:
+    return {
+        "epsilon": _cost(entries, delta, accountant),
+        "releases": len(entries),
+        "steps": sum(entry.steps for entry in entries),
+        "runs": len({entry.run for entry in entries}),
+    }
+
+
+def _cost(entries: list[Entry], delta: float, accountant: str) -> float:
+    return _composed_once(tuple(entry.release for entry in entries), delta, accountant)
+
+
+_composed_once = lru_cache(maxsize=1024)(composed)  # very many clients spend alike
 
 
 def _require(entries: list[Entry], budget: Budget, what: str) -> None:

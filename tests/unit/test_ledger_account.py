@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from fedpeft.cli import console
 from fedpeft.cli.main import app
 from fedpeft.errors import InputError
+from fedpeft.privacy import ledger
 from fedpeft.privacy.accounting import composed
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger, account, exposures
 
@@ -179,3 +181,32 @@ def test_a_lifetime_counts_the_other_accounts_of_other_runs_only(tmp_path):
     assert ledger.entries() == []
     ledger.reserve(entry, run, None, Budget(twice, DELTA, "rdp"), of("one", a))
     assert ledger.entries() == [entry]
+
+
+def test_of_many_clients_those_that_spent_most_are_shown_and_each_file_is_read_once(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "ledger"
+    folder.mkdir()
+    for number in range(60):
+        steps = 50 if number == 41 else 1
+        entry = {"run": "r", "round": 1, "request": "q", "sample_rate": 0.1, "noise_multiplier": 2.0, "steps": steps}
+        (folder / f"client-{number:03d}.jsonl").write_text(json.dumps({**entry, "time": 0}) + "\n")
+    reads = []
+    entries = ledger.Ledger.entries
+    monkeypatch.setattr(ledger.Ledger, "entries", lambda self: reads.append(self.path) or entries(self))
+    found = ledger.account(tmp_path, 1e-5)
+    assert len(found["ledgers"]) == len(reads) == 60
+    assert found["epsilon_max"] == found["ledgers"]["client-041"]["epsilon"] > found["ledgers"]["client-040"]["epsilon"]
+    console.ledgers(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert "client-041" in lines[4] and sum("client-" in line for line in lines) == 20
+    assert any("40 more" in line for line in lines)
+
+
+def test_accounts_of_all_are_those_of_each(tmp_path):
+    for name in ("a.jsonl", "a+task-0.jsonl", "a+task-10.jsonl", "ab.jsonl", "b+task-1.jsonl", "note.txt"):
+        (tmp_path / name).write_text("")
+    found = ledger.accounts_in(tmp_path)
+    assert set(found) == {"a", "ab", "b"} and ledger.accounts_in(tmp_path / "none") == {}
+    for client, accounts in found.items():
+        there = {one.path for one in ledger.accounts_of(tmp_path, client) if one.path.exists()}
+        assert {one.path for one in accounts} == there
