@@ -4,7 +4,9 @@ Before anything is timed, all engines train the same few clients in float64 and 
 then timed in one process with one thread, one after another in every repeat, each repeat starting with the next one, so
 that a slow minute of the machine hits all. Seconds are medians over the repeats; a ratio is the median of the repeats'
 own ratios, `sequential peft / engine`: above 1 is faster than the plain peft loop. On a shared CPU trust the ratios of
-CPU seconds. Peak memory is that of a process of its own, above the loaded model.
+CPU seconds. Peak memory is that of a process of its own, above the loaded model. Beside each row stands what share of
+its time this machine takes for the bare products of the frozen base (`speed_limit`); the table is named after the
+machine, as another one has other ratios.
 
 Whole runs (`simulate`, `flower`, `pfl`) are timed from the command to its end; their ratio is `flower / engine`.
 """
@@ -16,6 +18,7 @@ import importlib.util
 import json
 import multiprocessing
 import platform
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,7 +31,7 @@ from fedpeft import __version__, extras, files, seeds
 from fedpeft.errors import InputError, RunError
 from fedpeft.models import rates
 from fedpeft.run.world import device as device_of
-from fedpeft.simulations.benchmarks import whole_run
+from fedpeft.simulations.benchmarks import speed_limit, whole_run
 from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.server_cost import resident
 from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Engine, adapted, make
@@ -99,10 +102,13 @@ def run(
         cells = [(count, size) for count in clients for size in batch]
         for model in models:
             timed = _race_cells(model, local, cells, (seq, steps, repeats), where, progress)
-            for (count, size), times in zip(cells, timed, strict=True):
+            for (count, size), (times, bare) in zip(cells, timed, strict=True):
                 case = {"model": model, "clients": count, "batch": size, "seq": seq, "steps": steps}
                 peaks = {name: _child(name, case, where.type) for name in local}
-                rows += [{**case, **row} for row in summarise(times, peaks, "peft")]
+                rows += [
+                    {**case, **row, "products_seconds": bare.get(row["engine"])}
+                    for row in summarise(times, peaks, "peft")
+                ]
                 if whole:
                     rows += [{**case, "rounds": ROUNDS, **row} for row in _whole(out, whole, case, repeats, where)]
                     progress(f"{model}, {count} clients, batch {size}: whole runs timed")
@@ -112,6 +118,8 @@ def run(
     options = {"repeats": repeats, "seq": seq, "steps": steps}
     results = {**describe(asked, options, quick, where), "largest_difference": distance, "rows": rows}
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    slug = re.sub(r"[^a-z0-9]+", "-", results["machine"].lower()).strip("-")
+    files.write_bytes(out / f"{slug}.md", speed_limit.markdown(results).encode())
     from fedpeft.record import drawing
 
     with drawing.style():
@@ -126,8 +134,9 @@ def _race_cells(
     lengths: tuple[int, int, int],
     where: torch.device,
     progress: Progress,
-) -> list[Times]:
-    """Seconds of each engine in each cell (clients, batch); the engines are gone when it returns.
+) -> list[tuple[Times, dict[str, float]]]:
+    """Seconds of each engine in each cell (clients, batch), and of its bare products; the engines are gone when it
+    returns.
 
     Args:
         lengths: tokens of a text, steps, repeats.
@@ -137,7 +146,13 @@ def _race_cells(
     start = adapted(model, where, torch.float32).state().tensors
     timed = []
     for count, size in cells:
-        timed.append(race(built, work(start, count, size, seq, steps), repeats, where))
+        case = work(start, count, size, seq, steps)
+        bare = {
+            name: speed_limit.bare_seconds(speed_limit.products_of(engine, case), where)
+            for name, engine in built.items()
+            if name != "graphs"  # whose products are replayed, and not called
+        }
+        timed.append((race(built, case, repeats, where), bare))
         progress(f"{model}, {count} clients, batch {size}: local training timed")
     return timed
 
@@ -146,12 +161,13 @@ def describe(asked: dict[str, tuple[Any, ...]], options: dict[str, int], quick: 
     """The command that makes these figures again, and what they were measured on."""
     words = [f"--{key} {','.join(map(str, value))}" for key, value in asked.items()]
     words += [f"--{key} {value}" for key, value in options.items()]
-    machine = torch.cuda.get_device_name() if where.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    machine = speed_limit.machine_name(where)
     return {
         "reproduce": f"fedpeft bench speed --out DIR {' '.join(words)}{' --quick' if quick else ''}",
         "quick": quick,
         "repeats": options["repeats"],
         "device": f"{where.type} ({machine})",
+        "machine": machine,
         "threads": 1,
         "versions": {"fedpeft": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -334,7 +350,7 @@ def show(results: Row) -> None:
     )
     for column in ("model", "clients", "batch", "engine"):
         table.add_column(column, no_wrap=True)
-    for column in ("seconds", "CPU s", "times\nfaster", "in\nCPU s", "peak\nMB"):
+    for column in ("seconds", "CPU s", "times\nfaster", "in\nCPU s", "% of\nproducts", "peak\nMB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results["rows"]:
         ratios = [value for key, value in row.items() if key.startswith(("ratio", "cpu_ratio"))]
@@ -346,9 +362,14 @@ def show(results: Row) -> None:
             f"{row['seconds']:.2f}",
             f"{row['cpu_seconds']:.2f}",
             *("" if value is None else f"{value:.2f}x" for value in ratios),
+            speed_limit.share(row),
             "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
         )
     out.print(table)
+    out.print(
+        "% of products: the share of a row's CPU seconds that the bare products of the frozen base take here",
+        style="dim",
+    )
     out.print("times faster: than peft, whole runs (simulate, flower, pfl) than flower", style="dim")
     if results["largest_difference"] is not None:
         out.print(

@@ -14,8 +14,7 @@ a step of noise without a pass: both are in its favour.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +231,14 @@ class Graphs(Peft):
         return graph, ids, labels, optimizer
 
 
-Engine = Callable[[Work], Ends]
+class Engine(Protocol):
+    """Trains all clients of a work on its `model`."""
+
+    model: Any
+
+    def __call__(self, work: Work) -> Ends: ...
+
+
 # name -> its class, options, and whether it trains with DP-SGD
 ENGINES: dict[str, tuple[type, dict[str, Any], bool]] = {
     "peft": (Peft, {}, False),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.simulations.benchmarks import memory, speed, whole_run
-from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Ours, adapted
+from fedpeft.simulations.benchmarks import memory, speed, speed_limit, whole_run
+from fedpeft.simulations.benchmarks.speed_engines import ENGINES, Ours, adapted, make
 from fedpeft.simulations.benchmarks.speed_work import work
 
 CPU = torch.device("cpu")
@@ -105,6 +107,39 @@ def test_results_table_and_plot(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
     speed.show(results)
     assert "cohort" in capsys.readouterr().out
+    assert all(row["products_seconds"] > 0 for row in results["rows"])
+    (table,) = tmp_path.glob("*.md")  # named after this machine, and no other's
+    assert table.stem == re.sub(r"[^a-z0-9]+", "-", speed_limit.machine_name(CPU).lower()).strip("-")
+    text = table.read_text()
+    assert results["machine"] in text and results["reproduce"] in text and text.count("| tiny |") == len(HERE) * 2
+
+
+def test_the_bare_products_are_those_that_the_base_makes_while_it_trains(start):
+    """The tiny BERT: 2 blocks of width 32 and 64, 16 tokens; LoRA on query and value: block 0 has no slope before."""
+    one = work(start, 1, 1, 16, 1)
+    found = speed_limit.products_of(make("peft", "tiny", CPU), one)
+    assert {tuple(product)[:4]: count for product, count in found.items()} == {
+        (16, 32, 32, False): 3,  # query, key and value of block 0
+        (16, 32, 32, True): 5,  # its output, and all four of block 1
+        (16, 64, 32, True): 2,
+        (16, 32, 64, True): 2,
+        (1, 32, 32, True): 1,  # the pooler
+    }
+    together = speed_limit.products_of(make("cohort", "tiny", CPU), work(start, 3, 1, 16, 1))
+    assert together[speed_limit.Product(48, 32, 32, False, torch.float32)] == 3  # three clients in one pass
+    flops = [sum(count * p.rows * p.outputs * p.width for p, count in each.items()) for each in (found, together)]
+    assert flops[1] < 3 * flops[0]  # what only the first token needs is not made for the others
+
+
+def test_a_share_is_of_the_products_in_the_row():
+    assert speed_limit.share({"cpu_seconds": 4.0, "products_seconds": 3.0}) == "75"
+    assert speed_limit.share({"cpu_seconds": 4.0}) == ""
+    product = speed_limit.Product(64, 32, 32, True, torch.float32)
+    assert (
+        0
+        < speed_limit.bare_seconds(Counter({product: 1}), CPU)
+        < speed_limit.bare_seconds(Counter({product: 10_000}), CPU)
+    )
 
 
 def test_memory_is_that_of_a_fresh_process_and_above_the_model():
@@ -140,6 +175,7 @@ def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch,
         lambda engine, *_: asked.append(engine) or {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0},
     )
     monkeypatch.setattr(speed, "make", lambda *_: lambda work: [])
+    monkeypatch.setattr(speed.speed_limit, "products_of", lambda *_: Counter())
     monkeypatch.setattr(speed, "check", lambda *_: 0.0)
     monkeypatch.setattr(speed, "_child", lambda *_: 1.0)
     monkeypatch.setattr(speed, "_installed", lambda package: package != "pfl")
