@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from fedpeft import __version__
-from fedpeft.cli import alive, console
+from fedpeft.cli import alive, console, sharing
 from fedpeft.cli.bench import bench_app
 from fedpeft.cli.deploy import server_app, site_app
 from fedpeft.cli.privacy import privacy_app
@@ -188,12 +188,30 @@ def export(
     round_number: Annotated[
         int | None, typer.Option("--round", help="The state of a checkpoint that is still kept.", min=1)
     ] = None,
+    base: Annotated[str | None, typer.Option(help="What others call the base model, as its id on the hub.")] = None,
+    license_id: Annotated[str | None, typer.Option("--license", help="For the model card, as apache-2.0.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy the adapter out of a run, or merge it into its base model."""
+    """Write a run's adapter, or with --merge the whole model, with all that others need to use it."""
+    from fedpeft.run.export import Wanted
     from fedpeft.run.export import export as run
 
-    console.emit(run(run_dir, to, merge, best, round_number), as_json, console.pairs)
+    wanted = Wanted(merge, best, round_number, base, license_id)
+    console.emit(run(run_dir, to, wanted), as_json, sharing.exported)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run, or a folder that `export` has written.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repo is seen by its owner alone.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; without this only what would be sent is said.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a run's adapter, or an exported folder, to the Hugging Face hub; without --yes only say what it would be."""
+    from fedpeft.run.push import push as run
+
+    console.emit(run(folder, repo, private, yes), as_json, sharing.pushed)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The adapter of a run, copied out, or merged into its base model."""
+"""The adapter of a run as a folder that others can use, or merged into its base model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,77 +21,176 @@ from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
+from fedpeft.files import write_bytes
 from fedpeft.models import loading
 from fedpeft.models.base import Base
 from fedpeft.record import checkpoint
-from fedpeft.run import identity
+from fedpeft.run import card, companions, identity
 from fedpeft.run.best import Best
+from fedpeft.run.card import Exported, read_summary, shareable
 from fedpeft.state import AdapterState
 from fedpeft.strategies.build import build
 
 log = logging.getLogger("fedpeft")
 
 
-def export(run: Path, to: Path, merge: bool, best: bool = False, round_number: int | None = None) -> dict[str, Any]:
-    """Copy `run/adapter` to `to`, or save the base model with the adapter merged in (and its tokenizer or processor).
+@dataclass(frozen=True)
+class Wanted:
+    """What is exported of a run.
 
-    Args:
+    Attributes:
+        merge: the whole model, in place of the adapter.
         best: the state that `run.best` has kept, in place of the last one.
-        round_number: likewise that of a checkpoint which is still there.
+        round: likewise that of a checkpoint which is still there.
+        base: what others call the base model; None is the config's name for it, of a local folder its own name.
+        license: of the result, for its card.
+    """
+
+    merge: bool = False
+    best: bool = False
+    round: int | None = None
+    base: str | None = None
+    license: str | None = None
+
+
+def export(run: Path, to: Path, wanted: Wanted = Wanted()) -> dict[str, Any]:
+    """Write a folder that others can use: adapter or merged model, tokenizer or processor with template, model card.
+
+    Nothing in it says where on this machine anything lies, or who the clients are; their own adapters stay in the run.
 
     Raises:
         InputError: `run` has no finished adapter, its base has become another model, or `to` is not empty.
         RunError: the model cannot be written.
     """
     run = folders.run_folder(run)
-    source = run / "adapter"
-    if not (source / "adapter_config.json").is_file():
+    if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
-    config = configs.load(run / "resolved.yaml")
-    with folders.filled(to, "--to") as draft, _chosen(run, config, best, round_number) as source:
-        if not merge:
-            if config.model.name not in registry.EMBEDDED:
-                _compare(run, config)
-            shutil.copytree(source, draft, dirs_exist_ok=True)
-            if config.model.quantization is not None:
-                log.warning(
-                    "the adapter was trained over a base that bitsandbytes kept as %s: load it so for the "
-                    "same answers (docs/commands.md has the lines)",
-                    config.model.quantization,
-                )
-            return {"adapter": str(to)}
-        names = label_names(run / "split.json")
+    config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
+    with folders.filled(to, "--to") as draft, _chosen(run, config, wanted) as (source, number):
+        base = _load_base(run, config, names, needed=wanted.merge)
+        exported = Exported(
+            run,
+            config,
+            wanted.base or shareable(config.model.name, config.model.name in registry.EMBEDDED),
+            number,
+            wanted.merge,
+            bool(folder.about(source)["pooled_head"]),
+            names,
+            base is not None and base.processor is not None,
+            wanted.license,
+        )
+        form = (read_summary(run).get("texts") or {}).get("form")
+        settings = None if base is None else companions.write_processor(draft, base, config, form)
+        if wanted.merge and base is not None:
+            _write_merged(exported, base, source, settings, draft, to)
+        else:
+            _copy_adapter(source, draft, exported.base)
+        _say_quantization(exported)
+        write_bytes(draft / card.NAME, card.write(exported).encode())
+        return {"model" if wanted.merge else "adapter": str(to), "notes": _notes(exported, base)}
+
+
+def _load_base(run: Path, config: Config, names: list[str], needed: bool) -> Base | None:
+    """The base model of the run; None where it is not on this machine and not needed, which is said."""
+    try:
         base = loading.load(config.model, len(names), config.run.seed)
-        identity.hold(run, {"base model": identity.of_base(base, config)}, config)
-        if config.model.quantization is not None:
-            log.warning(
-                "the base was kept as %s: the adapter is merged into its dequantised weights, which is what it was "
-                "trained over, and the model that is saved is in %s",
-                config.model.quantization,
-                config.model.dtype,
-            )
-        base.make_dense()
-        merge_into(base, folder.load(source))
-        try:
-            _save(base, names, draft)
-        except SafetensorError as error:  # its writer has no OSError
-            raise RunError(f"{to}: the model could not be written: {error}.") from error
-        if (source / folder.HEAD).exists():
-            shutil.copy2(source / folder.HEAD, draft / folder.HEAD)
-        return {"model": str(to)}
+    except InputError as error:
+        if needed:
+            raise
+        log.warning(
+            "the base model cannot be loaded here, so whether it is the one of the run is not known, and the folder "
+            "gets no tokenizer: %s",
+            error,
+        )
+        return None
+    identity.hold(run, {"base model": identity.of_base(base, config)}, config)
+    return base
+
+
+def _copy_adapter(source: Path, draft: Path, base: str) -> None:
+    """The files of the shared adapter, its base under the name that others know."""
+    for name in (folder.WEIGHTS, folder.HEAD):
+        if (source / name).exists():
+            shutil.copy2(source / name, draft / name)
+    about = json.loads((source / "adapter_config.json").read_text())
+    about["base_model_name_or_path"] = base
+    write_bytes(draft / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
+
+
+def _write_merged(exported: Exported, base: Base, source: Path, settings: Any, draft: Path, to: Path) -> None:
+    base.make_dense()
+    merge_into(base, folder.load(source))
+    if settings is not None:
+        base.backbone.generation_config = settings
+    try:
+        _save(base, exported.names, draft)
+    except SafetensorError as error:  # its writer has no OSError
+        raise RunError(f"{to}: the model could not be written: {error}.") from error
+    if (source / folder.HEAD).exists():
+        shutil.copy2(source / folder.HEAD, draft / folder.HEAD)
+    if exported.pooled:
+        weight, bias = (base.head.get_parameter(name) for name in ("weight", "bias"))
+        companions.write_pooled_head(draft, weight, bias, exported.config.model.max_length)
+
+
+def _say_quantization(exported: Exported) -> None:
+    section = exported.config.model
+    if section.quantization is not None and exported.merged:
+        log.warning(
+            "the base was kept as %s: the adapter is merged into its dequantised weights, which is what it was trained "
+            "over, and the model that is saved is in %s",
+            section.quantization,
+            section.dtype,
+        )
+    elif section.quantization is not None:
+        log.warning(
+            "the adapter was trained over a base that bitsandbytes kept as %s: load it so for the same answers "
+            "(docs/commands.md has the lines)",
+            section.quantization,
+        )
+
+
+def _notes(exported: Exported, base: Base | None) -> list[str]:
+    """What whoever hands the folder on should know."""
+    notes = []
+    if base is None:
+        notes.append("it has no tokenizer, as the base model is not on this machine")
+    if exported.pooled and exported.merged:
+        notes.append(
+            "its head is fedpeft's mean-pooled one: sentence-transformers loads it whole, README.md has ten lines that "
+            "do it with transformers alone, and a text-classification pipeline would draw a random head in its place"
+        )
+    elif exported.pooled:
+        notes.append(
+            "its head is fedpeft's mean-pooled one, in head.safetensors, which peft does not load: README.md has ten "
+            "lines that do; --merge writes a folder that sentence-transformers loads whole"
+        )
+    if (exported.run / "adapter" / "clients").is_dir():
+        notes.append(
+            f"each client has a model of its own; this is what they share, and theirs stay in "
+            f"{exported.run / 'adapter' / 'clients'}"
+        )
+    if not exported.merged and exported.base in registry.EMBEDDED:
+        notes.append(f"only fedpeft has the base model {exported.base}; --merge writes a whole model for all others")
+    elif not exported.merged and exported.base == shareable(exported.config.model.name) != exported.config.model.name:
+        notes.append(
+            f"the base model, a folder of this machine, is called '{exported.base}' in it; --base NAME says where "
+            "others get it"
+        )
+    return notes
 
 
 @contextmanager
-def _chosen(run: Path, config: Config, best: bool, round_number: int | None) -> Iterator[Path]:
-    """The adapter folder that is meant, made of a checkpoint where it is not the last one's."""
-    if not best and round_number is None:
-        yield run / "adapter"
+def _chosen(run: Path, config: Config, wanted: Wanted) -> Iterator[tuple[Path, int]]:
+    """The adapter folder that is meant and its round, made of a checkpoint where it is not the last one's."""
+    if not wanted.best and wanted.round is None:
+        yield run / "adapter", int(read_summary(run).get("rounds") or 0)
         return
-    state = checkpoint.read(_find_state(run, config, best, round_number))
+    state = checkpoint.read(_find_state(run, config, wanted.best, wanted.round))
     strategy = build(config, len(label_names(run / "split.json")))
     if strategy.keeps:
         raise InputError(
-            f"--round {round_number}: with strategy.name={config.strategy.name} clients keep "
+            f"--round {wanted.round}: with strategy.name={config.strategy.name} clients keep "
             f"{', '.join(strategy.keeps)}, and no checkpoint holds these. Leave --round out: the last round has an "
             "adapter of each client."
         )
@@ -100,7 +200,7 @@ def _chosen(run: Path, config: Config, best: bool, round_number: int | None) -> 
         if any(layer.kind == "peft" for layer in adapter.sites.values()):
             about["settings"] = folder.settings_of(run / "adapter")
         folder.save(adapter, Path(made), **about)
-        yield Path(made)
+        yield Path(made), state.round
 
 
 def _find_state(run: Path, config: Config, best: bool, round_number: int | None) -> Path:
@@ -122,24 +222,12 @@ def _find_state(run: Path, config: Config, best: bool, round_number: int | None)
     return states[-1]
 
 
-def _compare(run: Path, config: Config) -> None:
-    """Refuse an adapter whose base has become another one. A base that is not on this machine is said to be unknown."""
-    try:
-        base = loading.load(config.model, len(label_names(run / "split.json")), config.run.seed)
-    except InputError as error:
-        log.warning("the base model cannot be loaded here, so whether it is the one of the run is not known: %s", error)
-        return
-    identity.hold(run, {"base model": identity.of_base(base, config)}, config)
-
-
 def _save(base: Base, names: list[str], to: Path) -> None:
     merged: Any = base.backbone
     if base.objective.headed:
         merged.config.id2label = dict(enumerate(names))
         merged.config.label2id = {name: index for index, name in enumerate(names)}
     merged.save_pretrained(to)
-    if base.processor is not None:
-        base.processor.save_pretrained(to)
 
 
 def label_names(path: Path) -> list[str]:

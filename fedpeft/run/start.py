@@ -94,7 +94,7 @@ def _require_base(path: Path, theirs: str, config: Config, base: Base) -> None:
     if before is not None and before.model.dtype == config.model.dtype:  # else the same weights have other values
         same = known in (config.model.name, loading.fingerprint(base, heads=not before.adapter.train_head))
     else:
-        same = folder.place(theirs) == folder.place(base.source)
+        same = theirs == config.model.name or folder.place(theirs) == folder.place(base.source)
     if not same:
         raise InputError(
             f"adapter.start={path}: made for the base model '{theirs}', and model.name={config.model.name} is another "

@@ -78,13 +78,19 @@ def test_export_copies_the_adapter(fedpeft, tmp_path, runs, arguments):
     done = fedpeft("export", runs["fedit"], "--to", tmp_path / "out", *arguments)
     assert done.code == 0 and str(tmp_path / "out") in done.out
     for path in (runs["fedit"] / "adapter").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        copy = tmp_path / "out" / path.name
+        if path.name == "adapter_config.json":
+            about = json.loads(path.read_text())
+            assert json.loads(copy.read_text()) == {**about, "base_model_name_or_path": "tiny-vit"} != about
+        else:
+            assert copy.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedex", "text"])
 def test_a_merged_model_is_the_adapters(fedpeft, tmp_path, runs, name):
     done = fedpeft("export", runs[name], "--to", tmp_path / "out", "--merge", "--json")
-    assert done.code == 0 and done.json == {"model": str(tmp_path / "out")}
+    assert done.code == 0 and done.json["model"] == str(tmp_path / "out")
+    assert bool(done.json["notes"]) == (name == "text"), "only a head that no stock model has needs a word"
     here, batch, _ = inside(runs[name])
     with torch.no_grad():
         if name == "text":

@@ -21,6 +21,7 @@ LONG = {
     "merge": (["a", "b", "--method", "opcm", "--out", FOLDER], "fedpeft.run.offline.merge_folders"),
     "report": (["{tmp}"], "fedpeft.record.report.write"),
     "export": (["{tmp}", "--to", FOLDER], "fedpeft.run.export.export"),
+    "push": (["{tmp}", "ada/letters"], "fedpeft.run.push.push"),
     "predict": (["{tmp}", "--data", "x.csv", "--out", "{tmp}/o.csv"], "fedpeft.run.predict.predict"),
     "chat": (["{tmp}"], "fedpeft.run.trained.open_trained"),
     "audit": ([CONFIG], "fedpeft.run.audit.audit.run"),

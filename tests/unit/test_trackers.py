@@ -269,4 +269,4 @@ def test_a_package_that_is_missing_ends_a_run_before_it_begins_and_no_report(run
         assert not (tmp_path / name).exists()
     assert configs.load({}, {"run.trackers": NAMES}).run.trackers == NAMES
     report.write(run)
-    export(run, tmp_path / "exported", merge=False)
+    export(run, tmp_path / "exported")

@@ -1,0 +1,324 @@
+"""The model card of an exported folder, README.md as the Hugging Face hub reads it.
+
+It says how the model came about, and nothing that is a site's own: no path of this machine, no client's name or number
+of records, and of the data only their form, and their name where that is one of the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft import __version__
+from fedpeft.adapters import folder
+from fedpeft.config import Config
+from fedpeft.data import prepare
+from fedpeft.data.readers import ENDINGS
+from fedpeft.data.templates import BUILT_IN
+from fedpeft.errors import InputError
+from fedpeft.objectives.base import Objective, load_objective
+from fedpeft.record import measured
+from fedpeft.record.findings import SERVER
+from fedpeft.record.lead import SEEDED
+from fedpeft.record.metrics import read
+from fedpeft.record.words import number, percent
+
+NAME = "README.md"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+}
+FORMS = {
+    "text": "plain texts",
+    "messages": "conversations (messages)",
+    "sharegpt": "conversations (ShareGPT)",
+    "alpaca": "instructions and answers (Alpaca)",
+    "completion": "prompts and completions",
+    "qa": "questions and answers",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a card is of.
+
+    Attributes:
+        run: the run's folder.
+        base: what others call the base model.
+        round: after which the state is.
+        merged: a whole model, else an adapter.
+        pooled: the head is a mean-pooled one of fedpeft's.
+        names: of the head's outputs; ["all"] without a head.
+        processor: there is a tokenizer, or processor of images, in the folder.
+        license: of the result, where the user has said it.
+    """
+
+    run: Path
+    config: Config
+    base: str
+    round: int
+    merged: bool
+    pooled: bool
+    names: list[str]
+    processor: bool
+    license: str | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """What the model was trained to do."""
+        return load_objective(self.config.model.task)
+
+
+def write(exported: Exported) -> str:
+    """The card of an exported folder.
+
+    Raises:
+        InputError: the run has no readable summary.
+    """
+    summary = read_summary(exported.run)
+    parts = [
+        f"---\n{front_matter(exported)}\n---\n",
+        f"# {'A model' if exported.merged else 'An adapter'} fine-tuned from {exported.base}\n",
+        f"Fine-tuned by federated learning with fedpeft {__version__}, {_where(exported.config)}.\n",
+        _table([["", ""], *_facts(exported, summary)]),
+        "## Privacy\n",
+        f"{privacy(exported.config, summary)}\n",
+        "## Metrics\n",
+        _metrics(exported, summary),
+        "## How to load it\n",
+        f"```python\n{snippet(exported)}\n```\n",
+    ]
+    if exported.objective.headed:
+        lines = [f"{place}. {name}" for place, name in enumerate(exported.names)]
+        parts += ["## Outputs of the head, from 0 on\n", "\n".join(lines) + "\n"]
+    return "\n".join(parts)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """`summary.json` of a finished run.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        found = json.loads((run / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run}: no readable summary.json; has the run finished? ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{run / 'summary.json'}: holds {type(found).__name__}, not an object.")
+    return found
+
+
+def shareable(name: str, embedded: bool = False) -> str:
+    """What others may be told of a model's name: a hub id, or a name of fedpeft's, as it is; of a path its last part.
+
+    >>> shareable("HuggingFaceTB/SmolLM2-135M"), shareable("/home/ada/models/letters"), shareable("smollm2")
+    ('HuggingFaceTB/SmolLM2-135M', 'letters', 'smollm2')
+    """
+    if embedded or (HUB_ID.fullmatch(name) and not Path(name).exists()):
+        return name
+    return Path(name).name or Path(name).resolve().name
+
+
+def front_matter(exported: Exported) -> str:
+    """The metadata of the card as YAML, in huggingface_hub's words."""
+    from huggingface_hub import ModelCardData
+
+    config = exported.config
+    pooled_name = "sentence-transformers" if exported.merged else "peft"
+    tags = ["fedpeft", "federated-learning", *([] if exported.merged else [config.adapter.name])]
+    if config.privacy.unit != "none":
+        tags.append("differential-privacy")
+    datasets = [config.data.source] if _is_on_hub(config) else None
+    return ModelCardData(
+        base_model=exported.base if HUB_ID.fullmatch(exported.base) and not Path(exported.base).exists() else None,
+        library_name=pooled_name if exported.pooled else "transformers" if exported.merged else "peft",
+        pipeline_tag=None if exported.pooled else PIPELINES[exported.objective.auto_class],
+        license=exported.license,
+        datasets=datasets,
+        tags=tags,
+    ).to_yaml()
+
+
+def _is_on_hub(config: Config) -> bool:
+    """Whether the records are a data set of the hub, as far as its name says; those of sites are their own."""
+    source = config.data.source
+    known = prepare.canonical(source.partition("/")[0]) in prepare.RECIPES
+    local = Path(source).exists() or source.lower().endswith(tuple(ENDINGS))
+    return bool(config.run.engine != "sites" and HUB_ID.fullmatch(source) and not known and not local)
+
+
+def _where(config: Config) -> str:
+    sites = "over sites that kept their records"
+    return sites if config.run.engine == "sites" else "simulated on one machine"
+
+
+def _facts(exported: Exported, summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table: what was trained, on what, and how."""
+    config = exported.config
+    asked, rounds, client = config.run.clients_per_round, summary.get("rounds"), config.client
+    state = f"; this is the state after round {exported.round}" if exported.round != rounds else ""
+    work = f"{client.local_steps} steps" if client.local_steps else f"{client.local_epochs} epochs"
+    rows = [
+        ["base model", exported.base],
+        ["task", config.model.task],
+        ["data", _data(exported, summary)],
+        ["clients", f"{summary.get('clients')}{f', {asked} of them a round' if asked else ''}"],
+        ["rounds", f"{rounds}{state}"],
+        ["strategy", ", inside ".join(config.strategy.names)],
+        ["client", f"{work} a round, batches of {client.batch_size}, {client.optimizer}, rate {client.lr:g}"],
+        ["adapter", _adapter(config)],
+    ]
+    if exported.config.continual.body:
+        rows.append(["tasks", f"{config.continual.tasks}, one after another, by {config.continual.body}"])
+    return rows
+
+
+def _adapter(config: Config) -> str:
+    if config.adapter.name == "peft":
+        return f"peft's {config.adapter.options['type']}"
+    return f"{config.adapter.name}, rank {config.adapter.r}, alpha {config.adapter.alpha:g}"
+
+
+def _data(exported: Exported, summary: dict[str, Any]) -> str:
+    """The form of the records; their name only where it is the hub's."""
+    where = f", {exported.config.data.source}" if _is_on_hub(exported.config) else ""
+    texts = summary.get("texts")
+    if not isinstance(texts, dict):
+        return f"{exported.objective.records}s{where}"
+    if texts.get("form") == "text":
+        return f"{FORMS['text']}{where}"
+    name = str(texts.get("template", ""))
+    template = name if name.partition(",")[0] in (*BUILT_IN, "of the tokenizer") else "a Jinja file's"
+    learned = "what the assistant says" if texts.get("loss_on") == "response" else "everything"
+    return f"{FORMS.get(str(texts.get('form')), 'conversations')}{where}; template {template}; {learned} is learned"
+
+
+def privacy(config: Config, summary: dict[str, Any]) -> str:
+    """One paragraph: the guarantee with its numbers, or that there is none."""
+    section = config.privacy
+    if section.unit == "none":
+        return "None: the model was trained without differential privacy, and may repeat what it was trained on."
+    spent = summary.get("epsilon_max")
+    epsilon = "epsilon in the clients' own ledgers" if spent is None else f"epsilon {number(spent)}"
+    one = "record of a client" if section.unit == "sample" else "client with all its records"
+    seeded = f" The noise was {SEEDED}." if section.randomness == "seeded" else ""
+    return (
+        f"Differential privacy: {epsilon} at delta {section.delta:g}, for one {one} (unit {section.unit}), by the "
+        f"{section.accountant} accountant over the whole run.{seeded}"
+    )
+
+
+def _metrics(exported: Exported, summary: dict[str, Any]) -> str:
+    if exported.config.continual.body:
+        final = (summary.get("final") or {}).get("accuracy")
+        head = exported.config.continual.head
+        return f"Accuracy {percent(final)} over the classes of all tasks, by the head {head} of the run.\n"
+    where = "" if summary.get("evaluated_on") == SERVER else "client_"
+    rows = measured.table(read(exported.run / "metrics.jsonl"), where, exported.round)
+    shown = [
+        [row["words"], *(percent(row[key]) if row["share"] else number(row[key]) for key in ("frozen", "final"))]
+        for row in rows.values()
+        if row["final"] is not None
+    ]
+    if not shown:
+        return "Not evaluated.\n"
+    where = f"a test set of {summary.get('test_records')} records" if not where else "clients' held-out records"
+    return f"On {where}:\n\n" + _table([["measure", "before training", "after"], *shown])
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines) + "\n"
+
+
+# How to load it -------------------------------------------------------------------------------------------------------
+
+
+def snippet(exported: Exported) -> str:
+    """Plain transformers and peft that load the folder and use it, `here` being the folder or its repo."""
+    if exported.pooled:
+        return _pooled(exported)
+    kind = exported.objective.auto_class
+    inputs, use = _use(exported)
+    code = ", trust_remote_code=True" if exported.config.model.trust_remote_code else ""
+    if exported.merged:
+        lines, model = [], f"{kind}.from_pretrained(here{code})"
+    else:
+        outputs = f", num_labels={len(exported.names)}" if exported.objective.headed else ""
+        lines = ["from peft import PeftModel"]
+        model = f'PeftModel.from_pretrained({kind}.from_pretrained("{exported.base}"{outputs}{code}), here)'
+    imports = [kind, *inputs]
+    return "\n".join(
+        [
+            *lines,
+            f"from transformers import {', '.join(sorted(imports))}",
+            "",
+            'here = "."  # this folder, or the name of its repo',
+            f"model = {model}.eval()",
+            *use,
+        ]
+    )
+
+
+def _use(exported: Exported) -> tuple[list[str], list[str]]:
+    """Names of transformers to import, and lines that ask the model."""
+    if not exported.processor:
+        return [], ["scores = model(pixel_values=pixels).logits  # pixels: [N, channels, height, width]"]
+    if exported.objective.records == "image":
+        return ["AutoImageProcessor"], [
+            "processor = AutoImageProcessor.from_pretrained(here)",
+            'scores = model(**processor(images, return_tensors="pt")).logits  # images: a list of PIL pictures',
+        ]
+    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(here)"
+    if not exported.objective.causal:
+        return ["AutoTokenizer"], [tokenizer, 'print(model(**tokenizer("A text.", return_tensors="pt")).logits)']
+    plain = (read_summary(exported.run).get("texts") or {}).get("form") == "text"
+    ask = (
+        ['prompt = tokenizer("Once", add_special_tokens=False, return_tensors="pt")']
+        if plain
+        else [
+            'asked = [{"role": "user", "content": "Hello."}]',
+            "prompt = tokenizer.apply_chat_template(",
+            '    asked, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    )
+    return ["AutoTokenizer", "GenerationConfig"], [
+        tokenizer,
+        *ask,
+        "settings = GenerationConfig.from_pretrained(here, max_new_tokens=64)",
+        "answer = model.generate(**prompt, generation_config=settings)",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _pooled(exported: Exported) -> str:
+    length = exported.config.model.max_length
+    if exported.merged:
+        load = ['model = AutoModel.from_pretrained(".").eval()']
+    else:
+        load = [f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{exported.base}"), ".").eval()']
+    return "\n".join(
+        [
+            "import torch",
+            *([] if exported.merged else ["from peft import PeftModel"]),
+            "from safetensors.torch import load_file",
+            "from transformers import AutoModel, AutoTokenizer",
+            "",
+            f'tokenizer, head = AutoTokenizer.from_pretrained("."), load_file("{folder.HEAD}")',
+            *load,
+            f'batch = tokenizer(["A text."], return_tensors="pt", padding=True, truncation=True, max_length={length})',
+            'mask = batch["attention_mask"].unsqueeze(-1)',
+            "mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)",
+            "features = torch.nn.functional.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5",
+            'print(features @ head["classifier.weight"].T + head["classifier.bias"])',
+        ]
+    )

@@ -1,0 +1,109 @@
+"""An exported folder handed to the Hugging Face hub by huggingface_hub; without `sure` only said what would be sent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import InputError, RunError
+from fedpeft.run import card
+from fedpeft.run.export import export
+
+WHOLE, ADAPTER = "config.json", "adapter_config.json"
+
+
+def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> dict[str, Any]:
+    """Send a run's exported adapter, or a folder that `export` has written, to a repo of the hub.
+
+    Args:
+        path: the run, or the folder.
+        repo: NAME of the user's, or OWNER/NAME; made where it is not there.
+        private: a new repo is seen by its owner alone.
+        sure: send it; else nothing leaves this machine.
+
+    Returns:
+        `repo`, `private`, `files` (`path`, `bytes`), `bytes`, `card`, `notes`, and `sent`; once sent also `url`.
+
+    Raises:
+        InputError: `repo` is no name, `path` is neither, the run is not finished, there is no token, or the machine is
+            told to stay offline.
+        RunError: the hub refuses it, cannot be reached, or has the repo in public where `private` is asked for.
+    """
+    _require_name(repo)
+    if sure:
+        _require_connection()
+    with _opened(path) as (folder, notes):
+        files = [
+            {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        ]
+        result = {
+            "sent": sure,
+            "repo": repo,
+            "private": private,
+            "files": files,
+            "bytes": sum(file["bytes"] for file in files),
+            "notes": notes,
+            "card": (folder / card.NAME).read_text(encoding="utf-8"),
+        }
+        return {**result, **_send(folder, repo, private)} if sure else result
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folder to send, made of a run where it is one, and what is to be known of it."""
+    if (path / card.NAME).is_file() and ((path / ADAPTER).is_file() or (path / WHOLE).is_file()):
+        yield path, []
+    elif not (path / "resolved.yaml").is_file():
+        raise InputError(f"{path}: neither a run folder nor a folder that `fedpeft export` has written.")
+    else:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "exported"
+            yield folder, export(path, folder)["notes"]
+
+
+def _require_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(
+            f"REPO {repo!r}: no name of a repo. Give OWNER/NAME, as ada/letters-lora. ({error})"
+        ) from error
+
+
+def _require_connection() -> None:
+    from huggingface_hub import get_token, is_offline_mode
+
+    if is_offline_mode():
+        raise InputError("--yes: HF_HUB_OFFLINE is set, so nothing can be sent. Unset it, or leave --yes out.")
+    if get_token() is None:
+        raise InputError(
+            "--yes: there is no token of the hub. Run `hf auth login`, or set HF_TOKEN to a token that may write."
+        )
+
+
+def _send(folder: Path, repo: str, private: bool) -> dict[str, Any]:
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(name).private:
+            raise RunError(
+                f"{name} is there already and public, so --private cannot hold, and nothing was sent. Make it private "
+                "on the hub, or name a new repo."
+            )
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Written by fedpeft export")
+    except (HfHubHTTPError, httpx.HTTPError, ConnectionError, ValueError) as error:
+        raise RunError(f"{repo}: the hub has not taken it: {str(error).strip()}") from error
+    return {"repo": name, "url": str(done.repo_url), "commit": done.oid}
