@@ -171,6 +171,7 @@ TABLES: dict[str, dict[str, str]] = {
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
         "conversations": "fedpeft.data.conversations:check",
         "best": "fedpeft.run.best:check",
+        "traffic": "fedpeft.run.traffic:check",
     },
     "trackers": {
         "tensorboard": "fedpeft.record.trackers.tensorboard:TensorBoardTracker",

@@ -179,6 +179,11 @@ class RunConfig:
         None, "measure by which the best round is kept apart, on clients' held-out records (data.holdout); null is none"
     )
     patience: int | None = option(None, "evaluated rounds no better by run.best after which a run ends", low=1)
+    max_traffic_mb: float | None = option(
+        None,
+        "stop, with what is reached, before the round that would bring the bytes of all rounds above this",
+        above=0,
+    )
     deadline_s: float | None = option(None, "seconds that a round waits for replies; needs workers or ray", above=0)
     quorum: float = option(0.5, "share of the asked clients whose good replies a round needs", above=0, high=1)
     max_update_norm: float | None = option(None, "quarantine updates farther from what was sent (L2)", above=0)

@@ -24,7 +24,8 @@ def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
         return lines + _sequence(summary)
     if summary["final"] is None:
         return [*lines, "Nothing has been evaluated yet."]
-    return [*lines, *_metric(summary), *_score(summary, config), *_compared(summary), *_selected(summary)]
+    ends = [*_selected(summary), *_traffic(summary)]
+    return [*lines, *_metric(summary), *_score(summary, config), *_compared(summary), *ends]
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -123,6 +124,17 @@ def _selected(summary: dict[str, Any]) -> list[str]:
     return [
         f"The run stopped after round {summary['rounds']} of {chosen['rounds']}: {chosen['patience']} evaluations were "
         f"no better than round {chosen['round']}, which has the {best}, and is kept in best/."
+    ]
+
+
+def _traffic(summary: dict[str, Any]) -> list[str]:
+    """That `run.max_traffic_mb` has ended the run."""
+    limit = summary.get("traffic")
+    if not limit or not limit["stopped"] or (summary.get("selected") or {}).get("stopped"):
+        return []
+    return [
+        f"The run stopped after round {summary['rounds']} of {limit['rounds']}: {number(limit['moved_mb'])} MB were "
+        f"moved, and another round would pass run.max_traffic_mb={limit['limit_mb']:g}."
     ]
 
 

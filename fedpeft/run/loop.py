@@ -28,6 +28,7 @@ from fedpeft.record.metrics import Recorder
 from fedpeft.record.trackers.base import tracking
 from fedpeft.run import comparators, results, sequence
 from fedpeft.run.best import Best
+from fedpeft.run.traffic import Traffic
 from fedpeft.run.world import World
 from fedpeft.state import RoundFailed, Rules, ServerState
 from fedpeft.strategies import wire
@@ -99,13 +100,13 @@ def run(
             recorder.resume(server.round, sequence.find_unfinished(server))
             on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
         progress.step("rounds", server.round, world.config.run.rounds)
-        best = Best.open(world.config, folder)
+        best, traffic = Best.open(world.config, folder), Traffic.open(world.config, folder)
         # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
-        if not is_complete(world, server, best):
+        if not is_complete(world, server, best, traffic):
             with open_federation() as federation:
-                server = Session(world, folder, federation, record, best).play(server)
+                server = Session(world, folder, federation, record, best, traffic).play(server)
         record({"event": "end", "round": server.round})
-        summary = results.finish(world, server, folder, best)
+        summary = results.finish(world, server, folder, best, traffic)
         trackers.take(folder)
     return summary
 
@@ -143,13 +144,20 @@ def count_trainable(world: World) -> int:
     return adapter.select(roles).parameters
 
 
-def is_complete(world: World, server: ServerState, best: Best | None) -> bool:
+def is_complete(world: World, server: ServerState, best: Best | None, traffic: Traffic | None) -> bool:
     """Whether nothing is left to do at the clients: no round, and in a sequence no sums after the last one."""
-    if best is not None and best.is_exhausted(server.round):
+    if is_exhausted(world, server, best, traffic):
         return True
     if world.config.continual.body is not None and not sequence.is_complete(world, server):
         return False
     return server.round >= world.config.run.rounds
+
+
+def is_exhausted(world: World, server: ServerState, best: Best | None, traffic: Traffic | None) -> bool:
+    """Whether `run.patience` or `run.max_traffic_mb` has ended the run."""
+    if best is not None and best.is_exhausted(server.round):
+        return True
+    return bool(traffic is not None and traffic.moved and not traffic.has_room(world.strategy, server))
 
 
 def rules_of(config: Config) -> Rules:
@@ -177,6 +185,7 @@ class Session:
     federation: Federation
     record: Listener
     best: Best | None = None
+    traffic: Traffic | None = None
 
     def play(self, server: ServerState) -> ServerState:
         """The state after all that is left."""
@@ -185,16 +194,21 @@ class Session:
         return sequence.run(self.world, server, self.play_rounds, self.ask_for_sums, self.record, self.save)
 
     def play_rounds(self, server: ServerState, until: int) -> ServerState:
-        """The state after round `until`, or where `run.patience` ends: by one call of the strategy where clients are
+        """The state after round `until`, or where the run ends before: by one call of the strategy where clients are
         steady and every round will be played, else one a round.
         """
         world, federation = self.world, self.federation
         tested = len(world.test) and not world.strategy.keeps  # else there is no single model, or nothing to test it on
         evaluate = partial(results.score, world) if tested else None
-        at_once = federation.steady and world.config.run.patience is None
+        at_once = federation.steady and world.config.run.patience is None and self.traffic is None
+        if self.traffic is not None:
+            self.traffic.require_room(world.strategy, server)
         while server.round < until and not self.is_exhausted(server):
             number = server.round + 1
-            rules = replace(rules_of(world.config), rounds=until, clients=self.count_awaited(number))
+            # The last round is always evaluated, also where the traffic makes it the last.
+            full = self.traffic is not None and not self.traffic.has_room(world.strategy, server, rounds=2)
+            last = number if full else until
+            rules = replace(rules_of(world.config), rounds=last, clients=self.count_awaited(number))
             # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
             server = self.attempt(
                 number,
@@ -259,11 +273,13 @@ class Session:
         about = self.federation.describe_round(event["round"]) if event["event"] == "round" else {}
         if self.best is not None:
             self.best.hear(event)
+        if self.traffic is not None:
+            self.traffic.hear(event)
         self.record({**event, **about})
 
     def is_exhausted(self, server: ServerState) -> bool:
-        """Whether `run.patience` has ended the run."""
-        return self.best is not None and self.best.is_exhausted(server.round)
+        """Whether the run ends before its last round."""
+        return is_exhausted(self.world, server, self.best, self.traffic)
 
     def save(self, server: ServerState) -> None:
         """Write a checkpoint where one is due: a run goes on from there, and repeats what came after."""

@@ -21,6 +21,7 @@ from fedpeft.record import report
 from fedpeft.record.metrics import read, summarise
 from fedpeft.run import generations, guarantee, sequence
 from fedpeft.run.best import Best
+from fedpeft.run.traffic import Traffic
 from fedpeft.run.world import World
 from fedpeft.state import DROPPED, ServerState
 from fedpeft.strategies.secagg import terms
@@ -38,8 +39,9 @@ def score(world: World, server: ServerState) -> dict[str, Any]:
     world.local.model.write(server.adapter)
     tally = Tally(world.local.model.base.objective)
     result = evaluate(world.local.model, world.test_encoded, tokens=world.config.run.evaluate_tokens, tally=tally)
-    # A run with patience does not know which round is its last.
-    last = server.round == world.config.run.rounds or world.config.run.patience is not None
+    # A run that may end early does not know which round is its last.
+    section = world.config.run
+    last = server.round == section.rounds or section.patience is not None or section.max_traffic_mb is not None
     classes = tally.by_class(world.test.label_names) if last else {}
     return {
         **{key: value for key, value in result.items() if key != "num-examples"},
@@ -57,7 +59,9 @@ def _texts(world: World) -> dict[str, str] | None:
     return {**describe_texts(records, base.processor), "loss_weighting": world.config.client.loss_weighting}
 
 
-def finish(world: World, server: ServerState, run: Path, best: Best | None = None) -> dict[str, Any]:
+def finish(
+    world: World, server: ServerState, run: Path, best: Best | None = None, traffic: Traffic | None = None
+) -> dict[str, Any]:
     """Write the adapter folders, summary, plots and report.
 
     Raises:
@@ -88,6 +92,7 @@ def finish(world: World, server: ServerState, run: Path, best: Best | None = Non
         "wrap": [name for name, _ in config.strategy.wrappers],
         "texts": _texts(world),
         "selected": None if best is None else best.describe(server.round),
+        "traffic": None if traffic is None else traffic.describe(server.round),
         "answers": generations.compare(world, server),
     }
     summary = summarise(events, configs.to_tree(config), extra)
