@@ -37,7 +37,7 @@ def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> di
     if sure:
         _require_connection()
     with _opened(path) as (folder, notes):
-        files = [
+        files: list[dict[str, Any]] = [
             {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size}
             for file in sorted(folder.rglob("*"))
             if file.is_file()
@@ -69,7 +69,7 @@ def _opened(path: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _require_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo)
