@@ -41,6 +41,7 @@ FORMS = {
     "alpaca": "instructions and answers (Alpaca)",
     "completion": "prompts and completions",
     "qa": "questions and answers",
+    "preference": "preferences (chosen and rejected answers)",
 }
 
 
@@ -166,7 +167,10 @@ def _facts(exported: Exported, summary: dict[str, Any]) -> list[list[str]]:
     state = f"; this is the state after round {exported.round}" if exported.round != rounds else ""
     work = f"{client.local_steps} steps" if client.local_steps else f"{client.local_epochs} epochs"
     rows = [
-        ["base model", exported.base],
+        [
+            "base model",
+            f"{exported.base}{f', kept in {config.model.quantization}' if config.model.quantization else ''}",
+        ],
         ["task", config.model.task],
         ["data", _data(exported, summary)],
         ["clients", f"{summary.get('clients')}{f', {asked} of them a round' if asked else ''}"],
