@@ -12,7 +12,9 @@ import transformers
 from safetensors.torch import load_file
 
 from fedpeft import config as configs
+from fedpeft.clients.reference import with_reference
 from fedpeft.deploy import build
+from fedpeft.deploy.site import worker
 from fedpeft.errors import InputError
 from fedpeft.record.metrics import read
 from fedpeft.run.export import Wanted, export
@@ -112,6 +114,18 @@ def test_a_run_that_goes_on_from_an_adapter_is_compared_with_it_or_with_the_base
         begun = world.local.model.state()
         assert all(torch.equal(value, world.start.adapter[key]) for key, value in begun.tensors.items())
         assert any(begun[key].any() for key in begun.tensors if key.endswith("/B"))
+
+
+def test_a_site_asks_its_own_base_of_its_own_records(job, base, tmp_path):
+    config = configs.load({}, {**job, "data.partition": "iid", "data.holdout": 0.25})
+    model = build.bare(config, tmp_path / "site", ["all"]).local.model
+    for part in worker.load_data(config, "clinic", model.base.processor):
+        data = with_reference(config, model, part)
+        assert data.rows.tolist() == part.rows.tolist() and len(data) in (6, 18)
+        for index in range(len(data)):
+            inputs, labels = data.batch(np.array([index]))
+            with torch.no_grad():
+                torch.testing.assert_close(labels[0].double(), CASE.stock(stock(base), inputs), atol=1e-4, rtol=1e-4)
 
 
 def test_sites_that_do_not_have_the_start_do_not_compare_with_it(job, tiny, tmp_path):
