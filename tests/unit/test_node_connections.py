@@ -97,6 +97,19 @@ def test_a_proxy_that_cuts_every_connection_loses_no_message_and_doubles_none(si
     assert proxies[0].cuts >= 3 and asked == names and sorted(state.replies) == sorted(names)
 
 
+def test_an_identity_is_signed_anew_after_a_while_and_whenever_the_clock_jumps(site, monkeypatch):
+    """A signature costs as much as a small call; one of before a jump would be refused as long as the jump is."""
+    key, now = key_of(site), [1e6]
+    monkeypatch.setattr(flower.time, "time", lambda: now[0])
+    made = [flower.identity(key)]
+    for moment in (1e6 + flower.FRESH_S - 1, 1e6 + flower.FRESH_S + 1, 1e6 - 3600, 1e6 + 3600):
+        now[0] = moment
+        made.append(flower.identity(key))
+    stamps = [dict(one)["flwr-signature-bin"] for one in made]
+    assert stamps[0] == stamps[1] and len(set(stamps)) == 4
+    assert flower.identity(key, 60.0) != made[-1] != flower.identity(key)  # a shifted one is kept for nobody
+
+
 def test_a_call_that_is_under_way_when_the_site_stops_is_no_trouble(site, caplog):
     entered, closed = threading.Event(), threading.Event()
 
