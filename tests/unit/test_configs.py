@@ -40,11 +40,13 @@ def test_a_shipped_config_is_valid_and_its_header_works(name):
 
 
 def test_commands_of_the_guides_are_valid():
-    text = "\n".join(guide.read_text() for guide in GUIDES)
+    guides = [guide for guide in GUIDES if guide.name != "own_strategy.md"]  # whose package its own test installs
+    text = "\n".join(guide.read_text() for guide in guides)
     lines = commands(re.sub(r"simulate (CONFIG \[key=value \.\.\.\]|NAME)", "simulate quickstart", text))
     assert len(lines) >= 16
     for words in lines:
-        configs.load(words[0], [word for word in words[1:] if "=" in word])
+        if words[0] != "wards.yaml":  # which a guide writes first: test_guides does too
+            configs.load(words[0], [word for word in words[1:] if "=" in word])
     assert configs.load("quickstart", ["strategy.name=lora_fair"]).strategy.name == "lora_fair"
 
 
