@@ -116,31 +116,31 @@ def _plain(images: Any) -> Tensor:
 
 
 def _processed(images: Iterable[np.ndarray], count: int, processor: Any) -> Tensor:
-    """Through a transformers image processor, together with none of another size: what becomes of a picture must not
-    hang on the others of its batch. Grey images get as many channels as it normalises.
+    """Through a transformers image processor; what becomes of a picture must not hang on the others of its batch. Grey
+    images get as many channels as it normalises.
     """
     pixels: Tensor | None = None
-    for places, alike in _alike(images):
+    for places, alike in _alike(images, processor):
         found = _through(alike, processor)
         if len(places) == count:
             return found
         if pixels is None:
             pixels = torch.empty(count, *found.shape[1:])
-        if found.shape[1:] != pixels.shape[1:]:
-            sizes = sorted({tuple(pixels.shape[1:]), tuple(found.shape[1:])})
-            raise InputError(f"the model's image processor does not bring images to one size: {sizes}.")
+        _require_one({tuple(pixels.shape[1:]), tuple(found.shape[1:])})
         for place, each in zip(places, found, strict=True):
             pixels[place] = each
     assert pixels is not None
     return pixels
 
 
-def _alike(images: Iterable[np.ndarray]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """Images of one size with their places, of some neighbours at a time: few are in memory at once."""
-    groups: dict[tuple[int, ...], tuple[list[int], list[np.ndarray]]] = {}
+def _alike(images: Iterable[np.ndarray], processor: Any) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Images with their places, of some neighbours at a time, as few are to be in memory at once: of one size, or of
+    any where the processor is known to take each by itself.
+    """
+    groups: dict[Any, tuple[list[int], list[np.ndarray]]] = {}
     size = 0
     for place, image in enumerate(images):
-        places, alike = groups.setdefault(image.shape, ([], []))
+        places, alike = groups.setdefault(image.shape if _values(image, processor) is None else None, ([], []))
         places.append(place)
         alike.append(image)
         size += image.nbytes
@@ -151,19 +151,35 @@ def _alike(images: Iterable[np.ndarray]) -> Iterator[tuple[list[int], list[np.nd
 
 
 def _through(images: list[np.ndarray], processor: Any) -> Tensor:
-    """Pixels of images of one size."""
+    """Pixels of images that go through together."""
     first = images[0]
-    mean = getattr(processor, "image_mean", None)
-    channels = len(mean) if isinstance(mean, list | tuple) else first.shape[2]
-    if first.shape[2] == 1 and channels > 1:
+    values, channels = _values(first, processor), _channels(first, processor)
+    if first.shape[2] < channels:
         images = [np.repeat(image, channels, axis=2) for image in images]
     form = {"input_data_format": "channels_last"}
-    values = values_of(processor, images[0].shape[2]) if first.dtype == np.uint8 else None
     if values is not None:
-        return _looked_up(values, processor(images, do_rescale=False, do_normalize=False, **form)["pixel_values"])
+        found = processor(images, do_rescale=False, do_normalize=False, **form)["pixel_values"]
+        _require_one({image.shape for image in found})
+        return _looked_up(values, found)
     scaling = {} if first.dtype == np.uint8 else {"do_rescale": False}
-    found: Tensor = processor(images, return_tensors="pt", **form, **scaling)["pixel_values"]
-    return found.float()
+    pixels: Tensor = processor(images, return_tensors="pt", **form, **scaling)["pixel_values"]
+    return pixels.float()
+
+
+def _require_one(sizes: set[tuple[int, ...]]) -> None:
+    if len(sizes) > 1:
+        raise InputError(f"the model's image processor does not bring images to one size: {sorted(sizes)[:3]}.")
+
+
+def _channels(image: np.ndarray, processor: Any) -> int:
+    """Of an image as it goes in: grey ones get as many as are normalised."""
+    mean = getattr(processor, "image_mean", None)
+    return len(mean) if image.shape[2] == 1 and isinstance(mean, list | tuple) else image.shape[2]
+
+
+def _values(image: np.ndarray, processor: Any) -> np.ndarray | None:
+    """`values_of` for such an image."""
+    return values_of(processor, _channels(image, processor)) if image.dtype == np.uint8 else None
 
 
 @lru_cache(maxsize=8)
