@@ -63,7 +63,7 @@ def find(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    shipped = shipped_configs()
+    shipped = shipped_configs() | job_configs()
     if str(source) in shipped:
         return shipped[str(source)]
     if path.suffix in (".yaml", ".yml") or "/" in str(source):
@@ -77,6 +77,14 @@ def shipped_configs() -> dict[str, Path]:
 
     folder = Path(fedpeft.simulations.__file__).parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def job_configs() -> dict[str, Path]:
+    """`jobs/NAME` -> file of every config of another project's job, with the names of its real model and data."""
+    import fedpeft.simulations
+
+    folder = Path(fedpeft.simulations.__file__).parent / "configs" / "jobs"
+    return {f"jobs/{path.stem}": path for path in sorted(folder.glob("*.yaml"))}
 
 
 def to_tree(config: Any) -> dict[str, Any]:
