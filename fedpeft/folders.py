@@ -239,6 +239,25 @@ def alone(folder: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterator[N
         os.close(handle)
 
 
+def at_work(folder: Path) -> bool | None:
+    """Whether the process that last locked a folder lives; None where that cannot be known, as on another machine.
+
+    The lock itself is not tried: whoever begins in that moment would find it taken.
+    """
+    try:
+        holder: Any = json.loads((folder / LOCK).read_bytes()[:4096])
+        if holder["host"] != socket.gethostname():
+            return None
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return True
+
+
 def _locked(path: Path, until: float) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

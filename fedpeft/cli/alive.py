@@ -19,7 +19,11 @@ from fedpeft import progress
 from fedpeft.record.words import about, number
 
 EVERY_S = 30.0
-RESIDENT = ("server start", "site start")  # services: they run until they are stopped, and their logs say what happens
+RESIDENT = (
+    "server start",
+    "site start",
+    "watch",
+)  # services: they run until they are stopped, and their logs say what happens
 _current: list[SignOfLife] = []
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -175,6 +175,25 @@ def report(
         path = side_by_side.compare(runs, out or Path("comparison.html"))
     result = {"report": str(path), **side_by_side.said(runs), "runs": side_by_side.table(runs)}
     console.emit(result, as_json, console.comparison)
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, at work or ended.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the state once, as JSON, and end.")] = False,
+) -> None:
+    """Serve a page for this machine that follows runs: rounds, curves, clients, tasks, expected end."""
+    from fedpeft.cli import watch as watching
+
+    watched = watching.Watched(runs)
+    if as_json:
+        console.emit({"runs": watched.states()}, True, console.pairs)
+        return
+    with watching.Server(watched, port) as server:
+        console.out.print(f"{server.url}  (Ctrl-C ends it)", markup=False, soft_wrap=True)
+        with suppress(Stopped):
+            server.serve_forever()
 
 
 @app.command()

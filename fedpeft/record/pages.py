@@ -18,14 +18,15 @@ pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: au
 """
 
 
-def html_page(title: str, body: list[str]) -> str:
-    """A whole page that needs no other file; the title is escaped, `body` is HTML already."""
+def html_page(title: str, body: list[str], style: str = PAGE_STYLE, more_head: str = "") -> str:
+    """A whole page that needs no other file; the title is escaped, `body` and `more_head` are HTML already."""
     title = html.escape(title)
     head = [
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>",
-        f"<style>{PAGE_STYLE}</style>",
+        f"<style>{style}</style>",
+        *([more_head] if more_head else []),
     ]
     top = ["<!doctype html>", '<html lang="en"><head>', *head, "</head><body>", f"<h1>{title}</h1>"]
     return "\n".join([*top, *body, "</body></html>"]) + "\n"
@@ -35,7 +36,8 @@ def html_table(heads: list[str], rows: list[list[str]]) -> str:
     """Heads and cells are plain text; they are escaped here."""
     lines = [_cells("th", heads)] if heads else []
     lines += [_cells("td", row) for row in rows]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    # A key moves what is wider than the page only where it has the focus.
+    return '<div class="wide" tabindex="0"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def _cells(tag: str, cells: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ def load(path: Path, label: str) -> Run:
     """
     if not path.is_dir():
         raise InputError(f"{path}: there is no such run folder.")
-    config_text = _read(path / "resolved.yaml")
-    config = _yaml(path / "resolved.yaml", config_text)
+    config_text, config = read_config(path)
     events = metrics.read(path / "metrics.jsonl")
     ended = any(event["event"] == "end" for event in events)
     try:
@@ -70,6 +70,34 @@ def load(path: Path, label: str) -> Run:
         events, summary = _renamed(events, names), _renamed(summary, names)
         split["clients"] = {names.get(client, client): part for client, part in split["clients"].items()}
     return Run(path, label, events, config, config_text, summary, split, ended)
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The run's config as text and as nested dicts; InputError where it cannot be read."""
+    text = _read(path / "resolved.yaml")
+    return text, _yaml(path / "resolved.yaml", text)
+
+
+def owner_names(path: Path) -> dict[str, str]:
+    """Client -> the name of its owner, as the report has it; empty where no split.json says it."""
+    file = path / "split.json"
+    return _owners(_split(file)) if file.exists() else {}
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """Trailing parts of each run's path, as few as tell all of them apart.
+
+    Raises:
+        InputError: the same run twice.
+    """
+    parts = [run.resolve().parts for run in runs]
+    for run, names in zip(runs, parts, strict=True):
+        if parts.count(names) > 1:
+            raise InputError(f"{run} is given more than once.")
+    depth = 1
+    while len({names[-depth:] for names in parts}) < len(parts):
+        depth += 1
+    return ["/".join(names[-depth:]) for names in parts]
 
 
 def _read(path: Path) -> str:

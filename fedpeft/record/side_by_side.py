@@ -12,7 +12,7 @@ from fedpeft.record import drawing, plots
 from fedpeft.record.findings import NAMES, comparable
 from fedpeft.record.pages import html_image, html_list, html_note, html_page, html_table
 from fedpeft.record.report import cell
-from fedpeft.record.run_folder import Run, load
+from fedpeft.record.run_folder import Run, labels, load
 from fedpeft.record.words import percent
 
 COLUMNS = {  # key of a table's row -> its head on the page
@@ -80,19 +80,7 @@ def load_all(runs: list[Path]) -> list[Run]:
     """The runs, with labels that tell them apart."""
     if not runs:
         raise InputError("report: no run folder given.")
-    return [load(run, label) for run, label in zip(runs, _labels(runs), strict=True)]
-
-
-def _labels(runs: list[Path]) -> list[str]:
-    """Trailing parts of each path, as few as tell all of them apart."""
-    parts = [run.resolve().parts for run in runs]
-    for run, given in zip(runs, parts, strict=True):
-        if parts.count(given) > 1:
-            raise InputError(f"report: {run} is given more than once.")
-    depth = 1
-    while len({given[-depth:] for given in parts}) < len(parts):
-        depth += 1
-    return ["/".join(given[-depth:]) for given in parts]
+    return [load(run, label) for run, label in zip(runs, labels(runs), strict=True)]
 
 
 def common_round(runs: list[Run]) -> int | None:
@@ -140,7 +128,7 @@ def _conditions(runs: list[Run]) -> dict[str, list[str]]:
         data, model, split = run.config.get("data") or {}, run.config.get("model") or {}, run.split or {}
         start = next(event for event in run.events if event["event"] == "start")
         sequence = run.summary.get("sequence")
-        labels = (split.get("histogram") or {}).get("labels")
+        classes = (split.get("histogram") or {}).get("labels")
         for name, value in {
             "rounds": run.summary["rounds"],
             "clients": run.summary["clients"],
@@ -149,8 +137,8 @@ def _conditions(runs: list[Run]) -> dict[str, list[str]]:
             "test set (fingerprint)": _short(start.get("test_fingerprint")),
             "test records": run.summary.get("test_records"),
             "classes": None
-            if labels is None
-            else f"{len(labels)} ({', '.join(map(str, labels[:5]))}{', ...' if len(labels) > 5 else ''})",
+            if classes is None
+            else f"{len(classes)} ({', '.join(map(str, classes[:5]))}{', ...' if len(classes) > 5 else ''})",
             "tasks": sequence["tasks"] if sequence else "no sequence",
             "classes at the end": sequence["classes"] if sequence else "all",
             "model": model.get("name"),

@@ -1,0 +1,278 @@
+"""The page of runs at work: parts that are drawn here and put in place by `assets/watch.js` whenever one has changed.
+
+Every name and reason on it comes from elsewhere. All of it passes through `html.escape`, which the tables do.
+"""
+
+from __future__ import annotations
+
+import html
+import time
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from fedpeft.foreign import shown
+from fedpeft.record import side_by_side
+from fedpeft.record.drawing import MB, quantile
+from fedpeft.record.line_chart import Line, svg_lines
+from fedpeft.record.pages import PAGE_STYLE, html_folded, html_list, html_note, html_page, html_table
+from fedpeft.record.run_folder import Run
+from fedpeft.record.words import about, number, percent
+
+MOST_ROWS = 100  # clients on a page at a time
+LONGEST_NAME, LONGEST_REASON = 100, 300  # bytes
+State = dict[str, Any]
+
+
+@cache
+def asset(name: str) -> str:
+    """A file of `fedpeft/assets`."""
+    return resources.files("fedpeft").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def style() -> str:
+    """The report's style, and what only this page needs."""
+    return PAGE_STYLE + asset("watch.css")
+
+
+def page(states: list[State], parts: dict[str, str], wanted: str) -> str:
+    """The whole page; `wanted` is what the names of the clients shown contain."""
+    title = states[0]["run"] if len(states) == 1 else f"{len(states)} runs"
+    body = [
+        '<p id="link" role="status">This page shows what has been recorded.</p>',
+        '<p><button id="pause" type="button" aria-pressed="false">Pause</button></p>',
+        "<noscript><p>Without scripts the page stands still: load it again to see what is new.</p></noscript>",
+        "<main>",
+        *(f'<section data-part="{key}">{inner}</section>' for key, inner in parts.items() if key in ("runs", "charts")),
+        '<form role="search"><label for="client">Clients whose name contains</label> '
+        f'<input id="client" name="client" type="search" maxlength="{LONGEST_NAME}" value="{html.escape(wanted)}"> '
+        "<button>Show</button></form>",
+        *(f'<section data-part="{key}">{inner}</section>' for key, inner in parts.items() if key.startswith("run-")),
+        "</main>",
+        f"<script>{asset('watch.js')}</script>",
+    ]
+    return html_page(f"watch: {title}", body, style(), '<link rel="icon" href="data:,">')
+
+
+def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str, str]:
+    """HTML by part. The keys are the same for all states of the same runs."""
+    drawn = {"runs": _runs(states, runs), "charts": _charts(states)}
+    for place, state in enumerate(states):
+        drawn[f"run-{place}-state"] = _head(state)
+        drawn[f"run-{place}-tasks"] = _tasks(state)
+        drawn[f"run-{place}-clients"] = _clients(state, wanted)
+        drawn[f"run-{place}-quarantine"] = _quarantine(state, wanted)
+        drawn[f"run-{place}-rounds"] = _rounds(state)
+    return drawn
+
+
+# All runs -------------------------------------------------------------------------------------------------------------
+
+
+def _runs(states: list[State], runs: list[Run | None]) -> str:
+    """A column for each run: there are few, and a phone is narrow."""
+    facts = {
+        "state": lambda s: s["state"] + (f": {s['reason']}" if s["reason"] else ""),
+        "strategy": lambda s: s["strategy"] or "–",
+        "round": lambda s: f"{s['round']} of {s['rounds']}" if s["rounds"] else "–",
+        "accuracy": lambda s: percent(s["accuracy"]),
+        "loss": lambda s: number(s["loss"]),
+        "clients that took part": _taking_part,
+        "quarantined": lambda s: str(sum(row["quarantined"] > 0 for row in s["clients"].values())),
+        "epsilon, the most of any client": lambda s: number(s["epsilon_max"]),
+        "MB up, MB down": lambda s: ", ".join(
+            "–" if s[key] is None else number(s[key] / MB) for key in ("bytes_up", "bytes_down")
+        ),
+        "a round takes": lambda s: "–" if s["seconds_per_round"] is None else _duration(s["seconds_per_round"]),
+        "begun": lambda s: _clock(s["begun"]),
+        "last event": lambda s: _clock(s["last_event"]),
+        "expected end": lambda s: _clock(s["expected_end"]),
+    }
+    rows = [[name, *(shown(tell(state), LONGEST_REASON) for state in states)] for name, tell in facts.items()]
+    heads = ["", *(state["run"] for state in states)] if len(states) > 1 else []
+    known = [run for run in runs if run]
+    lines = []
+    if len(known) > 1:
+        lines.append(f'<p class="lead">{html.escape(side_by_side.ranking(known))}</p>')
+        if unlike := side_by_side.differences(known):
+            lines.append(html_folded("In what these runs are not alike", html_list(unlike)))
+    return "".join(["<h2>State</h2>", *lines, html_table(heads, rows)])
+
+
+def _taking_part(state: State) -> str:
+    seen = sum(row["rounds"] > 0 for row in state["clients"].values())
+    return f"{seen} of {state['expected_clients']}" if state["expected_clients"] else "–"
+
+
+def _duration(seconds: float) -> str:
+    return f"{number(seconds)} s" if seconds < 10 else about(seconds)
+
+
+def _clock(at: float | None) -> str:
+    """Local time. Never "so long ago": what has not changed shall read the same."""
+    return "–" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _charts(states: list[State]) -> str:
+    titles = {
+        "accuracy": "accuracy",
+        "loss": "loss",
+        "train_loss": "training loss",
+        "epsilon_max": "epsilon, the most of any client",
+    }
+    if any(state["sequence"] for state in states):
+        titles["accuracy"] = "accuracy of the classifier as trained, classes so far"
+    metrics = [state["metric"] for state in states]
+    if metrics[0] and metrics == metrics[:1] * len(metrics):
+        titles = {"metric": metrics[0]["words"], **titles}
+    figures = [
+        svg_lines(
+            f"chart-{key}",
+            title,
+            [Line(shown(state["run"], LONGEST_NAME), place, _points(state, key)) for place, state in enumerate(states)],
+            key == "accuracy" or (key == "metric" and metrics[0]["share"]),
+        )
+        for key, title in titles.items()
+    ]
+    if not any(figures):
+        return "<h2>Curves</h2><p>No round has been recorded yet.</p>"
+    return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+
+
+def _points(state: State, key: str) -> list[tuple[int, float, object]]:
+    """In a sequence of tasks scores over unlike classes are not joined."""
+    apart = "classes" if state["sequence"] and key in ("accuracy", "loss") else ""
+    return [(row["round"], row[key], row.get(apart)) for row in state["played"] if row.get(key) is not None]
+
+
+# One run --------------------------------------------------------------------------------------------------------------
+
+
+def _head(state: State) -> str:
+    word = state["state"] + (f": {state['reason']}" if state["reason"] else "")
+    lines = [f"<h2>{html.escape(state['run'])}</h2>"]
+    if state["state"] in ("interrupted", "failed", "stopped", "waiting", "not begun"):
+        lines.append(html_note(f"This run is {shown(word, LONGEST_REASON)}."))
+    lines += [html_note(shown(text, LONGEST_REASON)) for text in (*state["problems"], *state["warnings"][:MOST_ROWS])]
+    lines += [f"<p>{html.escape(text)}</p>" for text in state["headline"]]
+    if state["failed_rounds"]:
+        rows = [
+            [str(row["round"]), shown(row["reason"], LONGEST_REASON)] for row in state["failed_rounds"][-MOST_ROWS:]
+        ]
+        lines += ["<h3>Rounds without a result</h3>", html_table(["round", "reason"], rows)]
+    return "".join(lines)
+
+
+def _tasks(state: State) -> str:
+    if not state["sequence"]:
+        return ""
+    done, planned = state["sequence"]["tasks_done"], state["sequence"]["tasks"]
+    rows = [
+        [
+            f"task {event['task'] + 1}",
+            str(event["round"]),
+            *(
+                percent(right / count) if count and task <= event["task"] else ""
+                for task, (right, count) in enumerate(zip(event["right"], event["count"], strict=True))
+            ),
+        ]
+        for event in state["tasks"]
+    ]
+    heads = ["after", "round", *(f"on task {task + 1}" for task in range(planned))]
+    table = html_table(heads, rows) if rows else ""
+    return f"<h3>Tasks: {done} of {planned}</h3>{table}"
+
+
+def _clients(state: State, wanted: str) -> str:
+    clients = {name: row for name, row in state["clients"].items() if wanted.lower() in name.lower()}
+    played = sum("used" in row for row in state["played"])
+    lines = [f"<h3>Clients: {_taking_part(state)} have taken part</h3>"]
+    if not clients:
+        return "".join([*lines, f"<p>{'No name contains this.' if wanted else 'None has been heard of yet.'}</p>"])
+    counts = sorted(row["rounds"] for row in clients.values())
+    lines.append(
+        f"<p>Of {played} rounds the clients took part in {counts[0]} (fewest), "
+        f"{number(quantile(counts, 0.5))} (median), {counts[-1]} (most).</p>"
+    )
+    scored = any(row.get("accuracy") is not None for row in clients.values())
+    order = sorted(clients, key=lambda name: (not clients[name]["is_quarantined"], not _remarks(clients[name]), name))
+    rows = [
+        [
+            shown(name, LONGEST_NAME),
+            f"{row['rounds']} of {played}",
+            "–" if row["last_round"] is None else str(row["last_round"]),
+            _clock(row["seen"]),
+            *([percent(row.get("accuracy"))] if scored else []),
+            _remarks(row),
+        ]
+        for name, row in ((name, clients[name]) for name in order[:MOST_ROWS])
+    ]
+    if len(order) > MOST_ROWS:
+        lines.append(
+            f"<p>{MOST_ROWS} of {number(len(order))} are shown, those that stand out first; name others above.</p>"
+        )
+    accuracy = ["accuracy on its own records"] if scored else []
+    return "".join(
+        [*lines, html_table(["client", "took part", "last in round", "last seen", *accuracy, "remarks"], rows)]
+    )
+
+
+def _remarks(row: dict[str, Any]) -> str:
+    """What stands out about a client, as half sentences."""
+    said = []
+    if row["quarantined"]:
+        said.append("quarantined" if row["is_quarantined"] else "was quarantined")
+    if row["far"]:
+        said.append(f"far beyond the others in {row['far']} rounds")
+    if row["treated"]:
+        said.append(shown(row["treated"], LONGEST_NAME))
+    if row["late"]:
+        said.append(f"late {row['late']} times")
+    if row["failed"]:
+        said.append(shown(row["failed"], LONGEST_REASON))
+    return ", ".join(said)
+
+
+def _quarantine(state: State, wanted: str) -> str:
+    """A row for each client: in how many rounds, when last, and why then."""
+    bad = {name: row for name, row in state["clients"].items() if row["quarantined"] and wanted.lower() in name.lower()}
+    if not bad:
+        return ""
+    order = sorted(bad, key=lambda name: (-bad[name]["quarantined"], name))
+    rows = [
+        [
+            shown(name, LONGEST_NAME),
+            str(row["quarantined"]),
+            str(row["quarantined_last"]),
+            shown(row["reason"], LONGEST_REASON),
+        ]
+        for name, row in ((name, bad[name]) for name in order[:MOST_ROWS])
+    ]
+    cut = f" The first {MOST_ROWS} are shown." if len(order) > MOST_ROWS else ""
+    return (
+        f"<h3>Quarantined</h3><p>Updates of {len(bad)} clients were refused.{cut}</p>"
+        f"{html_table(['client', 'rounds', 'last round', 'reason then'], rows)}"
+    )
+
+
+def _rounds(state: State) -> str:
+    played = state["played"][-MOST_ROWS:]
+    if not played:
+        return ""
+    rows = [
+        [
+            str(row["round"]),
+            percent(row["accuracy"]),
+            number(row["loss"]),
+            number(row.get("train_loss")),
+            number(row.get("used")),
+            number(row.get("refused")),
+            *("–" if row.get(key) is None else number(row[key] / MB) for key in ("bytes_up", "bytes_down")),
+            number(row.get("seconds")),
+            number(row.get("epsilon_max")),
+        ]
+        for row in reversed(played)
+    ]
+    heads = ["round", "accuracy", "loss", "training loss", "updates used", "quarantined"]
+    heads += ["MB up", "MB down", "seconds", "epsilon"]
+    return html_folded(f"The last {len(rows)} rounds, newest first", html_table(heads, rows))
