@@ -19,11 +19,8 @@ from fedpeft import progress
 from fedpeft.record.words import about, number
 
 EVERY_S = 30.0
-RESIDENT = (
-    "server start",
-    "site start",
-    "watch",
-)  # services: they run until they are stopped, and their logs say what happens
+# Services: they run until they are stopped, and their logs, or their page, say what happens.
+RESIDENT = ("server start", "site start", "watch")
 _current: list[SignOfLife] = []
 
 

@@ -24,7 +24,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fedpeft.errors import InputError
 from fedpeft.record import live, live_page
@@ -101,6 +101,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, watched: Watched, port: int = 0) -> None:
         self.watched, self.token = watched, secrets.token_urlsafe(16)
+        self._said: set[str] = set()
         try:
             super().__init__((ADDRESS, port), Handler)
         except OSError as error:
@@ -112,6 +113,12 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         """Of the page."""
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
+
+    def say(self, problem: str) -> None:
+        """Warn, once: a page that polls meets the same problem again and again."""
+        if problem not in self._said:
+            self._said.add(problem)
+            log.warning("%s", problem)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away in the middle of an answer is no error of ours."""
@@ -141,15 +148,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with one of the addresses."""
-        split = urlsplit(self.path)
-        top, token, *rest = (*split.path.split("/"), "", "")[:4]
-        name = rest[0] if rest[:1] else ""
+        path, _, query = self.path.partition("?")
+        token, _, name = path.removeprefix("/").partition("/")
         known = hmac.compare_digest(token.encode(), self.server.token.encode())
-        if top or not known or split.path != f"/{token}/{name}" or name not in KINDS or split.netloc:
+        if not known or name not in KINDS or path != f"/{token}/{name}":
             self.send_error(HTTPStatus.NOT_FOUND, explain="The address of the page is the one that was printed.")
             return
-        wanted = parse_qs(split.query, max_num_fields=10).get("client", [""])[0][: live_page.LONGEST_NAME]
-        content, kind, tag = self.server.watched.answer(name, wanted)
+        wanted = parse_qs(query).get("client", [""])[0][: live_page.LONGEST_NAME]
+        try:
+            content, kind, tag = self.server.watched.answer(name, wanted)
+        except Exception as error:  # of a record that makes no sense: said here and there, and the server goes on
+            self.server.say(f"the page cannot be drawn: {type(error).__name__}: {error}")
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain="fedpeft watch says why where it was started.")
+            return
         if self.headers.get("If-None-Match") == tag:
             self.send_response(HTTPStatus.NOT_MODIFIED)
             self.send_header("ETag", tag)

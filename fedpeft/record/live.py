@@ -230,6 +230,7 @@ class Follower:
                 "path": str(self.path),
                 "state": word,
                 "reason": why,
+                "advice": folders.advice(self.path) if word == "interrupted" and not self._coordinators_word() else "",
                 **{key: start.get(key) for key in ("strategy", "engine", "seed")},
                 "round": number,
                 "rounds": planned,
@@ -320,8 +321,9 @@ MOST_RUNS = 16  # eight colours, drawn through and dashed
 def _pace(rounds: list[Event]) -> float | None:
     """Seconds from one round to the next, the median of the last ones: a pause before a resume does not count."""
     if len(rounds) < 2:
-        return rounds[0].get("seconds") if rounds else None
-    return statistics.median(after["time"] - before["time"] for before, after in pairwise(rounds[-RECENT - 1 :]))
+        return next((event.get("seconds") for event in rounds), None)
+    steps = [float(after["time"] - before["time"]) for before, after in pairwise(rounds[-RECENT - 1 :])]
+    return statistics.median(steps)
 
 
 def _metric(start: Event) -> dict[str, Any] | None:

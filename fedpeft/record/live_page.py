@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import time
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -20,6 +21,8 @@ from fedpeft.record.run_folder import Run
 from fedpeft.record.words import about, number, percent
 
 MOST_ROWS = 100  # clients on a page at a time
+MOST_NOTES = 3  # that stand open
+NBSP = "\u00a0"
 LONGEST_NAME, LONGEST_REASON = 100, 300  # bytes
 State = dict[str, Any]
 
@@ -71,14 +74,14 @@ def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str,
 
 def _runs(states: list[State], runs: list[Run | None]) -> str:
     """A column for each run: there are few, and a phone is narrow."""
-    facts = {
+    facts: dict[str, Callable[[State], str]] = {
         "state": lambda s: s["state"] + (f": {s['reason']}" if s["reason"] else ""),
         "strategy": lambda s: s["strategy"] or "–",
         "round": lambda s: f"{s['round']} of {s['rounds']}" if s["rounds"] else "–",
         "accuracy": lambda s: percent(s["accuracy"]),
         "loss": lambda s: number(s["loss"]),
         "clients that took part": _taking_part,
-        "quarantined": lambda s: str(sum(row["quarantined"] > 0 for row in s["clients"].values())),
+        "quarantined at least once": lambda s: str(sum(row["quarantined"] > 0 for row in s["clients"].values())),
         "epsilon, the most of any client": lambda s: number(s["epsilon_max"]),
         "MB up, MB down": lambda s: ", ".join(
             "–" if s[key] is None else number(s[key] / MB) for key in ("bytes_up", "bytes_down")
@@ -109,8 +112,8 @@ def _duration(seconds: float) -> str:
 
 
 def _clock(at: float | None) -> str:
-    """Local time. Never "so long ago": what has not changed shall read the same."""
-    return "–" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    """Local time, unbroken. Never "so long ago": what has not changed shall read the same."""
+    return "–" if at is None else time.strftime("%d %b %Y %H:%M:%S", time.localtime(at)).replace(" ", NBSP)
 
 
 def _charts(states: list[State]) -> str:
@@ -152,8 +155,13 @@ def _head(state: State) -> str:
     word = state["state"] + (f": {state['reason']}" if state["reason"] else "")
     lines = [f"<h2>{html.escape(state['run'])}</h2>"]
     if state["state"] in ("interrupted", "failed", "stopped", "waiting", "not begun"):
-        lines.append(html_note(f"This run is {shown(word, LONGEST_REASON)}."))
-    lines += [html_note(shown(text, LONGEST_REASON)) for text in (*state["problems"], *state["warnings"][:MOST_ROWS])]
+        lines.append(html_note(f"This run is {shown(word, LONGEST_REASON)}. {state['advice']}".rstrip()))
+    lines += [html_note(shown(text, LONGEST_REASON)) for text in state["problems"]]
+    warnings = [shown(text, LONGEST_REASON) for text in state["warnings"][:MOST_ROWS]]
+    if len(warnings) > MOST_NOTES:
+        lines.append(html_folded(f"{len(state['warnings'])} clients stand out", html_list(warnings)))
+    else:
+        lines += [html_note(text) for text in warnings]
     lines += [f"<p>{html.escape(text)}</p>" for text in state["headline"]]
     if state["failed_rounds"]:
         rows = [
@@ -189,7 +197,8 @@ def _clients(state: State, wanted: str) -> str:
     lines = [f"<h3>Clients: {_taking_part(state)} have taken part</h3>"]
     if not clients:
         return "".join([*lines, f"<p>{'No name contains this.' if wanted else 'None has been heard of yet.'}</p>"])
-    counts = sorted(row["rounds"] for row in clients.values())
+    silent = 0 if wanted else max(0, (state["expected_clients"] or 0) - len(clients))
+    counts = sorted([0] * silent + [row["rounds"] for row in clients.values()])
     lines.append(
         f"<p>Of {played} rounds the clients took part in {counts[0]} (fewest), "
         f"{number(quantile(counts, 0.5))} (median), {counts[-1]} (most).</p>"
@@ -199,7 +208,7 @@ def _clients(state: State, wanted: str) -> str:
     rows = [
         [
             shown(name, LONGEST_NAME),
-            f"{row['rounds']} of {played}",
+            f"{row['rounds']} of {played}".replace(" ", NBSP),
             "–" if row["last_round"] is None else str(row["last_round"]),
             _clock(row["seen"]),
             *([percent(row.get("accuracy"))] if scored else []),
