@@ -6,6 +6,7 @@ Every name and reason on it comes from elsewhere. All of it passes through `html
 from __future__ import annotations
 
 import html
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -41,27 +42,34 @@ def style() -> str:
 def page(states: list[State], parts: dict[str, str], wanted: str) -> str:
     """The whole page; `wanted` is what the names of the clients shown contain."""
     title = states[0]["run"] if len(states) == 1 else f"{len(states)} runs"
+    # Of one run what is to be known first comes first; several are put side by side before that.
+    top = ["run-0-state"] * (len(states) == 1) + ["runs", "charts"]
     body = [
         '<p id="link" role="status">This page shows what has been recorded.</p>',
         '<p><button id="pause" type="button" aria-pressed="false">Pause</button></p>',
         "<noscript><p>Without scripts the page stands still: load it again to see what is new.</p></noscript>",
         "<main>",
-        *(f'<section data-part="{key}">{inner}</section>' for key, inner in parts.items() if key in ("runs", "charts")),
+        *(_section(key, parts[key]) for key in top),
+        "<h2>Clients and rounds</h2>",
         '<form role="search"><label for="client">Clients whose name contains</label> '
         f'<input id="client" name="client" type="search" maxlength="{LONGEST_NAME}" value="{html.escape(wanted)}"> '
         "<button>Show</button></form>",
-        *(f'<section data-part="{key}">{inner}</section>' for key, inner in parts.items() if key.startswith("run-")),
+        *(_section(key, inner) for key, inner in parts.items() if key not in top),
         "</main>",
         f"<script>{asset('watch.js')}</script>",
     ]
     return html_page(f"watch: {title}", body, style(), '<link rel="icon" href="data:,">')
 
 
+def _section(key: str, inner: str) -> str:
+    return f'<section data-part="{key}">{inner}</section>'
+
+
 def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str, str]:
     """HTML by part. The keys are the same for all states of the same runs."""
     drawn = {"runs": _runs(states, runs), "charts": _charts(states)}
     for place, state in enumerate(states):
-        drawn[f"run-{place}-state"] = _head(state)
+        drawn[f"run-{place}-state"] = _head(state, len(states) == 1)
         drawn[f"run-{place}-tasks"] = _tasks(state)
         drawn[f"run-{place}-clients"] = _clients(state, wanted)
         drawn[f"run-{place}-quarantine"] = _quarantine(state, wanted)
@@ -75,8 +83,8 @@ def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str,
 def _runs(states: list[State], runs: list[Run | None]) -> str:
     """A column for each run: there are few, and a phone is narrow."""
     facts: dict[str, Callable[[State], str]] = {
-        "state": lambda s: s["state"] + (f": {s['reason']}" if s["reason"] else ""),
-        "strategy": lambda s: s["strategy"] or "–",
+        "state": _word,
+        "strategy": lambda s: shown(s["strategy"] or "–", LONGEST_NAME),
         "round": lambda s: f"{s['round']} of {s['rounds']}" if s["rounds"] else "–",
         "accuracy": lambda s: percent(s["accuracy"]),
         "loss": lambda s: number(s["loss"]),
@@ -91,7 +99,7 @@ def _runs(states: list[State], runs: list[Run | None]) -> str:
         "last event": lambda s: _clock(s["last_event"]),
         "expected end": lambda s: _clock(s["expected_end"]),
     }
-    rows = [[name, *(shown(tell(state), LONGEST_REASON) for state in states)] for name, tell in facts.items()]
+    rows = [[name, *(tell(state) for state in states)] for name, tell in facts.items()]
     heads = ["", *(state["run"] for state in states)] if len(states) > 1 else []
     known = [run for run in runs if run]
     lines = []
@@ -100,6 +108,10 @@ def _runs(states: list[State], runs: list[Run | None]) -> str:
         if unlike := side_by_side.differences(known):
             lines.append(html_folded("In what these runs are not alike", html_list(unlike)))
     return "".join(["<h2>State</h2>", *lines, html_table(heads, rows)])
+
+
+def _word(state: State) -> str:
+    return shown(state["state"] + (f": {state['reason']}" if state["reason"] else ""), LONGEST_REASON)
 
 
 def _taking_part(state: State) -> str:
@@ -151,11 +163,11 @@ def _points(state: State, key: str) -> list[tuple[int, float, object]]:
 # One run --------------------------------------------------------------------------------------------------------------
 
 
-def _head(state: State) -> str:
-    word = state["state"] + (f": {state['reason']}" if state["reason"] else "")
-    lines = [f"<h2>{html.escape(state['run'])}</h2>"]
+def _head(state: State, alone: bool) -> str:
+    """What is to be known first; with the run's name unless it is alone on the page, which has it already."""
+    lines = [] if alone else [f"<h2>{html.escape(state['run'])}</h2>"]
     if state["state"] in ("interrupted", "failed", "stopped", "waiting", "not begun"):
-        lines.append(html_note(f"This run is {shown(word, LONGEST_REASON)}. {state['advice']}".rstrip()))
+        lines.append(html_note(f"This run is {_word(state)}. {state['advice']}".rstrip()))
     lines += [html_note(shown(text, LONGEST_REASON)) for text in state["problems"]]
     warnings = [shown(text, LONGEST_REASON) for text in state["warnings"][:MOST_ROWS]]
     if len(warnings) > MOST_NOTES:
@@ -204,15 +216,15 @@ def _clients(state: State, wanted: str) -> str:
         f"{number(quantile(counts, 0.5))} (median), {counts[-1]} (most).</p>"
     )
     scored = any(row.get("accuracy") is not None for row in clients.values())
-    order = sorted(clients, key=lambda name: (not clients[name]["is_quarantined"], not _remarks(clients[name]), name))
+    order = sorted(clients, key=lambda name: (-_oddity(clients[name]), name))
     rows = [
         [
             shown(name, LONGEST_NAME),
             f"{row['rounds']} of {played}".replace(" ", NBSP),
+            _remarks(row),
             "–" if row["last_round"] is None else str(row["last_round"]),
             _clock(row["seen"]),
             *([percent(row.get("accuracy"))] if scored else []),
-            _remarks(row),
         ]
         for name, row in ((name, clients[name]) for name in order[:MOST_ROWS])
     ]
@@ -222,8 +234,14 @@ def _clients(state: State, wanted: str) -> str:
         )
     accuracy = ["accuracy on its own records"] if scored else []
     return "".join(
-        [*lines, html_table(["client", "took part", "last in round", "last seen", *accuracy, "remarks"], rows)]
+        [*lines, html_table(["client", "took part", "remarks", "last in round", "last seen", *accuracy], rows)]
     )
+
+
+def _oddity(row: dict[str, Any]) -> float:
+    """How much a client stands out: whose update was refused just now, then by how often something was amiss."""
+    often = row["quarantined"] + row["far"] + row["late"] + (row["failed"] is not None)
+    return math.inf if row["is_quarantined"] else float(often)
 
 
 def _remarks(row: dict[str, Any]) -> str:
@@ -232,11 +250,11 @@ def _remarks(row: dict[str, Any]) -> str:
     if row["quarantined"]:
         said.append("quarantined" if row["is_quarantined"] else "was quarantined")
     if row["far"]:
-        said.append(f"far beyond the others in {row['far']} rounds")
+        said.append(f"far beyond the others in {row['far']} round{'s' * (row['far'] > 1)}")
     if row["treated"]:
         said.append(shown(row["treated"], LONGEST_NAME))
     if row["late"]:
-        said.append(f"late {row['late']} times")
+        said.append(f"late {row['late']} time{'s' * (row['late'] > 1)}")
     if row["failed"]:
         said.append(shown(row["failed"], LONGEST_REASON))
     return ", ".join(said)

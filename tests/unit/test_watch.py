@@ -298,6 +298,7 @@ def test_hostile_names_and_reasons_are_text(tmp_path):
         page = ask(server, "?client=%22%3E%3Cscript%3Ealert(4)%3C/script%3E")[2]
         parts = json.loads(ask(server, "parts.json")[2])
     whole = page + "".join(parts.values())
+    assert "\\xa0" not in whole, "a time is ours, and is not escaped as what came from elsewhere"
     assert "alert(1)" in whole and "alert(2)" in whole and "alert(3)" in whole and "alert(4)" in page
     opened = re.findall(r"<([a-zA-Z!][^\s/>]*)([^>]*)>", re.sub(r"<(script|style)>.*?</\1>", r"<\1>", page, flags=re.S))
     opened += re.findall(r"<([a-zA-Z!][^\s/>]*)([^>]*)>", "".join(parts.values()))
