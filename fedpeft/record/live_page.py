@@ -174,7 +174,9 @@ def _head(state: State, alone: bool) -> str:
         lines.append(html_folded(f"{len(state['warnings'])} clients stand out", html_list(warnings)))
     else:
         lines += [html_note(text) for text in warnings]
-    lines += [f"<p>{html.escape(text)}</p>" for text in state["headline"]]
+    for text in state["headline"][:1]:
+        lines.append(f'<p class="lead">{html.escape(text)}</p>')
+    lines += [f"<p>{html.escape(text)}</p>" for text in state["headline"][1:]]
     if state["failed_rounds"]:
         rows = [
             [str(row["round"]), shown(row["reason"], LONGEST_REASON)] for row in state["failed_rounds"][-MOST_ROWS:]
