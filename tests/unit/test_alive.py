@@ -39,6 +39,7 @@ LONG = {
     "bench private": (["--out", FOLDER], "fedpeft.simulations.benchmarks.private.run"),
     "bench server": (["--out", FOLDER], "fedpeft.simulations.benchmarks.server_cost.run"),
     "bench data": (["--out", FOLDER], "fedpeft.simulations.benchmarks.data.run"),
+    "bench sites": (["--out", FOLDER], "fedpeft.simulations.benchmarks.sites.run"),
     "bench speed": (["--out", FOLDER], "fedpeft.simulations.benchmarks.speed.run"),
     "bench memory": (["--out", FOLDER], "fedpeft.simulations.benchmarks.memory.run"),
     "bench tta": (["--out", FOLDER], "fedpeft.simulations.benchmarks.tta.run"),
