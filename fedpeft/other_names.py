@@ -29,6 +29,8 @@ OTHERS: dict[str, tuple[str, str, str]] = {
     "max_grad_norm": (HF, "client.max_grad_norm", "null, and not 1.0, when left out"),
     "gradient_checkpointing": (HF, "model.gradient_checkpointing", ""),
     "bf16": (HF, "model.dtype", "bfloat16; what trains stays float32"),
+    "load_in_4bit": (HF, "model.quantization", "nf4"),
+    "load_in_8bit": (HF, "model.quantization", "int8"),
     "seed": (HF, "run.seed", ""),
     "data_seed": (HF, "run.seed", ""),
     "save_steps": (HF, "run.checkpoint_every", "in rounds"),
@@ -47,6 +49,8 @@ OTHERS: dict[str, tuple[str, str, str]] = {
     "push_to_hub": (HF, "", "fedpeft push RUN REPO, when the run is finished"),
     "hub_model_id": (HF, "", "fedpeft push RUN REPO, when the run is finished"),
     "resume_from_checkpoint": (HF, "", "fedpeft resume RUN goes on; adapter.start begins from an adapter"),
+    "beta": (TRL, "model.task_options.beta", "of model.task=preference"),
+    "dpo_beta": (OPEN, "model.task_options.beta", "of model.task=preference"),
     "model_name_or_path": (TRL, "model.name", ""),
     "model_revision": (TRL, "model.name", "a folder of that revision"),
     "torch_dtype": (TRL, "model.dtype", ""),
@@ -60,8 +64,6 @@ OTHERS: dict[str, tuple[str, str, str]] = {
     "assistant_only_loss": (TRL, "data.loss_on", "response"),
     "completion_only_loss": (TRL, "data.loss_on", "response"),
     "packing": (TRL, "", "a record is a row of its own, as privacy clips record by record"),
-    "load_in_4bit": (TRL, "model.quantization", "nf4"),
-    "load_in_8bit": (TRL, "model.quantization", "int8"),
     "bnb_4bit_quant_type": (TRL, "model.quantization", "nf4"),
     "use_bnb_nested_quant": (TRL, "model.quantization", "nf4, without it"),
     "use_peft": (TRL, "", "an adapter is always trained"),
@@ -136,8 +138,8 @@ VALUES: dict[str, tuple[str, str, str]] = {
     "8": (FLOWER, "int8", ""),
     "keep_start": (TRL, "end", "what is lost"),
     "keep_end": (TRL, "start", "what is lost"),
-    "vicuna": (OPEN, "plain", "or the path of a Jinja file, as simulations/configs/jobs/vicuna.jinja"),
-    "vicuna_v1.1": (OPEN, "plain", "or the path of a Jinja file, as simulations/configs/jobs/vicuna.jinja"),
+    "vicuna": (OPEN, "plain", "or the path of a Jinja file that writes it"),
+    "vicuna_v1.1": (OPEN, "plain", "or the path of a Jinja file that writes it"),
 }
 
 

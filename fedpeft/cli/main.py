@@ -212,11 +212,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's adapter, or with --merge the whole model, with all that others need to use it."""
-    from fedpeft.run.export import Wanted
     from fedpeft.run.export import export as run
 
-    wanted = Wanted(merge, best, round_number, base, license_id)
-    console.emit(run(run_dir, to, wanted), as_json, sharing.exported)
+    console.emit(run(run_dir, to, merge, best, round_number, base, license_id), as_json, sharing.exported)
 
 
 @app.command()

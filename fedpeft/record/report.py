@@ -34,12 +34,13 @@ APART = (
 )  # have a place of their own
 
 
-def write(run: Path) -> list[Path]:
+def write(run: str | Path) -> list[Path]:
     """Draw the plots that the run has data for into `plots/`, and write `report.html`; the files written, page last.
 
     Raises:
         InputError: a file of the run is missing or broken; names it.
     """
+    run = Path(run)
     loaded = load(run, run.resolve().name)
     folder = run / "plots"
     folder.mkdir(exist_ok=True)

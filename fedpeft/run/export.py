@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,60 +33,57 @@ from fedpeft.strategies.build import build
 log = logging.getLogger("fedpeft")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is exported of a run.
+def export(
+    run: str | Path,
+    to: str | Path,
+    merge: bool = False,
+    best: bool = False,
+    round: int | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> dict[str, Any]:
+    """Write a folder that others can use: adapter or merged model, tokenizer or processor with template, model card.
 
-    Attributes:
+    Nothing in it says where on this machine anything lies, or who the clients are; their own adapters stay in the run.
+
+    Args:
+        to: the folder, new or empty.
         merge: the whole model, in place of the adapter.
         best: the state that `run.best` has kept, in place of the last one.
         round: likewise that of a checkpoint which is still there.
         base: what others call the base model; None is the config's name for it, of a local folder its own name.
         license: of the result, for its card.
-    """
-
-    merge: bool = False
-    best: bool = False
-    round: int | None = None
-    base: str | None = None
-    license: str | None = None
-
-
-def export(run: Path, to: Path, wanted: Wanted = Wanted()) -> dict[str, Any]:
-    """Write a folder that others can use: adapter or merged model, tokenizer or processor with template, model card.
-
-    Nothing in it says where on this machine anything lies, or who the clients are; their own adapters stay in the run.
 
     Raises:
         InputError: `run` has no finished adapter, its base has become another model, or `to` is not empty.
         RunError: the model cannot be written.
     """
-    run = folders.run_folder(run)
+    run, to = folders.run_folder(run), Path(to)
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
-    with folders.filled(to, "--to") as draft, _chosen(run, config, wanted) as (source, number):
-        base = _load_base(run, config, names, needed=wanted.merge)
+    with folders.filled(to, "--to") as draft, _chosen(run, config, best, round) as (source, number):
+        loaded = _load_base(run, config, names, needed=merge)
         exported = Exported(
             run,
             config,
-            wanted.base or shareable(config.model.name, config.model.name in registry.EMBEDDED),
+            base or shareable(config.model.name, config.model.name in registry.EMBEDDED),
             number,
-            wanted.merge,
+            merge,
             bool(folder.about(source)["pooled_head"]),
             names,
-            base is not None and base.processor is not None,
-            wanted.license,
+            loaded is not None and loaded.processor is not None,
+            license,
         )
         form = (read_summary(run).get("texts") or {}).get("form")
-        settings = None if base is None else companions.write_processor(draft, base, config, form)
-        if wanted.merge and base is not None:
-            _write_merged(exported, base, source, settings, draft, to)
+        settings = None if loaded is None else companions.write_processor(draft, loaded, config, form)
+        if merge and loaded is not None:
+            _write_merged(exported, loaded, source, settings, draft, to)
         else:
             _copy_adapter(source, draft, exported.base)
         _say_quantization(exported)
         write_bytes(draft / card.NAME, card.write(exported).encode())
-        return {"model" if wanted.merge else "adapter": str(to), "notes": _notes(exported, base)}
+        return {"model" if merge else "adapter": str(to), "notes": _notes(exported, loaded)}
 
 
 def _load_base(run: Path, config: Config, names: list[str], needed: bool) -> Base | None:
@@ -181,16 +177,16 @@ def _notes(exported: Exported, base: Base | None) -> list[str]:
 
 
 @contextmanager
-def _chosen(run: Path, config: Config, wanted: Wanted) -> Iterator[tuple[Path, int]]:
+def _chosen(run: Path, config: Config, best: bool, number: int | None) -> Iterator[tuple[Path, int]]:
     """The adapter folder that is meant and its round, made of a checkpoint where it is not the last one's."""
-    if not wanted.best and wanted.round is None:
+    if not best and number is None:
         yield run / "adapter", int(read_summary(run).get("rounds") or 0)
         return
-    state = checkpoint.read(_find_state(run, config, wanted.best, wanted.round))
+    state = checkpoint.read(_find_state(run, config, best, number))
     strategy = build(config, len(label_names(run / "split.json")))
     if strategy.keeps:
         raise InputError(
-            f"--round {wanted.round}: with strategy.name={config.strategy.name} clients keep "
+            f"--round {number}: with strategy.name={config.strategy.name} clients keep "
             f"{', '.join(strategy.keeps)}, and no checkpoint holds these. Leave --round out: the last round has an "
             "adapter of each client."
         )

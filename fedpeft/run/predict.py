@@ -33,7 +33,9 @@ RECORDS, TOKENS = 64, 2**13  # of a pass
 BLOCK = 64  # questions that are answered between two signs of life
 
 
-def predict(path: Path, data: Path, out: Path, overrides: Sequence[str] = (), most: int = 64) -> dict[str, Any]:
+def predict(
+    path: str | Path, data: str | Path, out: str | Path, overrides: Sequence[str] = (), most: int = 64
+) -> dict[str, Any]:
     """Answer every record of a file.
 
     Args:
@@ -45,6 +47,7 @@ def predict(path: Path, data: Path, out: Path, overrides: Sequence[str] = (), mo
     Raises:
         InputError: the model, the file or `out` cannot be used; nothing is written.
     """
+    path, data, out = Path(path), Path(data), Path(out)
     if out.suffix not in ENDINGS:
         raise InputError(f"--out {out}: ends in {out.suffix or 'nothing'}; allowed are {' and '.join(ENDINGS)}.")
     if out.exists():

@@ -15,7 +15,7 @@ from fedpeft.adapters.flat import flat
 from fedpeft.errors import InputError, RunError
 from fedpeft.record import checkpoint
 from fedpeft.run.best import Best
-from fedpeft.run.export import Wanted, export
+from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 from fedpeft.simulations.run import resume
 
@@ -45,27 +45,27 @@ def test_the_best_round_is_kept_and_exported(tiny, tmp_path):
     assert f"Round {best} has the best loss on the clients' held-out records" in summary["headline"]
     assert checkpoint.rounds(run / "checkpoints") == [6, 7, 8]
 
-    export(run, tmp_path / "best", Wanted(best=True))
+    export(run, tmp_path / "best", best=True)
     world = load_world(configs.load(run / "resolved.yaml"), run)
     kept = checkpoint.read(checkpoint.of_round(run / "best", best)[-1])
     assert folder.load(tmp_path / "best").distance(flat(world.strategy.before_round(kept).adapter)) == 0
-    export(run, tmp_path / "seventh", Wanted(round=7))
+    export(run, tmp_path / "seventh", round=7)
     export(run, tmp_path / "last")
     adapters = [folder.load(tmp_path / name) for name in ("best", "seventh", "last")]
     assert all(one.distance(other) > 1e-3 for one in adapters for other in adapters if one is not other)
-    export(run, tmp_path / "merged", Wanted(merge=True, best=True))
+    export(run, tmp_path / "merged", merge=True, best=True)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     with pytest.raises(InputError, match=r"--round 2: no state of that round is kept.*there are: 6, 7, 8"):
-        export(run, tmp_path / "second", Wanted(round=2))
+        export(run, tmp_path / "second", round=2)
     with pytest.raises(InputError, match="give one of them"):
-        export(run, tmp_path / "second", Wanted(best=True, round=2))
+        export(run, tmp_path / "second", best=True, round=2)
 
 
 def test_another_tuner_of_peft_is_exported_with_its_own_config(tiny, tmp_path):
     config = {"adapter": "peft", "adapter.type": "IA3", "run.rounds": 2, "client.lr": 0.05}
     tiny("run", config)
-    export(tmp_path / "run", tmp_path / "last", Wanted(round=2))
-    export(tmp_path / "run", tmp_path / "first", Wanted(round=1))
+    export(tmp_path / "run", tmp_path / "last", round=2)
+    export(tmp_path / "run", tmp_path / "first", round=1)
     there, again, first = (load_file(path / folder.WEIGHTS) for path in paths(tmp_path))
     assert there.keys() == again.keys() and all(torch.equal(there[key], again[key]) for key in there)
     assert any(not torch.equal(there[key], first[key]) for key in there)
@@ -159,7 +159,7 @@ def test_what_cannot_choose_is_refused(more, words):
 
 def test_no_best_is_exported_of_a_run_that_kept_none(runs, tmp_path):
     with pytest.raises(InputError, match=r"had no run\.best to choose by"):
-        export(runs["fedit"], tmp_path / "out", Wanted(best=True))
+        export(runs["fedit"], tmp_path / "out", best=True)
 
 
 def test_only_the_best_of_what_is_resumed_is_kept_however_many_checkpoints_are(tmp_path, tiny):
@@ -179,5 +179,5 @@ def test_a_run_that_ends_early_has_its_table_of_classes(tiny, tmp_path):
 def test_a_round_of_a_run_whose_clients_keep_parts_is_not_exported(tiny, tmp_path):
     tiny("run", {"strategy.name": "fedsa", "data.holdout": 0.2, "run.keep_checkpoints": None})
     with pytest.raises(InputError, match=r"--round 1: with strategy\.name=fedsa clients keep B, head"):
-        export(tmp_path / "run", tmp_path / "one", Wanted(round=1))
+        export(tmp_path / "run", tmp_path / "one", round=1)
     assert not (tmp_path / "one").exists()

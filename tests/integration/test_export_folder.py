@@ -18,7 +18,7 @@ from fedpeft import config as configs
 from fedpeft.data.templates import find_ends, find_template
 from fedpeft.models import loading
 from fedpeft.run.card import front_matter, shareable, snippet
-from fedpeft.run.export import Wanted, export
+from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 from support import chat
 from support import small_models as small
@@ -91,8 +91,8 @@ def code_of(folder) -> str:
 def test_adapter_and_merged_model_say_the_same_in_stock_libraries_by_the_lines_of_their_cards(
     run, base, tmp_path, monkeypatch
 ):
-    export(run, tmp_path / "adapter", Wanted(base=str(base)))
-    export(run, tmp_path / "merged", Wanted(merge=True, base=str(base)))
+    export(run, tmp_path / "adapter", base=str(base))
+    export(run, tmp_path / "merged", merge=True, base=str(base))
     said = printed(code_of(tmp_path / "adapter"), tmp_path / "adapter", monkeypatch)
     assert said.strip() and said == printed(code_of(tmp_path / "merged"), tmp_path / "merged", monkeypatch)
     plain = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
@@ -103,7 +103,7 @@ def test_adapter_and_merged_model_say_the_same_in_stock_libraries_by_the_lines_o
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_folder_writes_and_ends_turns_as_the_run_did(run, tmp_path, merge):
-    export(run, tmp_path / "out", Wanted(merge=merge))
+    export(run, tmp_path / "out", merge=merge)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = loading.load(configs.load(run / "resolved.yaml").model, 1, 0).processor
     template = find_template(None, "messages", ours)
@@ -133,7 +133,7 @@ def test_a_built_in_template_and_its_mark_of_a_beginning_go_along(base, run, tmp
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_nothing_in_the_folder_says_whose_it_is(run, base, conversations, tmp_path, merge):
-    export(run, tmp_path / "out", Wanted(merge=merge))
+    export(run, tmp_path / "out", merge=merge)
     secrets = [SECRET, "letters", str(base.parent), str(run), str(tmp_path), "/tmp/", "of them."]
     for path in (tmp_path / "out").rglob("*"):
         if path.is_file():
@@ -145,7 +145,7 @@ def test_nothing_in_the_folder_says_whose_it_is(run, base, conversations, tmp_pa
 
 
 def test_the_card_is_the_hubs(run, tmp_path):
-    result = export(run, tmp_path / "out", Wanted(base="ada/decoder", license="apache-2.0"))
+    result = export(run, tmp_path / "out", base="ada/decoder", license="apache-2.0")
     text = (tmp_path / "out" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     about = yaml.safe_load(front)
@@ -235,7 +235,7 @@ def scores(run, text):
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_lines_of_the_card_restore_a_mean_pooled_head(pooled, tmp_path, monkeypatch, merge):
     run, base = pooled
-    result = export(run, tmp_path / "out", Wanted(merge=merge, base=str(base)))
+    result = export(run, tmp_path / "out", merge=merge, base=str(base))
     assert any("mean-pooled" in note for note in result["notes"])
     lines = code_of(tmp_path / "out")
     assert "fedpeft" not in lines and len(lines.strip().splitlines()) <= 13
@@ -247,7 +247,7 @@ def test_the_lines_of_the_card_restore_a_mean_pooled_head(pooled, tmp_path, monk
 def test_a_merged_mean_pooled_model_is_a_folder_of_sentence_transformers(pooled, tmp_path):
     """By hand what each module of modules.json does, as sentence-transformers documents it, and by it where it is."""
     run, _ = pooled
-    export(run, tmp_path / "out", Wanted(merge=True))
+    export(run, tmp_path / "out", merge=True)
     steps = json.loads((tmp_path / "out" / "modules.json").read_text())
     names = [step["type"].rpartition(".")[2] for step in steps]
     assert names == ["Transformer", "Pooling", "Normalize", "Dense"] and [step["idx"] for step in steps] == [0, 1, 2, 3]
@@ -260,16 +260,6 @@ def test_a_merged_mean_pooled_model_is_a_folder_of_sentence_transformers(pooled,
     unit = torch.nn.functional.normalize(hidden.mean(1), dim=-1)
     found = unit @ dense["linear.weight"].T + dense["linear.bias"]
     torch.testing.assert_close(found[0], scores(run, "A text."), atol=1e-4, rtol=1e-4)
-
-
-def test_sentence_transformers_loads_it_whole(pooled, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    run, _ = pooled
-    export(run, tmp_path / "out", Wanted(merge=True))
-    model = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    torch.testing.assert_close(
-        model.encode("A text.", convert_to_tensor=True), scores(run, "A text."), atol=1e-4, rtol=1e-4
-    )
 
 
 def test_a_classifiers_lines_ask_for_as_many_outputs_as_it_has(run):

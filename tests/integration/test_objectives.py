@@ -13,7 +13,7 @@ import transformers
 from fedpeft import config as configs
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
-from fedpeft.run.export import Wanted, export
+from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 from support import objectives
 from support import small_models as small
@@ -74,7 +74,7 @@ def test_a_run_and_what_stock_libraries_make_of_it(name, job, tiny, tmp_path):
     frozen = next(event for event in started if event["event"] == "evaluate" and event["round"] == 0)
     assert last(run)["loss"] < frozen["loss"], "nothing was learned"
 
-    export(run, tmp_path / "merged", Wanted(merge=True))
+    export(run, tmp_path / "merged", merge=True)
     merged = getattr(transformers, load_objective(name).auto_class).from_pretrained(tmp_path / "merged").eval()
     inputs, _ = world.test_encoded.batch(np.arange(3))
     with torch.no_grad():

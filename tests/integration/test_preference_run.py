@@ -17,7 +17,7 @@ from fedpeft.deploy import build
 from fedpeft.deploy.site import worker
 from fedpeft.errors import InputError
 from fedpeft.record.metrics import read
-from fedpeft.run.export import Wanted, export
+from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 from fedpeft.simulations.run import resume
 from support import by_hand, objectives
@@ -80,7 +80,7 @@ def test_the_reference_stays_the_base_that_the_run_began_with_also_where_a_strat
 ):
     config = {**job, "strategy": strategy, "client.lr": 0.05}
     tiny("run", config)
-    export(tmp_path / "run", tmp_path / "merged", Wanted(merge=True))
+    export(tmp_path / "run", tmp_path / "merged", merge=True)
     data = load_world(configs.load(tmp_path / "run" / "resolved.yaml"), tmp_path / "run").test_encoded
     model, reference = stock(tmp_path / "merged"), stock(base)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from fedpeft import simulate
-from fedpeft.run.export import Wanted, export
+from fedpeft.run.export import export
 from support import fake_hub
 
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 def folder(run, tmp_path_factory):
     """Its exported adapter."""
     out = tmp_path_factory.mktemp("exported") / "out"
-    export(run, out, Wanted(base="ada/base"))
+    export(run, out, base="ada/base")
     return out
 
 

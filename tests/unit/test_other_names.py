@@ -11,17 +11,20 @@ import transformers
 from fedpeft.clients.optimizers.adamw import AdamW
 from fedpeft.config import Config, load, options_of
 from fedpeft.errors import InputError
+from fedpeft.objectives.preference import Preference
 from fedpeft.other_names import FLOWER, HF, OTHERS, PEFT, VALUES
 
 
 def known_keys():
-    """Every key of ours, and `client.optimizer_options` with those of the default optimizer; "" is none."""
+    """Every key of ours, and `client.optimizer_options` with those of the default optimizer, `model.task_options` with
+    those of preferences; "" is none."""
     yield ""
     for section in dataclasses.fields(Config):
         yield section.name
         for item in dataclasses.fields(section.default_factory):
             yield f"{section.name}.{item.name}"
     yield from (f"client.optimizer_options.{name}" for name in options_of(AdamW))
+    yield from (f"model.task_options.{name}" for name in options_of(Preference))
 
 
 def test_every_one_of_ours_is_a_key():

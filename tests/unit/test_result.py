@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 
 import fedpeft
@@ -70,6 +71,16 @@ def test_what_fedpeft_offers_can_be_found_and_is_imported_when_used():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'simulat'"):
         _ = fedpeft.simulat
+
+
+def test_a_result_is_used_from_python_by_names_of_files(result, tmp_path):
+    run = str(result.folder)
+    assert fedpeft.export(run, str(tmp_path / "adapter"))["adapter"] == str(tmp_path / "adapter")
+    assert fedpeft.export(run, str(tmp_path / "model"), merge=True)["model"] == str(tmp_path / "model")
+    assert fedpeft.report(run)[-1] == result.folder / "report.html"
+    (tmp_path / "photos").mkdir()
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "photos" / "1.png")
+    assert fedpeft.predict(run, str(tmp_path / "photos"), str(tmp_path / "says.csv"))["records"] == 1
 
 
 def test_folders_are_aggregated_from_python_with_numbers_and_options(result, tmp_path):
