@@ -169,7 +169,7 @@ TABLES: dict[str, dict[str, str]] = {
         "client_half": "fedpeft.strategies.client:check",
         "training": "fedpeft.clients.training_checks:check",
         "fedthe": "fedpeft.strategies.wrappers.fedthe:check",
-        "conversations": "fedpeft.data.conversations:check",
+        "wording": "fedpeft.data.wording:check",
         "best": "fedpeft.run.best:check",
         "traffic": "fedpeft.run.traffic:check",
     },

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.data.conversations import Turn, Wording, dump
+from fedpeft.data.conversations import Turn, dump
 from fedpeft.data.records import Records
+from fedpeft.data.wording import Wording
 
 WORDS = ("apple", "bridge", "candle", "donkey", "ember", "forest", "garden", "harbour", "island", "jungle", "kettle")
 TASKS: dict[str, Callable[[list[str], list[int]], tuple[str, str]]] = {

@@ -13,10 +13,10 @@ import numpy as np
 
 from fedpeft.data import pictures
 from fedpeft.data.columns import Natural
-from fedpeft.data.conversations import Wording
 from fedpeft.data.photos import Pictures
 from fedpeft.data.ragged import BLOCK, Texts, TextWriter, mapped_texts
 from fedpeft.data.skipped import Skipped
+from fedpeft.data.wording import Wording
 
 
 @dataclass(frozen=True)

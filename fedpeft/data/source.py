@@ -18,12 +18,12 @@ from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
 from fedpeft.data import answers, columns, conversations, photos, prepare, skipped, tables, tagged
 from fedpeft.data.cache import Cache, code, content
-from fedpeft.data.conversations import Wording
 from fedpeft.data.ragged import Texts
 from fedpeft.data.readers import ending
 from fedpeft.data.reading import Reading
 from fedpeft.data.records import Records, open_records, save_records
 from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.wording import Wording
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from fedpeft.config import DataConfig
 from fedpeft.data import columns, photos, readers, skipped, tables, tagged
-from fedpeft.data.conversations import FORMS, Form, Malformed, Turn, Wording, dump
+from fedpeft.data.conversations import FORMS, Form, Malformed, Turn, dump
 from fedpeft.data.ragged import Texts
 from fedpeft.data.reading import Reading, parse_format
 from fedpeft.data.records import Records
+from fedpeft.data.wording import Wording
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 

@@ -21,7 +21,7 @@ from fedpeft import extras, foreign
 from fedpeft.clients import policy as policies
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.config import Config
-from fedpeft.data.conversations import TEMPLATES
+from fedpeft.data.wording import TEMPLATES
 from fedpeft.deploy import settings
 from fedpeft.deploy.settings import Site
 from fedpeft.errors import InputError

@@ -22,12 +22,12 @@ from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
 from fedpeft.data import from_python, source, split
 from fedpeft.data.cache import FOLDER, Cache
-from fedpeft.data.conversations import require_asked
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.partition import Column
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
 from fedpeft.data.split import client_name
+from fedpeft.data.wording import require_asked
 from fedpeft.errors import InputError
 from fedpeft.models import agreement
 from fedpeft.run import identity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.data import conversations, templates
+from fedpeft.data import templates, wording
 from fedpeft.data.templates import NotWritten, Template, Written
 from fedpeft.errors import InputError
 from support import chat
@@ -118,11 +118,11 @@ def test_which_template_is_taken_and_what_it_is_called(tmp_path):
 
 
 def test_a_name_that_is_no_template_is_refused_with_those_that_are(tmp_path):
-    conversations.require_template(None)
-    assert tuple(templates.BUILT_IN) == conversations.TEMPLATES
-    conversations.require_template("plain")
+    wording.require_template(None)
+    assert tuple(templates.BUILT_IN) == wording.TEMPLATES
+    wording.require_template("plain")
     with pytest.raises(InputError, match=r"data\.template: 'alpacca' is not known. Did you mean 'alpaca'.*Jinja file"):
-        conversations.require_template("alpacca")
+        wording.require_template("alpacca")
     (tmp_path / "x.jinja").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="not readable as a Jinja file"):
         templates.find_template(str(tmp_path / "x.jinja"), "messages", chat.tokenizer(""))

@@ -20,8 +20,8 @@ from fedpeft import folders
 from fedpeft.clients.reference import with_reference
 from fedpeft.config import Config
 from fedpeft.data import source
-from fedpeft.data.conversations import require_asked
 from fedpeft.data.encode import encode
+from fedpeft.data.wording import require_asked
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.coordinator.flower import Task
