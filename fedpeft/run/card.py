@@ -30,6 +30,7 @@ NAME = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForImageClassification": "image-classification",
@@ -140,7 +141,7 @@ def front_matter(exported: Exported) -> str:
     return ModelCardData(
         base_model=exported.base if HUB_ID.fullmatch(exported.base) and not Path(exported.base).exists() else None,
         library_name=pooled_name if exported.pooled else "transformers" if exported.merged else "peft",
-        pipeline_tag=None if exported.pooled else PIPELINES[exported.objective.auto_class],
+        pipeline_tag=None if exported.pooled else PIPELINES.get(exported.objective.auto_class),
         license=exported.license,
         datasets=datasets,
         tags=tags,

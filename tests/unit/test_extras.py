@@ -34,7 +34,7 @@ def test_each_extra_has_its_packages_and_the_core_has_none():
         assert package in there, package
         assert not any(package in entry for entry in PROJECT["dependencies"])
     assert OPTIONAL["ray"] == ["flwr[simulation]" + next(e for e in PROJECT["dependencies"] if "flwr" in e)[4:]]
-    assert f"fedpeft[{','.join(dict.fromkeys(extras.EXTRAS.values()))}]" in OPTIONAL["dev"]
+    assert f"fedpeft[{','.join(dict.fromkeys(extras.EXTRAS.values()))},docs]" in OPTIONAL["dev"]
 
 
 def test_who_asks_for_it_is_told_what_to_install(lacking, tiny):
