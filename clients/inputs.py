@@ -12,10 +12,11 @@ from torch import Tensor
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.train import on_device, per_sample_loss
+from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.data.stored import Stored
 from fedpeft.models import agreement
-from fedpeft.objectives.base import IGNORE, by_token
+from fedpeft.objectives.base import IGNORE, by_token, load_objective
 from fedpeft.privacy.gradients import verify
 
 DRAWN = 3
@@ -82,6 +83,12 @@ def verify_gradients(model: Adapted, like: Encoded, roles: tuple[str, ...], leng
             model.base.objective.rows,
         )
     model.base.backbone.eval()
+
+
+def draw_anew(config: Config, data: Encoded, seed: int) -> Encoded:
+    """The records as a round of training shows them: pictures changed, or other tokens hidden, by its seed."""
+    draws = config.data.augment or load_objective(config.model.task).redrawn
+    return data.augmented(seed) if draws else data
 
 
 def words_of(model: Adapted) -> int:

@@ -178,9 +178,7 @@ class Local:
         # Derived from names, not drawn from a generator: who else runs in this process, and when, changes nothing.
         seed = seeds.derive(self.config.run.seed, "round", told.round, "client", client)
         mixed = sequence.mix_replay(self.train_data[client], told, self.config.client, seed)
-        shown = data if mixed is None else mixed
-        if self.config.data.augment or self.model.base.objective.redrawn:
-            shown = shown.augmented(seed)
+        shown = inputs.draw_anew(self.config, data if mixed is None else mixed, seed)
         clock = Clock(max(told.round, 1), self.config.run.rounds)
         visit = Visit(client, self.config.client, self.model, received, start, kept, shown, seed, clock=clock)
         offset: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.data.ragged import runs
 from fedpeft.data.stored import Tokens
+from fedpeft.models import agreement
 
 TOGETHER = 64  # records of a pass
 
@@ -42,12 +43,12 @@ def with_reference(config: Config, model: Adapted, data: Encoded) -> Encoded:
 
 @torch.no_grad()
 def _scored(model: Adapted, data: Encoded) -> Encoded:
-    """The records with the model's scores as labels, NaN where there is nothing to learn."""
+    """The records with the model's scores as labels, NaN where nothing can be learned, or the model cannot take it."""
     stored = data.stored
     assert isinstance(stored, Tokens)
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
-    teaching = data.teaching()
+    teaching = np.intersect1d(data.teaching(), _known(model, data))
     order = teaching[np.argsort(-data.lengths[teaching], kind="stable")]
     labels = torch.full_like(stored.labels_of(None), torch.nan)
     done = 0
@@ -59,3 +60,14 @@ def _scored(model: Adapted, data: Encoded) -> Encoded:
     scored = copy.copy(data)
     scored.stored = Tokens(stored.columns, stored.fillers, labels)
     return scored
+
+
+def _known(model: Adapted, data: Encoded) -> np.ndarray:
+    """Numbers of the records whose tokens the model knows, which are all but at a private site: there one that it does
+    not know must change nothing for the others (`inputs.usable`), so it is no error here either.
+    """
+    words = agreement.rows_of(model.base.backbone)
+    if words is None:
+        return np.arange(len(data))
+    each = [(block.inputs["input_ids"] < words).all(1).numpy() for block in data.blocks()]
+    return np.flatnonzero(np.concatenate(each)) if each else np.arange(0)

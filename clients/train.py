@@ -39,6 +39,8 @@ log = logging.getLogger("fedpeft")
 EVALUATED = 2**15  # tokens of a pass
 SCORES = 2**26  # numbers that a pass of a language model gives out: 256 MB, and twice as much again in its loss
 
+Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen
+
 
 @dataclass(frozen=True)
 class Private:
@@ -100,11 +102,7 @@ def train(
     # Dropout draws from torch's global generator; forked, what runs before and after draws as if nothing had been.
     with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
-        if private is None:
-            rng = None if in_order else seeds.numpy_generator(seed, "batches")
-            gradients_of_steps = plain_steps(model, data, parameters, config, rng, device)
-        else:
-            gradients_of_steps = private_steps(model, data, parameters, config, private, device)
+        gradients_of_steps = steps_to_take(model, data, parameters, config, seed, private, in_order)
         # Rates first: past the last one no noise is drawn. A private round of fewer steps is for the audit to judge.
         for rate, (gradients, loss) in zip(rates, gradients_of_steps, strict=private is None):
             set_gradients(parameters, gradients, start, config, proximal, offset)
@@ -117,6 +115,23 @@ def train(
     if moments is not None:
         moments.update(read_state(optimizer, parameters))
     return steps, mean_loss(losses, private)
+
+
+def steps_to_take(
+    model: Adapted,
+    data: Encoded,
+    parameters: dict[str, nn.Parameter],
+    config: ClientConfig,
+    seed: int,
+    private: Private | None,
+    in_order: bool,
+) -> Iterator[Gradients]:
+    """The gradients of a round's steps, private or plain; arguments as of `train`."""
+    device = next(iter(parameters.values())).device
+    if private is not None:
+        return private_steps(model, data, parameters, config, private, device)
+    rng = None if in_order else seeds.numpy_generator(seed, "batches")
+    return plain_steps(model, data, parameters, config, rng, device)
 
 
 def mean_loss(losses: list[Tensor], private: Private | None) -> float:
@@ -159,9 +174,6 @@ def taught(data: Encoded, private: Private | None) -> Encoded:
         raise RunError(f"none of {len(data)} texts has a token to predict, so there is nothing to train on.")
     log.warning("%d of %d texts have nothing to predict and are left out", len(data) - len(teaching), len(data))
     return data.view(teaching)
-
-
-Gradients = tuple[dict[str, Tensor], list[Tensor]]  # by parameter name, and the losses seen
 
 
 def plain_steps(

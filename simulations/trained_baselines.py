@@ -1,9 +1,9 @@
 """Models that were trained without a federation, as rows beside a run: every client alone, and one on all records.
 
-Both start where the run starts and train the roles that it trains, by its own optimizer, rates, batches, augmentation
-and seeds, for all of its rounds and without noise. In `local` nothing is ever averaged: each client's model is scored
-on the common test set (the row is their mean) and, where clients hold records out, on its own. `central` is one client
-that has all clients' records: as many passes over them, or `clients` times as many steps.
+Both start where the run starts and train the roles that it trains, by its own optimizer, rates, batches, seeds
+and draws (augmentation, hidden tokens), for all of its rounds and without noise. In `local` nothing is ever averaged:
+each client's model is scored on the common test set (the row is their mean) and, where clients hold records out, on its
+own. `central` is one client that has all clients' records: as many passes over them, or `clients` times as many steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fedpeft import progress, seeds
+from fedpeft.clients.inputs import draw_anew
 from fedpeft.clients.rates import Clock
 from fedpeft.clients.train import evaluate, train
 from fedpeft.record.measured import mean_over_clients
@@ -69,7 +70,7 @@ def train_alone(world: World, client: str, data: Encoded, config: ClientConfig) 
     for number in range(1, run.rounds + 1):
         seed = seeds.derive(run.seed, "round", number, "client", client)
         roles = world.strategy.trained(replace(server, round=number - 1))
-        shown = data.augmented(seed) if world.config.data.augment else data
+        shown = draw_anew(world.config, data, seed)
         train(model, shown, roles, config, seed, clock=Clock(number, run.rounds), moments=moments)
 
 

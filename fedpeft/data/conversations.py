@@ -20,15 +20,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedpeft import registry
 from fedpeft.data.columns import ASKED, PARTNERS, missing
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
-
-if TYPE_CHECKING:
-    pass
 
 Turn = tuple[str, str]  # role (system, user or assistant) and content
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}

@@ -158,16 +158,16 @@ def encode_pairs(
         pairs = [parse_pair(text) for text in block]
         since = [count_shared(*pair) for pair in pairs for _ in pair]
         written = encoder.write([turns for pair in pairs for turns in pair], since)
-        for place, ((first, *_), _) in enumerate(pairs):
+        for place, ((asked, *_), _) in enumerate(pairs):
             both: list[Row] = []
             for side in written[2 * place : 2 * place + 2]:
-                both.append(encoder.cut(side, repr(first[1][:40]), len(teaches)))
+                both.append(encoder.cut(side, repr(asked[1][:40]), len(teaches)))
                 if not any(both[-1][1]):  # without an answer there is nothing to compare
                     both = both[-1:]
                     break
             teaches.append(len(both) == 2)
             ids.extend([[token for row, _ in both for token in row]])
-            parts.extend([[1 + 2 * place + mark for place, (_, marks) in enumerate(both) for mark in marks]])
+            parts.extend([[first + mark for first, (_, marks) in zip((1, 3), both, strict=False) for mark in marks]])
     notes = encoder.say("pairs of conversations", 2 * len(records), "the answers in which they differ")
     columns, fillers = encoder.columns(ids.finish())
     return {**columns, PART: parts.finish()}, fillers, np.array(teaches, dtype=bool), notes

@@ -53,9 +53,14 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     """Load and freeze the base model of a config; a head that the checkpoint lacks is drawn from `seed`.
 
     Raises:
-        InputError: unknown name, a model that is not prepared, a folder or hub id that transformers cannot load, or a
-            model for another task.
+        InputError: unknown name or dtype, a model that is not prepared, a folder or hub id that transformers cannot
+            load, or a model for another task.
     """
+    if config.dtype not in DTYPES:
+        raise InputError(
+            f"model.dtype={config.dtype}: only a new simulation finds out which it is, and writes it down. Set "
+            f"model.dtype={' or '.join(DTYPES)}."
+        )
     import_kernels()
     objective = load_objective(config.task, config.task_options)
     if config.name in registry.EMBEDDED and not _has_embedded(config.name, objective):

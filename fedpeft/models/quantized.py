@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -33,6 +35,7 @@ from fedpeft.data import prepare
 from fedpeft.errors import InputError
 
 PARAMETERS = ("Params4bit", "Int8Params")  # bitsandbytes' classes of weights, by name: it is an extra
+IMPORTING = threading.Lock()  # two at once would put each other's substitute back as torch's compiler
 
 
 def check(config: Config) -> None:
@@ -100,16 +103,21 @@ def _config_file(name: str) -> Path:
 
 def import_kernels() -> None:
     """Import bitsandbytes, where it is installed, before peft does, without the compiler that it would load for CPUs
-    and not use here: that is 3 seconds of every process.
+    and not use here: that is 3 seconds of every process. What other threads compile meanwhile is compiled.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
-    compiler = torch.compile
-    torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
-    try:
-        importlib.import_module("bitsandbytes")
-    finally:
-        torch.compile = compiler
+    with IMPORTING:
+        compiler, thread = torch.compile, threading.get_ident()
+
+        def compile_elsewhere(function: Any = None, **options: Any) -> Any:
+            return function if threading.get_ident() == thread else compiler(function, **options)
+
+        torch.compile = compile_elsewhere  # type: ignore[assignment]
+        try:
+            importlib.import_module("bitsandbytes")
+        finally:
+            torch.compile = compiler
 
 
 def loading_settings(kind: str | None, kept: list[str] | None = None) -> dict[str, Any]:

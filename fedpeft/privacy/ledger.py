@@ -209,7 +209,9 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
     files = sorted(folder.glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
     if not files:
         raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
-    accounts = accounts_in(folder) if path.is_dir() else {"": accounts_of(folder, client_of(path.stem))}
+    client = client_of(path.stem)
+    beside = [ledger for ledger in accounts_of(folder, client) if ledger.path != path]
+    accounts = accounts_in(folder) if path.is_dir() else {client: [Ledger(path), *beside]}
     table: dict[str, Any] = {}
     largest = 0.0
     for ledgers in accounts.values():

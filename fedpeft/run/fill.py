@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -33,8 +34,12 @@ def fill_in(trained: Trained, records: Records) -> list[dict[str, Any]]:
         hidden = inputs["input_ids"][0] == tokenizer.mask_token_id
         likeliest = base.forward(inputs)[0, hidden].argmax(-1).tolist() if hidden.any() else []
         words = [str(tokenizer.decode([token])).strip() for token in likeliest]
-        for word in words:
-            text = text.replace(tokenizer.mask_token, word, 1)
-        rows.append({"text": text, "words": words})
+        rows.append({"text": _put_in(text, tokenizer.mask_token, words), "words": words})
         progress.step("records", number, len(records))
     return rows
+
+
+def _put_in(text: str, mask: str, words: list[str]) -> str:
+    """In one pass over the text: a word may be the mask itself."""
+    each = iter(words)
+    return re.sub(re.escape(mask), lambda found: next(each, found[0]), text)

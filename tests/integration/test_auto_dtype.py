@@ -108,6 +108,11 @@ def test_a_named_dtype_is_not_timed(machine):
     assert settle_dtype(config) == "" and config.model.dtype == "float32" and not made.asked
 
 
+def test_what_is_loaded_without_a_run_has_a_named_dtype():
+    with pytest.raises(InputError, match=r"model\.dtype=auto: only a new simulation .* Set model\.dtype=float32 or bf"):
+        loading.load(ModelConfig(name="tiny-bert", task="sequence-classification", dtype="auto"), 2, 0)
+
+
 @pytest.mark.parametrize("strategy", ["flora", "fedex"])
 def test_a_strategy_that_moves_the_base_gets_float32_and_its_reason(machine, caplog, strategy):
     config = configs.load({"strategy": strategy}, AUTO)

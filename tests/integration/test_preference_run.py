@@ -128,6 +128,21 @@ def test_a_site_asks_its_own_base_of_its_own_records(job, base, tmp_path):
                 torch.testing.assert_close(labels[0].double(), CASE.stock(stock(base), inputs), atol=1e-4, rtol=1e-4)
 
 
+def test_a_record_that_the_model_does_not_know_takes_no_other_with_it(job, base, tmp_path):
+    """At a private site it must not show, so it has no reference there, and as if it were none."""
+    config = configs.load({}, {**job, "data.partition": "iid"})
+    model = build.bare(config, tmp_path / "site", ["all"]).local.model
+    data, _ = worker.load_data(config, "clinic", model.base.processor)
+    whole = with_reference(config, model, data).labels
+    ids = data.stored.ids
+    ids.values = ids.values.copy()
+    ids.values[ids.ends[data.rows[2]]] = 2**16 - 1
+    found = with_reference(config, model, data).labels
+    others = np.arange(len(data)) != 2
+    assert found[2].isnan().all() and torch.isfinite(whole).all()
+    torch.testing.assert_close(found[others], whole[others], atol=1e-4, rtol=1e-4)
+
+
 def test_sites_that_do_not_have_the_start_do_not_compare_with_it(job, tiny, tmp_path):
     tiny("first", {**job, "run.rounds": 1})
     start = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fedpeft import config as configs
+from fedpeft import seeds
 from fedpeft.cli import console
 from fedpeft.config import Config
 from fedpeft.errors import InputError
@@ -29,6 +31,18 @@ def test_they_see_the_pictures_as_augmented_as_the_clients_do(tiny):
     found = summary["baselines"]
     assert found["local"] == found["central"] == summary["final"]["accuracy"]
     assert found["local"] != tiny("plain", alone)["baselines"]["local"]
+
+
+def test_they_have_the_tokens_hidden_that_a_client_has_in_each_round(tmp_path, monkeypatch):
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "patient {place} is well"}}\n' for place in range(30)))
+    task = {"model.name": "tiny-bert", "model.task": "masked-lm", "data.source": str(tmp_path / "texts.jsonl")}
+    world = load_world(configs.load({}, {**task, "data.partition": "iid", "run.rounds": 2}), tmp_path / "run")
+    (client, data), seen = next(iter(world.local.train_data.items())), []
+    monkeypatch.setattr(rows, "train", lambda model, shown, *_, **__: seen.append(shown.labels))
+    rows.train_alone(world, client, data, world.config.client)
+    each = [seeds.derive(world.config.run.seed, "round", number, "client", client) for number in (1, 2)]
+    assert all(torch.equal(labels, data.augmented(seed).labels) for labels, seed in zip(seen, each, strict=True))
+    assert not torch.equal(*seen)
 
 
 def test_of_several_clients_each_is_trained_on_its_own_records_alone(tiny, tmp_path):

@@ -60,6 +60,16 @@ def test_one_file_is_accounted_alone(run):
     assert found["epsilon_max"] == row(TWO, 1)["epsilon"]
 
 
+def test_a_file_of_another_name_is_accounted_as_what_it_holds(run):
+    """As a copy that somebody has put away beside the ledger."""
+    copy = run / "ledger" / "client-001.bak"
+    copy.write_bytes((run / "ledger" / "client-000.jsonl").read_bytes())
+    found = account(copy, DELTA, "rdp")
+    assert found["ledgers"] == {"client-001": row(ONE, 2)}
+    assert found["epsilon_max"] == row(ONE, 2)["epsilon"]
+    assert account(run, DELTA, "rdp")["ledgers"] == {"client-000": row(ONE, 2), "client-001": row(TWO, 1)}
+
+
 def test_delta_and_accountant_are_those_asked_for(run):
     """The same releases cost more at a smaller delta, and by the looser accountant."""
     plain = account(run, DELTA)

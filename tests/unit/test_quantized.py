@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from fedpeft import registry
 from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError
 from fedpeft.models import loading
-from fedpeft.models.quantized import is_quantized, loading_settings, stated_kind
+from fedpeft.models.quantized import import_kernels, is_quantized, loading_settings, stated_kind
 from fedpeft.strategies.build import build
 from support import small_models as small
 from support.classified import STAY_CENTRAL
@@ -129,6 +132,27 @@ def test_a_weight_in_few_bits_cannot_be_written(quantized):
     with pytest.raises(InputError, match=r"q_proj is kept in few bits"):
         base.weight("model.layers.0.self_attn.q_proj")
     assert base.weight("lm_head").shape == base.values("lm_head").shape
+
+
+def test_others_may_compile_while_the_kernels_are_imported_and_afterwards_torch_is_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: ("compiled", function, options))
+    before, seen = torch.compile, []
+
+    def take(name):
+        seen.append((name, torch.compile("mine"), run_in_thread(lambda: torch.compile("theirs", dynamic=True))))
+        raise ImportError("no such library")
+
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.setattr(importlib, "import_module", take)
+    with pytest.raises(ImportError, match="no such library"):
+        import_kernels()
+    assert seen == [("bitsandbytes", "mine", ("compiled", "theirs", {"dynamic": True}))]
+    assert torch.compile is before
+
+
+def run_in_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 # Who may run over one -------------------------------------------------------------------------------------------------
