@@ -110,6 +110,7 @@ OTHERS: dict[str, tuple[str, str, str]] = {
     "checkpoint_step": (OPEN, "run.checkpoint_every", ""),
     "dataset_sample": (OPEN, "data.limit", ""),
     "local_data_dir": (OPEN, "data.source", "the file or folder itself"),
+    "template": (OPEN, "data.template", ""),
     "multi_turn_task": (OPEN, "", "the columns of the data say it"),
     "log_with": (OPEN, "run.trackers", ""),
 }
@@ -138,8 +139,7 @@ VALUES: dict[str, tuple[str, str, str]] = {
     "8": (FLOWER, "int8", ""),
     "keep_start": (TRL, "end", "what is lost"),
     "keep_end": (TRL, "start", "what is lost"),
-    "vicuna": (OPEN, "plain", "or the path of a Jinja file that writes it"),
-    "vicuna_v1.1": (OPEN, "plain", "or the path of a Jinja file that writes it"),
+    "vicuna_v1.1": (OPEN, "vicuna", ""),
 }
 
 

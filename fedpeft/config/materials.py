@@ -100,8 +100,8 @@ class DataConfig:
     )
     template: str | None = option(
         None,
-        "how conversations are written: alpaca, chatml, plain, or the path of a Jinja file; null is the tokenizer's "
-        "own template, and where it has none alpaca for instructions, plain for all else",
+        "how conversations are written: alpaca, chatml, plain, vicuna, or the path of a Jinja file; null is the "
+        "tokenizer's own template, and where it has none alpaca for instructions, plain for all else",
         path=True,
     )
     loss_on: str = option(

@@ -36,7 +36,16 @@ PLAIN = (
     "{% for message in messages %}{{ message.content }}"
     "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
 )
-BUILT_IN = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN}
+# Version 1.1, in the words that such models were tuned with; a system turn takes the place of the first sentences.
+VICUNA = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}A chat between a curious user and an "
+    "artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's "
+    "questions.{% endif %}{{ ' ' }}{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ 'USER: ' + message.content + ' ' }}{% elif message.role == 'assistant' %}"
+    "{{ 'ASSISTANT: ' + message.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+BUILT_IN = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN, "vicuna": VICUNA}
 CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
 
 

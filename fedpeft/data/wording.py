@@ -15,7 +15,7 @@ from fedpeft.objectives.base import load_objective
 if TYPE_CHECKING:
     from fedpeft.config import Config, DataConfig
 
-TEMPLATES = ("alpaca", "chatml", "plain")  # of `fedpeft.data.templates`
+TEMPLATES = ("alpaca", "chatml", "plain", "vicuna")  # of `fedpeft.data.templates`
 OF_LANGUAGE_MODELS = ("columns", "template", "loss_on", "truncate", "skip_bad")  # keys of `data`
 
 

@@ -209,7 +209,7 @@ def test_a_cache_keeps_form_and_labels_and_knows_another_template(tmp_path):
             {"columns": {"messages": "chat"}, "text": "body"},
             "data.text=body and data.columns={messages: chat}",
         ),
-        ("causal-lm", {"template": "vicuna"}, "data.template: 'vicuna' is not known"),
+        ("causal-lm", {"template": "zephyr"}, "data.template: 'zephyr' is not known"),
         ("causal-lm", {"truncate": "middle"}, "data.truncate"),
     ],
 )

@@ -99,6 +99,33 @@ def test_own_templates_have_the_tokenizers_start_and_an_end(bos):
     assert tokenizer.decode(again.ids) == alpaca + "\n\n### Instruction:\nHow?\n\n### Response:\nSo.</s>"
 
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+
+
+@pytest.mark.parametrize(
+    "turns", [ONE, SYSTEM, THREE, [*ONE, *ONE], LONG], ids=["one", "system", "user last", "two", "odd"]
+)
+@pytest.mark.parametrize("bos", [False, True])
+def test_vicunas_words_are_those_written_piece_by_piece(turns, bos):
+    """USER: ... ASSISTANT: ...</s>USER: ..., of which each answer is learned, its space and its end token with it."""
+    tokenizer = chat.tokenizer("", bos=bos)
+    pieces = [("<s>" * bos, False), (f"{turns[0][1]} " if turns is SYSTEM else VICUNA, False)]
+    for role, content in turns[turns is SYSTEM :]:
+        pieces += (
+            [(f"USER: {content} ", False)] if role == "user" else [("ASSISTANT:", False), (f" {content}</s>", True)]
+        )
+    ids, learned = chat.by_characters(tokenizer, pieces)
+    assert written(turns, tokenizer, "vicuna") == Written(ids, learned)
+    everything = written(turns, tokenizer, "vicuna", loss_on="all")
+    assert everything == Written(ids, [True] * len(ids))
+    template = templates.find_template("vicuna", "messages", tokenizer)
+    assert template.write(ONE[:1], tokenizer, answering=True).endswith(f"questions. USER: {ONE[0][1]} ASSISTANT:")
+    assert templates.find_ends(template, tokenizer) == [tokenizer.eos_token_id]
+
+
 def test_which_template_is_taken_and_what_it_is_called(tmp_path):
     chosen = templates.find_template(None, "alpaca", chat.tokenizer("phi"))
     assert chosen.name == "of the tokenizer" and chosen.text == chat.JINJA["phi"]
