@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +60,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     from safetensors.torch import save
 
     write_bytes(path, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, it holds {type(found).__name__}.")
+    return found
 
 
 def sync_folder(path: Path) -> None:

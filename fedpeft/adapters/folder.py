@@ -25,11 +25,11 @@ from fedpeft.adapters.peft_files import (
     saved_module,
 )
 from fedpeft.errors import InputError
-from fedpeft.files import write_bytes, write_tensors
+from fedpeft.files import read_object, write_bytes, write_tensors
 from fedpeft.objectives.base import load_objective
 from fedpeft.state import AdaptedLayer, AdapterState
 
-WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
+CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 POOLED = "FEATURE_EXTRACTION"
 
 
@@ -82,7 +82,7 @@ def save(
     if head:
         write_tensors(folder / HEAD, head)
     # Last: a folder without it is not taken for an adapter.
-    write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_bytes(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _plain_lora(adapter: AdapterState, folder: Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _plain_lora(adapter: AdapterState, folder: Path) -> dict[str, Any]:
 
 def about(folder: Path) -> dict[str, Any]:
     """What `save` is told beside the adapter, as an existing peft folder has it."""
-    config = _config(folder)
+    config = read_object(folder / CONFIG)
     kind, saved = config.get("task_type"), config.get("modules_to_save") or []
     found = (saved_module(name.removeprefix(PREFIX), saved) for name in _weight_names(folder)) if saved else ()
     return {
@@ -122,7 +122,7 @@ def about(folder: Path) -> dict[str, Any]:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """The config of an existing folder without what `about` says of it: `save` takes it for another tuner's."""
-    config, heads = _config(folder), about(folder)["modules"] or []
+    config, heads = read_object(folder / CONFIG), about(folder)["modules"] or []
     return {**config, "modules_to_save": [name for name in config.get("modules_to_save") or [] if name not in heads]}
 
 
@@ -159,7 +159,7 @@ def load(folder: Path) -> AdapterState:
     Raises:
         InputError: a file is missing or damaged, the adapter is not plain LoRA, or a value is not finite.
     """
-    config = _config(folder)
+    config = read_object(folder / CONFIG)
     require_plain_lora(folder, config)
     weights, saved, tensors = _weights(folder), config.get("modules_to_save") or [], {}
     require_numbers(folder, weights)
@@ -192,16 +192,6 @@ def _task_of(kind: str | None) -> str | None:
 def describe_head(about: dict[str, Any]) -> str:
     """Whose head an adapter has, in words."""
     return "a mean-pooled one of fedpeft's" if about["pooled_head"] else "the base model's"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no readable adapter_config.json: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}: adapter_config.json holds {type(config).__name__}, not an object.")
-    return config
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

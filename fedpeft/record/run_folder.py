@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from fedpeft import foreign
 from fedpeft.errors import InputError
+from fedpeft.files import read_object
 from fedpeft.record import metrics
 
 LONGEST_NAME = 100  # bytes of an owner's
@@ -63,7 +63,7 @@ def load(path: Path, label: str) -> Run:
     except InputError as error:
         raise InputError(f"{path / 'metrics.jsonl'}: {error}") from error
     if ended:
-        written = _json(path / "summary.json")
+        written = read_object(path / "summary.json")
         summary |= {key: value for key, value in written.items() if key not in summary}
     split = _split(path / "split.json") if (path / "split.json").exists() else None
     if split and (names := _owners(split)):
@@ -121,19 +121,9 @@ def _yaml(path: Path, text: str) -> dict[str, Any]:
     return tree
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}.") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}.")
-    return tree
-
-
 def _split(path: Path) -> dict[str, Any]:
     """The split: `clients` maps names to indices, `histogram` (which may be missing) has `labels` and `counts`."""
-    split = _json(path)
+    split = read_object(path)
     clients, histogram = split.get("clients"), split.get("histogram")
     if not isinstance(clients, dict) or not clients:
         raise InputError(f"{path}: `clients` must map each client's name to its record indices.")

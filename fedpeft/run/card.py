@@ -18,7 +18,8 @@ from fedpeft.config import Config
 from fedpeft.data import prepare
 from fedpeft.data.readers import ENDINGS
 from fedpeft.data.templates import BUILT_IN
-from fedpeft.errors import InputError
+from fedpeft.files import read_object
+from fedpeft.foreign import shown
 from fedpeft.objectives.base import Objective, load_objective
 from fedpeft.record import measured
 from fedpeft.record.findings import SERVER
@@ -81,12 +82,12 @@ def write(exported: Exported) -> str:
     """The card of an exported folder.
 
     Raises:
-        InputError: the run has no readable summary.
+        InputError: the run's summary cannot be read.
     """
-    summary = read_summary(exported.run)
+    summary = read_object(exported.run / "summary.json")
     parts = [
         f"---\n{front_matter(exported)}\n---\n",
-        f"# {'A model' if exported.merged else 'An adapter'} fine-tuned from {exported.base}\n",
+        f"# {'A model' if exported.merged else 'An adapter'} fine-tuned from {_plain(exported.base)}\n",
         f"Fine-tuned by federated learning with fedpeft {__version__}, {_where(exported.config)}.\n",
         _table([["", ""], *_facts(exported, summary)]),
         "## Privacy\n",
@@ -97,24 +98,10 @@ def write(exported: Exported) -> str:
         f"```python\n{snippet(exported)}\n```\n",
     ]
     if exported.objective.headed:
-        lines = [f"{place}. {name}" for place, name in enumerate(exported.names)]
-        parts += ["## Outputs of the head, from 0 on\n", "\n".join(lines) + "\n"]
+        # As JSON no name, which is whatever the data had, can end its line and so the block.
+        names = json.dumps(dict(enumerate(exported.names)), indent=2, ensure_ascii=False)
+        parts.append(f"## Outputs of the head\n\n```json\n{names}\n```\n")
     return "\n".join(parts)
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """`summary.json` of a finished run.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        found = json.loads((run / "summary.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run}: no readable summary.json; has the run finished? ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{run / 'summary.json'}: holds {type(found).__name__}, not an object.")
-    return found
 
 
 def shareable(name: str, embedded: bool = False) -> str:
@@ -156,6 +143,11 @@ def _is_on_hub(config: Config) -> bool:
     return bool(config.run.engine != "sites" and HUB_ID.fullmatch(source) and not known and not local)
 
 
+def _plain(text: str) -> str:
+    """A name as Markdown that shows it as it is, in one line."""
+    return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", shown(text))
+
+
 def _where(config: Config) -> str:
     sites = "over sites that kept their records"
     return sites if config.run.engine == "sites" else "simulated on one machine"
@@ -170,7 +162,7 @@ def _facts(exported: Exported, summary: dict[str, Any]) -> list[list[str]]:
     rows = [
         [
             "base model",
-            f"{exported.base}{f', kept in {config.model.quantization}' if config.model.quantization else ''}",
+            f"{_plain(exported.base)}{f', kept in {config.model.quantization}' if config.model.quantization else ''}",
         ],
         ["task", config.model.task],
         ["data", _data(exported, summary)],
@@ -241,7 +233,7 @@ def _metrics(exported: Exported, summary: dict[str, Any]) -> str:
 def _table(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines) + "\n"
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
 
 
 # How to load it -------------------------------------------------------------------------------------------------------
@@ -253,39 +245,50 @@ def snippet(exported: Exported) -> str:
         return _pooled(exported)
     kind = exported.objective.auto_class
     inputs, use = _use(exported)
-    code = ", trust_remote_code=True" if exported.config.model.trust_remote_code else ""
-    if exported.merged:
-        lines, model = [], f"{kind}.from_pretrained(here{code})"
-    else:
-        outputs = f", num_labels={len(exported.names)}" if exported.objective.headed else ""
-        lines = ["from peft import PeftModel"]
-        model = f'PeftModel.from_pretrained({kind}.from_pretrained("{exported.base}"{outputs}{code}), here)'
     imports = [kind, *inputs]
     return "\n".join(
         [
-            *lines,
+            *([] if exported.merged else ["from peft import PeftModel"]),
             f"from transformers import {', '.join(sorted(imports))}",
             "",
             'here = "."  # this folder, or the name of its repo',
-            f"model = {model}.eval()",
+            f"model = {_model(exported, kind)}.eval()",
             *use,
         ]
     )
 
 
+def _model(exported: Exported, kind: str) -> str:
+    """An expression that loads the whole model as this class of transformers'."""
+    code = ", trust_remote_code=True" if exported.config.model.trust_remote_code else ""
+    if exported.merged:
+        return f"{kind}.from_pretrained(here{code})"
+    outputs = f", num_labels={len(exported.names)}" if exported.objective.headed and not exported.pooled else ""
+    return f"PeftModel.from_pretrained({kind}.from_pretrained({_base(exported)}{outputs}{code}), here)"
+
+
+def _base(exported: Exported) -> str:
+    """The base's name as a text of Python, in double quotes."""
+    return json.dumps(exported.base, ensure_ascii=False)
+
+
+def _tokenizer(exported: Exported) -> str:
+    return f"AutoTokenizer.from_pretrained({'here' if exported.processor else _base(exported)})"
+
+
 def _use(exported: Exported) -> tuple[list[str], list[str]]:
     """Names of transformers to import, and lines that ask the model."""
-    if not exported.processor:
+    if exported.objective.records == "image" and not exported.processor:
         return [], ["scores = model(pixel_values=pixels).logits  # pixels: [N, channels, height, width]"]
     if exported.objective.records == "image":
         return ["AutoImageProcessor"], [
             "processor = AutoImageProcessor.from_pretrained(here)",
             'scores = model(**processor(images, return_tensors="pt")).logits  # images: a list of PIL pictures',
         ]
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(here)"
+    tokenizer = f"tokenizer = {_tokenizer(exported)}"
     if not exported.objective.causal:
         return ["AutoTokenizer"], [tokenizer, 'print(model(**tokenizer("A text.", return_tensors="pt")).logits)']
-    plain = (read_summary(exported.run).get("texts") or {}).get("form") == "text"
+    plain = (read_object(exported.run / "summary.json").get("texts") or {}).get("form") == "text"
     ask = (
         ['prompt = tokenizer("Once", add_special_tokens=False, return_tensors="pt")']
         if plain
@@ -296,10 +299,11 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
             ")",
         ]
     )
+    settings = ".from_pretrained(here, max_new_tokens=64)" if exported.processor else "(max_new_tokens=64)"
     return ["AutoTokenizer", "GenerationConfig"], [
         tokenizer,
         *ask,
-        "settings = GenerationConfig.from_pretrained(here, max_new_tokens=64)",
+        f"settings = GenerationConfig{settings}",
         "answer = model.generate(**prompt, generation_config=settings)",
         'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
@@ -307,10 +311,6 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
 
 def _pooled(exported: Exported) -> str:
     length = exported.config.model.max_length
-    if exported.merged:
-        load = ['model = AutoModel.from_pretrained(".").eval()']
-    else:
-        load = [f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{exported.base}"), ".").eval()']
     return "\n".join(
         [
             "import torch",
@@ -318,8 +318,9 @@ def _pooled(exported: Exported) -> str:
             "from safetensors.torch import load_file",
             "from transformers import AutoModel, AutoTokenizer",
             "",
-            f'tokenizer, head = AutoTokenizer.from_pretrained("."), load_file("{folder.HEAD}")',
-            *load,
+            'here = "."  # this folder',
+            f'tokenizer, head = {_tokenizer(exported)}, load_file(f"{{here}}/{folder.HEAD}")',
+            f"model = {_model(exported, 'AutoModel')}.eval()",
             f'batch = tokenizer(["A text."], return_tensors="pt", padding=True, truncation=True, max_length={length})',
             'mask = batch["attention_mask"].unsqueeze(-1)',
             "mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)",

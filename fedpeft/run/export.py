@@ -20,13 +20,13 @@ from fedpeft.adapters import folder
 from fedpeft.adapters.flat import flat
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import write_bytes
+from fedpeft.files import read_object, write_bytes
 from fedpeft.models import loading
 from fedpeft.models.base import Base
 from fedpeft.record import checkpoint
 from fedpeft.run import card, companions, identity
 from fedpeft.run.best import Best
-from fedpeft.run.card import Exported, read_summary, shareable
+from fedpeft.run.card import Exported, shareable
 from fedpeft.state import AdapterState
 from fedpeft.strategies.build import build
 
@@ -59,6 +59,9 @@ def export(
         RunError: the model cannot be written.
     """
     run, to = folders.run_folder(run), Path(to)
+    for flag, text in (("--base", base), ("--license", license)):
+        if text is not None and not (text.strip() and text.isprintable()):
+            raise InputError(f"{flag} {text!r}: no name. Leave it out, or give one line of text.")
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
@@ -67,7 +70,7 @@ def export(
         exported = Exported(
             run,
             config,
-            base or shareable(config.model.name, config.model.name in registry.EMBEDDED),
+            shareable(config.model.name, config.model.name in registry.EMBEDDED) if base is None else base,
             number,
             merge,
             bool(folder.about(source)["pooled_head"]),
@@ -75,7 +78,7 @@ def export(
             loaded is not None and loaded.processor is not None,
             license,
         )
-        form = (read_summary(run).get("texts") or {}).get("form")
+        form = (read_object(run / "summary.json").get("texts") or {}).get("form")
         settings = None if loaded is None else companions.write_processor(draft, loaded, config, form)
         if merge and loaded is not None:
             _write_merged(exported, loaded, source, settings, draft, to)
@@ -108,7 +111,7 @@ def _copy_adapter(source: Path, draft: Path, base: str) -> None:
     for name in (folder.WEIGHTS, folder.HEAD):
         if (source / name).exists():
             shutil.copy2(source / name, draft / name)
-    about = json.loads((source / "adapter_config.json").read_text())
+    about = read_object(source / "adapter_config.json")
     about["base_model_name_or_path"] = base
     write_bytes(draft / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
 
@@ -180,7 +183,7 @@ def _notes(exported: Exported, base: Base | None) -> list[str]:
 def _chosen(run: Path, config: Config, best: bool, number: int | None) -> Iterator[tuple[Path, int]]:
     """The adapter folder that is meant and its round, made of a checkpoint where it is not the last one's."""
     if not best and number is None:
-        yield run / "adapter", int(read_summary(run).get("rounds") or 0)
+        yield run / "adapter", int(read_object(run / "summary.json").get("rounds") or 0)
         return
     state = checkpoint.read(_find_state(run, config, best, number))
     strategy = build(config, len(label_names(run / "split.json")))

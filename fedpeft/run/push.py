@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError, RunError
+from fedpeft.foreign import shown
 from fedpeft.run import card
 from fedpeft.run.export import export
 
 WHOLE, ADAPTER = "config.json", "adapter_config.json"
+LONGEST = 500  # bytes of what a hub says
 
 
 def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> dict[str, Any]:
@@ -37,11 +39,10 @@ def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> di
     if sure:
         _require_connection()
     with _opened(path) as (folder, notes):
-        files: list[dict[str, Any]] = [
-            {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size}
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        ]
+        paths, hidden = _find_files(folder)
+        if hidden:
+            notes = [*notes, f"hidden files and links are not sent, as {hidden[0]} ({len(hidden)} in all)"]
+        files: list[dict[str, Any]] = [{"path": path, "bytes": (folder / path).stat().st_size} for path in paths]
         result = {
             "sent": sure,
             "repo": repo,
@@ -51,7 +52,17 @@ def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> di
             "notes": notes,
             "card": (folder / card.NAME).read_text(encoding="utf-8"),
         }
-        return {**result, **_send(folder, repo, private)} if sure else result
+        return {**result, **_send(folder, paths, repo, private)} if sure else result
+
+
+def _find_files(folder: Path) -> tuple[list[str], list[str]]:
+    """What is sent, and what is not since no export writes it: what is hidden, and links."""
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_symlink() or not path.is_dir():
+            found[path.is_symlink() or any(part.startswith(".") for part in name.parts)].append(str(name))
+    return found[False], found[True]
 
 
 @contextmanager
@@ -90,12 +101,11 @@ def _require_connection() -> None:
         )
 
 
-def _send(folder: Path, repo: str, private: bool) -> dict[str, Any]:
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+def _send(folder: Path, paths: list[str], repo: str, private: bool) -> dict[str, Any]:
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    name = None
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(name).private:
@@ -103,7 +113,18 @@ def _send(folder: Path, repo: str, private: bool) -> dict[str, Any]:
                 f"{name} is there already and public, so --private cannot hold, and nothing was sent. Make it private "
                 "on the hub, or name a new repo."
             )
-        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Written by fedpeft export")
-    except (HfHubHTTPError, httpx.HTTPError, ConnectionError, ValueError) as error:
-        raise RunError(f"{repo}: the hub has not taken it: {str(error).strip()}") from error
+        done = api.create_commit(
+            repo_id=name,
+            operations=[CommitOperationAdd(path, folder / path) for path in paths],
+            commit_message="Written by fedpeft export",
+        )
+    except RunError:
+        raise
+    except Exception as error:  # huggingface_hub, httpx and hf_xet raise errors of many kinds
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, KeyError | TypeError | AttributeError):
+            why = f"its answer makes no sense ({type(error).__name__}: {why})"
+        # An answer that is lost may be that of a commit which was made.
+        made = "" if name is None else f" The repo {name} is there; see what it holds."
+        raise RunError(f"{repo}: the hub has not taken it: {shown(why, LONGEST)}.{made}") from error
     return {"repo": name, "url": str(done.repo_url), "commit": done.oid}

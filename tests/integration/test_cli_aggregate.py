@@ -186,8 +186,8 @@ def test_a_mean_pooled_head_survives_aggregation(fedpeft, tmp_path, runs):
         (["--weights", "1,nan,3"], "every weight must be positive and finite"),
         (["--weights", "1,inf,3"], "every weight must be positive and finite"),
         (["lamda=1"], "lamda"),
-        (["/no/such/adapter"], "no readable adapter_config.json"),
-        (["--global", "/no/such/adapter"], "no readable adapter_config.json"),
+        (["/no/such/adapter"], "/no/such/adapter/adapter_config.json: cannot be read"),
+        (["--global", "/no/such/adapter"], "/no/such/adapter/adapter_config.json: cannot be read"),
     ],
 )
 def test_aggregate_refuses(fedpeft, tmp_path, sites, arguments, message):

@@ -141,7 +141,7 @@ def test_squeeze_takes_one_adapter_and_others_do_not(fedpeft, tmp_path, tasks):
         ("metrics_weighted", [], "task-0: metrics_weighted: by=loss needs the loss"),
         ("orthogonal_adaptation", [], "task-1: orthogonal_adaptation: "),
         ("reversible", [], "has rank 3, the first adapter's is 2"),
-        ("opcm", ["/no/such/adapter"], "/no/such/adapter: no readable adapter_config.json"),
+        ("opcm", ["/no/such/adapter"], "/no/such/adapter/adapter_config.json: cannot be read"),
     ],
 )
 def test_merge_refuses(fedpeft, tmp_path, tasks, method, arguments, message):

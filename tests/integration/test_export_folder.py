@@ -188,6 +188,43 @@ def test_a_data_set_of_the_hub_is_named_and_a_file_is_not(run):
     assert datasets("flwrlabs/alpaca-gpt4", "sites") is None
 
 
+def test_names_of_classes_and_of_the_base_are_shown_and_change_nothing_else_of_the_card(run, tmp_path):
+    from fedpeft.run.card import Exported, write
+
+    names = ["a | b", "---\nlicense: mit", "```\n# x", "<script>alert(1)</script>", '"']
+    base = 'de"co<b>d</b>er\n---\n# [x](y)|`z`'
+    config = configs.load(run / "resolved.yaml", ["model.task=sequence-classification"])
+    plain = write(Exported(run, config, "decoder", 2, False, False, ["c"] * len(names), True))
+    found = write(Exported(run, config, base, 2, False, False, names, True))
+    assert "license:" not in found.split("\n---\n")[0] and found.count("\n") == plain.count("\n")
+    heads = [[line for line in card.splitlines() if line.startswith("#")] for card in (plain, found)]
+    assert heads[1][1:] == heads[0][1:] and "\\<b\\>d" in heads[1][0]
+    blocks = found.split("\n```")
+    assert list(json.loads(blocks[3].removeprefix("json")).values()) == names and len(blocks) == 5
+    compile(blocks[1].removeprefix("python"), "README.md", "exec")
+    assert json.dumps(base) in blocks[1]
+    rows = [line for line in found.splitlines() if line.startswith("| base model")]
+    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 3
+
+
+def test_without_a_tokenizer_in_the_folder_the_lines_take_the_bases(run, base, tmp_path, monkeypatch):
+    from fedpeft.run.card import Exported
+
+    export(run, tmp_path / "out", base=str(base))
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    config = configs.load(run / "resolved.yaml")
+    lines = snippet(Exported(run, config, str(base), 2, False, False, ["all"], False))
+    assert "pixel" not in lines and "from_pretrained(here" not in lines
+    assert printed(lines, tmp_path / "out", monkeypatch).strip()
+
+
+@pytest.mark.parametrize("flag", ["base", "license"])
+@pytest.mark.parametrize("value", ["", " ", "mit\n---\n"])
+def test_a_name_of_nothing_or_of_several_lines_is_refused(run, tmp_path, flag, value):
+    with pytest.raises(fedpeft.InputError, match=f"--{flag} .*Leave it out, or give one line"):
+        export(run, tmp_path / "out", **{flag: value})
+
+
 def test_a_guarantee_stands_in_the_card(tmp_path):
     private = {"privacy.unit": "sample", "privacy.noise_multiplier": 2.0, "privacy.epsilon": None}
     given = {"strategy": "fedit", "strategy.weighting": "uniform", "run.rounds": 1, "data.limit": 60, "data.clients": 2}
@@ -198,7 +235,7 @@ def test_a_guarantee_stands_in_the_card(tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"epsilon {summary['epsilon_max']:.4g} at delta {summary['privacy']['delta']:g}" in text
     assert "for one record of a client (unit sample)" in text and "- differential-privacy" in text
-    assert "without differential privacy" not in text and "0. 0\n1. 1\n" in text
+    assert "without differential privacy" not in text and '\n```json\n{\n  "0": "0",\n  "1": "1",' in text
 
 
 # A mean-pooled head ---------------------------------------------------------------------------------------------------
@@ -238,7 +275,7 @@ def test_the_lines_of_the_card_restore_a_mean_pooled_head(pooled, tmp_path, monk
     result = export(run, tmp_path / "out", merge=merge, base=str(base))
     assert any("mean-pooled" in note for note in result["notes"])
     lines = code_of(tmp_path / "out")
-    assert "fedpeft" not in lines and len(lines.strip().splitlines()) <= 13
+    assert "fedpeft" not in lines and len(lines.strip().splitlines()) <= 14
     said = printed(lines, tmp_path / "out", monkeypatch)
     found = [float(value) for value in said.partition("[[")[2].partition("]]")[0].split(",")]
     assert found == pytest.approx(scores(run, "A text.").tolist(), abs=1e-3)

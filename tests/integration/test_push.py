@@ -105,3 +105,40 @@ def test_a_hub_that_refuses_is_one_error(fedpeft, folder, hub, monkeypatch, faul
     done = fedpeft("push", folder, "ada/letters", "--yes")
     assert done.code == 1 and "the hub has not taken it" in done.err and "Traceback" not in done.err
     assert "hf_wrong" not in done.err and not hub.files.get("ada/letters")
+
+
+FAULTS = {
+    "no right": (lambda path: "/commit/" in path, 403, {"error": "<b>no</b>\n" + "x" * 9000}),
+    "another answer": (lambda path: "/create" in path, 200, "<html>a proxy's page</html>"),
+    "no address": (lambda path: "/create" in path, 409, {"error": "taken"}),
+    "a large file's store": (lambda path: "/preupload/" in path, 200, {"files": [{"path": "README.md"}]}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_a_hub_says_is_one_short_line_that_tells_what_has_become_of_the_repo(
+    fedpeft, folder, hub, monkeypatch, fault
+):
+    is_meant, *answer = FAULTS[fault]
+    usual = hub.answer
+    monkeypatch.setattr(hub, "answer", lambda how, path, body: answer if is_meant(path) else usual(how, path, body))
+    done = fedpeft("push", folder, "ada/letters", "--yes")
+    last = done.err.strip().splitlines()[-1]
+    assert done.code == 1 and "the hub has not taken it" in last and len(last) < 800 and "Traceback" not in done.err
+    made = "The repo ada/letters is there; see what it holds." in last
+    assert made == ("ada/letters" in hub.repos) and not hub.files.get("ada/letters")
+
+
+def test_hidden_files_and_links_stay_here_and_that_is_said(fedpeft, folder, hub, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "[red].txt").write_text("a name that is no markup")
+    for name in (".env", ".git/config"):
+        (tmp_path / name).write_text("secret")
+    (tmp_path / "notes.txt").symlink_to("/etc/hostname")
+    shown = fedpeft("push", tmp_path, "ada/letters")
+    done = fedpeft("push", tmp_path, "ada/letters", "--yes")
+    assert set(hub.files["ada/letters"]) == {*(path.name for path in folder.iterdir()), "[red].txt"}
+    for text in (shown.out, done.out):
+        assert "hidden files and links are not sent, as .env (3 in all)" in text and "[red].txt" in text

@@ -215,7 +215,7 @@ def test_a_damaged_head_is_refused(good):
     [
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"peft_type": None}, "peft_type is None"),
-        ([], "holds list"),
+        ([], "expected a JSON object"),
     ],
 )
 def test_a_config_that_is_no_lora_config_is_refused(good, change, message):
