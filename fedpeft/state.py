@@ -261,7 +261,8 @@ class RunContext:
 class Rules:
     """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1.
 
-    `secagg` is the exchange of a round under secure aggregation, None in the clear.
+    `secagg` is the exchange of a round under secure aggregation, None in the clear. `folder` is where the updates of a
+    round are kept while they are gathered, None where they are in this process's memory anyway.
     """
 
     rounds: int
@@ -274,3 +275,4 @@ class Rules:
     evaluate_every: int = 1
     evaluate_clients: bool = False
     secagg: Exchange | None = None
+    folder: Path | None = None

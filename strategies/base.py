@@ -44,6 +44,7 @@ from fedpeft.state import (
 from fedpeft.strategies import flower_api, round_facts, wire
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.strategies.evaluation import evaluate_clients
+from fedpeft.strategies.gathering import gather_updates
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.parts.frozen_factors import drawn
 
@@ -225,9 +226,7 @@ class FederatedStrategy(Configured, Strategy):
         # 3. Send.  4. Wait until all answered, or the deadline.
         # 5. Check every reply; the bad ones are left out.
         if rules.secagg is None:
-            replies = wire.ask(grid, "train", contents, rules.deadline_s)
-            answered = {client: replies[roster[client]] for client in sent}
-            updates, bad = self.check(server, sent, answered, rules, codec)
+            updates, bad = gather_updates(self, grid, server, roster, sent, contents, rules, codec)
             traffic = wire.traffic(sent, [update.adapter for update in updates])
         else:
             updates, bad, traffic = rules.secagg(grid, roster, self, server, sent, contents, rules)
@@ -313,30 +312,6 @@ class FederatedStrategy(Configured, Strategy):
             "quarantined": bad,
             **round_facts.mean_metrics(updates),
         }
-
-    def check(
-        self,
-        server: ServerState,
-        sent: dict[str, AdapterState],
-        replies: dict[str, Message | None],
-        rules: Rules,
-        codec: wire.Codec = wire.PACKED,
-    ) -> tuple[list[Update], dict[str, str]]:
-        """Good updates sorted by client name, and the reason for each bad one."""
-        updates, bad = [], {}
-        for client in sorted(sent):  # not as replies came in: sums must round alike in every run
-            try:
-                adapter, metrics = codec.read(replies[client], sent[client], self.uploads(server), server.round + 1)
-            except wire.BadReply as error:
-                bad[client] = str(error)
-                continue
-            limit = rules.max_update_norm
-            if limit is not None and (moved := adapter.distance(sent[client])) > limit:
-                bad[client] = f"update norm {moved:.3g} is over run.max_update_norm={limit:g}"
-                continue
-            count = metrics.pop("num-examples")
-            updates.append(Update(client, count if self.context.weighting == "examples" else 1.0, adapter, metrics))
-        return updates, bad
 
     # Flower's Strategy API (see flower_api.py) ---------------------------------------------------------------------
 

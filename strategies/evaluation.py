@@ -36,14 +36,15 @@ def evaluate_clients(
     contents = {
         roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told) for client in sorted(roster)
     }
-    replies = wire.ask(grid, "evaluate", contents, rules.deadline_s)
+    scores = wire.ask(grid, "evaluate", contents, rules.deadline_s, lambda _, reply: wire.scores(reply))
     results = {}
     for client in sorted(roster):
-        try:
-            results[client] = wire.scores(replies[roster[client]])
-        except wire.BadReply as error:
-            log.warning("round %d: %s was not evaluated: %s", server.round, client, error)
-            record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(error)})
+        score = scores[roster[client]]
+        if isinstance(score, wire.BadReply):
+            log.warning("round %d: %s was not evaluated: %s", server.round, client, score)
+            record({"event": "evaluation_failed", "round": server.round, "client": client, "reason": str(score)})
+        else:
+            results[client] = score
     if not results:
         raise RoundFailed(f"round {server.round}: no client could evaluate its model; the log names the reasons.")
     record({"event": "clients_evaluated", "round": server.round, "clients": results})

@@ -16,9 +16,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedpeft.errors import RunError
-from fedpeft.state import AdapterState
+from fedpeft.state import AdapterState, Update
 from fedpeft.strategies import wire
 from fedpeft.strategies.client import halves, layers
+from fedpeft.strategies.gathering import read_update, sort_answers
 
 if TYPE_CHECKING:
     from fedpeft.state import Rules, ServerState
@@ -101,7 +102,11 @@ def aggregate_train(
         if (client := str(reply.metadata.src_node_id)) in answered:
             first = answered[client] is None
             answered[client] = reply if first else wire.refused(reply, "it answered one message twice")
-    updates, bad = strategy.check(last.server, last.sent, answered, last.rules, last.codec)
+
+    def read(client: str, reply: Message | None) -> Update:
+        return read_update(strategy, last.server, last.sent, client, reply, last.rules, last.codec)
+
+    updates, bad = sort_answers({client: wire.read_or_refuse(read, client, answered[client]) for client in answered})
     server, event = strategy.conclude(last.server, updates, bad, last.rules, lambda event: None)
     return replace(last, server=server), _arrays(strategy, last.codec, server), _train_metrics(event)
 

@@ -12,9 +12,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -36,6 +36,8 @@ POLL_S = 0.05
 JOIN_DEADLINE_S = 120.0
 ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
 OWN = 2**30  # bytes of a manifest that is not foreign
+N = TypeVar("N")
+T = TypeVar("T")
 SLACK = 4096  # bytes of a foreign one, so that a tensor too many can be named
 
 
@@ -72,12 +74,10 @@ class Packed:
         silent: dict[int, str] = {}
         for start in range(0, len(nodes), ROLL):
             asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
-            for node, reply in ask(grid, "query", asked, JOIN_DEADLINE_S).items():
-                try:
-                    name = identity(reply)
-                except BadReply as error:
-                    silent[node] = str(error)
-                    log.warning("node %d takes no part, as it does not tell its name: %s", node, error)
+            for node, name in ask(grid, "query", asked, JOIN_DEADLINE_S, lambda _, reply: identity(reply)).items():
+                if isinstance(name, BadReply):
+                    silent[node] = str(name)
+                    log.warning("node %d takes no part, as it does not tell its name: %s", node, name)
                     continue
                 if name in names:
                     raise RunError(
@@ -268,26 +268,42 @@ def _copied(record: Any) -> Any:
     return type(record)({**record})
 
 
-def ask(grid: Grid, kind: str, contents: dict[int, RecordDict], deadline_s: float | None) -> dict[int, Message | None]:
-    """Send one message a node and wait until all have answered, or the deadline. No answer is None.
+def ask(
+    grid: Grid,
+    kind: str,
+    contents: dict[int, RecordDict],
+    deadline_s: float | None,
+    read: Callable[[int, Message | None], T],
+) -> dict[int, T | BadReply]:
+    """Send one message a node, and read each reply as it comes, until all have answered, or the deadline.
 
     Replies are matched by message id: Flower reports a dead node's error from another node's id.
+
+    Args:
+        read: what is kept of a node's reply, which is None if it gave none; nothing else of the reply stays in memory.
     """
     sent: dict[str, int] = {}
     for node, content in contents.items():
         # A message that the link did not take has no id, or none is returned: there is no reply to wait for.
         sent |= dict.fromkeys((name for name in grid.push_messages([Message(content, node, kind)]) if name), node)
-    replies: dict[int, Message | None] = dict.fromkeys(contents)
+    answers: dict[int, T | BadReply] = {}
     for reply in collect(grid, list(sent), deadline_s):
         node = sent[reply.metadata.reply_to_message_id]
-        given = replies[node]
-        if given is not None:
+        if node in answers:
             # Neither is taken: which of the two was meant nobody can tell.
-            reply = refused(given, "it answered one message twice")
+            reply = refused(reply, "it answered one message twice")
         elif not reply.has_error() and reply.metadata.src_node_id != node:
             reply = refused(reply, f"node {reply.metadata.src_node_id} answered in its name")
-        replies[node] = reply
-    return replies
+        answers[node] = read_or_refuse(read, node, reply)
+    return {node: answers[node] if node in answers else read_or_refuse(read, node, None) for node in contents}
+
+
+def read_or_refuse(read: Callable[[N, Message | None], T], sender: N, reply: Message | None) -> T | BadReply:
+    """What is read in a reply, or why it is a bad one."""
+    try:
+        return read(sender, reply)
+    except BadReply as error:
+        return error
 
 
 def manifest_bytes(form: AdapterState) -> int:
@@ -300,17 +316,22 @@ def refused(reply: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=reply)
 
 
-def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Message]:
-    """Replies to these messages, until all are there or the deadline; a grid that can, gives up on the rest."""
-    waiting, replies = list(names), []
+def collect(grid: Grid, names: list[str], deadline_s: float | None) -> Iterator[Message]:
+    """Replies to these messages as they come, until all are there or the deadline; a grid that can, gives up on the
+    rest.
+    """
+    waiting = list(names)
     progress.step("clients", 0, len(names))
     until = math.inf if deadline_s is None else time.monotonic() + deadline_s
     while waiting:
+        asked, answered = set(waiting), set()
         with progress.share_of("clients", len(names) - len(waiting), len(names)):  # clients may train ahead together
-            pulled = list(grid.pull_messages(waiting))
-        arrived = [reply for reply in pulled if reply.metadata.reply_to_message_id in waiting]
-        replies += arrived
-        answered = {reply.metadata.reply_to_message_id for reply in arrived}
+            pulled = grid.pull_messages(waiting)
+        for reply in pulled:
+            name = reply.metadata.reply_to_message_id
+            if name in asked:
+                answered.add(name)
+                yield reply
         waiting = [name for name in waiting if name not in answered]
         progress.step("clients", len(names) - len(waiting), len(names))
         if waiting and time.monotonic() > until:
@@ -318,9 +339,8 @@ def collect(grid: Grid, names: list[str], deadline_s: float | None) -> list[Mess
             if hasattr(grid, "cancel"):
                 grid.cancel(waiting)
             break
-        if waiting and not arrived:
+        if waiting and not answered:
             time.sleep(POLL_S)
-    return replies
 
 
 def failure(reply: Message | None) -> str | None:

@@ -37,6 +37,7 @@ __all__ = [
     "PullMessagesResponse",
     "PushMessagesRequest",
     "message_from_proto",
+    "remove_content_from_message",
 ]
 
 HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away

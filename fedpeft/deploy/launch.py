@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 
 POLL_S = 0.5
 DEBUG = "FEDPEFT_DEBUG"
+FILES = 65_536  # that a process may have open at once: each site is a connection, and its answer a file
 LARGEST_CALL = 32 * 2**20  # bytes; what a site sends comes in objects of at most 5 MiB
 
 
@@ -29,6 +31,8 @@ def main(arguments: list[str]) -> None:
     """
     role, folder, parent, *rest = arguments
     follow(int(parent))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, FILES), most))
     log_lines("" if role == "run" else f"{role}: ")
     if role == "superlink":
         superlink(rest)

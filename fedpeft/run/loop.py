@@ -208,7 +208,8 @@ class Session:
             # The last round is always evaluated, also where the traffic makes it the last.
             full = self.traffic is not None and not self.traffic.has_room(world.strategy, server, rounds=2)
             last = number if full else until
-            rules = replace(rules_of(world.config), rounds=last, clients=self.count_awaited(number))
+            kept = None if federation.steady else self.folder
+            rules = replace(rules_of(world.config), rounds=last, clients=self.count_awaited(number), folder=kept)
             # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
             server = self.attempt(
                 number,

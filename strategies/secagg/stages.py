@@ -17,10 +17,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.state import RoundDropped, RoundFailed
+from fedpeft.state import AdapterState, RoundDropped, RoundFailed, Rules
+from fedpeft.state_file import StateFile
 from fedpeft.strategies import opening, wire
 from fedpeft.strategies.secagg import masking
 
@@ -43,9 +45,9 @@ class Stages:
         bytes_up, bytes_down: moved so far.
     """
 
-    def __init__(self, grid: Grid, nodes: dict[str, int], plan: Terms, number: int, deadline_s: float | None) -> None:
+    def __init__(self, grid: Grid, nodes: dict[str, int], plan: Terms, number: int, rules: Rules) -> None:
         self.grid, self.nodes, self.plan = grid, nodes, plan
-        self.number, self.deadline_s = number, deadline_s
+        self.number, self.rules = number, rules
         self.lost: dict[str, tuple[int, str]] = {}
         self.bytes_up = self.bytes_down = 0
 
@@ -80,11 +82,14 @@ class Stages:
         )
         near = {client: [other for other in near[client] if other in sealed] for client in sealed}
         held = {client: [sealed[other][client] for other in near[client]] for client in sealed}
+        file = StateFile(self.rules.folder) if self.rules.folder else None
+
         vectors = self.ask(
             2,
             {client: {"names": near[client], "sealed": held[client]} for client in sealed},
-            lambda client, reply: vector(reply, size),
+            lambda client, reply: AdapterState({RECORD: torch.from_numpy(vector(reply, size).view(np.int32))}),
             contents,
+            (lambda masked: masked) if file is None else file.put,
         )
         uploaded = {client: [client, *(other for other in near[client] if other in vectors)] for client in vectors}
         silent = {client: [other for other in near[client] if other not in vectors] for client in vectors}
@@ -95,8 +100,9 @@ class Stages:
             lambda client, reply: dict(zip(uploaded[client] + silent[client], listed(reply, "shares"), strict=True)),
         )
         total = np.zeros(size, dtype=masking.WORD)
-        for client, upload in vectors.items():
-            total += upload - masking.stream(self.secret(client, shares), size)
+        for client, masked in vectors.items():
+            words = (masked if file is None else file.get(masked))[RECORD].numpy().view(masking.WORD)
+            total += words - masking.stream(self.secret(client, shares), size)
         for client in sorted({other for others in silent.values() for other in others}):
             secret = self.secret(client, shares)
             for other in (other for other in near[client] if other in vectors):
@@ -111,8 +117,12 @@ class Stages:
         asked: dict[str, dict[str, Any]],
         read: Callable[[str, RecordDict], T],
         contents: dict[str, RecordDict] | None = None,
+        keep: Callable[[T], T] = lambda answer: answer,
     ) -> dict[str, T]:
         """What each client answers; who does not, or wrongly, is lost.
+
+        Args:
+            keep: what stays of an answer, before the next is read.
 
         Raises:
             RoundFailed: too few are left.
@@ -124,20 +134,25 @@ class Stages:
             for client, fields in asked.items()
         }
         self.bytes_down += sum(map(payload, messages.values()))
-        contents_by_node = {self.nodes[client]: content for client, content in messages.items()}
-        replies = wire.ask(self.grid, KINDS[stage], contents_by_node, self.deadline_s)
+        names = {self.nodes[client]: client for client in messages}
+
+        def opened(node: int, reply: Message | None) -> tuple[T, int]:
+            content = wire.opened(reply)
+            # Whatever is wrong with a reply, a record too few or a list too long, loses its client and no other.
+            with opening.reading("reply", wire.BadReply):
+                answer, size = read(names[node], content), payload(content)
+            return keep(answer), size
+
+        sent = {node: messages[client] for node, client in names.items()}
+        found = wire.ask(self.grid, KINDS[stage], sent, self.rules.deadline_s, opened)
         answers: dict[str, T] = {}
-        for client in asked:
-            try:
-                content = wire.opened(replies[self.nodes[client]])
-                # Whatever is wrong with a reply, a record too few or a list too long, loses its client and no other.
-                with opening.reading("reply", wire.BadReply):
-                    answer, size = read(client, content), payload(content)
-            except wire.BadReply as error:
-                self.lost[client] = stage, str(error)
-                continue
-            answers[client] = answer
-            self.bytes_up += size
+        for node, client in names.items():
+            answer = found[node]
+            if isinstance(answer, wire.BadReply):
+                self.lost[client] = stage, str(answer)
+            else:
+                answers[client] = answer[0]
+                self.bytes_up += answer[1]
         if len(answers) < self.plan.fewest:
             key = "threshold" if self.plan.fewest == self.plan.threshold else "min_clients"
             raise self.failed(

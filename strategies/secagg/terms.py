@@ -201,20 +201,20 @@ class SecAgg:
         plan, clients = self.plan, sorted(sent)
         if len(clients) > plan.clients:
             raise RunError(f"secure aggregation is planned for {plan.clients} clients a round, not {len(clients)}.")
-        starts = [reference(sent[client], strategy.uploads(server)) for client in clients]
-        for client, start in zip(clients, starts, strict=True):
-            if any(not torch.equal(value, start[key]) for key, value in starts[0].tensors.items()):
+        start = reference(sent[clients[0]], strategy.uploads(server))
+        for client in clients:
+            if any(not torch.equal(value, sent[client][key]) for key, value in start.tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
-        stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules.deadline_s)
+        stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules)
         total, uploaded = stages.run(
-            {client: contents[roster[client]] for client in clients}, sum(value.numel() for value in starts[0].payload)
+            {client: contents[roster[client]] for client in clients}, sum(value.numel() for value in start.payload)
         )
         try:
             mean = masking.dequantise(total, len(uploaded), plan.clip, plan.bits)
         except ValueError as error:
             raise stages.failed(3, f"an upload was damaged or made up: {error}") from error
         # No metrics: each client's would tell of it alone.
-        update = Update("secure sum", 1.0, _moved(starts[0], mean), {}, count=len(uploaded))
+        update = Update("secure sum", 1.0, _moved(start, mean), {}, count=len(uploaded))
         return [update], stages.without_upload(uploaded), stages.report(uploaded)
 
 

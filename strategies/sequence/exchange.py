@@ -48,16 +48,17 @@ def ask_for_sums(
     task = sequence.curriculum.task(number)
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
     content = {node: codec.content(adapter, message) for node in roster.values()}
-    replies = wire.ask(grid, "query.sums", content, rules.deadline_s)
+    answers = wire.ask(grid, "query.sums", content, rules.deadline_s, lambda _, reply: read_sums(reply, number, form))
     about = {"round": number, "task": task, "sums": what}
     found, names = [], []
     for client in sorted(roster):
-        try:
-            found.append(read_sums(replies[roster[client]], number, form))
+        answer = answers[roster[client]]
+        if isinstance(answer, wire.BadReply):
+            log.warning("task %d: no %s sums from %s: %s", task, what, client, answer)
+            record({"event": "sums_missing", **about, "client": client, "reason": str(answer)})
+        else:
+            found.append(answer)
             names.append(client)
-        except wire.BadReply as error:
-            log.warning("task %d: no %s sums from %s: %s", task, what, client, error)
-            record({"event": "sums_missing", **about, "client": client, "reason": str(error)})
     needed = math.ceil(rules.quorum * len(roster))
     if len(found) < needed:
         raise RoundFailed(

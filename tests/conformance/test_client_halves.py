@@ -13,8 +13,9 @@ from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
-from fedpeft.strategies import client
+from fedpeft.strategies import client, wire
 from fedpeft.strategies.client import ClientHalf, halves
+from fedpeft.strategies.gathering import read_update, sort_answers
 from fedpeft.strategies.wrappers import atp, fedthe, krum, median, norm_clip, scaffold, wrapper
 
 HERE = "toy_strategy_of_a_test"
@@ -126,7 +127,12 @@ def test_the_bound_on_updates_does_not_see_what_travels_beside(length, rate, wit
             return given, {"num-examples": 1.0}
 
     rules = Rules(rounds=1, max_update_norm=1.0)
-    updates, bad = atp.ATP().check(START, {"a": START.adapter}, {"a": None}, rules, Codec())
+
+    def read(client, reply):
+        return read_update(atp.ATP(), START, {"a": START.adapter}, client, reply, rules, Codec())
+
+    answer = wire.read_or_refuse(read, "a", None)
+    updates, bad = sort_answers({"a": answer})
     assert (len(updates), list(bad)) == ((1, []) if within else (0, ["a"]))
     assert within or "update norm 2 is over run.max_update_norm=1" in bad["a"]
     assert within is False or updates[0].adapter.extra == given.extra

@@ -80,7 +80,7 @@ def test_messages_reach_a_waiting_site_and_the_superlink_may_be_killed(place):
     runtime = daemon.executor_client(made.control, ca, (made.path / "secret").read_bytes())
     _, token = until(lambda: take_task(runtime), "the run's task")
     task = Task(made.control, ca, token)
-    post = Post(task.run, task.nodes)
+    post = Post(task.run, task.nodes, root)
     Clerk(made.path, post)
     arrived, got = [], []
 

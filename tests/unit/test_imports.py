@@ -30,7 +30,7 @@ LAYERS = (
         "folders",
         "foreign",
     },
-    {"state", "packing", "flower"},
+    {"state", "state_file", "packing", "flower"},
     {"record"},
     {"objectives", "data"},
     {"models"},

@@ -17,9 +17,9 @@ RUN, NORTH, SOUTH = 5, 7, 8
 
 
 @pytest.fixture
-def box():
+def box(tmp_path):
     identify(RUN, 1, 0)
-    return post.Post(empty_run(RUN), lambda: [SimpleNamespace(node_id=NORTH), SimpleNamespace(node_id=SOUTH)])
+    return post.Post(empty_run(RUN), lambda: [SimpleNamespace(node_id=NORTH), SimpleNamespace(node_id=SOUTH)], tmp_path)
 
 
 def send(box, text="hello", node=NORTH, ttl=60.0):

@@ -227,7 +227,7 @@ def test_a_pull_waits_and_ends_as_soon_as_a_run_has_a_message(rig, flower, monke
     monkeypatch.setattr(relay, "LOOK_S", 1e6)  # nobody looks: who waits has to be told
     monkeypatch.setattr(relay, "WAIT_S", 1e6)
     identify(5, 1, 0)
-    box = post.Post(empty_run(5), list)
+    box = post.Post(empty_run(5), list, folder)
 
     async def play():
         await passing.counter.open()

@@ -148,7 +148,7 @@ def told(grid: Watched, stage: int, client: str = "client-000", number: int = 1,
     if stage == 2:
         told = FedIT().instructions(ServerState(START, round=number - 1))
         content = RecordDict({**PACKED.content(START, told), **content})
-    (reply,) = ask(grid, KINDS[stage], {grid.roster[client]: content}, None).values()
+    (reply,) = ask(grid, KINDS[stage], {grid.roster[client]: content}, None, lambda _, reply: reply).values()
     return reply.error.reason if reply.has_error() else reply.content[RECORD]
 
 
@@ -206,7 +206,7 @@ def test_keys_that_a_client_does_not_take():
 def test_a_client_that_masks_sends_nothing_in_the_clear_and_the_other_way_round():
     grid = Watched(config(), updates(5))
     content = PACKED.content(START, FedIT().instructions(ServerState(START)))
-    (reply,) = ask(grid, "train", {grid.roster["client-000"]: content}, None).values()
+    (reply,) = ask(grid, "train", {grid.roster["client-000"]: content}, None, lambda _, reply: reply).values()
     assert reply.has_error() and "sends no update in the clear" in reply.error.reason
     assert "secagg.enabled=false" in told(Watched(Config(), updates(5)), 0)
     assert callable(client_app(lambda: None, lambda context: "a"))  # and is made without a look at the config

@@ -10,18 +10,21 @@ A frame is its length, the number of a call, a number of what it is (a node, or 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -45,7 +48,11 @@ ROOM, TIMES = 256 * 2**20, 4  # bytes of one answer: so many, and so many times 
 
 @dataclass
 class Letter:
-    """A message to a site, and its answer as far as that has come."""
+    """A message to a site without its content, and its answer as far as that has come.
+
+    Attributes:
+        came: where in `file`, which has no name, objects of the answer begin, and their bytes.
+    """
 
     message: Message
     request: Any
@@ -53,7 +60,8 @@ class Letter:
     until: float
     reply: Any = None
     tree: Any = None
-    came: dict[str, bytes] = field(default_factory=dict)
+    file: IO[bytes] | None = None
+    came: dict[str, tuple[int, int]] = field(default_factory=dict)
     room: int = ROOM
     missing: list[str] = field(default_factory=list)  # objects of the answer that have not come
 
@@ -64,8 +72,34 @@ class Letter:
 
     def begin(self, reply: Any, tree: Any) -> None:
         """Take the answer without its objects, in place of one that did not come whole."""
-        self.reply, self.tree, self.came = reply, tree, {}
+        self.reply, self.tree, self.file, self.came = reply, tree, None, {}
         self.missing = list(dict.fromkeys(flower.object_ids(tree)))
+
+    def size(self) -> int:
+        """Bytes of the answer that have come."""
+        return sum(next(reversed(self.came.values()), (0, 0)))
+
+    def put(self, name: str, content: bytes, folder: Path) -> None:
+        """Take an object of the answer to the disk.
+
+        Raises:
+            OSError: there is no room; another time there may be.
+        """
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 - as long as the letter is there
+        start = self.size()  # where the last one ended that came whole
+        self.file.seek(start)
+        if self.file.write(content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        self.came[name] = start, len(content)
+        self.missing.remove(name)
+
+    def objects_of_answer(self) -> dict[str, bytes]:
+        """The answer's objects, by their ids."""
+        if self.file is None:
+            return {}
+        self.file.seek(0)
+        return {name: self.file.read(size) for name, (_, size) in self.came.items()}
 
     def answered(self) -> bool:
         """Whether all of the answer is there."""
@@ -77,10 +111,11 @@ class Post(Grid):
 
     Args:
         nodes: the nodes that Flower counts as connected.
+        folder: the run's; answers lie there until they are read, in files that nobody else sees.
     """
 
-    def __init__(self, run: Run, nodes: Callable[[], Iterable[Any]]) -> None:
-        self.made_for, self.nodes = run, nodes
+    def __init__(self, run: Run, nodes: Callable[[], Iterable[Any]], folder: Path) -> None:
+        self.made_for, self.nodes, self.folder = run, nodes, folder
         self.letters: dict[str, Letter] = {}
         self.of: dict[int, dict[str, Letter]] = defaultdict(dict)  # the same by nodes
         self.boxes: dict[int, list[str]] = defaultdict(list)  # ids of messages that were not handed out, by nodes
@@ -118,7 +153,8 @@ class Post(Grid):
                     objects[name] = next(
                         (one.objects[name] for one in self.newest() if name in one.objects), objects[name]
                     )
-                letter = Letter(message, request, objects, time.monotonic() + message.metadata.ttl)
+                until = time.monotonic() + message.metadata.ttl
+                letter = Letter(flower.remove_content_from_message(message), request, objects, until)
                 letter.room += TIMES * sum(map(len, objects.values()))
                 self.letters[tree.object_id] = self.of[letter.node][tree.object_id] = letter
                 self.boxes[letter.node].append(tree.object_id)
@@ -136,14 +172,21 @@ class Post(Grid):
         with self.changed:
             self.changed.wait_for(lambda: any(self.is_answered(name) for name in wanted), WAIT_S)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answers to these messages, of those that are there, and errors in place of those that will not come."""
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Answers to these messages, of those that are there, and errors in place of those that will not come.
+
+        One after the other: each is in memory as long as its reader keeps it.
+        """
         wanted = set(message_ids)
         with self.changed:
-            there = {name: self.letters[name] for name in wanted if self.is_answered(name)}
-            for name in there:
+            there = [name for name in wanted if self.is_answered(name)]
+        for name in there:
+            with self.changed:
+                letter = self.letters[name]
                 self.forget(name)
-        return [whole(name, letter) for name, letter in there.items()] or self.unanswerable(wanted)
+            yield whole(name, letter)
+        if not there:
+            yield from self.unanswerable(wanted)
 
     def is_answered(self, name: str) -> bool:
         """Whether all of the answer to a message is there."""
@@ -192,6 +235,9 @@ class Post(Grid):
                 made = getattr(self, method)(node, asked)
             except (flower.DecodeError, IndexError) as error:
                 raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+            except OSError as error:
+                said = f"the coordinator's disk: {error.strerror}."
+                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, said) from error
             return bytes(made.SerializeToString())
 
     def PullMessages(self, node: int, asked: Any) -> Any:
@@ -236,10 +282,9 @@ class Post(Grid):
         content = bytes(asked.object_content)
         if hashlib.sha256(content).hexdigest() != asked.object_id:
             raise Refusal(HTTPStatus.BAD_REQUEST, "an object is not what its id says.")
-        if sum(map(len, letter.came.values())) + len(content) > letter.room:
+        if letter.size() + len(content) > letter.room:
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer of more than {letter.room} bytes.")
-        letter.came[asked.object_id] = content
-        letter.missing.remove(asked.object_id)
+        letter.put(asked.object_id, content, self.folder)
         if letter.answered():
             self.changed.notify_all()
         return kind(stored=True)
@@ -253,7 +298,7 @@ def whole(name: str, letter: Letter) -> Message:
     """An answer with its content; where that is none, an error that says so."""
     about = letter.reply.metadata
     try:
-        made = flower.put_together(letter.tree.object_id, letter.came)
+        made = flower.put_together(letter.tree.object_id, letter.objects_of_answer())
         if (made.metadata.reply_to_message_id, made.metadata.src_node_id) != (name, about.src_node_id):
             raise ValueError("it says to be of another site, or to another message, than it was sent as")
     except Exception as error:  # of objects that somebody else made, whatever is wrong with them

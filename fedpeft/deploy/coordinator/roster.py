@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
@@ -81,16 +81,16 @@ class SiteGrid(Grid):
         self.sent |= {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
         return names
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         self.look_for_late()
         names = list(message_ids)
         self.wait(names)
         begun = time.monotonic()
-        replies = [unpacked(reply) for reply in self.grid.pull_messages(names)]
-        self.transfer_s["pull_s"] += time.monotonic() - begun
-        for reply in replies:
+        for reply in map(unpacked, self.grid.pull_messages(names)):
+            self.transfer_s["pull_s"] += time.monotonic() - begun
             self.sent.pop(reply.metadata.reply_to_message_id, None)
-        return replies
+            yield reply
+            begun = time.monotonic()  # what its reader did with it is no transfer
 
     def transferred_s(self) -> dict[str, float]:
         """Seconds of pushing messages and of pulling replies since the last call."""

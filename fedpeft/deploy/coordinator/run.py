@@ -33,6 +33,7 @@ from fedpeft.files import explained
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import identity, loop
 from fedpeft.run.world import World
+from fedpeft.state import Needs
 
 log = logging.getLogger("fedpeft")
 ORPHAN_S = 10.0
@@ -49,7 +50,7 @@ def main(folder: Path, name: str, mode: str) -> None:
     task = Task(server.control, root, token)
     reason = ""
     try:
-        post = Post(task.run, task.nodes)
+        post = Post(task.run, task.nodes, run)
         Clerk(folder, post)
         play(run, post, None if insecure else server.sites)
         put_status(run, state="done")
@@ -93,11 +94,29 @@ def _play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None
     )
     # Here, once: what sites would refuse must not cost a round of all of them.
     cover.require()
+    if kept := say_what_is_kept(world):
+        log.info(kept)
     recorder = Recorder(run / "metrics.jsonl")
     sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, grid.wait)
     roster = Roster(sites, registered, partial(waiting, run))
     federation = loop.Federation(sites, roster, False, lambda number: sites.transferred_s())
     return loop.run(world, run, recorder, lambda: nullcontext(federation), tell)
+
+
+def say_what_is_kept(world: World) -> str:
+    """How much of the sites' updates a rule has in memory at once that needs more than their sum; else empty.
+
+    A sum is added up from the disk (`strategies.gathering`).
+    """
+    strategy, config = world.strategy, world.config
+    if strategy.needs is Needs.SUM:
+        return ""
+    asked = config.run.clients_per_round or config.data.count
+    one = 2 * strategy.broadcast(world.start, "").select(strategy.uploads(world.start)).nbytes
+    return (
+        f"{type(strategy).__name__} looks at single updates: it may have those of all {asked} sites in memory at once, "
+        f"in float64 {asked} x {one / 1e6:.3g} MB = {asked * one / 1e6:.3g} MB."
+    )
 
 
 def tell(event: dict[str, Any]) -> None:

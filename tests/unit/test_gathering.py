@@ -1,0 +1,184 @@
+"""Answers of a round are on the disk while it lasts: memory does not grow with the sites, and no bit changes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flwr.app import Message
+
+from fedpeft import registry
+from fedpeft.config import Config, DataConfig, StrategyConfig
+from fedpeft.deploy import flower, parcel
+from fedpeft.deploy.coordinator import post
+from fedpeft.deploy.coordinator.flower import Refusal
+from fedpeft.deploy.coordinator.roster import SiteGrid
+from fedpeft.deploy.coordinator.run import say_what_is_kept
+from fedpeft.flower import empty_run, identify
+from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState
+from fedpeft.state_file import StateFile
+from fedpeft.strategies.build import build
+from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.wire import PACKED
+
+RUN, WIDE = 5, 2**17  # values of a factor: an answer has 1 MiB
+MB = 2**20
+
+
+def made(seed: int) -> AdapterState:
+    values = torch.Generator().manual_seed(seed)
+    tensors = {f"layer/{role}": torch.randn(4, WIDE // 4, generator=values) for role in "AB"}
+    return AdapterState(tensors, {"layer": AdaptedLayer("lora", (WIDE // 4, WIDE // 4), 1.0)})
+
+
+class Sites(SiteGrid):
+    """A post with sites that answer one after the other, in the order that they are given; memory is looked at."""
+
+    def __init__(self, folder: Path, nodes: list[int]) -> None:
+        self.box = post.Post(empty_run(RUN), lambda: [SimpleNamespace(node_id=node) for node in nodes], folder)
+        super().__init__(self.box, SimpleNamespace(put=lambda message, name: None), None, lambda event: None, self.play)
+        self.waiting, self.most = list(nodes), 0
+
+    def play(self, names: list[str]) -> None:
+        gc.collect()  # what Flower makes of a message refers to itself
+        self.most = max(self.most, anonymous())
+        for _ in range(3):  # so that answers lie there together
+            if self.waiting:
+                self.answer(self.waiting.pop(0))
+
+    def call(self, method: str, node: int, **fields):
+        request = flower.request(method, flower.Node(node_id=node), **fields)
+        return flower.answer_type(method).FromString(self.box.answer(method, node, request.SerializeToString()))
+
+    def answer(self, node: int) -> None:
+        pulled = self.call("PullMessages", node)
+        objects = {
+            name: self.call("PullObject", node, object_id=name).object_content
+            for name in flower.object_ids(pulled.message_object_trees[0])
+        }
+        message = flower.inflated(pulled, objects)
+        _, told = PACKED.open(parcel.unpack_content(message.content))
+        identify(RUN, node, 0)
+        content = PACKED.reply(made(node), {"num-examples": float(node)}, told.round)
+        request, contents = flower.deflated(Message(parcel.pack_content(content), reply_to=message))
+        tree = request.message_object_trees[0]
+        taken = self.call("PushMessages", node, messages_list=request.messages_list, message_object_trees=[tree])
+        for name in taken.objects_to_push:
+            fields = {"object_id": name, "object_content": contents(name), "session_id": taken.session_id}
+            assert self.call("PushObject", node, **fields).stored
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file has."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def play(folder: Path, nodes: list[int], name: str = "fedit", kept: Path | None = None):
+    """The adapter after a round of these sites, and the most memory that it took."""
+    grid = Sites(folder, nodes)
+    strategy = registry.load("strategies", name)()
+    identify(RUN, 1, 0)
+    rules = Rules(rounds=1, folder=kept)
+    codec = SimpleNamespace(
+        roster=lambda grid, expected: {f"site-{node}": node for node in nodes},
+        content=PACKED.content,
+        read=PACKED.read,
+    )
+    after = strategy.run(grid, strategy.initial(made(0), 0), rules, codec=codec)
+    return after.adapter, grid.most
+
+
+@pytest.fixture
+def exact_memory():
+    """Have the C library give back every large block as soon as it is free, or its habits would be measured."""
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("memory is measured with Linux's /proc and glibc's mallopt")
+    threshold, usual = -3, 32 * MB
+    ctypes.CDLL(None).mallopt(threshold, MB // 4)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    ctypes.CDLL(None).mallopt(threshold, usual)
+
+
+@pytest.mark.usefixtures("exact_memory")
+def test_memory_of_a_round_does_not_grow_with_its_sites(tmp_path):
+    few = max(play(tmp_path, list(range(1, 7)), kept=tmp_path)[1] for _ in range(2))  # the first loads things
+    many = play(tmp_path, list(range(1, 37)), kept=tmp_path)[1]
+    assert many - few < 12 * MB  # 30 more answers, of 1 MB each
+    assert play(tmp_path, list(range(1, 37)))[1] - many > 18 * MB  # without a folder they are in memory
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_order_of_arrival_and_the_disk_change_no_bit(tmp_path):
+    undisturbed = play(tmp_path, [1, 2, 3, 4, 5])[0].sha256()
+    for order in ([1, 2, 3, 4, 5], [5, 3, 1, 4, 2]):
+        assert play(tmp_path, order, kept=tmp_path)[0].sha256() == undisturbed
+    assert play(tmp_path, [1, 2, 3, 4], kept=tmp_path)[0].sha256() != undisturbed
+
+
+def test_a_state_file_gives_back_every_bit_and_keeps_what_is_written_elsewhere_apart(tmp_path):
+    mixed = {"layer/A": torch.randn(3, 5), "layer/B": torch.randn(5, 2).bfloat16(), "layer/n": torch.tensor(7)}
+    states = [
+        AdapterState({}),
+        AdapterState(mixed, {"layer": AdaptedLayer("lora", (5, 5), 2.0)}, {"mask": torch.tensor([True, False])}),
+        AdapterState({"layer/A": torch.empty(0, 4).double(), "layer/B": torch.randn(4, 4).T}),
+    ]
+    file = StateFile(tmp_path)
+    forms = [file.put(state) for state in states]
+    assert all(value.is_meta for form in forms for value in form.payload)
+    read = [file.get(form) for form in forms]
+    assert [state.sha256() for state in read] == [state.sha256() for state in states]
+    assert [state.sites for state in read] == [state.sites for state in states]
+    read[1]["layer/A"].zero_()
+    assert os.listdir(tmp_path) == [] and not read[1]["layer/A"].any()
+    nothing = StateFile(tmp_path)
+    assert nothing.get(nothing.put(AdapterState({}))).payload == []
+
+
+def test_a_full_disk_is_told_to_the_site_and_its_answer_is_taken_when_there_is_room(tmp_path, monkeypatch):
+    grid, full = Sites(tmp_path, [1]), True
+    put = post.Letter.put
+
+    def limited(letter, name, content, folder):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(letter, name, content, folder)
+
+    monkeypatch.setattr(post.Letter, "put", limited)
+    identify(RUN, 1, 0)
+    list(grid.push_messages([Message(PACKED.content(made(0), FedIT().instructions(ServerState(made(0)))), 1, "train")]))
+    with pytest.raises(Refusal, match="503: the coordinator's disk: No space left on device"):
+        grid.answer(1)
+    letter = next(iter(grid.box.letters.values()))
+    assert letter.missing and not letter.answered()
+    full = False
+    grid.box.boxes[1] = list(grid.box.letters)
+    grid.answer(1)
+    assert letter.answered()
+
+
+def test_a_round_for_which_there_is_no_room_says_so_and_does_not_blame_a_site(tmp_path, monkeypatch):
+    def full(file, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StateFile, "put", full)
+    with pytest.raises(OSError, match="No space left"):
+        play(tmp_path, [1, 2], kept=tmp_path)
+
+
+@pytest.mark.parametrize(("wrap", "words"), [([], ""), (["median"], "all 40 sites in memory at once, in float64 40 x")])
+def test_a_strategy_that_looks_at_single_updates_says_how_much_it_may_keep(wrap, words):
+    config = Config(strategy=StrategyConfig(wrap=wrap), data=DataConfig(clients=40))
+    start = ServerState(made(1))
+    said = say_what_is_kept(SimpleNamespace(strategy=build(config), config=config, start=start))
+    assert words in said and bool(said) == bool(wrap)
+    assert not wrap or said.endswith(f"= {40 * 2 * start.adapter.nbytes / 1e6:.3g} MB.")
