@@ -46,7 +46,7 @@ def load(
     """
     tree = source if isinstance(source, dict) else _mapping(find(source))
     tree = _named_sections(tree)
-    given = overrides if isinstance(overrides, dict) else parse_overrides(overrides)
+    given = parse_overrides(overrides)
     apply(tree, given)
     _count_by_column(tree, given)
     try:

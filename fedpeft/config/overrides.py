@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fedpeft import registry
@@ -18,14 +18,23 @@ from fedpeft.errors import InputError
 log = logging.getLogger("fedpeft")
 
 
-def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """`key=value` strings as a mapping; what a value means is for the field to say.
+def parse_overrides(given: Iterable[str] | dict[str, Any]) -> dict[str, Any]:
+    """`key=value` strings as a mapping, or a mapping as it is; what a value means is for the field to say.
+
+    Raises:
+        InputError: they are neither.
 
     >>> parse_overrides(["run.rounds=5", "strategy.wrap=[median]"])
     {'run.rounds': '5', 'strategy.wrap': '[median]'}
     """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"overrides: {given!r} is neither a list of key=value nor a mapping of dotted keys.")
+    if wrong := [key for key in given if not isinstance(key, str)]:
+        raise InputError(f"overrides: {wrong[0]!r} is no text. A dotted key such as run.rounds is.")
+    if isinstance(given, dict):
+        return given
     pairs: dict[str, Any] = {}
-    for text in texts:
+    for text in given:
         key, separator, value = (part.strip() for part in text.partition("="))
         if not separator or not key:
             raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
@@ -37,9 +46,9 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     return pairs
 
 
-def apply(tree: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> None:
+def apply(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Put the overrides into the tree, in place."""
-    pairs = list(_named(overrides if isinstance(overrides, dict) else parse_overrides(overrides)))
+    pairs = list(_named(overrides))
     for path, section in METHOD_SECTIONS.items():  # a new name first: it drops the options of the method it replaces
         for key, value in pairs:
             if key == f"{path}.{section.key}":

@@ -24,7 +24,11 @@ from fedpeft.record.run_folder import Run
 RECENT = 10  # rounds whose median length says how fast a run goes
 TAIL = 64  # bytes before the offset by which a file is known again
 KEPT_WHOLE = ("start", "evaluate", "baselines", "task", "round_dropped", "round_failed", "end")
+SCORED = ("round", "evaluate")
+NUMBERS = ("accuracy", "loss", "train_loss", "bytes_up", "bytes_down", "seconds", "epsilon_max")
+WHOLE = {"start": ("clients", "rounds"), "task": ("task",)}
 NUMBERED = ("round", "quarantine", "task", "round_dropped", "round_failed", "end")
+LARGEST, LATEST = 1e15, 1e11  # of any number; of a time, which is in seconds
 UNDER_WAY = ("running", "waiting", "not ended")
 
 
@@ -109,14 +113,18 @@ class Follower:
             self._lines += 1
             try:
                 self._hear(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 self._unread.append(self._lines)
 
     def _hear(self, event: Event) -> None:
         kind, at = event["event"], float(event["time"])
         event["time"] = at
-        if kind in NUMBERED:
-            event["round"] = int(event["round"])
+        for key in [*(["round"] if kind in NUMBERED else []), *WHOLE.get(kind, ())]:
+            event[key] = int(event[key])
+        if not 0 <= at <= LATEST or not all(abs(value) <= LARGEST for value in event.values() if _is_number(value)):
+            raise ValueError("a number that nothing of a run has")
+        if kind in SCORED and not all(event.get(key) is None or _is_number(event[key]) for key in NUMBERS):
+            raise TypeError("no number")
         if kind == "round":
             self._hear_round(event, at)
         elif kind == "clients_evaluated":
@@ -156,7 +164,7 @@ class Follower:
         client.quarantined_last, client.reason = number, str(event["reason"])
 
     def _client(self, name: str) -> Client:
-        return self.clients.setdefault(name, Client())
+        return self.clients.setdefault(str(name), Client())
 
     def _answered(self, name: str, at: float) -> Client:
         client = self._client(name)
@@ -197,7 +205,7 @@ class Follower:
             return None
         try:
             text, config = run_folder.read_config(self.path)
-            summary = metrics.summarise([*self.events, *self._scored], config)
+            summary = run_folder.renamed(metrics.summarise([*self.events, *self._scored], config), self._owner_names())
         except Exception as error:  # a record that makes no sense must not end the page, nor those of other runs
             self.problem = f"the record has no summary: {type(error).__name__}: {error}"
             return None
@@ -316,6 +324,10 @@ def follow(runs: Iterable[Path]) -> list[Follower]:
 
 
 MOST_RUNS = 16  # eight colours, drawn through and dashed
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _pace(rounds: list[Event]) -> float | None:

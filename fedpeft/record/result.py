@@ -36,8 +36,10 @@ class Result(dict[str, Any]):
         rows: dict[int, dict[str, Any]] = {}
         for event in metrics.read(self.folder / "metrics.jsonl"):
             if event["event"] in ("round", "evaluate"):
-                values = {key: value for key, value in event.items() if isinstance(value, int | float)}
-                rows.setdefault(event["round"], {}).update(values)
+                numbers = {key: value for key, value in event.items() if isinstance(value, int | float)}
+                rows.setdefault(event["round"], {}).update(numbers)
+        if not rows:
+            return pandas.DataFrame(index=pandas.Index([], name="round"))
         return pandas.DataFrame([rows[number] for number in sorted(rows)]).set_index("round").drop(columns="time")
 
     @property

@@ -67,7 +67,7 @@ def load(path: Path, label: str) -> Run:
         summary |= {key: value for key, value in written.items() if key not in summary}
     split = _split(path / "split.json") if (path / "split.json").exists() else None
     if split and (names := _owners(split)):
-        events, summary = _renamed(events, names), _renamed(summary, names)
+        events, summary = renamed(events, names), renamed(summary, names)
         split["clients"] = {names.get(client, client): part for client, part in split["clients"].items()}
     return Run(path, label, events, config, config_text, summary, split, ended)
 
@@ -150,10 +150,10 @@ def _owners(split: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _renamed(tree: Any, names: dict[str, str]) -> Any:
+def renamed(tree: Any, names: dict[str, str]) -> Any:
     """A copy of plain data in which clients, as keys or as whole texts, have these names."""
     if isinstance(tree, dict):
-        return {names.get(key, key): _renamed(value, names) for key, value in tree.items()}
+        return {names.get(key, key): renamed(value, names) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_renamed(value, names) for value in tree]
+        return [renamed(value, names) for value in tree]
     return names.get(tree, tree) if isinstance(tree, str) else tree

@@ -40,10 +40,10 @@ def aggregate_folders(
     """
     if not folders:
         raise InputError("ADAPTER_DIR: give at least one adapter folder.")
-    paths, out, start = [Path(path) for path in folders], Path(out), Path(start) if start else None
+    paths, out, start = _paths(folders), Path(out), Path(start) if start else None
     # Before anything is loaded: a result that has no place should cost no wait.
     require_new(out, "--out")
-    rule = named(strategy, _mapping(options), "")
+    rule = named(strategy, configs.parse_overrides(options), "")
     adapters = [folder.load(path) for path in paths]
     numbers = _numbers("--weights", weights, len(paths))
     if numbers is not None and not all(math.isfinite(number) and number > 0 for number in numbers):
@@ -84,9 +84,9 @@ def merge_folders(
     Raises:
         InputError: unreadable or unlike adapters, bad numbers or options, an `out` that is not empty.
     """
-    paths, out = [Path(path) for path in folders], Path(out)
+    paths, out = _paths(folders), Path(out)
     require_new(out, "--out")
-    merger = make(method, _mapping(options))
+    merger = make(method, configs.parse_overrides(options))
     merger.require(len(paths))
     if numbers is not None and not merger.number:
         raise InputError(f"--numbers: {method} takes no number with an adapter.")
@@ -119,6 +119,12 @@ def merge_folders(
     }
 
 
+def _paths(folders: Sequence[str | Path]) -> list[Path]:
+    if isinstance(folders, str | Path):
+        raise InputError(f"ADAPTER_DIR: {folders} is one folder; give a list of them.")
+    return [Path(path) for path in folders]
+
+
 def parse_numbers(flag: str, text: str | None) -> list[float] | None:
     """`1,2,5` as numbers; `flag` is blamed."""
     try:
@@ -131,7 +137,3 @@ def _numbers(flag: str, numbers: Sequence[float] | None, count: int) -> list[flo
     if numbers is not None and len(numbers) != count:
         raise InputError(f"{flag}: {len(numbers)} {flag.lstrip('-')} for {count} adapters.")
     return None if numbers is None else list(numbers)
-
-
-def _mapping(options: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
-    return options if isinstance(options, dict) else configs.parse_overrides(options)

@@ -34,14 +34,18 @@ BLOCK = 64  # questions that are answered between two signs of life
 
 
 def predict(
-    path: str | Path, data: str | Path, out: str | Path, overrides: Sequence[str] = (), most: int = 64
+    path: str | Path,
+    data: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    most: int = 64,
 ) -> dict[str, Any]:
     """Answer every record of a file.
 
     Args:
         path: a run, or an adapter folder.
         out: .csv or .jsonl, not there yet.
-        overrides: `key=value` over the run's config.
+        overrides: `key=value`, or a mapping of dotted keys, over the run's config.
         most: tokens of a generated answer.
 
     Raises:

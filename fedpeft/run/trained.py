@@ -45,11 +45,12 @@ class Trained:
     form: str | None
 
 
-def open_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
+def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> Trained:
     """The model of a run folder, of an adapter folder in one, or of any adapter folder.
 
     Args:
-        overrides: `key=value`, over the run's config; what an adapter folder without a run does not say.
+        overrides: `key=value`, or a mapping of dotted keys, over the run's config; what an adapter folder without a
+            run does not say.
 
     Raises:
         InputError: there is no finished adapter, or not one for all; nobody says what it is for; it does not fit.
@@ -98,9 +99,9 @@ def _find(path: Path) -> tuple[Path, Path | None]:
     return run / "adapter", run
 
 
-def _config_of(adapter: Path, about: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _config_of(adapter: Path, about: dict[str, Any], overrides: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
     """What an adapter folder says of its config."""
-    given = parse_overrides(list(overrides))
+    given = parse_overrides(overrides)
     task, base = given.get("model.task", about["task"]), about["base"]
     if not task:
         raise InputError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fedpeft
 from fedpeft.adapters import folder
 from fedpeft.state import AdaptedLayer, AdapterState
 from fedpeft.strategies.build import named
@@ -208,3 +209,9 @@ def test_aggregate_refuses_other_inputs(fedpeft, tmp_path, sites):
     folder.save(other, tmp_path / "wide", base="some/model")
     done = fedpeft("aggregate", "--strategy", "fedit", sites[1], tmp_path / "wide", "--out", tmp_path / "out")
     assert done.code == 2 and "encoder.query" in done.err
+
+
+@pytest.mark.parametrize("make", [fedpeft.aggregate, fedpeft.merge])
+def test_one_folder_in_place_of_a_list_is_refused(make, tmp_path):
+    with pytest.raises(fedpeft.InputError, match="/a/folder is one folder; give a list of them"):
+        make("fedit" if make is fedpeft.aggregate else "running_average", "/a/folder", tmp_path / "out")

@@ -53,6 +53,12 @@ def test_an_override_is_key_and_value(text):
     refused({}, [text], text)
 
 
+@pytest.mark.parametrize("given", [5, None, "run.rounds=5", {5: 1}, [5]])
+def test_what_is_neither_texts_nor_a_mapping_of_texts_is_refused(given):
+    with pytest.raises(InputError, match=r"^overrides: "):
+        load({}, given)
+
+
 def test_an_override_below_a_value_is_refused():
     refused({"run": {"rounds": 3}}, ["run.rounds.more=3"], "run.rounds")
 

@@ -38,6 +38,14 @@ def test_rounds_are_a_table_of_what_metrics_jsonl_has(result):
     assert "time" not in table and table["bytes_up"].sum() == result["bytes_up"]
 
 
+def test_a_run_that_was_broken_off_before_anything_was_scored_has_an_empty_table(result, tmp_path):
+    (tmp_path / "resolved.yaml").write_bytes((result.folder / "resolved.yaml").read_bytes())
+    with (result.folder / "metrics.jsonl").open() as file:
+        (tmp_path / "metrics.jsonl").write_text(file.readline())
+    early = fedpeft.load(tmp_path)
+    assert early.rounds.empty and early.rounds.index.name == "round" and early.updates.empty
+
+
 def test_updates_are_a_table_of_clients_and_rounds(result):
     table = result.updates
     used = [

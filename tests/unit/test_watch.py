@@ -193,3 +193,29 @@ def test_the_page_of_a_run_has_the_owners_of_its_report(tmp_path):
     split = {"clients": {"client-0": [0], "client-1": [1]}, "owners": {"client-0": "St. Mary"}}
     run = written(tmp_path / "run", [start(NAMES[:2]), a_round(1, NAMES[:2], accuracy=0.5, loss=1.0)], split=split)
     assert set(state(Watched([run]))["clients"]) == {"St. Mary", "client-1"}
+
+
+NONSENSE = ["x", [], {"a": 1}, -1, 1e300, 10**400, float("nan")]
+
+
+@pytest.mark.parametrize("key", ["time", "clients", "rounds", "accuracy", "loss", "bytes_up", "seconds", "train_loss"])
+def test_a_value_that_makes_no_sense_ends_neither_the_page_nor_that_of_other_runs(tmp_path, key):
+    for place, value in enumerate(NONSENSE):
+        for line in (0, 1, -1):
+            events = rounds(3)
+            events[line][key] = value
+            run = folder(tmp_path / f"run-{place}-{line}", events)
+            watched = Watched([run, folder(tmp_path / f"other-{place}-{line}", rounds(2))])
+            assert all(watched.answer(name, "")[0] for name in ("", "parts.json", "state.json"))
+
+
+def test_warnings_name_owners_as_the_table_does(tmp_path):
+    names = [f"client-{number}" for number in range(4)]
+    far = {"update_norms": {name: 1000.0 if name == "client-3" else 1.0 for name in names}}
+    events = rounds(3, names, **far, far_updates={"client-3": 1000.0})
+    run = folder(tmp_path / "run", events)
+    owners = {name: f"hospital-{name[-1]}" for name in names}
+    (run / "split.json").write_text(json.dumps({"clients": {name: [0] for name in names}, "owners": owners}))
+    said = state(Watched([run]))
+    assert set(said["clients"]) == set(owners.values())
+    assert said["warnings"] and all(text.startswith("hospital-3: ") for text in said["warnings"])

@@ -16,8 +16,9 @@ import pytest
 from fedpeft.cli import main
 from fedpeft.cli.watch import Server, Watched
 from fedpeft.errors import InputError
-from support.run_folders import a_round, make_run
-from support.watched import BEGUN, NAMES, ask, folder, lines, rounds, served
+from fedpeft.record import live_page
+from support.run_folders import make_run
+from support.watched import BEGUN, ask, folder, lines, rounds, served
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 ALLOWED = set(
@@ -101,12 +102,12 @@ def test_a_head_request_has_headers_only(tmp_path):
         assert status == 200 and text == "" and int(headers["Content-Length"]) > 1000
 
 
-def test_a_record_that_cannot_be_drawn_is_said_once_and_the_server_goes_on(tmp_path, caplog):
+def test_a_record_that_cannot_be_drawn_is_said_once_and_the_server_goes_on(tmp_path, caplog, monkeypatch):
     run = folder(tmp_path / "run", rounds(1))
     with served(run) as server:
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write(lines([{**a_round(2, NAMES), "train_loss": "high", "time": BEGUN}]))
-        assert [ask(server, "parts.json")[0] for _ in range(2)] == [500, 500]
+        with monkeypatch.context() as broken:
+            broken.setattr(live_page, "parts", lambda *_: 1 / 0)
+            assert [ask(server, "parts.json")[0] for _ in range(2)] == [500, 500]
         (run / "metrics.jsonl").write_text(lines(rounds(3)))
         assert ask(server, "parts.json")[0] == 200
     assert [record.message.split(":")[0] for record in caplog.records] == ["the page cannot be drawn"]
