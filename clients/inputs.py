@@ -47,16 +47,17 @@ def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
             known = {"input_ids": ids, "attention_mask": mask}
             other = model.base.objective.draw_input
             made[name] = (known[name] if name in known else other(name, mask)).to(value.dtype)
-    return Encoded(made, _drawn_labels(model, none.labels, ids, mask, generator))
+    learned = model.base.objective.learned_tokens(made) if by_token(none.labels) else mask
+    return Encoded(made, _drawn_labels(model, none.labels, ids, learned, generator))
 
 
-def _drawn_labels(model: Adapted, like: Tensor, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels of the form of `like`: of each token, numbers that are 0 or 1, or classes."""
+def _drawn_labels(model: Adapted, like: Tensor, ids: Tensor, learned: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels of the form of `like`: of each learned token, numbers that are 0 or 1, or classes."""
     if like.is_floating_point():
         return torch.randint(0, 2, (DRAWN, *like.shape[1:]), generator=generator).to(like.dtype)
     if not by_token(like):
         return torch.randint(0, model.base.classes, (DRAWN,), generator=generator)
-    return (ids % model.base.classes if model.base.objective.headed else ids).masked_fill(mask == 0, IGNORE)
+    return (ids % model.base.classes if model.base.objective.headed else ids).masked_fill(learned == 0, IGNORE)
 
 
 def verify_gradients(model: Adapted, like: Encoded, roles: tuple[str, ...], length: int) -> None:

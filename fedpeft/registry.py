@@ -56,6 +56,7 @@ TABLES: dict[str, dict[str, str]] = {
         "multi-label": "fedpeft.objectives.multi_label:MultiLabel",
         "preference": "fedpeft.objectives.preference:Preference",
         "masked-lm": "fedpeft.objectives.masked_lm:MaskedLM",
+        "seq2seq": "fedpeft.objectives.seq2seq:Seq2Seq",
     },
     "adapters": {
         "lora": "fedpeft.adapters.lora:Lora",
@@ -187,7 +188,12 @@ TABLES: dict[str, dict[str, str]] = {
     },
 }
 
-EMBEDDED = {"tiny-vit": "image-classification", "tiny-bert": "sequence-classification", "tiny-llama": "causal-lm"}
+EMBEDDED = {
+    "tiny-vit": "image-classification",
+    "tiny-bert": "sequence-classification",
+    "tiny-llama": "causal-lm",
+    "tiny-t5": "seq2seq",
+}
 
 
 @cache

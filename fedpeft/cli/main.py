@@ -263,7 +263,7 @@ def chat(
     from fedpeft.run.trained import open_trained
 
     trained = open_trained(model, overrides or [])
-    chats.require_language_model(trained)
+    chats.require_language_model(trained, history)
     for question, answer in chats.answers(trained, _read_lines("> "), max_new_tokens, history, console.fail):
         sys.stdout.write((json.dumps({"question": question, "answer": answer}) if as_json else answer) + "\n")
         sys.stdout.flush()

@@ -13,7 +13,9 @@ class ModelConfig:
     """Section `model`: the frozen base that every client has, and what it is trained to do."""
 
     name: str = option(
-        "tiny-vit", "embedded (tiny-vit, tiny-bert, tiny-llama) or prepared model, local path or hub id", path=True
+        "tiny-vit",
+        "embedded (tiny-vit, tiny-bert, tiny-llama, tiny-t5) or prepared model, local path or hub id",
+        path=True,
     )
     task: str = option(
         "image-classification", "what the model is trained to do: a registered objective", table="objectives"

@@ -304,11 +304,18 @@ def require_form(form: Form | None, task: str, where: str) -> None:
     """Refuse a form that is of another task.
 
     Raises:
-        InputError: preferences for a language model, or something else for the objective that learns of them.
+        InputError: preferences for a language model, or something else for the objective that learns of them; plain
+            texts where one is read and another written.
     """
-    has, needs = form is not None and form.name == "preference", load_objective(task).labelled == "pairs"
-    if has == needs:
+    objective = load_objective(task)
+    has, needs = form is not None and form.name == "preference", objective.labelled == "pairs"
+    if has == needs and (form is not None or not objective.encoder_decoder):
         return
+    if has == needs:
+        raise InputError(
+            f"{where}: model.task={task} reads one column and learns to write another. Name both with "
+            "data.columns={prompt: NAME, completion: NAME}."
+        )
     if has:
         raise InputError(
             f"{where}: chosen and rejected are preferences, of which model.task={task} does not learn. Set "

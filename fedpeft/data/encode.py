@@ -187,7 +187,7 @@ def _cached(
         "objective": code(type(objective)),
         "max_length": max_length,
         "what": what,
-        "wording": [asdict(records.wording), template_of(records, tokenizer).text],
+        "wording": [asdict(records.wording), template_of(records, tokenizer, objective.encoder_decoder).text],
     }
     kept = cache.get("tokens", facts, make)
     if kept is None:

@@ -152,7 +152,7 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache,
         "format": reading.format,
         "ending": ending(Path(source)),  # says how it is read; where it lies does not matter
         "columns": [config.text, config.label, config.partition.options.get("column"), config.columns, config.skip_bad],
-        "objective": [objective.labelled, objective.causal, config.label_separator],
+        "objective": [objective.labelled, objective.says, objective.encoder_decoder, config.label_separator],
         "code": code(),
     }
 
@@ -196,7 +196,7 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
     kind = objective.records
     if kind == "image":
         _require_kind(kind if columns.find_column(table, "image", config.image) else "text", task, table.where)
-    if objective.causal and config.text is None:
+    if objective.says == "answers" and config.text is None:
         known = (config.label, config.partition.options.get("column"))
         forms = conversations.PAIRS if objective.labelled == "pairs" else conversations.FORMS
         form = conversations.find_form(list(table.columns), config.columns, table.where, known, forms)
@@ -213,7 +213,7 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
         labels = np.zeros(len(targets), dtype=np.int64)
     else:
         label, labels, label_names, notes = _labels(table, config, objective.classes)
-    if objective.causal and config.text is None:
+    if objective.says == "answers" and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
     what = f"{table.where}: column {name}"
     inputs: Any

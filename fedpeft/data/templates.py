@@ -45,6 +45,8 @@ VICUNA = (
     "{{ 'ASSISTANT: ' + message.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# What an encoder reads, as it stands: it is trained without marks of who speaks.
+READ = "{% for message in messages %}{{ message.content }}{{ '\n' if not loop.last }}{% endfor %}"
 BUILT_IN = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN, "vicuna": VICUNA}
 CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
 
@@ -61,11 +63,13 @@ class Template:
         text: Jinja.
         name: as it is said to users.
         start: what the tokenizer itself puts before a text and the template does not, such as its mark of a beginning.
+        encoder: what it writes is read by an encoder, so the tokenizer puts its marks around it, and no answer follows.
     """
 
     text: str
     name: str
     start: str = ""
+    encoder: bool = False
 
     def write(self, turns: Sequence[Turn], tokenizer: Any, answering: bool = False) -> str:
         """The turns in the template's words; with `answering`, up to where the assistant begins.
@@ -84,13 +88,31 @@ class Template:
             raise NotWritten(f"the template {self.name} refuses it: {error}") from error
         return self.start + str(text)
 
+    def ask(self, turns: Sequence[Turn], tokenizer: Any) -> tuple[str, list[int]]:
+        """What a model is given to answer the turns, in words and as tokens.
 
-def find_template(given: str | None, form: str, tokenizer: Any) -> Template:
+        Raises:
+            NotWritten: as of `write`; and of several questions, where an encoder reads one.
+        """
+        if self.encoder and [role for role, _ in turns if role != "system"] != ["user"]:
+            raise NotWritten(f"it has {len(turns)} turns, and an encoder reads one question")
+        text = self.write(turns, tokenizer, answering=True)
+        return text, list(tokenizer(text, add_special_tokens=self.encoder, verbose=False)["input_ids"])
+
+
+def find_template(given: str | None, form: str, tokenizer: Any, encoder: bool = False) -> Template:
     """The template that `data.template` names; null is the tokenizer's own, else alpaca or plain by the records' form.
+
+    Args:
+        encoder: an encoder reads it; null is then plain.
 
     Raises:
         InputError: a file that cannot be read, or a template of marks that the tokenizer does not have.
     """
+    if encoder:
+        name = given or "plain"
+        texts = {**BUILT_IN, "plain": READ}
+        return Template(_with_end(texts[name], tokenizer) if name in texts else _read(name), name, encoder=True)
     if given is None and getattr(tokenizer, "chat_template", None):
         return Template(tokenizer.get_chat_template(), "of the tokenizer")
     name = given or ("alpaca" if form == "alpaca" else "plain")
@@ -110,26 +132,28 @@ def marks_of(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
-def template_of(records: Records, tokenizer: Any) -> Template:
+def template_of(records: Records, tokenizer: Any, encoder: bool = False) -> Template:
     """The template that records are written by; of plain texts an empty one."""
     if records.wording.form == "text":
         return Template("", "")
-    return find_template(records.wording.template, records.wording.form, tokenizer)
+    return find_template(records.wording.template, records.wording.form, tokenizer, encoder)
 
 
-def describe_texts(records: Records, tokenizer: Any) -> dict[str, str]:
+def describe_texts(records: Records, tokenizer: Any, encoder: bool = False) -> dict[str, str]:
     """What a language model's records are and how they became tokens, for the summary of a run."""
     wording = records.wording
     found = {"form": wording.form, "truncate": wording.truncate}
     if wording.form == "text":
         return found
-    return {**found, "template": template_of(records, tokenizer).name, "loss_on": wording.loss_on}
+    return {**found, "template": template_of(records, tokenizer, encoder).name, "loss_on": wording.loss_on}
 
 
 def find_ends(template: Template, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's end token, and the marks that the template puts behind an answer."""
-    (written,) = write([[("user", "a"), ("assistant", "b")]], template, tokenizer, "response")
     ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if template.encoder:
+        return sorted(ends)
+    (written,) = write([[("user", "a"), ("assistant", "b")]], template, tokenizer, "response")
     if isinstance(written, Written):
         marks = marks_of(tokenizer)
         ends |= {token for token, chosen in zip(written.ids, written.learned, strict=True) if chosen and token in marks}

@@ -62,7 +62,7 @@ def read_unanswered(
         targets = np.zeros((count, len(names)), np.float32 if objective.labelled == "numbers" else bool)
     if objective.labelled == "tags":  # a word's number is its tag, by which it is found again among the tokens
         names = [str(place) for place in range(max(len(json.loads(str(text))[0]) for text in inputs))]
-    wording = Wording.of(config, kind) if objective.causal else Wording()
+    wording = Wording.of(config, kind) if objective.says == "answers" else Wording()
     files = _files(table, config, path) if objective.records == "image" else {}
     return Records(inputs, np.zeros(count, np.int64), names, files, objective.records, wording=wording, targets=targets)
 
@@ -115,13 +115,13 @@ def _inputs(table: tables.Table, config: DataConfig, task: str, form: str | None
         return inputs, "text"
     if objective.labelled == "tags":
         return _words(table, config), "text"
-    if objective.causal and form != "text" and config.text is None:
+    if objective.says == "answers" and form != "text" and config.text is None:
         found = _find_asked(table, config.columns, form)
         if found is not None:
             return Texts.of([dump(turns) for turns in _questions(table, *found)]), found[0].name
     texts = columns.texts(table, columns.column(table, "text", config.text))
-    if objective.causal and form not in (None, "text"):
-        return Texts.of([dump([("user", str(text))]) for text in texts]), str(form)
+    if objective.says == "answers" and (form not in (None, "text") or objective.encoder_decoder):
+        return Texts.of([dump([("user", str(text))]) for text in texts]), form or "qa"
     return texts, "text"
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedpeft.config import Config, DataConfig
 
 TEMPLATES = ("alpaca", "chatml", "plain", "vicuna")  # of `fedpeft.data.templates`
+OF_DECODERS = ("chatml", "vicuna")
 OF_LANGUAGE_MODELS = ("columns", "template", "loss_on", "truncate", "skip_bad")  # keys of `data`
 
 
@@ -43,7 +44,7 @@ class Wording:
 def check(config: Config) -> None:
     """Refuse what `data` says of language models' texts for a task that is none, and a template that is not there."""
     data, task = config.data, config.model.task
-    if not load_objective(task).causal:
+    if load_objective(task).says != "answers":
         said = {item.name: item for item in fields(data) if item.name in OF_LANGUAGE_MODELS}
         for name, item in said.items():
             if getattr(data, name) != default_of(item):
@@ -58,6 +59,7 @@ def check(config: Config) -> None:
             if value != default:
                 raise InputError(f"{key}={value}: of language models; model.task={task} is none. Set it to {default}.")
     _check_pairs(config)
+    _check_halves(config)
     if data.columns and data.text is not None:
         raise InputError(
             f"data.text={data.text} and {as_key(data.columns)}: one is for plain texts, the other for conversations. "
@@ -81,6 +83,29 @@ def _check_pairs(config: Config) -> None:
                 f"{key}={value}: model.task={config.model.task} compares the two answers of each record as wholes, by "
                 f"the sums of their tokens. Set it to {way}."
             )
+
+
+def _check_halves(config: Config) -> None:
+    """Refuse what means nothing where an encoder reads what is asked, and only answers are learned."""
+    data, task = config.data, config.model.task
+    if not load_objective(task).encoder_decoder:
+        return
+    if data.text is not None:
+        raise InputError(
+            f"data.text={data.text}: model.task={task} reads one column and learns to write another. Name both, as "
+            f"data.columns={{prompt: {data.text}, completion: NAME}}."
+        )
+    if data.loss_on != "response":
+        raise InputError(
+            f"data.loss_on={data.loss_on}: with model.task={task} an encoder reads what is asked, and only answers are "
+            "learned. Set it to response."
+        )
+    if data.template in OF_DECODERS:
+        raise InputError(
+            f"data.template={data.template}: its marks say who speaks, which a decoder has to be told. Of "
+            f"model.task={task} the encoder reads what is asked: set it to null for the words as they stand, alpaca, "
+            "or the path of a Jinja file."
+        )
 
 
 def require_template(given: str | None) -> None:

@@ -22,6 +22,7 @@ from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
     from fedpeft.models.base import Base
+    from fedpeft.objectives.base import Objective
 
 log = logging.getLogger("fedpeft")
 
@@ -57,6 +58,37 @@ def require_base(name: str) -> None:
                 f"model.name: {name} lacks {len(missing)} of {len(parts)} weight files that {index.name} "
                 f"names: {', '.join(map(str, missing[:3]))}. Copy them too."
             )
+
+
+def require_kind(config: ModelConfig, settings: Any, objective: Objective) -> None:
+    """Refuse an encoder-decoder for an objective of one of the two, and one of the two for that of both.
+
+    Args:
+        settings: the model's config, by transformers.
+    """
+    both = bool(getattr(settings, "is_encoder_decoder", False))
+    if both == objective.encoder_decoder:
+        return
+    name = f"model.name: '{config.name}' ({settings.model_type})"
+    if both:
+        other = "a decoder (Llama, GPT-2, ...)" if objective.causal else "an encoder (BERT, RoBERTa, ...)"
+        raise InputError(
+            f"{name} is an encoder-decoder, which model.task={config.task} does not take. Set model.task=seq2seq, or "
+            f"give {other}."
+        )
+    raise InputError(
+        f"{name} is no encoder-decoder, which model.task={config.task} trains. Give one (T5, BART, Pegasus, Marian, "
+        "...); or set model.task=causal-lm for a decoder, or that of an encoder's head."
+    )
+
+
+def require_start(config: ModelConfig, start: int | None) -> None:
+    """Refuse an encoder-decoder of which nobody knows what its answers begin behind."""
+    if start is None:
+        raise InputError(
+            f"model.name: '{config.name}' does not say the token that its answers begin behind. Put "
+            "decoder_start_token_id into its config.json, as it was trained with."
+        )
 
 
 def require_tokenizer(name: str, tokenizer: Any) -> None:
@@ -162,7 +194,8 @@ def _failure(model: Any, rows: int, length: int) -> str | None:
     """Why the model does not take a text of this length; None where it does."""
     try:
         ids = _probe(model, rows, length)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        answer = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **answer)
     except FAILURES as error:
         return _first_line(error)
     return None

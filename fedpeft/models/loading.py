@@ -1,7 +1,7 @@
 """Base models: embedded ones, local folders and hub ids, by transformers' auto classes; their head and their processor.
 
-Embedded: `tiny-vit` (shipped checkpoint, pre-trained on drawn digits), `tiny-bert` and `tiny-llama` (fixed random
-weights and a byte tokenizer: they exercise the text path without a download and are no evidence for anything).
+Embedded: `tiny-vit` (shipped checkpoint, pre-trained on drawn digits), `tiny-bert`, `tiny-llama` and `tiny-t5` (fixed
+random weights and a byte tokenizer: they exercise the text path without a download and are no evidence for anything).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from fedpeft.data import prepare
 from fedpeft.errors import InputError
 from fedpeft.models import agreement, rates
 from fedpeft.models.base import Base
+from fedpeft.models.embedded import has_embedded, make_embedded
 from fedpeft.models.quantized import (
     import_kernels,
     is_quantized,
@@ -37,16 +37,12 @@ from fedpeft.models.quantized import (
 )
 from fedpeft.models.rates import DTYPES
 from fedpeft.objectives.base import Objective, load_objective
+from fedpeft.objectives.seq2seq import find_start
 
 log = logging.getLogger("fedpeft")
 
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises for files that are no model
-ENCODERS = {  # heads that tiny-bert has
-    "AutoModelForSequenceClassification": "BertForSequenceClassification",
-    "AutoModelForTokenClassification": "BertForTokenClassification",
-    "AutoModelForMaskedLM": "BertForMaskedLM",
-}
 
 
 def load(config: ModelConfig, labels: int, seed: int) -> Base:
@@ -63,14 +59,14 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         )
     import_kernels()
     objective = load_objective(config.task, config.task_options)
-    if config.name in registry.EMBEDDED and not _has_embedded(config.name, objective):
+    if config.name in registry.EMBEDDED and not has_embedded(config.name, objective):
         raise InputError(f"model.task: {config.name} is for {registry.EMBEDDED[config.name]}, not {config.task}.")
     with torch.random.fork_rng(devices=[]), _quiet():
         # transformers draws a missing head from torch's global generator, and takes no other.
         torch.manual_seed(seeds.derive(seed, "head"))
         if config.name in registry.EMBEDDED:
             pooled = config.pooling == "mean"
-            model, processor, source = _embedded(config, labels)
+            model, processor, source = make_embedded(config, labels)
             if config.quantization is not None:
                 model = quantize(
                     model, config.quantization, list(_heads(model)) if objective.headed and not pooled else None
@@ -117,6 +113,7 @@ def product_shapes(config: ModelConfig) -> rates.Shapes:
     code = {"trust_remote_code": config.trust_remote_code}
     try:
         settings = transformers.AutoConfig.from_pretrained(config.name, **code)
+        agreement.require_kind(config, settings, load_objective(config.task))
         pooled = load_objective(config.task).mean_pooled and _mean_pooled(config)
         kind = transformers.AutoModel if pooled else _class_of(config.task)
         with torch.device("meta"):
@@ -147,12 +144,6 @@ def _require_plain(config: ModelConfig, heads: dict[str, nn.Module]) -> None:
                 f"model.name: '{config.name}' was saved with its head '{name}' quantised, and a head is trained. Take "
                 f"its checkpoint in float32, float16 or bfloat16, with model.quantization={config.quantization}."
             )
-
-
-def _has_embedded(name: str, objective: Objective) -> bool:
-    """Whether an embedded model has a form for an objective: tiny-bert has several heads, the others one."""
-    own = load_objective(registry.EMBEDDED[name]).auto_class
-    return objective.auto_class in (ENCODERS if own in ENCODERS else (own,))
 
 
 def _recompute_activations(model: Any) -> None:
@@ -271,13 +262,16 @@ def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, An
     import transformers
 
     objective = load_objective(config.task)
-    arguments = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    code = {"trust_remote_code": config.trust_remote_code}
+    arguments = {"dtype": DTYPES[config.dtype], **code}
     agreement.require_base(config.name)
     stated = stated_kind(config.name)
     require_stated(config.name, config.quantization, stated)
     if stated is not None:
         log.info("model.name: '%s' is quantised already; model.quantization is what it is, %s", config.name, stated)
     try:
+        settings = transformers.AutoConfig.from_pretrained(config.name, **code)
+        agreement.require_kind(config, settings, objective)
         kind = transformers.AutoModel if pooled else _class_of(config.task)
         if config.quantization is not None:
             heads = _names_of_heads(config, kind) if objective.headed and not pooled else None
@@ -319,6 +313,8 @@ def _require_agreement(
                 f"model.name: '{config.name}' is no {config.task} checkpoint: it lacks "
                 f"{', '.join(sorted(loading['missing_keys'])[:3])}."
             )
+    if objective.encoder_decoder:
+        agreement.require_start(config, find_start(model))
     heads = _heads(model) if objective.headed and not pooled else ()
     agreement.require_covered(config.name, model, loading, heads, ("pooler",) if pooled else ())
     if objective.records == "image":
@@ -338,57 +334,3 @@ def _require_agreement(
     model.config.pad_token_id = processor.pad_token_id
     stated = min(processor.model_max_length, getattr(model.config, "max_position_embeddings", config.max_length))
     agreement.require_positions(config, model.eval(), stated)
-
-
-def _embedded(config: ModelConfig, labels: int) -> tuple[Any, Any, str]:
-    import transformers
-
-    if config.name == "tiny-vit":
-        folder = str(Path(__file__).parents[1] / "assets" / "tiny-vit")
-        model = transformers.AutoModelForImageClassification.from_pretrained(
-            folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=DTYPES[config.dtype]
-        )
-        return model, None, folder
-    tokenizer = byte_tokenizer()
-    if load_objective(config.task).redrawn:
-        tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    common = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "max_position_embeddings": max(config.max_length, 128),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    # Not from the run's seed: every run and every site has the same base.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if config.name == "tiny-llama":
-            model = transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(**common, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-            )
-        elif config.pooling == "mean":
-            model = transformers.BertModel(transformers.BertConfig(**common))
-        else:
-            kind = getattr(transformers, ENCODERS[load_objective(config.task).auto_class])
-            model = kind(transformers.BertConfig(**common, num_labels=labels))
-    return model.to(DTYPES[config.dtype]), tokenizer, config.name
-
-
-def byte_tokenizer() -> Any:
-    """A tokenizer whose tokens are the 256 bytes, with padding and end marks; made here, so nothing is fetched."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        model_input_names=["input_ids", "attention_mask"],
-    )

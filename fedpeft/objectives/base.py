@@ -50,6 +50,7 @@ class Objective(Configured):
         causal: every token is predicted from those before it, so a model that sees later ones is refused.
         measures: what an evaluation says beside accuracy and loss; `run.metric` names one of all.
         headline: the measure that leads where `run.metric` is null and there is no accuracy.
+        encoder_decoder: an encoder reads what is asked, and a decoder answers; all others take one of the two alone.
         mean_pooled: a linear head on mean-pooled features can take the place of the model's own.
         rows: that a record has in the model's batch, one after another.
         says: what a trained model is asked for: "labels" of records, "answers" in words, or "hidden words" of texts.
@@ -63,6 +64,7 @@ class Objective(Configured):
     labelled: ClassVar[str] = "class"
     problem_type: ClassVar[str | None] = None
     causal: ClassVar[bool] = False
+    encoder_decoder: ClassVar[bool] = False
     mean_pooled: ClassVar[bool] = False
     measures: ClassVar[Mapping[str, Measure]] = CLASSES
     headline: ClassVar[str | None] = None
@@ -113,6 +115,10 @@ class Objective(Configured):
     def draw_input(self, name: str, mask: Tensor) -> Tensor:
         """Another input than ids and mask [N, T] of texts that are drawn to try a model on."""
         return torch.zeros_like(mask)
+
+    def learned_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens [N, T] of drawn texts have a label, where tokens have some."""
+        return inputs["attention_mask"]
 
     def pair(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, ..., K] and the labels [N, ...] that they are for, IGNORE where there is nothing to predict."""

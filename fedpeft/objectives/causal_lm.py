@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from fedpeft.data.ragged import Ragged
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.stored import Tokens
-from fedpeft.objectives.base import IGNORE, divide
-from fedpeft.objectives.measures import TOKENS
-from fedpeft.objectives.tokens import TokenObjective
+from fedpeft.objectives.tokens import NextToken
 
 log = logging.getLogger("fedpeft.data")
 
 
-class CausalLM(TokenObjective):
+class CausalLM(NextToken):
     """The next token of each text, at every place."""
 
     records = "text"
@@ -34,7 +31,6 @@ class CausalLM(TokenObjective):
     labelled = "none"
     causal = True
     says = "answers"
-    measures = TOKENS
 
     def encode(
         self, records: Records, processor: Any, max_length: int, what: str, folder: Path | None = None
@@ -90,16 +86,6 @@ class CausalLM(TokenObjective):
     def targets(self, labels: Tensor) -> Tensor:
         return labels[:, 1:]
 
-    def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
-        exact = int(((scores.argmax(-1) == targets) | (targets == IGNORE)).all(1).sum())
-        return {**super().measure(scores, targets, losses), "exact": exact}
-
-    def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
-        """`exact_match`: a text whose every next token is the most likely one is what greedy generation from its first
-        token says.
-        """
-        return {"exact_match": divide(sums["exact"], samples), **super().further(sums, samples)}
-
     def answer(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Of token scores [N, T, V], those after each text's last real token [N, V], wherever its padding is."""
         mask = batch.get("attention_mask")
@@ -122,6 +108,3 @@ class CausalLM(TokenObjective):
         inputs |= {"attention_mask": shorter, "input_ids": ids * shorter}
         kept = length > 1
         return Encoded({name: value[kept] for name, value in inputs.items()}, ids[rows, length - 1][kept])
-
-    def describe_answer(self, answer: int, label_names: Sequence[str], processor: Any) -> str:
-        return str(processor.decode([answer]))

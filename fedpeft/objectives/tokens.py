@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.objectives.base import IGNORE, Objective, divide
+from fedpeft.objectives.measures import TOKENS
 
 
 class TokenObjective(Objective):
@@ -35,3 +37,20 @@ class TokenObjective(Objective):
         """`perplexity` is exp of the mean loss of all tokens."""
         loss = divide(sums["over_tokens"], sums["targets"])
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+class NextToken(TokenObjective):
+    """Every token is predicted from those before it, as a model writes them."""
+
+    measures = TOKENS
+
+    def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:
+        exact = int(((scores.argmax(-1) == targets) | (targets == IGNORE)).all(1).sum())
+        return {**super().measure(scores, targets, losses), "exact": exact}
+
+    def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
+        """`exact_match`: a text whose every next token is the most likely one is what greedy generation says."""
+        return {"exact_match": divide(sums["exact"], samples), **super().further(sums, samples)}
+
+    def describe_answer(self, answer: int, label_names: Sequence[str], processor: Any) -> str:
+        return str(processor.decode([answer]))

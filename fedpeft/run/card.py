@@ -286,6 +286,14 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
             'scores = model(**processor(images, return_tensors="pt")).logits  # images: a list of PIL pictures',
         ]
     tokenizer = f"tokenizer = {_tokenizer(exported)}"
+    if exported.objective.encoder_decoder:
+        return ["AutoTokenizer", "GenerationConfig"], [
+            tokenizer,
+            'asked = tokenizer("What is asked.", return_tensors="pt")',
+            "settings = GenerationConfig.from_pretrained(here, max_new_tokens=64)",
+            "answer = model.generate(**asked, generation_config=settings)",
+            "print(tokenizer.decode(answer[0], skip_special_tokens=True))",
+        ]
     if not exported.objective.causal:
         return ["AutoTokenizer"], [tokenizer, 'print(model(**tokenizer("A text.", return_tensors="pt")).logits)']
     plain = (read_object(exported.run / "summary.json").get("texts") or {}).get("form") == "text"

@@ -11,12 +11,17 @@ from fedpeft.run.predict import Asker
 from fedpeft.run.trained import Trained
 
 
-def require_language_model(trained: Trained) -> None:
-    """Refuse a model that generates nothing."""
-    if not trained.base.objective.causal:
+def require_language_model(trained: Trained, history: bool) -> None:
+    """Refuse a model that generates nothing, and earlier turns for one that reads one question."""
+    if trained.base.objective.says != "answers":
         raise InputError(
             f"model.task={trained.config.model.task}: only language models answer in words. `fedpeft predict` says "
             "what this model says of the records of a file."
+        )
+    if history and trained.base.objective.encoder_decoder:
+        raise InputError(
+            f"--history: model.task={trained.config.model.task} reads one question at a time, and was trained on no "
+            "earlier turns. Leave it out."
         )
 
 

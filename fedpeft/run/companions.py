@@ -17,6 +17,7 @@ from fedpeft.config import Config
 from fedpeft.data import templates
 from fedpeft.files import write_bytes, write_tensors
 from fedpeft.models.base import Base
+from fedpeft.objectives.seq2seq import find_start
 
 
 def write_processor(folder: Path, base: Base, config: Config, form: str | None) -> Any:
@@ -28,18 +29,25 @@ def write_processor(folder: Path, base: Base, config: Config, form: str | None) 
     tokenizer, settings = base.processor, None
     if tokenizer is None:
         return None
-    if base.objective.causal:
+    if base.objective.says == "answers":
         from transformers import GenerationConfig
 
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        if form not in (None, "text"):
+        if form not in (None, "text") and base.objective.causal:
             template = templates.find_template(config.data.template, str(form), tokenizer)
             ends = templates.find_ends(template, tokenizer)
             tokenizer.chat_template = ("{{ bos_token }}" if template.start else "") + template.text
-        tokenizer.padding_side = "left"  # answers begin where their prompts end
-        tokenizer.init_kwargs["padding_side"] = "left"  # its keys are what is saved
+        start = None
+        if base.objective.encoder_decoder:
+            start = find_start(base.backbone)
+        else:
+            tokenizer.padding_side = "left"  # answers begin where their prompts end
+            tokenizer.init_kwargs["padding_side"] = "left"  # its keys are what is saved
         settings = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=ends or None,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=start,
         )
         settings.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

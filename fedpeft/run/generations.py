@@ -1,7 +1,7 @@
 """Answers that a language model gives to test conversations, before and after training, beside those wanted.
 
-Greedy: the most likely token each time, until a token that ends an answer. Prompts are padded on the left, so that
-every answer begins where its prompt ends.
+Greedy: the most likely token each time, until a token that ends an answer. Prompts of a decoder are padded on the left,
+so that every answer begins where its prompt ends; what an encoder reads is padded as in training, on the right.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from fedpeft.data.conversations import parse, parse_pair
 from fedpeft.data.records import Records
 from fedpeft.data.templates import NotWritten
 from fedpeft.models.base import Base
+from fedpeft.objectives.base import load_objective
+from fedpeft.objectives.seq2seq import find_start
 from fedpeft.run.world import World
 from fedpeft.state import ServerState
 
@@ -48,10 +50,12 @@ def compare(world: World, server: ServerState) -> dict[str, Any] | None:
     if not section.records or not len(world.test) or world.strategy.keeps:
         return None
     model = world.local.model
+    encoder = model.base.objective.encoder_decoder
     asked = draw_prompts(world.config, world.test, model.base.processor, count_positions(model.base))
     if not asked:
         return None
-    stop = templates.find_ends(templates.template_of(world.test, model.base.processor), model.base.processor)
+    template = templates.template_of(world.test, model.base.processor, encoder)
+    stop = templates.find_ends(template, model.base.processor)
     answers = {}
     for name, state in (("base", world.start.adapter), ("tuned", server.adapter)):
         model.write(state)
@@ -75,20 +79,22 @@ def draw_prompts(config: Config, records: Records, tokenizer: Any, positions: in
     Those that the template does not take, or whose prompt is longer than a record may be, or fills the positions that
     the model has, are left out, and said.
     """
-    template, section = templates.template_of(records, tokenizer), config.evaluation.generate
+    encoder = load_objective(config.model.task).encoder_decoder
+    template, section = templates.template_of(records, tokenizer, encoder), config.evaluation.generate
     rng = seeds.numpy_generator(config.run.seed, "generate")
     chosen = np.sort(rng.permutation(len(records))[: section.records])
-    longest = config.model.max_length if positions is None else min(config.model.max_length, positions - 1)
+    # What an encoder reads leaves the positions of its answer alone.
+    most = None if positions is None else positions if encoder else positions - 1
+    longest = config.model.max_length if most is None else min(config.model.max_length, most)
     found = []
     for index in chosen:
         text = records.inputs[index]
         turns = parse_pair(text)[0] if records.wording.form == "preference" else parse(text)
         last = max(place for place, (role, _) in enumerate(turns) if role == "assistant")
         try:
-            text = template.write(turns[:last], tokenizer, answering=True)
+            text, ids = template.ask(turns[:last], tokenizer)
         except NotWritten:
             continue
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) <= longest:
             found.append(Prompt(ids, text, turns[last][1].strip()))
     if len(found) < len(chosen):
@@ -118,17 +124,22 @@ def generate(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence
     device = next(backbone.parameters()).device
     backbone.eval()
     answers: dict[int, str] = {}
-    for rows, room in _alike([len(prompt) for prompt in prompts], most, count_positions(base)):
+    filler, start = tokenizer.pad_token_id or 0, None
+    if base.objective.encoder_decoder:
+        start = find_start(backbone)
+    for rows, room in _alike([len(prompt) for prompt in prompts], most, count_positions(base), apart=start is not None):
         if room < 1:
             answers |= dict.fromkeys(rows, "")
             continue
-        ids, mask = pad_left([prompts[row] for row in rows], tokenizer.pad_token_id or 0)
-        settings = _settings(room, stop, tokenizer.pad_token_id or 0)
+        ids, mask = pad([prompts[row] for row in rows], filler, left=start is None)
+        settings = _settings(room, stop, filler, start)
         with _without_habits(backbone):
             made = backbone.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
-        for row, said in zip(rows, made[:, ids.shape[1] :].tolist(), strict=True):
+        # A decoder goes on with its prompt; that of an encoder-decoder begins behind one mark.
+        begin = ids.shape[1] if start is None else 1
+        for row, said in zip(rows, made[:, begin:].tolist(), strict=True):
             end = next((place for place, token in enumerate(said) if token in stop), len(said))
             answers[row] = tokenizer.decode(said[:end], skip_special_tokens=True).strip()
     return [answers[row] for row in range(len(prompts))]
@@ -156,12 +167,19 @@ def count_positions(base: Base) -> int | None:
     return None if positions is None else int(positions)
 
 
-def _alike(lengths: Sequence[int], most: int, positions: int | None) -> Iterator[tuple[list[int], int]]:
+def _alike(
+    lengths: Sequence[int], most: int, positions: int | None, apart: bool = False
+) -> Iterator[tuple[list[int], int]]:
     """Numbers of prompts in batches of similar length, and the room for their answers in tokens.
 
     A prompt that leaves less room than an answer may need is alone: padded beside others it would have less, or they.
+
+    Args:
+        apart: a prompt takes none of the positions of its answer.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    if apart:
+        most, positions = most if positions is None else min(most, positions), None
     roomy = [row for row in order if positions is None or lengths[row] + most <= positions]
     for start in range(0, len(roomy), TOGETHER):
         yield roomy[start : start + TOGETHER], most
@@ -169,19 +187,26 @@ def _alike(lengths: Sequence[int], most: int, positions: int | None) -> Iterator
         yield [row], (positions or 0) - lengths[row]
 
 
-def pad_left(rows: Sequence[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [N, T] of prompts, the padding before them."""
+def pad(rows: Sequence[list[int]], filler: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [N, T] of prompts, the padding before them, where an answer follows them, or else behind."""
     width = max(map(len, rows))
-    ids = torch.tensor([[filler] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = torch.full((len(rows), width), filler), torch.zeros(len(rows), width, dtype=torch.long)
+    for place, row in enumerate(rows):
+        there = slice(width - len(row), width) if left else slice(len(row))
+        ids[place, there], mask[place, there] = torch.tensor(row), 1
     return ids, mask
 
 
-def _settings(room: int, stop: Sequence[int], filler: int) -> Any:
+def _settings(room: int, stop: Sequence[int], filler: int, start: int | None) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=room, eos_token_id=list(stop) or None, pad_token_id=filler
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=room,
+        eos_token_id=list(stop) or None,
+        pad_token_id=filler,
+        decoder_start_token_id=start,
     )
 
 

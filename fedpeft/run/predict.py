@@ -122,7 +122,8 @@ class Asker:
         """For records of a form; "text" is none."""
         found = None
         if form != "text":
-            found = templates.find_template(trained.config.data.template, form, trained.base.processor)
+            encoder = trained.base.objective.encoder_decoder
+            found = templates.find_template(trained.config.data.template, form, trained.base.processor, encoder)
         return cls(trained, found)
 
     def ask(self, asked: Any, what: str) -> list[int]:
@@ -137,16 +138,16 @@ class Asker:
                 ids = ids[:-1]
         else:
             try:
-                text = self.template.write(asked, self.tokenizer, answering=True)
+                _, ids = self.template.ask(asked, self.tokenizer)
             except NotWritten as error:
                 raise InputError(f"{what}: {error}.") from error
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not 0 < len(ids) <= self.longest:
             raise InputError(
                 f"{what}: has {len(ids)} tokens as a prompt; model.max_length={self.longest} is the most. Shorten it, "
                 "or give model.max_length=N if the model takes more."
             )
-        if self.positions is not None and len(ids) >= self.positions:
+        encoder = self.template is not None and self.template.encoder
+        if self.positions is not None and len(ids) >= self.positions + encoder:
             raise InputError(
                 f"{what}: has {len(ids)} tokens as a prompt, which leave no room for an answer: the model has "
                 f"{self.positions} positions. Shorten it."

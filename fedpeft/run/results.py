@@ -53,10 +53,13 @@ def score(world: World, server: ServerState) -> dict[str, Any]:
 def _texts(world: World) -> dict[str, str] | None:
     """What a language model's records are, and what its loss weighs; None for other models."""
     base = world.local.model.base
-    if not base.objective.causal:
+    if base.objective.says != "answers":
         return None
     records = world.train if len(world.train) else world.test
-    return {**describe_texts(records, base.processor), "loss_weighting": world.config.client.loss_weighting}
+    return {
+        **describe_texts(records, base.processor, base.objective.encoder_decoder),
+        "loss_weighting": world.config.client.loss_weighting,
+    }
 
 
 def finish(

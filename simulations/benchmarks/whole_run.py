@@ -25,7 +25,7 @@ import numpy as np
 
 from fedpeft import seeds
 from fedpeft.errors import RunError
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.simulations.benchmarks.data_memory import ADOPT_ORPHANS, descendants
 from fedpeft.simulations.benchmarks.speed_work import CLIENT, LABELS, LORA, backbone
 

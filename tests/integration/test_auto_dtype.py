@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from fedpeft import config as configs
 from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError, RunError
-from fedpeft.models import loading, rates
+from fedpeft.models import embedded, loading, rates
 from fedpeft.run.dtype import settle_dtype
 from fedpeft.simulations import run as runs
 
@@ -93,7 +93,7 @@ def test_real_products_are_timed():
 def test_shapes_are_those_of_the_loaded_base_and_no_weight_is_read(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     model = BertForSequenceClassification(BertConfig(vocab_size=300, **sizes))
-    loading.byte_tokenizer().save_pretrained(tmp_path)
+    embedded.byte_tokenizer().save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)  # and nothing else
     found = loading.product_shapes(ModelConfig(name=str(tmp_path), task="sequence-classification"))
     assert found == rates.shapes_of(model) and found[(48, 32)] == 3

@@ -13,7 +13,7 @@ import torch
 
 from fedpeft.adapters import folder as adapters
 from fedpeft.errors import InputError, RunError
-from fedpeft.models import loading
+from fedpeft.models import embedded, loading
 from fedpeft.record import metrics, plots
 from fedpeft.run import identity
 from fedpeft.simulations import baselines
@@ -73,14 +73,14 @@ def test_another_data_file_or_processor_is_refused(tmp_path, text_run, monkeypat
             resume(run)
     data.write_text(before)
     with monkeypatch.context() as patch:
-        load = loading.byte_tokenizer
+        load = embedded.byte_tokenizer
 
         def shifted():
             tokenizer = load()
             tokenizer.add_tokens(["note"])
             return tokenizer
 
-        patch.setattr(loading, "byte_tokenizer", shifted)
+        patch.setattr(embedded, "byte_tokenizer", shifted)
         with pytest.raises(InputError, match="makes other inputs of the same records"):
             resume(run)
     assert resume(run)["rounds"] == 3

@@ -13,7 +13,7 @@ from fedpeft.config import DataConfig
 from fedpeft.data import source
 from fedpeft.data.cache import Cache
 from fedpeft.data.encode import encode
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 
 CELLS = st.text(st.sampled_from('ab,"\n é'), min_size=1, max_size=6).filter(str.strip)
 

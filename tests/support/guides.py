@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README, DEPLOY = ROOT / "README.md", ROOT / "DEPLOY.md"

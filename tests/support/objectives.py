@@ -96,7 +96,39 @@ def _two_passes(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return torch.stack(found)
 
 
+def _answer_first(texts: Encoded) -> dict[str, Tensor]:
+    """The first half of each text, and more than that, is the answer, the rest what is asked."""
+    mask = texts.inputs["attention_mask"]
+    first = torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True) // 2 + 1
+    return {"part": torch.where(first, 1, 2) * mask}
+
+
+def _of_answer(scores: Tensor, labels: Tensor) -> float:
+    """The answer stands at the start of its record."""
+    return _tags(scores, labels[: len(scores)])
+
+
+def _both_halves(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Scores of the first record's answer, each token behind those before it and the mark of the start."""
+    ids, part = inputs["input_ids"][0], inputs["part"][0]
+    start = torch.tensor([model.config.decoder_start_token_id])
+    said = torch.cat([start, ids[part == 1][:-1]])
+    asked = ids[part == 2] if (part == 2).any() else torch.zeros(1, dtype=torch.long)
+    return model(input_ids=asked[None], attention_mask=torch.ones(1, len(asked)), decoder_input_ids=said[None]).logits[
+        0
+    ]
+
+
 CASES = {
+    "seq2seq": Case(
+        "bart",  # T5's softmax and norms are float32 in a float64 model, so its gradients are no more exact
+        0,
+        lambda n: {"prompt": f"{WORDS[n % 5]} {n}", "completion": f"{WORDS[n % 5]}!"},
+        lambda texts, rng: texts.inputs["input_ids"].where(_answer_first(texts)["part"] == 1, torch.tensor(IGNORE)),
+        _of_answer,
+        _answer_first,
+        _both_halves,
+    ),
     "preference": Case(
         "llama",
         0,

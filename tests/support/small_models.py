@@ -14,7 +14,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import IGNORE
 from fedpeft.state import AdapterState
 
@@ -100,6 +100,8 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
             initializer_range=SPREAD,
         )
         return (transformers.ViTForImageClassification if whole else transformers.ViTModel)(config)
+    if name in ("t5", "bart"):
+        return _encoder_decoder(name)
     if name == "llama":
         return (transformers.LlamaForCausalLM if whole else transformers.LlamaModel)(transformers.LlamaConfig(**common))
     config = transformers.GPT2Config(
@@ -113,6 +115,30 @@ def make(name: str, seed: int = 0, whole: bool = True) -> Any:
         initializer_range=SPREAD,
     )
     return (transformers.GPT2LMHeadModel if whole else transformers.GPT2Model)(config)
+
+
+def _encoder_decoder(name: str) -> Any:
+    """Without dropout; T5 takes texts of any length, BART has a table of positions."""
+    common = {"vocab_size": len(tokenizer()), "d_model": WIDTH, "pad_token_id": 0, "eos_token_id": 1}
+    if name == "t5":
+        own = {"d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0, "initializer_factor": 1.0}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**common, **own, decoder_start_token_id=0))
+    halves = {
+        f"{half}_{key}": value
+        for half in ("encoder", "decoder")
+        for key, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 24}.items()
+    }
+    config = transformers.BartConfig(
+        **common,
+        **halves,
+        dropout=0.0,
+        bos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+        max_position_embeddings=POSITIONS,
+        init_std=SPREAD,
+    )
+    return transformers.BartForConditionalGeneration(config)
 
 
 def save(name: str, folder: Path, seed: int = 0, whole: bool = True) -> Path:

@@ -18,7 +18,7 @@ from fedpeft.data.records import Records
 from fedpeft.deploy.site import site
 from fedpeft.deploy.site.worker import require_fit
 from fedpeft.errors import InputError
-from fedpeft.models import agreement, loading
+from fedpeft.models import agreement, embedded, loading
 from support import small_models as small
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -131,7 +131,7 @@ def test_an_end_token_that_pads_is_said(tmp_path, caplog):
 
 @pytest.mark.parametrize(("name", "task"), [("llama", small.LM), ("bert", small.TEXT), ("gpt2", small.LM)])
 def test_tokens_beyond_the_embedding_are_counted_and_named(tmp_path, name, task):
-    tokenizer = loading.byte_tokenizer()
+    tokenizer = embedded.byte_tokenizer()
     tokenizer.add_tokens(["<|call|>"])
     base = load(saved(tmp_path, small.make(name), tokenizer), task)
     within = encode(texts("plain words", "more"), base.processor, task, 32)
@@ -183,7 +183,7 @@ def records_of(tmp_path):
 
 
 def test_a_site_hears_before_it_enrols_that_its_texts_do_not_fit(tmp_path, records_of):
-    tokenizer, (good, bad) = loading.byte_tokenizer(), (tmp_path / "good.csv", tmp_path / "bad.csv")
+    tokenizer, (good, bad) = embedded.byte_tokenizer(), (tmp_path / "good.csv", tmp_path / "bad.csv")
     tokenizer.add_tokens(["<|call|>"])
     good.write_text("text,label\nplain,a\nwords,b\n")
     bad.write_text("text,label\nplain,a\n<|call|> words,b\n")
@@ -215,7 +215,7 @@ def test_a_site_hears_before_it_enrols_that_its_pictures_do_not_fit(tmp_path, re
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_private_site_keeps_it_to_itself_that_a_record_does_not_fit(tmp_path, private, caplog):
-    tokenizer = loading.byte_tokenizer()
+    tokenizer = embedded.byte_tokenizer()
     tokenizer.add_tokens(["<|call|>"])
     base = load(saved(tmp_path, small.make("bert"), tokenizer))
     here = SimpleNamespace(model=SimpleNamespace(base=base), guard=SimpleNamespace(private=private))

@@ -27,7 +27,7 @@ from fedpeft.data.ragged import RaggedWriter, Texts, TextWriter, mapped, mapped_
 from fedpeft.deploy.site.worker import CACHES, load_data
 from fedpeft.errors import InputError
 from fedpeft.files import explained
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 
 TASKS = ["sequence-classification", "causal-lm"]
 WORDS = ["", "a", "two words", "é", "日本語", 'quo"ted', "line\nbreak", "x" * 40, "NA", "\ud800", "ÿ", None]

@@ -7,7 +7,7 @@ import torch
 from fedpeft.data.encode import encode
 from fedpeft.data.records import Records
 from fedpeft.errors import InputError
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 
 TEXTS = ["abc", "a", "abcdef", "ab"]
 

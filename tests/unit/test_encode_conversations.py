@@ -15,7 +15,7 @@ from fedpeft.data import source, templates
 from fedpeft.data.cache import Cache
 from fedpeft.data.encode import encode, shortened
 from fedpeft.errors import InputError
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import IGNORE
 from support import chat
 

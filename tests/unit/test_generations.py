@@ -81,7 +81,7 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
 
 
 def test_padding_stands_before_a_prompt():
-    ids, mask = generations.pad_left([[3, 4], [5, 6, 7, 8]], 0)
+    ids, mask = generations.pad([[3, 4], [5, 6, 7, 8]], 0, left=True)
     assert ids.tolist() == [[0, 0, 3, 4], [5, 6, 7, 8]] and mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from fedpeft import config as configs
 from fedpeft.data.records import Records
 from fedpeft.errors import InputError
-from fedpeft.models import loading
+from fedpeft.models import embedded
 from fedpeft.run.world import client_split, load_world
 from fedpeft.simulations.run import simulate
 
@@ -31,14 +31,14 @@ LANGUAGE = {
 @pytest.fixture
 def endless(monkeypatch):
     """The byte tokenizer with no end token: a text of one byte has nothing to predict."""
-    made = loading.byte_tokenizer
+    made = embedded.byte_tokenizer
 
     def without():
         tokenizer = made()
         tokenizer.eos_token = None
         return tokenizer
 
-    monkeypatch.setattr(loading, "byte_tokenizer", without)
+    monkeypatch.setattr(embedded, "byte_tokenizer", without)
 
 
 def letters(path, texts, sites):

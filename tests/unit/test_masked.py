@@ -15,7 +15,7 @@ from fedpeft.data.encode import encode
 from fedpeft.data.ragged import Texts
 from fedpeft.data.records import Records
 from fedpeft.errors import InputError
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import IGNORE
 from fedpeft.objectives.masked_lm import MaskedLM
 from fedpeft.objectives.measures import Tally

@@ -11,7 +11,8 @@ import torch
 from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError
 from fedpeft.models import loading
-from fedpeft.models.loading import byte_tokenizer, mean_pool
+from fedpeft.models.embedded import byte_tokenizer
+from fedpeft.models.loading import mean_pool
 from fedpeft.registry import EMBEDDED
 from support import small_models as small
 

@@ -16,7 +16,7 @@ from fedpeft.data.cache import Cache
 from fedpeft.data.conversations import PAIRS, find_form, parse_pair, read_rows
 from fedpeft.data.encode import encode
 from fedpeft.errors import InputError
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import load_objective
 from fedpeft.objectives.preference import unfold
 from support import chat

@@ -14,7 +14,8 @@ from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.data.recipes import models
 from fedpeft.errors import InputError
-from fedpeft.models.loading import byte_tokenizer, load
+from fedpeft.models.embedded import byte_tokenizer
+from fedpeft.models.loading import load
 from support.packages import trust
 
 

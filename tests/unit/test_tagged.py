@@ -13,7 +13,7 @@ from fedpeft.data.encode import encode
 from fedpeft.data.letters import MONTHS, TAGS, Letters
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
-from fedpeft.models.loading import byte_tokenizer
+from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import IGNORE
 
 

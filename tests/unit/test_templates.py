@@ -167,7 +167,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_not_guessed():
 
 
 def test_a_tokenizer_without_an_end_token_writes_none():
-    from fedpeft.models.loading import byte_tokenizer
+    from fedpeft.models.embedded import byte_tokenizer
 
     endless = byte_tokenizer()
     endless.eos_token = None
