@@ -131,6 +131,7 @@ VALUES: dict[str, tuple[str, str, str]] = {
     "causal_lm": (PEFT, "causal-lm", ""),
     "seq_cls": (PEFT, "sequence-classification", ""),
     "token_cls": (PEFT, "token-classification", ""),
+    "seq_2_seq_lm": (PEFT, "seq2seq", ""),
     "bf16": (HF, "bfloat16", ""),
     "fp32": (HF, "float32", ""),
     "float16": (HF, "bfloat16", ""),

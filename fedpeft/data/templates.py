@@ -104,17 +104,17 @@ def find_template(given: str | None, form: str, tokenizer: Any, encoder: bool = 
     """The template that `data.template` names; null is the tokenizer's own, else alpaca or plain by the records' form.
 
     Args:
-        encoder: an encoder reads it; null is then plain.
+        encoder: an encoder reads what it writes; null is then plain where the tokenizer has none.
 
     Raises:
         InputError: a file that cannot be read, or a template of marks that the tokenizer does not have.
     """
+    if given is None and getattr(tokenizer, "chat_template", None):
+        return Template(tokenizer.get_chat_template(), "of the tokenizer", encoder=encoder)
     if encoder:
         name = given or "plain"
         texts = {**BUILT_IN, "plain": READ}
         return Template(_with_end(texts[name], tokenizer) if name in texts else _read(name), name, encoder=True)
-    if given is None and getattr(tokenizer, "chat_template", None):
-        return Template(tokenizer.get_chat_template(), "of the tokenizer")
     name = given or ("alpaca" if form == "alpaca" else "plain")
     if name not in BUILT_IN:
         return Template(_read(name), name)

@@ -31,7 +31,7 @@ from fedpeft.data import skipped, templates
 from fedpeft.data.conversations import Turn, parse
 from fedpeft.data.encode import CUT, Encoded, blocks, shortened, type_of
 from fedpeft.data.encode_conversations import PART
-from fedpeft.data.ragged import RaggedWriter
+from fedpeft.data.ragged import Ragged, RaggedWriter
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped, some
 from fedpeft.data.stored import Tokens
@@ -76,7 +76,7 @@ class Seq2Seq(NextToken):
                 writers[PART].extend([[ANSWER] * len(answer) + [ASKED] * len(asked)])
                 writers["labels"].extend([answer + [IGNORE] * len(asked)])
         made = {name: writer.finish() for name, writer in writers.items()}
-        columns = {"input_ids": made["input_ids"], "attention_mask": 1, PART: made[PART]}
+        columns: dict[str, Ragged | int] = {"input_ids": made["input_ids"], "attention_mask": 1, PART: made[PART]}
         notes = rows.say()
         skipped.say(notes)
         tokens = Tokens(columns, {"input_ids": rows.filler}, made["labels"], since=0)

@@ -289,9 +289,11 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
     if exported.objective.encoder_decoder:
         return ["AutoTokenizer", "GenerationConfig"], [
             tokenizer,
-            'asked = tokenizer("What is asked.", return_tensors="pt")',
+            'asked = [{"role": "user", "content": "What is asked."}]',
+            "text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)",
+            'read = tokenizer(text, return_tensors="pt")  # with the marks that its encoder was trained with',
             "settings = GenerationConfig.from_pretrained(here, max_new_tokens=64)",
-            "answer = model.generate(**asked, generation_config=settings)",
+            "answer = model.generate(**read, generation_config=settings)",
             "print(tokenizer.decode(answer[0], skip_special_tokens=True))",
         ]
     if not exported.objective.causal:

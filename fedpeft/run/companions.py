@@ -33,8 +33,9 @@ def write_processor(folder: Path, base: Base, config: Config, form: str | None) 
         from transformers import GenerationConfig
 
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        if form not in (None, "text") and base.objective.causal:
-            template = templates.find_template(config.data.template, str(form), tokenizer)
+        if form not in (None, "text"):
+            encoder = base.objective.encoder_decoder
+            template = templates.find_template(config.data.template, str(form), tokenizer, encoder)
             ends = templates.find_ends(template, tokenizer)
             tokenizer.chat_template = ("{{ bos_token }}" if template.start else "") + template.text
         start = None
