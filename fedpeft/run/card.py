@@ -286,13 +286,17 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
             'scores = model(**processor(images, return_tensors="pt")).logits  # images: a list of PIL pictures',
         ]
     tokenizer = f"tokenizer = {_tokenizer(exported)}"
+    settings = ".from_pretrained(here, max_new_tokens=64)" if exported.processor else "(max_new_tokens=64)"
     if exported.objective.encoder_decoder:
+        written = 'asked[0]["content"]'
+        if exported.processor:
+            written = "tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)"
         return ["AutoTokenizer", "GenerationConfig"], [
             tokenizer,
             'asked = [{"role": "user", "content": "What is asked."}]',
-            "text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)",
+            f"text = {written}",
             'read = tokenizer(text, return_tensors="pt")  # with the marks that its encoder was trained with',
-            "settings = GenerationConfig.from_pretrained(here, max_new_tokens=64)",
+            f"settings = GenerationConfig{settings}",
             "answer = model.generate(**read, generation_config=settings)",
             "print(tokenizer.decode(answer[0], skip_special_tokens=True))",
         ]
@@ -309,7 +313,6 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
             ")",
         ]
     )
-    settings = ".from_pretrained(here, max_new_tokens=64)" if exported.processor else "(max_new_tokens=64)"
     return ["AutoTokenizer", "GenerationConfig"], [
         tokenizer,
         *ask,
