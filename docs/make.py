@@ -1,8 +1,8 @@
-"""make.py fills docs/: tables of methods, continual, commands and keys from the code, and figures/wordnet.svg.
+"""make.py fills docs/: tables of methods, continual, commands and keys from the code, and two figures.
 
     python docs/make.py
 
-The tables come from the registry, the figure's numbers from the table in REPRODUCIBILITY.md and from nowhere else.
+The tables come from the registry, the figures' numbers from tables in REPRODUCIBILITY.md and from nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fedpeft.strategies.sequence.general import GeneralServerBody
 ROOT = Path(__file__).parents[1]
 METHODS, CONTINUAL, COMMANDS, KEYS = (ROOT / f"docs/{page}.md" for page in ("methods", "continual", "commands", "keys"))
 MEASURED, FIGURE = ROOT / "REPRODUCIBILITY.md", ROOT / "docs/figures/wordnet.svg"
+SITES = ROOT / "docs/figures/sites.svg"
 BODIES = {
     "frozen": "MiniLM as it is",
     "sequential:form=lora": "one LoRA, trained on",
@@ -161,14 +163,8 @@ def measured() -> dict[str, dict[str, tuple[float, float]]]:
 
 def draw(path: Path) -> None:
     """A dot and its error bar for each body and head."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "fedpeft", "font.family": "sans-serif", "font.size": 10}
-    with pyplot.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(7.6, 4.2), layout="constrained")
+    with drawing(path, (7.6, 4.2)) as figure:
+        axes = figure.subplots()
         for place, row in enumerate(reversed(measured().values())):
             axes.axhline(place, color="#e4e4e4", linewidth=0.8, zorder=0)
             for head, (mean, sd) in row.items():
@@ -183,10 +179,50 @@ def draw(path: Path) -> None:
         for label, color in HEADS.values():
             axes.plot([], [], "o", color=color, label=label)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
+
+
+def many_sites() -> dict[str, list[float]]:
+    """The columns of the rounds with 1,000 sites, as REPRODUCIBILITY.md has them."""
+    section = MEASURED.read_text().partition("\n## Many sites")[2].split("\n\n")
+    header, _, *rows = next(part for part in section if part.startswith("| round")).splitlines()
+    names, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows))
+    return {name: [float(row[place]) for row in cells] for place, name in enumerate(names)}
+
+
+def draw_sites(path: Path) -> None:
+    """Seconds, and memory of the coordinator's processes, of every round."""
+    found = many_sites()
+    with drawing(path, (7.6, 2.9)) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot(found["round"], found["seconds"], color="#2f6d9e", label="seconds")
+        left.plot(found["round"], found["CPU s"], color="#b0543c", label="CPU seconds of the coordinator")
+        for name, color in (("run", "#2f6d9e"), ("face", "#b0543c"), ("SuperLink", "#6b8e3d")):
+            right.plot(found["round"], found[f"{name} MB"], color=color, label=f"{name} (MB)")
+        for axes in (left, right):
+            axes.set_ylim(0)
+            axes.set_xlabel("round")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
+
+
+@contextmanager
+def drawing(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure that is saved at the end, the same bytes for the same numbers."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fedpeft", "font.family": "sans-serif", "font.size": 10}
+    with pyplot.rc_context(settings):
+        figure = pyplot.figure(figsize=size, layout="constrained")
+        yield figure
         figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 if __name__ == "__main__":
     for page in (METHODS, CONTINUAL, COMMANDS, KEYS):
         page.write_text(with_tables(page.read_text()))
     draw(FIGURE)
+    draw_sites(SITES)

@@ -8,6 +8,7 @@ with a group of others. Late sites answer after the deadline of every round.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -15,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import files
-from fedpeft.deploy import keys, settings
+from fedpeft.deploy import keys
 from fedpeft.deploy.coordinator import server as commands
-from fedpeft.deploy.coordinator.control import connected
-from fedpeft.errors import RunError
 from fedpeft.simulations.benchmarks.cells import Tell, silent
 from fedpeft.simulations.benchmarks.deploy_overhead import free_port, running
 
 PROCESSES = 4
 NEIGHBOURS = 10  # of a site in secure sums
 DEADLINE_S, LATE_BY_S = 60.0, 5.0
+PATIENCE_S, LOOK_S = 900.0, 1.0  # for sites to connect
 ROLES = ("run", "face", "superlink")
 Row = dict[str, Any]
 
@@ -39,6 +39,7 @@ def run(out: Path, sites: int, rounds: int, secagg: bool, late: int, tell: Tell 
     Raises:
         RunError: the sites do not come up, or the run failed.
     """
+    out.mkdir(parents=True, exist_ok=True)
     coordinator = prepared(out, sites)
     config = out / "sites.yaml"
     config.write_text(json.dumps(config_of(sites, rounds, secagg, late)))
@@ -52,7 +53,8 @@ def run(out: Path, sites: int, rounds: int, secagg: bool, late: int, tell: Tell 
         for first in range(0, sites, step)
     }
     with running(out, starts):
-        await_sites(coordinator, sites, tell)
+        tell("the sites connect ...")
+        commands.await_sites(coordinator, sites, PATIENCE_S, LOOK_S)
         name = commands.run(coordinator, str(config), [])["run"]
         rows = watched(coordinator, name, tell)
     result = {
@@ -94,34 +96,19 @@ def config_of(sites: int, rounds: int, secagg: bool, late: int) -> Row:
     }
 
 
-def await_sites(coordinator: Path, sites: int, tell: Tell, patience_s: float = 900.0) -> None:
-    """Wait until all sites are connected."""
-    server, until = settings.server(coordinator), time.monotonic() + patience_s
-    while True:
-        online = 0
-        if commands.state(server) is not None:
-            try:
-                with connected(server, insecure=False) as control:
-                    online = sum(node.status == "online" for node in control.nodes())
-            except RunError:
-                online = 0
-        if online >= sites:
-            return
-        if time.monotonic() > until:
-            raise RunError(f"{online} of {sites} sites are connected after {patience_s:g} s.")
-        tell(f"{online} of {sites} sites are connected")
-        time.sleep(5.0)
-
-
 def watched(coordinator: Path, name: str, tell: Tell) -> list[Row]:
-    """The rounds of a run: seconds, sites that answered and were late, and MB of each process of the coordinator."""
+    """The rounds of a run: seconds, sites that answered and were late, CPU seconds of the coordinator's processes and
+    MB of each, and the machine's load.
+    """
     rows: list[Row] = []
-    begun = time.monotonic()
+    begun, spent_s = time.monotonic(), 0.0
 
     def heard(event: Row) -> None:
-        nonlocal begun
+        nonlocal begun, spent_s
         if event["event"] == "round":
-            memory = {f"{role}_mb": memory_mb(coordinator, role) for role in ROLES}
+            used = {role: used_by(coordinator, role) for role in ROLES}
+            memory = {f"{role}_mb": mb for role, (mb, _) in used.items()}
+            cpu_s = sum(seconds for _, seconds in used.values())
             wall, begun = time.monotonic() - begun, time.monotonic()
             rows.append(
                 {
@@ -130,26 +117,33 @@ def watched(coordinator: Path, name: str, tell: Tell) -> list[Row]:
                     "wall_s": round(wall, 2),
                     "answered": len(event["clients"]),
                     "left_out": len(event.get("quarantined", {})),
+                    "cpu_s": round(cpu_s - spent_s, 2),
+                    "load": round(os.getloadavg()[0], 1),
                     **memory,
                 }
             )
+            spent_s = cpu_s
             tell(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
 
     commands.wait(coordinator, name, heard)
     return rows
 
 
-def memory_mb(coordinator: Path, role: str) -> float | None:
-    """MB of resident memory of a coordinator's process; None where there is none or no /proc."""
+def used_by(coordinator: Path, role: str) -> tuple[float, float]:
+    """MB of memory of a coordinator's process that no file has, and its CPU seconds; 0 where there is none or no /proc.
+
+    Pages of mapped files, as of answers that are added up, are the system's to take back.
+    """
     for place in Path("/proc").glob("[0-9]*"):
         try:
             words = (place / "cmdline").read_bytes().decode().split("\0")
             if "fedpeft.deploy.launch" in words and role in words and str(coordinator) in words:
-                line = next(line for line in (place / "status").read_text().splitlines() if line.startswith("VmRSS"))
-                return round(int(line.split()[1]) / 1000, 1)
+                line = next(line for line in (place / "status").read_text().splitlines() if line.startswith("RssAnon"))
+                user, system = (place / "stat").read_text().rpartition(")")[2].split()[11:13]
+                return round(int(line.split()[1]) / 1000, 1), (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
         except (OSError, StopIteration):
             continue
-    return None
+    return 0.0, 0.0
 
 
 def show(result: Row) -> None:
@@ -159,7 +153,7 @@ def show(result: Row) -> None:
     from fedpeft.cli.console import out
 
     table = Table(title=f"{result['sites']} light sites{', secure sums' if result['secagg'] else ''}")
-    columns = ("round", "seconds", "answered", "left_out", *(f"{role}_mb" for role in ROLES))
+    columns = ("round", "seconds", "cpu_s", "load", "answered", "left_out", *(f"{role}_mb" for role in ROLES))
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for row in result["rows"]:

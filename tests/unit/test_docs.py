@@ -174,6 +174,14 @@ def test_the_figure_shows_what_was_measured(make, tmp_path):
     assert all(label in measured for label in labels[1])
 
 
+def test_the_figure_of_many_sites_has_every_row_of_its_table(make, tmp_path):
+    make.draw_sites(tmp_path / "new.svg")
+    assert (tmp_path / "new.svg").read_text().count("<path") == make.SITES.read_text().count("<path")
+    found = make.many_sites()
+    assert found["round"][0] == 1 and found["round"][-1] == 50 and set(found["answered"]) == {1000}
+    assert max(found["seconds"]) < 60
+
+
 def test_the_words_are_explained():
     rows = re.findall(r"^\| ([^|]+) \| (.{15,}) \|$", (ROOT / "docs" / "glossary.md").read_text(), flags=re.M)
     words = [word for word, _ in rows]
