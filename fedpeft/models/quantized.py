@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import sys
 import tempfile
 import threading
@@ -107,6 +108,8 @@ def import_kernels() -> None:
     """
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
+    # At its import it asks for a kernel of the hub's, which no product here would use, and says where it has none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with IMPORTING:
         compiler, thread = torch.compile, threading.get_ident()
 

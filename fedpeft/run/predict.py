@@ -52,6 +52,8 @@ def predict(
         InputError: the model, the file or `out` cannot be used; nothing is written.
     """
     path, data, out = Path(path), Path(data), Path(out)
+    if most < 1:
+        raise InputError(f"--max-new-tokens {most}: an answer needs room for 1 token at least.")
     if out.suffix not in ENDINGS:
         raise InputError(f"--out {out}: ends in {out.suffix or 'nothing'}; allowed are {' and '.join(ENDINGS)}.")
     if out.exists():

@@ -15,7 +15,9 @@ from PIL import Image
 from fedpeft import config as configs
 from fedpeft.adapters import folder
 from fedpeft.data import templates
+from fedpeft.errors import InputError
 from fedpeft.run import generations
+from fedpeft.run.predict import predict
 from fedpeft.run.world import load_world
 from fedpeft.simulations.run import simulate
 from support.methods import TINY
@@ -225,3 +227,9 @@ def test_refusals(fedpeft, runs, tmp_path):
     assert (tmp_path / "there.csv").read_text() == "mine\n" and not (tmp_path / "o.csv").exists()
     done = fedpeft("chat", runs["text"])
     assert done.code == 2 and "only language models answer in words" in done.err
+
+
+@pytest.mark.parametrize("most", [0, -3])
+def test_an_answer_of_no_token_is_refused(tmp_path, most):
+    with pytest.raises(InputError, match=f"--max-new-tokens {most}: an answer needs room"):
+        predict(tmp_path, tmp_path, tmp_path / "out.csv", {}, most)

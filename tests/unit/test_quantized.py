@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -201,3 +202,10 @@ def test_each_adapter_is_put_over_it(quantized, name):
     model.logits(inputs).sum().backward()
     moved = [key for key, value in model.parameters.items() if value.grad is not None and value.grad.any()]
     assert moved and any("A" in key.rpartition("/")[2] or name != "lora" for key in moved)
+
+
+def test_its_import_says_nothing_of_kernels_that_are_not_used():
+    pytest.importorskip("bitsandbytes")
+    code = "from fedpeft.models.quantized import import_kernels; import_kernels()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "kernels" not in done.stdout + done.stderr
