@@ -34,6 +34,12 @@ class ModelConfig:
         "it, and stands in resolved.yaml as what it came to; with real sites it is float32",
         choices=("float32", "bfloat16", "auto"),
     )
+    batched_attention: int | None = option(
+        None,
+        "longest input in tokens whose attention is computed in bfloat16 as batched products, not in torch's fused "
+        "form; null is 0, none, and with model.dtype=auto on a processor up to where a run finds them faster",
+        low=0,
+    )
     quantization: str | None = option(
         None,
         "keep the base's linear layers in few bits (the extra `quantized`): nf4 in 4, int8 in 8; null leaves them as "

@@ -24,6 +24,7 @@ from fedpeft.config import ModelConfig
 from fedpeft.data import prepare
 from fedpeft.errors import InputError
 from fedpeft.models import agreement, rates
+from fedpeft.models.attention import hold_scores
 from fedpeft.models.base import Base
 from fedpeft.models.embedded import has_embedded, make_embedded
 from fedpeft.models.quantized import (
@@ -78,6 +79,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             source = config.name
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
     model.requires_grad_(False).eval()
+    hold_scores(model, config.batched_attention or 0)
     if config.gradient_checkpointing:
         _recompute_activations(model)
     if objective.problem_type is not None:

@@ -1,4 +1,5 @@
-"""`model.dtype=auto`: what a run holds its base in is found out once, ahead of its first round, and written down."""
+"""`model.dtype=auto`: what a run holds its base in, and computes attention by, is found out once, ahead of its first
+round, and written down."""
 
 from __future__ import annotations
 
@@ -9,32 +10,33 @@ import torch
 from fedpeft import config as configs
 from fedpeft.config import Config
 from fedpeft.errors import InputError
-from fedpeft.models import loading, rates
+from fedpeft.models import attention, loading, rates
 from fedpeft.run.world import device
 
 log = logging.getLogger("fedpeft")
 
 
 def settle_dtype(config: Config) -> str:
-    """Where `model.dtype` is auto, set it to float32, or to bfloat16 if this machine multiplies so much faster in it.
+    """Where `model.dtype` is auto, set it to float32, or to bfloat16 if this machine multiplies so much faster in it;
+    then set `model.batched_attention`, where it is null, to where this processor is faster with it.
 
     A run that goes on, its workers and its actors take what is set here, on whatever machine they are: with another
     base in the middle a run would be two.
 
     Returns:
-        A sentence with both rates; empty where the config names a dtype.
+        What was found; empty where the config names a dtype: then nothing is timed, and runs of one config are equal.
 
     Raises:
         InputError: the model cannot be loaded, or the device is not there.
     """
     if config.model.dtype != "auto":
         return ""
-    said = _settled(config)
+    said = _settle_dtype(config) + _settle_attention(config)
     log.info("%s", said)
     return said
 
 
-def _settled(config: Config) -> str:
+def _settle_dtype(config: Config) -> str:
     config.model.dtype = "bfloat16"
     try:
         configs.check(config)
@@ -53,3 +55,13 @@ def _settled(config: Config) -> str:
         f"model.dtype=auto: {config.model.dtype}. The base's products run at {found['float32']:.3g} GFLOP/s in float32 "
         f"and at {found['bfloat16']:.3g} in bfloat16, which is taken from {rates.FASTER:g} times as fast on."
     )
+
+
+def _settle_attention(config: Config) -> str:
+    if config.model.dtype != "bfloat16" or config.model.batched_attention is not None:
+        return ""
+    if device(config.run.device).type != "cpu":
+        return ""
+    longest = config.model.batched_attention = attention.longest_faster()
+    until = f"up to {longest} tokens" if longest else "at no length that was tried"
+    return f" model.batched_attention={longest}: attention is faster as batched products {until}."

@@ -24,6 +24,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.local import COHORT_TOKENS
 from fedpeft.clients.train import on_device, train
+from fedpeft.models.attention import hold_scores, longest_faster
 from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks.speed_work import LORA, Work, backbone
 from fedpeft.state import AdapterState
@@ -36,6 +37,8 @@ Ends = list[dict[str, Tensor]]  # trained tensors of each client, by our names, 
 def adapted(name: str, device: torch.device, dtype: torch.dtype) -> Adapted:
     """Our model. Adapter and head are float32, or float64 where the base is."""
     model = backbone(name).to(dtype).requires_grad_(False).eval()
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        hold_scores(model, longest_faster())
     base = Base(
         model,
         lambda batch: model(**batch).logits,

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from fedpeft import config as configs
 from fedpeft.config import ModelConfig
 from fedpeft.errors import InputError, RunError
-from fedpeft.models import embedded, loading, rates
+from fedpeft.models import attention, embedded, loading, rates
 from fedpeft.run.dtype import settle_dtype
 from fedpeft.simulations import run as runs
 
@@ -135,9 +135,25 @@ def test_the_answer_is_written_down_and_kept_by_a_resumed_run_on_another_machine
     other = machine(10.0, 34.0 - bfloat16)  # where the answer would be the other one
     runs.resume(tmp_path / "run")
     assert not other.asked and (tmp_path / "run" / "resolved.yaml").read_text() == text
-    tiny("whole", {**FEW, "model.dtype": dtype})
+    found = configs.load(tmp_path / "run" / "resolved.yaml").model.batched_attention
+    tiny("whole", {**FEW, "model.dtype": dtype, **({} if found is None else {"model.batched_attention": found})})
     ends = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(("bfloat16", "given", "kept"), [(20.0, None, 128), (20.0, 0, 0), (10.0, None, None)])
+def test_attention_is_timed_with_a_bfloat16_base_and_kept(
+    interrupted, tmp_path, machine, monkeypatch, bfloat16, given, kept
+):
+    machine(10.0, bfloat16)
+    asked = []
+    monkeypatch.setattr(attention, "longest_faster", lambda: asked.append(1) or 128)
+    interrupted("run", {**FEW, **AUTO, **({} if given is None else {"model.batched_attention": given})}, at=1)
+    resolved = tmp_path / "run" / "resolved.yaml"
+    assert configs.load(resolved).model.batched_attention == kept
+    assert len(asked) == (kept == 128) == resolved.read_text().count("faster as batched products up to 128 tokens")
+    runs.resume(tmp_path / "run")
+    assert len(asked) == (kept == 128)
 
 
 @pytest.mark.parametrize("engine", ["cohort", "ray"])
