@@ -8,7 +8,8 @@ CPU seconds. Peak memory is that of a process of its own, above the loaded model
 its time this machine takes for the bare products of the frozen base (`speed_limit`); the table is named after the
 machine, as another one has other ratios.
 
-Whole runs (`simulate`, `flower`, `pfl`) are timed from the command to its end; their ratio is `flower / engine`.
+Whole runs (`simulate`, and with `model.dtype=auto` `simulate-auto`, `flower`, `pfl`) are timed from the command to its
+end; their ratio is `flower / engine`.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ Times = dict[str, list[tuple[float, float]]]  # engine -> wall and CPU seconds o
 
 def usable_engines(where: torch.device) -> tuple[str, ...]:
     """All engines that can be run here."""
+    bfloat16 = rates.choose(rates.measure(rates.shapes_of(backbone("S")), where)) == "bfloat16"
     extra = {
         "graphs": where.type == "cuda",
-        "cohort-bf16": rates.choose(rates.measure(rates.shapes_of(backbone("S")), where)) == "bfloat16",
+        "peft-bf16": bfloat16,
+        "cohort-bf16": bfloat16,
         "simulate": True,
+        "simulate-auto": bfloat16,
         "flower": _installed("ray"),
         "pfl": _installed("pfl"),
     }

@@ -2,7 +2,7 @@
 
     cohort          ours, many clients in a pass (`clients.cohort`); -dp: by DP-SGD, -bf16: on a bfloat16 base
     sequential      ours, one client after another (`run.cohort_tokens=0`)
-    peft            a plain loop: load a client's adapter into a peft model, AdamW, take its adapter out
+    peft            a plain loop: load a client's adapter into a peft model, AdamW, take its adapter out; -bf16 likewise
     opacus          that loop with Opacus' hooks and DPOptimizer
     opacus-ghost    that loop with Opacus' ghost clipping
     graphs          that loop with the whole step in a CUDA graph (on CUDA only)
@@ -100,8 +100,8 @@ class Peft:
 
     dp = False
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.device = wrapped(name, device, dtype), device
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, base: Any = None) -> None:
+        self.model, self.device = wrapped(name, device, base or dtype), device
         self.model.train()
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]
         self.names = {key: "/".join(named_site(key)) for key in self.take()}
@@ -245,6 +245,7 @@ class Engine(Protocol):
 # name -> its class, options, and whether it trains with DP-SGD
 ENGINES: dict[str, tuple[type, dict[str, Any], bool]] = {
     "peft": (Peft, {}, False),
+    "peft-bf16": (Peft, {"base": torch.bfloat16}, False),
     "sequential": (Ours, {"tokens": 0}, False),
     "cohort": (Ours, {}, False),
     "cohort-bf16": (Ours, {"base": torch.bfloat16}, False),

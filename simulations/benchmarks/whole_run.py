@@ -29,7 +29,8 @@ from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.simulations.benchmarks.data_memory import ADOPT_ORPHANS, descendants
 from fedpeft.simulations.benchmarks.speed_work import CLIENT, LABELS, LORA, backbone
 
-ENGINES = ("simulate", "flower", "pfl")
+OURS = {"simulate": "float32", "simulate-auto": "auto"}  # engine -> model.dtype
+ENGINES = (*OURS, "flower", "pfl")
 RECORDS, TEST = 32, 64  # of a client, of the server
 LOOK_S = 0.5
 
@@ -62,14 +63,19 @@ def measure(
         "FLWR_TELEMETRY_ENABLED": "0",
     }
     sizes = (clients, batch, seq, steps, rounds, device)
-    command = ours(folder, *sizes) if engine == "simulate" else stock(engine, folder, *sizes)
+    if engine in OURS:
+        command = ours(folder, OURS[engine], *sizes)
+    else:
+        command = stock(engine, folder, *sizes)
     return watched(command, {**os.environ, **environment})
 
 
-def ours(folder: Path, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str) -> list[str]:
+def ours(
+    folder: Path, dtype: str, clients: int, batch: int, seq: int, steps: int, rounds: int, device: str
+) -> list[str]:
     """The command of our run; its config is written."""
     config = {
-        "model": {"name": str(folder / "model"), "task": "sequence-classification", "max_length": seq},
+        "model": {"name": str(folder / "model"), "task": "sequence-classification", "max_length": seq, "dtype": dtype},
         "adapter": {"r": LORA.r, "alpha": LORA.alpha},
         "data": {
             "source": str(folder / "train.csv"),

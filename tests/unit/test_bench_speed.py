@@ -179,6 +179,7 @@ def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch,
     monkeypatch.setattr(speed, "check", lambda *_: 0.0)
     monkeypatch.setattr(speed, "_child", lambda *_: 1.0)
     monkeypatch.setattr(speed, "_installed", lambda package: package != "pfl")
+    monkeypatch.setattr(speed.rates, "choose", lambda found: "float32")  # whichever is faster here
     with pytest.raises(InputError, match="pip install --no-deps pfl"):
         speed.run(tmp_path, engines=("simulate", "pfl"))
     options = {"models": ("tiny",), "clients": (1,), "batch": (1,), "repeats": 1, "seq": 4}
@@ -187,12 +188,18 @@ def test_pfl_is_asked_for_by_name_or_when_it_is_installed(tmp_path, monkeypatch,
     monkeypatch.setattr(speed, "_installed", lambda package: True)
     speed.run(tmp_path, **options)
     assert asked[2:] == ["simulate", "flower", "pfl"]
+    monkeypatch.setattr(speed.rates, "choose", lambda found: "bfloat16")
+    assert {"simulate-auto", "cohort-bf16", "peft-bf16"} < set(speed.usable_engines(torch.device("cpu")))
 
 
 def test_whole_runs_are_of_the_same_job(tmp_path):
     whole_run.prepare(tmp_path, "tiny", 3, 16)
     sizes = (tmp_path, 3, 2, 16, 5, 10, "cpu")
-    our, their, pfl = whole_run.ours(*sizes), whole_run.stock("flower", *sizes), whole_run.stock("pfl", *sizes)
+    our, their, pfl = (
+        whole_run.ours(sizes[0], "auto", *sizes[1:]),
+        whole_run.stock("flower", *sizes),
+        whole_run.stock("pfl", *sizes),
+    )
     config, job, other = (json.loads(Path(path).read_text()) for path in (our[4], their[3], pfl[3]))
     assert {**job, "out": ""} == {**other, "out": ""} and "flower_loop" in their[2] and "pfl_loop" in pfl[2]
     assert our[1:4] == ["-m", "fedpeft.cli.main", "simulate"]
@@ -201,7 +208,7 @@ def test_whole_runs_are_of_the_same_job(tmp_path):
     assert config["client"]["batch_size"] == job["batch"] == 2 and config["data"]["clients"] == job["clients"]
     from fedpeft import config as configs
 
-    configs.load(our[4])
+    assert configs.load(our[4]).model.dtype == "auto"
     lines = (tmp_path / "train.csv").read_text().splitlines()
     assert len(lines) == 1 + 3 * whole_run.RECORDS and len(lines[1].partition(",")[0]) == 16
 
