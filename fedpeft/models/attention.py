@@ -56,7 +56,6 @@ def longest_faster() -> int:
     for length in LENGTHS:
         shape = (SCORES // length**2, 1, length, WIDTH)
         parts = [torch.ones(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        # By turns, so that a slow moment of the machine hits both.
         turns = [(seconds(_fused, parts), seconds(_products, parts)) for _ in range(REPEATS)]
         fused, products = (min(times) for times in zip(*turns, strict=True))
         if products >= fused:
@@ -119,7 +118,7 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def seconds(form: Callable[..., Tensor], parts: Sequence[Tensor]) -> float:
-    """Of one forward and backward pass of an attention."""
-    begun = time.perf_counter()
+    """Of the CPU for one forward and backward pass of an attention."""
+    begun = time.process_time()  # other work on the machine would turn a clock's answer
     torch.autograd.grad(form(*parts).sum(), parts)
-    return time.perf_counter() - begun
+    return time.process_time() - begun

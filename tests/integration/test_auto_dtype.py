@@ -38,7 +38,7 @@ class Machine:
         self.speed = {torch.float32: float32, torch.bfloat16: bfloat16}
         self.now, self.asked = 0.0, []
         monkeypatch.setattr(rates, "seconds", self.seconds)
-        monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(rates, "time", SimpleNamespace(process_time=lambda: self.now))
 
     def seconds(self, shape, rows, dtype, device):
         self.asked.append((shape, rows, dtype))
