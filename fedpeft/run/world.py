@@ -82,7 +82,7 @@ def load_world(config: Config, run: Path) -> World:
         },
         config,
     )
-    train_encoded, test_encoded = (with_reference(config, model, part) for part in (train_encoded, test_encoded))
+    train_encoded, test_encoded = (with_reference(config, model, part, cache) for part in (train_encoded, test_encoded))
     parts = client_split(config, train, run)
     strategy = build_strategy(config, labels, list(parts), run / "ledger" / "server.jsonl")
     sequence = find_sequence(strategy)

@@ -147,7 +147,7 @@ class Resident:
             own, held = load_data(config, self.name, local.model.base.processor, cache)
             for part in (own, held):
                 require_fit(local, part)
-            own, held = (with_reference(config, local.model, part) for part in (own, held))
+            own, held = (with_reference(config, local.model, part, cache) for part in (own, held))
         except Exception as error:
             if not private:
                 raise
