@@ -40,7 +40,7 @@ class Guard:
         self.config, self.folder, self.run = config, folder, run
         self.private = config.privacy.unit == "sample"
         # Each task has its own account, so a budget is planned for the rounds of one.
-        self.rounds = config.run.rounds // (config.continual.tasks if config.continual.body else 1)
+        self.rounds = config.run.rounds // (config.continual.learned if config.continual.body else 1)
         self.policy = cache(self._policy)
 
     def _policy(self, client: str) -> Policy | None:
@@ -133,7 +133,7 @@ class Guard:
         if not self.private:
             return None
         # By name: to look for them in the folder of very many clients would take longer than a round.
-        tasks = self.config.continual.tasks if self.config.continual.body is not None else 0
+        tasks = self.config.continual.learned if self.config.continual.body is not None else 0
         accounts = [client, *(f"{client}{TASK}{task}" for task in range(tasks))]
         entries = [entry for account in accounts for entry in self.ledger(account).entries()]
         return frozenset(

@@ -156,6 +156,11 @@ TABLES: dict[str, dict[str, str]] = {
         "reversible": "fedpeft.merging.methods.reversible:Reversible",
         "lora_squeeze": "fedpeft.merging.methods.lora_squeeze:LoRASqueeze",
     },
+    "unlearning": {
+        "loku": "fedpeft.unlearning.methods.loku:LoKU",
+        "negation": "fedpeft.unlearning.methods.negation:Negation",
+        "retrain": "fedpeft.unlearning.methods.retrain:Retrain",
+    },
     "checks": {
         "quantization": "fedpeft.models.quantized:check",  # the first: it completes the config
         "peft": "fedpeft.adapters.peft_types:check",

@@ -26,6 +26,7 @@ TABLES = (
     "heads",
     "streams",
     "mergers",
+    "unlearning",
     "models",
     "recipes",
     "sections",

@@ -21,6 +21,7 @@ from fedpeft.cli import alive, console, sharing
 from fedpeft.cli.bench import bench_app
 from fedpeft.cli.deploy import server_app, site_app
 from fedpeft.cli.privacy import privacy_app
+from fedpeft.cli.unlearning import unlearn
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explained
 
@@ -36,6 +37,7 @@ app.add_typer(privacy_app, name="privacy")
 app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
+app.command()(unlearn)
 
 Base = Annotated[
     str | None,

@@ -121,11 +121,19 @@ class ContinualConfig:
     options: dict[str, Any] = option({}, "options of the body named above")
     tasks: int = option(5, "tasks: groups of classes in a random order, each for run.rounds / tasks rounds", low=1)
     shuffle: bool = option(True, "draw the order of the classes; else they come as they are numbered")
+    leave_out: list[int] = option(
+        [], "tasks, by number from 0 on, that are never learned, nor have rounds: the yardstick of unlearning them"
+    )
     head: str = option("linear", "registered head that answers")
     head_options: dict[str, Any] = option({}, "options of the head named above", options_of=("heads", "head"))
     statistics_noise: float | None = option(
         None, "unit sample: noise multiplier of the sums that a head is fitted on, one release a task", above=0
     )
+
+    @property
+    def learned(self) -> int:
+        """How many tasks are learned."""
+        return self.tasks - len(set(self.leave_out))
 
 
 @dataclass

@@ -51,10 +51,12 @@ class Curriculum:
 
 
 def make(config: ContinualConfig, classes: int, rounds: int, seed: int) -> Curriculum:
-    """The curriculum of a config: classes in a random order (or as numbered), cut into tasks of nearly equal size.
+    """The curriculum of a config: classes in a random order (or as numbered), cut into tasks of nearly equal size,
+    without those that are left out.
 
     Raises:
         InputError: more tasks than classes.
     """
     parts = groups(classes, config.tasks, seed, config.shuffle, "continual.tasks")
-    return Curriculum(tuple(tuple(part) for part in parts), rounds // config.tasks)
+    kept = [tuple(part) for task, part in enumerate(parts) if task not in config.leave_out]
+    return Curriculum(tuple(kept), rounds // config.learned)

@@ -39,6 +39,7 @@ LAYERS = (
     {"strategies", "clients"},
     {"run"},
     {"simulations"},
+    {"unlearning"},
     {"deploy"},
     {"cli", "simulations.benchmarks"},
 )
@@ -91,6 +92,7 @@ LIGHT = (
     "fedpeft.deploy.settings",
     "fedpeft.deploy.processes",
     "fedpeft.cli.privacy",
+    "fedpeft.cli.unlearning",
     "fedpeft.cli.bench",
     "fedpeft.cli.main",
 )

@@ -54,7 +54,7 @@ def chosen(counts: dict[str, int]) -> list[str]:
 
 def rounds_of(config: Config) -> int:
     """Rounds that the audit runs: ROUNDS, or as many as one task (or the budget's plan) has."""
-    tasks = config.continual.tasks if config.continual.body else 1
+    tasks = config.continual.learned if config.continual.body else 1
     return min(ROUNDS, config.privacy.planned_rounds or config.run.rounds // tasks)
 
 

@@ -1,0 +1,73 @@
+"""`fedpeft unlearn` on the command line, and the table that it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fedpeft.cli import console
+
+COLUMNS = {
+    "attack AUC": "attack_auc",
+    "advantage": "attack_advantage",
+    "forget accuracy": "forget_accuracy",
+    "forget loss": "forget_loss",
+    "retain accuracy": "retain_accuracy",
+    "test accuracy": "test_accuracy",
+    "distance": "distance",
+    "agreement": "agreement",
+}
+MODELS = {"trained": "as trained", "unlearned": "unlearned", "retrained": "retrained without it"}
+
+
+def unlearn(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run; it stays as it is.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The method's options.")] = None,
+    client: Annotated[str | None, typer.Option(help="Forget all records of this client.")] = None,
+    task: Annotated[int | None, typer.Option(help="Forget this task of a sequence, by its number from 0 on.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Forget the records of this file.")] = None,
+    method: Annotated[str, typer.Option(help="Registered way of unlearning.")] = "loku",
+    against: Annotated[
+        Path | None, typer.Option(help="What --method retrain has made of the same request, to measure by.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; new or empty.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make a model of a run without a client, a task or some records, and say what it still knows of them."""
+    from fedpeft.unlearning.unlearn import unlearn as work
+
+    given: dict[str, Any] = {"client": client, "task": task, "records": records, "against": against, "out": out}
+    console.emit(work(run, method, options=options or [], **given), as_json, show)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table, what it cost, what privacy says of it, and the folder."""
+    asked, cost = result["asked"], result["cost"]
+    table = Table(title=f"{result['run']} without {asked['words']}, by {result['method']}")
+    table.add_column("model")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name, row in result["rows"].items():
+        table.add_row(MODELS[name], *(_shown(key, row.get(key)) for key in COLUMNS.values()))
+    console.out.print(table)
+    console.out.print(
+        f"attack: forgotten training records told from test records by their loss, .5 is not at all; "
+        f"{asked['forget_records']} records to forget, {asked['retain_records']} to keep, {asked['test_records']} of "
+        f"test; {cost['seconds']:.1f} s, {cost['steps']:,} steps, gradients of {cost['record_passes']:,} records",
+        style="dim",
+        markup=False,
+    )
+    for line in result["privacy"]:
+        console.out.print(line, style="yellow", markup=False, soft_wrap=True)
+    for line in result["notes"]:
+        console.out.print(f"- {line}.", markup=False, soft_wrap=True)
+    console.out.print(result["out"], markup=False, soft_wrap=True)
+
+
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if key.endswith("accuracy") or key == "agreement" else f"{value:.3f}"

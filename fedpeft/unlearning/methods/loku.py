@@ -1,0 +1,215 @@
+"""LoKU: an inverted hinge loss, and a LoRA that starts from what the forgotten records weigh most (FILA).
+
+Cha, Cho, Hwang and Lee, "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", arXiv 2408.06621.
+Over the run's model, with its adapter merged into W:
+
+    F = mean over records of (d loss / d W)^2, of records to forget and of others to keep
+    ratio = F_forget / (F_retain + 1e-5),   d_i = sqrt(sum_j ratio_ij)            one number for each output
+    U S V^T = diag(d) W, the largest r,     B = diag(1 / (d + 1e-5)) U sqrt(S / s),   A = sqrt(S / s) V^T
+    train A, B (and the head, where the run trained one) over the frozen W - s B A on
+    mean of [1 + p(right) - max over others of p]_+  of a batch to forget  +  weight x mean loss of a batch to keep
+
+Gradient ascent has no end, and spreads over all wrong answers; this loss is at most 2, and raises the one that is next.
+Of a text the loss is the mean over its tokens. With records that the clients concerned have held out (data.holdout),
+training ends with the first pass after which the mean loss on what is to be forgotten is no lower than theirs: the
+paper ends likewise, by its measures of memorisation. Without any, and of a task, it takes all passes.
+
+Deviations: F is of single records' gradients, where the authors' code squares those of batches; it is taken of at most
+`fisher_records` of each kind, in evaluation mode. The result is the change of W over the run's base, of three times
+the rank: run - start + end, which stock peft loads; theirs is a changed base beside a LoRA.
+
+    >>> import torch
+    >>> [round(float(x), 2) for x in inverted_hinge(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), torch.tensor([0, 0]))]
+    [1.95, 0.05]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft import progress
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer
+from fedpeft.clients.train import on_device, per_sample_loss, set_gradients
+from fedpeft.config import ClientConfig, option
+from fedpeft.data.encode import Encoded
+from fedpeft.merging.arithmetic import combine
+from fedpeft.models.base import orient
+from fedpeft.objectives.base import IGNORE
+from fedpeft.seeds import derive, numpy_generator
+from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod
+
+SMALL = 1e-5  # added to what divides, as in the authors' code
+
+
+@dataclass
+class LoKUConfig:
+    """Options of `loku`."""
+
+    epochs: int = option(10, "passes over what is to be forgotten, at most", low=1)
+    lr: float | None = option(None, "learning rate; null is the run's client.lr", above=0)
+    batch_size: int | None = option(None, "records of each kind in a step; null is the run's client.batch_size", low=1)
+    retain_weight: float = option(1.0, "weight of the loss on records to keep", low=0)
+    fila: bool = option(True, "start the LoRA from the Fisher ratios; else from a fresh draw")
+    fisher_records: int = option(256, "records of each kind, at most, that the Fisher information is taken of", low=1)
+
+
+class LoKU(UnlearningMethod):
+    """A LoRA that starts where the forgotten records weigh most, on an inverted hinge loss."""
+
+    Config: ClassVar[Any] = LoKUConfig
+    paper = "Cha et al. 2024, arXiv 2408.06621"
+    needs_classes = True
+
+    def unlearn(self, case: Case, folder: Path) -> Outcome:
+        case.write(case.adapter)
+        fisher = 0
+        start = case.started({})
+        if self.config.fila:
+            kinds = [
+                some(data, self.config.fisher_records, case.config.run.seed, name)
+                for name, data in (("forget", case.forget), ("retain", case.retain))
+            ]
+            fisher = sum(map(len, kinds))
+            start = self.find_start(case.model, case, *(fisher_information(case.model, data) for data in kinds))
+        case.write(case.adapter, start)
+        steps, passes, passed = self.train(case, start)
+        end = case.model.read(start)
+        ended = f"training ended after {passed} of {self.config.epochs} passes"
+        why = "as what is to be forgotten is no better known than what the clients concerned held out"
+        notes = (f"{ended}, {why}",) if passed < self.config.epochs else ()
+        adapter = combine([(1.0, case.adapter), (-1.0, start), (1.0, end)])
+        return Outcome(adapter, steps, passes + fisher, notes)
+
+    def find_start(self, model: Adapted, case: Case, forget: dict[str, Tensor], retain: dict[str, Tensor]) -> Any:
+        """The factors of every layer by `fila`, of the model's weights as they are."""
+        factors = {}
+        for site, value in forget.items():
+            B, A = fila(
+                model.base.weight(site).cpu(),
+                value,
+                retain[site],
+                model.parameters[f"{site}/A"].shape[0],
+                model.sites[site].scaling,
+            )
+            factors |= {f"{site}/A": A.float(), f"{site}/B": B.float()}
+        return case.started(factors)
+
+    def train(self, case: Case, start: Any) -> tuple[int, int, int]:
+        """Steps, records that were passed, and passes over what is to be forgotten."""
+        model, client = case.model, self._client(case.config.client)
+        parameters = model.train_roles({start.role(key) for key in start.tensors})
+        device = next(iter(parameters.values())).device
+        optimizer = make_optimizer(list(parameters.values()), client, make_layout(model, parameters))
+        rng = numpy_generator(case.config.run.seed, "unlearn", "batches")
+        keep = endless(len(case.retain), rng)
+        begun = {key: value.detach().clone() for key, value in parameters.items()}
+        steps = passes = 0
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive(case.config.run.seed, "unlearn", "dropout"))
+            for number in range(1, self.config.epochs + 1):
+                model.training_mode()
+                order = rng.permutation(len(case.forget))
+                for place in range(0, len(order), client.batch_size):
+                    mine = order[place : place + client.batch_size]
+                    others = np.array([next(keep) for _ in mine])
+                    loss = hinge_of(model, *on_device(case.forget, mine, device)).mean()
+                    if self.config.retain_weight:
+                        kept = per_sample_loss(model, *on_device(case.retain, others, device)).mean()
+                        loss = loss + self.config.retain_weight * kept
+                        passes += len(others)
+                    values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                    gradients = {
+                        key: torch.zeros_like(parameter) if value is None else value
+                        for (key, parameter), value in zip(parameters.items(), values, strict=True)
+                    }
+                    set_gradients(parameters, gradients, begun, client, 0.0, None)
+                    optimizer.step()
+                    steps, passes = steps + 1, passes + len(mine)
+                model.base.backbone.eval()
+                progress.step("rounds", number, self.config.epochs)
+                if case.is_forgotten():
+                    break
+        return steps, passes, number
+
+    def _client(self, client: ClientConfig) -> ClientConfig:
+        return replace(client, lr=self.config.lr or client.lr, batch_size=self.config.batch_size or client.batch_size)
+
+
+def inverted_hinge(scores: Tensor, targets: Tensor) -> Tensor:
+    """[1 + p(target) - the largest other p]_+ of each record [N], of a text the mean over its targets.
+
+    Args:
+        scores: [N, K] or [N, T, K].
+        targets: [N] or [N, T], IGNORE where there is none.
+    """
+    chances, known = scores.softmax(-1), targets != IGNORE
+    place = targets.clamp(min=0)[..., None]
+    right = chances.gather(-1, place)[..., 0]
+    next_best = chances.scatter(-1, place, -1.0).amax(-1)
+    each = (1 + right - next_best).clamp(min=0) * known
+    return each if each.ndim == 1 else each.sum(1) / known.sum(1).clamp(min=1)
+
+
+def hinge_of(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """The inverted hinge loss [N] of records."""
+    return inverted_hinge(*model.base.objective.pair(model.logits(inputs).float(), labels))
+
+
+def fila(weight: Tensor, forget: Tensor, retain: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The factors B [out, r] and A [r, in] that a weight [out, in] is best kept in, where `forget` outweighs `retain`.
+
+    s B A is the best approximation of the weight of this rank, its rows weighted by d. float64.
+
+    Args:
+        forget, retain: Fisher information of the weight [out, in].
+        scaling: s.
+    """
+    d = (forget.double() / (retain.double() + SMALL)).sum(1).sqrt()
+    U, S, Vt = torch.linalg.svd(d[:, None] * weight.double(), full_matrices=False)
+    root = (S[:rank] / scaling).sqrt()
+    B, A = U[:, :rank] * root / (d + SMALL)[:, None], root[:, None] * Vt[:rank]
+    lacking = rank - len(root)  # a weight with fewer rows, or columns, than the rank
+    return torch.cat([B, B.new_zeros(len(B), lacking)], 1), torch.cat([A, A.new_zeros(lacking, A.shape[1])])
+
+
+def fisher_information(model: Adapted, data: Encoded) -> dict[str, Tensor]:
+    """Mean over records of the squared gradient of a record's loss by each adapted weight [out, in], on the CPU."""
+    sites = model.form.lora_sites()
+    layers = {site: model.base.layer(site) for site in sites}
+    weights = [layer.get_parameter("weight") for layer in layers.values()]
+    total = {site: torch.zeros(model.base.shape(site), dtype=torch.float64) for site in sites}
+    model.base.backbone.eval()
+    model.train_roles(())
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for number in range(len(data)):
+            loss = per_sample_loss(model, *on_device(data, np.array([number]), weights[0].device)).sum()
+            for (site, layer), slope in zip(layers.items(), torch.autograd.grad(loss, weights), strict=True):
+                total[site] += orient(layer, slope).double().square().cpu()
+            progress.step("records", number + 1, len(data))
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return {site: value / len(data) for site, value in total.items()}
+
+
+def some(data: Encoded, most: int, seed: int, name: str) -> Encoded:
+    """At most so many of the records, drawn."""
+    if len(data) <= most:
+        return data
+    return data.view(np.sort(numpy_generator(seed, "unlearn", name).permutation(len(data))[:most]))
+
+
+def endless(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """Numbers below `count` in shuffled passes, without end."""
+    while True:
+        yield from rng.permutation(count).tolist()

@@ -1,0 +1,224 @@
+"""`fedpeft unlearn`: a finished run's model without a client, a task or some records, and what it still knows of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedpeft import config as configs
+from fedpeft import folders
+from fedpeft.adapters import folder
+from fedpeft.config import Config, PrivacyConfig, parse_overrides
+from fedpeft.data import split
+from fedpeft.data.records import Records
+from fedpeft.errors import InputError
+from fedpeft.files import write_bytes
+from fedpeft.record.metrics import finite, read
+from fedpeft.run import identity
+from fedpeft.run.card import read_summary
+from fedpeft.state import AdapterState
+from fedpeft.unlearning import asked as asking
+from fedpeft.unlearning import bounded, measures
+from fedpeft.unlearning.asked import TASK, Asked
+from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod, make
+from fedpeft.unlearning.opening import open_case, read_config
+
+KEY = "unlearning"  # of summary.json
+FINGERPRINTS = ("base model", "training records", "test records", "processed inputs")
+NO_YARDSTICK = (
+    "distance and agreement are to a model retrained without it, which was not given: --method retrain makes one, and "
+    "--against DIR names it"
+)
+
+
+def unlearn(
+    run: str | Path,
+    method: str = "loku",
+    *,
+    client: str | None = None,
+    task: int | None = None,
+    records: str | Path | None = None,
+    options: Sequence[str] | dict[str, Any] = (),
+    out: str | Path | None = None,
+    against: str | Path | None = None,
+) -> dict[str, Any]:
+    """Make a model of a finished run without what is named, and say what it still knows of it.
+
+    Args:
+        run: its folder. It stays as it is.
+        method: of the registry's table `unlearning`.
+        client, task, records: what is to be forgotten, one of them: a client's name, the number of a task from 0 on,
+            a file of training records.
+        options: of the method, as `key=value` or a mapping.
+        out: folder of the result, new or empty; a run folder for `predict`, `chat` and `export`. Default is
+            runs/RUN-METHOD-1, -2, ...
+        against: what `method="retrain"` has made of the same request, to measure the distance to.
+
+    Returns:
+        `rows` by model ("trained", "unlearned", "retrained"), `cost`, `privacy` (sentences), `notes`, `asked`, `out`.
+
+    Raises:
+        InputError: the run, the method or what is asked cannot be used; nothing was trained.
+    """
+    given = {"--client": client, "--task": task, "--records": records}
+    named = [flag for flag, value in given.items() if value is not None]
+    if len(named) != 1:
+        what = " and ".join(named) if named else "none of them is given"
+        raise InputError(f"{', '.join(given)}: give exactly one; here: {what}.")
+    run = folders.run_folder(run)
+    config = read_config(run)
+    way = make(method, parse_overrides(list(options)) if not isinstance(options, dict) else options)
+
+    def ask(train: Records, parts: dict[str, list[int]]) -> Asked:
+        if client is not None:
+            return asking.find_client(client, parts)
+        if task is not None:
+            return asking.find_task(task, config, train)
+        return asking.find_records(Path(str(records)), config, train)
+
+    case = open_case(run, config, way, ask)
+    # Before anything is trained: another request's yardstick is none.
+    yardstick = None if against is None else _open_yardstick(Path(against), case)
+    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made:
+        try:
+            _begin(case, way, made.path)
+            done = None if way.reruns else _do(way, case, made.path)
+            if done is not None:
+                _write(case, done[0], made.path)
+        except InputError:
+            made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
+            raise
+    outcome, seconds = done or _do(way, case, made.path)
+    made.point()
+    result = _describe(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
+    with folders.alone(made.path):
+        summary = {**read_summary(made.path), KEY: result}
+        write_bytes(made.path / "summary.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
+    return {**result, "out": str(made.path)}
+
+
+def _do(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float]:
+    begun = time.monotonic()
+    return way.unlearn(case, folder), time.monotonic() - begun
+
+
+def _begin(case: Case, way: UnlearningMethod, made: Path) -> None:
+    """Write what a run folder of the rest begins with."""
+    parts = case.asked.without(split.load(case.run / "split.json", case.world.train.fingerprint, _names(case.run)))
+    config = leave_out(case.config, case.asked, _names(case.run), list(parts))
+    if not way.reruns:
+        config = replace(config, privacy=PrivacyConfig())  # what follows reads records without noise
+    # Checked as any config, since fewer clients may be too few.
+    write_bytes(made / "resolved.yaml", configs.to_yaml(configs.from_yaml(configs.to_yaml(config))).encode())
+    identity.begin(made)
+    known = {key: identity.fingerprint_of(case.run, key) for key in FINGERPRINTS}
+    identity.hold(made, {key: value for key, value in known.items() if value is not None}, config)
+    split.save(made / "split.json", parts, case.world.train, config)
+
+
+def leave_out(config: Config, asked: Asked, before: Sequence[str], after: Sequence[str]) -> Config:
+    """The config of the run without what is asked: of fewer clients, or tasks, and otherwise the same.
+
+    Args:
+        before, after: the clients, in their order.
+    """
+    adapter, run, section = config.adapter, config.run, config.continual
+    if adapter.client_ranks is not None:
+        ranks = {name: adapter.client_ranks[place % len(adapter.client_ranks)] for place, name in enumerate(before)}
+        adapter = replace(adapter, client_ranks=[ranks[name] for name in after])
+    asks = None if run.clients_per_round is None else min(run.clients_per_round, len(after))
+    faults = {name: fault for name, fault in run.faults.items() if name in after}
+    run = replace(run, clients_per_round=asks, faults=faults, baselines=False, trained_baselines=[])
+    if asked.kind == TASK:
+        each = run.rounds // (section.tasks - len(section.leave_out))
+        run = replace(run, rounds=run.rounds - each)
+        gone = [task for task in range(section.tasks) if task not in section.leave_out][int(asked.name)]
+        section = replace(section, leave_out=sorted([*section.leave_out, gone]))
+    data = replace(config.data, clients=len(after), split=None)
+    return replace(config, adapter=adapter, run=run, continual=section, data=data)
+
+
+def _names(run: Path) -> list[str]:
+    return split.names(run / "split.json")
+
+
+def _write(case: Case, outcome: Outcome, made: Path) -> None:
+    """The adapter as a run leaves it, and of the run's record what its readers need."""
+    about = folder.about(case.run / "adapter")
+    folder.save(outcome.adapter, made / "adapter", **about)
+    kept = {key: value for key, value in read_summary(case.run).items() if key in ("texts", "evaluated_on")}
+    case.write(outcome.adapter)
+    score = measures.look(case.model, case.world.test_encoded, case.config.run.evaluate_tokens).measured
+    rounds = configs.load(made / "resolved.yaml").run.rounds
+    events = [
+        event for event in read(case.run / "metrics.jsonl") if event["event"] == "start" or not event.get("round", 1)
+    ]
+    events.append({"event": "evaluate", "round": rounds, **{k: v for k, v in score.items() if k != "num-examples"}})
+    write_bytes(made / "metrics.jsonl", "".join(json.dumps(finite(event)) + "\n" for event in events).encode())
+    summary = {**kept, "clients": len(_names(made)), "rounds": rounds, "test_records": len(case.world.test)}
+    write_bytes(made / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _describe(
+    case: Case, name: str, way: UnlearningMethod, outcome: Outcome, seconds: float, yardstick: AdapterState | None
+) -> dict[str, Any]:
+    known = {"trained": case.adapter, "retrained" if way.reruns else "unlearned": outcome.adapter}
+    if yardstick is not None:
+        known["retrained"] = yardstick
+    seen = {model: measures.know(case, adapter) for model, adapter in known.items()}
+    rows = {model: measures.describe(case, one, seen.get("retrained")) for model, one in seen.items()}
+    held = len(case.asked.numbers) - len(case.forget)
+    notes = list(outcome.notes)
+    if held:
+        notes.append(
+            f"{held} of the {len(case.asked.numbers)} records were never trained on (held out, or no client's)"
+        )
+    if yardstick is None:
+        notes.append(NO_YARDSTICK)
+    return {
+        "run": str(case.run),
+        "method": name,
+        "options": configs.to_tree(way.config),
+        "asked": {
+            "kind": case.asked.kind,
+            "name": case.asked.name,
+            "words": case.asked.words,
+            "forget_records": len(case.forget),
+            "retain_records": len(case.retain),
+            "test_records": len(case.test),
+            "fingerprint": _fingerprint(case),
+        },
+        "rows": finite(rows),
+        "cost": {"seconds": seconds, "steps": outcome.steps, "record_passes": outcome.passes},
+        "privacy": bounded.sentences(case.config, read_summary(case.run), case.asked, way.reruns),
+        "notes": notes,
+    }
+
+
+def _fingerprint(case: Case) -> str:
+    return case.asked.fingerprint((case.run / "resolved.yaml").read_text())
+
+
+def _open_yardstick(path: Path, case: Case) -> AdapterState:
+    """The adapter of a run that was retrained without the same records.
+
+    Raises:
+        InputError: it is another run, or of another request.
+    """
+    run = folders.run_folder(path)
+    about = read_summary(run).get(KEY) or {}
+    if about.get("method") != "retrain":
+        raise InputError(
+            f"--against {path}: not what `fedpeft unlearn --method retrain` has made (it is of "
+            f"{about.get('method') or 'no unlearning'})."
+        )
+    if about["asked"]["fingerprint"] != _fingerprint(case):
+        raise InputError(
+            f"--against {path}: retrained without {about['asked']['words']} of {about['run']}; here {case.asked.words} of "
+            f"{case.run} is to be forgotten."
+        )
+    return folder.load(run / "adapter")
