@@ -10,17 +10,19 @@ from rich.table import Table
 
 from fedpeft.cli import console
 
-COLUMNS = {
-    "attack AUC": "attack_auc",
-    "advantage": "attack_advantage",
-    "forget accuracy": "forget_accuracy",
-    "forget loss": "forget_loss",
-    "retain accuracy": "retain_accuracy",
-    "test accuracy": "test_accuracy",
-    "distance": "distance",
-    "agreement": "agreement",
+MEASURES = {
+    "membership attack, AUC": "attack_auc",
+    "membership attack, advantage": "attack_advantage",
+    "accuracy on what is forgotten": "forget_accuracy",
+    "loss on what is forgotten": "forget_loss",
+    "accuracy on what is kept": "retain_accuracy",
+    "loss on what is kept": "retain_loss",
+    "accuracy on the test set": "test_accuracy",
+    "loss on the test set": "test_loss",
+    "distance to the retrained adapter": "distance",
+    "same answers as the retrained": "agreement",
 }
-MODELS = {"trained": "as trained", "unlearned": "unlearned", "retrained": "retrained without it"}
+MODELS = {"trained": "as trained", "unlearned": "unlearned", "retrained": "retrained"}
 
 
 def unlearn(
@@ -46,12 +48,12 @@ def unlearn(
 def show(result: dict[str, Any]) -> None:
     """The table, what it cost, what privacy says of it, and the folder."""
     asked, cost = result["asked"], result["cost"]
-    table = Table(title=f"{result['run']} without {asked['words']}, by {result['method']}")
-    table.add_column("model")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for name, row in result["rows"].items():
-        table.add_row(MODELS[name], *(_shown(key, row.get(key)) for key in COLUMNS.values()))
+    table = Table(title=f"without {asked['words']}, by {result['method']}")
+    table.add_column("")
+    for name in result["rows"]:
+        table.add_column(MODELS[name], justify="right")
+    for label, key in MEASURES.items():
+        table.add_row(label, *(_shown(key, row.get(key)) for row in result["rows"].values()))
     console.out.print(table)
     console.out.print(
         f"attack: forgotten training records told from test records by their loss, .5 is not at all; "

@@ -95,10 +95,8 @@ def find_records(path: Path, config: Config, train: Records) -> Asked:
     """
     if not path.exists():
         raise InputError(f"--records {path}: there is no such file.")
-    given = _numbers(path)
-    if given is None:
-        given = _by_content(path, config, train)
-    rows = [[number] if isinstance(number, int) else list(number) for number in given]
+    listed = _numbers(path)
+    rows = _by_content(path, config, train) if listed is None else [[number] for number in listed]
     wrong = [place for place, found in enumerate(rows, 1) if not found or not 0 <= found[0] < len(train)]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""

@@ -1,4 +1,4 @@
-"""What differential privacy says of what is to be forgotten, in sentences: it may be bounded before anything is done."""
+"""What differential privacy says of what is to be forgotten, in sentences: it may be bounded already."""
 
 from __future__ import annotations
 

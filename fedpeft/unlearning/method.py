@@ -72,7 +72,8 @@ class Case:
         Args:
             start: what of it the trained factors hold; the base weights hold the rest. None is nothing.
         """
-        fresh, tensors = self.world.start.adapter, {}
+        fresh = self.world.start.adapter
+        tensors: dict[str, Tensor] = {}
         for site in fresh.lora_sites():
             left = [adapter.sites[site].scaling * adapter[f"{site}/B"].double()]
             right = [adapter[f"{site}/A"].double()]

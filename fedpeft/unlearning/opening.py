@@ -76,32 +76,33 @@ def read_config(run: Path) -> Config:
     config = configs.load(run / "resolved.yaml")
     if config.run.engine == "sites":
         raise InputError(
-            f"{run}: a run of real sites (run.engine=sites), whose records are not here. Take the site out (`fedpeft "
-            "server remove`, or stop it there) and train a new run without it by `fedpeft server run`: that is exact "
-            "retraining. A site's own records are left out by leaving them out of its data."
+            f"{run}: a run of real sites (run.engine=sites), whose records are not here. Stop the site "
+            "that is to be forgotten, and train a new run without it by `fedpeft server run`: that is exact retraining. "
+            "For single records, the site takes them out of its data before the new run."
         )
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(
-            f"{run}: no adapter/adapter_config.json, so there is nothing to unlearn from. Has the run finished? `fedpeft "
-            "resume` goes on with it."
+            f"{run}: no adapter/adapter_config.json, so there is nothing to unlearn from. Has the run finished? "
+            "`fedpeft resume` goes on with it."
         )
     if (run / "adapter" / "clients").is_dir():
         raise InputError(
-            f"{run}: with strategy.name={config.strategy.name} every client keeps a part of its own, so there is no one "
-            "model to unlearn from. A client that leaves takes its own part along; what the others share is retrained "
-            "by `fedpeft simulate` with a data.split without it."
+            f"{run}: with strategy.name={config.strategy.name} every client keeps a part of its own, so there is no "
+            "one model to unlearn from. A client that leaves takes its own part along; what the others share is "
+            "retrained by `fedpeft simulate` with a data.split without it."
         )
     if load_objective(config.model.task).referred:
         raise InputError(
-            f"model.task={config.model.task}: its loss is against the model before training, so what a record's own loss "
-            "tells of its membership is not defined here. Retrain by `fedpeft simulate` with a data.split without it."
+            f"model.task={config.model.task}: its loss is against the model before training, so what a record's own "
+            "loss tells of its membership is not defined here. Retrain by `fedpeft simulate` with a data.split without "
+            "it."
         )
     section = config.continual
     if section.body is not None and (head_needs_sums(config) or make_body(section).most_views > 1):
         raise InputError(
-            f"continual.body={section.body}, continual.head={section.head}: the run answers by sums or averages that are "
-            "not in its adapter, and hold what is to be forgotten. Only bodies with one adapter and continual.head="
-            "linear (or masked) can be unlearned from; else run it again without the records."
+            f"continual.body={section.body}, continual.head={section.head}: the run answers by sums or averages that "
+            "are not in its adapter, and hold what is to be forgotten. Only bodies with one adapter and "
+            "continual.head=linear (or masked) can be unlearned from; else run it again without the records."
         )
     return config
 
@@ -143,7 +144,7 @@ def _require_method(method: UnlearningMethod, world: World) -> None:
 
 
 def _alike(world: World, asked: Asked, parts: dict[str, list[int]]) -> np.ndarray:
-    """Numbers of the held-out records of the clients that are asked about; a task's classes are known to nobody else."""
+    """Numbers of the held-out records of the clients that are asked about; of a task none, as others have it too."""
     mine = set(asked.numbers.tolist())
     owners = {
         CLIENT: [asked.name],

@@ -1,4 +1,4 @@
-"""`fedpeft unlearn`: a finished run's model without a client, a task or some records, and what it still knows of them."""
+"""`fedpeft unlearn`: a run's model without a client, a task or some records, and what it still knows of them."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ def _write(case: Case, outcome: Outcome, made: Path) -> None:
     case.write(outcome.adapter)
     score = measures.look(case.model, case.world.test_encoded, case.config.run.evaluate_tokens).measured
     rounds = configs.load(made / "resolved.yaml").run.rounds
-    events = [
-        event for event in read(case.run / "metrics.jsonl") if event["event"] == "start" or not event.get("round", 1)
-    ]
-    events.append({"event": "evaluate", "round": rounds, **{k: v for k, v in score.items() if k != "num-examples"}})
+    record = read(case.run / "metrics.jsonl")
+    events = [event for event in record if event["event"] == "start" or event.get("round") == 0]
+    del score["num-examples"]
+    events.append({"event": "evaluate", "round": rounds, **score})
     write_bytes(made / "metrics.jsonl", "".join(json.dumps(finite(event)) + "\n" for event in events).encode())
     summary = {**kept, "clients": len(_names(made)), "rounds": rounds, "test_records": len(case.world.test)}
     write_bytes(made / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -218,7 +218,7 @@ def _open_yardstick(path: Path, case: Case) -> AdapterState:
         )
     if about["asked"]["fingerprint"] != _fingerprint(case):
         raise InputError(
-            f"--against {path}: retrained without {about['asked']['words']} of {about['run']}; here {case.asked.words} of "
-            f"{case.run} is to be forgotten."
+            f"--against {path}: retrained without {about['asked']['words']} of {about['run']}; here "
+            f"{case.asked.words} of {case.run} is to be forgotten."
         )
     return folder.load(run / "adapter")

@@ -19,7 +19,7 @@ Deviations: F is of single records' gradients, where the authors' code squares t
 the rank: run - start + end, which stock peft loads; theirs is a changed base beside a LoRA.
 
     >>> import torch
-    >>> [round(float(x), 2) for x in inverted_hinge(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), torch.tensor([0, 0]))]
+    >>> inverted_hinge(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), torch.tensor([0, 0])).numpy().round(2).tolist()
     [1.95, 0.05]
 """
 
@@ -44,6 +44,7 @@ from fedpeft.merging.arithmetic import combine
 from fedpeft.models.base import orient
 from fedpeft.objectives.base import IGNORE
 from fedpeft.seeds import derive, numpy_generator
+from fedpeft.state import AdapterState
 from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod
 
 SMALL = 1e-5  # added to what divides, as in the authors' code
@@ -54,7 +55,7 @@ class LoKUConfig:
     """Options of `loku`."""
 
     epochs: int = option(10, "passes over what is to be forgotten, at most", low=1)
-    lr: float | None = option(None, "learning rate; null is the run's client.lr", above=0)
+    lr: float | None = option(None, "learning rate; null is a tenth of the run's client.lr", above=0)
     batch_size: int | None = option(None, "records of each kind in a step; null is the run's client.batch_size", low=1)
     retain_weight: float = option(1.0, "weight of the loss on records to keep", low=0)
     fila: bool = option(True, "start the LoRA from the Fisher ratios; else from a fresh draw")
@@ -78,7 +79,7 @@ class LoKU(UnlearningMethod):
                 for name, data in (("forget", case.forget), ("retain", case.retain))
             ]
             fisher = sum(map(len, kinds))
-            start = self.find_start(case.model, case, *(fisher_information(case.model, data) for data in kinds))
+            start = self.find_start(case, *(fisher_information(case.model, data) for data in kinds))
         case.write(case.adapter, start)
         steps, passes, passed = self.train(case, start)
         end = case.model.read(start)
@@ -88,9 +89,10 @@ class LoKU(UnlearningMethod):
         adapter = combine([(1.0, case.adapter), (-1.0, start), (1.0, end)])
         return Outcome(adapter, steps, passes + fisher, notes)
 
-    def find_start(self, model: Adapted, case: Case, forget: dict[str, Tensor], retain: dict[str, Tensor]) -> Any:
+    def find_start(self, case: Case, forget: dict[str, Tensor], retain: dict[str, Tensor]) -> AdapterState:
         """The factors of every layer by `fila`, of the model's weights as they are."""
-        factors = {}
+        model = case.model
+        factors: dict[str, Tensor] = {}
         for site, value in forget.items():
             B, A = fila(
                 model.base.weight(site).cpu(),
@@ -102,7 +104,7 @@ class LoKU(UnlearningMethod):
             factors |= {f"{site}/A": A.float(), f"{site}/B": B.float()}
         return case.started(factors)
 
-    def train(self, case: Case, start: Any) -> tuple[int, int, int]:
+    def train(self, case: Case, start: AdapterState) -> tuple[int, int, int]:
         """Steps, records that were passed, and passes over what is to be forgotten."""
         model, client = case.model, self._client(case.config.client)
         parameters = model.train_roles({start.role(key) for key in start.tensors})
@@ -140,7 +142,9 @@ class LoKU(UnlearningMethod):
         return steps, passes, number
 
     def _client(self, client: ClientConfig) -> ClientConfig:
-        return replace(client, lr=self.config.lr or client.lr, batch_size=self.config.batch_size or client.batch_size)
+        return replace(
+            client, lr=self.config.lr or client.lr / 10, batch_size=self.config.batch_size or client.batch_size
+        )
 
 
 def inverted_hinge(scores: Tensor, targets: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class Negation(UnlearningMethod):
                 break
         if found is None:
             raise RunError(
-                f"strength=null: even {GRID[0]:g} leaves less than keep={self.config.keep:g} of the accuracy on records "
-                "to keep. Lower keep or epochs, or give strength."
+                f"strength=null: even {GRID[0]:g} leaves less than keep={self.config.keep:g} of the accuracy on "
+                "records to keep. Lower keep or epochs, or give strength."
             )
         return found
 
