@@ -106,8 +106,8 @@ def weights_of_test(case: Case) -> np.ndarray:
     world, many = case.world, len(case.world.train.label_names)
     mine = np.bincount(world.train.labels[case.forget.rows], minlength=many)
     theirs = np.bincount(world.test.labels, minlength=many)
-    each: np.ndarray = mine / np.maximum(theirs, 1)
-    return each[world.test.labels]
+    each = mine / np.maximum(theirs, 1)
+    return np.asarray(each[world.test.labels])
 
 
 def attack(members: np.ndarray, others: np.ndarray, weights: np.ndarray) -> tuple[float, float]:

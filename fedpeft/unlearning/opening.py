@@ -77,8 +77,8 @@ def read_config(run: Path) -> Config:
     if config.run.engine == "sites":
         raise InputError(
             f"{run}: a run of real sites (run.engine=sites), whose records are not here. Stop the site "
-            "that is to be forgotten, and train a new run without it by `fedpeft server run`: that is exact retraining. "
-            "For single records, the site takes them out of its data before the new run."
+            "that is to be forgotten, and train a new run without it by `fedpeft server run`: that is exact "
+            "retraining. For single records, the site takes them out of its data before the new run."
         )
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(

@@ -48,6 +48,7 @@ from fedpeft.state import AdapterState
 from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod
 
 SMALL = 1e-5  # added to what divides, as in the authors' code
+GENTLE = 30  # the run's rate is for factors that start at zero, and FILA's are as large as the weights
 
 
 @dataclass
@@ -55,7 +56,7 @@ class LoKUConfig:
     """Options of `loku`."""
 
     epochs: int = option(10, "passes over what is to be forgotten, at most", low=1)
-    lr: float | None = option(None, "learning rate; null is a tenth of the run's client.lr", above=0)
+    lr: float | None = option(None, "learning rate; null is a thirtieth of the run's client.lr", above=0)
     batch_size: int | None = option(None, "records of each kind in a step; null is the run's client.batch_size", low=1)
     retain_weight: float = option(1.0, "weight of the loss on records to keep", low=0)
     fila: bool = option(True, "start the LoRA from the Fisher ratios; else from a fresh draw")
@@ -142,9 +143,8 @@ class LoKU(UnlearningMethod):
         return steps, passes, number
 
     def _client(self, client: ClientConfig) -> ClientConfig:
-        return replace(
-            client, lr=self.config.lr or client.lr / 10, batch_size=self.config.batch_size or client.batch_size
-        )
+        size = self.config.batch_size or client.batch_size
+        return replace(client, lr=self.config.lr or client.lr / GENTLE, batch_size=size)
 
 
 def inverted_hinge(scores: Tensor, targets: Tensor) -> Tensor:
