@@ -222,6 +222,24 @@ def bench_continual(
         console.emit(result, as_json, continual_report.show)
 
 
+@bench_app.command("unlearn")
+def bench_unlearn(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    sets: Annotated[
+        str, typer.Option(help="digits, and vader, which is prepared before; with commas between; all by default.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What each way of unlearning a client leaves of it, beside the run as trained and the run without the client."""
+    with _folder("unlearn", out, own=(*CELLS, "runs")) as out:
+        from fedpeft.simulations.benchmarks import unlearn
+
+        result = unlearn.run(out, _listed(sets), shortened.seeds(seeds), quick, console.note)
+        console.emit(result, as_json, unlearn.show)
+
+
 @contextmanager
 def _folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Path]:
     """The folder of a benchmark's results, held by this process; says at once that there is life.

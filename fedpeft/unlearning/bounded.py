@@ -34,12 +34,14 @@ def sentences(config: Config, summary: dict[str, Any], asked: Asked, reruns: boo
         whose = "this client's" if asked.kind == CLIENT else "each of these records'"
         said.append(
             f"The run was private for {UNITS[section.unit]}, with {spent}{seeded}: {whose} influence is bounded "
-            f"already, as any outcome is at most {factor} times as likely with it as without it, and for that bound "
-            "nothing need be done. What was asked is done all the same."
+            f"already, as any outcome is at most {factor} times as likely (up to delta) with it as without it, and for "
+            "that bound nothing need be done. What was asked is done all the same."
         )
         if asked.kind != CLIENT and len(asked.numbers) > 1:
             many = len(asked.numbers)
-            said.append(f"Of all {many} records together the bound is epsilon {number(many * epsilon)}.")
+            said.append(
+                f"Of all {many} records together the bound is epsilon {number(many * epsilon)}, with a larger delta."
+            )
     else:
         said.append(
             f"The run was private for {UNITS[section.unit]}, with {spent}{seeded}, and {asked.words} is another unit: "

@@ -11,8 +11,8 @@ Over the run's model, with its adapter merged into W:
 
 Gradient ascent has no end, and spreads over all wrong answers; this loss is at most 2, and raises the one that is next.
 Of a text the loss is the mean over its tokens. With records that the clients concerned have held out (data.holdout),
-training ends with the first pass after which the mean loss on what is to be forgotten is no lower than theirs: the
-paper ends likewise, by its measures of memorisation. Without any, and of a task, it takes all passes.
+training ends as soon as the mean loss on what is to be forgotten is no lower than theirs, which is looked at four times
+a pass: the paper ends likewise, by its measures of memorisation. Without any, and of a task, it takes all passes.
 
 Deviations: F is of single records' gradients, where the authors' code squares those of batches; it is taken of at most
 `fisher_records` of each kind, in evaluation mode. The result is the change of W over the run's base, of three times
@@ -37,7 +37,7 @@ from torch import Tensor
 from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.optimizers.base import make_layout, make_optimizer
-from fedpeft.clients.train import on_device, per_sample_loss, set_gradients
+from fedpeft.clients.train import batches, on_device, per_sample_loss, set_gradients
 from fedpeft.config import ClientConfig, option
 from fedpeft.data.encode import Encoded
 from fedpeft.merging.arithmetic import combine
@@ -48,15 +48,16 @@ from fedpeft.state import AdapterState
 from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod
 
 SMALL = 1e-5  # added to what divides, as in the authors' code
-GENTLE = 30  # the run's rate is for factors that start at zero, and FILA's are as large as the weights
+GENTLE = 10  # the run's rate is for factors that start at zero, and FILA's are as large as the weights
+LOOKS = 4  # a pass, at whether enough is forgotten
 
 
 @dataclass
 class LoKUConfig:
     """Options of `loku`."""
 
-    epochs: int = option(10, "passes over what is to be forgotten, at most", low=1)
-    lr: float | None = option(None, "learning rate; null is a thirtieth of the run's client.lr", above=0)
+    epochs: int = option(20, "passes over what is to be forgotten, at most", low=1)
+    lr: float | None = option(None, "learning rate; null is a tenth of the run's client.lr", above=0)
     batch_size: int | None = option(None, "records of each kind in a step; null is the run's client.batch_size", low=1)
     retain_weight: float = option(1.0, "weight of the loss on records to keep", low=0)
     fila: bool = option(True, "start the LoRA from the Fisher ratios; else from a fresh draw")
@@ -82,11 +83,10 @@ class LoKU(UnlearningMethod):
             fisher = sum(map(len, kinds))
             start = self.find_start(case, *(fisher_information(case.model, data) for data in kinds))
         case.write(case.adapter, start)
-        steps, passes, passed = self.train(case, start)
+        steps, passes, early = self.train(case, start)
         end = case.model.read(start)
-        ended = f"training ended after {passed} of {self.config.epochs} passes"
         why = "as what is to be forgotten is no better known than what the clients concerned held out"
-        notes = (f"{ended}, {why}",) if passed < self.config.epochs else ()
+        notes = (f"training ended after {steps} steps, {why}",) if early else ()
         adapter = combine([(1.0, case.adapter), (-1.0, start), (1.0, end)])
         return Outcome(adapter, steps, passes + fisher, notes)
 
@@ -105,42 +105,38 @@ class LoKU(UnlearningMethod):
             factors |= {f"{site}/A": A.float(), f"{site}/B": B.float()}
         return case.started(factors)
 
-    def train(self, case: Case, start: AdapterState) -> tuple[int, int, int]:
-        """Steps, records that were passed, and passes over what is to be forgotten."""
+    def train(self, case: Case, start: AdapterState) -> tuple[int, int, bool]:
+        """Steps, records that were passed, and whether it ended early."""
         model, client = case.model, self._client(case.config.client)
         parameters = model.train_roles({start.role(key) for key in start.tensors})
         device = next(iter(parameters.values())).device
         optimizer = make_optimizer(list(parameters.values()), client, make_layout(model, parameters))
+        begun = {key: value.detach().clone() for key, value in parameters.items()}
         rng = numpy_generator(case.config.run.seed, "unlearn", "batches")
         keep = endless(len(case.retain), rng)
-        begun = {key: value.detach().clone() for key, value in parameters.items()}
-        steps = passes = 0
+        pieces = list(
+            batches(len(case.forget), replace(client, local_steps=None, local_epochs=self.config.epochs), rng)
+        )
+        looks = max(1, len(pieces) // (LOOKS * self.config.epochs))
+        passes = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive(case.config.run.seed, "unlearn", "dropout"))
-            for number in range(1, self.config.epochs + 1):
+            for number, mine in enumerate(pieces, 1):
                 model.training_mode()
-                order = rng.permutation(len(case.forget))
-                for place in range(0, len(order), client.batch_size):
-                    mine = order[place : place + client.batch_size]
+                loss = hinge_of(model, *on_device(case.forget, mine, device)).mean()
+                passes += len(mine)
+                if self.config.retain_weight:
                     others = np.array([next(keep) for _ in mine])
-                    loss = hinge_of(model, *on_device(case.forget, mine, device)).mean()
-                    if self.config.retain_weight:
-                        kept = per_sample_loss(model, *on_device(case.retain, others, device)).mean()
-                        loss = loss + self.config.retain_weight * kept
-                        passes += len(others)
-                    values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                    gradients = {
-                        key: torch.zeros_like(parameter) if value is None else value
-                        for (key, parameter), value in zip(parameters.items(), values, strict=True)
-                    }
-                    set_gradients(parameters, gradients, begun, client, 0.0, None)
-                    optimizer.step()
-                    steps, passes = steps + 1, passes + len(mine)
-                model.base.backbone.eval()
-                progress.step("rounds", number, self.config.epochs)
-                if case.is_forgotten():
+                    kept = per_sample_loss(model, *on_device(case.retain, others, device)).mean()
+                    loss, passes = loss + self.config.retain_weight * kept, passes + len(others)
+                values = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True, allow_unused=True)
+                set_gradients(parameters, dict(zip(parameters, values, strict=True)), begun, client, 0.0, None)
+                optimizer.step()
+                progress.step("rounds", number, len(pieces))
+                if number % looks == 0 and case.is_forgotten():
                     break
-        return steps, passes, number
+        model.base.backbone.eval()
+        return number, passes, number < len(pieces)
 
     def _client(self, client: ClientConfig) -> ClientConfig:
         size = self.config.batch_size or client.batch_size

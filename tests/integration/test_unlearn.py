@@ -1,0 +1,230 @@
+"""`fedpeft unlearn` on small runs: retraining is a run without it, the others forget, and what is refused is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft import config as configs
+from fedpeft import registry
+from fedpeft.adapters import folder
+from fedpeft.data.source import load
+from fedpeft.errors import InputError
+from fedpeft.record import report
+from fedpeft.simulations.run import simulate
+from fedpeft.unlearning.unlearn import unlearn
+
+LEARNED = {
+    "strategy": "fedit",
+    "data.limit": 120,
+    "data.clients": 3,
+    "data.partition": "iid",
+    "data.holdout": 0.2,
+    "client.local_epochs": 4,
+    "client.lr": 0.01,
+    "run.rounds": 8,
+    "run.clients_per_round": None,
+    "run.baselines": False,
+    "run.evaluate_every": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("unlearn")
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    """Digits of three clients, learned well enough that there is something to forget."""
+    simulate("quickstart", LEARNED, root / "run")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def retrained(root, run):
+    return unlearn(run, "retrain", client="client-001", out=root / "retrained")
+
+
+def split_without(run, path, client):
+    tree = json.loads((run / "split.json").read_text())
+    del tree["clients"][client]
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def test_retraining_is_bit_for_bit_a_run_that_never_had_the_client(run, retrained, tmp_path):
+    other = split_without(run, tmp_path / "split.json", "client-001")
+    simulate("quickstart", {**LEARNED, "data.clients": 2, "data.split": str(other)}, tmp_path / "never")
+    found, wanted = (folder.load(where / "adapter") for where in (root_of(retrained), tmp_path / "never"))
+    assert found.sha256() == wanted.sha256() != folder.load(run / "adapter").sha256()
+    row = retrained["rows"]["retrained"]
+    assert row["distance"] < 1e-6 and row["agreement"] == 1.0 and row["head_distance"] == 0.0
+    assert retrained["rows"]["trained"]["distance"] > 0.1
+    # Eight rounds of four passes over the two clients that stay; a pass may fill its last batch only in part.
+    assert retrained["cost"]["record_passes"] >= 8 * 4 * retrained["asked"]["retain_records"]
+
+
+def root_of(result):
+    return folder.Path(result["out"])
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names("unlearning") if name != "retrain"])
+def test_a_method_forgets_the_client_and_keeps_the_others(fedpeft, run, retrained, tmp_path, name):
+    before = folder.load(run / "adapter").sha256()
+    arguments = ["--client", "client-001", "--method", name, "--against", retrained["out"], "--out", tmp_path / "less"]
+    done = fedpeft("unlearn", run, *arguments, "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    trained, found, yardstick = (result["rows"][key] for key in ("trained", "unlearned", "retrained"))
+    # Known as well as it is learned, before; no better than by somebody who never saw it, after. With margins.
+    assert trained["forget_loss"] < 0.7 * yardstick["forget_loss"]
+    assert found["forget_loss"] > 2 * trained["forget_loss"]
+    assert found["attack_auc"] < trained["attack_auc"]
+    assert found["retain_accuracy"] > 0.8 * trained["retain_accuracy"]
+    assert found["distance"] > 0 and 0 < found["agreement"] <= 1 and result["cost"]["steps"] > 0
+    assert result["asked"]["forget_records"] + result["asked"]["retain_records"] == 96
+    assert folder.load(run / "adapter").sha256() == before != folder.load(tmp_path / "less" / "adapter").sha256()
+    summary = json.loads((tmp_path / "less" / "summary.json").read_text())
+    assert summary["unlearning"]["rows"] == result["rows"] and not result["privacy"]
+
+
+def test_the_result_is_a_run_like_any_other(fedpeft, run, tmp_path):
+    shown = fedpeft("unlearn", run, "epochs=1", "--client", "client-000", "--out", tmp_path / "less")
+    assert shown.code == 0, shown.err
+    for words in ("membership attack", "as trained", "unlearned", "--against", "accuracy on what is kept"):
+        assert words in shown.out
+    assert list(json.loads((tmp_path / "less" / "split.json").read_text())["clients"]) == ["client-001", "client-002"]
+    picture = (load(configs.load({}).data, "image-classification", 0)[1].inputs[0, ..., 0] * 255).astype(np.uint8)
+    from PIL import Image
+
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    (tmp_path / "new.csv").write_text("image\n0.png\n")
+    said = fedpeft("predict", tmp_path / "less", "--data", tmp_path / "new.csv", "--out", tmp_path / "said.csv")
+    assert said.code == 0, said.err
+    assert len(list(csv.DictReader((tmp_path / "said.csv").open()))) == 1
+    exported = fedpeft("export", tmp_path / "less", "--to", tmp_path / "out")
+    assert exported.code == 0 and "accuracy" in (tmp_path / "out" / "README.md").read_text()
+    # And again: of what is left, another client.
+    again = unlearn(tmp_path / "less", "negation", client="client-002", options={"epochs": 1}, out=tmp_path / "fewer")
+    assert again["asked"]["retain_records"] == 32
+
+
+def test_records_by_number_and_by_content(fedpeft, runs, run, tmp_path):
+    numbers = json.loads((run / "split.json").read_text())["clients"]["client-002"][:6]
+    (tmp_path / "these.csv").write_text("record\n" + "\n".join(map(str, numbers)) + "\n")
+    found = unlearn(run, "retrain", records=tmp_path / "these.csv", out=tmp_path / "re")
+    assert found["asked"]["kind"] == "records" and 0 < found["asked"]["forget_records"] <= 6
+    left = json.loads((tmp_path / "re" / "split.json").read_text())["clients"]
+    assert not set(numbers) & {number for part in left.values() for number in part} and len(left) == 3
+
+    here = configs.load(runs["text"] / "resolved.yaml")
+    train, _ = load(here.data, here.model.task, here.run.seed)
+    mine = json.loads((runs["text"] / "split.json").read_text())["clients"]
+    chosen = [next(iter(part)) for part in mine.values()]
+    rows = [f"{train.inputs[row]},{train.label_names[train.labels[row]]}" for row in chosen]
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    done = fedpeft("unlearn", runs["text"], "epochs=1", "--records", tmp_path / "texts.csv", "--out", tmp_path / "t")
+    assert done.code == 0, done.err
+    assert f"the {len(chosen)} records of texts.csv" in " ".join(done.out.split())
+
+    (tmp_path / "wrong.csv").write_text("\n".join(["text,label", rows[0], f"never seen,{train.label_names[0]}"]) + "\n")
+    done = fedpeft("unlearn", runs["text"], "--records", tmp_path / "wrong.csv", "--out", tmp_path / "no")
+    assert done.code == 2 and "row 2 of 2 is none of the run's" in done.err and not (tmp_path / "no").exists()
+    (tmp_path / "far.csv").write_text("record\n3\n90000\n")
+    done = fedpeft("unlearn", run, "--records", tmp_path / "far.csv", "--out", tmp_path / "no")
+    assert done.code == 2 and "row 2 of 2" in done.err
+
+
+@pytest.mark.parametrize("name", ["loku", "negation"])
+def test_a_language_model_forgets_too(runs, tmp_path, name):
+    client = next(iter(json.loads((runs["causal"] / "split.json").read_text())["clients"]))
+    options = {"loku": {"lr": 0.003, "retain_weight": 0.0}, "negation": {"strength": 1.0}}[name]
+    found = unlearn(runs["causal"], name, client=client, options=options, out=tmp_path / "less")
+    rows = found["rows"]
+    assert rows["unlearned"]["forget_loss"] > 1.05 * rows["trained"]["forget_loss"]
+
+
+def test_a_task_and_its_rounds_are_left_out(go, tmp_path):
+    go("run", "continual", {"continual.head": "linear", "run.checkpoint_every": 1})
+    run = tmp_path / "run"
+    unlearn(run, "retrain", task=0, out=tmp_path / "re")
+    config = configs.load(tmp_path / "re" / "resolved.yaml")
+    assert config.continual.leave_out == [0] and config.run.rounds == 2 and config.continual.tasks == 2
+    summary = json.loads((tmp_path / "re" / "summary.json").read_text())
+    tasks = json.loads((run / "summary.json").read_text())["continual"]["tasks"]
+    assert summary["continual"]["tasks"] == tasks[1:]
+    less = unlearn(run, "negation", task=0, out=tmp_path / "less", against=tmp_path / "re", options={"keep": 0.01})
+    assert less["rows"]["unlearned"]["forget_loss"] > less["rows"]["trained"]["forget_loss"]
+    with pytest.raises(InputError, match=r"--task 2: the run's tasks are 0: .*; 1: "):
+        unlearn(run, task=2, out=tmp_path / "no")
+    with pytest.raises(InputError, match=r"--against .*/re: retrained without task 0 .*; here task 1 "):
+        unlearn(run, task=1, out=tmp_path / "no", against=tmp_path / "re")
+
+
+def test_what_privacy_bounds_already_is_said_and_no_guarantee_is_kept(fedpeft, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda run: [])
+    settled = {"client.local_steps": 2, "client.local_epochs": None, "client.batch_size": 8, "run.rounds": 2}
+    private = {
+        "privacy.unit": "sample",
+        "strategy.weighting": "uniform",
+        "privacy.noise_multiplier": 2.0,
+        "privacy.accountant": "rdp",
+    }
+    simulate("quickstart", {**LEARNED, **settled, **private, "data.holdout": 0.0}, tmp_path / "run")
+    epsilon = json.loads((tmp_path / "run" / "summary.json").read_text())["epsilon_max"]
+    numbers = json.loads((tmp_path / "run" / "split.json").read_text())["clients"]["client-002"][:3]
+    (tmp_path / "these.csv").write_text("record\n" + "\n".join(map(str, numbers)) + "\n")
+    options = {"records": tmp_path / "these.csv", "options": {"epochs": 1}}
+    found = unlearn(tmp_path / "run", "loku", out=tmp_path / "less", **options)
+    first, *rest = found["privacy"]
+    assert f"epsilon {epsilon:.4g} at delta" in first and "bounded already" in first and "nothing need be done" in first
+    assert any("without noise" in line for line in rest) and any("3 records together" in line for line in rest)
+    assert configs.load(tmp_path / "less" / "resolved.yaml").privacy.unit == "none"
+    found = unlearn(tmp_path / "run", "retrain", client="client-000", out=tmp_path / "re")
+    assert "another unit" in found["privacy"][0] and "second release" in found["privacy"][1]
+    assert configs.load(tmp_path / "re" / "resolved.yaml").privacy.unit == "sample"
+
+
+def test_what_is_refused(fedpeft, runs, run, retrained, tmp_path):
+    def refused(*arguments):
+        done = fedpeft("unlearn", *arguments, "--out", tmp_path / "no")
+        assert done.code == 2, done.err
+        assert not (tmp_path / "no").exists()
+        return done.err
+
+    said = refused(run, "--client", "client-0001")
+    assert "--client: 'client-0001' is not known. Did you mean 'client-001'?" in said and "client-002" in said
+    assert "give exactly one; here: none of them is given" in refused(run)
+    assert "here: --client and --task" in refused(run, "--client", "client-001", "--task", "0")
+    assert "the run has no tasks (continual.body=null)" in refused(run, "--task", "0")
+    assert "there is no such file" in refused(run, "--records", tmp_path / "absent.csv")
+    assert "'loko' is not known. Did you mean 'loku'?" in refused(run, "--client", "client-001", "--method", "loko")
+    assert "epoch: 'epoch' is not known" in refused(run, "epoch=3", "--client", "client-001")
+    assert "not a run folder" in refused(tmp_path, "--client", "client-001")
+    said = refused(run, "--client", "client-000", "--against", retrained["out"])
+    assert "retrained without client client-001" in said and "here client client-000" in said
+    said = refused(run, "--client", "client-000", "--against", runs["fedit"])
+    assert "not what `fedpeft unlearn --method retrain` has made" in said
+
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    text = (run / "resolved.yaml").read_text()
+    (unfinished / "resolved.yaml").write_text(text)
+    assert "has the run finished? `fedpeft resume`" in refused(unfinished, "--client", "client-001").lower()
+    (unfinished / "resolved.yaml").write_text(text.replace("engine: cohort", "engine: sites"))
+    said = refused(unfinished, "--client", "client-001")
+    assert "a run of real sites" in said and "train a new run without it" in said
+
+
+def test_a_run_whose_base_was_moved_is_unlearned_from_as_it_is(runs, tmp_path):
+    """FedEx leaves a residual: what is judged as trained must be the run's own model."""
+    trained = json.loads((runs["fedex"] / "summary.json").read_text())["final"]
+    client = next(iter(json.loads((runs["fedex"] / "split.json").read_text())["clients"]))
+    found = unlearn(runs["fedex"], "negation", client=client, options={"epochs": 1}, out=tmp_path / "less")
+    assert found["rows"]["trained"]["test_loss"] == pytest.approx(trained["loss"], rel=1e-3)
+    assert torch.isfinite(torch.tensor(found["rows"]["unlearned"]["test_loss"]))
