@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedpeft.run.offline import merge_folders as merge
     from fedpeft.run.predict import predict
     from fedpeft.simulations.run import resume, simulate
+    from fedpeft.unlearning.unlearn import unlearn
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "report": "record.report:write",
     "resume": "simulations.run:resume",
     "simulate": "simulations.run:simulate",
+    "unlearn": "unlearning.unlearn:unlearn",
 }
 __all__ = [
     "InputError",
@@ -49,6 +51,7 @@ __all__ = [
     "report",
     "resume",
     "simulate",
+    "unlearn",
 ]
 
 

@@ -123,7 +123,9 @@ def cell(folder: Path, name: str, way: str, seed: int, quick: bool) -> Row:
         shutil.rmtree(against, ignore_errors=True)
         unlearn(where, "retrain", client=CLIENT, out=against)
     shutil.rmtree(target, ignore_errors=True)
-    found = unlearn(where, way, client=CLIENT, out=target, against=None if way == "retrain" else against)
+    options = {"strength": 0.05} if quick and way == "negation" else {}  # of so little there is nothing to choose by
+    beside = None if way == "retrain" else against
+    found = unlearn(where, way, client=CLIENT, options=options, out=target, against=beside)
     return {key: found[key] for key in ("rows", "cost", "asked", "notes")}
 
 
@@ -153,13 +155,14 @@ def show(results: Row) -> None:
     from fedpeft.cli.console import out
 
     for name in dict.fromkeys(line["set"] for line in results["table"]):
+        mine = [line for line in results["table"] if line["set"] == name]
         shown = Table(title=f"{name}: {CLIENT} is forgotten, {results['seeds']} seeds")
-        for column in ("", *COLUMNS, "s"):
-            shown.add_column(column, justify="right" if column else "left")
-        for line in results["table"]:
-            if line["set"] == name:
-                seconds = "" if line["seconds"] is None else f"{line['seconds']:.1f}"
-                shown.add_row(line["model"], *(_cell(key, *line[key]) for key in COLUMNS.values()), seconds)
+        shown.add_column("")
+        for line in mine:
+            shown.add_column(line["model"], justify="right")
+        for label, key in COLUMNS.items():
+            shown.add_row(label, *(_cell(key, *line[key]) for line in mine))
+        shown.add_row("seconds", *("" if line["seconds"] is None else f"{line['seconds']:.1f}" for line in mine))
         out.print(shown)
     out.print(
         "± is a standard deviation over seeds; distance and agreement are to the retrained model; AUC .5 is no attack",
