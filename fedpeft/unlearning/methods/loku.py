@@ -19,7 +19,8 @@ Deviations: F is of single records' gradients, where the authors' code squares t
 the rank: run - start + end, which stock peft loads; theirs is a changed base beside a LoRA.
 
     >>> import torch
-    >>> inverted_hinge(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), torch.tensor([0, 0])).numpy().round(2).tolist()
+    >>> scores = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    >>> [round(loss, 2) for loss in inverted_hinge(scores, torch.tensor([0, 0])).tolist()]
     [1.95, 0.05]
 """
 
