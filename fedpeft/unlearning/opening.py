@@ -15,6 +15,7 @@ from fedpeft.config import Config, ContinualConfig, PrivacyConfig, SecAggConfig,
 from fedpeft.data import split
 from fedpeft.data.records import Records
 from fedpeft.errors import InputError
+from fedpeft.models.quantized import is_quantized
 from fedpeft.objectives.base import load_objective
 from fedpeft.run.world import World, load_world
 from fedpeft.state import AdapterState
@@ -38,7 +39,7 @@ def open_case(
     adapter = folder.load(run / "adapter")
     world = load_world(_plain(config, adapter), run)
     _require_method(method, world)
-    # Adapter and base become one weight, which half precision would round and few bits cannot hold.
+    # Adapter and base become one weight, which half precision would round.
     world.local.model.base.make_dense(torch.float32)
     parts = split.load(run / "split.json", world.train.fingerprint, split.names(run / "split.json"))
     asked = ask(world.train, parts)
@@ -130,7 +131,14 @@ def _plain(config: Config, adapter: AdapterState) -> Config:
 
 
 def _require_method(method: UnlearningMethod, world: World) -> None:
-    objective = world.local.model.base.objective
+    base = world.local.model.base
+    objective = base.objective
+    if any(is_quantized(base.layer(site)) for site in world.start.adapter.lora_sites()):
+        raise InputError(
+            f"model.quantization={world.config.model.quantization}: adapter and base become one weight here, and "
+            "a base kept in few bits holds none. `fedpeft export --merge` writes a dense model; a run over that as "
+            "model.name can be unlearned from, or run it again with a data.split without the records."
+        )
     if method.needs_classes and objective.labelled not in ("class", "tags", "none"):
         raise InputError(
             f"model.task={objective.name}: {type(method).__name__} lowers the score of the right answer among others, "

@@ -228,3 +228,24 @@ def test_a_run_whose_base_was_moved_is_unlearned_from_as_it_is(runs, tmp_path):
     found = unlearn(runs["fedex"], "negation", client=client, options={"epochs": 1}, out=tmp_path / "less")
     assert found["rows"]["trained"]["test_loss"] == pytest.approx(trained["loss"], rel=1e-3)
     assert torch.isfinite(torch.tensor(found["rows"]["unlearned"]["test_loss"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "words"),
+    [
+        ("personal", {"data.holdout": 0.25}, "every client keeps a part of its own"),
+        ("preference", {}, "its loss is against the model before training"),
+        ("regression", {}, r"its records have numbers\. Give --method retrain"),
+        ("continual_lae", {"continual.tasks": 2}, "the run answers by sums or averages"),
+        ("quickstart", {"adapter": {"name": "peft", "type": "IA3"}, "strategy.name": "fedit"}, "only LORA adapters"),
+    ],
+)
+def test_runs_that_cannot_be_unlearned_from(tmp_path, monkeypatch, config, more, words):
+    monkeypatch.setattr(report, "write", lambda run: [])
+    tiny = {"data.limit": 80, "data.partition": "iid", "data.clients": 2, "run.rounds": 2, "client.local_steps": 1}
+    always = {"client.local_epochs": None, "client.batch_size": 8, "run.baselines": False}
+    simulate(config, {**tiny, **always, "run.clients_per_round": None, **more}, tmp_path / "run")
+    client = next(iter(json.loads((tmp_path / "run" / "split.json").read_text())["clients"]))
+    with pytest.raises(InputError, match=words):
+        unlearn(tmp_path / "run", client=client, out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
