@@ -16,10 +16,9 @@ from fedpeft.config import Config, PrivacyConfig, parse_overrides
 from fedpeft.data import split
 from fedpeft.data.records import Records
 from fedpeft.errors import InputError
-from fedpeft.files import write_bytes
+from fedpeft.files import read_object, write_bytes
 from fedpeft.record.metrics import finite, read
 from fedpeft.run import identity
-from fedpeft.run.card import read_summary
 from fedpeft.state import AdapterState
 from fedpeft.unlearning import asked as asking
 from fedpeft.unlearning import bounded, measures
@@ -27,7 +26,7 @@ from fedpeft.unlearning.asked import TASK, Asked
 from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod, make
 from fedpeft.unlearning.opening import open_case, read_config
 
-KEY = "unlearning"  # of summary.json
+SUMMARY, KEY = "summary.json", "unlearning"
 FINGERPRINTS = ("base model", "training records", "test records", "processed inputs")
 NO_YARDSTICK = (
     "distance and agreement are to a model retrained without it, which was not given: --method retrain makes one, and "
@@ -96,8 +95,8 @@ def unlearn(
     made.point()
     result = _describe(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
     with folders.alone(made.path):
-        summary = {**read_summary(made.path), KEY: result}
-        write_bytes(made.path / "summary.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
+        summary = {**read_object(made.path / SUMMARY), KEY: result}
+        write_bytes(made.path / SUMMARY, (json.dumps(finite(summary), indent=2) + "\n").encode())
     return {**result, "out": str(made.path)}
 
 
@@ -150,7 +149,7 @@ def _write(case: Case, outcome: Outcome, made: Path) -> None:
     """The adapter as a run leaves it, and of the run's record what its readers need."""
     about = folder.about(case.run / "adapter")
     folder.save(outcome.adapter, made / "adapter", **about)
-    kept = {key: value for key, value in read_summary(case.run).items() if key in ("texts", "evaluated_on")}
+    kept = {key: value for key, value in read_object(case.run / SUMMARY).items() if key in ("texts", "evaluated_on")}
     case.write(outcome.adapter)
     score = measures.look(case.model, case.world.test_encoded, case.config.run.evaluate_tokens).measured
     rounds = configs.load(made / "resolved.yaml").run.rounds
@@ -160,7 +159,7 @@ def _write(case: Case, outcome: Outcome, made: Path) -> None:
     events.append({"event": "evaluate", "round": rounds, **score})
     write_bytes(made / "metrics.jsonl", "".join(json.dumps(finite(event)) + "\n" for event in events).encode())
     summary = {**kept, "clients": len(_names(made)), "rounds": rounds, "test_records": len(case.world.test)}
-    write_bytes(made / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_bytes(made / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def _describe(
@@ -194,7 +193,7 @@ def _describe(
         },
         "rows": finite(rows),
         "cost": {"seconds": seconds, "steps": outcome.steps, "record_passes": outcome.passes},
-        "privacy": bounded.sentences(case.config, read_summary(case.run), case.asked, way.reruns),
+        "privacy": bounded.sentences(case.config, read_object(case.run / SUMMARY), case.asked, way.reruns),
         "notes": notes,
     }
 
@@ -210,7 +209,7 @@ def _open_yardstick(path: Path, case: Case) -> AdapterState:
         InputError: it is another run, or of another request.
     """
     run = folders.run_folder(path)
-    about = read_summary(run).get(KEY) or {}
+    about = read_object(run / SUMMARY).get(KEY) or {}
     if about.get("method") != "retrain":
         raise InputError(
             f"--against {path}: not what `fedpeft unlearn --method retrain` has made (it is of "
