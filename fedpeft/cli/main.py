@@ -201,7 +201,7 @@ def watch(
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
-    to: Annotated[Path, typer.Option(help="Target folder; new or empty.")],
+    to: Annotated[Path, typer.Option("--to", "--out", help="Target folder; new or empty.")],
     merge: Annotated[
         bool, typer.Option(help="Merge the adapter into the base model and save the whole model.")
     ] = False,
