@@ -47,7 +47,8 @@ def main(root: Path, times: int) -> dict[str, Any]:
             rows = []
             for _ in range(times):
                 reached = len(rounds(folder)) + BETWEEN
-                until(lambda reached=reached: len(rounds(folder)) >= reached, "rounds")  # type: ignore[misc]
+                while len(rounds(folder)) < reached:
+                    time.sleep(LOOK_S)
                 kill_tree(process)
                 process, row = restarted(root, coordinator, folder)
                 rows.append(row)
@@ -69,7 +70,7 @@ def start(root: Path, coordinator: Path) -> subprocess.Popen[bytes]:
 
 def restarted(root: Path, coordinator: Path, folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, float]]:
     """Start it again: the process, and the seconds to each step."""
-    log, before, ready = root / "coordinator.log", len(rounds(folder)), 0
+    log, before = root / "coordinator.log", len(rounds(folder))
     ready = log.read_text(errors="replace").count("coordinator ready")
     process, begun = start(root, coordinator), time.time()
     until(lambda: log.read_text(errors="replace").count("coordinator ready") > ready, "the coordinator")
@@ -90,8 +91,8 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL a process and its children, the parent first."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = dict(map(int, line.split()) for line in listed.splitlines())
-    children = [number for number, parent in parents.items() if parent == process.pid]
+    pairs = [list(map(int, line.split())) for line in listed.splitlines()]
+    children = [number for number, parent in pairs if parent == process.pid]
     for number in (process.pid, *children):
         os.kill(number, signal.SIGKILL)
     process.wait()
