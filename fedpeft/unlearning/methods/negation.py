@@ -71,7 +71,7 @@ class Negation(UnlearningMethod):
         case.write(case.adapter)
         least, found = self.config.keep * evaluate(case.model, control, tokens=tokens)["accuracy"], None
         for number, strength in enumerate(GRID):
-            progress.step("parts", number, len(GRID))
+            progress.step("rounds", number, len(GRID))
             case.write(negate(case.adapter, start, tuned, strength))
             if evaluate(case.model, control, tokens=tokens)["accuracy"] < least:
                 continue
