@@ -107,7 +107,7 @@ class LocalGrid(Grid):
         return [self.finish(wanted[0], handle(self.app, message, self.context(message)))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        from fedpeft.strategies.wire import collect
+        from fedpeft.strategies.asking import collect
 
         return collect(self, list(self.push_messages(messages)), timeout)
 

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.record.measured import mean_over_clients
 from fedpeft.state import RoundFailed, Rules, ServerState
-from fedpeft.strategies import wire
+from fedpeft.strategies import asking, wire
 
 if TYPE_CHECKING:
     from fedpeft.strategies.base import FederatedStrategy
@@ -36,7 +36,7 @@ def evaluate_clients(
     contents = {
         roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told) for client in sorted(roster)
     }
-    scores = wire.ask(grid, "evaluate", contents, rules.deadline_s, lambda _, reply: wire.scores(reply))
+    scores = asking.ask(grid, "evaluate", contents, rules.deadline_s, lambda _, reply: wire.scores(reply))
     results = {}
     for client in sorted(roster):
         score = scores[roster[client]]

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Result
 
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState, Update
-from fedpeft.strategies import wire
+from fedpeft.strategies import asking, wire
 from fedpeft.strategies.client import halves, layers
 from fedpeft.strategies.gathering import read_update, sort_answers
 
@@ -101,12 +101,12 @@ def aggregate_train(
     for reply in replies:
         if (client := str(reply.metadata.src_node_id)) in answered:
             first = answered[client] is None
-            answered[client] = reply if first else wire.refused(reply, "it answered one message twice")
+            answered[client] = reply if first else asking.refused(reply, "it answered one message twice")
 
     def read(client: str, reply: Message | None) -> Update:
         return read_update(strategy, last.server, last.sent, client, reply, last.rules, last.codec)
 
-    updates, bad = sort_answers({client: wire.read_or_refuse(read, client, answered[client]) for client in answered})
+    updates, bad = sort_answers({client: asking.read_or_refuse(read, client, answered[client]) for client in answered})
     server, event = strategy.conclude(last.server, updates, bad, last.rules, lambda event: None)
     return replace(last, server=server), _arrays(strategy, last.codec, server), _train_metrics(event)
 

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.state import AdapterState, Rules, ServerState, Update
 from fedpeft.state_file import StateFile
-from fedpeft.strategies import wire
+from fedpeft.strategies import asking, wire
 
 if TYPE_CHECKING:
     from fedpeft.strategies.base import FederatedStrategy
@@ -37,7 +37,7 @@ def gather_updates(
         update = read_update(strategy, server, sent, names[node], reply, rules, codec)
         return update if file is None else replace(update, adapter=file.put(update.adapter))
 
-    answers = wire.ask(grid, "train", contents, rules.deadline_s, read)
+    answers = asking.ask(grid, "train", contents, rules.deadline_s, read)
     updates, bad = sort_answers({names[node]: answer for node, answer in answers.items()})
     return [update if file is None else replace(update, adapter=file.get(update.adapter)) for update in updates], bad
 

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.state import AdapterState, RoundDropped, RoundFailed, Rules
 from fedpeft.state_file import StateFile
-from fedpeft.strategies import opening, wire
+from fedpeft.strategies import asking, opening, wire
 from fedpeft.strategies.secagg import masking
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Stages:
             return keep(answer), size
 
         sent = {node: messages[client] for node, client in names.items()}
-        found = wire.ask(self.grid, KINDS[stage], sent, self.rules.deadline_s, opened)
+        found = asking.ask(self.grid, KINDS[stage], sent, self.rules.deadline_s, opened)
         answers: dict[str, T] = {}
         for node, client in names.items():
             answer = found[node]

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpeft.state import AdapterState, RoundFailed, Rules
-from fedpeft.strategies import opening, wire
+from fedpeft.strategies import asking, opening, wire
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
@@ -48,7 +48,7 @@ def ask_for_sums(
     task = sequence.curriculum.task(number)
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
     content = {node: codec.content(adapter, message) for node in roster.values()}
-    answers = wire.ask(grid, "query.sums", content, rules.deadline_s, lambda _, reply: read_sums(reply, number, form))
+    answers = asking.ask(grid, "query.sums", content, rules.deadline_s, lambda _, reply: read_sums(reply, number, form))
     about = {"round": number, "task": task, "sums": what}
     found, names = [], []
     for client in sorted(roster):

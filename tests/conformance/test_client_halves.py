@@ -13,7 +13,7 @@ from fedpeft.errors import InputError
 from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
-from fedpeft.strategies import client, wire
+from fedpeft.strategies import asking, client
 from fedpeft.strategies.client import ClientHalf, halves
 from fedpeft.strategies.gathering import read_update, sort_answers
 from fedpeft.strategies.wrappers import atp, fedthe, krum, median, norm_clip, scaffold, wrapper
@@ -131,7 +131,7 @@ def test_the_bound_on_updates_does_not_see_what_travels_beside(length, rate, wit
     def read(client, reply):
         return read_update(atp.ATP(), START, {"a": START.adapter}, client, reply, rules, Codec())
 
-    answer = wire.read_or_refuse(read, "a", None)
+    answer = asking.read_or_refuse(read, "a", None)
     updates, bad = sort_answers({"a": answer})
     assert (len(updates), list(bad)) == ((1, []) if within else (0, ["a"]))
     assert within or "update norm 2 is over run.max_update_norm=1" in bad["a"]

@@ -12,10 +12,11 @@ from fedpeft.clients.app import client_app
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.state import ServerState
+from fedpeft.strategies.asking import ask
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
 from fedpeft.strategies.secagg.terms import Terms, check, describe, masking
-from fedpeft.strategies.wire import PACKED, ask
+from fedpeft.strategies.wire import PACKED
 from support.masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
 pytestmark = pytest.mark.usefixtures("flower_run")
