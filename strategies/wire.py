@@ -25,8 +25,8 @@ from fedpeft.foreign import shown
 from fedpeft.packing import manifest_of, pack
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 from fedpeft.strategies import opening
-from fedpeft.strategies.asking import BadReply as BadReply
 from fedpeft.strategies.asking import POLL_S, ask
+from fedpeft.strategies.asking import BadReply as BadReply
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.opening import reading
 
