@@ -263,7 +263,8 @@ def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[st
             if key in every:
                 raise InputError(f"{where}{key}: {every[key].metadata['help']}. {kind.capitalize()} {whose}.")
             name_key = METHOD_SECTIONS[path].key if path in METHOD_SECTIONS else "name"
-            raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({where}{name_key}: {whose}.)")
+            named = f"{where}{name_key}: " if path else ""
+            raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({named}{whose}.)")
     return _filled(items, given, path)
 
 

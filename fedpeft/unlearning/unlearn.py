@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedpeft.adapters import folder
 from fedpeft.config import Config, PrivacyConfig, parse_overrides
 from fedpeft.data import split
 from fedpeft.data.records import Records
-from fedpeft.errors import InputError
+from fedpeft.errors import InputError, RunError
 from fedpeft.files import read_object, write_bytes
 from fedpeft.record.metrics import finite, read
 from fedpeft.run import identity
@@ -82,22 +83,32 @@ def unlearn(
     case = open_case(run, config, way, ask)
     # Before anything is trained: another request's yardstick is none.
     yardstick = None if against is None else _open_yardstick(Path(against), case)
-    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made:
-        try:
-            _begin(case, way, made.path)
-            done = None if way.reruns else _do(way, case, made.path)
-            if done is not None:
-                _write(case, done[0], made.path)
-        except InputError:
-            made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
-            raise
-    outcome, seconds = done or _do(way, case, made.path)
+    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made, _undone(made):
+        # A method that does not rerun begins the folder when it is done: what a kill leaves is then no run, which
+        # `resume` would train from its first round.
+        done = None if way.reruns else _do(way, case, made.path)
+        _begin(case, way, made.path)
+        if done is not None:
+            _write(case, done[0], made.path)
+    with _undone(made):
+        outcome, seconds = done or _do(way, case, made.path)
     made.point()
     result = _describe(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
     with folders.alone(made.path):
         summary = {**read_object(made.path / SUMMARY), KEY: result}
         write_bytes(made.path / SUMMARY, (json.dumps(finite(summary), indent=2) + "\n").encode())
     return {**result, "out": str(made.path)}
+
+
+@contextmanager
+def _undone(made: folders.Made) -> Iterator[None]:
+    """Leave no folder behind of what was refused or failed before its first round."""
+    try:
+        yield
+    except (InputError, RunError):
+        if not (made.path / "metrics.jsonl").exists():
+            made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
+        raise
 
 
 def _do(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float]:
@@ -176,6 +187,8 @@ def _describe(
         notes.append(
             f"{held} of the {len(case.asked.numbers)} records were never trained on (held out, or no client's)"
         )
+    if not way.reruns and seen["unlearned"].forget.measured["loss"] < seen["trained"].forget.measured["loss"]:
+        notes.append("by its loss, what was to be forgotten is better known than before; --method retrain forgets it")
     if yardstick is None:
         notes.append(NO_YARDSTICK)
     return {

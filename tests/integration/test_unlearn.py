@@ -13,7 +13,7 @@ from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.adapters import folder
 from fedpeft.data.source import load
-from fedpeft.errors import InputError
+from fedpeft.errors import InputError, RunError
 from fedpeft.record import report
 from fedpeft.simulations.run import simulate
 from fedpeft.unlearning.unlearn import unlearn
@@ -63,6 +63,7 @@ def test_retraining_is_bit_for_bit_a_run_that_never_had_the_client(run, retraine
     found, wanted = (folder.load(where / "adapter") for where in (root_of(retrained), tmp_path / "never"))
     assert found.sha256() == wanted.sha256() != folder.load(run / "adapter").sha256()
     row = retrained["rows"]["retrained"]
+    assert not any("better known than before" in note for note in retrained["notes"])
     assert row["distance"] < 1e-6 and row["agreement"] == 1.0 and row["head_distance"] == 0.0
     assert retrained["rows"]["trained"]["distance"] > 0.1
     # Eight rounds of four passes over the two clients that stay; a pass may fill its last batch only in part.
@@ -109,9 +110,23 @@ def test_the_result_is_a_run_like_any_other(fedpeft, run, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "said.csv").open()))) == 1
     exported = fedpeft("export", tmp_path / "less", "--to", tmp_path / "out")
     assert exported.code == 0 and "accuracy" in (tmp_path / "out" / "README.md").read_text()
+    before = (tmp_path / "less" / "summary.json").read_bytes()
+    gone_on = fedpeft("resume", tmp_path / "less")
+    assert gone_on.code == 2 and "what `fedpeft unlearn` has made" in gone_on.err
+    assert (tmp_path / "less" / "summary.json").read_bytes() == before
     # And again: of what is left, another client.
     again = unlearn(tmp_path / "less", "negation", client="client-002", options={"epochs": 1}, out=tmp_path / "fewer")
     assert again["asked"]["retain_records"] == 32
+
+
+def test_a_client_that_is_known_better_afterwards_is_said(tmp_path):
+    """A run that has learned nothing: the records to keep teach, and the hinge has no answer to take away."""
+    simulate("quickstart", {**LEARNED, "data.holdout": 0, "run.rounds": 1, "client.lr": 1e-6}, tmp_path / "raw")
+    way = {"epochs": 4, "lr": 0.003}
+    found = unlearn(tmp_path / "raw", "loku", client="client-000", options=way, out=tmp_path / "less")
+    before, after = (found["rows"][name]["forget_loss"] for name in ("trained", "unlearned"))
+    assert (after < before) == any("better known than before" in note for note in found["notes"])
+    assert after < before
 
 
 def test_records_by_number_and_by_content(fedpeft, runs, run, tmp_path):
@@ -121,6 +136,11 @@ def test_records_by_number_and_by_content(fedpeft, runs, run, tmp_path):
     assert found["asked"]["kind"] == "records" and 0 < found["asked"]["forget_records"] <= 6
     left = json.loads((tmp_path / "re" / "split.json").read_text())["clients"]
     assert not set(numbers) & {number for part in left.values() for number in part} and len(left) == 3
+    # Eight rounds of four passes over what stays: 32 records of a client, but for those of one that are forgotten.
+    size = configs.load(run / "resolved.yaml").client.batch_size
+    kept = [32, 32, 32 - found["asked"]["forget_records"]]
+    assert found["cost"]["steps"] == 8 * 4 * sum(-(-records // size) for records in kept)
+    assert found["cost"]["record_passes"] == 8 * 4 * sum(-(-records // size) * min(size, records) for records in kept)
 
     here = configs.load(runs["text"] / "resolved.yaml")
     train, _ = load(here.data, here.model.task, here.run.seed)
@@ -219,6 +239,28 @@ def test_what_is_refused(fedpeft, runs, run, retrained, tmp_path):
     (unfinished / "resolved.yaml").write_text(text.replace("engine: cohort", "engine: sites"))
     said = refused(unfinished, "--client", "client-001")
     assert "a run of real sites" in said and "train a new run without it" in said
+
+
+def test_what_is_refused_late_leaves_no_folder(fedpeft, run, tmp_path):
+    numbers = json.loads((run / "split.json").read_text())["clients"]["client-002"][1:]
+    (tmp_path / "most.csv").write_text("record\n" + "\n".join(map(str, numbers)) + "\n")
+    way = ("--records", tmp_path / "most.csv", "--method", "retrain", "--out", tmp_path / "no")
+    done = fedpeft("unlearn", run, *way)
+    assert done.code == 2 and "client-002 has 1 records, of which 0 would be held out" in " ".join(done.err.split())
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("error, left", [(RunError, False), (KeyboardInterrupt, True)])
+def test_a_method_that_fails_or_is_killed_leaves_no_run(run, tmp_path, monkeypatch, error, left):
+    """A half made folder with a config would be trained from its first round by `fedpeft resume`, without privacy."""
+
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr("fedpeft.unlearning.methods.negation.Negation.unlearn", end)
+    with pytest.raises(error):
+        unlearn(run, "negation", client="client-002", out=tmp_path / "half")
+    assert (tmp_path / "half").exists() == left and not (tmp_path / "half" / "resolved.yaml").exists()
 
 
 def test_a_run_whose_base_was_moved_is_unlearned_from_as_it_is(runs, tmp_path):

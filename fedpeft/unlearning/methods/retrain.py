@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from fedpeft.adapters import folder as folders
 from fedpeft.clients.train import steps_of
 from fedpeft.record.metrics import read
@@ -25,7 +27,8 @@ class Retrain(UnlearningMethod):
 
     def unlearn(self, case: Case, folder: Path) -> Outcome:
         resume(folder)
-        client, sizes = case.config.client, {name: len(data) for name, data in case.world.local.train_data.items()}
+        client, data = case.config.client, case.world.local.train_data
+        sizes = {name: int((~np.isin(mine.rows, case.asked.numbers)).sum()) for name, mine in data.items()}
         steps = passes = 0
         for event in read(folder / "metrics.jsonl"):
             for name in event["clients"] if event["event"] == "round" else ():
