@@ -63,6 +63,7 @@ def unlearn(
 
     Raises:
         InputError: the run, the method or what is asked cannot be used; nothing was trained.
+        RunError: the training diverged or failed, or kept too little.
     """
     given = {"--client": client, "--task": task, "--records": records}
     named = [flag for flag, value in given.items() if value is not None]
@@ -113,7 +114,10 @@ def _undone(made: folders.Made) -> Iterator[None]:
 
 def _do(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float]:
     begun = time.monotonic()
-    return way.unlearn(case, folder), time.monotonic() - begun
+    outcome = way.unlearn(case, folder)
+    if not all(bool(value.isfinite().all()) for value in outcome.adapter.tensors.values()):
+        raise RunError(f"{type(way).__name__}: its training diverged, to numbers that are not finite. Lower the rate.")
+    return outcome, time.monotonic() - begun
 
 
 def _begin(case: Case, way: UnlearningMethod, made: Path) -> None:

@@ -263,6 +263,11 @@ def test_a_method_that_fails_or_is_killed_leaves_no_run(run, tmp_path, monkeypat
     assert (tmp_path / "half").exists() == left and not (tmp_path / "half" / "resolved.yaml").exists()
 
 
+def test_what_diverges_is_no_result(fedpeft, run, tmp_path):
+    done = fedpeft("unlearn", run, "lr=1e30", "--client", "client-002", "--out", tmp_path / "far")
+    assert done.code == 1 and "its training diverged" in done.err and not (tmp_path / "far").exists()
+
+
 def test_a_run_whose_base_was_moved_is_unlearned_from_as_it_is(runs, tmp_path):
     """FedEx leaves a residual: what is judged as trained must be the run's own model."""
     trained = json.loads((runs["fedex"] / "summary.json").read_text())["final"]
