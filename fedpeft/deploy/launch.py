@@ -31,8 +31,10 @@ def main(arguments: list[str]) -> None:
     """
     role, folder, parent, *rest = arguments
     follow(int(parent))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, FILES), most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY and now < FILES:
+        wanted = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     log_lines("" if role == "run" else f"{role}: ")
     if role == "superlink":
         superlink(rest)
