@@ -16,6 +16,7 @@ one processor to another, and sites would then have other bases.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -163,7 +164,11 @@ def dequantize(layer: nn.Module) -> Tensor:
     if weight.dtype == torch.int8:
         dense = kernels.int8_vectorwise_dequant(weight.data, weight.SCB.to(weight.device))
     else:
-        dense = kernels.dequantize_4bit(weight.data, weight.quant_state)
+        # As one row: of a weight whose rows are no whole number of blocks, processors with AVX512 take other blocks'
+        # largest weights (bitsandbytes 0.50.2).
+        state = copy.copy(weight.quant_state)
+        state.shape = torch.Size([state.shape.numel()])
+        dense = kernels.dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
     assert isinstance(dense, Tensor)
     return dense
 

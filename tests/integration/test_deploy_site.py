@@ -337,7 +337,7 @@ def test_sites_join_from_round_to_round_and_late_replies_are_named_and_dropped(r
         Message(RecordDict(), reply_to=messages[1]),
         Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=messages[0]),
     ]
-    assert sites.pull_messages(["another"]) == [] and not sites.late and waits == [["another"]]
+    assert list(sites.pull_messages(["another"])) == [] and not sites.late and waits == [["another"]]
     assert [(event["event"], event["client"]) for event in events] == [("late", "south")]
 
 

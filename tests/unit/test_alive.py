@@ -24,6 +24,7 @@ LONG = {
     "push": (["{tmp}", "ada/letters"], "fedpeft.run.push.push"),
     "predict": (["{tmp}", "--data", "x.csv", "--out", "{tmp}/o.csv"], "fedpeft.run.predict.predict"),
     "chat": (["{tmp}"], "fedpeft.run.trained.open_trained"),
+    "unlearn": (["{tmp}", "--client", "a", "--out", FOLDER], "fedpeft.unlearning.unlearn.unlearn"),
     "audit": ([CONFIG], "fedpeft.run.audit.audit.run"),
     "data prepare": (["vader"], "fedpeft.data.prepare.prepare"),
     "privacy epsilon": (
@@ -43,6 +44,7 @@ LONG = {
     "bench speed": (["--out", FOLDER], "fedpeft.simulations.benchmarks.speed.run"),
     "bench memory": (["--out", FOLDER], "fedpeft.simulations.benchmarks.memory.run"),
     "bench tta": (["--out", FOLDER], "fedpeft.simulations.benchmarks.tta.run"),
+    "bench unlearn": (["--out", FOLDER], "fedpeft.simulations.benchmarks.unlearn.run"),
     "bench continual": (["--out", FOLDER], "fedpeft.simulations.benchmarks.continual.run"),
     "server sites": (["{tmp}", "--wait", "2"], "fedpeft.deploy.coordinator.server.await_sites"),
     "server run": (["{tmp}", CONFIG], "fedpeft.deploy.coordinator.server.run"),
