@@ -29,6 +29,7 @@ from fedpeft.unlearning.opening import open_case, read_config
 
 SUMMARY, KEY = "summary.json", "unlearning"
 FINGERPRINTS = ("base model", "training records", "test records", "processed inputs")
+MUCH = 0.05  # of the accuracy on what is kept, that is said to be lost
 NO_YARDSTICK = (
     "distance and agreement are to a model retrained without it, which was not given: --method retrain makes one, and "
     "--against DIR names it"
@@ -193,6 +194,8 @@ def _describe(
         )
     if not way.reruns and seen["unlearned"].forget.measured["loss"] < seen["trained"].forget.measured["loss"]:
         notes.append("by its loss, what was to be forgotten is better known than before; --method retrain forgets it")
+    if not way.reruns:
+        notes += _say_what_is_lost(seen["trained"].retain, seen["unlearned"].retain)
     if yardstick is None:
         notes.append(NO_YARDSTICK)
     return {
@@ -213,6 +216,17 @@ def _describe(
         "privacy": bounded.sentences(case.config, read_object(case.run / SUMMARY), case.asked, way.reruns),
         "notes": notes,
     }
+
+
+def _say_what_is_lost(before: measures.Seen, after: measures.Seen) -> list[str]:
+    """A note where much of what is to be kept is gone too."""
+    told, tells = (seen.measured.get("accuracy", 0.0) for seen in (before, after))
+    if told - tells <= MUCH:
+        return []
+    return [
+        f"it went too far: accuracy on what is kept fell from {told:.1%} to {tells:.1%}; --method retrain keeps it, "
+        "and a smaller lr may"
+    ]
 
 
 def _fingerprint(case: Case) -> str:

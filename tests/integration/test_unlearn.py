@@ -129,6 +129,15 @@ def test_a_client_that_is_known_better_afterwards_is_said(tmp_path):
     assert after < before
 
 
+def test_what_is_lost_of_others_is_said(run, tmp_path):
+    rough = unlearn(run, client="client-001", options=["lr=0.3", "epochs=2"], out=tmp_path / "rough")
+    before, after = (rough["rows"][model]["retain_accuracy"] for model in ("trained", "unlearned"))
+    assert before - after > 0.05
+    assert any(f"what is kept fell from {before:.1%} to {after:.1%}" in note for note in rough["notes"])
+    gentle = unlearn(run, client="client-001", options=["lr=1e-7", "epochs=1"], out=tmp_path / "gentle")
+    assert not any("what is kept fell" in note for note in gentle["notes"])
+
+
 def test_records_by_number_and_by_content(fedpeft, runs, run, tmp_path):
     numbers = json.loads((run / "split.json").read_text())["clients"]["client-002"][:6]
     (tmp_path / "these.csv").write_text("record\n" + "\n".join(map(str, numbers)) + "\n")
