@@ -19,7 +19,7 @@ from fedpeft.config import Config
 from fedpeft.data import from_python
 from fedpeft.data.skipped import said_elsewhere
 from fedpeft.errors import InputError
-from fedpeft.files import read_object, write_bytes
+from fedpeft.files import write_bytes
 from fedpeft.record.metrics import Recorder
 from fedpeft.record.result import Result
 from fedpeft.run import comparators, guarantee, identity, loop
@@ -110,7 +110,8 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Res
     config = configs.load(run / "resolved.yaml")
     if config.run.engine == "sites":
         raise InputError(f"{run}: a run of real sites; its coordinator goes on with it by `fedpeft server start`.")
-    if (run / "summary.json").is_file() and "unlearning" in read_object(run / "summary.json"):
+    unlearned = identity.fingerprint_of(run, identity.UNLEARNING)
+    if unlearned is not None and (not unlearned["reruns"] or (run / "summary.json").is_file()):
         raise InputError(
             f"{run}: what `fedpeft unlearn` has made, which is finished: rounds from here on would replace it. A new "
             f"run with adapter.start={run / 'adapter'} trains on from it."

@@ -63,6 +63,24 @@ def interrupted(tiny: Callable[..., dict[str, Any]]) -> Callable[..., None]:
 
 
 @pytest.fixture
+def ends_alike(
+    tiny: Callable[..., dict[str, Any]], interrupted: Callable[..., None], tmp_path: Path
+) -> Callable[[dict[str, Any]], None]:
+    """`ends_alike(config)` checks that a run that was interrupted ends with the bits of one that was not."""
+
+    def check(config: dict[str, Any]) -> None:
+        from fedpeft.simulations.run import resume
+
+        tiny("whole", config)
+        interrupted("half", config, at=2)
+        resume(tmp_path / "half")
+        whole, half = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "half"))
+        assert whole.read_bytes() == half.read_bytes()
+
+    return check
+
+
+@pytest.fixture
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are made and never painted, which would take most of a report's time: their files are no images."""
     from fedpeft.record import drawing

@@ -145,6 +145,11 @@ def check(config: Config) -> None:
     if twice or data.labels == []:
         what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
         raise InputError(f"data.labels={data.labels}: {what}. Every class has one name; null takes the source's.")
+    if config.model.batched_attention and config.model.dtype == "float32":
+        raise InputError(
+            f"model.batched_attention={config.model.batched_attention}: of attention in bfloat16, and model.dtype is "
+            "float32. Leave it out, or set model.dtype=bfloat16 or auto."
+        )
     _check_trained_baselines(config)
     if wrong := [name for name in data.augment if name not in AUGMENTATIONS]:
         raise InputError(registry.unknown("data.augment", wrong[0], AUGMENTATIONS))

@@ -15,6 +15,7 @@ products do not know (biases of positions) keep the fused form. The two are equa
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+log = logging.getLogger("fedpeft")
 LENGTHS = (64, 128, 256, 512)  # tokens that are tried, in this order, until the products are no longer faster
 SCORES = 2**18  # of one timing, N T T
 REPEATS = 2
@@ -33,9 +35,15 @@ WIDTH = 64  # of a head of nearly all models
 def hold_scores(model: Any, longest: int) -> None:
     """Let a transformers model compute attention over at most `longest` tokens as batched products; 0 changes nothing.
 
-    A model that does not take its attention from transformers' registry, or not the fused form, stays as it is.
+    A model whose attention is not the fused form of transformers' registry stays as it is, which is logged.
     """
-    if not longest or getattr(model.config, "_attn_implementation", None) != "sdpa":
+    own = getattr(model.config, "_attn_implementation", None)
+    if not longest:
+        return
+    if own != "sdpa":
+        log.info(
+            "model.batched_attention=%d: without effect, as the model's attention is '%s', not 'sdpa'", longest, own
+        )
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -32,6 +32,8 @@ def settle_dtype(config: Config) -> str:
     if config.model.dtype != "auto":
         return ""
     said = _settle_dtype(config) + _settle_attention(config)
+    if config.model.dtype == "float32":
+        config.model.batched_attention = None
     log.info("%s", said)
     return said
 

@@ -33,6 +33,7 @@ log = logging.getLogger("fedpeft")
 FILE = "identity.json"
 SOME = 64
 CLOSE = 1e-4  # relative: processors of images round otherwise on another machine
+UNLEARNING = "unlearning"  # of a folder that `fedpeft unlearn` has made: what was asked, and whether it runs again
 PACKAGES = ("fedpeft", "torch", "transformers", "peft")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +49,30 @@ class Asked:
         gone = set(self.numbers.tolist())
         kept = {client: [number for number in part if number not in gone] for client, part in parts.items()}
         return {client: part for client, part in kept.items() if part}
+
+
+def require_one(client: str | None, task: int | None, records: str | Path | None) -> None:
+    """Refuse a request of nothing, or of several kinds."""
+    given = {"--client": client, "--task": task, "--records": records}
+    named = [flag for flag, value in given.items() if value is not None]
+    if len(named) != 1:
+        what = " and ".join(named) if named else "none of them is given"
+        raise InputError(f"{', '.join(given)}: give exactly one; here: {what}.")
+
+
+def seeker(
+    config: Config, client: str | None, task: int | None, records: str | Path | None
+) -> Callable[[Records, dict[str, list[int]]], Asked]:
+    """What finds, among the run's training records and its clients' shares, the one thing that is given."""
+
+    def find(train: Records, parts: dict[str, list[int]]) -> Asked:
+        if client is not None:
+            return find_client(client, parts)
+        if task is not None:
+            return find_task(task, config, train)
+        return find_records(Path(str(records)), config, train)
+
+    return find
 
 
 def find_client(name: str, parts: Mapping[str, Sequence[int]]) -> Asked:

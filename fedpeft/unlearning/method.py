@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import config as configs
+from fedpeft import registry
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import evaluate
 from fedpeft.config import Config, Configured
@@ -127,5 +128,6 @@ def make(name: str, options: dict[str, Any]) -> UnlearningMethod:
     Raises:
         InputError: unknown method or option, or a value out of bounds.
     """
+    registry.load("unlearning", name, "--method")  # which the error then names
     method: UnlearningMethod = configs.method("unlearning", name, options, "")
     return method

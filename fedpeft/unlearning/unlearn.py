@@ -15,7 +15,6 @@ from fedpeft import folders
 from fedpeft.adapters import folder
 from fedpeft.config import Config, PrivacyConfig, parse_overrides
 from fedpeft.data import split
-from fedpeft.data.records import Records
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import read_object, write_bytes
 from fedpeft.record.metrics import finite, read
@@ -66,23 +65,12 @@ def unlearn(
         InputError: the run, the method or what is asked cannot be used; nothing was trained.
         RunError: the training diverged or failed, or kept too little.
     """
-    given = {"--client": client, "--task": task, "--records": records}
-    named = [flag for flag, value in given.items() if value is not None]
-    if len(named) != 1:
-        what = " and ".join(named) if named else "none of them is given"
-        raise InputError(f"{', '.join(given)}: give exactly one; here: {what}.")
+    asking.require_one(client, task, records)
     run = folders.run_folder(run)
     config = read_config(run)
     way = make(method, parse_overrides(list(options)) if not isinstance(options, dict) else options)
 
-    def ask(train: Records, parts: dict[str, list[int]]) -> Asked:
-        if client is not None:
-            return asking.find_client(client, parts)
-        if task is not None:
-            return asking.find_task(task, config, train)
-        return asking.find_records(Path(str(records)), config, train)
-
-    case = open_case(run, config, way, ask)
+    case = open_case(run, config, way, asking.seeker(config, client, task, records))
     # Before anything is trained: another request's yardstick is none.
     yardstick = None if against is None else _open_yardstick(Path(against), case)
     with folders.new(out, Path("runs") / f"{run.name}-{method}") as made, _undone(made):
@@ -122,17 +110,20 @@ def _do(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float
 
 
 def _begin(case: Case, way: UnlearningMethod, made: Path) -> None:
-    """Write what a run folder of the rest begins with."""
+    """Write what a run folder of the rest begins with; what makes it one, its config, is the last."""
     parts = case.asked.without(split.load(case.run / "split.json", case.world.train.fingerprint, _names(case.run)))
     config = leave_out(case.config, case.asked, _names(case.run), list(parts))
     if not way.reruns:
         config = replace(config, privacy=PrivacyConfig())  # what follows reads records without noise
     # Checked as any config, since fewer clients may be too few.
-    write_bytes(made / "resolved.yaml", configs.to_yaml(configs.from_yaml(configs.to_yaml(config))).encode())
+    text = configs.to_yaml(configs.from_yaml(configs.to_yaml(config)))
     identity.begin(made)
     known = {key: identity.fingerprint_of(case.run, key) for key in FINGERPRINTS}
+    about = {"reruns": way.reruns, "request": _fingerprint(case), "words": case.asked.words, "run": str(case.run)}
+    known[identity.UNLEARNING] = about
     identity.hold(made, {key: value for key, value in known.items() if value is not None}, config)
     split.save(made / "split.json", parts, case.world.train, config)
+    write_bytes(made / "resolved.yaml", text.encode())
 
 
 def leave_out(config: Config, asked: Asked, before: Sequence[str], after: Sequence[str]) -> Config:
@@ -240,15 +231,14 @@ def _open_yardstick(path: Path, case: Case) -> AdapterState:
         InputError: it is another run, or of another request.
     """
     run = folders.run_folder(path)
-    about = read_object(run / SUMMARY).get(KEY) or {}
-    if about.get("method") != "retrain":
+    about = identity.fingerprint_of(run, identity.UNLEARNING) or {}
+    if not about.get("reruns"):
+        raise InputError(f"--against {path}: not what `fedpeft unlearn --method retrain` has made.")
+    if about["request"] != _fingerprint(case):
         raise InputError(
-            f"--against {path}: not what `fedpeft unlearn --method retrain` has made (it is of "
-            f"{about.get('method') or 'no unlearning'})."
+            f"--against {path}: retrained without {about['words']} of {about['run']}; here {case.asked.words} of "
+            f"{case.run} is to be forgotten."
         )
-    if about["asked"]["fingerprint"] != _fingerprint(case):
-        raise InputError(
-            f"--against {path}: retrained without {about['asked']['words']} of {about['run']}; here "
-            f"{case.asked.words} of {case.run} is to be forgotten."
-        )
+    if not (run / SUMMARY).is_file():
+        raise InputError(f"--against {path}: it is not finished. `fedpeft resume {path}` goes on with it.")
     return folder.load(run / "adapter")

@@ -141,7 +141,9 @@ def test_the_answer_is_written_down_and_kept_by_a_resumed_run_on_another_machine
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize(("bfloat16", "given", "kept"), [(20.0, None, 128), (20.0, 0, 0), (10.0, None, None)])
+@pytest.mark.parametrize(
+    ("bfloat16", "given", "kept"), [(20.0, None, 128), (20.0, 0, 0), (10.0, None, None), (10.0, 64, None)]
+)
 def test_attention_is_timed_with_a_bfloat16_base_and_kept(
     interrupted, tmp_path, machine, monkeypatch, bfloat16, given, kept
 ):

@@ -18,7 +18,6 @@ from fedpeft.objectives.base import IGNORE
 from fedpeft.record.metrics import read
 from fedpeft.run.export import export
 from fedpeft.run.world import load_world
-from fedpeft.simulations.run import resume
 from support import by_hand, objectives
 from support import small_models as small
 
@@ -121,12 +120,8 @@ def test_adapter_and_merged_model_generate_the_same_in_stock_libraries(
     assert printed[0] == printed[1]
 
 
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(job, tiny, interrupted, tmp_path):
-    tiny("whole", job)
-    interrupted("half", job, at=2)
-    resume(tmp_path / "half")
-    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "half"))
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(job, ends_alike):
+    ends_alike(job)
 
 
 def test_checkpointed_and_pieced_training_is_the_plain_one(job, tiny, tmp_path):

@@ -15,7 +15,8 @@ from fedpeft.adapters import folder
 from fedpeft.data.source import load
 from fedpeft.errors import InputError, RunError
 from fedpeft.record import report
-from fedpeft.simulations.run import simulate
+from fedpeft.record.metrics import Recorder
+from fedpeft.simulations.run import resume, simulate
 from fedpeft.unlearning.unlearn import unlearn
 
 LEARNED = {
@@ -232,13 +233,19 @@ def test_what_is_refused(fedpeft, runs, run, retrained, tmp_path):
     assert "here: --client and --task" in refused(run, "--client", "client-001", "--task", "0")
     assert "the run has no tasks (continual.body=null)" in refused(run, "--task", "0")
     assert "there is no such file" in refused(run, "--records", tmp_path / "absent.csv")
-    assert "'loko' is not known. Did you mean 'loku'?" in refused(run, "--client", "client-001", "--method", "loko")
+    assert "--method: 'loko' is not known. Did you mean 'loku'?" in refused(
+        run, "--client", "client-001", "--method", "loko"
+    )
     assert "epoch: 'epoch' is not known" in refused(run, "epoch=3", "--client", "client-001")
     assert "not a run folder" in refused(tmp_path, "--client", "client-001")
     said = refused(run, "--client", "client-000", "--against", retrained["out"])
     assert "retrained without client client-001" in said and "here client client-000" in said
     said = refused(run, "--client", "client-000", "--against", runs["fedit"])
     assert "not what `fedpeft unlearn --method retrain` has made" in said
+    less = unlearn(run, client="client-000", options=["epochs=1"], out=tmp_path / "less")
+    assert "not what `fedpeft unlearn --method retrain` has made" in refused(
+        run, "--client", "client-000", "--against", less["out"]
+    )
 
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
@@ -270,6 +277,26 @@ def test_a_method_that_fails_or_is_killed_leaves_no_run(run, tmp_path, monkeypat
     with pytest.raises(error):
         unlearn(run, "negation", client="client-002", out=tmp_path / "half")
     assert (tmp_path / "half").exists() == left and not (tmp_path / "half" / "resolved.yaml").exists()
+
+
+def test_a_retraining_that_was_killed_is_a_yardstick_once_it_is_resumed(run, retrained, tmp_path, monkeypatch):
+    recorded = Recorder.record
+
+    def stop(recorder, event):
+        recorded(recorder, event)
+        if event["event"] == "round" and event["round"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(run, "retrain", client="client-001", out=tmp_path / "without")
+    with pytest.raises(InputError, match=r"it is not finished\. `fedpeft resume"):
+        unlearn(run, client="client-001", against=tmp_path / "without", out=tmp_path / "less")
+    resume(tmp_path / "without")
+    found = unlearn(run, client="client-001", options=["epochs=1"], against=tmp_path / "without", out=tmp_path / "less")
+    given = unlearn(run, client="client-001", options=["epochs=1"], against=retrained["out"], out=tmp_path / "same")
+    assert found["rows"] == given["rows"] and found["rows"]["unlearned"]["distance"] > 0
 
 
 def test_what_diverges_is_no_result(fedpeft, run, tmp_path):

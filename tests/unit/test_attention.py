@@ -9,16 +9,24 @@ import torch
 import transformers
 from torch.nn import functional
 
+from fedpeft import config as configs
 from fedpeft.config import ModelConfig
+from fedpeft.errors import InputError
 from fedpeft.models import attention, loading
 
+HALF = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def model_of(kind):
-    """A small random model in bfloat16: an encoder, or a decoder whose query heads share key heads."""
+    """A small random model in bfloat16: an encoder, a decoder whose query heads share key heads, or both halves."""
     torch.manual_seed(0)
-    if kind == "encoder":
+    if kind == "both":
+        sizes = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in HALF.items()}
+        made = transformers.BartModel(
+            transformers.BartConfig(vocab_size=50, d_model=32, max_position_embeddings=16, init_std=0.2, **sizes)
+        )
+    elif kind == "encoder":
         made = transformers.BertModel(transformers.BertConfig(vocab_size=50, initializer_range=0.5, **COMMON))
     else:
         made = transformers.LlamaModel(
@@ -71,7 +79,7 @@ def test_a_query_that_sees_nothing_poisons_no_gradient():
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out[:, :, 0].sum(), parts))
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "both"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_model_says_the_same_but_for_rounding(kind, padded, calls):
     batch, fused, held = texts(padded), model_of(kind), model_of(kind)
@@ -80,7 +88,7 @@ def test_a_model_says_the_same_but_for_rounding(kind, padded, calls):
         want, got = fused(**batch).last_hidden_state, held(**batch).last_hidden_state
         exact = model_of(kind).double()(**batch).last_hidden_state
     seen = batch["attention_mask"].bool()
-    assert calls == [10, 10]
+    assert calls == [10] * (6 if kind == "both" else 2)  # two layers a half, and two that look from one at the other
 
     def error(value):
         return (value.double() - exact)[seen].norm() / exact[seen].norm()
@@ -98,6 +106,24 @@ def test_longer_inputs_and_other_dtypes_keep_the_fused_form_bit_for_bit(kind, lo
     with torch.no_grad():
         assert torch.equal(fused(**batch).last_hidden_state, held(**batch).last_hidden_state)
     assert not calls
+
+
+def test_a_model_with_attention_of_its_own_keeps_it_and_says_so(caplog):
+    caplog.set_level("INFO", "fedpeft")
+    model = model_of("encoder")
+    model.set_attn_implementation("eager")
+    attention.hold_scores(model, 0)
+    assert not caplog.text
+    attention.hold_scores(model, 64)
+    assert model.config._attn_implementation == "eager"
+    assert "model.batched_attention=64: without effect, as the model's attention is 'eager'" in caplog.text
+
+
+def test_it_is_of_bfloat16(tmp_path):
+    with pytest.raises(InputError, match=r"model.batched_attention=64: of attention in bfloat16, and model.dtype is"):
+        configs.load({}, {"model.batched_attention": 64})
+    for dtype in ("bfloat16", "auto"):
+        assert configs.load({}, {"model.batched_attention": 64, "model.dtype": dtype}).model.batched_attention == 64
 
 
 def test_a_saved_model_does_not_know_of_it(tmp_path):

@@ -164,7 +164,7 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     checked = configs.load(config, shortened.rounds(config, given))
     extras.require_of_run(checked)
     if checked.model.dtype == "auto":
-        checked.model.dtype = "float32"
+        checked.model.dtype, checked.model.batched_attention = "float32", None
         log.warning(
             "model.dtype=auto: float32. Each site computes on a machine of its own, and all must have one base; set "
             "model.dtype=bfloat16 if all sites are faster in it."
