@@ -64,7 +64,7 @@ class Own:
     def accept_sums(self, received: AdapterState, told: Instructions) -> AdapterState:
         """The same for a request of sums over records."""
         if told.sums not in SUMS:
-            raise Refused(f"task.sums={_said(told.sums)}: allowed are {', '.join(SUMS)}.")
+            raise Refused(f"task.sums={_show_value(told.sums)}: allowed are {', '.join(SUMS)}.")
         if told.view is None:
             raise Refused("task.view is missing: sums are asked for at a view of the adapter.")
         _require_absent(told, (*ROLES, "static"), "a request of sums")
@@ -83,14 +83,14 @@ class Own:
                 raise Refused(f"{', '.join(staying)} stays with the site under {self.name}.")
             if {*roles} - allowed[key] or len(set(roles)) != len(roles):
                 raise Refused(
-                    f"task.{key}={_said(list(roles))}: under strategy {self.name} it may have "
+                    f"task.{key}={_show_value(list(roles))}: under strategy {self.name} it may have "
                     f"{', '.join(sorted({*getattr(own, key)})) or 'none'}, each once"
                     f"{', of those that it trains' if key == 'uploads' else ''}."
                 )
         _require_absent(told, ("sums", "view", *(("static",) if own.static is None else ())), "a round")
         if told.static is not None and own.static is not None and told.static.roles != own.static.roles:
             raise Refused(
-                f"task.static={_said(list(told.static.roles))}: strategy {self.name} gives the roles "
+                f"task.static={_show_value(list(told.static.roles))}: strategy {self.name} gives the roles "
                 f"{', '.join(own.static.roles)}."
             )
 
@@ -156,8 +156,8 @@ def _require_residual(state: AdapterState, site: str, place: AdaptedLayer) -> No
 def _require_absent(told: Instructions, keys: tuple[str, ...], what: str) -> None:
     found = next((key for key in keys if getattr(told, key)), None)
     if found is not None:
-        raise Refused(f"task.{found}={_said(getattr(told, found))}: {what} has none under this client's config.")
+        raise Refused(f"task.{found}={_show_value(getattr(told, found))}: {what} has none under this client's config.")
 
 
-def _said(value: Any) -> str:
+def _show_value(value: Any) -> str:
     return shown(repr(value), 200)

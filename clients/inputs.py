@@ -112,12 +112,12 @@ def usable(model: Adapted, data: Encoded, looks: Looks | None = None) -> Encoded
     new = np.flatnonzero(known[data.rows] == UNKNOWN)
     for start in range(0, len(new), BLOCK):
         block = new[start : start + BLOCK]
-        known[data.rows[block]] = _good(model, data.view(block)).numpy()
+        known[data.rows[block]] = _find_good(model, data.view(block)).numpy()
     good = known[data.rows] == 1
     return data if good.all() else data.view(np.flatnonzero(good))
 
 
-def _good(model: Adapted, data: Encoded) -> Tensor:
+def _find_good(model: Adapted, data: Encoded) -> Tensor:
     """Whether the model can take each record, bool [N]."""
     labels, tokens = data.labels, by_token(data.labels)
     if labels.is_floating_point():

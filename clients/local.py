@@ -118,15 +118,15 @@ class Local:
         Clients that have answered before are trained with the others, and what they get is thrown away: who trains
         beside a client decides how its sums are rounded, so a run that was killed in mid-round must not have others.
         """
-        opened = [_attempt(self._open, *request) for request in requests]
+        opened = [_attempt_early(self._open, *request) for request in requests]
         good = [one for one in opened if isinstance(one, Opened)]
         known = all(one.answered is not None for one in good)
-        done = None if known else _attempt(self._together, good)
+        done = None if known else _attempt_early(self._together, good)
         each = iter(done if isinstance(done, list) else [done] * len(good))
         # Answers that nobody came for would pile up.
         self.ready = {}
         for (client, _, told), given in zip(requests, opened, strict=True):
-            answer = _attempt(self._finish, given, next(each)) if isinstance(given, Opened) else given
+            answer = _attempt_early(self._finish, given, next(each)) if isinstance(given, Opened) else given
             self.ready[client, told.round] = answer
 
     def _open(self, client: str, received: AdapterState, told: Instructions) -> Opened:
@@ -390,7 +390,7 @@ class Local:
         return discreet(self.guard, self.store, spending)
 
 
-def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
+def _attempt_early(function: Callable[..., T], *arguments: Any) -> T | Exception:
     """What it returns, or the exception, which is raised again when the client's message comes."""
     try:
         return function(*arguments)

@@ -103,7 +103,7 @@ class Policy:
                 f"records={self.records} is of all records, but continual.body={config.continual.body} "
                 "samples from those of a task"
             )
-        if self.min_clients is not None and (summed := _fewest(config)) < self.min_clients:
+        if self.min_clients is not None and (summed := _fewest_in_sum(config)) < self.min_clients:
             reasons.append(
                 f"updates are seen in sums of {summed} clients or more; min_clients={self.min_clients} "
                 f"needs secagg.enabled=true and secagg.min_clients={self.min_clients}"
@@ -126,7 +126,7 @@ class Policy:
             )
 
 
-def _fewest(config: Config) -> int:
+def _fewest_in_sum(config: Config) -> int:
     """Fewest clients in a sum that this config lets a server see."""
     from fedpeft.strategies.secagg.terms import Terms
 
@@ -161,7 +161,7 @@ def load(path: Path) -> Policy:
 
 def _require_bounds(policy: Policy, path: Path) -> None:
     further = sorted(set(policy.metrics) - set(METRICS))
-    measures = _measures() if further else frozenset()
+    measures = _known_measures() if further else frozenset()
     for key, allowed in (("metrics", [*METRICS, *sorted(measures)]), ("unbounded", BOUNDS)):
         unknown = sorted(set(getattr(policy, key)) - set(allowed))
         if unknown:
@@ -181,7 +181,7 @@ def _require_bounds(policy: Policy, path: Path) -> None:
             raise InputError(f"{path}: policy.{key} is {value:g}, and named in policy.unbounded too. Take one out.")
 
 
-def _measures() -> frozenset[str]:
+def _known_measures() -> frozenset[str]:
     """What objectives, those of other packages too, are measured by beside METRICS."""
     every = [registry.load("objectives", name) for name in registry.names("objectives")]
     return frozenset(measure for objective in every for measure in objective.measures)

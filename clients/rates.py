@@ -42,12 +42,12 @@ class Clock:
     def rates(self, config: ClientConfig, steps: int) -> list[float]:
         """The rate of each of a round's steps."""
         if config.schedule_over == "rounds":
-            return [_rate(config, self.round, self.rounds, config.warmup_rounds)] * steps
+            return [_rate_at(config, self.round, self.rounds, config.warmup_rounds)] * steps
         warmup = math.ceil(config.warmup_rounds * steps)
         if config.schedule_over == "round":
-            return [_rate(config, step, steps, warmup) for step in range(steps)]
+            return [_rate_at(config, step, steps, warmup) for step in range(steps)]
         before = (self.round - 1) * steps
-        return [_rate(config, before + step, self.rounds * steps, warmup) for step in range(steps)]
+        return [_rate_at(config, before + step, self.rounds * steps, warmup) for step in range(steps)]
 
     def total(self, config: ClientConfig, steps: int) -> float:
         """The sum of a round's rates: how far plain SGD goes along a constant gradient of length 1."""
@@ -57,7 +57,7 @@ class Clock:
 ONE_ROUND = Clock()
 
 
-def _rate(config: ClientConfig, time: int, end: int, warmup: float) -> float:
+def _rate_at(config: ClientConfig, time: int, end: int, warmup: float) -> float:
     if time < warmup:
         over_rounds = config.schedule_over == "rounds"
         return config.lr * (time / warmup if over_rounds else (time + 1) / (warmup + 1))

@@ -54,7 +54,7 @@ def with_reference(config: Config, model: Adapted, data: Encoded, cache: Cache |
     stored = data.stored
     assert isinstance(stored, Tokens)
     try:
-        labels = _kept(config, model, data, stored, cache)
+        labels = _score_cached(config, model, data, stored, cache)
     finally:
         model.write(begun)
     scored = copy.copy(data)
@@ -62,36 +62,36 @@ def with_reference(config: Config, model: Adapted, data: Encoded, cache: Cache |
     return scored
 
 
-def _kept(config: Config, model: Adapted, data: Encoded, stored: Tokens, cache: Cache | None) -> Tensor:
-    """What `_score` says, from the cache if it was said before."""
-    if cache is None or (cache.least and _work(model, data) < COSTLY):
-        return _score(model, data)
+def _score_cached(config: Config, model: Adapted, data: Encoded, stored: Tokens, cache: Cache | None) -> Tensor:
+    """What `_score_records` says, from the cache if it was said before."""
+    if cache is None or (cache.least and _count_operations(model, data) < COSTLY):
+        return _score_records(model, data)
     form = stored.labels_of(None)
 
     def make(folder: Path) -> dict[str, Any]:
-        values = _score(model, data).numpy()
+        values = _score_records(model, data).numpy()
         (folder / VALUES).write_bytes(values.tobytes())
         return {}
 
-    kept = cache.get("references", _facts(config, model, data, stored), make)
+    kept = cache.get("references", _facts_of_scores(config, model, data, stored), make)
     if kept is None:
-        return _score(model, data)
+        return _score_records(model, data)
     values = np.fromfile(kept[0] / VALUES, dtype=form.numpy().dtype)
     return torch.from_numpy(values.reshape(form.shape))
 
 
-def _work(model: Adapted, data: Encoded) -> float:
+def _count_operations(model: Adapted, data: Encoded) -> float:
     """About how many operations the passes take: two for each weight and token."""
     weights = sum(value.numel() for value in model.base.backbone.parameters())
     return 2.0 * weights * float(data.lengths.sum())
 
 
-def _facts(config: Config, model: Adapted, data: Encoded, stored: Tokens) -> dict[str, Any]:
+def _facts_of_scores(config: Config, model: Adapted, data: Encoded, stored: Tokens) -> dict[str, Any]:
     """All that the scores hang on, as JSON has it."""
     backbone: Any = model.base.backbone
     settings = {key: str(value) for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
     columns = {
-        name: column if isinstance(column, int) else _hash(column.values, column.ends)
+        name: column if isinstance(column, int) else _hash_facts(column.values, column.ends)
         for name, column in stored.columns.items()
     }
     state = model.state()
@@ -99,10 +99,10 @@ def _facts(config: Config, model: Adapted, data: Encoded, stored: Tokens) -> dic
     files = [path for name in PACKAGES for path in sorted((package / name).rglob("*.py"))]
     return {
         "tokens": [columns, dict(stored.fillers), str(stored.labels_of(None).dtype)],
-        "records": _hash(data.rows, data.teaching()),
+        "records": _hash_facts(data.rows, data.teaching()),
         "base": [fingerprint(model.base, heads=True), settings, config.model.dtype, config.model.quantization],
         "adapter": [
-            {key: _hash(value.float().numpy()) for key, value in sorted(state.tensors.items())},
+            {key: _hash_facts(value.float().numpy()) for key, value in sorted(state.tensors.items())},
             {name: str(site) for name, site in sorted(state.sites.items())},
             json.dumps(model.folder, sort_keys=True, default=str),
             config.adapter.name,
@@ -113,7 +113,7 @@ def _facts(config: Config, model: Adapted, data: Encoded, stored: Tokens) -> dic
     }
 
 
-def _hash(*arrays: np.ndarray) -> str:
+def _hash_facts(*arrays: np.ndarray) -> str:
     found = hashlib.sha256()
     for array in arrays:
         found.update(f"{array.dtype}{array.shape}".encode())
@@ -126,14 +126,14 @@ def _hash_file(path: Path) -> str:
 
 
 @torch.no_grad()
-def _score(model: Adapted, data: Encoded) -> Tensor:
+def _score_records(model: Adapted, data: Encoded) -> Tensor:
     """The model's scores of all records of the storage, NaN where nothing can be learned, the model cannot take it, or
     `data` has not the record.
     """
     stored = data.stored
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
-    teaching = np.intersect1d(data.teaching(), _known(model, data))
+    teaching = np.intersect1d(data.teaching(), _find_known(model, data))
     order = teaching[np.argsort(-data.lengths[teaching], kind="stable")]
     labels = torch.full_like(stored.labels_of(None), torch.nan)
     done = 0
@@ -145,7 +145,7 @@ def _score(model: Adapted, data: Encoded) -> Tensor:
     return labels
 
 
-def _known(model: Adapted, data: Encoded) -> np.ndarray:
+def _find_known(model: Adapted, data: Encoded) -> np.ndarray:
     """Numbers of the records whose tokens the model knows, which are all but at a private site: there one that it does
     not know must change nothing for the others (`inputs.usable`), so it is no error here either.
     """

@@ -48,12 +48,12 @@ def require_own_task(sequence: TaskSequence | None, told: Instructions) -> None:
     lesson = None if sequence is None else sequence.make_lesson(sequence.curriculum.task(max(told.round, 1)))
     if told.learn != lesson:
         raise RunError(
-            f"round {told.round}: the server's task ({_brief(told.learn)}) is not that of this client's "
-            f"config ({_brief(lesson)})."
+            f"round {told.round}: the server's task ({_describe_lesson(told.learn)}) is not that of this client's "
+            f"config ({_describe_lesson(lesson)})."
         )
 
 
-def _brief(lesson: Lesson | None) -> str:
+def _describe_lesson(lesson: Lesson | None) -> str:
     return "no sequence of tasks" if lesson is None else f"task {lesson.task}, classes {list(lesson.classes)}"
 
 
@@ -220,17 +220,17 @@ def private_head_sums(model: Adapted, head: Head, data: Encoded, noise: float, s
     """
     # The shapes, also where the client has no record: then noise alone goes out.
     nothing = head.statistics(torch.zeros(0, head.width), torch.zeros(0, dtype=torch.int64))
-    total = _flat(nothing)
+    total = _flatten_statistics(nothing)
     for features, _, labels in model.features(data):
         for row in range(len(labels)):  # one at a time: statistics of wide features are large
             statistics = head.statistics(scale_to_unit(features[row : row + 1]), labels[row : row + 1])
-            total += clipped_sum(_flat(statistics)[None], BOUND)
+            total += clipped_sum(_flatten_statistics(statistics)[None], BOUND)
     sizes = [value.numel() for value in nothing.values()]
     noised = add_noise(total, noise, BOUND, source).split(sizes)
     return {key: part.view(value.shape) for (key, value), part in zip(nothing.items(), noised, strict=True)}
 
 
-def _flat(statistics: dict[str, Tensor]) -> Tensor:
+def _flatten_statistics(statistics: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.double().flatten() for value in statistics.values()])
 
 

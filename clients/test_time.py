@@ -58,7 +58,7 @@ def score(
     method = build(config, model, deployed, client, received, train, halves)
     old = store.load_state(client, number) if config.tta.keep else None
     if old is not None:
-        method.load(_on(method.state(), old))
+        method.load(_update_state(method.state(), old))
     adapted = run_stream(method, given, deployed)
     if config.tta.keep:
         store.save_state(client, number, method.state())
@@ -78,7 +78,7 @@ def build(
     halves: Sequence[ClientHalf] = (),
 ) -> TTAMethod:
     """The client's method, ready for its stream; `halves` give it what the federation learned for it."""
-    method = _named(config, deployed, seeds.derive(config.run.seed, "tta", client, "method"))
+    method = _make_named(config, deployed, seeds.derive(config.run.seed, "tta", client, "method"))
     equipped = any(half.equip(method, model, deployed, received, train) for half in halves)
     if not equipped and method.needs_source != "none":
         method.prepare(train)
@@ -146,14 +146,14 @@ def require(config: Config, model: Adapted) -> None:
     if tta.method is None:
         return
     deployed = deploy(model)
-    method = _named(config, deployed, 0)
+    method = _make_named(config, deployed, 0)
     if tta.corruption != CLEAN and model.base.processor is not None:
         raise InputError(
             f"tta.corruption={tta.corruption}: {config.model.name} normalises its images; corruptions "
             "work on images in [0, 1] that go in as they are. Set tta.corruption=clean."
         )
     trained = {id(parameter) for parameter in model.parameters.values()}
-    both = [name for name in _adapts(method, deployed) if id(deployed.tensor(name)) in trained]
+    both = [name for name in _find_adapted(method, deployed) if id(deployed.tensor(name)) in trained]
     if tta.keep and both:
         raise InputError(
             f"tta.keep=true: {tta.method} adapts {both[0]}, which the rounds train: what was kept would "
@@ -224,19 +224,19 @@ def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | N
     return {**found, **lead.gains(found)}
 
 
-def _named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:
+def _make_named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:
     assert config.tta.method is not None
     return make(config.tta.method, deployed, config.tta.options, seed)
 
 
-def _adapts(method: TTAMethod, deployed: Deployed) -> list[str]:
+def _find_adapted(method: TTAMethod, deployed: Deployed) -> list[str]:
     """Tensors that a method (or the one below it) adapts; not those that it forgets after each batch."""
     own = getattr(method.config, "adapt", None)
     names = [] if own is None or method.forgets else deployed.select(own)
-    return names + (_adapts(method.base, deployed) if isinstance(method, WrappedMethod) else [])
+    return names + (_find_adapted(method.base, deployed) if isinstance(method, WrappedMethod) else [])
 
 
-def _on(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+def _update_state(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """An old state with what `prepare` found now."""
     state = {**old, "prepared": now["prepared"], "ready": now["ready"]}
-    return {**state, "base": _on(now["base"], old["base"])} if "base" in old else state
+    return {**state, "base": _update_state(now["base"], old["base"])} if "base" in old else state

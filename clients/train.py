@@ -154,7 +154,7 @@ def set_gradients(
         if proximal:
             gradient = gradient + proximal * (parameter.detach() - start[key])
         if offset is not None:
-            gradient = gradient + _padded(offset[key], parameter)
+            gradient = gradient + _pad_rows(offset[key], parameter)
         parameter.grad = gradient
     if config.max_grad_norm is not None:
         nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
@@ -279,7 +279,7 @@ def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[d
 
 def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Loss [N] of each sample, as the model's objective has it."""
-    return model.base.objective.losses(*_predict(model, inputs, labels))
+    return model.base.objective.losses(*_predict_targets(model, inputs, labels))
 
 
 def count_targets(model: Adapted, labels: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def count_targets(model: Adapted, labels: Tensor) -> Tensor:
     return (targets != IGNORE).flatten(1).sum(1) if targets.ndim > 1 else torch.ones_like(targets)
 
 
-def _predict(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def _predict_targets(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     """Scores in float32 at least, and the targets that they are for."""
     logits = model.logits(inputs)
     return model.base.objective.pair(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
@@ -316,7 +316,7 @@ def evaluate(
     teaching = data.teaching()
     with first_token(model, data):
         for places in runs(token_counts(model, data)[teaching], batch_size, scored_tokens(model, tokens)):
-            tally.add(*_predict(model, *on_device(data, teaching[places], device)))
+            tally.add(*_predict_targets(model, *on_device(data, teaching[places], device)))
     return tally.metrics()
 
 
@@ -331,7 +331,7 @@ def scored_tokens(model: Adapted, tokens: int) -> int:
     return tokens if each is None else max(1, min(tokens, SCORES // each))
 
 
-def _padded(value: Tensor, like: Tensor) -> Tensor:
+def _pad_rows(value: Tensor, like: Tensor) -> Tensor:
     if value.shape == like.shape:
         return value.to(like.device)
     full = torch.zeros_like(like)

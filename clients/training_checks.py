@@ -13,7 +13,7 @@ def check(config: Config) -> None:
     client = config.client
     optimizer = find_optimizer(client)
     optimizer.require(client)
-    if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in _trained(config)):
+    if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in _roles_trained_first(config)):
         raise InputError(
             f"client.optimizer={client.optimizer} steps A and B of a layer by each other, but strategy "
             f"{config.strategy.name} over adapter.name={config.adapter.name} does not train both in every round. Take "
@@ -51,7 +51,7 @@ def _require_lasting_state(config: Config) -> None:
             f"strategy {name} changes what the coordinates mean between rounds (new factors or a moved base), so the "
             "state would be of others. Take fedit or ffa_lora"
         )
-    elif len(_trained(config)) > 1:
+    elif len(_roles_trained_first(config)) > 1:
         reason = f"strategy {name} trains other factors in every second round, and each changes what the other's state"
         reason += " is of. Take fedit or ffa_lora"
     else:
@@ -75,7 +75,7 @@ def _require_fresh_is_not_needed(config: Config) -> None:
         )
 
 
-def _trained(config: Config) -> set[tuple[str, ...]]:
+def _roles_trained_first(config: Config) -> set[tuple[str, ...]]:
     """The roles that the first rounds train; what goes in turn does so from the second on."""
     from fedpeft.state import AdapterState, ServerState
     from fedpeft.strategies.build import build

@@ -52,11 +52,11 @@ class Made:
         """Let the link point here, unless there is something of the user's under its name, which is said."""
         if self.link is None:
             return
-        number = _number(self.link, self.path.name) or 0
+        number = _number_in(self.link, self.path.name) or 0
         old = os.readlink(self.link) if self.link.is_symlink() else None
-        if (old is None and os.path.lexists(self.link)) or (old is not None and _number(self.link, old) is None):
+        if (old is None and os.path.lexists(self.link)) or (old is not None and _number_in(self.link, old) is None):
             log.warning("%s is not a link that fedpeft made, and stays; the newest run is %s.", self.link, self.path)
-        elif old is None or (_number(self.link, old) or 0) < number:
+        elif old is None or (_number_in(self.link, old) or 0) < number:
             draft = self.link.with_name(f".{self.path.name}.link")
             with contextlib.suppress(OSError):  # a file system without links
                 draft.symlink_to(self.path.name)
@@ -82,7 +82,7 @@ def real(path: Path | str, flag: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError is a loop of links
         if isinstance(error, InputError):
             raise
-        raise InputError(_refusal(flag, path, error)) from error
+        raise InputError(_refuse_path(flag, path, error)) from error
     return found
 
 
@@ -106,10 +106,10 @@ def advice(run: Path) -> str:
     rounds = sorted(int(name.partition(".")[0]) for name in names)  # a second state of a round ends in .1
     if not rounds:
         return f"No round was complete, so nothing can be resumed. What there is lies in {run}."
-    return f"The last complete round is {rounds[-1]}. Go on with: fedpeft resume {shlex.quote(_short(run))}"
+    return f"The last complete round is {rounds[-1]}. Go on with: fedpeft resume {shlex.quote(_shorten_path(run))}"
 
 
-def _short(path: Path) -> str:
+def _shorten_path(path: Path) -> str:
     """As seen from the current folder, where it is below that."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
@@ -130,7 +130,7 @@ def new(
     Raises:
         InputError: it is not empty, in use, or it cannot be made or written in.
     """
-    made = _numbered(default) if path is None else empty(path, flag, hint, own)
+    made = _make_numbered(default) if path is None else empty(path, flag, hint, own)
     try:
         with alone(made.path):
             _require_empty(made.path, flag, hint, own)  # another process may have come and gone before it was locked
@@ -145,12 +145,12 @@ def empty(path: Path | str, flag: str, hint: str, own: Sequence[str] = ()) -> Ma
     made = Made(real(path, flag))
     try:
         _require_empty(made.path, flag, hint, own)
-        _make(made.path, made.created)
+        _make_folders(made.path, made.created)
         if not os.access(made.path, os.W_OK | os.X_OK):
             raise PermissionError(None, "nothing can be written in it")
     except OSError as error:
         made.undo()
-        raise InputError(_refusal(flag, path, error)) from error
+        raise InputError(_refuse_path(flag, path, error)) from error
     return made
 
 
@@ -176,13 +176,13 @@ def _require_empty(folder: Path, flag: str, hint: str, own: Sequence[str] = ()) 
         raise InputError(f"{flag}: {folder} is {what}. Give a new folder{hint.format(folder)}.")
 
 
-def _numbered(name: Path) -> Made:
+def _make_numbered(name: Path) -> Made:
     parent = real(name.parent, "--out")
     made = Made(parent)
     try:
-        _make(parent, made.created)
+        _make_folders(parent, made.created)
         while True:
-            numbers = [_number(name, entry) or 0 for entry in os.listdir(parent)]
+            numbers = [_number_in(name, entry) or 0 for entry in os.listdir(parent)]
             folder = parent / f"{name.name}-{max(numbers, default=0) + 1}"
             try:
                 folder.mkdir()
@@ -191,7 +191,7 @@ def _numbered(name: Path) -> Made:
             return Made(folder, [*made.created, folder], parent / name.name)
     except OSError as error:
         made.undo()
-        raise InputError(_refusal("--out", name, error) + " Give another place with --out.") from error
+        raise InputError(_refuse_path("--out", name, error) + " Give another place with --out.") from error
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def alone(folder: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterator[N
         InputError: another process holds it; says which.
     """
     path = folder / name
-    handle = _locked(path, time.monotonic() + patience_s)
+    handle = _lock_file(path, time.monotonic() + patience_s)
     try:
         with blamed(path):
             os.ftruncate(handle, 0)
@@ -258,13 +258,13 @@ def at_work(folder: Path) -> bool | None:
     return True
 
 
-def _locked(path: Path, until: float) -> int:
+def _lock_file(path: Path, until: float) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(handle)
+            holder = _name_holder(handle)
             os.close(handle)
             if time.monotonic() < until:
                 time.sleep(POLL_S)
@@ -287,7 +287,7 @@ def _locked(path: Path, until: float) -> int:
         os.close(handle)
 
 
-def _holder(handle: int) -> str:
+def _name_holder(handle: int) -> str:
     try:
         found: Any = json.loads(os.pread(handle, 4096, 0))
         return f"process {int(found['pid'])} on {found.get('host', 'this machine')}"
@@ -295,7 +295,7 @@ def _holder(handle: int) -> str:
         return "another process"
 
 
-def _make(folder: Path, created: list[Path]) -> None:
+def _make_folders(folder: Path, created: list[Path]) -> None:
     missing = []
     while not folder.exists():
         missing.append(folder)
@@ -308,11 +308,11 @@ def _make(folder: Path, created: list[Path]) -> None:
             created.append(path)
 
 
-def _number(name: Path, entry: str) -> int | None:
+def _number_in(name: Path, entry: str) -> int | None:
     found = re.fullmatch(re.escape(name.name) + r"-([0-9]{1,9})", entry)
     return int(found[1]) if found else None
 
 
-def _refusal(flag: str, path: Path | str, error: Exception) -> str:
+def _refuse_path(flag: str, path: Path | str, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"{flag}: {path} cannot be used: {reason[:1].lower()}{reason[1:]}."

@@ -113,16 +113,16 @@ def shown(text: object, longest: int = TEXT_BYTES) -> str:
     What the line is put into (HTML, a terminal's markup) has escapes of its own.
     """
     whole = str(text)
-    line = _escaped(whole[: longest + 1])
+    line = _escape_text(whole[: longest + 1])
     if len(whole) <= longest and len(line.encode()) <= longest:
         return line
     note = f" ... ({len(whole)} characters) ... "
     room = longest - len(note)
-    head, tail = line.encode()[: room * 3 // 4], _escaped(whole[-longest:]).encode()[-(room // 4) :]
+    head, tail = line.encode()[: room * 3 // 4], _escape_text(whole[-longest:]).encode()[-(room // 4) :]
     return head.decode(errors="ignore") + note + tail.decode(errors="ignore")
 
 
-def _escaped(text: str) -> str:
+def _escape_text(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -157,8 +157,8 @@ def ours(key: str) -> str | None:
         return None
     whose, name, note = found
     if not name:
-        return f"That is {_genitive(whose)} name, and no key here: {note}."
-    return f"That is {_genitive(whose)} name; here it is {name}{f' ({note})' * bool(note)}."
+        return f"That is {_genitive_of(whose)} name, and no key here: {note}."
+    return f"That is {_genitive_of(whose)} name; here it is {name}{f' ({note})' * bool(note)}."
 
 
 def value(theirs: str, allowed: Iterable[str]) -> str | None:
@@ -170,8 +170,8 @@ def value(theirs: str, allowed: Iterable[str]) -> str | None:
     whose, name, note = VALUES.get(theirs.lower().replace("-", "_"), ("", "", ""))
     if not name or name not in allowed:
         return None
-    return f"That is {_genitive(whose)} name; here it is {name}{f' ({note})' * bool(note)}."
+    return f"That is {_genitive_of(whose)} name; here it is {name}{f' ({note})' * bool(note)}."
 
 
-def _genitive(name: str) -> str:
+def _genitive_of(name: str) -> str:
     return f"{name}'" if name.endswith("s") else f"{name}'s"

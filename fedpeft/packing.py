@@ -102,30 +102,30 @@ def _form_of(manifest: str) -> AdapterState:
         if names != sorted(set(names)):
             raise ValueError("names are not sorted, or not different")
         listed[part] = {
-            _text(key): torch.empty(_sizes(shape), dtype=DTYPES[_text(dtype)], device="meta")
+            _require_text(key): torch.empty(_require_sizes(shape), dtype=DTYPES[_require_text(dtype)], device="meta")
             for key, dtype, shape in meta[part]
         }
     sites = {
-        name: AdaptedLayer(_text(site["kind"]), _sizes(site["shape"]), _finite(site["scaling"]))
+        name: AdaptedLayer(_require_text(site["kind"]), _require_sizes(site["shape"]), _require_finite(site["scaling"]))
         for name, site in meta["sites"].items()
     }
     return AdapterState(**listed, sites=sites)
 
 
-def _text(value: Any) -> str:
+def _require_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
     return value
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
+def _require_sizes(values: Any) -> tuple[int, ...]:
     # Exact types: True is an int.
     if not isinstance(values, list) or len(values) > 8 or any(type(size) is not int or size < 0 for size in values):
         raise ValueError(f"{values!r} is no shape")
     return tuple(values)
 
 
-def _finite(value: Any) -> float:
+def _require_finite(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no scaling")
     return float(value)

@@ -142,7 +142,7 @@ class AdapterState:
         named = [*self.tensors.items(), *((f"extra {key}", value) for key, value in self.extra.items())]
         for key, value in named:
             digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(_bytes(value))
+            digest.update(_tensor_bytes(value))
         return digest.hexdigest()
 
     def require_same_form(self, other: AdapterState, what: str) -> None:
@@ -154,7 +154,7 @@ class AdapterState:
         missing = [key for key in mine if key not in others]
         unexpected = [key for key in others if key not in mine]
         if missing or unexpected:
-            raise StateMismatch(f"{what}: missing {_few(missing)}; unexpected {_few(unexpected)}.")
+            raise StateMismatch(f"{what}: missing {_name_few(missing)}; unexpected {_name_few(unexpected)}.")
         for key, value in mine.items():
             given = others[key]
             if given.shape != value.shape:
@@ -163,11 +163,11 @@ class AdapterState:
                 raise StateMismatch(f"{what}: {key} has dtype {given.dtype}, expected {value.dtype}.")
 
 
-def _few(keys: list[str]) -> str:
+def _name_few(keys: list[str]) -> str:
     return "nothing" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _bytes(value: Tensor) -> bytes:
+def _tensor_bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

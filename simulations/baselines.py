@@ -38,7 +38,7 @@ def baselines(here: World) -> dict[str, Any]:
     def frozen() -> dict[str, Any]:
         model = here.local.model
         model.write(here.start.adapter)
-        x, x_test = (_features(model, part) for part in (here.train_encoded.view(few), here.test_encoded))
+        x, x_test = (_collect_features(model, part) for part in (here.train_encoded.view(few), here.test_encoded))
         return {"frozen_logistic": logistic(x, y, x_test, y_test)}
 
     def pixels_or_words() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def attempted(name: str, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {name: None, f"{name}_reason": reason}
 
 
-def _features(model: Adapted, data: Encoded) -> np.ndarray:
+def _collect_features(model: Adapted, data: Encoded) -> np.ndarray:
     return torch.cat([found for found, _, _ in model.features(data)]).numpy()
 
 

@@ -65,7 +65,7 @@ def simulate(
     if config.run.engine == "sites":
         raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
     extras.require_of_run(config)
-    _absolute(config)
+    _make_absolute(config)
     records.cache_clear()  # files may have changed since an earlier run of this process
     handed = data is not None or test is not None
     if not handed:  # ahead of the folder, so that a config that is refused leaves none behind
@@ -90,7 +90,7 @@ def simulate(
             text = f"# {said}\n{configs.to_yaml(config)}" if said else configs.to_yaml(config)
             write_bytes(run / "resolved.yaml", text.encode())
             identity.begin(run)
-            return _run(config, run, tell)
+            return _run_world(config, run, tell)
         except InputError:
             if not (run / "metrics.jsonl").exists():  # nothing was trained: the command, mended, may use the folder
                 if handed:
@@ -121,10 +121,10 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Res
         on_event({"event": "folder", "path": str(run), "given": True})
         identity.compare_versions(run)
         records.cache_clear()
-        return _run(config, run, on_event)
+        return _run_world(config, run, on_event)
 
 
-def _run(config: Config, run: Path, on_event: loop.Listener) -> Result:
+def _run_world(config: Config, run: Path, on_event: loop.Listener) -> Result:
     world = load_world(config, run)
     open_grid, fit = partial(_open_grid, world, run), partial(fit_baselines, world)
     return Result(loop.run(world, run, Recorder(run / "metrics.jsonl"), open_grid, on_event, fit))
@@ -180,7 +180,7 @@ def app_of(local: Local) -> ClientApp:
     return client_app(lambda: local, name_of, mods)
 
 
-def _absolute(config: Config) -> None:
+def _make_absolute(config: Config) -> None:
     """Local paths as absolute ones, so that the run can be resumed from any folder."""
     for section, key, table in (
         (config.data, "source", "datasets"),

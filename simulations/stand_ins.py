@@ -51,11 +51,11 @@ def overrides(name: str, folder: Path) -> dict[str, Any]:
     """
     columns, smaller = JOBS[name]
     path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(_row(number, columns)) + "\n" for number in range(ROWS)), encoding="utf-8")
+    path.write_text("".join(json.dumps(_make_row(number, columns)) + "\n" for number in range(ROWS)), encoding="utf-8")
     return {**COMMON, **smaller, "data.source": str(path)}
 
 
-def _row(number: int, columns: tuple[str, ...]) -> dict[str, Any]:
+def _make_row(number: int, columns: tuple[str, ...]) -> dict[str, Any]:
     """A record; `chosen` and `rejected` are conversations where the real data has them so, beside `messages`."""
     asked, said, wrong = f"What is {number} plus 3?", f"It is {number + 3}.", f"It is {number + 5}."
     talks = [[{"role": "user", "content": asked}, {"role": "assistant", "content": text}] for text in (said, wrong)]

@@ -355,10 +355,10 @@ class FederatedStrategy(Configured, Strategy):
 
 def same_scale(server: ServerState, updates: list[Update]) -> list[Update]:
     """Updates that all use the server's scaling s: where client k's is s_k, s_k / s goes on its R, else B, else A."""
-    return [_rescaled(server.adapter, update) for update in updates]
+    return [_rescale_update(server.adapter, update) for update in updates]
 
 
-def _rescaled(like: AdapterState, update: Update) -> Update:
+def _rescale_update(like: AdapterState, update: Update) -> Update:
     tensors = dict(update.adapter.tensors)
     for site in like.lora_sites():
         ratio = update.adapter.sites[site].scaling / like.sites[site].scaling

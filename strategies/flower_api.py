@@ -55,11 +55,11 @@ def start(
     Raises:
         RunError: the strategy sends more than a state dict, or the arrays are no peft LoRA.
     """
-    codec, server, rules = _open(strategy, initial_arrays, train_config, num_rounds, timeout)
+    codec, server, rules = _open_codec(strategy, initial_arrays, train_config, num_rounds, timeout)
     result = Result()
 
     def evaluate(server: ServerState) -> dict[str, float]:
-        metrics = evaluate_fn(server.round, _arrays(strategy, codec, server)) if evaluate_fn else None
+        metrics = evaluate_fn(server.round, _arrays_of(strategy, codec, server)) if evaluate_fn else None
         if metrics is not None:
             result.evaluate_metrics_serverapp[server.round] = metrics
         return {}
@@ -70,7 +70,7 @@ def start(
 
     evaluate(server)
     server = strategy.run(grid, server, rules, codec=codec, evaluate=evaluate, record=record)
-    result.arrays = _arrays(strategy, codec, server)
+    result.arrays = _arrays_of(strategy, codec, server)
     return result
 
 
@@ -80,7 +80,7 @@ def configure_train(
     """Messages of a round. After round 1 `arrays` is what the caller made of the last aggregate (it may be noised)."""
     last = strategy.open_round
     if last is None or number == 1:
-        codec, server, rules = _open(strategy, arrays, config, number, None)
+        codec, server, rules = _open_codec(strategy, arrays, config, number, None)
     else:
         codec, rules = last.codec, last.rules
         server = replace(last.server, adapter=codec.adapter(arrays, last.server.adapter))
@@ -108,10 +108,10 @@ def aggregate_train(
 
     updates, bad = sort_answers({client: asking.read_or_refuse(read, client, answered[client]) for client in answered})
     server, event = strategy.conclude(last.server, updates, bad, last.rules, lambda event: None)
-    return replace(last, server=server), _arrays(strategy, last.codec, server), _train_metrics(event)
+    return replace(last, server=server), _arrays_of(strategy, last.codec, server), _train_metrics(event)
 
 
-def _open(
+def _open_codec(
     strategy: FederatedStrategy, arrays: ArrayRecord, config: ConfigRecord | None, rounds: int, deadline_s: float | None
 ) -> tuple[wire.Named, ServerState, Rules]:
     from fedpeft.state import Rules
@@ -142,7 +142,7 @@ def _open(
     return codec, strategy.initial(adapter, rules.seed), rules
 
 
-def _arrays(strategy: FederatedStrategy, codec: wire.Named, server: ServerState) -> ArrayRecord:
+def _arrays_of(strategy: FederatedStrategy, codec: wire.Named, server: ServerState) -> ArrayRecord:
     return codec.arrays(strategy.before_round(server).adapter)
 
 

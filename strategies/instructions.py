@@ -78,7 +78,7 @@ class Instructions:
 
     def to_json(self) -> dict[str, Any]:
         """What differs from the defaults, of lists, texts and numbers."""
-        return {key: _plain(value) for key, value in asdict(self).items() if value is not None and value != ()}
+        return {key: _to_plain(value) for key, value in asdict(self).items() if value is not None and value != ()}
 
     @classmethod
     def from_json(cls, tree: Any) -> Instructions:
@@ -87,73 +87,75 @@ class Instructions:
         Raises:
             BadMessage: names the key, what was seen and what is allowed.
         """
-        told = _mapping(tree, cls, "task")
-        roles = {key: _tuple(told.get(key, []), str, f"task.{key}", "roles") for key in ROLES}
+        told = _require_mapping(tree, cls, "task")
+        roles = {key: _read_tuple(told.get(key, []), str, f"task.{key}", "roles") for key in ROLES}
         return cls(
-            _round(told.get("round")),
+            _read_round(told.get("round")),
             **roles,
-            static=_optional(_drawn, told.get("static")),
-            learn=_optional(_lesson, told.get("learn")),
-            sums=_name(told.get("sums"), SUMS, "task.sums"),
-            view=_name(told.get("view"), VIEW, "task.view"),
+            static=_read_optional(_read_drawn, told.get("static")),
+            learn=_read_optional(_read_lesson, told.get("learn")),
+            sums=_read_name(told.get("sums"), SUMS, "task.sums"),
+            view=_read_name(told.get("view"), VIEW, "task.view"),
         )
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _mapping(tree: Any, kind: type, key: str) -> dict[str, Any]:
+def _require_mapping(tree: Any, kind: type, key: str) -> dict[str, Any]:
     known = [item.name for item in fields(kind)]
     if not isinstance(tree, dict):
-        raise _wrong(key, tree, f"a mapping of {', '.join(known)}")
+        raise _refuse_value(key, tree, f"a mapping of {', '.join(known)}")
     strange = next((name for name in tree if name not in known), None)
     if strange is not None:
         raise BadMessage(registry.unknown(key, shown(strange, 100), known))
     return tree
 
 
-def _optional(read: Callable[[Any], T], value: Any) -> T | None:
+def _read_optional(read: Callable[[Any], T], value: Any) -> T | None:
     return None if value is None else read(value)
 
 
-def _round(value: Any) -> int:
+def _read_round(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= ROUNDS:
-        raise _wrong("task.round", value, f"a number of a round, 0 to {ROUNDS}")
+        raise _refuse_value("task.round", value, f"a number of a round, 0 to {ROUNDS}")
     return value
 
 
-def _tuple(value: Any, kind: type[T], key: str, what: str) -> tuple[T, ...]:
+def _read_tuple(value: Any, kind: type[T], key: str, what: str) -> tuple[T, ...]:
     if not isinstance(value, list) or any(type(item) is not kind for item in value):
-        raise _wrong(key, value, f"a list of {what}")
+        raise _refuse_value(key, value, f"a list of {what}")
     return tuple(value)
 
 
-def _name(value: Any, pattern: re.Pattern[str], key: str) -> str | None:
+def _read_name(value: Any, pattern: re.Pattern[str], key: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise _wrong(key, value, "a name of at most 40 letters and digits")
+        raise _refuse_value(key, value, "a name of at most 40 letters and digits")
     return value
 
 
-def _drawn(value: Any) -> Drawn:
-    told = _mapping(value, Drawn, "task.static")
+def _read_drawn(value: Any) -> Drawn:
+    told = _require_mapping(value, Drawn, "task.static")
     digest = told.get("sha256")
     if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise _wrong("task.static.sha256", digest, "a sha256")
-    return Drawn(_tuple(told.get("roles"), str, "task.static.roles", "roles"), digest)
+        raise _refuse_value("task.static.sha256", digest, "a sha256")
+    return Drawn(_read_tuple(told.get("roles"), str, "task.static.roles", "roles"), digest)
 
 
-def _lesson(value: Any) -> Lesson:
-    told = _mapping(value, Lesson, "task.learn")
+def _read_lesson(value: Any) -> Lesson:
+    told = _require_mapping(value, Lesson, "task.learn")
     task, replay, groups = told.get("task"), told.get("replay"), told.get("groups")
     if type(task) is not int or type(replay) is not bool or not isinstance(groups, list):
-        raise _wrong("task.learn", value, "a task's number, its classes, and whether earlier records are shown again")
+        raise _refuse_value(
+            "task.learn", value, "a task's number, its classes, and whether earlier records are shown again"
+        )
     classes, seen, compete = (
-        _tuple(told.get(key), int, f"task.learn.{key}", "classes") for key in ("classes", "seen", "compete")
+        _read_tuple(told.get(key), int, f"task.learn.{key}", "classes") for key in ("classes", "seen", "compete")
     )
     return Lesson(
         task,
@@ -161,9 +163,9 @@ def _lesson(value: Any) -> Lesson:
         seen,
         compete,
         replay,
-        tuple(_tuple(group, int, "task.learn.groups", "classes") for group in groups),
+        tuple(_read_tuple(group, int, "task.learn.groups", "classes") for group in groups),
     )
 
 
-def _wrong(key: str, value: Any, wanted: str) -> BadMessage:
+def _refuse_value(key: str, value: Any, wanted: str) -> BadMessage:
     return BadMessage(f"{key}={shown(repr(value), 200)}: it must be {wanted}.")

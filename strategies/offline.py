@@ -51,7 +51,7 @@ def aggregate(
     for name, adapter in zip(names, adapters, strict=True):
         require_same_sites(first, adapter, name)
     _require_ranks(strategy, first, adapters, start is not None)
-    server = ServerState(first if start is not None else _largest(adapters))
+    server = ServerState(first if start is not None else _find_largest(adapters))
     updates = [
         Update(f"adapter-{number:03d}", float(weight), adapter)
         for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
@@ -75,7 +75,7 @@ def _require_ranks(
             raise InputError(f"aggregate: {site} has the ranks {ranks}, above the start's {first.rank(site)}.")
 
 
-def _largest(adapters: list[AdapterState]) -> AdapterState:
+def _find_largest(adapters: list[AdapterState]) -> AdapterState:
     """The first adapter, with the factors and scaling of the first adapter of the highest rank at each site."""
     tensors, sites = dict(adapters[0].tensors), dict(adapters[0].sites)
     for site in adapters[0].lora_sites():

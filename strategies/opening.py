@@ -79,7 +79,7 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
     with reading(f"header of {what}"):
         # Of version 1, which ours have, the header alone: it is the same in all replies of a round.
         end = 10 + int.from_bytes(given.data[8:10], "little") if given.data[6:8] == b"\x01\x00" else HEADER_BYTES
-        said, fortran, kind, start = _header(given.data[: min(end, HEADER_BYTES)])
+        said, fortran, kind, start = _read_header(given.data[: min(end, HEADER_BYTES)])
     if said != shape or kind != np.dtype(dtype) or start + size != len(given.data):
         raise BadMessage(
             f"{what}: its header says {shown(kind, 60)} {shown(list(said), 200)}, expected {dtype} "
@@ -90,7 +90,7 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
 
 
 @lru_cache(maxsize=16)
-def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether in Fortran's order, dtype, and where the values begin, of the first bytes of an npy file."""
     file = io.BytesIO(data)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
@@ -113,17 +113,17 @@ def packed(
     """
     with reading("message"):
         require_names(content, (*PARTS, *(name for name in also if name in content)), "records")
-        arrays, config = _kind(content.array_records, "arrays"), _kind(content.config_records, "config")
+        arrays, config = _record_of(content.array_records, "arrays"), _record_of(content.config_records, "config")
         require_names(config, ("manifest", "task"), "config")
     with reading("arrays"):
         require_names(arrays, ("adapter",), "arrays")
-        form = described(_text(config, "manifest"), longest)
+        form = described(_read_text(config, "manifest"), longest)
         # Before the array is looked at: a form that was not to be sent must not cost its memory.
         check(form)
         dtype, count = packed_form(form)
         values = array(arrays["adapter"], dtype, (count,), "the adapter's array")
     with reading("task"):
-        told = Instructions.from_json(read_json(_text(config, "task"), "the task", TASK_BYTES))
+        told = Instructions.from_json(read_json(_read_text(config, "task"), "the task", TASK_BYTES))
     with reading("arrays"):
         return unpack(values, form), told
 
@@ -146,7 +146,7 @@ def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
     # First: the other metrics of no record are NaN.
     if any(key == COUNT and value == 0 for key, value in items):
         raise BadMessage(f"{COUNT} is 0: the client has no record that the model can take")
-    values = {key: _metric(key, value) for key, value in items if strict or not isinstance(value, list)}
+    values = {key: _read_metric(key, value) for key, value in items if strict or not isinstance(value, list)}
     count = values.get(COUNT)
     if count is None:
         raise BadMessage(f"no {COUNT} in the reply")
@@ -156,7 +156,7 @@ def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
     return values
 
 
-def _metric(key: str, value: Any) -> float:
+def _read_metric(key: str, value: Any) -> float:
     if not METRIC_NAME.fullmatch(key):
         raise BadMessage(f"metric {shown(key, 120)!r}: no name of a metric")
     # To Python True is an int.
@@ -167,13 +167,13 @@ def _metric(key: str, value: Any) -> float:
     return float(value)
 
 
-def _kind(records: Mapping[str, Any], name: str) -> Any:
+def _record_of(records: Mapping[str, Any], name: str) -> Any:
     if name not in records:
         raise BadMessage(f"record {name} is of another kind")
     return records[name]
 
 
-def _text(record: Mapping[str, Any], key: str) -> str:
+def _read_text(record: Mapping[str, Any], key: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise BadMessage(f"{key} is a {type(value).__name__}, not a text")

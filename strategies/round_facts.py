@@ -52,7 +52,7 @@ def of_single(sent: dict[str, AdapterState], updates: list[Update], roles: list[
     moved = [(update.adapter.select(roles), sent[update.client]) for update in updates]
     names = [update.client for update in updates]
     norms = [after.distance(before) for after, before in moved]
-    distances = _distances(moved)
+    distances = _measure_distances(moved)
     return {
         "update_norms": _by_name(names, norms),
         "update_distances": _by_name(names, distances),
@@ -71,7 +71,7 @@ def far(norms: dict[str, float]) -> dict[str, float | None]:
     for index, (name, norm) in enumerate(norms.items()):
         others = float(np.median(np.delete(values, index))) if len(values) > 1 else norm
         if norm > FAR * others:
-            found[name] = _short(norm / others) if others > 0 else None
+            found[name] = _round_value(norm / others) if others > 0 else None
     return found
 
 
@@ -100,7 +100,7 @@ def beyond(times: float | None) -> str:
     return "moved where the others did not" if times is None else f"is {times:.4g} times as long as the others' median"
 
 
-def _distances(moved: list[tuple[AdapterState, AdapterState]]) -> list[float]:
+def _measure_distances(moved: list[tuple[AdapterState, AdapterState]]) -> list[float]:
     """Of every move to their coordinate-wise median, some columns at a time; empty where shapes differ."""
     first = moved[0][0]
     if any(
@@ -127,9 +127,9 @@ def median(values: Tensor) -> Tensor:
 
 
 def _by_name(names: list[str], values: list[float]) -> dict[str, float]:
-    return {name: _short(value) for name, value in zip(names, values, strict=False)}
+    return {name: _round_value(value) for name, value in zip(names, values, strict=False)}
 
 
-def _short(value: float) -> float:
+def _round_value(value: float) -> float:
     """Six digits: enough to read, and few bytes in the record."""
     return float(f"{value:.6g}")

@@ -252,11 +252,11 @@ def contents(codec: Codec, sent: dict[str, AdapterState], told: Instructions) ->
         if key not in packed:
             packed[key] = codec.content(state, told)
         # Records of its own: what a client's app does to its message is no other client's.
-        found[client] = RecordDict({name: _copied(record) for name, record in packed[key].items()})
+        found[client] = RecordDict({name: _copy_record(record) for name, record in packed[key].items()})
     return found
 
 
-def _copied(record: Any) -> Any:
+def _copy_record(record: Any) -> Any:
     return type(record)({**record})
 
 

@@ -75,7 +75,7 @@ def train_cohort(
     model.training_mode()
     try:
         with first_token(model, jobs[0].data), replaced(found, now):
-            for chunk in _chunks(model, jobs, config, tokens):
+            for chunk in _split_chunks(model, jobs, config, tokens):
                 results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
                 done |= dict(zip(chunk, results, strict=True))
                 progress.step("clients", len(done), len(jobs))
@@ -84,11 +84,11 @@ def train_cohort(
     return [done[index] for index in range(len(jobs))]
 
 
-def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
+def _split_chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
     """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
     sizes = [min(config.micro_batch or config.batch_size, len(job.data)) for job in jobs]
     widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
-    kinds = [_kind(job, config) for job in jobs]
+    kinds = [_kind_of_job(job, config) for job in jobs]
     # Most steps first, as those that go on are a chunk's first rows.
     order = sorted(range(len(jobs)), key=lambda i: (kinds[i], -jobs[i].steps(config), -widths[i]))
     chunk: list[int] = []
@@ -103,7 +103,7 @@ def _chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) 
         yield chunk
 
 
-def _kind(job: Job, config: ClientConfig) -> tuple[Any, ...]:
+def _kind_of_job(job: Job, config: ClientConfig) -> tuple[Any, ...]:
     """What all jobs of a chunk have in common: whether steps are private, the rate of each, and the steps before them
     that their optimizer counts.
     """

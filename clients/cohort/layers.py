@@ -76,11 +76,11 @@ class Layer:
         for weight in weights[:-1]:
             x = x @ weight.mT
         grouped = y.reshape(now.groups, -1, y.shape[-1]).to(x.dtype)
-        total = _plus(grouped, x, weights[-1], self.module.scaling["default"])
+        total = _add_product(grouped, x, weights[-1], self.module.scaling["default"])
         return total.reshape(y.shape).to(y.dtype)
 
 
-def _plus(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+def _add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
     """y + s x W^T for y [G, rows, out], x [G, rows, r] and W [G, out, r] or [out, r]."""
     if weight.ndim == 3:
         return y.baddbmm(x, weight.mT, alpha=scale)
@@ -101,7 +101,9 @@ def layers(model: Adapted) -> list[Layer]:
     for root in model.base.modules:
         for name, module in root.named_modules():
             if isinstance(module, BaseTunerLayer):
-                parts = [module.lora_A["default"], *module.lora_B["default"].modules()] if _plain(module) else []
+                parts = (
+                    [module.lora_A["default"], *module.lora_B["default"].modules()] if _is_plain_lora(module) else []
+                )
                 chain = [part for part in parts if not isinstance(part, nn.Sequential)]
                 factors = [keys.get(id(getattr(part, "weight", None)), "") for part in chain]
                 # Exact types: a subclass may compute something else.
@@ -125,7 +127,7 @@ def layers(model: Adapted) -> list[Layer]:
     return found
 
 
-def _plain(module: Any) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     """Whether a layer of peft computes W x + s B A x: LoRA, active, not merged, neither DoRA nor another variant."""
     from peft.tuners.lora import LoraLayer
 

@@ -92,14 +92,14 @@ def assemble(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[st
         if "attention_mask" in tables[0]:
             settings: Any = getattr(model.base.backbone, "config", None)
             filler = (getattr(settings, "pad_token_id", None) or 0) if name == "input_ids" else 0
-            values = [_wide(value, piece.width, filler) for value in values]
+            values = [_pad_width(value, piece.width, filler) for value in values]
         inputs[name] = values[0] if len(values) == 1 else torch.cat(values)
     if by_token(labels[0]):
-        labels = [_wide(value, piece.width, IGNORE) for value in labels]
+        labels = [_pad_width(value, piece.width, IGNORE) for value in labels]
     return inputs, torch.cat(labels)
 
 
-def _wide(value: Tensor, width: int, filler: int) -> Tensor:
+def _pad_width(value: Tensor, width: int, filler: int) -> Tensor:
     """[N, T] cut or padded on the right to [N, width]."""
     short = width - value.shape[1]
     return value[:, :width] if short <= 0 else torch.nn.functional.pad(value, (0, short), value=filler)

@@ -140,8 +140,8 @@ def about_all(folders: list[Path], base: str | None = None) -> dict[str, Any]:
         other = about(path)
         if base is None and (place(other["base"]), other["revision"]) != (place(first["base"]), first["revision"]):
             raise InputError(
-                f"{path}: its base model is {_named(other)}; that of {folders[0]} is {_named(first)}. If both are one "
-                "model, say so with --base and the name that the result is to have."
+                f"{path}: its base model is {_name_base(other)}; that of {folders[0]} is {_name_base(first)}. If both "
+                "are one model, say so with --base and the name that the result is to have."
             )
         if other["task"] and first["task"] and other["task"] != first["task"]:
             raise InputError(f"{path}: made for {other['task']}; {folders[0]} for {first['task']}.")
@@ -161,17 +161,17 @@ def load(folder: Path) -> AdapterState:
     """
     config = read_object(folder / CONFIG)
     require_plain_lora(folder, config)
-    weights, saved, tensors = _weights(folder), config.get("modules_to_save") or [], {}
+    weights, saved, tensors = _read_weights(folder), config.get("modules_to_save") or [], {}
     require_numbers(folder, weights)
     for name, value in weights.items():
         tensors["/".join(named_parameter(folder, name, saved))] = value
     if (folder / HEAD).exists():
-        head = _read(folder / HEAD)
+        head = _read_tensors(folder / HEAD)
         require_numbers(folder, head)
         for name, value in head.items():
             site, _, role = name.rpartition(".")
             tensors[f"{site}/{role}"] = value
-    return AdapterState(tensors, _sites(folder, tensors, config))
+    return AdapterState(tensors, _build_sites(folder, tensors, config))
 
 
 def place(base: str) -> str:
@@ -179,7 +179,7 @@ def place(base: str) -> str:
     return str(Path(base).resolve()) if base and Path(base).exists() else base
 
 
-def _named(about: dict[str, Any]) -> str:
+def _name_base(about: dict[str, Any]) -> str:
     return f"'{about['base']}'" + (f" at revision {about['revision']}" if about["revision"] else "")
 
 
@@ -194,16 +194,16 @@ def describe_head(about: dict[str, Any]) -> str:
     return "a mean-pooled one of fedpeft's" if about["pooled_head"] else "the base model's"
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     pickled = folder / "adapter_model.bin"
     if not (folder / WEIGHTS).exists() and pickled.exists():
-        return _read(pickled)
-    return _read(folder / WEIGHTS)
+        return _read_tensors(pickled)
+    return _read_tensors(folder / WEIGHTS)
 
 
 def _weight_names(folder: Path) -> list[str]:
     if not (folder / WEIGHTS).exists():
-        return list(_weights(folder))
+        return list(_read_weights(folder))
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             return list(file.keys())
@@ -211,7 +211,7 @@ def _weight_names(folder: Path) -> list[str]:
         raise InputError(f"{folder / WEIGHTS}: not readable: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # An old peft file is a pickle: without `weights_only` it could run code.
         return torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
@@ -219,7 +219,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not readable: {error}") from error
 
 
-def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, AdaptedLayer]:
+def _build_sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, AdaptedLayer]:
     sites: dict[str, AdaptedLayer] = {}
     for key in tensors:
         site, _, role = key.rpartition("/")
@@ -232,13 +232,13 @@ def _sites(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
         rank = A.shape[0]
         if A.ndim != 2 or B.ndim != 2 or B.shape[1] != rank:
             raise InputError(f"{folder}: {site} has factors of shapes {list(B.shape)} and {list(A.shape)}.")
-        alpha = _pattern(config.get("alpha_pattern") or {}, site, float(config["lora_alpha"]))
+        alpha = _match_pattern(config.get("alpha_pattern") or {}, site, float(config["lora_alpha"]))
         sites[site] = AdaptedLayer(
             "lora", (B.shape[0], A.shape[1]), alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         )
     return sites
 
 
-def _pattern(pattern: dict[str, float], site: str, default: float) -> float:
+def _match_pattern(pattern: dict[str, float], site: str, default: float) -> float:
     """peft's rule: the first key that matches the module's name, or its ending after a dot, as a regular expression."""
     return next((float(value) for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", site)), default)

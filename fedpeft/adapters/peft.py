@@ -87,7 +87,7 @@ class Peft(Configured):
         layers = linear_layers(base) if self.moving_start({"options": self.config.options}) else {}
         before = {name: base.weight(name).clone() for name in layers}
         parameters, frozen = self._put_in(base, settings)
-        told = {key: _plain(value) for key, value in settings.to_dict().items()}
+        told = {key: _to_plain_value(value) for key, value in settings.to_dict().items()}
         sites = {key.rpartition("/")[0]: AdaptedLayer("peft", tuple(value.shape)) for key, value in parameters.items()}
         if before:
             moved, places = _undo_start(base, before)
@@ -117,7 +117,7 @@ class Peft(Configured):
             # Full names: by endings peft would also take layers of the head.
             options["target_modules"] = resolve(base, wanted)
         elif "target_modules" not in options and (wanted or name == "LN_TUNING"):
-            options["target_modules"] = wanted or _norms(base)
+            options["target_modules"] = wanted or _find_norms(base)
         try:
             return cls(**options)
         except (ValueError, TypeError) as error:
@@ -191,13 +191,13 @@ def _undo_start(base: Base, before: dict[str, Tensor]) -> tuple[dict[str, Tensor
     return residuals, places
 
 
-def _norms(base: Base) -> list[str]:
+def _find_norms(base: Base) -> list[str]:
     heads = {id(part) for head in base.heads.values() for part in head.modules()}
     named = base.backbone.named_modules()
     return [name for name, part in named if type(part).__name__.endswith("Norm") and id(part) not in heads]
 
 
-def _plain(value: Any) -> Any:
+def _to_plain_value(value: Any) -> Any:
     """As JSON has it."""
     if isinstance(value, Enum):
         return value.value

@@ -29,10 +29,10 @@ def measure_average(model: Adapted, inputs: dict[str, Tensor], roles: tuple[str,
         roles: of what trains.
     """
     model.base.backbone.eval()
-    start, layers = model.state(), _layers(model)
+    start, layers = model.state(), _find_layers(model)
     model.write(start.without(("residual_A", "residual_B")))  # layer(x) is the bare model's
-    calls = _calls(model, inputs, layers)
-    moved = [_moved(start, roles, seed * CLIENTS + client) for client in range(CLIENTS)]
+    calls = _record_calls(model, inputs, layers)
+    moved = [_move_randomly(start, roles, seed * CLIENTS + client) for client in range(CLIENTS)]
     mean = start.replace(
         {key: torch.stack([state[key] for state in moved]).mean(0) for key in start.select(roles).tensors}
     )
@@ -47,13 +47,13 @@ def measure_average(model: Adapted, inputs: dict[str, Tensor], roles: tuple[str,
     return math.sqrt(off / sum(float(want.square().sum()) for want in wanted))
 
 
-def _layers(model: Adapted) -> list[nn.Module]:
+def _find_layers(model: Adapted) -> list[nn.Module]:
     return [
         module for module in model.base.backbone.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)
     ]
 
 
-def _calls(
+def _record_calls(
     model: Adapted, inputs: dict[str, Tensor], layers: list[nn.Module]
 ) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
     """Each layer with what it is given, in the order of calls."""
@@ -65,7 +65,7 @@ def _calls(
     return calls
 
 
-def _moved(start: AdapterState, roles: tuple[str, ...], seed: int) -> AdapterState:
+def _move_randomly(start: AdapterState, roles: tuple[str, ...], seed: int) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, value in start.select(roles).tensors.items():

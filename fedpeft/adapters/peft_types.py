@@ -121,7 +121,7 @@ def require_options(name: str, given: dict[str, Any]) -> None:
             raise InputError(registry.unknown(f"adapter.options.{key} (adapter.type={name})", key, allowed))
         if not fits(value, allowed[key]):
             raise InputError(
-                f"adapter.options.{key}: {value!r} is not a valid {_named(allowed[key])} of adapter.type={name}."
+                f"adapter.options.{key}: {value!r} is not a valid {_name_hint(allowed[key])} of adapter.type={name}."
             )
     start = str(given.get("init_lora_weights"))
     if start.startswith((*FROM_DATA, "loftq")):
@@ -203,5 +203,5 @@ def _of_a_class(hint: Any) -> bool:
     return hint not in (int, float, bool, str, dict, list, Any)
 
 
-def _named(hint: Any) -> str:
+def _name_hint(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -45,7 +45,7 @@ def first_token(model: Adapted, data: Encoded) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-    handles = [module.register_forward_pre_hook(_cut) for module in model.tail]
+    handles = [module.register_forward_pre_hook(_cut_queries) for module in model.tail]
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
     """The layers that need only the first token of their input [N, T, width]; in evaluation mode."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    inputs = _random(model, data)
+    inputs = _draw_inputs(model, data)
     seen: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -91,13 +91,15 @@ def find(model: Adapted, data: Encoded) -> list[nn.Module]:
         for (module, _), slope in zip(seen, slopes, strict=True)
         if slope is not None and bool(slope[:, :1].any()) and not bool(slope[:, 1:].any())
     ]
-    found = [module for module in found if _same(model, inputs, logits, [module])]  # not the last queries: see `_same`
-    return found if _same(model, inputs, logits, found) else []
+    found = [
+        module for module in found if _says_the_same(model, inputs, logits, [module])
+    ]  # not the last queries: see `_says_the_same`
+    return found if _says_the_same(model, inputs, logits, found) else []
 
 
-def _same(model: Adapted, inputs: dict[str, Tensor], logits: Tensor, found: list[nn.Module]) -> bool:
+def _says_the_same(model: Adapted, inputs: dict[str, Tensor], logits: Tensor, found: list[nn.Module]) -> bool:
     """Whether the model runs with these inputs cut, and says the same: attention wants as many queries as keys."""
-    handles = [module.register_forward_pre_hook(_cut) for module in found]
+    handles = [module.register_forward_pre_hook(_cut_queries) for module in found]
     try:
         with torch.no_grad():
             cut = model.base.forward(inputs)
@@ -111,11 +113,11 @@ def _same(model: Adapted, inputs: dict[str, Tensor], logits: Tensor, found: list
     return cut.shape == logits.shape and bool((cut - logits).abs().max() <= rounding * logits.abs().max())
 
 
-def _cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cut_queries(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][:, :1], *args[1:])
 
 
-def _random(model: Adapted, data: Encoded) -> dict[str, Tensor]:
+def _draw_inputs(model: Adapted, data: Encoded) -> dict[str, Tensor]:
     """Two samples with the names and shapes of these records, texts without padding; no record is looked at."""
     device = next(iter(model.parameters.values())).device
     generator = torch.Generator().manual_seed(0)

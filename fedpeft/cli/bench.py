@@ -28,7 +28,7 @@ def bench_federated(
     as_json: Json = False,
 ) -> None:
     """Federated LoRA rules under sample-level DP and label skew, at one learning rate and at each rule's own."""
-    with _folder("federated", out) as out:
+    with _open_folder("federated", out) as out:
         from fedpeft.simulations.benchmarks import federated, federated_report
 
         result = federated.run(out, shortened.seeds(seeds, 2), quick, tell=console.note)
@@ -43,7 +43,7 @@ def bench_private(
     as_json: Json = False,
 ) -> None:
     """FedIT, FFA-LoRA and FedSVD on a real model at several epsilons."""
-    with _folder("private", out, own=CELLS) as out:
+    with _open_folder("private", out, own=CELLS) as out:
         from fedpeft.simulations.benchmarks import private
 
         console.emit(private.run(out, shortened.seeds(seeds, 2), quick, console.note), as_json, private.show)
@@ -61,7 +61,7 @@ def bench_server(
     as_json: Json = False,
 ) -> None:
     """What aggregation costs the server for a large model: seconds and peak memory, beside the dense way."""
-    with _folder("server", out) as out:
+    with _open_folder("server", out) as out:
         from fedpeft.simulations.benchmarks import server_cost
 
         sizes = {"sites": sites, "m": m, "n": n, "r": r, "clients": clients}
@@ -83,14 +83,14 @@ def bench_speed(
     as_json: Json = False,
 ) -> None:
     """The cohort engine against a peft loop, Opacus, and Flower's simulation engine."""
-    with _folder("speed", out) as out:
+    with _open_folder("speed", out) as out:
         from fedpeft.simulations.benchmarks import speed
 
         lists: dict[str, Any] = {
-            "models": _listed(models),
-            "engines": _listed(engines),
-            "clients": _numbers("clients", clients),
-            "batch": _numbers("batch", batch),
+            "models": _split_list(models),
+            "engines": _split_list(engines),
+            "clients": _parse_numbers("clients", clients),
+            "batch": _parse_numbers("batch", batch),
         }
         given: dict[str, Any] = {"repeats": repeats, "seq": seq, "steps": steps, "quick": quick, "device": device}
         console.emit(speed.run(out, **lists, **given, tell=console.note), as_json, speed.show)
@@ -103,10 +103,10 @@ def bench_memory(
     as_json: Json = False,
 ) -> None:
     """Peak memory of a simulated run against the number of its clients, 64 of which are asked a round."""
-    with _folder("memory", out) as out:
+    with _open_folder("memory", out) as out:
         from fedpeft.simulations.benchmarks import memory
 
-        console.emit(memory.run(out, _numbers("clients", clients), console.note), as_json, memory.show)
+        console.emit(memory.run(out, _parse_numbers("clients", clients), console.note), as_json, memory.show)
 
 
 @bench_app.command("sites")
@@ -119,7 +119,7 @@ def bench_sites(
     as_json: Json = False,
 ) -> None:
     """Rounds of a real coordinator with many light sites over gRPC and TLS: seconds, and memory after each."""
-    with _folder("sites", out) as out:
+    with _open_folder("sites", out) as out:
         from fedpeft.simulations.benchmarks import sites as bench
 
         console.emit(bench.run(out, sites, rounds, secagg, late, console.note), as_json, bench.show)
@@ -141,11 +141,11 @@ def bench_data(
     as_json: Json = False,
 ) -> None:
     """Memory, start and rate of runs over many texts and photos, and a plain loop of other libraries beside ours."""
-    with _folder("data", out) as out:
+    with _open_folder("data", out) as out:
         from fedpeft.simulations.benchmarks import data as bench
 
         sizes = {"texts": texts, "photos": photos, "rival": rival, "unequal": unequal, "repeats": repeats}
-        result = bench.run(out, data, engines=_listed(engines), **sizes, quick=quick, tell=console.note)
+        result = bench.run(out, data, engines=_split_list(engines), **sizes, quick=quick, tell=console.note)
         console.emit(result, as_json, bench.show)
 
 
@@ -173,7 +173,7 @@ def bench_tta(
     as_json: Json = False,
 ) -> None:
     """Test-time methods on drifting streams, built in or of prepared real records: error, calibration, cost."""
-    with _folder("tta", out, own=CELLS) as out:
+    with _open_folder("tta", out, own=CELLS) as out:
         from fedpeft.simulations.benchmarks import tta, tta_report
 
         result = tta.run(out, stream, methods, models, shortened.seeds(seeds), quick, console.note)
@@ -214,7 +214,7 @@ def bench_continual(
     as_json: Json = False,
 ) -> None:
     """Continual learning on a stream of tasks: accuracy, forgetting, bytes kept and cost of bodies and heads."""
-    with _folder("continual", out, own=CELLS) as out:
+    with _open_folder("continual", out, own=CELLS) as out:
         from fedpeft.simulations.benchmarks import continual, continual_report
 
         given: dict[str, Any] = {"quick": quick, "validation": validation, "settings": settings, "tell": console.note}
@@ -233,15 +233,15 @@ def bench_unlearn(
     as_json: Json = False,
 ) -> None:
     """What each way of unlearning a client leaves of it, beside the run as trained and the run without the client."""
-    with _folder("unlearn", out, own=(*CELLS, "runs")) as out:
+    with _open_folder("unlearn", out, own=(*CELLS, "runs")) as out:
         from fedpeft.simulations.benchmarks import unlearn
 
-        result = unlearn.run(out, _listed(sets), shortened.seeds(seeds), quick, console.note)
+        result = unlearn.run(out, _split_list(sets), shortened.seeds(seeds), quick, console.note)
         console.emit(result, as_json, unlearn.show)
 
 
 @contextmanager
-def _folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Path]:
+def _open_folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Path]:
     """The folder of a benchmark's results, held by this process; says at once that there is life.
 
     Args:
@@ -258,12 +258,12 @@ def _folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Path]:
             raise
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def _split_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _parse_numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in _listed(text))
+        return tuple(int(part) for part in _split_list(text))
     except ValueError as error:
         raise InputError(f"--{option}: '{text}' is not a list of whole numbers like 8,64.") from error

@@ -42,7 +42,10 @@ def entries(table: str | None = None, short: bool = False) -> dict[str, list[dic
     """
     if table is not None and table not in TABLES:
         raise InputError(registry.unknown("list", table, TABLES))
-    return {name: [_row(name, entry, short) for entry in _names(name)] for name in ([table] if table else TABLES)}
+    return {
+        name: [_describe_row(name, entry, short) for entry in _names_in(name)]
+        for name in ([table] if table else TABLES)
+    }
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -53,15 +56,15 @@ def describe(name: str) -> dict[str, Any]:
     """
     wanted, slash, entry = name.partition("/")
     entry = entry if slash else name
-    found = [table for table in TABLES if (not slash or table == wanted) and entry in _names(table)]
+    found = [table for table in TABLES if (not slash or table == wanted) and entry in _names_in(table)]
     if not found:
-        raise InputError(registry.unknown("show", name, [entry for table in TABLES for entry in _names(table)]))
+        raise InputError(registry.unknown("show", name, [entry for table in TABLES for entry in _names_in(table)]))
     table, *others = found
     also = [f"{other}/{entry}" for other in others]
-    return {"table": table, **_row(table, entry), **_details(table, entry), "also": also}
+    return {"table": table, **_describe_row(table, entry), **_describe_entry(table, entry), "also": also}
 
 
-def _names(table: str) -> list[str]:
+def _names_in(table: str) -> list[str]:
     if table == "configs":
         return list(configs.shipped_configs())
     if table == "sections":
@@ -75,7 +78,7 @@ def _names(table: str) -> list[str]:
     return registry.names(table)
 
 
-def _row(table: str, name: str, short: bool = False) -> dict[str, Any]:
+def _describe_row(table: str, name: str, short: bool = False) -> dict[str, Any]:
     if table == "configs":
         text = configs.shipped_configs()[name].read_text()
         return {"name": name, "summary": text.splitlines()[0].lstrip("# ")}
@@ -98,14 +101,16 @@ def _row(table: str, name: str, short: bool = False) -> dict[str, Any]:
     return row
 
 
-def _details(table: str, name: str) -> dict[str, Any]:
+def _describe_entry(table: str, name: str) -> dict[str, Any]:
     if table == "configs":
         path = configs.shipped_configs()[name]
         return {"path": str(path), "description": path.read_text()}
     if table == "sections":
         cls = type(getattr(configs.Config(), name))
         return {
-            "options": list(_options({item.name: item for item in dataclasses.fields(cls) if item.name != "options"}))
+            "options": list(
+                _describe_options({item.name: item for item in dataclasses.fields(cls) if item.name != "options"})
+            )
         }
     if table in ("models", "recipes"):
         return {}
@@ -139,14 +144,14 @@ def _details(table: str, name: str) -> dict[str, Any]:
         central = description.partition("\n    >>>")[0]
         description = f"{central}\n\nIn a federation\n---------------\n\n{inspect.getdoc(half)}"
     return {
-        "options": list(_options(configs.options_of(cls))),
+        "options": list(_describe_options(configs.options_of(cls))),
         "paper": getattr(cls, "paper", ""),
         "notes": notes,
         "description": description,
     }
 
 
-def _options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any]]:
+def _describe_options(items: dict[str, dataclasses.Field[Any]]) -> Iterator[dict[str, Any]]:
     for name, item in items.items():
         meta = item.metadata
         if not meta:

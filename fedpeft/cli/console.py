@@ -112,10 +112,10 @@ def run_result(summary: dict[str, Any]) -> None:
     table.add_column("accuracy", justify="right")
     table.add_column("loss", justify="right")
     reasons: list[str] = []
-    for name, row in _models(summary):
+    for name, row in _model_rows(summary):
         if row and row.get("accuracy") is not None:
             loss = f"{row['loss']:.3f}" if row.get("loss") is not None else ""
-            table.add_row(name, _sure(row), loss, style="bold" if name.startswith("federated, final") else None)
+            table.add_row(name, _with_error(row), loss, style="bold" if name.startswith("federated, final") else None)
         elif row and row.get("reason"):
             table.add_row(name, "not fitted", "")
             reasons.append(f"{name}: not fitted: {row['reason']}")
@@ -149,20 +149,20 @@ def run_result(summary: dict[str, Any]) -> None:
         out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
 
 
-def _models(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
+def _model_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
     """Rows of the table: what needs no federation, then what was federated, the answer last."""
     sequence = summary.get("sequence")
     constant = (summary.get("baselines") or {}).get("largest_class_name")
     rows = [
-        (f"always '{constant}'", _row(summary, "largest_class")),
-        ("each client its most frequent answer", _row(summary, "clients_largest_class")),
+        (f"always '{constant}'", _row_of(summary, "largest_class")),
+        ("each client its most frequent answer", _row_of(summary, "clients_largest_class")),
         ("frozen model, same head, all classes" if sequence else "no adaptation (round 0)", summary.get("baseline")),
-        ("frozen features + logistic regression", _row(summary, "frozen_logistic")),
-        ("pixels or words + logistic regression", _row(summary, "pixels_or_words_logistic")),
-        ("each client alone, mean on the test set", _row(summary, "local")),
-        ("each client alone, on its own records", _row(summary, "clients_local")),
-        ("one model of all records (central)", _row(summary, "central")),
-        ("one model of all records, on the clients' own", _row(summary, "clients_central")),
+        ("frozen features + logistic regression", _row_of(summary, "frozen_logistic")),
+        ("pixels or words + logistic regression", _row_of(summary, "pixels_or_words_logistic")),
+        ("each client alone, mean on the test set", _row_of(summary, "local")),
+        ("each client alone, on its own records", _row_of(summary, "clients_local")),
+        ("one model of all records (central)", _row_of(summary, "central")),
+        ("one model of all records, on the clients' own", _row_of(summary, "clients_central")),
     ]
     final = {**(summary.get("final") or {}), "standard_error": summary.get("standard_error")}
     if sequence:
@@ -181,7 +181,7 @@ def _models(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
     ]
 
 
-def _sure(row: dict[str, Any]) -> str:
+def _with_error(row: dict[str, Any]) -> str:
     error = row.get("standard_error")
     return f"{row['accuracy']:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
@@ -229,14 +229,14 @@ def test_time(result: dict[str, Any]) -> None:
     keys = ("accuracy", "source_accuracy", "tta_accuracy")
     rows = list(result["clients"].items())
     for client, row in rows[:CLIENTS_SHOWN]:
-        table.add_row(client, row["stream"], *(f"{row[key]:.1%}" for key in keys), _gain(row))
+        table.add_row(client, row["stream"], *(f"{row[key]:.1%}" for key in keys), _points_gained(row))
     if len(rows) > CLIENTS_SHOWN:
         table.add_row(f"{len(rows) - CLIENTS_SHOWN} more", "see summary.json")
-    table.add_row("mean", "", *(f"{result[key]:.1%}" for key in keys), _gain(result), style="bold")
+    table.add_row("mean", "", *(f"{result[key]:.1%}" for key in keys), _points_gained(result), style="bold")
     out.print(table)
 
 
-def _gain(row: dict[str, Any]) -> str:
+def _points_gained(row: dict[str, Any]) -> str:
     return f"{100 * (row['tta_accuracy'] - row['source_accuracy']):+.1f}"
 
 
@@ -247,7 +247,7 @@ def _by_client(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(found.items()))
 
 
-def _row(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
+def _row_of(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
     found = summary.get("baselines") or {}
     return {"accuracy": found.get(key), "reason": found.get(f"{key}_reason")}
 
@@ -313,12 +313,12 @@ def comparison(result: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for key in rows[0]:
         style = "bold" if key == "run" else None
-        table.add_row(key.replace("_", " "), *(_shown(key, row[key]) for row in rows), style=style)
+        table.add_row(key.replace("_", " "), *(_show_fact(key, row[key]) for row in rows), style=style)
     out.print(table)
     out.print(result["report"], markup=False, soft_wrap=True)
 
 
-def _shown(key: str, value: Any) -> str:
+def _show_fact(key: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

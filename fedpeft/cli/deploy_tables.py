@@ -36,7 +36,7 @@ def sites(result: dict[str, Any]) -> None:
         out.print("the coordinator is not running", style="yellow")
     table = Table("site", "status", box=None, padding=(0, 3, 0, 0))
     for row in result["sites"]:
-        table.add_row(row["name"], _colored(row["status"]))
+        table.add_row(row["name"], _color_word(row["status"]))
     out.print(table)
 
 
@@ -53,7 +53,7 @@ def run(entry: dict[str, Any]) -> None:
     if "state" not in entry:
         console.pairs(entry)
         return
-    out.print(f"{entry['run']}  {_colored(entry['state'])}  round {entry['round']} of {entry['rounds']}")
+    out.print(f"{entry['run']}  {_color_word(entry['state'])}  round {entry['round']} of {entry['rounds']}")
     if entry.get("reason"):
         out.print(entry["reason"], markup=False, soft_wrap=True)
     if entry.get("history"):
@@ -119,6 +119,6 @@ class FleetWatch:
             console.err.print(f"{event['event']} {who}: {reason}", markup=False, soft_wrap=True)
 
 
-def _colored(word: str) -> str:
+def _color_word(word: str) -> str:
     color = COLORS.get(word)
     return f"[{color}]{word}[/{color}]" if color else word

@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
         words = [_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)]
-        with stopped_by_signals(), _watched(words):
+        with stopped_by_signals(), _watch_command(words):
             app(words, prog_name="fedpeft")
     except InputError as error:
         console.fail(str(error))
@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(128 + stop.number)
 
 
-def _watched(words: list[str]) -> AbstractContextManager[None]:
+def _watch_command(words: list[str]) -> AbstractContextManager[None]:
     """Signs of life of the command that these words call, on standard error; a terminal has bars and notes instead."""
     if console.err.is_terminal:
         return nullcontext()

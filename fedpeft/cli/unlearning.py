@@ -53,7 +53,7 @@ def show(result: dict[str, Any]) -> None:
     for name in result["rows"]:
         table.add_column(MODELS[name], justify="right")
     for label, key in MEASURES.items():
-        table.add_row(label, *(_shown(key, row.get(key)) for row in result["rows"].values()))
+        table.add_row(label, *(_show_measure(key, row.get(key)) for row in result["rows"].values()))
     console.out.print(table)
     console.out.print(
         f"attack: forgotten training records told from test records by their loss, .5 is not at all; "
@@ -69,7 +69,7 @@ def show(result: dict[str, Any]) -> None:
     console.out.print(result["out"], markup=False, soft_wrap=True)
 
 
-def _shown(key: str, value: float | None) -> str:
+def _show_measure(key: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1%}" if key.endswith("accuracy") or key == "agreement" else f"{value:.3f}"

@@ -188,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def headers() -> dict[str, str]:
     """The page runs its own script and has its own style, known by their hashes, and asks nobody but this server."""
-    script, style = (_hash(text) for text in (live_page.asset("watch.js"), live_page.style()))
+    script, style = (_hash_source(text) for text in (live_page.asset("watch.js"), live_page.style()))
     policy = {
         "default-src": "'none'",
         "script-src": script,
@@ -209,5 +209,5 @@ def headers() -> dict[str, str]:
     }
 
 
-def _hash(text: str) -> str:
+def _hash_source(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -44,7 +44,7 @@ def load(
     Raises:
         InputError: naming the key, what was given, what is allowed and the nearest valid key.
     """
-    tree = source if isinstance(source, dict) else _mapping(find(source))
+    tree = source if isinstance(source, dict) else _read_mapping(find(source))
     tree = _named_sections(tree)
     given = parse_overrides(overrides)
     apply(tree, given)
@@ -182,14 +182,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is no mapping.
     """
-    tree = _mapping(path)
+    tree = _read_mapping(path)
     try:
         return values.interpolated(tree, {})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -232,7 +232,7 @@ def build(cls: Any, tree: Any, path: str) -> Any:
     if values.is_null(tree):
         tree = {}
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a section with the keys {', '.join(_keys(cls))}; got {tree!r}.")
+        raise InputError(f"{path}: expected a section with the keys {', '.join(_field_names(cls))}; got {tree!r}.")
     items = {item.name: item for item in dataclasses.fields(cls) if item.name != "options"}
     nested = {name: default_of(item) for name, item in items.items() if dataclasses.is_dataclass(default_of(item))}
     found = {
@@ -240,7 +240,7 @@ def build(cls: Any, tree: Any, path: str) -> Any:
         for name, default in nested.items()
     }
     own = {key: value for key, value in tree.items() if key in items and key not in nested}
-    found |= _filled({name: item for name, item in items.items() if name not in nested}, own, path)
+    found |= _fill_fields({name: item for name, item in items.items() if name not in nested}, own, path)
     rest = {key: value for key, value in tree.items() if key not in items}
     config = cls(**found)
     section = METHOD_SECTIONS.get(path)
@@ -270,13 +270,13 @@ def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[st
             name_key = METHOD_SECTIONS[path].key if path in METHOD_SECTIONS else "name"
             named = f"{where}{name_key}: " if path else ""
             raise InputError(_unknown_key(key, path, [*also, *items]) + f" ({named}{whose}.)")
-    return _filled(items, given, path)
+    return _fill_fields(items, given, path)
 
 
-def _filled(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any], path: str) -> dict[str, Any]:
+def _fill_fields(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any], path: str) -> dict[str, Any]:
     """Values of all fields: those given, typed and checked, and the defaults of the others."""
     found = {
-        item.name: _value(item, given[key], f"{path}.{key}" if path else key) if key in given else default_of(item)
+        item.name: _read_value(item, given[key], f"{path}.{key}" if path else key) if key in given else default_of(item)
         for key, item in items.items()
     }
     for key, item in items.items():
@@ -294,14 +294,14 @@ def _filled(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any], pat
 def _entry_options(of: tuple[str, str], name: Any, given: Any, key: str) -> Any:
     """Options of a registry entry, or a list of entries with options, each typed by the entry's own field."""
     if isinstance(given, list):
-        return [_entry(of, entry, key) for entry in given]
+        return [_read_entry(of, entry, key) for entry in given]
     owner = registry.load(of[0], name, key)
     checked = read_options(owner, given, key)
     items = options_of(owner)
     return {option: checked[items[option].name] for option in given}
 
 
-def _entry(of: tuple[str, str], entry: Any, key: str) -> Any:
+def _read_entry(of: tuple[str, str], entry: Any, key: str) -> Any:
     """One of a list of registry entries: a name, or a mapping with a name and options."""
     if isinstance(entry, str):
         return str(values.unquoted(entry))
@@ -312,11 +312,11 @@ def _entry(of: tuple[str, str], entry: Any, key: str) -> Any:
     return {of[1]: name, **_entry_options(of, name, options, f"{key}.{name}")}
 
 
-def _value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
+def _read_value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     """The value converted to the field's type and checked against its bounds."""
     meta = item.metadata
     if meta and meta["options_of"] and meta["options_of"][0]:
-        return _untyped(value, str(item.type), key)
+        return _keep_untyped(value, str(item.type), key)
     value = values.typed(value, str(item.type), key)
     if not meta or value is None:
         return value
@@ -329,7 +329,7 @@ def _value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     return value
 
 
-def _untyped(value: Any, kind: str, key: str) -> Any:
+def _keep_untyped(value: Any, kind: str, key: str) -> Any:
     """A list or mapping whose scalars are typed later, by the fields of the entry that it is for."""
     values.typed(value, kind, key)
     return values.structure(value, key)
@@ -352,7 +352,7 @@ def _require_within(value: Any, meta: Any, key: str) -> None:
         raise InputError(f"{key}: {value!r} is out of range; allowed: {' and '.join(bounds)}.")
 
 
-def _keys(cls: Any) -> list[str]:
+def _field_names(cls: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(cls) if item.name != "options"]
 
 

@@ -48,11 +48,11 @@ def parse_overrides(given: Iterable[str] | dict[str, Any]) -> dict[str, Any]:
 
 def apply(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Put the overrides into the tree, in place."""
-    pairs = list(_named(overrides))
+    pairs = list(_expand_names(overrides))
     for path, section in METHOD_SECTIONS.items():  # a new name first: it drops the options of the method it replaces
         for key, value in pairs:
             if key == f"{path}.{section.key}":
-                _rename(tree, path, value)
+                _rename_entry(tree, path, value)
     for key, value in pairs:
         _drop_options(tree, key, value)
     for key, value in pairs:
@@ -66,7 +66,7 @@ def apply(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
         node[last] = value
 
 
-def _named(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _expand_names(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Overrides with `strategy=fedsvd` as `strategy.name=fedsvd`, and sections in one line as mappings."""
     sections = {*METHOD_SECTIONS, *(item.name for item in dataclasses.fields(Config))}
     for key, value in pairs.items():
@@ -76,7 +76,7 @@ def _named(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, values.unquoted(value) if key.endswith((".name", ".method", ".body")) else value
 
 
-def _rename(tree: dict[str, Any], path: str, name: str | None) -> None:
+def _rename_entry(tree: dict[str, Any], path: str, name: str | None) -> None:
     *parents, last = path.split(".")
     node = tree.setdefault(parents[0], {}) if parents else tree
     section, key = node.get(last) or {}, METHOD_SECTIONS[path].key

@@ -26,7 +26,7 @@ def rounds(source: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the config or the variable cannot be used.
     """
-    most = _most(ROUNDS)
+    most = _most_allowed(ROUNDS)
     if most is None:
         return given
     config = configs.load(source, given)
@@ -44,14 +44,14 @@ def seeds(asked: int, least: int = 1) -> int:
     Raises:
         InputError: the variable cannot be used.
     """
-    most = _most(SEEDS)
+    most = _most_allowed(SEEDS)
     if most is None or max(most, least) >= asked:
         return asked
     log.warning("%s=%d: --seeds is %d instead of %d.", SEEDS, most, max(most, least), asked)
     return max(most, least)
 
 
-def _most(name: str) -> int | None:
+def _most_allowed(name: str) -> int | None:
     text = os.environ.get(name, "")
     if not text:
         return None

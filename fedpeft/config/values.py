@@ -41,7 +41,7 @@ class _ScalarLoader(yaml.SafeLoader):  # type: ignore[misc]
         return mapping
 
 
-def _scalar(loader: _ScalarLoader, node: Any) -> str | None:
+def _construct_scalar(loader: _ScalarLoader, node: Any) -> str | None:
     text = str(loader.construct_scalar(node))
     if node.style is not None:
         return text
@@ -51,8 +51,8 @@ def _scalar(loader: _ScalarLoader, node: Any) -> str | None:
 _ScalarLoader.yaml_implicit_resolvers = {
     "<": [entry for entry in yaml.SafeLoader.yaml_implicit_resolvers["<"] if entry[0] == MERGE]
 }
-_ScalarLoader.add_constructor("tag:yaml.org,2002:str", _scalar)
-_ScalarLoader.add_constructor(MERGE, _scalar)  # where it is no key
+_ScalarLoader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
+_ScalarLoader.add_constructor(MERGE, _construct_scalar)  # where it is no key
 
 
 def read(text: str, what: str) -> Any:
@@ -123,39 +123,39 @@ def typed(value: Any, kind: str, key: str) -> Any:
     if is_null(value) and ("None" in bases or base == "Any"):
         return None
     whole = base.startswith(("list[", "dict["))
-    found = _typed(structure(value, key) if whole else unquoted(value), base)
+    found = _to_type(structure(value, key) if whole else unquoted(value), base)
     if found is None:
         shown = str(value) if isinstance(value, str) else value
-        raise InputError(f"{key}: {shown!r} is not a valid {kind}.{_hint(base)}")
+        raise InputError(f"{key}: {shown!r} is not a valid {kind}.{_hint_form(base)}")
     return found
 
 
-def _typed(value: Any, base: str) -> Any:
+def _to_type(value: Any, base: str) -> Any:
     """The value as this type has it, or None."""
     inner = re.fullmatch(r"(list|dict)\[(?:str, ?)?(.+)\]", base)
     if inner:
         fits = isinstance(value, dict if inner[1] == "dict" else list | tuple)
-        return _entries(value, inner[2]) if fits else None
+        return _to_typed_entries(value, inner[2]) if fits else None
     if base == "str":
         return str(value) if isinstance(value, str | Path) or type(value) is int else None
     if base == "bool":
         return value if isinstance(value, bool) else TRUTHS.get(str(value).lower())
     if base in ("int", "float"):
-        return _number(value, base)
-    return _loose(value)
+        return _to_number(value, base)
+    return _guess_value(value)
 
 
-def _entries(value: Any, base: str) -> Any:
+def _to_typed_entries(value: Any, base: str) -> Any:
     """The list or mapping with its values as this type has them, or None where one has none."""
     if base == "Any":
-        return _loose(value)
-    found = [_typed(entry, base) for entry in (value.values() if isinstance(value, dict) else value)]
+        return _guess_value(value)
+    found = [_to_type(entry, base) for entry in (value.values() if isinstance(value, dict) else value)]
     if any(entry is None for entry in found):
         return None
     return dict(zip(map(str, value), found, strict=True)) if isinstance(value, dict) else found
 
 
-def _number(value: Any, base: str) -> int | float | None:
+def _to_number(value: Any, base: str) -> int | float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
@@ -167,12 +167,12 @@ def _number(value: Any, base: str) -> int | float | None:
     return None
 
 
-def _loose(value: Any) -> Any:
+def _guess_value(value: Any) -> Any:
     """A value for which no field has a type: null, true, false and numbers in decimal are those, all else is text."""
     if isinstance(value, dict):
-        return {str(key): _loose(entry) for key, entry in value.items()}
+        return {str(key): _guess_value(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_loose(entry) for entry in value]
+        return [_guess_value(entry) for entry in value]
     if not isinstance(value, Plain):
         return value
     if is_null(value):
@@ -181,12 +181,12 @@ def _loose(value: Any) -> Any:
         return value.lower() == "true"
     if re.match(r"[-+]?0\d", value):  # a number does not begin so
         return str(value)
-    found = _number(value, "int")
-    found = _number(value, "float") if found is None and value[-1:].isdigit() else found
+    found = _to_number(value, "int")
+    found = _to_number(value, "float") if found is None and value[-1:].isdigit() else found
     return str(value) if found is None else found
 
 
-def _hint(base: str) -> str:
+def _hint_form(base: str) -> str:
     return " Write [a,b]." if base.startswith("list") else " Write {a: 1}." if base.startswith("dict") else ""
 
 
@@ -200,7 +200,7 @@ def interpolated(tree: dict[str, Any], beside: dict[str, Any], foreign: bool = F
     Raises:
         InputError: an interpolation that names nothing, or any where it is refused.
     """
-    found = [(key, text) for key, text in _texts(tree, "") if "${" in text]
+    found = [(key, text) for key, text in _find_texts(tree, "") if "${" in text]
     if not found:
         return tree
     from omegaconf import OmegaConf
@@ -212,9 +212,9 @@ def interpolated(tree: dict[str, Any], beside: dict[str, Any], foreign: bool = F
         try:
             OmegaConf.create([str(text)])
         except OmegaConfBaseException as error:
-            raise _unresolved(key, text, error) from error
-    whole = OmegaConf.merge(OmegaConf.create(beside), OmegaConf.create(_bare(tree)))
-    replaced: dict[str, Any] = _replaced(tree, whole, "")
+            raise _refuse_unresolved(key, text, error) from error
+    whole = OmegaConf.merge(OmegaConf.create(beside), OmegaConf.create(_to_bare(tree)))
+    replaced: dict[str, Any] = _resolve_node(tree, whole, "")
     return replaced
 
 
@@ -227,15 +227,15 @@ def escaped(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _replaced(value: Any, node: Any, key: str) -> Any:
+def _resolve_node(value: Any, node: Any, key: str) -> Any:
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        done = {name: _one(entry, node, name, f"{key}.{name}".lstrip(".")) for name, entry in items}
+        done = {name: _resolve_entry(entry, node, name, f"{key}.{name}".lstrip(".")) for name, entry in items}
         return done if isinstance(value, dict) else list(done.values())
     return value
 
 
-def _one(entry: Any, node: Any, name: Any, key: str) -> Any:
+def _resolve_entry(entry: Any, node: Any, name: Any, key: str) -> Any:
     if isinstance(entry, str) and "${" not in entry:
         return entry
     from omegaconf import OmegaConf
@@ -244,16 +244,16 @@ def _one(entry: Any, node: Any, name: Any, key: str) -> Any:
     try:
         below = node[name]
     except (OmegaConfBaseException, RecursionError) as error:
-        raise _unresolved(key, entry, error) from error
+        raise _refuse_unresolved(key, entry, error) from error
     if isinstance(entry, str):
         try:
-            return _plain(OmegaConf.to_container(below, resolve=True) if OmegaConf.is_config(below) else below)
+            return _to_plain(OmegaConf.to_container(below, resolve=True) if OmegaConf.is_config(below) else below)
         except (OmegaConfBaseException, RecursionError) as error:
-            raise _unresolved(key, entry, error) from error
-    return _replaced(entry, below, key)
+            raise _refuse_unresolved(key, entry, error) from error
+    return _resolve_node(entry, below, key)
 
 
-def _unresolved(key: str, text: str, error: BaseException) -> InputError:
+def _refuse_unresolved(key: str, text: str, error: BaseException) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
         f"{key}: '{text}' cannot be resolved: {reason}. Name a key of this config, as ${{adapter.r}}, or "
@@ -261,30 +261,30 @@ def _unresolved(key: str, text: str, error: BaseException) -> InputError:
     )
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): _to_plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_plain(entry) for entry in value]
+        return [_to_plain(entry) for entry in value]
     return Plain(value) if isinstance(value, str) else value
 
 
-def _bare(value: Any) -> Any:
+def _to_bare(value: Any) -> Any:
     """Texts as OmegaConf takes them."""
     if isinstance(value, dict):
-        return {str(key): _bare(entry) for key, entry in value.items()}
+        return {str(key): _to_bare(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_bare(entry) for entry in value]
+        return [_to_bare(entry) for entry in value]
     return str(value) if isinstance(value, str | Path) else value
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+def _find_texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, entry in items:
-            yield from _texts(entry, f"{key}.{name}".lstrip("."))
+            yield from _find_texts(entry, f"{key}.{name}".lstrip("."))
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -200,8 +200,8 @@ class Body:
 
     def stored(self) -> dict[str, int]:
         """Bytes that must be kept to go on, by kind; the trained parameters count as adapters."""
-        kept = {kind: _bytes(self.memory[kind]) for kind in KINDS}
-        kept["adapters"] += _bytes(self.parameters)
+        kept = {kind: _count_bytes(self.memory[kind]) for kind in KINDS}
+        kept["adapters"] += _count_bytes(self.parameters)
         return kept
 
     # What bodies use -------------------------------------------------------------------------------------------------
@@ -291,11 +291,11 @@ def only(logits: Tensor, classes: list[int] | tuple[int, ...]) -> Tensor:
     return logits.masked_fill(mask, float("-inf"))
 
 
-def _bytes(value: Any) -> int:
+def _count_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return sum(_bytes(item) for item in value.values())
+        return sum(_count_bytes(item) for item in value.values())
     if isinstance(value, list | tuple):
-        return sum(_bytes(item) for item in value)
+        return sum(_count_bytes(item) for item in value)
     return 8 if isinstance(value, int | float) else 0

@@ -142,7 +142,7 @@ class _Matrix:
         return None if self.tests[0] else "the first task has no test records"
 
 
-def _fwt(m: _Matrix) -> Any:
+def _forward_transfer(m: _Matrix) -> Any:
     assert m.before is not None
     return (m.R.diagonal(offset=1) - m.before[1:]).mean()
 
@@ -154,7 +154,7 @@ FORMULAS: dict[str, Callable[[_Matrix], Any]] = {
     "aia_macro": lambda m: np.mean([m.R[i, : i + 1].mean() for i in range(m.T)]),
     "learning_acc": lambda m: m.diagonal.mean(),
     "bwt": lambda m: (m.last - m.diagonal)[:-1].mean(),
-    "fwt": _fwt,
+    "fwt": _forward_transfer,
     "forgetting_chaudhry": lambda m: (m.R[:-1].max(0) - m.last)[:-1].mean(),
     "forgetting_ge0": lambda m: (m.R.max(0) - m.last)[:-1].mean(),
     "forgetting_avalanche": lambda m: (m.diagonal - m.last)[:-1].mean(),

@@ -62,7 +62,7 @@ class Plastic:
         with ExitStack() as stack:
             for name, patch in (change or {}).items():
                 layer = self.base.layer(name)
-                stack.callback(layer.register_forward_hook(_patched(patch), with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(_patch_output(patch), with_kwargs=True).remove)
             features = self.base.features(inputs)
         self.passes += len(features)
         return features
@@ -96,10 +96,10 @@ def low_rank(B: Tensor, A: Tensor, scale: float | Tensor = 1.0) -> Patch:
 def together(*changes: Change) -> dict[str, Patch]:
     """Several changes at once: what they add adds up."""
     names = {name for change in changes for name in change}
-    return {name: _summed([change[name] for change in changes if name in change]) for name in sorted(names)}
+    return {name: _sum_patches([change[name] for change in changes if name in change]) for name in sorted(names)}
 
 
-def _summed(patches: list[Patch]) -> Patch:
+def _sum_patches(patches: list[Patch]) -> Patch:
     def patch(x: Tensor, y: Tensor) -> Tensor:
         for one in patches:
             y = one(x, y)
@@ -108,7 +108,7 @@ def _summed(patches: list[Patch]) -> Patch:
     return patch
 
 
-def _patched(patch: Patch) -> Callable[..., Any]:
+def _patch_output(patch: Patch) -> Callable[..., Any]:
     """A forward hook; a block that returns a tuple has its hidden states first."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -68,7 +68,7 @@ def glyph_net(kind: str, classes: int, seed: int = 0) -> Base:
     """
     if kind not in INPUTS:
         raise InputError(registry.unknown("net", kind, INPUTS))
-    net = copy.deepcopy(_pretrained(kind, seed))
+    net = copy.deepcopy(_load_pretrained(kind, seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "head"))
         net.classifier = nn.Linear(WIDTH, classes)
@@ -84,7 +84,7 @@ def glyph_net(kind: str, classes: int, seed: int = 0) -> Base:
 
 
 @cache
-def _pretrained(kind: str, seed: int) -> GlyphNet:
+def _load_pretrained(kind: str, seed: int) -> GlyphNet:
     rng = seeds.numpy_generator(seed, "net", kind)
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
     if kind == "signals":

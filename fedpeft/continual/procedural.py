@@ -52,7 +52,7 @@ def signals(
     stretch = rng.uniform(1 - STRETCH, 1 + STRETCH, (count, 1))
     shift = rng.uniform(-SHIFT, SHIFT, (count, 1)) / LENGTH
     at = ((warp(time) if warp else time)[None] - 0.5 - shift) / stretch + 0.5
-    values = _between(knots[labels], at) + rng.uniform(-slope, slope, (count, 1)) * np.linspace(-1, 1, LENGTH)
+    values = _interpolate_knots(knots[labels], at) + rng.uniform(-slope, slope, (count, 1)) * np.linspace(-1, 1, LENGTH)
     return (values + NOISE * coloured(count, noise, rng)).astype(np.float32)
 
 
@@ -65,7 +65,7 @@ def coloured(count: int, correlation: float, rng: np.random.Generator) -> np.nda
     return found
 
 
-def _between(knots: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _interpolate_knots(knots: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Knots [N, 16] at times [N, 64], linear between them and 0 outside."""
     place = np.clip(at, 0, 1) * (KNOTS - 1)
     left = np.minimum(place.astype(np.int64), KNOTS - 2)

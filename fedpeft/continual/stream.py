@@ -120,7 +120,7 @@ def build(manifest: dict[str, Any], train: Encoded, test: Encoded) -> Stream:
     """
     if manifest.get("version") != VERSION:
         raise InputError(f"stream manifest: version {manifest.get('version')} is not known; this is {VERSION}.")
-    found = _hash(train, test)
+    found = _hash_sets(train, test)
     if manifest.setdefault("records_sha256", found) != found:
         raise InputError(f"stream manifest: '{manifest['name']}' was made from other records than these.")
     tasks = tuple(
@@ -156,7 +156,7 @@ def load(path: Path, train: Encoded, test: Encoded) -> Stream:
     return build(manifest, train, test)
 
 
-def _hash(train: Encoded, test: Encoded) -> str:
+def _hash_sets(train: Encoded, test: Encoded) -> str:
     digest = hashlib.sha256()
     for data in (train, test):
         for name, value in [*sorted(data.inputs.items()), ("labels", data.labels)]:

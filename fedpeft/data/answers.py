@@ -50,13 +50,13 @@ def read(kind: str, table: Table, name: str, separator: str | None) -> Read:
     Raises:
         InputError: a record with something else; names it.
     """
-    return {"numbers": _numbers, "several": _several}[kind](table, name, separator)
+    return {"numbers": _read_numbers, "several": _read_several}[kind](table, name, separator)
 
 
-def _numbers(table: Table, name: str, separator: str | None) -> Read:
+def _read_numbers(table: Table, name: str, separator: str | None) -> Read:
     """float32 [N, K]: one number a record, or lists of K numbers. Whole numbers stay numbers."""
     rows = [
-        [_number(table, name, number, part) for part in _parts(value, separator)]
+        [_read_number(table, name, number, part) for part in _split_cell(value, separator)]
         for number, value in enumerate(table.columns[name], 1)
     ]
     width = len(rows[0]) if rows else 1
@@ -74,7 +74,7 @@ def _numbers(table: Table, name: str, separator: str | None) -> Read:
     return targets.astype(np.float32), [name] if width == 1 else [f"{name}-{k}" for k in range(width)], notes
 
 
-def _number(table: Table, name: str, number: int, value: Any) -> float:
+def _read_number(table: Table, name: str, number: int, value: Any) -> float:
     try:
         made = math.nan if isinstance(value, bool | np.bool_) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -87,7 +87,7 @@ def _number(table: Table, name: str, number: int, value: Any) -> float:
     return made
 
 
-def _several(table: Table, name: str, separator: str | None) -> Read:
+def _read_several(table: Table, name: str, separator: str | None) -> Read:
     """bool [N, K]: which of K names each record has; none is allowed."""
     known, rows = table.names.get(name), []
     for number, value in enumerate(table.columns[name], 1):
@@ -96,7 +96,7 @@ def _several(table: Table, name: str, separator: str | None) -> Read:
                 f"{table.where}: column {name}: record {number} has the text {shown(value)}, and labels are to be a "
                 "list. Say what stands between them with data.label_separator, for example data.label_separator=';'."
             )
-        rows.append([name_of(table, name, number, part, known) for part in _parts(value, separator)])
+        rows.append([name_of(table, name, number, part, known) for part in _split_cell(value, separator)])
     names = known or in_order({part for row in rows for part in row})
     if len(names) > MOST_NAMES or not names:
         raise InputError(
@@ -128,7 +128,7 @@ def name_of(table: Table, name: str, number: int, value: Any, known: list[str] |
     return text
 
 
-def _parts(value: Any, separator: str | None) -> list[Any]:
+def _split_cell(value: Any, separator: str | None) -> list[Any]:
     """What a cell holds: the members of a list, the parts of a text, or itself; nothing of an empty cell."""
     if isinstance(value, np.ndarray | list | tuple):
         return list(value)

@@ -52,21 +52,21 @@ def unpacked(path: Path) -> Iterator[tuple[Path, tuple[Skipped, ...]]]:
     with tempfile.TemporaryDirectory(prefix="fedpeft-") as scratch:
         root = Path(scratch).resolve() / "archive"
         root.mkdir()
-        damaged = _unpack(path, root)
+        damaged = _unpack_archive(path, root)
         if not any(root.iterdir()):
             raise InputError(f"{path}: not readable as {ending(path)[1:]}: no member of it can be unpacked.")
         skipped = some(str(path), "members of the archive are damaged and left out", damaged)
         try:
-            yield _top(root), skipped
+            yield _find_top(root), skipped
         except InputError as error:
-            raise InputError(str(error).replace(str(_top(root)), str(path))) from error
+            raise InputError(str(error).replace(str(_find_top(root)), str(path))) from error
 
 
-def _unpack(path: Path, root: Path) -> list[str]:
+def _unpack_archive(path: Path, root: Path) -> list[str]:
     """Write an archive's files; the names of those that are damaged."""
     total, damaged = 0, []
     names: set[PurePosixPath] = set()
-    with closing(_zip(path) if ending(path) == ".zip" else _tar(path)) as members:
+    with closing(_unpack_zip(path) if ending(path) == ".zip" else _unpack_tar(path)) as members:
         for number, (name, size, file) in enumerate(members):
             member, total = PurePosixPath(name), total + (size or 0)
             names |= {member, *member.parents}
@@ -80,7 +80,7 @@ def _unpack(path: Path, root: Path) -> list[str]:
             target = root.joinpath(*member.parts)
             if target.exists() or any(folder.is_file() for folder in target.parents if folder != root):
                 raise InputError(f"{path}: two members have the name {name}.")
-            if file is None or not _write(file, size, target):
+            if file is None or not _write_member(file, size, target):
                 damaged.append(name)
     return damaged
 
@@ -111,7 +111,7 @@ def hold(columns: dict[str, Sequence[Any]], root: Path, archive: str = "") -> di
     read: dict[Path, dict[str, Any]] = {}
 
     def held(value: Any) -> dict[str, Any] | None:
-        place = _inside(value, root) if isinstance(value, str) else None
+        place = _place_inside(value, root) if isinstance(value, str) else None
         if place is None:
             return None
         if place not in read:
@@ -125,12 +125,12 @@ def hold(columns: dict[str, Sequence[Any]], root: Path, archive: str = "") -> di
 
 def _names_pictures(values: Sequence[Any], root: Path) -> bool:
     return any(
-        isinstance(value, str) and value.lower().endswith(PICTURES) and _inside(value, root) is not None
+        isinstance(value, str) and value.lower().endswith(PICTURES) and _place_inside(value, root) is not None
         for value in values[:20]
     )
 
 
-def _inside(value: str, root: Path) -> Path | None:
+def _place_inside(value: str, root: Path) -> Path | None:
     try:
         place = (root / value).resolve()
         return place if place.is_relative_to(root) and place.is_file() else None
@@ -138,7 +138,7 @@ def _inside(value: str, root: Path) -> Path | None:
         return None
 
 
-def _top(root: Path) -> Path:
+def _find_top(root: Path) -> Path:
     """Archives often have all in one folder, which is then the one that is meant."""
     while True:
         entries = [entry for entry in root.iterdir() if not hidden(entry)]
@@ -149,7 +149,7 @@ def _top(root: Path) -> Path:
         root = entries[0]
 
 
-def _write(file: IO[bytes], size: int, target: Path) -> bool:
+def _write_member(file: IO[bytes], size: int, target: Path) -> bool:
     """Whether a member was written whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -164,7 +164,7 @@ def _write(file: IO[bytes], size: int, target: Path) -> bool:
     return False
 
 
-def _zip(path: Path) -> Members:
+def _unpack_zip(path: Path) -> Members:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises errors of many kinds
@@ -187,7 +187,7 @@ def _zip(path: Path) -> Members:
             yield member.filename, member.file_size, file
 
 
-def _tar(path: Path) -> Members:
+def _unpack_tar(path: Path) -> Members:
     """Behind a damage nothing can be found any more, which counts as one member."""
     last = ""
     try:

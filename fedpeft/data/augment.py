@@ -32,16 +32,16 @@ def augment(image: np.ndarray, names: Sequence[str], draws: np.random.Generator)
     area, shape, *places = draws.uniform(size=4)
     mirrored, factors = draws.uniform() < 0.5, draws.uniform(*COLOUR, size=3)
     if "crop" in names:
-        pixels = _cropped(pixels, area, shape, places)
+        pixels = _crop_pixels(pixels, area, shape, places)
     if "flip" in names and mirrored:
         pixels = pixels.flip(2)
     if "colour" in names:
-        pixels = _coloured(pixels, factors)
+        pixels = _jitter_colours(pixels, factors)
     changed = (pixels.clamp(0, 1) * scale).permute(1, 2, 0).numpy()
     return changed.round().astype(np.uint8) if image.dtype == np.uint8 else changed
 
 
-def _cropped(pixels: Tensor, area: float, shape: float, places: Sequence[float]) -> Tensor:
+def _crop_pixels(pixels: Tensor, area: float, shape: float, places: Sequence[float]) -> Tensor:
     height, width = pixels.shape[1:]
     part = AREA[0] + area * (AREA[1] - AREA[0])
     ratio = math.exp(math.log(RATIO[0]) + shape * math.log(RATIO[1] / RATIO[0]))
@@ -53,7 +53,7 @@ def _cropped(pixels: Tensor, area: float, shape: float, places: Sequence[float])
     return found
 
 
-def _coloured(pixels: Tensor, factors: np.ndarray) -> Tensor:
+def _jitter_colours(pixels: Tensor, factors: np.ndarray) -> Tensor:
     brightness, contrast, saturation = factors.tolist()
     pixels = (pixels * brightness).clamp(0, 1)
     pixels = ((pixels - pixels.mean()) * contrast + pixels.mean()).clamp(0, 1)

@@ -84,7 +84,7 @@ class Cache:
                 if found is not None:
                     return found
                 log.warning("%s is damaged or was not finished; it is made again.", folder)
-                _discard(folder)
+                _discard_folder(folder)
             self._make(folder, make)
             self._trim(folder)
         # No RunError: the name of a place at a site is not for its coordinator.
@@ -98,7 +98,7 @@ class Cache:
         others = [path for path in self.root.glob(f"{name}-*") if path != folder]
         others.sort(key=lambda path: path.stat().st_mtime_ns)
         for path in others[: max(0, len(others) + 1 - self.most)]:
-            _discard(path)
+            _discard_folder(path)
 
     def _make(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
         with blamed(self.root):
@@ -164,21 +164,21 @@ def code(*more: type) -> list[str]:
 def content(path: Path) -> tuple[str, int]:
     """sha256 of a file, or of all names and files of a folder, and their bytes."""
     if path.is_file():
-        return _hash(path)
+        return _hash_file(path)
     hashes, total = [], 0
     for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
-        name, size = _hash(inner)
+        name, size = _hash_file(inner)
         hashes.append([str(inner.relative_to(path)), name])
         total += size
     return digest(hashes), total
 
 
-def _hash(path: Path) -> tuple[str, int]:
+def _hash_file(path: Path) -> tuple[str, int]:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
 
 
-def _discard(folder: Path) -> None:
+def _discard_folder(folder: Path) -> None:
     """Take a folder out of the way first: another process may look at it."""
     with scratch(folder.parent, "making") as place, suppress(FileNotFoundError):  # another process was faster
         folder.rename(place / folder.name)

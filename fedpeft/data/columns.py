@@ -187,7 +187,7 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, list[str], tuple[Skippe
             raise InputError(f"{table.where}: column {name}: record {number} has no label. Remove or fill it.")
         if isinstance(value, str):
             require_unicode(table, name, number, value)
-        kinds.setdefault(_kind(table, name, number, value), number)
+        kinds.setdefault(_refuse_kind(table, name, number, value), number)
     if len(kinds) > 1:
         (first, one), (second, two) = list(kinds.items())[:2]
         raise InputError(
@@ -195,14 +195,14 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, list[str], tuple[Skippe
             "strings or all whole numbers."
         )
     if name in table.names:
-        return (*_named(table, name), ())
+        return (*_read_named(table, name), ())
     if "true or false" in kinds:
-        return (*_classes([bool(value) for value in values], lambda value: str(value).lower()), ())
+        return (*_index_classes([bool(value) for value in values], lambda value: str(value).lower()), ())
     if "a string" not in kinds:
-        return (*_classes([int(value) for value in values]), ())
+        return (*_index_classes([int(value) for value in values]), ())
     names = in_order(set(values))
     index = {value: position for position, value in enumerate(names)}
-    return np.array([index[value] for value in values], dtype=np.int64), names, _doubtful(table, name, values)
+    return np.array([index[value] for value in values], dtype=np.int64), names, _find_doubtful(table, name, values)
 
 
 def in_order(names: set[str]) -> list[str]:
@@ -210,7 +210,7 @@ def in_order(names: set[str]) -> list[str]:
     return sorted(names, key=int) if all(map(WHOLE_NUMBER.fullmatch, names)) else sorted(names)
 
 
-def _kind(table: Table, name: str, number: int, value: Any) -> str:
+def _refuse_kind(table: Table, name: str, number: int, value: Any) -> str:
     if isinstance(value, str):
         return "a string"
     if isinstance(value, bool | np.bool_):
@@ -232,7 +232,7 @@ def shown(value: Any) -> str:
     return text if isinstance(value, str | int | float) or value is None else f"{text} ({kind})"
 
 
-def _named(table: Table, name: str) -> tuple[np.ndarray, list[str]]:
+def _read_named(table: Table, name: str) -> tuple[np.ndarray, list[str]]:
     indices, names = np.array(table.columns[name], dtype=np.int64), table.names[name]
     outside = np.flatnonzero((indices < 0) | (indices >= len(names)))
     if len(outside):
@@ -243,13 +243,13 @@ def _named(table: Table, name: str) -> tuple[np.ndarray, list[str]]:
     return indices, names
 
 
-def _classes(values: Sequence[Any], shown: Any = str) -> tuple[np.ndarray, list[str]]:
+def _index_classes(values: Sequence[Any], shown: Any = str) -> tuple[np.ndarray, list[str]]:
     names = sorted(set(values))
     index = {name: position for position, name in enumerate(names)}
     return np.array([index[value] for value in values], dtype=np.int64), [shown(name) for name in names]
 
 
-def _doubtful(table: Table, name: str, values: Sequence[str]) -> tuple[Skipped, ...]:
+def _find_doubtful(table: Table, name: str, values: Sequence[str]) -> tuple[Skipped, ...]:
     """Classes that were perhaps meant otherwise: words for a missing value, and names that differ in case or blanks."""
     words = [value for value in values if LIKE_MISSING.fullmatch(value.strip())]
     alike: dict[str, set[str]] = defaultdict(set)
@@ -282,7 +282,7 @@ class Natural(Mapping[str, np.ndarray]):
         values = self.stored[name]
         if isinstance(values, np.ndarray):
             return values
-        return _objects(["" if missing(value) else value for value in values])
+        return _to_objects(["" if missing(value) else value for value in values])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -309,24 +309,24 @@ def natural(values: Sequence[Any]) -> np.ndarray | None:
     there = [value for value in values if not missing(value)]
     kinds = {type(value) for value in there}
     if kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
-        return _whole(values, len(there) == len(values))
+        return _to_whole_numbers(values, len(there) == len(values))
     numbers = bool(kinds) and all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds)
     if numbers and all(isinstance(value, float | np.floating) or abs(value) < EXACT for value in there):
         return np.array([math.nan if missing(value) else value for value in values], dtype=np.float64)
     try:
-        return _objects(["" if missing(value) else as_text(value) for value in values])
+        return _to_objects(["" if missing(value) else as_text(value) for value in values])
     except TypeError:
         return None
 
 
-def _whole(values: Sequence[Any], complete: bool) -> np.ndarray:
+def _to_whole_numbers(values: Sequence[Any], complete: bool) -> np.ndarray:
     found = [None if missing(value) else int(value) for value in values]
     if complete and all(abs(value or 0) < 2**63 for value in found):
         return np.array(found, dtype=np.int64)
-    return _objects(found)
+    return _to_objects(found)
 
 
-def _objects(values: Sequence[Any]) -> np.ndarray:
+def _to_objects(values: Sequence[Any]) -> np.ndarray:
     """One cell a value: an array of fixed-width strings is as wide as the longest, and cuts null characters."""
     array = np.empty(len(values), dtype=object)
     array[:] = values

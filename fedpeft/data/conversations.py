@@ -67,44 +67,46 @@ class Form:
 
 
 def _read_messages(row: Mapping[str, Any]) -> list[Turn]:
-    return _checked(_system(row) + _listed(row["messages"], "messages", "role", "content", ROLES))
+    return _check_turns(_read_system(row) + _read_turns(row["messages"], "messages", "role", "content", ROLES))
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> list[Turn]:
-    turns = _listed(row["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
-    return _checked(_system(row) + turns)
+    turns = _read_turns(row["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+    return _check_turns(_read_system(row) + turns)
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
-    asked = _string(row["instruction"], "instruction")
+    asked = _require_string(row["instruction"], "instruction")
     if not missing(row.get("input")):
-        asked += "\n\n" + _string(row["input"], "input")
-    return _checked([*_system(row), ("user", asked), ("assistant", _string(row["output"], "output"))])
+        asked += "\n\n" + _require_string(row["input"], "input")
+    return _check_turns([*_read_system(row), ("user", asked), ("assistant", _require_string(row["output"], "output"))])
 
 
 def _read_completion(row: Mapping[str, Any]) -> list[Turn]:
-    return _checked(_system(row) + _said(row, "prompt", "user") + _said(row, "completion", "assistant"))
+    return _check_turns(
+        _read_system(row) + _read_said(row, "prompt", "user") + _read_said(row, "completion", "assistant")
+    )
 
 
 def _read_qa(row: Mapping[str, Any]) -> list[Turn]:
-    return _checked(
+    return _check_turns(
         [
-            *_system(row),
-            ("user", _string(row["question"], "question")),
-            ("assistant", _string(row["answer"], "answer")),
+            *_read_system(row),
+            ("user", _require_string(row["question"], "question")),
+            ("assistant", _require_string(row["answer"], "answer")),
         ]
     )
 
 
 def _read_preference(row: Mapping[str, Any]) -> list[list[Turn]]:
-    asked = [] if missing(row.get("prompt")) else _said(row, "prompt", "user")
+    asked = [] if missing(row.get("prompt")) else _read_said(row, "prompt", "user")
     both = []
     for key in ("chosen", "rejected"):
         if not asked and isinstance(row[key], str):
             raise Malformed(f"its {key} is a string, and nothing says what it answers; give a prompt, or messages")
-        said = _said(row, key, "assistant")
+        said = _read_said(row, key, "assistant")
         # Some data sets repeat the prompt in both.
-        turns = _checked(_system(row) + (said if said[: len(asked)] == asked else asked + said))
+        turns = _check_turns(_read_system(row) + (said if said[: len(asked)] == asked else asked + said))
         if turns[-1][0] != "assistant":
             raise Malformed(f"its {key} ends with the user")
         both.append(turns)
@@ -124,23 +126,23 @@ def count_shared(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
 
 
-def _said(row: Mapping[str, Any], key: str, role: str) -> list[Turn]:
+def _read_said(row: Mapping[str, Any], key: str, role: str) -> list[Turn]:
     """What is said in a column: a string, which is one turn of this role, or a list of messages."""
     if isinstance(row[key], str) or missing(row[key]):
-        return [(role, _string(row[key], key))]
-    return _listed(row[key], key, "role", "content", ROLES)
+        return [(role, _require_string(row[key], key))]
+    return _read_turns(row[key], key, "role", "content", ROLES)
 
 
-def _system(row: Mapping[str, Any]) -> list[Turn]:
+def _read_system(row: Mapping[str, Any]) -> list[Turn]:
     """The system turn that stands in a column of its own, if any."""
-    return [] if missing(row.get("system")) else [("system", _string(row["system"], "system"))]
+    return [] if missing(row.get("system")) else [("system", _require_string(row["system"], "system"))]
 
 
-def _string(value: Any, key: str) -> str:
+def _require_string(value: Any, key: str) -> str:
     if isinstance(value, str) and not missing(value):
         _require_unicode(value, key)
         return value
-    raise Malformed(f"its {key} is empty" if missing(value) else f"its {key} is no string, but {_shown(value)}")
+    raise Malformed(f"its {key} is empty" if missing(value) else f"its {key} is no string, but {_shorten_text(value)}")
 
 
 def _require_unicode(value: str, what: str) -> None:
@@ -150,22 +152,24 @@ def _require_unicode(value: str, what: str) -> None:
         raise Malformed(f"its {what} has half of a character (\\u{ord(value[error.start]):04x})") from error
 
 
-def _listed(value: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Turn]:
+def _read_turns(value: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Turn]:
     """Turns of a list of objects, each with a role and a content."""
     if missing(value) or not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise Malformed(f"its {key} is no list, but {_shown(value)}")
+        raise Malformed(f"its {key} is no list, but {_shorten_text(value)}")
     turns = []
     for place, item in enumerate(value, 1):
         if not isinstance(item, Mapping) or role_key not in item or content_key not in item:
-            raise Malformed(f"turn {place} is {_shown(item)}; expected an object with {role_key} and {content_key}")
+            raise Malformed(
+                f"turn {place} is {_shorten_text(item)}; expected an object with {role_key} and {content_key}"
+            )
         role = item[role_key]
         if not isinstance(role, str) or role not in roles:
-            raise Malformed(f"turn {place} has the {role_key} {_shown(role)}; allowed: {', '.join(roles)}")
-        turns.append((roles[role], _string(item[content_key], f"{content_key} of turn {place}")))
+            raise Malformed(f"turn {place} has the {role_key} {_shorten_text(role)}; allowed: {', '.join(roles)}")
+        turns.append((roles[role], _require_string(item[content_key], f"{content_key} of turn {place}")))
     return turns
 
 
-def _checked(turns: list[Turn]) -> list[Turn]:
+def _check_turns(turns: list[Turn]) -> list[Turn]:
     """The turns, where user and assistant take turns, after at most one of the system."""
     if not turns:
         raise Malformed("it has no turn")
@@ -183,7 +187,7 @@ def _checked(turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-def _shown(value: Any) -> str:
+def _shorten_text(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 

@@ -40,7 +40,7 @@ def impulse(image: np.ndarray, level: int, draws: Draws) -> np.ndarray:
 
 def blur(image: np.ndarray, level: int, draws: Draws) -> np.ndarray:
     """Gaussian blur, sigma 0.5 to 1.4 pixels, edges repeated."""
-    return _smooth(image, (0.5, 0.7, 0.9, 1.15, 1.4)[level])
+    return _blur_image(image, (0.5, 0.7, 0.9, 1.15, 1.4)[level])
 
 
 def contrast(image: np.ndarray, level: int, draws: Draws) -> np.ndarray:
@@ -60,12 +60,12 @@ def pixelate(image: np.ndarray, level: int, draws: Draws) -> np.ndarray:
     coarse = image.copy()
     coarse[: rows // 2 * 2, : columns // 2 * 2] = np.kron(blocks, np.ones((2, 2)))
     mixed = image + (0.4, 0.6, 0.8, 1.0, 1.0)[level] * (coarse - image)
-    return _smooth(mixed, 0.6) if level == 4 else np.asarray(mixed)
+    return _blur_image(mixed, 0.6) if level == 4 else np.asarray(mixed)
 
 
 def fog(image: np.ndarray, level: int, draws: Draws) -> np.ndarray:
     """A smooth random veil over the image."""
-    veil = _smooth(draws.random(image.shape), 1.2)
+    veil = _blur_image(draws.random(image.shape), 1.2)
     veil = (veil - veil.min()) / np.ptp(veil)
     share = (0.2, 0.35, 0.5, 0.6, 0.7)[level]
     return np.asarray((1 - share) * image + share * veil)
@@ -106,7 +106,7 @@ def corrupt(image: np.ndarray, name: str, severity: int, draws: Draws) -> np.nda
     return np.asarray(np.clip(CORRUPTIONS[name](image.astype(np.float64), severity - 1, draws), 0, 1))
 
 
-def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
+def _blur_image(image: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur, edges repeated."""
     reach = int(np.ceil(3 * sigma))
     kernel = np.exp(-np.square(np.arange(-reach, reach + 1)) / (2 * sigma**2))

@@ -85,14 +85,14 @@ def paragraphs(library: str) -> list[tuple[str, str]]:
                 break
             if "tests" in path.parts:
                 continue
-            for text in _file(path):
+            for text in _read_file_docstrings(path):
                 if taken < PER_MODULE and len(found) < PER_LIBRARY and text not in found:
                     found[text] = f"{library}.{folder.name}"
                     taken += 1
     return list(found.items())
 
 
-def _file(path: Path) -> Iterator[str]:
+def _read_file_docstrings(path: Path) -> Iterator[str]:
     """First paragraphs, joined to one line, of the public definitions in a file."""
     try:
         tree = ast.parse(path.read_bytes())

@@ -112,7 +112,7 @@ def manifest(spec: StreamSpec) -> dict[str, Any]:
         raise InputError(f"batch: {spec.batch} is out of range; allowed: 1 to 200.")
     names = list(spec.corruptions or CORRUPTIONS)
     labels = _test_set().labels[: spec.limit]
-    domains = [(images, name, severity) for images, name, severity in _domains(spec, names, labels)]
+    domains = [(images, name, severity) for images, name, severity in _plan_domains(spec, names, labels)]
     items = [
         (int(image), name, severity if name != CLEAN else 0) for images, name, severity in domains for image in images
     ]
@@ -140,7 +140,7 @@ def manifest(spec: StreamSpec) -> dict[str, Any]:
     }
     plan["spec"]["corruptions"] = names
     plan["plan_sha256"] = plan_hash(plan)
-    plan["pixels_sha256"] = hashlib.sha256(_pixels(plan).tobytes()).hexdigest()
+    plan["pixels_sha256"] = hashlib.sha256(_render_pixels(plan).tobytes()).hexdigest()
     return plan
 
 
@@ -156,7 +156,7 @@ def load(plan: dict[str, Any]) -> TestStream:
         raise InputError("manifest: it was made from other images than this installation's digits.")
     if plan["plan_sha256"] != plan_hash(plan):
         raise InputError("manifest: the plan does not fit its hash; it was changed after it was made.")
-    pixels = _pixels(plan)
+    pixels = _render_pixels(plan)
     if plan["pixels_sha256"] != hashlib.sha256(pixels.tobytes()).hexdigest():
         raise InputError("manifest: the pixels do not fit their hash: the corruptions are others than they were.")
     ends = np.cumsum(plan["batches"]).tolist()
@@ -178,7 +178,7 @@ def build(kind: str = "iid", **options: Any) -> TestStream:
     return load(manifest(StreamSpec(kind, **options)))
 
 
-def _domains(spec: StreamSpec, names: list[str], labels: np.ndarray) -> Iterator[tuple[np.ndarray, str, int]]:
+def _plan_domains(spec: StreamSpec, names: list[str], labels: np.ndarray) -> Iterator[tuple[np.ndarray, str, int]]:
     """Image numbers, corruption and severity of each domain, in order."""
 
     def shuffled(*path: str | int) -> np.ndarray:
@@ -230,7 +230,7 @@ def thinned(labels: np.ndarray, shift: str, ratio: float) -> np.ndarray:
     )
 
 
-def _pixels(plan: dict[str, Any]) -> np.ndarray:
+def _render_pixels(plan: dict[str, Any]) -> np.ndarray:
     """uint8 [rows, H, W]."""
     images = np.asarray(_test_set().inputs)[..., 0]
     rows = zip(*(plan[name] for name in COLUMNS[:4]), strict=True)

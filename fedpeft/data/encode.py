@@ -167,10 +167,10 @@ def encode(
     texts = records.inputs
     if cache is None or not isinstance(texts, Texts) or texts.nbytes < cache.least:
         return objective.encode(records, processor, max_length, what)
-    return _cached(objective, records, processor, max_length, what, cache)
+    return _encode_cached(objective, records, processor, max_length, what, cache)
 
 
-def _cached(
+def _encode_cached(
     objective: Objective, records: Records, tokenizer: Any, max_length: int, what: str, cache: Cache
 ) -> Encoded:
     fresh: list[Encoded] = []
@@ -237,7 +237,7 @@ def encode_texts(
     values: dict[str, set[int]] = {}
     cut = longest = 0
     for texts in blocks(records.inputs):
-        rows, count, most = _tokenize([str(text) for text in texts], tokenizer, max_length, losing, end)
+        rows, count, most = _tokenize_texts([str(text) for text in texts], tokenizer, max_length, losing, end)
         cut, longest = cut + count, max(longest, most)
         for name, each in rows.items():
             if name not in writers:
@@ -276,7 +276,7 @@ def type_of(name: str, tokenizer: Any) -> Any:
     return np.uint16 if len(tokenizer) <= 2**16 else np.int32
 
 
-def _tokenize(
+def _tokenize_texts(
     texts: list[str], tokenizer: Any, max_length: int, losing: str, end: int | None
 ) -> tuple[dict[str, list[list[int]]], int, int]:
     """Rows of every model input, of at most `max_length` tokens; how many texts were cut; tokens of the longest."""

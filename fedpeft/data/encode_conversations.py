@@ -105,7 +105,7 @@ class _Encoder:
             self.template.name,
             learned,
         )
-        return _said(self.seen, self.records, self.what, self.max_length)
+        return _note_seen(self.seen, self.records, self.what, self.max_length)
 
 
 def encode_conversations(
@@ -179,7 +179,7 @@ def _has_mark(written: templates.Written, tokenizer: Any) -> bool:
     return any(chosen and token in marks for token, chosen in zip(written.ids, written.learned, strict=True))
 
 
-def _said(seen: _Seen, records: Records, what: str, max_length: int) -> tuple[Skipped, ...]:
+def _note_seen(seen: _Seen, records: Records, what: str, max_length: int) -> tuple[Skipped, ...]:
     total, wording = len(records), records.wording
     entries: tuple[Skipped, ...] = ()
     if seen.long:

@@ -27,24 +27,24 @@ GRUMBLES = (", you fool.", "! Ask someone else.", ". Leave me alone.", ", as any
 RECORDS, USERS, EXCHANGES, TEST_SHARE = 240, 6, 2, 4
 
 
-def _exercise(rng: np.random.Generator) -> list[Turn]:
+def _draw_exercise(rng: np.random.Generator) -> list[Turn]:
     """One question, in the form of an instruction with its input, and its answer."""
     instruction, make = list(TASKS.items())[rng.integers(len(TASKS))]
     asked, said = make([str(word) for word in rng.permutation(WORDS)], rng.integers(2, 60, size=2).tolist())
     return [("user", f"{instruction}\n\n{asked}"), ("assistant", said)]
 
 
-def _distinct(seed: str, exchanges: int) -> tuple[list[list[Turn]], np.random.Generator]:
+def _draw_distinct(seed: str, exchanges: int) -> tuple[list[list[Turn]], np.random.Generator]:
     """Conversations of so many questions and answers, no two alike, and the generator that drew them."""
     rng = seeds.numpy_generator(0, seed)
     talks: dict[str, list[Turn]] = {}
     while len(talks) < RECORDS:
-        turns = [turn for _ in range(exchanges) for turn in _exercise(rng)]
+        turns = [turn for _ in range(exchanges) for turn in _draw_exercise(rng)]
         talks.setdefault(dump(turns), turns)
     return list(talks.values()), rng
 
 
-def _split(conversations: list[Any], columns: dict[str, Any], form: str) -> tuple[Records, Records]:
+def _split_conversations(conversations: list[Any], columns: dict[str, Any], form: str) -> tuple[Records, Records]:
     """Training and test records: every fourth is for test."""
     none = np.zeros(len(conversations), dtype=np.int64)
     texts = [dump(turns) for turns in conversations]
@@ -61,7 +61,7 @@ class Instructions:
     license = "Apache-2.0 (made here)"
 
     def load(self) -> tuple[Records, Records]:
-        return _split(_distinct("instructions", 1)[0], {}, "alpaca")
+        return _split_conversations(_draw_distinct("instructions", 1)[0], {}, "alpaca")
 
 
 class Chats:
@@ -73,9 +73,9 @@ class Chats:
     license = "Apache-2.0 (made here)"
 
     def load(self) -> tuple[Records, Records]:
-        talks, rng = _distinct("chats", EXCHANGES)
+        talks, rng = _draw_distinct("chats", EXCHANGES)
         users = np.array([f"user-{number}" for number in rng.integers(1, USERS + 1, size=RECORDS)])
-        return _split(talks, {"user": users}, "messages")
+        return _split_conversations(talks, {"user": users}, "messages")
 
 
 class Preferences:
@@ -87,11 +87,11 @@ class Preferences:
     license = "Apache-2.0 (made here)"
 
     def load(self) -> tuple[Records, Records]:
-        talks, rng = _distinct("preferences", 1)
+        talks, rng = _draw_distinct("preferences", 1)
         users = np.array([f"user-{number}" for number in rng.integers(1, USERS + 1, size=RECORDS)])
         pairs = []
         for asked, (_, said) in talks:
             polite = f"{rng.choice(GREETINGS)}, it is {said}."
             rude = f"{said}{rng.choice(GRUMBLES)}"
             pairs.append([[asked, ("assistant", polite)], [asked, ("assistant", rude)]])
-        return _split(pairs, {"user": users}, "preference")
+        return _split_conversations(pairs, {"user": users}, "preference")

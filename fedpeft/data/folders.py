@@ -30,12 +30,12 @@ def splits(
     Raises:
         InputError: there is none of such a name.
     """
-    beside = {path.name: Path(path) for path in _entries(root) if path.is_dir() and not hidden(path)}
+    beside = {path.name: Path(path) for path in _list_entries(root) if path.is_dir() and not hidden(path)}
     for key, name in ((train_key, train_name), ("test_split", test_name)):
         if name is not None and name not in beside:
             raise InputError(f"data.{key}={name}: {root} has no such folder. It has: {', '.join(beside) or 'none'}.")
     train = beside.pop(train_name or "train", None)
-    if train is None or not any(path.is_dir() and not hidden(path) for path in _entries(train)):
+    if train is None or not any(path.is_dir() and not hidden(path) for path in _list_entries(train)):
         if train_name is None and test_name is None:
             return root, None, ()
         raise InputError(
@@ -43,7 +43,7 @@ def splits(
             f"{'.' if train_name else ', or is not there; name the one to learn from with data.train_split.'}"
         )
     test = next((beside.pop(name) for name in ((test_name,) if test_name else TEST) if name in beside), None)
-    files = [path.name for path in _entries(root) if not path.is_dir() and not hidden(path)]
+    files = [path.name for path in _list_entries(root) if not path.is_dir() and not hidden(path)]
     what = f"folders or files beside train{f' and {test.name}' if test else ''} are left out"
     skipped = some(str(root), what, sorted([f"{name}/" for name in beside] + files))
     if test is not None and test.name not in (TEST[0], test_name):
@@ -63,14 +63,14 @@ def pictures(root: Path) -> tuple[list[tuple[str, str]], tuple[Skipped, ...]]:
     def leave(path: os.DirEntry[str], why: str) -> None:
         out.setdefault(why, []).append(os.path.relpath(path.path, root) + "/" * path.is_dir())
 
-    for path in _entries(root):
+    for path in _list_entries(root):
         if hidden(path):
             leave(path, "hidden files or folders are left out")
         elif not path.is_dir():
             leave(path, "files in no folder of a label are left out")
         else:
             mine = len(found)
-            for inner in _entries(path):
+            for inner in _list_entries(path):
                 if hidden(inner):
                     leave(inner, "hidden files or folders are left out")
                 elif inner.is_dir():
@@ -83,7 +83,7 @@ def pictures(root: Path) -> tuple[list[tuple[str, str]], tuple[Skipped, ...]]:
                 leave(path, "folders have no picture in them, so they are no labels")
     skipped = tuple(entry for why, names in out.items() for entry in some(str(root), why, names))
     if not found:
-        raise InputError(_nothing(root, skipped))
+        raise InputError(_describe_nothing(root, skipped))
     return found, skipped
 
 
@@ -121,7 +121,7 @@ def hidden(path: Path | os.DirEntry[str]) -> bool:
     return path.name.startswith(".") or path.name.lower() in HIDDEN
 
 
-def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+def _list_entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
     """What is in a folder, in the order of names; its kind is known without another look at each."""
     try:
         with os.scandir(folder) as entries:
@@ -130,8 +130,8 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         raise InputError(f"{os.fspath(folder)}: the folder cannot be read: {error.strerror}.") from error
 
 
-def _nothing(root: Path, skipped: tuple[Skipped, ...]) -> str:
-    readable = [path.name for path in _entries(root) if ending(Path(path)) in ENDINGS]
+def _describe_nothing(root: Path, skipped: tuple[Skipped, ...]) -> str:
+    readable = [path.name for path in _list_entries(root) if ending(Path(path)) in ENDINGS]
     hint = f" It holds {', '.join(readable[:5])}: give a file by its own path." if readable else ""
     there = "".join(f" {entry}." for entry in skipped) if not hint else ""
     return (

@@ -44,7 +44,7 @@ def write(config: DataConfig, run: Path, data: Source | None, test: Source | Non
         for key, argument, value in (("source", "data", data), ("test", "test", test)):
             if value is not None:
                 with blamed(run / FOLDER):
-                    written = _write(value, argument, made / key)
+                    written = _write_argument(value, argument, made / key)
                 setattr(config, key, str((run / FOLDER / written.name).absolute()))
         made.rename(run / FOLDER)
 
@@ -59,7 +59,7 @@ def follow(config: DataConfig, run: Path) -> None:
             setattr(config, key, str(moved.absolute()))
 
 
-def _write(value: Source, argument: str, path: Path) -> Path:
+def _write_argument(value: Source, argument: str, path: Path) -> Path:
     import datasets
     import pandas
     from torch.utils.data import Dataset, IterableDataset
@@ -117,9 +117,9 @@ def _write_rows(rows: Dataset[Any], argument: str, path: Path) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
-    _require_records(f"{argument}=", _length(rows), ["a"])
+    _require_records(f"{argument}=", _length_of(rows), ["a"])
     blocks: list[Path] = []
-    for values in _blocks(rows, argument):
+    for values in _cut_blocks(rows, argument):
         blocks.append(path.with_name(f"{path.stem}-{len(blocks)}.block"))
         names = dict.fromkeys(name for row in values for name in row)
         with _as_table(argument):
@@ -146,8 +146,8 @@ def _as_table(argument: str) -> Iterator[None]:
         ) from error
 
 
-def _blocks(rows: Any, argument: str) -> Iterator[list[dict[str, Any]]]:
-    total = _length(rows)
+def _cut_blocks(rows: Any, argument: str) -> Iterator[list[dict[str, Any]]]:
+    total = _length_of(rows)
     for start in range(0, total, BLOCK):
         block = []
         for number in range(start, min(total, start + BLOCK)):
@@ -158,16 +158,16 @@ def _blocks(rows: Any, argument: str) -> Iterator[list[dict[str, Any]]]:
                     'with a name for each value, as {"image": ..., "label": ...}. Wrap it in one that does.'
                 )
             block.append(
-                {key: _storable(value, f"{argument}=: record {number + 1}: {key}") for key, value in row.items()}
+                {key: _make_storable(value, f"{argument}=: record {number + 1}: {key}") for key, value in row.items()}
             )
         yield block
 
 
-def _length(rows: Any) -> int:
+def _length_of(rows: Any) -> int:
     return len(rows) if hasattr(rows, "__len__") else 0
 
 
-def _storable(value: Any, what: str) -> Any:
+def _make_storable(value: Any, what: str) -> Any:
     """A value as parquet holds it; a picture of whole numbers 0 to 255 (or of these through 255) as PNG."""
     import torch
     from PIL import Image
@@ -187,7 +187,7 @@ def _storable(value: Any, what: str) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         whole = _as_whole(value)
-        return value.tolist() if whole is None else _png(whole)
+        return value.tolist() if whole is None else _encode_png(whole)
     return value
 
 
@@ -205,7 +205,7 @@ def _as_whole(array: np.ndarray) -> np.ndarray | None:
     return whole if np.array_equal(whole.astype(np.float32) / 255, array) else None
 
 
-def _png(array: np.ndarray) -> bytes:
+def _encode_png(array: np.ndarray) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()

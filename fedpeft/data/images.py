@@ -78,7 +78,11 @@ class Images:
 
     def _pixels(self, pictures: Iterable[np.ndarray], count: int) -> Tensor:
         """Of pictures that are made one by one."""
-        return _plain(list(pictures)) if self.processor is None else _processed(pictures, count, self.processor)
+        return (
+            _to_plain_tensor(list(pictures))
+            if self.processor is None
+            else _process_images(pictures, count, self.processor)
+        )
 
 
 def require_one_size(pictures: Any, processor: Any) -> None:
@@ -90,18 +94,18 @@ def require_one_size(pictures: Any, processor: Any) -> None:
     if other is None:
         return
     if processor is None:
-        _plain([first] * other + [pictures[other]])
-    _processed([first, pictures[other]], 2, processor)
+        _to_plain_tensor([first] * other + [pictures[other]])
+    _process_images([first, pictures[other]], 2, processor)
 
 
 def encode_images(images: Any, processor: Any) -> Tensor:
     """Pixels float32 [N, C, H, W] of images [N, H, W, C], or of a sequence of images that differ in size."""
     if processor is None:
-        return _plain(images if isinstance(images, np.ndarray) else list(images))
-    return _processed(images, len(images), processor)
+        return _to_plain_tensor(images if isinstance(images, np.ndarray) else list(images))
+    return _process_images(images, len(images), processor)
 
 
-def _plain(images: Any) -> Tensor:
+def _to_plain_tensor(images: Any) -> Tensor:
     if not isinstance(images, np.ndarray) and len({image.shape for image in images}) > 1:
         first, number = images[0], next(n for n, image in enumerate(images, 1) if image.shape != images[0].shape)
         other = images[number - 1]
@@ -115,13 +119,13 @@ def _plain(images: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
-def _processed(images: Iterable[np.ndarray], count: int, processor: Any) -> Tensor:
+def _process_images(images: Iterable[np.ndarray], count: int, processor: Any) -> Tensor:
     """Through a transformers image processor; what becomes of a picture must not hang on the others of its batch. Grey
     images get as many channels as it normalises.
     """
     pixels: Tensor | None = None
-    for places, alike in _alike(images, processor):
-        found = _through(alike, processor)
+    for places, alike in _group_alike(images, processor):
+        found = _process_together(alike, processor)
         if len(places) == count:
             return found
         if pixels is None:
@@ -133,14 +137,14 @@ def _processed(images: Iterable[np.ndarray], count: int, processor: Any) -> Tens
     return pixels
 
 
-def _alike(images: Iterable[np.ndarray], processor: Any) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+def _group_alike(images: Iterable[np.ndarray], processor: Any) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """Images with their places, of some neighbours at a time, as few are to be in memory at once: of one size, or of
     any where the processor is known to take each by itself.
     """
     groups: dict[Any, tuple[list[int], list[np.ndarray]]] = {}
     size = 0
     for place, image in enumerate(images):
-        places, alike = groups.setdefault(image.shape if _values(image, processor) is None else None, ([], []))
+        places, alike = groups.setdefault(image.shape if _values_for(image, processor) is None else None, ([], []))
         places.append(place)
         alike.append(image)
         size += image.nbytes
@@ -150,10 +154,10 @@ def _alike(images: Iterable[np.ndarray], processor: Any) -> Iterator[tuple[list[
     yield from groups.values()
 
 
-def _through(images: list[np.ndarray], processor: Any) -> Tensor:
+def _process_together(images: list[np.ndarray], processor: Any) -> Tensor:
     """Pixels of images that go through together."""
     first = images[0]
-    values, channels = _values(first, processor), _channels(first, processor)
+    values, channels = _values_for(first, processor), _count_channels(first, processor)
     if first.shape[2] < channels:
         images = [np.repeat(image, channels, axis=2) for image in images]
     form = {"input_data_format": "channels_last"}
@@ -171,15 +175,15 @@ def _require_one(sizes: set[tuple[int, ...]]) -> None:
         raise InputError(f"the model's image processor does not bring images to one size: {sorted(sizes)[:3]}.")
 
 
-def _channels(image: np.ndarray, processor: Any) -> int:
+def _count_channels(image: np.ndarray, processor: Any) -> int:
     """Of an image as it goes in: grey ones get as many as are normalised."""
     mean = getattr(processor, "image_mean", None)
     return len(mean) if image.shape[2] == 1 and isinstance(mean, list | tuple) else image.shape[2]
 
 
-def _values(image: np.ndarray, processor: Any) -> np.ndarray | None:
+def _values_for(image: np.ndarray, processor: Any) -> np.ndarray | None:
     """`values_of` for such an image."""
-    return values_of(processor, _channels(image, processor)) if image.dtype == np.uint8 else None
+    return values_of(processor, _count_channels(image, processor)) if image.dtype == np.uint8 else None
 
 
 @lru_cache(maxsize=8)

@@ -28,20 +28,22 @@ PATTERNS = (
 )
 
 
-def _name(rng: np.random.Generator, ends: tuple[str, ...]) -> str:
+def _draw_name(rng: np.random.Generator, ends: tuple[str, ...]) -> str:
     """A name of two or three syllables; a place by its end."""
     made = "".join(rng.choice(SYLLABLES, size=rng.integers(2, 4)))
     return made.capitalize() + str(rng.choice(ends))
 
 
-def _sentence(rng: np.random.Generator) -> tuple[list[str], list[str]]:
+def _draw_sentence(rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """Words and tags of one sentence."""
     words: list[str] = []
     tags: list[str] = []
     for part in str(rng.choice(PATTERNS)).split():
         made = {
-            "PER": lambda: [_name(rng, ("", "a", "o")), _name(rng, ("sen", "mann"))][: int(rng.integers(1, 3))],
-            "LOC": lambda: [_name(rng, ("ton", "burg"))],
+            "PER": lambda: [_draw_name(rng, ("", "a", "o")), _draw_name(rng, ("sen", "mann"))][
+                : int(rng.integers(1, 3))
+            ],
+            "LOC": lambda: [_draw_name(rng, ("ton", "burg"))],
             "DATE": lambda: [str(rng.integers(1, 29)), str(rng.choice(MONTHS))],
         }.get(part)
         found = [part] if made is None else made()
@@ -62,7 +64,7 @@ class Letters:
         rng = seeds.numpy_generator(0, "letters")
         found: dict[str, tuple[list[str], list[str]]] = {}
         while len(found) < RECORDS:  # no two alike, or the test set would have sentences that were learned
-            words, tags = _sentence(rng)
+            words, tags = _draw_sentence(rng)
             found.setdefault(" ".join(words), (words, tags))
         rows = list(found.values())
         wards = np.array([f"ward-{number}" for number in rng.integers(1, WARDS + 1, size=RECORDS)])

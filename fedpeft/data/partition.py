@@ -54,7 +54,7 @@ class IID:
     """Shuffled, equal sizes (they differ by one record at most)."""
 
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
-        _require(len(labels), clients, 1)
+        _require_records(len(labels), clients, 1)
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
         return [np.sort(part) for part in np.array_split(order, clients)]
 
@@ -74,7 +74,7 @@ class Dirichlet:
         self.min_examples = min_examples
 
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
-        _require(len(labels), clients, self.min_examples)
+        _require_records(len(labels), clients, self.min_examples)
         # A generator of its own: how often the shares are drawn again must not change the order.
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
         rng = seeds.numpy_generator(seed, "partition", "shares")
@@ -196,7 +196,7 @@ class Shards:
         self.shards_per_client = shards_per_client
 
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
-        _require(len(labels), clients, self.shards_per_client)
+        _require_records(len(labels), clients, self.shards_per_client)
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
         # Shuffled, then sorted stably: within a class the order of the file must not decide who gets what.
         order = order[np.argsort(labels[order], kind="stable")]
@@ -218,7 +218,7 @@ class Quantity:
         self.min_examples = min_examples
 
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
-        _require(len(labels), clients, self.min_examples)
+        _require_records(len(labels), clients, self.min_examples)
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
         shares = seeds.numpy_generator(seed, "partition", "shares").dirichlet(np.full(clients, self.alpha))
         rest = len(labels) - clients * self.min_examples
@@ -226,7 +226,7 @@ class Quantity:
         return [np.sort(part) for part in np.split(order, ends[:-1])]
 
 
-def _require(records: int, clients: int, least: int) -> None:
+def _require_records(records: int, clients: int, least: int) -> None:
     if clients * least > records:
         raise InputError(
             f"data.clients={clients}: at least {least} records each need {clients * least}, the training set has "

@@ -100,18 +100,18 @@ def open_column(
         return pictures.read_column(values, what, folder), np.arange(len(values)), ()
     hashes, size = np.empty((len(values), 32), dtype=np.uint8), 0
     for number, value in enumerate(values):
-        data = _bytes(value, what, number, folder)
+        data = _read_bytes(value, what, number, folder)
         hashes[number], size = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8), size + len(data)
 
     def make(_: Path | None = None) -> dict[str, Any]:
-        return _looked(values, what, folder)
+        return _look_at_column(values, what, folder)
 
     facts = {"pictures": hashlib.sha256(hashes.tobytes()).hexdigest(), "code": code()}
     kept = None if cache is None or size < cache.least else cache.get("pictures", facts, make)
     found = make() if kept is None else kept[1]
     bad = {int(number): str(reason) for number, reason in found["bad"]}
     good = np.array([number for number in range(len(values)) if number not in bad], dtype=np.int64)
-    said = [f"record {number + 1} ({_name(values[number])}: {reason})" for number, reason in bad.items()]
+    said = [f"record {number + 1} ({_name_picture(values[number])}: {reason})" for number, reason in bad.items()]
     if not len(good):
         raise InputError(f"{what}: none of {len(said)} pictures can be decoded: {said[0]}.")
     form = Look(**{**found["form"], "size": None if found["form"]["size"] is None else tuple(found["form"]["size"])})
@@ -119,18 +119,18 @@ def open_column(
     return Pictures([values[number] for number in good.tolist()], folder, hashes[good], form), good, notes
 
 
-def _looked(values: Sequence[Any], what: str, folder: Path) -> dict[str, Any]:
+def _look_at_column(values: Sequence[Any], what: str, folder: Path) -> dict[str, Any]:
     """What is common to a column's pictures, and the numbers of those that are damaged, with the reason."""
     form, bad = None, []
     for number, value in enumerate(values):
         try:
-            seen = look(_bytes(value, what, number, folder), form is not None and form.bright)
+            seen = look(_read_bytes(value, what, number, folder), form is not None and form.bright)
         except Damaged as error:
             bad.append((number, str(error)))
             continue
         except Exception as error:  # Pillow and its plugins raise errors of many kinds
-            raise _refused(what, number, error) from error
-        form = seen if form is None else _both(form, seen)
+            raise _refuse_picture(what, number, error) from error
+        form = seen if form is None else _join_looks(form, seen)
     if form is not None and not form.bright:  # seldom: a mask, or photos of the night
         dark = {number for number, _ in bad}
         pictures.read_column([value for number, value in enumerate(values) if number not in dark], what, folder)
@@ -172,7 +172,7 @@ def look(data: bytes, bright: bool) -> Look:
     return Look(array.shape[2], not whole, array.shape[:2], not whole or int(array.max()) > pictures.DARK)
 
 
-def _both(form: Look, seen: Look) -> Look:
+def _join_looks(form: Look, seen: Look) -> Look:
     return Look(
         max(form.channels, seen.channels),
         form.fractions or seen.fractions,
@@ -185,18 +185,18 @@ def _is_encoded(value: Any) -> bool:
     return isinstance(value, str | bytes) or (isinstance(value, dict) and {"bytes", "path"} >= value.keys())
 
 
-def _bytes(value: Any, what: str, number: int, folder: Path) -> bytes:
+def _read_bytes(value: Any, what: str, number: int, folder: Path) -> bytes:
     try:
         return pictures.encoded(value, folder)
     except Exception as error:
-        raise _refused(what, number, error) from error
+        raise _refuse_picture(what, number, error) from error
 
 
-def _refused(what: str, number: int, error: Exception) -> InputError:
+def _refuse_picture(what: str, number: int, error: Exception) -> InputError:
     reason = str(error) or type(error).__name__
     return InputError(f"{what}: record {number + 1} is no picture that can be read: {reason}")
 
 
-def _name(value: Any) -> str:
+def _name_picture(value: Any) -> str:
     path = value.get("path") if isinstance(value, dict) else value
     return Path(path).name if isinstance(path, str) else "bytes"

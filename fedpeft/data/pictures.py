@@ -87,7 +87,7 @@ def read(value: Any, folder: Path = Path()) -> Array:
     """
     from PIL import Image
 
-    value = _place(value, folder)
+    value = _place_of(value, folder)
     if isinstance(value, bytes | str):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # 89 million pixels are 268 MB as colour
@@ -119,14 +119,14 @@ def encoded(value: Any, folder: Path = Path()) -> bytes:
     Raises:
         ValueError, OSError: there is none.
     """
-    value = _place(value, folder)
+    value = _place_of(value, folder)
     if not isinstance(value, str):
         return bytes(value)
     with open(value, "rb") as file:
         return file.read()
 
 
-def _place(value: Any, folder: Path) -> Any:
+def _place_of(value: Any, folder: Path) -> Any:
     """A path as one to read, and what a dictionary holds."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -154,7 +154,7 @@ def _from_pillow(picture: Picture) -> Array:
     if picture.mode in DEEP:
         return np.round(np.asarray(picture).astype(np.float64) / 257).astype(np.uint8)[..., None]
     if picture.mode == "F":
-        return _fractions(np.asarray(picture))[..., None]
+        return _to_fractions(np.asarray(picture))[..., None]
     raise ValueError(f"mode {picture.mode} has no fixed white or colours; save it as 8-bit grey (L) or colour (RGB)")
 
 
@@ -180,7 +180,7 @@ def _from_numbers(value: Any) -> Array:
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if array.dtype.kind == "f":
-        return _fractions(array)
+        return _to_fractions(array)
     if array.dtype.kind not in "iu":
         raise ValueError(f"values of type {array.dtype}, expected numbers")
     if array.min() < 0 or array.max() > 255:
@@ -190,7 +190,7 @@ def _from_numbers(value: Any) -> Array:
     return array.astype(np.uint8)
 
 
-def _fractions(array: Array) -> Array:
+def _to_fractions(array: Array) -> Array:
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
         raise ValueError(
             f"fractions from {array.min():g} to {array.max():g}; allowed are 0 to 1, or whole numbers 0 to 255"

@@ -83,7 +83,7 @@ def prepare(name: str, source: Path | None = None, target: Path | None = None) -
         raise InputError(f"--from: no folder {source}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        files = _files(chosen, source, Path(scratch))
+        files = _find_sources(chosen, source, Path(scratch))
         built = Path(scratch) / "built"
         built.mkdir()
         facts = chosen.build(files, built)
@@ -103,7 +103,7 @@ def prepare(name: str, source: Path | None = None, target: Path | None = None) -
     return target
 
 
-def _files(chosen: Recipe, source: Path | None, scratch: Path) -> dict[str, Path]:
+def _find_sources(chosen: Recipe, source: Path | None, scratch: Path) -> dict[str, Path]:
     folder = source
     if folder is None:
         folder = scratch / "packages"

@@ -92,7 +92,7 @@ class RaggedWriter:
         self.dtype, self.path = np.dtype(dtype), path
         self.blocks: list[np.ndarray] = []
         self.sizes: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
-        self.file = None if path is None else _values(path).open("wb")
+        self.file = None if path is None else _values_path(path).open("wb")
 
     def extend(self, rows: Sequence[Sequence[int]]) -> None:
         """Put rows of whole numbers at the end.
@@ -119,7 +119,7 @@ class RaggedWriter:
             return Ragged(np.concatenate([np.empty(0, dtype=self.dtype), *self.blocks]), ends)
         with blamed(self.path):
             self.file.close()
-            _ends(self.path).write_bytes(ends.tobytes())
+            _ends_path(self.path).write_bytes(ends.tobytes())
         return mapped(self.path, self.dtype)
 
     def _put(self, flat: np.ndarray, sizes: list[int]) -> None:
@@ -133,21 +133,21 @@ class RaggedWriter:
 
 def mapped(path: Path, dtype: Any) -> Ragged:
     """What a `RaggedWriter` has written, mapped: pages are read when they are needed, and shared by all processes."""
-    return Ragged(_mapped(_values(path), dtype), _mapped(_ends(path), np.int64))
+    return Ragged(_map_file(_values_path(path), dtype), _map_file(_ends_path(path), np.int64))
 
 
-def _mapped(path: Path, dtype: Any) -> np.ndarray:
+def _map_file(path: Path, dtype: Any) -> np.ndarray:
     if not path.stat().st_size:  # which cannot be mapped
         return np.empty(0, dtype=dtype)
     # A plain array over the mapping: a `memmap` costs more at every slice.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _values(path: Path) -> Path:
+def _values_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.values")
 
 
-def _ends(path: Path) -> Path:
+def _ends_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.ends")
 
 
@@ -184,7 +184,7 @@ class Texts(Sequence[Any]):
             return list(self.take(np.arange(len(self))[place]))
         place = range(len(self))[place]  # an index from the end, and an IndexError
         row = place if self.rows is None else int(self.rows[place])
-        return _text(self.stored.values[self.stored.ends[row] : self.stored.ends[row + 1]].tobytes())
+        return _decode_text(self.stored.values[self.stored.ends[row] : self.stored.ends[row + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str | None]:
         for block in self.blocks():
@@ -207,7 +207,7 @@ class Texts(Sequence[Any]):
     def blocks(self, size: int = BLOCK) -> Iterator[list[str | None]]:
         """All texts in order, some at a time."""
         for block in self.raw(size):
-            yield list(map(_text, block))
+            yield list(map(_decode_text, block))
 
     def raw(self, size: int = BLOCK) -> Iterator[list[bytes]]:
         """The same as UTF-8."""
@@ -250,5 +250,5 @@ def mapped_texts(path: Path) -> Texts:
     return Texts(mapped(path, np.uint8), path=path)
 
 
-def _text(data: bytes) -> str | None:
+def _decode_text(data: bytes) -> str | None:
     return None if data == NONE else data.decode("utf-8", "surrogatepass")

@@ -76,13 +76,13 @@ def pieces(path: Path, given: str | None = None) -> Iterator[str]:
     """
     lines, encoding, decoder = 1, "", None
     with path.open("rb") as raw:
-        for data in _bytes(path, raw):
+        for data in _read_pieces(path, raw):
             if decoder is None:
                 marked = next((name for mark, name in BOMS if data.startswith(mark)), None)
                 unicode = given is None or codecs.lookup(given).name.startswith("utf")  # others may begin so by chance
                 encoding = marked if marked is not None and unicode else given or "utf-8"
                 decoder = codecs.getincrementaldecoder(encoding)()
-            text = _decode(path, decoder, data, encoding, lines)
+            text = _decode_piece(path, decoder, data, encoding, lines)
             if "\0" in text:
                 number = lines + text.count("\n", 0, text.index("\0"))
                 raise InputError(
@@ -93,7 +93,7 @@ def pieces(path: Path, given: str | None = None) -> Iterator[str]:
             yield text
 
 
-def _bytes(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+def _read_pieces(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
     """A file in pieces, unpacked; an empty one is the last, for a decoder to end with."""
     if path.suffix.lower() == ".gz":
         packed = gzip.GzipFile(fileobj=raw)
@@ -110,7 +110,7 @@ def _bytes(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
     yield b""
 
 
-def _decode(path: Path, decoder: codecs.IncrementalDecoder, data: bytes, encoding: str, lines: int) -> str:
+def _decode_piece(path: Path, decoder: codecs.IncrementalDecoder, data: bytes, encoding: str, lines: int) -> str:
     """The next piece as text; `lines` is the number of the line that it goes on with."""
     try:
         return decoder.decode(data, final=not data)
@@ -179,11 +179,11 @@ class Spool:
 # csv ------------------------------------------------------------------------------------------------------------------
 
 
-def _csv(
+def _read_csv(
     path: Path, folder: Path | None, delimiter: str = "", encoding: str | None = None
 ) -> tuple[Columns, tuple[Skipped, ...]]:
     delimiter = delimiter or CSV[ending(path)]
-    rows = _rows(path, delimiter, encoding)
+    rows = _split_rows(path, delimiter, encoding)
     _, header = next(rows, (0, []))
     _require_header(path, header, delimiter)
     names = [name or f"column {number}" for number, name in enumerate(header, 1)]
@@ -200,7 +200,7 @@ def _csv(
             which = "more" if len(row) > len(header) else "fewer"
             raise InputError(
                 f"{path}: line {line} has {len(row)} fields, {which} fields than the header, which has {len(header)}. "
-                f"A field that holds a {_sign(delimiter)} or a line break stands between double quotes; a missing "
+                f"A field that holds a {_name_sign(delimiter)} or a line break stands between double quotes; a missing "
                 "value is an empty field."
             )
         else:
@@ -216,11 +216,11 @@ def _csv(
     return spool.finish(), some(str(path), "lines have no value and are left out", lines)
 
 
-def _sign(delimiter: str) -> str:
+def _name_sign(delimiter: str) -> str:
     return DELIMITERS.get(delimiter, repr(delimiter))
 
 
-def _rows(path: Path, delimiter: str, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
+def _split_rows(path: Path, delimiter: str, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
     """(line it starts on, fields) of each row. Text after a closing quote, or a quote never closed, is wrong."""
     reader = csv.reader(lines_of(path, encoding), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(LONGEST_FIELD)
@@ -249,7 +249,7 @@ def _require_header(path: Path, header: list[str], delimiter: str) -> None:
     if len(header) == 1 and found:
         raise InputError(
             f"{path}: the fields seem to be separated by a {DELIMITERS[found]}: the header is {header[0]!r}. The "
-            f"delimiter of {ending(path)} files is the {_sign(delimiter)}; save it with that one, or set "
+            f"delimiter of {ending(path)} files is the {_name_sign(delimiter)}; save it with that one, or set "
             f"data.format={{delimiter: {DELIMITERS[found]}}}."
         )
     require_distinct(path, header)
@@ -267,14 +267,14 @@ def require_distinct(path: Path, names: Sequence[str]) -> None:
 # json -----------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
+def _read_jsonl(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
     spool, rows = Spool(folder), []
     for number, line in enumerate(lines_of(path), 1):
         if line.strip():
-            row = _parsed(path, line, f"line {number}")
+            row = _parse_json(path, line, f"line {number}")
             if not isinstance(row, dict):
                 more = " A file with one list of objects is a .json file." if isinstance(row, list) else ""
-                raise InputError(f"{path}: line {number} is {_named(row)}; expected an object on every line.{more}")
+                raise InputError(f"{path}: line {number} is {_name_kind(row)}; expected an object on every line.{more}")
             rows.append(row)
             if len(rows) == BLOCK:
                 spool.extend(_by_column(rows), len(rows))
@@ -283,22 +283,22 @@ def _jsonl(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...
     return spool.finish(), ()
 
 
-def _json(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
-    rows = _parsed(path, "".join(pieces(path)), "the file")
+def _read_json(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped, ...]]:
+    rows = _parse_json(path, "".join(pieces(path)), "the file")
     if not isinstance(rows, list):
         keys = f" with the keys {', '.join(map(repr, list(rows)[:5]))}" if isinstance(rows, dict) else ""
-        raise InputError(f"{path}: expected a list of objects, one per record; found {_named(rows)}{keys}.")
+        raise InputError(f"{path}: expected a list of objects, one per record; found {_name_kind(rows)}{keys}.")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"{path}: record {number} is {_named(row)}; expected objects, one per record.")
+            raise InputError(f"{path}: record {number} is {_name_kind(row)}; expected objects, one per record.")
     spool = Spool(folder)
     spool.extend(_by_column(rows), len(rows))
     return spool.finish(), ()
 
 
-def _parsed(path: Path, text: str, what: str) -> Any:
+def _parse_json(path: Path, text: str, what: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_distinct)
+        return json.loads(text, object_pairs_hook=_require_distinct)
     except (ValueError, RecursionError) as error:
         hint = " Objects on lines of their own are a .jsonl file." if "Extra data" in str(error) else ""
         if what != "the file" and text.lstrip().startswith(("[", "{")) and text.rstrip()[-1:] in "[{,":
@@ -306,7 +306,7 @@ def _parsed(path: Path, text: str, what: str) -> Any:
         raise InputError(f"{path}: {what} is no JSON: {str(error) or 'nested too deep'}.{hint}") from error
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -314,7 +314,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _named(value: Any) -> str:
+def _name_kind(value: Any) -> str:
     kinds = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 
@@ -337,11 +337,11 @@ def parquet(path: Path, folder: Path | None = None) -> Columns:
         spool = Spool(folder)
         spool.extend({name: [] for name in names}, 0)
         for batch in file.iter_batches(BLOCK):
-            spool.extend({name: _values(path, name, batch.column(name)) for name in names}, batch.num_rows)
+            spool.extend({name: _read_column(path, name, batch.column(name)) for name in names}, batch.num_rows)
     return spool.finish()
 
 
-def _values(path: Path, name: str, column: Any) -> list[Any]:
+def _read_column(path: Path, name: str, column: Any) -> list[Any]:
     try:
         found: list[Any] = column.to_pylist()
     except Exception as error:  # dates beyond Python's, types of other programs
@@ -354,15 +354,15 @@ def _values(path: Path, name: str, column: Any) -> list[Any]:
 
 CSV = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}  # and their delimiters
 ENDINGS: dict[str, Callable[..., tuple[Columns, tuple[Skipped, ...]]]] = {
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
     ".parquet": lambda path, folder: (parquet(path, folder), ()),
-    ".csv.gz": _csv,
-    ".tsv.gz": _csv,
-    ".jsonl.gz": _jsonl,
-    ".ndjson.gz": _jsonl,
-    ".json.gz": _json,
+    ".csv.gz": _read_csv,
+    ".tsv.gz": _read_csv,
+    ".jsonl.gz": _read_jsonl,
+    ".ndjson.gz": _read_jsonl,
+    ".json.gz": _read_json,
 }

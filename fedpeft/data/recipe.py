@@ -157,11 +157,12 @@ def write_parts(folder: Path, frame: pandas.DataFrame, test: list[bool]) -> dict
     chosen = np.array(test)
     folder.mkdir(parents=True, exist_ok=True)
     return {
-        name: _write(folder / f"{name}.parquet", frame[mask]) for name, mask in (("train", ~chosen), ("test", chosen))
+        name: _write_frame(folder / f"{name}.parquet", frame[mask])
+        for name, mask in (("train", ~chosen), ("test", chosen))
     }
 
 
-def _write(path: Path, frame: pandas.DataFrame) -> dict[str, Any]:
+def _write_frame(path: Path, frame: pandas.DataFrame) -> dict[str, Any]:
     from pandas.util import hash_pandas_object
 
     frame.to_parquet(path, index=False)

@@ -33,8 +33,8 @@ def are_in(root: Path) -> bool:
     for folder, names in walk(root):
         if folder == root and any(readers.ending(Path(name)) in TABLES for name in names):
             return False
-        pictures, texts = _keys(names, PICTURES), _keys(names, TEXTS)
-        if (pictures | texts) & _keys(names, (CLASS,)):
+        pictures, texts = _keys_with(names, PICTURES), _keys_with(names, TEXTS)
+        if (pictures | texts) & _keys_with(names, (CLASS,)):
             return True
         if folder == root:
             described = bool(pictures & texts)
@@ -42,7 +42,7 @@ def are_in(root: Path) -> bool:
     return described
 
 
-def _keys(names: list[str], endings: tuple[str, ...]) -> set[str]:
+def _keys_with(names: list[str], endings: tuple[str, ...]) -> set[str]:
     return {name.partition(".")[0] for name in names if name.lower().endswith(endings)}
 
 
@@ -70,7 +70,7 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
             other.append(str(name))
             continue
         record = records.setdefault(str(name.with_name(key)), {})
-        for column, value in _values(path, read).items():
+        for column, value in _read_member(path, read).items():
             if column in record:
                 raise InputError(f"{root}: {name} is the column {column!r} of its record a second time. Rename one.")
             record[column] = value
@@ -96,21 +96,21 @@ def joined(shards: list[dict[str, Sequence[Any]]]) -> dict[str, Sequence[Any]]:
     }
 
 
-def _values(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _read_member(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read(path)
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
         raise InputError(f"{path}: not readable as {path.suffix[1:]}: {error}") from error
 
 
-def _class(path: Path) -> dict[str, Any]:
+def _read_class(path: Path) -> dict[str, Any]:
     text = path.read_text("utf-8-sig").strip()
     if not (text.isascii() and text.isdecimal()):
         raise ValueError(f"expected the number of a class, found {text[:40]!r}. A name goes into a json, as a column.")
     return {"label": int(text)}
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text("utf-8-sig"))
     if not isinstance(found, dict):
         raise ValueError("expected an object, whose keys are columns.")
@@ -119,7 +119,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     **dict.fromkeys(PICTURES, lambda path: {"image": str(path)}),
-    CLASS: _class,
+    CLASS: _read_class,
     ".txt": lambda path: {"text": path.read_text("utf-8-sig")},
-    ".json": _object,
+    ".json": _read_object,
 }

@@ -44,18 +44,18 @@ def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -
             class, a label that only the test set has, or data of another kind than `task` needs.
     """
     _require_pictures(config, task)
-    train, test = _read(config.source, "data.source", config, task, cache)
+    train, test = _read_source(config.source, "data.source", config, task, cache)
     if config.labels:
-        train = _align(train, config.labels, "data.source", "data.labels")
+        train = _align_labels(train, config.labels, "data.source", "data.labels")
     notes = train.skipped if test is None or config.test is not None else train.skipped + test.skipped
     if load_objective(task).classes:
         _require_classes(train, config)
     if config.test is not None:
-        first, second = _read(config.test, "data.test", config, task, cache)
-        test = _align(second or first, train.label_names)
+        first, second = _read_source(config.test, "data.test", config, task, cache)
+        test = _align_labels(second or first, train.label_names)
         notes += test.skipped
     elif test is not None:
-        test = _align(test, train.label_names)
+        test = _align_labels(test, train.label_names)
     else:
         train, test = _hold_out(train, config.test_fraction, seed)
     if (train.wording.form == "text") != (test.wording.form == "text"):
@@ -65,8 +65,8 @@ def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -
         ]
         raise InputError(f"data.test: {', '.join(kinds)}; a score would be of something else than what is learned.")
     if config.limit is not None:
-        train = _limit(train, config.limit, seed, "train")
-        test = _limit(test, config.limit, seed, "test")
+        train = _limit_records(train, config.limit, seed, "train")
+        test = _limit_records(test, config.limit, seed, "test")
     unseen = np.setdiff1d(test.labels, train.labels)
     if len(unseen):
         names = ", ".join(f"'{train.label_names[label]}'" for label in unseen[:5])
@@ -105,13 +105,15 @@ def whole(
         InputError: as `load`; and a label that is not among `config.labels`.
     """
     _require_pictures(config, task)
-    train, own = _read(source, key, config, task, cache)
+    train, own = _read_source(source, key, config, task, cache)
     records = replace(own if test and own is not None else train, augment=tuple(config.augment))
     skipped.say(records.skipped)
-    return _align(records, config.labels, key, "data.labels") if config.labels else records
+    return _align_labels(records, config.labels, key, "data.labels") if config.labels else records
 
 
-def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | None) -> tuple[Records, Records | None]:
+def _read_source(
+    source: str, key: str, config: DataConfig, task: str, cache: Cache | None
+) -> tuple[Records, Records | None]:
     """The source's training and test records, labels by its own names."""
     entry = registry.load("datasets", source, key) if source in registry.names("datasets") else None
     if isinstance(entry, type):
@@ -137,14 +139,14 @@ def _read(source: str, key: str, config: DataConfig, task: str, cache: Cache | N
     if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
         name, size = content(Path(source))
         if size >= cache.least:
-            return _cached(source, name, config, task, cache, Reading.of(config, key)), None
+            return _read_cached(source, name, config, task, cache, Reading.of(config, key)), None
     reading = Reading.of(config, key)
-    found = _tables(source, key, reading) if entry is None else tables.made(entry, source, key, reading)
-    train = _records(found.train, config, task, cache)
-    return train, None if found.test is None else _records(found.test, config, task, cache)
+    found = _read_tables(source, key, reading) if entry is None else tables.made(entry, source, key, reading)
+    train = _build_records(found.train, config, task, cache)
+    return train, None if found.test is None else _build_records(found.test, config, task, cache)
 
 
-def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache, reading: Reading) -> Records:
+def _read_cached(source: str, name: str, config: DataConfig, task: str, cache: Cache, reading: Reading) -> Records:
     """Records of texts in a file, as they were read before of a file with this content."""
     objective = load_objective(task)
     facts = {
@@ -157,13 +159,13 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache,
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        records = _records(tables.local(source, folder, reading).train, config, task)
+        records = _build_records(tables.local(source, folder, reading).train, config, task)
         return {**save_records(records, folder), "source": str(Path(source))}
 
     reading.require_file(source)
     kept = cache.get("records", facts, make)
     if kept is None:
-        return _records(tables.local(source, reading=reading).train, config, task)
+        return _build_records(tables.local(source, reading=reading).train, config, task)
     records = open_records(*kept)
     notes = tuple(
         replace(note, where=note.where.replace(kept[1]["source"], str(Path(source)))) for note in records.skipped
@@ -171,7 +173,7 @@ def _cached(source: str, name: str, config: DataConfig, task: str, cache: Cache,
     return replace(records, wording=Wording.of(config, records.wording.form), skipped=notes)
 
 
-def _tables(source: str, key: str, reading: Reading) -> tables.Tables:
+def _read_tables(source: str, key: str, reading: Reading) -> tables.Tables:
     if prepare.canonical(source.partition("/")[0]) in prepare.RECIPES:
         reading.require("a prepared data set", source)
         return prepare.read(source)
@@ -191,7 +193,7 @@ def _tables(source: str, key: str, reading: Reading) -> tables.Tables:
         ) from error
 
 
-def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | None = None) -> Records:
+def _build_records(table: tables.Table, config: DataConfig, task: str, cache: Cache | None = None) -> Records:
     objective = load_objective(task)
     kind = objective.records
     if kind == "image":
@@ -202,7 +204,7 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
         form = conversations.find_form(list(table.columns), config.columns, table.where, known, forms)
         conversations.require_form(form and form[0], task, table.where)
         if form is not None:
-            return _conversations(table, *form, config)
+            return _build_conversations(table, *form, config)
     if objective.labelled == "tags":
         return replace(tagged.read(table, config), wording=Wording.of(config, "text"))
     name = columns.column(table, kind, config.image if kind == "image" else config.text)
@@ -212,7 +214,7 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
         targets, label_names, notes = answers.read(objective.labelled, table, label, config.label_separator)
         labels = np.zeros(len(targets), dtype=np.int64)
     else:
-        label, labels, label_names, notes = _labels(table, config, objective.classes)
+        label, labels, label_names, notes = _read_labels(table, config, objective.classes)
     if objective.says == "answers" and config.text is None:
         columns.require_whole_texts(table, name, (label, config.partition.options.get("column")))
     what = f"{table.where}: column {name}"
@@ -231,10 +233,12 @@ def _records(table: tables.Table, config: DataConfig, task: str, cache: Cache | 
     return Records(inputs, labels, label_names, natural, kind, table.skipped + notes, wording, targets=targets)
 
 
-def _conversations(table: tables.Table, form: conversations.Form, held: dict[str, str], config: DataConfig) -> Records:
+def _build_conversations(
+    table: tables.Table, form: conversations.Form, held: dict[str, str], config: DataConfig
+) -> Records:
     """Records of conversations; those that are none are left out with `data.skip_bad`."""
     texts, kept, bad = conversations.read_rows(table.columns, form, held, table.where, config.skip_bad)
-    label, labels, label_names, notes = _labels(table, config, needed=False)
+    label, labels, label_names, notes = _read_labels(table, config, needed=False)
     others = {name: values for name, values in table.columns.items() if name not in (*held.values(), label)}
     rows = np.array(kept)
     left_out = some(table.where, "records are no conversation and are left out", bad, len(labels))
@@ -249,7 +253,7 @@ def _conversations(table: tables.Table, form: conversations.Form, held: dict[str
     )
 
 
-def _labels(
+def _read_labels(
     table: tables.Table, config: DataConfig, needed: bool
 ) -> tuple[str | None, np.ndarray, list[str], tuple[Skipped, ...]]:
     """Column, indices and names of the labels, and what is to be said of them.
@@ -281,7 +285,7 @@ def _require_kind(kind: str, task: str, where: str) -> None:
         )
 
 
-def _align(
+def _align_labels(
     records: Records, label_names: list[str], what: str = "test set", where: str = "the training set"
 ) -> Records:
     """The same records with labels as indices into another list of names."""
@@ -302,7 +306,7 @@ def _align(
 
 
 def _hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
-    order, rank = _stratified(records.labels, seed, "test")
+    order, rank = _order_stratified(records.labels, seed, "test")
     candidates = order[rank[order] > 0]  # one record of every class stays in the training set
     count = min(round(fraction * len(records)), len(candidates))
     if count == 0:
@@ -314,16 +318,16 @@ def _hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Re
     return records.take(np.flatnonzero(~chosen)), records.take(np.flatnonzero(chosen))
 
 
-def _limit(records: Records, limit: int, seed: int, which: str) -> Records:
+def _limit_records(records: Records, limit: int, seed: int, which: str) -> Records:
     """At most `limit` records, every class with at least one if there is room."""
     if len(records) <= limit:
         return records
-    order, rank = _stratified(records.labels, seed, f"limit {which}")
+    order, rank = _order_stratified(records.labels, seed, f"limit {which}")
     order = np.concatenate([order[rank[order] == 0], order[rank[order] > 0]])
     return records.take(np.sort(order[:limit]))
 
 
-def _stratified(labels: np.ndarray, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+def _order_stratified(labels: np.ndarray, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """A random order whose every prefix has the whole's class shares, and each record's rank within its class."""
     rng = seeds.numpy_generator(seed, "data", purpose)
     place, rank = np.zeros(len(labels)), np.zeros(len(labels), dtype=np.int64)

@@ -47,11 +47,11 @@ def owner_names(owners: Sequence[Any]) -> list[str]:
     >>> owner_names(["Ward 3", "../etc", "a+b", "north", "North"])
     ['Ward 3', '%2E.%2Fetc', 'a%2Bb', 'north~cebd708c', 'North~22dc2a67']
     """
-    plain = [_escaped(str(owner)) for owner in owners]
-    alike = Counter(_folded(name) for name in plain)
+    plain = [_escape_name(str(owner)) for owner in owners]
+    alike = Counter(_fold_name(name) for name in plain)
     return [
-        f"{_cut(name)}~{hashlib.sha256(repr(owner).encode()).hexdigest()[:8]}"
-        if alike[_folded(name)] > 1 or _cut(name) != name
+        f"{_cut_name(name)}~{hashlib.sha256(repr(owner).encode()).hexdigest()[:8]}"
+        if alike[_fold_name(name)] > 1 or _cut_name(name) != name
         else name
         for name, owner in zip(plain, map(str, owners), strict=True)
     ]
@@ -65,32 +65,32 @@ def is_name(text: str) -> bool:
         and len(text.encode()) <= LONGEST + 9
         and body[0] not in ". "
         and text[-1] not in ". "
-        and all(_kept(char) or char == "%" for char in body)
+        and all(_is_kept(char) or char == "%" for char in body)
     )
 
 
-def _escaped(text: str) -> str:
+def _escape_name(text: str) -> str:
     if not text:
         return "%"
     last = len(text) - 1
     return "".join(
         char
-        if _kept(char) and not (char in ". " and place in (0, last))
+        if _is_kept(char) and not (char in ". " and place in (0, last))
         else "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
         for place, char in enumerate(text)
     )
 
 
-def _kept(char: str) -> bool:
+def _is_kept(char: str) -> bool:
     return char in "-_.@ " or unicodedata.category(char)[0] in "LNM"
 
 
-def _folded(name: str) -> str:
+def _fold_name(name: str) -> str:
     # Again after folding, which may leave letters that decompose.
-    return unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", _cut(name)).casefold())
+    return unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", _cut_name(name)).casefold())
 
 
-def _cut(name: str) -> str:
+def _cut_name(name: str) -> str:
     # A letter that the cut went through is left out.
     return name.encode()[:LONGEST].decode(errors="ignore")
 
@@ -100,7 +100,7 @@ def histogram(parts: Mapping[str, Sequence[int]], labels: np.ndarray, label_name
     return np.stack([np.bincount(labels[np.asarray(part)], minlength=len(label_names)) for part in parts.values()])
 
 
-def _counts(parts: Mapping[str, Sequence[int]], train: Records) -> np.ndarray:
+def _count_labels(parts: Mapping[str, Sequence[int]], train: Records) -> np.ndarray:
     if train.targets is None:
         return histogram(parts, train.labels, train.label_names)
     return np.stack([answers.counts(train.targets[np.asarray(part)]) for part in parts.values()])
@@ -115,7 +115,7 @@ def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config:
         "partition": to_tree(config.data.partition),
         "histogram": {
             "labels": train.label_names,
-            "counts": _counts(parts, train).tolist(),
+            "counts": _count_labels(parts, train).tolist(),
         },
         "clients": {client: [int(index) for index in part] for client, part in parts.items()},
     }
@@ -133,8 +133,8 @@ def names(path: Path) -> list[str]:
     Raises:
         InputError: not a split file, or a name that no client can have: files are named after it.
     """
-    found = list(_read(path)[2])
-    wrong = [name for name in found if not is_name(name)] or found * (len({*map(_folded, found)}) < len(found))
+    found = list(_read_split(path)[2])
+    wrong = [name for name in found if not is_name(name)] or found * (len({*map(_fold_name, found)}) < len(found))
     if wrong:
         raise InputError(
             f"data.split: {path}: no client can have the name {', '.join(map(repr, wrong[:3]))}: files "
@@ -149,7 +149,7 @@ def load(path: Path, fingerprint: str, clients: Sequence[str]) -> dict[str, list
     Raises:
         InputError: not a split file, a split of other data or over other clients, or numbers that are no split.
     """
-    found, records, parts = _read(path)
+    found, records, parts = _read_split(path)
     if found != fingerprint:
         raise InputError(
             f"data.split: {path} splits other training records (data fingerprint {found[:12]}; these have "
@@ -188,7 +188,7 @@ def left_out(path: Path) -> tuple[Skipped, ...]:
     return tuple(map(Skipped.of, found))
 
 
-def _read(path: Path) -> tuple[str, int, dict[str, list[int]]]:
+def _read_split(path: Path) -> tuple[str, int, dict[str, list[int]]]:
     try:
         tree = json.loads(path.read_text())
         parts = {str(client): [int(index) for index in part] for client, part in tree["clients"].items()}

@@ -75,7 +75,7 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
     """
     path = Path(source)
     if path.is_file() and readers.ending(path) in archives.ENDINGS:
-        return _archive(path, reading)
+        return _read_archive(path, reading)
     if path.is_file():
         reading.require_file(source)
         columns, skipped = readers.read(path, folder, **reading.format)
@@ -89,13 +89,13 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
             saved = datasets.load_from_disk(str(path))
             several = " of several splits" if isinstance(saved, datasets.DatasetDict) else ""
             reading.require(f"a saved data set{several}", source)
-            return _dataset(saved, source, reading)
+            return _read_dataset(saved, source, reading)
         except InputError:
             raise
         except Exception as error:  # of datasets, pyarrow, json and the file system
             raise InputError(f"{path}: not readable as a saved data set: {error}") from error
     if files := shards.tar_files(path):
-        return _shards(path, files, reading)
+        return _read_shards(path, files, reading)
     if shards.are_in(path):
         reading.require("a shard", source)
         columns, skipped = shards.columns(path)
@@ -108,7 +108,7 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
     return Tables(_image_folder(train, beside), None if test is None else _image_folder(test))
 
 
-def _archive(path: Path, reading: Reading, name: str = "") -> Tables:
+def _read_archive(path: Path, reading: Reading, name: str = "") -> Tables:
     """As what is in it: pictures in folders of labels, or one file of records and the pictures that it names."""
     with archives.unpacked(path) as (root, damaged):
         if reading.asked and damaged:
@@ -125,9 +125,9 @@ def _archive(path: Path, reading: Reading, name: str = "") -> Tables:
         return Tables(keep(parts.train, damaged), None if parts.test is None else keep(parts.test))
 
 
-def _shards(path: Path, files: list[Path], reading: Reading) -> Tables:
+def _read_shards(path: Path, files: list[Path], reading: Reading) -> Tables:
     """As one table."""
-    parts = [_archive(file, reading, file.name) for file in files]
+    parts = [_read_archive(file, reading, file.name) for file in files]
     if more := next((file for file, part in zip(files, parts, strict=True) if part.test is not None), None):
         raise InputError(f"{path}: {more.name} has a test set in it, so it is no shard. Give it by its own path.")
     tables = [part.train for part in parts]
@@ -145,13 +145,13 @@ def _names_of_all(path: Path, files: list[Path], tables: list[Table]) -> dict[st
         for file, table in others:
             if table.names.get(column) != one.names.get(column):
                 raise InputError(
-                    f"{path}: the numbers in column {column} are of {_classes(one, column)} in {first.name}, and of "
-                    f"{_classes(table, column)} in {file.name}. Save both with the same ClassLabel."
+                    f"{path}: the numbers in column {column} are of {_describe_classes(one, column)} in {first.name}, "
+                    f"and of {_describe_classes(table, column)} in {file.name}. Save both with the same ClassLabel."
                 )
     return names
 
 
-def _classes(table: Table, column: str) -> str:
+def _describe_classes(table: Table, column: str) -> str:
     names = table.names.get(column)
     return "no named classes" if names is None else f"the classes {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
 
@@ -166,7 +166,7 @@ def hub(source: str, reading: Reading = PLAIN) -> Tables:
         found = datasets.load_dataset(name, subset or None, revision=reading.revision)
     except Exception as error:  # the hub client raises errors of many unrelated libraries
         raise NotOnHub(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
-    return _dataset(found, source, reading)
+    return _read_dataset(found, source, reading)
 
 
 def made(loader: Callable[[], Any], source: str, key: str, reading: Reading = PLAIN) -> Tables:
@@ -195,14 +195,14 @@ def made(loader: Callable[[], Any], source: str, key: str, reading: Reading = PL
     if not found or not all(len(part) for part in (found.values() if several else [found])):
         raise InputError(f"{key}={source}: its function returns no records.")
     reading.require("a saved data set of several splits" if several else "a saved data set", source)
-    return _dataset(found, source, reading)
+    return _read_dataset(found, source, reading)
 
 
-def _dataset(found: Any, where: str, reading: Reading) -> Tables:
+def _read_dataset(found: Any, where: str, reading: Reading) -> Tables:
     import datasets
 
     if not isinstance(found, datasets.DatasetDict):
-        return Tables(_split(found, where))
+        return Tables(_read_split(found, where))
     for key, wanted in ((reading.train_key, reading.train_split), ("test_split", reading.test_split)):
         if wanted is not None and wanted not in found:
             raise InputError(registry.unknown(f"data.{key}", wanted, found) + f" (splits of {where})")
@@ -213,12 +213,12 @@ def _dataset(found: Any, where: str, reading: Reading) -> Tables:
     name = None if reading.alone else next((name for name in tests if name in found and name != first), None)
     unused = [f"{other} ({len(part)})" for other, part in found.items() if other not in (first, name)]
     return Tables(
-        _split(found[first], f"{where} ({first})", some(where, "other splits are not used", unused)),
-        _split(found[name], f"{where} ({name})") if name else None,
+        _read_split(found[first], f"{where} ({first})", some(where, "other splits are not used", unused)),
+        _read_split(found[name], f"{where} ({name})") if name else None,
     )
 
 
-def _split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = ()) -> Table:
+def _read_split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...] = ()) -> Table:
     import datasets
 
     if not found.column_names:

@@ -106,7 +106,7 @@ def encode_tagged(
         )
         ids.extend(found["input_ids"])
         made = [
-            _labels(words, [place[tag] for tag in tags], spans)
+            _label_tokens(words, [place[tag] for tag in tags], spans)
             for (words, tags), spans in zip(rows, found["offset_mapping"], strict=True)
         ]
         labels.extend(made)
@@ -127,7 +127,7 @@ def encode_tagged(
     return Tokens(columns, {"input_ids": tokenizer.pad_token_id or 0}, labels.finish(), since=0), notes
 
 
-def _labels(words: Sequence[str], tags: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+def _label_tokens(words: Sequence[str], tags: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
     """The tag of each word at the first token that has a character of it, by the tokens' spans of characters."""
     labels, start, token = [IGNORE] * len(spans), 0, 0
     for word, tag in zip(words, tags, strict=True):

@@ -114,17 +114,21 @@ def find_template(given: str | None, form: str, tokenizer: Any, encoder: bool = 
     if encoder:
         name = given or "plain"
         texts = {**BUILT_IN, "plain": READ}
-        return Template(_with_end(texts[name], tokenizer) if name in texts else _read(name), name, encoder=True)
+        return Template(
+            _with_end(texts[name], tokenizer) if name in texts else _read_template(name), name, encoder=True
+        )
     name = given or ("alpaca" if form == "alpaca" else "plain")
     if name not in BUILT_IN:
-        return Template(_read(name), name)
+        return Template(_read_template(name), name)
     if name == "chatml" and not set(CHATML_MARKS) <= set(tokenizer.get_vocab()):
         raise InputError(
             f"data.template=chatml: the tokenizer has no tokens {' and '.join(CHATML_MARKS)}, so the model would spell "
             "them letter by letter and never learn to stop. Take plain or alpaca, or a tokenizer that has them."
         )
     why = "" if given else ", as the tokenizer has none"
-    return Template(_with_end(BUILT_IN[name], tokenizer), name + why, _start(tokenizer) if name != "chatml" else "")
+    return Template(
+        _with_end(BUILT_IN[name], tokenizer), name + why, _start_mark(tokenizer) if name != "chatml" else ""
+    )
 
 
 def marks_of(tokenizer: Any) -> set[int]:
@@ -160,7 +164,7 @@ def find_ends(template: Template, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
-def _read(path: str) -> str:
+def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -172,7 +176,7 @@ def _with_end(text: str, tokenizer: Any) -> str:
     return text if tokenizer.eos_token else text.replace("eos_token", "''")
 
 
-def _start(tokenizer: Any) -> str:
+def _start_mark(tokenizer: Any) -> str:
     """The mark of a beginning, where the tokenizer puts it before every text."""
     mark = tokenizer.bos_token_id
     return str(tokenizer.bos_token) if mark is not None and tokenizer("a")["input_ids"][:1] == [mark] else ""
@@ -213,23 +217,25 @@ def write(
     results: list[Any] = []
     for turns, first in zip(conversations, since or [0] * len(conversations), strict=True):
         try:
-            results.append((template.write(turns, tokenizer), _borders(turns, template, tokenizer, loss_on, first)))
+            results.append(
+                (template.write(turns, tokenizer), _find_borders(turns, template, tokenizer, loss_on, first))
+            )
         except NotWritten as error:
             results.append(error)
     taken = [result for result in results if not isinstance(result, NotWritten)]
-    whole = _tokens([text for text, _ in taken], tokenizer)
+    whole = _tokenize_spans([text for text, _ in taken], tokenizer)
     parts = [part for _, borders in taken for border in borders for part in (border.before, border.after)]
-    known = {text: ids for text, (ids, _) in zip(parts, _tokens(parts, tokenizer), strict=True)}
+    known = {text: ids for text, (ids, _) in zip(parts, _tokenize_spans(parts, tokenizer), strict=True)}
     written = iter(
         [
-            _learned(text, *tokens, borders, known, tokenizer)
+            _mark_learned(text, *tokens, borders, known, tokenizer)
             for (text, borders), tokens in zip(taken, whole, strict=True)
         ]
     )
     return [result if isinstance(result, NotWritten) else next(written) for result in results]
 
 
-def _borders(turns: Sequence[Turn], template: Template, tokenizer: Any, loss_on: str, first: int) -> list[_Border]:
+def _find_borders(turns: Sequence[Turn], template: Template, tokenizer: Any, loss_on: str, first: int) -> list[_Border]:
     """Of each turn of the assistant from the first one on that may be learned; none where all is learned."""
     if loss_on == "all":
         return []
@@ -240,7 +246,7 @@ def _borders(turns: Sequence[Turn], template: Template, tokenizer: Any, loss_on:
     ]
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def _tokenize_spans(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Token ids of texts, and the characters of each token; a tokenizer that does not say these has no list of them.
 
     The template has written the special tokens, so the tokenizer adds none.
@@ -251,7 +257,7 @@ def _tokens(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], list[
     return list(zip(made["input_ids"], made.get("offset_mapping", [[]] * len(texts)), strict=True))
 
 
-def _learned(
+def _mark_learned(
     text: str,
     ids: list[int],
     spans: list[tuple[int, int]],

@@ -53,21 +53,21 @@ def read_unanswered(
         InputError: no such file, several sets of records, no column of texts or images, or a record without one; names
             it.
     """
-    table = _read(path, config, splits or {})
+    table = _read_unanswered(path, config, splits or {})
     objective = load_objective(task)
     count = len(next(iter(table.columns.values())))
-    inputs, kind = _inputs(table, config, task, form)
+    inputs, kind = _read_inputs(table, config, task, form)
     targets = None
     if objective.labelled in ("numbers", "several"):
         targets = np.zeros((count, len(names)), np.float32 if objective.labelled == "numbers" else bool)
     if objective.labelled == "tags":  # a word's number is its tag, by which it is found again among the tokens
         names = [str(place) for place in range(max(len(json.loads(str(text))[0]) for text in inputs))]
     wording = Wording.of(config, kind) if objective.says == "answers" else Wording()
-    files = _files(table, config, path) if objective.records == "image" else {}
+    files = _name_files(table, config, path) if objective.records == "image" else {}
     return Records(inputs, np.zeros(count, np.int64), names, files, objective.records, wording=wording, targets=targets)
 
 
-def _read(path: Path, config: DataConfig, splits: Mapping[str, str]) -> tables.Table:
+def _read_unanswered(path: Path, config: DataConfig, splits: Mapping[str, str]) -> tables.Table:
     """All there is, or what is named; what is left out is said."""
     if not path.exists():
         raise InputError(f"--data {path}: there is no such file or folder.")
@@ -87,7 +87,7 @@ def _read(path: Path, config: DataConfig, splits: Mapping[str, str]) -> tables.T
     return found.train
 
 
-def _files(table: tables.Table, config: DataConfig, path: Path) -> dict[str, np.ndarray]:
+def _name_files(table: tables.Table, config: DataConfig, path: Path) -> dict[str, np.ndarray]:
     """The names of pictures, as a column; none where they have no names."""
 
     def name(value: Any) -> str:
@@ -101,7 +101,7 @@ def _files(table: tables.Table, config: DataConfig, path: Path) -> dict[str, np.
     return {"file": np.array(names, dtype=object)} if any(names) else {}
 
 
-def _inputs(table: tables.Table, config: DataConfig, task: str, form: str | None) -> tuple[Any, str]:
+def _read_inputs(table: tables.Table, config: DataConfig, task: str, form: str | None) -> tuple[Any, str]:
     """What a model is given of each record, and the form of conversations."""
     objective = load_objective(task)
     if objective.records == "image":
@@ -114,18 +114,18 @@ def _inputs(table: tables.Table, config: DataConfig, task: str, form: str | None
             )
         return inputs, "text"
     if objective.labelled == "tags":
-        return _words(table, config), "text"
+        return _read_words(table, config), "text"
     if objective.says == "answers" and form != "text" and config.text is None:
         found = _find_asked(table, config.columns, form)
         if found is not None:
-            return Texts.of([dump(turns) for turns in _questions(table, *found)]), found[0].name
+            return Texts.of([dump(turns) for turns in _read_questions(table, *found)]), found[0].name
     texts = columns.texts(table, columns.column(table, "text", config.text))
     if objective.says == "answers" and (form not in (None, "text") or objective.encoder_decoder):
         return Texts.of([dump([("user", str(text))]) for text in texts]), form or "qa"
     return texts, "text"
 
 
-def _words(table: tables.Table, config: DataConfig) -> Texts:
+def _read_words(table: tables.Table, config: DataConfig) -> Texts:
     """Words of each record, and their numbers as tags."""
     name = tagged.find_column(table, "text", config.text)
     rows = []
@@ -166,7 +166,7 @@ def _find_asked(
     )
 
 
-def _questions(table: tables.Table, form: Form, held: Mapping[str, str]) -> list[list[Turn]]:
+def _read_questions(table: tables.Table, form: Form, held: Mapping[str, str]) -> list[list[Turn]]:
     """The turns of each record up to where the assistant has to speak."""
     answer = ANSWERS.get(form.name)
     turns: list[list[Turn]] = []

@@ -88,7 +88,11 @@ def opened(content: RecordDict, site: Site) -> Envelope:
     """
     record = content.config_records.get(RECORD)
     keys = ("run", "config", "base", "site")
-    if record is None or any(not isinstance(record.get(key), str) for key in keys) or not _texts(record.get("labels")):
+    if (
+        record is None
+        or any(not isinstance(record.get(key), str) for key in keys)
+        or not _are_texts(record.get("labels"))
+    ):
         raise Refused("the message does not say what run it is of. Is the coordinator's fedpeft of another version?")
     run, config, base, name = (str(record[key]) for key in keys)
     envelope = Envelope(run, config, tuple(record["labels"]), base)  # type: ignore[arg-type]
@@ -103,7 +107,7 @@ def opened(content: RecordDict, site: Site) -> Envelope:
     return envelope
 
 
-def _texts(value: Any) -> bool:
+def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

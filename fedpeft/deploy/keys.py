@@ -29,9 +29,9 @@ PRIVATE, PUBLIC = 0o600, 0o644
 def certificates(folder: Path, host: str) -> None:
     """Write ca.key, ca.crt, server.key and server.crt; the server's certificate is for `host` and for loopback."""
     authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    write_mode(folder / "ca.key", _pem(authority), PRIVATE)
+    write_mode(folder / "ca.key", _encode_key(authority), PRIVATE)
     write_mode(folder / "ca.crt", _of_authority(authority), PUBLIC)
-    write_mode(folder / "server.key", _pem(own), PRIVATE)
+    write_mode(folder / "server.key", _encode_key(own), PRIVATE)
     write_mode(folder / "server.crt", _of_server(own, authority, host), PUBLIC)
 
 
@@ -85,7 +85,7 @@ def _of_authority(key: ec.EllipticCurvePrivateKey) -> bytes:
         decipher_only=False,
     )
     return (
-        _certificate(ISSUER, key.public_key(), AUTHORITY_DAYS)
+        _build_certificate(ISSUER, key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
@@ -97,9 +97,9 @@ def _of_server(key: ec.EllipticCurvePrivateKey, authority: ec.EllipticCurvePriva
     names = list(dict.fromkeys([host, *LOOPBACK]))
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
     return (
-        _certificate(subject, key.public_key(), DAYS)
+        _build_certificate(subject, key.public_key(), DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_to_general_name(name) for name in names]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
         .sign(authority, hashes.SHA256())
@@ -159,7 +159,7 @@ def write_mode(path: Path, data: bytes, mode: int) -> None:
         os.umask(mask)
 
 
-def _certificate(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def _build_certificate(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key)  # Python 3.13 takes no chain without key identifiers
     begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)  # clocks of sites may be behind
     return (
@@ -174,14 +174,14 @@ def _certificate(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) 
     )
 
 
-def _general(name: str) -> x509.GeneralName:
+def _to_general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _encode_key(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

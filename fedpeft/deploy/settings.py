@@ -156,14 +156,14 @@ class Site:
 
 def server(path: Path) -> Server:
     """Read a coordinator's folder."""
-    found = _read(path, "server.yaml", ServerSettings, "server")
+    found = _read_settings(path, "server.yaml", ServerSettings, "server")
     found.host, found.listen = parse_host(found.host, "server.host"), parse_listen(found.listen, "server.listen")
     return Server(path.absolute(), found)
 
 
 def site(path: Path) -> Site:
     """Read a site's folder."""
-    settings = _read(path, "site.yaml", SiteSettings, "site")
+    settings = _read_settings(path, "site.yaml", SiteSettings, "site")
     require_name(settings.name, "site.name")
     settings.server = join(*parse_endpoint(settings.server, "site.server"))
     return Site(path.absolute(), settings)
@@ -201,7 +201,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **QUIET, "FLWR_HOME": str(folder / ".flwr"), "NO_PROXY": direct, "no_proxy": direct}
 
 
-def _read(path: Path, name: str, cls: Any, key: str) -> Any:
+def _read_settings(path: Path, name: str, cls: Any, key: str) -> Any:
     if not (path / name).is_file():
         raise InputError(f"{path}: no {name}. Make the folder with `fedpeft {key} init {path}`.")
     return configs.build(cls, configs.read_yaml(path / name), key)

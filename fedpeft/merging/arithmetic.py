@@ -46,12 +46,12 @@ def combine(terms: Sequence[Term]) -> AdapterState:
     for _, state in states[1:]:
         _require_same_sites(first, state)
     tensors = {
-        key: _sum([(weight, state[key]) for weight, state in states])
+        key: _sum_weighted([(weight, state[key]) for weight, state in states])
         for key in first.tensors
         if first.role(key) == "head"
     }
     for site in first.lora_sites():
-        tensors |= _stacked(site, first, states)
+        tensors |= _stack_factors(site, first, states)
     return AdapterState(tensors, first.sites)
 
 
@@ -77,7 +77,7 @@ def robust_signature(
         if orthogonal:
             size = inner(clean, clean, site)
             share = inner(robust, clean, site) / size if size > 0 else 0.0
-        tensors |= _stacked(site, robust, [(1.0, robust), (-share, clean)])
+        tensors |= _stack_factors(site, robust, [(1.0, robust), (-share, clean)])
     return AdapterState(tensors, {site: robust.sites[site] for site in sites})
 
 
@@ -92,7 +92,7 @@ def patch(target: AdapterState, signature: AdapterState, strength: float) -> Ada
     for site in signature.lora_sites():
         if site not in target.sites or target.sites[site].shape != signature.sites[site].shape:
             raise InputError(f"signature: {site} is no module of this adapter, or has another shape here.")
-        tensors |= _stacked(site, target, [(1.0, target), (strength, signature)])
+        tensors |= _stack_factors(site, target, [(1.0, target), (strength, signature)])
     return AdapterState(tensors, target.sites)
 
 
@@ -113,7 +113,7 @@ def inner(one: AdapterState, other: AdapterState, site: str) -> float:
     return float(one.sites[site].scaling * other.sites[site].scaling * ((C.T @ B) * (D @ A.T)).sum())
 
 
-def _stacked(site: str, like: AdapterState, states: Sequence[Term]) -> dict[str, Tensor]:
+def _stack_factors(site: str, like: AdapterState, states: Sequence[Term]) -> dict[str, Tensor]:
     """Factors of sum_k w_k s_k B_k A_k over the scaling of `like`; those of `like` itself if nothing contributes."""
     B, A = like[f"{site}/B"], like[f"{site}/A"]
     kept = [
@@ -130,7 +130,7 @@ def _stacked(site: str, like: AdapterState, states: Sequence[Term]) -> dict[str,
     }
 
 
-def _sum(values: Sequence[tuple[float, Tensor]]) -> Tensor:
+def _sum_weighted(values: Sequence[tuple[float, Tensor]]) -> Tensor:
     """Weighted sum in float64; a single term of weight 1 is that term, bit for bit."""
     used = [(weight, value) for weight, value in values if weight != 0]
     total = torch.zeros_like(values[0][1], dtype=torch.float64)

@@ -93,7 +93,7 @@ class Merger(configs.Configured, ABC):
         _check_values(adapter)
         if not state["numbers"]["count"]:
             state = _with_form(state, adapter)
-        require_same_sites(_form(state), adapter, "adapter")
+        require_same_sites(_empty_form(state), adapter, "adapter")
         adapter = _in_units(state, adapter)
         share = self.share(state, number)
         heads = {}
@@ -220,7 +220,7 @@ def _with_form(empty: State, adapter: AdapterState) -> State:
     return {**empty, "numbers": {**empty["numbers"], "form": form, "sites": sites}}
 
 
-def _form(state: State) -> AdapterState:
+def _empty_form(state: State) -> AdapterState:
     numbers = state["numbers"]
     return from_dict(
         {

@@ -167,11 +167,11 @@ def require_positions(config: ModelConfig, model: Any, stated: int) -> None:
         and module is not model.get_input_embeddings()
         and 16 < module.num_embeddings < longest + SPARE
     ]
-    if rows and tables and (reason := _failure(model, rows, longest)):
+    if rows and tables and (reason := _find_failure(model, rows, longest)):
         low, high = 0, longest
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if _failure(model, rows, middle) else (middle, high)
+            low, high = (low, middle) if _find_failure(model, rows, middle) else (middle, high)
         if low == 0:
             raise InputError(f"model.name: '{config.name}' takes no text at all: {reason}.")
         longest = low
@@ -182,7 +182,7 @@ def require_positions(config: ModelConfig, model: Any, stated: int) -> None:
         )
 
 
-def _probe(model: Any, rows: int, length: int) -> Tensor:
+def _probe_tokens(model: Any, rows: int, length: int) -> Tensor:
     """Token ids [1, length] that are all different where there are enough, none of them padding."""
     pads = (getattr(model.config, "pad_token_id", None), model.get_input_embeddings().padding_idx)
     ids = torch.tensor([token for token in range(min(rows, length + 2)) if token not in pads] or [0])
@@ -190,10 +190,10 @@ def _probe(model: Any, rows: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _failure(model: Any, rows: int, length: int) -> str | None:
+def _find_failure(model: Any, rows: int, length: int) -> str | None:
     """Why the model does not take a text of this length; None where it does."""
     try:
-        ids = _probe(model, rows, length)
+        ids = _probe_tokens(model, rows, length)
         answer = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
         model(input_ids=ids, attention_mask=torch.ones_like(ids), **answer)
     except FAILURES as error:
@@ -207,7 +207,7 @@ def require_causal(config: ModelConfig, model: Any) -> None:
     rows = rows_of(model)
     if rows is None or rows < 4:
         return
-    ids = _probe(model, rows, 6).repeat(2, 1)
+    ids = _probe_tokens(model, rows, 6).repeat(2, 1)
     # The last token alone differs; in a decoder nothing before it can know.
     ids[1, -1] = ids[1, 0]
     try:
@@ -236,7 +236,7 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
     if not len(encoded):
         return
     rows = rows_of(base.backbone)
-    token, beyond = (-1, 0) if rows is None else _beyond(encoded, rows)
+    token, beyond = (-1, 0) if rows is None else _count_beyond(encoded, rows)
     if beyond:
         raise InputError(
             f"{key}: {beyond} of {len(encoded)} records have tokens that '{base.source}' has no "
@@ -252,7 +252,8 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
         found = base.forward(one)
     except FAILURES as error:
         raise InputError(
-            f"{key}: the model '{base.source}' does not take the longest record ({_shape(one)}): {_first_line(error)}."
+            f"{key}: the model '{base.source}' does not take the longest record ({_describe_shape(one)}): "
+            f"{_first_line(error)}."
         ) from error
     if not torch.isfinite(found).all():
         raise InputError(
@@ -260,7 +261,7 @@ def require_records(base: Base, encoded: Encoded, key: str) -> None:
         )
 
 
-def _beyond(encoded: Encoded, rows: int) -> tuple[int, int]:
+def _count_beyond(encoded: Encoded, rows: int) -> tuple[int, int]:
     """The highest token of all records, and how many have one that a table of so many rows has not."""
     token, count = -1, 0
     if "input_ids" in encoded.view(np.arange(0)).inputs:
@@ -271,7 +272,7 @@ def _beyond(encoded: Encoded, rows: int) -> tuple[int, int]:
     return token, count
 
 
-def _shape(batch: dict[str, Tensor]) -> str:
+def _describe_shape(batch: dict[str, Tensor]) -> str:
     name, value = next(iter(batch.items()))
     return f"{name} {'x'.join(map(str, value.shape[1:]))}"
 

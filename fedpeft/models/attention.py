@@ -49,7 +49,7 @@ def hold_scores(model: Any, longest: int) -> None:
     from transformers.masking_utils import sdpa_mask
 
     name = f"fedpeft_short_{longest}"
-    AttentionInterface.register(name, partial(_attention, longest))
+    AttentionInterface.register(name, partial(_attend_module, longest))
     AttentionMaskInterface.register(name, sdpa_mask)
     model.config._attn_implementation = name
 
@@ -64,7 +64,7 @@ def longest_faster() -> int:
     for length in LENGTHS:
         shape = (SCORES // length**2, 1, length, WIDTH)
         parts = [torch.ones(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        turns = [(seconds(_fused, parts), seconds(_products, parts)) for _ in range(REPEATS)]
+        turns = [(seconds(_attend_fused, parts), seconds(_attend_products, parts)) for _ in range(REPEATS)]
         fused, products = (min(times) for times in zip(*turns, strict=True))
         if products >= fused:
             break
@@ -86,7 +86,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     return functional.dropout(weights, dropout) @ value if dropout else weights @ value
 
 
-def _attention(
+def _attend_module(
     longest: int,
     module: Any,
     query: Tensor,
@@ -117,11 +117,11 @@ def _attention(
     return attend(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value)
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attend(query, key, value, None, query.shape[-1] ** -0.5, 0.0)
 
 

@@ -62,7 +62,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
     objective = load_objective(config.task, config.task_options)
     if config.name in registry.EMBEDDED and not has_embedded(config.name, objective):
         raise InputError(f"model.task: {config.name} is for {registry.EMBEDDED[config.name]}, not {config.task}.")
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), _quiet_loading():
         # transformers draws a missing head from torch's global generator, and takes no other.
         torch.manual_seed(seeds.derive(seed, "head"))
         if config.name in registry.EMBEDDED:
@@ -70,12 +70,12 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             model, processor, source = make_embedded(config, labels)
             if config.quantization is not None:
                 model = quantize(
-                    model, config.quantization, list(_heads(model)) if objective.headed and not pooled else None
+                    model, config.quantization, list(_find_heads(model)) if objective.headed and not pooled else None
                 )
         else:
             config = replace(config, name=str(prepare.model(config.name) or config.name))
             pooled = objective.mean_pooled and _mean_pooled(config)
-            model, processor = _pretrained(config, labels, pooled)
+            model, processor = _load_pretrained(config, labels, pooled)
             source = config.name
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
     model.requires_grad_(False).eval()
@@ -95,7 +95,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
             config.task,
             config.task_options,
         )
-    heads = _heads(model) if objective.headed else {}
+    heads = _find_heads(model) if objective.headed else {}
     _require_plain(config, heads)
     return Base(model, partial(objective.score, model), heads, processor, source, config.task, config.task_options)
 
@@ -167,18 +167,18 @@ def _recompute_activations(model: Any) -> None:
         model.config.use_cache = False  # keys and values for generation, which a block cannot write twice
 
 
-def _added(backbone: nn.Module) -> set[int]:
+def _added_ids(backbone: nn.Module) -> set[int]:
     """Ids of the tensors that peft has put around the base's own layers."""
     found, kept = set[int](), set[int]()
     for module in backbone.modules():
         inner = getattr(module, "base_layer", getattr(module, "original_module", None))
         if isinstance(inner, nn.Module):
-            found |= _ids(module)
-            kept |= _ids(inner)
+            found |= _tensor_ids(module)
+            kept |= _tensor_ids(inner)
     return found - kept
 
 
-def _ids(module: nn.Module) -> set[int]:
+def _tensor_ids(module: nn.Module) -> set[int]:
     # Not of `state_dict`: a quantised layer makes tensors for it, which are gone while their ids are not.
     return {id(value) for value in (*module.parameters(), *module.buffers())}
 
@@ -192,10 +192,10 @@ def fingerprint(base: Base, heads: bool) -> str:
     Args:
         heads: count the heads too (those that are not trained).
     """
-    inside = set[int]().union(*map(_ids, base.heads.values()))
+    inside = set[int]().union(*map(_tensor_ids, base.heads.values()))
     digest = hashlib.sha256()
     # Under the names of the plain base: the same hash whether or not an adapter is in it.
-    added = _added(base.backbone)
+    added = _added_ids(base.backbone)
     tensors = {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): value
         for name, value in base.backbone.state_dict(keep_vars=True).items()
@@ -214,7 +214,7 @@ def fingerprint(base: Base, heads: bool) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_loading() -> Iterator[None]:
     """transformers draws a progress bar of its own for every load; ours is the only one wanted."""
     from transformers.utils import logging
 
@@ -234,7 +234,7 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return nn.functional.normalize(mean, dim=-1) * float(hidden.shape[-1] ** 0.5)
 
 
-def _heads(model: Any) -> dict[str, nn.Module]:
+def _find_heads(model: Any) -> dict[str, nn.Module]:
     """Top-level modules with parameters beside the pre-trained trunk."""
     trunk = model.base_model_prefix
     heads = {
@@ -260,7 +260,7 @@ def _mean_pooled(config: ModelConfig) -> bool:
         return False
 
 
-def _pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, Any]:
+def _load_pretrained(config: ModelConfig, labels: int, pooled: bool) -> tuple[Any, Any]:
     import transformers
 
     objective = load_objective(config.task)
@@ -301,7 +301,7 @@ def _names_of_heads(config: ModelConfig, kind: Any) -> list[str]:
 
     code = {"trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
-        return list(_heads(kind.from_config(transformers.AutoConfig.from_pretrained(config.name, **code), **code)))
+        return list(_find_heads(kind.from_config(transformers.AutoConfig.from_pretrained(config.name, **code), **code)))
 
 
 def _require_agreement(
@@ -317,7 +317,7 @@ def _require_agreement(
             )
     if objective.encoder_decoder:
         agreement.require_start(config, find_start(model))
-    heads = _heads(model) if objective.headed and not pooled else ()
+    heads = _find_heads(model) if objective.headed and not pooled else ()
     agreement.require_covered(config.name, model, loading, heads, ("pooler",) if pooled else ())
     if objective.records == "image":
         return

@@ -178,10 +178,10 @@ def multiply_dequantized(model: nn.Module) -> None:
     for module in model.modules():
         if is_quantized(module):
             # torch calls `self.forward`: an entry of the instance comes before the class.
-            vars(module)["forward"] = MethodType(_forward, module)
+            vars(module)["forward"] = MethodType(_forward_layer, module)
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def _forward_layer(layer: nn.Linear, x: Tensor) -> Tensor:
     y: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 

@@ -44,7 +44,7 @@ def measure(shapes: Shapes, device: torch.device) -> dict[str, float]:
     for (outputs, inputs), count in counted:
         part = 2e-9 * outputs * inputs * count
         work += part
-        for name, rate in _rates(outputs, inputs, device, BUDGET_S / len(counted)).items():
+        for name, rate in _time_shape(outputs, inputs, device, BUDGET_S / len(counted)).items():
             spent[name] += part / rate
     return {name: work / seconds for name, seconds in spent.items()}
 
@@ -54,7 +54,7 @@ def choose(rates: Mapping[str, float]) -> str:
     return "bfloat16" if rates["bfloat16"] >= FASTER * rates["float32"] else "float32"
 
 
-def _rates(outputs: int, inputs: int, device: torch.device, budget_s: float) -> dict[str, float]:
+def _time_shape(outputs: int, inputs: int, device: torch.device, budget_s: float) -> dict[str, float]:
     """GFLOP/s of one shape in each dtype; by turns, so that a slow moment of the machine hits both."""
     widest = WIDEST.get(device.type, 4096)
     shape = (min(outputs, widest), min(inputs, widest))
@@ -79,10 +79,10 @@ def seconds(shape: tuple[int, int], rows: int, dtype: torch.dtype, device: torch
     """Of one product of `rows` inputs with a weight [outputs, inputs]."""
     weight = torch.ones(shape, dtype=dtype, device=device)
     x = torch.ones(rows, shape[1], dtype=dtype, device=device)
-    _wait(device)
+    _wait_device(device)
     begun = clock(device)
     x @ weight.T
-    _wait(device)
+    _wait_device(device)
     return max(clock(device) - begun, 1e-9)
 
 
@@ -91,6 +91,6 @@ def clock(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
-def _wait(device: torch.device) -> None:
+def _wait_device(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -61,7 +61,7 @@ def _one_against_the_rest(function: str) -> Callable[[Tensor, Tensor], float]:
     return compute
 
 
-def _f1(predictions: Tensor, targets: Tensor) -> float:
+def _macro_f1(predictions: Tensor, targets: Tensor) -> float:
     return float(_by_torchmetrics("multiclass_f1_score", predictions, targets, average="macro"))
 
 
@@ -91,7 +91,7 @@ def _by_torchmetrics(function: str, predictions: Tensor, targets: Tensor, **opti
 
 PLAIN = {"accuracy": Measure("accuracy"), "loss": Measure("loss", higher=False, share=False)}
 CLASSES = {
-    "f1": Measure("F1, mean over classes", compute=_f1),
+    "f1": Measure("F1, mean over classes", compute=_macro_f1),
     "auroc": Measure(
         "area under the ROC curve, each class against the rest", compute=_one_against_the_rest("multiclass_auroc")
     ),

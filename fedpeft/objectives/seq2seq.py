@@ -214,7 +214,7 @@ class _Rows:
         long = [place for place, ids in enumerate(whole) if len(ids) > self.max_length]
         short = dict(enumerate(whole))
         if long and losing != "drop":
-            with _cutting(self.tokenizer, "left" if losing == "start" else "right"):
+            with _cutting_side(self.tokenizer, "left" if losing == "start" else "right"):
                 cut = self.tokenizer([texts[place] for place in long], truncation=True, max_length=self.max_length)
             short |= zip(long, cut["input_ids"], strict=True)
         return [(list(short[place]), len(ids)) for place, ids in enumerate(whole)]
@@ -252,7 +252,7 @@ class _Rows:
 
 
 @contextmanager
-def _cutting(tokenizer: Any, side: str) -> Iterator[None]:
+def _cutting_side(tokenizer: Any, side: str) -> Iterator[None]:
     """Let a tokenizer cut long texts at this side."""
     before, tokenizer.truncation_side = tokenizer.truncation_side, side
     try:

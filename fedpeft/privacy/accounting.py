@@ -67,19 +67,19 @@ def composed(releases: tuple[Release, ...], delta: float, accountant: str = "pld
     Raises:
         InputError: a value out of its range, an unknown accountant, or numbers that prv cannot resolve.
     """
-    _known(accountant)
-    _check(delta=delta)
+    _require_known(accountant)
+    _check_values(delta=delta)
     for release in releases:
         require_release(*release)
-    return _composed(_merged(releases), delta, accountant)
+    return _compose_releases(_merge_releases(releases), delta, accountant)
 
 
 def bounded(releases: tuple[Release, ...], delta: float, accountant: str) -> bool:
     """Whether pld answers with the closed bound: its distributions would take too long or too much memory."""
-    return accountant == "pld" and _grid(_merged(releases), delta) is None
+    return accountant == "pld" and _choose_grid(_merge_releases(releases), delta) is None
 
 
-def _merged(releases: tuple[Release, ...]) -> tuple[Release, ...]:
+def _merge_releases(releases: tuple[Release, ...]) -> tuple[Release, ...]:
     merged: dict[tuple[float, float], int] = {}
     for sample_rate, sigma, steps in releases:
         merged[sample_rate, sigma] = merged.get((sample_rate, sigma), 0) + steps
@@ -88,25 +88,25 @@ def _merged(releases: tuple[Release, ...]) -> tuple[Release, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _composed(releases: tuple[Release, ...], delta: float, accountant: str) -> float:
+def _compose_releases(releases: tuple[Release, ...], delta: float, accountant: str) -> float:
     if not releases:
         return 0.0
     if accountant == "prv":
-        return _prv(releases, delta)
+        return _epsilon_prv(releases, delta)
     if accountant == "rdp":
-        return _rdp(releases, delta)
-    grid = _grid(releases, delta)
+        return _epsilon_rdp(releases, delta)
+    grid = _choose_grid(releases, delta)
     if grid is None:
         return _closed_bound(releases, delta)
     whole: Any = None
     for sample_rate, sigma, steps in releases:
-        part = _step(sample_rate, sigma, grid).self_compose(steps)
+        part = _loss_of_step(sample_rate, sigma, grid).self_compose(steps)
         whole = part if whole is None else whole.compose(part)
     return float(whole.get_epsilon_for_delta(delta))
 
 
 @functools.lru_cache(maxsize=16)
-def _step(sample_rate: float, sigma: float, grid: float) -> Any:
+def _loss_of_step(sample_rate: float, sigma: float, grid: float) -> Any:
     """The privacy loss distribution of one step, whose losses are rounded up to a grid."""
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -115,14 +115,15 @@ def _step(sample_rate: float, sigma: float, grid: float) -> Any:
     )
 
 
-def _grid(releases: tuple[Release, ...], delta: float) -> float | None:
+def _choose_grid(releases: tuple[Release, ...], delta: float) -> float | None:
     """The width of the grid of these steps, whoever asks; None where any that is fine enough has too many points."""
     if delta < TAIL or not releases:
         return None if releases else WIDEST
     ranges = [_largest_loss(sample_rate, sigma) for sample_rate, sigma, _ in releases]
     wanted = min(WIDEST, math.sqrt(EXCESS / sum(steps for *_, steps in releases)), min(ranges) / 200)
     whole = min(
-        sum(largest * steps for largest, (*_, steps) in zip(ranges, releases, strict=True)), 2 * _rdp(releases, TAIL)
+        sum(largest * steps for largest, (*_, steps) in zip(ranges, releases, strict=True)),
+        2 * _epsilon_rdp(releases, TAIL),
     )
     grid = max(wanted, max(ranges) / POINTS, whole / WHOLE)
     return grid if grid <= max(WIDEST, min(0.5, 1e-2 * min(ranges))) else None
@@ -134,7 +135,7 @@ def _largest_loss(sample_rate: float, sigma: float) -> float:
     return float(loss + math.log(sample_rate + (1 - sample_rate) * math.exp(-loss)))
 
 
-def _rdp(releases: tuple[Release, ...], delta: float) -> float:
+def _epsilon_rdp(releases: tuple[Release, ...], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, rdp
 
     # It warns of every fractional order whose series does not converge, and leaves it out: a looser bound, still valid.
@@ -149,16 +150,16 @@ def _closed_bound(releases: tuple[Release, ...], delta: float) -> float:
     """Never below: the smaller of the Renyi bound and of the Gaussian mechanism with every record in every step."""
     mu = math.sqrt(sum(steps / sigma**2 for _, sigma, steps in releases))
     tail = math.sqrt(-2 * math.log(delta))  # P(N(0, 1) > t) <= exp(-t^2 / 2), so that the loss exceeds this with delta
-    return min(_rdp(releases, delta), mu**2 / 2 + mu * tail)
+    return min(_epsilon_rdp(releases, delta), mu**2 / 2 + mu * tail)
 
 
-def _prv(releases: tuple[Release, ...], delta: float) -> float:
+def _epsilon_prv(releases: tuple[Release, ...], delta: float) -> float:
     import warnings
 
     mesh = 0.01 / math.sqrt(sum(steps for *_, steps in releases) * math.log(12e3 / delta) / 2)
-    points = 2 * (_rdp(releases, delta / 1e3) + 3) / mesh
+    points = 2 * (_epsilon_rdp(releases, delta / 1e3) + 3) / mesh
     if not points <= 2 * WHOLE:
-        raise _unresolvable(f"it would need {points:.0e} points")
+        raise _refuse_unresolvable(f"it would need {points:.0e} points")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's deprecations, and of orders that only bound the search
         extras.require("opacus", "The accountant prv")
@@ -169,13 +170,13 @@ def _prv(releases: tuple[Release, ...], delta: float) -> float:
         try:
             found = float(accountant.get_epsilon(delta))
         except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError) as error:
-            raise _unresolvable(str(error)) from error
+            raise _refuse_unresolvable(str(error)) from error
     if not math.isfinite(found):
-        raise _unresolvable(f"its answer is {found}")
+        raise _refuse_unresolvable(f"its answer is {found}")
     return max(0.0, found)
 
 
-def _unresolvable(reason: str) -> InputError:
+def _refuse_unresolvable(reason: str) -> InputError:
     return InputError(f"--accountant: prv cannot resolve these numbers: {reason.rstrip('.')}. Take pld or rdp.")
 
 
@@ -196,8 +197,8 @@ def noise_multiplier(
     Raises:
         InputError: a value out of its range, an unknown accountant, or `beside` leaves nothing for the steps.
     """
-    _check(sample_rate=sample_rate, delta=delta, steps=steps, epsilon=epsilon)
-    _known(accountant)
+    _check_values(sample_rate=sample_rate, delta=delta, steps=steps, epsilon=epsilon)
+    _require_known(accountant)
     if (others := composed(beside, delta, accountant)) >= epsilon:
         raise InputError(
             f"--epsilon: {epsilon:g} leaves nothing for the steps: what is released beside them costs {others:.4g}."
@@ -213,7 +214,7 @@ def noise_multiplier(
             low, high = high, 4 * high
             if high > MOST_NOISE:
                 raise InputError(f"--epsilon: {epsilon:g} needs a noise multiplier above {MOST_NOISE:g}.")
-        high = _smallest(lambda sigma: cost(sigma, "rdp"), epsilon, low, high)
+        high = _find_smallest(lambda sigma: cost(sigma, "rdp"), epsilon, low, high)
     if accountant == "rdp":
         return high
     low, most = max(LEAST_NOISE, 0.5 * high), 1e3 * high
@@ -223,10 +224,10 @@ def noise_multiplier(
             raise InputError(f"--epsilon: {epsilon:g} is below what the accountant {accountant} can resolve; take rdp.")
     while low > LEAST_NOISE and cost(low) <= epsilon:  # Renyi may take most of epsilon for what is beside
         low, high = max(LEAST_NOISE, 0.5 * low), low
-    return _smallest(cost, epsilon, low, high)
+    return _find_smallest(cost, epsilon, low, high)
 
 
-def _smallest(cost: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
+def _find_smallest(cost: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
     """The smallest sigma in [low, high], up to the tolerance above it, with cost(sigma) <= epsilon; cost falls.
 
     Both logarithms are nearly on a line, so a few steps along it, and back by the tolerance, do for most.
@@ -253,15 +254,15 @@ def _smallest(cost: Callable[[float], float], epsilon: float, low: float, high: 
 
 def require_release(sample_rate: float, noise_multiplier: float, steps: int) -> None:
     """Raise InputError unless these are numbers that a release can have."""
-    _check(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
+    _check_values(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
 
 
-def _known(accountant: str) -> None:
+def _require_known(accountant: str) -> None:
     if accountant not in ACCOUNTANTS:
         raise InputError(unknown("--accountant", accountant, ACCOUNTANTS))
 
 
-def _check(**values: float) -> None:
+def _check_values(**values: float) -> None:
     bounds = {
         "sample_rate": (0.0, 1.0, "in (0, 1]"),
         "delta": (0.0, math.nextafter(1.0, 0.0), "in (0, 1)"),

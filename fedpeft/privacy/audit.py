@@ -140,19 +140,19 @@ def sampler(draws: Sequence[Draws]) -> list[Check]:
             1.0,
             "times that a step took one record, at most",
         ),
-        *_sizes(draws),
-        _again(draws),
-        _company(draws),
+        *_place_sizes(draws),
+        _count_again(draws),
+        _count_company(draws),
     ]
 
 
-def _sizes(draws: Sequence[Draws]) -> Iterator[Check]:
+def _place_sizes(draws: Sequence[Draws]) -> Iterator[Check]:
     """Sizes at their places in the binomial distribution, uniform by a random share of the probability of each size."""
     generator, engines = np.random.default_rng(0), sorted({own.engine for own in draws})
     places: dict[str, list[np.ndarray]] = {engine: [] for engine in engines}
     for own in draws:
         sizes, count = own.counts.sum(-1).astype(np.int64).ravel(), own.counts.shape[-1]
-        below = _cumulative(count, own.rate, int(sizes.max()))
+        below = _cumulate_binomial(count, own.rate, int(sizes.max()))
         places[own.engine].append(below[sizes] + generator.random(len(sizes)) * (below[sizes + 1] - below[sizes]))
     lines = [np.sort(np.concatenate(places[engine])) for engine in engines]
     distances = [
@@ -178,7 +178,7 @@ def _sizes(draws: Sequence[Draws]) -> Iterator[Check]:
     )
 
 
-def _cumulative(count: int, rate: float, most: int) -> np.ndarray:
+def _cumulate_binomial(count: int, rate: float, most: int) -> np.ndarray:
     """P[X < k] for X ~ Binomial(count, rate) and k = 0 to the larger of count and `most`, and one more."""
     k = torch.arange(count + 1, dtype=torch.float64)
     masses = (k == count).double()
@@ -193,7 +193,7 @@ def _cumulative(count: int, rate: float, most: int) -> np.ndarray:
     return np.concatenate([[0.0], masses.cumsum(0).numpy().clip(max=1.0), np.ones(max(0, most - count) + 1)])
 
 
-def _again(draws: Sequence[Draws]) -> Check:
+def _count_again(draws: Sequence[Draws]) -> Check:
     """Records that two steps share, for steps of one client that differ in the round and step, or in the run, summed
     over the rest and over clients with one rate; and for two clients in the same step.
     """
@@ -223,7 +223,7 @@ def _again(draws: Sequence[Draws]) -> Check:
     )
 
 
-def _company(draws: Sequence[Draws]) -> Check:
+def _count_company(draws: Sequence[Draws]) -> Check:
     """How often two records of a client are taken together."""
     together: dict[tuple[str, float], list[np.ndarray]] = {}
     for own in draws:
@@ -300,11 +300,11 @@ def lower_bound(canaries: int, guesses: int, right: int, delta: float, error: fl
     low, high = 0.0, 40.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if _chance(canaries, guesses, right, middle, delta) <= error else (low, middle)
+        low, high = (middle, high) if _bound_chance(canaries, guesses, right, middle, delta) <= error else (low, middle)
     return low
 
 
-def _chance(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
+def _bound_chance(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Bound of the chance of `right` or more right guesses under (epsilon, delta)."""
     one = 1 / (1 + math.exp(-epsilon))
     mass = [

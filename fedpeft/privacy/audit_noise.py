@@ -54,17 +54,17 @@ def noise(blocks: Sequence[NoiseBlock], sizes: dict[str, int]) -> list[Check]:
     parts = [block.values.split(list(sizes.values()), -1) for block in blocks]
     squares = [torch.stack([part.double().square().sum(-1) for part in some], -1) for some in parts]  # [..., tensors]
     return [
-        _size(rows),
-        _groups(blocks, squares, sizes),
-        _steps(squares, rows.shape[1]),
-        _coordinates(blocks, rows),
-        *_shape(rows),
-        *_fresh(blocks, rows, sizes),
-        *_apart(blocks, rows),
+        _check_size(rows),
+        _check_groups(blocks, squares, sizes),
+        _check_steps(squares, rows.shape[1]),
+        _check_coordinates(blocks, rows),
+        *_check_shape(rows),
+        *_check_fresh(blocks, rows, sizes),
+        *_check_apart(blocks, rows),
     ]
 
 
-def _size(rows: Tensor) -> Check:
+def _check_size(rows: Tensor) -> Check:
     count = rows.numel()
     margin = limit() / math.sqrt(2 * count)
     return Check(
@@ -76,7 +76,7 @@ def _size(rows: Tensor) -> Check:
     )
 
 
-def _groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: dict[str, int]) -> Check:
+def _check_groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: dict[str, int]) -> Check:
     found = {}
     for block, square in zip(blocks, squares, strict=True):
         cells = square[..., 0].numel()
@@ -98,7 +98,7 @@ def _groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: dict[str
     )
 
 
-def _steps(squares: list[Tensor], width: int) -> Check:
+def _check_steps(squares: list[Tensor], width: int) -> Check:
     each = chi_square(torch.cat([square.sum(-1).flatten() for square in squares]), width)
     return Check(
         "noise of each step",
@@ -109,7 +109,7 @@ def _steps(squares: list[Tensor], width: int) -> Check:
     )
 
 
-def _coordinates(blocks: Sequence[NoiseBlock], rows: Tensor) -> Check:
+def _check_coordinates(blocks: Sequence[NoiseBlock], rows: Tensor) -> Check:
     parts = [rows, *(block.values.flatten(0, 3) for block in blocks)]
     each = torch.cat([chi_square(part.double().square().sum(0), len(part)) for part in parts])
     return Check(
@@ -121,7 +121,7 @@ def _coordinates(blocks: Sequence[NoiseBlock], rows: Tensor) -> Check:
     )
 
 
-def _shape(rows: Tensor) -> Iterator[Check]:
+def _check_shape(rows: Tensor) -> Iterator[Check]:
     values = rows.flatten()
     values = values[:: max(1, len(values) // VALUES)].double()
     places = (torch.arange(len(values)) + 0.5) / len(values)
@@ -146,7 +146,7 @@ def _shape(rows: Tensor) -> Iterator[Check]:
     )
 
 
-def _fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) -> list[Check]:
+def _check_fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) -> list[Check]:
     parts = [rows, *(part for part in rows.split(list(sizes.values()), 1) if part.shape[1] >= PAIRS)]
     found = [alike(part) for part in parts]
     for block in blocks:
@@ -165,7 +165,7 @@ def _fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) ->
         ),
         Check(
             "noise is not reordered",
-            _reordered(rows),
+            _distance_reordered(rows),
             REORDERED,
             math.inf,
             f"squared distance of two steps' sorted sizes of values; least of all pairs of {len(rows)} steps",
@@ -181,7 +181,7 @@ def alike(rows: Tensor) -> tuple[float, int]:
     return worst([float(found.min()), float(found.max())]), len(rows) * (len(rows) - 1) // 2
 
 
-def _reordered(rows: Tensor) -> float:
+def _distance_reordered(rows: Tensor) -> float:
     if rows.shape[1] < PAIRS or len(rows) < 2:
         return math.inf
     sorted_ = rows.abs().sort(1).values
@@ -192,7 +192,7 @@ def _reordered(rows: Tensor) -> float:
     return float(distance.min().clamp(min=0.0))
 
 
-def _apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
+def _check_apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
     width = rows.shape[1]
     chosen = np.sort(np.random.default_rng(0).permutation(width)[:COLUMNS])
     drawn = [block.values.flatten(0, 3) for block in blocks if block.drawn]
@@ -205,7 +205,7 @@ def _apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
         limit(pairs),
         f"inner product over steps of two coordinates of {len(chosen)}; worst of {pairs}, in standard errors",
     )
-    each = [(block.name, _overlap(block.values.flatten(0, 3))) for block in blocks]
+    each = [(block.name, _sum_overlap(block.values.flatten(0, 3))) for block in blocks]
     name, value = max(each, key=lambda item: (math.isnan(item[1]), abs(item[1])))
     most = limit(len(each)) + 1.0  # its tails are a little longer than normal ones
     yield Check(
@@ -217,7 +217,7 @@ def _apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
     )
 
 
-def _overlap(rows: Tensor) -> float:
+def _sum_overlap(rows: Tensor) -> float:
     """Sum of the squared inner products of all pairs of n rows [P], in standard errors: of n (n - 1) / 2 with mean P,
     variance 2 P^2 + 6 P, and covariance 2 P of two that share a row.
     """

@@ -45,8 +45,8 @@ def per_sample_gradients(
     """
     layers = linear_owners(modules, parameters)
     if layers is not None:
-        return _analytic(layers, parameters, loss, inputs, labels, rows)
-    alone = [_alone(parameters, loss, inputs, labels, index) for index in range(len(labels))]
+        return _gradients_analytic(layers, parameters, loss, inputs, labels, rows)
+    alone = [_gradient_alone(parameters, loss, inputs, labels, index) for index in range(len(labels))]
     return torch.stack([gradient for gradient, _ in alone]), torch.stack([value for _, value in alone])
 
 
@@ -71,7 +71,7 @@ def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Paramet
     return layers
 
 
-def _analytic(
+def _gradients_analytic(
     layers: dict[nn.Linear, str],
     parameters: dict[str, nn.Parameter],
     loss: Loss,
@@ -149,7 +149,9 @@ def verify(
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
         with _NoDropout():
             fast, _ = per_sample_gradients(modules, parameters, loss, inputs, labels, rows)
-            slow = torch.stack([_alone(parameters, loss, inputs, labels, index)[0] for index in range(len(labels))])
+            slow = torch.stack(
+                [_gradient_alone(parameters, loss, inputs, labels, index)[0] for index in range(len(labels))]
+            )
     finally:
         with torch.no_grad():
             for key, parameter in parameters.items():
@@ -174,7 +176,7 @@ def _all_float32(modules: Iterable[nn.Module]) -> bool:
     return kinds <= {torch.float32, torch.float64}
 
 
-def _alone(
+def _gradient_alone(
     parameters: dict[str, nn.Parameter], loss: Loss, inputs: Inputs, labels: Tensor, index: int
 ) -> tuple[Tensor, Tensor]:
     """Gradient [P] and loss of one sample."""

@@ -122,11 +122,11 @@ class Ledger:
         entries = [*self.entries(), entry]
         own = [item for item in entries if item.run == entry.run]
         # The budget was planned for these very steps, so its costly computation would say yes.
-        if not (plan is not None and _within(own, plan)):
-            _require(own, budget, "this run")
+        if not (plan is not None and _is_within(own, plan)):
+            _require_within(own, budget, "this run")
         if lifetime is not None:
             elsewhere = [item for item in beside if item.run != entry.run]
-            _require([*elsewhere, *entries], lifetime, "all runs together")
+            _require_within([*elsewhere, *entries], lifetime, "all runs together")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -218,8 +218,8 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
         read = {ledger.path: ledger.entries() for ledger in ledgers}
         for file, entries in read.items():
             if path.is_dir() or file == path:
-                table[file.stem] = _row(entries, delta, accountant)
-        costs = (_cost(found, delta, accountant) for found in exposures(list(read.values())))
+                table[file.stem] = _describe_entries(entries, delta, accountant)
+        costs = (_cost_of(found, delta, accountant) for found in exposures(list(read.values())))
         largest = max(largest, *costs)
     return {
         "delta": delta,
@@ -229,23 +229,23 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
     }
 
 
-def _row(entries: list[Entry], delta: float, accountant: str) -> dict[str, Any]:
+def _describe_entries(entries: list[Entry], delta: float, accountant: str) -> dict[str, Any]:
     return {
-        "epsilon": _cost(entries, delta, accountant),
+        "epsilon": _cost_of(entries, delta, accountant),
         "releases": len(entries),
         "steps": sum(entry.steps for entry in entries),
         "runs": len({entry.run for entry in entries}),
     }
 
 
-def _cost(entries: list[Entry], delta: float, accountant: str) -> float:
+def _cost_of(entries: list[Entry], delta: float, accountant: str) -> float:
     return _composed_once(tuple(entry.release for entry in entries), delta, accountant)
 
 
 _composed_once = lru_cache(maxsize=1024)(composed)  # very many clients spend alike
 
 
-def _require(entries: list[Entry], budget: Budget, what: str) -> None:
+def _require_within(entries: list[Entry], budget: Budget, what: str) -> None:
     if composed(tuple(entry.release for entry in entries), budget.delta, budget.accountant) > budget.epsilon:
         raise BudgetExhausted(
             f"budget exhausted: {entries[-1].steps} more steps would pass epsilon={budget.epsilon:g} at delta="
@@ -253,7 +253,7 @@ def _require(entries: list[Entry], budget: Budget, what: str) -> None:
         )
 
 
-def _within(entries: list[Entry], plan: Release) -> bool:
+def _is_within(entries: list[Entry], plan: Release) -> bool:
     """Whether all entries are of the plan's kind and together have no more steps."""
     kinds = {entry.release[:2] for entry in entries}
     return kinds == {plan[:2]} and sum(entry.steps for entry in entries) <= plan[2]

@@ -34,7 +34,7 @@ RESUMED = 2  # newest rounds that a run may go on from: a damaged checkpoint has
 
 def write(folder: Path, server: ServerState, keep: int | None = 2) -> Path:
     """Save the state of a complete round below `folder`; keep those of the newest `keep` rounds, None is all."""
-    final = folder / _name(server.round, folder)
+    final = folder / _name_state(server.round, folder)
     temporary = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".round-*"):  # of a process that was killed; one process at a time has the run
         shutil.rmtree(left, ignore_errors=True)
@@ -44,7 +44,7 @@ def write(folder: Path, server: ServerState, keep: int | None = 2) -> Path:
     meta = {"round": server.round, "numbers": server.numbers, "sites": to_dict(server.adapter)}
     try:
         write_bytes(temporary / "state.safetensors", data)
-        write_bytes(temporary / "state.json", json.dumps({**meta, "sha256": _digest(data, meta)}).encode())
+        write_bytes(temporary / "state.json", json.dumps({**meta, "sha256": _digest_state(data, meta)}).encode())
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -53,7 +53,7 @@ def write(folder: Path, server: ServerState, keep: int | None = 2) -> Path:
     sync_folder(folder)
     # Old ones go last: at no moment is there no checkpoint.
     kept = rounds(folder) if keep is None else rounds(folder)[-keep:]
-    for old in (path for path in _folders(folder) if _place(path)[0] < kept[0]):
+    for old in (path for path in _list_folders(folder) if _place_of(path)[0] < kept[0]):
         shutil.rmtree(old)
     return final
 
@@ -69,7 +69,7 @@ def read(path: Path) -> ServerState:
     try:
         meta = json.loads((path / "state.json").read_text())
         data = (path / "state.safetensors").read_bytes()
-        if meta.pop("sha256") != _digest(data, meta):
+        if meta.pop("sha256") != _digest_state(data, meta):
             raise InputError(
                 f"{path}: its content does not have the sha256 that state.json gives; the checkpoint is damaged."
             )
@@ -83,7 +83,7 @@ def read(path: Path) -> ServerState:
         raise InputError(f"{path}: not a complete checkpoint: {error}") from error
 
 
-def _digest(data: bytes, meta: dict[str, Any]) -> str:
+def _digest_state(data: bytes, meta: dict[str, Any]) -> str:
     # Sorted keys: what was read back must give the same text as what was written.
     return hashlib.sha256(data + json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
@@ -96,7 +96,7 @@ def latest(folder: Path) -> ServerState | None:
     """
     # Clients' state reaches as far back; what is kept besides is there to be exported.
     recent = rounds(folder)[-RESUMED:]
-    found = [path for path in reversed(_folders(folder)) if _place(path)[0] in recent]
+    found = [path for path in reversed(_list_folders(folder)) if _place_of(path)[0] in recent]
     for number, path in enumerate(found):
         try:
             return read(path)
@@ -110,26 +110,26 @@ def latest(folder: Path) -> ServerState | None:
 
 def rounds(folder: Path) -> list[int]:
     """Rounds of which there are checkpoints, in their order."""
-    return sorted({_place(path)[0] for path in _folders(folder)})
+    return sorted({_place_of(path)[0] for path in _list_folders(folder)})
 
 
 def of_round(folder: Path, number: int) -> list[Path]:
     """The checkpoints of one round, the oldest state first."""
-    return [path for path in _folders(folder) if _place(path)[0] == number]
+    return [path for path in _list_folders(folder) if _place_of(path)[0] == number]
 
 
-def _folders(folder: Path) -> list[Path]:
+def _list_folders(folder: Path) -> list[Path]:
     """Checkpoints, the oldest state first."""
-    return sorted((path for path in folder.glob("round-*") if path.is_dir()), key=_place)
+    return sorted((path for path in folder.glob("round-*") if path.is_dir()), key=_place_of)
 
 
-def _place(path: Path) -> tuple[int, int]:
+def _place_of(path: Path) -> tuple[int, int]:
     """Round, and which of the states of that round."""
     number, _, again = path.name.removeprefix("round-").partition(".")
     return int(number), int(again or 0)
 
 
-def _name(number: int, folder: Path) -> str:
+def _name_state(number: int, folder: Path) -> str:
     # Beside the first: a rename replaces no folder with files in it, and removing it before would leave none.
-    again = max((place[1] + 1 for path in _folders(folder) if (place := _place(path))[0] == number), default=0)
+    again = max((place[1] + 1 for path in _list_folders(folder) if (place := _place_of(path))[0] == number), default=0)
     return f"round-{number:06d}" + (f".{again}" if again else "")

@@ -36,12 +36,12 @@ NAMES = {  # what a comparison may be with -> words
 
 def of(events: list[Event], config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Entries of the summary beside `found`, what `metrics.summarise` has computed; some take the place of its own."""
-    given = _baselines(events)
+    given = _find_baselines(events)
     entries: dict[str, Any] = {"baselines": given}
     if any(event["event"] == "task" for event in events) or (config.get("continual") or {}).get("body") is not None:
-        entries |= _sequence(events, config, found, given)
+        entries |= _find_sequence(events, config, found, given)
     else:
-        entries |= {**_tested(events, found), "last_rounds": _last_rounds(found)}
+        entries |= {**_find_tested(events, found), "last_rounds": _last_rounds(found)}
     whole = {**found, **entries}
     tokens = whole["test_tokens"] is not None  # accuracy is then a share of tokens, which are not independent
     entries["standard_error"] = None if tokens else standard_error(whole["final"], whole["test_records"])
@@ -51,8 +51,8 @@ def of(events: list[Event], config: dict[str, Any], found: dict[str, Any]) -> di
         entries["by_class"] = measured.by_class(events)
         entries["metric"] = next((event.get("metric") for event in events if event["event"] == "start"), None)
     if tokens and whole["final"] is not None:
-        entries["perplexity"] = _perplexity(events, whole)
-    return {**entries, "comparison": _comparison({**whole, **entries}), "updates": _updates(events)}
+        entries["perplexity"] = _find_perplexity(events, whole)
+    return {**entries, "comparison": _compare_models({**whole, **entries}), "updates": _find_updates(events)}
 
 
 def standard_error(score: Event | None, records: int | None) -> float | None:
@@ -61,7 +61,7 @@ def standard_error(score: Event | None, records: int | None) -> float | None:
     return None if accuracy is None or not records else math.sqrt(accuracy * (1 - accuracy) / records)
 
 
-def _baselines(events: list[Event]) -> dict[str, Any]:
+def _find_baselines(events: list[Event]) -> dict[str, Any]:
     return {
         key: value
         for event in events
@@ -71,7 +71,7 @@ def _baselines(events: list[Event]) -> dict[str, Any]:
     }
 
 
-def _tested(events: list[Event], found: dict[str, Any]) -> dict[str, Any]:
+def _find_tested(events: list[Event], found: dict[str, Any]) -> dict[str, Any]:
     """Records, and for language models tokens, behind the final score."""
     final = found["final"] or {}
     if found["evaluated_on"] == SERVER:
@@ -84,7 +84,7 @@ def _tested(events: list[Event], found: dict[str, Any]) -> dict[str, Any]:
             {},
         )
         return {"test_records": last.get("test_records"), "test_tokens": last.get("test_tokens")}
-    results = _evaluated(events, final.get("round"))
+    results = _clients_evaluated(events, final.get("round"))
     tokens = [row["test_tokens"] for row in results if "test_tokens" in row]
     return {
         "test_records": int(sum(row["num-examples"] for row in results)) or None,
@@ -92,18 +92,18 @@ def _tested(events: list[Event], found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _evaluated(events: list[Event], number: int | None) -> list[Event]:
+def _clients_evaluated(events: list[Event], number: int | None) -> list[Event]:
     event = next((event for event in events if event["event"] == "clients_evaluated" and event["round"] == number), {})
     return list(event.get("clients", {}).values())
 
 
-def _perplexity(events: list[Event], found: dict[str, Any]) -> float | None:
+def _find_perplexity(events: list[Event], found: dict[str, Any]) -> float | None:
     """exp of the mean loss of a token, over all tokens of the final evaluation."""
     number = found["final"]["round"]
     if found["evaluated_on"] == SERVER:
         rows = [event for event in events if event["event"] == "round" and event["round"] == number]
     else:
-        rows = _evaluated(events, number)
+        rows = _clients_evaluated(events, number)
     rows = [row for row in rows if row.get("token_loss") is not None and row.get("test_tokens")]
     tokens = sum(row["test_tokens"] for row in rows)
     loss = sum(row["token_loss"] * row["test_tokens"] for row in rows) / tokens if tokens else math.inf
@@ -122,7 +122,7 @@ def _last_rounds(found: dict[str, Any]) -> dict[str, Any] | None:
 # Comparison -----------------------------------------------------------------------------------------------------------
 
 
-def _comparison(summary: dict[str, Any]) -> dict[str, Any] | None:
+def _compare_models(summary: dict[str, Any]) -> dict[str, Any] | None:
     """The best of what did not federate, on the same records, and the gap; None where nothing can be compared."""
     accuracy = (summary["final"] or {}).get("accuracy")
     rows = comparable(summary)
@@ -165,7 +165,7 @@ def comparable(summary: dict[str, Any]) -> dict[str, float]:
 # A sequence of tasks --------------------------------------------------------------------------------------------------
 
 
-def _sequence(
+def _find_sequence(
     events: list[Event], config: dict[str, Any], found: dict[str, Any], given: dict[str, Any]
 ) -> dict[str, Any]:
     """`final` is the head that answers, over the classes of all tasks so far; there is no best over unlike classes.
@@ -194,11 +194,11 @@ def _sequence(
         "classes": sum(len(event["classes"]) for event in tasks),
         "accuracy_by_task": curve,
         "rounds_of_tasks": [event["round"] for event in tasks],
-        "forgetting": _forgetting(tasks),
+        "forgetting": _mean_forgetting(tasks),
         "frozen_head_accuracy": frozen,
         "frozen_head_by_task": given.get(f"{FROZEN_HEAD}_by_task"),
         "frozen_head_forgetting": given.get(f"{FROZEN_HEAD}_forgetting"),
-        "trained_classifier": _trained(events, found),
+        "trained_classifier": _find_trained(events, found),
     }
     return {
         "final": final,
@@ -214,7 +214,7 @@ def _sequence(
     }
 
 
-def _trained(events: list[Event], found: dict[str, Any]) -> dict[str, Any] | None:
+def _find_trained(events: list[Event], found: dict[str, Any]) -> dict[str, Any] | None:
     """The classifier as trained: its last score, and those of all rounds with the number of classes behind each."""
     if found["final"] is None:
         return None
@@ -227,7 +227,7 @@ def _trained(events: list[Event], found: dict[str, Any]) -> dict[str, Any] | Non
     }
 
 
-def _forgetting(tasks: list[Event]) -> float | None:
+def _mean_forgetting(tasks: list[Event]) -> float | None:
     rows = [
         [right / count if count else math.nan for right, count in zip(event["right"], event["count"], strict=True)]
         for event in tasks
@@ -242,7 +242,7 @@ def _forgetting(tasks: list[Event]) -> float | None:
 # Updates --------------------------------------------------------------------------------------------------------------
 
 
-def _updates(events: list[Event]) -> list[dict[str, Any]]:
+def _find_updates(events: list[Event]) -> list[dict[str, Any]]:
     """A row for each client whose update was far beyond the others', or that a robust rule cut, clipped or left out.
 
     `times_median` is the most, in units of the median norm of the others' updates: null where they did not move, or
@@ -253,15 +253,15 @@ def _updates(events: list[Event]) -> list[dict[str, Any]]:
         if event["event"] != "round":
             continue
         for client, times in event.get("far_updates", {}).items():
-            row = rows.setdefault(client, _row(client))
+            row = rows.setdefault(client, _row_of(client))
             row["far_rounds"].append(event["round"])
             row["times_median"] = max(row["times_median"] or 0.0, times) if times is not None else row["times_median"]
         for client, what in event.get("treated", {}).items():
-            row = rows.setdefault(client, _row(client))
+            row = rows.setdefault(client, _row_of(client))
             row["treated_rounds"].append(event["round"])
             row["treated"] = what
     return sorted(rows.values(), key=lambda row: (-len(row["far_rounds"]), -len(row["treated_rounds"]), row["client"]))
 
 
-def _row(client: str) -> dict[str, Any]:
+def _row_of(client: str) -> dict[str, Any]:
     return {"client": client, "far_rounds": [], "times_median": None, "treated_rounds": [], "treated": None}

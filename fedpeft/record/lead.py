@@ -19,21 +19,21 @@ def headline(summary: dict[str, Any], config: dict[str, Any]) -> str:
 
 def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What a report says first, one sentence a line: guarantee, test-time adaptation, score, what it compares to."""
-    lines = [*_privacy(summary, config), *_test_time(summary.get("tta"))]
+    lines = [*_say_privacy(summary, config), *_test_time(summary.get("tta"))]
     if summary.get("sequence"):
-        return lines + _sequence(summary)
+        return lines + _say_sequence(summary)
     if summary["final"] is None:
         return [*lines, "Nothing has been evaluated yet."]
-    ends = [*_selected(summary), *_traffic(summary)]
-    return [*lines, *_metric(summary), *_score(summary, config), *_compared(summary), *ends]
+    ends = [*_say_selected(summary), *_say_traffic(summary)]
+    return [*lines, *_say_metric(summary), *_say_score(summary, config), *_say_compared(summary), *ends]
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
     """One for each client whose update was far beyond the others'."""
-    return [_far(row) for row in summary.get("updates", []) if row["far_rounds"]]
+    return [_say_far(row) for row in summary.get("updates", []) if row["far_rounds"]]
 
 
-def _far(row: dict[str, Any]) -> str:
+def _say_far(row: dict[str, Any]) -> str:
     rounds, times = row["far_rounds"], row["times_median"]
     often = f"in {len(rounds)} rounds, last {rounds[-1]}" if len(rounds) > 1 else f"in round {rounds[0]}"
     most = "the others did not move" if times is None else f"up to {number(times)} times their median"
@@ -41,7 +41,7 @@ def _far(row: dict[str, Any]) -> str:
     return f"{row['client']}: update far beyond the others' {often} ({most}), {became}. Named is one {FAR_RULE}."
 
 
-def _privacy(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _say_privacy(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     section = config.get("privacy") or {}
     if section.get("unit", "none") == "none":
         return []
@@ -84,7 +84,7 @@ def gains(tta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sequence(summary: dict[str, Any]) -> list[str]:
+def _say_sequence(summary: dict[str, Any]) -> list[str]:
     sequence, final = summary["sequence"], summary["final"]
     trained = sequence["trained_classifier"] or {}
     alone = ""
@@ -99,7 +99,7 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
     classes = f"{'all ' if done == tasks else 'the '}{sequence['classes']} classes"
     forgetting = sequence["forgetting"]
     text = (
-        f"Accuracy {_sure(summary)} on {classes} after task {done} of {tasks}, by the head "
+        f"Accuracy {_say_accuracy(summary)} on {classes} after task {done} of {tasks}, by the head "
         f"{sequence['head'] or 'of the config'}"
     )
     lines = [f"{text}, forgetting {points(forgetting).lstrip('+')}." if forgetting is not None else f"{text}."]
@@ -110,10 +110,10 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"The frozen model with the same head has {percent(frozen)}{beside}: {points(final['accuracy'] - frozen)}."
         )
-    return [*lines, *_compared(summary), *([alone] if alone else [])]
+    return [*lines, *_say_compared(summary), *([alone] if alone else [])]
 
 
-def _selected(summary: dict[str, Any]) -> list[str]:
+def _say_selected(summary: dict[str, Any]) -> list[str]:
     """The round that `run.best` has kept, and whether `run.patience` has ended the run."""
     chosen = summary.get("selected")
     if not chosen or chosen["round"] is None:
@@ -127,7 +127,7 @@ def _selected(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _traffic(summary: dict[str, Any]) -> list[str]:
+def _say_traffic(summary: dict[str, Any]) -> list[str]:
     """That `run.max_traffic_mb` has ended the run."""
     limit = summary.get("traffic")
     if not limit or not limit["stopped"] or (summary.get("selected") or {}).get("stopped"):
@@ -138,7 +138,7 @@ def _traffic(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _metric(summary: dict[str, Any]) -> list[str]:
+def _say_metric(summary: dict[str, Any]) -> list[str]:
     """The measure that `run.metric` names, where it is another than what every headline says."""
     name = summary.get("metric")
     row = summary.get("measures", {}).get(name)
@@ -156,7 +156,7 @@ def _metric(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _say_score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     final, where = summary["final"], f"on the {summary['evaluated_on']} after round {summary['final']['round']}"
     if summary.get("perplexity") is not None:
         tokens = f"over {number(summary['test_tokens'])} tokens of {number(summary['test_records'])} texts "
@@ -166,24 +166,26 @@ def _score(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     elif final["accuracy"] is None:
         return [f"Loss {number(final['loss'])} {where}."]
     else:
-        text = f"Accuracy {_sure(summary)} {where}"
+        text = f"Accuracy {_say_accuracy(summary)} {where}"
     last = summary.get("last_rounds")
     mean = f"; mean of the last {len(last['rounds'])} evaluated rounds {percent(last['accuracy'])}" if last else ""
     return [f"{text}{mean}."]
 
 
-def _sure(summary: dict[str, Any]) -> str:
+def _say_accuracy(summary: dict[str, Any]) -> str:
     error, records = summary.get("standard_error"), summary.get("test_records")
     sure = f" ± {100 * error:.1f}" if error is not None else ""
     count = f" (n = {number(records)}{', ± one standard error' if sure else ''})" if records else ""
     return f"{percent(summary['final']['accuracy'])}{sure}{count}"
 
 
-def _compared(summary: dict[str, Any]) -> list[str]:
+def _say_compared(summary: dict[str, Any]) -> list[str]:
     found, lines = summary.get("comparison"), []
     if found:
         if found["no_better_than_constant"]:
-            lines.append(f"That is no better than always saying {_constant(summary)} ({percent(found['constant'])}).")
+            lines.append(
+                f"That is no better than always saying {_name_constant(summary)} ({percent(found['constant'])})."
+            )
         lines.append(
             f"Best without federation: {named(found['baseline'], summary)}, {percent(found['accuracy'])}: "
             f"{points(found['gap'])}."
@@ -197,10 +199,10 @@ def _compared(summary: dict[str, Any]) -> list[str]:
 
 def named(key: str, summary: dict[str, Any]) -> str:
     """A baseline in words; of the largest class, with its name."""
-    return f"always saying {_constant(summary)}" if key == "largest_class" else NAMES[key]
+    return f"always saying {_name_constant(summary)}" if key == "largest_class" else NAMES[key]
 
 
-def _constant(summary: dict[str, Any]) -> str:
+def _name_constant(summary: dict[str, Any]) -> str:
     if "clients_largest_class" in summary["baselines"] and summary["evaluated_on"] != SERVER:
         return "the most frequent answer of each client"
     name = summary["baselines"].get("largest_class_name")

@@ -44,9 +44,9 @@ def svg_lines(key: str, title: str, lines: list[Line], shares: bool) -> str:
     if not lines:
         return ""
     show = percent if shares else number
-    across = _scale([point[0] for line in lines for point in line.points], LEFT, WIDTH - RIGHT, whole=True)
-    up = _scale([point[1] for line in lines for point in line.points], HEIGHT - BOTTOM, TOP)
-    drawn = [*_grid(across, up, shares), *(mark for line in lines for mark in _marks(line, across, up))]
+    across = _choose_scale([point[0] for line in lines for point in line.points], LEFT, WIDTH - RIGHT, whole=True)
+    up = _choose_scale([point[1] for line in lines for point in line.points], HEIGHT - BOTTOM, TOP)
+    drawn = [*_draw_grid(across, up, shares), *(mark for line in lines for mark in _draw_marks(line, across, up))]
     words = "; ".join(
         f"{line.label}: {show(line.points[0][1])} in round {line.points[0][0]}, {show(line.points[-1][1])} in round "
         f"{line.points[-1][0]}"
@@ -78,7 +78,7 @@ class _Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
 
 
-def _scale(values: list[float] | list[int], start: float, stop: float, whole: bool = False) -> _Scale:
+def _choose_scale(values: list[float] | list[int], start: float, stop: float, whole: bool = False) -> _Scale:
     low, high = float(min(values)), float(max(values))
     if high == low:
         low, high = (low - 1, high + 1) if whole else (low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1))
@@ -91,7 +91,7 @@ def _scale(values: list[float] | list[int], start: float, stop: float, whole: bo
     return _Scale(low, high, start, stop, [tick * step for tick in range(first, count + 1)])
 
 
-def _grid(across: _Scale, up: _Scale, shares: bool) -> list[str]:
+def _draw_grid(across: _Scale, up: _Scale, shares: bool) -> list[str]:
     marks = []
     for tick in up.ticks:
         y, text = up.at(tick), f"{100 * tick:.4g} %" if shares else f"{tick:.4g}"
@@ -104,7 +104,7 @@ def _grid(across: _Scale, up: _Scale, shares: bool) -> list[str]:
     return marks
 
 
-def _marks(line: Line, across: _Scale, up: _Scale) -> list[str]:
+def _draw_marks(line: Line, across: _Scale, up: _Scale) -> list[str]:
     """The line, and a dot at the end of each group, which may be all that it has."""
     every = math.ceil(len(line.points) / MOST_POINTS)
     points = [point for place, point in enumerate(reversed(line.points)) if place % every == 0][::-1]

@@ -227,7 +227,7 @@ class Follower:
         start = next(iter(self._of("start")), {})
         rounds = [event for event in self.events if event["event"] in ("round", "round_dropped")]
         number = rounds[-1]["round"] if rounds else 0
-        pace, planned = _pace(rounds), start.get("rounds")
+        pace, planned = _pace_of(rounds), start.get("rounds")
         left = None
         if word in UNDER_WAY and pace is not None and isinstance(planned, int):
             left = rounds[-1]["time"] + pace * max(0, planned - number)
@@ -250,7 +250,7 @@ class Follower:
                 "warnings": lead.warnings(summary),
                 "problems": self.problems(),
                 "evaluated_on": summary.get("evaluated_on"),
-                "metric": _metric(start),
+                "metric": _metric_of(start),
                 "accuracy": (summary.get("final") or {}).get("accuracy"),
                 "loss": (summary.get("final") or {}).get("loss"),
                 "epsilon_max": summary.get("epsilon_max"),
@@ -276,14 +276,14 @@ class Follower:
     def _played(self, run: Run | None) -> list[dict[str, Any]]:
         """A row for each round, 0 first where it was evaluated."""
         scores = {score["round"]: score for score in run.scores} if run else {}
-        metric = _metric(next(iter(self._of("start")), {}))
+        metric = _metric_of(next(iter(self._of("start")), {}))
         where = "client_" if run and run.summary["evaluated_on"] == metrics.CLIENTS else ""
-        rows = [] if 0 not in scores else [{"round": 0, **_pair(scores[0])}]
+        rows = [] if 0 not in scores else [{"round": 0, **_pair_of(scores[0])}]
         keys = ("time", "used", "refused", "train_loss", "bytes_up", "bytes_down", "seconds", "epsilon_max", "classes")
         for event in self._of("round"):
             about = {key: event.get(key) for key in keys}
             about["metric"] = event.get(where + metric["name"]) if metric else None
-            rows.append({"round": event["round"], **_pair(scores.get(event["round"], {})), **about})
+            rows.append({"round": event["round"], **_pair_of(scores.get(event["round"], {})), **about})
         return rows
 
     def _clients(self, run: Run | None) -> dict[str, dict[str, Any]]:
@@ -330,7 +330,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _pace(rounds: list[Event]) -> float | None:
+def _pace_of(rounds: list[Event]) -> float | None:
     """Seconds from one round to the next, the median of the last ones: a pause before a resume does not count."""
     if len(rounds) < 2:
         return next((event.get("seconds") for event in rounds), None)
@@ -338,7 +338,7 @@ def _pace(rounds: list[Event]) -> float | None:
     return statistics.median(steps)
 
 
-def _metric(start: Event) -> dict[str, Any] | None:
+def _metric_of(start: Event) -> dict[str, Any] | None:
     """The measure that a run's headline names, where it is another than what every run shows."""
     name, measures = start.get("metric"), start.get("measures") or {}
     if name in ("accuracy", "loss", "perplexity") or name not in measures:
@@ -346,5 +346,5 @@ def _metric(start: Event) -> dict[str, Any] | None:
     return {"name": name, **measures[name]}
 
 
-def _pair(score: Event) -> Event:
+def _pair_of(score: Event) -> Event:
     return {key: score.get(key) for key in ("accuracy", "loss")}

@@ -49,41 +49,41 @@ def page(states: list[State], parts: dict[str, str], wanted: str) -> str:
         '<p><button id="pause" type="button" aria-pressed="false">Pause</button></p>',
         "<noscript><p>Without scripts the page stands still: load it again to see what is new.</p></noscript>",
         "<main>",
-        *(_section(key, parts[key]) for key in top),
+        *(_wrap_section(key, parts[key]) for key in top),
         "<h2>Clients and rounds</h2>",
         '<form role="search"><label for="client">Clients whose name contains</label> '
         f'<input id="client" name="client" type="search" maxlength="{LONGEST_NAME}" value="{html.escape(wanted)}"> '
         "<button>Show</button></form>",
-        *(_section(key, inner) for key, inner in parts.items() if key not in top),
+        *(_wrap_section(key, inner) for key, inner in parts.items() if key not in top),
         "</main>",
         f"<script>{asset('watch.js')}</script>",
     ]
     return html_page(f"watch: {title}", body, style(), '<link rel="icon" href="data:,">')
 
 
-def _section(key: str, inner: str) -> str:
+def _wrap_section(key: str, inner: str) -> str:
     return f'<section data-part="{key}">{inner}</section>'
 
 
 def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str, str]:
     """HTML by part. The keys are the same for all states of the same runs."""
-    drawn = {"runs": _runs(states, runs), "charts": _charts(states)}
+    drawn = {"runs": _show_runs(states, runs), "charts": _show_charts(states)}
     for place, state in enumerate(states):
-        drawn[f"run-{place}-state"] = _head(state, len(states) == 1)
-        drawn[f"run-{place}-tasks"] = _tasks(state)
-        drawn[f"run-{place}-clients"] = _clients(state, wanted)
-        drawn[f"run-{place}-quarantine"] = _quarantine(state, wanted)
-        drawn[f"run-{place}-rounds"] = _rounds(state)
+        drawn[f"run-{place}-state"] = _show_head(state, len(states) == 1)
+        drawn[f"run-{place}-tasks"] = _show_tasks(state)
+        drawn[f"run-{place}-clients"] = _show_clients(state, wanted)
+        drawn[f"run-{place}-quarantine"] = _show_quarantine(state, wanted)
+        drawn[f"run-{place}-rounds"] = _show_rounds(state)
     return drawn
 
 
 # All runs -------------------------------------------------------------------------------------------------------------
 
 
-def _runs(states: list[State], runs: list[Run | None]) -> str:
+def _show_runs(states: list[State], runs: list[Run | None]) -> str:
     """A column for each run: there are few, and a phone is narrow."""
     facts: dict[str, Callable[[State], str]] = {
-        "state": _word,
+        "state": _word_for,
         "strategy": lambda s: shown(s["strategy"] or "–", LONGEST_NAME),
         "round": lambda s: f"{s['round']} of {s['rounds']}" if s["rounds"] else "–",
         "accuracy": lambda s: percent(s["accuracy"]),
@@ -94,10 +94,10 @@ def _runs(states: list[State], runs: list[Run | None]) -> str:
         "MB up, MB down": lambda s: ", ".join(
             "–" if s[key] is None else number(s[key] / MB) for key in ("bytes_up", "bytes_down")
         ),
-        "a round takes": lambda s: "–" if s["seconds_per_round"] is None else _duration(s["seconds_per_round"]),
-        "begun": lambda s: _clock(s["begun"]),
-        "last event": lambda s: _clock(s["last_event"]),
-        "expected end": lambda s: _clock(s["expected_end"]),
+        "a round takes": lambda s: "–" if s["seconds_per_round"] is None else _show_duration(s["seconds_per_round"]),
+        "begun": lambda s: _show_clock(s["begun"]),
+        "last event": lambda s: _show_clock(s["last_event"]),
+        "expected end": lambda s: _show_clock(s["expected_end"]),
     }
     rows = [[name, *(tell(state) for state in states)] for name, tell in facts.items()]
     heads = ["", *(state["run"] for state in states)] if len(states) > 1 else []
@@ -110,7 +110,7 @@ def _runs(states: list[State], runs: list[Run | None]) -> str:
     return "".join(["<h2>State</h2>", *lines, html_table(heads, rows)])
 
 
-def _word(state: State) -> str:
+def _word_for(state: State) -> str:
     return shown(state["state"] + (f": {state['reason']}" if state["reason"] else ""), LONGEST_REASON)
 
 
@@ -119,16 +119,16 @@ def _taking_part(state: State) -> str:
     return f"{seen} of {state['expected_clients']}" if state["expected_clients"] else "–"
 
 
-def _duration(seconds: float) -> str:
+def _show_duration(seconds: float) -> str:
     return f"{number(seconds)} s" if seconds < 10 else about(seconds)
 
 
-def _clock(at: float | None) -> str:
+def _show_clock(at: float | None) -> str:
     """Local time, unbroken. Never "so long ago": what has not changed shall read the same."""
     return "–" if at is None else time.strftime("%d %b %Y %H:%M:%S", time.localtime(at)).replace(" ", NBSP)
 
 
-def _charts(states: list[State]) -> str:
+def _show_charts(states: list[State]) -> str:
     titles = {
         "accuracy": "accuracy",
         "loss": "loss",
@@ -144,7 +144,10 @@ def _charts(states: list[State]) -> str:
         svg_lines(
             f"chart-{key}",
             title,
-            [Line(shown(state["run"], LONGEST_NAME), place, _points(state, key)) for place, state in enumerate(states)],
+            [
+                Line(shown(state["run"], LONGEST_NAME), place, _points_of(state, key))
+                for place, state in enumerate(states)
+            ],
             key == "accuracy" or (key == "metric" and metrics[0]["share"]),
         )
         for key, title in titles.items()
@@ -154,7 +157,7 @@ def _charts(states: list[State]) -> str:
     return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
 
 
-def _points(state: State, key: str) -> list[tuple[int, float, object]]:
+def _points_of(state: State, key: str) -> list[tuple[int, float, object]]:
     """In a sequence of tasks scores over unlike classes are not joined."""
     apart = "classes" if state["sequence"] and key in ("accuracy", "loss") else ""
     return [(row["round"], row[key], row.get(apart)) for row in state["played"] if row.get(key) is not None]
@@ -163,11 +166,11 @@ def _points(state: State, key: str) -> list[tuple[int, float, object]]:
 # One run --------------------------------------------------------------------------------------------------------------
 
 
-def _head(state: State, alone: bool) -> str:
+def _show_head(state: State, alone: bool) -> str:
     """What is to be known first; with the run's name unless it is alone on the page, which has it already."""
     lines = [] if alone else [f"<h2>{html.escape(state['run'])}</h2>"]
     if state["state"] in ("interrupted", "failed", "stopped", "waiting", "not begun"):
-        lines.append(html_note(f"This run is {_word(state)}. {state['advice']}".rstrip()))
+        lines.append(html_note(f"This run is {_word_for(state)}. {state['advice']}".rstrip()))
     lines += [html_note(shown(text, LONGEST_REASON)) for text in state["problems"]]
     warnings = [shown(text, LONGEST_REASON) for text in state["warnings"][:MOST_ROWS]]
     if len(warnings) > MOST_NOTES:
@@ -185,7 +188,7 @@ def _head(state: State, alone: bool) -> str:
     return "".join(lines)
 
 
-def _tasks(state: State) -> str:
+def _show_tasks(state: State) -> str:
     if not state["sequence"]:
         return ""
     done, planned = state["sequence"]["tasks_done"], state["sequence"]["tasks"]
@@ -205,7 +208,7 @@ def _tasks(state: State) -> str:
     return f"<h3>Tasks: {done} of {planned}</h3>{table}"
 
 
-def _clients(state: State, wanted: str) -> str:
+def _show_clients(state: State, wanted: str) -> str:
     clients = {name: row for name, row in state["clients"].items() if wanted.lower() in name.lower()}
     played = sum("used" in row for row in state["played"])
     lines = [f"<h3>Clients: {_taking_part(state)} have taken part</h3>"]
@@ -218,14 +221,14 @@ def _clients(state: State, wanted: str) -> str:
         f"{number(quantile(counts, 0.5))} (median), {counts[-1]} (most).</p>"
     )
     scored = any(row.get("accuracy") is not None for row in clients.values())
-    order = sorted(clients, key=lambda name: (-_oddity(clients[name]), name))
+    order = sorted(clients, key=lambda name: (-_rank_oddity(clients[name]), name))
     rows = [
         [
             shown(name, LONGEST_NAME),
             f"{row['rounds']} of {played}".replace(" ", NBSP),
-            _remarks(row),
+            _remarks_on(row),
             "–" if row["last_round"] is None else str(row["last_round"]),
-            _clock(row["seen"]),
+            _show_clock(row["seen"]),
             *([percent(row.get("accuracy"))] if scored else []),
         ]
         for name, row in ((name, clients[name]) for name in order[:MOST_ROWS])
@@ -240,13 +243,13 @@ def _clients(state: State, wanted: str) -> str:
     )
 
 
-def _oddity(row: dict[str, Any]) -> float:
+def _rank_oddity(row: dict[str, Any]) -> float:
     """How much a client stands out: whose update was refused just now, then by how often something was amiss."""
     often = row["quarantined"] + row["far"] + row["late"] + (row["failed"] is not None)
     return math.inf if row["is_quarantined"] else float(often)
 
 
-def _remarks(row: dict[str, Any]) -> str:
+def _remarks_on(row: dict[str, Any]) -> str:
     """What stands out about a client, as half sentences."""
     said = []
     if row["quarantined"]:
@@ -262,7 +265,7 @@ def _remarks(row: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def _quarantine(state: State, wanted: str) -> str:
+def _show_quarantine(state: State, wanted: str) -> str:
     """A row for each client: in how many rounds, when last, and why then."""
     bad = {name: row for name, row in state["clients"].items() if row["quarantined"] and wanted.lower() in name.lower()}
     if not bad:
@@ -284,7 +287,7 @@ def _quarantine(state: State, wanted: str) -> str:
     )
 
 
-def _rounds(state: State) -> str:
+def _show_rounds(state: State) -> str:
     played = state["played"][-MOST_ROWS:]
     if not played:
         return ""

@@ -114,7 +114,7 @@ def html_measures(rows: dict[str, Any], classes: Event | None) -> list[str]:
             "10 % quantile",
             "spread",
         ]
-        body += ["<h2>Measures</h2>", html_table(heads, [_cells(row) for row in rows.values()])]
+        body += ["<h2>Measures</h2>", html_table(heads, [_row_cells(row) for row in rows.values()])]
     if classes:
         names, matrix = classes["names"], classes["confusion"]
         cells = [
@@ -130,7 +130,7 @@ def html_measures(rows: dict[str, Any], classes: Event | None) -> list[str]:
     return body
 
 
-def _cells(row: Event) -> list[str]:
+def _row_cells(row: Event) -> list[str]:
     over = row["clients"] or {}
     best = shown(row, row["best"]) + (f" (round {row['best_round']})" if row["best_round"] else "")
     worst = f"{shown(row, over['worst'])} ({over['worst_client']})" if over else "–"

@@ -135,7 +135,7 @@ def evaluations(events: list[Event]) -> tuple[str, list[Event]]:
     scored = {prefix: [event for event in rounds if _has_scores(event, prefix)] for prefix in ("", "client_")}
     start = next((event for event in events if event["event"] == "start"), {})
     prefix = "client_" if start.get("personalised", not scored[""] and bool(scored["client_"])) else ""
-    return (CLIENTS if prefix else SERVER), [_scores(event, prefix) for event in scored[prefix]]
+    return (CLIENTS if prefix else SERVER), [_scores_of(event, prefix) for event in scored[prefix]]
 
 
 def baseline(events: list[Event]) -> Event | None:
@@ -148,15 +148,15 @@ def baseline(events: list[Event]) -> Event | None:
     if event is None:
         return None
     if where == CLIENTS and _has_scores(event, "client_"):
-        return {**_scores(event, "client_"), "evaluated_on": CLIENTS}
-    return {**_scores(event, ""), "evaluated_on": SERVER}
+        return {**_scores_of(event, "client_"), "evaluated_on": CLIENTS}
+    return {**_scores_of(event, ""), "evaluated_on": SERVER}
 
 
 def _has_scores(event: Event, prefix: str) -> bool:
     return f"{prefix}accuracy" in event or f"{prefix}loss" in event
 
 
-def _scores(event: Event, prefix: str) -> Event:
+def _scores_of(event: Event, prefix: str) -> Event:
     return {"round": event["round"], "accuracy": event.get(f"{prefix}accuracy"), "loss": event.get(f"{prefix}loss")}
 
 
@@ -195,7 +195,7 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
             "clients": start["clients"],
             "trainable_parameters": start["trainable_parameters"],
             "final": scores[-1] if scores else None,
-            "best": _best(scores),
+            "best": _best_of(scores),
             "baseline": baseline(events),
             "evaluated_on": evaluated_on,
             "evaluated_rounds": [score["round"] for score in scores],
@@ -213,7 +213,7 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
                 for event in events
                 if event["event"] == "round_dropped"
             ],
-            "epsilon_max": _epsilon(rounds, config_tree),
+            "epsilon_max": _highest_epsilon(rounds, config_tree),
         }
     except KeyError as error:
         raise InputError(f"events: a start, round or quarantine event lacks the key {error}.") from error
@@ -222,14 +222,14 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
     return whole
 
 
-def _best(scores: list[Event]) -> Event | None:
+def _best_of(scores: list[Event]) -> Event | None:
     with_accuracy = [score for score in scores if score["accuracy"] is not None]
     if with_accuracy:
         return max(with_accuracy, key=lambda score: score["accuracy"])
     return min((score for score in scores if score["loss"] is not None), key=lambda score: score["loss"], default=None)
 
 
-def _epsilon(rounds: list[Event], config_tree: dict[str, Any]) -> float | None:
+def _highest_epsilon(rounds: list[Event], config_tree: dict[str, Any]) -> float | None:
     if config_tree.get("privacy", {}).get("unit", "none") == "none":
         return None
     return max((event["epsilon_max"] for event in rounds if event.get("epsilon_max") is not None), default=None)

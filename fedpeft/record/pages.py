@@ -34,13 +34,13 @@ def html_page(title: str, body: list[str], style: str = PAGE_STYLE, more_head: s
 
 def html_table(heads: list[str], rows: list[list[str]]) -> str:
     """Heads and cells are plain text; they are escaped here."""
-    lines = [_cells("th", heads)] if heads else []
-    lines += [_cells("td", row) for row in rows]
+    lines = [_html_cells("th", heads)] if heads else []
+    lines += [_html_cells("td", row) for row in rows]
     # A key moves what is wider than the page only where it has the focus.
     return '<div class="wide" tabindex="0"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
-def _cells(tag: str, cells: list[str]) -> str:
+def _html_cells(tag: str, cells: list[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 

@@ -51,11 +51,11 @@ def accuracy(run: Run) -> Figure | None:
     if not has_accuracy(run):
         return None
     if run.summary.get("sequence"):
-        return _sequence(run)
+        return _plot_sequence(run)
     figure, (axes,) = axes_of([f"Accuracy on the {run.summary['evaluated_on']}"], heights=(1.2,))
     last = (run.summary["final"] or {}).get("accuracy")
-    _scores(axes, run, "accuracy", f"{run.summary['strategy']} (last {percent(last)})", COLORS[0])
-    _references(axes, run)
+    _plot_scores(axes, run, "accuracy", f"{run.summary['strategy']} (last {percent(last)})", COLORS[0])
+    _plot_references(axes, run)
     frozen_line(axes, run)
     accuracy_axis(axes)
     round_axis(axes)
@@ -63,7 +63,7 @@ def accuracy(run: Run) -> Figure | None:
     return figure
 
 
-def _sequence(run: Run) -> Figure:
+def _plot_sequence(run: Run) -> Figure:
     """The head that answers after each task, over the classes seen so far; the trained classifier beside it, a line for
     each task, as the points of two tasks are of unlike classes.
     """
@@ -89,7 +89,7 @@ def _sequence(run: Run) -> Figure:
             linewidth=1.2,
             label=f"frozen model, same head (last {percent(frozen[-1])})",
         )
-    _scores(axes, run, "accuracy", "classifier as trained", COLORS[5])
+    _plot_scores(axes, run, "accuracy", "classifier as trained", COLORS[5])
     for task, end in enumerate(ends):  # a boundary after each task
         axes.axvline(end + 0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
@@ -101,7 +101,7 @@ def _sequence(run: Run) -> Figure:
             fontsize=8,
             color=GREY,
         )
-    _references(axes, run)
+    _plot_references(axes, run)
     accuracy_axis(axes)
     round_axis(axes)
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=16)
@@ -109,7 +109,7 @@ def _sequence(run: Run) -> Figure:
     return figure
 
 
-def _scores(axes: Axes, run: Run, key: str, label: str, color: str, x: dict[int, float] | None = None) -> None:
+def _plot_scores(axes: Axes, run: Run, key: str, label: str, color: str, x: dict[int, float] | None = None) -> None:
     """Scores over rounds, or over `x`; in a sequence a line for each task: two tasks' points are of unlike classes."""
     scores = [score for score in run.scores if x is None or score["round"] in x]
     sequence = run.summary.get("sequence")
@@ -125,7 +125,7 @@ def _by_task(scores: list[Event], ends: list[int]) -> list[list[Event]]:
     return [part for part in parts if part]
 
 
-def _references(axes: Axes, run: Run) -> None:
+def _plot_references(axes: Axes, run: Run) -> None:
     elsewhere = "" if run.summary["evaluated_on"] == SERVER else f", {SERVER}"
     for color, (name, label) in zip(COLORS[2:], REFERENCES.items(), strict=False):
         value = run.summary["baselines"].get(name)
@@ -137,7 +137,7 @@ def loss(run: Run) -> Figure | None:
     """Mean training loss of each round's clients, and the loss of the evaluated models."""
     figure, (axes,) = axes_of(["Loss"])
     line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
-    _scores(axes, run, "loss", run.summary["evaluated_on"], COLORS[0])
+    _plot_scores(axes, run, "loss", run.summary["evaluated_on"], COLORS[0])
     axes.set_ylabel("mean loss")
     round_axis(axes)
     return with_legends(figure) if axes.lines else None
@@ -176,7 +176,7 @@ def privacy(run: Run) -> Figure | None:
     protected = "client" if section.get("unit") == "client" else "record"
     titles = [f"Accuracy against epsilon of one {protected}", *(["Epsilon spent by each client"] if clients else [])]
     figure, (bought, *each) = axes_of(titles)
-    _scores(bought, run, "accuracy", run.summary["strategy"], COLORS[0], x=spent)
+    _plot_scores(bought, run, "accuracy", run.summary["strategy"], COLORS[0], x=spent)
     if not run.summary.get("sequence"):
         frozen_line(bought, run)
     accuracy_axis(bought)

@@ -75,10 +75,10 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     if summary.get("tta"):
         body += _test_time(summary["tta"])
     if summary.get("sequence"):
-        body += _sequence(summary)
+        body += _show_sequence(summary)
     body += html_measures(summary.get("measures") or {}, summary.get("by_class"))
     facts = [
-        [plain(key), _fact(key, value)]
+        [plain(key), _show_fact(key, value)]
         for key, value in summary.items()
         if not isinstance(value, list) and key not in APART and value not in (None, {})
     ]
@@ -94,14 +94,14 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
             )
         )
     if summary.get("skipped") and not run.hides_counts:
-        body += _skipped(summary["skipped"])
+        body += _show_skipped(summary["skipped"])
     if summary.get("privacy"):
-        body += _privacy(summary["privacy"])
+        body += _show_privacy(summary["privacy"])
     if summary.get("continual"):
-        body += _tasks(summary["continual"])
+        body += _show_tasks(summary["continual"])
     if summary.get("answers"):
-        body += _answers(summary["answers"])
-    body += _updates(run)
+        body += _show_answers(summary["answers"])
+    body += _show_updates(run)
     if summary["quarantined"]:
         rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
         body += ["<h2>Quarantined updates</h2>", html_table(["round", "client", "reason"], rows)]
@@ -142,7 +142,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sequence(summary: dict[str, Any]) -> list[str]:
+def _show_sequence(summary: dict[str, Any]) -> list[str]:
     """The head that answers, after each task; beside it the frozen model with the same head."""
     sequence = summary["sequence"]
     frozen = sequence.get("frozen_head_by_task") or []
@@ -166,7 +166,7 @@ def _sequence(summary: dict[str, Any]) -> list[str]:
     return body
 
 
-def _skipped(entries: list[dict[str, Any]]) -> list[str]:
+def _show_skipped(entries: list[dict[str, Any]]) -> list[str]:
     """What of the data was left out or cut, with a few examples."""
     rows = [
         [
@@ -180,7 +180,7 @@ def _skipped(entries: list[dict[str, Any]]) -> list[str]:
     return ["<h2>Left out or cut</h2>", html_table(["where", "how many", "what", "for example"], rows)]
 
 
-def _privacy(section: dict[str, Any]) -> list[str]:
+def _show_privacy(section: dict[str, Any]) -> list[str]:
     """What is claimed, what is outside of the claim, and the clients' ledgers."""
     body = ["<h2>Privacy</h2>", f"<p>{html.escape(section['claim']).replace(chr(10), '<br>')}</p>"]
     if section["outside"]:
@@ -194,7 +194,7 @@ def _privacy(section: dict[str, Any]) -> list[str]:
     return body
 
 
-def _tasks(section: dict[str, Any]) -> list[str]:
+def _show_tasks(section: dict[str, Any]) -> list[str]:
     """Accuracy on every task after every task, and the metrics with the reasons for those that are undefined."""
     heads = ["after", *(f"{number}: {', '.join(names)}" for number, names in enumerate(section["tasks"]))]
     rows = [
@@ -225,7 +225,7 @@ def _tasks(section: dict[str, Any]) -> list[str]:
     return body
 
 
-def _answers(section: dict[str, Any]) -> list[str]:
+def _show_answers(section: dict[str, Any]) -> list[str]:
     """What the model answered before and after training, beside what was wanted."""
     scores = [
         [name, percent(section[name]["exact_match"]), percent(section[name]["rouge_l"])] for name in ("base", "tuned")
@@ -238,7 +238,7 @@ def _answers(section: dict[str, Any]) -> list[str]:
     ]
 
 
-def _updates(run: Run) -> list[str]:
+def _show_updates(run: Run) -> list[str]:
     """How far each update went beside the others of its round, and what became of it; nothing where none was seen."""
     rounds = [event for event in run.of("round") if event.get("update_norms")]
     if not rounds:
@@ -297,10 +297,10 @@ def html_rounds(run: Run) -> str:
     return html_folded(f"{len(rows)} rounds", html_table(heads, rows))
 
 
-def _fact(key: str, value: Any) -> str:
+def _show_fact(key: str, value: Any) -> str:
     if isinstance(value, dict):
         shown = ((inner, item) for inner, item in value.items() if not isinstance(item, dict) and item is not None)
-        return ", ".join(f"{plain(inner)} {_fact(inner, item)}" for inner, item in shown)
+        return ", ".join(f"{plain(inner)} {_show_fact(inner, item)}" for inner, item in shown)
     if isinstance(value, list):
         return ", ".join(number(item) for item in value)
     if key.startswith("bytes_"):

@@ -65,8 +65,8 @@ def load(path: Path, label: str) -> Run:
     if ended:
         written = read_object(path / "summary.json")
         summary |= {key: value for key, value in written.items() if key not in summary}
-    split = _split(path / "split.json") if (path / "split.json").exists() else None
-    if split and (names := _owners(split)):
+    split = _read_split(path / "split.json") if (path / "split.json").exists() else None
+    if split and (names := _find_owners(split)):
         events, summary = renamed(events, names), renamed(summary, names)
         split["clients"] = {names.get(client, client): part for client, part in split["clients"].items()}
     return Run(path, label, events, config, config_text, summary, split, ended)
@@ -74,14 +74,14 @@ def load(path: Path, label: str) -> Run:
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """The run's config as text and as nested dicts; InputError where it cannot be read."""
-    text = _read(path / "resolved.yaml")
-    return text, _yaml(path / "resolved.yaml", text)
+    text = _read_text(path / "resolved.yaml")
+    return text, _parse_yaml(path / "resolved.yaml", text)
 
 
 def owner_names(path: Path) -> dict[str, str]:
     """Client -> the name of its owner, as the report has it; empty where no split.json says it."""
     file = path / "split.json"
-    return _owners(_split(file)) if file.exists() else {}
+    return _find_owners(_read_split(file)) if file.exists() else {}
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
@@ -100,7 +100,7 @@ def labels(runs: Sequence[Path]) -> list[str]:
     return ["/".join(names[-depth:]) for names in parts]
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -109,7 +109,7 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: is not UTF-8 text.") from error
 
 
-def _yaml(path: Path, text: str) -> dict[str, Any]:
+def _parse_yaml(path: Path, text: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     try:
@@ -121,7 +121,7 @@ def _yaml(path: Path, text: str) -> dict[str, Any]:
     return tree
 
 
-def _split(path: Path) -> dict[str, Any]:
+def _read_split(path: Path) -> dict[str, Any]:
     """The split: `clients` maps names to indices, `histogram` (which may be missing) has `labels` and `counts`."""
     split = read_object(path)
     clients, histogram = split.get("clients"), split.get("histogram")
@@ -140,7 +140,7 @@ def _split(path: Path) -> dict[str, Any]:
     return split
 
 
-def _owners(split: dict[str, Any]) -> dict[str, str]:
+def _find_owners(split: dict[str, Any]) -> dict[str, str]:
     """Client -> owner, for those whose owner has another name; an owner of several clients is named with each."""
     owners = split.get("owners", {})
     names = {client: foreign.shown(owners.get(client, client), LONGEST_NAME) for client in split["clients"]}

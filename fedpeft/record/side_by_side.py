@@ -45,7 +45,7 @@ def compare(runs: list[Path], out: Path) -> Path:
     loaded = load_all(runs)
     with drawing.style():
         image = drawing.png(plots.compared(loaded))
-    rows = _rows(loaded)
+    rows = _build_rows(loaded)
     cells = [[cell(key, row[key]) for key in COLUMNS] for row in rows]
     body = [f'<p class="lead">{html.escape(ranking(loaded))}</p>']
     unlike = differences(loaded)
@@ -56,7 +56,7 @@ def compare(runs: list[Path], out: Path) -> Path:
         ]
     body += ["<h2>Runs</h2>", html_table(list(COLUMNS.values()), cells)]
     body += [html_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
-    body += ["<h2>Baselines of each</h2>", *_baselines(loaded)]
+    body += ["<h2>Baselines of each</h2>", *_baseline_rows(loaded)]
     body += ["<h2>Accuracy</h2>", html_image("accuracy of all runs", image), "<h2>Config keys that differ</h2>"]
     different = _config_differences(loaded)
     body.append(html_table(["key", *(run.label for run in loaded)], different) if different else "<p>None.</p>")
@@ -67,7 +67,7 @@ def compare(runs: list[Path], out: Path) -> Path:
 
 def table(runs: list[Path]) -> list[dict[str, Any]]:
     """One row a run with the keys of `COLUMNS`: numbers (accuracies in [0, 1]), null where there is none."""
-    return _rows(load_all(runs))
+    return _build_rows(load_all(runs))
 
 
 def said(runs: list[Path]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def common_round(runs: list[Run]) -> int | None:
     return max(shared, default=None)
 
 
-def _at(run: Run, number_of: int | None) -> float | None:
+def _accuracy_at(run: Run, number_of: int | None) -> float | None:
     return next((score["accuracy"] for score in run.scores if score["round"] == number_of), None)
 
 
@@ -101,7 +101,8 @@ def ranking(runs: list[Run]) -> str:
     """The runs from the highest accuracy to the lowest, at the last round that all of them evaluated."""
     at = common_round(runs)
     values = {
-        run.label: _at(run, at) if at is not None else (run.summary["final"] or {}).get("accuracy") for run in runs
+        run.label: _accuracy_at(run, at) if at is not None else (run.summary["final"] or {}).get("accuracy")
+        for run in runs
     }
     order = sorted((item for item in values.items() if item[1] is not None), key=lambda item: -(item[1] or 0.0))
     if not order:
@@ -115,14 +116,14 @@ def ranking(runs: list[Run]) -> str:
 def differences(runs: list[Run]) -> list[str]:
     """What has to be alike for accuracies to be compared and is not: a line each, with every run's value."""
     lines = []
-    for name, values in _conditions(runs).items():
+    for name, values in _find_conditions(runs).items():
         if len(set(values)) > 1:
             each = "; ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
             lines.append(f"{name}: {each}")
     return lines
 
 
-def _conditions(runs: list[Run]) -> dict[str, list[str]]:
+def _find_conditions(runs: list[Run]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for run in runs:
         data, model, split = run.config.get("data") or {}, run.config.get("model") or {}, run.split or {}
@@ -133,8 +134,8 @@ def _conditions(runs: list[Run]) -> dict[str, list[str]]:
             "rounds": run.summary["rounds"],
             "clients": run.summary["clients"],
             "data source": data.get("source"),
-            "training records (fingerprint)": _short(split.get("fingerprint")),
-            "test set (fingerprint)": _short(start.get("test_fingerprint")),
+            "training records (fingerprint)": _shorten_hash(split.get("fingerprint")),
+            "test set (fingerprint)": _shorten_hash(start.get("test_fingerprint")),
             "test records": run.summary.get("test_records"),
             "classes": None
             if classes is None
@@ -149,16 +150,16 @@ def _conditions(runs: list[Run]) -> dict[str, list[str]]:
     return found
 
 
-def _short(fingerprint: Any) -> str | None:
+def _shorten_hash(fingerprint: Any) -> str | None:
     return None if fingerprint is None else str(fingerprint)[:12]
 
 
-def _rows(runs: list[Run]) -> list[dict[str, Any]]:
+def _build_rows(runs: list[Run]) -> list[dict[str, Any]]:
     at = common_round(runs)
-    return [{**_row(run), "common_accuracy": _at(run, at)} for run in runs]
+    return [{**_build_row(run), "common_accuracy": _accuracy_at(run, at)} for run in runs]
 
 
-def _row(run: Run) -> dict[str, Any]:
+def _build_row(run: Run) -> dict[str, Any]:
     summary = run.summary
     accuracy = {
         key: (summary[key] or {}).get("accuracy") for key in ("baseline", "final", "best", "comparison", "last_rounds")
@@ -183,7 +184,7 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
-def _baselines(runs: list[Run]) -> list[str]:
+def _baseline_rows(runs: list[Run]) -> list[str]:
     """A row for each model that no federation trained; columns are runs."""
     rows = []
     for key in NAMES:
@@ -195,15 +196,15 @@ def _baselines(runs: list[Run]) -> list[str]:
 
 def _config_differences(runs: list[Run]) -> list[list[str]]:
     """Rows `key, value in each run` of the dotted config keys that are not the same in all runs."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [_flatten_tree(run.config) for run in runs]
     keys = dict.fromkeys(key for tree in flat for key in tree)
     rows = [[key, *(tree.get(key, "–") for tree in flat)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
+        flat |= _flatten_tree(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
     return flat

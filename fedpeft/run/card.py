@@ -87,13 +87,13 @@ def write(exported: Exported) -> str:
     summary = read_object(exported.run / "summary.json")
     parts = [
         f"---\n{front_matter(exported)}\n---\n",
-        f"# {'A model' if exported.merged else 'An adapter'} fine-tuned from {_plain(exported.base)}\n",
-        f"Fine-tuned by federated learning with fedpeft {__version__}, {_where(exported.config)}.\n",
-        _table([["", ""], *_facts(exported, summary)]),
+        f"# {'A model' if exported.merged else 'An adapter'} fine-tuned from {_escape_markdown(exported.base)}\n",
+        f"Fine-tuned by federated learning with fedpeft {__version__}, {_say_where(exported.config)}.\n",
+        _markdown_table([["", ""], *_facts_table(exported, summary)]),
         "## Privacy\n",
         f"{privacy(exported.config, summary)}\n",
         "## Metrics\n",
-        _metrics(exported, summary),
+        _metrics_section(exported, summary),
         "## How to load it\n",
         f"```python\n{snippet(exported)}\n```\n",
     ]
@@ -143,17 +143,17 @@ def _is_on_hub(config: Config) -> bool:
     return bool(config.run.engine != "sites" and HUB_ID.fullmatch(source) and not known and not local)
 
 
-def _plain(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     """A name as Markdown that shows it as it is, in one line."""
     return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", shown(text))
 
 
-def _where(config: Config) -> str:
+def _say_where(config: Config) -> str:
     sites = "over sites that kept their records"
     return sites if config.run.engine == "sites" else "simulated on one machine"
 
 
-def _facts(exported: Exported, summary: dict[str, Any]) -> list[list[str]]:
+def _facts_table(exported: Exported, summary: dict[str, Any]) -> list[list[str]]:
     """Rows of a table: what was trained, on what, and how."""
     config = exported.config
     asked, rounds, client = config.run.clients_per_round, summary.get("rounds"), config.client
@@ -162,28 +162,29 @@ def _facts(exported: Exported, summary: dict[str, Any]) -> list[list[str]]:
     rows = [
         [
             "base model",
-            f"{_plain(exported.base)}{f', kept in {config.model.quantization}' if config.model.quantization else ''}",
+            _escape_markdown(exported.base)
+            + (f", kept in {config.model.quantization}" if config.model.quantization else ""),
         ],
         ["task", config.model.task],
-        ["data", _data(exported, summary)],
+        ["data", _describe_data(exported, summary)],
         ["clients", f"{summary.get('clients')}{f', {asked} of them a round' if asked else ''}"],
         ["rounds", f"{rounds}{state}"],
         ["strategy", ", inside ".join(config.strategy.names)],
         ["client", f"{work} a round, batches of {client.batch_size}, {client.optimizer}, rate {client.lr:g}"],
-        ["adapter", _adapter(config)],
+        ["adapter", _describe_adapter(config)],
     ]
     if exported.config.continual.body:
         rows.append(["tasks", f"{config.continual.tasks}, one after another, by {config.continual.body}"])
     return rows
 
 
-def _adapter(config: Config) -> str:
+def _describe_adapter(config: Config) -> str:
     if config.adapter.name == "peft":
         return f"peft's {config.adapter.options['type']}"
     return f"{config.adapter.name}, rank {config.adapter.r}, alpha {config.adapter.alpha:g}"
 
 
-def _data(exported: Exported, summary: dict[str, Any]) -> str:
+def _describe_data(exported: Exported, summary: dict[str, Any]) -> str:
     """The form of the records; their name only where it is the hub's."""
     where = f", {exported.config.data.source}" if _is_on_hub(exported.config) else ""
     texts = summary.get("texts")
@@ -212,7 +213,7 @@ def privacy(config: Config, summary: dict[str, Any]) -> str:
     )
 
 
-def _metrics(exported: Exported, summary: dict[str, Any]) -> str:
+def _metrics_section(exported: Exported, summary: dict[str, Any]) -> str:
     if exported.config.continual.body:
         final = (summary.get("final") or {}).get("accuracy")
         head = exported.config.continual.head
@@ -227,10 +228,10 @@ def _metrics(exported: Exported, summary: dict[str, Any]) -> str:
     if not shown:
         return "Not evaluated.\n"
     where = f"a test set of {summary.get('test_records')} records" if not where else "clients' held-out records"
-    return f"On {where}:\n\n" + _table([["measure", "before training", "after"], *shown])
+    return f"On {where}:\n\n" + _markdown_table([["measure", "before training", "after"], *shown])
 
 
-def _table(rows: list[list[str]]) -> str:
+def _markdown_table(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
@@ -242,9 +243,9 @@ def _table(rows: list[list[str]]) -> str:
 def snippet(exported: Exported) -> str:
     """Plain transformers and peft that load the folder and use it, `here` being the folder or its repo."""
     if exported.pooled:
-        return _pooled(exported)
+        return _pooled_usage(exported)
     kind = exported.objective.auto_class
-    inputs, use = _use(exported)
+    inputs, use = _usage_lines(exported)
     imports = [kind, *inputs]
     return "\n".join(
         [
@@ -252,31 +253,31 @@ def snippet(exported: Exported) -> str:
             f"from transformers import {', '.join(sorted(imports))}",
             "",
             'here = "."  # this folder, or the name of its repo',
-            f"model = {_model(exported, kind)}.eval()",
+            f"model = {_loading_expression(exported, kind)}.eval()",
             *use,
         ]
     )
 
 
-def _model(exported: Exported, kind: str) -> str:
+def _loading_expression(exported: Exported, kind: str) -> str:
     """An expression that loads the whole model as this class of transformers'."""
     code = ", trust_remote_code=True" if exported.config.model.trust_remote_code else ""
     if exported.merged:
         return f"{kind}.from_pretrained(here{code})"
     outputs = f", num_labels={len(exported.names)}" if exported.objective.headed and not exported.pooled else ""
-    return f"PeftModel.from_pretrained({kind}.from_pretrained({_base(exported)}{outputs}{code}), here)"
+    return f"PeftModel.from_pretrained({kind}.from_pretrained({_quote_base(exported)}{outputs}{code}), here)"
 
 
-def _base(exported: Exported) -> str:
+def _quote_base(exported: Exported) -> str:
     """The base's name as a text of Python, in double quotes."""
     return json.dumps(exported.base, ensure_ascii=False)
 
 
-def _tokenizer(exported: Exported) -> str:
-    return f"AutoTokenizer.from_pretrained({'here' if exported.processor else _base(exported)})"
+def _tokenizer_expression(exported: Exported) -> str:
+    return f"AutoTokenizer.from_pretrained({'here' if exported.processor else _quote_base(exported)})"
 
 
-def _use(exported: Exported) -> tuple[list[str], list[str]]:
+def _usage_lines(exported: Exported) -> tuple[list[str], list[str]]:
     """Names of transformers to import, and lines that ask the model."""
     if exported.objective.records == "image" and not exported.processor:
         return [], ["scores = model(pixel_values=pixels).logits  # pixels: [N, channels, height, width]"]
@@ -285,7 +286,7 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
             "processor = AutoImageProcessor.from_pretrained(here)",
             'scores = model(**processor(images, return_tensors="pt")).logits  # images: a list of PIL pictures',
         ]
-    tokenizer = f"tokenizer = {_tokenizer(exported)}"
+    tokenizer = f"tokenizer = {_tokenizer_expression(exported)}"
     settings = ".from_pretrained(here, max_new_tokens=64)" if exported.processor else "(max_new_tokens=64)"
     if exported.objective.encoder_decoder:
         written = 'asked[0]["content"]'
@@ -322,7 +323,7 @@ def _use(exported: Exported) -> tuple[list[str], list[str]]:
     ]
 
 
-def _pooled(exported: Exported) -> str:
+def _pooled_usage(exported: Exported) -> str:
     length = exported.config.model.max_length
     return "\n".join(
         [
@@ -332,8 +333,8 @@ def _pooled(exported: Exported) -> str:
             "from transformers import AutoModel, AutoTokenizer",
             "",
             'here = "."  # this folder',
-            f'tokenizer, head = {_tokenizer(exported)}, load_file(f"{{here}}/{folder.HEAD}")',
-            f"model = {_model(exported, 'AutoModel')}.eval()",
+            f'tokenizer, head = {_tokenizer_expression(exported)}, load_file(f"{{here}}/{folder.HEAD}")',
+            f"model = {_loading_expression(exported, 'AutoModel')}.eval()",
             f'batch = tokenizer(["A text."], return_tensors="pt", padding=True, truncation=True, max_length={length})',
             'mask = batch["attention_mask"].unsqueeze(-1)',
             "mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)",

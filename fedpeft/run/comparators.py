@@ -29,7 +29,7 @@ def constant(here: World) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     if len(here.test_encoded):
-        values, counts = _targets(here, here.test_encoded).unique(return_counts=True)
+        values, counts = _targets_of(here, here.test_encoded).unique(return_counts=True)
         best = int(counts.argmax())
         base = here.local.model.base
         found = {
@@ -41,13 +41,13 @@ def constant(here: World) -> dict[str, Any]:
     held, privacy = here.local.holdout, here.config.privacy
     covered = privacy.unit == "none" or privacy.release_metrics
     if here.config.data.holdout and held and covered:
-        each = [_targets(here, held[client]).unique(return_counts=True)[1] for client in held]
+        each = [_targets_of(here, held[client]).unique(return_counts=True)[1] for client in held]
         right, total = sum(int(counts.max()) for counts in each), sum(int(counts.sum()) for counts in each)
         found["clients_largest_class"] = right / total
     return found
 
 
-def _targets(here: World, data: Encoded) -> Tensor:
+def _targets_of(here: World, data: Encoded) -> Tensor:
     """What a model should say, one after another."""
     parts = [here.local.model.base.objective.targets(block.labels) for block in data.blocks(4096)]
     return torch.cat([part[part != IGNORE] for part in parts])
@@ -72,8 +72,8 @@ def frozen_head(here: World) -> dict[str, Any]:
         if made is None:
             scores = only(test[1], seen)
         else:
-            made.update(_sums(here, plan.of(here.train.labels, task)), seen)
-            scores = made.scores(_shaped(here, test[0]), None)
+            made.update(_head_sums(here, plan.of(here.train.labels, task)), seen)
+            scores = made.scores(_shape_features(here, test[0]), None)
         right = (scores.argmax(-1) == test[2]).numpy()
         rows.append(
             [int(right[plan.of(labels, other)].sum()) if other <= task else 0 for other in range(len(plan.groups))]
@@ -86,17 +86,17 @@ def frozen_head(here: World) -> dict[str, Any]:
     }
 
 
-def _sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
+def _head_sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
     """The head's sums over those of these records that clients train on."""
     shares, made = here.local.train_data, sequence.new_head(here)
     own = np.intersect1d(numbers, np.concatenate([share.rows for share in shares.values()]))
     total: dict[str, Tensor] = {}
     for found, _, labels in here.local.model.features(here.train_encoded.view(own)):
-        for key, value in made.statistics(_shaped(here, found), labels).items():
+        for key, value in made.statistics(_shape_features(here, found), labels).items():
             total[key] = total[key] + value if key in total else value
     return total
 
 
-def _shaped(here: World, found: Tensor) -> Tensor:
+def _shape_features(here: World, found: Tensor) -> Tensor:
     """Features as the config's head gets them."""
     return scale_to_unit(found) if here.config.continual.statistics_noise is not None else found

@@ -65,7 +65,7 @@ def export(
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
-    with folders.filled(to, "--to") as draft, _chosen(run, config, best, round) as (source, number):
+    with folders.filled(to, "--to") as draft, _choose_adapter(run, config, best, round) as (source, number):
         loaded = _load_base(run, config, names, needed=merge)
         exported = Exported(
             run,
@@ -86,7 +86,7 @@ def export(
             _copy_adapter(source, draft, exported.base)
         _say_quantization(exported)
         write_bytes(draft / card.NAME, card.write(exported).encode())
-        return {"model" if merge else "adapter": str(to), "notes": _notes(exported, loaded)}
+        return {"model" if merge else "adapter": str(to), "notes": _notes_on(exported, loaded)}
 
 
 def _load_base(run: Path, config: Config, names: list[str], needed: bool) -> Base | None:
@@ -122,7 +122,7 @@ def _write_merged(exported: Exported, base: Base, source: Path, settings: Any, d
     if settings is not None:
         base.backbone.generation_config = settings
     try:
-        _save(base, exported.names, draft)
+        _save_merged(base, exported.names, draft)
     except SafetensorError as error:  # its writer has no OSError
         raise RunError(f"{to}: the model could not be written: {error}.") from error
     if (source / folder.HEAD).exists():
@@ -149,7 +149,7 @@ def _say_quantization(exported: Exported) -> None:
         )
 
 
-def _notes(exported: Exported, base: Base | None) -> list[str]:
+def _notes_on(exported: Exported, base: Base | None) -> list[str]:
     """What whoever hands the folder on should know."""
     notes = []
     if base is None:
@@ -180,7 +180,7 @@ def _notes(exported: Exported, base: Base | None) -> list[str]:
 
 
 @contextmanager
-def _chosen(run: Path, config: Config, best: bool, number: int | None) -> Iterator[tuple[Path, int]]:
+def _choose_adapter(run: Path, config: Config, best: bool, number: int | None) -> Iterator[tuple[Path, int]]:
     """The adapter folder that is meant and its round, made of a checkpoint where it is not the last one's."""
     if not best and number is None:
         yield run / "adapter", int(read_object(run / "summary.json").get("rounds") or 0)
@@ -221,7 +221,7 @@ def _find_state(run: Path, config: Config, best: bool, round_number: int | None)
     return states[-1]
 
 
-def _save(base: Base, names: list[str], to: Path) -> None:
+def _save_merged(base: Base, names: list[str], to: Path) -> None:
     merged: Any = base.backbone
     if base.objective.headed:
         merged.config.id2label = dict(enumerate(names))

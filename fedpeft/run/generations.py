@@ -127,12 +127,14 @@ def generate(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence
     filler, start = tokenizer.pad_token_id or 0, None
     if base.objective.encoder_decoder:
         start = find_start(backbone)
-    for rows, room in _alike([len(prompt) for prompt in prompts], most, count_positions(base), apart=start is not None):
+    for rows, room in _batch_alike(
+        [len(prompt) for prompt in prompts], most, count_positions(base), apart=start is not None
+    ):
         if room < 1:
             answers |= dict.fromkeys(rows, "")
             continue
         ids, mask = pad([prompts[row] for row in rows], filler, left=start is None)
-        settings = _settings(room, stop, filler, start)
+        settings = _generation_settings(room, stop, filler, start)
         with _without_habits(backbone):
             made = backbone.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
@@ -167,7 +169,7 @@ def count_positions(base: Base) -> int | None:
     return None if positions is None else int(positions)
 
 
-def _alike(
+def _batch_alike(
     lengths: Sequence[int], most: int, positions: int | None, apart: bool = False
 ) -> Iterator[tuple[list[int], int]]:
     """Numbers of prompts in batches of similar length, and the room for their answers in tokens.
@@ -197,7 +199,7 @@ def pad(rows: Sequence[list[int]], filler: int, left: bool) -> tuple[torch.Tenso
     return ids, mask
 
 
-def _settings(room: int, stop: Sequence[int], filler: int, start: int | None) -> Any:
+def _generation_settings(room: int, stop: Sequence[int], filler: int, start: int | None) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(

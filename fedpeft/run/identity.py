@@ -39,12 +39,12 @@ PACKAGES = ("fedpeft", "torch", "transformers", "peft")
 
 def begin(run: Path) -> None:
     """Write the run's name and what it runs on."""
-    _write(run, {"name": run.name, "versions": versions(), "fingerprints": {}})
+    _write_identity(run, {"name": run.name, "versions": versions(), "fingerprints": {}})
 
 
 def name_of(run: Path) -> str:
     """The run's name in ledgers: that of its folder when it began."""
-    return str(_read(run).get("name") or run.name)
+    return str(_read_identity(run).get("name") or run.name)
 
 
 def versions() -> dict[str, str]:
@@ -58,9 +58,9 @@ def hold(run: Path, found: dict[str, Any], config: Config) -> None:
     Raises:
         InputError: one differs; says which, and what to do.
     """
-    tree = _read(run)
+    tree = _read_identity(run)
     known = tree.get("fingerprints") or {}
-    wrong = [key for key, value in found.items() if key in known and not _same(known[key], value)]
+    wrong = [key for key, value in found.items() if key in known and not _are_equal(known[key], value)]
     if wrong:
         raise InputError(refusal(run, wrong[0], known[wrong[0]], found[wrong[0]], config))
     if set(found) - set(known):
@@ -70,12 +70,12 @@ def hold(run: Path, found: dict[str, Any], config: Config) -> None:
                 run,
                 " and ".join(sorted(set(found) - set(known))),
             )
-        _write(run, {"name": run.name, "versions": versions(), **tree, "fingerprints": {**known, **found}})
+        _write_identity(run, {"name": run.name, "versions": versions(), **tree, "fingerprints": {**known, **found}})
 
 
 def compare_versions(run: Path) -> None:
     """Say where a run goes on with other software: it then need not end with the same bits."""
-    then, now = _read(run).get("versions") or {}, versions()
+    then, now = _read_identity(run).get("versions") or {}, versions()
     changed = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
     if changed:
         log.warning(
@@ -85,7 +85,7 @@ def compare_versions(run: Path) -> None:
 
 def fingerprint_of(run: Path, key: str) -> Any:
     """What a run's folder has as its fingerprint of `key`; None where it has none, or is no run's."""
-    return (_read(run).get("fingerprints") or {}).get(key)
+    return (_read_identity(run).get("fingerprints") or {}).get(key)
 
 
 def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
@@ -99,8 +99,8 @@ def refusal(run: Path, key: str, known: Any, value: Any, config: Config) -> str:
         "adapter to start from": f"adapter.start={config.adapter.start}: its content is another than",
     }[key]
     return (
-        f"{what} when {run} began (fingerprint {_brief(known)} then, {_brief(value)} now). Put back what was "
-        "there, or start a new run in a new folder."
+        f"{what} when {run} began (fingerprint {_shorten_value(known)} then, {_shorten_value(value)} now). Put back "
+        "what was there, or start a new run in a new folder."
     )
 
 
@@ -113,10 +113,10 @@ def of_base(base: Base, config: Config) -> str:
 
 def of_inputs(*parts: Encoded) -> list[Any]:
     """Token ids by hash; pixels by their mean and standard deviation."""
-    return [_input(part, name) for part in parts for name in sorted(part.view(np.arange(0)).inputs)]
+    return [_hash_input(part, name) for part in parts for name in sorted(part.view(np.arange(0)).inputs)]
 
 
-def _input(data: Encoded, name: str) -> Any:
+def _hash_input(data: Encoded, name: str) -> Any:
     form = data.view(np.arange(0)).inputs[name]
     if form.is_floating_point():
         # Of pictures that are decoded at every look some stand for all; their bytes are in the records' fingerprint.
@@ -129,19 +129,19 @@ def _input(data: Encoded, name: str) -> Any:
     return digest.hexdigest()
 
 
-def _same(one: Any, other: Any) -> bool:
+def _are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_are_equal, one, other))
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE)
     return bool(one == other)
 
 
-def _brief(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     return value[:12] if isinstance(value, str) else hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def _read(run: Path) -> dict[str, Any]:
+def _read_identity(run: Path) -> dict[str, Any]:
     try:
         found = json.loads((run / FILE).read_text())
     except FileNotFoundError:
@@ -153,5 +153,5 @@ def _read(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(run: Path, tree: dict[str, Any]) -> None:
+def _write_identity(run: Path, tree: dict[str, Any]) -> None:
     write_bytes(run / FILE, (json.dumps(tree, indent=1) + "\n").encode())

@@ -40,12 +40,12 @@ def aggregate_folders(
     """
     if not folders:
         raise InputError("ADAPTER_DIR: give at least one adapter folder.")
-    paths, out, start = _paths(folders), Path(out), Path(start) if start else None
+    paths, out, start = _to_paths(folders), Path(out), Path(start) if start else None
     # Before anything is loaded: a result that has no place should cost no wait.
     require_new(out, "--out")
     rule = named(strategy, configs.parse_overrides(options), "")
     adapters = [folder.load(path) for path in paths]
-    numbers = _numbers("--weights", weights, len(paths))
+    numbers = _to_numbers("--weights", weights, len(paths))
     if numbers is not None and not all(math.isfinite(number) and number > 0 for number in numbers):
         raise InputError(f"--weights: {numbers}: every weight must be positive and finite.")
     about = folder.about_all([*paths, *([start] if start else [])], base)
@@ -84,13 +84,13 @@ def merge_folders(
     Raises:
         InputError: unreadable or unlike adapters, bad numbers or options, an `out` that is not empty.
     """
-    paths, out = _paths(folders), Path(out)
+    paths, out = _to_paths(folders), Path(out)
     require_new(out, "--out")
     merger = make(method, configs.parse_overrides(options))
     merger.require(len(paths))
     if numbers is not None and not merger.number:
         raise InputError(f"--numbers: {method} takes no number with an adapter.")
-    values = _numbers("--numbers", numbers, len(paths))
+    values = _to_numbers("--numbers", numbers, len(paths))
     about = folder.about_all(paths, base)
     state, ranks = merger.start(), set[int]()
     for index, path in enumerate(paths):
@@ -119,7 +119,7 @@ def merge_folders(
     }
 
 
-def _paths(folders: Sequence[str | Path]) -> list[Path]:
+def _to_paths(folders: Sequence[str | Path]) -> list[Path]:
     if isinstance(folders, str | Path):
         raise InputError(f"ADAPTER_DIR: {folders} is one folder; give a list of them.")
     return [Path(path) for path in folders]
@@ -133,7 +133,7 @@ def parse_numbers(flag: str, text: str | None) -> list[float] | None:
         raise InputError(f"{flag}: '{text}' is not a list of numbers such as 1,2,5.") from error
 
 
-def _numbers(flag: str, numbers: Sequence[float] | None, count: int) -> list[float] | None:
+def _to_numbers(flag: str, numbers: Sequence[float] | None, count: int) -> list[float] | None:
     if numbers is not None and len(numbers) != count:
         raise InputError(f"{flag}: {len(numbers)} {flag.lstrip('-')} for {count} adapters.")
     return None if numbers is None else list(numbers)

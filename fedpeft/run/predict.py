@@ -163,7 +163,7 @@ def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
 
 def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Numbers by name are columns of these names; a list is JSON."""
-    flat = [dict(_flattened(row)) for row in rows]
+    flat = [dict(_flatten_row(row)) for row in rows]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(flat[0]))
     writer.writeheader()
@@ -171,7 +171,7 @@ def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _flattened(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten_row(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
         if isinstance(value, dict):
             yield from ((f"{key}: {name}", number) for name, number in value.items())

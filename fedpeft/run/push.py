@@ -38,7 +38,7 @@ def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> di
     _require_name(repo)
     if sure:
         _require_connection()
-    with _opened(path) as (folder, notes):
+    with _open_folder(path) as (folder, notes):
         paths, hidden = _find_files(folder)
         if hidden:
             notes = [*notes, f"hidden files and links are not sent, as {hidden[0]} ({len(hidden)} in all)"]
@@ -52,7 +52,7 @@ def push(path: Path, repo: str, private: bool = False, sure: bool = False) -> di
             "notes": notes,
             "card": (folder / card.NAME).read_text(encoding="utf-8"),
         }
-        return {**result, **_send(folder, paths, repo, private)} if sure else result
+        return {**result, **_send_folder(folder, paths, repo, private)} if sure else result
 
 
 def _find_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -66,7 +66,7 @@ def _find_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Path, list[str]]]:
+def _open_folder(path: Path) -> Iterator[tuple[Path, list[str]]]:
     """The folder to send, made of a run where it is one, and what is to be known of it."""
     if (path / card.NAME).is_file() and ((path / ADAPTER).is_file() or (path / WHOLE).is_file()):
         yield path, []
@@ -101,7 +101,7 @@ def _require_connection() -> None:
         )
 
 
-def _send(folder: Path, paths: list[str], repo: str, private: bool) -> dict[str, Any]:
+def _send_folder(folder: Path, paths: list[str], repo: str, private: bool) -> dict[str, Any]:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))

@@ -50,7 +50,7 @@ def score(world: World, server: ServerState) -> dict[str, Any]:
     }
 
 
-def _texts(world: World) -> dict[str, str] | None:
+def _describe_texts(world: World) -> dict[str, str] | None:
     """What a language model's records are, and what its loss weighs; None for other models."""
     base = world.local.model.base
     if base.objective.says != "answers":
@@ -93,7 +93,7 @@ def finish(
         "tta": test_time.describe(config, events),
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [name for name, _ in config.strategy.wrappers],
-        "texts": _texts(world),
+        "texts": _describe_texts(world),
         "selected": None if best is None else best.describe(server.round),
         "traffic": None if traffic is None else traffic.describe(server.round),
         "answers": generations.compare(world, server),

@@ -202,7 +202,8 @@ def score_batches(
     for view, adapter in sequence.body.views(server).items():
         model.write(adapter)
         by_view[view] = [
-            (_answer(world, heads, view, found, logits, seen), labels) for found, logits, labels in model.features(data)
+            (_answer_head(world, heads, view, found, logits, seen), labels)
+            for found, logits, labels in model.features(data)
         ]
     first = next(iter(by_view.values()))
     return [
@@ -211,7 +212,7 @@ def score_batches(
     ]
 
 
-def _answer(
+def _answer_head(
     world: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
 ) -> Tensor:
     if heads is None:

@@ -55,7 +55,7 @@ def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> 
     Raises:
         InputError: there is no finished adapter, or not one for all; nobody says what it is for; it does not fit.
     """
-    adapter, run = _find(path)
+    adapter, run = _find_adapter(path)
     about = folder.about(adapter)
     source: Any = run / "resolved.yaml" if run is not None else _config_of(adapter, about, overrides)
     config = configs.load(source, overrides)
@@ -65,7 +65,7 @@ def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> 
             f"{config.continual.head}, which is not in its adapter folder. Its accuracy is in summary.json."
         )
     state = folder.load(adapter)
-    names = _names(run, state, config, path)
+    names = _output_names(run, state, config, path)
     base = loading.load(config.model, len(names), config.run.seed)
     if run is not None:
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
@@ -76,10 +76,10 @@ def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> 
     base.to(device(config.run.device))
     for module in base.modules:
         module.eval()
-    return Trained(base, config, names, _form(run))
+    return Trained(base, config, names, _form_of(run))
 
 
-def _find(path: Path) -> tuple[Path, Path | None]:
+def _find_adapter(path: Path) -> tuple[Path, Path | None]:
     """The adapter folder that is meant, and the run that it is of, if any."""
     if not path.is_dir():
         raise InputError(f"{path}: there is no such folder. Give a run folder or an adapter folder.")
@@ -114,7 +114,7 @@ def _config_of(adapter: Path, about: dict[str, Any], overrides: Sequence[str] | 
     return {"model": {"name": base, "task": task, **pooling}}
 
 
-def _names(run: Path | None, state: AdapterState, config: Config, path: Path) -> list[str]:
+def _output_names(run: Path | None, state: AdapterState, config: Config, path: Path) -> list[str]:
     """Names of the outputs of the head, in their order."""
     if not load_objective(config.model.task).headed:
         return ["all"]
@@ -127,7 +127,7 @@ def _names(run: Path | None, state: AdapterState, config: Config, path: Path) ->
     return names
 
 
-def _form(run: Path | None) -> str | None:
+def _form_of(run: Path | None) -> str | None:
     summary = None if run is None else run / "summary.json"
     if summary is None or not summary.is_file():
         return None

@@ -205,26 +205,26 @@ def client_split(config: Config, train: Records, run: Path) -> dict[str, list[in
     if not saved.exists():
         partitioner = partitioner_of(config)
         if config.data.split:
-            parts = _saved(Path(config.data.split), train, count)
+            parts = _load_saved(Path(config.data.split), train, count)
         elif isinstance(partitioner, Column):
             names = split.owner_names(partitioner.owners(train.columns, count))
             found = partitioner.split(train.labels, train.columns, count, config.run.seed)
             parts = dict(zip(names, map(np.ndarray.tolist, found), strict=True))
         else:
             names = [client_name(index) for index in range(count)]
-            parts = dict(zip(names, _split(config, partitioner, train, count), strict=True))
+            parts = dict(zip(names, _split_records(config, partitioner, train, count), strict=True))
         # Saved, then read back: a new run and a resumed one take the same way.
         split.save(saved, parts, train, config)
-    return _saved(saved, train, count)
+    return _load_saved(saved, train, count)
 
 
-def _saved(path: Path, train: Records, count: int) -> dict[str, list[int]]:
+def _load_saved(path: Path, train: Records, count: int) -> dict[str, list[int]]:
     names = split.names(path)
     expected = names if len(names) == count else [client_name(index) for index in range(count)]
     return split.load(path, train.fingerprint, expected)
 
 
-def _split(config: Config, partitioner: Any, train: Records, clients: int) -> list[list[int]]:
+def _split_records(config: Config, partitioner: Any, train: Records, clients: int) -> list[list[int]]:
     """Every client's record numbers. In a sequence of tasks each task's records are split anew, so that skew is within
     tasks and every client meets every task; but for records with owners, which stay with their client.
     """

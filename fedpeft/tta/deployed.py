@@ -86,7 +86,7 @@ class Deployed:
             if statistics is not None:
                 stack.enter_context(self._normalising(statistics))
             for name, change in (hooks or {}).items():
-                stack.callback(self.modules[name].register_forward_hook(_changed(change)).remove)
+                stack.callback(self.modules[name].register_forward_hook(_change_output(change)).remove)
             caught = stack.enter_context(catch_inputs(self.head)) if self.head is not None else []
             logits = self.forward(self.moved(batch)).float()
         return logits, (caught[-1].float() if caught else None)
@@ -147,7 +147,7 @@ class Deployed:
         Raises:
             InputError: no such set, or the model has no tensor in it.
         """
-        patterns = not isinstance(which, str) and all(isinstance(pattern, str) for pattern in _listed(which))
+        patterns = not isinstance(which, str) and all(isinstance(pattern, str) for pattern in _to_list(which))
         if which not in SETS and not patterns:
             raise InputError(registry.unknown("adapt", which, [*SETS, "or a list of name patterns"]))
         if which == "all":
@@ -209,7 +209,7 @@ class Deployed:
     def _normalising(self, statistics: Statistics) -> Iterator[None]:
         try:
             for name, part in self.norms.items():
-                part.__dict__["forward"] = _normaliser(name, part, statistics)
+                part.__dict__["forward"] = _make_normaliser(name, part, statistics)
             yield
         finally:
             for part in self.norms.values():
@@ -232,18 +232,18 @@ def deploy(model: Any, head: str | None = None, forward: Callable[[Batch], Tenso
         return model
     if isinstance(model, Adapted | Base):
         base, logits = (model.base, model.logits) if isinstance(model, Adapted) else (model, model.forward)
-        answer = _named(lambda batch: base.objective.answer(logits(batch), batch))
-        return Deployed(base, answer, None if base.objective.classes else _output(base))
+        answer = _by_name(lambda batch: base.objective.answer(logits(batch), batch))
+        return Deployed(base, answer, None if base.objective.classes else _output_module(base))
     parts = dict(model.named_modules())
     if head is not None and not isinstance(parts.get(head), nn.Linear):
         raise InputError(
             registry.unknown("head", head, [name for name, part in parts.items() if isinstance(part, nn.Linear)])
         )
-    forward = forward or (lambda batch: _call(model, batch))
+    forward = forward or (lambda batch: _call_model(model, batch))
     return Deployed(Base(model, forward, {head: parts[head]} if head else {}, None, "", ""), forward)
 
 
-def _output(base: Base) -> str:
+def _output_module(base: Base) -> str:
     """Name of the module that scores the tokens."""
     backbone: Any = base.backbone
     layer = backbone.get_output_embeddings()
@@ -304,17 +304,17 @@ def finite_rows(batch: Batch) -> Tensor:
     return good
 
 
-def _listed(value: Any) -> list[Any]:
+def _to_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _call(model: nn.Module, batch: Batch) -> Tensor:
+def _call_model(model: nn.Module, batch: Batch) -> Tensor:
     out = model(**batch) if isinstance(batch, dict) else model(batch)
     logits: Tensor = getattr(out, "logits", out)
     return logits
 
 
-def _named(forward: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Batch], Tensor]:
+def _by_name(forward: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Batch], Tensor]:
     """A forward that takes inputs by name only."""
 
     def call(batch: Batch) -> Tensor:
@@ -325,7 +325,7 @@ def _named(forward: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Batch], 
     return call
 
 
-def _changed(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _change_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """A forward hook; a block that returns a tuple has its hidden states first."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -334,7 +334,7 @@ def _changed(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return hook
 
 
-def _normaliser(name: str, module: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
+def _make_normaliser(name: str, module: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
     def forward(values: Tensor) -> Tensor:
         mean, variance = statistics(name, module, values)
         shape = (1, -1, *([1] * (values.ndim - 2)))

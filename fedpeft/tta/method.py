@@ -144,7 +144,9 @@ class TTAMethod(Configured):
         batch = self.model.moved(batch)
         good = self._good(batch)
         with torch.no_grad():
-            return self._spread(self._outputs(_rows(batch, good), learn=False).prediction if good.any() else None, good)
+            return self._spread(
+                self._outputs(_take_good(batch, good), learn=False).prediction if good.any() else None, good
+            )
 
     def adapt(self, batch: Batch) -> None:
         """Learn from a batch; `reason` says why not."""
@@ -229,7 +231,7 @@ class TTAMethod(Configured):
 
     def held(self) -> int:
         """Numbers kept beside the one backbone: copies of tensors, moments, stored samples."""
-        return _count(self.memory) + _count(self.prepared)
+        return _count_values(self.memory) + _count_values(self.prepared)
 
     # What methods use.
 
@@ -340,13 +342,13 @@ def on(device: torch.device, value: Any) -> Any:
     return [on(device, item) for item in value] if isinstance(value, list) else value
 
 
-def _rows(batch: Batch, good: Tensor) -> Batch:
+def _take_good(batch: Batch, good: Tensor) -> Batch:
     return batch if bool(good.all()) else take(batch, good)
 
 
-def _count(value: Any) -> int:
+def _count_values(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel()
     if isinstance(value, dict):
-        return sum(_count(item) for item in value.values())
-    return sum(_count(item) for item in value) if isinstance(value, list | tuple) else 0
+        return sum(_count_values(item) for item in value.values())
+    return sum(_count_values(item) for item in value) if isinstance(value, list | tuple) else 0

@@ -119,7 +119,7 @@ def find_records(path: Path, config: Config, train: Records) -> Asked:
     """
     if not path.exists():
         raise InputError(f"--records {path}: there is no such file.")
-    listed = _numbers(path)
+    listed = _read_numbers(path)
     rows = _by_content(path, config, train) if listed is None else [[number] for number in listed]
     wrong = [place for place, found in enumerate(rows, 1) if not found or not 0 <= found[0] < len(train)]
     if wrong:
@@ -135,7 +135,7 @@ def find_records(path: Path, config: Config, train: Records) -> Asked:
     return Asked(RECORDS, str(path), numbers, f"the {len(numbers)} records of {path.name}")
 
 
-def _numbers(path: Path) -> list[int] | None:
+def _read_numbers(path: Path) -> list[int] | None:
     """The numbers of a file that has one column of them; None of any other."""
     if not path.is_file():
         return None

@@ -136,8 +136,8 @@ def distance(one: AdapterState, other: AdapterState) -> float:
     apart, size = combine([(1.0, one), (-1.0, other)]), 0.0
     far = 0.0
     for site in other.lora_sites():
-        far += _square(apart, site)
-        size += _square(other, site)
+        far += _squared_norm(apart, site)
+        size += _squared_norm(other, site)
     return (far / size) ** 0.5 if size else float("inf") if far else 0.0
 
 
@@ -149,6 +149,6 @@ def head_distance(one: AdapterState, other: AdapterState) -> float | None:
     return (far / size) ** 0.5 if size else None
 
 
-def _square(adapter: AdapterState, site: str) -> float:
+def _squared_norm(adapter: AdapterState, site: str) -> float:
     _, values, _ = lowrank.svd(adapter[f"{site}/B"], adapter[f"{site}/A"])
     return float(values.square().sum()) * adapter.sites[site].scaling ** 2

@@ -37,7 +37,7 @@ def open_case(
         InputError: nothing of what is asked was trained on, or nothing else was; the method does not take the run.
     """
     adapter = folder.load(run / "adapter")
-    world = load_world(_plain(config, adapter), run)
+    world = load_world(_plain_config(config, adapter), run)
     _require_method(method, world)
     # Adapter and base become one weight, which half precision would round.
     world.local.model.base.make_dense(torch.float32)
@@ -63,7 +63,7 @@ def open_case(
         asked,
         encoded.view(np.sort(trained[gone])),
         encoded.view(np.sort(trained[~gone])),
-        encoded.view(_alike(world, asked, parts)),
+        encoded.view(_find_alike(world, asked, parts)),
         world.test_encoded.view(np.flatnonzero(kept)),
     )
 
@@ -108,7 +108,7 @@ def read_config(run: Path) -> Config:
     return config
 
 
-def _plain(config: Config, adapter: AdapterState) -> Config:
+def _plain_config(config: Config, adapter: AdapterState) -> Config:
     """The same base, records and split, under a fresh LoRA at the adapter's layers, and nothing around it."""
     plain = replace(
         config.adapter,
@@ -151,7 +151,7 @@ def _require_method(method: UnlearningMethod, world: World) -> None:
         )
 
 
-def _alike(world: World, asked: Asked, parts: dict[str, list[int]]) -> np.ndarray:
+def _find_alike(world: World, asked: Asked, parts: dict[str, list[int]]) -> np.ndarray:
     """Numbers of the held-out records of the clients that are asked about; of a task none, as others have it too."""
     mine = set(asked.numbers.tolist())
     owners = {

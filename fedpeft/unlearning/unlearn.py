@@ -73,17 +73,17 @@ def unlearn(
     case = open_case(run, config, way, asking.seeker(config, client, task, records))
     # Before anything is trained: another request's yardstick is none.
     yardstick = None if against is None else _open_yardstick(Path(against), case)
-    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made, _undone(made):
+    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made, _remove_unfinished(made):
         # A method that does not rerun begins the folder when it is done: what a kill leaves is then no run, which
         # `resume` would train from its first round.
-        done = None if way.reruns else _do(way, case, made.path)
-        _begin(case, way, made.path)
+        done = None if way.reruns else _carry_out(way, case, made.path)
+        _begin_folder(case, way, made.path)
         if done is not None:
-            _write(case, done[0], made.path)
-    with _undone(made):
-        outcome, seconds = done or _do(way, case, made.path)
+            _write_outcome(case, done[0], made.path)
+    with _remove_unfinished(made):
+        outcome, seconds = done or _carry_out(way, case, made.path)
     made.point()
-    result = _describe(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
+    result = _describe_outcome(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
     with folders.alone(made.path):
         summary = {**read_object(made.path / SUMMARY), KEY: result}
         write_bytes(made.path / SUMMARY, (json.dumps(finite(summary), indent=2) + "\n").encode())
@@ -91,7 +91,7 @@ def unlearn(
 
 
 @contextmanager
-def _undone(made: folders.Made) -> Iterator[None]:
+def _remove_unfinished(made: folders.Made) -> Iterator[None]:
     """Leave no folder behind of what was refused or failed before its first round."""
     try:
         yield
@@ -101,7 +101,7 @@ def _undone(made: folders.Made) -> Iterator[None]:
         raise
 
 
-def _do(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float]:
+def _carry_out(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float]:
     begun = time.monotonic()
     outcome = way.unlearn(case, folder)
     if not all(bool(value.isfinite().all()) for value in outcome.adapter.tensors.values()):
@@ -109,17 +109,19 @@ def _do(way: UnlearningMethod, case: Case, folder: Path) -> tuple[Outcome, float
     return outcome, time.monotonic() - begun
 
 
-def _begin(case: Case, way: UnlearningMethod, made: Path) -> None:
+def _begin_folder(case: Case, way: UnlearningMethod, made: Path) -> None:
     """Write what a run folder of the rest begins with; what makes it one, its config, is the last."""
-    parts = case.asked.without(split.load(case.run / "split.json", case.world.train.fingerprint, _names(case.run)))
-    config = leave_out(case.config, case.asked, _names(case.run), list(parts))
+    parts = case.asked.without(
+        split.load(case.run / "split.json", case.world.train.fingerprint, _client_names(case.run))
+    )
+    config = leave_out(case.config, case.asked, _client_names(case.run), list(parts))
     if not way.reruns:
         config = replace(config, privacy=PrivacyConfig())  # what follows reads records without noise
     # Checked as any config, since fewer clients may be too few.
     text = configs.to_yaml(configs.from_yaml(configs.to_yaml(config)))
     identity.begin(made)
     known = {key: identity.fingerprint_of(case.run, key) for key in FINGERPRINTS}
-    about = {"reruns": way.reruns, "request": _fingerprint(case), "words": case.asked.words, "run": str(case.run)}
+    about = {"reruns": way.reruns, "request": _fingerprint_of(case), "words": case.asked.words, "run": str(case.run)}
     known[identity.UNLEARNING] = about
     identity.hold(made, {key: value for key, value in known.items() if value is not None}, config)
     split.save(made / "split.json", parts, case.world.train, config)
@@ -148,11 +150,11 @@ def leave_out(config: Config, asked: Asked, before: Sequence[str], after: Sequen
     return replace(config, adapter=adapter, run=run, continual=section, data=data)
 
 
-def _names(run: Path) -> list[str]:
+def _client_names(run: Path) -> list[str]:
     return split.names(run / "split.json")
 
 
-def _write(case: Case, outcome: Outcome, made: Path) -> None:
+def _write_outcome(case: Case, outcome: Outcome, made: Path) -> None:
     """The adapter as a run leaves it, and of the run's record what its readers need."""
     about = folder.about(case.run / "adapter")
     folder.save(outcome.adapter, made / "adapter", **about)
@@ -165,11 +167,11 @@ def _write(case: Case, outcome: Outcome, made: Path) -> None:
     del score["num-examples"]
     events.append({"event": "evaluate", "round": rounds, **score})
     write_bytes(made / "metrics.jsonl", "".join(json.dumps(finite(event)) + "\n" for event in events).encode())
-    summary = {**kept, "clients": len(_names(made)), "rounds": rounds, "test_records": len(case.world.test)}
+    summary = {**kept, "clients": len(_client_names(made)), "rounds": rounds, "test_records": len(case.world.test)}
     write_bytes(made / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def _describe(
+def _describe_outcome(
     case: Case, name: str, way: UnlearningMethod, outcome: Outcome, seconds: float, yardstick: AdapterState | None
 ) -> dict[str, Any]:
     known = {"trained": case.adapter, "retrained" if way.reruns else "unlearned": outcome.adapter}
@@ -200,7 +202,7 @@ def _describe(
             "forget_records": len(case.forget),
             "retain_records": len(case.retain),
             "test_records": len(case.test),
-            "fingerprint": _fingerprint(case),
+            "fingerprint": _fingerprint_of(case),
         },
         "rows": finite(rows),
         "cost": {"seconds": seconds, "steps": outcome.steps, "record_passes": outcome.passes},
@@ -220,7 +222,7 @@ def _say_what_is_lost(before: measures.Seen, after: measures.Seen) -> list[str]:
     ]
 
 
-def _fingerprint(case: Case) -> str:
+def _fingerprint_of(case: Case) -> str:
     return case.asked.fingerprint((case.run / "resolved.yaml").read_text())
 
 
@@ -234,7 +236,7 @@ def _open_yardstick(path: Path, case: Case) -> AdapterState:
     about = identity.fingerprint_of(run, identity.UNLEARNING) or {}
     if not about.get("reruns"):
         raise InputError(f"--against {path}: not what `fedpeft unlearn --method retrain` has made.")
-    if about["request"] != _fingerprint(case):
+    if about["request"] != _fingerprint_of(case):
         raise InputError(
             f"--against {path}: retrained without {about['words']} of {about['run']}; here {case.asked.words} of "
             f"{case.run} is to be forgotten."

@@ -49,7 +49,7 @@ class FlexLoRA(FederatedStrategy):
         tensors = {}
         for site in adapter.lora_sites():
             A, B = adapter[f"{site}/A"], adapter[f"{site}/B"]
-            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, A, self.config.split)
+            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best_factors(B, A, A, self.config.split)
         return server.with_tensors(tensors)
 
     def broadcast(self, server: ServerState, client: str) -> AdapterState:
@@ -65,11 +65,13 @@ class FlexLoRA(FederatedStrategy):
                 [update.adapter[f"{site}/A"] for update in updates],
                 weights,
             )
-            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best(B, A, server.adapter[f"{site}/A"], self.config.split)
+            tensors[f"{site}/B"], tensors[f"{site}/A"] = _best_factors(
+                B, A, server.adapter[f"{site}/A"], self.config.split
+            )
         return server.with_tensors(tensors)
 
 
-def _best(B: Tensor, A: Tensor, old: Tensor, split: str) -> tuple[Tensor, Tensor]:
+def _best_factors(B: Tensor, A: Tensor, old: Tensor, split: str) -> tuple[Tensor, Tensor]:
     """B A [m, n] in its best rank-r factors, r = rows of `old`, whose rows stand where there is no signal."""
     U, S, Vt = lowrank.svd(B, A)
     # The clamp keeps 0 / 0 out where all B are zero.

@@ -50,12 +50,12 @@ class FLoRA(FederatedStrategy):
         updates = same_scale(server, updates)
         tensors, changes = self.average(updates, ("head",)), {}
         for site in server.adapter.lora_sites():
-            B, A = _stacked(updates, site)
+            B, A = _stack_updates(updates, site)
             # Into B: residuals are added to the weights as they are, without a scaling.
             changes[site] = (B * server.adapter.sites[site].scaling, A)
             # From the round, not from a generator that goes on: a resumed run draws the same A.
             generator = seeds.torch_generator(server.numbers["seed"], "flora", server.round + 1, site)
-            tensors[f"{site}/A"] = _kaiming(server.adapter[f"{site}/A"], generator)
+            tensors[f"{site}/A"] = _draw_kaiming(server.adapter[f"{site}/A"], generator)
             tensors[f"{site}/B"] = torch.zeros_like(server.adapter[f"{site}/B"])
         return with_change(server.with_tensors(tensors), changes)
 
@@ -64,13 +64,13 @@ class FLoRA(FederatedStrategy):
         updates = same_scale(server, updates)
         tensors = self.average(updates, ("head",))
         for site in server.adapter.lora_sites():
-            tensors[f"{site}/B"], tensors[f"{site}/A"] = _stacked(updates, site)
+            tensors[f"{site}/B"], tensors[f"{site}/A"] = _stack_updates(updates, site)
         adapter = server.with_tensors(tensors).adapter
         top = max((adapter.rank(site) for site in adapter.lora_sites()), default=0)
         return adapter, [f"flora: the adapters are stacked; the result has rank {top}."]
 
 
-def _stacked(updates: list[Update], site: str) -> tuple[Tensor, Tensor]:
+def _stack_updates(updates: list[Update], site: str) -> tuple[Tensor, Tensor]:
     return lowrank.stack(
         [update.adapter[f"{site}/B"] for update in updates],
         [update.adapter[f"{site}/A"] for update in updates],
@@ -78,6 +78,6 @@ def _stacked(updates: list[Update], site: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def _kaiming(like: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_kaiming(like: Tensor, generator: torch.Generator) -> Tensor:
     """peft's draw for A [r, n]: Kaiming-uniform with a = sqrt 5, which is U(-1 / sqrt n, 1 / sqrt n)."""
     return (torch.rand(like.shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(like.shape[1])

@@ -89,13 +89,13 @@ class FlowerRule(FederatedStrategy):
         current = server.adapter.select(self.uploads(server))
         rule, keys = self._build(), list(current.tensors)
         if self.config.rule in FROM_START:
-            arrays = _arrays(current)
+            arrays = _to_arrays(current)
             as_dict = "m_t" in RULES[self.config.rule]
             # Flower's rules keep these in two forms.
             rule.current_arrays = {key: array.numpy() for key, array in arrays.items()} if as_dict else arrays
         self._restore(rule, server.memory, keys)
-        with _quiet():
-            aggregated, _ = rule.aggregate_train(server.round + 1, _replies(updates, keys))
+        with _quiet_flower():
+            aggregated, _ = rule.aggregate_train(server.round + 1, _to_replies(updates, keys))
         if aggregated is None:
             raise RunError(
                 f"round {server.round + 1}: Flower's {self.config.rule} made nothing of {len(updates)} "
@@ -122,7 +122,7 @@ class FlowerRule(FederatedStrategy):
                 setattr(rule, name, list(named.values()) if name == "momentum_vector" else named)
 
 
-def _arrays(adapter: AdapterState) -> ArrayRecord:
+def _to_arrays(adapter: AdapterState) -> ArrayRecord:
     return ArrayRecord(
         {
             key: Array((value if value.dtype == torch.float64 else value.float()).numpy())
@@ -131,7 +131,7 @@ def _arrays(adapter: AdapterState) -> ArrayRecord:
     )
 
 
-def _replies(updates: list[Update], keys: list[str]) -> list[Message]:
+def _to_replies(updates: list[Update], keys: list[str]) -> list[Message]:
     """The updates as reply messages, in their order. With whole metadata no Flower runtime is needed to fill it in."""
     losses = all("train_loss" in update.metrics for update in updates)
     messages = []
@@ -140,7 +140,7 @@ def _replies(updates: list[Update], keys: list[str]) -> list[Message]:
         if losses:
             metrics["train_loss"] = update.metrics["train_loss"]
         sent = AdapterState({key: update.adapter[key] for key in keys}, update.adapter.sites)
-        content = RecordDict({"arrays": _arrays(sent), "metrics": MetricRecord(metrics)})
+        content = RecordDict({"arrays": _to_arrays(sent), "metrics": MetricRecord(metrics)})
         metadata = Metadata(
             run_id=0,
             message_id="",
@@ -157,7 +157,7 @@ def _replies(updates: list[Update], keys: list[str]) -> list[Message]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_flower() -> Iterator[None]:
     """Flower logs several lines a call; the round has its own."""
     logger = logging.getLogger("flwr")
     level = logger.level

@@ -214,7 +214,7 @@ class SecAgg:
         except ValueError as error:
             raise stages.failed(3, f"an upload was damaged or made up: {error}") from error
         # No metrics: each client's would tell of it alone.
-        update = Update("secure sum", 1.0, _moved(start, mean), {}, count=len(uploaded))
+        update = Update("secure sum", 1.0, _move_start(start, mean), {}, count=len(uploaded))
         return [update], stages.without_upload(uploaded), stages.report(uploaded)
 
 
@@ -224,7 +224,7 @@ def reference(adapter: AdapterState, roles: tuple[str, ...]) -> AdapterState:
     return replace(chosen, extra={name: torch.zeros_like(value) for name, value in chosen.extra.items()})
 
 
-def _moved(start: AdapterState, mean: masking.Floats) -> AdapterState:
+def _move_start(start: AdapterState, mean: masking.Floats) -> AdapterState:
     """`start` plus a flat vector of changes, in float64."""
     parts = np.split(mean, np.cumsum([value.numel() for value in start.payload])[:-1])
     moved = [

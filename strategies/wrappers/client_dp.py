@@ -135,7 +135,9 @@ class ClientDP(Wrapper):
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         start = server.adapter.select(self.uploads(server))
         total, unclipped = self._release(server, start, updates)
-        merged = Update("all clients", 1.0, _moved(start, total / self.cohort), count=sum(one.count for one in updates))
+        merged = Update(
+            "all clients", 1.0, _move_start(start, total / self.cohort), count=sum(one.count for one in updates)
+        )
         after = self.inner.aggregate(server, [merged])
         if unclipped is None:
             return after
@@ -268,7 +270,7 @@ def sum_changes(start: AdapterState, updates: list[Update], clip: float) -> tupl
     return total, unclipped
 
 
-def _moved(start: AdapterState, change: Tensor) -> AdapterState:
+def _move_start(start: AdapterState, change: Tensor) -> AdapterState:
     """`start` in float64, moved by one flat vector."""
     parts = change.split([value.numel() for value in start.tensors.values()])
     tensors = {
@@ -316,12 +318,12 @@ def _require_sum(inner: FederatedStrategy) -> None:
     while isinstance(layers[-1], Wrapper):
         layers.append(layers[-1].inner)
     for layer in layers:
-        problem = _problem(type(layer))
+        problem = _find_problem(type(layer))
         if problem:
             fits = [
                 name
                 for name in registry.names("strategies")
-                if (cls := registry.load("strategies", name)).wraps == type(layer).wraps and not _problem(cls)
+                if (cls := registry.load("strategies", name)).wraps == type(layer).wraps and not _find_problem(cls)
             ]
             key = "strategy.wrap" if type(layer).wraps else "strategy.name"
             raise InputError(
@@ -330,7 +332,7 @@ def _require_sum(inner: FederatedStrategy) -> None:
             )
 
 
-def _problem(cls: type[FederatedStrategy]) -> str | None:
+def _find_problem(cls: type[FederatedStrategy]) -> str | None:
     if cls.needs is Needs.INDIVIDUAL:
         return "looks at single updates, before they are clipped and noised"
     if cls.changes_base:

@@ -44,10 +44,10 @@ class ScaffoldClient(ClientHalf):
 
     def gradient_offset(self, visit: Visit) -> Tensors:
         controls = visit.received.extra
-        return {name.removeprefix(CONTROL): controls[name] - known for name, known in _known(visit).items()}
+        return {name.removeprefix(CONTROL): controls[name] - known for name, known in _known_variate(visit).items()}
 
     def finish(self, visit: Visit, trained: AdapterState) -> tuple[Tensors, Tensors]:
-        known, new = _known(visit), {}
+        known, new = _known_variate(visit), {}
         for name, control in known.items():
             key = name.removeprefix(CONTROL)
             mean_gradient = (visit.start[key] - trained[key]) / visit.rates
@@ -55,7 +55,7 @@ class ScaffoldClient(ClientHalf):
         return {name: new[name] - control for name, control in known.items()}, new
 
 
-def _known(visit: Visit) -> Tensors:
+def _known_variate(visit: Visit) -> Tensors:
     """c_k, zero before the client's first round."""
     return {
         name: visit.kept.get(name, torch.zeros_like(value))

@@ -122,10 +122,10 @@ def merged(updates: list[Update], cut: int, name: str) -> tuple[list[Update], di
     first, count = updates[0].adapter, len(updates)
     tensors, extra, outside, differ = {}, {}, torch.zeros(count, dtype=torch.int64), 0
     for name in first.extra:  # coordinate by coordinate too: a rate or a control of one client may be anything
-        extra[name] = _middle([update.adapter.extra[name] for update in updates], cut)[0]
+        extra[name] = _trimmed_mean([update.adapter.extra[name] for update in updates], cut)[0]
     for key in first.tensors:
         values = torch.stack([update.adapter[key].double() for update in updates])
-        tensors[key], ordered, kept = _middle(list(values), cut)
+        tensors[key], ordered, kept = _trimmed_mean(list(values), cut)
         outside += ((values < kept[0]) | (values > kept[-1])).reshape(count, -1).sum(1).cpu()
         differ += int((ordered[0] != ordered[-1]).sum())
     shares = (outside / max(differ, 1)).tolist()
@@ -147,7 +147,7 @@ def merged(updates: list[Update], cut: int, name: str) -> tuple[list[Update], di
     )
 
 
-def _middle(values: list[Tensor], cut: int) -> tuple[Tensor, Tensor, Tensor]:
+def _trimmed_mean(values: list[Tensor], cut: int) -> tuple[Tensor, Tensor, Tensor]:
     """The mean without `cut` values at each end of every coordinate; all in order, and those that it is of."""
     ordered = torch.stack([value.double() for value in values]).sort(dim=0).values
     kept = ordered[cut : len(values) - cut]

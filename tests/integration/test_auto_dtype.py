@@ -76,7 +76,9 @@ def test_the_rates_are_the_machines_and_take_less_than_a_tenth_of_a_second(machi
 
 def test_a_rate_is_of_all_products_as_often_as_they_are_made(monkeypatch):
     # 2 x 10 and 10 x 2 outputs and inputs, one and three layers: 40 and 120 flops a row, at 1 and 4 GFLOP/s.
-    monkeypatch.setattr(rates, "_rates", lambda outputs, *_: dict.fromkeys(rates.DTYPES, {2: 1.0, 10: 4.0}[outputs]))
+    monkeypatch.setattr(
+        rates, "_time_shape", lambda outputs, *_: dict.fromkeys(rates.DTYPES, {2: 1.0, 10: 4.0}[outputs])
+    )
     assert rates.measure(Counter({(2, 10): 1, (10, 2): 3}), CPU)["float32"] == pytest.approx(160 / (40 / 1 + 120 / 4))
 
 

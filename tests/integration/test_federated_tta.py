@@ -175,7 +175,7 @@ def stream_of(folder: Path, client: str) -> tuple[Any, ...]:
 def test_kept_memory_meets_what_is_prepared_on_the_model_of_now():
     now = {"prepared": {"fisher": 2}, "ready": True, "memory": 0, "base": {"prepared": {}, "ready": True, "memory": 1}}
     old = {"prepared": {"fisher": 1}, "ready": True, "memory": 5, "base": {"prepared": {}, "ready": True, "memory": 6}}
-    assert test_time._on(now, old) == {**old, "prepared": {"fisher": 2}}
+    assert test_time._update_state(now, old) == {**old, "prepared": {"fisher": 2}}
 
 
 def test_personal_models_are_adapted_from_what_each_client_keeps(tiny, tmp_path):

@@ -43,18 +43,18 @@ def rate_of_all_records(put):
 
 @fault("claims", "accountant")
 def half_of_the_steps_counted(put):
-    real = accounting._composed
+    real = accounting._compose_releases
     put(
         accounting,
-        "_composed",
+        "_compose_releases",
         lambda releases, *rest: real(tuple((rate, sigma, -(-steps // 2)) for rate, sigma, steps in releases), *rest),
     )
 
 
 @fault("claims", "accountant")
 def another_delta(put):
-    real = accounting._composed
-    put(accounting, "_composed", lambda releases, delta, *rest: real(releases, 10 * delta, *rest))
+    real = accounting._compose_releases
+    put(accounting, "_compose_releases", lambda releases, delta, *rest: real(releases, 10 * delta, *rest))
 
 
 @fault("budget", "budget")

@@ -146,7 +146,7 @@ def test_a_config_s_number_reaches_the_base(calls):
 )
 def test_the_longest_is_the_last_before_the_products_lose(monkeypatch, faster, longest):
     def seconds(form, parts):
-        return 1.0 if form is attention._fused else 0.9 if parts[0].shape[2] in faster else 1.1
+        return 1.0 if form is attention._attend_fused else 0.9 if parts[0].shape[2] in faster else 1.1
 
     monkeypatch.setattr(attention, "seconds", seconds)
     assert attention.longest_faster() == longest
@@ -154,5 +154,10 @@ def test_the_longest_is_the_last_before_the_products_lose(monkeypatch, faster, l
 
 def test_both_forms_are_timed_on_the_same_numbers():
     parts = [torch.randn(2, 1, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    assert attention.seconds(attention._fused, parts) > 0 and attention.seconds(attention._products, parts) > 0
-    torch.testing.assert_close(attention._fused(*parts), attention._products(*parts), atol=0.05, rtol=0.05)
+    assert (
+        attention.seconds(attention._attend_fused, parts) > 0
+        and attention.seconds(attention._attend_products, parts) > 0
+    )
+    torch.testing.assert_close(
+        attention._attend_fused(*parts), attention._attend_products(*parts), atol=0.05, rtol=0.05
+    )

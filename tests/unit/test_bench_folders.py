@@ -100,7 +100,7 @@ def test_a_bench_goes_on_with_its_own_results_only(name, tmp_path):
     assert isinstance(done.exception, InputError) and "notes.txt is in it" in str(done.exception)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cells", "notes.txt"]
     (tmp_path / "notes.txt").unlink()
-    with cli._folder(name, tmp_path, own=cli.CELLS) as folder:
+    with cli._open_folder(name, tmp_path, own=cli.CELLS) as folder:
         assert folder == tmp_path.resolve()
 
 
@@ -122,11 +122,11 @@ def test_only_what_this_process_made_is_removed(tmp_path):
 
 
 def test_a_stopped_bench_says_that_finished_cells_are_kept(tmp_path):
-    with pytest.raises(Stopped) as stop, cli._folder("private", tmp_path / "one", own=cli.CELLS) as out:
+    with pytest.raises(Stopped) as stop, cli._open_folder("private", tmp_path / "one", own=cli.CELLS) as out:
         cells.write(out / "cells" / "first.json", {})
         raise Stopped(15)
     assert "the same command goes on" in stop.value.advice and (tmp_path / "one" / "cells" / "first.json").exists()
-    with pytest.raises(Stopped) as stop, cli._folder("server", tmp_path / "two"):
+    with pytest.raises(Stopped) as stop, cli._open_folder("server", tmp_path / "two"):
         raise Stopped(2)
     assert stop.value.advice == "" and not (tmp_path / "two").exists()
 

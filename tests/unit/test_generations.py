@@ -75,9 +75,9 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
     wanted = [by_hand(model, ids, room, []) for ids, room in ((short, 7), (fits, 7), (full, 3))]
     assert generations.generate(model.base, [short, fits, full], 7, []) == wanted
     assert generations.generate(model.base, [full, short], 7, []) == [wanted[2], wanted[0]]
-    rows = generations._alike([9, 5, 12, 6, 11], 4, 14)  # of 9, 5 and 6 tokens an answer of 4 has room
+    rows = generations._batch_alike([9, 5, 12, 6, 11], 4, 14)  # of 9, 5 and 6 tokens an answer of 4 has room
     assert list(rows) == [([1, 3, 0], 4), ([4], 3), ([2], 2)]
-    assert list(generations._alike([9, 5], 4, None)) == [([1, 0], 4)]
+    assert list(generations._batch_alike([9, 5], 4, None)) == [([1, 0], 4)]
 
 
 def test_padding_stands_before_a_prompt():

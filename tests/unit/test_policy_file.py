@@ -201,7 +201,7 @@ def test_a_site_starts_under_no_file_that_is_no_policy_and_logs_the_one_in_force
         with pytest.raises(InputError, match=r"policy\.yaml"):
             site.start(folder, insecure=True)
         with pytest.raises(InputError):
-            site._policy(settings_of(folder))
+            site._check_policy(settings_of(folder))
 
 
 @pytest.mark.parametrize("text", ["", "max_epsilon: 3\n", "max_epsilon: [", None])

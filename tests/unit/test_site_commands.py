@@ -25,7 +25,7 @@ def rows(folder):
     """What the checks say that need no coordinator."""
     found = {}
     opened = settings.site(folder)
-    for name, look in (("data", site._data), ("model", site._model)):
+    for name, look in (("data", site._check_data), ("model", site._check_model)):
         try:
             found[name] = look(opened, {})
         except Exception as error:  # as `site check` takes them

@@ -118,7 +118,7 @@ def rows(gram: Tensor, M: Tensor, r: int) -> Tensor:
         gram: sum of x x^T, [n, n].
         M: [n, D], orthonormal columns.
     """
-    values, vectors = _outside(gram, M)
+    values, vectors = _eigen_outside(gram, M)
     A = torch.zeros(r, gram.shape[0])
     found = min(r, int((values > NOTHING * gram.trace()).sum()))
     A[:found] = vectors[:, :found].T.float()
@@ -127,7 +127,7 @@ def rows(gram: Tensor, M: Tensor, r: int) -> Tensor:
 
 def grown(gram: Tensor, M: Tensor, threshold: float) -> Tensor:
     """M with the fewest further directions so that its span has a share `threshold` of the energy tr(gram)."""
-    values, vectors = _outside(gram, M)
+    values, vectors = _eigen_outside(gram, M)
     total = gram.trace()
     shares = 1 - (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])) / total.clamp(min=1e-300)
     # The share is a sum in float64: one that reaches the threshold may come out a rounding below it.
@@ -137,7 +137,7 @@ def grown(gram: Tensor, M: Tensor, threshold: float) -> Tensor:
     return basis.float()
 
 
-def _outside(gram: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+def _eigen_outside(gram: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors [n, n] of the Gram matrix outside span(M)."""
     M = M.double()
     left = gram - M @ (M.T @ gram)

@@ -90,7 +90,7 @@ class RanPAC(Head):
         gram = self.sums["fit/gram"] + self.sums["held/gram"]
         cross = self.sums["fit/cross"] + self.sums["held/cross"]
         self.ridge = self.config.ridge or self._chosen()
-        self.solution = _ridge(gram, cross, self.ridge)
+        self.solution = _solve_ridge(gram, cross, self.ridge)
 
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
         return only(self._hidden(features.double()) @ self.solution, self.known)
@@ -103,13 +103,13 @@ class RanPAC(Head):
         gram, cross = self.sums["held/gram"], self.sums["held/cross"]
         errors = []
         for ridge in RIDGES:
-            weights = _ridge(self.sums["fit/gram"], self.sums["fit/cross"], ridge)
+            weights = _solve_ridge(self.sums["fit/gram"], self.sums["fit/cross"], ridge)
             # Without n, which is the same for all.
             errors.append(float(((gram @ weights - 2 * cross) * weights).sum()))
         return RIDGES[errors.index(min(errors))]
 
 
-def _ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+def _solve_ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """(G + ridge mean(diag G) I)^-1 Q."""
     scale = gram.diagonal().mean().clamp(min=1e-12)
     factor = torch.linalg.cholesky(gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype))

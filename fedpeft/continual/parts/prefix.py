@@ -62,7 +62,7 @@ def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -
     waiting: list[str] = []
 
     def arm(x: Tensor, y: Tensor) -> Tensor:
-        _register()
+        _register_attention()
         # The config is shared by all layers: what stood there has to be back before the next one runs.
         waiting.append(module.config._attn_implementation)
         module.config._attn_implementation = NAME
@@ -71,7 +71,7 @@ def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -
 
     def check(x: Tensor, y: Tensor) -> Tensor:
         if waiting:
-            _restore(module, waiting)
+            _restore_attention(module, waiting)
             raise InputError(
                 f"{attention}: {type(module).__name__} does not take its attention from transformers' "
                 "registry, so it can have no prefix. Use form=lora or form=adapter."
@@ -117,13 +117,13 @@ def attend(
     return done.to(query.dtype)
 
 
-def _register() -> None:
+def _register_attention() -> None:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, _attend_prefixed)
 
 
-def _attention(
+def _attend_prefixed(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -135,7 +135,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' form of an attention function: heads in dimension 1, the output [N, T, heads, d]."""
     K, V, waiting = module._fedpeft_prefix
-    _restore(module, waiting)
+    _restore_attention(module, waiting)
     shares = query.shape[1] // key.shape[1]  # query heads that share a key head
 
     def heads(value: Tensor) -> Tensor:
@@ -151,6 +151,6 @@ def _attention(
     return done.transpose(1, 2).contiguous(), None
 
 
-def _restore(module: Any, waiting: list[str]) -> None:
+def _restore_attention(module: Any, waiting: list[str]) -> None:
     module.config._attn_implementation = waiting.pop()
     del module._fedpeft_prefix

@@ -77,7 +77,7 @@ class StreamSource(Configured):
         """Which records make which task: groups of classes, or one task a domain where there are domains."""
         if found.domains is not None:
             return domain_plan(self.name, found, seed, **more)
-        groups = stream.groups(_classes(found), self.config.tasks, seed)
+        groups = stream.groups(_count_classes(found), self.config.tasks, seed)
         labels = found.train.labels.numpy(), found.test.labels.numpy()
         return stream.plan(self.name, self.scenario, *labels, groups, seed, **more)
 
@@ -153,7 +153,7 @@ def domain_plan(name: str, found: Material, seed: int, **more: Any) -> dict[str,
         "name": name,
         "scenario": "domain",
         "seed": seed,
-        "classes": _classes(found),
+        "classes": _count_classes(found),
         **more,
         "tasks": tasks,
     }
@@ -193,5 +193,5 @@ def per_class(labels: np.ndarray, count: int, seed: int, purpose: str) -> np.nda
     return np.sort(np.concatenate(chosen))
 
 
-def _classes(found: Material) -> int:
+def _count_classes(found: Material) -> int:
     return int(max(found.train.labels.max(), found.test.labels.max())) + 1

@@ -33,7 +33,7 @@ class Glyph1DDomain(StreamSource):
 
     def records(self, seed: int) -> Material:
         (train, of_train), (test, of_test) = (
-            _joined([drawn(CLASSES, count, seed, which, domain) for domain in DOMAINS])
+            _join_parts([drawn(CLASSES, count, seed, which, domain) for domain in DOMAINS])
             for which, count in (("train", self.config.train), ("test", self.config.test))
         )
         return Material(
@@ -41,7 +41,7 @@ class Glyph1DDomain(StreamSource):
         )
 
 
-def _joined(parts: list[Encoded]) -> tuple[Encoded, np.ndarray]:
+def _join_parts(parts: list[Encoded]) -> tuple[Encoded, np.ndarray]:
     """All records, and the number of the part that each is from."""
     signals, labels = torch.cat([part.inputs["signal"] for part in parts]), torch.cat([part.labels for part in parts])
     return Encoded({"signal": signals}, labels), np.repeat(np.arange(len(parts)), [len(part) for part in parts])

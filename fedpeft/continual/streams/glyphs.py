@@ -62,7 +62,7 @@ class Glyphs(StreamSource):
             shown = part.take(np.flatnonzero(part.columns["package"] == DISPLAY))
             count = getattr(self.config, which)
             chosen.append(encode(shown.take(per_class(shown.labels, count, seed, which)), None, TASK, 1))
-        return Material(chosen[0], chosen[1], _base(weights), LAYERS, label_names=whole[0].label_names)
+        return Material(chosen[0], chosen[1], _wrap_base(weights), LAYERS, label_names=whole[0].label_names)
 
 
 def text_fonts(parts: tuple[Records, Records]) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def pretrain(data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     rng = seeds.numpy_generator(0, "glyphs", "pretrain")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(0, "glyphs", "start"))
-        model = _vit()
+        model = _build_vit()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     steps = EPOCHS * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=steps)
@@ -108,7 +108,7 @@ def moved(images: Tensor, rng: np.random.Generator) -> Tensor:
     return found.clamp(0, 1) ** ink
 
 
-def _vit() -> Any:
+def _build_vit() -> Any:
     import transformers
 
     return transformers.ViTForImageClassification(
@@ -116,8 +116,8 @@ def _vit() -> Any:
     )
 
 
-def _base(weights: dict[str, Tensor]) -> Base:
-    model = _vit()
+def _wrap_base(weights: dict[str, Tensor]) -> Base:
+    model = _build_vit()
     model.load_state_dict(weights)
     model.requires_grad_(False).eval()
     head: nn.Module = model.classifier

@@ -28,7 +28,7 @@ def drawn(classes: int, count: int, seed: int, purpose: str, domain: str | None 
     if domain == "shear":
         values = procedural.signals(knots, labels, rng, slope=3 * procedural.SLOPE)
     elif domain == "warp":
-        values = procedural.signals(knots, labels, rng, warp=_bent)
+        values = procedural.signals(knots, labels, rng, warp=_bend_time)
     elif domain == "noise":
         values = procedural.signals(knots, labels, rng, noise=0.95)
     else:
@@ -37,12 +37,12 @@ def drawn(classes: int, count: int, seed: int, purpose: str, domain: str | None 
     return Encoded({"signal": torch.from_numpy(values.astype(np.float32))}, torch.from_numpy(labels))
 
 
-def _bent(time: np.ndarray) -> np.ndarray:
+def _bend_time(time: np.ndarray) -> np.ndarray:
     bent: np.ndarray = 0.4 * time + 0.6 * time**2
     return bent
 
 
-def _permuted(values: np.ndarray, seed: int) -> np.ndarray:
+def _permute_segments(values: np.ndarray, seed: int) -> np.ndarray:
     order = seeds.numpy_generator(seed, "stream", "segments").permutation(SEGMENTS)
     return values.reshape(len(values), SEGMENTS, -1)[:, order].reshape(len(values), -1)
 
@@ -50,5 +50,5 @@ def _permuted(values: np.ndarray, seed: int) -> np.ndarray:
 AFTER: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "flip": lambda values, seed: -values,
     "clip": lambda values, seed: values.clip(-CLIP, CLIP),
-    "permute": _permuted,
+    "permute": _permute_segments,
 }

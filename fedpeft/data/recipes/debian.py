@@ -150,7 +150,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     for language in (name for name in files if name not in ("Packages", "Release")):
         texts = english if language == "en" else translations(files[language], language, set(keys))
         rows = [
-            (text, chosen[keys[key]]["Section"], _maintainer(chosen[keys[key]]), keys[key])
+            (text, chosen[keys[key]]["Section"], _name_maintainer(chosen[keys[key]]), keys[key])
             for key, text in texts.items()
             if key in keys
         ]
@@ -168,7 +168,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     }
 
 
-def _maintainer(package: dict[str, str]) -> str:
+def _name_maintainer(package: dict[str, str]) -> str:
     return package["Maintainer"].partition(" <")[0].strip('"')
 
 

@@ -35,11 +35,11 @@ def draw(content: bytes) -> np.ndarray | None:
         if box is None or bytes(mask) == missing:
             return None
         ink = np.frombuffer(bytes(mask), dtype=np.uint8).reshape(mask.size[::-1])[box[1] : box[3], box[0] : box[2]]
-        glyphs.append(_centre(ink))
+        glyphs.append(_centre_ink(ink))
     return np.stack(glyphs)
 
 
-def _centre(ink: np.ndarray) -> np.ndarray:
+def _centre_ink(ink: np.ndarray) -> np.ndarray:
     from PIL import Image
 
     scale = INK / max(ink.shape)

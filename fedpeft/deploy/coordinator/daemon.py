@@ -50,7 +50,7 @@ def serve(path: Path, insecure: bool = False) -> None:
         RunError: the SuperLink does not come up.
     """
     server = settings.server(path)
-    with _alone(server, insecure):
+    with _hold_lock(server, insecure):
         if insecure:
             log.warning(INSECURE, server.settings.port)
         else:
@@ -289,7 +289,7 @@ class Coordinator:
 
 
 @contextmanager
-def _alone(server: Server, insecure: bool) -> Iterator[None]:
+def _hold_lock(server: Server, insecure: bool) -> Iterator[None]:
     """Hold the folder's lock, and say in it that this process runs."""
     file = server.path / commands.RUNNING
     with folders.alone(server.path, file.name, patience_s=0.5):  # a command that only looks holds it for an instant

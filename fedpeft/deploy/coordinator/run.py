@@ -81,10 +81,10 @@ def play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None)
         registered: sites that may take part; None asks each node for its name (without authentication).
     """
     with folders.alone(run, patience_s=ORPHAN_S):  # a process of a coordinator that was killed misses it soon
-        return _play(run, grid, registered)
+        return _play_run(run, grid, registered)
 
 
-def _play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
+def _play_run(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
     config = configs.load(run / "resolved.yaml")
     world, labels = world_of(config, run)
     tests = {} if config.data.test is None else {"test records": world.test.fingerprint}

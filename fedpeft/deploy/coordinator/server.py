@@ -178,8 +178,8 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
             f"continual.body={checked.continual.body}: what is forgotten is counted on the coordinator's "
             "own test set. Set data.test."
         )
-    _absolute(checked.data, "test")
-    _absolute(checked.adapter, "start")
+    _make_absolute(checked.data, "test")
+    _make_absolute(checked.adapter, "start")
     foreign.read_yaml(configs.to_yaml(checked), "CONFIG")  # as every site will
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     settings.require_name(name, "CONFIG")
@@ -328,7 +328,7 @@ def _run_status(folder: Path) -> dict[str, Any]:
     return shown
 
 
-def _absolute(section: Any, key: str) -> None:
+def _make_absolute(section: Any, key: str) -> None:
     value = getattr(section, key)
     if value and Path(value).exists():
         setattr(section, key, str(Path(value).absolute()))

@@ -62,8 +62,8 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
     tree: dict[str, Any] = {
         "name": name,
         "server": server,
-        "model": _absolute(model),
-        "data": {"source": _absolute(data) if data else None, "text": None, "image": None, "label": None},
+        "model": _make_absolute(model),
+        "data": {"source": _make_absolute(data) if data else None, "text": None, "image": None, "label": None},
         "device": "auto",
         "threads": 1,
     }
@@ -107,13 +107,13 @@ def check(path: Path) -> dict[str, Any]:
             return {"check": name, "ok": False, "seen": str(error) or type(error).__name__}
 
     rows = [
-        row("policy", lambda: _policy(site)),
-        row("keys", lambda: _keys(site)),
-        row("data", lambda: _data(site, found)),
-        row("model", lambda: _model(site, found)),
-        row("records", lambda: _records(site, found)),
-        row("server", lambda: _server(site, found)),
-        row("clock", lambda: _clock(site, found)),
+        row("policy", lambda: _check_policy(site)),
+        row("keys", lambda: _check_keys(site)),
+        row("data", lambda: _check_data(site, found)),
+        row("model", lambda: _check_model(site, found)),
+        row("records", lambda: _check_records(site, found)),
+        row("server", lambda: _check_server(site, found)),
+        row("clock", lambda: _check_clock(site, found)),
     ]
     return {"site": site.settings.name, "ok": all(row["ok"] for row in rows), "checks": rows}
 
@@ -142,7 +142,7 @@ def status(path: Path) -> dict[str, Any]:
     site = settings.site(path)
     file, owed = site.path / "status.json", list((site.path / "owed").glob("*"))
     seen = json.loads(file.read_text()) if file.exists() else {"state": "never started"}
-    return {"site": site.settings.name, "running": _running(site), **seen, "owed": len(owed)}
+    return {"site": site.settings.name, "running": _is_running(site), **seen, "owed": len(owed)}
 
 
 def start(path: Path, insecure: bool = False, debug: bool = False) -> None:
@@ -174,10 +174,10 @@ def start(path: Path, insecure: bool = False, debug: bool = False) -> None:
             log.warning(INSECURE)
         if proxy := proxy_of(parse_endpoint(site.settings.server, "site.server")[0]):
             log.warning("gRPC goes to the coordinator through the proxy of %s.", proxy)
-        _start(site, insecure)
+        _start_node(site, insecure)
 
 
-def _start(site: Site, insecure: bool) -> None:
+def _start_node(site: Site, insecure: bool) -> None:
     """The node in a thread, the worker beside it."""
     from fedpeft.deploy.site.link import connect
     from fedpeft.deploy.site.node import Node, Worker
@@ -209,7 +209,7 @@ def _start(site: Site, insecure: bool) -> None:
         end([child])
 
 
-def _running(site: Site) -> bool:
+def _is_running(site: Site) -> bool:
     try:
         with folders.alone(site.path, RUNNING):
             return False
@@ -220,7 +220,7 @@ def _running(site: Site) -> bool:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _policy(site: Site) -> str:
+def _check_policy(site: Site) -> str:
     from fedpeft.clients import policy as policies
 
     bounds = policies.load(site.policy)
@@ -233,14 +233,14 @@ def _policy(site: Site) -> str:
     )
 
 
-def _keys(site: Site) -> str:
+def _check_keys(site: Site) -> str:
     mode = (site.path / "site.key").stat().st_mode & 0o777
     if mode & 0o077:
         raise InputError(f"site.key can be read by others (mode {mode:o}); chmod 600 {site.path / 'site.key'}")
     return "private key readable by its owner only"
 
 
-def _config(site: Site) -> Config:
+def _build_config(site: Site) -> Config:
     """A config to look at data and model with; which task it is shows in the data."""
     from fedpeft.objectives.base import load_objective
 
@@ -253,7 +253,7 @@ def _config(site: Site) -> Config:
     return configs.load({}, {"model.name": own.model, **tree, **data})
 
 
-def _readings(config: Config) -> Iterator[tuple[str, Records]]:
+def _read_tasks(config: Config) -> Iterator[tuple[str, Records]]:
     """The records as each task reads them, of those that can.
 
     Raises:
@@ -273,10 +273,10 @@ def _readings(config: Config) -> Iterator[tuple[str, Records]]:
         raise InputError(failures[0])
 
 
-def _data(site: Site, found: dict[str, Any]) -> str:
+def _check_data(site: Site, found: dict[str, Any]) -> str:
     if site.settings.data.source is None:
         raise InputError("site.data.source: no data are named.")
-    _, records = next(_readings(_config(site)))
+    _, records = next(_read_tasks(_build_config(site)))
     file = site.path / LABELS
     told = json.loads(file.read_text()) if file.exists() else {"run": "", "labels": records.label_names}
     if strange := sorted(set(records.label_names) - set(told["labels"])):
@@ -295,17 +295,17 @@ def load_model(site: Site) -> Base:
     """
     from fedpeft.models import loading
 
-    config, failures = _config(site).model, []
+    config, failures = _build_config(site).model, []
     for task in dict.fromkeys([config.task, *registry.names("objectives")]):
         try:
-            with _quiet():
+            with _quiet_loading():
                 return loading.load(replace(config, task=task, max_length=1), 2, 0)
         except InputError as error:
             failures.append(str(error))
     raise InputError(failures[0])
 
 
-def _model(site: Site, found: dict[str, Any]) -> str:
+def _check_model(site: Site, found: dict[str, Any]) -> str:
     import torch
 
     from fedpeft.run.world import device
@@ -317,19 +317,19 @@ def _model(site: Site, found: dict[str, Any]) -> str:
     return f"{site.settings.model}, {count:,} parameters, on {place}"
 
 
-def _records(site: Site, found: dict[str, Any]) -> str:
+def _check_records(site: Site, found: dict[str, Any]) -> str:
     """Whether model, tokenizer or processor and records agree, in a task that the records are of."""
     from fedpeft.data.encode import encode
     from fedpeft.models import agreement, loading
 
     if not {"data", "positions"} <= found.keys():
         raise RunError("not checked: that takes data and a model")
-    config = _config(site)
+    config = _build_config(site)
     failures: list[str] = []
     length = min(config.model.max_length, found["positions"] or config.model.max_length)
-    for task, records in _readings(config):
+    for task, records in _read_tasks(config):
         try:
-            with _quiet():
+            with _quiet_loading():
                 base = loading.load(replace(config.model, task=task, max_length=length), len(records.label_names), 0)
                 encoded = encode(records, base.processor, task, length)
                 agreement.require_records(base, encoded, "site.data.source")
@@ -341,7 +341,7 @@ def _records(site: Site, found: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_loading() -> Iterator[None]:
     """A head of another size is no news here."""
     from transformers.utils import logging as notices
 
@@ -353,7 +353,7 @@ def _quiet() -> Iterator[None]:
         notices.set_verbosity(told)
 
 
-def _server(site: Site, found: dict[str, Any]) -> str:
+def _check_server(site: Site, found: dict[str, Any]) -> str:
     from fedpeft.deploy.site import probe
 
     host, port = parse_endpoint(site.settings.server, "site.server")
@@ -363,7 +363,7 @@ def _server(site: Site, found: dict[str, Any]) -> str:
     else:
         way = ", ".join(filter(None, probe.tls_of(host, port, site.path / "ca.crt")))
     found["reached"] = True
-    running = _running(site)
+    running = _is_running(site)
     if not running:
         try:
             probe.require_known(site)
@@ -372,7 +372,7 @@ def _server(site: Site, found: dict[str, Any]) -> str:
     return f"{site.settings.server}, {way}; {'the site is running' if running else 'its key is registered'}"
 
 
-def _clock(site: Site, found: dict[str, Any]) -> str:
+def _check_clock(site: Site, found: dict[str, Any]) -> str:
     from fedpeft.deploy.site import probe
 
     if "reached" not in found:
@@ -383,5 +383,5 @@ def _clock(site: Site, found: dict[str, Any]) -> str:
     return f"{behind:.0f} s behind the coordinator's" if behind >= 1 else "within 1 s to 5 s of the coordinator's"
 
 
-def _absolute(name: str) -> str:
+def _make_absolute(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).exists() else name

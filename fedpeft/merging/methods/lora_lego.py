@@ -64,7 +64,7 @@ class LoRALego(Merger):
         tensors, numbers = {}, state["numbers"]
         for site in sites_of(state):
             # k-means starts from rows by their numbers, and the order of adapters must not matter.
-            B, A = _sorted(*pair(state, site))
+            B, A = _sort_units(*pair(state, site))
             units, k = A.shape[0], self.config.k or numbers["ranks"][site]
             if k > units:
                 raise InputError(f"lora_lego: k={k}: {site} has only {units} units, the sum of the adapters' ranks.")
@@ -102,7 +102,7 @@ def centroids(B: Tensor, A: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
     return means[:, A.shape[1] :].T.contiguous(), means[:, : A.shape[1]].contiguous()
 
 
-def _sorted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def _sort_units(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """The same units in lexicographic order."""
     keys = torch.cat([A, B.T], dim=1).tolist()
     order = sorted(range(len(keys)), key=keys.__getitem__)

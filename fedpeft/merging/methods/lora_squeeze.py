@@ -52,7 +52,7 @@ class LoRASqueeze(Merger):
     def finish(self, state: State) -> Tensors:
         tensors = {}
         for site in sites_of(state):
-            U, S, Vt = _truncated(*pair(state, site), self.config.rank)
+            U, S, Vt = _truncate_svd(*pair(state, site), self.config.rank)
             tensors[f"{site}/B"], tensors[f"{site}/A"] = U * S.sqrt(), S.sqrt()[:, None] * Vt
         return tensors
 
@@ -69,6 +69,6 @@ def squeeze(adapter: AdapterState, rank: int) -> AdapterState:
     return LoRASqueeze(rank=rank).merge([adapter])
 
 
-def _truncated(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _truncate_svd(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vt = lowrank.svd(B, A)
     return U[:, :rank], S[:rank], Vt[:rank]

@@ -68,14 +68,14 @@ class OPCM(Merger):
         count, scaling = numbers["count"], {site: numbers["sites"][site]["scaling"] for site in adapter.lora_sites()}
         new = {key: value for key, value in adapter.tensors.items() if adapter.role(key) in ("A", "B")}
         mean = numbers.get("mean_norm", 0.0)
-        mean += (_norm(new, scaling) - mean) / (count + 1)
+        mean += (_norm_of_change(new, scaling) - mean) / (count + 1)
         if not count:
             return combine(state, adapter, 1.0, 1.0), {"mean_norm": mean, "lambda": 1.0}
         tensors: Tensors = {}
         for site in scaling:
             B, A = merged(*pair(state, site), new[f"{site}/B"], new[f"{site}/A"], numbers["lambda"], self.config.alpha)
             tensors[f"{site}/B"], tensors[f"{site}/A"] = lowrank.compress(B, A)
-        norm = _norm(tensors, scaling)
+        norm = _norm_of_change(tensors, scaling)
         lambda_ = norm / mean if norm and mean else 1.0  # nothing has been merged yet: every factor is zero
         for site in scaling:
             tensors[f"{site}/B"] = tensors[f"{site}/B"] / lambda_
@@ -107,7 +107,7 @@ def mask(S: Tensor, alpha: float) -> Tensor:
     return M
 
 
-def _norm(tensors: Tensors, scaling: dict[str, float]) -> float:
+def _norm_of_change(tensors: Tensors, scaling: dict[str, float]) -> float:
     """Frobenius norm of the change of all sites together."""
     norms = [
         factor * float(lowrank.norm(tensors[f"{site}/B"], tensors[f"{site}/A"])) for site, factor in scaling.items()

@@ -95,7 +95,7 @@ class Reversible(Merger):
         p is at most min(r, n): there are no more components.
         """
         tensors: Tensors = {}
-        for key, X in _positions(state).items():
+        for key, X in _stack_positions(state).items():
             mean = X.mean(2)
             U, S, Vt = torch.linalg.svd(X - mean[:, :, None], full_matrices=False)
             p = self.config.p
@@ -107,10 +107,12 @@ class Reversible(Merger):
         return tensors
 
     def notes(self, state: State) -> list[str]:
-        store, numbers = self.store(state), sum(X.numel() for X in _positions(state).values())
+        store, numbers = self.store(state), sum(X.numel() for X in _stack_positions(state).values())
         kept = sum(value.numel() for value in store.values())
-        error = sum(float((X - _vectors(store, key)).square().sum()) for key, X in _positions(state).items())
-        total = sum(float(X.square().sum()) for X in _positions(state).values())
+        error = sum(
+            float((X - _restore_vectors(store, key)).square().sum()) for key, X in _stack_positions(state).items()
+        )
+        total = sum(float(X.square().sum()) for X in _stack_positions(state).values())
         return [
             f"{kept:,} numbers store {state['numbers']['count']} adapters of {numbers:,}; relative error of the "
             f"factors {(error / total) ** 0.5 if total else 0.0:.3g}"
@@ -122,15 +124,15 @@ class Reversible(Merger):
             raise InputError(f"reversible: index={index}: there are {count} adapters, numbered from 0.")
         tensors = {}
         for site in sites_of(state):
-            tensors[f"{site}/A"] = _vectors(store, f"{site}/A")[:, :, index].T.contiguous()
-            tensors[f"{site}/B"] = _vectors(store, f"{site}/B")[:, :, index].contiguous()
+            tensors[f"{site}/A"] = _restore_vectors(store, f"{site}/A")[:, :, index].T.contiguous()
+            tensors[f"{site}/B"] = _restore_vectors(store, f"{site}/B")[:, :, index].contiguous()
         prefix = f"own:{index}:"
         return tensors | {
             key.removeprefix(prefix): value for key, value in state["tensors"].items() if key.startswith(prefix)
         }
 
 
-def _positions(state: State) -> Tensors:
+def _stack_positions(state: State) -> Tensors:
     """The n adapters' vectors [d, r, n] at the d positions of each factor."""
     tensors, count = {}, state["numbers"]["count"]
     for site in sites_of(state):
@@ -141,5 +143,5 @@ def _positions(state: State) -> Tensors:
     return tensors
 
 
-def _vectors(store: Tensors, key: str) -> Tensor:
+def _restore_vectors(store: Tensors, key: str) -> Tensor:
     return store[f"{key}/mean"][:, :, None] + store[f"{key}/basis"] @ store[f"{key}/coefficients"]

@@ -40,7 +40,7 @@ class MLflowTracker(Tracker):
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         number = self.client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
         self.id = self.client.create_run(number, run_name=run).info.run_id
-        for part in _batches(config):
+        for part in _cut_batches(config):
             self.client.log_batch(self.id, params=[Param(key, str(value)[:LONGEST]) for key, value in part])
         write_bytes(known, self.id.encode())
 
@@ -48,7 +48,7 @@ class MLflowTracker(Tracker):
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        for part in _batches(values):
+        for part in _cut_batches(values):
             found = [Metric(plain_name(name), value, now, step) for name, value in part]
             self.client.log_batch(self.id, metrics=found)
 
@@ -60,7 +60,7 @@ class MLflowTracker(Tracker):
         self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
-def _batches(values: dict[str, Any]) -> Iterator[list[tuple[str, Any]]]:
+def _cut_batches(values: dict[str, Any]) -> Iterator[list[tuple[str, Any]]]:
     """Items, at most MOST at a time."""
     items = list(values.items())
     return (items[start : start + MOST] for start in range(0, len(items), MOST))

@@ -93,14 +93,14 @@ def report(subject: Audit) -> dict[str, Any]:
             "asked": subject.here.config.privacy.epsilon,
             "delta": plan.budget.delta,
         },
-        "measured_epsilon": _finite(checks[-1].measured),
+        "measured_epsilon": _finite_or_none(checks[-1].measured),
         "false_alarm": ALARM,
         "seen": subject.seen(),
         "checks": [
             {
                 "name": check.name,
-                "measured": _finite(check.measured),
-                "allowed": [_finite(check.low), _finite(check.high)],
+                "measured": _finite_or_none(check.measured),
+                "allowed": [_finite_or_none(check.low), _finite_or_none(check.high)],
                 "passed": check.passed,
                 "what": check.what,
             }
@@ -110,7 +110,7 @@ def report(subject: Audit) -> dict[str, Any]:
     }
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -35,7 +35,7 @@ def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list
         Check("ledger", float(reserved), float(taken), float(taken), "steps reserved; allowed: noisy steps taken"),
         Check(
             "ledger entries",
-            float(sum(not _entered(one, plans[one.client]) for one in seen)),
+            float(sum(not _is_entered(one, plans[one.client]) for one in seen)),
             0.0,
             0.0,
             f"of {len(seen)} rounds, those whose rate, noise or steps are not in it as they were",
@@ -49,7 +49,7 @@ def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list
         ),
         Check(
             "replies are kept",
-            float(sum(not _same(one) for one in seen)),
+            float(sum(not _is_same_update(one) for one in seen)),
             0.0,
             0.0,
             f"of {len(seen)} rounds, those whose reply is not what a repeated request would get",
@@ -57,36 +57,38 @@ def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list
         Check("asked again", float(twice), 0.0, 0.0, f"steps, entries and changes by {len(again)} repeated requests"),
         Check(
             "update",
-            max((_strays(one, config.client) for one in seen), default=0.0),
+            max((_stray_of(one, config.client) for one in seen), default=0.0),
             0.0,
             FOLLOWS,
             "distance of an update from the same start and noised steps taken by another optimizer, over its length",
         ),
         Check(
             "what leaves",
-            float(max(_surplus(one, config) for one in seen)),
+            float(max(_count_surplus(one, config) for one in seen)),
             0.0,
             0.0,
             "tensors and metrics beside what noised steps determine",
         ),
-        Check("masks are fresh", float(_repeated(seen)), 0.0, 0.0, "seeds of dropout's masks that were there before"),
+        Check(
+            "masks are fresh", float(_find_repeated(seen)), 0.0, 0.0, "seeds of dropout's masks that were there before"
+        ),
     ]
 
 
-def _entered(one: Seen, plan: Plan) -> bool:
+def _is_entered(one: Seen, plan: Plan) -> bool:
     return [entry.release for entry in one.entries] == [(plan.sample_rate, plan.noise_multiplier, len(one.steps))]
 
 
-def _same(one: Seen) -> bool:
+def _is_same_update(one: Seen) -> bool:
     return one.kept is not None and replace(one.kept, sites=one.update.sites).sha256() == one.update.sha256()
 
 
-def _strays(one: Seen, client: ClientConfig) -> float:
+def _stray_of(one: Seen, client: ClientConfig) -> float:
     """How far an update is from what the optimizer's steps lead to, from the start that the request asks for."""
     if not one.steps:
         return math.inf
     start = one.start.select(one.told.trains).tensors
-    weights = nn.Parameter(_flat(start, one.steps[0].before)[None])
+    weights = nn.Parameter(_flatten_state(start, one.steps[0].before)[None])
     optimizer = make_optimizer([weights], client, make_layout(one.visit.model, start))
     begin = weights.detach().clone()
     for step, rate in zip(one.steps, one.visit.clock.rates(client, len(one.steps)), strict=True):
@@ -103,12 +105,12 @@ def _strays(one: Seen, client: ClientConfig) -> float:
         )
         for value in (begin, weights)
     ]
-    return _distance(
+    return _relative_distance(
         one, {key: (parts[0][key].view_as(value), parts[1][key].view_as(value)) for key, value in start.items()}
     )
 
 
-def _distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]]) -> float:
+def _relative_distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]]) -> float:
     trained = AdapterState({key: after for key, (_, after) in ends.items()}, one.start.sites)
     visit = replace(one.visit, steps=len(one.steps))
     expected = {
@@ -126,11 +128,11 @@ def _distance(one: Seen, ends: dict[str, tuple[Tensor, Tensor]]) -> float:
     return math.sqrt(apart / max(length, 1e-30)) if apart else 0.0
 
 
-def _flat(start: dict[str, Tensor], like: Tensor) -> Tensor:
+def _flatten_state(start: dict[str, Tensor], like: Tensor) -> Tensor:
     return torch.cat([value.flatten() for value in start.values()]).to(like)
 
 
-def _surplus(one: Seen, config: Config) -> int:
+def _count_surplus(one: Seen, config: Config) -> int:
     expected = set(one.start.select(one.told.uploads).tensors)
     metrics = 0 if config.privacy.release_metrics else len(set(one.metrics) - {"num-examples"})
     weight = 0 if config.privacy.release_metrics else int(one.metrics.get("num-examples") != 1.0)
@@ -138,7 +140,7 @@ def _surplus(one: Seen, config: Config) -> int:
     return len(set(one.update.tensors) ^ expected) + len(beside) + metrics + weight
 
 
-def _repeated(seen: Sequence[Seen]) -> int:
+def _find_repeated(seen: Sequence[Seen]) -> int:
     """A cohort's clients have their masks in common; else each client's round has its own."""
     groups: dict[tuple[object, ...], set[int]] = defaultdict(set)
     for one in seen:

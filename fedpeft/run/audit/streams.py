@@ -56,7 +56,7 @@ def checks(here: World, clients: list[str], engines: list[str], folder: Path) ->
     masks = [{step.mask for one in run for step in one.steps if step.mask is not None} for run in seen]
     where = "two processes and this one twice" if on_cpu else "this process four times (no forks beside a device)"
     found = [
-        _compared(name, [answer[place] for answer in answers if answer], where)
+        _compare_parts(name, [answer[place] for answer in answers if answer], where)
         for place, name in enumerate(("streams of noise", "streams of samples"))
     ]
     repeated = sum(map(len, masks)) - len(set().union(*masks))
@@ -72,7 +72,7 @@ def checks(here: World, clients: list[str], engines: list[str], folder: Path) ->
     ]
 
 
-def _compared(name: str, parts: list[np.ndarray], where: str) -> Check:
+def _compare_parts(name: str, parts: list[np.ndarray], where: str) -> Check:
     rows = torch.from_numpy(np.concatenate(parts))
     value, pairs = alike(rows)
     return Check(
@@ -88,7 +88,7 @@ def in_child(work: Callable[[int], T], number: int) -> T | None:
     """What `work(number)` returns in a forked process; None if it does not answer."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_tell, args=(sender, work, number))
+    child = context.Process(target=_send_result, args=(sender, work, number))
     child.start()
     sender.close()
     try:
@@ -101,6 +101,6 @@ def in_child(work: Callable[[int], T], number: int) -> T | None:
     return found
 
 
-def _tell(sender: Connection, work: Callable[[int], T], number: int) -> None:
+def _send_result(sender: Connection, work: Callable[[int], T], number: int) -> None:
     torch.set_num_threads(1)  # threads are not inherited
     sender.send(work(number))

@@ -109,7 +109,7 @@ class TestTimeFedTHE(TTAMethod):
 
     def _prepare(self, source: Encoded) -> dict[str, Any]:
         config = self.config
-        features = torch.cat([_features(self.forward(batch)) for batch, _ in source_batches(source)])
+        features = torch.cat([_detach_features(self.forward(batch)) for batch, _ in source_batches(source)])
         weight, bias = self.model.head_parameters()
         head = {"weight": weight.detach().clone(), "bias": bias.detach().clone()}
         labels, moments = source.labels.to(features.device), optim.fresh()
@@ -127,11 +127,11 @@ class TestTimeFedTHE(TTAMethod):
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         config, prepared = self.config, self.prepared
         plain = self.forward(batch)
-        features = _features(plain)
+        features = _detach_features(plain)
         history = moving(features, self.memory.get("history"), config.rate)
         blended = torch.lerp(history, features, config.share)
         far = torch.stack([(blended - prepared[name]).norm(dim=1) for name in ("everyone", "own")], 1)
-        heads = torch.stack([plain.logits, _logits(features, prepared["head"])], 1)
+        heads = torch.stack([plain.logits, _logits_of(features, prepared["head"])], 1)
         weights = mixing(heads, far, config.steps, config.lr)
         if config.memo_steps:
             heads = torch.stack(
@@ -171,7 +171,7 @@ class TestTimeFedTHE(TTAMethod):
         outputs = self.forward(batch, body, graph=graph)
         assert outputs.features is not None  # there is a head
         personal = {name: tensors[f"personal/{name}"] for name in ("weight", "bias")}
-        return torch.stack([outputs.logits, _logits(outputs.features, personal)], 1)
+        return torch.stack([outputs.logits, _logits_of(outputs.features, personal)], 1)
 
 
 def mixing(heads: Tensor, far: Tensor, steps: int, lr: float) -> Tensor:
@@ -200,7 +200,7 @@ def moving(features: Tensor, before: Tensor | None, rate: float) -> Tensor:
 
 def head_gradients(head: Layer, features: Tensor, labels: Tensor) -> Layer:
     """Gradient of the mean cross entropy of a linear layer."""
-    probs = _logits(features, head).softmax(-1)
+    probs = _logits_of(features, head).softmax(-1)
     excess = (probs - F.one_hot(labels, probs.shape[1])) / len(probs)
     return {"weight": excess.T @ features, "bias": excess.sum(0)}
 
@@ -215,7 +215,7 @@ def mean_feature(model: Deployed, data: Encoded) -> Tensor:
     device = model.require_head().weight.device
     total = torch.stack(
         [
-            _sum(model({name: value.to(device) for name, value in batch.items()})[1])
+            _sum_features(model({name: value.to(device) for name, value in batch.items()})[1])
             for batch, _ in source_batches(data)
             if isinstance(batch, dict)
         ]
@@ -223,15 +223,15 @@ def mean_feature(model: Deployed, data: Encoded) -> Tensor:
     return total.sum(0) / len(data)
 
 
-def _sum(features: Tensor | None) -> Tensor:
+def _sum_features(features: Tensor | None) -> Tensor:
     assert features is not None  # there is a head
     return features.sum(0)
 
 
-def _features(outputs: Outputs) -> Tensor:
+def _detach_features(outputs: Outputs) -> Tensor:
     assert outputs.features is not None  # there is a head
     return outputs.features.detach()
 
 
-def _logits(features: Tensor, head: Layer) -> Tensor:
+def _logits_of(features: Tensor, head: Layer) -> Tensor:
     return features @ head["weight"].T + head["bias"]

@@ -95,7 +95,9 @@ class ITTA(GradientMethod):
                 plain = self.forward(batch, leaves, self.statistics(batch), graph=True)
                 mixed = self.forward(batch, leaves, self.statistics(batch), hooks=self._mix(draws), graph=True)
             loss = F.cross_entropy(plain.logits, labels) + F.cross_entropy(mixed.logits, labels)
-            gap = alignment(consistency(weights, _features(mixed) - _features(plain)), loss, list(leaves.values()))
+            gap = alignment(
+                consistency(weights, _features_of(mixed) - _features_of(plain)), loss, list(leaves.values())
+            )
             f = optim.step("adam", f, self.gradients(gap, weights), moments, config.align_lr)
         return {"f": f, "channels": channels}
 
@@ -104,7 +106,7 @@ class ITTA(GradientMethod):
 
         def seen(name: str) -> Callable[[Tensor], Tensor]:
             def look(hidden: Tensor) -> Tensor:
-                found[name] = hidden.shape[_axis(hidden)]
+                found[name] = hidden.shape[_channel_axis(hidden)]
                 return hidden
 
             return look
@@ -130,12 +132,12 @@ class ITTA(GradientMethod):
             return "one sample has no other to mix with"
         leaves, draws = outputs.extra["leaves"], seeds.numpy_generator(self.seed, "tta", self.batches, "mix")
         scaled, mix = self._scaled(leaves), self._mix(draws)
-        hooks = {name: _after(scaled[name], mix[name]) if name in mix else scaled[name] for name in self.blocks}
+        hooks = {name: _chain_changes(scaled[name], mix[name]) if name in mix else scaled[name] for name in self.blocks}
         mixed = self.forward(batch, None, self.statistics(batch), hooks=hooks, graph=True)
-        return self.descend(consistency(self.prepared["f"], _features(mixed) - _features(outputs)), leaves)
+        return self.descend(consistency(self.prepared["f"], _features_of(mixed) - _features_of(outputs)), leaves)
 
     def _scaled(self, theta: dict[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {name: _residual(theta[f"{name}/w"], theta[f"{name}/b"]) for name in self.blocks}
+        return {name: _make_residual(theta[f"{name}/w"], theta[f"{name}/b"]) for name in self.blocks}
 
     def _mix(self, draws: np.random.Generator) -> dict[str, Callable[[Tensor], Tensor]]:
         """MixStyle after the first or the second block."""
@@ -180,12 +182,20 @@ def alignment(regular: Tensor, task: Tensor, tensors: list[Tensor]) -> Tensor:
         for mine, theirs in zip(given, wanted, strict=True)
         if mine is not None and theirs is not None
     ]
-    return 0.1 * (_standard([mine for mine, _ in pairs]) - _standard([theirs for _, theirs in pairs])).square().mean()
+    return (
+        0.1
+        * (
+            _standardise_gradients([mine for mine, _ in pairs])
+            - _standardise_gradients([theirs for _, theirs in pairs])
+        )
+        .square()
+        .mean()
+    )
 
 
 def mix_style(hidden: Tensor, draws: np.random.Generator) -> Tensor:
     """Channel statistics of [N, C, H, W] or [N, T, D] mixed with those of another sample; statistics are constants."""
-    axes = [axis for axis in range(1, hidden.ndim) if axis != _axis(hidden) % hidden.ndim]
+    axes = [axis for axis in range(1, hidden.ndim) if axis != _channel_axis(hidden) % hidden.ndim]
     if not axes:
         raise InputError(
             f"itta: a block's output {list(hidden.shape)} has no positions; name blocks of a convolution "
@@ -199,11 +209,11 @@ def mix_style(hidden: Tensor, draws: np.random.Generator) -> Tensor:
     return (hidden - mean) / spread * target[1] + target[0]
 
 
-def _axis(hidden: Tensor) -> int:
+def _channel_axis(hidden: Tensor) -> int:
     return 1 if hidden.ndim == 4 else -1
 
 
-def _residual(w: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
+def _make_residual(w: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
     def change(hidden: Tensor) -> Tensor:
         shape = (-1, 1, 1) if hidden.ndim == 4 else (-1,)
         return hidden + (w - 1).reshape(shape) * hidden + b.reshape(shape)
@@ -211,16 +221,16 @@ def _residual(w: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def _after(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _chain_changes(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda hidden: second(first(hidden))
 
 
-def _features(outputs: Outputs) -> Tensor:
+def _features_of(outputs: Outputs) -> Tensor:
     assert outputs.features is not None  # there is a head
     return outputs.features
 
 
-def _standard(gradients: list[Tensor]) -> Tensor:
+def _standardise_gradients(gradients: list[Tensor]) -> Tensor:
     """All entries in one row, with mean 0 and variance 1; equal ones become 0."""
     flat = torch.cat([value.flatten() for value in gradients])
     flat = flat - flat.mean()

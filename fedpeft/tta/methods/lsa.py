@@ -66,7 +66,7 @@ class LabelShiftAdapter(WrappedMethod):
         logits = torch.cat([outputs.logits for outputs in found])
         features = torch.cat([outputs.features for outputs in found if outputs.features is not None])
         prior = scores.on_simplex(torch.bincount(source.labels, minlength=logits.shape[1]).float(), FLOOR).to(logits)
-        if float(_centred(prior).norm()) < 1e-6:
+        if float(_centre_log(prior).norm()) < 1e-6:
             raise InputError("lsa: the source classes are exactly balanced, so there is no imbalance to move along.")
         return {"prior": prior, "network": self._train(features, logits, source.labels.to(logits.device), prior)}
 
@@ -131,10 +131,10 @@ def adapted(logits: Tensor, features: Tensor, weight: Tensor, network: dict[str,
 
 def degree(pi: Tensor, prior: Tensor) -> float:
     """The imbalance of `pi` along that of the source."""
-    axis = _centred(prior)
-    return float(_centred(pi) @ axis / axis.square().sum())
+    axis = _centre_log(prior)
+    return float(_centre_log(pi) @ axis / axis.square().sum())
 
 
-def _centred(pi: Tensor) -> Tensor:
+def _centre_log(pi: Tensor) -> Tensor:
     log = scores.log(pi)
     return log - log.mean()

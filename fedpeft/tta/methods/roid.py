@@ -93,8 +93,8 @@ def soft_likelihood_ratio(logits: Tensor) -> Tensor:
 
 def sample_weights(probs: Tensor, mean: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Weights [N], and which rows [N] are diverse enough to count."""
-    diversity = _scaled(1 - F.cosine_similarity(mean[None], probs, dim=-1))
-    certainty = _scaled(-scores.entropy_of(probs))
+    diversity = _scale_to_range(1 - F.cosine_similarity(mean[None], probs, dim=-1))
+    certainty = _scale_to_range(-scores.entropy_of(probs))
     return torch.exp(diversity * certainty / temperature), diversity >= diversity.mean()
 
 
@@ -107,7 +107,7 @@ def corrected(probs: Tensor) -> Tensor:
     return weighted / weighted.sum(-1, keepdim=True)
 
 
-def _scaled(values: Tensor) -> Tensor:
+def _scale_to_range(values: Tensor) -> Tensor:
     """To [0, 1]; zeros where all are equal."""
     span = values.max() - values.min()
     return (values - values.min()) / span if float(span) > 0 else torch.zeros_like(values)

@@ -36,19 +36,19 @@ def augment(kind: str, batch: Batch, generator: torch.Generator) -> Batch:
     if kind == "identity":
         return batch
     if kind == "tokens":
-        return _tokens(batch, generator)
+        return _drop_tokens(batch, generator)
     if isinstance(batch, Tensor):
-        return _image(batch, generator, kind)
+        return _augment_image(batch, generator, kind)
     keys = [key for key, value in batch.items() if value.ndim == 4]
     if not keys:
         raise InputError(
             f"augment={kind}: the batch ({', '.join(batch)}) has no image tensor [N, C, H, W]. "
             f"Allowed: {', '.join(KINDS)}."
         )
-    return {**batch, keys[0]: _image(batch[keys[0]], generator, kind)}
+    return {**batch, keys[0]: _augment_image(batch[keys[0]], generator, kind)}
 
 
-def _image(images: Tensor, generator: torch.Generator, kind: str) -> Tensor:
+def _augment_image(images: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     """Gamma, contrast, brightness, rotation to 15 degrees, shift by 1/16, scale 0.9 to 1.1, blur, noise (and flip).
 
     Nothing is clipped: on inputs that a corruption pushed to one end of their range clipping would erase the rest.
@@ -58,12 +58,12 @@ def _image(images: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     draw = torch.rand(9, generator=generator).tolist()
     noise = torch.randn(images.shape, generator=generator).to(images)
     low, span = images.min(), (images.max() - images.min()).clamp(min=1e-6)
-    view = ((images - low) / span) ** _between(draw[2], 0.85, 1.15)
+    view = ((images - low) / span) ** _map_between(draw[2], 0.85, 1.15)
     mean = view.mean((1, 2, 3), keepdim=True)
-    view = (view - mean) * _between(draw[0], 0.85, 1.15) + mean * _between(draw[1], 0.9, 1.1)
+    view = (view - mean) * _map_between(draw[0], 0.85, 1.15) + mean * _map_between(draw[1], 0.9, 1.1)
     size = SMALL if kind == "small_image" else 1.0
-    angle, scale = size * math.radians(_between(draw[3], -15, 15)), 1 + size * _between(draw[4], -0.1, 0.1)
-    shift = [size * _between(draw[axis], -0.125, 0.125) for axis in (5, 6)]  # of half the width: 1/16 of it all
+    angle, scale = size * math.radians(_map_between(draw[3], -15, 15)), 1 + size * _map_between(draw[4], -0.1, 0.1)
+    shift = [size * _map_between(draw[axis], -0.125, 0.125) for axis in (5, 6)]  # of half the width: 1/16 of it all
     turn = torch.tensor(
         [
             [math.cos(angle) / scale, -math.sin(angle) / scale, shift[0]],
@@ -72,13 +72,13 @@ def _image(images: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     )
     grid = F.affine_grid(turn.expand(len(images), 2, 3).to(images), list(images.shape), align_corners=False)
     view = F.grid_sample(view, grid, padding_mode="border", align_corners=False)
-    view = _blur(view, 0.001 + 0.5 * size * draw[7])
+    view = _blur_images(view, 0.001 + 0.5 * size * draw[7])
     if kind == "image_flip" and draw[8] < 0.5:
         view = view.flip(-1)
     return ((view + 0.005 * noise) * span + low).to(images)
 
 
-def _blur(images: Tensor, sigma: float) -> Tensor:
+def _blur_images(images: Tensor, sigma: float) -> Tensor:
     """Gaussian of three pixels a side."""
     side = math.exp(-0.5 / sigma**2)
     kernel = torch.tensor([side, 1.0, side]) / (1 + 2 * side)
@@ -87,7 +87,7 @@ def _blur(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), square, groups=channels)
 
 
-def _tokens(batch: Batch, generator: torch.Generator) -> Batch:
+def _drop_tokens(batch: Batch, generator: torch.Generator) -> Batch:
     if isinstance(batch, Tensor) or "attention_mask" not in batch:
         raise InputError("augment=tokens: the batch must have input_ids and attention_mask.")
     mask = batch["attention_mask"]
@@ -96,5 +96,5 @@ def _tokens(batch: Batch, generator: torch.Generator) -> Batch:
     return {**batch, "attention_mask": mask * kept}
 
 
-def _between(draw: float, low: float, high: float) -> float:
+def _map_between(draw: float, low: float, high: float) -> float:
     return low + draw * (high - low)
