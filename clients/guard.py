@@ -41,9 +41,9 @@ class Guard:
         self.private = config.privacy.unit == "sample"
         # Each task has its own account, so a budget is planned for the rounds of one.
         self.rounds = config.run.rounds // (config.continual.learned if config.continual.body else 1)
-        self.policy = cache(self._policy)
+        self.policy = cache(self._policy_of)
 
-    def _policy(self, client: str) -> Policy | None:
+    def _policy_of(self, client: str) -> Policy | None:
         try:
             return policy.of_client(self.config.privacy.policy, client)
         except InputError as error:
@@ -146,7 +146,7 @@ class Guard:
         if sums is not None:
             # Sums run over all records, so nothing is sampled and nothing amplified: rate 1, one step.
             entry = Entry(self.run, number, name, 1.0, sums, 1)
-            return entry, plan.budget, None, *self._lifetime(account)
+            return entry, plan.budget, None, *self._lifetime_budget(account)
         entry = Entry(
             self.run, number, name, plan.sample_rate, plan.noise_multiplier, self.config.client.local_steps or 0
         )
@@ -155,9 +155,9 @@ class Guard:
             # Counted here, as a server may number rounds as it likes; the very same release is not another round.
             done = sum(one.run == self.run and one != entry for one in self.ledger(account).entries())
             bounds.require_rounds(done + 1)
-        return entry, plan.budget, plan.release, *self._lifetime(account)
+        return entry, plan.budget, plan.release, *self._lifetime_budget(account)
 
-    def _lifetime(self, account: str) -> tuple[Budget | None, list[Entry]]:
+    def _lifetime_budget(self, account: str) -> tuple[Budget | None, list[Entry]]:
         """What the client's policy allows all runs together, and what stands in the client's other accounts."""
         client = client_of(account)
         bounds = self.policy(client)

@@ -110,7 +110,7 @@ class Local:
             raise found
         if found is not None:
             return found
-        return self._finish(self._open(client, received, told))
+        return self._finish_visit(self._open(client, received, told))
 
     def prepare(self, requests: list[Request]) -> None:
         """Train these requests of one round together, ahead of their messages; `train` then has the answers ready.
@@ -126,7 +126,7 @@ class Local:
         # Answers that nobody came for would pile up.
         self.ready = {}
         for (client, _, told), given in zip(requests, opened, strict=True):
-            answer = _attempt_early(self._finish, given, next(each)) if isinstance(given, Opened) else given
+            answer = _attempt_early(self._finish_visit, given, next(each)) if isinstance(given, Opened) else given
             self.ready[client, told.round] = answer
 
     def _open(self, client: str, received: AdapterState, told: Instructions) -> Opened:
@@ -144,7 +144,7 @@ class Local:
             if found := self.store.reply(client, number, spending.request):
                 answered = replace(found[0], sites=received.sites), found[1]  # the store keeps no sites
             # The plan may count records, so from here on a failure could tell something of them.
-            with self._discreet(spending):
+            with self._hide_spending(spending):
                 plan = spending.plan = self.guard.plan(client, lambda: len(self.records(client, told)))
                 assert plan is not None
                 if answered is None:
@@ -155,16 +155,16 @@ class Local:
                     spending.fail(self.guard)
             # A new source a request: seeded draws begin anew, so a repeated round takes the same batches and noise.
             private = Private(plan, self.guard.source(client, number))
-        with self._discreet(spending):
+        with self._hide_spending(spending):
             data = self.records(client, told)
         if private is not None:
-            with self._discreet(Spending(client, client, number, client)):  # costs nothing: it is about no record
+            with self._hide_spending(Spending(client, client, number, client)):  # costs nothing: it is about no record
                 self._require_apart(data, told.trains)
-        with self._discreet(spending):  # replay and the halves see records
-            visit, job = self._plan(client, received, told, start, kept, data, private)
+        with self._hide_spending(spending):  # replay and the halves see records
+            visit, job = self._plan_visit(client, received, told, start, kept, data, private)
         return Opened(visit, told, spending, job, len(data), answered)
 
-    def _plan(
+    def _plan_visit(
         self,
         client: str,
         received: AdapterState,
@@ -199,16 +199,16 @@ class Local:
             moments=moments_of(kept) if self.config.client.keep_optimizer else None,
         )
 
-    def _finish(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
+    def _finish_visit(self, opened: Opened, done: Done | Exception | None = None) -> Answer:
         """Train, unless it has been done in a cohort, and close. What was answered before is answered again."""
-        with self._discreet(opened.spending):
+        with self._hide_spending(opened.spending):
             if opened.answered is not None:
-                return self._leave(opened, *opened.answered)
+                return self._leave_answer(opened, *opened.answered)
             if isinstance(done, Exception):
                 raise done
-            return self._close(opened, done or self._alone(opened))
+            return self._close(opened, done or self._train_alone(opened))
 
-    def _alone(self, opened: Opened) -> Done:
+    def _train_alone(self, opened: Opened) -> Done:
         start, job, trains = opened.visit.start, opened.job, opened.told.trains
         self.model.write(start)
         with self.model.competing(sequence.competing_classes(opened.told)):
@@ -278,9 +278,9 @@ class Local:
         metrics = self.guard.allowed(visit.client, metrics)
         if private is not None:
             self.store.save_reply(visit.client, opened.spending.number, opened.spending.request, update, metrics)
-        return self._leave(opened, update, metrics)
+        return self._leave_answer(opened, update, metrics)
 
-    def _leave(self, opened: Opened, update: AdapterState, metrics: dict[str, float]) -> Answer:
+    def _leave_answer(self, opened: Opened, update: AdapterState, metrics: dict[str, float]) -> Answer:
         """An answer, under DP once it is in the ledger.
 
         It is on the disk before it is counted, so that a process that is killed in between releases the very same
@@ -386,7 +386,7 @@ class Local:
             inputs.verify_gradients(self.model, like, roles, min(self.config.model.max_length, VERIFIED))
             self.verified.add(roles)
 
-    def _discreet(self, spending: Spending) -> AbstractContextManager[None]:
+    def _hide_spending(self, spending: Spending) -> AbstractContextManager[None]:
         return discreet(self.guard, self.store, spending)
 
 

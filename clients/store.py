@@ -54,12 +54,12 @@ class Store:
                 all.
         """
         # Not simply the newest: a process that was killed may have written the round that is now done again.
-        versions = [number for number in self._versions(client) if number < before]
+        versions = [number for number in self._list_versions(client) if number < before]
         known = counted() if versions else None
         for number in reversed(versions):
             release = None if known is None else self._release(client, number)
             if known is None or release in known:
-                return load_file(self._file(client, number))
+                return load_file(self._path_of(client, number))
             why = "that round was never counted" if release else "an earlier fedpeft did not write down its release"
             log.warning("%s: what it kept of round %d is left out, as %s", client, number, why)
         return {}
@@ -73,20 +73,20 @@ class Store:
             release: that the state belongs to, as the ledger will name it.
             counted: as `load` has it.
         """
-        write_tensors(self._file(client, number), tensors, {"release": release})
-        old = [version for version in self._versions(client) if version < number - self.history]
+        write_tensors(self._path_of(client, number), tensors, {"release": release})
+        old = [version for version in self._list_versions(client) if version < number - self.history]
         known = counted() if old else None
         good = [version for version in old if known is None or self._release(client, version) in known]
         # The last good one stays: a client that sat rounds out has nothing newer to resume from.
         for version in set(old) - set(good[-1:]):
-            self._file(client, version).unlink(missing_ok=True)
+            self._path_of(client, version).unlink(missing_ok=True)
 
     def load_state(self, client: str, before: int) -> dict[str, Any] | None:
         """The newest plain-data state (`TTAMethod.state`) from before round `before`, on the CPU; None if none."""
-        versions = [number for number in self._versions(client, STATE) if number < before]
+        versions = [number for number in self._list_versions(client, STATE) if number < before]
         if not versions:
             return None
-        file = self._file(client, max(versions), STATE)
+        file = self._path_of(client, max(versions), STATE)
         # Without `weights_only` a file in the store could run code.
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
@@ -95,10 +95,10 @@ class Store:
         """Write a state after the evaluation of round `number`, and drop what no resume can ask for."""
         file = io.BytesIO()
         torch.save(state, file)
-        write_bytes(self._file(client, number, STATE), file.getvalue())
-        old = [version for version in self._versions(client, STATE) if version < number - self.history]
+        write_bytes(self._path_of(client, number, STATE), file.getvalue())
+        old = [version for version in self._list_versions(client, STATE) if version < number - self.history]
         for version in old[:-1]:
-            self._file(client, version, STATE).unlink(missing_ok=True)
+            self._path_of(client, version, STATE).unlink(missing_ok=True)
 
     def reply(self, client: str, number: int, request: str) -> tuple[AdapterState, dict[str, float]] | None:
         """The update, without its sites, and the metrics that answered this very request of round `number`."""
@@ -144,11 +144,11 @@ class Store:
             write_bytes(path, json.dumps([*known, entry]).encode())
 
     def _release(self, client: str, number: int) -> str:
-        with safe_open(self._file(client, number), framework="pt") as file:
+        with safe_open(self._path_of(client, number), framework="pt") as file:
             return str((file.metadata() or {}).get("release", ""))
 
-    def _file(self, client: str, number: int, pattern: str = ROUND) -> Path:
+    def _path_of(self, client: str, number: int, pattern: str = ROUND) -> Path:
         return self.root / client / pattern.replace("*", f"{number:06d}")
 
-    def _versions(self, client: str, pattern: str = ROUND) -> list[int]:
+    def _list_versions(self, client: str, pattern: str = ROUND) -> list[int]:
         return sorted(int(path.stem.partition("-")[2]) for path in (self.root / client).glob(pattern))

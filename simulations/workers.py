@@ -159,7 +159,7 @@ class Pool:
             if not worker.ready:
                 worker.get_ready()
             elif worker.jobs:
-                done.append((worker.jobs[0][0], self._outcome(worker)))
+                done.append((worker.jobs[0][0], self._wait_outcome(worker)))
         return [(name, outcome) for name, outcome in done if name in names]
 
     def cancel(self, names: list[str]) -> None:
@@ -169,21 +169,21 @@ class Pool:
         self.shares = deque(share for share in left if share)
         for worker in list(self.workers):
             if any(job[0] in names for job in worker.jobs):
-                self._replace(worker, [job for job in worker.jobs if job[0] not in names])
+                self._replace_worker(worker, [job for job in worker.jobs if job[0] not in names])
 
     def close(self) -> None:
         """End all workers; jobs without an outcome are lost."""
         for worker in self.workers:
             worker.end()
 
-    def _outcome(self, worker: Worker) -> Outcome:
+    def _wait_outcome(self, worker: Worker) -> Outcome:
         try:
             outcome: Outcome | Broken = worker.pipe.recv()
         except (EOFError, ConnectionError):
             outcome = worker.death()
             if not isinstance(outcome, Broken):
                 # Without the first: it was being worked on, and would end the next process too.
-                self._replace(worker, list(worker.jobs)[1:])
+                self._replace_worker(worker, list(worker.jobs)[1:])
         else:
             worker.jobs.popleft()
         if isinstance(outcome, Broken):
@@ -201,7 +201,7 @@ class Pool:
             worker.jobs = deque(self.shares.popleft())
             worker.pipe.send([(message, context) for _, message, context in worker.jobs])
 
-    def _replace(self, worker: Worker, left: list[Job]) -> None:
+    def _replace_worker(self, worker: Worker, left: list[Job]) -> None:
         """End a worker and start another; jobs that it left come first."""
         worker.end()
         if left:

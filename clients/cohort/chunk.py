@@ -88,7 +88,7 @@ class Chunk:
         self.frozen = {key: frozen([start[key] for start in starts], own[key]) for key in own if key not in self.shapes}
         self.lengths = [token_counts(model, job.data) for job in jobs]
         self.steps = [job.steps(config) for job in jobs]
-        self.draws = [self._draws(job) for job in jobs]
+        self.draws = [self._draw_records(job) for job in jobs]
         self.mu = self.values.new_tensor([job.proximal for job in jobs])[:, None]
         self.start = self.values.clone() if any(job.proximal for job in jobs) else None
         none = {key: torch.zeros(0, *shape[1:]) for key, shape in self.shapes.items()}
@@ -123,14 +123,14 @@ class Chunk:
             for step in range(max(self.steps)):
                 active = sum(steps > step for steps in self.steps)
                 shrink(optimizer, weights, active)
-                weights.grad = self._gradient(weights.detach())
+                weights.grad = self._find_gradient(weights.detach())
                 set_rate(optimizer, rates[step])
                 optimizer.step()
                 if step == 0:  # with all rows; those that leave stay in these tensors as they were
                     state = {**optimizer.state[weights]}
         values, losses = self.values.cpu(), (self.losses.cpu() / self.seen.cpu().double()).tolist()
         return [
-            Done(self._after(job, values[k]), steps, loss if steps else math.nan, self._read_state(k, state))
+            Done(self._values_after(job, values[k]), steps, loss if steps else math.nan, self._read_state(k, state))
             for k, (job, steps, loss) in enumerate(zip(self.jobs, self.steps, losses, strict=True))
         ]
 
@@ -163,7 +163,7 @@ class Chunk:
         }
         return found | ({STEP: torch.tensor(float(count_of(job.moments) + self.steps[k]))} if STEP in state else {})
 
-    def _draws(self, job: Job) -> Iterator[np.ndarray]:
+    def _draw_records(self, job: Job) -> Iterator[np.ndarray]:
         """The records of each step. Drawn step by step, as sampling and noise may share a source."""
         if job.private is None:
             rng = None if job.in_order else seeds.numpy_generator(job.seed, "batches")
@@ -172,7 +172,7 @@ class Chunk:
             for _ in range(self.config.local_steps or 0):
                 yield job.private.plan.sample(len(job.data), job.private.source)
 
-    def _after(self, job: Job, row: Tensor) -> dict[str, Tensor]:
+    def _values_after(self, job: Job, row: Tensor) -> dict[str, Tensor]:
         parts = row.split([shape.numel() for shape in self.shapes.values()])
         # Copies: a view would keep the matrix of the whole chunk alive.
         return {
@@ -180,26 +180,26 @@ class Chunk:
             for (key, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def _gradient(self, values: Tensor) -> Tensor:
+    def _find_gradient(self, values: Tensor) -> Tensor:
         """What the optimizer gets: the gradient of every row's loss, or of its DP-SGD, and what is added to it."""
         active = len(values)
         drawn = [next(draw) for draw in self.draws[:active]]
-        counts = np.array([self._weight(job, index) for job, index in zip(self.jobs, drawn, strict=False)])
+        counts = np.array([self._weight_of(job, index) for job, index in zip(self.jobs, drawn, strict=False)])
         total = torch.zeros_like(values)
         private = [job.private for job in self.jobs[:active] if job.private is not None]
         sources = [
             own.source if self.threads is None else Ahead(own.source, total.shape[1], self.threads) for own in private
         ]
-        for piece in self._pieces(drawn):
+        for piece in self._cut_passes(drawn):
             # DP-SGD clips record by record, so each sample needs factors of its own.
             groups = piece.clients if private else piece.groups()
             # Weighed by the whole batch, so that the pieces it is cut into add up to its mean.
             losses, slopes = self._slopes(values, piece, groups, None if private else 1 / counts)
-            clients = self._index(piece.clients)
+            clients = self._to_index(piece.clients)
             if private:
                 add_clipped(total, slopes, losses, clients, values.new_tensor([own.plan.clip for own in private]))
             else:
-                total.index_add_(0, self._index(groups), torch.cat([slope.flatten(1) for slope in slopes], dim=1))
+                total.index_add_(0, self._to_index(groups), torch.cat([slope.flatten(1) for slope in slopes], dim=1))
             # A record without a finite loss adds nothing to a private sum, so it is not in the mean loss either.
             good = torch.isfinite(losses) if private else torch.ones_like(losses, dtype=torch.bool)
             self.losses.index_add_(0, clients, losses.where(good, 0.0))
@@ -226,13 +226,13 @@ class Chunk:
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
 
-    def _weight(self, job: Job, index: np.ndarray) -> int:
+    def _weight_of(self, job: Job, index: np.ndarray) -> int:
         """What a client's summed losses of a step are divided by: its records, or their tokens."""
         if self.config.loss_weighting == "record" or job.private is not None:
             return len(index)
         return int(count_targets(self.model, job.data.view(index).labels).sum())
 
-    def _pieces(self, drawn: list[np.ndarray]) -> Iterator[Piece]:
+    def _cut_passes(self, drawn: list[np.ndarray]) -> Iterator[Piece]:
         """What is drawn, in passes; in each at most `micro_batch` records of a client."""
         longest = max(map(len, drawn))
         size = self.config.micro_batch or max(1, longest)
@@ -248,7 +248,7 @@ class Chunk:
             shares: weight of a sample of each client; None is 1.
         """
         # A slice is a view; an index would copy the values of all clients.
-        chosen = slice(len(values)) if np.array_equal(groups, np.arange(len(values))) else self._index(groups)
+        chosen = slice(len(values)) if np.array_equal(groups, np.arange(len(values))) else self._to_index(groups)
         parts = values[chosen].split([shape.numel() for shape in self.shapes.values()], dim=1)
         leaves = {
             key: part.unflatten(1, shape).requires_grad_()
@@ -273,5 +273,5 @@ class Chunk:
             for leaf, slope in zip(leaves.values(), slopes, strict=True)
         ]
 
-    def _index(self, rows: np.ndarray) -> Tensor:
+    def _to_index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)

@@ -51,13 +51,13 @@ class Stacked(torch.optim.Optimizer):
                 state[STEP] = state.get(STEP, torch.tensor(0.0)) + 1
                 count = int(state[STEP])
             views = [
-                self._views(value, place) for value in (weight, weight.grad, *(state[kind] for kind in self.kinds))
+                self._view_rows(value, place) for value in (weight, weight.grad, *(state[kind] for kind in self.kinds))
             ]
             for name, value, gradient, *kept in zip(views[0], *(view.values() for view in views), strict=True):
                 tensors[name] = Moving(value, gradient, dict(zip(self.kinds, kept, strict=True)))
         self.move(tensors, group["lr"], count)
 
-    def _views(self, value: Tensor, place: int) -> dict[str, Tensor]:
+    def _view_rows(self, value: Tensor, place: int) -> dict[str, Tensor]:
         shapes = self.layout.shapes
         if self.alone:
             return {list(shapes)[place]: value[None]}

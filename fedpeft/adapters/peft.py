@@ -82,7 +82,7 @@ class Peft(Configured):
         return f"adapter.options.init_lora_weights={start}" if start.startswith(MOVING) else None
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
-        settings = self._settings(base, config)
+        settings = self._build_settings(base, config)
         self._tell_error()
         layers = linear_layers(base) if self.moving_start({"options": self.config.options}) else {}
         before = {name: base.weight(name).clone() for name in layers}
@@ -108,7 +108,7 @@ class Peft(Configured):
                 "not known to be how far" if error is None else f"{error:.0%}",
             )
 
-    def _settings(self, base: Base, config: AdapterConfig) -> Any:
+    def _build_settings(self, base: Base, config: AdapterConfig) -> Any:
         """peft's config."""
         name, options = self.config.type, {**PRESETS.get(self.config.type, {}), **self.config.options}
         cls = config_class(name)
@@ -121,7 +121,7 @@ class Peft(Configured):
         try:
             return cls(**options)
         except (ValueError, TypeError) as error:
-            raise self._refused(error) from error
+            raise self._refuse_config(error) from error
 
     def _put_in(self, base: Base, settings: Any) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
         """What trains and what else is in peft's file, by `name/role`.
@@ -137,7 +137,7 @@ class Peft(Configured):
                 warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that has another now
                 tuned: Any = get_peft_model(base.backbone, settings)
         except (ValueError, TypeError, NotImplementedError, KeyError, RuntimeError) as error:
-            raise self._refused(error) from error
+            raise self._refuse_config(error) from error
         kept = get_peft_model_state_dict(
             tuned, state_dict=tuned.state_dict(keep_vars=True), save_embedding_layers=False
         )
@@ -171,7 +171,7 @@ class Peft(Configured):
                     "it is. Name other modules, or set adapter.options.exclude_modules."
                 )
 
-    def _refused(self, error: Exception) -> InputError:
+    def _refuse_config(self, error: Exception) -> InputError:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return InputError(f"adapter.type={self.config.type}: peft refuses it for this model and these options: {said}")
 

@@ -49,13 +49,13 @@ class Watched:
     def states(self) -> list[dict[str, Any]]:
         """Of all runs, as far as their records go now."""
         with self._lock:
-            self._look()
+            self._look_again()
             return [follower.state(follower.run()) for follower in self.followers]
 
     def answer(self, name: str, wanted: str) -> Answer:
         """What is at one of the addresses: made again only if a run has changed, or other clients are wanted."""
         with self._lock:
-            self._look()
+            self._look_again()
             if (name, wanted) not in self._known:
                 if len(self._known) >= len(KINDS):  # what was wanted before
                     self._known.clear()
@@ -63,7 +63,7 @@ class Watched:
                 self._known[name, wanted] = content, KINDS[name], f'"{hashlib.sha256(content).hexdigest()[:32]}"'
             return self._known[name, wanted]
 
-    def _look(self) -> None:
+    def _look_again(self) -> None:
         version = [follower.look() for follower in self.followers]
         if version != self._version:
             self._known.clear()

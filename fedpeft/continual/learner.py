@@ -62,7 +62,7 @@ class Learner:
         self.options = heads
         self.classifier = Classifier(stream.classes, model.base.width, seed, train.head_lr)
         self.body.classifier = self.classifier
-        self.loss = self._loss(body)
+        self.loss = self._choose_loss(body)
         self.task, self.step_number = 0, 0
         self.right: dict[str, list[list[int]]] = {name: [] for name in heads}
         self.ledger: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ class Learner:
         )
         return head
 
-    def _loss(self, body: str) -> str:
+    def _choose_loss(self, body: str) -> str:
         if "boundaries" in self.body.needs and not self.stream.boundaries:
             raise InputError(
                 f"body {body} needs to be told when a task begins; stream '{self.stream.name}' is "
@@ -174,7 +174,7 @@ class Learner:
     def _end(self, seconds: float) -> None:
         task = self.stream.tasks[self.task]
         self.body.end_task(self.body.statistics(task.train))
-        self._fit(task.train, self.stream.seen(self.task))
+        self._fit_heads(task.train, self.stream.seen(self.task))
         before = self.model.passes
         seen = set(self.stream.seen(self.task))
         asked = [bool(seen & set(other.classes)) for other in self.stream.tasks]  # others cannot be answered
@@ -197,7 +197,7 @@ class Learner:
         )
         self.task, self.step_number = self.task + 1, 0
 
-    def _fit(self, data: Encoded, seen: list[int]) -> None:
+    def _fit_heads(self, data: Encoded, seen: list[int]) -> None:
         """Fit every head in every view."""
         views = self.body.views()
         sums: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -220,19 +220,19 @@ class Learner:
 
     def scores(self, name: str, inputs: Inputs) -> Tensor:
         """Scores [N, C] of one head; each row depends on its own input only."""
-        return self._scores([name], inputs)[name]
+        return self._score_heads([name], inputs)[name]
 
     def count(self, data: Encoded, classes: tuple[int, ...]) -> dict[str, int]:
         """Right answers of every head on a test set; with the task id given only the task's classes compete."""
         right = dict.fromkeys(self.heads, 0)
         for inputs, labels in self.body.each_batch(data, EVALUATE):
-            for name, scores in self._scores(list(self.heads), inputs).items():
+            for name, scores in self._score_heads(list(self.heads), inputs).items():
                 allowed = only(scores, classes) if self.stream.scenario == "task" else scores
                 right[name] += int((allowed.argmax(-1) == labels).sum())
         return right
 
     @torch.no_grad()
-    def _scores(self, names: list[str], inputs: Inputs) -> dict[str, Tensor]:
+    def _score_heads(self, names: list[str], inputs: Inputs) -> dict[str, Tensor]:
         """Scores of several heads from one pass a view."""
         own = self.body.predict(inputs, self.classifier)
         if own is not None:

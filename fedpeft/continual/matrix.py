@@ -94,7 +94,7 @@ class _Matrix:
                 f"{self.T}], and there must be one."
             )
         self._require_counts("right answers", counts)
-        self.initial, self.records = self._row("initial", initial), self._row("records", records)
+        self.initial, self.records = self._metric_row("initial", initial), self._metric_row("records", records)
         if self.initial is not None:
             self._require_counts("initial", self.initial)
         with np.errstate(invalid="ignore"):
@@ -111,7 +111,7 @@ class _Matrix:
                 f"{self.tests.tolist()}; got {counts.tolist()}."
             )
 
-    def _row(self, what: str, given: Any) -> np.ndarray | None:
+    def _metric_row(self, what: str, given: Any) -> np.ndarray | None:
         if given is None:
             return None
         row = np.array(given, dtype=np.int64)

@@ -67,14 +67,14 @@ class Cache:
         """
         folder = self.root / f"{name}-{digest(facts)[:32]}"
         try:
-            return folder, self._found(folder, make)
+            return folder, self._read_found(folder, make)
         except OSError as error:
             if self.named:
                 raise
             log.warning("nothing is kept for later processes and runs: %s", explained(error))
             return None
 
-    def _found(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> Any:
+    def _read_found(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> Any:
         for _ in range(TRIES):
             found = sound(folder)
             if found is not None:
@@ -86,11 +86,11 @@ class Cache:
                 log.warning("%s is damaged or was not finished; it is made again.", folder)
                 _discard_folder(folder)
             self._make(folder, make)
-            self._trim(folder)
+            self._trim_old(folder)
         # No RunError: the name of a place at a site is not for its coordinator.
         raise InputError(f"{folder}: what was written is not what is read. See to that disk, or set data.cache.")
 
-    def _trim(self, folder: Path) -> None:
+    def _trim_old(self, folder: Path) -> None:
         """Discard all but the newest caches of this folder's name, which counts as the newest."""
         if self.most is None:
             return

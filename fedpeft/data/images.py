@@ -61,7 +61,7 @@ class Images:
         if self.ready is not None:
             return {"pixel_values": chosen(self.ready, rows)}
         places = range(len(self)) if rows is None else rows.tolist()
-        return {"pixel_values": self._pixels((self.pictures[place] for place in places), len(places))}
+        return {"pixel_values": self._make_pixels((self.pictures[place] for place in places), len(places))}
 
     def labels_of(self, rows: np.ndarray | None) -> Tensor:
         return chosen(self.labels, rows)
@@ -74,9 +74,9 @@ class Images:
             augment(self.pictures[row], self.augment, seeds.numpy_generator(seed, "augment", row))
             for row in rows.tolist()
         )
-        return {"pixel_values": self._pixels(changed, len(rows))}
+        return {"pixel_values": self._make_pixels(changed, len(rows))}
 
-    def _pixels(self, pictures: Iterable[np.ndarray], count: int) -> Tensor:
+    def _make_pixels(self, pictures: Iterable[np.ndarray], count: int) -> Tensor:
         """Of pictures that are made one by one."""
         return (
             _to_plain_tensor(list(pictures))

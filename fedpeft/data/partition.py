@@ -81,7 +81,7 @@ class Dirichlet:
         classes = [order[labels[order] == label] for label in np.unique(labels)]
         best = 0
         for _ in range(TRIES):
-            dealt = [self._deal(members, clients, rng) for members in classes]
+            dealt = [self._deal_members(members, clients, rng) for members in classes]
             parts = [np.sort(np.concatenate(shares)) for shares in zip(*dealt, strict=True)]
             smallest = min(len(part) for part in parts)
             if smallest >= self.min_examples:
@@ -93,7 +93,7 @@ class Dirichlet:
             "best). Lower data.partition.min_examples or data.clients, or raise data.partition.alpha."
         )
 
-    def _deal(self, members: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    def _deal_members(self, members: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
         shares = rng.dirichlet(np.full(clients, self.alpha))
         return np.split(members, (np.cumsum(shares) * len(members)).astype(int)[:-1])
 

@@ -176,15 +176,15 @@ class _Rows:
 
     def make(self, conversations: Sequence[Sequence[Turn]]) -> Iterator[Row]:
         """A row of each; one token that is asked, and no answer, where one is left out."""
-        asked = [self._ask(turns) for turns in conversations]
+        asked = [self._encode_question(turns) for turns in conversations]
         taken = [place for place, text in enumerate(asked) if text is not None]
         read = self._read([asked[place] or "" for place in taken])
-        said = self._answer([conversations[place][-1][1] for place in taken])
-        rows = dict(zip(taken, map(self._cut, read, said), strict=True))
+        said = self._encode_answers([conversations[place][-1][1] for place in taken])
+        rows = dict(zip(taken, map(self._cut_pair, read, said), strict=True))
         for place in range(len(conversations)):
             yield rows.get(place, ([], [self.filler]))
 
-    def _ask(self, turns: Sequence[Turn]) -> str | None:
+    def _encode_question(self, turns: Sequence[Turn]) -> str | None:
         """What the encoder reads of a conversation; None of one that is left out.
 
         Raises:
@@ -219,14 +219,14 @@ class _Rows:
             short |= zip(long, cut["input_ids"], strict=True)
         return [(list(short[place]), len(ids)) for place, ids in enumerate(whole)]
 
-    def _answer(self, texts: list[str]) -> list[list[int]]:
+    def _encode_answers(self, texts: list[str]) -> list[list[int]]:
         """Ids of answers, their end token with them."""
         if not texts:
             return []
         end = [] if self.ends else [self.tokenizer.eos_token_id]
         return [[*ids, *end] for ids in self.tokenizer(text_target=texts, verbose=False)["input_ids"]]
 
-    def _cut(self, read: tuple[list[int], int], said: list[int]) -> Row:
+    def _cut_pair(self, read: tuple[list[int], int], said: list[int]) -> Row:
         asked, before = read
         losing, longest = self.records.wording.truncate, max(before, len(said))
         self.longest, self.long = max(self.longest, longest), self.long + (longest > self.max_length)

@@ -103,7 +103,7 @@ class Ledger:
         Raises:
             BudgetExhausted: it would pass a budget; nothing is written.
         """
-        with self._locked():
+        with self._lock_file():
             # Looked up under the lock: two processes with one release must not both find it missing.
             if once and entry in self.entries():
                 return
@@ -129,7 +129,7 @@ class Ledger:
             _require_within([*elsewhere, *entries], lifetime, "all runs together")
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock_file(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             # The lock goes with the process, however that ends; a lock file would stay.

@@ -66,9 +66,9 @@ class Follower:
         self.begun_anew = 0
         self.problem, self.status = "", ("not begun", "")
         self._names: tuple[float, dict[str, str]] = (0.0, {})
-        self._forget()
+        self._forget_all()
 
-    def _forget(self) -> None:
+    def _forget_all(self) -> None:
         self.events: list[Event] = []
         self._scored: list[
             Event
@@ -87,15 +87,15 @@ class Follower:
         try:
             with (self.path / "metrics.jsonl").open("rb") as file:
                 if not self._is_continued(file):
-                    self._forget()
+                    self._forget_all()
                 self._read(file)
         except FileNotFoundError:
             if self.offset:
-                self._forget()
+                self._forget_all()
         except OSError as error:
             problem = f"metrics.jsonl cannot be read: {error.strerror}."
         self.problem = problem
-        self.status = self._status()
+        self.status = self._status_of()
         return (self.begun_anew, self.offset, problem, *self.status)
 
     def _is_continued(self, file: BinaryIO) -> bool:
@@ -129,13 +129,13 @@ class Follower:
             self._hear_round(event, at)
         elif kind == "clients_evaluated":
             for name, scores in event["clients"].items():
-                self._answered(name, at).accuracy = scores.get("accuracy")
+                self._note_answer(name, at).accuracy = scores.get("accuracy")
             self._scored = [*self._scored[-1:], event]
         elif kind == "sums":
             for name in event["clients"]:
-                self._answered(name, at)
+                self._note_answer(name, at)
         elif kind == "late":
-            self._answered(str(event["client"]), at).late += 1
+            self._note_answer(str(event["client"]), at).late += 1
         elif kind in ("evaluation_failed", "sums_missing"):
             self._client(str(event["client"])).failed = f"{event['reason']}"
         elif kind == "quarantine":
@@ -147,7 +147,7 @@ class Follower:
     def _hear_round(self, event: Event, at: float) -> None:
         number, used = event["round"], event["clients"]
         for name in used:
-            client = self._answered(name, at)
+            client = self._note_answer(name, at)
             client.rounds, client.last_round = client.rounds + 1, number
         for name in event.get("far_updates", {}):
             self._client(name).far += 1
@@ -166,18 +166,18 @@ class Follower:
     def _client(self, name: str) -> Client:
         return self.clients.setdefault(str(name), Client())
 
-    def _answered(self, name: str, at: float) -> Client:
+    def _note_answer(self, name: str, at: float) -> Client:
         client = self._client(name)
         client.seen = at
         return client
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    def _status(self) -> tuple[str, str]:
+    def _status_of(self) -> tuple[str, str]:
         """In a word how the run is, and why. A coordinator's run has a file that says it; else its record does."""
         at_work = folders.at_work(self.path)
         said = self._coordinators_word()
-        if self._of("end") and said.get("state") not in ("failed", "stopped"):
+        if self._events_of("end") and said.get("state") not in ("failed", "stopped"):
             return "done", ""
         if said.get("state") in ("failed", "stopped", "submitted"):
             return str(said["state"]), str(said.get("reason") or "")
@@ -185,7 +185,7 @@ class Follower:
             return "interrupted", "its process is gone"
         if said.get("state") == "waiting":
             return "waiting", str(said.get("reason") or "")
-        if not self._of("start"):
+        if not self._events_of("start"):
             return "not begun", "nothing is recorded yet"
         return ("running", "") if at_work else ("not ended", "whether a process works on it is not known")
 
@@ -196,12 +196,12 @@ class Follower:
             return {}
         return said if isinstance(said, dict) else {}
 
-    def _of(self, kind: str) -> list[Event]:
+    def _events_of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]
 
     def run(self) -> Run | None:
         """The run as its report knows it, as far as it has come; None before its start is recorded."""
-        if not self._of("start"):
+        if not self._events_of("start"):
             return None
         try:
             text, config = run_folder.read_config(self.path)
@@ -209,7 +209,7 @@ class Follower:
         except Exception as error:  # a record that makes no sense must not end the page, nor those of other runs
             self.problem = f"the record has no summary: {type(error).__name__}: {error}"
             return None
-        return Run(self.path, self.label, self.events, config, text, summary, None, bool(self._of("end")))
+        return Run(self.path, self.label, self.events, config, text, summary, None, bool(self._events_of("end")))
 
     def problems(self) -> list[str]:
         """What of the record could not be read or understood."""
@@ -224,7 +224,7 @@ class Follower:
     def state(self, run: Run | None) -> dict[str, Any]:
         """All that a page shows of this run, JSON-ready; times are unix seconds."""
         word, why = self.status
-        start = next(iter(self._of("start")), {})
+        start = next(iter(self._events_of("start")), {})
         rounds = [event for event in self.events if event["event"] in ("round", "round_dropped")]
         number = rounds[-1]["round"] if rounds else 0
         pace, planned = _pace_of(rounds), start.get("rounds")
@@ -256,7 +256,7 @@ class Follower:
                 "epsilon_max": summary.get("epsilon_max"),
                 "bytes_up": summary.get("bytes_up"),
                 "bytes_down": summary.get("bytes_down"),
-                "played": self._played(run),
+                "played": self._round_rows(run),
                 "failed_rounds": [
                     {key: event.get(key) for key in ("round", "reason")}
                     for event in self.events
@@ -265,28 +265,28 @@ class Follower:
                 "sequence": summary.get("sequence"),
                 "tasks": [
                     {key: event.get(key) for key in ("task", "round", "classes", "right", "count")}
-                    for event in self._of("task")
+                    for event in self._events_of("task")
                 ],
                 "expected_clients": start.get("clients"),
-                "clients": self._clients(run),
+                "clients": self._client_rows(run),
             }
         )
         return shown
 
-    def _played(self, run: Run | None) -> list[dict[str, Any]]:
+    def _round_rows(self, run: Run | None) -> list[dict[str, Any]]:
         """A row for each round, 0 first where it was evaluated."""
         scores = {score["round"]: score for score in run.scores} if run else {}
-        metric = _metric_of(next(iter(self._of("start")), {}))
+        metric = _metric_of(next(iter(self._events_of("start")), {}))
         where = "client_" if run and run.summary["evaluated_on"] == metrics.CLIENTS else ""
         rows = [] if 0 not in scores else [{"round": 0, **_pair_of(scores[0])}]
         keys = ("time", "used", "refused", "train_loss", "bytes_up", "bytes_down", "seconds", "epsilon_max", "classes")
-        for event in self._of("round"):
+        for event in self._events_of("round"):
             about = {key: event.get(key) for key in keys}
             about["metric"] = event.get(where + metric["name"]) if metric else None
             rows.append({"round": event["round"], **_pair_of(scores.get(event["round"], {})), **about})
         return rows
 
-    def _clients(self, run: Run | None) -> dict[str, dict[str, Any]]:
+    def _client_rows(self, run: Run | None) -> dict[str, dict[str, Any]]:
         """Under the names that the report has; scores on a client's records are left out where a guarantee hides them.
 
         A run whose config cannot be read hides them too.

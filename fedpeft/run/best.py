@@ -113,11 +113,11 @@ class Best:
         """The best round of those up to `until`, the earliest of equals; None before the first score."""
         best: int | None = None
         for number, score in self.scores.items():
-            if number <= until and math.isfinite(score) and (best is None or self._beats(score, self.scores[best])):
+            if number <= until and math.isfinite(score) and (best is None or self._is_better(score, self.scores[best])):
                 best = number
         return best
 
-    def _beats(self, score: float, other: float) -> bool:
+    def _is_better(self, score: float, other: float) -> bool:
         return score > other if self.higher else score < other
 
     def is_exhausted(self, until: int) -> bool:

@@ -81,10 +81,10 @@ class Deployed:
             hooks: module name -> what its output goes through.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._evaluating())
-            stack.enter_context(self._with(overlay or {}))
+            stack.enter_context(self._in_evaluation())
+            stack.enter_context(self._with_overlay(overlay or {}))
             if statistics is not None:
-                stack.enter_context(self._normalising(statistics))
+                stack.enter_context(self._with_statistics(statistics))
             for name, change in (hooks or {}).items():
                 stack.callback(self.modules[name].register_forward_hook(_change_output(change)).remove)
             caught = stack.enter_context(catch_inputs(self.head)) if self.head is not None else []
@@ -177,7 +177,7 @@ class Deployed:
         return names
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _in_evaluation(self) -> Iterator[None]:
         # Part by part, as some may be in evaluation mode already, and are to stay so afterwards.
         training = [part for part in self.modules.values() if part.training]
         for part in training:
@@ -189,7 +189,7 @@ class Deployed:
                 part.training = True
 
     @contextmanager
-    def _with(self, overlay: Tensors) -> Iterator[None]:
+    def _with_overlay(self, overlay: Tensors) -> Iterator[None]:
         before = {name: self.tensor(name) for name in overlay}
         try:
             for name, value in overlay.items():
@@ -206,7 +206,7 @@ class Deployed:
             setattr(module, attribute, value)
 
     @contextmanager
-    def _normalising(self, statistics: Statistics) -> Iterator[None]:
+    def _with_statistics(self, statistics: Statistics) -> Iterator[None]:
         try:
             for name, part in self.norms.items():
                 part.__dict__["forward"] = _make_normaliser(name, part, statistics)

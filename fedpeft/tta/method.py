@@ -142,9 +142,9 @@ class TTAMethod(Configured):
     def predict(self, batch: Batch) -> Tensor:
         """Class probabilities [N, K]; changes nothing but `cost`."""
         batch = self.model.moved(batch)
-        good = self._good(batch)
+        good = self._find_good(batch)
         with torch.no_grad():
-            return self._spread(
+            return self._spread_predictions(
                 self._outputs(_take_good(batch, good), learn=False).prediction if good.any() else None, good
             )
 
@@ -162,7 +162,7 @@ class TTAMethod(Configured):
             Probabilities [N, K], and diagnostics: order, rows, mean entropy, distinct classes, changed, reason.
         """
         batch = self.model.moved(batch)
-        good = self._good(batch)
+        good = self._find_good(batch)
         # One pass serves both only where predict comes first and all rows may be learned from.
         if self.config.order == "after" or not good.all() or size(batch) < self.min_batch:
             if self.config.order == "before":
@@ -260,7 +260,7 @@ class TTAMethod(Configured):
         return seeds.torch_generator(self.seed, "tta", self.batches, *path)
 
     def _learn(self, batch: Batch, outputs: Outputs | None) -> None:
-        good = self._good(batch)
+        good = self._find_good(batch)
         if not good.all():
             self.reason = f"{int((~good).sum())} of {len(good)} inputs are not finite"
         elif len(good) < self.min_batch:
@@ -271,14 +271,14 @@ class TTAMethod(Configured):
                 # Draws are numbered by it: a batch that taught nothing must not shift those of the next.
                 self.batches += 1
 
-    def _good(self, batch: Batch) -> Tensor:
+    def _find_good(self, batch: Batch) -> Tensor:
         if not self.ready:
             raise InputError(f"{type(self).__name__} needs source data ({self.needs_source}): call prepare first.")
         if size(batch) == 0:
             raise InputError("batch: it has no rows.")
         return finite_rows(batch)
 
-    def _spread(self, probs: Tensor | None, good: Tensor) -> Tensor:
+    def _spread_predictions(self, probs: Tensor | None, good: Tensor) -> Tensor:
         """Predictions of the finite rows among uniform ones for the others."""
         if probs is not None:
             self.classes = probs.shape[1]

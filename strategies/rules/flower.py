@@ -73,9 +73,9 @@ class FlowerRule(FederatedStrategy):
         if rule not in RULES:
             raise InputError(registry.unknown("strategy.rule", rule, RULES))
         self.needs_start = rule in FROM_START
-        self._build()
+        self._build_rule()
 
-    def _build(self) -> Any:
+    def _build_rule(self) -> Any:
         """A fresh stock strategy: it is never kept, so nothing hides in it."""
         try:
             return getattr(stock, self.config.rule)(**self.config.rule_options)
@@ -87,13 +87,13 @@ class FlowerRule(FederatedStrategy):
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
         current = server.adapter.select(self.uploads(server))
-        rule, keys = self._build(), list(current.tensors)
+        rule, keys = self._build_rule(), list(current.tensors)
         if self.config.rule in FROM_START:
             arrays = _to_arrays(current)
             as_dict = "m_t" in RULES[self.config.rule]
             # Flower's rules keep these in two forms.
             rule.current_arrays = {key: array.numpy() for key, array in arrays.items()} if as_dict else arrays
-        self._restore(rule, server.memory, keys)
+        self._restore_rule(rule, server.memory, keys)
         with _quiet_flower():
             aggregated, _ = rule.aggregate_train(server.round + 1, _to_replies(updates, keys))
         if aggregated is None:
@@ -102,9 +102,9 @@ class FlowerRule(FederatedStrategy):
                 "updates; it needs more of them."
             )
         tensors = {key: torch.from_numpy(aggregated[key].numpy()) for key in keys}
-        return replace(server.with_tensors(tensors), memory={**server.memory, **self._saved(rule, keys)})
+        return replace(server.with_tensors(tensors), memory={**server.memory, **self._save_rule(rule, keys)})
 
-    def _saved(self, rule: Any, keys: list[str]) -> dict[str, Tensor]:
+    def _save_rule(self, rule: Any, keys: list[str]) -> dict[str, Tensor]:
         memory: dict[str, Tensor] = {}
         for name in RULES[self.config.rule]:
             values = getattr(rule, name)
@@ -114,7 +114,7 @@ class FlowerRule(FederatedStrategy):
             memory |= {f"flower/{name}/{key}": torch.tensor(value) for key, value in named.items()}
         return memory
 
-    def _restore(self, rule: Any, memory: dict[str, Tensor], keys: list[str]) -> None:
+    def _restore_rule(self, rule: Any, memory: dict[str, Tensor], keys: list[str]) -> None:
         for name in RULES[self.config.rule]:
             if f"flower/{name}/{keys[0]}" in memory:
                 # A copy: Flower may write into it, and the old state must stay as it is.

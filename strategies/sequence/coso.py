@@ -86,10 +86,11 @@ class FederatedCoSO(ServerBody):
             frozen = B if out else A.T
             if place.task > 0:
                 bases[site] = extended(
-                    bases.get(site), self._protected(old[site], bases.get(site)) if self.sketches else frozen.double()
+                    bases.get(site),
+                    self._add_protected(old[site], bases.get(site)) if self.sketches else frozen.double(),
                 )
                 kept[site + BASIS] = bases[site]
-            P = self._basis(sketch.get(site), bases.get(site), frozen, seed, site, place.task)
+            P = self._basis_outside(sketch.get(site), bases.get(site), frozen, seed, site, place.task)
             tensors[f"{site}/B"] = P if out else torch.zeros_like(B)
             tensors[f"{site}/A"] = torch.zeros_like(A) if out else P.T
             if self.sketches:
@@ -98,12 +99,14 @@ class FederatedCoSO(ServerBody):
         server = remember(fold_into_base(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
 
-    def _protected(self, sketch: Tensor, M: Tensor | None) -> Tensor:
+    def _add_protected(self, sketch: Tensor, M: Tensor | None) -> Tensor:
         """The leading directions of a finished task's sketch outside of what is protected already."""
         S = sketch.double()
         return leading(S if M is None else project(S, M), self.config.eps_th)
 
-    def _basis(self, sketch: Tensor | None, M: Tensor | None, like: Tensor, seed: int, site: str, task: int) -> Tensor:
+    def _basis_outside(
+        self, sketch: Tensor | None, M: Tensor | None, like: Tensor, seed: int, site: str, task: int
+    ) -> Tensor:
         """Orthonormal columns P [d, r] outside of M: the sketch's leading ones, filled up from the seed."""
         r = like.shape[1]
         if sketch is None:

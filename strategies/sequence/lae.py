@@ -33,7 +33,7 @@ class FederatedLAE(ServerBody):
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         if place.task != 1:
             return server
-        return remember(server, {key + OFFLINE: value.clone() for key, value in self._own(server).items()})
+        return remember(server, {key + OFFLINE: value.clone() for key, value in self._own_tensors(server).items()})
 
     def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
         return ("head",) if place.task > 0 and place.before < self.config.frozen_rounds else roles
@@ -43,7 +43,7 @@ class FederatedLAE(ServerBody):
             return server
         # So that a task leaves the same share of the average, however many rounds it has.
         alpha = self.config.retention ** (1 / place.rounds)
-        now, average = self._own(server), recall(server, OFFLINE)
+        now, average = self._own_tensors(server), recall(server, OFFLINE)
         return remember(server, {key + OFFLINE: torch.lerp(now[key], value, alpha) for key, value in average.items()})
 
     def views(self, server: ServerState) -> dict[str, AdapterState]:
@@ -54,6 +54,6 @@ class FederatedLAE(ServerBody):
     def combine(self, scores: dict[str, Tensor]) -> Tensor:
         return torch.stack([value.softmax(-1) for value in scores.values()]).amax(0)
 
-    def _own(self, server: ServerState) -> dict[str, Tensor]:
+    def _own_tensors(self, server: ServerState) -> dict[str, Tensor]:
         """The adapter, without the head that both experts share."""
         return server.adapter.without(("head", "residual_A", "residual_B")).tensors

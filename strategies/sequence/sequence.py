@@ -31,7 +31,7 @@ class TaskSequence(Wrapper):
         super().__init__(inner)
         self.body, self.curriculum, self.compete = body, curriculum, compete
         self.changes_base = self.inner.changes_base or body.folds
-        self._require(name)
+        self._require_body(name)
 
     def begun(self, server: ServerState) -> int:
         """The task that began last; -1 before the first."""
@@ -100,7 +100,7 @@ class TaskSequence(Wrapper):
         after = self.inner.aggregate(server, updates)
         return self.body.after(after.with_tensors(fixed.tensors), self.place(server.round + 1))
 
-    def _require(self, name: str) -> None:
+    def _require_body(self, name: str) -> None:
         lacking = [role for role in self.body.needs if role not in self.trains]
         inside = innermost(self.inner)
         if lacking:
@@ -112,19 +112,19 @@ class TaskSequence(Wrapper):
             raise InputError(
                 f"continual.body={name}: one factor stays as it is for a task, which the rule of strategy "
                 f"{name_of(inside)} cannot do. Strategies that can: "
-                f"{self._able(lambda cls: cls.takes_fixed_factor)}."
+                f"{self._find_able(lambda cls: cls.takes_fixed_factor)}."
             )
         if self.body.needs_still_base and self.inner.changes_base:
             raise InputError(
                 f"continual.body={name}: what a task trains must stay in the factors, but strategy "
                 f"{name_of(inside)} moves it into the base in every round. Strategies that do not: "
-                f"{self._able(lambda cls: not cls.changes_base)}."
+                f"{self._find_able(lambda cls: not cls.changes_base)}."
             )
         if self.body.averages and (self.inner.changes_base or not self.fixed_basis):
             raise InputError(
                 f"continual.body={name}: it averages the factors over rounds, but strategy "
                 f"{name_of(inside)} gives them new coordinates, or another base, in every round. "
-                f"Strategies that do not: {self._able(lambda cls: cls.fixed_basis and not cls.changes_base)}."
+                f"Strategies that do not: {self._find_able(lambda cls: cls.fixed_basis and not cls.changes_base)}."
             )
         self._require_gradients(name)
         if self.keeps:
@@ -160,7 +160,7 @@ class TaskSequence(Wrapper):
                 f"{name_of(needing)} out of strategy.wrap."
             )
 
-    def _able(self, fits: Callable[[type[FederatedStrategy]], bool]) -> str:
+    def _find_able(self, fits: Callable[[type[FederatedStrategy]], bool]) -> str:
         """Names of strategies that fit and, like this one, leave nothing with clients and work on its adapter."""
         found = [(name, registry.load("strategies", name)) for name in registry.names("strategies")]
         return ", ".join(

@@ -99,9 +99,9 @@ class ATP(Wrapper):
         scale: str = option("root", "eta is divided by a tensor's entries to the power 0, 1/2 or 1", choices=SCALES)
 
     def extra(self, server: ServerState) -> dict[str, Tensor]:
-        return {name: value.float() for name, value in self._rates(server).items()}
+        return {name: value.float() for name, value in self._server_rates(server).items()}
 
-    def _rates(self, server: ServerState) -> dict[str, Tensor]:
+    def _server_rates(self, server: ServerState) -> dict[str, Tensor]:
         """a of every trained tensor [1], zero before the first round."""
         return {
             f"{RATES}{key}": server.memory.get(f"{RATES}{key}", torch.zeros(1, dtype=torch.float64))
@@ -111,7 +111,7 @@ class ATP(Wrapper):
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
         updates = same_scale(server, updates)
         after = self.inner.aggregate(server, updates)
-        return replace(after, memory={**after.memory, **self.average_extra(updates, self._rates(server))})
+        return replace(after, memory={**after.memory, **self.average_extra(updates, self._server_rates(server))})
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         adapter, notes = self.inner.offline(server, updates)

@@ -147,10 +147,10 @@ class ClientDP(Wrapper):
 
     def _release(self, server: ServerState, start: AdapterState, updates: list[Update]) -> tuple[Tensor, float | None]:
         """The noised sum, and the noised count where the clip adapts: in the ledger before anything is made of them."""
-        number, kept = server.round + 1, self._kept(server.round + 1)
+        number, kept = server.round + 1, self._kept_path(server.round + 1)
         found = None if kept is None else releases.read(kept, server.adapter)
         if found is None:
-            found = self._noised(start, server, updates)
+            found = self._noise_update(start, server, updates)
             if kept is not None:
                 # Kept before it is counted: after a kill in between the very same bits are taken up and counted.
                 releases.write(kept, server.adapter, *found, history=2 * self.run_config.checkpoint_every + 1)
@@ -161,16 +161,18 @@ class ClientDP(Wrapper):
                 number,
             )
         # Also one that was taken up: the kill may have come before the ledger, which counts a name once.
-        self._reserve(number, self.noise_multiplier, releases.name(*found))
+        self._reserve_release(number, self.noise_multiplier, releases.name(*found))
         return found
 
-    def _kept(self, number: int) -> Path | None:
+    def _kept_path(self, number: int) -> Path | None:
         """Where a release that nobody could make again is kept."""
         if self.context.ledger is None or self.privacy.randomness != "os":
             return None
         return self.context.ledger.parent / f"release-{number:06d}.safetensors"
 
-    def _noised(self, start: AdapterState, server: ServerState, updates: list[Update]) -> tuple[Tensor, float | None]:
+    def _noise_update(
+        self, start: AdapterState, server: ServerState, updates: list[Update]
+    ) -> tuple[Tensor, float | None]:
         clip, z, adaptive = self.clip(server), self.noise_multiplier, self.privacy.adaptive_clip
         total, unclipped = sum_changes(start, same_scale(server, updates), clip)
         source = self.randomness("noise", server.round + 1)
@@ -181,7 +183,7 @@ class ClientDP(Wrapper):
         # One client moves the shifted count by 1/2, so twice s gives a deviation of s.
         return noised, float(add_noise(count, 2 * self.count_noise, COUNT, source))
 
-    def _reserve(self, number: int, z: float, name: str) -> None:
+    def _reserve_release(self, number: int, z: float, name: str) -> None:
         """Count the release of round `number` as made, durably if there is a ledger; the very same one only once.
 
         Raises:

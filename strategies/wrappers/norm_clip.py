@@ -50,7 +50,7 @@ class NormClip(Wrapper):
             if norm > bound
         }
         return [
-            self._shortened(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)
+            self._shorten_update(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)
             for update, norm in zip(updates, norms.tolist(), strict=True)
         ]
 
@@ -72,7 +72,7 @@ class NormClip(Wrapper):
         )
         return flattened(replace(update, adapter=moved), beside)
 
-    def _shortened(self, server: ServerState, update: Update, beside: set[str], back: float) -> Update:
+    def _shorten_update(self, server: ServerState, update: Update, beside: set[str], back: float) -> Update:
         """The update, moved back to what was sent by this share of its way."""
         sent, adapter = self.broadcast(server, update.client), update.adapter
         tensors = {

@@ -85,7 +85,7 @@ class Scaffold(Wrapper):
             )
         self.unequal_ranks = False
 
-    def _controls(self, server: ServerState) -> dict[str, Tensor]:
+    def _server_controls(self, server: ServerState) -> dict[str, Tensor]:
         """c of every tensor that clients send back this round; zero before its first update."""
         shared = server.adapter.select(self.inner.uploads(server)).tensors
         return {
@@ -96,7 +96,7 @@ class Scaffold(Wrapper):
     def extra(self, server: ServerState) -> dict[str, Tensor]:
         return {
             name: value.to(server.adapter[name.removeprefix(CONTROL)].dtype)
-            for name, value in self._controls(server).items()
+            for name, value in self._server_controls(server).items()
         }
 
     def aggregate(self, server: ServerState, updates: list[Update]) -> ServerState:
@@ -110,7 +110,7 @@ class Scaffold(Wrapper):
             for key, value in old.items()
         }
         memory = dict(after.memory)
-        for name, value in self._controls(server).items():
+        for name, value in self._server_controls(server).items():
             total = sum(
                 (update.count * update.adapter.extra[name].double() for update in updates), torch.zeros_like(value)
             )

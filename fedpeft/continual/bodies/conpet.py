@@ -133,7 +133,7 @@ class ConPET(Body):
         everything = {**self.memory["adapters"], **self.parameters}
         return {key.removeprefix(f"{name}/"): value for key, value in everything.items() if key.startswith(f"{name}/")}
 
-    def _experts(self) -> list[Tensors]:
+    def _list_experts(self) -> list[Tensors]:
         found = [self._part(f"expert/{task}") for task in range(self.index + 1)]
         return [part for part in found if part]
 
@@ -141,13 +141,13 @@ class ConPET(Body):
 
     def change(self) -> Change:
         """The newest expert; the learner's own loss does not reach it."""
-        experts = self._experts()
+        experts = self._list_experts()
         return self._view({name: value.detach() for name, value in experts[-1].items()}) if experts else {}
 
     def batch(self, step: int) -> tuple[Inputs, Tensor]:
         if not self.index:
             return super().batch(step)
-        stores = self._stores()
+        stores = self._replay_stores()
         rng = seeds.numpy_generator(self.seed, "replay", self.index, step)
         self.drawn = replay.draw(rng, [len(store) for store in stores], self.train.batch_size)
         return replay.gather(stores, self.drawn)
@@ -157,22 +157,22 @@ class ConPET(Body):
         tasks = torch.from_numpy(self.drawn.tasks) if self.index else torch.zeros(len(labels), dtype=torch.int64)
         stage = next(iter(self.parameters)).partition("/")[0]
         if stage == "selector":
-            return F.cross_entropy(self._logits("selector", inputs) / self.train.temperature, tasks)
-        newest = self._logits(f"expert/{self.index}", inputs)
-        cached = [self._cached(task, tasks) for task in range(self.index)]
+            return F.cross_entropy(self._expert_logits("selector", inputs) / self.train.temperature, tasks)
+        newest = self._expert_logits(f"expert/{self.index}", inputs)
+        cached = [self._cached_logits(task, tasks) for task in range(self.index)]
         with torch.no_grad():
-            choice = self._selection(inputs, tasks if self.config.teacher_forcing else None)
-        scores = union([*cached, newest], self._classes(), choice, classifier.weight.shape[0])
+            choice = self._select_experts(inputs, tasks if self.config.teacher_forcing else None)
+        scores = union([*cached, newest], self._classes_of_tasks(), choice, classifier.weight.shape[0])
         return F.cross_entropy(only(scores, self.seen) / self.train.temperature, labels)
 
-    def _selection(self, inputs: Inputs, forced: Tensor | None = None) -> Tensor:
+    def _select_experts(self, inputs: Inputs, forced: Tensor | None = None) -> Tensor:
         """Which experts are asked, bool [N, experts]."""
-        count, rows = len(self._experts()), len(next(iter(inputs.values())))
+        count, rows = len(self._list_experts()), len(next(iter(inputs.values())))
         if count == 1:
             return torch.ones(rows, 1, dtype=torch.bool)
-        return asked(self._logits("selector", inputs)[:, :count], self.config.top, forced)
+        return asked(self._expert_logits("selector", inputs)[:, :count], self.config.top, forced)
 
-    def _logits(self, name: str, inputs: Inputs) -> Tensor:
+    def _expert_logits(self, name: str, inputs: Inputs) -> Tensor:
         part = self._part(name)
         return F.linear(self.model.features(inputs, self._view(part)), part["weight"], part["bias"])
 
@@ -180,10 +180,10 @@ class ConPET(Body):
         scale = self.config.alpha / self.config.r
         return {layer: low_rank(part[f"{layer}/B"], part[f"{layer}/A"], scale) for layer in self.model.layers}
 
-    def _classes(self) -> list[list[int]]:
+    def _classes_of_tasks(self) -> list[list[int]]:
         return [self.memory["numbers"][f"classes/{task}"] for task in range(self.index + 1)]
 
-    def _stores(self) -> list[Encoded]:
+    def _replay_stores(self) -> list[Encoded]:
         return replay.stores(self.memory["raw"], self.index, self.records())
 
     # The cache of logits ---------------------------------------------------------------------------------------------
@@ -193,19 +193,19 @@ class ConPET(Body):
         cache, numbers = self.memory["statistics"], self.memory["numbers"]
         for expert in range(self.index):
             numbers[f"hash/{expert}"] = weights_hash(self._part(f"expert/{expert}"))
-            for task, data in enumerate(self._stores()):
+            for task, data in enumerate(self._replay_stores()):
                 key = f"logits/{numbers[f'hash/{expert}']}/{task}"
                 if key not in cache:
                     with torch.no_grad():
                         cache[key] = torch.cat(
-                            [self._logits(f"expert/{expert}", inputs) for inputs, _ in self.each_batch(data)]
+                            [self._expert_logits(f"expert/{expert}", inputs) for inputs, _ in self.each_batch(data)]
                         )
 
-    def _cached(self, expert: int, tasks: Tensor) -> Tensor:
+    def _cached_logits(self, expert: int, tasks: Tensor) -> Tensor:
         """Cached logits [N, |C_j|] of an old expert for the batch that was drawn."""
         cache, name = self.memory["statistics"], self.memory["numbers"][f"hash/{expert}"]
         rows = torch.from_numpy(self.drawn.rows)
-        found = torch.empty(len(rows), len(self._classes()[expert]))
+        found = torch.empty(len(rows), len(self._classes_of_tasks()[expert]))
         for task in tasks.unique().tolist():
             found[tasks == task] = cache[f"logits/{name}/{task}"][rows[tasks == task]]
         return found
@@ -214,14 +214,14 @@ class ConPET(Body):
 
     def predict(self, inputs: Inputs, classifier: Classifier) -> Tensor:
         """Scores [N, C]; each expert sees only the rows for which it is asked."""
-        choice, scores = self._selection(inputs), []
+        choice, scores = self._select_experts(inputs), []
         for expert in range(choice.shape[1]):
             rows = choice[:, expert].nonzero().flatten()
-            own = torch.full((len(choice), len(self._classes()[expert])), NOT_ASKED)
+            own = torch.full((len(choice), len(self._classes_of_tasks()[expert])), NOT_ASKED)
             if len(rows):
-                own[rows] = self._logits(f"expert/{expert}", {key: value[rows] for key, value in inputs.items()})
+                own[rows] = self._expert_logits(f"expert/{expert}", {key: value[rows] for key, value in inputs.items()})
             scores.append(own)
-        return union(scores, self._classes(), choice, classifier.weight.shape[0])
+        return union(scores, self._classes_of_tasks(), choice, classifier.weight.shape[0])
 
     def stored(self) -> dict[str, int]:
         """Bytes by kind; after a task the newest expert is in memory and still in `parameters`: it counts once."""

@@ -105,7 +105,7 @@ class CoSO(Body):
         adapters = self.memory["adapters"]
         for layer in self.model.layers:
             W = self.parameters.setdefault(f"{layer}/W", leaf(torch.zeros(*self.model.base.shape(layer))))
-            rows, columns = self._side(W).shape
+            rows, columns = self._turn_side(W).shape
             self.memory["bases"].setdefault(f"{layer}/M", W.new_zeros(rows, 0))
             self.memory["statistics"][f"{layer}/S"] = W.new_zeros(rows, self.config.r2)
             adapters[f"{layer}/P"] = W.new_zeros(rows, self.config.r1)
@@ -132,13 +132,13 @@ class CoSO(Body):
         W, M = self.parameters[f"{layer}/W"], self.memory["bases"][f"{layer}/M"]
         assert W.grad is not None
         # Before anything is made of it: neither directions nor sketch may see protected ones.
-        G = project(self._side(W.grad), M)
+        G = project(self._turn_side(W.grad), M)
         refresh, feed = t % config.refresh == 0, t % (config.sketch_every or config.refresh) == 0
         if refresh or feed:
             draw = self.generator("svd", layer, self.index, t)
             U, sigma = left_singular(G, max(config.r1, config.r2), config.svd, draw)
         if refresh:
-            self._turn(layer, project(U[:, : config.r1], M).to(W.dtype))
+            self._turn_directions(layer, project(U[:, : config.r1], M).to(W.dtype))
         if feed:
             key = f"{layer}/S"
             S, Q = self.memory["statistics"][key] * config.decay, U[:, : config.r2] * sigma[: config.r2]
@@ -148,9 +148,9 @@ class CoSO(Body):
         m.mul_(BETA1).add_(R, alpha=1 - BETA1)
         v.mul_(BETA2).addcmul_(R, R, value=1 - BETA2)
         N = (m / (1 - BETA1 ** (t + 1))) / ((v / (1 - BETA2 ** (t + 1))).sqrt() + EPS)
-        W.sub_(self._side(P @ N), alpha=self.train.lr)
+        W.sub_(self._turn_side(P @ N), alpha=self.train.lr)
 
-    def _turn(self, layer: str, P: Tensor) -> None:
+    def _turn_directions(self, layer: str, P: Tensor) -> None:
         """New directions. A second moment turns as the diagonal of a covariance does, so it stays positive."""
         adapters = self.memory["adapters"]
         if self.config.rotate_moments:
@@ -170,7 +170,7 @@ class CoSO(Body):
             key = f"{layer}/M"
             U = leading(root(statistics[f"{layer}/C"], self.config.r2), self.config.eps_th)
             self.memory["bases"][key] = extend(self.memory["bases"][key], U, self.config.cap)
-            self._keep(layer)
+            self._keep_change(layer)
         for layer, share in self.saturation().items():
             if share > FULL:
                 log.warning(
@@ -193,7 +193,7 @@ class CoSO(Body):
         self.memory = whole
         return kept
 
-    def _keep(self, layer: str) -> None:
+    def _keep_change(self, layer: str) -> None:
         """The change that this task made, whole or as B A with the share that this leaves out."""
         if self.config.deltas == "none":
             return
@@ -208,6 +208,6 @@ class CoSO(Body):
         adapters[f"{name}/A"] = Vt[:rank].to(delta.dtype)
         self.memory["numbers"][f"{name}/residual"] = float(sigma[rank:].norm() / sigma.norm().clamp(min=1e-300))
 
-    def _side(self, value: Tensor) -> Tensor:
+    def _turn_side(self, value: Tensor) -> Tensor:
         """[out, in] to [side, other] or back."""
         return value if self.config.side == "out" else value.T

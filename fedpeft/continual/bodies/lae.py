@@ -73,13 +73,15 @@ class LAE(Body):
     def begin_task(self) -> None:
         if self.index == 0:
             for place, layer in self.places.items():
-                self.parameters |= {f"{place}/{role}": leaf(value) for role, value in self._drawn(place, layer).items()}
+                self.parameters |= {
+                    f"{place}/{role}": leaf(value) for role, value in self._draw_layer(place, layer).items()
+                }
         elif self.index == 1:
             self.memory["adapters"] = {
                 f"offline/{key}": value.detach().clone() for key, value in self.parameters.items()
             }
 
-    def _drawn(self, place: str, layer: str) -> dict[str, Tensor]:
+    def _draw_layer(self, place: str, layer: str) -> dict[str, Tensor]:
         if self.config.form == "prefix":
             shape = (self.config.length, self.sizes[place])
             return {role: 0.02 * torch.randn(*shape, generator=self.generator(role, place)) for role in ("K", "V")}

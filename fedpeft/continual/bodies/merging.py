@@ -65,7 +65,7 @@ class Merging(Body):
         super().__init__(*args, **options)
         registry.load("mergers", self.config.method, "body.method")
         self.merger = make(self.config.method, self.config.method_options, "body.method_options")
-        self._rehearse()
+        self._rehearse_merge()
 
     def begin_task(self) -> None:
         for layer in self.model.layers:
@@ -74,7 +74,7 @@ class Merging(Body):
             self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
 
     def change(self) -> Change:
-        return view(self._adapter(self.parameters)) if self.parameters else {}
+        return view(self._adapter_of(self.parameters)) if self.parameters else {}
 
     def views(self) -> dict[str, Change]:
         merged = self.merged()
@@ -86,7 +86,7 @@ class Merging(Body):
             for key, value in self.memory["adapters"].items()
             if key.startswith("merged/")
         }
-        return self._adapter(tensors) if tensors else None
+        return self._adapter_of(tensors) if tensors else None
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         adapters, numbers = self.memory["adapters"], self.memory["numbers"]
@@ -95,7 +95,7 @@ class Merging(Body):
         if self.index:
             kept = {key.removeprefix("merger/"): value for key, value in adapters.items() if key.startswith("merger/")}
             state = {"numbers": numbers["merger"], "tensors": kept}
-        state = self.merger.add(state, self._adapter(own))
+        state = self.merger.add(state, self._adapter_of(own))
         merged = self.merger.result(state).tensors
         numbers["merger"] = state["numbers"]
         self.memory["adapters"] = {
@@ -109,13 +109,13 @@ class Merging(Body):
             return rows(n, self.config.r, task, self.seed, layer).float()
         return lora.drawn(n, self.config.r, self.generator("A", layer))
 
-    def _adapter(self, tensors: dict[str, Tensor]) -> AdapterState:
+    def _adapter_of(self, tensors: dict[str, Tensor]) -> AdapterState:
         scale = self.config.alpha / self.config.r
         return AdapterState(
             tensors, {layer: AdaptedLayer("lora", self.model.base.shape(layer), scale) for layer in self.model.layers}
         )
 
-    def _rehearse(self) -> None:
+    def _rehearse_merge(self) -> None:
         """Merge two adapters of noise: a merger that cannot take what comes says so before anything was trained."""
         layer, state = self.model.layers[0], self.merger.start()
         for task in range(2):
@@ -123,7 +123,7 @@ class Merging(Body):
             # Not zero, as B starts: a zero product would try nothing of a merger.
             noise = torch.randn(outputs, self.config.r, generator=self.generator("rehearsal", task))
             pair = {f"{layer}/A": self._start(layer, task), f"{layer}/B": noise}
-            state = self.merger.add(state, AdapterState(pair, {layer: self._adapter({}).sites[layer]}))
+            state = self.merger.add(state, AdapterState(pair, {layer: self._adapter_of({}).sites[layer]}))
         self.merger.result(state)
 
 

@@ -55,7 +55,7 @@ class OLoRA(Body):
     def change(self) -> Change:
         scale = self.config.alpha / self.config.r
         return {
-            layer: low_rank(*lora.side_by_side([*lora.past(self, layer), self._pair(layer)]), scale)
+            layer: low_rank(*lora.side_by_side([*lora.past(self, layer), self._factor_pair(layer)]), scale)
             for layer in self.model.layers
             if self.parameters
         }
@@ -64,12 +64,12 @@ class OLoRA(Body):
         terms = []
         if self.index and self.config.lam:
             terms += [
-                self.config.lam * lora.overlap(self._pair(layer)[1], lora.past(self, layer))
+                self.config.lam * lora.overlap(self._factor_pair(layer)[1], lora.past(self, layer))
                 for layer in self.model.layers
             ]
         if self.config.lam2:
             terms += [self.config.lam2 * value.norm() for value in self.parameters.values()]
         return torch.stack(terms).sum() if terms else None
 
-    def _pair(self, layer: str) -> tuple[Tensor, Tensor]:
+    def _factor_pair(self, layer: str) -> tuple[Tensor, Tensor]:
         return self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"]

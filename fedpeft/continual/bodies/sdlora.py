@@ -50,7 +50,7 @@ class SDLoRA(Body):
         kept = self.memory["adapters"]
         for layer in self.model.layers if self.index else ():
             key = f"past/{self.index - 1}/{layer}"
-            kept[f"{key}/B"], new = direction(kept[f"{key}/B"], kept[f"{key}/A"], self._scale())
+            kept[f"{key}/B"], new = direction(kept[f"{key}/B"], kept[f"{key}/A"], self._scale_of())
             before = self.parameters.get(f"{layer}/magnitudes", torch.ones(0))
             self.parameters[f"{layer}/magnitudes"] = leaf(torch.cat([before, new[None]]))
         lora.begin(self, self.config.r, self.index)
@@ -61,10 +61,10 @@ class SDLoRA(Body):
     def _pairs(self, layer: str) -> tuple[Tensor, Tensor]:
         magnitudes = self.parameters.get(f"{layer}/magnitudes", torch.ones(0))
         old = [(magnitude * B, A) for magnitude, (B, A) in zip(magnitudes, lora.past(self, layer), strict=True)]
-        new = self._scale() * self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"]
+        new = self._scale_of() * self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"]
         return lora.side_by_side([*old, new])
 
-    def _scale(self) -> float:
+    def _scale_of(self) -> float:
         return float(self.config.alpha / self.config.r)
 
 

@@ -71,7 +71,7 @@ class RanPAC(Head):
 
     def statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         features = features.double()
-        hidden, one_hot = self._hidden(features), F.one_hot(labels, self.classes).double()
+        hidden, one_hot = self._project_features(features), F.one_hot(labels, self.classes).double()
         held = self.held_out(features)
         found: dict[str, Tensor] = {}
         for name, rows in zip(FOLDS, (~held, held), strict=True):
@@ -89,16 +89,16 @@ class RanPAC(Head):
         self.known = [label for label in self.seen if count[label] > 0]
         gram = self.sums["fit/gram"] + self.sums["held/gram"]
         cross = self.sums["fit/cross"] + self.sums["held/cross"]
-        self.ridge = self.config.ridge or self._chosen()
+        self.ridge = self.config.ridge or self._choose_ridge()
         self.solution = _solve_ridge(gram, cross, self.ridge)
 
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
-        return only(self._hidden(features.double()) @ self.solution, self.known)
+        return only(self._project_features(features.double()) @ self.solution, self.known)
 
-    def _hidden(self, features: Tensor) -> Tensor:
+    def _project_features(self, features: Tensor) -> Tensor:
         return (features @ self.projection).relu()
 
-    def _chosen(self) -> float:
+    def _choose_ridge(self) -> float:
         """The ridge with the smallest squared error on the held-out fold."""
         gram, cross = self.sums["held/gram"], self.sums["held/cross"]
         errors = []

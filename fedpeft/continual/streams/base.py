@@ -87,7 +87,7 @@ class StreamSource(Configured):
         Args:
             validation: test on a fifth of the training set, and leave the test set alone.
         """
-        found = self._material(seed, validation)
+        found = self._material_of(seed, validation)
         more = {"options": asdict(self.config), "validation": validation, "label_names": found.label_names}
         made = stream.build(self.manifest(found, seed, **more), found.train, found.test)
         return Prepared(made, found.base, found.layers)
@@ -105,10 +105,10 @@ class StreamSource(Configured):
             raise InputError(f"{path}: not the manifest of a registered stream: {error}") from error
         if name != self.name:
             raise InputError(f"{path}: it is a manifest of the stream {name}, not of {self.name}.")
-        found = type(self)(**options)._material(seed, validation)
+        found = type(self)(**options)._material_of(seed, validation)
         return Prepared(stream.load(path, found.train, found.test), found.base, found.layers)
 
-    def _material(self, seed: int, validation: bool) -> Material:
+    def _material_of(self, seed: int, validation: bool) -> Material:
         found = self.records(seed)
         return held_out(found, seed) if validation else found
 

@@ -50,7 +50,7 @@ class WordNet(StreamSource):
             "max_length": self.config.max_length,
             "lower": LOWER,
         }
-        found = cache.tensors(f"layer{LOWER}", "wordnet", settings, lambda: self._lower(base), also=("minilm",))
+        found = cache.tensors(f"layer{LOWER}", "wordnet", settings, lambda: self._lower_states(base), also=("minilm",))
         train, test = (
             Encoded(
                 {"inputs_embeds": found[f"{which}/hidden"], "attention_mask": found[f"{which}/mask"].long()},
@@ -60,7 +60,7 @@ class WordNet(StreamSource):
         )
         return Material(train, test, upper_half(base), LAYERS)
 
-    def _lower(self, base: Base) -> dict[str, Tensor]:
+    def _lower_states(self, base: Base) -> dict[str, Tensor]:
         """Hidden states of all chosen records after the lower layers."""
         half = lower_half(base)
         found: dict[str, Tensor] = {}

@@ -114,12 +114,12 @@ class GrpcLink:
             return getattr(stub, method)(request, metadata=flower.identity(self.key, shift_s), timeout=within_s)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                self._renew(channel)
+                self._renew_channel(channel)
             raise Failure(error.code().name, str(error.details())) from error
         except ValueError as error:  # another thread has closed the channel meanwhile
             raise Failure("CANCELLED", str(error)) from error
 
-    def _renew(self, stale: grpc.Channel) -> None:
+    def _renew_channel(self, stale: grpc.Channel) -> None:
         with self.lock:
             if self.channel is stale:
                 self.channel = self._open()

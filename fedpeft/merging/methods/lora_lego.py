@@ -68,13 +68,13 @@ class LoRALego(Merger):
             units, k = A.shape[0], self.config.k or numbers["ranks"][site]
             if k > units:
                 raise InputError(f"lora_lego: k={k}: {site} has only {units} units, the sum of the adapters' ranks.")
-            B, A = centroids(B, A, self._clusters(torch.cat([A, B.T], dim=1), k, site))
+            B, A = centroids(B, A, self._cluster_units(torch.cat([A, B.T], dim=1), k, site))
             if self.config.scale_output:
                 B = B * (units / numbers["count"] / k) ** 0.5
             tensors[f"{site}/B"], tensors[f"{site}/A"] = B, A
         return tensors
 
-    def _clusters(self, units: Tensor, k: int, site: str) -> Tensor:
+    def _cluster_units(self, units: Tensor, k: int, site: str) -> Tensor:
         """Cluster number of each unit, from 0 without gaps; equal units share a cluster, so there may be fewer than k.
 
         Where k is the number of units each has a cluster of its own, also equal ones: their sum is the product.

@@ -73,9 +73,9 @@ class Reversible(Merger):
     def finish(self, state: State) -> Tensors:
         store = self.store(state)
         if self.config.index is not None:
-            return self._recovered(state, store, self.config.index)
+            return self._recover_state(state, store, self.config.index)
         count, tensors = state["numbers"]["count"], {}
-        each = [self._recovered(state, store, index) for index in range(count)]
+        each = [self._recover_state(state, store, index) for index in range(count)]
         for site in sites_of(state):
             Bs, As = ([one[f"{site}/{role}"] for one in each] for role in "BA")
             tensors[f"{site}/B"], tensors[f"{site}/A"] = lowrank.compress(*lowrank.stack(Bs, As, [1.0] * count))
@@ -87,7 +87,7 @@ class Reversible(Merger):
         Raises:
             InputError: there is no such adapter.
         """
-        return assemble(state, self._recovered(state, self.store(state), index))
+        return assemble(state, self._recover_state(state, self.store(state), index))
 
     def store(self, state: State) -> Tensors:
         """`site/role/mean` [d, r], `/basis` [d, r, p] and `/coefficients` [d, p, n] of the d positions of each factor.
@@ -118,7 +118,7 @@ class Reversible(Merger):
             f"factors {(error / total) ** 0.5 if total else 0.0:.3g}"
         ]
 
-    def _recovered(self, state: State, store: Tensors, index: int) -> Tensors:
+    def _recover_state(self, state: State, store: Tensors, index: int) -> Tensors:
         count = state["numbers"]["count"]
         if not 0 <= index < count:
             raise InputError(f"reversible: index={index}: there are {count} adapters, numbered from 0.")

@@ -79,15 +79,17 @@ class Trackers:
                 self.told[name] = Told(folder / "told.json")
                 self.working[name] = made(folder, run.resolve().name, config, after)
 
-            self._attempt(name, start)
+            self._attempt_act(name, start)
 
     def tell(self, event: Event) -> None:
         """Pass an event's numbers on."""
         values = numbers(event) if event["event"] in NUMBERS else {}
         for name, tracker in list(self.working.items()):
-            self._attempt(name, partial(self._tell, tracker, self.told[name], values, event.get("round", 0)))
+            self._attempt_act(
+                name, partial(self._tell_tracker, tracker, self.told[name], values, event.get("round", 0))
+            )
 
-    def _tell(self, tracker: Tracker, told: Told, values: dict[str, float], step: int) -> None:
+    def _tell_tracker(self, tracker: Tracker, told: Told, values: dict[str, float], step: int) -> None:
         fresh = values if tracker.forgets else told.unknown(values, step)
         if fresh:
             tracker.log_numbers(fresh, step)
@@ -95,17 +97,17 @@ class Trackers:
 
     def take(self, run: Path) -> None:
         """Pass on what a finished run has left."""
-        self._all(lambda tracker: tracker.log_files(run))
+        self._act_on_all(lambda tracker: tracker.log_files(run))
 
     def close(self, failed: bool) -> None:
         """End all."""
-        self._all(lambda tracker: tracker.close(failed))
+        self._act_on_all(lambda tracker: tracker.close(failed))
 
-    def _all(self, act: Callable[[Tracker], None]) -> None:
+    def _act_on_all(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.working.items()):
-            self._attempt(name, partial(act, tracker))
+            self._attempt_act(name, partial(act, tracker))
 
-    def _attempt(self, name: str, act: Callable[[], None]) -> None:
+    def _attempt_act(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as error:  # of any kind: another program's, its disk's, its server's

@@ -258,13 +258,13 @@ class Audit:
             return [plan.noised_mean(plan.clipped_sum(values), source) for values in sets]
 
         worst = []
-        starts = (self.start, self._enlarged())
-        cases = [self._cases(start) for start in starts]
+        starts = (self.start, self._enlarge_weights())
+        cases = [self._find_cases(start) for start in starts]
         for engine in self.engines:
             found = [
                 audit.sensitivity(
                     "sensitivity" if engine == "alone" else "sensitivity in a cohort",
-                    self._asked(engine, start, source),
+                    self._make_stepper(engine, start, source),
                     replace(self.plan, clip=scale * self.plan.clip),
                     some,
                     rounding,
@@ -275,19 +275,19 @@ class Audit:
             worst.append(max(found, key=lambda check: (math.isnan(check.measured), check.measured)))
         return [*worst, audit.sensitivity("sensitivity of clipping", bare, self.plan, gradients(self.plan.clip))]
 
-    def _asked(
+    def _make_stepper(
         self, engine: str, start: AdapterState, source: Randomness
     ) -> Callable[[Plan, list[Encoded]], list[Tensor]]:
         return lambda plan, sets: self.steps(engine, plan, sets, start, source)
 
-    def _cases(self, start: AdapterState) -> list[tuple[Encoded, list[Encoded]]]:
+    def _find_cases(self, start: AdapterState) -> list[tuple[Encoded, list[Encoded]]]:
         self.local.model.write(start)
         self.local.model.base.backbone.eval()
         found = list(neighbours(self.local.model, self.data, 2 * self.config.client.batch_size + 1))
         self.local.model.write(self.start)
         return found
 
-    def _enlarged(self) -> AdapterState:
+    def _enlarge_weights(self) -> AdapterState:
         """Random adapter weights (no factor is zero), and a head so sure of itself that right answers weigh nothing."""
         generator = torch_generator(0, "audit", "weights")
         new = {}

@@ -105,12 +105,14 @@ class Rounds:
         some, rounds = self.clients[: FEW[0]], rounds_of(self.config)
         still = Way("still", self.clients, rounds, {"sample_rate": 0.0})
         real = Way("real", some, min(FEW[1], rounds), {})
-        quiet = Way("quiet", some, min(FEW[1], rounds), {"noise_multiplier": 0.0, "clip": self._cutting()}, loud=True)
+        quiet = Way(
+            "quiet", some, min(FEW[1], rounds), {"noise_multiplier": 0.0, "clip": self._choose_clip()}, loud=True
+        )
         blocks, draws, seen, off = [], [], [], 0.0
         for engine in self.engines:
             rows = []
             for way in (real, still):
-                runs = [self.run(engine, way, number) for number in range(self._runs(way))]
+                runs = [self.run(engine, way, number) for number in range(self._count_runs(way))]
                 found = [[[self.noise_of(one, way) for one in line] for line in run] for run in runs]
                 blocks.append(
                     NoiseBlock(
@@ -145,17 +147,17 @@ class Rounds:
                 "distance of a step without noise from the clipped mean computed here, over clip / expected batch "
                 "and record; worst step",
             ),
-            *noise(blocks, self._sizes()),
+            *noise(blocks, self._sizes_kept()),
             *audit.sampler(draws),
             *self.coverage(),
             *judged(seen, self.plans, self.config),
         ]
 
-    def _sizes(self) -> dict[str, int]:
+    def _sizes_kept(self) -> dict[str, int]:
         kept = self.moving.split(list(self.sizes.values()))
         return {key: int(part.sum()) for key, part in zip(self.sizes, kept, strict=True) if bool(part.any())}
 
-    def _runs(self, way: Way) -> int:
+    def _count_runs(self, way: Way) -> int:
         rows = max(ROWS, -(-VALUES // int(self.moving.sum())))
         return max(1, -(-rows // (len(way.clients) * way.rounds * self.steps)))
 
@@ -198,12 +200,12 @@ class Rounds:
             for client, one in zip(way.clients, sent, strict=True)
         ]
 
-    def _cutting(self) -> float:
+    def _choose_clip(self) -> float:
         """A clip that about half of the records of a loud adapter pass by a factor of two."""
         [(client, received, told)] = self.requests(Way("", self.clients[:1], 1, {}, loud=True), 1)
         start, _ = self.local.compose(client, received, told, before=1)
         mine = self.origins[client][:32]
-        rows = self._gradients(client, mine, self._flat(start), self.plans[client])
+        rows = self._gradients_at(client, mine, self._flatten_state(start), self.plans[client])
         norm = float(torch.linalg.vector_norm(rows, dim=1).nan_to_num(0.0, 0.0, 0.0).median())
         return min(self.plans[client].clip, norm / 2) or self.plans[client].clip
 
@@ -213,7 +215,7 @@ class Rounds:
         """The noise of a round's steps in its standard deviation [steps, values]; of a step that is left out, zeros."""
         plan = self.plans[one.client]
         rows = [
-            (self._added(one, step) - self._mean(one, step, plan if way.name == "real" else None))
+            (self._find_added(one, step) - self._mean(one, step, plan if way.name == "real" else None))
             * (plan.expected_batch / (plan.noise_multiplier * plan.clip))
             for step in one.steps[: self.steps]
         ]
@@ -227,7 +229,7 @@ class Rounds:
         """
         plan = replace(self.plans[one.client], **way.changed)  # type: ignore[arg-type]
         errors = [
-            float((self._added(one, step) - self._mean(one, step, plan))[self.moving].norm())
+            float((self._find_added(one, step) - self._mean(one, step, plan))[self.moving].norm())
             * plan.expected_batch
             / plan.clip
             / max(1, len(step.drawn))
@@ -242,7 +244,7 @@ class Rounds:
             np.add.at(row, np.searchsorted(self.origins[one.client], step.drawn), 1.0)
         return counts
 
-    def _added(self, one: Seen, step: Step) -> Tensor:
+    def _find_added(self, one: Seen, step: Step) -> Tensor:
         """A step's private gradient: what the optimizer got without the pulls that strategies add to it."""
         if len(step.released) != len(self.moving):
             return torch.full((len(self.moving),), math.nan, dtype=torch.float64)
@@ -264,13 +266,13 @@ class Rounds:
         if plan is None or len(step.drawn) == 0 or len(step.before) != len(total):
             return total
         for part in np.array_split(step.drawn, -(-len(step.drawn) // 64)):
-            rows = self._gradients(one.client, part, step.before, plan)
+            rows = self._gradients_at(one.client, part, step.before, plan)
             norms = torch.linalg.vector_norm(rows, dim=1)
             factors = torch.where(norms < 1e30, (plan.clip / (norms + 1e-6)).clamp(max=1.0), 0.0)
             total += factors @ rows.masked_fill(factors[:, None] == 0, 0.0)
         return total / plan.expected_batch
 
-    def _gradients(self, client: str, numbers: np.ndarray, values: Tensor, plan: Plan) -> Tensor:
+    def _gradients_at(self, client: str, numbers: np.ndarray, values: Tensor, plan: Plan) -> Tensor:
         """Per-sample gradients [N, P] in float64 at these values [P]."""
         model, data = self.local.model, self.local.train_data[client]
         parameters = model.train_roles(self.told.trains)
@@ -290,7 +292,7 @@ class Rounds:
         model.base.backbone.eval()
         return rows.double().cpu()
 
-    def _flat(self, state: AdapterState) -> Tensor:
+    def _flatten_state(self, state: AdapterState) -> Tensor:
         form = self.local.model.form.select(self.told.trains).tensors
         return torch.cat([padded(state[key], value).flatten() for key, value in form.items()])
 
@@ -308,16 +310,16 @@ class Rounds:
             before = self._tensors()
             [one] = round_of(local, "alone", watch, requests)
         after = self._tensors()
-        trains = {name for name, value in self._named() if value.requires_grad}
+        trains = {name for name, value in self._named_parameters() if value.requires_grad}
         return audit.coverage(before, after, trains, min((len(step.released) for step in one.steps), default=0))
 
-    def _named(self) -> Iterable[tuple[str, Tensor]]:
+    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         for index, module in enumerate(self.local.model.base.modules):
             for name, value in [*module.named_parameters(), *module.named_buffers()]:
                 yield f"{index}.{name}", value
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self._named()}
+        return {name: value.detach().clone() for name, value in self._named_parameters()}
 
 
 def loud(sent: AdapterState, trains: tuple[str, ...]) -> AdapterState:

@@ -107,7 +107,7 @@ class Watch:
         self.open = ExitStack()
         self.open.enter_context(mock.patch.object(cohort, "Chunk", NamedPart))
         self.open.enter_context(without_dropout())
-        self.open.callback(register_optimizer_step_pre_hook(self._note).remove)
+        self.open.callback(register_optimizer_step_pre_hook(self._note_step).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,19 +118,19 @@ class Watch:
         found, self.steps = dict(self.steps), defaultdict(list)
         return found
 
-    def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         slopes = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
         if self.rows:
             for client, before, slope in zip(self.rows, parameters[0].detach(), slopes[0], strict=False):
-                self._add(client, before, slope)
+                self._add_step(client, before, slope)
         else:
-            self._add(
+            self._add_step(
                 self.current,
                 *(torch.cat([value.detach().flatten() for value in values]) for values in (parameters, slopes)),
             )
 
-    def _add(self, client: str, before: Tensor, released: Tensor) -> None:
+    def _add_step(self, client: str, before: Tensor, released: Tensor) -> None:
         drawn, mask = self.data[client].forget() if client in self.data else (np.empty(0, dtype=np.int64), None)
         self.steps[client].append(Step(before.clone(), released.clone(), drawn, mask))
 
@@ -181,12 +181,12 @@ class Probe(Guard):
         return super().source(client, number, *purpose)
 
     def afford(self, account: str, number: int, request: str, plan: Plan, sums: float | None = None) -> None:
-        super().afford(account, number, request, self._original(account, plan), sums)
+        super().afford(account, number, request, self._original_of(account, plan), sums)
 
     def spend(self, account: str, number: int, release: str, plan: Plan, sums: float | None = None) -> None:
-        super().spend(account, number, release, self._original(account, plan), sums)
+        super().spend(account, number, release, self._original_of(account, plan), sums)
 
-    def _original(self, account: str, plan: Plan) -> Plan:
+    def _original_of(self, account: str, plan: Plan) -> Plan:
         return replace(plan, **self.originals[client_of(account)])  # type: ignore[arg-type]
 
 

@@ -64,7 +64,7 @@ class EAR(GradientMethod):
         self._names()  # refuse an empty set now, not when the first domain turns up
 
     def _prepare(self, source: Encoded) -> dict[str, Any]:
-        features = torch.cat([self._features(self.forward(batch)) for batch, _ in source_batches(source)])
+        features = torch.cat([self._detached_features(self.forward(batch)) for batch, _ in source_batches(source)])
         draws = seeds.torch_generator(self.seed, "tta", "ear")
         width, bits = features.shape[1], self.config.bits
         found = {
@@ -79,13 +79,13 @@ class EAR(GradientMethod):
         return {"branches": []}
 
     @staticmethod
-    def _features(outputs: Outputs) -> Tensor:
+    def _detached_features(outputs: Outputs) -> Tensor:
         assert outputs.features is not None  # there is a head
         return outputs.features.detach()
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         plain, branches = self.forward(batch), self.memory["branches"]
-        code = codes(self._features(plain), self.prepared).sum(0)
+        code = codes(self._detached_features(plain), self.prepared).sum(0)
         known = [self.prepared["source"], *(branch["code"] for branch in branches)]
         full = len(branches) >= self.config.domains
         place, _ = route(code, known, -1.0 if full else self.config.threshold)

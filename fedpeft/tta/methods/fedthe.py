@@ -135,7 +135,7 @@ class TestTimeFedTHE(TTAMethod):
         weights = mixing(heads, far, config.steps, config.lr)
         if config.memo_steps:
             heads = torch.stack(
-                [self._tuned(take(batch, torch.tensor([row])), row, weights[row]) for row in range(size(batch))]
+                [self._tune_one(take(batch, torch.tensor([row])), row, weights[row]) for row in range(size(batch))]
             )
         logits = (weights[:, :, None] * heads).sum(1)
         return Outputs(logits, features, None, {"history": history, "weights": weights})
@@ -147,7 +147,7 @@ class TestTimeFedTHE(TTAMethod):
         self.memory = {"seen": self.memory["seen"] + len(outputs.logits), "history": last.clone()}
         return None
 
-    def _tuned(self, sample: Batch, row: int, weights: Tensor) -> Tensor:
+    def _tune_one(self, sample: Batch, row: int, weights: Tensor) -> Tensor:
         """Logits [2, K] of both heads for one sample after the steps on its views; the last finite ones."""
         config = self.config
         draws = seeds.torch_generator(self.seed, "tta", "views", self.memory["seen"] + row)
@@ -157,15 +157,15 @@ class TestTimeFedTHE(TTAMethod):
             views = join([augment(config.augment, sample, draws) for _ in range(config.views)])
             leaves: dict[str, Tensor] = {name: torch.nn.Parameter(value) for name, value in moved.items()}
             with torch.enable_grad():
-                heads = self._both(views, leaves, graph=True)
+                heads = self._both_logits(views, leaves, graph=True)
                 loss = scores.marginal_entropy((weights[:, None] * heads).sum(1))
             gradients = self.gradients(loss, leaves)
             if not all(bool(value.isfinite().all()) for value in gradients.values()):
                 break
             moved = optim.step("sgd", moved, gradients, optim.fresh(), config.memo_lr)
-        return self._both(sample, moved)[0]
+        return self._both_logits(sample, moved)[0]
 
-    def _both(self, batch: Batch, tensors: dict[str, Tensor], graph: bool = False) -> Tensor:
+    def _both_logits(self, batch: Batch, tensors: dict[str, Tensor], graph: bool = False) -> Tensor:
         """Logits [N, 2, K] of the global and the personal head, all tensors being these."""
         body = {name: value for name, value in tensors.items() if not name.startswith("personal/")}
         outputs = self.forward(batch, body, graph=graph)

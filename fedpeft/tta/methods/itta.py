@@ -84,7 +84,7 @@ class ITTA(GradientMethod):
         config, names = self.config, self._names()
         width = self.model.require_head().in_features
         f = {"w": torch.ones(config.depth, width), "b": torch.zeros(config.depth, width)}
-        device, channels = self.model.tensor(names[0]).device, self._channels(source)
+        device, channels = self.model.tensor(names[0]).device, self._channels_of(source)
         f, moments = {name: value.to(device) for name, value in f.items()}, optim.fresh()
         for number in range(config.align_steps):
             draws = seeds.numpy_generator(self.seed, "tta", "itta", number)
@@ -93,7 +93,7 @@ class ITTA(GradientMethod):
             leaves, weights = self.leaves(self.model.tensors(names)), self.leaves(f)
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
                 plain = self.forward(batch, leaves, self.statistics(batch), graph=True)
-                mixed = self.forward(batch, leaves, self.statistics(batch), hooks=self._mix(draws), graph=True)
+                mixed = self.forward(batch, leaves, self.statistics(batch), hooks=self._mix_styles(draws), graph=True)
             loss = F.cross_entropy(plain.logits, labels) + F.cross_entropy(mixed.logits, labels)
             gap = alignment(
                 consistency(weights, _features_of(mixed) - _features_of(plain)), loss, list(leaves.values())
@@ -101,7 +101,7 @@ class ITTA(GradientMethod):
             f = optim.step("adam", f, self.gradients(gap, weights), moments, config.align_lr)
         return {"f": f, "channels": channels}
 
-    def _channels(self, source: Encoded) -> dict[str, int]:
+    def _channels_of(self, source: Encoded) -> dict[str, int]:
         found: dict[str, int] = {}
 
         def seen(name: str) -> Callable[[Tensor], Tensor]:
@@ -123,7 +123,7 @@ class ITTA(GradientMethod):
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         leaves = self.leaves() if learn else self.memory["student"]
-        outputs = self.forward(batch, None, self.statistics(batch), hooks=self._scaled(leaves), graph=learn)
+        outputs = self.forward(batch, None, self.statistics(batch), hooks=self._make_residuals(leaves), graph=learn)
         outputs.extra["leaves"] = leaves
         return outputs
 
@@ -131,15 +131,15 @@ class ITTA(GradientMethod):
         if size(batch) < 2:
             return "one sample has no other to mix with"
         leaves, draws = outputs.extra["leaves"], seeds.numpy_generator(self.seed, "tta", self.batches, "mix")
-        scaled, mix = self._scaled(leaves), self._mix(draws)
+        scaled, mix = self._make_residuals(leaves), self._mix_styles(draws)
         hooks = {name: _chain_changes(scaled[name], mix[name]) if name in mix else scaled[name] for name in self.blocks}
         mixed = self.forward(batch, None, self.statistics(batch), hooks=hooks, graph=True)
         return self.descend(consistency(self.prepared["f"], _features_of(mixed) - _features_of(outputs)), leaves)
 
-    def _scaled(self, theta: dict[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+    def _make_residuals(self, theta: dict[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
         return {name: _make_residual(theta[f"{name}/w"], theta[f"{name}/b"]) for name in self.blocks}
 
-    def _mix(self, draws: np.random.Generator) -> dict[str, Callable[[Tensor], Tensor]]:
+    def _mix_styles(self, draws: np.random.Generator) -> dict[str, Callable[[Tensor], Tensor]]:
         """MixStyle after the first or the second block."""
         name = self.blocks[int(draws.integers(min(2, len(self.blocks))))]
         return {name: lambda hidden: mix_style(hidden, draws)}

@@ -55,11 +55,11 @@ class MEMO(GradientMethod):
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         start = self._start()
-        rows = [self._one(take(batch, torch.tensor([row])), row, start) for row in range(size(batch))]
+        rows = [self._answer_one(take(batch, torch.tensor([row])), row, start) for row in range(size(batch))]
         features = [row.features for row in rows if row.features is not None]
         return Outputs(torch.cat([row.logits for row in rows]), torch.cat(features) if features else None)
 
-    def _one(self, sample: Batch, row: int, start: dict[str, Tensor]) -> Outputs:
+    def _answer_one(self, sample: Batch, row: int, start: dict[str, Tensor]) -> Outputs:
         """The answer for one sample; the source's where the step is not finite."""
         config, draws = self.config, self.generator("views", row)
         views = join([augment(config.augment, sample, draws) for _ in range(config.views)])

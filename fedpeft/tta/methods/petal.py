@@ -63,10 +63,10 @@ class PETAL(MeanTeacher):
         return "labels"
 
     def _prepare(self, source: Encoded) -> dict[str, Any]:
-        self.prepared = self._swag(source)
+        self.prepared = self._fit_swag(source)
         return {**self.prepared, **super()._prepare(source)}
 
-    def _swag(self, source: Encoded) -> dict[str, Any]:
+    def _fit_swag(self, source: Encoded) -> dict[str, Any]:
         config, start, moments = self.config, self.model.tensors(self._names()), optim.fresh()
         student = start
         moved = {name: torch.zeros_like(value) for name, value in start.items()}  # means of theta - start: no

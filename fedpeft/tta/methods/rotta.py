@@ -71,7 +71,7 @@ class RoTTA(GradientMethod):
         }
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
-        return self.forward(batch, self.memory["teacher"], self._fixed())
+        return self.forward(batch, self.memory["teacher"], self._fixed_norm())
 
     def _update(self, batch: Batch, outputs: Outputs) -> str | None:
         # Values are replaced and never changed in place, so a shallow copy is enough to go back to.
@@ -118,7 +118,7 @@ class RoTTA(GradientMethod):
         self.memory |= {"moving": moving, "student_moving": student_moving}
         return None
 
-    def _fixed(self) -> Statistics | None:
+    def _fixed_norm(self) -> Statistics | None:
         moving = self.memory["moving"]
         if not moving:
             return None
