@@ -16,8 +16,8 @@ from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.privacy import checks
 from fedpeft.privacy import plan as plans
-from fedpeft.privacy.accounting import Release, composed
-from fedpeft.privacy.ledger import TASK, Budget, Entry, Ledger, accounts_in, accounts_of, client_of, exposures
+from fedpeft.privacy.accounting import Release, compose_epsilon
+from fedpeft.privacy.ledger import TASK, Budget, Entry, Ledger, accounts_in, accounts_of, client_of, list_exposures
 from fedpeft.privacy.noise import OperatingSystem, Randomness, Seeded
 from fedpeft.privacy.plan import Plan
 from fedpeft.state import AdapterState
@@ -86,7 +86,7 @@ class Guard:
         bounds = self.policy(client)
         records = self.records(client) or count()
         sums = sums_of_a_task(self.config)  # a task's account has them beside the steps of its rounds
-        plan = plans.make(self.config.privacy, self.config.client, self.rounds, records, sums)
+        plan = plans.make_plan(self.config.privacy, self.config.client, self.rounds, records, sums)
         if bounds is not None:
             bounds.require_noise(plan.noise_multiplier)
         return plan
@@ -192,8 +192,8 @@ class Guard:
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {
                 "epsilon": max(
-                    composed(tuple(entry.release for entry in found), privacy.delta, privacy.accountant)
-                    for found in exposures(accounts)
+                    compose_epsilon(tuple(entry.release for entry in found), privacy.delta, privacy.accountant)
+                    for found in list_exposures(accounts)
                 ),
                 "delta": privacy.delta,
                 "steps": sum(entry.steps for entry in steps),
@@ -204,14 +204,14 @@ class Guard:
         return table
 
 
-def fingerprint(received: AdapterState, told: Instructions) -> str:
+def hash_request(received: AdapterState, told: Instructions) -> str:
     """Hash of a request: the same one is answered with the same update, at no further cost."""
     # Sorted: a hash must not hang on the order in which keys were written.
     text = json.dumps(told.to_json(), sort_keys=True) + received.sha256()
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def release(request: str, update: AdapterState) -> str:
+def name_release(request: str, update: AdapterState) -> str:
     """The name of a release in the ledger: a hash of the request and of every bit that answers it."""
     return hashlib.sha256((request + update.sha256()).encode()).hexdigest()
 

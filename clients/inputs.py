@@ -25,7 +25,7 @@ UNKNOWN = -1  # beside 0 and 1: whether the model can take a record has not been
 Looks = WeakKeyDictionary[Stored, np.ndarray]  # of each storage, int8 [N]
 
 
-def drawn(model: Adapted, like: Encoded, length: int) -> Encoded:
+def draw_records(model: Adapted, like: Encoded, length: int) -> Encoded:
     """Records from a public seed, texts of unequal lengths.
 
     Args:
@@ -71,7 +71,7 @@ def verify_gradients(model: Adapted, like: Encoded, roles: tuple[str, ...], leng
     """
     parameters = model.train_roles(roles)
     device = next(iter(parameters.values())).device
-    made = drawn(model, like, length)
+    made = draw_records(model, like, length)
     batch, labels = on_device(made, np.arange(len(made)), device)
     model.training_mode()
     with first_token(model, made):
@@ -97,7 +97,7 @@ def words_of(model: Adapted) -> int:
     return agreement.rows_of(model.base.backbone) or 0
 
 
-def usable(model: Adapted, data: Encoded, looks: Looks | None = None) -> Encoded:
+def find_usable(model: Adapted, data: Encoded, looks: Looks | None = None) -> Encoded:
     """The records that the model can take: numbers that are finite, tokens that it knows, labels of its classes.
 
     Each is looked at alone, so one more record moves nobody else's place. One that is left out counts as one whose

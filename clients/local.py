@@ -23,19 +23,19 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients import inputs, scoring, sequence, test_time
 from fedpeft.clients.asked import Own
-from fedpeft.clients.cohort.engine import Done, Job, cannot, train_cohort
-from fedpeft.clients.guard import Guard, fingerprint, release
-from fedpeft.clients.opened import Answer, Opened, unlike
+from fedpeft.clients.cohort.engine import Done, Job, train_cohort, why_not_cohort
+from fedpeft.clients.guard import Guard, hash_request, name_release
+from fedpeft.clients.opened import Answer, Opened, why_unlike
 from fedpeft.clients.policy import Refused
 from fedpeft.clients.rates import Clock
-from fedpeft.clients.spending import Spending, discreet
+from fedpeft.clients.spending import Spending, hide_spending
 from fedpeft.clients.store import MOMENTS, Store, moments_of
 from fedpeft.clients.train import Private, train
 from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdapterState
-from fedpeft.strategies.client import ClientHalf, Visit, halves
+from fedpeft.strategies.client import ClientHalf, Visit, client_halves
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.sequence.sequence import TaskSequence, find_sequence
 
@@ -84,7 +84,7 @@ class Local:
     @cached_property
     def halves(self) -> list[ClientHalf]:
         """What the methods of this process's own config do at a client beside training."""
-        return halves(self.own.strategy)
+        return client_halves(self.own.strategy)
 
     @property
     def sequence(self) -> TaskSequence | None:
@@ -139,7 +139,7 @@ class Local:
         spending = Spending(client, client, number, sequence.account_of_task(client, told))
         private, answered = None, None
         if self.guard.private:
-            spending.request = fingerprint(received, told)
+            spending.request = hash_request(received, told)
             # The same request gets the same bits: new noise on the same records would be a second release.
             if found := self.store.reply(client, number, spending.request):
                 answered = replace(found[0], sites=received.sites), found[1]  # the store keeps no sites
@@ -225,7 +225,7 @@ class Local:
         if len(cohort) < 2 or tokens == 0:
             return None
         trains = cohort[0].told.trains
-        reason = self.sequential.get(trains) or cannot(self.model, trains) or unlike(cohort)
+        reason = self.sequential.get(trains) or why_not_cohort(self.model, trains) or why_unlike(cohort)
         if reason is None:
             try:
                 self.model.write(cohort[0].visit.start)  # what a strategy adds to the base weights is the same for all
@@ -267,7 +267,7 @@ class Local:
         if not all(bool(torch.isfinite(value).all()) for value in keep.values()):
             log.warning("%s: round %d left NaN or inf, so nothing of it is kept", visit.client, opened.spending.number)
         elif keep:  # what this round did not touch (the inactive factor's control) stays
-            name = "" if private is None else release(opened.spending.request, update)
+            name = "" if private is None else name_release(opened.spending.request, update)
             counted = partial(self.guard.counted, visit.client)
             self.store.save(visit.client, opened.spending.number, {**visit.kept, **keep}, name, counted)
         # NaN would be refused by the server, and so tell it that no record was drawn.
@@ -290,7 +290,7 @@ class Local:
         if opened.job.private is not None:
             spending = opened.spending
             self.guard.spend(
-                spending.account, spending.number, release(spending.request, update), opened.job.private.plan
+                spending.account, spending.number, name_release(spending.request, update), opened.job.private.plan
             )
         # Asked again: an answer that was kept may be older than what the policy says now.
         return update, self.guard.allowed(opened.visit.client, metrics)
@@ -359,7 +359,7 @@ class Local:
 
     def usable(self, data: Encoded) -> Encoded:
         """The records that the model can take; without DP all, as one that it cannot take is then an error."""
-        return inputs.usable(self.model, data, self.looks) if self.guard.private else data
+        return inputs.find_usable(self.model, data, self.looks) if self.guard.private else data
 
     def _require_apart(self, like: Encoded, trains: tuple[str, ...]) -> None:
         try:
@@ -387,7 +387,7 @@ class Local:
             self.verified.add(roles)
 
     def _hide_spending(self, spending: Spending) -> AbstractContextManager[None]:
-        return discreet(self.guard, self.store, spending)
+        return hide_spending(self.guard, self.store, spending)
 
 
 def _attempt_early(function: Callable[..., T], *arguments: Any) -> T | Exception:

@@ -27,7 +27,7 @@ class Opened:
     answered: Answer | None = None
 
 
-def unlike(cohort: list[Opened]) -> str | None:
+def why_unlike(cohort: list[Opened]) -> str | None:
     """Why these clients cannot share one pass over the model; None if they can."""
     roles = ("residual_A", "residual_B")
     if any(opened.told.trains != cohort[0].told.trains for opened in cohort):

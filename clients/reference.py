@@ -24,9 +24,9 @@ from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import EVALUATED, on_device, scored_tokens
 from fedpeft.config import Config
-from fedpeft.data.cache import Cache, code, digest
+from fedpeft.data.cache import Cache, hash_code, hash_facts
 from fedpeft.data.encode import Encoded
-from fedpeft.data.ragged import runs
+from fedpeft.data.ragged import cut_runs
 from fedpeft.data.stored import Tokens
 from fedpeft.models import agreement
 from fedpeft.models.loading import fingerprint
@@ -108,7 +108,10 @@ def _facts_of_scores(config: Config, model: Adapted, data: Encoded, stored: Toke
             config.adapter.name,
         ],
         "device": next(iter(model.parameters.values())).device.type,
-        "code": [*code(type(model.base.objective)), digest([_hash_file(path) for path in (*files, Path(__file__))])],
+        "code": [
+            *hash_code(type(model.base.objective)),
+            hash_facts([_hash_file(path) for path in (*files, Path(__file__))]),
+        ],
         "libraries": [metadata.version(library) for library in LIBRARIES],
     }
 
@@ -137,7 +140,7 @@ def _score_records(model: Adapted, data: Encoded) -> Tensor:
     order = teaching[np.argsort(-data.lengths[teaching], kind="stable")]
     labels = torch.full_like(stored.labels_of(None), torch.nan)
     done = 0
-    for places in runs(data.lengths[order], TOGETHER, scored_tokens(model, EVALUATED)):
+    for places in cut_runs(data.lengths[order], TOGETHER, scored_tokens(model, EVALUATED)):
         inputs, _ = on_device(data, order[places], device)
         labels[data.rows[order[places]]] = model.logits(inputs).cpu().to(labels.dtype)
         done += len(places)
@@ -147,7 +150,7 @@ def _score_records(model: Adapted, data: Encoded) -> Tensor:
 
 def _find_known(model: Adapted, data: Encoded) -> np.ndarray:
     """Numbers of the records whose tokens the model knows, which are all but at a private site: there one that it does
-    not know must change nothing for the others (`inputs.usable`), so it is no error here either.
+    not know must change nothing for the others (`inputs.find_usable`), so it is no error here either.
     """
     words = agreement.rows_of(model.base.backbone)
     if words is None:

@@ -49,7 +49,7 @@ def opened(content: RecordDict, own: AdapterState) -> tuple[AdapterState, Instru
                 )
 
     try:
-        with opening.reading("message"):
+        with opening.blame_message("message"):
             return opening.packed(content, MANIFESTS * len(manifest_of(own)) + SMALL, check, BESIDE)
     except BadMessage as error:
         raise Refused(f"refused: the server's message: {error}") from error

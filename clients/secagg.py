@@ -34,7 +34,7 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import ACTIONS, NAMES, RECORD
-from fedpeft.strategies.secagg.terms import Terms, reference
+from fedpeft.strategies.secagg.terms import Terms, zero_reference
 
 log = logging.getLogger("fedpeft")
 UPLOAD = f"train.{ACTIONS[2]}"
@@ -81,7 +81,7 @@ def register(
             message,
             context,
             lambda member: member.upload(
-                lambda: reference(received, told.uploads),
+                lambda: zero_reference(received, told.uploads),
                 lambda: train(context, received, told),
                 told.round,
                 received.sha256(),

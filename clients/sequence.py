@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.clients.guard import fingerprint, release
-from fedpeft.clients.spending import Spending, discreet
+from fedpeft.clients.guard import hash_request, name_release
+from fedpeft.clients.spending import Spending, hide_spending
 from fedpeft.config import ClientConfig
 from fedpeft.continual.head import Head
 from fedpeft.data.encode import Encoded
@@ -180,11 +180,11 @@ def answer_sums_privately(
         f"{client}+sums-{told.view}",
         number,
         account_of_task(client, told),
-        fingerprint(received, told),
+        hash_request(received, told),
         sums=noise,
     )
     answered = store.reply(spending.kept, number, spending.request)
-    with discreet(guard, store, spending):
+    with hide_spending(guard, store, spending):
         plan = spending.plan = guard.plan(client, lambda: len(local.records(client, told)))
         assert plan is not None
         if answered is None:
@@ -199,7 +199,7 @@ def answer_sums_privately(
         elif not answered[0].payload:
             spending.fail(guard)
         update, metrics = answered
-        guard.spend(spending.account, number, release(spending.request, update), plan, noise)  # then it may leave
+        guard.spend(spending.account, number, name_release(spending.request, update), plan, noise)  # then it may leave
         return update, guard.allowed(client, metrics)
 
 

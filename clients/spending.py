@@ -54,7 +54,7 @@ class Spending:
 
 
 @contextmanager
-def discreet(guard: Guard, store: Store, spending: Spending) -> Iterator[None]:
+def hide_spending(guard: Guard, store: Store, spending: Spending) -> Iterator[None]:
     """Under DP, turn whatever happens inside into one sentence; from the plan on it is counted as what it might tell.
 
     The same request again finds the failure in the store. A disk that cannot be written says nothing of a record: it

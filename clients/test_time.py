@@ -23,7 +23,7 @@ from fedpeft import registry, seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.store import Store
 from fedpeft.config import Config
-from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
+from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt_image
 from fedpeft.data.drift import TestStream
 from fedpeft.data.encode import Encoded
 from fedpeft.data.split import client_name
@@ -132,7 +132,9 @@ def corrupted(inputs: dict[str, Tensor], name: str, severity: int, draws: np.ran
     if name == CLEAN:
         return inputs
     images = inputs["pixel_values"].numpy()
-    made = np.stack([np.stack([corrupt(channel, name, severity, draws) for channel in image]) for image in images])
+    made = np.stack(
+        [np.stack([corrupt_image(channel, name, severity, draws) for channel in image]) for image in images]
+    )
     return {**inputs, "pixel_values": torch.from_numpy(made.astype(np.float32))}
 
 

@@ -26,7 +26,7 @@ from fedpeft.clients.optimizers.base import make_layout, make_optimizer, read_st
 from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.data.ragged import runs
+from fedpeft.data.ragged import cut_runs
 from fedpeft.errors import RunError
 from fedpeft.models.agreement import rows_of
 from fedpeft.objectives import measures
@@ -89,7 +89,7 @@ def train(
     Raises:
         RunError: no record has something to predict.
     """
-    data = taught(data, private)
+    data = find_taught(data, private)
     parameters = model.train_roles(trains)
     device = next(iter(parameters.values())).device
     start = {key: value.detach().clone() for key, value in parameters.items()}
@@ -160,7 +160,7 @@ def set_gradients(
         nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
 
 
-def taught(data: Encoded, private: Private | None) -> Encoded:
+def find_taught(data: Encoded, private: Private | None) -> Encoded:
     """The records of which a plain step takes the mean: those with something to predict; it says what it leaves out.
 
     A private step keeps them all: they count zero there, and the divisor is public.
@@ -186,7 +186,7 @@ def plain_steps(
 ) -> Iterator[Gradients]:
     """The gradient of the mean loss of each batch; each is taken at the parameters as they then are."""
     by_token = config.loss_weighting == "token"
-    for index in batches(len(data), config, rng):
+    for index in index_batches(len(data), config, rng):
         losses = []
         total = count_targets(model, data.view(index).labels).sum().to(device) if by_token else None
         size = config.micro_batch or len(index)
@@ -252,7 +252,7 @@ def steps_of(count: int, config: ClientConfig, in_order: bool) -> int:
     return -(-count // config.batch_size) * (1 if in_order else config.local_epochs or 1)
 
 
-def batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -> Iterator[np.ndarray]:
+def index_batches(count: int, config: ClientConfig, rng: np.random.Generator | None) -> Iterator[np.ndarray]:
     """Index batches of shuffled passes over `count` examples: `local_epochs` of them, or what `local_steps` need.
 
     Without a generator the examples are taken once and as they stand: whoever ordered them has planned the steps.
@@ -315,7 +315,7 @@ def evaluate(
     tally = measures.Tally(model.base.objective) if tally is None else tally
     teaching = data.teaching()
     with first_token(model, data):
-        for places in runs(token_counts(model, data)[teaching], batch_size, scored_tokens(model, tokens)):
+        for places in cut_runs(token_counts(model, data)[teaching], batch_size, scored_tokens(model, tokens)):
             tally.add(*_predict_targets(model, *on_device(data, teaching[places], device)))
     return tally.metrics()
 

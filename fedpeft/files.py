@@ -39,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     # In the same folder, since a rename does not cross file systems; by process, since two may write at once.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with blamed(path):
+    with blame_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -89,7 +89,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def blamed(path: Path) -> Iterator[None]:
+def blame_file(path: Path) -> Iterator[None]:
     """Let an OSError of writing name the file: that of a full disk does not."""
     try:
         yield
@@ -100,7 +100,7 @@ def blamed(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def scratch(folder: Path, name: str) -> Iterator[Path]:
+def scratch_folder(folder: Path, name: str) -> Iterator[Path]:
     """A folder inside another one that is gone at the end; those that killed processes of this machine have left go."""
     start = f".{name}-{socket.gethostname()}-"
     ours = re.compile(
@@ -123,7 +123,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def explained(error: OSError) -> str:
+def explain_error(error: OSError) -> str:
     """An OSError as a sentence: the file, what is wrong, and what to do where that is known."""
     reason = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""

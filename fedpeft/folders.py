@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError
-from fedpeft.files import blamed
+from fedpeft.files import blame_file
 
 log = logging.getLogger("fedpeft")
 LOCK = ".lock"
@@ -231,7 +231,7 @@ def alone(folder: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterator[N
     path = folder / name
     handle = _lock_file(path, time.monotonic() + patience_s)
     try:
-        with blamed(path):
+        with blame_file(path):
             os.ftruncate(handle, 0)
             os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield

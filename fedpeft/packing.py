@@ -35,7 +35,7 @@ DTYPES = {
 PARTS = ("tensors", "extra")  # of a state, in the order in which they are packed
 
 
-def pack(state: AdapterState) -> tuple[np.ndarray, str]:
+def pack_state(state: AdapterState) -> tuple[np.ndarray, str]:
     """All tensors in one flat array, and the manifest (JSON) that tells them apart.
 
     The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
@@ -76,7 +76,7 @@ def _one_dtype(state: AdapterState) -> bool:
     return len(dtypes) == 1 and torch.bool not in dtypes
 
 
-def described(manifest: str, longest: int | None = None) -> AdapterState:
+def read_form(manifest: str, longest: int | None = None) -> AdapterState:
     """The form that a manifest tells: its tensors without values (torch's meta device), and the sites.
 
     Args:
@@ -131,7 +131,7 @@ def _require_finite(value: Any) -> float:
     return float(value)
 
 
-def unpack(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
+def unpack_state(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
     """The inverse of `pack`, bit for bit.
 
     Args:
@@ -140,7 +140,7 @@ def unpack(array: np.ndarray, manifest: str | AdapterState) -> AdapterState:
     Raises:
         StateMismatch: the manifest is malformed or does not describe this array.
     """
-    form = described(manifest) if isinstance(manifest, str) else manifest
+    form = read_form(manifest) if isinstance(manifest, str) else manifest
     if array.nbytes != form.nbytes:
         raise StateMismatch(f"array has {array.nbytes} bytes, its manifest describes {form.nbytes}.")
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}

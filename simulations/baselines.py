@@ -39,16 +39,16 @@ def baselines(here: World) -> dict[str, Any]:
         model = here.local.model
         model.write(here.start.adapter)
         x, x_test = (_collect_features(model, part) for part in (here.train_encoded.view(few), here.test_encoded))
-        return {"frozen_logistic": logistic(x, y, x_test, y_test)}
+        return {"frozen_logistic": fit_logistic(x, y, x_test, y_test)}
 
     def pixels_or_words() -> dict[str, Any]:
         x, x_test = raw(here.train.take(few), here.test)
-        return {"pixels_or_words_logistic": logistic(x, y, x_test, y_test)}
+        return {"pixels_or_words_logistic": fit_logistic(x, y, x_test, y_test)}
 
-    return {**attempted("frozen_logistic", frozen), **attempted("pixels_or_words_logistic", pixels_or_words)}
+    return {**attempt_fit("frozen_logistic", frozen), **attempt_fit("pixels_or_words_logistic", pixels_or_words)}
 
 
-def attempted(name: str, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt_fit(name: str, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What stands beside a run, or `name` as None with the reason for it."""
     try:
         return fit()
@@ -72,7 +72,7 @@ def raw(train: Records, test: Records) -> tuple[Any, Any]:
     return np.reshape(train.inputs, (len(train.labels), -1)), np.reshape(test.inputs, (len(test.labels), -1))
 
 
-def logistic(x: Any, y: np.ndarray, x_test: Any, y_test: np.ndarray) -> float:
+def fit_logistic(x: Any, y: np.ndarray, x_test: Any, y_test: np.ndarray) -> float:
     """Test accuracy of a logistic regression (C = 10) on scaled inputs."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import MaxAbsScaler

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.clients.app import CohortApp
 from fedpeft.flower import ErrorCode, Run, empty_run, identify
-from fedpeft.simulations.workers import Outcome, Pool, Worker, handle
+from fedpeft.simulations.workers import Outcome, Pool, Worker, handle_message
 
 SERVER_NODE = 1
 RUN_ID = 1
@@ -104,12 +104,12 @@ class LocalGrid(Grid):
             self.app.prepare([(self.queue[name], self.context(self.queue[name])) for name in waiting])
             self.shown = set(waiting)
         message = self.queue[wanted[0]]
-        return [self.finish(wanted[0], handle(self.app, message, self.context(message)))]
+        return [self.finish(wanted[0], handle_message(self.app, message, self.context(message)))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        from fedpeft.strategies.asking import collect
+        from fedpeft.strategies.asking import collect_replies
 
-        return collect(self, list(self.push_messages(messages)), timeout)
+        return collect_replies(self, list(self.push_messages(messages)), timeout)
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         """Give up on messages: end the workers that are busy with them."""

@@ -18,7 +18,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.errors import RunError
-from fedpeft.simulations.workers import Answer, Broken, Channel, Job, Worker, outcomes, shared_memory
+from fedpeft.simulations.workers import Answer, Broken, Channel, Job, Worker, run_jobs, shared_memory
 
 
 class Actor:
@@ -35,7 +35,7 @@ class Actor:
 
     def answer(self, jobs: list[tuple[Message, Context]]) -> Iterator[Answer | Broken]:
         """Outcomes of the jobs, each as soon as it is there."""
-        yield from outcomes(self.app, jobs)
+        yield from run_jobs(self.app, jobs)
 
 
 class RayWorker(Worker):

@@ -24,9 +24,9 @@ from fedpeft.record.metrics import Recorder
 from fedpeft.record.result import Result
 from fedpeft.run import comparators, guarantee, identity, loop
 from fedpeft.run.dtype import settle_dtype
-from fedpeft.run.world import World, load_world, records, settle
+from fedpeft.run.world import World, load_records, load_world, settle_clients
 from fedpeft.simulations import faults
-from fedpeft.simulations.baselines import attempted, baselines
+from fedpeft.simulations.baselines import attempt_fit, baselines
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
 from fedpeft.simulations.trained_baselines import trained_baselines
@@ -66,10 +66,10 @@ def simulate(
         raise InputError("run.engine=sites: real sites are run by `fedpeft server run`. Set run.engine=cohort or ray.")
     extras.require_of_run(config)
     _make_absolute(config)
-    records.cache_clear()  # files may have changed since an earlier run of this process
+    load_records.cache_clear()  # files may have changed since an earlier run of this process
     handed = data is not None or test is not None
     if not handed:  # ahead of the folder, so that a config that is refused leaves none behind
-        faults.check(config.run, settle(config, Path("runs/new" if out is None else out)))
+        faults.check(config.run, settle_clients(config, Path("runs/new" if out is None else out)))
     name = f"{'run' if isinstance(source, dict) else Path(source).stem}-{config.strategy.name}-seed{config.run.seed}"
     with folders.new(out, Path("runs") / name, hint=", or go on with `fedpeft resume {}`") as made:
         run = made.path
@@ -84,7 +84,7 @@ def simulate(
         try:
             if handed:
                 from_python.write(config.data, run, data, test)
-                faults.check(config.run, settle(config, run))
+                faults.check(config.run, settle_clients(config, run))
             # Resolved: a resumed run must not see a shipped config or a default that has changed since.
             said = settle_dtype(config)
             text = f"# {said}\n{configs.to_yaml(config)}" if said else configs.to_yaml(config)
@@ -120,7 +120,7 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Res
     with folders.alone(run):
         on_event({"event": "folder", "path": str(run), "given": True})
         identity.compare_versions(run)
-        records.cache_clear()
+        load_records.cache_clear()
         return _run_world(config, run, on_event)
 
 
@@ -136,7 +136,7 @@ def fit_baselines(world: World) -> dict[str, Any]:
     """
     fitted: dict[str, Any] = {}
     if world.config.run.baselines:
-        fitted = {**baselines(world), **attempted("frozen_head", partial(comparators.frozen_head, world))}
+        fitted = {**baselines(world), **attempt_fit("frozen_head", partial(comparators.frozen_head, world))}
     return {**fitted, **trained_baselines(world)}
 
 
@@ -155,7 +155,7 @@ def _open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
     try:
         grid = LocalGrid(make_app, nodes, config.run.workers, config.run.threads, share, **options)
         try:
-            yield loop.Federation(grid, wire.PACKED, True, partial(guarantee.spent, world))
+            yield loop.Federation(grid, wire.PACKED, True, partial(guarantee.epsilon_spent, world))
         finally:
             grid.close()
     finally:

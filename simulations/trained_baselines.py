@@ -20,7 +20,7 @@ from fedpeft.clients.inputs import draw_anew
 from fedpeft.clients.rates import Clock
 from fedpeft.clients.train import evaluate, train
 from fedpeft.record.measured import mean_over_clients
-from fedpeft.simulations.baselines import attempted
+from fedpeft.simulations.baselines import attempt_fit
 
 if TYPE_CHECKING:
     from fedpeft.config import ClientConfig
@@ -35,7 +35,7 @@ def trained_baselines(world: World) -> dict[str, Any]:
     rows = {"local": local, "central": central}
     found: dict[str, Any] = {}
     for name in world.config.run.trained_baselines:
-        found |= attempted(name, lambda name=name: rows[name](world))  # type: ignore[misc]
+        found |= attempt_fit(name, lambda name=name: rows[name](world))  # type: ignore[misc]
     return found
 
 

@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 
 from fedpeft.clients.app import CohortApp
 from fedpeft.errors import RunError
-from fedpeft.files import explained
+from fedpeft.files import explain_error
 from fedpeft.flower import ErrorCode
 
 POLL_S = 0.05
@@ -229,19 +229,19 @@ def serve(pipe: Connection[Any, Any], make_app: Callable[[], ClientApp], threads
             jobs = channel.recv()
         except EOFError:
             return
-        for outcome in outcomes(app, jobs):
+        for outcome in run_jobs(app, jobs):
             channel.send(outcome)
 
 
-def outcomes(app: ClientApp, jobs: list[tuple[Message, Context]]) -> Iterator[Answer | Broken]:
+def run_jobs(app: ClientApp, jobs: list[tuple[Message, Context]]) -> Iterator[Answer | Broken]:
     """Of each job in order; the machine's failure ends them."""
     try:
         if isinstance(app, CohortApp):
             app.prepare(jobs)
         for message, context in jobs:
-            yield handle(app, message, context)
+            yield handle_message(app, message, context)
     except OSError as error:
-        yield Broken(f"{explained(error)} {shared_memory()}".strip())
+        yield Broken(f"{explain_error(error)} {shared_memory()}".strip())
 
 
 def end_with_parent() -> None:
@@ -270,7 +270,7 @@ def of_machine(error: BaseException) -> bool:
     )
 
 
-def handle(app: ClientApp, message: Message, context: Context) -> Answer:
+def handle_message(app: ClientApp, message: Message, context: Context) -> Answer:
     """Reply and new client state; an exception becomes Flower's error reply.
 
     Raises:

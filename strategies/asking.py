@@ -23,7 +23,7 @@ class BadReply(BadMessage):
     """A reply that may not be aggregated, with the reason: one line of at most 2 kB."""
 
 
-def ask(
+def ask_nodes(
     grid: Grid,
     kind: str,
     contents: dict[int, RecordDict],
@@ -42,7 +42,7 @@ def ask(
         # A message that the link did not take has no id, or none is returned: there is no reply to wait for.
         sent |= dict.fromkeys((name for name in grid.push_messages([Message(content, node, kind)]) if name), node)
     answers: dict[int, T | BadReply] = {}
-    for reply in collect(grid, list(sent), deadline_s):
+    for reply in collect_replies(grid, list(sent), deadline_s):
         node = sent[reply.metadata.reply_to_message_id]
         if node in answers:
             # Neither is taken: which of the two was meant nobody can tell.
@@ -66,7 +66,7 @@ def refused(reply: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=reply)
 
 
-def collect(grid: Grid, names: list[str], deadline_s: float | None) -> Iterator[Message]:
+def collect_replies(grid: Grid, names: list[str], deadline_s: float | None) -> Iterator[Message]:
     """Replies to these messages as they come, until all are there or the deadline; a grid that can, gives up on the
     rest.
     """

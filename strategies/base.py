@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedpeft import lowrank, seeds
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.config import Configured
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import (
@@ -46,7 +46,7 @@ from fedpeft.strategies.client import ClientHalf
 from fedpeft.strategies.evaluation import evaluate_clients
 from fedpeft.strategies.gathering import gather_updates
 from fedpeft.strategies.instructions import Instructions
-from fedpeft.strategies.parts.frozen_factors import drawn
+from fedpeft.strategies.parts.frozen_factors import tell_drawn
 
 log = logging.getLogger("fedpeft")
 
@@ -122,11 +122,11 @@ class FederatedStrategy(Configured, Strategy):
 
     def choose(self, names: list[str], rules: Rules, number: int) -> list[str]:
         """The clients of round `number`, sorted."""
-        return choose(names, rules, number)
+        return choose_clients(names, rules, number)
 
     def instructions(self, server: ServerState) -> Instructions:
         """What clients are told beside tensors of the round about to start."""
-        static = drawn(server.adapter, (FROZEN,)) if server.adapter.select((FROZEN,)).tensors else None
+        static = tell_drawn(server.adapter, (FROZEN,)) if server.adapter.select((FROZEN,)).tensors else None
         return Instructions(server.round + 1, self.trained(server), self.uploads(server), self.keeps, static)
 
     def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class FederatedStrategy(Configured, Strategy):
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         """One aggregation of finished adapters, and notes for the user; what is added to the base goes into factors."""
-        return flat(self.aggregate(server, updates).adapter), []
+        return flatten_adapter(self.aggregate(server, updates).adapter), []
 
     @staticmethod
     def average(updates: list[Update], roles: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -368,7 +368,7 @@ def _rescale_update(like: AdapterState, update: Update) -> Update:
     return replace(update, adapter=replace(update.adapter, tensors=tensors, sites=like.sites))
 
 
-def choose(names: list[str], rules: Rules, number: int) -> list[str]:
+def choose_clients(names: list[str], rules: Rules, number: int) -> list[str]:
     """The clients of a round: a seeded draw without replacement that does not depend on the order or ids of nodes."""
     count = min(rules.clients_per_round or len(names), len(names))
     order = seeds.numpy_generator(rules.seed, "round", number, "choose").permutation(len(names))

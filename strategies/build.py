@@ -34,7 +34,7 @@ def build(
     context = RunContext(
         section.weighting, config.data.clients, ranks, config.run.seed, ledger, config.adapter.name, averages
     )
-    strategy = named(section.name, section.options, "strategy", context=context)
+    strategy = make_named(section.name, section.options, "strategy", context=context)
     for entry in section.wrap:
         if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
             raise InputError(
@@ -46,7 +46,7 @@ def build(
                 f"strategy.wrap: '{name}' aggregates by itself and cannot be put around {section.name}. "
                 f"Wrappers: {', '.join(wrappers())}."
             )
-        strategy = named(name, options, f"strategy.wrap.{name}", inner=strategy)
+        strategy = make_named(name, options, f"strategy.wrap.{name}", inner=strategy)
     if config.continual.body is not None:
         from fedpeft.strategies.sequence.build import put_body_around
 
@@ -59,7 +59,7 @@ def build(
     return strategy
 
 
-def named(name: str, options: dict[str, Any], key: str, **given: Any) -> FederatedStrategy:
+def make_named(name: str, options: dict[str, Any], key: str, **given: Any) -> FederatedStrategy:
     """A registered strategy by name, with its `context`; a wrapper with its `inner`, or around FedIT."""
     strategy: FederatedStrategy = method("strategies", name, options, key, **given)
     return strategy
@@ -72,7 +72,7 @@ def wrappers() -> list[str]:
 
 def check(config: Config) -> None:
     """Refuse what a strategy cannot do, before anything is loaded."""
-    from fedpeft.strategies.client import layers
+    from fedpeft.strategies.client import list_layers
     from fedpeft.strategies.wrappers.wrapper import name_of
 
     strategy = build(config)
@@ -93,7 +93,7 @@ def check(config: Config) -> None:
         )
     client = config.client
     if strategy.plain_sgd and (client.optimizer != "sgd" or client.momentum or client.max_grad_norm is not None):
-        needing = next(layer for layer in layers(strategy) if type(layer).plain_sgd)
+        needing = next(layer for layer in list_layers(strategy) if type(layer).plain_sgd)
         raise InputError(
             f"client.optimizer={client.optimizer}, client.momentum={client.momentum:g}, client.max_grad_norm="
             f"{client.max_grad_norm}: the {needing.client_half.sends} of {name_of(needing)} need plain SGD. Set "
@@ -115,13 +115,13 @@ def check(config: Config) -> None:
 
 def _require_still_base(config: Config, strategy: FederatedStrategy) -> None:
     """Refuse a strategy, a body or an adapter's start that moves a base which is kept in few bits."""
-    from fedpeft.strategies.client import layers
+    from fedpeft.strategies.client import list_layers
     from fedpeft.strategies.sequence.sequence import TaskSequence
     from fedpeft.strategies.wrappers.wrapper import name_of
 
     adapter = registry.load("adapters", config.adapter.name, "adapter.name")
     moving = adapter.moving_start(config.adapter.options) if hasattr(adapter, "moving_start") else None
-    mover = next((layer for layer in layers(strategy) if layer.changes_base), None)
+    mover = next((layer for layer in list_layers(strategy) if layer.changes_base), None)
     if isinstance(mover, TaskSequence):
         moving = f"continual.body={config.continual.body}"
     elif mover is not None:

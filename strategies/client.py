@@ -107,20 +107,20 @@ class ClientHalf:
         return False
 
 
-def layers(strategy: FederatedStrategy) -> list[FederatedStrategy]:
+def list_layers(strategy: FederatedStrategy) -> list[FederatedStrategy]:
     """The rule and what is around it, from the inside out."""
     inner = getattr(strategy, "inner", None)
-    return [*([] if inner is None else layers(inner)), strategy]
+    return [*([] if inner is None else list_layers(inner)), strategy]
 
 
-def halves(strategy: FederatedStrategy) -> list[ClientHalf]:
+def client_halves(strategy: FederatedStrategy) -> list[ClientHalf]:
     """The client halves of a strategy and of what is inside it, from the rule outwards."""
-    return [layer.client_half(layer) for layer in layers(strategy)]
+    return [layer.client_half(layer) for layer in list_layers(strategy)]
 
 
 def names_that_add_up(strategy: FederatedStrategy, server: ServerState) -> set[str]:
     """Names in `extra` of which a half says that they are changes like an update's."""
-    return {name for layer in layers(strategy) if layer.client_half.adds_up for name in layer.extra(server)}
+    return {name for layer in list_layers(strategy) if layer.client_half.adds_up for name in layer.extra(server)}
 
 
 def check(config: Config) -> None:
@@ -130,7 +130,7 @@ def check(config: Config) -> None:
 
     if config.privacy.unit != "sample":
         return
-    for half in halves(build(config)):
+    for half in client_halves(build(config)):
         if half.sends and not half.covered_by_dp:
             name = name_of(half.strategy)
             raise InputError(

@@ -36,7 +36,7 @@ def evaluate_clients(
     contents = {
         roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told) for client in sorted(roster)
     }
-    scores = asking.ask(grid, "evaluate", contents, rules.deadline_s, lambda _, reply: wire.scores(reply))
+    scores = asking.ask_nodes(grid, "evaluate", contents, rules.deadline_s, lambda _, reply: wire.scores(reply))
     results = {}
     for client in sorted(roster):
         score = scores[roster[client]]

@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Result
 from fedpeft.errors import RunError
 from fedpeft.state import AdapterState, Update
 from fedpeft.strategies import asking, wire
-from fedpeft.strategies.client import halves, layers
+from fedpeft.strategies.client import client_halves, list_layers
 from fedpeft.strategies.gathering import read_update, sort_answers
 
 if TYPE_CHECKING:
@@ -121,13 +121,13 @@ def _open_codec(
             f"{type(strategy).__name__} sends more than named adapter weights; a stock Flower app cannot apply it. "
             "Use fedpeft's client app."
         )
-    needed = next((half.strategy for half in halves(strategy) if not half.alone), None)
+    needed = next((half.strategy for half in client_halves(strategy) if not half.alone), None)
     if needed is not None:
         raise RunError(
             f"{type(needed).__name__} needs its half at the clients, which a stock Flower app has not. Use "
             "fedpeft's client app."
         )
-    rule = layers(strategy)[0]
+    rule = list_layers(strategy)[0]
     if hasattr(rule.config, "transport"):  # a stock app draws no factors from a seed
         rule.config = replace(rule.config, transport="dense")
     settings: dict[str, Any] = dict(config or {})

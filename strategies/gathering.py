@@ -37,7 +37,7 @@ def gather_updates(
         update = read_update(strategy, server, sent, names[node], reply, rules, codec)
         return update if file is None else replace(update, adapter=file.put(update.adapter))
 
-    answers = asking.ask(grid, "train", contents, rules.deadline_s, read)
+    answers = asking.ask_nodes(grid, "train", contents, rules.deadline_s, read)
     updates, bad = sort_answers({names[node]: answer for node, answer in answers.items()})
     return [update if file is None else replace(update, adapter=file.get(update.adapter)) for update in updates], bad
 

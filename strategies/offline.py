@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from fedpeft import registry
-from fedpeft.adapters.flat import flat, require_same_sites
+from fedpeft.adapters.flat import flatten_adapter, require_same_sites
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
@@ -45,8 +45,8 @@ def aggregate(
             f"aggregate: {name_of(strategy)} measures adapters against what they were trained from. "
             "Give that start adapter."
         )
-    adapters = [flat(adapter) for adapter in adapters]
-    first = adapters[0] if start is None else flat(start)
+    adapters = [flatten_adapter(adapter) for adapter in adapters]
+    first = adapters[0] if start is None else flatten_adapter(start)
     names = names or [f"adapter {number}" for number in range(len(adapters))]
     for name, adapter in zip(names, adapters, strict=True):
         require_same_sites(first, adapter, name)

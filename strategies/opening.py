@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 
 from fedpeft.flower import SType
 from fedpeft.foreign import BadMessage, read_json, shown
-from fedpeft.packing import described, packed_form, unpack
+from fedpeft.packing import packed_form, read_form, unpack_state
 from fedpeft.state import AdapterState, StateMismatch
 from fedpeft.strategies.instructions import Instructions
 
@@ -38,7 +38,7 @@ class _Named(Protocol):
 
 
 @contextmanager
-def reading(what: str, error: type[BadMessage] = BadMessage) -> Iterator[None]:
+def blame_message(what: str, error: type[BadMessage] = BadMessage) -> Iterator[None]:
     """Turn whatever decoding a foreign message raises (MemoryError and RecursionError too) into one sentence."""
     try:
         yield
@@ -76,7 +76,7 @@ def array(given: Array, dtype: str, shape: tuple[int, ...], what: str) -> np.nda
         )
     if not size < len(given.data) <= size + HEADER_BYTES:
         raise BadMessage(f"{what}: {len(given.data)} bytes, expected {size} and a header for {dtype} {list(shape)}")
-    with reading(f"header of {what}"):
+    with blame_message(f"header of {what}"):
         # Of version 1, which ours have, the header alone: it is the same in all replies of a round.
         end = 10 + int.from_bytes(given.data[8:10], "little") if given.data[6:8] == b"\x01\x00" else HEADER_BYTES
         said, fortran, kind, start = _read_header(given.data[: min(end, HEADER_BYTES)])
@@ -111,21 +111,21 @@ def packed(
     Raises:
         BadMessage: anything in it is of another kind, name or size.
     """
-    with reading("message"):
+    with blame_message("message"):
         require_names(content, (*PARTS, *(name for name in also if name in content)), "records")
         arrays, config = _record_of(content.array_records, "arrays"), _record_of(content.config_records, "config")
         require_names(config, ("manifest", "task"), "config")
-    with reading("arrays"):
+    with blame_message("arrays"):
         require_names(arrays, ("adapter",), "arrays")
-        form = described(_read_text(config, "manifest"), longest)
+        form = read_form(_read_text(config, "manifest"), longest)
         # Before the array is looked at: a form that was not to be sent must not cost its memory.
         check(form)
         dtype, count = packed_form(form)
         values = array(arrays["adapter"], dtype, (count,), "the adapter's array")
-    with reading("task"):
+    with blame_message("task"):
         told = Instructions.from_json(read_json(_read_text(config, "task"), "the task", TASK_BYTES))
-    with reading("arrays"):
-        return unpack(values, form), told
+    with blame_message("arrays"):
+        return unpack_state(values, form), told
 
 
 def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:

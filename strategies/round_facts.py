@@ -116,11 +116,11 @@ def _measure_distances(moved: list[tuple[AdapterState, AdapterState]]) -> list[f
             moves = torch.stack(
                 [after[key].flatten()[part].double() - before[key].flatten()[part].double() for after, before in moved]
             ).cpu()
-            squares += (moves - median(moves)).square().sum(1)
+            squares += (moves - coordinate_median(moves)).square().sum(1)
     return squares.sqrt().tolist()
 
 
-def median(values: Tensor) -> Tensor:
+def coordinate_median(values: Tensor) -> Tensor:
     """Median over the first dimension; of an even number, the mean of the two in the middle."""
     ordered, count = values.sort(dim=0).values, values.shape[0]
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

@@ -22,13 +22,13 @@ from flwr.serverapp import Grid
 from fedpeft.data.split import is_name
 from fedpeft.errors import RunError
 from fedpeft.foreign import shown
-from fedpeft.packing import manifest_of, pack
+from fedpeft.packing import manifest_of, pack_state
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 from fedpeft.strategies import opening
-from fedpeft.strategies.asking import POLL_S, ask
+from fedpeft.strategies.asking import POLL_S, ask_nodes
 from fedpeft.strategies.asking import BadReply as BadReply
 from fedpeft.strategies.instructions import Instructions
-from fedpeft.strategies.opening import reading
+from fedpeft.strategies.opening import blame_message
 
 log = logging.getLogger("fedpeft")
 JOIN_DEADLINE_S = 120.0
@@ -66,7 +66,9 @@ class Packed:
         silent: dict[int, str] = {}
         for start in range(0, len(nodes), ROLL):
             asked = {node: RecordDict() for node in nodes[start : start + ROLL]}
-            for node, name in ask(grid, "query", asked, JOIN_DEADLINE_S, lambda _, reply: identity(reply)).items():
+            for node, name in ask_nodes(
+                grid, "query", asked, JOIN_DEADLINE_S, lambda _, reply: identity(reply)
+            ).items():
                 if isinstance(name, BadReply):
                     silent[node] = str(name)
                     log.warning("node %d takes no part, as it does not tell its name: %s", node, name)
@@ -85,7 +87,7 @@ class Packed:
         return names
 
     def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
-        flat, manifest = pack(adapter)
+        flat, manifest = pack_state(adapter)
         return RecordDict(
             {
                 "arrays": ArrayRecord({"adapter": Array(flat)}),
@@ -126,7 +128,7 @@ class Packed:
         """
         content, wanted = opened(reply), sent.select(uploads)
         values = metrics(content)
-        with reading("reply", BadReply):
+        with blame_message("reply", BadReply):
             adapter, told = opening.packed(
                 content, manifest_bytes(sent), lambda form: wanted.require_same_form(form, "update"), ("metrics",)
             )
@@ -202,7 +204,7 @@ class Named:
             if keys[name] in tensors:
                 raise BadReply(f"array {name} comes twice")
             like = sent[keys[name]].numpy()
-            with reading(f"array {name}", BadReply):
+            with blame_message(f"array {name}", BadReply):
                 given = opening.array(array, str(like.dtype), like.shape, f"array {name}")
             # A view of the message's bytes may not be written to; torch wants memory that may.
             tensors[keys[name]] = torch.from_numpy(given.copy())
@@ -295,7 +297,7 @@ def identity(reply: Message | None) -> str:
         BadReply: no reply, or no name.
     """
     content = opened(reply)
-    with reading("identity", BadReply):
+    with blame_message("identity", BadReply):
         opening.require_names(content, ("identity",), "records")
         record = content.config_records["identity"]
         opening.require_names(record, ("name",), "identity")
@@ -310,14 +312,14 @@ def identity(reply: Message | None) -> str:
 
 def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
     """The scalars of a reply, finite, and `num-examples` positive (see `opening.metrics`)."""
-    with reading("metrics", BadReply):
+    with blame_message("metrics", BadReply):
         return opening.metrics(content, strict)
 
 
 def scores(reply: Message | None) -> dict[str, float]:
     """The metrics of a reply that has nothing else."""
     content = opened(reply)
-    with reading("reply", BadReply):
+    with blame_message("reply", BadReply):
         opening.require_names(content, ("metrics",), "records")
     return metrics(content)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.layers import Pass
-from fedpeft.clients.cohort.passes import Piece, assemble, cut, token_counts
-from fedpeft.clients.cohort.rows import frozen, rows, shrink
+from fedpeft.clients.cohort.passes import Piece, assemble_batch, cut_passes, token_counts
+from fedpeft.clients.cohort.rows import flatten_rows, frozen_parameter, shrink_optimizer
 from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate
 from fedpeft.clients.rates import ONE_ROUND, Clock
-from fedpeft.clients.train import Private, batches, count_targets, per_sample_loss, steps_of
+from fedpeft.clients.train import Private, count_targets, index_batches, per_sample_loss, steps_of
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.mechanism import add_clipped
@@ -84,8 +84,10 @@ class Chunk:
         self.shapes = self.layout.shapes
         self.device = next(iter(own.values())).device
         starts = [{**own, **job.start} for job in jobs]
-        self.values = rows(starts, trained)
-        self.frozen = {key: frozen([start[key] for start in starts], own[key]) for key in own if key not in self.shapes}
+        self.values = flatten_rows(starts, trained)
+        self.frozen = {
+            key: frozen_parameter([start[key] for start in starts], own[key]) for key in own if key not in self.shapes
+        }
         self.lengths = [token_counts(model, job.data) for job in jobs]
         self.steps = [job.steps(config) for job in jobs]
         self.draws = [self._draw_records(job) for job in jobs]
@@ -93,7 +95,7 @@ class Chunk:
         self.start = self.values.clone() if any(job.proximal for job in jobs) else None
         none = {key: torch.zeros(0, *shape[1:]) for key, shape in self.shapes.items()}
         offsets = [none if job.offset is None else job.offset for job in jobs]
-        self.offset = None if all(offset is none for offset in offsets) else rows(offsets, trained)
+        self.offset = None if all(offset is none for offset in offsets) else flatten_rows(offsets, trained)
         still = model.still()
         masks = {key: torch.zeros(shape, dtype=torch.bool, device=self.device) for key, shape in self.shapes.items()}
         for key, mask in still.items():
@@ -122,7 +124,7 @@ class Chunk:
             torch.manual_seed(masks[0] if len(masks) == 1 else seeds.derive(*masks))
             for step in range(max(self.steps)):
                 active = sum(steps > step for steps in self.steps)
-                shrink(optimizer, weights, active)
+                shrink_optimizer(optimizer, weights, active)
                 weights.grad = self._find_gradient(weights.detach())
                 set_rate(optimizer, rates[step])
                 optimizer.step()
@@ -144,7 +146,7 @@ class Chunk:
         state: dict[str, Tensor] = {}
         for what in kinds:
             each = [{key: one.get(f"{what}:{key}", form[key]) for key in self.shapes} for one in kept]
-            state[what] = rows(each, form).to(self.device)
+            state[what] = flatten_rows(each, form).to(self.device)
         if count := count_of(kept[0]):  # the same of all
             state[STEP] = torch.tensor(float(count))
         optimizer.state[weights] = state
@@ -167,7 +169,7 @@ class Chunk:
         """The records of each step. Drawn step by step, as sampling and noise may share a source."""
         if job.private is None:
             rng = None if job.in_order else seeds.numpy_generator(job.seed, "batches")
-            yield from batches(len(job.data), self.config, rng)
+            yield from index_batches(len(job.data), self.config, rng)
         else:
             for _ in range(self.config.local_steps or 0):
                 yield job.private.plan.sample(len(job.data), job.private.source)
@@ -237,7 +239,9 @@ class Chunk:
         longest = max(map(len, drawn))
         size = self.config.micro_batch or max(1, longest)
         for start in range(0, longest, size):
-            yield from cut(self.lengths[: len(drawn)], [index[start : start + size] for index in drawn], self.tokens)
+            yield from cut_passes(
+                self.lengths[: len(drawn)], [index[start : start + size] for index in drawn], self.tokens
+            )
 
     def _slopes(
         self, values: Tensor, piece: Piece, groups: np.ndarray, shares: np.ndarray | None
@@ -257,7 +261,7 @@ class Chunk:
         fixed = {key: value[chosen] if own else value for key, (value, own) in self.frozen.items()}
         self.now.rows = len(piece.clients) * self.model.base.objective.rows
         self.now.groups, self.now.values = len(groups), {**fixed, **leaves}
-        inputs, labels = assemble(self.model, [job.data for job in self.jobs], piece)
+        inputs, labels = assemble_batch(self.model, [job.data for job in self.jobs], piece)
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         labels = labels.to(self.device, non_blocking=True)
         losses = per_sample_loss(self.model, inputs, labels)

@@ -29,24 +29,24 @@ from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.chunk import Chunk, Done, Job
-from fedpeft.clients.cohort.layers import Pass, layers, replaced
+from fedpeft.clients.cohort.layers import Pass, layers_of, with_factors
 from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.optimizers.base import count_of
-from fedpeft.clients.train import taught
+from fedpeft.clients.train import find_taught
 from fedpeft.config import ClientConfig
 from fedpeft.errors import InputError
 
-__all__ = ["Done", "Job", "cannot", "train_cohort"]
+__all__ = ["Done", "Job", "train_cohort", "why_not_cohort"]
 
 TYPICAL = 0.9  # quantile of a client's text lengths that chunks are planned with
 
 
-def cannot(model: Adapted, trains: Sequence[str]) -> str | None:
+def why_not_cohort(model: Adapted, trains: Sequence[str]) -> str | None:
     """Why these roles cannot be trained in a cohort; None if they can."""
     if not model.form.select(trains).tensors:
         return f"no parameter has a role of {', '.join(trains)}"
     try:
-        layers(model)
+        layers_of(model)
     except InputError as error:
         return str(error)
     return None
@@ -66,15 +66,15 @@ def train_cohort(
     """
     if not jobs:
         return []
-    jobs = [replace(job, data=taught(job.data, job.private)) for job in jobs]
-    problem = cannot(model, trains)
+    jobs = [replace(job, data=find_taught(job.data, job.private)) for job in jobs]
+    problem = why_not_cohort(model, trains)
     if problem:
         raise InputError(f"run.engine=cohort: {problem}.")
-    found, now = layers(model), Pass()
+    found, now = layers_of(model), Pass()
     done: dict[int, Done] = {}
     model.training_mode()
     try:
-        with first_token(model, jobs[0].data), replaced(found, now):
+        with first_token(model, jobs[0].data), with_factors(found, now):
             for chunk in _split_chunks(model, jobs, config, tokens):
                 results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
                 done |= dict(zip(chunk, results, strict=True))

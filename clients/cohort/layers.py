@@ -87,7 +87,7 @@ def _add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
     return y.flatten(0, 1).addmm(x.flatten(0, 1), weight.mT, alpha=scale).view_as(y)
 
 
-def layers(model: Adapted) -> list[Layer]:
+def layers_of(model: Adapted) -> list[Layer]:
     """The layers that own the parameters of adapter and head.
 
     Raises:
@@ -140,7 +140,7 @@ def _is_plain_lora(module: Any) -> bool:
 
 
 @contextmanager
-def replaced(found: list[Layer], now: Pass) -> Iterator[None]:
+def with_factors(found: list[Layer], now: Pass) -> Iterator[None]:
     """Let these layers take their factors from `now`."""
     before = [vars(layer.module).get("forward") for layer in found]
     try:

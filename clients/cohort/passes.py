@@ -49,7 +49,7 @@ def token_counts(model: Adapted, data: Encoded) -> np.ndarray:
     return np.full(len(data), -(-height // int(patch[0])) * -(-width // int(patch[1])) + 1)
 
 
-def cut(lengths: list[np.ndarray], drawn: list[np.ndarray], tokens: int) -> Iterator[Piece]:
+def cut_passes(lengths: list[np.ndarray], drawn: list[np.ndarray], tokens: int) -> Iterator[Piece]:
     """The records that each client has drawn, in one pass if it is not too long or too much of it padding, else sorted
     by length in several.
     """
@@ -79,7 +79,7 @@ def cut(lengths: list[np.ndarray], drawn: list[np.ndarray], tokens: int) -> Iter
             start = end
 
 
-def assemble(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[str, Tensor], Tensor]:
+def assemble_batch(model: Adapted, data: list[Encoded], piece: Piece) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels of the samples, texts cut or padded to one width, on the CPU."""
     present, first = np.unique(piece.clients, return_index=True)
     parts = [

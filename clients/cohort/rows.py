@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def rows(states: list[dict[str, Tensor]], like: dict[str, Tensor]) -> Tensor:
+def flatten_rows(states: list[dict[str, Tensor]], like: dict[str, Tensor]) -> Tensor:
     """Each state flattened to a row [K, P] of the device and dtype of `like`, smaller tensors padded with zeros."""
     first = next(iter(like.values()))
     matrix = torch.zeros(len(states), sum(value.numel() for value in like.values()), dtype=first.dtype)
@@ -18,15 +18,15 @@ def rows(states: list[dict[str, Tensor]], like: dict[str, Tensor]) -> Tensor:
     return matrix.to(first.device)
 
 
-def frozen(values: list[Tensor], like: Tensor) -> tuple[Tensor, bool]:
+def frozen_parameter(values: list[Tensor], like: Tensor) -> tuple[Tensor, bool]:
     """A parameter that does not train: [...] and False if all clients have the same, else [K, ...] and True."""
     first = values[0]
     if all(value is first or (value.shape == first.shape and torch.equal(value, first)) for value in values):
-        return rows([{"": first}], {"": like}).view(like.shape), False
-    return rows([{"": value} for value in values], {"": like}).view(-1, *like.shape), True
+        return flatten_rows([{"": first}], {"": like}).view(like.shape), False
+    return flatten_rows([{"": value} for value in values], {"": like}).view(-1, *like.shape), True
 
 
-def shrink(optimizer: torch.optim.Optimizer, weights: nn.Parameter, rows: int) -> None:
+def shrink_optimizer(optimizer: torch.optim.Optimizer, weights: nn.Parameter, rows: int) -> None:
     """Leave only the first rows to the optimizer, with its moments of them."""
     if len(weights) > rows:
         # The same Parameter with fewer rows, as the optimizer finds its moments by it.

@@ -55,14 +55,14 @@ class Muon(ClientOptimizer):
                     mean = tensor.state["exp_avg"].lerp_(tensor.gradient, 1 - config.decay)
                     ahead = tensor.gradient.lerp(mean, config.decay) if config.nesterov else mean
                     rows, columns = ahead.shape[1:]
-                    tensor.value.sub_(lr * max(1.0, rows / columns) ** 0.5 * even(ahead, config.iterations))
+                    tensor.value.sub_(lr * max(1.0, rows / columns) ** 0.5 * even_out(ahead, config.iterations))
                 else:
                     tensor.value.sub_(lr * adam_direction(tensor, step, config.beta1, config.beta2, config.eps))
 
         return Stacked(weights, client.lr, layout, ("exp_avg", "exp_avg_sq"), move)
 
 
-def even(matrices: Tensor, iterations: int) -> Tensor:
+def even_out(matrices: Tensor, iterations: int) -> Tensor:
     """Matrices [K, rows, columns] with about equal singular values (0.7 to 1.2) and the singular vectors of these."""
     a, b, c = COEFFICIENTS
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices

@@ -14,7 +14,7 @@ from fedpeft import config as configs
 from fedpeft import seeds
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
-from fedpeft.data.ragged import runs
+from fedpeft.data.ragged import cut_runs
 from fedpeft.models.base import Base
 from fedpeft.models.loading import load as load_base
 from fedpeft.state import AdaptedLayer, AdapterState
@@ -161,7 +161,7 @@ class Adapted:
         """Features [N, D], logits [N, labels] and labels [N] of all records in order, in batches, on the CPU."""
         device = next(self.base.head.parameters()).device
         self.base.backbone.eval()
-        for places in runs(data.lengths, size, TOKENS):
+        for places in cut_runs(data.lengths, size, TOKENS):
             inputs, labels = data.batch(places)
             features, logits = self.base.features_and_logits({key: value.to(device) for key, value in inputs.items()})
             yield features.cpu(), self._among_competing(logits).float().cpu(), labels

@@ -9,7 +9,7 @@ import torch
 from fedpeft.state import AdapterState, StateMismatch
 
 
-def flat(adapter: AdapterState) -> AdapterState:
+def flatten_adapter(adapter: AdapterState) -> AdapterState:
     """The same change of every weight, s B A, in the roles A and B only; tensors of another tuner of peft stay.
 
     A core is folded, s B R A = s (B R) A, and a residual appended,

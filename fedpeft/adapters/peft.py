@@ -38,7 +38,7 @@ from fedpeft.adapters.peft_types import (
     allowed_types,
     average_error,
     config_class,
-    measured,
+    read_measured,
 )
 from fedpeft.config import AdapterConfig, Configured, option
 from fedpeft.errors import InputError
@@ -68,7 +68,7 @@ class Peft(Configured):
     @staticmethod
     def notes() -> list[str]:
         """What `fedpeft show peft` says of types."""
-        exact = [row["type"] for row in measured() if row["average"] < EXACT and not row["options"]]
+        exact = [row["type"] for row in read_measured() if row["average"] < EXACT and not row["options"]]
         return [
             f"types: {', '.join(allowed_types())}",
             f"averages are exact of {', '.join(exact)}; docs/methods.md has what was measured of all",

@@ -66,7 +66,7 @@ def allowed_types() -> list[str]:
     return [str(kind.value) for kind in PeftType if kind.value not in CANNOT]
 
 
-def measured() -> list[dict[str, Any]]:
+def read_measured() -> list[dict[str, Any]]:
     """What has been measured of types and some of their options (`simulations.benchmarks.peft_types`)."""
     rows: list[dict[str, Any]] = json.loads(MEASURED.read_text())
     return rows
@@ -74,7 +74,7 @@ def measured() -> list[dict[str, Any]]:
 
 def average_error(name: str, options: dict[str, Any]) -> float | None:
     """How far an average is from what it should do, as measured of the type with the most of these options."""
-    rows = [row for row in measured() if row["type"] == name]
+    rows = [row for row in read_measured() if row["type"] == name]
     # Options that a type needs are there in every row, with whatever values.
     fitting = [row for row in rows if row is rows[0] or row["options"].items() <= options.items()]
     return max(fitting, key=lambda row: len(row["options"]) * (row is not rows[0]))["average"] if rows else None
@@ -119,7 +119,7 @@ def require_options(name: str, given: dict[str, Any]) -> None:
     for key, value in given.items():
         if key not in allowed:
             raise InputError(registry.unknown(f"adapter.options.{key} (adapter.type={name})", key, allowed))
-        if not fits(value, allowed[key]):
+        if not fits_hint(value, allowed[key]):
             raise InputError(
                 f"adapter.options.{key}: {value!r} is not a valid {_name_hint(allowed[key])} of adapter.type={name}."
             )
@@ -163,7 +163,7 @@ def check(config: Config) -> None:
         raise InputError("adapter.target_modules and adapter.options.target_modules: give one of them.")
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits_hint(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, as an annotation names it; whole numbers are numbers too.
 
     >>> fits(3, float), fits(True, int), fits(["q"], list[str] | None), fits("niter_4", Literal["niter_[n]"])
@@ -178,16 +178,16 @@ def fits(value: Any, hint: Any) -> bool:
             for choice in inner
         )
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in inner)
+        return any(fits_hint(value, part) for part in inner)
     if origin in (list, tuple):
         size = len(inner) if origin is tuple else None
         return (
             isinstance(value, list | tuple)
             and size in (None, len(value))
-            and all(fits(entry, inner[index if size else 0]) for index, entry in enumerate(value))
+            and all(fits_hint(entry, inner[index if size else 0]) for index, entry in enumerate(value))
         )
     if origin is dict:
-        return isinstance(value, dict) and all(fits(entry, inner[1]) for entry in value.values())
+        return isinstance(value, dict) and all(fits_hint(entry, inner[1]) for entry in value.values())
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)

@@ -41,7 +41,7 @@ def first_token(model: Adapted, data: Encoded) -> Iterator[None]:
         training = [module for module in model.base.backbone.modules() if module.training]
         model.base.backbone.eval()
         try:
-            model.tail = find(model, data)
+            model.tail = find_tail(model, data)
         finally:
             for module in training:
                 module.training = True
@@ -54,7 +54,7 @@ def first_token(model: Adapted, data: Encoded) -> Iterator[None]:
 
 
 @torch.enable_grad()
-def find(model: Adapted, data: Encoded) -> list[nn.Module]:
+def find_tail(model: Adapted, data: Encoded) -> list[nn.Module]:
     """The layers that need only the first token of their input [N, T, width]; in evaluation mode."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fedpeft import progress
-from fedpeft.record.words import about, number
+from fedpeft.record.words import number, show_duration
 
 EVERY_S = 30.0
 # Services: they run until they are stopped, and their logs, or their page, say what happens.
@@ -72,10 +72,10 @@ class SignOfLife:
         rate = self.rate(now)
         if rate:
             parts.append(rate)
-        times = [f"{about(now - self.begun)} so far"]
+        times = [f"{show_duration(now - self.begun)} so far"]
         left = self.left(now)
         if left is not None:
-            times.append(f"about {about(left)} left")
+            times.append(f"about {show_duration(left)} left")
         return f"{self.name}: {', '.join(parts or ['at work'])}; {', '.join(times)}"
 
     def rate(self, now: float) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from fedpeft import folders
 from fedpeft.cli import alive
 from fedpeft.errors import RunError, Stopped
-from fedpeft.files import explained
+from fedpeft.files import explain_error
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -73,7 +73,7 @@ class Progress:
             error.advice = folders.advice(self.folder) if self.folder else ""
             raise error
         if isinstance(error, OSError) and self.folder is not None:
-            raise RunError(f"{explained(error)} {folders.advice(self.folder)}") from error
+            raise RunError(f"{explain_error(error)} {folders.advice(self.folder)}") from error
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "folder":
@@ -188,9 +188,9 @@ def _with_error(row: dict[str, Any]) -> str:
 
 def _named_clients(summary: dict[str, Any]) -> None:
     """Whose updates were far beyond the others', cut by a robust rule, or quarantined."""
-    from fedpeft.record.lead import warnings
+    from fedpeft.record.lead import list_warnings
 
-    for text in warnings(summary):
+    for text in list_warnings(summary):
         out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
     for row in summary.get("updates", []):
         if row["treated_rounds"] and not row["far_rounds"]:

@@ -23,7 +23,7 @@ from fedpeft.cli.deploy import server_app, site_app
 from fedpeft.cli.privacy import privacy_app
 from fedpeft.cli.unlearning import unlearn
 from fedpeft.errors import InputError, RunError, Stopped
-from fedpeft.files import explained
+from fedpeft.files import explain_error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -357,7 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
         console.fail(str(error))
         sys.exit(1)
     except OSError as error:  # a full disk, a missing right: the machine's, not the program's
-        console.fail(explained(error))
+        console.fail(explain_error(error))
         sys.exit(1)
     except Stopped as stop:
         console.note(f"{'interrupted' if stop.number == signal.SIGINT else 'terminated'}. {stop.advice}".strip())

@@ -34,7 +34,7 @@ def privacy_epsilon(
     given |= {"steps": steps, "delta": delta}
     found = accounting.epsilon(**given, accountant=accountant)
     assumptions = list(accounting.ASSUMPTIONS)
-    if accounting.bounded(((sample_rate, noise_multiplier, steps),), delta, accountant):
+    if accounting.is_bounded(((sample_rate, noise_multiplier, steps),), delta, accountant):
         assumptions.append(accounting.BOUNDED)
     result = {"epsilon": found, **given, "accountant": accountant, "assumptions": assumptions}
     console.emit(result, as_json, console.privacy)
@@ -55,7 +55,7 @@ def privacy_noise(
     given: dict[str, Any] = {"sample_rate": sample_rate, "epsilon": epsilon, "steps": steps, "delta": delta}
     found = accounting.noise_multiplier(**given, accountant=accountant)
     assumptions = list(accounting.ASSUMPTIONS)
-    if accounting.bounded(((sample_rate, found, steps),), delta, accountant):
+    if accounting.is_bounded(((sample_rate, found, steps),), delta, accountant):
         assumptions.append(accounting.BOUNDED)
     result = {"noise_multiplier": found, **given, "accountant": accountant, "assumptions": assumptions}
     console.emit(result, as_json, console.privacy)
@@ -71,4 +71,4 @@ def privacy_ledger(
     """What has been released and what it costs, from the ledgers on the disk."""
     from fedpeft.privacy import ledger
 
-    console.emit(ledger.account(path, delta, accountant), as_json, console.ledgers)
+    console.emit(ledger.read_account(path, delta, accountant), as_json, console.ledgers)

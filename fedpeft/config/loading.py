@@ -18,7 +18,7 @@ from typing import Any
 from fedpeft import other_names, registry
 from fedpeft.config import values
 from fedpeft.config.option import FEDERATION, INFINITY, LEARNER
-from fedpeft.config.overrides import apply, parse_overrides
+from fedpeft.config.overrides import apply_overrides, parse_overrides
 from fedpeft.config.schema import (
     METHOD_SECTIONS,
     Config,
@@ -47,7 +47,7 @@ def load(
     tree = source if isinstance(source, dict) else _read_mapping(find(source))
     tree = _named_sections(tree)
     given = parse_overrides(overrides)
-    apply(tree, given)
+    apply_overrides(tree, given)
     _count_by_column(tree, given)
     try:
         tree = values.interpolated(tree, to_tree(Config()), foreign)
@@ -317,7 +317,7 @@ def _read_value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     meta = item.metadata
     if meta and meta["options_of"] and meta["options_of"][0]:
         return _keep_untyped(value, str(item.type), key)
-    value = values.typed(value, str(item.type), key)
+    value = values.to_annotation(value, str(item.type), key)
     if not meta or value is None:
         return value
     if meta["path"]:
@@ -331,7 +331,7 @@ def _read_value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
 
 def _keep_untyped(value: Any, kind: str, key: str) -> Any:
     """A list or mapping whose scalars are typed later, by the fields of the entry that it is for."""
-    values.typed(value, kind, key)
+    values.to_annotation(value, kind, key)
     return values.structure(value, key)
 
 

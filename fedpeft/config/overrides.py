@@ -46,7 +46,7 @@ def parse_overrides(given: Iterable[str] | dict[str, Any]) -> dict[str, Any]:
     return pairs
 
 
-def apply(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Put the overrides into the tree, in place."""
     pairs = list(_expand_names(overrides))
     for path, section in METHOD_SECTIONS.items():  # a new name first: it drops the options of the method it replaces

@@ -106,7 +106,7 @@ def unquoted(value: Any) -> Any:
     return Plain(text)
 
 
-def typed(value: Any, kind: str, key: str) -> Any:
+def to_annotation(value: Any, kind: str, key: str) -> Any:
     """The value as a field with the annotation `kind` has it: text as it stands, numbers and truth values read.
 
     Args:

@@ -193,7 +193,7 @@ class Body:
         """Go on from a `state` in the middle of `task`."""
         state = copy.deepcopy(state)
         self.index, self.seen, self.memory, self.task = state["index"], state["seen"], state["memory"], task
-        self.parameters = {key: leaf(value) for key, value in state["parameters"].items()}
+        self.parameters = {key: make_leaf(value) for key, value in state["parameters"].items()}
         self.restart_optimizer()
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -254,7 +254,7 @@ class Classifier:
 
     def __init__(self, classes: int, width: int, seed: int, lr: float) -> None:
         rows = torch.randn(classes, width, generator=seeds.torch_generator(seed, "classifier"))
-        self.weight, self.bias, self.lr = leaf(rows * 1e-3), leaf(torch.zeros(classes)), lr
+        self.weight, self.bias, self.lr = make_leaf(rows * 1e-3), make_leaf(torch.zeros(classes)), lr
         self.restart_optimizer()
 
     def restart_optimizer(self) -> None:
@@ -274,17 +274,17 @@ class Classifier:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`, with its moments."""
         state = copy.deepcopy(state)
-        self.weight, self.bias = leaf(state["weight"]), leaf(state["bias"])
+        self.weight, self.bias = make_leaf(state["weight"]), make_leaf(state["bias"])
         self.restart_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def leaf(value: Tensor) -> Tensor:
+def make_leaf(value: Tensor) -> Tensor:
     """A copy that can be trained."""
     return value.detach().clone().requires_grad_(True)
 
 
-def only(logits: Tensor, classes: list[int] | tuple[int, ...]) -> Tensor:
+def only_classes(logits: Tensor, classes: list[int] | tuple[int, ...]) -> Tensor:
     """Logits with -inf for every class that is not in `classes`."""
     mask = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
     mask[list(classes)] = False

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.config.schema import ContinualConfig
-from fedpeft.continual.stream import groups
+from fedpeft.continual.stream import group_classes
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Curriculum:
         return np.flatnonzero(np.isin(labels, self.groups[task]))
 
 
-def make(config: ContinualConfig, classes: int, rounds: int, seed: int) -> Curriculum:
+def make_curriculum(config: ContinualConfig, classes: int, rounds: int, seed: int) -> Curriculum:
     """The curriculum of a config: classes in a random order (or as numbered), cut into tasks of nearly equal size,
     without those that are left out.
 
     Raises:
         InputError: more tasks than classes.
     """
-    parts = groups(classes, config.tasks, seed, config.shuffle, "continual.tasks")
+    parts = group_classes(classes, config.tasks, seed, config.shuffle, "continual.tasks")
     kept = [tuple(part) for task, part in enumerate(parts) if task not in config.leave_out]
     return Curriculum(tuple(kept), rounds // config.learned)

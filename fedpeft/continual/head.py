@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedpeft.config import Configured
-from fedpeft.continual.body import Classifier, only
+from fedpeft.continual.body import Classifier, only_classes
 
 
 class Head(Configured):
@@ -44,7 +44,7 @@ class Head(Configured):
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
         """Scores [N, C]; -inf for classes never seen. Heads that are fitted on sums need no classifier."""
         assert classifier is not None
-        return only(classifier(features), self.seen)
+        return only_classes(classifier(features), self.seen)
 
     def update(self, statistics: dict[str, Tensor], seen: list[int]) -> None:
         """Add sums and fit."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft import config as configs
-from fedpeft.continual.body import Body, Classifier, TrainConfig, only
+from fedpeft.continual.body import Body, Classifier, TrainConfig, only_classes
 from fedpeft.continual.head import Head
 from fedpeft.continual.model import Inputs, Plastic
 from fedpeft.continual.stream import Stream
@@ -153,7 +153,7 @@ class Learner:
         logits = self.classifier(features)
         task = self.stream.tasks[self.task]
         allowed = self.stream.seen(self.task) if self.loss == "seen" else task.classes
-        loss = F.cross_entropy(only(logits, allowed) / self.train.temperature, labels)
+        loss = F.cross_entropy(only_classes(logits, allowed) / self.train.temperature, labels)
         extra = self.body.penalty(inputs, labels, features, self.classifier) if moves else None
         if extra is not None:
             loss = loss + extra
@@ -227,7 +227,7 @@ class Learner:
         right = dict.fromkeys(self.heads, 0)
         for inputs, labels in self.body.each_batch(data, EVALUATE):
             for name, scores in self._score_heads(list(self.heads), inputs).items():
-                allowed = only(scores, classes) if self.stream.scenario == "task" else scores
+                allowed = only_classes(scores, classes) if self.stream.scenario == "task" else scores
                 right[name] += int((allowed.argmax(-1) == labels).sum())
         return right
 
@@ -236,7 +236,7 @@ class Learner:
         """Scores of several heads from one pass a view."""
         own = self.body.predict(inputs, self.classifier)
         if own is not None:
-            return {name: only(own, self.body.seen) for name in names}
+            return {name: only_classes(own, self.body.seen) for name in names}
         features = {view: self.model.features(inputs, change) for view, change in self.body.views().items()}
         return {
             name: self.body.combine(

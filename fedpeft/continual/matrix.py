@@ -72,12 +72,12 @@ def summary(
     return {"values": values, "undefined": undefined}
 
 
-def accuracies(right: Sequence[Sequence[int]] | np.ndarray, tests: Sequence[int] | np.ndarray) -> np.ndarray:
+def accuracy_matrix(right: Sequence[Sequence[int]] | np.ndarray, tests: Sequence[int] | np.ndarray) -> np.ndarray:
     """R [T, T], float64; nan where a task has no test records."""
     return _Matrix(right, tests).R
 
 
-def curve(right: Sequence[Sequence[int]] | np.ndarray, tests: Sequence[int] | np.ndarray) -> np.ndarray:
+def accuracy_curve(right: Sequence[Sequence[int]] | np.ndarray, tests: Sequence[int] | np.ndarray) -> np.ndarray:
     """Micro accuracy [T] on the tasks seen, after each task; nan before the first test record."""
     return _Matrix(right, tests).micro
 

@@ -83,7 +83,7 @@ class Plastic:
         }
 
 
-def dense(delta: Tensor) -> Patch:
+def add_dense(delta: Tensor) -> Patch:
     """W -> W + delta [out, in]."""
     return lambda x, y: y + F.linear(x.to(delta.dtype), delta).to(y.dtype)
 
@@ -93,7 +93,7 @@ def low_rank(B: Tensor, A: Tensor, scale: float | Tensor = 1.0) -> Patch:
     return lambda x, y: y + (scale * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
 
 
-def together(*changes: Change) -> dict[str, Patch]:
+def sum_changes(*changes: Change) -> dict[str, Patch]:
     """Several changes at once: what they add adds up."""
     names = {name for change in changes for name in change}
     return {name: _sum_patches([change[name] for change in changes if name in change]) for name in sorted(names)}

@@ -97,7 +97,9 @@ def plan(
     }
 
 
-def groups(classes: int, tasks: int, seed: int, shuffle: bool = True, key: str = "stream.tasks") -> list[list[int]]:
+def group_classes(
+    classes: int, tasks: int, seed: int, shuffle: bool = True, key: str = "stream.tasks"
+) -> list[list[int]]:
     """Classes in random order, cut into `tasks` groups that differ by at most one class.
 
     Args:
@@ -138,7 +140,7 @@ def build(manifest: dict[str, Any], train: Encoded, test: Encoded) -> Stream:
     return Stream(manifest["name"], manifest["scenario"], manifest["classes"], tasks, manifest)
 
 
-def save(stream: Stream, path: Path) -> None:
+def save_stream(stream: Stream, path: Path) -> None:
     """Write a stream's manifest as JSON; the records themselves stay where they are."""
     write_bytes(path, (json.dumps(stream.manifest) + "\n").encode())
 

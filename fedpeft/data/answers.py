@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.data.columns import as_text, in_order, missing, shown
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.columns import as_text, in_order, is_missing, show_value
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
 
@@ -70,7 +70,9 @@ def _read_numbers(table: Table, name: str, separator: str | None) -> Read:
     constant = [
         f"{name}-{k}" if width > 1 else name for k in range(width) if len(targets) and np.ptp(targets[:, k]) == 0
     ]
-    notes = some(f"{table.where}: column {name}", "targets have the same number in every record", constant, width)
+    notes = note_skipped(
+        f"{table.where}: column {name}", "targets have the same number in every record", constant, width
+    )
     return targets.astype(np.float32), [name] if width == 1 else [f"{name}-{k}" for k in range(width)], notes
 
 
@@ -82,7 +84,8 @@ def _read_number(table: Table, name: str, number: int, value: Any) -> float:
     if not abs(made) < LARGEST:
         hint = " A decimal comma is no number here: write a point." if isinstance(value, str) and "," in value else ""
         raise InputError(
-            f"{table.where}: column {name}: record {number} has no number, but {shown(value)}. Remove or fill it.{hint}"
+            f"{table.where}: column {name}: record {number} has no number, but "
+            f"{show_value(value)}. Remove or fill it.{hint}"
         )
     return made
 
@@ -93,8 +96,8 @@ def _read_several(table: Table, name: str, separator: str | None) -> Read:
     for number, value in enumerate(table.columns[name], 1):
         if isinstance(value, str) and separator is None:
             raise InputError(
-                f"{table.where}: column {name}: record {number} has the text {shown(value)}, and labels are to be a "
-                "list. Say what stands between them with data.label_separator, for example data.label_separator=';'."
+                f"{table.where}: column {name}: record {number} has the text {show_value(value)}, and labels are to be "
+                "a list. Say what stands between them with data.label_separator, for example data.label_separator=';'."
             )
         rows.append([name_of(table, name, number, part, known) for part in _split_cell(value, separator)])
     names = known or in_order({part for row in rows for part in row})
@@ -104,7 +107,9 @@ def _read_several(table: Table, name: str, separator: str | None) -> Read:
             "data.label the right column, and data.label_separator what stands between them?"
         )
     without = [f"record {number}" for number, row in enumerate(rows, 1) if not row]
-    notes = some(f"{table.where}: column {name}", "records have no label, and are learned as such", without, len(rows))
+    notes = note_skipped(
+        f"{table.where}: column {name}", "records have no label, and are learned as such", without, len(rows)
+    )
     return table_of(rows, names), names, notes
 
 
@@ -117,13 +122,13 @@ def name_of(table: Table, name: str, number: int, value: Any, known: list[str] |
     if known and isinstance(value, int | np.integer) and 0 <= value < len(known):
         return known[int(value)]
     try:
-        text = "" if missing(value) else as_text(value).strip()
+        text = "" if is_missing(value) else as_text(value).strip()
     except TypeError:
         text = ""
     if not text or (known and text not in known):
         raise InputError(
-            f"{table.where}: column {name}: record {number} has {shown(value)} among its labels; each must be a name "
-            f"or a whole number{f', of {len(known)} known ones' if known else ''}."
+            f"{table.where}: column {name}: record {number} has {show_value(value)} among its labels; each must be "
+            f"a name or a whole number{f', of {len(known)} known ones' if known else ''}."
         )
     return text
 
@@ -134,7 +139,7 @@ def _split_cell(value: Any, separator: str | None) -> list[Any]:
         return list(value)
     if isinstance(value, str) and separator is not None:
         return [part.strip() for part in value.split(separator)] if value.strip() else []
-    return [] if separator is not None and missing(value) else [value]
+    return [] if separator is not None and is_missing(value) else [value]
 
 
 def table_of(rows: Sequence[Sequence[str]], names: Sequence[str]) -> np.ndarray:

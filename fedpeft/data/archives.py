@@ -18,10 +18,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self
 
-from fedpeft.data.folders import PICTURES, hidden
+from fedpeft.data.folders import PICTURES, is_hidden
 from fedpeft.data.readers import ENDINGS as FILES
-from fedpeft.data.readers import ending
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.readers import ending_of
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.errors import InputError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -54,8 +54,8 @@ def unpacked(path: Path) -> Iterator[tuple[Path, tuple[Skipped, ...]]]:
         root.mkdir()
         damaged = _unpack_archive(path, root)
         if not any(root.iterdir()):
-            raise InputError(f"{path}: not readable as {ending(path)[1:]}: no member of it can be unpacked.")
-        skipped = some(str(path), "members of the archive are damaged and left out", damaged)
+            raise InputError(f"{path}: not readable as {ending_of(path)[1:]}: no member of it can be unpacked.")
+        skipped = note_skipped(str(path), "members of the archive are damaged and left out", damaged)
         try:
             yield _find_top(root), skipped
         except InputError as error:
@@ -66,7 +66,7 @@ def _unpack_archive(path: Path, root: Path) -> list[str]:
     """Write an archive's files; the names of those that are damaged."""
     total, damaged = 0, []
     names: set[PurePosixPath] = set()
-    with closing(_unpack_zip(path) if ending(path) == ".zip" else _unpack_tar(path)) as members:
+    with closing(_unpack_zip(path) if ending_of(path) == ".zip" else _unpack_tar(path)) as members:
         for number, (name, size, file) in enumerate(members):
             member, total = PurePosixPath(name), total + (size or 0)
             names |= {member, *member.parents}
@@ -90,12 +90,12 @@ def table_of(root: Path) -> Path | None:
 
     A json beside a picture of its name says something of the picture, and is none of them.
     """
-    entries = [entry for entry in sorted(root.iterdir()) if entry.is_file() and not hidden(entry)]
+    entries = [entry for entry in sorted(root.iterdir()) if entry.is_file() and not is_hidden(entry)]
     pictures = {entry.stem for entry in entries if entry.suffix.lower() in PICTURES}
     files = [
         entry
         for entry in entries
-        if ending(entry) in FILES and not (ending(entry) == ".json" and entry.stem in pictures)
+        if ending_of(entry) in FILES and not (ending_of(entry) == ".json" and entry.stem in pictures)
     ]
     return files[0] if len(files) == 1 else None
 
@@ -141,7 +141,7 @@ def _place_inside(value: str, root: Path) -> Path | None:
 def _find_top(root: Path) -> Path:
     """Archives often have all in one folder, which is then the one that is meant."""
     while True:
-        entries = [entry for entry in root.iterdir() if not hidden(entry)]
+        entries = [entry for entry in root.iterdir() if not is_hidden(entry)]
         if len(entries) != 1 or not entries[0].is_dir():
             return root
         if table_of(entries[0]) is None and not any(inner.is_dir() for inner in entries[0].iterdir()):

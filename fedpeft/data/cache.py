@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError
-from fedpeft.files import blamed, explained, scratch
+from fedpeft.files import blame_file, explain_error, scratch_folder
 
 log = logging.getLogger("fedpeft.data")
 FOLDER = ".fedpeft-cache"  # beside the folders of runs
@@ -65,13 +65,13 @@ class Cache:
             OSError: it cannot be read or written; names the place.
             InputError: it is damaged each time that it was made.
         """
-        folder = self.root / f"{name}-{digest(facts)[:32]}"
+        folder = self.root / f"{name}-{hash_facts(facts)[:32]}"
         try:
             return folder, self._read_found(folder, make)
         except OSError as error:
             if self.named:
                 raise
-            log.warning("nothing is kept for later processes and runs: %s", explained(error))
+            log.warning("nothing is kept for later processes and runs: %s", explain_error(error))
             return None
 
     def _read_found(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> Any:
@@ -101,14 +101,14 @@ class Cache:
             _discard_folder(path)
 
     def _make(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
-        with blamed(self.root):
+        with blame_file(self.root):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what the records hold
-        with scratch(self.root, "making") as place:
+        with scratch_folder(self.root, "making") as place:
             made = place / "made"
             made.mkdir(mode=0o700)
             returned = make(made)
             files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(made.iterdir())}
-            with blamed(folder):
+            with blame_file(folder):
                 (made / FACTS).write_text(json.dumps({"files": files, "made": returned}))
                 try:
                     made.rename(folder)
@@ -145,23 +145,23 @@ def checksum(path: Path) -> int:
     return value
 
 
-def digest(facts: Any) -> str:
+def hash_facts(facts: Any) -> str:
     """sha256 of facts as JSON has them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def code(*more: type) -> list[str]:
+def hash_code(*more: type) -> list[str]:
     """The code that records are read and encoded by, and that of these classes, and the libraries' versions: another
     one may do it otherwise.
     """
     files = {str(path) for path in Path(__file__).parent.glob("*.py")}
     for cls in more:
         files |= {str(inspect.getsourcefile(base)) for base in cls.__mro__ if base.__module__ != "builtins"}
-    whole = digest([hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)])
+    whole = hash_facts([hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)])
     return [whole, *(f"{name} {metadata.version(name)}" for name in READERS), *(cls.__qualname__ for cls in more)]
 
 
-def content(path: Path) -> tuple[str, int]:
+def hash_content(path: Path) -> tuple[str, int]:
     """sha256 of a file, or of all names and files of a folder, and their bytes."""
     if path.is_file():
         return _hash_file(path)
@@ -170,7 +170,7 @@ def content(path: Path) -> tuple[str, int]:
         name, size = _hash_file(inner)
         hashes.append([str(inner.relative_to(path)), name])
         total += size
-    return digest(hashes), total
+    return hash_facts(hashes), total
 
 
 def _hash_file(path: Path) -> tuple[str, int]:
@@ -180,5 +180,5 @@ def _hash_file(path: Path) -> tuple[str, int]:
 
 def _discard_folder(folder: Path) -> None:
     """Take a folder out of the way first: another process may look at it."""
-    with scratch(folder.parent, "making") as place, suppress(FileNotFoundError):  # another process was faster
+    with scratch_folder(folder.parent, "making") as place, suppress(FileNotFoundError):  # another process was faster
         folder.rename(place / folder.name)

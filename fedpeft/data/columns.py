@@ -19,7 +19,7 @@ import numpy as np
 
 from fedpeft import registry
 from fedpeft.data.ragged import Texts
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
 
@@ -128,10 +128,10 @@ def require_whole_texts(table: Table, name: str, known: Sequence[str | None]) ->
 
 
 def _of_numbers(values: Sequence[Any]) -> bool:
-    return all(missing(value) or isinstance(value, int | float | np.number) for value in values)
+    return all(is_missing(value) or isinstance(value, int | float | np.number) for value in values)
 
 
-def missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """None, NaN, NaT, pandas' NA, and strings of blanks. A word such as NA is a word."""
     if isinstance(value, str):
         return not value.strip()
@@ -152,9 +152,10 @@ def texts(table: Table, name: str) -> Texts:
     """
     values = table.columns[name]
     for number, value in enumerate(values, 1):
-        if not isinstance(value, str) or missing(value):
+        if not isinstance(value, str) or is_missing(value):
             raise InputError(
-                f"{table.where}: column {name}: record {number} has no text, but {shown(value)}. Remove or fill it."
+                f"{table.where}: column {name}: record {number} has no text, but "
+                f"{show_value(value)}. Remove or fill it."
             )
         require_unicode(table, name, number, value)
     return values if isinstance(values, Texts) else Texts.of(values)
@@ -183,7 +184,7 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, list[str], tuple[Skippe
     values = table.columns[name]
     kinds: dict[str, int] = {}
     for number, value in enumerate(values, 1):
-        if missing(value):
+        if is_missing(value):
             raise InputError(f"{table.where}: column {name}: record {number} has no label. Remove or fill it.")
         if isinstance(value, str):
             require_unicode(table, name, number, value)
@@ -221,10 +222,10 @@ def _refuse_kind(table: Table, name: str, number: int, value: Any) -> str:
         why = "; a record has one label. For several labels, or one-hot rows, make a column with one name or number"
     else:
         why = "; labels must be all strings or all whole numbers"
-    raise InputError(f"{table.where}: column {name}: record {number} has {shown(value)}{why}.")
+    raise InputError(f"{table.where}: column {name}: record {number} has {show_value(value)}{why}.")
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value of a table for a message, with its type where that is no plain one."""
     kind = type(value).__name__
     text = repr(value)
@@ -257,9 +258,9 @@ def _find_doubtful(table: Table, name: str, values: Sequence[str]) -> tuple[Skip
         alike[value.strip().casefold()].add(value)
     where = f"{table.where}: column {name}"
     twins = [" and ".join(map(repr, sorted(group))) for group in alike.values() if len(group) > 1]
-    return some(
+    return note_skipped(
         where, "labels read like a missing value, and are taken as a class as they stand", words, len(values)
-    ) + some(where, "groups of classes differ in case or blanks only, and stay several classes", sorted(twins))
+    ) + note_skipped(where, "groups of classes differ in case or blanks only, and stay several classes", sorted(twins))
 
 
 class Natural(Mapping[str, np.ndarray]):
@@ -282,7 +283,7 @@ class Natural(Mapping[str, np.ndarray]):
         values = self.stored[name]
         if isinstance(values, np.ndarray):
             return values
-        return _to_objects(["" if missing(value) else value for value in values])
+        return _to_objects(["" if is_missing(value) else value for value in values])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -306,21 +307,21 @@ def natural(values: Sequence[Any]) -> np.ndarray | None:
     Numbers are int64 or float64 [N] (a missing one is NaN) where these are exact, else Python's own beside None. What
     else there is, and mixed columns, are strings [N], a missing one "".
     """
-    there = [value for value in values if not missing(value)]
+    there = [value for value in values if not is_missing(value)]
     kinds = {type(value) for value in there}
     if kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
         return _to_whole_numbers(values, len(there) == len(values))
     numbers = bool(kinds) and all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds)
     if numbers and all(isinstance(value, float | np.floating) or abs(value) < EXACT for value in there):
-        return np.array([math.nan if missing(value) else value for value in values], dtype=np.float64)
+        return np.array([math.nan if is_missing(value) else value for value in values], dtype=np.float64)
     try:
-        return _to_objects(["" if missing(value) else as_text(value) for value in values])
+        return _to_objects(["" if is_missing(value) else as_text(value) for value in values])
     except TypeError:
         return None
 
 
 def _to_whole_numbers(values: Sequence[Any], complete: bool) -> np.ndarray:
-    found = [None if missing(value) else int(value) for value in values]
+    found = [None if is_missing(value) else int(value) for value in values]
     if complete and all(abs(value or 0) < 2**63 for value in found):
         return np.array(found, dtype=np.int64)
     return _to_objects(found)
@@ -352,6 +353,6 @@ def as_text(value: Any) -> str:
     raise TypeError(type(value).__name__)
 
 
-def present(values: np.ndarray) -> np.ndarray:
+def has_values(values: np.ndarray) -> np.ndarray:
     """Which records have a value in a natural column, bool [N]."""
-    return np.array([not missing(value) for value in values.tolist()], dtype=bool)
+    return np.array([not is_missing(value) for value in values.tolist()], dtype=bool)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft import registry
-from fedpeft.data.columns import ASKED, PARTNERS, missing
+from fedpeft.data.columns import ASKED, PARTNERS, is_missing
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 
@@ -77,7 +77,7 @@ def _read_sharegpt(row: Mapping[str, Any]) -> list[Turn]:
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
     asked = _require_string(row["instruction"], "instruction")
-    if not missing(row.get("input")):
+    if not is_missing(row.get("input")):
         asked += "\n\n" + _require_string(row["input"], "input")
     return _check_turns([*_read_system(row), ("user", asked), ("assistant", _require_string(row["output"], "output"))])
 
@@ -99,7 +99,7 @@ def _read_qa(row: Mapping[str, Any]) -> list[Turn]:
 
 
 def _read_preference(row: Mapping[str, Any]) -> list[list[Turn]]:
-    asked = [] if missing(row.get("prompt")) else _read_said(row, "prompt", "user")
+    asked = [] if is_missing(row.get("prompt")) else _read_said(row, "prompt", "user")
     both = []
     for key in ("chosen", "rejected"):
         if not asked and isinstance(row[key], str):
@@ -128,21 +128,23 @@ def count_shared(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> int:
 
 def _read_said(row: Mapping[str, Any], key: str, role: str) -> list[Turn]:
     """What is said in a column: a string, which is one turn of this role, or a list of messages."""
-    if isinstance(row[key], str) or missing(row[key]):
+    if isinstance(row[key], str) or is_missing(row[key]):
         return [(role, _require_string(row[key], key))]
     return _read_turns(row[key], key, "role", "content", ROLES)
 
 
 def _read_system(row: Mapping[str, Any]) -> list[Turn]:
     """The system turn that stands in a column of its own, if any."""
-    return [] if missing(row.get("system")) else [("system", _require_string(row["system"], "system"))]
+    return [] if is_missing(row.get("system")) else [("system", _require_string(row["system"], "system"))]
 
 
 def _require_string(value: Any, key: str) -> str:
-    if isinstance(value, str) and not missing(value):
+    if isinstance(value, str) and not is_missing(value):
         _require_unicode(value, key)
         return value
-    raise Malformed(f"its {key} is empty" if missing(value) else f"its {key} is no string, but {_shorten_text(value)}")
+    raise Malformed(
+        f"its {key} is empty" if is_missing(value) else f"its {key} is no string, but {_shorten_text(value)}"
+    )
 
 
 def _require_unicode(value: str, what: str) -> None:
@@ -154,7 +156,7 @@ def _require_unicode(value: str, what: str) -> None:
 
 def _read_turns(value: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Turn]:
     """Turns of a list of objects, each with a role and a content."""
-    if missing(value) or not isinstance(value, Sequence) or isinstance(value, str | bytes):
+    if is_missing(value) or not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise Malformed(f"its {key} is no list, but {_shorten_text(value)}")
     turns = []
     for place, item in enumerate(value, 1):
@@ -357,19 +359,19 @@ def read_rows(
                 ) from error
             bad.append(f"record {number + 1} ({error})")
         else:
-            texts.append(dump(turns))
+            texts.append(dump_turns(turns))
             kept.append(number)
     if not texts:
         raise InputError(f"{where}: none of {len(bad)} records is a conversation; the first: {bad[0]}.")
     return texts, kept, bad
 
 
-def dump(turns: Sequence[Any]) -> str:
+def dump_turns(turns: Sequence[Any]) -> str:
     """Turns, or both conversations of a preference, as one text."""
     return json.dumps(turns, ensure_ascii=False)
 
 
-def parse(text: str) -> list[Turn]:
+def parse_turns(text: str) -> list[Turn]:
     """The turns of a text that `dump` has made."""
     return [(role, content) for role, content in json.loads(text)]
 

@@ -91,7 +91,7 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, int, Draws], np.ndarray]] = {
 }
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, draws: Draws) -> np.ndarray:
+def corrupt_image(image: np.ndarray, name: str, severity: int, draws: Draws) -> np.ndarray:
     """An image [H, W] in [0, 1] under a corruption of severity 1 to 5; `clean` leaves it as it is.
 
     Raises:

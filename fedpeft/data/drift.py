@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import registry, seeds
-from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
+from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt_image
 from fedpeft.data.digits import Digits
 from fedpeft.data.records import Records
 from fedpeft.errors import InputError
@@ -193,15 +193,15 @@ def _plan_domains(spec: StreamSpec, names: list[str], labels: np.ndarray) -> Ite
                 continue
             draws = seeds.numpy_generator(spec.seed, "drift", spec.kind, turn, name, "labels")
             if spec.kind == "dirichlet":
-                order = bursts(order, labels, spec.delta, draws)
+                order = order_in_bursts(order, labels, spec.delta, draws)
             if spec.kind == "label_shift":
-                order = order[thinned(labels[order], spec.shift, spec.ratio)]
+                order = order[thin_classes(labels[order], spec.shift, spec.ratio)]
             yield order, name, spec.severity
     if spec.kind == "clean_tail":
         yield shuffled(CLEAN), CLEAN, 0
 
 
-def bursts(order: np.ndarray, labels: np.ndarray, delta: float, draws: np.random.Generator) -> np.ndarray:
+def order_in_bursts(order: np.ndarray, labels: np.ndarray, delta: float, draws: np.random.Generator) -> np.ndarray:
     """The same images with labels in bursts: each class is dealt over as many time slots as there are classes; within a
     slot class follows class, in random order."""
     classes = np.unique(labels)
@@ -214,7 +214,7 @@ def bursts(order: np.ndarray, labels: np.ndarray, delta: float, draws: np.random
     return np.concatenate([slot[place] for slot in slots for place in draws.permutation(len(slot))])
 
 
-def thinned(labels: np.ndarray, shift: str, ratio: float) -> np.ndarray:
+def thin_classes(labels: np.ndarray, shift: str, ratio: float) -> np.ndarray:
     """Places [M] that leave class k about the share ratio^(-k / (K-1)) of its records (mirrored for backward)."""
     classes = int(labels.max()) + 1
     share = ratio ** (-np.arange(classes) / max(1, classes - 1))
@@ -235,7 +235,8 @@ def _render_pixels(plan: dict[str, Any]) -> np.ndarray:
     images = np.asarray(_test_set().inputs)[..., 0]
     rows = zip(*(plan[name] for name in COLUMNS[:4]), strict=True)
     made = [
-        corrupt(images[image], name, severity, np.random.default_rng(noise)) for image, name, severity, noise in rows
+        corrupt_image(images[image], name, severity, np.random.default_rng(noise))
+        for image, name, severity, noise in rows
     ]
     return np.round(np.stack(made) * 255).astype(np.uint8)
 
@@ -247,7 +248,7 @@ def plan_hash(plan: dict[str, Any]) -> str:
 
 
 @cache
-def split() -> tuple[Records, Records]:
+def split_digits() -> tuple[Records, Records]:
     """1,000 digits to train on and 797 to stream, about 80 of a class: more than a batch of 64 in one burst."""
     from sklearn.model_selection import train_test_split
 
@@ -263,4 +264,4 @@ def split() -> tuple[Records, Records]:
 
 
 def _test_set() -> Records:
-    return split()[1]
+    return split_digits()[1]

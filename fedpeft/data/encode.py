@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from fedpeft.data import skipped
-from fedpeft.data.cache import Cache, code, digest
+from fedpeft.data.cache import Cache, hash_code, hash_facts
 from fedpeft.data.images import Images
 from fedpeft.data.masked import MaskedTokens
 from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
@@ -184,7 +184,7 @@ def _encode_cached(
     facts = {
         "records": records.fingerprint,
         "tokenizer": fingerprint_of(tokenizer),
-        "objective": code(type(objective)),
+        "objective": hash_code(type(objective)),
         "max_length": max_length,
         "what": what,
         "wording": [asdict(records.wording), template_of(records, tokenizer, objective.encoder_decoder).text],
@@ -209,9 +209,9 @@ def fingerprint_of(processor: Any) -> str:
     files: dict[str, Any] = {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
     if "tokenizer.json" in found:
         tree = json.loads(found["tokenizer.json"])
-        files["tokenizer.json"] = digest({key: tree[key] for key in tree.keys() - {"truncation", "padding"}})
+        files["tokenizer.json"] = hash_facts({key: tree[key] for key in tree.keys() - {"truncation", "padding"}})
     versions = [metadata.version(package) for package in ("transformers", "tokenizers")]
-    return digest([type(processor).__qualname__, list(processor.model_input_names), files, versions])
+    return hash_facts([type(processor).__qualname__, list(processor.model_input_names), files, versions])
 
 
 def encode_texts(
@@ -236,7 +236,7 @@ def encode_texts(
     writers: dict[str, RaggedWriter] = {}
     values: dict[str, set[int]] = {}
     cut = longest = 0
-    for texts in blocks(records.inputs):
+    for texts in cut_blocks(records.inputs):
         rows, count, most = _tokenize_texts([str(text) for text in texts], tokenizer, max_length, losing, end)
         cut, longest = cut + count, max(longest, most)
         for name, each in rows.items():
@@ -260,7 +260,7 @@ def encode_texts(
     return columns, fillers, (Skipped(f"model.max_length={max_length}", text, cut, len(records)),)
 
 
-def blocks(texts: Any) -> Iterator[Sequence[str]]:
+def cut_blocks(texts: Any) -> Iterator[Sequence[str]]:
     """The texts in blocks; one empty block of no texts, as a tokenizer then still says which inputs it makes."""
     if isinstance(texts, Texts) and len(texts):
         yield from texts.blocks(TOKENIZED)  # type: ignore[misc]  # none is missing
@@ -293,7 +293,7 @@ def _tokenize_texts(
     if losing:
         first = [int(ids[:1] == [tokenizer.bos_token_id]) for ids in rows["input_ids"]]
         rows = {
-            name: [shortened(row, max_length, losing, kept) for row, kept in zip(values, first, strict=True)]
+            name: [shorten_row(row, max_length, losing, kept) for row, kept in zip(values, first, strict=True)]
             for name, values in rows.items()
         }
     elif cut:
@@ -305,7 +305,7 @@ def _tokenize_texts(
     return rows, len(cut), longest
 
 
-def shortened(row: list[Any], most: int, losing: str, kept: int) -> list[Any]:
+def shorten_row(row: list[Any], most: int, losing: str, kept: int) -> list[Any]:
     """At most so many entries of a text.
 
     Args:

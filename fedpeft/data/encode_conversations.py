@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from fedpeft.data import templates
-from fedpeft.data.conversations import Turn, count_shared, parse, parse_pair
-from fedpeft.data.encode import CUT, blocks, shortened, type_of
+from fedpeft.data.conversations import Turn, count_shared, parse_pair, parse_turns
+from fedpeft.data.encode import CUT, cut_blocks, shorten_row, type_of
 from fedpeft.data.ragged import Ragged, RaggedWriter
 from fedpeft.data.records import Records
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.stored import Tokens
 from fedpeft.data.templates import NotWritten, Written
 from fedpeft.errors import InputError
@@ -80,7 +80,7 @@ class _Encoder:
             seen.long.add(number)
         kept = int(written.ids[:1] == [self.tokenizer.bos_token_id])
         ids, learned = (
-            shortened(row, self.max_length, wording.truncate, kept) for row in (written.ids, written.learned)
+            shorten_row(row, self.max_length, wording.truncate, kept) for row in (written.ids, written.learned)
         )
         if not any(learned[1:]):  # the first token is never predicted
             seen.silent.append(begin)
@@ -125,9 +125,9 @@ def encode_conversations(
     ids = RaggedWriter(type_of("input_ids", tokenizer), folder and folder / "input_ids")
     labels = RaggedWriter(np.int32, folder and folder / "labels")
     number = 0
-    for block in blocks(records.inputs):
+    for block in cut_blocks(records.inputs):
         rows = []
-        conversations = [parse(text) for text in block]
+        conversations = [parse_turns(text) for text in block]
         for turns, written in zip(conversations, encoder.write(conversations), strict=True):
             rows.append(encoder.cut(written, repr(turns[0][1][:40]), number))
             number += 1
@@ -154,7 +154,7 @@ def encode_pairs(
     ids = RaggedWriter(type_of("input_ids", tokenizer), folder and folder / "input_ids")
     parts = RaggedWriter(np.uint8, folder and folder / PART)
     teaches: list[bool] = []
-    for block in blocks(records.inputs):
+    for block in cut_blocks(records.inputs):
         pairs = [parse_pair(text) for text in block]
         since = [count_shared(*pair) for pair in pairs for _ in pair]
         written = encoder.write([turns for pair in pairs for turns in pair], since)
@@ -185,10 +185,12 @@ def _note_seen(seen: _Seen, records: Records, what: str, max_length: int) -> tup
     if seen.long:
         text = f"{what} have more tokens and {CUT[wording.truncate]}; the longest has {seen.longest}"
         entries += (Skipped(f"model.max_length={max_length}", text, len(seen.long), total),)
-    entries += some("data.template", f"{what} are not taken by the template and are left out", seen.refused, total)
+    entries += note_skipped(
+        "data.template", f"{what} are not taken by the template and are left out", seen.refused, total
+    )
     left = "have no token of an answer" if wording.loss_on == "response" else "have fewer than two tokens"
     why = f", as data.truncate={wording.truncate} cuts them" if seen.long else ""
-    entries += some("data.loss_on", f"{what} {left} left{why}, and are left out", seen.silent, total)
+    entries += note_skipped("data.loss_on", f"{what} {left} left{why}, and are left out", seen.silent, total)
     if seen.ends is False:
         text = f"{what} have no end mark in what is learned: the model does not learn where an answer ends"
         entries += (Skipped("data.template", text, total, total),)

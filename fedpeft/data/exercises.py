@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.data.conversations import Turn, dump
+from fedpeft.data.conversations import Turn, dump_turns
 from fedpeft.data.records import Records
 from fedpeft.data.wording import Wording
 
@@ -40,14 +40,14 @@ def _draw_distinct(seed: str, exchanges: int) -> tuple[list[list[Turn]], np.rand
     talks: dict[str, list[Turn]] = {}
     while len(talks) < RECORDS:
         turns = [turn for _ in range(exchanges) for turn in _draw_exercise(rng)]
-        talks.setdefault(dump(turns), turns)
+        talks.setdefault(dump_turns(turns), turns)
     return list(talks.values()), rng
 
 
 def _split_conversations(conversations: list[Any], columns: dict[str, Any], form: str) -> tuple[Records, Records]:
     """Training and test records: every fourth is for test."""
     none = np.zeros(len(conversations), dtype=np.int64)
-    texts = [dump(turns) for turns in conversations]
+    texts = [dump_turns(turns) for turns in conversations]
     records = Records(texts, none, ["all"], columns, "text", wording=Wording(form))
     return records.split_every(TEST_SHARE)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from fedpeft.data.readers import ENDINGS, ending
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.readers import ENDINGS, ending_of
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -30,12 +30,12 @@ def splits(
     Raises:
         InputError: there is none of such a name.
     """
-    beside = {path.name: Path(path) for path in _list_entries(root) if path.is_dir() and not hidden(path)}
+    beside = {path.name: Path(path) for path in _list_entries(root) if path.is_dir() and not is_hidden(path)}
     for key, name in ((train_key, train_name), ("test_split", test_name)):
         if name is not None and name not in beside:
             raise InputError(f"data.{key}={name}: {root} has no such folder. It has: {', '.join(beside) or 'none'}.")
     train = beside.pop(train_name or "train", None)
-    if train is None or not any(path.is_dir() and not hidden(path) for path in _list_entries(train)):
+    if train is None or not any(path.is_dir() and not is_hidden(path) for path in _list_entries(train)):
         if train_name is None and test_name is None:
             return root, None, ()
         raise InputError(
@@ -43,11 +43,13 @@ def splits(
             f"{'.' if train_name else ', or is not there; name the one to learn from with data.train_split.'}"
         )
     test = next((beside.pop(name) for name in ((test_name,) if test_name else TEST) if name in beside), None)
-    files = [path.name for path in _list_entries(root) if not path.is_dir() and not hidden(path)]
+    files = [path.name for path in _list_entries(root) if not path.is_dir() and not is_hidden(path)]
     what = f"folders or files beside train{f' and {test.name}' if test else ''} are left out"
-    skipped = some(str(root), what, sorted([f"{name}/" for name in beside] + files))
+    skipped = note_skipped(str(root), what, sorted([f"{name}/" for name in beside] + files))
     if test is not None and test.name not in (TEST[0], test_name):
-        skipped += some(str(root), "other folder is the test set, as there is none named test", [f"{test.name}/"])
+        skipped += note_skipped(
+            str(root), "other folder is the test set, as there is none named test", [f"{test.name}/"]
+        )
     return train, test, skipped
 
 
@@ -64,14 +66,14 @@ def pictures(root: Path) -> tuple[list[tuple[str, str]], tuple[Skipped, ...]]:
         out.setdefault(why, []).append(os.path.relpath(path.path, root) + "/" * path.is_dir())
 
     for path in _list_entries(root):
-        if hidden(path):
+        if is_hidden(path):
             leave(path, "hidden files or folders are left out")
         elif not path.is_dir():
             leave(path, "files in no folder of a label are left out")
         else:
             mine = len(found)
             for inner in _list_entries(path):
-                if hidden(inner):
+                if is_hidden(inner):
                     leave(inner, "hidden files or folders are left out")
                 elif inner.is_dir():
                     leave(inner, "folders deeper than LABEL/NAME are left out")
@@ -81,7 +83,7 @@ def pictures(root: Path) -> tuple[list[tuple[str, str]], tuple[Skipped, ...]]:
                     found.append((inner.path, path.name))
             if len(found) == mine:
                 leave(path, "folders have no picture in them, so they are no labels")
-    skipped = tuple(entry for why, names in out.items() for entry in some(str(root), why, names))
+    skipped = tuple(entry for why, names in out.items() for entry in note_skipped(str(root), why, names))
     if not found:
         raise InputError(_describe_nothing(root, skipped))
     return found, skipped
@@ -91,17 +93,17 @@ def unlabelled(root: Path) -> tuple[list[Path], tuple[Skipped, ...]] | None:
     """Pictures of a folder that has them at its top and nowhere below, and what is there besides; None of another."""
     found: list[Path] = []
     other: list[str] = []
-    for folder, names in walk(root):
+    for folder, names in walk_folder(root):
         pictures = [name for name in names if name.lower().endswith(PICTURES)]
         if folder != root and pictures:
             return None
         found += [folder / name for name in pictures]
         other += [str((folder / name).relative_to(root)) for name in names if name not in pictures]
-    said = some(str(root), f"files of other endings than {', '.join(PICTURES)} are left out", other)
+    said = note_skipped(str(root), f"files of other endings than {', '.join(PICTURES)} are left out", other)
     return (found, said) if found else None
 
 
-def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk_folder(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """A folder and those below it, with the names of the files in each, sorted; hidden ones are left out.
 
     Raises:
@@ -112,11 +114,11 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         raise InputError(f"{error.filename}: the folder cannot be read: {error.strerror}.") from error
 
     for folder, below, names in os.walk(root, onerror=refuse):
-        below[:] = sorted(name for name in below if not hidden(Path(name)))
-        yield Path(folder), sorted(name for name in names if not hidden(Path(name)))
+        below[:] = sorted(name for name in below if not is_hidden(Path(name)))
+        yield Path(folder), sorted(name for name in names if not is_hidden(Path(name)))
 
 
-def hidden(path: Path | os.DirEntry[str]) -> bool:
+def is_hidden(path: Path | os.DirEntry[str]) -> bool:
     """What file managers, archives and notebooks leave behind."""
     return path.name.startswith(".") or path.name.lower() in HIDDEN
 
@@ -131,7 +133,7 @@ def _list_entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
 
 
 def _describe_nothing(root: Path, skipped: tuple[Skipped, ...]) -> str:
-    readable = [path.name for path in _list_entries(root) if ending(Path(path)) in ENDINGS]
+    readable = [path.name for path in _list_entries(root) if ending_of(Path(path)) in ENDINGS]
     hint = f" It holds {', '.join(readable[:5])}: give a file by its own path." if readable else ""
     there = "".join(f" {entry}." for entry in skipped) if not hint else ""
     return (

@@ -19,7 +19,7 @@ import numpy as np
 from fedpeft.config import DataConfig
 from fedpeft.data import pictures
 from fedpeft.errors import InputError
-from fedpeft.files import blamed, scratch
+from fedpeft.files import blame_file, scratch_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -38,12 +38,12 @@ def write(config: DataConfig, run: Path, data: Source | None, test: Source | Non
         InputError: of another type, without records, or with values that no file can hold.
         OSError: it cannot be written; names the place.
     """
-    with scratch(run, FOLDER) as place:
+    with scratch_folder(run, FOLDER) as place:
         made = place / FOLDER
         made.mkdir(mode=0o700)
         for key, argument, value in (("source", "data", data), ("test", "test", test)):
             if value is not None:
-                with blamed(run / FOLDER):
+                with blame_file(run / FOLDER):
                     written = _write_argument(value, argument, made / key)
                 setattr(config, key, str((run / FOLDER / written.name).absolute()))
         made.rename(run / FOLDER)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.data.augment import augment
-from fedpeft.data.stored import chosen
+from fedpeft.data.stored import choose_rows
 from fedpeft.errors import InputError
 
 TOGETHER = 2**25  # bytes of pictures that a processor is given at once
@@ -59,12 +59,12 @@ class Images:
         if rows is not None and not len(rows):
             return {"pixel_values": self.form.clone()}
         if self.ready is not None:
-            return {"pixel_values": chosen(self.ready, rows)}
+            return {"pixel_values": choose_rows(self.ready, rows)}
         places = range(len(self)) if rows is None else rows.tolist()
         return {"pixel_values": self._make_pixels((self.pictures[place] for place in places), len(places))}
 
     def labels_of(self, rows: np.ndarray | None) -> Tensor:
-        return chosen(self.labels, rows)
+        return choose_rows(self.labels, rows)
 
     def augmented(self, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
         """As `inputs_of`, each picture changed by its number and the seed."""

@@ -28,7 +28,7 @@ import numpy as np
 from fedpeft import seeds
 from fedpeft.config import option
 from fedpeft.data import skipped
-from fedpeft.data.columns import EXACT, as_text, present
+from fedpeft.data.columns import EXACT, as_text, has_values
 from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
 
@@ -125,7 +125,7 @@ class Column:
                 f"{', '.join(columns) or 'none'}. Columns of lists or objects, the text and the label are none."
             )
         values = columns[self.column]
-        owned = values[present(values)]
+        owned = values[has_values(values)]
         _require_exact(self.column, owned)
         groups, sizes = np.unique(owned, return_counts=True)
         # Stable: groups of one size stay in the order of their names, in every version of numpy.
@@ -149,22 +149,22 @@ class Column:
         owners = self.owners(columns, clients)
         values = columns[self.column]
         parts = [np.flatnonzero(values == owner) for owner in owners]
-        skipped.say(unowned(self.column, values, parts))
+        skipped.say(find_unowned(self.column, values, parts))
         return parts
 
 
-def owners(values: np.ndarray, parts: Mapping[str, Sequence[int]]) -> dict[str, str]:
+def find_owners(values: np.ndarray, parts: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """Client -> whose records it has by a natural column, where all of them are of one."""
     found = {client: {as_text(values[index]) for index in part} for client, part in parts.items()}
     return {client: min(names) for client, names in found.items() if len(names) == 1}
 
 
-def unowned(column: str, values: np.ndarray, parts: Sequence[Sequence[int] | np.ndarray]) -> tuple[Skipped, ...]:
+def find_unowned(column: str, values: np.ndarray, parts: Sequence[Sequence[int] | np.ndarray]) -> tuple[Skipped, ...]:
     """The records that no client has because of their value in a natural column."""
     rest = np.ones(len(values), dtype=bool)
     for part in parts:
         rest[part] = False
-    owned, where = present(values), f"data.partition.column={column}"
+    owned, where = has_values(values), f"data.partition.column={column}"
     nobodys = int((rest & ~owned).sum())
     names = [as_text(value) for value in values[rest & owned]]
     others = tuple(dict.fromkeys(names))

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedpeft.data import pictures
-from fedpeft.data.cache import Cache, code
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.cache import Cache, hash_code
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.errors import InputError
 
 SMALLER = 8  # a JPEG is looked at in this part of its size, which is several times faster and reads it to its end
@@ -106,7 +106,7 @@ def open_column(
     def make(_: Path | None = None) -> dict[str, Any]:
         return _look_at_column(values, what, folder)
 
-    facts = {"pictures": hashlib.sha256(hashes.tobytes()).hexdigest(), "code": code()}
+    facts = {"pictures": hashlib.sha256(hashes.tobytes()).hexdigest(), "code": hash_code()}
     kept = None if cache is None or size < cache.least else cache.get("pictures", facts, make)
     found = make() if kept is None else kept[1]
     bad = {int(number): str(reason) for number, reason in found["bad"]}
@@ -115,7 +115,7 @@ def open_column(
     if not len(good):
         raise InputError(f"{what}: none of {len(said)} pictures can be decoded: {said[0]}.")
     form = Look(**{**found["form"], "size": None if found["form"]["size"] is None else tuple(found["form"]["size"])})
-    notes = some(what, "pictures are damaged and left out", said, len(values))
+    notes = note_skipped(what, "pictures are damaged and left out", said, len(values))
     return Pictures([values[number] for number in good.tolist()], folder, hashes[good], form), good, notes
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.errors import InputError
-from fedpeft.files import blamed
+from fedpeft.files import blame_file
 
 BLOCK = 4096  # rows that are looked at together
 NONE = b"\xff"  # in place of a text that is missing: no UTF-8 has this byte
@@ -67,7 +67,7 @@ class Ragged:
         return table
 
 
-def runs(lengths: np.ndarray, most: int, tokens: int) -> Iterator[np.ndarray]:
+def cut_runs(lengths: np.ndarray, most: int, tokens: int) -> Iterator[np.ndarray]:
     """Places 0 to N - 1 in runs of at most `most` that have at most so many tokens when they are padded to one length,
     or are one record.
 
@@ -117,21 +117,21 @@ class RaggedWriter:
         ends = np.cumsum(np.concatenate(self.sizes))
         if self.file is None or self.path is None:
             return Ragged(np.concatenate([np.empty(0, dtype=self.dtype), *self.blocks]), ends)
-        with blamed(self.path):
+        with blame_file(self.path):
             self.file.close()
             _ends_path(self.path).write_bytes(ends.tobytes())
-        return mapped(self.path, self.dtype)
+        return map_ragged(self.path, self.dtype)
 
     def _put(self, flat: np.ndarray, sizes: list[int]) -> None:
         self.sizes.append(np.array(sizes, dtype=np.int64))
         if self.file is None or self.path is None:
             self.blocks.append(flat)
             return
-        with blamed(self.path):
+        with blame_file(self.path):
             self.file.write(flat.data)
 
 
-def mapped(path: Path, dtype: Any) -> Ragged:
+def map_ragged(path: Path, dtype: Any) -> Ragged:
     """What a `RaggedWriter` has written, mapped: pages are read when they are needed, and shared by all processes."""
     return Ragged(_map_file(_values_path(path), dtype), _map_file(_ends_path(path), np.int64))
 
@@ -247,7 +247,7 @@ class TextWriter:
 
 def mapped_texts(path: Path) -> Texts:
     """Texts that a `TextWriter` has written."""
-    return Texts(mapped(path, np.uint8), path=path)
+    return Texts(map_ragged(path, np.uint8), path=path)
 
 
 def _decode_text(data: bytes) -> str | None:

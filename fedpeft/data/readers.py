@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedpeft.data.ragged import BLOCK, TextWriter
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.errors import InputError
 
 Columns = dict[str, Sequence[Any]]
@@ -35,7 +35,7 @@ LONGEST_FIELD = 2**31 - 1
 PIECE = 2**20  # bytes that are read at a time
 
 
-def ending(path: Path) -> str:
+def ending_of(path: Path) -> str:
     """The ending that a file is read by: lower case, `.csv.gz` as a whole."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
@@ -51,7 +51,7 @@ def read(path: Path, folder: Path | None = None, **form: str) -> tuple[Columns, 
     Raises:
         InputError: it is no such file; names it, the line where there is one, and what to do.
     """
-    kind = ending(path)
+    kind = ending_of(path)
     if kind not in ENDINGS:
         raise InputError(f"{path}: files are read by their ending; allowed: {', '.join(ENDINGS)}.")
     try:
@@ -182,7 +182,7 @@ class Spool:
 def _read_csv(
     path: Path, folder: Path | None, delimiter: str = "", encoding: str | None = None
 ) -> tuple[Columns, tuple[Skipped, ...]]:
-    delimiter = delimiter or CSV[ending(path)]
+    delimiter = delimiter or CSV[ending_of(path)]
     rows = _split_rows(path, delimiter, encoding)
     _, header = next(rows, (0, []))
     _require_header(path, header, delimiter)
@@ -213,7 +213,7 @@ def _read_csv(
     if values or not spool.count:
         spool.extend({name: [row[place] for row in values] for place, name in enumerate(names)}, len(values))
     lines = [f"line {number}" for number in sorted(blank)]
-    return spool.finish(), some(str(path), "lines have no value and are left out", lines)
+    return spool.finish(), note_skipped(str(path), "lines have no value and are left out", lines)
 
 
 def _name_sign(delimiter: str) -> str:
@@ -249,7 +249,7 @@ def _require_header(path: Path, header: list[str], delimiter: str) -> None:
     if len(header) == 1 and found:
         raise InputError(
             f"{path}: the fields seem to be separated by a {DELIMITERS[found]}: the header is {header[0]!r}. The "
-            f"delimiter of {ending(path)} files is the {_name_sign(delimiter)}; save it with that one, or set "
+            f"delimiter of {ending_of(path)} files is the {_name_sign(delimiter)}; save it with that one, or set "
             f"data.format={{delimiter: {DELIMITERS[found]}}}."
         )
     require_distinct(path, header)

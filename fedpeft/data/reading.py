@@ -9,7 +9,7 @@ from typing import Any
 from fedpeft import registry
 from fedpeft.config import DataConfig
 from fedpeft.data.archives import ENDINGS as ARCHIVES
-from fedpeft.data.readers import CSV, DELIMITERS, ending
+from fedpeft.data.readers import CSV, DELIMITERS, ending_of
 from fedpeft.errors import InputError
 
 FORMAT = ("delimiter", "encoding")
@@ -56,7 +56,7 @@ class Reading:
         """
         form = parse_format(config.format)
         if key == "data.test":
-            written = ending(Path(config.test or "")) in (*CSV, *ARCHIVES)
+            written = ending_of(Path(config.test or "")) in (*CSV, *ARCHIVES)
             return cls(form if written else {}, train_split=config.test_split, train_key="test_split")
         if config.train_split is not None and config.train_split == config.test_split and config.test is None:
             raise InputError(
@@ -71,12 +71,12 @@ class Reading:
 
     def inside(self, file: Path | None) -> Reading:
         """How an archive's file is read, or its folder: `data.format`, which is of two sources, may be of the other."""
-        theirs = self.train_key == "test_split" and (file is None or ending(file) not in CSV)
+        theirs = self.train_key == "test_split" and (file is None or ending_of(file) not in CSV)
         return replace(self, format={}) if theirs else self
 
     def require_file(self, source: str) -> None:
         """As `require`, for a file."""
-        self.require("a csv or tsv file" if ending(Path(source)) in CSV else "a file that is no csv or tsv", source)
+        self.require("a csv or tsv file" if ending_of(Path(source)) in CSV else "a file that is no csv or tsv", source)
 
     def require(self, kind: str, where: str) -> None:
         """Refuse a key that sources of this kind, one of KINDS, cannot have."""

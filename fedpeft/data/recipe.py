@@ -104,7 +104,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the wanted files in a wheel, an sdist or a .deb; no path is ever written."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
@@ -125,9 +125,9 @@ def tar_members(data: bytes, wanted: Callable[[str], bool]) -> Iterator[tuple[st
                     yield entry.name, file.read()
 
 
-def member(path: Path, ending: str) -> bytes:
+def find_member(path: Path, ending: str) -> bytes:
     """The one file in a package whose name has this ending."""
-    for _, content in members(path, lambda name: name.endswith(ending)):
+    for _, content in read_members(path, lambda name: name.endswith(ending)):
         return content
     raise InputError(f"{path}: holds no {ending}.")
 

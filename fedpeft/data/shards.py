@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.data import readers
-from fedpeft.data.folders import PICTURES, hidden, walk
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.folders import PICTURES, is_hidden, walk_folder
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.errors import InputError
 
 TAR, CLASS = ".tar", ".cls"
@@ -30,8 +30,8 @@ def are_in(root: Path) -> bool:
     picture beside its text, and none in a folder of a label. A csv, or another table, at the top is meant instead.
     """
     described = False
-    for folder, names in walk(root):
-        if folder == root and any(readers.ending(Path(name)) in TABLES for name in names):
+    for folder, names in walk_folder(root):
+        if folder == root and any(readers.ending_of(Path(name)) in TABLES for name in names):
             return False
         pictures, texts = _keys_with(names, PICTURES), _keys_with(names, TEXTS)
         if (pictures | texts) & _keys_with(names, (CLASS,)):
@@ -48,8 +48,8 @@ def _keys_with(names: list[str], endings: tuple[str, ...]) -> set[str]:
 
 def tar_files(folder: Path) -> list[Path]:
     """The tar files of a folder that holds nothing else; none where it does."""
-    files = [path for path in sorted(folder.iterdir()) if not hidden(path)]
-    return files if all(path.is_file() and readers.ending(path) == TAR for path in files) else []
+    files = [path for path in sorted(folder.iterdir()) if not is_hidden(path)]
+    return files if all(path.is_file() and readers.ending_of(path) == TAR for path in files) else []
 
 
 def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
@@ -61,7 +61,7 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
     """
     records: dict[str, dict[str, Any]] = {}
     other: list[str] = []
-    paths = sorted(folder / name for folder, names in walk(root) for name in names)
+    paths = sorted(folder / name for folder, names in walk_folder(root) for name in names)
     for path in (path for path in paths if path.is_file()):
         name = path.relative_to(root)
         key, _, kind = path.name.partition(".")
@@ -80,7 +80,7 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
             f"{root}: no record in {', '.join(other[:5])}. A record's files share their name up to its first dot, and "
             f"the rest says what each is, as in 000017.jpg and 000017.cls; allowed are {', '.join(KINDS)}."
         )
-    skipped = some(str(root), f"files of other endings than {', '.join(KINDS)} are left out", other)
+    skipped = note_skipped(str(root), f"files of other endings than {', '.join(KINDS)} are left out", other)
     return {name: [record.get(name) for record in records.values()] for name in names}, skipped
 
 

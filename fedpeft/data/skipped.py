@@ -51,7 +51,7 @@ class Skipped:
         return cls(**{**tree, "examples": tuple(tree["examples"])})
 
 
-def some(where: str, what: str, found: Sequence[object], total: int | None = None) -> tuple[Skipped, ...]:
+def note_skipped(where: str, what: str, found: Sequence[object], total: int | None = None) -> tuple[Skipped, ...]:
     """One entry for these things, none if there are none."""
     return (Skipped(where, what, len(found), total, tuple(map(str, found[:SHOWN]))),) if len(found) else ()
 

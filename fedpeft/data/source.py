@@ -17,12 +17,12 @@ import numpy as np
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
 from fedpeft.data import answers, columns, conversations, photos, prepare, skipped, tables, tagged
-from fedpeft.data.cache import Cache, code, content
+from fedpeft.data.cache import Cache, hash_code, hash_content
 from fedpeft.data.ragged import Texts
-from fedpeft.data.readers import ending
+from fedpeft.data.readers import ending_of
 from fedpeft.data.reading import Reading
 from fedpeft.data.records import Records, open_records, save_records
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.wording import Wording
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
@@ -137,7 +137,7 @@ def _read_source(
         wording = Wording.of(config, train.wording.form)
         return replace(train, wording=wording), replace(test, wording=wording)
     if cache is not None and load_objective(task).records == "text" and Path(source).is_file():
-        name, size = content(Path(source))
+        name, size = hash_content(Path(source))
         if size >= cache.least:
             return _read_cached(source, name, config, task, cache, Reading.of(config, key)), None
     reading = Reading.of(config, key)
@@ -152,10 +152,10 @@ def _read_cached(source: str, name: str, config: DataConfig, task: str, cache: C
     facts = {
         "content": name,
         "format": reading.format,
-        "ending": ending(Path(source)),  # says how it is read; where it lies does not matter
+        "ending": ending_of(Path(source)),  # says how it is read; where it lies does not matter
         "columns": [config.text, config.label, config.partition.options.get("column"), config.columns, config.skip_bad],
         "objective": [objective.labelled, objective.says, objective.encoder_decoder, config.label_separator],
-        "code": code(),
+        "code": hash_code(),
     }
 
     def make(folder: Path) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def _build_conversations(
     label, labels, label_names, notes = _read_labels(table, config, needed=False)
     others = {name: values for name, values in table.columns.items() if name not in (*held.values(), label)}
     rows = np.array(kept)
-    left_out = some(table.where, "records are no conversation and are left out", bad, len(labels))
+    left_out = note_skipped(table.where, "records are no conversation and are left out", bad, len(labels))
     return Records(
         Texts.of(texts),
         labels[rows],

@@ -19,7 +19,7 @@ import numpy as np
 
 from fedpeft.config import Config, to_tree
 from fedpeft.data import answers
-from fedpeft.data.partition import owners, unowned
+from fedpeft.data.partition import find_owners, find_unowned
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
 from fedpeft.errors import InputError
@@ -122,12 +122,12 @@ def save(path: Path, parts: Mapping[str, Sequence[int]], train: Records, config:
     column = config.data.partition.options.get("column")
     if column is not None and column in train.columns:
         values = train.columns[column]
-        tree["owners"] = owners(values, parts)
-        tree["left_out"] = [entry.tree() for entry in unowned(column, values, list(parts.values()))]
+        tree["owners"] = find_owners(values, parts)
+        tree["left_out"] = [entry.tree() for entry in find_unowned(column, values, list(parts.values()))]
     write_bytes(path, (json.dumps(tree) + "\n").encode())
 
 
-def names(path: Path) -> list[str]:
+def client_names(path: Path) -> list[str]:
     """The clients of a saved split, in their order.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.data.ragged import BLOCK, Ragged, mapped
+from fedpeft.data.ragged import BLOCK, Ragged, map_ragged
 from fedpeft.objectives.base import IGNORE, by_token
 
 
@@ -59,10 +59,10 @@ class Tensors:
         return (self.labels[:, 1:] != IGNORE).any(1).numpy()
 
     def inputs_of(self, rows: np.ndarray | None) -> dict[str, Tensor]:
-        return {name: chosen(value, rows) for name, value in self.inputs.items()}
+        return {name: choose_rows(value, rows) for name, value in self.inputs.items()}
 
     def labels_of(self, rows: np.ndarray | None) -> Tensor:
-        return chosen(self.labels, rows)
+        return choose_rows(self.labels, rows)
 
 
 class Tokens:
@@ -115,7 +115,7 @@ class Tokens:
 
     def labels_of(self, rows: np.ndarray | None) -> Tensor:
         if isinstance(self.labels, Tensor):
-            return chosen(self.labels, rows)
+            return choose_rows(self.labels, rows)
         rows = np.arange(len(self)) if rows is None else rows
         return torch.from_numpy(self.labels.padded(rows, self.longest, IGNORE))
 
@@ -127,7 +127,7 @@ def labelled(labels: Tensor) -> np.ndarray:
     return (~labels.isnan()).any(1).numpy()
 
 
-def chosen(value: Tensor, rows: np.ndarray | None) -> Tensor:
+def choose_rows(value: Tensor, rows: np.ndarray | None) -> Tensor:
     """The rows of a tensor with these numbers, copies; None is the tensor itself."""
     return value if rows is None else value[torch.from_numpy(rows)]
 
@@ -153,7 +153,7 @@ def describe_tokens(stored: Tokens, folder: Path) -> dict[str, Any]:
 def open_tokens(folder: Path, tree: dict[str, Any]) -> Tokens:
     """Tokens that were described, mapped from their folder."""
     columns = {
-        name: mapped(folder / name, column) if isinstance(column, str) else column
+        name: map_ragged(folder / name, column) if isinstance(column, str) else column
         for name, column in tree["columns"].items()
     }
     labels: Any
@@ -161,5 +161,7 @@ def open_tokens(folder: Path, tree: dict[str, Any]) -> Tokens:
         values = np.fromfile(folder / "labels.values", dtype=tree["labels"]["dtype"])
         labels = torch.from_numpy(values.reshape(tree["labels"]["shape"]))
     else:
-        labels = columns["input_ids"] if tree["labels"] == "input_ids" else mapped(folder / "labels", tree["labels"])
+        labels = (
+            columns["input_ids"] if tree["labels"] == "input_ids" else map_ragged(folder / "labels", tree["labels"])
+        )
     return Tokens(columns, tree["fillers"], labels, tree["since"])

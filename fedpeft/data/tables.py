@@ -17,7 +17,7 @@ from fedpeft import registry
 from fedpeft.data import archives, folders, readers, shards
 from fedpeft.data.ragged import BLOCK
 from fedpeft.data.reading import Reading
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def is_local(source: str, key: str) -> bool:
     path = Path(source)
     if path.exists():
         return True
-    file = readers.ending(path) in (*readers.ENDINGS, *archives.ENDINGS)
+    file = readers.ending_of(path) in (*readers.ENDINGS, *archives.ENDINGS)
     if file or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise InputError(f"{key}: no file or folder {source}.")
     return False
@@ -74,7 +74,7 @@ def local(source: str, folder: Path | None = None, reading: Reading = PLAIN) -> 
         reading: what the config says of the source besides.
     """
     path = Path(source)
-    if path.is_file() and readers.ending(path) in archives.ENDINGS:
+    if path.is_file() and readers.ending_of(path) in archives.ENDINGS:
         return _read_archive(path, reading)
     if path.is_file():
         reading.require_file(source)
@@ -213,7 +213,7 @@ def _read_dataset(found: Any, where: str, reading: Reading) -> Tables:
     name = None if reading.alone else next((name for name in tests if name in found and name != first), None)
     unused = [f"{other} ({len(part)})" for other, part in found.items() if other not in (first, name)]
     return Tables(
-        _read_split(found[first], f"{where} ({first})", some(where, "other splits are not used", unused)),
+        _read_split(found[first], f"{where} ({first})", note_skipped(where, "other splits are not used", unused)),
         _read_split(found[name], f"{where} ({name})") if name else None,
     )
 

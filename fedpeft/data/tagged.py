@@ -15,11 +15,11 @@ import numpy as np
 
 from fedpeft.config import DataConfig
 from fedpeft.data import answers
-from fedpeft.data.columns import Natural, in_order, require_unicode, shown
-from fedpeft.data.encode import blocks, type_of
+from fedpeft.data.columns import Natural, in_order, require_unicode, show_value
+from fedpeft.data.encode import cut_blocks, type_of
 from fedpeft.data.ragged import Ragged, RaggedWriter, Texts
 from fedpeft.data.records import Records
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.stored import Tokens
 from fedpeft.data.tables import Table
 from fedpeft.errors import InputError
@@ -39,8 +39,8 @@ def read(table: Table, config: DataConfig) -> Records:
     for number, (each, marks) in enumerate(zip(table.columns[words], table.columns[tags], strict=True), 1):
         if not all(isinstance(value, list | tuple | np.ndarray) for value in (each, marks)):
             raise InputError(
-                f"{table.where}: record {number} has {shown(each)} in column {words} and {shown(marks)} in column "
-                f"{tags}; both must be lists, of the words and of their tags."
+                f"{table.where}: record {number} has {show_value(each)} in column {words} and {show_value(marks)} in "
+                f"column {tags}; both must be lists, of the words and of their tags."
             )
         if len(each) != len(marks) or not len(each):
             raise InputError(
@@ -49,7 +49,7 @@ def read(table: Table, config: DataConfig) -> Records:
             )
         wrong = next((word for word in each if not isinstance(word, str) or not word.strip()), None)
         if wrong is not None:
-            raise InputError(f"{table.where}: column {words}: record {number} has {shown(wrong)} among its words.")
+            raise InputError(f"{table.where}: column {words}: record {number} has {show_value(wrong)} among its words.")
         named = [answers.name_of(table, tags, number, mark, known) for mark in marks]
         for column, found in ((words, each), (tags, named)):
             require_unicode(table, column, number, " ".join(found))
@@ -98,7 +98,7 @@ def encode_tagged(
     ids = RaggedWriter(type_of("input_ids", tokenizer), folder and folder / "input_ids")
     labels = RaggedWriter(np.int32, folder and folder / "labels")
     cut: list[str] = []
-    for block in blocks(records.inputs):
+    for block in cut_blocks(records.inputs):
         rows = [json.loads(str(text)) for text in block]
         texts = [" ".join(words) for words, _ in rows]
         found = tokenizer(
@@ -118,7 +118,7 @@ def encode_tagged(
     columns: dict[str, Ragged | int] = {"input_ids": ids.finish()}
     also = {"attention_mask": 1, "token_type_ids": 0}
     columns |= {name: also[name] for name in tokenizer.model_input_names if name in also}
-    notes = some(
+    notes = note_skipped(
         f"model.max_length={max_length}",
         f"{what} have words without a token of their own, most because they are cut; these tags are not learned",
         cut,

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedpeft.config import DataConfig
 from fedpeft.data import columns, photos, readers, skipped, tables, tagged
-from fedpeft.data.conversations import FORMS, Form, Malformed, Turn, dump
+from fedpeft.data.conversations import FORMS, Form, Malformed, Turn, dump_turns
 from fedpeft.data.ragged import Texts
 from fedpeft.data.reading import Reading, parse_format
 from fedpeft.data.records import Records
@@ -74,7 +74,7 @@ def _read_unanswered(path: Path, config: DataConfig, splits: Mapping[str, str]) 
     if len(splits) > 1:
         chosen = " and ".join(f"data.{key}={name}" for key, name in splits.items())
         raise InputError(f"{chosen}: one set of records is answered at a time. Name one of them.")
-    written = path.is_file() and readers.ending(path) in readers.CSV
+    written = path.is_file() and readers.ending_of(path) in readers.CSV
     key, name = next(iter(splits.items()), ("train_split", None))
     form = parse_format(config.format) if written else {}
     found = tables.local(str(path), reading=Reading(form, train_split=name, train_key=key, asked=True))
@@ -118,10 +118,10 @@ def _read_inputs(table: tables.Table, config: DataConfig, task: str, form: str |
     if objective.says == "answers" and form != "text" and config.text is None:
         found = _find_asked(table, config.columns, form)
         if found is not None:
-            return Texts.of([dump(turns) for turns in _read_questions(table, *found)]), found[0].name
+            return Texts.of([dump_turns(turns) for turns in _read_questions(table, *found)]), found[0].name
     texts = columns.texts(table, columns.column(table, "text", config.text))
     if objective.says == "answers" and (form not in (None, "text") or objective.encoder_decoder):
-        return Texts.of([dump([("user", str(text))]) for text in texts]), form or "qa"
+        return Texts.of([dump_turns([("user", str(text))]) for text in texts]), form or "qa"
     return texts, "text"
 
 
@@ -132,12 +132,14 @@ def _read_words(table: tables.Table, config: DataConfig) -> Texts:
     for number, words in enumerate(table.columns[name], 1):
         if not isinstance(words, list | tuple | np.ndarray) or not len(words):
             raise InputError(
-                f"{table.where}: record {number} has {columns.shown(words)} in column {name}; it must be a list of "
-                "words."
+                f"{table.where}: record {number} has {columns.show_value(words)} in column {name}; it must be a list "
+                "of words."
             )
         wrong = next((word for word in words if not isinstance(word, str) or not word.strip()), None)
         if wrong is not None:
-            raise InputError(f"{table.where}: column {name}: record {number} has {columns.shown(wrong)} as a word.")
+            raise InputError(
+                f"{table.where}: column {name}: record {number} has {columns.show_value(wrong)} as a word."
+            )
         columns.require_unicode(table, name, number, " ".join(words))
         rows.append(json.dumps([list(words), [str(place) for place in range(len(words))]], ensure_ascii=False))
     return Texts.of(rows)

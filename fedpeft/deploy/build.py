@@ -18,7 +18,7 @@ from fedpeft.data.records import Records
 from fedpeft.errors import InputError
 from fedpeft.run import identity
 from fedpeft.run.start import require_sent, write_start
-from fedpeft.run.world import World, device
+from fedpeft.run.world import World, find_device
 from fedpeft.strategies.build import build as build_strategy
 
 
@@ -32,7 +32,7 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
         name: of the run in the ledgers; default is the folder's.
     """
     torch.set_num_threads(config.run.threads)
-    model = build_adapted(config.model, config.adapter, len(labels), config.run.seed).to(device(config.run.device))
+    model = build_adapted(config.model, config.adapter, len(labels), config.run.seed).to(find_device(config.run.device))
     content = write_start(config, model, labels)
     strategy = build_strategy(config, len(labels), ledger=run / "ledger" / "server.jsonl")
     start = strategy.initial(model.state(), config.run.seed)

@@ -73,12 +73,12 @@ class Child:
         self.start()
 
 
-def launch(role: str, folder: Path, *arguments: str) -> list[str]:
+def launch_command(role: str, folder: Path, *arguments: str) -> list[str]:
     """The command of a role."""
     return [sys.executable, "-m", "fedpeft.deploy.launch", role, str(folder), str(os.getpid()), *arguments]
 
 
-def end(children: list[Child]) -> None:
+def end_children(children: list[Child]) -> None:
     """Ask each to end, last one first; kill what has not done so in time."""
     # The last one first: those behind it would take the end of what they need for a fault.
     running = [child.process for child in reversed(children) if child.process and child.process.poll() is None]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState
 
@@ -41,7 +41,7 @@ def combine(terms: Sequence[Term]) -> AdapterState:
     Raises:
         InputError: the terms adapt different modules, or modules of different shapes.
     """
-    states = [(weight, flat(state)) for weight, state in terms]
+    states = [(weight, flatten_adapter(state)) for weight, state in terms]
     first = states[0][1]
     for _, state in states[1:]:
         _require_same_sites(first, state)
@@ -68,7 +68,7 @@ def robust_signature(
     Raises:
         InputError: different modules, or names without a layer number.
     """
-    clean, robust = flat(clean), flat(robust)
+    clean, robust = flatten_adapter(clean), flatten_adapter(robust)
     _require_same_sites(clean, robust)
     sites = shallowest(clean, layers)
     tensors: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def patch(target: AdapterState, signature: AdapterState, strength: float) -> Ada
     Raises:
         InputError: the target lacks a module of the signature, or has it in another shape.
     """
-    target = flat(target)
+    target = flatten_adapter(target)
     tensors = dict(target.tensors)
     for site in signature.lora_sites():
         if site not in target.sites or target.sites[site].shape != signature.sites[site].shape:

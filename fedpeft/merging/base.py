@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fedpeft import config as configs
 from fedpeft import lowrank
-from fedpeft.adapters.flat import flat, require_same_sites
+from fedpeft.adapters.flat import flatten_adapter, require_same_sites
 from fedpeft.errors import InputError
 from fedpeft.packing import DTYPES
 from fedpeft.state import AdapterState, from_dict, to_dict
@@ -89,7 +89,7 @@ class Merger(configs.Configured, ABC):
             raise InputError(f"number={number:g}: {type(self).__name__} takes no number with an adapter.")
         if number is not None and not math.isfinite(number):
             raise InputError(f"number={number}: the {self.number} must be finite.")
-        adapter = flat(adapter)
+        adapter = flatten_adapter(adapter)
         _check_values(adapter)
         if not state["numbers"]["count"]:
             state = _with_form(state, adapter)

@@ -147,8 +147,8 @@ class Objective(Configured):
         It has the same keys whatever the sums, all 0 of no sample: a private client answers with the keys alone.
         """
         return {
-            "accuracy": divide(sums["right"], sums["targets"]),
-            "loss": divide(sums["loss"], samples),
+            "accuracy": divide_or_nan(sums["right"], sums["targets"]),
+            "loss": divide_or_nan(sums["loss"], samples),
             "num-examples": samples,
         }
 
@@ -238,6 +238,6 @@ def named_numbers(names: Sequence[str], values: Tensor) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in zip(names, values.tolist(), strict=True)}
 
 
-def divide(total: float, count: float) -> float:
+def divide_or_nan(total: float, count: float) -> float:
     """A mean; NaN of nothing."""
     return total / count if count else math.nan

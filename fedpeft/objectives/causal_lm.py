@@ -15,7 +15,7 @@ from fedpeft.data.encode import Encoded, encode_texts
 from fedpeft.data.encode_conversations import encode_conversations
 from fedpeft.data.ragged import Ragged
 from fedpeft.data.records import Records
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.stored import Tokens
 from fedpeft.objectives.tokens import NextToken
 
@@ -51,7 +51,7 @@ class CausalLM(NextToken):
         assert isinstance(ids, Ragged)
         tokens = Tokens(columns, fillers, ids)
         silent = [repr(records.inputs[index][:20]) for index in np.flatnonzero(~tokens.teaches).tolist()]
-        left_out = some(
+        left_out = note_skipped(
             self.name,
             f"{what} have nothing to predict, as they have fewer than two tokens, and are left out",
             silent,

@@ -17,7 +17,7 @@ from fedpeft.data.encode import Encoded, encode_texts
 from fedpeft.data.masked import MaskedTokens, Vocabulary
 from fedpeft.data.ragged import Ragged
 from fedpeft.data.records import Records
-from fedpeft.data.skipped import some
+from fedpeft.data.skipped import note_skipped
 from fedpeft.data.stored import Tokens
 from fedpeft.errors import InputError
 from fedpeft.objectives.measures import Measure
@@ -52,7 +52,9 @@ class MaskedLM(TokenObjective):
         assert isinstance(ids, Ragged)
         tokens = self.arrange(Tokens(columns, fillers, ids), processor)
         silent = [repr(records.inputs[index][:20]) for index in np.flatnonzero(~tokens.teaches).tolist()]
-        left_out = some(self.name, f"{what} have no token that can be hidden, and are left out", silent, len(records))
+        left_out = note_skipped(
+            self.name, f"{what} have no token that can be hidden, and are left out", silent, len(records)
+        )
         skipped.say(cut + left_out)
         return Encoded.over(tokens, cut + left_out)
 

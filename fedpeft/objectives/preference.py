@@ -36,7 +36,7 @@ from fedpeft.data.encode_conversations import PART, encode_pairs
 from fedpeft.data.records import Records
 from fedpeft.data.stored import Tokens
 from fedpeft.errors import InputError
-from fedpeft.objectives.base import IGNORE, Objective, divide
+from fedpeft.objectives.base import IGNORE, Objective, divide_or_nan
 from fedpeft.objectives.measures import Measure
 
 UNKNOWN = float("inf")  # what the reference says, before it was asked
@@ -92,7 +92,7 @@ class Preference(Objective):
 
     def score(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probabilities [N, 2] of the chosen and the rejected answer."""
-        batch, learned = unfold(inputs)
+        batch, learned = unfold_pairs(inputs)
         logits = model(**batch).logits[:, :-1]
         targets = batch["input_ids"][:, 1:].masked_fill(~learned[:, 1:], IGNORE)
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
@@ -126,10 +126,10 @@ class Preference(Objective):
 
     def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`reward_margin`: the mean of beta [(log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))]."""
-        return {"reward_margin": divide(sums["margin"], samples)}
+        return {"reward_margin": divide_or_nan(sums["margin"], samples)}
 
 
-def unfold(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def unfold_pairs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The conversations of pairs as rows of their own: inputs [2N, T], and which tokens are of an answer, bool [2N, T].
 
     Rows 2n and 2n + 1 are the chosen and the rejected conversation of pair n.

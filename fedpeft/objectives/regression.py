@@ -13,7 +13,7 @@ from fedpeft.data import skipped
 from fedpeft.data.encode import Encoded, encode_texts
 from fedpeft.data.records import Records
 from fedpeft.data.stored import Tokens
-from fedpeft.objectives.base import Objective, divide, named_numbers
+from fedpeft.objectives.base import Objective, divide_or_nan, named_numbers
 from fedpeft.objectives.measures import NUMBERS
 
 
@@ -46,7 +46,7 @@ class Regression(Objective):
 
     def metrics(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`loss` is the mean squared error; there is no accuracy."""
-        return {"loss": divide(sums["loss"], samples), "num-examples": samples}
+        return {"loss": divide_or_nan(sums["loss"], samples), "num-examples": samples}
 
     def predictions(self, scores: Tensor) -> Tensor:
         """The numbers themselves."""

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from fedpeft.data import skipped, templates
-from fedpeft.data.conversations import Turn, parse
-from fedpeft.data.encode import CUT, Encoded, blocks, shortened, type_of
+from fedpeft.data.conversations import Turn, parse_turns
+from fedpeft.data.encode import CUT, Encoded, cut_blocks, shorten_row, type_of
 from fedpeft.data.encode_conversations import PART
 from fedpeft.data.ragged import Ragged, RaggedWriter
 from fedpeft.data.records import Records
-from fedpeft.data.skipped import Skipped, some
+from fedpeft.data.skipped import Skipped, note_skipped
 from fedpeft.data.stored import Tokens
 from fedpeft.data.templates import NotWritten
 from fedpeft.errors import InputError
@@ -70,8 +70,8 @@ class Seq2Seq(NextToken):
             name: RaggedWriter(kind, folder and folder / name)
             for name, kind in (("input_ids", type_of("input_ids", processor)), (PART, np.uint8), ("labels", np.int32))
         }
-        for block in blocks(records.inputs):
-            for answer, asked in rows.make([parse(text) for text in block]):
+        for block in cut_blocks(records.inputs):
+            for answer, asked in rows.make([parse_turns(text) for text in block]):
                 writers["input_ids"].extend([answer + asked])
                 writers[PART].extend([[ANSWER] * len(answer) + [ASKED] * len(asked)])
                 writers["labels"].extend([answer + [IGNORE] * len(asked)])
@@ -84,7 +84,7 @@ class Seq2Seq(NextToken):
 
     def score(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Scores [N, A, V] of the tokens of answers, A those of the longest."""
-        halves = split(inputs, find_start(model) or 0, model.config.pad_token_id or 0)
+        halves = split_inputs(inputs, find_start(model) or 0, model.config.pad_token_id or 0)
         logits: Tensor = model(**halves, use_cache=False).logits
         return logits
 
@@ -103,7 +103,7 @@ class Seq2Seq(NextToken):
         return inputs[PART] == ANSWER
 
 
-def split(inputs: Mapping[str, Tensor], start: int, filler: int) -> dict[str, Tensor]:
+def split_inputs(inputs: Mapping[str, Tensor], start: int, filler: int) -> dict[str, Tensor]:
     """What encoder and decoder get of a batch [N, T]: ids and masks [N, S] of what is asked, and [N, A] of the answers,
     whose ids are those of one place earlier, behind the mark of the start.
 
@@ -232,7 +232,7 @@ class _Rows:
         self.longest, self.long = max(self.longest, longest), self.long + (longest > self.max_length)
         if longest > self.max_length and losing == "drop":
             return [], [self.filler]
-        return shortened(said, self.max_length, losing, self.kept), asked
+        return shorten_row(said, self.max_length, losing, self.kept), asked
 
     def say(self) -> tuple[Skipped, ...]:
         """Log what the records are; what is left out or cut."""
@@ -244,7 +244,7 @@ class _Rows:
             wording.form,
             self.template.name,
         )
-        notes = some(self.task, f"{self.what} are not taken and are left out", self.refused, total)
+        notes = note_skipped(self.task, f"{self.what} are not taken and are left out", self.refused, total)
         if self.long:
             text = f"{self.what} have more tokens in a half and {CUT[wording.truncate]}; the longest has {self.longest}"
             notes += (Skipped(f"model.max_length={self.max_length}", text, self.long, total),)

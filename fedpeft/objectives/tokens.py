@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpeft.objectives.base import IGNORE, Objective, divide
+from fedpeft.objectives.base import IGNORE, Objective, divide_or_nan
 from fedpeft.objectives.measures import TOKENS
 
 
@@ -30,12 +30,12 @@ class TokenObjective(Objective):
         return {
             **super().metrics(sums, samples),
             "test_tokens": sums["targets"],
-            "token_loss": divide(sums["over_tokens"], sums["targets"]),
+            "token_loss": divide_or_nan(sums["over_tokens"], sums["targets"]),
         }
 
     def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`perplexity` is exp of the mean loss of all tokens."""
-        loss = divide(sums["over_tokens"], sums["targets"])
+        loss = divide_or_nan(sums["over_tokens"], sums["targets"])
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
@@ -50,7 +50,7 @@ class NextToken(TokenObjective):
 
     def further(self, sums: Mapping[str, float], samples: int) -> dict[str, float]:
         """`exact_match`: a text whose every next token is the most likely one is what greedy generation says."""
-        return {"exact_match": divide(sums["exact"], samples), **super().further(sums, samples)}
+        return {"exact_match": divide_or_nan(sums["exact"], samples), **super().further(sums, samples)}
 
     def describe_answer(self, answer: int, label_names: Sequence[str], processor: Any) -> str:
         return str(processor.decode([answer]))

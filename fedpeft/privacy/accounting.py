@@ -55,10 +55,10 @@ def epsilon(sample_rate: float, noise_multiplier: float, steps: int, delta: floa
     Raises:
         InputError: a value out of its range, or an unknown accountant.
     """
-    return composed(((sample_rate, noise_multiplier, steps),), delta, accountant)
+    return compose_epsilon(((sample_rate, noise_multiplier, steps),), delta, accountant)
 
 
-def composed(releases: tuple[Release, ...], delta: float, accountant: str = "pld") -> float:
+def compose_epsilon(releases: tuple[Release, ...], delta: float, accountant: str = "pld") -> float:
     """Epsilon of several kinds of steps together, at this delta; 0 for none.
 
     Args:
@@ -74,7 +74,7 @@ def composed(releases: tuple[Release, ...], delta: float, accountant: str = "pld
     return _compose_releases(_merge_releases(releases), delta, accountant)
 
 
-def bounded(releases: tuple[Release, ...], delta: float, accountant: str) -> bool:
+def is_bounded(releases: tuple[Release, ...], delta: float, accountant: str) -> bool:
     """Whether pld answers with the closed bound: its distributions would take too long or too much memory."""
     return accountant == "pld" and _choose_grid(_merge_releases(releases), delta) is None
 
@@ -199,17 +199,17 @@ def noise_multiplier(
     """
     _check_values(sample_rate=sample_rate, delta=delta, steps=steps, epsilon=epsilon)
     _require_known(accountant)
-    if (others := composed(beside, delta, accountant)) >= epsilon:
+    if (others := compose_epsilon(beside, delta, accountant)) >= epsilon:
         raise InputError(
             f"--epsilon: {epsilon:g} leaves nothing for the steps: what is released beside them costs {others:.4g}."
         )
 
     def cost(sigma: float, name: str = accountant) -> float:
-        return composed((*beside, (sample_rate, sigma, steps)), delta, name)
+        return compose_epsilon((*beside, (sample_rate, sigma, steps)), delta, name)
 
     # The Renyi bound is quick and never below: it gives the slower accountants a narrow bracket.
     low, high = LEAST_NOISE, 1.0
-    if composed(beside, delta, "rdp") < epsilon:
+    if compose_epsilon(beside, delta, "rdp") < epsilon:
         while cost(high, "rdp") > epsilon:
             low, high = high, 4 * high
             if high > MOST_NOISE:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fedpeft.privacy.noise import Randomness
 from fedpeft.privacy.plan import Plan
-from fedpeft.privacy.tails import binomial, chi_square, kolmogorov, limit, worst
+from fedpeft.privacy.tails import alarm_limit, binomial_deviation, chi_square, kolmogorov_limit, worst_of
 
 Records = TypeVar("Records")
 CANARIES, GUESSES, LOUDNESS, PIECE = 2000, 400, 5.0, 256
@@ -110,12 +110,14 @@ def sampler(draws: Sequence[Draws]) -> list[Check]:
     """Whether these are Poisson samples: how often, once at most, how many, anew in each step, each record alone."""
     expected = sum(own.rate * own.counts.size for own in draws)
     variance = sum(own.rate * (1 - own.rate) * own.counts.size for own in draws)
-    margin = limit() * math.sqrt(variance) / expected
+    margin = alarm_limit() * math.sqrt(variance) / expected
     parts = {}
     for own in draws:
         named, cells = f"{own.client}, {own.engine}", own.counts[..., 0].size
-        parts[named] = float(binomial(own.counts.sum(), own.counts.size, own.rate)[0])
-        parts[f"a record of {named}"] = worst(binomial(own.counts.sum((0, 1, 2)), cells, own.rate).tolist())
+        parts[named] = float(binomial_deviation(own.counts.sum(), own.counts.size, own.rate)[0])
+        parts[f"a record of {named}"] = worst_of(
+            binomial_deviation(own.counts.sum((0, 1, 2)), cells, own.rate).tolist()
+        )
     name = max(parts, key=lambda key: abs(parts[key]))
     count = sum(own.counts.shape[-1] + 1 for own in draws)
     return [
@@ -129,8 +131,8 @@ def sampler(draws: Sequence[Draws]) -> list[Check]:
         Check(
             "rate of each part",
             parts[name],
-            -limit(count),
-            limit(count),
+            -alarm_limit(count),
+            alarm_limit(count),
             f"by client, engine and record, {count} in all; worst: {name}; in standard errors",
         ),
         Check(
@@ -163,7 +165,7 @@ def _place_sizes(draws: Sequence[Draws]) -> Iterator[Check]:
         "batch size",
         max(distances),
         0.0,
-        kolmogorov(len(engines)) + 0.5 / math.sqrt(least),
+        kolmogorov_limit(len(engines)) + 0.5 / math.sqrt(least),
         f"distance of the sizes of {least} batches to the binomial distribution (Kolmogorov)",
     )
     every = torch.from_numpy(np.concatenate(lines)).clamp(1e-15, 1 - 1e-15)
@@ -171,8 +173,8 @@ def _place_sizes(draws: Sequence[Draws]) -> Iterator[Check]:
     yield Check(
         "batch size spread",
         spread,
-        -limit(),
-        limit(),
+        -alarm_limit(),
+        alarm_limit(),
         f"how far the sizes of {len(every)} batches are spread: little if they are alike, much if records "
         "come together; in standard errors",
     )
@@ -213,12 +215,12 @@ def _count_again(draws: Sequence[Draws]) -> Check:
             width = min(one.counts.shape[-1], other.counts.shape[-1])
             both = one.counts[..., :width] * other.counts[..., :width]
             found.append((both.sum(), both.size, one.rate * other.rate))
-    each = [value for counts, trials, chance in found for value in binomial(counts, trials, chance).tolist()]
+    each = [value for counts, trials, chance in found for value in binomial_deviation(counts, trials, chance).tolist()]
     return Check(
         "batches are independent",
-        worst(each),
-        -limit(len(each)),
-        limit(len(each)),
+        worst_of(each),
+        -alarm_limit(len(each)),
+        alarm_limit(len(each)),
         f"records that two steps share, by step, round, run, client; worst of {len(each)}; in standard errors",
     )
 
@@ -233,13 +235,13 @@ def _count_company(draws: Sequence[Draws]) -> Check:
     for (_, rate), parts in together.items():
         lines = np.concatenate(parts)
         pairs = (lines.T @ lines)[np.triu_indices(lines.shape[1], 1)]
-        values.append(worst(binomial(pairs, len(lines), rate**2).tolist()))
+        values.append(worst_of(binomial_deviation(pairs, len(lines), rate**2).tolist()))
         count += len(pairs)
     return Check(
         "records are independent",
-        worst(values),
-        -limit(count),
-        limit(count),
+        worst_of(values),
+        -alarm_limit(count),
+        alarm_limit(count),
         f"steps that take two records together; worst of {count} pairs; in standard errors",
     )
 
@@ -247,12 +249,12 @@ def _count_company(draws: Sequence[Draws]) -> Check:
 def empty(sizes: np.ndarray, count: int, rate: float) -> Check:
     """Whether batches of `count` records are empty as often as they must be, none left out or drawn again."""
     chance, found = (1 - rate) ** count, int((sizes == 0).sum())
-    value = float(binomial(np.array(found), len(sizes), chance)[0]) if 0 < chance < 1 else 0.0
+    value = float(binomial_deviation(np.array(found), len(sizes), chance)[0]) if 0 < chance < 1 else 0.0
     return Check(
         "empty batches",
         value,
-        -limit(),
-        limit(),
+        -alarm_limit(),
+        alarm_limit(),
         f"{found} of {len(sizes)} steps on {count} records; expected {chance * len(sizes):.1f}; in standard errors",
     )
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.privacy.audit import Check
-from fedpeft.privacy.tails import binomial, chi_square, kolmogorov, limit, worst
+from fedpeft.privacy.tails import alarm_limit, binomial_deviation, chi_square, kolmogorov_limit, worst_of
 
 FAR = (2.0, 3.0, 3.5)
 AXES = ("run", "client", "round", "step")
@@ -44,7 +44,7 @@ class NoiseBlock:
         return f"{self.engine}, {'with records' if self.drawn else 'no records'}"
 
 
-def noise(blocks: Sequence[NoiseBlock], sizes: dict[str, int]) -> list[Check]:
+def check_noise(blocks: Sequence[NoiseBlock], sizes: dict[str, int]) -> list[Check]:
     """All checks.
 
     Args:
@@ -66,7 +66,7 @@ def noise(blocks: Sequence[NoiseBlock], sizes: dict[str, int]) -> list[Check]:
 
 def _check_size(rows: Tensor) -> Check:
     count = rows.numel()
-    margin = limit() / math.sqrt(2 * count)
+    margin = alarm_limit() / math.sqrt(2 * count)
     return Check(
         "noise size",
         math.sqrt(float(rows.double().square().mean())),
@@ -91,8 +91,8 @@ def _check_groups(blocks: Sequence[NoiseBlock], squares: list[Tensor], sizes: di
     return Check(
         "noise of each part",
         float(found[name]),
-        -limit(len(found)),
-        limit(len(found)),
+        -alarm_limit(len(found)),
+        alarm_limit(len(found)),
         f"size by tensor, client, round, step, with and without records; worst of {len(found)}: {name}; in "
         "standard errors",
     )
@@ -102,9 +102,9 @@ def _check_steps(squares: list[Tensor], width: int) -> Check:
     each = chi_square(torch.cat([square.sum(-1).flatten() for square in squares]), width)
     return Check(
         "noise of each step",
-        worst(each.tolist()),
-        -limit(len(each)),
-        limit(len(each)),
+        worst_of(each.tolist()),
+        -alarm_limit(len(each)),
+        alarm_limit(len(each)),
         f"size in the step that is farthest off, of {len(each)}; in standard errors",
     )
 
@@ -114,9 +114,9 @@ def _check_coordinates(blocks: Sequence[NoiseBlock], rows: Tensor) -> Check:
     each = torch.cat([chi_square(part.double().square().sum(0), len(part)) for part in parts])
     return Check(
         "noise of each value",
-        worst(each.tolist()),
-        -limit(len(each)),
-        limit(len(each)),
+        worst_of(each.tolist()),
+        -alarm_limit(len(each)),
+        alarm_limit(len(each)),
         f"size in the coordinate that is farthest off, of {rows.shape[1]}; in standard errors",
     )
 
@@ -130,37 +130,39 @@ def _check_shape(rows: Tensor) -> Iterator[Check]:
         "noise shape",
         distance * math.sqrt(len(values)),
         0.0,
-        kolmogorov() + 0.5 / math.sqrt(len(values)),
+        kolmogorov_limit() + 0.5 / math.sqrt(len(values)),
         "distance to the normal distribution (Kolmogorov)",
     )
     beyond = [
-        float(binomial(np.array(int((values.abs() > far).sum())), len(values), math.erfc(far / math.sqrt(2)))[0])
+        float(
+            binomial_deviation(np.array(int((values.abs() > far).sum())), len(values), math.erfc(far / math.sqrt(2)))[0]
+        )
         for far in FAR
     ]
     yield Check(
         "noise tails",
-        worst(beyond),
-        -limit(len(FAR)),
-        limit(len(FAR)),
+        worst_of(beyond),
+        -alarm_limit(len(FAR)),
+        alarm_limit(len(FAR)),
         f"values beyond {', '.join(f'{far:g}' for far in FAR)} standard deviations; in standard errors",
     )
 
 
 def _check_fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, int]) -> list[Check]:
     parts = [rows, *(part for part in rows.split(list(sizes.values()), 1) if part.shape[1] >= PAIRS)]
-    found = [alike(part) for part in parts]
+    found = [find_alike(part) for part in parts]
     for block in blocks:
         for axis in range(len(AXES)):
             lines = block.values.movedim(axis, 0)
             if len(lines) > 1:
-                found += [alike(part.flatten(1)) for part in (lines, *lines.split(list(sizes.values()), -1))]
+                found += [find_alike(part.flatten(1)) for part in (lines, *lines.split(list(sizes.values()), -1))]
     pairs = sum(count for _, count in found)
     return [
         Check(
             "noise is fresh",
-            worst([value for value, _ in found]),
-            -limit(pairs),
-            limit(pairs),
+            worst_of([value for value, _ in found]),
+            -alarm_limit(pairs),
+            alarm_limit(pairs),
             f"inner product of the noise of two steps, clients, rounds, runs; worst of {pairs}; in standard errors",
         ),
         Check(
@@ -173,12 +175,12 @@ def _check_fresh(blocks: Sequence[NoiseBlock], rows: Tensor, sizes: dict[str, in
     ]
 
 
-def alike(rows: Tensor) -> tuple[float, int]:
+def find_alike(rows: Tensor) -> tuple[float, int]:
     """The largest inner product of two rows over the larger norm, standard normal if the other is; and of how many."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     found = rows @ rows.T / torch.maximum(norms[:, None], norms).clamp(min=1e-30)
     found.fill_diagonal_(0.0)
-    return worst([float(found.min()), float(found.max())]), len(rows) * (len(rows) - 1) // 2
+    return worst_of([float(found.min()), float(found.max())]), len(rows) * (len(rows) - 1) // 2
 
 
 def _distance_reordered(rows: Tensor) -> float:
@@ -196,18 +198,18 @@ def _check_apart(blocks: Sequence[NoiseBlock], rows: Tensor) -> Iterator[Check]:
     width = rows.shape[1]
     chosen = np.sort(np.random.default_rng(0).permutation(width)[:COLUMNS])
     drawn = [block.values.flatten(0, 3) for block in blocks if block.drawn]
-    found = [alike(part[:, chosen].T) for part in (rows, torch.cat(drawn) if drawn else rows)]
+    found = [find_alike(part[:, chosen].T) for part in (rows, torch.cat(drawn) if drawn else rows)]
     pairs = sum(count for _, count in found)
     yield Check(
         "coordinates are apart",
-        worst([value for value, _ in found]),
-        -limit(pairs),
-        limit(pairs),
+        worst_of([value for value, _ in found]),
+        -alarm_limit(pairs),
+        alarm_limit(pairs),
         f"inner product over steps of two coordinates of {len(chosen)}; worst of {pairs}, in standard errors",
     )
     each = [(block.name, _sum_overlap(block.values.flatten(0, 3))) for block in blocks]
     name, value = max(each, key=lambda item: (math.isnan(item[1]), abs(item[1])))
-    most = limit(len(each)) + 1.0  # its tails are a little longer than normal ones
+    most = alarm_limit(len(each)) + 1.0  # its tails are a little longer than normal ones
     yield Check(
         "nothing in common",
         value,

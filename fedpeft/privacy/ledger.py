@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import blamed, sync_folder
-from fedpeft.privacy.accounting import Release, composed, require_release
+from fedpeft.files import blame_file, sync_folder
+from fedpeft.privacy.accounting import Release, compose_epsilon, require_release
 
 TASK = "+task-"  # between a client and a task in the name of an account
 
@@ -79,7 +79,7 @@ class Ledger:
 
     def spent(self, delta: float, accountant: str = "pld") -> float:
         """Epsilon of everything reserved so far."""
-        return composed(tuple(entry.release for entry in self.entries()), delta, accountant)
+        return compose_epsilon(tuple(entry.release for entry in self.entries()), delta, accountant)
 
     def reserve(
         self,
@@ -138,7 +138,7 @@ class Ledger:
 
     def _append(self, entry: Entry) -> None:
         line = json.dumps({**asdict(entry), "time": round(time.time(), 3)}) + "\n"
-        with blamed(self.path), self.path.open("r+b") as file:
+        with blame_file(self.path), self.path.open("r+b") as file:
             content = file.read()
             file.seek(content.rfind(b"\n") + 1)  # a torn last line was never acted upon
             file.truncate()
@@ -184,7 +184,7 @@ def accounts_in(folder: Path) -> dict[str, list[Ledger]]:
     return found
 
 
-def exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
+def list_exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
     """All that a record of one client may have been part of, for every account that it may be in; at least one.
 
     A run over tasks has an account for each, and a record is in one of them. In which one it was in another run, that
@@ -197,7 +197,7 @@ def exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
     return [[*entries, *others] for entries in own if entries] or [others]
 
 
-def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]:
+def read_account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]:
     """What one ledger, or each of a run folder's, holds and costs; JSON-ready.
 
     `epsilon_max` is of one record over all accounts of its client, those beside a single file too.
@@ -219,7 +219,7 @@ def account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]
         for file, entries in read.items():
             if path.is_dir() or file == path:
                 table[file.stem] = _describe_entries(entries, delta, accountant)
-        costs = (_cost_of(found, delta, accountant) for found in exposures(list(read.values())))
+        costs = (_cost_of(found, delta, accountant) for found in list_exposures(list(read.values())))
         largest = max(largest, *costs)
     return {
         "delta": delta,
@@ -242,11 +242,11 @@ def _cost_of(entries: list[Entry], delta: float, accountant: str) -> float:
     return _composed_once(tuple(entry.release for entry in entries), delta, accountant)
 
 
-_composed_once = lru_cache(maxsize=1024)(composed)  # very many clients spend alike
+_composed_once = lru_cache(maxsize=1024)(compose_epsilon)  # very many clients spend alike
 
 
 def _require_within(entries: list[Entry], budget: Budget, what: str) -> None:
-    if composed(tuple(entry.release for entry in entries), budget.delta, budget.accountant) > budget.epsilon:
+    if compose_epsilon(tuple(entry.release for entry in entries), budget.delta, budget.accountant) > budget.epsilon:
         raise BudgetExhausted(
             f"budget exhausted: {entries[-1].steps} more steps would pass epsilon={budget.epsilon:g} at delta="
             f"{budget.delta:g} for {what}."

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedpeft.config import ClientConfig, PrivacyConfig
 from fedpeft.errors import InputError
 from fedpeft.privacy import mechanism
-from fedpeft.privacy.accounting import Release, composed, noise_multiplier
+from fedpeft.privacy.accounting import Release, compose_epsilon, noise_multiplier
 from fedpeft.privacy.ledger import Budget
 from fedpeft.privacy.noise import Randomness
 
@@ -74,7 +74,7 @@ class Plan:
         return mechanism.add_noise(total, self.noise_multiplier, self.clip, source) / self.expected_batch
 
 
-def make(
+def make_plan(
     privacy: PrivacyConfig, client: ClientConfig, rounds: int, records: int, beside: tuple[Release, ...] = ()
 ) -> Plan:
     """The plan of a client with this public number of records.
@@ -94,7 +94,7 @@ def make(
     if sigma is None:
         raise InputError("privacy.epsilon and privacy.noise_multiplier are both null; give one.")
     if epsilon is None:
-        epsilon = composed(((rate, sigma, steps), *beside), privacy.delta, privacy.accountant)
+        epsilon = compose_epsilon(((rate, sigma, steps), *beside), privacy.delta, privacy.accountant)
     budget = Budget(epsilon, privacy.delta, privacy.accountant)
     return Plan(rate, float(client.batch_size), privacy.clip, sigma, steps, budget)
 

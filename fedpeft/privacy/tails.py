@@ -17,7 +17,7 @@ EXACT = 2000  # values up to which the chi-square distribution itself is taken, 
 LEAST = 1e-300
 
 
-def limit(count: int = 1) -> float:
+def alarm_limit(count: int = 1) -> float:
     """Standard errors that the largest of `count` numbers passes with probability ALARM at most, of either sign.
 
     >>> round(limit(), 2), round(limit(1000), 2)
@@ -26,7 +26,7 @@ def limit(count: int = 1) -> float:
     return -float(torch.special.ndtri(torch.tensor(ALARM / 2 / max(1, count), dtype=torch.float64)))
 
 
-def kolmogorov(count: int = 1) -> float:
+def kolmogorov_limit(count: int = 1) -> float:
     """The same limit for `count` Kolmogorov distances times the root of their numbers of values (Massart's bound)."""
     return math.sqrt(math.log(2 * max(1, count) / ALARM) / 2)
 
@@ -43,7 +43,7 @@ def chi_square(squares: Tensor, count: int) -> Tensor:
     return torch.where(squares < count, torch.special.ndtri(low), -torch.special.ndtri(high))
 
 
-def binomial(counts: np.ndarray, trials: int, chance: float) -> np.ndarray:
+def binomial_deviation(counts: np.ndarray, trials: int, chance: float) -> np.ndarray:
     """Counts of successes [...], in standard errors from their exact tails; 0 in the middle."""
     counts = np.atleast_1d(np.asarray(counts, dtype=np.int64))
     if chance >= 1.0 or trials == 0:
@@ -65,6 +65,6 @@ def binomial(counts: np.ndarray, trials: int, chance: float) -> np.ndarray:
     return np.where(np.maximum(above.numpy(), below.numpy()) <= 0, 0.0, np.where(counts > trials, math.inf, z))
 
 
-def worst(values: list[float]) -> float:
+def worst_of(values: list[float]) -> float:
     """The one farthest from 0; not a number if one is not."""
     return max(values, key=lambda value: (math.isnan(value), abs(value)), default=0.0)

@@ -9,13 +9,13 @@ from fedpeft.record.drawing import (
     COLORS,
     GREY,
     accuracy_axis,
+    are_crowded,
     axes_of,
-    bars,
-    crowded,
+    draw_bars,
     name_ticks,
-    natural,
+    natural_key,
     percent_format,
-    quantile,
+    quantile_of,
     round_axis,
     with_legends,
 )
@@ -40,7 +40,7 @@ def clients_accuracy(run: Run) -> Figure | None:
     last = max(spreads)
     titles = ["Each client on its own held-out records", f"All {len(spreads[last])} clients after round {last}"]
     figure, (over, final) = axes_of(titles)
-    at = {share: [quantile(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
+    at = {share: [quantile_of(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
     over.fill_between(list(spreads), at[0], at[1], color=COLORS[0], alpha=0.15, linewidth=0, label="lowest to highest")
     over.fill_between(list(spreads), at[0.25], at[0.75], color=COLORS[0], alpha=0.35, linewidth=0, label="middle half")
     over.plot(list(spreads), at[0.5], "o-", color=COLORS[0], label="median")
@@ -65,11 +65,11 @@ def clients_by_label(run: Run) -> Figure | None:
     if labels:
         titles.append("Labels, as shares of a client's records")
     figure, (top, *below) = axes_of(titles, heights=(0.7, min(2.0, 0.6 + 0.12 * len(labels)))[: len(titles)])
-    bars(top, [len(indices) for indices in run.split["clients"].values()])
+    draw_bars(top, [len(indices) for indices in run.split["clients"].values()])
     top.set_xlim(-0.5, len(names) - 0.5)
     top.set_ylabel("records")
     top.grid(axis="x", visible=False)
-    name_ticks(top.xaxis, names, upright=crowded(names))
+    name_ticks(top.xaxis, names, upright=are_crowded(names))
     if labels:
         top.tick_params(labelbottom=False)
         _label_shares(below[0], names, labels, histogram["counts"])
@@ -103,7 +103,7 @@ def test_time(run: Run) -> Figure | None:
     return figure
 
 
-def participation(run: Run) -> Figure | None:
+def plot_participation(run: Run) -> Figure | None:
     """Whose updates were used, cut by a robust rule, far beyond the others', or quarantined in which round; null when
     all clients' were used in every round and nothing else can be said of them.
     """
@@ -122,7 +122,7 @@ def participation(run: Run) -> Figure | None:
     known = {client for _, client in used + bad} | set(run.split["clients"] if run.split else ())
     if not used or (len(used) == len(known) * len(rounds) and not bad):
         return None
-    names = sorted(known, key=natural)
+    names = sorted(known, key=natural_key)
     row = {name: index for index, name in enumerate(names)}
     last = max(at for at, _ in used + bad)
     grid = [[math.nan] * last for _ in names]
@@ -177,6 +177,6 @@ def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[
                 axes.text(column, line, str(count), ha="center", va="center", fontsize=8, color=color)
     axes.grid(False)
     axes.set_ylabel("label")
-    name_ticks(axes.xaxis, names, upright=crowded(names))
+    name_ticks(axes.xaxis, names, upright=are_crowded(names))
     name_ticks(axes.yaxis, labels, most=25)
     axes.figure.colorbar(mesh, ax=axes, format=percent_format(), pad=0.01)

@@ -76,7 +76,7 @@ def axes_of(titles: list[str], heights: Sequence[float] = (1,)) -> tuple[Figure,
     return figure, list(grid.flat)
 
 
-def line(
+def draw_line(
     axes: Axes,
     events: list[Event],
     key: str,
@@ -109,7 +109,7 @@ def frozen_line(axes: Axes, run: Run) -> None:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=label)
 
 
-def bars(axes: Axes, heights: Sequence[float]) -> None:
+def draw_bars(axes: Axes, heights: Sequence[float]) -> None:
     """A bar for each client; for more than can be told apart one filled outline, as a bar is an object of its own."""
     if len(heights) <= 400:
         axes.bar(range(len(heights)), heights, color=COLORS[0], width=0.8)
@@ -124,7 +124,7 @@ def name_ticks(axis: Axis, names: list[str], *, most: int = 40, upright: bool = 
     axis.set_ticks(list(shown), labels, rotation=90 if upright else 0, fontsize=8)
 
 
-def crowded(names: list[str]) -> bool:
+def are_crowded(names: list[str]) -> bool:
     """Whether names beside each other would overlap."""
     return sum(min(len(name), 18) + 2 for name in names) > 90
 
@@ -163,7 +163,7 @@ def has_accuracy(run: Run) -> bool:
     return any(score["accuracy"] is not None for score in run.scores)
 
 
-def cumulative(rounds: list[Event], key: str) -> dict[int, float]:
+def sum_traffic(rounds: list[Event], key: str) -> dict[int, float]:
     """Round -> MB up to its end; 0 is before round 1."""
     total, sums = 0.0, {0: 0.0}
     for event in rounds:
@@ -172,7 +172,7 @@ def cumulative(rounds: list[Event], key: str) -> dict[int, float]:
     return sums
 
 
-def quantile(values: list[float], share: float) -> float:
+def quantile_of(values: list[float], share: float) -> float:
     """Of sorted values, by linear interpolation."""
     position = share * (len(values) - 1)
     low = math.floor(position)
@@ -180,6 +180,6 @@ def quantile(values: list[float], share: float) -> float:
     return values[low] + (values[high] - values[low]) * (position - low)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that puts client-10 after client-9."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]

@@ -125,7 +125,7 @@ def _last_rounds(found: dict[str, Any]) -> dict[str, Any] | None:
 def _compare_models(summary: dict[str, Any]) -> dict[str, Any] | None:
     """The best of what did not federate, on the same records, and the gap; None where nothing can be compared."""
     accuracy = (summary["final"] or {}).get("accuracy")
-    rows = comparable(summary)
+    rows = find_comparable(summary)
     if accuracy is None or not rows:
         return None
     best = max(rows, key=lambda name: rows[name])
@@ -140,7 +140,7 @@ def _compare_models(summary: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def comparable(summary: dict[str, Any]) -> dict[str, float]:
+def find_comparable(summary: dict[str, Any]) -> dict[str, float]:
     """Accuracies, by `NAMES`, of models that no federation trained, on the records of the final score."""
     given, sequence = summary["baselines"], summary.get("sequence")
     rows: dict[str, Any] = {}

@@ -232,7 +232,7 @@ class Follower:
         if word in UNDER_WAY and pace is not None and isinstance(planned, int):
             left = rounds[-1]["time"] + pace * max(0, planned - number)
         summary = run.summary if run else {}
-        shown: dict[str, Any] = metrics.finite(
+        shown: dict[str, Any] = metrics.make_finite(
             {
                 "run": self.label,
                 "path": str(self.path),
@@ -247,7 +247,7 @@ class Follower:
                 "seconds_per_round": pace,
                 "expected_end": left,
                 "headline": lead.sentences(summary, run.config) if run else [],
-                "warnings": lead.warnings(summary),
+                "warnings": lead.list_warnings(summary),
                 "problems": self.problems(),
                 "evaluated_on": summary.get("evaluated_on"),
                 "metric": _metric_of(start),
@@ -320,7 +320,7 @@ def follow(runs: Iterable[Path]) -> list[Follower]:
     paths = [folders.run_folder(run) for run in runs]
     if len(paths) > MOST_RUNS:
         raise InputError(f"RUN: {len(paths)} run folders; at most {MOST_RUNS} can be told apart on one page.")
-    return [Follower(path, label) for path, label in zip(paths, run_folder.labels(paths), strict=True)]
+    return [Follower(path, label) for path, label in zip(paths, run_folder.label_runs(paths), strict=True)]
 
 
 MOST_RUNS = 16  # eight colours, drawn through and dashed

@@ -15,11 +15,11 @@ from typing import Any
 
 from fedpeft.foreign import shown
 from fedpeft.record import side_by_side
-from fedpeft.record.drawing import MB, quantile
+from fedpeft.record.drawing import MB, quantile_of
 from fedpeft.record.line_chart import Line, svg_lines
 from fedpeft.record.pages import PAGE_STYLE, html_folded, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run
-from fedpeft.record.words import about, number, percent
+from fedpeft.record.words import number, percent, show_duration
 
 MOST_ROWS = 100  # clients on a page at a time
 MOST_NOTES = 3  # that stand open
@@ -120,7 +120,7 @@ def _taking_part(state: State) -> str:
 
 
 def _show_duration(seconds: float) -> str:
-    return f"{number(seconds)} s" if seconds < 10 else about(seconds)
+    return f"{number(seconds)} s" if seconds < 10 else show_duration(seconds)
 
 
 def _show_clock(at: float | None) -> str:
@@ -218,7 +218,7 @@ def _show_clients(state: State, wanted: str) -> str:
     counts = sorted([0] * silent + [row["rounds"] for row in clients.values()])
     lines.append(
         f"<p>Of {played} rounds the clients took part in {counts[0]} (fewest), "
-        f"{number(quantile(counts, 0.5))} (median), {counts[-1]} (most).</p>"
+        f"{number(quantile_of(counts, 0.5))} (median), {counts[-1]} (most).</p>"
     )
     scored = any(row.get("accuracy") is not None for row in clients.values())
     order = sorted(clients, key=lambda name: (-_rank_oddity(clients[name]), name))

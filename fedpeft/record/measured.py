@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpeft.record.drawing import quantile
+from fedpeft.record.drawing import quantile_of
 from fedpeft.record.pages import html_folded, html_table
 from fedpeft.record.words import number, percent
 
@@ -85,7 +85,7 @@ def over_clients(each: dict[str, float], mean: float, higher: bool) -> dict[str,
         "mean": mean,
         "worst": each[worst],
         "worst_client": worst,
-        "quantile_10": quantile(values, TAIL if higher else 1 - TAIL),
+        "quantile_10": quantile_of(values, TAIL if higher else 1 - TAIL),
         "spread": statistics.pstdev(values),
     }
 
@@ -95,7 +95,7 @@ def by_class(events: list[Event]) -> Event | None:
     return next((event["by_class"] for event in reversed(events) if event.get("by_class")), None)
 
 
-def shown(row: Event, value: float | None) -> str:
+def show_measure(row: Event, value: float | None) -> str:
     """A value of a measure, for readers."""
     return percent(value) if row["share"] else number(value)
 
@@ -132,16 +132,16 @@ def html_measures(rows: dict[str, Any], classes: Event | None) -> list[str]:
 
 def _row_cells(row: Event) -> list[str]:
     over = row["clients"] or {}
-    best = shown(row, row["best"]) + (f" (round {row['best_round']})" if row["best_round"] else "")
-    worst = f"{shown(row, over['worst'])} ({over['worst_client']})" if over else "–"
+    best = show_measure(row, row["best"]) + (f" (round {row['best_round']})" if row["best_round"] else "")
+    worst = f"{show_measure(row, over['worst'])} ({over['worst_client']})" if over else "–"
     less = "" if row["higher"] else " (less is better)"
     return [
         row["words"] + less,
-        shown(row, row["final"]),
+        show_measure(row, row["final"]),
         best,
-        shown(row, row["frozen"]),
-        shown(row, over.get("mean")),
+        show_measure(row, row["frozen"]),
+        show_measure(row, over.get("mean")),
         worst,
-        shown(row, over.get("quantile_10")),
-        shown(row, over.get("spread")),
+        show_measure(row, over.get("quantile_10")),
+        show_measure(row, over.get("spread")),
     ]

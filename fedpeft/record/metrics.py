@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError
-from fedpeft.files import blamed, write_bytes
+from fedpeft.files import blame_file, write_bytes
 from fedpeft.record import findings
 from fedpeft.record.findings import SERVER as SERVER
-from fedpeft.record.lead import headline
+from fedpeft.record.lead import write_headline
 
 log = logging.getLogger("fedpeft")
 
@@ -51,8 +51,8 @@ class Recorder:
         """
         if not self._mine and self.path.exists() and self.path.stat().st_size > 0:
             raise InputError(f"{self.path}: already holds the events of a run; resume it or choose another folder.")
-        line = json.dumps({**finite(event), "time": round(time.time(), 3)}, allow_nan=False)
-        with blamed(self.path), self.path.open("a", encoding="utf-8") as file:
+        line = json.dumps({**make_finite(event), "time": round(time.time(), 3)}, allow_nan=False)
+        with blame_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             # Only these cost a sync: all others that are lost come again with their round.
             if event["event"] == "round":
@@ -84,17 +84,17 @@ class Recorder:
         self._mine = True
 
 
-def finite(value: Any) -> Any:
+def make_finite(value: Any) -> Any:
     """JSON-ready copy of `value` in which every number is finite (see the module's docstring)."""
     if isinstance(value, dict):
         copy: dict[str, Any] = {}
         for key, item in value.items():
-            copy[key] = finite(item)
+            copy[key] = make_finite(item)
             if isinstance(item, float) and not math.isfinite(item):
                 copy[f"{key}_nonfinite"] = str(float(item))
         return copy
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [make_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -218,7 +218,7 @@ def summarise(events: list[Event], config_tree: dict[str, Any], extra: dict[str,
     except KeyError as error:
         raise InputError(f"events: a start, round or quarantine event lacks the key {error}.") from error
     merged = {**summary, **findings.of(events, config_tree, summary), **(extra or {})}
-    whole: dict[str, Any] = finite({"headline": headline(merged, config_tree), **merged})
+    whole: dict[str, Any] = make_finite({"headline": write_headline(merged, config_tree), **merged})
     return whole
 
 

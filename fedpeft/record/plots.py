@@ -9,22 +9,22 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fedpeft.record.client_plots import clients_accuracy, clients_by_label, participation, test_time
+from fedpeft.record.client_plots import clients_accuracy, clients_by_label, plot_participation, test_time
 from fedpeft.record.drawing import (
     COLORS,
     DASHES,
     GREY,
     accuracy_axis,
+    are_crowded,
     axes_of,
-    bars,
-    crowded,
-    cumulative,
+    draw_bars,
+    draw_line,
     frozen_line,
     has_accuracy,
-    line,
     name_ticks,
-    natural,
+    natural_key,
     round_axis,
+    sum_traffic,
     with_legends,
 )
 from fedpeft.record.findings import SERVER
@@ -115,7 +115,7 @@ def _plot_scores(axes: Axes, run: Run, key: str, label: str, color: str, x: dict
     sequence = run.summary.get("sequence")
     parts = [scores] if not sequence else _by_task(scores, sequence["rounds_of_tasks"])
     for index, part in enumerate(parts):
-        line(axes, part, key, "_" if index else label, color, x=x)
+        draw_line(axes, part, key, "_" if index else label, color, x=x)
 
 
 def _by_task(scores: list[Event], ends: list[int]) -> list[list[Event]]:
@@ -136,7 +136,7 @@ def _plot_references(axes: Axes, run: Run) -> None:
 def loss(run: Run) -> Figure | None:
     """Mean training loss of each round's clients, and the loss of the evaluated models."""
     figure, (axes,) = axes_of(["Loss"])
-    line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
+    draw_line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
     _plot_scores(axes, run, "loss", run.summary["evaluated_on"], COLORS[0])
     axes.set_ylabel("mean loss")
     round_axis(axes)
@@ -152,14 +152,14 @@ def communication(run: Run) -> Figure | None:
     titles = ["Traffic, all clients together", *(["Accuracy against uploads"] if one else [])]
     figure, (traffic, *bought) = axes_of(titles)
     for key, label, color in (("bytes_up", "clients to server", 0), ("bytes_down", "server to clients", 1)):
-        sums = cumulative(rounds, key)
+        sums = sum_traffic(rounds, key)
         label = f"{label} ({number(max(sums.values()))} MB)"
         traffic.plot(list(sums), list(sums.values()), color=COLORS[color], linestyle=DASHES[color], label=label)
     traffic.set_ylabel("cumulative MB")
     traffic.set_ylim(bottom=0)
     round_axis(traffic)
     for axes in bought:
-        line(axes, run.scores, "accuracy", run.summary["strategy"], COLORS[0], x=cumulative(rounds, "bytes_up"))
+        draw_line(axes, run.scores, "accuracy", run.summary["strategy"], COLORS[0], x=sum_traffic(rounds, "bytes_up"))
         frozen_line(axes, run)
         accuracy_axis(axes)
         axes.set_xlabel("cumulative MB, clients to server")
@@ -182,11 +182,11 @@ def privacy(run: Run) -> Figure | None:
     accuracy_axis(bought)
     bought.set_xlabel(f"largest epsilon so far, at delta {section.get('delta', 0):g}")
     for axes in each:
-        names = sorted(clients, key=natural)
-        bars(axes, [clients[name]["epsilon"] for name in names])
+        names = sorted(clients, key=natural_key)
+        draw_bars(axes, [clients[name]["epsilon"] for name in names])
         axes.set_ylim(bottom=0)
         axes.grid(axis="x", visible=False)
-        name_ticks(axes.xaxis, names, upright=crowded(names))
+        name_ticks(axes.xaxis, names, upright=are_crowded(names))
     return with_legends(figure)
 
 
@@ -198,9 +198,9 @@ def compared(runs: list[Run]) -> Figure:
         color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
         last = percent((run.summary["final"] or {}).get("accuracy"))
         name = f" {run.label}" if run.label.startswith("_") else run.label  # matplotlib keeps _names out of legends
-        line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
-        uploads = cumulative(run.of("round"), "bytes_up")
-        line(by_bytes, run.scores, "accuracy", "", color, x=uploads, dashes=dashes)
+        draw_line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
+        uploads = sum_traffic(run.of("round"), "bytes_up")
+        draw_line(by_bytes, run.scores, "accuracy", "", color, x=uploads, dashes=dashes)
         baseline = (run.summary["baseline"] or {}).get("accuracy")
         if baseline not in frozen:
             frozen.add(baseline)
@@ -216,5 +216,14 @@ def compared(runs: list[Run]) -> Figure:
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {
     plot.__name__: plot
-    for plot in (accuracy, test_time, loss, privacy, communication, clients_accuracy, clients_by_label, participation)
+    for plot in (
+        accuracy,
+        test_time,
+        loss,
+        privacy,
+        communication,
+        clients_accuracy,
+        clients_by_label,
+        plot_participation,
+    )
 }

@@ -16,7 +16,7 @@ from fedpeft.record import drawing, lead, metrics, plots
 from fedpeft.record.measured import html_measures
 from fedpeft.record.pages import html_folded, html_image, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run, load
-from fedpeft.record.words import number, percent, plain, points
+from fedpeft.record.words import key_words, number, percent, show_points
 
 log = logging.getLogger("fedpeft")
 MOST_ROWS = 1000  # of a table with a row for each client and round
@@ -71,20 +71,20 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     body = [f'<p class="lead">{html.escape(first)}</p>', *(f"<p>{html.escape(line)}</p>" for line in others)]
     if not run.ended:
         body.append(html_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
-    body += [html_note(line) for line in lead.warnings(summary)]
+    body += [html_note(line) for line in lead.list_warnings(summary)]
     if summary.get("tta"):
         body += _test_time(summary["tta"])
     if summary.get("sequence"):
         body += _show_sequence(summary)
     body += html_measures(summary.get("measures") or {}, summary.get("by_class"))
     facts = [
-        [plain(key), _show_fact(key, value)]
+        [key_words(key), _show_fact(key, value)]
         for key, value in summary.items()
         if not isinstance(value, list) and key not in APART and value not in (None, {})
     ]
     facts.append(["quarantined updates", str(len(summary["quarantined"]))])
     body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
-    body += [html_image(plain(name), image) for name, image in images.items()]
+    body += [html_image(key_words(name), image) for name, image in images.items()]
     if run.hides_counts:
         body.append(
             html_note(
@@ -120,7 +120,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
             percent(row["accuracy"]),
             percent(row["source_accuracy"]),
             percent(row["tta_accuracy"]),
-            points(row["tta_accuracy"] - row["source_accuracy"]),
+            show_points(row["tta_accuracy"] - row["source_accuracy"]),
         ]
         for name, row in tta["clients"].items()
     ]
@@ -132,7 +132,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
             percent(tta["accuracy"]),
             percent(tta["source_accuracy"]),
             percent(tta["tta_accuracy"]),
-            points(gain["gain"]),
+            show_points(gain["gain"]),
         ]
     )
     heads = ["client", "stream", "records", "clean", "as trained", f"with {tta['method']}", "gain"]
@@ -186,11 +186,11 @@ def _show_privacy(section: dict[str, Any]) -> list[str]:
     if section["outside"]:
         body += ["<p>Outside of the guarantee:</p>", html_list(section["outside"])]
     keys = [key for key, value in section.items() if not isinstance(value, list | dict) and key != "claim"]
-    body.append(html_table([], [[plain(key), number(section[key])] for key in keys]))
+    body.append(html_table([], [[key_words(key), number(section[key])] for key in keys]))
     if section["clients"]:
         heads = list(next(iter(section["clients"].values())))
         rows = [[name, *(number(row[key]) for key in heads)] for name, row in section["clients"].items()]
-        body.append(html_table(["client", *map(plain, heads)], rows))
+        body.append(html_table(["client", *map(key_words, heads)], rows))
     return body
 
 
@@ -253,7 +253,7 @@ def _show_updates(run: Run) -> list[str]:
 def _updates_of(event: metrics.Event) -> list[list[str]]:
     """Rows of one round."""
     norms, distances, at = event["update_norms"], event.get("update_distances", {}), str(event["round"])
-    middle = drawing.quantile(sorted(norms.values()), 0.5)
+    middle = drawing.quantile_of(sorted(norms.values()), 0.5)
     rows = []
     for name, norm in norms.items():
         times = norm / middle if middle else None
@@ -300,15 +300,15 @@ def html_rounds(run: Run) -> str:
 def _show_fact(key: str, value: Any) -> str:
     if isinstance(value, dict):
         shown = ((inner, item) for inner, item in value.items() if not isinstance(item, dict) and item is not None)
-        return ", ".join(f"{plain(inner)} {_show_fact(inner, item)}" for inner, item in shown)
+        return ", ".join(f"{key_words(inner)} {_show_fact(inner, item)}" for inner, item in shown)
     if isinstance(value, list):
         return ", ".join(number(item) for item in value)
     if key.startswith("bytes_"):
         return f"{number(value)} ({number(value / drawing.MB)} MB)"
-    return cell(key, value)
+    return show_cell(key, value)
 
 
-def cell(key: str, value: Any) -> str:
+def show_cell(key: str, value: Any) -> str:
     """A value of a summary or table, written by what its key says that it is."""
     shares = (
         "accuracy",

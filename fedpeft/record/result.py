@@ -62,7 +62,7 @@ class Result(dict[str, Any]):
         from fedpeft.record import report
 
         run = run_folder.load(self.folder, self.folder.name)
-        lines = [*lead.sentences(run.summary, run.config), *lead.warnings(run.summary)]
+        lines = [*lead.sentences(run.summary, run.config), *lead.list_warnings(run.summary)]
         page = f"<p>{html.escape(str(self.folder / 'report.html'))}</p>"
         return "\n".join([*(f"<p>{html.escape(line)}</p>" for line in lines), report.html_rounds(run), page])
 

@@ -84,7 +84,7 @@ def owner_names(path: Path) -> dict[str, str]:
     return _find_owners(_read_split(file)) if file.exists() else {}
 
 
-def labels(runs: Sequence[Path]) -> list[str]:
+def label_runs(runs: Sequence[Path]) -> list[str]:
     """Trailing parts of each run's path, as few as tell all of them apart.
 
     Raises:

@@ -95,7 +95,7 @@ def write(exported: Exported) -> str:
         "## Metrics\n",
         _metrics_section(exported, summary),
         "## How to load it\n",
-        f"```python\n{snippet(exported)}\n```\n",
+        f"```python\n{usage_snippet(exported)}\n```\n",
     ]
     if exported.objective.headed:
         # As JSON no name, which is whatever the data had, can end its line and so the block.
@@ -104,7 +104,7 @@ def write(exported: Exported) -> str:
     return "\n".join(parts)
 
 
-def shareable(name: str, embedded: bool = False) -> str:
+def shareable_name(name: str, embedded: bool = False) -> str:
     """What others may be told of a model's name: a hub id, or a name of fedpeft's, as it is; of a path its last part.
 
     >>> shareable("HuggingFaceTB/SmolLM2-135M"), shareable("/home/ada/models/letters"), shareable("smollm2")
@@ -240,7 +240,7 @@ def _markdown_table(rows: list[list[str]]) -> str:
 # How to load it -------------------------------------------------------------------------------------------------------
 
 
-def snippet(exported: Exported) -> str:
+def usage_snippet(exported: Exported) -> str:
     """Plain transformers and peft that load the folder and use it, `here` being the folder or its repo."""
     if exported.pooled:
         return _pooled_usage(exported)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fedpeft.data.conversations import Turn
 from fedpeft.errors import InputError
-from fedpeft.run.generations import generate
+from fedpeft.run.generations import generate_answers
 from fedpeft.run.predict import Asker
 from fedpeft.run.trained import Trained
 
@@ -48,7 +48,7 @@ def answers(
         try:
             _require_utf8(line, number)
             ids = asker.ask(turns if asker.template else question, f"line {number}")
-            (said,) = generate(trained.base, [ids], most, asker.stop)
+            (said,) = generate_answers(trained.base, [ids], most, asker.stop)
         except InputError as error:
             refuse(str(error))
             yield question, ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedpeft.clients.sequence import scale_to_unit
 from fedpeft.continual import matrix
-from fedpeft.continual.body import only
+from fedpeft.continual.body import only_classes
 from fedpeft.data.encode import Encoded
 from fedpeft.objectives.base import IGNORE
 from fedpeft.run import sequence
@@ -70,7 +70,7 @@ def frozen_head(here: World) -> dict[str, Any]:
     for task in range(len(plan.groups)):
         seen = plan.seen(task)
         if made is None:
-            scores = only(test[1], seen)
+            scores = only_classes(test[1], seen)
         else:
             made.update(_head_sums(here, plan.of(here.train.labels, task)), seen)
             scores = made.scores(_shape_features(here, test[0]), None)
@@ -82,7 +82,7 @@ def frozen_head(here: World) -> dict[str, Any]:
     return {
         "frozen_head": found["acc_micro"],
         "frozen_head_forgetting": found["forgetting_chaudhry"],
-        "frozen_head_by_task": [float(value) for value in matrix.curve(rows, count)],
+        "frozen_head_by_task": [float(value) for value in matrix.accuracy_curve(rows, count)],
     }
 
 

@@ -11,7 +11,7 @@ from fedpeft import config as configs
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.models import attention, loading, rates
-from fedpeft.run.world import device
+from fedpeft.run.world import find_device
 
 log = logging.getLogger("fedpeft")
 
@@ -46,7 +46,7 @@ def _settle_dtype(config: Config) -> str:
         config.model.dtype = "float32"
         return f"model.dtype=auto: float32, as in bfloat16 this config would be refused ({error})"
     torch.set_num_threads(config.run.threads)
-    where = device(config.run.device)
+    where = find_device(config.run.device)
     shapes = loading.product_shapes(config.model)
     if not shapes:
         config.model.dtype = "float32"
@@ -62,7 +62,7 @@ def _settle_dtype(config: Config) -> str:
 def _settle_attention(config: Config) -> str:
     if config.model.dtype != "bfloat16" or config.model.batched_attention is not None:
         return ""
-    if device(config.run.device).type != "cpu":
+    if find_device(config.run.device).type != "cpu":
         return ""
     longest = config.model.batched_attention = attention.longest_faster()
     until = f"up to {longest} tokens" if longest else "at no length that was tried"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from fedpeft import config as configs
 from fedpeft import folders, registry
 from fedpeft.adapters import folder
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import read_object, write_bytes
@@ -26,7 +26,7 @@ from fedpeft.models.base import Base
 from fedpeft.record import checkpoint
 from fedpeft.run import card, companions, identity
 from fedpeft.run.best import Best
-from fedpeft.run.card import Exported, shareable
+from fedpeft.run.card import Exported, shareable_name
 from fedpeft.state import AdapterState
 from fedpeft.strategies.build import build
 
@@ -70,7 +70,7 @@ def export(
         exported = Exported(
             run,
             config,
-            shareable(config.model.name, config.model.name in registry.EMBEDDED) if base is None else base,
+            shareable_name(config.model.name, config.model.name in registry.EMBEDDED) if base is None else base,
             number,
             merge,
             bool(folder.about(source)["pooled_head"]),
@@ -171,7 +171,10 @@ def _notes_on(exported: Exported, base: Base | None) -> list[str]:
         )
     if not exported.merged and exported.base in registry.EMBEDDED:
         notes.append(f"only fedpeft has the base model {exported.base}; --merge writes a whole model for all others")
-    elif not exported.merged and exported.base == shareable(exported.config.model.name) != exported.config.model.name:
+    elif (
+        not exported.merged
+        and exported.base == shareable_name(exported.config.model.name) != exported.config.model.name
+    ):
         notes.append(
             f"the base model, a folder of this machine, is called '{exported.base}' in it; --base NAME says where "
             "others get it"
@@ -194,7 +197,7 @@ def _choose_adapter(run: Path, config: Config, best: bool, number: int | None) -
             "adapter of each client."
         )
     with tempfile.TemporaryDirectory() as made:
-        adapter = flat(strategy.before_round(state).adapter)
+        adapter = flatten_adapter(strategy.before_round(state).adapter)
         about = folder.about(run / "adapter")
         if any(layer.kind == "peft" for layer in adapter.sites.values()):
             about["settings"] = folder.settings_of(run / "adapter")

@@ -19,7 +19,7 @@ import torch
 from fedpeft import seeds
 from fedpeft.config import Config
 from fedpeft.data import templates
-from fedpeft.data.conversations import parse, parse_pair
+from fedpeft.data.conversations import parse_pair, parse_turns
 from fedpeft.data.records import Records
 from fedpeft.data.templates import NotWritten
 from fedpeft.models.base import Base
@@ -59,7 +59,7 @@ def compare(world: World, server: ServerState) -> dict[str, Any] | None:
     answers = {}
     for name, state in (("base", world.start.adapter), ("tuned", server.adapter)):
         model.write(state)
-        answers[name] = generate(model.base, [prompt.ids for prompt in asked], section.max_new_tokens, stop)
+        answers[name] = generate_answers(model.base, [prompt.ids for prompt in asked], section.max_new_tokens, stop)
     wanted = [prompt.wanted for prompt in asked]
     samples = [
         {"prompt": prompt.text, "base": base, "tuned": tuned, "wanted": prompt.wanted}
@@ -89,7 +89,7 @@ def draw_prompts(config: Config, records: Records, tokenizer: Any, positions: in
     found = []
     for index in chosen:
         text = records.inputs[index]
-        turns = parse_pair(text)[0] if records.wording.form == "preference" else parse(text)
+        turns = parse_pair(text)[0] if records.wording.form == "preference" else parse_turns(text)
         last = max(place for place, (role, _) in enumerate(turns) if role == "assistant")
         try:
             text, ids = template.ask(turns[:last], tokenizer)
@@ -110,7 +110,7 @@ def draw_prompts(config: Config, records: Records, tokenizer: Any, positions: in
 
 
 @torch.no_grad()
-def generate(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence[int]) -> list[str]:
+def generate_answers(base: Base, prompts: Sequence[list[int]], most: int, stop: Sequence[int]) -> list[str]:
     """Greedy answers in words, to prompts of token ids; each is what it is alone.
 
     One that would need more positions than the model has is as long as these allow, and empty where there are none.

@@ -12,7 +12,7 @@ from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
 
 
-def spent(here: World, number: int | None = None) -> dict[str, float]:
+def epsilon_spent(here: World, number: int | None = None) -> dict[str, float]:
     """`epsilon_max`, the most that any client has spent up to round `number`, under sample-level DP."""
     if here.config.privacy.unit != "sample":
         return {}
@@ -36,17 +36,17 @@ def section(here: World) -> dict[str, Any] | None:
         "randomness": RANDOMNESS[privacy.randomness],
     }
     if isinstance(here.strategy, ClientDP):
-        return {**common, "claim": describe(here.strategy), "outside": outside(here), "clients": {}}
+        return {**common, "claim": describe(here.strategy), "outside": list_outside(here), "clients": {}}
     clients = here.local.guard.spending(list(here.local.train_data))
     claim = (
         f"Each client's updates are (epsilon, {privacy.delta:g})-private for neighbours that {RELATION}, against "
         "everyone who sees them, the server included. Epsilon is a client's own; where one person has records at "
         "several clients, theirs add up."
     )
-    return {**common, "relation": RELATION, "claim": claim, "outside": outside(here), "clients": clients}
+    return {**common, "relation": RELATION, "claim": claim, "outside": list_outside(here), "clients": clients}
 
 
-def outside(here: World) -> list[str]:
+def list_outside(here: World) -> list[str]:
     """What leaves, or counts as public, beside what the guarantee covers."""
     config, privacy, guard = here.config, here.config.privacy, here.local.guard
     lines = []

@@ -25,7 +25,7 @@ from fedpeft.config import Config
 from fedpeft.objectives.measures import PLAIN
 from fedpeft.record import checkpoint
 from fedpeft.record.metrics import Recorder
-from fedpeft.record.trackers.base import tracking
+from fedpeft.record.trackers.base import track_run
 from fedpeft.run import comparators, results, sequence
 from fedpeft.run.best import Best
 from fedpeft.run.traffic import Traffic
@@ -84,7 +84,7 @@ def run(
     """
 
     server = checkpoint.latest(folder / "checkpoints")
-    with tracking(world.config, folder, 0 if server is None else server.round) as trackers:
+    with track_run(world.config, folder, 0 if server is None else server.round) as trackers:
 
         def record(event: Event) -> None:
             if event["event"] in ("round", "round_dropped"):
@@ -172,7 +172,7 @@ def rules_of(config: Config) -> Rules:
         max_update_norm=config.run.max_update_norm,
         evaluate_every=config.run.evaluate_every,
         evaluate_clients=config.data.holdout > 0,
-        secagg=terms.exchange(config),
+        secagg=terms.make_exchange(config),
     )
 
 

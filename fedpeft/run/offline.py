@@ -13,7 +13,7 @@ from fedpeft.adapters.peft_files import require_numbers
 from fedpeft.errors import InputError
 from fedpeft.folders import filled, require_new
 from fedpeft.merging.base import make
-from fedpeft.strategies.build import named
+from fedpeft.strategies.build import make_named
 from fedpeft.strategies.offline import aggregate
 
 
@@ -43,7 +43,7 @@ def aggregate_folders(
     paths, out, start = _to_paths(folders), Path(out), Path(start) if start else None
     # Before anything is loaded: a result that has no place should cost no wait.
     require_new(out, "--out")
-    rule = named(strategy, configs.parse_overrides(options), "")
+    rule = make_named(strategy, configs.parse_overrides(options), "")
     adapters = [folder.load(path) for path in paths]
     numbers = _to_numbers("--weights", weights, len(paths))
     if numbers is not None and not all(math.isfinite(number) and number > 0 for number in numbers):

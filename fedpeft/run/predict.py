@@ -15,9 +15,9 @@ import torch
 from fedpeft import progress
 from fedpeft.config import parse_overrides
 from fedpeft.data import templates
-from fedpeft.data.conversations import parse
+from fedpeft.data.conversations import parse_turns
 from fedpeft.data.encode import encode
-from fedpeft.data.ragged import runs
+from fedpeft.data.ragged import cut_runs
 from fedpeft.data.reading import SPLITS
 from fedpeft.data.records import Records
 from fedpeft.data.templates import NotWritten, Template
@@ -25,7 +25,7 @@ from fedpeft.data.unanswered import read_unanswered
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.run.fill import fill_in
-from fedpeft.run.generations import count_positions, generate
+from fedpeft.run.generations import count_positions, generate_answers
 from fedpeft.run.trained import Trained, open_trained
 
 ENDINGS = (".jsonl", ".csv")
@@ -87,7 +87,7 @@ def classify(trained: Trained, records: Records) -> list[dict[str, Any]]:
     encoded = encode(records, base.processor, base.task, trained.config.model.max_length, "records")
     device = next(base.backbone.parameters()).device
     said: dict[int, dict[str, Any]] = {}
-    for places in runs(encoded.lengths, RECORDS, TOKENS):
+    for places in cut_runs(encoded.lengths, RECORDS, TOKENS):
         inputs, labels = encoded.batch(places)
         scores = base.forward({name: value.to(device) for name, value in inputs.items()}).float().cpu()
         texts = [records.inputs[place] for place in places] if records.kind == "text" else [None] * len(places)
@@ -100,12 +100,12 @@ def answer(trained: Trained, records: Records, most: int) -> list[dict[str, Any]
     """Generated answers, greedily, to the questions of records."""
     asker = Asker.of(trained, records.wording.form)
     prompts = [
-        asker.ask(parse(text) if asker.template else text, f"record {number}")
+        asker.ask(parse_turns(text) if asker.template else text, f"record {number}")
         for number, text in enumerate(records.inputs, 1)
     ]
     said: list[str] = []
     for start in range(0, len(prompts), BLOCK):
-        said += generate(trained.base, prompts[start : start + BLOCK], most, asker.stop)
+        said += generate_answers(trained.base, prompts[start : start + BLOCK], most, asker.stop)
         progress.step("records", len(said), len(prompts))
     return [{"answer": text} for text in said]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpeft import config as configs
 from fedpeft.adapters import folder
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
 from fedpeft.data import split
@@ -78,12 +78,12 @@ def finish(
     options: dict[str, Any] = {"base": base.source, "task": config.model.task, "pooled_head": pooled}
     options["settings"] = world.local.model.folder
     # In the form that a next round would send, as clients and users of the folder see the same factors.
-    folder.save(flat(world.strategy.before_round(server).adapter), run / "adapter", **options)
+    folder.save(flatten_adapter(world.strategy.before_round(server).adapter), run / "adapter", **options)
     if world.strategy.keeps:
         for client in world.local.train_data:
             sent, told = world.strategy.broadcast(server, client), world.strategy.instructions(server)
             adapter, _ = world.local.compose(client, sent, told, before=told.round)
-            folder.save(flat(adapter), run / "adapter" / "clients" / client, **options)
+            folder.save(flatten_adapter(adapter), run / "adapter" / "clients" / client, **options)
     events = read(run / "metrics.jsonl")
     extra = {
         "skipped": [entry.tree() for entry in world.skipped],

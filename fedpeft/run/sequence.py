@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpeft.clients.sequence import scale_to_unit
 from fedpeft.continual import matrix
-from fedpeft.continual.body import only
+from fedpeft.continual.body import only_classes
 from fedpeft.continual.head import Head
 from fedpeft.data.encode import Encoded
 from fedpeft.run.world import World
@@ -216,7 +216,7 @@ def _answer_head(
     world: World, heads: dict[str, Head] | None, view: str, found: Tensor, logits: Tensor, seen: list[int]
 ) -> Tensor:
     if heads is None:
-        return only(logits, seen)
+        return only_classes(logits, seen)
     private = world.config.continual.statistics_noise is not None
     # As the sums were taken, of which the head is fitted.
     return heads[view].scores(scale_to_unit(found) if private else found, None)

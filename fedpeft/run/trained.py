@@ -24,7 +24,7 @@ from fedpeft.models.base import Base
 from fedpeft.objectives.base import load_objective
 from fedpeft.run import identity
 from fedpeft.run.export import label_names, merge_into
-from fedpeft.run.world import device
+from fedpeft.run.world import find_device
 from fedpeft.state import AdapterState
 
 ADAPTER = "adapter_config.json"
@@ -73,7 +73,7 @@ def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> 
     base.make_dense(torch.float32)
     _require_fit(adapter, state, base)
     merge_into(base, state)
-    base.to(device(config.run.device))
+    base.to(find_device(config.run.device))
     for module in base.modules:
         module.eval()
     return Trained(base, config, names, _form_of(run))

@@ -59,9 +59,9 @@ def load_world(config: Config, run: Path) -> World:
     torch.set_num_threads(config.run.threads)
     from_python.follow(config.data, run)
     cache = cache_of(config, run)
-    train, test = records(data_key(config), cache)
+    train, test = load_records(data_key(config), cache)
     labels = len(train.label_names)
-    model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(device(config.run.device))
+    model = build_adapted(config.model, config.adapter, labels, config.run.seed).to(find_device(config.run.device))
     processor, length = model.base.processor, config.model.max_length
     require_asked(config, test.wording)
     train_encoded = encode(train, processor, config.model.task, length, "training texts", cache)
@@ -143,7 +143,7 @@ def hold_out(
 
 
 @functools.lru_cache(maxsize=1)
-def records(text: str, cache: Cache) -> tuple[Records, Records]:
+def load_records(text: str, cache: Cache) -> tuple[Records, Records]:
     """Training and test records (read once a process) of a config that `data_key` made the text of."""
     tree = json.loads(text)
     return source.load(configs.build(DataConfig, tree["data"], "data"), tree["task"], tree["seed"], cache)
@@ -165,7 +165,7 @@ def data_key(config: Config) -> str:
     return json.dumps({"data": own, "task": config.model.task, "seed": config.run.seed})
 
 
-def settle(config: Config, run: Path) -> list[str]:
+def settle_clients(config: Config, run: Path) -> list[str]:
     """The names of a config's clients; sets `data.clients` where it is null and so for the data to say.
 
     Args:
@@ -181,10 +181,10 @@ def settle(config: Config, run: Path) -> list[str]:
 def client_names(config: Config, run: Path) -> list[str]:
     """The clients of a config, in their order; those that own their records are named by the data, which are read."""
     if config.data.split:
-        return split.names(Path(config.data.split))
+        return split.client_names(Path(config.data.split))
     partitioner = partitioner_of(config)
     if isinstance(partitioner, Column):
-        train, _ = records(data_key(config), cache_of(config, run))
+        train, _ = load_records(data_key(config), cache_of(config, run))
         return split.owner_names(partitioner.owners(train.columns, config.data.clients))
     return [client_name(index) for index in range(config.data.count)]
 
@@ -219,7 +219,7 @@ def client_split(config: Config, train: Records, run: Path) -> dict[str, list[in
 
 
 def _load_saved(path: Path, train: Records, count: int) -> dict[str, list[int]]:
-    names = split.names(path)
+    names = split.client_names(path)
     expected = names if len(names) == count else [client_name(index) for index in range(count)]
     return split.load(path, train.fingerprint, expected)
 
@@ -231,7 +231,7 @@ def _split_records(config: Config, partitioner: Any, train: Records, clients: in
     if config.continual.body is None or config.data.partition.name == "column":
         found: list[list[int]] = partitioner.split(train.labels, train.columns, clients, config.run.seed)
         return found
-    plan = curriculum.make(config.continual, len(train.label_names), config.run.rounds, config.run.seed)
+    plan = curriculum.make_curriculum(config.continual, len(train.label_names), config.run.rounds, config.run.seed)
     own: list[list[int]] = [[] for _ in range(clients)]
     for task in range(len(plan.groups)):
         mine = plan.of(train.labels, task)
@@ -243,7 +243,7 @@ def _split_records(config: Config, partitioner: Any, train: Records, clients: in
     return own
 
 
-def device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """The torch device of this name; auto is the accelerator that torch has, else the CPU.
 
     Raises:

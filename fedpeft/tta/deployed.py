@@ -277,17 +277,17 @@ def of_batch(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def size(batch: Batch) -> int:
+def batch_size(batch: Batch) -> int:
     """Rows of a batch, of its first input where it has several."""
     return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
 
 
-def take(batch: Batch, rows: Tensor) -> Batch:
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The rows with these numbers (or where a mask is true)."""
     return batch[rows] if isinstance(batch, Tensor) else {name: value[rows] for name, value in batch.items()}
 
 
-def join(batches: Sequence[Batch]) -> Batch:
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """Batches of equal shapes, one after another."""
     if isinstance(batches[0], Tensor):
         return torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
@@ -297,7 +297,7 @@ def join(batches: Sequence[Batch]) -> Batch:
 def finite_rows(batch: Batch) -> Tensor:
     """Which rows [N] have no NaN and no infinity; whole numbers always have none."""
     values = [batch] if isinstance(batch, Tensor) else list(batch.values())
-    good = torch.ones(size(batch), dtype=torch.bool, device=values[0].device)
+    good = torch.ones(batch_size(batch), dtype=torch.bool, device=values[0].device)
     for value in values:
         if value.is_floating_point():
             good &= value.flatten(1).isfinite().all(1)

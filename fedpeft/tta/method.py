@@ -35,7 +35,7 @@ from fedpeft import seeds
 from fedpeft.config import Configured, option
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.tta.deployed import Batch, Deployed, Hooks, Statistics, Tensors, deploy, finite_rows, size, take
+from fedpeft.tta.deployed import Batch, Deployed, Hooks, Statistics, Tensors, batch_size, deploy, finite_rows, take_rows
 from fedpeft.tta.parts import scores
 
 NEEDS = ("none", "inputs", "labels")
@@ -164,7 +164,7 @@ class TTAMethod(Configured):
         batch = self.model.moved(batch)
         good = self._find_good(batch)
         # One pass serves both only where predict comes first and all rows may be learned from.
-        if self.config.order == "after" or not good.all() or size(batch) < self.min_batch:
+        if self.config.order == "after" or not good.all() or batch_size(batch) < self.min_batch:
             if self.config.order == "before":
                 probs = self.predict(batch)
             self._learn(batch, None)
@@ -245,7 +245,7 @@ class TTAMethod(Configured):
     ) -> Outputs:
         """One counted forward pass."""
         self.cost["forwards"] += 1
-        self.cost["rows"] += size(batch)
+        self.cost["rows"] += batch_size(batch)
         with torch.set_grad_enabled(graph):
             return Outputs(*self.model(batch, overlay, statistics, hooks))
 
@@ -274,7 +274,7 @@ class TTAMethod(Configured):
     def _find_good(self, batch: Batch) -> Tensor:
         if not self.ready:
             raise InputError(f"{type(self).__name__} needs source data ({self.needs_source}): call prepare first.")
-        if size(batch) == 0:
+        if batch_size(batch) == 0:
             raise InputError("batch: it has no rows.")
         return finite_rows(batch)
 
@@ -343,7 +343,7 @@ def on(device: torch.device, value: Any) -> Any:
 
 
 def _take_good(batch: Batch, good: Tensor) -> Batch:
-    return batch if bool(good.all()) else take(batch, good)
+    return batch if bool(good.all()) else take_rows(batch, good)
 
 
 def _count_values(value: Any) -> int:

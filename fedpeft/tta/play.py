@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpeft.data.drift import TestStream
 from fedpeft.data.encode import Encoded
-from fedpeft.record.metrics import finite
+from fedpeft.record.metrics import make_finite
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import TTAMethod, make
 from fedpeft.tta.monitor import Monitor
@@ -75,7 +75,7 @@ def run_stream(
         batches.append({"batch": number, **diagnostics, "alarm": alarm})
     after = played.spent()
     cost = {key: after[key] - before[key] for key in after}
-    result: dict[str, Any] = finite(
+    result: dict[str, Any] = make_finite(
         {
             "method": name,
             "stream": stream.name,

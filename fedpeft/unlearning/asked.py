@@ -99,7 +99,7 @@ def find_task(number: int, config: Config, train: Records) -> Asked:
         raise InputError(
             f"--task {number}: the run has no tasks (continual.body=null). Give --client NAME or --records FILE."
         )
-    plan = curriculum.make(section, len(train.label_names), config.run.rounds, config.run.seed)
+    plan = curriculum.make_curriculum(section, len(train.label_names), config.run.rounds, config.run.seed)
     names = [", ".join(train.label_names[label] for label in plan.classes(task)) for task in range(len(plan.groups))]
     if not 0 <= number < len(names):
         there = "; ".join(f"{task}: {text}" for task, text in enumerate(names))

@@ -24,7 +24,7 @@ from fedpeft import lowrank
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import on_device
 from fedpeft.data.encode import Encoded
-from fedpeft.data.ragged import runs
+from fedpeft.data.ragged import cut_runs
 from fedpeft.merging.arithmetic import combine
 from fedpeft.objectives.base import IGNORE
 from fedpeft.objectives.measures import Tally
@@ -65,7 +65,7 @@ def look(model: Adapted, data: Encoded, tokens: int) -> Seen:
     objective, teaching = model.base.objective, data.teaching()
     tally, losses, answers = Tally(objective), [], []
     model.base.backbone.eval()
-    order = list(runs(data.lengths[teaching], RECORDS, tokens))
+    order = list(cut_runs(data.lengths[teaching], RECORDS, tokens))
     for places in order:
         inputs, labels = on_device(data, teaching[places], device)
         scores, targets = objective.pair(model.logits(inputs).float(), labels)
@@ -88,14 +88,14 @@ def know(case: Case, adapter: AdapterState) -> Knowledge:
 
 def describe(case: Case, known: Knowledge, retrained: Knowledge | None) -> dict[str, float | None]:
     """A row of the table: forget quality, what is kept, and how near the retrained model is."""
-    auc, advantage = attack(known.forget.losses, known.others.losses, weights_of_test(case))
+    auc, advantage = membership_attack(known.forget.losses, known.others.losses, weights_of_test(case))
     row: dict[str, float | None] = {"attack_auc": auc, "attack_advantage": advantage}
     for kind in ("forget", "retain", "test"):
         row |= {f"{kind}_{key}": value for key, value in getattr(known, kind).numbers().items()}
     row |= {"distance": None, "head_distance": None, "agreement": None}
     if retrained is not None:
         one, other = known.test.answers, retrained.test.answers
-        row["distance"] = distance(known.adapter, retrained.adapter)
+        row["distance"] = distance_of(known.adapter, retrained.adapter)
         row["head_distance"] = head_distance(known.adapter, retrained.adapter)
         row["agreement"] = float((one == other).mean()) if len(one) else None
     return row
@@ -110,7 +110,7 @@ def weights_of_test(case: Case) -> np.ndarray:
     return np.asarray(each[world.test.labels])
 
 
-def attack(members: np.ndarray, others: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+def membership_attack(members: np.ndarray, others: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     """AUC and advantage of telling members from others by a lower loss; NaN where there is nobody to tell from.
 
     Args:
@@ -131,7 +131,7 @@ def attack(members: np.ndarray, others: np.ndarray, weights: np.ndarray) -> tupl
     return auc, float(max(0.0, (true - false).max()))
 
 
-def distance(one: AdapterState, other: AdapterState) -> float:
+def distance_of(one: AdapterState, other: AdapterState) -> float:
     """||change of one - change of the other|| / ||change of the other||, over all adapted weights together."""
     apart, size = combine([(1.0, one), (-1.0, other)]), 0.0
     far = 0.0

@@ -41,7 +41,7 @@ def open_case(
     _require_method(method, world)
     # Adapter and base become one weight, which half precision would round.
     world.local.model.base.make_dense(torch.float32)
-    parts = split.load(run / "split.json", world.train.fingerprint, split.names(run / "split.json"))
+    parts = split.load(run / "split.json", world.train.fingerprint, split.client_names(run / "split.json"))
     asked = ask(world.train, parts)
     trained = np.concatenate([data.rows for data in world.local.train_data.values()])
     gone = np.isin(trained, asked.numbers)

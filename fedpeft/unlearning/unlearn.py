@@ -17,7 +17,7 @@ from fedpeft.config import Config, PrivacyConfig, parse_overrides
 from fedpeft.data import split
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import read_object, write_bytes
-from fedpeft.record.metrics import finite, read
+from fedpeft.record.metrics import make_finite, read
 from fedpeft.run import identity
 from fedpeft.state import AdapterState
 from fedpeft.unlearning import asked as asking
@@ -86,7 +86,7 @@ def unlearn(
     result = _describe_outcome(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
     with folders.alone(made.path):
         summary = {**read_object(made.path / SUMMARY), KEY: result}
-        write_bytes(made.path / SUMMARY, (json.dumps(finite(summary), indent=2) + "\n").encode())
+        write_bytes(made.path / SUMMARY, (json.dumps(make_finite(summary), indent=2) + "\n").encode())
     return {**result, "out": str(made.path)}
 
 
@@ -151,7 +151,7 @@ def leave_out(config: Config, asked: Asked, before: Sequence[str], after: Sequen
 
 
 def _client_names(run: Path) -> list[str]:
-    return split.names(run / "split.json")
+    return split.client_names(run / "split.json")
 
 
 def _write_outcome(case: Case, outcome: Outcome, made: Path) -> None:
@@ -166,7 +166,7 @@ def _write_outcome(case: Case, outcome: Outcome, made: Path) -> None:
     events = [event for event in record if event["event"] == "start" or event.get("round") == 0]
     del score["num-examples"]
     events.append({"event": "evaluate", "round": rounds, **score})
-    write_bytes(made / "metrics.jsonl", "".join(json.dumps(finite(event)) + "\n" for event in events).encode())
+    write_bytes(made / "metrics.jsonl", "".join(json.dumps(make_finite(event)) + "\n" for event in events).encode())
     summary = {**kept, "clients": len(_client_names(made)), "rounds": rounds, "test_records": len(case.world.test)}
     write_bytes(made / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
@@ -204,7 +204,7 @@ def _describe_outcome(
             "test_records": len(case.test),
             "fingerprint": _fingerprint_of(case),
         },
-        "rows": finite(rows),
+        "rows": make_finite(rows),
         "cost": {"seconds": seconds, "steps": outcome.steps, "record_passes": outcome.passes},
         "privacy": bounded.sentences(case.config, read_object(case.run / SUMMARY), case.asked, way.reruns),
         "notes": notes,

@@ -21,7 +21,7 @@ from typing import Any
 from fedpeft import __version__, files, progress, registry
 from fedpeft import config as configs
 from fedpeft.errors import InputError
-from fedpeft.record.words import about
+from fedpeft.record.words import show_duration
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
@@ -45,7 +45,9 @@ class Progress:
         self.done, self.ran = self.done + 1, self.ran + 1
         progress.step("parts", self.done, self.total)
         rest = (time.monotonic() - self.started) / self.ran * (self.total - self.done)
-        self.tell(f"{self.done}/{self.total} {line}" + (f", {about(rest)} left" if self.done < self.total else ""))
+        self.tell(
+            f"{self.done}/{self.total} {line}" + (f", {show_duration(rest)} left" if self.done < self.total else "")
+        )
 
     def skip(self, parts: int = 1) -> None:
         """Count what was there already: it took no time, so the rest is not reckoned from it."""

@@ -86,7 +86,7 @@ class World:
         """
         made = self.source.build(self.seed, self.validation)
         if not self.path.exists():
-            stream.save(made.stream, self.path)
+            stream.save_stream(made.stream, self.path)
         elif json.loads(self.path.read_text()) != json.loads(json.dumps(made.stream.manifest)):
             raise InputError(
                 f"{self.path}: {self.name} with seed {self.seed} is another stream now. Give another --out."

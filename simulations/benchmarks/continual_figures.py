@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.continual.matrix import accuracies, curve
+from fedpeft.continual.matrix import accuracy_curve, accuracy_matrix
 from fedpeft.record import drawing
 from fedpeft.simulations.benchmarks.cells import label
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
@@ -39,7 +39,7 @@ def over_tasks(ran: list[Row]) -> Figure:
     panels = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
     for axes, head in zip(panels, heads, strict=True):
         for number, body in enumerate(bodies):
-            curves = [curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
+            curves = [accuracy_curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
             if curves:
                 color, dashes = _look(number)
                 axes.plot(
@@ -107,7 +107,7 @@ def matrices(ran: list[Row]) -> Figure:
         for head, axes in zip(heads, across, strict=True):
             axes.grid(False)
             axes.set(xticks=[], yticks=[])
-            own = [accuracies(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
+            own = [accuracy_matrix(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
             if own:
                 R = np.mean(own, axis=0)
                 mesh = axes.imshow(np.where(np.tri(len(R), dtype=bool), R, math.nan), vmin=0, vmax=1, cmap="viridis")

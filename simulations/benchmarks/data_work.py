@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.files import scratch
+from fedpeft.files import scratch_folder
 
 TOKENS, SIDE, LABELS = 60, 224, 4
 TEST = {"texts": 32, "photos": 32, "unequal": 200}
@@ -39,7 +39,7 @@ def prepare(folder: Path, kind: str, count: int) -> Path:
     made = folder / (f"texts-{count}.csv" if kind == "texts" else f"{kind}-{count}")
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with scratch(folder, "making") as place:
+        with scratch_folder(folder, "making") as place:
             if kind == "texts":
                 _write_texts(place / made.name, count)
             else:
@@ -82,7 +82,7 @@ def model_of(folder: Path, kind: str) -> str:
         from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
         folder.mkdir(parents=True, exist_ok=True)
-        with scratch(folder, "making") as place, torch.random.fork_rng(devices=[]):
+        with scratch_folder(folder, "making") as place, torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             ViTForImageClassification(ViTConfig(image_size=SIDE, num_labels=LABELS, **VIT)).save_pretrained(
                 place / "model"
@@ -158,12 +158,12 @@ def read(job: Job) -> Job:
     from fedpeft import config as configs
     from fedpeft.adapters.adapted import build
     from fedpeft.data.encode import encode
-    from fedpeft.run.world import cache_of, data_key, records
+    from fedpeft.run.world import cache_of, data_key, load_records
 
     config = configs.load(job["config"])
     processor = build(config.model, config.adapter, LABELS, config.run.seed).base.processor
     began, cache = moment(), cache_of(config, Path(job["out"]))
-    for part, what in zip(records(data_key(config), cache), ("training texts", "test texts"), strict=True):
+    for part, what in zip(load_records(data_key(config), cache), ("training texts", "test texts"), strict=True):
         encode(part, processor, config.model.task, config.model.max_length, what, cache)
     return {"seconds": [after - before for before, after in zip(began, moment(), strict=True)]}
 

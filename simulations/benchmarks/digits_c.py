@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedpeft import registry, seeds
 from fedpeft.config import ModelConfig
-from fedpeft.data.drift import split, thinned
+from fedpeft.data.drift import split_digits, thin_classes
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.errors import InputError
 from fedpeft.models.loading import load
@@ -44,9 +44,9 @@ class SmallConv(nn.Module):
 
 def source_data(imbalance: float = 1.0) -> Encoded:
     """The 1,000 training digits; with `imbalance` > 1 class 0 has that many times the records of class 9."""
-    train = split()[0]
+    train = split_digits()[0]
     if imbalance > 1:
-        train = train.take(thinned(train.labels, "forward", imbalance))
+        train = train.take(thin_classes(train.labels, "forward", imbalance))
     return encode(train, None, "image-classification", 1)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpeft.adapters.adapted import Adapted, build
 from fedpeft.adapters.peft_measure import measure_average
 from fedpeft.adapters.peft_types import MEASURED, allowed_types
-from fedpeft.clients.cohort.engine import cannot
+from fedpeft.clients.cohort.engine import why_not_cohort
 from fedpeft.clients.inputs import verify_gradients
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
@@ -77,7 +77,7 @@ def measure(name: str, options: Row) -> Row:
         "values": model.form.select(ROLES[:1]).parameters,
         "average": float(f"{measure_average(model, inputs(), ROLES[:1]):.2g}"),
         "per_sample": per_sample(model),
-        "cohort": cannot(model, ROLES) is None,
+        "cohort": why_not_cohort(model, ROLES) is None,
     }
 
 

@@ -31,7 +31,7 @@ import torch
 from fedpeft import __version__, extras, files, seeds
 from fedpeft.errors import InputError, RunError
 from fedpeft.models import rates
-from fedpeft.run.world import device as device_of
+from fedpeft.run.world import find_device as device_of
 from fedpeft.simulations.benchmarks import speed_limit, whole_run
 from fedpeft.simulations.benchmarks.cells import Progress, Tell, silent
 from fedpeft.simulations.benchmarks.server_cost import resident

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.clients.cohort.engine import Job
-from fedpeft.clients.train import Private, batches
+from fedpeft.clients.train import Private, index_batches
 from fedpeft.config import AdapterConfig, ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy.ledger import Budget
@@ -109,7 +109,7 @@ class Work:
         """Records of each step of one client."""
         count = len(self.data[client])
         if not dp:
-            return list(batches(count, self.config, seeds.numpy_generator(self._seed(client), "batches")))
+            return list(index_batches(count, self.config, seeds.numpy_generator(self._seed(client), "batches")))
         private = self.private(client)
         private.secret_seed()  # what our engines take from the source first
         return [self.plan.sample(count, private.source) for _ in range(self.plan.steps)]

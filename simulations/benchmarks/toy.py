@@ -31,7 +31,7 @@ from fedpeft import registry, seeds
 from fedpeft.errors import InputError
 from fedpeft.simulations.benchmarks.accounting import sigma
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
-from fedpeft.strategies.base import FederatedStrategy, choose
+from fedpeft.strategies.base import FederatedStrategy, choose_clients
 
 SITE = "hidden"
 VALIDATION_SHARE = 1 / 6
@@ -213,7 +213,7 @@ def simulate(
                 rules = Rules(protocol.rounds, seed=run.seed, clients_per_round=protocol.per_round)
                 rows += [
                     Row(run, home, world, client, strategy.broadcast(run.server, client))
-                    for client in choose(sorted(world.parts), rules, number)
+                    for client in choose_clients(sorted(world.parts), rules, number)
                 ]
         if rows:
             _round(protocol, strategy, net, rows, number, epsilon)

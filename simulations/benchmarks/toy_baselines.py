@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedpeft.simulations.baselines import logistic
+from fedpeft.simulations.baselines import fit_logistic
 from fedpeft.simulations.benchmarks.toy import World
 
 
@@ -20,8 +20,8 @@ def baselines(experiment: str, worlds: Sequence[World]) -> list[dict[str, Any]]:
         y, held_y = world.y.numpy(), world.held_y.numpy()
         found = {
             "no adaptation": float(((held_features @ world.V.T).argmax(1) == world.held_y).double().mean()),
-            "frozen features + logistic regression": logistic(features.numpy(), y, held_features.numpy(), held_y),
-            "raw inputs + logistic regression": logistic(world.x.numpy(), y, world.held_x.numpy(), held_y),
+            "frozen features + logistic regression": fit_logistic(features.numpy(), y, held_features.numpy(), held_y),
+            "raw inputs + logistic regression": fit_logistic(world.x.numpy(), y, world.held_x.numpy(), held_y),
         }
         rows += [
             {"experiment": experiment, "method": name, "seed": world.seed, "accuracy": value}

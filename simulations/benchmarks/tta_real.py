@@ -22,8 +22,8 @@ import torch
 
 from fedpeft import registry, seeds
 from fedpeft.config import DataConfig, ModelConfig, option
-from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt
-from fedpeft.data.drift import TestStream, bursts, plan_hash
+from fedpeft.data.corruptions import CLEAN, CORRUPTIONS, corrupt_image
+from fedpeft.data.drift import TestStream, order_in_bursts, plan_hash
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.data.records import Records
 from fedpeft.data.source import load, whole
@@ -121,7 +121,7 @@ class Real:
             chosen = draws.permutation(len(pool))[: options.limit]
             order = chosen[seeds.numpy_generator(seed, "real", "order", domain.name).permutation(len(chosen))]
             if options.delta is not None:
-                order = bursts(
+                order = order_in_bursts(
                     order, pool.labels, options.delta, seeds.numpy_generator(seed, "real", "labels", domain.name)
                 )
             columns["domain"] += [number] * len(order)
@@ -195,7 +195,7 @@ class RealImages(Real):
         for number, record, noise in zip(plan["domain"], plan["record"], plan["noise"], strict=True):
             domain = plan["domains"][number]
             made.append(
-                corrupt(
+                corrupt_image(
                     pools[domain["pool"]][record],
                     domain["corruption"],
                     plan["spec"]["severity"],

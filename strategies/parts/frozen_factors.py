@@ -39,7 +39,7 @@ def _orthonormal_rows(A: Tensor, site: str) -> Tensor:
     return rows
 
 
-def drawn(adapter: AdapterState, roles: tuple[str, ...]) -> Drawn:
+def tell_drawn(adapter: AdapterState, roles: tuple[str, ...]) -> Drawn:
     """What a client is told about tensors that it draws itself, so that it can check them."""
     return Drawn(roles, adapter.select(roles).sha256())
 

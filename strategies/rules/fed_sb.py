@@ -51,7 +51,7 @@ class FedSB(FederatedStrategy):
         told = super().instructions(server)
         if self.config.transport == "dense":
             return told
-        return replace(told, static=frozen_factors.drawn(server.adapter, ("A", "B")))
+        return replace(told, static=frozen_factors.tell_drawn(server.adapter, ("A", "B")))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "fed_sb")

@@ -121,7 +121,7 @@ class FedSVD(FederatedStrategy):
             return told
         # Of the first draw, not of the present A, which no client could draw.
         first = {f"{site}/A": server.memory[f"{site}/A_0"] for site in server.adapter.lora_sites()}
-        return replace(told, static=frozen_factors.drawn(AdapterState(first, server.adapter.sites), ("A",)))
+        return replace(told, static=frozen_factors.tell_drawn(AdapterState(first, server.adapter.sites), ("A",)))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "fedsvd")

@@ -55,7 +55,7 @@ class FFALoRA(FederatedStrategy):
         told = super().instructions(server)
         if self.config.transport == "dense":
             return told
-        return replace(told, static=frozen_factors.drawn(server.adapter, ("A",)))
+        return replace(told, static=frozen_factors.tell_drawn(server.adapter, ("A",)))
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         frozen_factors.require_shared(server, updates, "ffa_lora")

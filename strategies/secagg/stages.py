@@ -60,7 +60,7 @@ class Stages:
         Raises:
             RoundFailed: too few clients were left in a stage; RoundDropped once updates may have been sent.
         """
-        graph = circle(list(contents), self.plan.neighbours)
+        graph = neighbour_circle(list(contents), self.plan.neighbours)
         keys = self.ask(
             0,
             {client: {} for client in contents},
@@ -139,12 +139,12 @@ class Stages:
         def opened(node: int, reply: Message | None) -> tuple[T, int]:
             content = wire.opened(reply)
             # Whatever is wrong with a reply, a record too few or a list too long, loses its client and no other.
-            with opening.reading("reply", wire.BadReply):
+            with opening.blame_message("reply", wire.BadReply):
                 answer, size = read(names[node], content), payload(content)
             return keep(answer), size
 
         sent = {node: messages[client] for node, client in names.items()}
-        found = asking.ask(self.grid, KINDS[stage], sent, self.rules.deadline_s, opened)
+        found = asking.ask_nodes(self.grid, KINDS[stage], sent, self.rules.deadline_s, opened)
         answers: dict[str, T] = {}
         for node, client in names.items():
             answer = found[node]
@@ -203,7 +203,7 @@ class Stages:
         }
 
 
-def circle(clients: list[str], count: int) -> dict[str, list[str]]:
+def neighbour_circle(clients: list[str], count: int) -> dict[str, list[str]]:
     """The neighbours of each client, sorted: the `count` nearest on a circle in random order, or all others."""
     order = list(clients)
     secrets.SystemRandom().shuffle(order)

@@ -170,7 +170,7 @@ def describe(config: Config) -> str:
     return text
 
 
-def exchange(config: Config) -> Exchange | None:
+def make_exchange(config: Config) -> Exchange | None:
     """The exchange of a round, for `Rules.secagg`; None when the config does not ask for secure aggregation."""
     return SecAgg(Terms.of(config)) if config.secagg.enabled else None
 
@@ -201,7 +201,7 @@ class SecAgg:
         plan, clients = self.plan, sorted(sent)
         if len(clients) > plan.clients:
             raise RunError(f"secure aggregation is planned for {plan.clients} clients a round, not {len(clients)}.")
-        start = reference(sent[clients[0]], strategy.uploads(server))
+        start = zero_reference(sent[clients[0]], strategy.uploads(server))
         for client in clients:
             if any(not torch.equal(value, sent[client][key]) for key, value in start.tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
@@ -218,7 +218,7 @@ class SecAgg:
         return [update], stages.without_upload(uploaded), stages.report(uploaded)
 
 
-def reference(adapter: AdapterState, roles: tuple[str, ...]) -> AdapterState:
+def zero_reference(adapter: AdapterState, roles: tuple[str, ...]) -> AdapterState:
     """What an upload of these roles is a change of: the values sent; zero for what travels beside, summed as it is."""
     chosen = adapter.select(roles)
     return replace(chosen, extra={name: torch.zeros_like(value) for name, value in chosen.extra.items()})

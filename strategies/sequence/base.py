@@ -135,12 +135,12 @@ def fold_into_base(server: ServerState) -> ServerState:
     return with_change(server, changes).with_tensors(zero)
 
 
-def remember(server: ServerState, tensors: Tensors) -> ServerState:
+def remember_tensors(server: ServerState, tensors: Tensors) -> ServerState:
     """A copy that keeps these tensors of a body."""
     return replace(server, memory={**server.memory, **{KEEP + key: value for key, value in tensors.items()}})
 
 
-def recall(server: ServerState, suffix: str = "") -> Tensors:
+def recall_tensors(server: ServerState, suffix: str = "") -> Tensors:
     """Tensors that a body keeps, those whose name ends in `suffix`; by name without it."""
     return {
         key[len(KEEP) : len(key) - len(suffix)]: value

@@ -9,7 +9,7 @@ from fedpeft.continual.body import Body
 from fedpeft.continual.head import Head
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
-from fedpeft.privacy.accounting import Release, composed
+from fedpeft.privacy.accounting import Release, compose_epsilon
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence.base import ServerBody
 from fedpeft.strategies.sequence.general import GeneralServerBody
@@ -24,7 +24,7 @@ def put_body_around(strategy: FederatedStrategy, config: Config, classes: int | 
     """
     section = config.continual
     compete = registry.load("heads", section.head, "continual.head").loss
-    plan = curriculum.make(section, classes or section.tasks, config.run.rounds, config.run.seed)
+    plan = curriculum.make_curriculum(section, classes or section.tasks, config.run.rounds, config.run.seed)
     return TaskSequence(strategy, make_body(section), plan, compete, str(section.body))
 
 
@@ -158,7 +158,7 @@ def refuse_uncovered(config: Config, fitted: bool, body: ServerBody) -> None:
             "continual.statistics_noise (their noise multiplier), or continual.head=linear."
         )
     budget, sums = privacy.epsilon, sums_of_a_task(config)
-    if budget is not None and (cost := composed(sums, privacy.delta, privacy.accountant)) >= budget:
+    if budget is not None and (cost := compose_epsilon(sums, privacy.delta, privacy.accountant)) >= budget:
         raise InputError(
             f"privacy.epsilon={budget:g}: the sums for continual.head={section.head} cost {cost:.4g} of "
             "it for every task, and nothing is left for training. Raise it, or "

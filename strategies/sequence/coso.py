@@ -28,12 +28,20 @@ from torch import Tensor
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.continual.body import Body
-from fedpeft.continual.parts.orthogonal import extended, outside
-from fedpeft.continual.parts.subspace import leading, merge_sketches, project, sketch
+from fedpeft.continual.parts.orthogonal import draw_outside, extend_basis
+from fedpeft.continual.parts.subspace import leading_directions, merge_sketches, project_out, sketch
 from fedpeft.data.encode import Encoded
 from fedpeft.models.base import orient
 from fedpeft.state import AdapterState, ServerState
-from fedpeft.strategies.sequence.base import NEW, Place, ServerBody, Tensors, fold_into_base, recall, remember
+from fedpeft.strategies.sequence.base import (
+    NEW,
+    Place,
+    ServerBody,
+    Tensors,
+    fold_into_base,
+    recall_tensors,
+    remember_tensors,
+)
 
 BASIS, SKETCH = "|M", "|S"
 SKETCH_ROWS = 64  # records of a gradient that goes into a sketch
@@ -78,14 +86,14 @@ class FederatedCoSO(ServerBody):
 
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         out, sketch = self.config.side == "out", sketches.get(NEW, {})
-        bases, old = recall(server, BASIS), recall(server, SKETCH)
+        bases, old = recall_tensors(server, BASIS), recall_tensors(server, SKETCH)
         tensors: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
         for site in server.adapter.lora_sites():
             A, B = server.adapter[f"{site}/A"], server.adapter[f"{site}/B"]
             frozen = B if out else A.T
             if place.task > 0:
-                bases[site] = extended(
+                bases[site] = extend_basis(
                     bases.get(site),
                     self._add_protected(old[site], bases.get(site)) if self.sketches else frozen.double(),
                 )
@@ -96,13 +104,13 @@ class FederatedCoSO(ServerBody):
             if self.sketches:
                 kept[site + SKETCH] = sketch[site].double()
         # Folded with the old factors, before the new ones take their places.
-        server = remember(fold_into_base(server) if place.task > 0 else server, kept)
+        server = remember_tensors(fold_into_base(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
 
     def _add_protected(self, sketch: Tensor, M: Tensor | None) -> Tensor:
         """The leading directions of a finished task's sketch outside of what is protected already."""
         S = sketch.double()
-        return leading(S if M is None else project(S, M), self.config.eps_th)
+        return leading_directions(S if M is None else project_out(S, M), self.config.eps_th)
 
     def _basis_outside(
         self, sketch: Tensor | None, M: Tensor | None, like: Tensor, seed: int, site: str, task: int
@@ -110,11 +118,11 @@ class FederatedCoSO(ServerBody):
         """Orthonormal columns P [d, r] outside of M: the sketch's leading ones, filled up from the seed."""
         r = like.shape[1]
         if sketch is None:
-            return outside(M, like.shape[0], r, seed, site, task)
-        S = sketch.double() if M is None else project(sketch.double(), M)
-        found = leading(S, 1.0)[:, :r]
+            return draw_outside(M, like.shape[0], r, seed, site, task)
+        S = sketch.double() if M is None else project_out(sketch.double(), M)
+        found = leading_directions(S, 1.0)[:, :r]
         used = found if M is None else torch.cat([M, found], dim=1)
-        rest = outside(used, like.shape[0], r - found.shape[1], seed, site, task)
+        rest = draw_outside(used, like.shape[0], r - found.shape[1], seed, site, task)
         return torch.cat([found, rest], dim=1)
 
 

@@ -48,7 +48,9 @@ def ask_for_sums(
     task = sequence.curriculum.task(number)
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
     content = {node: codec.content(adapter, message) for node in roster.values()}
-    answers = asking.ask(grid, "query.sums", content, rules.deadline_s, lambda _, reply: read_sums(reply, number, form))
+    answers = asking.ask_nodes(
+        grid, "query.sums", content, rules.deadline_s, lambda _, reply: read_sums(reply, number, form)
+    )
     about = {"round": number, "task": task, "sums": what}
     found, names = [], []
     for client in sorted(roster):
@@ -91,7 +93,7 @@ def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tupl
     wanted = {name: torch.empty(shape, device="meta") for name, shape in form.items()}
     # From what was asked for: a client cannot choose how much the server reads.
     longest = wire.manifest_bytes(AdapterState({}, extra=wanted))
-    with opening.reading("sums", wire.BadReply):
+    with opening.blame_message("sums", wire.BadReply):
         answer, told = opening.packed(content, longest, check, ("metrics",))
     if told.round != number:
         raise wire.BadReply(f"stale: sums of round {told.round}, not {number}")

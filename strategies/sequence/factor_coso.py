@@ -28,11 +28,18 @@ from typing import Any
 from torch import Tensor
 
 from fedpeft.continual.body import Body
-from fedpeft.continual.parts.orthogonal import extended, outside
-from fedpeft.continual.parts.subspace import leading, project
+from fedpeft.continual.parts.orthogonal import draw_outside, extend_basis
+from fedpeft.continual.parts.subspace import leading_directions, project_out
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState
-from fedpeft.strategies.sequence.base import Place, ServerBody, Tensors, fold_into_base, recall, remember
+from fedpeft.strategies.sequence.base import (
+    Place,
+    ServerBody,
+    Tensors,
+    fold_into_base,
+    recall_tensors,
+    remember_tensors,
+)
 
 log = logging.getLogger("fedpeft")
 ROWS, COLUMNS = "|N", "|M"
@@ -64,13 +71,13 @@ class FederatedFactorCoSO(ServerBody):
 
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         inputs, outputs = self.config.side != "out", self.config.side != "in"
-        rows, columns = recall(server, ROWS), recall(server, COLUMNS)
+        rows, columns = recall_tensors(server, ROWS), recall_tensors(server, COLUMNS)
         kept: dict[str, Tensor] = {}
         tensors: dict[str, Tensor] = {}
         for site in server.adapter.lora_sites():
             A, B = server.adapter[f"{site}/A"], server.adapter[f"{site}/B"]
             if outputs and place.task > 0:
-                kept[site + COLUMNS] = extended(columns.get(site), leading(B, self.config.energy))
+                kept[site + COLUMNS] = extend_basis(columns.get(site), leading_directions(B, self.config.energy))
                 full = kept[site + COLUMNS].shape[1] / len(B)
                 if full > FULL:
                     log.warning(
@@ -81,14 +88,14 @@ class FederatedFactorCoSO(ServerBody):
                     )
             if inputs:
                 if place.task > 0:
-                    kept[site + ROWS] = extended(rows.get(site), A.T)
+                    kept[site + ROWS] = extend_basis(rows.get(site), A.T)
                 r, n = A.shape
-                tensors[f"{site}/A"] = outside(kept.get(site + ROWS), n, r, seed, site, place.task).T
-        server = remember(fold_into_base(server) if place.task > 0 else server, kept)
+                tensors[f"{site}/A"] = draw_outside(kept.get(site + ROWS), n, r, seed, site, place.task).T
+        server = remember_tensors(fold_into_base(server) if place.task > 0 else server, kept)
         return server.with_tensors(tensors)
 
     def after(self, server: ServerState, place: Place) -> ServerState:
-        columns = recall(server, COLUMNS)
+        columns = recall_tensors(server, COLUMNS)
         return server.with_tensors(
-            {f"{site}/B": project(server.adapter[f"{site}/B"].double(), M) for site, M in columns.items()}
+            {f"{site}/B": project_out(server.adapter[f"{site}/B"].double(), M) for site, M in columns.items()}
         )

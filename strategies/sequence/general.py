@@ -39,8 +39,8 @@ from fedpeft.strategies.sequence.base import (
     ServerBody,
     Tensors,
     fold_into_base,
-    recall,
-    remember,
+    recall_tensors,
+    remember_tensors,
 )
 
 KINDS = ("statistics", "bases", "adapters")  # of a body's memory: tensors that a server may have
@@ -159,7 +159,7 @@ class GeneralServerBody(ServerBody):
         body = self._make(Shapes(server.adapter), server.adapter, seed)
         body.index = task
         body.parameters = dict(server.adapter.select(("A", "B")).tensors)
-        for key, value in recall(server).items():
+        for key, value in recall_tensors(server).items():
             kind, _, name = key.partition("/")
             if kind in KINDS:
                 body.memory[kind][name] = value
@@ -177,7 +177,7 @@ class GeneralServerBody(ServerBody):
             if not key.startswith("past/")
         }
         numbers = {NUMBERS: body.memory["numbers"]} if body.memory["numbers"] else {}
-        return remember(replace(server, memory=others, numbers={**server.numbers, **numbers}), kept)
+        return remember_tensors(replace(server, memory=others, numbers={**server.numbers, **numbers}), kept)
 
 
 def bare(server: ServerState) -> ServerState:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.state import AdapterState, ServerState
-from fedpeft.strategies.sequence.base import Place, ServerBody, Tensors, recall, remember
+from fedpeft.strategies.sequence.base import Place, ServerBody, Tensors, recall_tensors, remember_tensors
 
 OFFLINE = "|offline"
 
@@ -33,7 +33,9 @@ class FederatedLAE(ServerBody):
     def begin(self, server: ServerState, place: Place, seed: int, sketches: dict[str, Tensors]) -> ServerState:
         if place.task != 1:
             return server
-        return remember(server, {key + OFFLINE: value.clone() for key, value in self._own_tensors(server).items()})
+        return remember_tensors(
+            server, {key + OFFLINE: value.clone() for key, value in self._own_tensors(server).items()}
+        )
 
     def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
         return ("head",) if place.task > 0 and place.before < self.config.frozen_rounds else roles
@@ -43,11 +45,13 @@ class FederatedLAE(ServerBody):
             return server
         # So that a task leaves the same share of the average, however many rounds it has.
         alpha = self.config.retention ** (1 / place.rounds)
-        now, average = self._own_tensors(server), recall(server, OFFLINE)
-        return remember(server, {key + OFFLINE: torch.lerp(now[key], value, alpha) for key, value in average.items()})
+        now, average = self._own_tensors(server), recall_tensors(server, OFFLINE)
+        return remember_tensors(
+            server, {key + OFFLINE: torch.lerp(now[key], value, alpha) for key, value in average.items()}
+        )
 
     def views(self, server: ServerState) -> dict[str, AdapterState]:
-        average = recall(server, OFFLINE)
+        average = recall_tensors(server, OFFLINE)
         online = {"online": server.adapter}
         return {**online, "offline": server.adapter.replace(average)} if average else online
 

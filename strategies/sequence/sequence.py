@@ -10,10 +10,10 @@ from fedpeft.continual.curriculum import Curriculum
 from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
-from fedpeft.strategies.client import layers
+from fedpeft.strategies.client import list_layers
 from fedpeft.strategies.instructions import Instructions, Lesson
 from fedpeft.strategies.sequence.base import KEEP, Place, ServerBody, Tensors
-from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
+from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost_rule, name_of
 
 TASK = f"{KEEP}task"  # the last task that has begun
 
@@ -102,7 +102,7 @@ class TaskSequence(Wrapper):
 
     def _require_body(self, name: str) -> None:
         lacking = [role for role in self.body.needs if role not in self.trains]
-        inside = innermost(self.inner)
+        inside = innermost_rule(self.inner)
         if lacking:
             raise InputError(
                 f"continual.body={name}: it needs clients that train {', '.join(lacking)}; strategy "
@@ -142,7 +142,7 @@ class TaskSequence(Wrapper):
     def _require_gradients(self, name: str) -> None:
         """Refuse a wrapper that offsets gradients where the body leaves it none, or none that go on."""
         if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
-            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            needing = next(layer for layer in list_layers(self.inner) if type(layer).plain_sgd)
             way = (
                 "Set continual.frozen_rounds=0"
                 if hasattr(self.body.config, "frozen_rounds")
@@ -153,7 +153,7 @@ class TaskSequence(Wrapper):
                 f"{needing.client_half.sends} of {name_of(needing)} cannot. {way}."
             )
         if self.plain_sgd and self.body.changes_A:  # those that clients keep are of the last task's coordinates
-            needing = next(layer for layer in layers(self.inner) if type(layer).plain_sgd)
+            needing = next(layer for layer in list_layers(self.inner) if type(layer).plain_sgd)
             raise InputError(
                 f"continual.body={name}: every task has new factors, in which the "
                 f"{needing.client_half.sends} of {name_of(needing)} from the last task mean nothing. Take "

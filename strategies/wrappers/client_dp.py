@@ -58,7 +58,7 @@ from fedpeft.state import AdapterState, Needs, RoundFailed, Rules, ServerState, 
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.build import build
 from fedpeft.strategies.parts import releases
-from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of
+from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost_rule, name_of
 
 log = logging.getLogger("fedpeft")
 CLIP = "client_dp/clip"  # in ServerState.numbers
@@ -218,7 +218,7 @@ class ClientDP(Wrapper):
         releases = [(self.sample_rate, self.noise_multiplier, rounds)] if rounds else []
         if self.context.ledger is not None:
             releases = [entry.release for entry in Ledger(self.context.ledger).entries() if entry.round <= rounds]
-        return accounting.composed(tuple(releases), privacy.delta, privacy.accountant)
+        return accounting.compose_epsilon(tuple(releases), privacy.delta, privacy.accountant)
 
     def spent_in_all(self, ledger: Path) -> float:
         """Epsilon of all that the ledger holds."""
@@ -251,7 +251,7 @@ class ClientDP(Wrapper):
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         raise InputError(
             "client_dp accounts for the rounds of a run; finished adapters have no rounds. "
-            f"Aggregate them with {name_of(innermost(self))}, without privacy."
+            f"Aggregate them with {name_of(innermost_rule(self))}, without privacy."
         )
 
 
@@ -348,7 +348,7 @@ def describe(strategy: ClientDP) -> str:
     """What the planned rounds guarantee, what the ledger says was spent, to whom, and what is left out."""
     privacy, q = strategy.privacy, strategy.sample_rate
     z = strategy.noise_multiplier
-    epsilon = accounting.composed(((q, z, strategy.rounds),), privacy.delta, privacy.accountant)
+    epsilon = accounting.compose_epsilon(((q, z, strategy.rounds),), privacy.delta, privacy.accountant)
     sampling = (
         f"each client joins a round with probability {q:g}; who joined must stay with the server"
         if privacy.client_sampling == "poisson"

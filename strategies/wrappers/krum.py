@@ -25,7 +25,7 @@ from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import Needs, ServerState, Update
 from fedpeft.strategies.client import names_that_add_up
-from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened, require_equal_shapes
+from fedpeft.strategies.wrappers.wrapper import Wrapper, flatten_update, require_equal_shapes
 
 log = logging.getLogger("fedpeft")
 
@@ -64,7 +64,7 @@ class Krum(Wrapper):
             )
         require_equal_shapes(updates, "krum")
         beside = names_that_add_up(self.inner, server)
-        points = torch.stack([flattened(update, beside) for update in updates])
+        points = torch.stack([flatten_update(update, beside) for update in updates])
         order = scores(points, self.config.byzantine).argsort(stable=True)
         self.treated = {updates[index].client: "not selected" for index in sorted(order[self.config.keep :].tolist())}
         # Back in the order of names, in which sums are taken.

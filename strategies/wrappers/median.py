@@ -14,7 +14,7 @@ Deviations: none.
 from __future__ import annotations
 
 from fedpeft.state import Needs, ServerState, Update
-from fedpeft.strategies.wrappers.wrapper import Wrapper, merged
+from fedpeft.strategies.wrappers.wrapper import Wrapper, merge_updates
 
 
 class Median(Wrapper):
@@ -25,5 +25,5 @@ class Median(Wrapper):
     robust = True
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
-        one, self.treated = merged(updates, (len(updates) - 1) // 2, "median")
+        one, self.treated = merge_updates(updates, (len(updates) - 1) // 2, "median")
         return one

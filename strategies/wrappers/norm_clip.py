@@ -24,8 +24,8 @@ from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import Needs, ServerState, Update
 from fedpeft.strategies.client import names_that_add_up
-from fedpeft.strategies.round_facts import median
-from fedpeft.strategies.wrappers.wrapper import Wrapper, flattened
+from fedpeft.strategies.round_facts import coordinate_median
+from fedpeft.strategies.wrappers.wrapper import Wrapper, flatten_update
 
 
 class NormClip(Wrapper):
@@ -43,7 +43,7 @@ class NormClip(Wrapper):
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         beside = names_that_add_up(self.inner, server)
         norms = torch.stack([self._move(server, update, beside).norm() for update in updates])
-        bound = float(median(norms)) if self.config.bound is None else self.config.bound
+        bound = float(coordinate_median(norms)) if self.config.bound is None else self.config.bound
         self.treated = {
             update.client: f"clipped to {100 * bound / norm:.3g} % of its length"
             for update, norm in zip(updates, norms.tolist(), strict=True)
@@ -70,7 +70,7 @@ class NormClip(Wrapper):
         moved = update.adapter.replace(
             {key: value.double() - sent[key].double() for key, value in update.adapter.tensors.items()}
         )
-        return flattened(replace(update, adapter=moved), beside)
+        return flatten_update(replace(update, adapter=moved), beside)
 
     def _shorten_update(self, server: ServerState, update: Update, beside: set[str], back: float) -> Update:
         """The update, moved back to what was sent by this share of its way."""

@@ -29,7 +29,7 @@ from fedpeft.errors import InputError
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy, same_scale
 from fedpeft.strategies.client import ClientHalf, Tensors, Visit
-from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost, name_of, require_fixed_basis
+from fedpeft.strategies.wrappers.wrapper import Wrapper, innermost_rule, name_of, require_fixed_basis
 
 CONTROL = "control:"  # and the name of the tensor that it corrects
 
@@ -81,7 +81,7 @@ class Scaffold(Wrapper):
         if self.keeps:
             raise InputError(
                 "strategy.wrap: scaffold steers every client towards one global model, but "
-                f"{name_of(innermost(self))} leaves {', '.join(self.keeps)} with each client."
+                f"{name_of(innermost_rule(self))} leaves {', '.join(self.keeps)} with each client."
             )
         self.unequal_ranks = False
 
@@ -121,5 +121,5 @@ class Scaffold(Wrapper):
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         raise InputError(
             "scaffold corrects local steps during a run; finished adapters have no control variates. "
-            f"Aggregate them with {name_of(innermost(self))}."
+            f"Aggregate them with {name_of(innermost_rule(self))}."
         )

@@ -22,7 +22,7 @@ from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.state import Needs, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
-from fedpeft.strategies.wrappers.wrapper import Wrapper, merged
+from fedpeft.strategies.wrappers.wrapper import Wrapper, merge_updates
 
 log = logging.getLogger("fedpeft")
 
@@ -60,5 +60,5 @@ class TrimmedMean(Wrapper):
             log.warning(
                 "trimmed_mean: fraction=%g of %d updates is none, nothing is trimmed", self.fraction, len(updates)
             )
-        one, self.treated = merged(updates, cut, "trimmed_mean")
+        one, self.treated = merge_updates(updates, cut, "trimmed_mean")
         return one

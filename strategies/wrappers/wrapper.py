@@ -86,7 +86,7 @@ def name_of(strategy: FederatedStrategy) -> str:
     return next((name for name, value in registry.table("strategies").items() if value == entry), cls.__name__)
 
 
-def innermost(strategy: FederatedStrategy) -> FederatedStrategy:
+def innermost_rule(strategy: FederatedStrategy) -> FederatedStrategy:
     """The rule inside all wrappers."""
     while isinstance(strategy, Wrapper):
         strategy = strategy.inner
@@ -99,7 +99,7 @@ def require_fixed_basis(wrapper: Wrapper) -> None:
         able = [name for name in registry.names("strategies") if _keeps_basis(registry.load("strategies", name))]
         raise InputError(
             f"strategy.wrap: {name_of(wrapper)} carries a value per coordinate from round to round, but "
-            f"{name_of(innermost(wrapper))} changes what the coordinates mean (new factors or a moved "
+            f"{name_of(innermost_rule(wrapper))} changes what the coordinates mean (new factors or a moved "
             f"base). Strategies with a fixed basis: {', '.join(able)}."
         )
 
@@ -108,7 +108,7 @@ def _keeps_basis(cls: type[FederatedStrategy]) -> bool:
     return cls.fixed_basis and not cls.wraps
 
 
-def merged(updates: list[Update], cut: int, name: str) -> tuple[list[Update], dict[str, str]]:
+def merge_updates(updates: list[Update], cut: int, name: str) -> tuple[list[Update], dict[str, str]]:
     """One update in place of all: the mean of each coordinate's values without `cut` at each end, in float64; and the
     clients that hardly count in it, with how much of each was cut.
 
@@ -168,7 +168,7 @@ def require_equal_shapes(updates: list[Update], name: str) -> None:
                 )
 
 
-def flattened(update: Update, beside: Collection[str] = ()) -> Tensor:
+def flatten_update(update: Update, beside: Collection[str] = ()) -> Tensor:
     """All uploaded values in one float64 vector, in the order of tensor names; then those of these names beside, which
     finished adapters do not have.
     """

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedpeft import registry
-from fedpeft.continual.body import TrainConfig, only
+from fedpeft.continual.body import TrainConfig, only_classes
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.matrix import summary
 from fedpeft.continual.model import Plastic
@@ -81,7 +81,7 @@ def alone(made: Learner) -> dict[str, float]:
     found = {}
     for name, change in made.body.views().items():
         answers = [
-            only(made.classifier(made.model.features(task.test.inputs, change)), made.body.seen).argmax(-1)
+            only_classes(made.classifier(made.model.features(task.test.inputs, change)), made.body.seen).argmax(-1)
             == task.test.labels
             for task in made.stream.tasks
         ]

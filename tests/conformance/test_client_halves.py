@@ -14,7 +14,7 @@ from fedpeft.record import checkpoint
 from fedpeft.simulations import run as runs
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
 from fedpeft.strategies import asking, client
-from fedpeft.strategies.client import ClientHalf, halves
+from fedpeft.strategies.client import ClientHalf, client_halves
 from fedpeft.strategies.gathering import read_update, sort_answers
 from fedpeft.strategies.wrappers import atp, fedthe, krum, median, norm_clip, scaffold, wrapper
 
@@ -179,7 +179,7 @@ def test_combinations_are_taken_in_either_order(tiny, tmp_path):
 def test_what_a_half_says_of_itself_is_so(name):
     """Whoever sends something has it in `extra`, and whoever does not, has nothing there."""
     cls = registry.load("strategies", name)
-    half = halves(cls())[-1]
+    half = client_halves(cls())[-1]
     head = AdapterState(
         {"q/A": torch.ones(1, 2), "q/B": torch.ones(3, 1), "head/weight": torch.ones(2, 3)},
         {"q": AdaptedLayer("lora", (3, 2)), "head": AdaptedLayer("head", (2, 3))},

@@ -105,7 +105,7 @@ def test_a_run_of_a_type_moves_only_what_trains_and_goes_on_bit_for_bit(name, ti
 
 @pytest.mark.parametrize(("name", "options"), sampled(measuring.cases(), ("LORA", "IA3", "VERA")))
 def test_what_is_said_of_a_type_is_what_is_measured(name, options):
-    said = next(row for row in peft_types.measured() if (row["type"], row["options"]) == (name, options))
+    said = next(row for row in peft_types.read_measured() if (row["type"], row["options"]) == (name, options))
     got = measuring.measure(name, options)
     for key, small_is_zero in (("average", EXACT), ("start", 1e-5)):
         if max(said[key], got[key]) >= small_is_zero:
@@ -116,7 +116,7 @@ def test_what_is_said_of_a_type_is_what_is_measured(name, options):
 
 
 def test_every_type_has_been_measured_and_none_is_meaningless():
-    rows = peft_types.measured()
+    rows = peft_types.read_measured()
     assert [(row["type"], row["options"]) for row in rows] == measuring.cases()
     assert max(row["average"] for row in rows) < MEANINGLESS
 

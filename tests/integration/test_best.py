@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft.adapters import folder
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.errors import InputError, RunError
 from fedpeft.record import checkpoint
 from fedpeft.run.best import Best
@@ -48,7 +48,7 @@ def test_the_best_round_is_kept_and_exported(tiny, tmp_path):
     export(run, tmp_path / "best", best=True)
     world = load_world(configs.load(run / "resolved.yaml"), run)
     kept = checkpoint.read(checkpoint.of_round(run / "best", best)[-1])
-    assert folder.load(tmp_path / "best").distance(flat(world.strategy.before_round(kept).adapter)) == 0
+    assert folder.load(tmp_path / "best").distance(flatten_adapter(world.strategy.before_round(kept).adapter)) == 0
     export(run, tmp_path / "seventh", round=7)
     export(run, tmp_path / "last")
     adapters = [folder.load(tmp_path / name) for name in ("best", "seventh", "last")]

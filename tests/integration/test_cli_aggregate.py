@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import fedpeft
 from fedpeft.adapters import folder
 from fedpeft.state import AdaptedLayer, AdapterState
-from fedpeft.strategies.build import named
+from fedpeft.strategies.build import make_named
 
 NAMES = [
     "fedit",
@@ -131,7 +131,7 @@ def test_options_reach_the_strategy(fedpeft, tmp_path, sites):
         results[value] = folder.load(tmp_path / value)
     assert fedpeft("aggregate", "--strategy", "fedit", *sites[:3], "--out", tmp_path / "fedit").code == 0
     plain = folder.load(tmp_path / "fedit")
-    assert named("lora_fair", {"lambda": 0.5}, "").config.lambda_ == 0.5
+    assert make_named("lora_fair", {"lambda": 0.5}, "").config.lambda_ == 0.5
     for site in SHAPES:
         torch.testing.assert_close(product(results["1000000"], site), product(plain, site), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(product(results["0.001"], site), product(plain, site), rtol=1e-2)

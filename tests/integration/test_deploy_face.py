@@ -23,7 +23,7 @@ from fedpeft.deploy.coordinator import daemon, server
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.flower import Task, take_task
 from fedpeft.deploy.coordinator.post import Clerk, Post
-from fedpeft.deploy.processes import end
+from fedpeft.deploy.processes import end_children
 from support.deployed import alive, free_ports, until
 
 
@@ -43,7 +43,7 @@ def place(tmp_path_factory):
         Control(made, insecure=False).register_missing()
         yield root, made, fleet
     finally:
-        end(fleet)
+        end_children(fleet)
 
 
 class Caller:

@@ -23,7 +23,7 @@ from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.envelope import Envelope
-from fedpeft.deploy.processes import end
+from fedpeft.deploy.processes import end_children
 from support.deployed import LABELS, TRAIN, Deployment, until, write_records
 
 PROJECT = """
@@ -71,7 +71,7 @@ def taken_over(tmp_path):
         yield made, server, control
     finally:
         made.close()
-        end(fleet)
+        end_children(fleet)
 
 
 def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, monkeypatch):

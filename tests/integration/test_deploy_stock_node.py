@@ -20,7 +20,7 @@ from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.flower import Task, start_run_request, take_task
-from fedpeft.deploy.processes import end
+from fedpeft.deploy.processes import end_children
 from fedpeft.strategies import FedSVD
 from support import stock_app
 from support.deployed import Deployment, free_ports, until, write_records
@@ -97,7 +97,7 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
             node.terminate()
             node.wait(20)
         made.close()
-        end(fleet)
+        end_children(fleet)
         print((tmp_path / "stock.log").read_text()[-3000:])
     moved = result.arrays.to_torch_state_dict()
     before = start.to_torch_state_dict()

@@ -17,7 +17,7 @@ import fedpeft
 from fedpeft import config as configs
 from fedpeft.data.templates import find_ends, find_template
 from fedpeft.models import loading
-from fedpeft.run.card import front_matter, shareable, snippet
+from fedpeft.run.card import front_matter, shareable_name, usage_snippet
 from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 from support import chat
@@ -171,7 +171,7 @@ def test_a_local_base_has_its_own_name_alone_and_that_is_said(run, tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "decoder"
     assert "base_model:" not in (tmp_path / "out" / "README.md").read_text()
     assert any("--base NAME says where others get it" in note for note in result["notes"])
-    assert shareable("ada/decoder") == "ada/decoder" and shareable("../models/decoder") == "decoder"
+    assert shareable_name("ada/decoder") == "ada/decoder" and shareable_name("../models/decoder") == "decoder"
 
 
 def test_a_data_set_of_the_hub_is_named_and_a_file_is_not(run):
@@ -213,7 +213,7 @@ def test_without_a_tokenizer_in_the_folder_the_lines_take_the_bases(run, base, t
     export(run, tmp_path / "out", base=str(base))
     (tmp_path / "out" / "tokenizer.json").unlink()
     config = configs.load(run / "resolved.yaml")
-    lines = snippet(Exported(run, config, str(base), 2, False, False, ["all"], False))
+    lines = usage_snippet(Exported(run, config, str(base), 2, False, False, ["all"], False))
     assert "pixel" not in lines and "from_pretrained(here" not in lines
     assert printed(lines, tmp_path / "out", monkeypatch).strip()
 
@@ -303,5 +303,5 @@ def test_a_classifiers_lines_ask_for_as_many_outputs_as_it_has(run):
     from fedpeft.run.card import Exported
 
     config = configs.load(run / "resolved.yaml", ["model.task=token-classification"])
-    lines = snippet(Exported(run, config, "a/b", 2, False, False, ["O", "PER"], True))
+    lines = usage_snippet(Exported(run, config, "a/b", 2, False, False, ["O", "PER"], True))
     assert 'AutoModelForTokenClassification.from_pretrained("a/b", num_labels=2)' in lines

@@ -11,7 +11,7 @@ from fedpeft import config as configs
 from fedpeft.clients import sequence
 from fedpeft.clients.local import Local
 from fedpeft.errors import InputError, RunError
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import BudgetExhausted, Ledger
 from fedpeft.run.world import load_world
 from support.classified import NOT_ON_NOISED_SUMS, ON_NOISED_SUMS
@@ -45,7 +45,7 @@ def test_every_task_has_an_account_with_its_training_and_its_sums(private, tmp_p
         data = here.local.train_data[client]
         mine = int(torch.isin(data.labels, torch.tensor(here.strategy.curriculum.groups[task])).sum())
         assert [entry.sample_rate for entry in entries] == [8 / mine, 8 / mine, 1.0]
-        cost = composed(((8 / mine, 1.0, 4), (1.0, 2.0, 1)), 1e-3, "rdp")
+        cost = compose_epsilon(((8 / mine, 1.0, 4), (1.0, 2.0, 1)), 1e-3, "rdp")
         table[client] = max(cost, table.get(client, 0.0))
     for client, epsilon in table.items():
         assert summary["privacy"]["clients"][client]["epsilon"] == pytest.approx(epsilon, abs=1e-9)
@@ -77,7 +77,7 @@ def test_sums_are_in_the_ledger_before_they_leave_and_cost_once(private, tmp_pat
 
 def test_a_policy_bounds_what_a_record_may_spend_in_its_task(go, tmp_path):
     """The tasks of a run do not add up: a policy that pays for one task pays for all, and for no more than that."""
-    task = composed(((8 / 60, 1.0, 4), (1.0, 2.0, 1)), 1e-3, "rdp")
+    task = compose_epsilon(((8 / 60, 1.0, 4), (1.0, 2.0, 1)), 1e-3, "rdp")
     for name, epsilon in (("enough", 2 * task), ("little", 0.2 * task)):
         (tmp_path / f"{name}-policies").mkdir()
         for client in range(3):

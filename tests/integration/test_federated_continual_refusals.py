@@ -7,7 +7,7 @@ import pytest
 from fedpeft import config as configs
 from fedpeft.clients.guard import Guard
 from fedpeft.errors import InputError
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.simulations.run import simulate
 
@@ -226,7 +226,7 @@ def test_epsilon_pays_for_the_rounds_of_a_task_and_its_sums_together(tmp_path, b
         guard.spend("client-000", guard.rounds, f"view {view}", plan, noise)
     assert 0.995 * epsilon < guard.ledger("client-000").spent(1e-3, "rdp") <= epsilon
     rate, sigma, steps = plan.release
-    less = composed(((rate, 0.998 * sigma, steps), (1.0, noise, views)), 1e-3, "rdp")
+    less = compose_epsilon(((rate, 0.998 * sigma, steps), (1.0, noise, views)), 1e-3, "rdp")
     assert less > epsilon, "with less noise it would not do"
     with pytest.raises(BudgetExhausted):
         guard.spend("client-000", guard.rounds, "one more", plan, noise)

@@ -16,7 +16,7 @@ from fedpeft import config as configs
 from fedpeft.cli import console
 from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
-from fedpeft.data.corruptions import CORRUPTIONS, corrupt
+from fedpeft.data.corruptions import CORRUPTIONS, corrupt_image
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.objectives.causal_lm import CausalLM
@@ -121,7 +121,10 @@ def test_the_stream_is_the_held_out_records_under_their_corruption(tiny, tmp_pat
     quiet = dataclasses.replace(here.config, tta=dataclasses.replace(here.config.tta, corruption="contrast"))
     given = test_time.stream(quiet, client, held)
     wanted = np.stack(
-        [corrupt(image[0].numpy(), "contrast", 3, np.random.default_rng(0)) for image in held.inputs["pixel_values"]]
+        [
+            corrupt_image(image[0].numpy(), "contrast", 3, np.random.default_rng(0))
+            for image in held.inputs["pixel_values"]
+        ]
     ).astype(np.float32)
     found = given.inputs["pixel_values"][:, 0].numpy()
     assert {row.tobytes() for row in wanted} == {row.tobytes() for row in found}

@@ -89,7 +89,7 @@ def test_a_text_is_gone_on_with(fedpeft, runs, tmp_path):
     assert done.code == 0, done.err
     base = world_of(runs["causal"]).local.model.base
     prompts = [base.processor(text)["input_ids"] for text in ("apple 1", "river")]
-    wanted = generations.generate(base, prompts, 5, [base.processor.eos_token_id])
+    wanted = generations.generate_answers(base, prompts, 5, [base.processor.eos_token_id])
     assert [row["answer"] for row in written(tmp_path / "o.jsonl")] == wanted and any(wanted)
 
 
@@ -109,7 +109,7 @@ def test_questions_are_answered_as_the_template_asks_them(fedpeft, asked, tmp_pa
     template = templates.find_template(None, "qa", base.processor)
     texts = [template.write([("user", question)], base.processor, answering=True) for question in QUESTIONS]
     prompts = [base.processor(text, add_special_tokens=False)["input_ids"] for text in texts]
-    wanted = generations.generate(base, prompts, 6, templates.find_ends(template, base.processor))
+    wanted = generations.generate_answers(base, prompts, 6, templates.find_ends(template, base.processor))
     files = {
         "question.jsonl": [{"question": question} for question in QUESTIONS],
         "answered.jsonl": [{"question": question, "answer": "not looked at"} for question in QUESTIONS],
@@ -138,7 +138,7 @@ def test_a_conversation_goes_on_with_history(fedpeft, asked, monkeypatch):
 
     def ask(turns):
         ids = base.processor(template.write(turns, base.processor, answering=True), add_special_tokens=False)
-        return generations.generate(base, [ids["input_ids"]], 5, stop)[0]
+        return generations.generate_answers(base, [ids["input_ids"]], 5, stop)[0]
 
     first = ask([("user", "Hello?")])
     second = ask([("user", "Hello?"), ("assistant", first), ("user", "And?")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedpeft.config import load
-from fedpeft.continual.curriculum import make
+from fedpeft.continual.curriculum import make_curriculum
 from fedpeft.record import checkpoint
 from fedpeft.simulations.run import simulate
 
@@ -20,7 +20,7 @@ def test_rows_of_other_tasks_stay_bit_for_bit(tmp_path, tokens):
     kept = tmp_path / "run" / "checkpoints"  # a task that was closed after a round is another state of that round
     before, after = (checkpoint.read(max(kept.glob(f"round-{number:06d}*"))).adapter for number in (1, 2))
     config = load("continual_dp", changes)
-    plan = make(config.continual, 10, config.run.rounds, config.run.seed)
+    plan = make_curriculum(config.continual, 10, config.run.rounds, config.run.seed)
     for key in ("classifier/weight", "classifier/bias"):
         assert torch.equal(before[key][plan.classes(0)], after[key][plan.classes(0)]), key
         moved = (before[key] - after[key])[plan.classes(1)].flatten(1) if before[key].ndim > 1 else None

@@ -16,7 +16,7 @@ from fedpeft.cli import catalogue
 from fedpeft.data.encode import Encoded
 from fedpeft.data.images import encode_images
 from fedpeft.errors import InputError
-from fedpeft.objectives.base import IGNORE, Objective, divide, load_objective
+from fedpeft.objectives.base import IGNORE, Objective, divide_or_nan, load_objective
 from fedpeft.objectives.causal_lm import CausalLM
 from fedpeft.record import checkpoint
 from fedpeft.run.world import load_world
@@ -42,7 +42,7 @@ class Hinge(Objective):
         return {**super().measure(scores, targets, losses), "safe": float((losses == 0).sum())}
 
     def metrics(self, sums, samples):
-        return {**super().metrics(sums, samples), "safe_share": divide(sums["safe"], samples)}
+        return {**super().metrics(sums, samples), "safe_share": divide_or_nan(sums["safe"], samples)}
 
 
 class LastToken(CausalLM):

@@ -19,7 +19,7 @@ from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.train import train
 from fedpeft.config import AdapterConfig, ClientConfig, ContinualConfig
-from fedpeft.continual.body import leaf
+from fedpeft.continual.body import make_leaf
 from fedpeft.continual.curriculum import Curriculum
 from fedpeft.state import AdapterState, ServerState, Update
 from fedpeft.strategies.rules.fedit import FedIT
@@ -111,9 +111,12 @@ def learned(body: str, options: dict[str, Any]) -> list[Tensor]:
     """The same of one learner, which begins with the same classifier, and the same pairs where it draws none."""
     start = adapted().state()
     made = parts.learner(body, options=options, tasks=TASKS, epochs=STEPS, batch_size=10**6, lr=LR, head_lr=LR)
-    made.classifier.weight, made.classifier.bias = leaf(start["classifier/weight"]), leaf(start["classifier/bias"])
+    made.classifier.weight, made.classifier.bias = (
+        make_leaf(start["classifier/weight"]),
+        make_leaf(start["classifier/bias"]),
+    )
     if not made.body.renews and made.body.moves_in(0):
-        made.body.parameters = {key: leaf(value) for key, value in start.select(("A", "B")).tensors.items()}
+        made.body.parameters = {key: make_leaf(value) for key, value in start.select(("A", "B")).tensors.items()}
     rows, logits = parts.clusters(2 * TASKS, 8, 0, "test"), []
 
     def look(task: int, tasks: int) -> None:

@@ -246,6 +246,6 @@ def test_sum_and_count_cost_what_is_claimed(z, count_noise):
     """The count is shifted by 1/2, so its sensitivity is 1/2 and its multiplier twice its noise."""
     pair = ((1.0, sum_multiplier(z, count_noise), 10), (1.0, 2 * count_noise, 10))
     for accountant, tolerance in (("rdp", 1e-6), ("pld", 2e-3)):
-        claimed = accounting.composed(((1.0, z, 10),), 1e-5, accountant)
-        assert accounting.composed(pair, 1e-5, accountant) == pytest.approx(claimed, abs=tolerance)
-        assert accounting.composed(pair[:1], 1e-5, accountant) < claimed - 0.05
+        claimed = accounting.compose_epsilon(((1.0, z, 10),), 1e-5, accountant)
+        assert accounting.compose_epsilon(pair, 1e-5, accountant) == pytest.approx(claimed, abs=tolerance)
+        assert accounting.compose_epsilon(pair[:1], 1e-5, accountant) < claimed - 0.05

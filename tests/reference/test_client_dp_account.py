@@ -151,7 +151,7 @@ def test_metrics_of_clients_stay_out_of_the_event(released):
     after, event = strategy.conclude(server, updates, {}, Rules(rounds=1), lambda event: None)
     assert event.get("train_loss") == (1.0 if released else None)
     assert (event["clip"], event["noise_multiplier"]) == (0.3, 1.0)
-    assert event["epsilon_max"] == accounting.composed(((1.0, 1.0, 1),), 1e-5, "rdp") and after.round == 1
+    assert event["epsilon_max"] == accounting.compose_epsilon(((1.0, 1.0, 1),), 1e-5, "rdp") and after.round == 1
 
 
 def test_finished_adapters_have_no_account():
@@ -220,7 +220,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit_and_counts_every_release_once(nam
     assert {key: value.tolist() for key, value in whole.memory.items()} == {
         key: value.tolist() for key, value in broken.memory.items()
     }
-    assert summary["epsilon_max"] == accounting.composed(((1.0, 0.8, 3),), 1e-3, "rdp")
+    assert summary["epsilon_max"] == accounting.compose_epsilon(((1.0, 0.8, 3),), 1e-3, "rdp")
     assert resumed["epsilon_max"] == summary["epsilon_max"]
     assert [entry.round for entry in Ledger(tmp_path / "broken" / "ledger" / "server.jsonl").entries()] == [1, 2, 3]
     clips = [event["clip"] for event in events(tmp_path / "whole") if event["event"] == "round"]
@@ -276,6 +276,6 @@ def test_a_round_that_nobody_joined_is_noise(tiny, tmp_path):
     empty, other = (event for event in events(tmp_path / "run") if event["event"] == "round")
     assert empty["clients"] == [] and empty["bytes_up"] == 0 and len(other["clients"]) == joins(seed, 2)
     assert empty["epsilon_max"] > 0
-    assert summary["epsilon_max"] == accounting.composed(((0.25, 0.8, 2),), 1e-3, "rdp")
+    assert summary["epsilon_max"] == accounting.compose_epsilon(((0.25, 0.8, 2),), 1e-3, "rdp")
     first = checkpoint.read(tmp_path / "run" / "checkpoints" / "round-000001").adapter
     assert float(first.select(("B",)).tensors[next(iter(first.select(("B",)).tensors))].std()) > 0.01

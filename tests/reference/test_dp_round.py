@@ -14,7 +14,7 @@ from fedpeft.clients.local import Local
 from fedpeft.clients.store import Store
 from fedpeft.config import Config, DataConfig, PrivacyConfig, StrategyConfig
 from fedpeft.privacy.noise import OperatingSystem
-from fedpeft.strategies.build import named
+from fedpeft.strategies.build import make_named
 from fedpeft.strategies.instructions import Instructions
 from support import small_models as small
 from support.dp_steps import ROLES, SGD, adversaries, joined
@@ -50,7 +50,7 @@ def silent(monkeypatch):
 
 def one_round(name, adapted, folder):
     """A round of this strategy: where the client began, where it ended, and what the strategy declares."""
-    strategy = named(name, {}, "strategy")
+    strategy = make_named(name, {}, "strategy")
     server = strategy.before_round(strategy.initial(adapted.state(), 0))
     local = client(adapted, records("vit", 6), folder, name=name)
     local.initial = server.adapter

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from fedpeft.continual.body import Body
 from fedpeft.continual.model import Plastic
-from fedpeft.continual.parts.subspace import extend, leading, left_singular, merge_sketches, project, root, sketch
+from fedpeft.continual.parts.subspace import (
+    extend_within,
+    leading_directions,
+    left_singular,
+    merge_sketches,
+    project_out,
+    root_of_gram,
+    sketch,
+)
 from fedpeft.models.base import Base
 from support.full_weight_parts import drawn, made, records
 
@@ -83,7 +91,7 @@ def test_weak_directions_do_not_leak_either(svd):
     """A Gram matrix squares singular values: near the threshold its eigenvectors mix with those of zero."""
     body = coso("out", 64, 64, r1=16, r2=16, svd=svd)
     body.memory["bases"]["0/M"] = M = basis(64, 40)
-    left = torch.linalg.qr(project(drawn(64, 8), M)).Q
+    left = torch.linalg.qr(project_out(drawn(64, 8), M)).Q
     step(body, left * torch.logspace(0, -5.5, 8) @ basis(64, 8, seed=5).T)
     P = body.memory["adapters"]["0/P"]
     assert (P.norm(dim=0) > 0.99).sum() >= 8 and (M.T @ P).norm() < 1e-6
@@ -148,10 +156,10 @@ def test_the_basis_grows_keeps_its_columns_and_stays_orthonormal():
 def test_leading_directions_by_their_share_of_the_energy():
     S = torch.diag(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).sqrt())
     shares = {0.3: 1, 0.5: 1, 0.79: 1, 0.8: 2, 0.99: 2, 1.0: 3}
-    assert {share: leading(S, share).shape[1] for share in shares} == shares
-    assert leading(torch.zeros(3, 2), 0.9).shape == (3, 0)
-    assert torch.equal(leading(S, 0.9).abs(), torch.eye(3, dtype=torch.float64)[:, :2])
-    assert torch.allclose(root(S @ S.T, 2).abs(), S[:, :2])
+    assert {share: leading_directions(S, share).shape[1] for share in shares} == shares
+    assert leading_directions(torch.zeros(3, 2), 0.9).shape == (3, 0)
+    assert torch.equal(leading_directions(S, 0.9).abs(), torch.eye(3, dtype=torch.float64)[:, :2])
+    assert torch.allclose(root_of_gram(S @ S.T, 2).abs(), S[:, :2])
 
 
 @pytest.mark.parametrize(("shrink", "kept", "delta"), [("next", [3.0, 1.0], 3.0), ("last", [2.0, 0.0], 4.0)])
@@ -240,10 +248,10 @@ def test_changes_of_the_weights_are_kept_whole_or_truncated():
 def test_projection_is_exact_where_little_is_left():
     M = basis(30, 29)
     G = M @ drawn(29, 5) * 1e3 + drawn(30, 5) * 1e-2
-    left = project(G, M)
+    left = project_out(G, M)
     assert left.norm() > 0 and (M.double().T @ left.double()).norm() / left.double().norm() < 1e-6
-    assert not project(drawn(30, 5), basis(30, 30)).any()
-    assert torch.equal(extend(M, torch.zeros(30, 0)), M)
+    assert not project_out(drawn(30, 5), basis(30, 30)).any()
+    assert torch.equal(extend_within(M, torch.zeros(30, 0)), M)
     for sign in (1, -1):
-        longer = extend(sign * basis(5, 2), drawn(5, 1))
+        longer = extend_within(sign * basis(5, 2), drawn(5, 1))
         assert longer.shape == (5, 3) and torch.allclose(longer[:, :2], sign * basis(5, 2), atol=1e-6)

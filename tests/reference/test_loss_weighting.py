@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedpeft import config as configs
 from fedpeft.clients.cohort.engine import Job, train_cohort
-from fedpeft.clients.train import batches, plain_steps, train
+from fedpeft.clients.train import index_batches, plain_steps, train
 from fedpeft.config import ClientConfig
 from fedpeft.errors import InputError
 from fedpeft.seeds import numpy_generator
@@ -48,7 +48,7 @@ def token_mean(model, data, index):
 def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_batch(model, micro):
     data, setting = small.texts(9, causal=True), config(micro_batch=micro, local_steps=1)
     parameters = model.train_roles(ROLES)
-    (index,) = batches(len(data), setting, numpy_generator(3, "batches"))
+    (index,) = index_batches(len(data), setting, numpy_generator(3, "batches"))
     expected = torch.autograd.grad(token_mean(model, data, index), list(parameters.values()))
     steps = plain_steps(model, data, parameters, setting, numpy_generator(3, "batches"), torch.device("cpu"))
     gradients, losses = next(steps)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedpeft.clients import train
-from fedpeft.clients.inputs import drawn, usable, verify_gradients
+from fedpeft.clients.inputs import draw_records, find_usable, verify_gradients
 from fedpeft.clients.train import evaluate, per_sample_loss
-from fedpeft.run.audit.neighbours import neighbours, unlabelled
+from fedpeft.run.audit.neighbours import neighbours, remove_labels
 from support import objectives
 from support import small_models as small
 from support.cohort_jobs import ADAMW, ALL, FEW, WIDE, Job, check, private
@@ -62,9 +62,9 @@ def test_gradients_of_samples_are_autograds(model):
 @each
 def test_what_is_drawn_for_the_check_has_the_records_form_and_passes(model):
     data = objectives.records(model.base.task, 4)
-    made = drawn(model, data, 12)
+    made = draw_records(model, data, 12)
     assert made.labels.dtype == data.labels.dtype and made.labels.ndim == data.labels.ndim
-    assert len(usable(model, made)) == len(made)
+    assert len(find_usable(model, made)) == len(made)
     verify_gradients(model, data, ("A", "B", "head"), 12)
 
 
@@ -86,7 +86,7 @@ def test_a_cohort_trains_as_clients_one_by_one(model, sigma):
 @each
 def test_a_record_without_labels_teaches_nothing_and_neighbours_are_of_its_form(model):
     data = objectives.records(model.base.task, 6)
-    silent = unlabelled(data)
+    silent = remove_labels(data)
     loss = per_sample_loss(model, *silent.batch(np.arange(6)))
     assert loss.tolist() == [0.0] * 6
     parameters = model.train_roles(("A", "B", "head"))
@@ -110,11 +110,11 @@ def test_a_record_that_the_model_cannot_take_is_left_out(model):
     labels = data.labels.clone()
     labels[1, 0] = float("nan") if labels.is_floating_point() else 10**6
     part, looks = type(data)(data.inputs, labels), WeakKeyDictionary()
-    assert usable(model, part).rows.tolist() == [0, 2]
-    assert usable(model, part.view(np.array([1, 2])), looks).rows.tolist() == [2]
+    assert find_usable(model, part).rows.tolist() == [0, 2]
+    assert find_usable(model, part.view(np.array([1, 2])), looks).rows.tolist() == [2]
     asked = []
     inputs_of = part.stored.inputs_of
     part.stored.inputs_of = lambda rows: asked.extend(rows.tolist()) or inputs_of(rows)
-    assert usable(model, part.view(np.array([2, 1, 0, 2])), looks).rows.tolist() == [2, 0, 2]
-    assert usable(model, part, looks).rows.tolist() == [0, 2]
+    assert find_usable(model, part.view(np.array([2, 1, 0, 2])), looks).rows.tolist() == [2, 0, 2]
+    assert find_usable(model, part, looks).rows.tolist() == [0, 2]
     assert asked == [0]  # each record is looked at once

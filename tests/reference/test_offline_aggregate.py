@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.errors import InputError
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 from fedpeft.strategies.offline import aggregate
@@ -265,13 +265,13 @@ def test_no_adapters():
 
 def test_flat_keeps_the_function_and_the_scaling():
     state = dense.rounds(dense.make("fedex"), dense.fresh(), WEIGHTS, 3)[-1].server.adapter
-    plain = flat(state)
+    plain = flatten_adapter(state)
     for site in dense.SHAPES:
         assert dense.relative(dense.product(plain, site), dense.effective(state, site)) < 1e-6
         assert plain.sites[site] == AdaptedLayer("lora", dense.SHAPES[site], 2.0)
     assert sorted(plain.tensors) == ["out/weight", "u/A", "u/B", "v/A", "v/B"]
     core = dense.drift(dense.fresh(kind="lora_sb"), ("R",), 0)
-    assert dense.relative(dense.product(flat(core), "u"), dense.product(core, "u")) < 1e-12
-    assert "u/R" not in flat(core) and flat(core).sites["u"].kind == "lora"
+    assert dense.relative(dense.product(flatten_adapter(core), "u"), dense.product(core, "u")) < 1e-12
+    assert "u/R" not in flatten_adapter(core) and flatten_adapter(core).sites["u"].kind == "lora"
     untouched = dense.fresh()
-    assert flat(untouched).sha256() == untouched.sha256()
+    assert flatten_adapter(untouched).sha256() == untouched.sha256()

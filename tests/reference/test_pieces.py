@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.clients.cohort.passes import assemble, cut, token_counts
+from fedpeft.clients.cohort.passes import assemble_batch, cut_passes, token_counts
 from fedpeft.data.encode import Encoded
 from support import small_models as small
 
@@ -19,7 +19,7 @@ def test_passes_take_every_record_once_and_stay_short(lengths, tokens):
     lengths = [np.array(own, dtype=np.int64) for own in lengths]
     drawn = [np.arange(len(own)) for own in lengths]
     seen = []
-    for piece in cut(lengths, drawn, tokens):
+    for piece in cut_passes(lengths, drawn, tokens):
         assert (np.diff(piece.clients) >= 0).all()
         own = [int(lengths[client][record]) for client, record in zip(piece.clients, piece.records, strict=True)]
         assert piece.width == max(own)
@@ -39,8 +39,8 @@ def test_texts_of_other_widths_are_padded_with_the_models_token(build):
         ]
         lengths = [token_counts(model, own) for own in data]
         assert lengths[1].tolist() == [2, 2, 2]
-        (piece,) = cut(lengths, [np.arange(3), np.arange(3)], WIDE)
-        inputs, labels = assemble(model, data, piece)
+        (piece,) = cut_passes(lengths, [np.arange(3), np.arange(3)], WIDE)
+        inputs, labels = assemble_batch(model, data, piece)
     finally:
         model.base.backbone.config.pad_token_id = before
     assert inputs["input_ids"].shape == (6, piece.width) and labels.tolist() == 2 * small.texts(3).labels.tolist()

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.optimizers.base import Layout, make_optimizer
-from fedpeft.clients.optimizers.muon import even
+from fedpeft.clients.optimizers.muon import even_out
 from fedpeft.config import ClientConfig, load
 from fedpeft.errors import InputError
 from support.classified import BY_HAND
@@ -168,7 +168,7 @@ def test_muon_is_torchs_but_for_its_bfloat16():
     theirs.grad = gradient.clone()
     torch.optim.Muon([theirs], lr=RATE, weight_decay=DECAY).step()
     near(after("muon", drawn(0), [drawn(1)])["q/B"], theirs.detach(), 0.03 * RATE)
-    singular = torch.linalg.svdvals(even(gradient[None], 5))
+    singular = torch.linalg.svdvals(even_out(gradient[None], 5))
     assert singular.min() > 0.6 and singular.max() < 1.3
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.adapters.tail import find, first_token
+from fedpeft.adapters.tail import find_tail, first_token
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import evaluate, per_sample_loss
 from fedpeft.data.encode import Encoded
@@ -61,17 +61,17 @@ def whole(model):
 @pytest.mark.parametrize("kind", list(TAILS))
 def test_last_block_is_found(build, kind):
     model = build(kind)
-    assert named(model, find(model, records(kind))) == sorted(TAILS[kind])
+    assert named(model, find_tail(model, records(kind))) == sorted(TAILS[kind])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_language_models_read_every_token(build, kind):
-    assert find(build(kind), records(kind)) == []
+    assert find_tail(build(kind), records(kind)) == []
 
 
 def test_mean_pooling_reads_every_token(tmp_path):
     model = small.adapted(small.save("bert", tmp_path, whole=False), "bert", model={"pooling": "mean"})
-    assert find(model, records("bert")) == []
+    assert find_tail(model, records("bert")) == []
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_head_that_reads_another_token_leaves_the_block_alone(folder, read):
         "",
         small.TEXT,
     )
-    assert find(model, records("bert")) == []
+    assert find_tail(model, records("bert")) == []
 
 
 def test_a_model_that_refuses_random_texts_stays_whole_and_says_so(folder, caplog):
@@ -108,7 +108,7 @@ def test_a_model_that_refuses_random_texts_stays_whole_and_says_so(folder, caplo
         return forward(batch)
 
     model.base.forward = strict
-    assert find(model, records("bert")) == []
+    assert find_tail(model, records("bert")) == []
     assert "all tokens" in caplog.text and "start token" in caplog.text
     assert not any(module._forward_pre_hooks for module in model.base.backbone.bert.modules())
 
@@ -128,7 +128,7 @@ def test_a_layer_that_wants_all_tokens_is_left_alone(folder):
         model = small.adapted(folder("bert"), "bert", r=4)
         block = model.base.backbone.bert.encoder.layer[1]
         block.intermediate.dense.__class__ = kind
-        assert block.intermediate.dense not in find(model, records("bert"))
+        assert block.intermediate.dense not in find_tail(model, records("bert"))
 
 
 @pytest.mark.parametrize("kind", list(TAILS))
@@ -142,7 +142,7 @@ def test_losses_and_gradients_are_the_same(folder, kind, targets):
     data = records(kind)
     losses, wanted = gradients(model, data)
     shapes = []
-    last = find(model, data)[-1]
+    last = find_tail(model, data)[-1]
     with first_token(model, data):
         hook = last.register_forward_hook(lambda _, args, __: shapes.append(args[0].shape[1]))
         again, mine = gradients(model, data)

@@ -13,9 +13,9 @@ from fedpeft.clients.train import per_sample_loss
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.objectives.base import IGNORE
-from fedpeft.unlearning.measures import attack, distance, head_distance
-from fedpeft.unlearning.methods.loku import SMALL, fila, fisher_information, inverted_hinge
-from fedpeft.unlearning.methods.negation import negate
+from fedpeft.unlearning.measures import distance_of, head_distance, membership_attack
+from fedpeft.unlearning.methods.loku import SMALL, fisher_information, inverted_hinge, split_fila
+from fedpeft.unlearning.methods.negation import negate_task
 from support.methods import adapter
 
 
@@ -56,7 +56,7 @@ def test_a_step_down_the_hinge_lowers_the_right_answer_and_raises_the_next_one()
 def test_fila_is_the_best_approximation_of_rows_weighted_by_the_fisher_ratio():
     weight, forget, retain = randn(7, 5), randn(7, 5, seed=1).square(), randn(7, 5, seed=2).square()
     rank, scaling = 2, 1.7
-    B, A = fila(weight, forget, retain, rank, scaling)
+    B, A = split_fila(weight, forget, retain, rank, scaling)
     assert B.dtype == A.dtype == torch.float64 and B.shape == (7, 2) and A.shape == (2, 5)
     d = torch.tensor([math.sqrt(sum(float(forget[i, j] / (retain[i, j] + 1e-5)) for j in range(5))) for i in range(7)])
     U, S, Vt = torch.linalg.svd(torch.diag(d.double()) @ weight)
@@ -72,7 +72,7 @@ def test_fila_is_the_best_approximation_of_rows_weighted_by_the_fisher_ratio():
 
 def test_fila_of_a_weight_with_fewer_rows_than_the_rank_is_the_weight():
     weight = randn(2, 6)
-    B, A = fila(weight, torch.ones(2, 6), torch.ones(2, 6), 4, 0.5)
+    B, A = split_fila(weight, torch.ones(2, 6), torch.ones(2, 6), 4, 0.5)
     assert B.shape == (2, 4) and A.shape == (4, 6)
     torch.testing.assert_close(0.5 * B @ A, weight, rtol=1e-4, atol=1e-4)
 
@@ -98,13 +98,13 @@ def test_fisher_information_is_the_mean_of_squared_gradients_record_by_record():
 
 def test_negation_subtracts_the_change_and_nothing_else():
     run, start, tuned = (adapter(slot, torch.float64) for slot in range(3))
-    found = negate(run, start, tuned, 0.3)
+    found = negate_task(run, start, tuned, 0.3)
     for site in ("a.q", "a.v"):
         wanted = change(run, site) - 0.3 * (change(tuned, site) - change(start, site))
         torch.testing.assert_close(change(found, site), wanted, rtol=1e-12, atol=1e-12)
     wanted = run["head/bias"] - 0.3 * (tuned["head/bias"] - start["head/bias"])
     torch.testing.assert_close(found["head/bias"], wanted, rtol=1e-12, atol=1e-12)
-    same = negate(run, start, start, 0.3)
+    same = negate_task(run, start, start, 0.3)
     torch.testing.assert_close(change(same, "a.q"), change(run, "a.q"), rtol=1e-12, atol=1e-12)
 
 
@@ -123,17 +123,19 @@ def test_the_attack_is_every_pair_and_every_threshold():
     rng = np.random.default_rng(0)
     members, others = rng.integers(0, 9, 30) / 4, rng.integers(2, 12, 50) / 4  # with ties
     weights = rng.integers(0, 4, 50).astype(float)
-    assert attack(members, others, weights) == pytest.approx(attack_by_hand(members, others, weights), rel=1e-12)
-    assert attack(members, members, np.ones(30)) == pytest.approx((0.5, 0.0))
-    assert attack(members, np.full(3, np.nan), np.ones(3)) == pytest.approx((np.nan, np.nan), nan_ok=True)
-    assert attack(np.array([np.nan, 0.0]), np.array([np.nan, 1.0]), np.ones(2)) == (1.0, 1.0)
+    assert membership_attack(members, others, weights) == pytest.approx(
+        attack_by_hand(members, others, weights), rel=1e-12
+    )
+    assert membership_attack(members, members, np.ones(30)) == pytest.approx((0.5, 0.0))
+    assert membership_attack(members, np.full(3, np.nan), np.ones(3)) == pytest.approx((np.nan, np.nan), nan_ok=True)
+    assert membership_attack(np.array([np.nan, 0.0]), np.array([np.nan, 1.0]), np.ones(2)) == (1.0, 1.0)
 
 
 def test_distances_are_those_of_dense_products():
     one, other = adapter(0), adapter(1)
     far = sum(float((change(one, site) - change(other, site)).square().sum()) for site in ("a.q", "a.v"))
     size = sum(float(change(other, site).square().sum()) for site in ("a.q", "a.v"))
-    assert distance(one, other) == pytest.approx(math.sqrt(far / size), rel=1e-6)
-    assert distance(one, one) < 1e-7
+    assert distance_of(one, other) == pytest.approx(math.sqrt(far / size), rel=1e-6)
+    assert distance_of(one, one) < 1e-7
     bias, wanted = one["head/bias"], other["head/bias"]
     assert head_distance(one, other) == pytest.approx(float((bias - wanted).norm() / wanted.norm()), rel=1e-6)

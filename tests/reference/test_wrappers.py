@@ -11,7 +11,7 @@ import torch
 
 from fedpeft.errors import InputError, RunError
 from fedpeft.state import AdaptedLayer, AdapterState, Needs, RunContext, ServerState, Update
-from fedpeft.strategies.client import halves
+from fedpeft.strategies.client import client_halves
 from support import dense
 
 WEIGHTS = [10.0, 30.0, 20.0, 15.0, 25.0]
@@ -179,7 +179,7 @@ def test_wrappers_know_what_the_inner_strategy_knows_of_the_run():
 def test_fedprox_tells_clients_mu_and_aggregates_as_before():
     strategy = dense.make("fedprox", mu=0.3)
     server, updates = cohort()
-    assert [half.proximal(None) for half in halves(strategy)] == [0.0, 0.3]
+    assert [half.proximal(None) for half in client_halves(strategy)] == [0.0, 0.3]
     after, plain = strategy.aggregate(server, updates).adapter, dense.make("fedit").aggregate(server, updates).adapter
     assert after.sha256() == plain.sha256()
 

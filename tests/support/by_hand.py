@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpeft.adapters import folder
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.data.encode import Encoded
 from fedpeft.run.world import World
 
@@ -34,7 +34,7 @@ def average(
         shares: the records of each client in a round.
         place: an empty folder.
     """
-    folder.save(flat(world.start.adapter), place / "0", base="base", task=world.config.model.task)
+    folder.save(flatten_adapter(world.start.adapter), place / "0", base="base", task=world.config.model.task)
     for number in range(1, world.config.run.rounds + 1):
         ends, weights = [], []
         for share in shares(number).values():

@@ -31,14 +31,18 @@ def noise_for_one_round(put):
 
 @fault("claims", "plan")
 def one_round_is_planned(put):
-    real = plans.make
-    put(plans, "make", lambda privacy, client, rounds, *more: real(privacy, client, 1, *more))
+    real = plans.make_plan
+    put(plans, "make_plan", lambda privacy, client, rounds, *more: real(privacy, client, 1, *more))
 
 
 @fault("claims", "plan")
 def rate_of_all_records(put):
-    real = plans.make
-    put(plans, "make", lambda privacy, client, rounds, count, *more: real(privacy, client, rounds, 4 * count, *more))
+    real = plans.make_plan
+    put(
+        plans,
+        "make_plan",
+        lambda privacy, client, rounds, count, *more: real(privacy, client, rounds, 4 * count, *more),
+    )
 
 
 @fault("claims", "accountant")

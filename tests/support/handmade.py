@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedpeft.state import AdaptedLayer, AdapterState, RunContext, ServerState, Update
 from fedpeft.strategies.base import FederatedStrategy
-from fedpeft.strategies.build import named
+from fedpeft.strategies.build import make_named
 
 M, N, R, S = 7, 9, 3, 2.0
 SITES = {"q": AdaptedLayer("lora", (M, N), S), "head": AdaptedLayer("head", (2,))}
@@ -41,9 +41,9 @@ WRAPPERS = (
 
 def make(name: str, *wraps: str, ranks: dict[str, int] | None = None, **options: object) -> FederatedStrategy:
     context = RunContext(population=10, client_ranks=ranks or {})
-    strategy = named(name, {} if wraps else options, "strategy", context=context)
+    strategy = make_named(name, {} if wraps else options, "strategy", context=context)
     for index, wrap in enumerate(wraps):
-        strategy = named(wrap, options if index == len(wraps) - 1 else {}, "strategy.wrap", inner=strategy)
+        strategy = make_named(wrap, options if index == len(wraps) - 1 else {}, "strategy.wrap", inner=strategy)
     return strategy
 
 

@@ -29,7 +29,7 @@ from fedpeft.config import (
 )
 from fedpeft.data.encode import Encoded
 from fedpeft.objectives.base import IGNORE
-from fedpeft.simulations.workers import handle
+from fedpeft.simulations.workers import handle_message
 from fedpeft.state import AdapterState
 from fedpeft.strategies.instructions import Instructions, Lesson
 from support import instructed
@@ -138,7 +138,7 @@ class Site:
     def ask(self, kind: str, content: RecordDict) -> Message:
         """The reply. What a failed message did to the client's Flower state is lost, as it is there."""
         context = copy.deepcopy(self.context)
-        reply, state = handle(self.app, Message(content, 2, kind), context)
+        reply, state = handle_message(self.app, Message(content, 2, kind), context)
         if state is not None:
             self.context.state = state
         return reply

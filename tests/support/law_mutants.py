@@ -47,7 +47,7 @@ def check_on_records(monkeypatch: Any) -> None:
 
 def name_the_record(monkeypatch: Any) -> None:
     """A record that the model cannot take is named in an error that may be told."""
-    genuine = inputs.usable
+    genuine = inputs.find_usable
 
     def usable(model, data, looks=None):
         found = genuine(model, data, looks)
@@ -55,7 +55,7 @@ def name_the_record(monkeypatch: Any) -> None:
             raise local.Refused(f"record {len(found)} is not finite.")
         return found
 
-    monkeypatch.setattr(inputs, "usable", usable)
+    monkeypatch.setattr(inputs, "find_usable", usable)
 
 
 def status_of_loss(monkeypatch: Any) -> None:

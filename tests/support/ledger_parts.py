@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 
 DELTA = 1e-5
 
 
 def cost(*releases, accountant="rdp"):
-    return composed(releases, DELTA, accountant)
+    return compose_epsilon(releases, DELTA, accountant)

@@ -11,7 +11,7 @@ from fedpeft.continual import stream as streams
 from fedpeft.continual.body import TrainConfig
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
-from fedpeft.data.drift import split
+from fedpeft.data.drift import split_digits
 from fedpeft.data.encode import Encoded, encode
 from fedpeft.models.base import Base
 from fedpeft.models.loading import load
@@ -53,7 +53,7 @@ def toy_stream(rank: int = 6) -> streams.Stream:
 
 
 def digits_stream() -> streams.Stream:
-    train, _ = split()
+    train, _ = split_digits()
     data = encode(train, None, "image-classification", 1).view(np.arange(60))
     labels = data.labels.numpy()
     return streams.build(streams.plan("digits", "class", labels, labels, [[0, 1, 2], [3, 4]], 0), data, data)

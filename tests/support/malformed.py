@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedpeft.packing import pack
+from fedpeft.packing import pack_state
 from support.scripted import START
 
 MB = 2**20
-FLAT, MANIFEST = pack(START)
+FLAT, MANIFEST = pack_state(START)
 TASK = {"round": 1, "trains": ["A", "B"], "uploads": ["A", "B"], "keeps": []}
 
 

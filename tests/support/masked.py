@@ -17,7 +17,7 @@ from fedpeft.simulations.grid import LocalGrid
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS
-from fedpeft.strategies.secagg.terms import exchange
+from fedpeft.strategies.secagg.terms import make_exchange
 from fedpeft.strategies.wire import PACKED
 
 SITES = {"q": AdaptedLayer("lora", (60, 40), 2.0)}
@@ -100,4 +100,4 @@ def exchanged(own: Config, after: dict[str, AdapterState], number: int = 1, **fa
 def play(grid: Watched, own: Config, number: int = 1):
     strategy, server = FedIT(), ServerState(START, round=number - 1)
     server, sent, contents = strategy.plan(server, grid.roster, Rules(rounds=number), PACKED)
-    return exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=number))
+    return make_exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=number))

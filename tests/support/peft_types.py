@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 
 from fedpeft.adapters import folder, peft_types
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.adapters.peft_measure import measure_average
 from fedpeft.models.loading import fingerprint, load
 from fedpeft.simulations.benchmarks import peft_types as measuring
@@ -166,7 +166,7 @@ def small_context():
 
 def require_stock_peft(model, state, path, out):
     """The folder loads in stock peft over the plain base, computes the same, and has every bit of the state."""
-    folder.save(flat(state), out, base=str(path), task=small.TEXT, settings=model.folder)
+    folder.save(flatten_adapter(state), out, base=str(path), task=small.TEXT, settings=model.folder)
     bare = small.transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     torch.manual_seed(9)  # what stock peft draws must not matter
     stock = PeftModel.from_pretrained(bare, out).eval()
@@ -174,7 +174,7 @@ def require_stock_peft(model, state, path, out):
     inputs = small.inputs("bert")
     torch.testing.assert_close(stock(**inputs).logits, model.logits(inputs), **CLOSE)
     saved = load_file(out / folder.WEIGHTS)
-    for key, value in flat(state).tensors.items():
+    for key, value in flatten_adapter(state).tensors.items():
         site, _, role = key.rpartition("/")
         name = f"base_model.{site}" if role in ("peft", "frozen") else f"{folder.PREFIX}{site}.{role}"
         assert torch.equal(saved.pop(name), value), key

@@ -14,8 +14,8 @@ from scipy.stats import norm
 
 from fedpeft.config import ClientConfig, PrivacyConfig
 from fedpeft.errors import InputError
-from fedpeft.privacy.accounting import bounded, composed, epsilon, noise_multiplier
-from fedpeft.privacy.plan import make
+from fedpeft.privacy.accounting import compose_epsilon, epsilon, is_bounded, noise_multiplier
+from fedpeft.privacy.plan import make_plan
 from support.sample import few
 
 # sample rate, noise multiplier, steps, delta, PLD, RDP, PRV: published in the project's privacy notes, made by
@@ -63,10 +63,10 @@ def test_any_answer_is_that_of_the_accounting_library(rate, noise, steps, delta)
 @pytest.mark.parametrize("accountant", ["pld", "rdp", "prv"])
 def test_parts_cost_what_the_whole_does_and_order_is_no_matter(accountant):
     parts = ((0.02, 1.0, 30), (0.05, 0.9, 50), (0.02, 1.0, 70))
-    whole = composed(((0.02, 1.0, 100), (0.05, 0.9, 50)), 1e-5, accountant)
-    assert composed(parts, 1e-5, accountant) == composed(parts[::-1], 1e-5, accountant) == whole
-    assert whole > composed(parts[:2], 1e-5, accountant)
-    assert composed((), 1e-5, accountant) == 0
+    whole = compose_epsilon(((0.02, 1.0, 100), (0.05, 0.9, 50)), 1e-5, accountant)
+    assert compose_epsilon(parts, 1e-5, accountant) == compose_epsilon(parts[::-1], 1e-5, accountant) == whole
+    assert whole > compose_epsilon(parts[:2], 1e-5, accountant)
+    assert compose_epsilon((), 1e-5, accountant) == 0
 
 
 # records, steps, epsilon, sigma by PRV, sigma by RDP: for expected batches of 128 at delta 1e-5, with the sampling rate
@@ -209,7 +209,7 @@ def test_no_answer_is_below_the_exact_one(noise, steps, delta):
 def test_less_noise_costs_more_also_where_the_distributions_end():
     costs = [epsilon(0.1, noise, 2, 1e-5) for noise in (1e-4, 1e-3, 0.004, 0.01, 0.2)]
     assert costs == sorted(costs, reverse=True)
-    assert bounded(((0.1, 1e-4, 2),), 1e-5, "pld") and not bounded(((0.1, 0.2, 2),), 1e-5, "pld")
+    assert is_bounded(((0.1, 1e-4, 2),), 1e-5, "pld") and not is_bounded(((0.1, 0.2, 2),), 1e-5, "pld")
 
 
 @pytest.mark.parametrize(
@@ -250,14 +250,14 @@ def test_the_smallest_noise_is_found_whatever_the_target(rate, target, steps):
 def test_noise_is_found_beside_other_releases(accountant, rate, target, beside):
     """Also where the Renyi bound alone would leave nothing for the steps."""
     found = noise_multiplier(rate, target, 4, 1e-3, accountant, beside)
-    assert composed((*beside, (rate, found, 4)), 1e-3, accountant) <= target
-    assert composed((*beside, (rate, 0.998 * found, 4)), 1e-3, accountant) > target
+    assert compose_epsilon((*beside, (rate, found, 4)), 1e-3, accountant) <= target
+    assert compose_epsilon((*beside, (rate, 0.998 * found, 4)), 1e-3, accountant) > target
     with pytest.raises(InputError, match="leaves nothing for the steps: what is released beside them costs"):
-        noise_multiplier(rate, 0.9 * composed(beside, 1e-3, accountant), 4, 1e-3, accountant, beside)
+        noise_multiplier(rate, 0.9 * compose_epsilon(beside, 1e-3, accountant), 4, 1e-3, accountant, beside)
 
 
 def test_the_ledger_the_plan_and_the_calculator_agree():
     privacy = PrivacyConfig(unit="sample", epsilon=3.0)
-    plan = make(privacy, ClientConfig(batch_size=4, local_steps=10, local_epochs=None), 5, 200)
+    plan = make_plan(privacy, ClientConfig(batch_size=4, local_steps=10, local_epochs=None), 5, 200)
     cost = epsilon(*plan.release, plan.budget.delta)
-    assert cost == composed((plan.release,), plan.budget.delta) and 2.99 < cost <= 3.0
+    assert cost == compose_epsilon((plan.release,), plan.budget.delta) and 2.99 < cost <= 3.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedpeft import seeds
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.errors import InputError
 from fedpeft.state import AdaptedLayer, AdapterState
 from support import small_models as small
@@ -204,7 +204,7 @@ def test_flat_is_the_same_change(dtype, core, residual):
     roles |= {"residual_A": (3, 4), "residual_B": (5, 3)} if residual else {}
     state = toy(**{role: torch.randn(shape, generator=draw, dtype=dtype) for role, shape in roles.items()})
     before = state.sha256()
-    plain = flat(state)
+    plain = flatten_adapter(state)
     assert set(plain.tensors) == {"q/A", "q/B", "head/weight"}
     assert plain.sites["q"] == AdaptedLayer("lora", (5, 4), 0.5) and plain.rank("q") == (5 if residual else 2)
     assert plain["q/A"].dtype == plain["q/B"].dtype == dtype
@@ -213,4 +213,4 @@ def test_flat_is_the_same_change(dtype, core, residual):
     )
     assert state.sha256() == before
     assert torch.equal(plain["head/weight"], state["head/weight"])
-    assert flat(plain).sha256() == plain.sha256()
+    assert flatten_adapter(plain).sha256() == plain.sha256()

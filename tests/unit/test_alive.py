@@ -35,7 +35,7 @@ LONG = {
         ["--sample-rate", "0.1", "--epsilon", "1", "--steps", "10", "--delta", "1e-5"],
         "fedpeft.privacy.accounting.noise_multiplier",
     ),
-    "privacy ledger": (["{tmp}"], "fedpeft.privacy.ledger.account"),
+    "privacy ledger": (["{tmp}"], "fedpeft.privacy.ledger.read_account"),
     "bench federated": (["--out", FOLDER], "fedpeft.simulations.benchmarks.federated.run"),
     "bench private": (["--out", FOLDER], "fedpeft.simulations.benchmarks.private.run"),
     "bench server": (["--out", FOLDER], "fedpeft.simulations.benchmarks.server_cost.run"),

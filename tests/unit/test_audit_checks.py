@@ -29,7 +29,7 @@ def noise_of(draw) -> set[str]:
     sizes = {"a": 100, "b": 300}
     return {
         check.name
-        for check in audit_noise.noise([audit_noise.NoiseBlock("alone", True, values)], sizes)
+        for check in audit_noise.check_noise([audit_noise.NoiseBlock("alone", True, values)], sizes)
         if not check.passed
     }
 
@@ -74,10 +74,10 @@ def test_binomial_tails_are_exact(trials, chance):
     """Against sums of the probabilities, written out."""
     masses = [math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(trials + 1)]
     high = round(trials * chance + 5 * math.sqrt(trials * chance))
-    found = tails.binomial(np.array([high, 0]), trials, chance)
+    found = tails.binomial_deviation(np.array([high, 0]), trials, chance)
     tail = 0.5 * math.erfc(found[0] / math.sqrt(2))
     assert tail == pytest.approx(math.fsum(masses[high:]), rel=1e-6)
-    assert found[1] < 0 and not tails.binomial(np.array([round(trials * chance)]), trials, chance)[0]
+    assert found[1] < 0 and not tails.binomial_deviation(np.array([round(trials * chance)]), trials, chance)[0]
 
 
 def test_both_forms_of_chi_square_agree_where_they_meet():

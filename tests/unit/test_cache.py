@@ -20,13 +20,13 @@ from fedpeft.config import DataConfig
 from fedpeft.config import load as load_config
 from fedpeft.data import cache as caches
 from fedpeft.data import from_python, readers, source
-from fedpeft.data.cache import Cache, code
-from fedpeft.data.conversations import parse
+from fedpeft.data.cache import Cache, hash_code
+from fedpeft.data.conversations import parse_turns
 from fedpeft.data.encode import Encoded, encode
-from fedpeft.data.ragged import RaggedWriter, Texts, TextWriter, mapped, mapped_texts
+from fedpeft.data.ragged import RaggedWriter, Texts, TextWriter, map_ragged, mapped_texts
 from fedpeft.deploy.site.worker import CACHES, load_data
 from fedpeft.errors import InputError
-from fedpeft.files import explained
+from fedpeft.files import explain_error
 from fedpeft.models.embedded import byte_tokenizer
 
 TASKS = ["sequence-classification", "causal-lm"]
@@ -90,7 +90,7 @@ def test_conversations_keep_their_columns_where_bad_ones_are_left_out(tmp_path, 
         records = source.whole(config.source, "data.source", config, "causal-lm", cache=cache)
         data = encode(records, byte_tokenizer(), "causal-lm", 40, "texts", cache)
         good = [row for row in rows if row["completion"]]
-        assert [str(turns) for turns in map(parse, records.inputs)] == [
+        assert [str(turns) for turns in map(parse_turns, records.inputs)] == [
             str([("user", row["prompt"]), ("assistant", row["completion"])]) for row in good
         ]
         assert records.columns["site"].tolist() == [row["site"] for row in good]
@@ -112,10 +112,10 @@ def test_where_a_file_lies_does_not_matter_and_the_libraries_that_read_it_do(tmp
     assert [note.where for note in second.skipped] == [
         note.where.replace(str(path), str(twin)) for note in first.skipped
     ]
-    here, genuine = code(), metadata.version
+    here, genuine = hash_code(), metadata.version
     for name in ("pillow", "pyarrow"):
         monkeypatch.setattr(metadata, "version", lambda other, name=name: genuine(other) + "1" * (other == name))
-        assert code() != here
+        assert hash_code() != here
 
 
 def test_what_python_hands_over_is_known_by_its_content(tmp_path):
@@ -166,7 +166,7 @@ def test_rows_are_padded_and_joined_and_none_is_no_error(tmp_path):
         assert flat.tolist() == [65535, 1, 2, 3] and ends.tolist() == [0, 1, 1, 4] and made.longest == 3
     empty = RaggedWriter(np.uint16, tmp_path / "none")
     empty.extend([])
-    assert len(empty.finish()) == 0 and len(mapped(tmp_path / "none", np.uint16)) == 0
+    assert len(empty.finish()) == 0 and len(map_ragged(tmp_path / "none", np.uint16)) == 0
     with pytest.raises(Exception, match="beyond 65535"):
         RaggedWriter(np.uint16).extend([[70000]])
 
@@ -247,7 +247,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, c
     monkeypatch.setattr(RaggedWriter, "_put", full)
     with pytest.raises(OSError) as caught:
         both(path, cache)
-    assert re.fullmatch(r"\S+: no space left on device; make room on that disk\.", explained(caught.value))
+    assert re.fullmatch(r"\S+: no space left on device; make room on that disk\.", explain_error(caught.value))
     assert not list(cache.root.iterdir())
     require_same_without(Cache(cache.root, 0), path, wanted, caplog)  # which nobody has named
     assert not list(cache.root.iterdir())

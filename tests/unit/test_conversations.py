@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.data.conversations import dump, find_form, parse, read_rows, require_form
+from fedpeft.data.conversations import dump_turns, find_form, parse_turns, read_rows, require_form
 from fedpeft.errors import InputError
 
 CHAT = [("user", "Hi"), ("assistant", "Hello")]
@@ -37,7 +37,7 @@ def test_each_form_is_found_by_its_columns_and_read_to_turns(name, row, turns):
     form, held = find_form(list(row), {}, "x.jsonl")
     assert form.name == name
     texts, kept, bad = read_rows({key: [value] for key, value in row.items()}, form, held, "x.jsonl", False)
-    assert [parse(text) for text in texts] == [turns] and kept == [0] and bad == []
+    assert [parse_turns(text) for text in texts] == [turns] and kept == [0] and bad == []
 
 
 @pytest.mark.parametrize("names", [["text"], ["text", "label"], ["review", "stars"], ["text", "question"], ["prompt"]])
@@ -123,7 +123,7 @@ def test_a_malformed_conversation_names_its_row_or_is_counted(value, why):
     assert "x.jsonl: record 2 is no conversation" in str(error.value) and why in str(error.value)
     assert "data.skip_bad=true" in str(error.value)
     texts, kept, bad = read_rows({"messages": [good, value, good]}, form, held, "x.jsonl", True)
-    assert texts == [dump(CHAT)] * 2 and kept == [0, 2] and len(bad) == 1 and why in bad[0]
+    assert texts == [dump_turns(CHAT)] * 2 and kept == [0, 2] and len(bad) == 1 and why in bad[0]
     with pytest.raises(InputError, match="none of 1 records is a conversation"):
         read_rows({"messages": [value]}, form, held, "x.jsonl", True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.continual.parts.subspace import leading, project, sketch
+from fedpeft.continual.parts.subspace import leading_directions, project_out, sketch
 from support.continual_parts import HIDDEN as IN
 from support.continual_parts import WIDTH as OUT
 from support.continual_parts import low_rank_gradient, noise, orthonormal
@@ -14,12 +14,12 @@ from support.continual_parts import low_rank_gradient, noise, orthonormal
 
 def test_a_projection_removes_the_basis_and_nothing_else():
     M, G = orthonormal(12, 5), noise(12, 16)
-    assert (M.T @ project(G, M)).abs().max() < 1e-14
+    assert (M.T @ project_out(G, M)).abs().max() < 1e-14
     inside = M @ noise(5, 16)
-    assert torch.allclose(project(G + inside, M), project(G, M), atol=1e-13)
-    outside = project(noise(12, 16, seed=5), M)
-    assert torch.allclose(project(outside, M), outside, atol=1e-13)
-    assert torch.equal(project(G, M[:, :0]), G)
+    assert torch.allclose(project_out(G + inside, M), project_out(G, M), atol=1e-13)
+    outside = project_out(noise(12, 16, seed=5), M)
+    assert torch.allclose(project_out(outside, M), outside, atol=1e-13)
+    assert torch.equal(project_out(G, M[:, :0]), G)
 
 
 def truncated(G: Tensor, r2: int) -> tuple[Tensor, float]:
@@ -108,10 +108,10 @@ def test_sketches_of_owners_merge_and_their_errors_add():
 def test_leading_directions_hold_at_most_the_share_and_are_at_least_one(eps, count):
     """Energies 9, 4, 1 of 14: shares 0.643, 0.929, 1."""
     U = orthonormal(12, 3)
-    found = leading(U * torch.tensor([3.0, 2, 1]).double(), eps)
+    found = leading_directions(U * torch.tensor([3.0, 2, 1]).double(), eps)
     assert found.shape == (12, count)
     assert torch.allclose((found * U[:, :count]).sum(0).abs(), torch.ones(count).double(), atol=1e-9)
 
 
 def test_nothing_leads_where_nothing_was_seen():
-    assert leading(torch.zeros(12, 4).double(), 0.98).shape == (12, 0)
+    assert leading_directions(torch.zeros(12, 4).double(), 0.98).shape == (12, 0)

@@ -13,7 +13,7 @@ from fedpeft import config as configs
 from fedpeft.data import encode as encoding
 from fedpeft.data import source, templates
 from fedpeft.data.cache import Cache
-from fedpeft.data.encode import encode, shortened
+from fedpeft.data.encode import encode, shorten_row
 from fedpeft.errors import InputError
 from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import IGNORE
@@ -129,8 +129,8 @@ def test_what_is_too_long_loses_what_it_is_told_to_and_is_counted(tmp_path, how,
 
 
 def test_a_cut_start_keeps_the_mark_of_the_beginning():
-    assert shortened([9, 1, 2, 3, 4], 3, "start", 1) == [9, 3, 4] and shortened([1, 2], 3, "start", 1) == [1, 2]
-    assert shortened([9, 1, 2, 3, 4], 1, "start", 1) == [9]
+    assert shorten_row([9, 1, 2, 3, 4], 3, "start", 1) == [9, 3, 4] and shorten_row([1, 2], 3, "start", 1) == [1, 2]
+    assert shorten_row([9, 1, 2, 3, 4], 1, "start", 1) == [9]
 
 
 def test_a_record_without_an_answer_left_is_left_out_and_counted(tmp_path, caplog):

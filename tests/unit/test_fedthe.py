@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.tta.deployed import deploy, size
+from fedpeft.tta.deployed import batch_size, deploy
 from fedpeft.tta.method import make
-from fedpeft.tta.methods.fedthe import head_gradients, mean_feature, mixing, moving
+from fedpeft.tta.methods.fedthe import head_gradients, mean_feature, mixing_weights, moving_history
 from fedpeft.tta.parts import scores
 from support import tta_parts as parts
 
@@ -31,7 +31,7 @@ def test_mixing_is_adam_on_the_loss_of_each_row():
     draws = torch.Generator().manual_seed(0)
     heads = 3 * torch.randn(5, 2, 4, generator=draws, dtype=torch.float64)
     far = 4 * torch.rand(5, 2, generator=draws, dtype=torch.float64)
-    found = mixing(heads, far, 12, 0.1)
+    found = mixing_weights(heads, far, 12, 0.1)
     for row in range(5):
         e = torch.ones(2, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.Adam([e], lr=0.1)
@@ -47,21 +47,21 @@ def test_mixing_is_adam_on_the_loss_of_each_row():
             adam.step()
         assert torch.allclose(found[row], e.detach().softmax(0), atol=1e-6)
     assert (found - 0.5).abs().min() > 0.01
-    assert torch.equal(mixing(heads, far, 0, 0.1), torch.full_like(far, 0.5))
+    assert torch.equal(mixing_weights(heads, far, 0, 0.1), torch.full_like(far, 0.5))
 
 
 def test_where_heads_differ_the_nearer_records_decide_and_where_they_agree_certainty_does():
     differ = torch.tensor([[[9.0, 0.0], [0.0, 9.0]]])
-    assert mixing(differ, torch.tensor([[3.0, 1.0]]), 20, 0.1)[0, 1] > 0.8
-    assert mixing(differ, torch.tensor([[1.0, 3.0]]), 20, 0.1)[0, 0] > 0.8
+    assert mixing_weights(differ, torch.tensor([[3.0, 1.0]]), 20, 0.1)[0, 1] > 0.8
+    assert mixing_weights(differ, torch.tensor([[1.0, 3.0]]), 20, 0.1)[0, 0] > 0.8
     agree = torch.tensor([[[1.0, 0.0], [4.0, 0.0]]])
-    assert mixing(agree, torch.tensor([[1.0, 1.0]]), 20, 0.1)[0, 1] > 0.8
+    assert mixing_weights(agree, torch.tensor([[1.0, 1.0]]), 20, 0.1)[0, 1] > 0.8
 
 
 def test_the_history_of_each_row_starts_at_the_first_sample_and_goes_on():
     rows = torch.tensor([[1.0], [3.0], [0.0]])
-    assert moving(rows, None, 0.5).tolist() == [[1.0], [2.0], [1.0]]
-    assert moving(rows, torch.tensor([5.0]), 0.5).tolist() == [[3.0], [3.0], [1.5]]
+    assert moving_history(rows, None, 0.5).tolist() == [[1.0], [2.0], [1.0]]
+    assert moving_history(rows, torch.tensor([5.0]), 0.5).tolist() == [[3.0], [3.0], [1.5]]
     given = method(rate=0.2)
     batches = parts.stream(2)
     seen = torch.cat([given.model(batch)[1] for batch in batches]).detach()
@@ -80,10 +80,10 @@ def test_the_answer_is_that_of_the_equations():
     assert torch.allclose(mean_feature(model, OWN), own, atol=1e-5)
     for batch in parts.stream(3):
         z_g, h = model(batch)
-        blended = 0.3 * h + 0.7 * moving(h, given.memory.get("history"), 0.1)
+        blended = 0.3 * h + 0.7 * moving_history(h, given.memory.get("history"), 0.1)
         z_p = h @ head["weight"].T + head["bias"]
         far = torch.stack([(blended - everyone).norm(dim=1), (blended - own).norm(dim=1)], 1)
-        s = mixing(torch.stack([z_g, z_p], 1), far, 7, 0.3)
+        s = mixing_weights(torch.stack([z_g, z_p], 1), far, 7, 0.3)
         found = given.step(batch)[0]
         assert torch.allclose(found, (s[:, :1] * z_g + s[:, 1:] * z_p).softmax(-1), atol=1e-5)
         for other in (z_g, z_p, (z_g + z_p) / 2):
@@ -134,7 +134,7 @@ def test_plus_steps_through_both_heads_for_each_sample_and_forgets_it():
     weights = plain._outputs(batch, learn=False).extra["weights"]
     given = method(steps=5, lr=0.5, memo_steps=3, views=1, memo_lr=0.2, augment="identity")
     found = given.predict(batch)
-    for row in range(size(batch)):
+    for row in range(batch_size(batch)):
         net, personal = copy.deepcopy(parts.Net()).eval(), nn.Linear(4, parts.CLASSES)
         personal.load_state_dict(given.prepared["head"])
         both = deploy(net, head="head")

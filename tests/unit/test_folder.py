@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fedpeft.adapters import folder
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.errors import InputError
 from fedpeft.state import AdaptedLayer, AdapterState
 from support import small_models as small
@@ -92,7 +92,7 @@ def test_flat_states_of_every_kind_load_in_stock_peft(folders, name, tmp_path):
     core = small.randomised(small.adapted(folders[name], name, method="lora_sb"), scale=0.5)
     for index, state in enumerate((plain, core, small.with_residual(core))):
         path = tmp_path / str(index)
-        folder.save(flat(state), path, base=str(folders[name]), task=small.KINDS[name][0])
+        folder.save(flatten_adapter(state), path, base=str(folders[name]), task=small.KINDS[name][0])
         expected = small.merged_by_hand(name, state)(**small.inputs(name)).logits
         torch.testing.assert_close(
             stock(folders[name], name, path)(**small.inputs(name)).logits, expected, atol=1e-4, rtol=1e-3

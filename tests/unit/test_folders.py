@@ -17,9 +17,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import files, folders
 from fedpeft.data.partition import Column
-from fedpeft.data.split import is_name, names, owner_names
+from fedpeft.data.split import client_names, is_name, owner_names
 from fedpeft.errors import InputError
-from fedpeft.simulations.workers import Broken, outcomes
+from fedpeft.simulations.workers import Broken, run_jobs
 
 
 def made(tmp_path, name="a-fedit-seed0"):
@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was_and_is_named(tmp_path, mo
     with pytest.raises(OSError, match="file") as caught:
         files.write_bytes(tmp_path / "file", b"new")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-    sentence = files.explained(caught.value)
+    sentence = files.explain_error(caught.value)
     assert sentence.startswith(f"{tmp_path / 'file'}: {os.strerror(number).lower()}; ")
 
 
@@ -154,7 +154,7 @@ def test_the_machines_failure_is_no_clients(error, machine):
     def app(message, context):
         raise error
 
-    found = list(outcomes(app, [(Message(RecordDict(), 1, "train"), None)]))
+    found = list(run_jobs(app, [(Message(RecordDict(), 1, "train"), None)]))
     assert isinstance(found[0], Broken) == machine
     assert machine or found[0][0].has_error()
 
@@ -202,7 +202,7 @@ def test_a_split_cannot_name_a_client_as_it_likes(tmp_path, name):
     tree = {"fingerprint": "f", "records": 2, "clients": {name: [0], "b": [1]}}
     (tmp_path / "split.json").write_text(json.dumps(tree))
     with pytest.raises(InputError, match="no client can have the name"):
-        names(tmp_path / "split.json")
+        client_names(tmp_path / "split.json")
 
 
 def test_groups_of_a_column_largest_first_and_all_of_them():
@@ -221,6 +221,6 @@ def test_what_a_killed_process_left_goes_and_what_another_machine_makes_stays(tm
     others = [f".making-node-{dead.pid}-18269-abc", f".making-other-{dead.pid}-abc", ".making-node-9999999999-abc"]
     for name in (left.name, *others, f".making-node-{os.getpid()}-abc"):
         (tmp_path / name).mkdir()
-    with files.scratch(tmp_path, "making"):
+    with files.scratch_folder(tmp_path, "making"):
         assert not left.exists() and all((tmp_path / name).exists() for name in others)
     assert (tmp_path / f".making-node-{os.getpid()}-abc").exists()

@@ -11,7 +11,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft.continual import stream as streams
-from fedpeft.continual.body import Body, TrainConfig, leaf
+from fedpeft.continual.body import Body, TrainConfig, make_leaf
 from fedpeft.continual.learner import Learner
 from fedpeft.continual.parts import forms
 from fedpeft.data.encode import Encoded
@@ -222,7 +222,7 @@ def test_classp_by_hand_over_two_steps():
 
 def test_classp_is_adagrad_without_threshold_at_power_two():
     body = made("classp", bare(), records([0, 1], 2), lr=0.1, threshold=0.0, power=2.0, eps=1e-12)
-    other = leaf(torch.zeros(2, 2))
+    other = make_leaf(torch.zeros(2, 2))
     adagrad = torch.optim.Adagrad([other], lr=0.1)
     for t in range(5):
         body.parameters["0/W"].grad, other.grad = drawn(2, 2, seed=t), drawn(2, 2, seed=t)

@@ -42,7 +42,7 @@ def test_greedy_answers_are_those_of_a_plain_loop(model, stop):
         logits = model.base.forward({"input_ids": torch.tensor([prompts[1]])})
         first = int(logits[0, -1].argmax())
         stop = [int(model.base.forward({"input_ids": torch.tensor([[*prompts[1], first]])})[0, -1].argmax())]
-    answers = generations.generate(model.base, prompts, 7, stop)
+    answers = generations.generate_answers(model.base, prompts, 7, stop)
     assert answers == [by_hand(model, ids, 7, stop) for ids in prompts]
     assert len(set(answers)) > 1
 
@@ -51,7 +51,7 @@ def test_a_checkpoints_own_way_to_generate_does_not_count(model, monkeypatch):
     from transformers import GenerationConfig
 
     prompts = [model.base.processor(text)["input_ids"] for text in PROMPTS]
-    wanted = generations.generate(model.base, prompts, 7, [])
+    wanted = generations.generate_answers(model.base, prompts, 7, [])
     token = int(model.base.forward({"input_ids": torch.tensor([prompts[1]])})[0, -1].argmax())
     for habits in (
         {"do_sample": True, "temperature": 5.0, "top_k": 3},
@@ -60,21 +60,21 @@ def test_a_checkpoints_own_way_to_generate_does_not_count(model, monkeypatch):
     ):
         its = GenerationConfig(**habits)
         monkeypatch.setattr(model.base.backbone, "generation_config", its)
-        assert generations.generate(model.base, prompts, 7, []) == wanted
+        assert generations.generate_answers(model.base, prompts, 7, []) == wanted
         assert model.base.backbone.generation_config is its
 
 
 def test_a_prompt_that_fills_the_models_positions_gets_no_answer(model):
     long = [5] * small.POSITIONS
-    assert generations.generate(model.base, [long], 3, []) == [""]
+    assert generations.generate_answers(model.base, [long], 3, []) == [""]
 
 
 def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
     """Of 7 tokens where there is room, of 3 where a prompt leaves no more; long ones take nothing from short ones."""
     short, fits, full = ([5] * count for count in (4, small.POSITIONS - 7, small.POSITIONS - 3))
     wanted = [by_hand(model, ids, room, []) for ids, room in ((short, 7), (fits, 7), (full, 3))]
-    assert generations.generate(model.base, [short, fits, full], 7, []) == wanted
-    assert generations.generate(model.base, [full, short], 7, []) == [wanted[2], wanted[0]]
+    assert generations.generate_answers(model.base, [short, fits, full], 7, []) == wanted
+    assert generations.generate_answers(model.base, [full, short], 7, []) == [wanted[2], wanted[0]]
     rows = generations._batch_alike([9, 5, 12, 6, 11], 4, 14)  # of 9, 5 and 6 tokens an answer of 4 has room
     assert list(rows) == [([1, 3, 0], 4), ([4], 3), ([2], 2)]
     assert list(generations._batch_alike([9, 5], 4, None)) == [([1, 0], 4)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.continual.learner import Learner
-from fedpeft.continual.parts.prefix import attend
+from fedpeft.continual.parts.prefix import attend_calibrated
 from fedpeft.errors import InputError
 from support import continual_parts as parts
 
@@ -215,12 +215,12 @@ def test_a_calibrated_prefix_has_mass_one_and_leaves_the_tokens_theirs():
     scores = torch.cat([q @ k.mT, q @ K.mT], -1) * 0.5
     weights = scores.softmax(-1)
     share = weights[..., 5:].sum(-1, keepdim=True)
-    ones = attend(q, k, torch.ones_like(v), K, torch.ones_like(V), None, 0.5)
+    ones = attend_calibrated(q, k, torch.ones_like(v), K, torch.ones_like(V), None, 0.5)
     assert torch.allclose(ones, (2 - share).expand_as(ones), atol=1e-6)
-    prefix = attend(q, k, torch.zeros_like(v), K, torch.ones_like(V), None, 0.5)
+    prefix = attend_calibrated(q, k, torch.zeros_like(v), K, torch.ones_like(V), None, 0.5)
     assert torch.allclose(prefix, torch.ones_like(prefix), atol=1e-6)
     expected = weights[..., :5] @ v + weights[..., 5:] / share @ V
-    assert torch.allclose(attend(q, k, v, K, V, None, 0.5), expected, atol=1e-6)
+    assert torch.allclose(attend_calibrated(q, k, v, K, V, None, 0.5), expected, atol=1e-6)
 
 
 def test_a_prefix_is_taken_out_again():

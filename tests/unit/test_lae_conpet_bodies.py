@@ -78,7 +78,7 @@ def test_draws_are_half_new_and_uniform_over_old_tasks():
     rng, count = np.random.default_rng(0), np.zeros(3)
     rows = np.zeros(40)
     for _ in range(400):
-        drawn = replay.draw(rng, [1000, 10, 40, 20], 16)
+        drawn = replay.draw_replay(rng, [1000, 10, 40, 20], 16)
         assert (drawn.tasks[:8] == 3).all() and (drawn.tasks[8:] < 3).all()
         assert len(set(drawn.rows[:8].tolist())) == 8 and drawn.rows[:8].max() < 20
         count += np.bincount(drawn.tasks[8:], minlength=3)
@@ -86,9 +86,9 @@ def test_draws_are_half_new_and_uniform_over_old_tasks():
     chi2 = ((count - count.mean()) ** 2 / count.mean()).sum()
     assert chi2 < 13.8  # 2 degrees of freedom, p = 0.001; drawing by size would give over 4000
     assert ((rows - rows.mean()) ** 2 / rows.mean()).sum() < 73.4  # 39 degrees of freedom
-    assert len(replay.draw(rng, [9, 2], 16).rows) == 16, "a small new task is drawn with replacement"
+    assert len(replay.draw_replay(rng, [9, 2], 16).rows) == 16, "a small new task is drawn with replacement"
     with pytest.raises(InputError, match="batch_size=1"):
-        replay.draw(rng, [9, 9], 1)
+        replay.draw_replay(rng, [9, 9], 1)
 
 
 def test_gather_keeps_the_order_and_cuts_texts():

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedpeft.continual.bodies import lae
-from fedpeft.continual.body import leaf
+from fedpeft.continual.body import make_leaf
 from fedpeft.continual.model import Plastic
-from fedpeft.continual.parts.prefix import attend, prefixed
+from fedpeft.continual.parts.prefix import add_prefix, attend_calibrated
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
 from support.lora_parts import TRAIN, learner, vit
@@ -49,7 +49,7 @@ def test_prefix_in_a_model_is_the_slow_reference():
     alone = slow_attention(seen["x"][1].double(), module, K, V, 4, False)
     assert torch.allclose(seen["y"][1].double(), alone, atol=1e-4)
     before = module.config._attn_implementation
-    changed = model.features(inputs, prefixed(model, name, f"{name}.q_proj", K, V))
+    changed = model.features(inputs, add_prefix(model, name, f"{name}.q_proj", K, V))
     expected = slow_attention(seen["x"][1].double(), module, K.double(), V.double(), 4)
     assert torch.allclose(seen["y"][1].double(), expected, atol=1e-4)
     hook.remove()
@@ -61,8 +61,8 @@ def test_prefix_in_a_model_is_the_slow_reference():
 def test_prefix_reaches_its_leaves():
     model = vit()
     name = "vit.layers.0.attention"
-    K, V = leaf(torch.randn(3, 64)), leaf(torch.randn(3, 64))
-    found = model.features({"pixel_values": torch.rand(2, 1, 8, 8)}, prefixed(model, name, f"{name}.q_proj", K, V))
+    K, V = make_leaf(torch.randn(3, 64)), make_leaf(torch.randn(3, 64))
+    found = model.features({"pixel_values": torch.rand(2, 1, 8, 8)}, add_prefix(model, name, f"{name}.q_proj", K, V))
     gradients = torch.autograd.grad(found.square().sum(), [K, V])
     assert all(float(gradient.norm()) > 0 for gradient in gradients)
 
@@ -70,10 +70,10 @@ def test_prefix_reaches_its_leaves():
 def test_masks_shut_tokens_out_of_the_prefixed_attention():
     q, k, v, K, V = (torch.randn(1, 2, size, 3) for size in (4, 4, 4, 2, 2))
     seen = torch.tensor([True, True, False, True])[None, None, None]
-    short = attend(q, k[:, :, seen[0, 0, 0]], v[:, :, seen[0, 0, 0]], K, V, None, 0.7)
+    short = attend_calibrated(q, k[:, :, seen[0, 0, 0]], v[:, :, seen[0, 0, 0]], K, V, None, 0.7)
     added = torch.zeros(1, 1, 1, 4).masked_fill(~seen, torch.finfo(torch.float32).min)
-    assert torch.allclose(attend(q, k, v, K, V, seen, 0.7), short, atol=1e-6)
-    assert torch.allclose(attend(q, k, v, K, V, added, 0.7), short, atol=1e-6)
+    assert torch.allclose(attend_calibrated(q, k, v, K, V, seen, 0.7), short, atol=1e-6)
+    assert torch.allclose(attend_calibrated(q, k, v, K, V, added, 0.7), short, atol=1e-6)
 
 
 def test_prefix_in_a_decoder_looks_back_only_and_knows_grouped_heads():
@@ -106,7 +106,7 @@ def test_prefix_in_a_decoder_looks_back_only_and_knows_grouped_heads():
         net.set_attn_implementation(implementation)
         for values, last in ((zero, 5), (V, 5), (zero, 6)):
             inputs = {"input_ids": torch.tensor([[3, 4, last]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
-            model.features(inputs, prefixed(model, place, f"{place}.q_proj", zero, values))
+            model.features(inputs, add_prefix(model, place, f"{place}.q_proj", zero, values))
         assert net.config._attn_implementation == implementation
     added = seen[1] - seen[0]
     assert torch.allclose(added, torch.tensor([2.0, 3, 2, 3, 4, 5, 4, 5]).expand(3, 8), atol=1e-5)
@@ -150,7 +150,7 @@ def test_an_attention_outside_the_registry_is_refused():
     net.add_module("head", nn.Linear(3, 2))
     net.requires_grad_(False)
     model = Plastic(Base(net, lambda batch: net(batch["x"]), {"head": net.head}, None, "", ""), ["q_proj"])
-    change = prefixed(model, "block", "block.q_proj", torch.ones(1, 3), torch.ones(1, 3))
+    change = add_prefix(model, "block", "block.q_proj", torch.ones(1, 3), torch.ones(1, 3))
     with pytest.raises(InputError, match="block: Own does not take its attention from transformers' registry"):
         model.features({"x": torch.ones(2, 3)}, change)
     assert net.block.config._attn_implementation == "sdpa"

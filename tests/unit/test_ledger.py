@@ -17,7 +17,7 @@ from fedpeft.clients.guard import Guard
 from fedpeft.config import ClientConfig, Config, PrivacyConfig
 from fedpeft.errors import InputError
 from fedpeft.privacy import plan as plans
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import Budget, BudgetExhausted, Entry, Ledger
 from support.ledger_parts import DELTA, cost
 
@@ -77,7 +77,7 @@ def test_reading_changes_nothing(ledger, tmp_path):
 
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])
 def test_refused_is_exactly_the_step_that_would_pass(accountant, ledger):
-    most = composed(((0.1, 1.0, 9),), DELTA, accountant)
+    most = compose_epsilon(((0.1, 1.0, 9),), DELTA, accountant)
     for number in (1, 2, 3):
         ledger.reserve(entry(number=number, steps=3), Budget(most, DELTA, accountant))
     before = ledger.path.read_bytes()
@@ -147,14 +147,14 @@ def test_knowing_the_plan_grants_nothing_of_another_kind(other, ledger):
 )
 def test_a_plan_for_a_budget_costs_no_more_than_it(epsilon, accountant):
     """What the ledger grants without computing it must be within the budget, however small that is."""
-    made = plans.make(
+    made = plans.make_plan(
         PrivacyConfig(unit="sample", epsilon=epsilon, accountant=accountant),
         ClientConfig(local_steps=5, local_epochs=None, batch_size=10),
         20,
         1000,
     )
     assert made.budget.epsilon == epsilon
-    assert composed((made.release,), 1e-5, accountant) <= epsilon
+    assert compose_epsilon((made.release,), 1e-5, accountant) <= epsilon
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------

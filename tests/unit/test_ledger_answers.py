@@ -87,11 +87,11 @@ def test_rounds_are_refused_when_the_budget_is_spent_and_earlier_answers_stay_fr
 
 def test_an_answer_is_on_the_disk_before_it_is_counted_and_counted_before_it_leaves(start, tmp_path, monkeypatch):
     local, seen = start(tmp_path), []
-    reserve, request = guard.Ledger.reserve, guard.fingerprint(local.initial, task())
+    reserve, request = guard.Ledger.reserve, guard.hash_request(local.initial, task())
 
     def watched(*arguments, **options):
         saved = local.store.reply("a", 1, request)
-        seen.append((saved is not None, guard.release(request, saved[0]) == arguments[1].request))
+        seen.append((saved is not None, guard.name_release(request, saved[0]) == arguments[1].request))
         reserve(*arguments, **options)
 
     monkeypatch.setattr(guard.Ledger, "reserve", watched)
@@ -107,7 +107,7 @@ def test_what_was_saved_and_not_counted_is_counted_once_when_it_leaves(randomnes
     with pytest.raises(OSError, match="killed"):
         local.train("a", local.initial, task())
     monkeypatch.undo()
-    saved, _ = local.store.reply("a", 1, guard.fingerprint(local.initial, task()))
+    saved, _ = local.store.reply("a", 1, guard.hash_request(local.initial, task()))
     for again in (start(tmp_path, rounds=1, randomness=randomness), local):
         update, _ = again.train("a", local.initial, task())
         assert update.sha256() == saved.sha256()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fedpeft.clients import local
 from fedpeft.clients.store import Store
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.simulations import run as runs
 
@@ -124,7 +124,7 @@ def test_the_round_goes_on_without_a_client_whose_budget_is_spent(tiny, tmp_path
     folder = tmp_path / "policies"
     folder.mkdir()
     records = 20
-    one, two = (composed(((4 / records, 1.0, steps),), DELTA, "rdp") for steps in (2, 4))
+    one, two = (compose_epsilon(((4 / records, 1.0, steps),), DELTA, "rdp") for steps in (2, 4))
     for name in NAMES:
         most = (one + two) / 2 if name == "client-002" else 50.0
         (folder / f"{name}.yaml").write_text(
@@ -148,6 +148,6 @@ def test_epsilon_over_rounds_is_that_of_all_steps_together(tiny, tmp_path):
     """Neither one round's nor three times it."""
     summary = tiny("run", {**PRIVATE, "privacy.records": 100})
     row = summary["privacy"]["clients"]["client-000"]
-    assert row["epsilon"] == pytest.approx(composed(((0.04, 1.0, 6),), DELTA, "rdp"))
+    assert row["epsilon"] == pytest.approx(compose_epsilon(((0.04, 1.0, 6),), DELTA, "rdp"))
     assert row["sample_rate"] == 0.04 and row["steps"] == 6 and row["delta"] == DELTA
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.jsonl")} == {"run"}

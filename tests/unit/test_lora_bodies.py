@@ -83,8 +83,8 @@ def test_it_moves_and_learns(case, digits):
 def test_overlap_is_the_sum_of_absolute_products():
     A = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
     old = [(torch.zeros(1, 1), torch.tensor([[1.0, -3.0, 0.0]])), (torch.zeros(1, 1), torch.tensor([[0.0, 0.0, 1.0]]))]
-    assert lora.overlap(A, old).item() == 1 + 3 + 2
-    assert lora.overlap(A, old, torch.tensor([0.5, 2.0])).item() == 0.5 * 4 + 2.0 * 2
+    assert lora.sum_overlap(A, old).item() == 1 + 3 + 2
+    assert lora.sum_overlap(A, old, torch.tensor([0.5, 2.0])).item() == 0.5 * 4 + 2.0 * 2
 
 
 @pytest.mark.parametrize("name", ["olora", "owlora"])
@@ -114,7 +114,7 @@ def test_a_strong_penalty_makes_the_new_rows_orthogonal(name):
     for lam in (0.0, 5.0):
         body = stepped(learner(name, {"r": 1, "lam": lam}, train), tasks=1, steps=48).body
         now = {layer: body.parameters[f"{layer}/A"].detach() for layer in ("0", "2")}
-        left[lam] = max(float(lora.overlap(A, lora.past(body, layer)) / A.norm()) for layer, A in now.items())
+        left[lam] = max(float(lora.sum_overlap(A, lora.past(body, layer)) / A.norm()) for layer, A in now.items())
     assert left[5.0] < 0.1 * left[0.0]
 
 

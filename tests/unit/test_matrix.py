@@ -82,13 +82,13 @@ def test_input_is_left_as_it_was():
     array = np.array(RIGHT, dtype=np.int64)
     matrix.summary(right, tests, initial)
     matrix.summary(array, tests, initial)
-    matrix.curve(array, tests)
+    matrix.accuracy_curve(array, tests)
     assert right == RIGHT and array.tolist() == RIGHT and tests.tolist() == TESTS and initial == INITIAL
 
 
 def test_curve_and_accuracies():
-    assert matrix.curve(RIGHT, TESTS).tolist() == pytest.approx([0.9, 17 / 30, 50 / 70])
-    assert matrix.accuracies(RIGHT, TESTS)[1].tolist() == pytest.approx([0.5, 0.6, 0.25])
+    assert matrix.accuracy_curve(RIGHT, TESTS).tolist() == pytest.approx([0.9, 17 / 30, 50 / 70])
+    assert matrix.accuracy_matrix(RIGHT, TESTS)[1].tolist() == pytest.approx([0.5, 0.6, 0.25])
 
 
 @pytest.mark.parametrize(

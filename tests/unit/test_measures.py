@@ -156,7 +156,7 @@ def test_the_headline_and_the_report_say_them(run):
     summary = json.loads((run / "summary.json").read_text())
     row = summary["measures"]["f1"]
     first = lead.sentences(summary, {})[0]
-    assert first.startswith(f"F1, mean over classes: {measured.shown(row, row['final'])} on the server test set")
+    assert first.startswith(f"F1, mean over classes: {measured.show_measure(row, row['final'])} on the server test set")
     assert summary["headline"].startswith(first)
     report.write(run)
     page = (run / "report.html").read_text()

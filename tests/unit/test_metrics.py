@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import InputError
-from fedpeft.record.metrics import CLIENTS, SERVER, Recorder, baseline, evaluations, finite, read, summarise
+from fedpeft.record.metrics import CLIENTS, SERVER, Recorder, baseline, evaluations, make_finite, read, summarise
 
 START = {
     "event": "start",
@@ -97,7 +97,7 @@ values = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(values)
 def test_finite_is_strict_json_and_changes_nothing_that_was(value):
-    result = finite(value)
+    result = make_finite(value)
     json.dumps(result, allow_nan=False)
     try:
         json.dumps(value, allow_nan=False)

@@ -15,7 +15,7 @@ from fedpeft.state import AdaptedLayer, AdapterState
 from fedpeft.tta.deployed import deploy
 from fedpeft.tta.method import make
 from fedpeft.tta.methods import atp
-from fedpeft.tta.methods.ear import codes, route
+from fedpeft.tta.methods.ear import route_code, sign_codes
 from fedpeft.tta.parts import scores
 from support import tta_parts as parts
 
@@ -147,7 +147,7 @@ def test_ear_at_its_limit_takes_the_nearest():
     for number in range(4):
         method.step(shifted("dark", number))
     assert len(method.memory["branches"]) == 1
-    assert route(torch.ones(2), [torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.5])], 1.0)[0] is None
+    assert route_code(torch.ones(2), [torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.5])], 1.0)[0] is None
 
 
 def test_codes_by_hand():
@@ -157,7 +157,7 @@ def test_codes_by_hand():
         "signs": torch.tensor([[1.0, -1.0], [1.0, 1.0]]),
         "bias": torch.tensor([0.25, -1.0]),
     }
-    assert codes(torch.tensor([[3.0, -2.0], [1.0, 0.0]]), prepared).tolist() == [[-1.0, -1.0], [1.0, -1.0]]
+    assert sign_codes(torch.tensor([[3.0, -2.0], [1.0, 0.0]]), prepared).tolist() == [[-1.0, -1.0], [1.0, -1.0]]
 
 
 # ATP -----------------------------------------------------------------------------------------------------------------

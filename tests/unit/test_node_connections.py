@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from fedpeft.deploy import flower, keys
-from fedpeft.deploy.processes import Child, end
+from fedpeft.deploy.processes import Child, end_children
 from fedpeft.deploy.site import link, node
 from fedpeft.errors import RunError
 from support.fleet import Fault, GrpcStandIn, HttpStandIn, State, replied
@@ -230,7 +230,7 @@ def test_a_worker_that_ends_is_said_to_have_and_its_successor_is_waited_for():
     finally:
         stop.set()
         thread.join()
-        end([child])
+        end_children([child])
 
 
 @pytest.mark.parametrize("packed", ["gzip", "deflate", "br"])

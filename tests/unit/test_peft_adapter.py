@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.adapters import folder, peft_types
-from fedpeft.adapters.peft_types import average_error, fits
-from fedpeft.clients.cohort.engine import cannot
+from fedpeft.adapters.peft_types import average_error, fits_hint
+from fedpeft.clients.cohort.engine import why_not_cohort
 from fedpeft.errors import InputError, RunError
 from fedpeft.run.world import load_world
 from fedpeft.state import RunContext
@@ -93,7 +93,7 @@ def test_targets_are_given_once():
     ],
 )
 def test_values_are_of_the_types_that_peft_declares(value, hint, wanted):
-    assert fits(value, hint) is wanted
+    assert fits_hint(value, hint) is wanted
 
 
 # Who takes it ---------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_plain_lora_through_peft_is_plain_lora_in_a_cohort_too(tiny, tmp_path):
 )
 def test_only_plain_lora_trains_in_a_cohort(name, options, together, tmp_path):
     model = adapted(small.save("bert", tmp_path), name, options)
-    reason = cannot(model, ("peft", "head"))
+    reason = why_not_cohort(model, ("peft", "head"))
     assert (reason is None) == together and (together or "is not a plain LoRA layer" in str(reason))
 
 

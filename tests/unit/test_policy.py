@@ -18,9 +18,9 @@ from fedpeft.clients.store import Store
 from fedpeft.config import ClientConfig, Config, PrivacyConfig, RunConfig, StrategyConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import BudgetExhausted
-from fedpeft.simulations.workers import handle
+from fedpeft.simulations.workers import handle_message
 from fedpeft.strategies.wire import PACKED
 from support import instructed
 from support import small_models as small
@@ -89,7 +89,7 @@ def message(local, kind="train", number=1):
     """What the server gets back for one message."""
     app = client_app(lambda: local, lambda context: "a")
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict({}), run_config={})
-    return handle(app, Message(PACKED.content(local.initial, task(number)), 2, kind), context)[0]
+    return handle_message(app, Message(PACKED.content(local.initial, task(number)), 2, kind), context)[0]
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_the_sites_own_number_of_records_sets_the_rate(site):
 
 def test_max_epsilon_bounds_all_runs_together(site):
     """Two servers, or one that asks again under another name, draw on the same records."""
-    two = composed(((4 / RECORDS, 1.0, 4),), 1e-5, "rdp")
+    two = compose_epsilon(((4 / RECORDS, 1.0, 4),), 1e-5, "rdp")
     text = f"max_epsilon: {two}"
     ask(site(text, run="one"))
     second = site(text, run="two")

@@ -18,7 +18,7 @@ from fedpeft.data.encode import encode
 from fedpeft.errors import InputError
 from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import load_objective
-from fedpeft.objectives.preference import unfold
+from fedpeft.objectives.preference import unfold_pairs
 from support import chat
 
 ASKED = ("user", "What is the capital of Denmark?")
@@ -40,7 +40,7 @@ def read(tmp_path, *rows, cache=None, **data):
 def sides(data, index):
     """Token ids of the chosen and the rejected conversation, and which are of the answer."""
     inputs, _ = data.batch(np.array([index]))
-    rows, answers = unfold(inputs)
+    rows, answers = unfold_pairs(inputs)
     return [
         (ids[mask == 1].tolist(), chosen[mask == 1].tolist())
         for ids, mask, chosen in zip(rows["input_ids"], rows["attention_mask"], answers, strict=True)

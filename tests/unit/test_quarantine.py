@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from fedpeft.packing import pack
+from fedpeft.packing import pack_state
 from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("flower_run")
 def truncated(message: Message) -> RecordDict:
     adapter, task = PACKED.open(message.content)
     reply = PACKED.reply(adapter.select(task.uploads), {"num-examples": 10.0}, task.round)
-    reply["arrays"] = ArrayRecord({"adapter": Array(pack(adapter)[0][:-3])})
+    reply["arrays"] = ArrayRecord({"adapter": Array(pack_state(adapter)[0][:-3])})
     return reply
 
 
-TASK = {"task": '{"round": 1}', "manifest": pack(START)[1]}
+TASK = {"task": '{"round": 1}', "manifest": pack_state(START)[1]}
 
 
 def with_bytes(data: bytes) -> Reply:
@@ -80,8 +80,8 @@ BAD = {
     "task is no mapping": (
         raw(
             metrics=MetricRecord({"num-examples": 10}),
-            arrays=ArrayRecord({"adapter": Array(pack(START)[0])}),
-            config=ConfigRecord({"task": "3", "manifest": pack(START)[1]}),
+            arrays=ArrayRecord({"adapter": Array(pack_state(START)[0])}),
+            config=ConfigRecord({"task": "3", "manifest": pack_state(START)[1]}),
         ),
         "",
     ),

@@ -13,7 +13,7 @@ from fedpeft.clients import requests
 from fedpeft.errors import RunError
 from fedpeft.state import Rules, RunContext, ServerState
 from fedpeft.strategies import wire
-from fedpeft.strategies.base import choose
+from fedpeft.strategies.base import choose_clients
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.wire import PACKED
@@ -149,7 +149,7 @@ def test_only_trained_roles_are_expected_and_changed():
 
 def test_what_clients_are_sent_alike_is_packed_once_and_each_has_records_of_its_own(monkeypatch):
     calls = []
-    monkeypatch.setattr(wire, "pack", lambda state: calls.append(state) or packing.pack(state))
+    monkeypatch.setattr(wire, "pack", lambda state: calls.append(state) or packing.pack_state(state))
     other = replace(START, sites={name: replace(site, scaling=9.0) for name, site in START.sites.items()})
     moved = START.map(lambda value: value + 1)
     sent = {"a": START, "b": START.select(["A", "B", "head"]), "c": other, "d": moved}
@@ -195,11 +195,11 @@ def test_every_client_is_chosen_about_equally_often():
     rules = Rules(rounds=1, clients_per_round=2, seed=3)
     counts = dict.fromkeys(names, 0)
     for number in range(1, 601):
-        for name in choose(names, rules, number):
+        for name in choose_clients(names, rules, number):
             counts[name] += 1
     # 600 draws of 2 of 6: mean 200, sd about 11.5
     assert all(150 < count < 250 for count in counts.values())
-    assert choose(names, Rules(rounds=1), 1) == names  # null asks all
+    assert choose_clients(names, Rules(rounds=1), 1) == names  # null asks all
 
 
 def test_two_nodes_of_one_name_are_refused():

@@ -9,7 +9,7 @@ import torch
 from fedpeft.clients.train import on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.state import AdapterState
-from fedpeft.strategies.client import Visit, halves
+from fedpeft.strategies.client import Visit, client_halves
 from fedpeft.strategies.wrappers.scaffold import CONTROL, Scaffold
 from support import small_models as small
 
@@ -18,7 +18,7 @@ ROLES = ["A", "B", "head"]
 
 
 def half():
-    (found,) = [one for one in halves(Scaffold()) if one.sends]
+    (found,) = [one for one in client_halves(Scaffold()) if one.sends]
     return found
 
 

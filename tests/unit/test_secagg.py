@@ -15,8 +15,8 @@ from fedpeft.errors import RunError
 from fedpeft.state import AdapterState, RoundFailed, Rules, ServerState
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
-from fedpeft.strategies.secagg.stages import NAMES, RECORD, circle
-from fedpeft.strategies.secagg.terms import Terms, exchange, masking
+from fedpeft.strategies.secagg.stages import NAMES, RECORD, neighbour_circle
+from fedpeft.strategies.secagg.terms import Terms, make_exchange, masking
 from fedpeft.strategies.wire import PACKED
 from support.masked import SIZE, START, Watched, changes, config, exchanged, play, updates
 
@@ -94,12 +94,12 @@ def test_two_clients_agree_on_keys_that_depend_on_the_purpose():
 @given(st.integers(3, 12), st.integers(1, 6))
 def test_the_graph_is_mutual_and_regular(clients, half):
     names = [f"c{index}" for index in range(clients)]
-    graph = circle(names, 2 * half)
+    graph = neighbour_circle(names, 2 * half)
     assert set(graph) == set(names)
     for name, others in graph.items():
         assert name not in others and len(set(others)) == len(others) == min(2 * half, clients - 1)
         assert all(name in graph[other] for other in others)
-    assert any(circle(names, 2) != circle(names, 2) for _ in range(40)) or clients == 3
+    assert any(neighbour_circle(names, 2) != neighbour_circle(names, 2) for _ in range(40)) or clients == 3
 
 
 # A round -------------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_controls_are_changes_already():
     strategy.instructions = lambda server: Instructions(1, ("A", "B"), ("A", "B"))
     grid = Watched(own, after)
     server, sent, contents = strategy.plan(ServerState(START), grid.roster, Rules(rounds=1), PACKED)
-    (update,), _, _ = exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))
+    (update,), _, _ = make_exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))
     wanted = control["control:q/B"].double() + 0.1
     torch.testing.assert_close(update.adapter.extra["control:q/B"], wanted, atol=1e-6, rtol=0)
 
@@ -299,6 +299,6 @@ def test_clients_that_are_sent_different_values_have_no_common_start():
     grid = Watched(own, updates(5))
     server, sent, contents = strategy.plan(ServerState(START), grid.roster, Rules(rounds=1), PACKED)
     with pytest.raises(RunError, match="client-003 is sent other values than client-000"):
-        exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))
+        make_exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))
     with pytest.raises(RunError, match="planned for 4 clients a round, not 5"):
-        exchange(config(4))(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))
+        make_exchange(config(4))(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=1))

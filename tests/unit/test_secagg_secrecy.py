@@ -12,7 +12,7 @@ from fedpeft.clients.app import client_app
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.state import ServerState
-from fedpeft.strategies.asking import ask
+from fedpeft.strategies.asking import ask_nodes
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import KINDS, RECORD
 from fedpeft.strategies.secagg.terms import Terms, check, describe, masking
@@ -149,7 +149,7 @@ def told(grid: Watched, stage: int, client: str = "client-000", number: int = 1,
     if stage == 2:
         told = FedIT().instructions(ServerState(START, round=number - 1))
         content = RecordDict({**PACKED.content(START, told), **content})
-    (reply,) = ask(grid, KINDS[stage], {grid.roster[client]: content}, None, lambda _, reply: reply).values()
+    (reply,) = ask_nodes(grid, KINDS[stage], {grid.roster[client]: content}, None, lambda _, reply: reply).values()
     return reply.error.reason if reply.has_error() else reply.content[RECORD]
 
 
@@ -207,7 +207,7 @@ def test_keys_that_a_client_does_not_take():
 def test_a_client_that_masks_sends_nothing_in_the_clear_and_the_other_way_round():
     grid = Watched(config(), updates(5))
     content = PACKED.content(START, FedIT().instructions(ServerState(START)))
-    (reply,) = ask(grid, "train", {grid.roster["client-000"]: content}, None, lambda _, reply: reply).values()
+    (reply,) = ask_nodes(grid, "train", {grid.roster["client-000"]: content}, None, lambda _, reply: reply).values()
     assert reply.has_error() and "sends no update in the clear" in reply.error.reason
     assert "secagg.enabled=false" in told(Watched(Config(), updates(5)), 0)
     assert callable(client_app(lambda: None, lambda context: "a"))  # and is made without a look at the config

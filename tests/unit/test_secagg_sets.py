@@ -11,7 +11,7 @@ from fedpeft.errors import InputError, RunError
 from fedpeft.state import DROPPED, RoundDropped, RoundFailed, Rules, ServerState
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import RECORD
-from fedpeft.strategies.secagg.terms import Terms, check, exchange
+from fedpeft.strategies.secagg.terms import Terms, check, make_exchange
 from fedpeft.strategies.wire import PACKED
 from support.masked import START, Watched, changes, config, play, updates
 
@@ -23,7 +23,7 @@ def asked(grid: Watched, own, clients, number=1, start=START):
     """One round over these clients only."""
     strategy, roster = FedIT(), {client: grid.roster[client] for client in clients}
     server, sent, contents = strategy.plan(ServerState(start, round=number - 1), roster, Rules(rounds=number), PACKED)
-    return exchange(own)(grid, roster, strategy, server, sent, contents, Rules(rounds=number))
+    return make_exchange(own)(grid, roster, strategy, server, sent, contents, Rules(rounds=number))
 
 
 @pytest.mark.parametrize("second", [ALL[:4], ALL[1:], ALL[:3]])
@@ -106,7 +106,7 @@ def test_fewer_than_min_clients_are_not_summed():
 def test_a_client_keeps_to_its_own_min_clients_whatever_the_server_asks():
     own, after = config(min_clients=5), updates(5)
     grid = Watched(own, after, dies={"client-001": 2})
-    lax = exchange(config())
+    lax = make_exchange(config())
     strategy = FedIT()
     server, sent, contents = strategy.plan(ServerState(START), grid.roster, Rules(rounds=1), PACKED)
     with pytest.raises(RoundDropped, match=r"4 of this client and its neighbours have uploaded; secagg.min_cl"):
@@ -158,7 +158,7 @@ class Noisy(Watched):
 def rounds(grid, own, count):
     events, states = [], []
     strategy = FedIT()
-    rules = Rules(rounds=count, secagg=exchange(own))
+    rules = Rules(rounds=count, secagg=make_exchange(own))
     return (
         events,
         states,

@@ -20,7 +20,7 @@ from fedpeft.errors import InputError
 from fedpeft.models import loading
 from fedpeft.models.embedded import byte_tokenizer
 from fedpeft.objectives.base import IGNORE, load_objective
-from fedpeft.objectives.seq2seq import split
+from fedpeft.objectives.seq2seq import split_inputs
 from support import small_models as small
 from support.per_sample import as_double, compare
 
@@ -179,7 +179,7 @@ def test_a_record_beside_others_has_the_loss_that_it_has_alone(tmp_path):
 
 def test_a_half_without_a_token_is_read_as_padding():
     inputs = {"input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]]), "part": torch.tensor([[1, 1, 0], [2, 2, 2]])}
-    made = split({**inputs, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, start=4, filler=3)
+    made = split_inputs({**inputs, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, start=4, filler=3)
     assert {name: value.tolist() for name, value in made.items()} == {
         "input_ids": [[3, 3, 3], [7, 8, 9]],
         "attention_mask": [[1, 0, 0], [1, 1, 1]],

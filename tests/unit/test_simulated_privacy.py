@@ -11,9 +11,9 @@ import pytest
 
 from fedpeft import config as configs
 from fedpeft.clients.guard import Guard
-from fedpeft.privacy.accounting import composed
+from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import Budget, Entry
-from fedpeft.run.guarantee import outside, section, spent
+from fedpeft.run.guarantee import epsilon_spent, list_outside, section
 from fedpeft.strategies.build import build
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 from support.allowed import opened
@@ -59,7 +59,7 @@ TWO = {"client-000": [(0.1, 2.0, 2)], "client-001": [(0.1, 1.0, 2), (0.1, 1.0, 2
 
 
 def told(folder: Path, settings: dict[str, Any]) -> list[str]:
-    return outside(here(folder, settings, {"client-000": [], "client-001": []}))
+    return list_outside(here(folder, settings, {"client-000": [], "client-001": []}))
 
 
 def test_every_simulation_shows_who_took_part_and_nothing_else_has_to(tmp_path):
@@ -123,7 +123,7 @@ def test_no_regression_is_fitted_to_texts_that_are_to_be_continued(tmp_path):
 
 
 def test_a_run_without_privacy_claims_nothing(tmp_path):
-    assert section(here(tmp_path, NONE, {})) is None and spent(here(tmp_path, NONE, {})) == {}
+    assert section(here(tmp_path, NONE, {})) is None and epsilon_spent(here(tmp_path, NONE, {})) == {}
 
 
 def test_the_section_of_sample_level_privacy(tmp_path):
@@ -135,8 +135,8 @@ def test_the_section_of_sample_level_privacy(tmp_path):
         for client, row in found["clients"].items()
     }
     assert spent_by == {
-        "client-000": (composed(((0.1, 2.0, 2),), DELTA, "rdp"), 2, 1, 2.0),
-        "client-001": (composed(((0.1, 1.0, 4),), DELTA, "rdp"), 4, 2, 1.0),
+        "client-000": (compose_epsilon(((0.1, 2.0, 2),), DELTA, "rdp"), 2, 1, 2.0),
+        "client-001": (compose_epsilon(((0.1, 1.0, 4),), DELTA, "rdp"), 4, 2, 1.0),
     }
     assert {key: found[key] for key in ("unit", "delta", "accountant", "clip", "relation")} == {
         "unit": "sample",
@@ -147,7 +147,7 @@ def test_the_section_of_sample_level_privacy(tmp_path):
     }
     assert "(epsilon, 1e-05)-private for neighbours that add or remove one record" in found["claim"]
     assert "the server included" in found["claim"] and "theirs add up" in found["claim"]
-    assert found["outside"] == outside(world)
+    assert found["outside"] == list_outside(world)
 
 
 @pytest.mark.parametrize(("randomness", "words"), [("os", "operating system"), ("seeded", "not private")])
@@ -163,7 +163,7 @@ def test_the_section_of_client_level_privacy(tmp_path):
     world = here(tmp_path, CLIENT, {})
     assert isinstance(world.strategy, ClientDP)
     found = section(world)
-    epsilon = composed(((1.0, 1.0, 3),), DELTA, "rdp")
+    epsilon = compose_epsilon(((1.0, 1.0, 3),), DELTA, "rdp")
     assert found["claim"].startswith(f"client-level differential privacy: epsilon={epsilon:.4g} at delta=1e-05")
     assert found["unit"] == "client" and found["clients"] == {} and "relation" not in found
     assert "the server is trusted" in found["claim"] and "server included" not in found["claim"]
@@ -173,15 +173,17 @@ def test_the_section_of_client_level_privacy(tmp_path):
 
 
 def test_what_was_spent_is_that_of_the_client_that_spent_most(tmp_path):
-    assert spent(here(tmp_path, SAMPLE, TWO)) == {"epsilon_max": composed(((0.1, 1.0, 4),), DELTA, "rdp")}
+    assert epsilon_spent(here(tmp_path, SAMPLE, TWO)) == {
+        "epsilon_max": compose_epsilon(((0.1, 1.0, 4),), DELTA, "rdp")
+    }
 
 
 def test_nothing_released_is_nothing_spent(tmp_path):
-    assert spent(here(tmp_path, SAMPLE, {"client-000": []})) == {"epsilon_max": 0.0}
+    assert epsilon_spent(here(tmp_path, SAMPLE, {"client-000": []})) == {"epsilon_max": 0.0}
 
 
 def test_client_level_privacy_is_accounted_by_the_strategy(tmp_path):
-    assert spent(here(tmp_path, CLIENT, TWO)) == {}
+    assert epsilon_spent(here(tmp_path, CLIENT, TWO)) == {}
 
 
 def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):
@@ -191,7 +193,7 @@ def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):
     by_round = [event["epsilon_max"] for event in events if event["event"] == "round"]
     clients = summary["privacy"]["clients"].values()
     rate = max(row["sample_rate"] for row in clients)
-    assert by_round == pytest.approx([composed(((rate, 1.0, steps),), DELTA, "rdp") for steps in (2, 4)])
+    assert by_round == pytest.approx([compose_epsilon(((rate, 1.0, steps),), DELTA, "rdp") for steps in (2, 4)])
     assert summary["epsilon_max"] == by_round[1] == max(row["epsilon"] for row in clients)
     assert set(summary["baselines"]) == {"largest_class", "largest_class_name"}
     assert not any("regression" in line for line in summary["privacy"]["outside"])

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from fedpeft.errors import RunError
-from fedpeft.packing import pack, unpack
+from fedpeft.packing import pack_state, unpack_state
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch, from_dict, to_dict
 from fedpeft.strategies.wire import Named, named_site
 
@@ -40,8 +40,8 @@ def assert_same_bits(left: AdapterState, right: AdapterState) -> None:
 )
 def test_one_dtype_round_trips_bit_for_bit(dtype):
     state = lora(dtype)
-    array, manifest = pack(state)
-    back = unpack(array, manifest)
+    array, manifest = pack_state(state)
+    back = unpack_state(array, manifest)
     assert_same_bits(state, back)
     assert back.sites == state.sites
 
@@ -50,13 +50,13 @@ def test_special_values_keep_their_bits():
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         state = AdapterState({"x/A": values.to(dtype)})
-        assert_same_bits(state, unpack(*pack(state)))
+        assert_same_bits(state, unpack_state(*pack_state(state)))
 
 
 def test_one_dtype_is_one_array_of_that_dtype():
-    assert pack(lora(torch.float32))[0].dtype == "float32"
-    assert pack(lora(torch.bfloat16))[0].dtype == "int16"  # numpy has no bfloat16
-    assert pack(lora())[0].shape == (lora().parameters,)
+    assert pack_state(lora(torch.float32))[0].dtype == "float32"
+    assert pack_state(lora(torch.bfloat16))[0].dtype == "int16"  # numpy has no bfloat16
+    assert pack_state(lora())[0].shape == (lora().parameters,)
 
 
 def test_mixed_dtypes_scalars_and_empty_tensors_round_trip():
@@ -70,38 +70,38 @@ def test_mixed_dtypes_scalars_and_empty_tensors_round_trip():
             "f/column": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
         }
     )
-    assert_same_bits(state, unpack(*pack(state)))
+    assert_same_bits(state, unpack_state(*pack_state(state)))
 
 
 def test_scalars_and_empty_tensors_of_one_dtype_round_trip():
     state = AdapterState({"a/x": torch.tensor(2.5), "b/y": torch.empty(3, 0), "c/z": torch.ones(1)})
-    assert_same_bits(state, unpack(*pack(state)))
+    assert_same_bits(state, unpack_state(*pack_state(state)))
     nothing = AdapterState({}, {"layer": AdaptedLayer("lora", (3, 5), 2.0)})
-    assert unpack(*pack(nothing)) == nothing
+    assert unpack_state(*pack_state(nothing)) == nothing
 
 
 def test_unpacked_tensors_do_not_share_memory_with_the_message():
-    array, manifest = pack(lora())
-    back = unpack(array, manifest)
+    array, manifest = pack_state(lora())
+    back = unpack_state(array, manifest)
     back["layer/A"].zero_()
-    assert torch.equal(unpack(array, manifest)["layer/A"], lora()["layer/A"])
+    assert torch.equal(unpack_state(array, manifest)["layer/A"], lora()["layer/A"])
 
 
 def test_a_read_only_array_is_accepted():
-    array, manifest = pack(lora())
+    array, manifest = pack_state(lora())
     array.flags.writeable = False
-    assert_same_bits(lora(), unpack(array, manifest))
+    assert_same_bits(lora(), unpack_state(array, manifest))
 
 
 @pytest.mark.parametrize("change", [lambda array: array[:-1], lambda array: array[:0], lambda array: array.repeat(2)])
 def test_an_array_of_another_size_is_refused(change):
-    array, manifest = pack(lora())
+    array, manifest = pack_state(lora())
     with pytest.raises(StateMismatch, match=r"array has \d+ bytes, its manifest describes \d+"):
-        unpack(change(array), manifest)
+        unpack_state(change(array), manifest)
 
 
 def with_entry(entry: list) -> str:
-    manifest = json.loads(pack(lora())[1])
+    manifest = json.loads(pack_state(lora())[1])
     manifest["tensors"][0] = entry
     return json.dumps(manifest)
 
@@ -127,7 +127,7 @@ def with_entry(entry: list) -> str:
 )
 def test_a_malformed_manifest_is_refused(manifest):
     with pytest.raises(StateMismatch, match="manifest"):
-        unpack(pack(lora())[0], manifest)
+        unpack_state(pack_state(lora())[0], manifest)
 
 
 def test_form_names_missing_and_extra_tensors():
@@ -163,8 +163,8 @@ def test_roles():
 def test_what_travels_beside_is_packed_hashed_and_checked_but_is_no_adapter():
     plain, extra = lora(), {"control:layer/A": torch.full((2, 5), 7.0), "mean": torch.ones(3, dtype=torch.float64)}
     state = plain.beside(extra)
-    array, manifest = pack(state)
-    back = unpack(array, manifest)
+    array, manifest = pack_state(state)
+    back = unpack_state(array, manifest)
     assert back.sha256() == state.sha256() != plain.sha256() and list(back.extra) == ["control:layer/A", "mean"]
     assert back.extra["mean"].dtype == torch.float64 and back.tensors.keys() == plain.tensors.keys()
     assert state.distance(plain) == 0.0 and state.parameters == plain.parameters

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fedpeft import registry
-from fedpeft.adapters.flat import flat
+from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.config import default_of, options_of
 from fedpeft.errors import InputError
 from fedpeft.state import AdaptedLayer, AdapterState, Needs, ServerState
 from fedpeft.strategies import offline
 from fedpeft.strategies.base import FederatedStrategy
-from fedpeft.strategies.build import named
+from fedpeft.strategies.build import make_named
 from fedpeft.strategies.instructions import Drawn
 from support.handmade import (
     ADAPTERS,
@@ -41,7 +41,7 @@ def test_registered_classes_declare_what_they_are(name: str) -> None:
     cls = registry.load("strategies", name)
     assert cls.paper and isinstance(cls.needs, Needs) and cls.__doc__
     assert cls.wraps == (name in WRAPPERS)
-    strategy = named(name, {}, "strategy")
+    strategy = make_named(name, {}, "strategy")
     for option, item in options_of(cls).items():
         assert getattr(strategy.config, item.name) == default_of(item), option
         assert item.metadata["help"]
@@ -274,9 +274,9 @@ def test_fed_sb_averages_the_core() -> None:
     assert strategy.uploads(server) == ("R", "head") and "q/B" not in strategy.broadcast(server, "c0")
     assert strategy.instructions(server).static.roles == ("A", "B")
     trained = [start.replace({"q/R": core}) for core in cores]
-    after = flat(strategy.aggregate(server, uploaded(strategy, server, trained, WEIGHTS)).adapter)
+    after = flatten_adapter(strategy.aggregate(server, uploaded(strategy, server, trained, WEIGHTS)).adapter)
     assert after.sites["q"].kind == "lora" and close(
-        change(after), exact_mean([flat(adapter) for adapter in trained], WEIGHTS)
+        change(after), exact_mean([flatten_adapter(adapter) for adapter in trained], WEIGHTS)
     )
     merged, notes = offline.aggregate(strategy, trained, WEIGHTS)
     assert close(change(merged), change(after)) and not notes

@@ -18,7 +18,7 @@ from fedpeft.continual.learner import Learner
 from fedpeft.continual.model import Plastic
 from fedpeft.continual.streams import cache, glyphs, wordnet
 from fedpeft.continual.streams.base import Prepared, StreamSource
-from fedpeft.continual.streams.glyph1d_blurry import scattered
+from fedpeft.continual.streams.glyph1d_blurry import scatter_labels
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
@@ -115,11 +115,11 @@ def test_blur_scatters_exactly_its_share(built):
     labels = np.repeat(np.arange(8), 20)
     groups = [[0, 5], [1, 2], [3, 4], [6, 7]]
     own = np.array([next(n for n, group in enumerate(groups) if label in group) for label in labels])
-    home, order = scattered(labels, groups, 0.3, seed=0)
+    home, order = scatter_labels(labels, groups, 0.3, seed=0)
     assert [int((home != own)[labels == label].sum()) for label in range(8)] == [6] * 8
     assert sorted(order.tolist()) == list(range(160)) and (np.diff(home[order]) >= 0).all()
     assert len(set(home[home != own].tolist())) == 4
-    sharp, _ = scattered(labels, groups, 0.0, seed=0)
+    sharp, _ = scatter_labels(labels, groups, 0.0, seed=0)
     assert (sharp == own).all()
     manifest = built["glyph1d_blurry"].stream.manifest
     own = {label: number for number, group in enumerate(manifest["groups"]) for label in group}
@@ -149,10 +149,10 @@ def test_a_body_that_needs_boundaries_is_refused_a_stream_without(built):
 
 @pytest.mark.parametrize("name", ["digits5", "glyph1d_domain", "glyph1d_blurry"])
 def test_saved_manifest_gives_the_same_stream(built, name, tmp_path):
-    from fedpeft.continual.stream import save
+    from fedpeft.continual.stream import save_stream
 
     made = source(name).build(5, validation=True).stream
-    save(made, tmp_path / "stream.json")
+    save_stream(made, tmp_path / "stream.json")
     again = source(name).load(tmp_path / "stream.json").stream
     assert again.manifest == made.manifest
     for first, second in zip(made.tasks, again.tasks, strict=True):

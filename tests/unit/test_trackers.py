@@ -242,7 +242,7 @@ def test_a_tracker_learns_that_a_run_failed(tmp_path):
     config = configs.load({}, {"run.trackers": ["mlflow", "wandb"]})
     ends = []
     for number, error in enumerate((RuntimeError, KeyboardInterrupt, None)):
-        with contextlib.suppress(RuntimeError, KeyboardInterrupt), base.tracking(config, tmp_path, number) as trackers:
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt), base.track_run(config, tmp_path, number) as trackers:
             trackers.tell({"event": "round", "round": number, "loss": 1.0})
             if error:
                 raise error

@@ -14,7 +14,7 @@ from fedpeft import seeds
 from fedpeft.clients import train as training
 from fedpeft.clients.cohort.chunk import Job
 from fedpeft.clients.cohort.engine import train_cohort
-from fedpeft.clients.train import batches, evaluate, on_device, per_sample_loss, train
+from fedpeft.clients.train import evaluate, index_batches, on_device, per_sample_loss, train
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import RunError
@@ -57,7 +57,7 @@ def model(bert):
 @given(count=st.integers(1, 40), size=st.integers(1, 50), epochs=st.integers(1, 4), seed=st.integers(0, 9))
 def test_every_epoch_sees_every_record_once(count, size, epochs, seed):
     config = ClientConfig(local_epochs=epochs, batch_size=size)
-    made = list(batches(count, config, np.random.default_rng(seed)))
+    made = list(index_batches(count, config, np.random.default_rng(seed)))
     everything = np.concatenate(made)
     assert len(everything) == epochs * count
     for epoch in range(epochs):
@@ -70,7 +70,7 @@ def test_every_epoch_sees_every_record_once(count, size, epochs, seed):
 @given(count=st.integers(1, 40), size=st.integers(1, 50), steps=st.integers(1, 30))
 def test_local_steps_are_exact(count, size, steps):
     config = ClientConfig(local_steps=steps, local_epochs=None, batch_size=size)
-    made = list(batches(count, config, np.random.default_rng(0)))
+    made = list(index_batches(count, config, np.random.default_rng(0)))
     assert len(made) == steps
     everything = np.concatenate(made)
     for start in range(0, len(everything), count):  # passes, the last one cut short
@@ -80,7 +80,7 @@ def test_local_steps_are_exact(count, size, steps):
 
 def test_batches_are_shuffled_anew_each_epoch():
     config = ClientConfig(local_epochs=3, batch_size=20)
-    epochs = [tuple(batch) for batch in batches(20, config, np.random.default_rng(0))]
+    epochs = [tuple(batch) for batch in index_batches(20, config, np.random.default_rng(0))]
     assert len(set(epochs)) == 3 and tuple(range(20)) not in epochs
 
 
@@ -95,7 +95,7 @@ def slow_loop(model, data, start, config, seed, roles=ROLES, mu=0.0, control=Non
     square = {key: torch.zeros_like(value) for key, value in theta.items()}
     losses = []
     rng = seeds.numpy_generator(seed, "batches")
-    for step, index in enumerate(batches(len(data), config, rng), start=1):
+    for step, index in enumerate(index_batches(len(data), config, rng), start=1):
         gradient = {key: torch.zeros_like(value) for key, value in theta.items()}
         for record in index:
             model.write(start.replace({key: value.float() for key, value in theta.items()}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedpeft.data import drift
-from fedpeft.data.corruptions import CORRUPTIONS, corrupt
+from fedpeft.data.corruptions import CORRUPTIONS, corrupt_image
 from fedpeft.data.drift import StreamSpec, TestStream
 from fedpeft.errors import InputError
 from fedpeft.tta import play
@@ -120,14 +120,14 @@ def test_severity_moves_an_image_further(name):
     distance = [
         np.mean(
             [
-                np.abs(corrupt(image, name, level, np.random.default_rng(row)) - image).mean()
+                np.abs(corrupt_image(image, name, level, np.random.default_rng(row)) - image).mean()
                 for row, image in enumerate(images)
             ]
         )
         for level in range(1, 6)
     ]
     assert distance[0] > 0 and all(after > before for before, after in pairwise(distance))
-    bad = corrupt(images[0], name, 5, np.random.default_rng(0))
+    bad = corrupt_image(images[0], name, 5, np.random.default_rng(0))
     assert bad.min() >= 0 and bad.max() <= 1 and bad.shape == (8, 8)
 
 

@@ -141,7 +141,7 @@ def test_cotta_restored_wholly_keeps_the_student_but_not_the_teacher():
 def test_cotta_restores_the_share_it_should():
     student, anchor = {"w": torch.ones(200, 100)}, {"w": torch.zeros(200, 100)}
     for p in (0.0, 0.1, 0.7):
-        new = teacher.stochastic(student, anchor, p, torch.Generator().manual_seed(0), True)
+        new = teacher.restore_at_random(student, anchor, p, torch.Generator().manual_seed(0), True)
         share = float((new["w"] == 0).float().mean())
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 20000) + 1e-9
 
@@ -150,10 +150,10 @@ def test_lora_is_restored_by_whole_components():
     names = ("q.lora_A.default.weight", "q.lora_B.default.weight")
     student = {names[0]: torch.ones(8, 5), names[1]: torch.ones(6, 8)}
     anchor = {name: torch.zeros_like(value) for name, value in student.items()}
-    new = teacher.stochastic(student, anchor, 0.5, torch.Generator().manual_seed(1), True)
+    new = teacher.restore_at_random(student, anchor, 0.5, torch.Generator().manual_seed(1), True)
     assert torch.equal(new[names[0]][:, 0], new[names[1]][0]) and 0 < float(new[names[0]][:, 0].sum()) < 8
     assert torch.equal(new[names[0]], new[names[0]][:, :1].expand(8, 5))
-    apart = teacher.stochastic(student, anchor, 0.5, torch.Generator().manual_seed(1), False)
+    apart = teacher.restore_at_random(student, anchor, 0.5, torch.Generator().manual_seed(1), False)
     assert not torch.equal(apart[names[0]], apart[names[0]][:, :1].expand(8, 5))
 
 

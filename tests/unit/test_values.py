@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft.cli import main
 from fedpeft.config import build, from_yaml, load, read_yaml, to_yaml, values
-from fedpeft.config.values import Plain, typed
+from fedpeft.config.values import Plain, to_annotation
 from fedpeft.deploy.settings import SiteSettings
 from fedpeft.errors import InputError
 
@@ -51,7 +51,7 @@ def test_class_names_stay_as_typed_on_the_command_line_in_a_file_and_after_a_rou
 def test_a_text_is_what_stands_there_and_null_only_where_the_field_can_be_none(text, value):
     assert load({}, [f"data.label={text}"]).data.label == value
     if value is None:
-        assert typed(Plain(text), "str", "x") == text
+        assert to_annotation(Plain(text), "str", "x") == text
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_text_is_what_stands_there_and_null_only_where_the_field_can_be_none(t
     ],
 )
 def test_numbers_and_truth_values_are_read_where_the_field_has_them(kind, text, value):
-    found = typed(Plain(text), kind, "x")
+    found = to_annotation(Plain(text), kind, "x")
     assert found == value and type(found) is type(value)
 
 
@@ -106,7 +106,7 @@ def test_numbers_and_truth_values_are_read_where_the_field_has_them(kind, text, 
 )
 def test_what_a_field_cannot_have_is_refused_with_key_and_value(kind, text):
     with pytest.raises(InputError) as error:
-        typed(Plain(text), kind, "some.key")
+        to_annotation(Plain(text), kind, "some.key")
     assert "some.key" in str(error.value) and text in str(error.value)
 
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedpeft.clients import sequence
-from fedpeft.clients.cohort.passes import assemble, cut, token_counts
-from fedpeft.clients.train import taught
+from fedpeft.clients.cohort.passes import assemble_batch, cut_passes, token_counts
+from fedpeft.clients.train import find_taught
 from fedpeft.config import ClientConfig
 from fedpeft.continual import stream
 from fedpeft.data.encode import Encoded
@@ -52,7 +52,7 @@ def shared(data):
     config = ClientConfig(batch_size=4, local_steps=2, local_epochs=None)
     for mine in order:
         share, held = data.view(mine[2:]), data.view(mine[:2])
-        part = taught(sequence.records_of_task(share, TASK, "client"), None)
+        part = find_taught(sequence.records_of_task(share, TASK, "client"), None)
         yield share, held, part, sequence.mix_replay(share, TASK, config, seed=1)
 
 
@@ -85,7 +85,9 @@ def test_sharing_among_a_thousand_clients_costs_lists_of_numbers():
 
 def test_a_stream_of_tasks_is_views_of_its_records():
     train, test = pictures(40), pictures(20)
-    plan = stream.plan("toy", "class", train.labels.numpy(), test.labels.numpy(), stream.groups(CLASSES, 2, 0), 0)
+    plan = stream.plan(
+        "toy", "class", train.labels.numpy(), test.labels.numpy(), stream.group_classes(CLASSES, 2, 0), 0
+    )
     made = stream.build(plan, train, test)
     assert [task.train.stored for task in made.tasks] == [train.stored] * 2
     assert [task.test.stored for task in made.tasks] == [test.stored] * 2
@@ -136,8 +138,8 @@ def test_a_cohort_of_views_gets_the_rows_of_the_storage():
     shares = [data.view(np.array([9, 1, 4])), data.view(np.array([0, 3]))]
     model = SimpleNamespace(base=SimpleNamespace(backbone=SimpleNamespace(config=SimpleNamespace(pad_token_id=0))))
     lengths = [token_counts(model, share) for share in shares]
-    [piece] = cut(lengths, [np.array([2, 0]), np.array([1])], 1000)
-    inputs, labels = assemble(model, shares, piece)
+    [piece] = cut_passes(lengths, [np.array([2, 0]), np.array([1])], 1000)
+    inputs, labels = assemble_batch(model, shares, piece)
     rows = np.array([4, 9, 3])
     assert labels.tolist() == data.labels[rows].tolist()
     width = int(data.lengths[rows].max())

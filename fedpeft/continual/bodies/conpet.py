@@ -44,7 +44,7 @@ from torch.nn import functional as F
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual.body import Body, Classifier, leaf, only
+from fedpeft.continual.body import Body, Classifier, make_leaf, only_classes
 from fedpeft.continual.model import Change, Inputs, low_rank
 from fedpeft.continual.parts import lora, replay
 from fedpeft.data.encode import Encoded
@@ -88,7 +88,7 @@ class ConPET(Body):
                 fresh[name][: len(value)] = value
             else:
                 fresh[name] = value
-        self.parameters = {f"selector/{name}": leaf(value) for name, value in fresh.items()}
+        self.parameters = {f"selector/{name}": make_leaf(value) for name, value in fresh.items()}
 
     def after_step(self, step: int) -> None:
         if self.index and step + 1 == self.steps() // 2:
@@ -111,7 +111,7 @@ class ConPET(Body):
 
     def _begin_expert(self) -> None:
         fresh = self._fresh(rows=len(self.current().classes), purpose=f"expert-{self.index}")
-        self.parameters = {f"expert/{self.index}/{name}": leaf(value) for name, value in fresh.items()}
+        self.parameters = {f"expert/{self.index}/{name}": make_leaf(value) for name, value in fresh.items()}
         if self.index:
             self._fill_cache()
 
@@ -121,7 +121,7 @@ class ConPET(Body):
         fresh = {"weight": 1e-3 * weight, "bias": torch.zeros(rows)}
         for layer in self.model.layers:
             m, n = self.model.base.shape(layer)
-            fresh[f"{layer}/A"] = lora.drawn(n, self.config.r, self.generator("A", purpose, layer))
+            fresh[f"{layer}/A"] = lora.draw_A(n, self.config.r, self.generator("A", purpose, layer))
             fresh[f"{layer}/B"] = torch.zeros(m, self.config.r)
         return fresh
 
@@ -149,7 +149,7 @@ class ConPET(Body):
             return super().batch(step)
         stores = self._replay_stores()
         rng = seeds.numpy_generator(self.seed, "replay", self.index, step)
-        self.drawn = replay.draw(rng, [len(store) for store in stores], self.train.batch_size)
+        self.drawn = replay.draw_replay(rng, [len(store) for store in stores], self.train.batch_size)
         return replay.gather(stores, self.drawn)
 
     def penalty(self, inputs: Inputs, labels: Tensor, features: Tensor, classifier: Classifier) -> Tensor:
@@ -163,7 +163,7 @@ class ConPET(Body):
         with torch.no_grad():
             choice = self._select_experts(inputs, tasks if self.config.teacher_forcing else None)
         scores = union([*cached, newest], self._classes_of_tasks(), choice, classifier.weight.shape[0])
-        return F.cross_entropy(only(scores, self.seen) / self.train.temperature, labels)
+        return F.cross_entropy(only_classes(scores, self.seen) / self.train.temperature, labels)
 
     def _select_experts(self, inputs: Inputs, forced: Tensor | None = None) -> Tensor:
         """Which experts are asked, bool [N, experts]."""

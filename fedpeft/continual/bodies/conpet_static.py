@@ -63,7 +63,7 @@ class ConPETStatic(Body):
             return super().batch(step)
         stores = replay.stores(self.memory["raw"], self.index, self.records())
         rng = seeds.numpy_generator(self.seed, "replay", self.index, step)
-        return replay.gather(stores, replay.draw(rng, [len(store) for store in stores], self.train.batch_size))
+        return replay.gather(stores, replay.draw_replay(rng, [len(store) for store in stores], self.train.batch_size))
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         self.memory["raw"][str(self.index)] = replay.keep(self.records())

@@ -39,9 +39,16 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import FEDERATION, LEARNER, option
-from fedpeft.continual.body import Body, leaf
-from fedpeft.continual.model import Change, dense
-from fedpeft.continual.parts.subspace import extend, leading, left_singular, project, root, sketch
+from fedpeft.continual.body import Body, make_leaf
+from fedpeft.continual.model import Change, add_dense
+from fedpeft.continual.parts.subspace import (
+    extend_within,
+    leading_directions,
+    left_singular,
+    project_out,
+    root_of_gram,
+    sketch,
+)
 from fedpeft.data.encode import Encoded
 
 log = logging.getLogger("fedpeft")
@@ -104,7 +111,7 @@ class CoSO(Body):
     def begin_task(self) -> None:
         adapters = self.memory["adapters"]
         for layer in self.model.layers:
-            W = self.parameters.setdefault(f"{layer}/W", leaf(torch.zeros(*self.model.base.shape(layer))))
+            W = self.parameters.setdefault(f"{layer}/W", make_leaf(torch.zeros(*self.model.base.shape(layer))))
             rows, columns = self._turn_side(W).shape
             self.memory["bases"].setdefault(f"{layer}/M", W.new_zeros(rows, 0))
             self.memory["statistics"][f"{layer}/S"] = W.new_zeros(rows, self.config.r2)
@@ -116,7 +123,7 @@ class CoSO(Body):
         self.memory["numbers"]["t"] = 0
 
     def change(self) -> Change:
-        return {layer: dense(self.parameters[f"{layer}/W"]) for layer in self.model.layers}
+        return {layer: add_dense(self.parameters[f"{layer}/W"]) for layer in self.model.layers}
 
     def restart_optimizer(self) -> None:
         """Adam's moments are in `memory`; `begin_task` sets them to zero."""
@@ -132,13 +139,13 @@ class CoSO(Body):
         W, M = self.parameters[f"{layer}/W"], self.memory["bases"][f"{layer}/M"]
         assert W.grad is not None
         # Before anything is made of it: neither directions nor sketch may see protected ones.
-        G = project(self._turn_side(W.grad), M)
+        G = project_out(self._turn_side(W.grad), M)
         refresh, feed = t % config.refresh == 0, t % (config.sketch_every or config.refresh) == 0
         if refresh or feed:
             draw = self.generator("svd", layer, self.index, t)
             U, sigma = left_singular(G, max(config.r1, config.r2), config.svd, draw)
         if refresh:
-            self._turn_directions(layer, project(U[:, : config.r1], M).to(W.dtype))
+            self._turn_directions(layer, project_out(U[:, : config.r1], M).to(W.dtype))
         if feed:
             key = f"{layer}/S"
             S, Q = self.memory["statistics"][key] * config.decay, U[:, : config.r2] * sigma[: config.r2]
@@ -168,8 +175,8 @@ class CoSO(Body):
     def end_task(self, statistics: dict[str, Tensor]) -> None:
         for layer in self.model.layers:
             key = f"{layer}/M"
-            U = leading(root(statistics[f"{layer}/C"], self.config.r2), self.config.eps_th)
-            self.memory["bases"][key] = extend(self.memory["bases"][key], U, self.config.cap)
+            U = leading_directions(root_of_gram(statistics[f"{layer}/C"], self.config.r2), self.config.eps_th)
+            self.memory["bases"][key] = extend_within(self.memory["bases"][key], U, self.config.cap)
             self._keep_change(layer)
         for layer, share in self.saturation().items():
             if share > FULL:

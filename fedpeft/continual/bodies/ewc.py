@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual.body import Classifier, only
+from fedpeft.continual.body import Classifier, only_classes
 from fedpeft.continual.model import Inputs
 from fedpeft.continual.parts.forms import FormBody, FormConfig
 from fedpeft.data.encode import Encoded
@@ -68,7 +68,7 @@ class EWC(FormBody):
         for number in chosen.tolist():
             # One at a time: the square of a mean gradient is not the mean of squares.
             inputs, labels = data.batch(np.array([number]))
-            logits = only(self.classifier(self.model.features(inputs, self.change())), self.current().classes)
+            logits = only_classes(self.classifier(self.model.features(inputs, self.change())), self.current().classes)
             if self.config.labels == "model":
                 draw = self.generator("fisher", self.index, number)
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]

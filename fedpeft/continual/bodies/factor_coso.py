@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft.config import LEARNER, option
-from fedpeft.continual.body import Body, leaf
-from fedpeft.continual.model import Change, low_rank, together
-from fedpeft.continual.parts.orthogonal import extended, outside
-from fedpeft.continual.parts.subspace import leading, project
+from fedpeft.continual.body import Body, make_leaf
+from fedpeft.continual.model import Change, low_rank, sum_changes
+from fedpeft.continual.parts.orthogonal import draw_outside, extend_basis
+from fedpeft.continual.parts.subspace import leading_directions, project_out
 
 
 class FactorCoSO(Body):
@@ -47,12 +47,14 @@ class FactorCoSO(Body):
                 A, B = adapters.pop(f"now/{layer}/A"), self.parameters[f"{layer}/B"].detach().clone()
                 adapters[f"past/{self.index - 1}/{layer}/A"], adapters[f"past/{self.index - 1}/{layer}/B"] = A, B
                 if inputs:
-                    bases[f"{layer}/N"] = extended(bases.get(f"{layer}/N"), A.T)
+                    bases[f"{layer}/N"] = extend_basis(bases.get(f"{layer}/N"), A.T)
                 if outputs:
-                    bases[f"{layer}/M"] = extended(bases.get(f"{layer}/M"), leading(B.double(), self.config.energy))
-            rows = outside(bases.get(f"{layer}/N"), n, self.config.r, self.seed, layer, self.index)
+                    bases[f"{layer}/M"] = extend_basis(
+                        bases.get(f"{layer}/M"), leading_directions(B.double(), self.config.energy)
+                    )
+            rows = draw_outside(bases.get(f"{layer}/N"), n, self.config.r, self.seed, layer, self.index)
             adapters[f"now/{layer}/A"] = rows.T.float().contiguous()
-            self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
+            self.parameters[f"{layer}/B"] = make_leaf(torch.zeros(m, self.config.r))
 
     def change(self) -> Change:
         scale, adapters = self.config.alpha / self.config.r, self.memory["adapters"]
@@ -69,17 +71,17 @@ class FactorCoSO(Body):
             layer: low_rank(self.parameters[f"{layer}/B"], adapters[f"now/{layer}/A"], scale)
             for layer in self.model.layers
         }
-        return together(*past, now)
+        return sum_changes(*past, now)
 
     def after_backward(self) -> None:
         for layer in self.model.layers:
             M, B = self.memory["bases"].get(f"{layer}/M"), self.parameters[f"{layer}/B"]
             if M is not None and B.grad is not None:
-                B.grad = project(B.grad.double(), M).to(B.grad)
+                B.grad = project_out(B.grad.double(), M).to(B.grad)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         for layer in self.model.layers:
             M, B = self.memory["bases"].get(f"{layer}/M"), self.parameters[f"{layer}/B"]
             if M is not None:
-                B.copy_(project(B.double(), M).to(B))
+                B.copy_(project_out(B.double(), M).to(B))

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import LEARNER, option
-from fedpeft.continual.body import Body, leaf
+from fedpeft.continual.body import Body, make_leaf
 from fedpeft.continual.model import Change, low_rank
 from fedpeft.continual.parts import lora
 from fedpeft.data.encode import Encoded
@@ -70,8 +70,8 @@ class InfLoRA(Body):
         for layer in self.model.layers:
             m, n = self.model.base.shape(layer)
             M = self.memory["bases"].setdefault(f"{layer}/M", torch.zeros(n, 0))
-            self.parameters[f"{layer}/A"] = leaf(rows(gram[f"{layer}/G"], M, self.config.r))
-            self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
+            self.parameters[f"{layer}/A"] = make_leaf(rows(gram[f"{layer}/G"], M, self.config.r))
+            self.parameters[f"{layer}/B"] = make_leaf(torch.zeros(m, self.config.r))
 
     def change(self) -> Change:
         pairs = {layer: lora.past(self, layer) for layer in self.model.layers}

@@ -38,10 +38,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.config import FEDERATION, LEARNER, option
-from fedpeft.continual.body import Body, leaf
+from fedpeft.continual.body import Body, make_leaf
 from fedpeft.continual.model import Change, Patch, low_rank
 from fedpeft.continual.parts import lora
-from fedpeft.continual.parts.prefix import attentions, prefixed, widths
+from fedpeft.continual.parts.prefix import add_prefix, find_attentions, key_width
 
 
 class LAE(Body):
@@ -66,15 +66,15 @@ class LAE(Body):
         super().__init__(*args, **options)
         self.places = {layer: layer for layer in self.model.layers}
         if self.config.form != "lora":
-            self.places = attentions(self.model, f"lae with form={self.config.form}")
+            self.places = find_attentions(self.model, f"lae with form={self.config.form}")
         if self.config.form == "prefix":
-            self.sizes = {place: widths(self.model, place, query) for place, query in self.places.items()}
+            self.sizes = {place: key_width(self.model, place, query) for place, query in self.places.items()}
 
     def begin_task(self) -> None:
         if self.index == 0:
             for place, layer in self.places.items():
                 self.parameters |= {
-                    f"{place}/{role}": leaf(value) for role, value in self._draw_layer(place, layer).items()
+                    f"{place}/{role}": make_leaf(value) for role, value in self._draw_layer(place, layer).items()
                 }
         elif self.index == 1:
             self.memory["adapters"] = {
@@ -89,7 +89,7 @@ class LAE(Body):
         if self.config.form == "adapter":
             m = n  # beside an attention: from hidden states to hidden states
         return {
-            "A": lora.drawn(n, self.config.r, self.generator("A", place)),
+            "A": lora.draw_A(n, self.config.r, self.generator("A", place)),
             "B": torch.zeros(m, self.config.r),
             "s": torch.ones(()),
         }
@@ -117,7 +117,7 @@ class LAE(Body):
         change: dict[str, Patch] = {}
         for place, layer in self.places.items() if leaves else ():
             if self.config.form == "prefix":
-                change |= prefixed(self.model, place, layer, leaves[f"{place}/K"], leaves[f"{place}/V"])
+                change |= add_prefix(self.model, place, layer, leaves[f"{place}/K"], leaves[f"{place}/V"])
             else:
                 pair = leaves[f"{place}/B"], leaves[f"{place}/A"]
                 shape = low_rank if self.config.form == "lora" else beside

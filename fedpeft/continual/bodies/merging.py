@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedpeft import registry
 from fedpeft.config import LEARNER, option
-from fedpeft.continual.body import Body, leaf
+from fedpeft.continual.body import Body, make_leaf
 from fedpeft.continual.model import Change, low_rank
 from fedpeft.continual.parts import lora
 from fedpeft.merging.base import make
@@ -70,8 +70,8 @@ class Merging(Body):
     def begin_task(self) -> None:
         for layer in self.model.layers:
             m, _ = self.model.base.shape(layer)
-            self.parameters[f"{layer}/A"] = leaf(self._start(layer, self.index))
-            self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
+            self.parameters[f"{layer}/A"] = make_leaf(self._start(layer, self.index))
+            self.parameters[f"{layer}/B"] = make_leaf(torch.zeros(m, self.config.r))
 
     def change(self) -> Change:
         return view(self._adapter_of(self.parameters)) if self.parameters else {}
@@ -107,7 +107,7 @@ class Merging(Body):
         _, n = self.model.base.shape(layer)
         if self.config.start == "orthogonal":
             return rows(n, self.config.r, task, self.seed, layer).float()
-        return lora.drawn(n, self.config.r, self.generator("A", layer))
+        return lora.draw_A(n, self.config.r, self.generator("A", layer))
 
     def _adapter_of(self, tensors: dict[str, Tensor]) -> AdapterState:
         scale = self.config.alpha / self.config.r

@@ -64,7 +64,7 @@ class OLoRA(Body):
         terms = []
         if self.index and self.config.lam:
             terms += [
-                self.config.lam * lora.overlap(self._factor_pair(layer)[1], lora.past(self, layer))
+                self.config.lam * lora.sum_overlap(self._factor_pair(layer)[1], lora.past(self, layer))
                 for layer in self.model.layers
             ]
         if self.config.lam2:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.continual.body import Body, Classifier, leaf
+from fedpeft.continual.body import Body, Classifier, make_leaf
 from fedpeft.continual.model import Change, Inputs, low_rank
 from fedpeft.continual.parts import lora
 
@@ -49,7 +49,7 @@ class OWLoRA(Body):
         lora.begin(self, self.config.r, self.index)
         for layer in self.model.layers if self.index else ():
             before = self.parameters.get(f"{layer}/weights", torch.ones(0))
-            self.parameters[f"{layer}/weights"] = leaf(torch.cat([before, torch.ones(1)]))
+            self.parameters[f"{layer}/weights"] = make_leaf(torch.cat([before, torch.ones(1)]))
 
     def change(self) -> Change:
         return {
@@ -61,16 +61,16 @@ class OWLoRA(Body):
     def penalty(self, inputs: Inputs, labels: Tensor, features: Tensor, classifier: Classifier) -> Tensor | None:
         if not self.index:
             return None
-        each = [lora.overlap(self.parameters[f"{layer}/A"], lora.past(self, layer)) for layer in self.model.layers]
+        each = [lora.sum_overlap(self.parameters[f"{layer}/A"], lora.past(self, layer)) for layer in self.model.layers]
         lam: float = self.config.lam
         return lam * torch.stack(each).sum()
 
     def _pairs(self, layer: str) -> tuple[Tensor, Tensor]:
         new = self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"]
-        return weighted([*lora.past(self, layer), new], self.parameters.get(f"{layer}/weights", torch.ones(0)))
+        return weigh_pairs([*lora.past(self, layer), new], self.parameters.get(f"{layer}/weights", torch.ones(0)))
 
 
-def weighted(pairs: list[tuple[Tensor, Tensor]], weights: Tensor) -> tuple[Tensor, Tensor]:
+def weigh_pairs(pairs: list[tuple[Tensor, Tensor]], weights: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of sum_i weights_i B_i A_i + B_t A_t, the last pair being the new one."""
     old = [(weight * B, A) for weight, (B, A) in zip(weights, pairs[:-1], strict=True)]
     return lora.side_by_side([*old, pairs[-1]])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedpeft import lowrank
 from fedpeft.config import option
-from fedpeft.continual.body import Body, leaf
+from fedpeft.continual.body import Body, make_leaf
 from fedpeft.continual.model import Change, low_rank
 from fedpeft.continual.parts import lora
 
@@ -52,7 +52,7 @@ class SDLoRA(Body):
             key = f"past/{self.index - 1}/{layer}"
             kept[f"{key}/B"], new = direction(kept[f"{key}/B"], kept[f"{key}/A"], self._scale_of())
             before = self.parameters.get(f"{layer}/magnitudes", torch.ones(0))
-            self.parameters[f"{layer}/magnitudes"] = leaf(torch.cat([before, new[None]]))
+            self.parameters[f"{layer}/magnitudes"] = make_leaf(torch.cat([before, new[None]]))
         lora.begin(self, self.config.r, self.index)
 
     def change(self) -> Change:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft.config import LEARNER, option
-from fedpeft.continual.body import Body, leaf
-from fedpeft.continual.model import Change, dense, low_rank
+from fedpeft.continual.body import Body, make_leaf
+from fedpeft.continual.model import Change, add_dense, low_rank
 
 
 class Sequential(Body):
@@ -34,17 +34,17 @@ class Sequential(Body):
         for layer in self.model.layers if not self.parameters else ():
             m, n = self.model.base.shape(layer)
             if self.config.form == "full":
-                self.parameters[f"{layer}/W"] = leaf(torch.zeros(m, n))
+                self.parameters[f"{layer}/W"] = make_leaf(torch.zeros(m, n))
             else:
                 draw = torch.rand(self.config.r, n, generator=self.generator("A", layer))
-                self.parameters[f"{layer}/A"] = leaf((2 * draw - 1) / math.sqrt(n))
-                self.parameters[f"{layer}/B"] = leaf(torch.zeros(m, self.config.r))
+                self.parameters[f"{layer}/A"] = make_leaf((2 * draw - 1) / math.sqrt(n))
+                self.parameters[f"{layer}/B"] = make_leaf(torch.zeros(m, self.config.r))
 
     def change(self) -> Change:
         if not self.parameters:
             return {}
         if self.config.form == "full":
-            return {layer: dense(self.parameters[f"{layer}/W"]) for layer in self.model.layers}
+            return {layer: add_dense(self.parameters[f"{layer}/W"]) for layer in self.model.layers}
         scale = self.config.alpha / self.config.r
         return {
             layer: low_rank(self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"], scale)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual.body import Classifier, leaf, only
+from fedpeft.continual.body import Classifier, make_leaf, only_classes
 from fedpeft.continual.head import Head
 
 BATCH = 256
@@ -73,7 +73,7 @@ class Aligned(Head):
         self.known = known = [label for label in self.seen if self.sums["count"][label] > 0]
         means = self.sums["sum"][known] / self.sums["count"][known, None]
         start = F.normalize(means - means.mean(0), dim=1)
-        weight, bias = leaf(start), leaf(torch.zeros(len(known), dtype=torch.float64))
+        weight, bias = make_leaf(start), make_leaf(torch.zeros(len(known), dtype=torch.float64))
         features = torch.cat([self.samples(label) for label in known])
         labels = torch.arange(len(known)).repeat_interleave(self.config.samples)
         optimizer = torch.optim.Adam([weight, bias], lr=self.config.lr)
@@ -92,4 +92,4 @@ class Aligned(Head):
         self.weight[known], self.bias[known] = weight.detach(), bias.detach()
 
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
-        return only(features.double() @ self.weight.T + self.bias, self.known)
+        return only_classes(features.double() @ self.weight.T + self.bias, self.known)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.continual.body import Classifier, only
+from fedpeft.continual.body import Classifier, only_classes
 from fedpeft.continual.head import Head
 
 
@@ -64,4 +64,4 @@ class LDA(Head):
             self.bias = self.bias + (count / count.sum()).clamp(min=1e-300).log()
 
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
-        return only(features.double() @ self.weight.T + self.bias, self.known)
+        return only_classes(features.double() @ self.weight.T + self.bias, self.known)

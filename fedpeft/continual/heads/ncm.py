@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.config import option
-from fedpeft.continual.body import Classifier, only
+from fedpeft.continual.body import Classifier, only_classes
 from fedpeft.continual.head import Head
 
 
@@ -50,4 +50,4 @@ class NCM(Head):
         features = features.double()
         if self.config.distance == "cosine":
             features = F.normalize(features, dim=1)
-        return only(features @ self.weight.T + self.bias, self.known)
+        return only_classes(features @ self.weight.T + self.bias, self.known)

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from fedpeft import seeds
 from fedpeft.config import option
-from fedpeft.continual.body import Classifier, only
+from fedpeft.continual.body import Classifier, only_classes
 from fedpeft.continual.head import Head
 
 FOLDS = ("fit", "held")
@@ -93,7 +93,7 @@ class RanPAC(Head):
         self.solution = _solve_ridge(gram, cross, self.ridge)
 
     def scores(self, features: Tensor, classifier: Classifier | None) -> Tensor:
-        return only(self._project_features(features.double()) @ self.solution, self.known)
+        return only_classes(self._project_features(features.double()) @ self.solution, self.known)
 
     def _project_features(self, features: Tensor) -> Tensor:
         return (features @ self.projection).relu()

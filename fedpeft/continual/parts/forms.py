@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.config import LEARNER, option
-from fedpeft.continual.body import Body, leaf
-from fedpeft.continual.model import Change, Patch, Plastic, dense, low_rank
-from fedpeft.continual.parts.lora import drawn
+from fedpeft.continual.body import Body, make_leaf
+from fedpeft.continual.model import Change, Patch, Plastic, add_dense, low_rank
+from fedpeft.continual.parts.lora import draw_A
 from fedpeft.errors import InputError
 
 CHANNELS_FIRST = ("BatchNorm", "GroupNorm", "InstanceNorm")
@@ -56,7 +56,7 @@ class FormBody(Body):
     def begin_task(self) -> None:
         if not self.parameters:
             values = start(self.model, self.config.form, self.config.r, lambda layer: self.generator("A", layer))
-            self.parameters = {key: leaf(value) for key, value in values.items()}
+            self.parameters = {key: make_leaf(value) for key, value in values.items()}
 
     def change(self) -> Change:
         return self.changed(self.parameters)
@@ -86,7 +86,7 @@ def start(model: Plastic, form: str, r: int, generator: Callable[[str], torch.Ge
         if form == "full":
             values[f"{layer}/W"] = torch.zeros(m, n)
         else:
-            values[f"{layer}/A"] = drawn(n, r, generator(layer))
+            values[f"{layer}/A"] = draw_A(n, r, generator(layer))
             values[f"{layer}/B"] = torch.zeros(m, r)
     return values
 
@@ -97,7 +97,7 @@ def change(model: Plastic, leaves: Mapping[str, Tensor], scale: float = 1.0) -> 
     for key in leaves:
         layer, _, role = key.rpartition("/")
         if role == "W":
-            patches[layer] = dense(leaves[key])
+            patches[layer] = add_dense(leaves[key])
         elif role == "B":
             patches[layer] = low_rank(leaves[key], leaves[f"{layer}/A"], scale)
         elif role == "g":

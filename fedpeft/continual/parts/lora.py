@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from fedpeft.continual.body import Body, leaf
+from fedpeft.continual.body import Body, make_leaf
 
 
-def drawn(width: int, r: int, generator: torch.Generator) -> Tensor:
+def draw_A(width: int, r: int, generator: torch.Generator) -> Tensor:
     """Kaiming-uniform A [r, width], as peft draws it."""
     return (2 * torch.rand(r, width, generator=generator) - 1) / math.sqrt(width)
 
@@ -23,8 +23,8 @@ def begin(body: Body, r: int, *path: str | int) -> None:
     """A fresh pair of rank r in `parameters` for every layer; `path` names the draw."""
     for layer in body.model.layers:
         m, n = body.model.base.shape(layer)
-        body.parameters[f"{layer}/A"] = leaf(drawn(n, r, body.generator("A", layer, *path)))
-        body.parameters[f"{layer}/B"] = leaf(torch.zeros(m, r))
+        body.parameters[f"{layer}/A"] = make_leaf(draw_A(n, r, body.generator("A", layer, *path)))
+        body.parameters[f"{layer}/B"] = make_leaf(torch.zeros(m, r))
 
 
 def put_by(body: Body) -> None:
@@ -46,7 +46,7 @@ def side_by_side(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs])
 
 
-def overlap(A: Tensor, pairs: list[tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Tensor:
+def sum_overlap(A: Tensor, pairs: list[tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Tensor:
     """sum over earlier pairs i of weights_i |A A_i^T|, entries summed: zero where all rows are orthogonal."""
     each = torch.stack([(A @ old.T).abs().sum() for _, old in pairs])
     return each.sum() if weights is None else (weights * each).sum()

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
-from fedpeft.continual.parts.subspace import extend, leading, project
+from fedpeft.continual.parts.subspace import extend_within, leading_directions, project_out
 from fedpeft.errors import InputError
 
 
-def extended(M: Tensor | None, more: Tensor) -> Tensor:
+def extend_basis(M: Tensor | None, more: Tensor) -> Tensor:
     """Orthonormal columns that span M [d, D] and `more` [d, k]; what is spanned already adds none."""
     more = more.double()
     M = more[:, :0] if M is None else M
-    return extend(M, leading(project(more, M), 1.0))
+    return extend_within(M, leading_directions(project_out(more, M), 1.0))
 
 
-def outside(M: Tensor | None, size: int, count: int, seed: int, site: str, task: int) -> Tensor:
+def draw_outside(M: Tensor | None, size: int, count: int, seed: int, site: str, task: int) -> Tensor:
     """Orthonormal columns [size, count], orthogonal to M [size, D], drawn from the seed, the site and the task.
 
     Raises:
@@ -31,5 +31,5 @@ def outside(M: Tensor | None, size: int, count: int, seed: int, site: str, task:
         )
     draw = torch.randn(size, count, generator=seeds.torch_generator(seed, "subspace", site, task), dtype=torch.float64)
     for _ in range(2):  # the second time removes what rounding left
-        draw = torch.linalg.qr(draw if M is None else project(draw, M)).Q
+        draw = torch.linalg.qr(draw if M is None else project_out(draw, M)).Q
     return draw

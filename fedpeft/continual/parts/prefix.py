@@ -32,7 +32,7 @@ SMALLEST = 1e-12  # prefix mass that is still divided by
 SEPARATE = {"q_proj": "k_proj", "query": "key", "q_lin": "k_lin"}  # query projection -> key projection
 
 
-def attentions(model: Plastic, body: str) -> dict[str, str]:
+def find_attentions(model: Plastic, body: str) -> dict[str, str]:
     """Attention module -> its query projection, for every attention that has an adapted layer directly in it.
 
     Raises:
@@ -52,7 +52,7 @@ def attentions(model: Plastic, body: str) -> dict[str, str]:
     return found
 
 
-def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -> dict[str, Patch]:
+def add_prefix(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -> dict[str, Patch]:
     """The change that gives an attention a prefix K, V [P, heads * d].
 
     Raises (when it runs):
@@ -81,7 +81,7 @@ def prefixed(model: Plastic, attention: str, query: str, K: Tensor, V: Tensor) -
     return {query: arm, attention: check}
 
 
-def widths(model: Plastic, attention: str, query: str) -> int:
+def key_width(model: Plastic, attention: str, query: str) -> int:
     """Size heads * d of the attention's keys.
 
     Raises:
@@ -96,7 +96,7 @@ def widths(model: Plastic, attention: str, query: str) -> int:
     return model.base.shape(".".join([*parents, SEPARATE[name]]))[0]
 
 
-def attend(
+def attend_calibrated(
     query: Tensor, key: Tensor, value: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
     """Attention with a calibrated prefix, [N, heads, T, d].
@@ -147,7 +147,7 @@ def _attend_prefixed(
         length = query.shape[2]
         attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    done = attend(query, heads(key), heads(value), own[0], own[1], attention_mask, scaling)
+    done = attend_calibrated(query, heads(key), heads(value), own[0], own[1], attention_mask, scaling)
     return done.transpose(1, 2).contiguous(), None
 
 

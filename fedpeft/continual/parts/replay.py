@@ -28,7 +28,7 @@ class Draw:
     rows: np.ndarray
 
 
-def draw(rng: np.random.Generator, sizes: Sequence[int], count: int) -> Draw:
+def draw_replay(rng: np.random.Generator, sizes: Sequence[int], count: int) -> Draw:
     """Half of `count` records from the last task (rounded down), then the rest from the tasks before it.
 
     Args:

@@ -26,7 +26,7 @@ from fedpeft.lowrank import row_signs
 NOISE = 1e-6  # directions below this share of the largest singular value are rounding
 
 
-def project(G: Tensor, M: Tensor) -> Tensor:
+def project_out(G: Tensor, M: Tensor) -> Tensor:
     """G - M M^T G for G [m, n] and orthonormal M [m, D]; zero where only rounding is left.
 
     Twice and in float64: once would leave in M's span what M's own rounding is, which counts where G' is small.
@@ -101,7 +101,7 @@ def merge_sketches(sketches: Sequence[Tensor], shrink: str = "next") -> Tensor:
     return sketch(first, torch.cat([first[:, :0], *others], dim=1), shrink)[0]
 
 
-def leading(S: Tensor, eps_th: float) -> Tensor:
+def leading_directions(S: Tensor, eps_th: float) -> Tensor:
     """Left singular vectors [m, k] of S with a cumulative share of the energy of at most eps_th, but at least one.
 
     None (k = 0) of a zero S: nothing was learned.
@@ -113,14 +113,14 @@ def leading(S: Tensor, eps_th: float) -> Tensor:
     return U[:, : max(k, 1) if sigma[0] > 0 else 0].to(S.dtype)
 
 
-def root(C: Tensor, r2: int) -> Tensor:
+def root_of_gram(C: Tensor, r2: int) -> Tensor:
     """S [m, r2] with the leading eigenpairs of C = S S^T."""
     values, vectors = torch.linalg.eigh(C.double())
     scaled: Tensor = vectors * values.clamp(min=0).sqrt()
     return scaled.flip(1)[:, :r2]
 
 
-def extend(M: Tensor, U: Tensor, cap: float = 1.0) -> Tensor:
+def extend_within(M: Tensor, U: Tensor, cap: float = 1.0) -> Tensor:
     """An orthonormal basis of M's and U's columns: M's own first, at most `cap` of all directions."""
     room = max(math.floor(cap * M.shape[0] + 1e-9) - M.shape[1], 0)
     if min(room, U.shape[1]) == 0:

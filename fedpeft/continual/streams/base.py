@@ -77,7 +77,7 @@ class StreamSource(Configured):
         """Which records make which task: groups of classes, or one task a domain where there are domains."""
         if found.domains is not None:
             return domain_plan(self.name, found, seed, **more)
-        groups = stream.groups(_count_classes(found), self.config.tasks, seed)
+        groups = stream.group_classes(_count_classes(found), self.config.tasks, seed)
         labels = found.train.labels.numpy(), found.test.labels.numpy()
         return stream.plan(self.name, self.scenario, *labels, groups, seed, **more)
 
@@ -159,7 +159,7 @@ def domain_plan(name: str, found: Material, seed: int, **more: Any) -> dict[str,
     }
 
 
-def labelled(
+def load_labelled(
     data: DataConfig, model: ModelConfig, layers: list[str] | None, seed: int, column: str | None = None
 ) -> Material:
     """Records of any data set of `data.source`, as the model takes them.

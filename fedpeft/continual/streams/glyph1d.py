@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedpeft.config import option
 from fedpeft.continual import nets
 from fedpeft.continual.streams.base import Material, StreamSource
-from fedpeft.continual.streams.signals import drawn
+from fedpeft.continual.streams.signals import draw_signals
 
 CLASSES = 40
 
@@ -29,7 +29,7 @@ class Glyph1D(StreamSource):
 
     def records(self, seed: int) -> Material:
         train, test = (
-            drawn(CLASSES, count, seed, which)
+            draw_signals(CLASSES, count, seed, which)
             for which, count in (("train", self.config.train), ("test", self.config.test))
         )
         return Material(train, test, nets.glyph_net("signals", CLASSES), nets.LAYERS)

@@ -18,7 +18,7 @@ from fedpeft import seeds
 from fedpeft.config import option
 from fedpeft.continual import nets, stream
 from fedpeft.continual.streams.base import Material, StreamSource
-from fedpeft.continual.streams.signals import drawn
+from fedpeft.continual.streams.signals import draw_signals
 from fedpeft.errors import InputError
 
 CLASSES = 40
@@ -41,7 +41,7 @@ class Glyph1DBlurry(StreamSource):
 
     def records(self, seed: int) -> Material:
         train, test = (
-            drawn(CLASSES, count, seed, which)
+            draw_signals(CLASSES, count, seed, which)
             for which, count in (("train", self.config.train), ("test", self.config.test))
         )
         return Material(train, test, nets.glyph_net("signals", CLASSES), nets.LAYERS)
@@ -50,8 +50,8 @@ class Glyph1DBlurry(StreamSource):
         labels, tests = found.train.labels.numpy(), found.test.labels.numpy()
         if self.config.parts > len(labels):
             raise InputError(f"stream.parts={self.config.parts}: there are {len(labels)} training records.")
-        groups = stream.groups(CLASSES, self.config.groups, seed)
-        home, order = scattered(labels, groups, self.config.blur, seed)
+        groups = stream.group_classes(CLASSES, self.config.groups, seed)
+        home, order = scatter_labels(labels, groups, self.config.blur, seed)
         tasks: list[dict[str, Any]] = []
         seen: set[int] = set()
         for number, part in enumerate(np.array_split(order, self.config.parts)):
@@ -78,7 +78,9 @@ class Glyph1DBlurry(StreamSource):
         }
 
 
-def scattered(labels: np.ndarray, groups: list[list[int]], blur: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def scatter_labels(
+    labels: np.ndarray, groups: list[list[int]], blur: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The group [N] that each record comes with, and the order [N] in which all come: group after group, each shuffled.
 
     Exactly round(blur n_c) records of a class c come with groups other than its own.

@@ -13,7 +13,7 @@ import torch
 from fedpeft.config import option
 from fedpeft.continual import nets
 from fedpeft.continual.streams.base import Material, StreamSource
-from fedpeft.continual.streams.signals import DOMAINS, drawn
+from fedpeft.continual.streams.signals import DOMAINS, draw_signals
 from fedpeft.data.encode import Encoded
 
 CLASSES = 10
@@ -33,7 +33,7 @@ class Glyph1DDomain(StreamSource):
 
     def records(self, seed: int) -> Material:
         (train, of_train), (test, of_test) = (
-            _join_parts([drawn(CLASSES, count, seed, which, domain) for domain in DOMAINS])
+            _join_parts([draw_signals(CLASSES, count, seed, which, domain) for domain in DOMAINS])
             for which, count in (("train", self.config.train), ("test", self.config.test))
         )
         return Material(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.config import DataConfig, ModelConfig, option
-from fedpeft.continual.streams.base import Material, StreamSource, labelled
+from fedpeft.continual.streams.base import Material, StreamSource, load_labelled
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import load_objective
 
@@ -50,4 +50,4 @@ class OwnRecords(StreamSource):
     def records(self, seed: int) -> Material:
         model = ModelConfig(name=self.config.model, task=self.config.kind, max_length=self.config.max_length)
         data = DataConfig(source=self.config.source, test=self.config.test, limit=self.config.limit)
-        return labelled(data, model, self.config.layers, seed, self.config.column)
+        return load_labelled(data, model, self.config.layers, seed, self.config.column)

@@ -20,7 +20,7 @@ SEGMENTS, CLIP = 8, 0.7
 DOMAINS = ("shear", "warp", "flip", "noise", "clip", "permute")
 
 
-def drawn(classes: int, count: int, seed: int, purpose: str, domain: str | None = None) -> Encoded:
+def draw_signals(classes: int, count: int, seed: int, purpose: str, domain: str | None = None) -> Encoded:
     """`count` records of each class; the classes are those of the seed, whatever the purpose and the domain."""
     knots = procedural.templates(classes, seeds.numpy_generator(seed, "stream", "templates"))
     labels = np.repeat(np.arange(classes), count)

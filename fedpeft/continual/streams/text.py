@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft.config import DataConfig, ModelConfig, option
-from fedpeft.continual.streams.base import Material, StreamSource, labelled
+from fedpeft.continual.streams.base import Material, StreamSource, load_labelled
 
 
 class Text(StreamSource):
@@ -24,4 +24,4 @@ class Text(StreamSource):
         model = ModelConfig(
             name="tiny-bert", task="sequence-classification", pooling="mean", max_length=self.config.max_length
         )
-        return labelled(DataConfig(source="docstrings", limit=self.config.limit), model, None, seed)
+        return load_labelled(DataConfig(source="docstrings", limit=self.config.limit), model, None, seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft.data.recipe import Package, Recipe, member, write_parts
+from fedpeft.data.recipe import Package, Recipe, find_member, write_parts
 from fedpeft.errors import InputError
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -30,7 +30,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     deb = files["dataset-fashion-mnist"]
     frames = []
     for part in ("train", "t10k"):
-        images, labels = (idx(member(deb, f"/{part}-{what}-ubyte.gz")) for what in ("images-idx3", "labels-idx1"))
+        images, labels = (idx(find_member(deb, f"/{part}-{what}-ubyte.gz")) for what in ("images-idx3", "labels-idx1"))
         frames.append(
             pandas.DataFrame(
                 {"image": [image.tobytes() for image in images], "label": [CLASSES[label] for label in labels]}

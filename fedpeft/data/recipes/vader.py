@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedpeft.data.recipe import Package, Recipe, held_out, member, tar_members, write_parts
+from fedpeft.data.recipe import Package, Recipe, find_member, held_out, tar_members, write_parts
 
 DOMAINS = {
     "tweets": "tweets",
@@ -41,7 +41,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     """Write the snippets with a clear rating as positive or negative; whole documents are held out."""
     import pandas
 
-    inner = member(files["vaderSentiment"], "/hutto_ICWSM_2014.tar.gz")
+    inner = find_member(files["vaderSentiment"], "/hutto_ICWSM_2014.tar.gz")
     rows: list[tuple[str, str, str, str]] = []
     for name, content in tar_members(inner, lambda name: name.endswith(ENDING)):
         rows += ratings(content.decode("utf-8"), DOMAINS[Path(name).name.removesuffix(ENDING)])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedpeft.data.recipe import Package, Recipe, held_out, member, write_parts
+from fedpeft.data.recipe import Package, Recipe, find_member, held_out, write_parts
 
 # File numbers of lexnames(5WN); adjectives and adverbs have too few files to tell apart.
 NOUNS = (
@@ -45,7 +45,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     rows = [
         row
         for name in ("noun", "verb")
-        for row in glosses(member(files["wordnet-base"], f"/wordnet/data.{name}").decode())
+        for row in glosses(find_member(files["wordnet-base"], f"/wordnet/data.{name}").decode())
     ]
     sizes = Counter(label for _, label in rows)
     kept = [(text, label, label.partition(".")[0]) for text, label in rows if sizes[label] >= FEWEST]

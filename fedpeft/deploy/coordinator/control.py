@@ -119,7 +119,7 @@ class Control:
 
 
 @contextmanager
-def connected(server: Server, insecure: bool) -> Iterator[Control]:
+def connect_once(server: Server, insecure: bool) -> Iterator[Control]:
     """A connection for one command.
 
     Raises:

@@ -23,10 +23,10 @@ from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.flower import HeldTask, executor_client, take_task
-from fedpeft.deploy.processes import LONGEST_PAUSE_S, STEADY_S, Child, end, launch
+from fedpeft.deploy.processes import LONGEST_PAUSE_S, STEADY_S, Child, end_children, launch_command
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import InputError, RunError, Stopped
-from fedpeft.files import explained, write_bytes
+from fedpeft.files import explain_error, write_bytes
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
@@ -83,14 +83,14 @@ def serve(path: Path, insecure: bool = False) -> None:
         except Stopped:
             log.info("coordinator stops; runs go on when it is started again.")
         finally:
-            end([*fleet, *coordinator.children.values()])
+            end_children([*fleet, *coordinator.children.values()])
 
 
 def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> list[Child]:
     """What sites talk to: the SuperLink, and the face before it. Each may end and come back without the other."""
     commands = {
-        "superlink": launch("superlink", server.path, *superlink_options(server, insecure)),
-        "face": launch("face", server.path, mode(insecure)),
+        "superlink": launch_command("superlink", server.path, *superlink_options(server, insecure)),
+        "face": launch_command("face", server.path, mode(insecure)),
     }
     # Of gRPC nothing: it writes a line for every handshake that fails, and anybody can make those.
     quiet = {**env, "FLWR_LOG_LEVEL": "WARNING", "GRPC_VERBOSITY": "NONE"}
@@ -137,7 +137,7 @@ def logged() -> Iterator[None]:
     except (InputError, RunError) as error:
         log.error("%s", error)
     except OSError as error:
-        log.error("%s", explained(error))
+        log.error("%s", explain_error(error))
 
 
 class Coordinator:
@@ -174,7 +174,7 @@ class Coordinator:
         except httpx.HTTPError as error:
             log.debug("the SuperLink does not answer: %s", error)
         except OSError as error:
-            log.error("%s No run is started until then.", explained(error))
+            log.error("%s No run is started until then.", explain_error(error))
             self.full = time.monotonic()
 
     def register(self) -> None:
@@ -205,7 +205,7 @@ class Coordinator:
         env = {**self.env, "FEDPEFT_TASK_TOKEN": token}  # not in the arguments, which every user can read
         child = Child(
             f"run {name}",
-            launch("run", self.server.path, name, mode(self.insecure)),
+            launch_command("run", self.server.path, name, mode(self.insecure)),
             env,
             folder / "log.txt",
         )
@@ -278,7 +278,7 @@ class Coordinator:
     def drop(self, name: str) -> None:
         """End a run's process if there is one, and tell Flower no longer that it is worked on."""
         if name in self.children:
-            end([self.children.pop(name)])
+            end_children([self.children.pop(name)])
             self.held.pop(name).close()
 
     def named(self, number: int) -> str | None:

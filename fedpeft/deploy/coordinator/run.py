@@ -29,7 +29,7 @@ from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import explained
+from fedpeft.files import explain_error
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import identity, loop
 from fedpeft.run.world import World
@@ -70,7 +70,7 @@ def main(folder: Path, name: str, mode: str) -> None:
 def explain(error: Exception) -> str:
     """What went wrong, as a sentence; empty where only a traceback can say it."""
     if isinstance(error, OSError):
-        return explained(error)
+        return explain_error(error)
     return str(error) if isinstance(error, InputError | RunError) else ""
 
 

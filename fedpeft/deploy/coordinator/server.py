@@ -99,9 +99,9 @@ def sites(path: Path) -> dict[str, Any]:
     server = settings.server(path)
     running, online = state(server), {}
     if running:
-        from fedpeft.deploy.coordinator.control import connected
+        from fedpeft.deploy.coordinator.control import connect_once
 
-        with connected(server, running["insecure"]) as control:
+        with connect_once(server, running["insecure"]) as control:
             online = {node.name: node.status for node in control.nodes()}
     return {
         "running": bool(running),
@@ -309,7 +309,7 @@ def _run_status(folder: Path) -> dict[str, Any]:
     config, events = configs.load(folder / "resolved.yaml"), events_of(folder)
     rounds = [event for event in events if event["event"] == "round"]
     last = rounds[-1] if rounds else {}
-    shown: dict[str, Any] = metrics.finite(
+    shown: dict[str, Any] = metrics.make_finite(
         {
             "run": folder.name,
             **get_status(folder),

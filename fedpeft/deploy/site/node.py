@@ -26,9 +26,9 @@ from fedpeft.deploy import flower
 from fedpeft.deploy.processes import Child
 from fedpeft.deploy.settings import Site
 from fedpeft.deploy.site.link import Failure, Link
-from fedpeft.deploy.site.owed import Owed, left
+from fedpeft.deploy.site.owed import Owed, read_owed
 from fedpeft.errors import RunError
-from fedpeft.files import explained, write_bytes
+from fedpeft.files import explain_error, write_bytes
 
 log = logging.getLogger("fedpeft")
 POLL_S, WAITED_S = 0.5, 1.0  # a coordinator that answers an empty pull sooner is not asked again at once
@@ -131,14 +131,14 @@ class Node:
             try:
                 write_bytes(self.site.path / "status.json", json.dumps(self.state).encode())
             except OSError as error:
-                log.warning("%s", explained(error))
+                log.warning("%s", explain_error(error))
 
     def run(self) -> None:
         """Take part until `stopping` is set."""
         with self.guarded():
             self.activate()
             threading.Thread(target=self.beat, daemon=True).start()
-            for owed in left(self.site.path / "owed"):
+            for owed in read_owed(self.site.path / "owed"):
                 self.finish(owed)
             while not self.failed:
                 self.pull()
@@ -191,7 +191,7 @@ class Node:
         try:
             owed = Owed.take(self.site.path / "owed", pulled)
         except OSError as error:
-            log.error("a message could not be kept: %s", explained(error))
+            log.error("a message could not be kept: %s", explain_error(error))
             with contextlib.suppress(Gone):
                 until = deadline_of(pulled.messages_list[0].metadata)
                 self.push(*flower.deflated(flower.failure(pulled, UNTOLD)), until)
@@ -228,7 +228,7 @@ class Node:
         except (OSError, RunError) as error:
             if self.stopping.is_set():
                 raise Leaving from error
-            said = explained(error) if isinstance(error, OSError) else str(error)
+            said = explain_error(error) if isinstance(error, OSError) else str(error)
             log.error("a message could not be answered: %s", said)
             reason = UNTOLD if isinstance(error, OSError) else said
         self.push(*flower.deflated(flower.failure(owed.pulled, reason)), until)

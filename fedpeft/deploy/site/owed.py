@@ -19,7 +19,7 @@ from zipfile import BadZipFile, ZipFile
 
 from fedpeft.deploy import flower
 from fedpeft.deploy.flower import Message, PullMessagesResponse, PushMessagesRequest
-from fedpeft.files import explained, write_bytes
+from fedpeft.files import explain_error, write_bytes
 
 log = logging.getLogger("fedpeft")
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -113,7 +113,7 @@ def names_in(pulled: PullMessagesResponse) -> list[str]:
     return names
 
 
-def left(folder: Path) -> list[Owed]:
+def read_owed(folder: Path) -> list[Owed]:
     """What an earlier process owed, oldest first; whatever else it left in the folder is removed."""
     found = []
     for path in sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime):
@@ -123,5 +123,5 @@ def left(folder: Path) -> list[Owed]:
             log.info("%s: left over, removed.", path)
             shutil.rmtree(path, ignore_errors=True)
         except OSError as error:  # perhaps a finished answer: it stays for the next start
-            log.error("what is owed cannot be read: %s", explained(error))
+            log.error("what is owed cannot be read: %s", explain_error(error))
     return found

@@ -20,7 +20,7 @@ from fedpeft.config import Config, values
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.address import parse_endpoint, proxy_of
 from fedpeft.deploy.launch import DEBUG
-from fedpeft.deploy.processes import Child, end, launch
+from fedpeft.deploy.processes import Child, end_children, launch_command
 from fedpeft.deploy.settings import Site, SiteSettings
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import write_bytes
@@ -182,7 +182,7 @@ def _start_node(site: Site, insecure: bool) -> None:
     from fedpeft.deploy.site.link import connect
     from fedpeft.deploy.site.node import Node, Worker
 
-    child = Child("worker", launch("worker", site.path), settings.environment(site.path), piped=True)
+    child = Child("worker", launch_command("worker", site.path), settings.environment(site.path), piped=True)
     worker = Worker(child)
     node = Node(site, connect(site, insecure), worker.ask, registers=insecure)
 
@@ -206,7 +206,7 @@ def _start_node(site: Site, insecure: bool) -> None:
         log.info("site %s stops.", site.settings.name)
     finally:
         node.leave()
-        end([child])
+        end_children([child])
 
 
 def _is_running(site: Site) -> bool:
@@ -308,9 +308,9 @@ def load_model(site: Site) -> Base:
 def _check_model(site: Site, found: dict[str, Any]) -> str:
     import torch
 
-    from fedpeft.run.world import device
+    from fedpeft.run.world import find_device
 
-    place, base = device(site.settings.device), load_model(site)
+    place, base = find_device(site.settings.device), load_model(site)
     torch.empty(1, device=place)
     found["positions"] = getattr(base.backbone.config, "max_position_embeddings", None)
     count = sum(value.numel() for value in base.backbone.parameters())

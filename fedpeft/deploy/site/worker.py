@@ -34,7 +34,7 @@ from fedpeft.deploy.site.node import ANSWERED, FAILED, READY, UNTOLD
 from fedpeft.deploy.site.owed import Owed
 from fedpeft.deploy.site.site import LABELS, load_model
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import explained, write_bytes
+from fedpeft.files import explain_error, write_bytes
 from fedpeft.flower import ErrorCode
 from fedpeft.foreign import BadMessage, read_json, shown
 from fedpeft.models import agreement
@@ -217,7 +217,7 @@ def read_round(message: Message) -> int:
     if not config or "task" not in config:
         return 0
     try:
-        with opening.reading("task"):
+        with opening.blame_message("task"):
             return Instructions.from_json(read_json(str(config["task"]), "the task", opening.TASK_BYTES)).round
     except BadMessage as error:
         raise Refused(f"refused: the server's message: {error}") from error
@@ -241,7 +241,7 @@ def answer(resident: Resident, owed: Owed) -> bytes:
 
 def say(error: Exception, what: str) -> None:
     """One line in the site's log; with --debug, where it happened too."""
-    reason = explained(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+    reason = explain_error(error) if isinstance(error, OSError) else str(error) or type(error).__name__
     kind = "" if isinstance(error, OSError | InputError | RunError) else f"{type(error).__name__}: "
     log.error("%s: %s%s", what, kind, shown(reason), exc_info=log.isEnabledFor(logging.DEBUG))
 

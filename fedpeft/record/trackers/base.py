@@ -134,7 +134,7 @@ class Told:
 
 
 @contextmanager
-def tracking(config: Config, run: Path, after: int) -> Iterator[Trackers]:
+def track_run(config: Config, run: Path, after: int) -> Iterator[Trackers]:
     """The trackers of a run while it is at work.
 
     Raises:
@@ -151,7 +151,7 @@ def tracking(config: Config, run: Path, after: int) -> Iterator[Trackers]:
     trackers.close(failed=False)
 
 
-def files(run: Path) -> Iterator[tuple[str, Path]]:
+def list_files(run: Path) -> Iterator[tuple[str, Path]]:
     """All files that trackers take, by their path in the run folder."""
     for name in (*FILES, *FOLDERS):
         for path in [run / name] if name in FILES else sorted((run / name).rglob("*")):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.files import write_bytes
-from fedpeft.record.trackers.base import Tracker, files, plain_name
+from fedpeft.record.trackers.base import Tracker, list_files, plain_name
 
 EXPERIMENT = "fedpeft"
 LONGEST = 500  # characters of a parameter
@@ -53,7 +53,7 @@ class MLflowTracker(Tracker):
             self.client.log_batch(self.id, metrics=found)
 
     def log_files(self, run: Path) -> None:
-        for name, path in files(run):
+        for name, path in list_files(run):
             self.client.log_artifact(self.id, str(path), name.rpartition("/")[0] or None)
 
     def close(self, failed: bool) -> None:

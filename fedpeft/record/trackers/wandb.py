@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.files import write_bytes
-from fedpeft.record.trackers.base import Tracker, files, plain_name
+from fedpeft.record.trackers.base import Tracker, list_files, plain_name
 
 
 class WandbTracker(Tracker):
@@ -45,7 +45,7 @@ class WandbTracker(Tracker):
 
         results = wandb.Artifact(f"{plain_name(run.resolve().name)}-results", type="results")
         adapter = wandb.Artifact(f"{plain_name(run.resolve().name)}-adapter", type="model")
-        for name, path in files(run):
+        for name, path in list_files(run):
             (adapter if name.startswith("adapter/") else results).add_file(str(path), name=name)
         self.run.log_artifact(results)
         self.run.log_artifact(adapter)

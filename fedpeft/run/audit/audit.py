@@ -28,7 +28,7 @@ from torch import Tensor
 from fedpeft import config as configs
 from fedpeft import progress
 from fedpeft.clients import train as training
-from fedpeft.clients.cohort.engine import Job, cannot, train_cohort
+from fedpeft.clients.cohort.engine import Job, train_cohort, why_not_cohort
 from fedpeft.clients.guard import Guard
 from fedpeft.clients.sequence import account_of_task
 from fedpeft.config import ClientConfig
@@ -45,7 +45,7 @@ from fedpeft.run.audit.neighbours import gradients, neighbours
 from fedpeft.run.audit.rounds_seen import ROUNDING
 from fedpeft.run.audit.watched import Watch, Watched
 from fedpeft.run.dtype import settle_dtype
-from fedpeft.run.world import World, load_world, settle
+from fedpeft.run.world import World, load_world, settle_clients
 from fedpeft.seeds import torch_generator
 from fedpeft.state import AdapterState
 
@@ -74,7 +74,7 @@ def run(source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str
     with TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         run.mkdir()
-        settle(config, run)
+        settle_clients(config, run)
         settle_dtype(config)
         subject = Audit(load_world(config, run), run)
         return {"config": configs.to_tree(config), **report(subject)}
@@ -133,7 +133,9 @@ class Audit:
         self.start, _ = self.local.compose(self.client, here.strategy.broadcast(server, self.client), self.told, 1)
         self.engines = ["alone"]
         if not (
-            cannot(self.local.model, self.told.trains) or self.config.run.cohort_tokens == 0 or len(self.clients) < 2
+            why_not_cohort(self.local.model, self.told.trains)
+            or self.config.run.cohort_tokens == 0
+            or len(self.clients) < 2
         ):
             self.engines.append("cohort")
 
@@ -174,7 +176,7 @@ class Audit:
 
     def cost(self, plan: Plan) -> float:
         """Epsilon of all releases of an account at the plan's delta, by the plan's accountant."""
-        return accounting.composed(self.releases(plan), plan.budget.delta, plan.budget.accountant)
+        return accounting.compose_epsilon(self.releases(plan), plan.budget.delta, plan.budget.accountant)
 
     def claims(self) -> list[Check]:
         """The plans of all clients that are seen, against the config; epsilon, against a second accountant."""
@@ -195,7 +197,7 @@ class Audit:
             off |= {f"{key} of {name}": abs(getattr(plan, key) / value - 1) for key, value in given.items()}
         most, wrong = max(costs, key=lambda name: costs[name]), max(off, key=lambda key: off[key])
         again = second.epsilon(*self.plan.release, self.plan.budget.delta)
-        one = accounting.composed((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
+        one = accounting.compose_epsilon((self.plan.release,), self.plan.budget.delta, self.plan.budget.accountant)
         return [
             Check(
                 "claim",

@@ -30,7 +30,7 @@ def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Enco
         last,
         labelled(model, first, second),
         labelled(model, last, worst),
-        unlabelled(last),
+        remove_labels(last),
         *(labelled(model, record, worst) for record in extreme(last)),
     ]
     for some in sets:
@@ -87,7 +87,7 @@ def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) 
     return Encoded(data.inputs, labels, end=data.end)
 
 
-def unlabelled(data: Encoded) -> Encoded:
+def remove_labels(data: Encoded) -> Encoded:
     """The records with every label IGNORE, so that they teach nothing."""
     labels = data.labels
     nothing = math.nan if labels.is_floating_point() else IGNORE

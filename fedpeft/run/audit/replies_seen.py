@@ -20,7 +20,7 @@ from fedpeft.state import AdapterState
 FOLLOWS = 1e-3  # of how far an update moves: rounding of two optimizers' steps
 
 
-def judged(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list[Check]:
+def judge_rounds(seen: Sequence[Seen], plans: dict[str, Plan], config: Config) -> list[Check]:
     """Checks of many rounds."""
     taken = sum(len(one.steps) for one in seen)
     reserved = sum(entry.steps for one in seen for entry in one.entries)

@@ -31,11 +31,11 @@ from fedpeft.config import Config
 from fedpeft.data.encode import Encoded
 from fedpeft.privacy import audit
 from fedpeft.privacy.audit import Check, Draws
-from fedpeft.privacy.audit_noise import NoiseBlock, noise
+from fedpeft.privacy.audit_noise import NoiseBlock, check_noise
 from fedpeft.privacy.gradients import per_sample_gradients
 from fedpeft.privacy.ledger import BudgetExhausted
 from fedpeft.privacy.plan import Plan
-from fedpeft.run.audit.replies_seen import judged
+from fedpeft.run.audit.replies_seen import judge_rounds
 from fedpeft.run.audit.watched import Probe, Seen, Step, Watch, Watched, round_of, without_dropout
 from fedpeft.run.world import World
 from fedpeft.state import AdapterState
@@ -147,10 +147,10 @@ class Rounds:
                 "distance of a step without noise from the clipped mean computed here, over clip / expected batch "
                 "and record; worst step",
             ),
-            *noise(blocks, self._sizes_kept()),
+            *check_noise(blocks, self._sizes_kept()),
             *audit.sampler(draws),
             *self.coverage(),
-            *judged(seen, self.plans, self.config),
+            *judge_rounds(seen, self.plans, self.config),
         ]
 
     def _sizes_kept(self) -> dict[str, int]:

@@ -19,8 +19,8 @@ import torch
 from fedpeft.clients.guard import Guard
 from fedpeft.errors import RunError
 from fedpeft.privacy.audit import Check
-from fedpeft.privacy.audit_noise import alike
-from fedpeft.privacy.tails import limit, worst
+from fedpeft.privacy.audit_noise import find_alike
+from fedpeft.privacy.tails import alarm_limit, worst_of
 from fedpeft.run.audit.rounds_seen import Rounds, Way
 from fedpeft.run.world import World
 
@@ -74,12 +74,12 @@ def checks(here: World, clients: list[str], engines: list[str], folder: Path) ->
 
 def _compare_parts(name: str, parts: list[np.ndarray], where: str) -> Check:
     rows = torch.from_numpy(np.concatenate(parts))
-    value, pairs = alike(rows)
+    value, pairs = find_alike(rows)
     return Check(
         name,
-        worst([value]),
-        -limit(pairs),
-        limit(pairs),
+        worst_of([value]),
+        -alarm_limit(pairs),
+        alarm_limit(pairs),
         f"inner product of two of {len(rows)}, with privacy.randomness=os, in {where}; in standard errors",
     )
 

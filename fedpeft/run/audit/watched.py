@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpeft.clients.cohort import engine as cohort
 from fedpeft.clients.cohort.chunk import Chunk, Done
-from fedpeft.clients.guard import Guard, fingerprint, release
+from fedpeft.clients.guard import Guard, hash_request, name_release
 from fedpeft.clients.local import Local, Request
 from fedpeft.clients.rates import Clock
 from fedpeft.config import Config
@@ -235,7 +235,7 @@ def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -
         local.prepare(requests)
     seen = []
     for (client, received, told), start in zip(requests, starts, strict=True):
-        watch.current, number, request = client, told.round, fingerprint(received, told)
+        watch.current, number, request = client, told.round, hash_request(received, told)
         update, metrics = local.train(client, received, told)
         found, kept = entries(local.guard.folder, client, number), local.store.reply(client, number, request)
         seen.append(
@@ -248,7 +248,7 @@ def round_of(local: Local, engine: str, watch: Watch, requests: list[Request]) -
                 start,
                 [],
                 found,
-                release(request, update),
+                name_release(request, update),
                 update,
                 metrics,
                 None if kept is None else kept[0],

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 
 from fedpeft.config import option
-from fedpeft.tta.deployed import Batch, batch_statistics, size
+from fedpeft.tta.deployed import Batch, batch_size, batch_statistics
 from fedpeft.tta.method import MethodConfig, Outputs, TTAMethod
-from fedpeft.tta.parts.augment import KINDS, augment
+from fedpeft.tta.parts.augment import KINDS, augment_batch
 
 
 @dataclass
@@ -45,9 +45,11 @@ class AugAverage(TTAMethod):
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         config = self.config
-        statistics = batch_statistics(config.bn_alpha) if size(batch) > 1 else None
+        statistics = batch_statistics(config.bn_alpha) if batch_size(batch) > 1 else None
         draws = self.generator("views")
-        views = [self.forward(augment(config.augment, batch, draws), None, statistics) for _ in range(config.views)]
+        views = [
+            self.forward(augment_batch(config.augment, batch, draws), None, statistics) for _ in range(config.views)
+        ]
         logits = torch.stack([view.logits for view in views])
         features = [view.features for view in views if view.features is not None]
         return Outputs(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedpeft.config import option
-from fedpeft.tta.deployed import Batch, Statistics, batch_statistics, size
+from fedpeft.tta.deployed import Batch, Statistics, batch_size, batch_statistics
 from fedpeft.tta.method import MethodConfig, Outputs, TTAMethod
 
 
@@ -36,7 +36,7 @@ class BNAdapt(TTAMethod):
 
     def statistics(self, batch: Batch) -> Statistics | None:
         """What batch norms normalise a batch with; None, their running statistics, for a batch of one."""
-        return batch_statistics(self.config.bn_alpha) if size(batch) > 1 else None
+        return batch_statistics(self.config.bn_alpha) if batch_size(batch) > 1 else None
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         return self.forward(batch, None, self.statistics(batch))

@@ -73,7 +73,7 @@ class EAR(GradientMethod):
             "signs": (2.0 * torch.randint(2, (width, bits), generator=draws) - 1).to(features),
             "bias": (width**0.5 * torch.randn(bits, generator=draws)).to(features),
         }
-        return {**found, "source": codes(features, found).sum(0)}
+        return {**found, "source": sign_codes(features, found).sum(0)}
 
     def _fresh(self) -> dict[str, Any]:
         return {"branches": []}
@@ -85,10 +85,10 @@ class EAR(GradientMethod):
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         plain, branches = self.forward(batch), self.memory["branches"]
-        code = codes(self._detached_features(plain), self.prepared).sum(0)
+        code = sign_codes(self._detached_features(plain), self.prepared).sum(0)
         known = [self.prepared["source"], *(branch["code"] for branch in branches)]
         full = len(branches) >= self.config.domains
-        place, _ = route(code, known, -1.0 if full else self.config.threshold)
+        place, _ = route_code(code, known, -1.0 if full else self.config.threshold)
         extra: dict[str, Any] = {"place": place, "code": code}
         if place == 0:
             return Outputs(plain.logits, plain.features, None, extra)
@@ -119,13 +119,13 @@ class EAR(GradientMethod):
         return None
 
 
-def codes(features: Tensor, prepared: dict[str, Tensor]) -> Tensor:
+def sign_codes(features: Tensor, prepared: dict[str, Tensor]) -> Tensor:
     """Rows [N, D] as rows of signs [N, bits]."""
     scaled = (features - prepared["mean"]) / prepared["deviation"]
     return torch.where(scaled @ prepared["signs"] + prepared["bias"] >= 0, 1.0, -1.0)
 
 
-def route(code: Tensor, known: list[Tensor], threshold: float) -> tuple[int | None, float]:
+def route_code(code: Tensor, known: list[Tensor], threshold: float) -> tuple[int | None, float]:
     """The place of the nearest known code, None if even that is below the threshold, and its cosine."""
     cosines = torch.stack([F.cosine_similarity(code, other, dim=0) for other in known])
     best, place = cosines.max(0)

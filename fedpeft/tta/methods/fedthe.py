@@ -44,10 +44,10 @@ from fedpeft import seeds
 from fedpeft.config import option
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.tta.deployed import Batch, Deployed, join, size, take
+from fedpeft.tta.deployed import Batch, Deployed, batch_size, join_batches, take_rows
 from fedpeft.tta.method import MethodConfig, Outputs, TTAMethod, source_batches
 from fedpeft.tta.parts import optim, scores
-from fedpeft.tta.parts.augment import KINDS, augment
+from fedpeft.tta.parts.augment import KINDS, augment_batch
 
 Layer = dict[str, Tensor]  # weight [K, D] and bias [K]
 
@@ -128,14 +128,17 @@ class TestTimeFedTHE(TTAMethod):
         config, prepared = self.config, self.prepared
         plain = self.forward(batch)
         features = _detach_features(plain)
-        history = moving(features, self.memory.get("history"), config.rate)
+        history = moving_history(features, self.memory.get("history"), config.rate)
         blended = torch.lerp(history, features, config.share)
         far = torch.stack([(blended - prepared[name]).norm(dim=1) for name in ("everyone", "own")], 1)
         heads = torch.stack([plain.logits, _logits_of(features, prepared["head"])], 1)
-        weights = mixing(heads, far, config.steps, config.lr)
+        weights = mixing_weights(heads, far, config.steps, config.lr)
         if config.memo_steps:
             heads = torch.stack(
-                [self._tune_one(take(batch, torch.tensor([row])), row, weights[row]) for row in range(size(batch))]
+                [
+                    self._tune_one(take_rows(batch, torch.tensor([row])), row, weights[row])
+                    for row in range(batch_size(batch))
+                ]
             )
         logits = (weights[:, :, None] * heads).sum(1)
         return Outputs(logits, features, None, {"history": history, "weights": weights})
@@ -154,7 +157,7 @@ class TestTimeFedTHE(TTAMethod):
         body = self.model.tensors(self.model.select(config.adapt))
         moved = {**body, **{f"personal/{name}": value for name, value in self.prepared["head"].items()}}
         for _ in range(config.memo_steps):
-            views = join([augment(config.augment, sample, draws) for _ in range(config.views)])
+            views = join_batches([augment_batch(config.augment, sample, draws) for _ in range(config.views)])
             leaves: dict[str, Tensor] = {name: torch.nn.Parameter(value) for name, value in moved.items()}
             with torch.enable_grad():
                 heads = self._both_logits(views, leaves, graph=True)
@@ -174,7 +177,7 @@ class TestTimeFedTHE(TTAMethod):
         return torch.stack([outputs.logits, _logits_of(outputs.features, personal)], 1)
 
 
-def mixing(heads: Tensor, far: Tensor, steps: int, lr: float) -> Tensor:
+def mixing_weights(heads: Tensor, far: Tensor, steps: int, lr: float) -> Tensor:
     """Weights s [N, 2] of two heads whose logits are [N, 2, K] and whose records are `far` [N, 2]; row by row."""
     log_p = heads.log_softmax(-1)
     agree = F.cosine_similarity(log_p[:, 0].exp(), log_p[:, 1].exp(), dim=-1)[:, None]
@@ -189,7 +192,7 @@ def mixing(heads: Tensor, far: Tensor, steps: int, lr: float) -> Tensor:
     return params["e"].softmax(-1)
 
 
-def moving(features: Tensor, before: Tensor | None, rate: float) -> Tensor:
+def moving_history(features: Tensor, before: Tensor | None, rate: float) -> Tensor:
     """The history [N, D] at each row of features [N, D]; `before` is that of the row before, None at the start."""
     rows: list[Tensor] = []
     for feature in features:

@@ -37,7 +37,7 @@ from fedpeft import registry, seeds
 from fedpeft.config import option
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
-from fedpeft.tta.deployed import Batch, Deployed, size
+from fedpeft.tta.deployed import Batch, Deployed, batch_size
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import optim
 from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
@@ -128,7 +128,7 @@ class ITTA(GradientMethod):
         return outputs
 
     def _update(self, batch: Batch, outputs: Outputs) -> str | None:
-        if size(batch) < 2:
+        if batch_size(batch) < 2:
             return "one sample has no other to mix with"
         leaves, draws = outputs.extra["leaves"], seeds.numpy_generator(self.seed, "tta", self.batches, "mix")
         scaled, mix = self._make_residuals(leaves), self._mix_styles(draws)

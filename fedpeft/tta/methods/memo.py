@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.tta.deployed import Batch, batch_statistics, join, size, take
+from fedpeft.tta.deployed import Batch, batch_size, batch_statistics, join_batches, take_rows
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import optim
-from fedpeft.tta.parts.augment import KINDS, augment
+from fedpeft.tta.parts.augment import KINDS, augment_batch
 from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 from fedpeft.tta.parts.scores import marginal_entropy
 
@@ -55,14 +55,14 @@ class MEMO(GradientMethod):
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         start = self._start()
-        rows = [self._answer_one(take(batch, torch.tensor([row])), row, start) for row in range(size(batch))]
+        rows = [self._answer_one(take_rows(batch, torch.tensor([row])), row, start) for row in range(batch_size(batch))]
         features = [row.features for row in rows if row.features is not None]
         return Outputs(torch.cat([row.logits for row in rows]), torch.cat(features) if features else None)
 
     def _answer_one(self, sample: Batch, row: int, start: dict[str, Tensor]) -> Outputs:
         """The answer for one sample; the source's where the step is not finite."""
         config, draws = self.config, self.generator("views", row)
-        views = join([augment(config.augment, sample, draws) for _ in range(config.views)])
+        views = join_batches([augment_batch(config.augment, sample, draws) for _ in range(config.views)])
         leaves = self.leaves(start)
         statistics = batch_statistics(config.bn_alpha)
         outputs = self.forward(views, leaves, statistics, graph=True)

@@ -33,7 +33,7 @@ from fedpeft.config import option
 from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.tta.parts import optim
-from fedpeft.tta.parts.teacher import MeanTeacher, TeacherConfig, stochastic
+from fedpeft.tta.parts.teacher import MeanTeacher, TeacherConfig, restore_at_random
 
 DAMPING = 1e-6
 
@@ -112,7 +112,7 @@ class PETAL(MeanTeacher):
     ) -> dict[str, Tensor]:
         config, draws, mean = self.config, self.generator("restore"), self.prepared["mean"]
         if config.rule == "random":
-            return stochastic(student, mean, config.restore, draws, config.joint_lora)
+            return restore_at_random(student, mean, config.restore, draws, config.joint_lora)
         chosen = data if config.fisher == "data" else whole
         fisher = {name: value.square() for name, value in chosen.items()}
         for name, value in fisher.items():

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.config import option
-from fedpeft.tta.deployed import Batch, take
+from fedpeft.tta.deployed import Batch, take_rows
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
-from fedpeft.tta.parts.augment import KINDS, augment
+from fedpeft.tta.parts.augment import KINDS, augment_batch
 from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 CUT = 0.99
@@ -68,7 +68,7 @@ class ROID(GradientMethod):
         )
         losses = soft_likelihood_ratio(logits[kept])
         if config.consistency:
-            view = augment(config.augment, take(batch, kept), self.generator("view"))
+            view = augment_batch(config.augment, take_rows(batch, kept), self.generator("view"))
             other = self.forward(view, leaves, self.statistics(view), graph=True).logits
             losses = losses + scores.symmetric_cross_entropy(logits[kept], other)
         # By all samples of the batch: those that were left out count with weight 0.

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.tta.deployed import Batch, Statistics, Tensors, join, of_batch, take
+from fedpeft.tta.deployed import Batch, Statistics, Tensors, join_batches, of_batch, take_rows
 from fedpeft.tta.method import Outputs
 from fedpeft.tta.parts import scores
-from fedpeft.tta.parts.augment import KINDS, augment
+from fedpeft.tta.parts.augment import KINDS, augment_batch
 from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 Item = dict[str, Any]
@@ -80,7 +80,7 @@ class RoTTA(GradientMethod):
         classes = outputs.logits.shape[1]
         for row, label in enumerate(labels):
             item = {
-                "input": take(batch, torch.tensor([row])),
+                "input": take_rows(batch, torch.tensor([row])),
                 "label": label,
                 "uncertainty": uncertainty[row],
                 "age": 0,
@@ -96,9 +96,9 @@ class RoTTA(GradientMethod):
 
     def _learn_from_memory(self) -> str | None:
         items = self.memory["items"]
-        batch = join([item["input"] for item in items])
+        batch = join_batches([item["input"] for item in items])
         target, moving = self._training_forward(batch, self.memory["teacher"], "moving", graph=False)
-        view = augment(self.config.augment, batch, self.generator("view", self.memory["offered"]))
+        view = augment_batch(self.config.augment, batch, self.generator("view", self.memory["offered"]))
         leaves = self.leaves()
         logits, student_moving = self._training_forward(view, leaves, "student_moving", graph=True)
         ages = torch.tensor([item["age"] / self.config.capacity for item in items])

@@ -24,7 +24,7 @@ SMALL = 0.3  # `small_image`: share of the geometry, for images of few pixels
 DROP = 0.1  # share of tokens that a view of a text loses
 
 
-def augment(kind: str, batch: Batch, generator: torch.Generator) -> Batch:
+def augment_batch(kind: str, batch: Batch, generator: torch.Generator) -> Batch:
     """One view of a batch.
 
     `image`, `image_flip` (also mirrored) and `small_image` (milder geometry) take the image tensor [N, C, H, W] and

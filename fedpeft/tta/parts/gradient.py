@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.config import option
-from fedpeft.tta.deployed import Batch, Statistics, batch_statistics, size
+from fedpeft.tta.deployed import Batch, Statistics, batch_size, batch_statistics
 from fedpeft.tta.method import MethodConfig, Outputs, TTAMethod
 from fedpeft.tta.parts import optim
 
@@ -48,7 +48,7 @@ class GradientMethod(TTAMethod):
 
     def statistics(self, batch: Batch) -> Statistics | None:
         """What batch norms normalise a batch with; None, their running statistics, for a batch of one."""
-        return batch_statistics(self.config.bn_alpha) if size(batch) > 1 else None
+        return batch_statistics(self.config.bn_alpha) if batch_size(batch) > 1 else None
 
     def leaves(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The student (or other tensors) as leaves of a new graph."""

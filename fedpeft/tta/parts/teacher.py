@@ -13,7 +13,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.tta.deployed import Batch
 from fedpeft.tta.method import Outputs, source_batches
 from fedpeft.tta.parts import scores
-from fedpeft.tta.parts.augment import KINDS, augment
+from fedpeft.tta.parts.augment import KINDS, augment_batch
 from fedpeft.tta.parts.gradient import GradientConfig, GradientMethod
 
 
@@ -70,7 +70,7 @@ class MeanTeacher(GradientMethod):
         self, student: dict[str, Tensor], data: dict[str, Tensor], whole: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The student after the restore; `data` and `whole` are the gradients of its loss without and with penalty."""
-        return stochastic(
+        return restore_at_random(
             student, self._start(), self.config.restore, self.generator("restore"), self.config.joint_lora
         )
 
@@ -81,7 +81,7 @@ class MeanTeacher(GradientMethod):
         if float(anchor.prediction.max(-1).values.mean()) < threshold:
             draws = self.generator("views")
             views = [
-                self.forward(augment(config.augment, batch, draws), self.memory["teacher"], statistics)
+                self.forward(augment_batch(config.augment, batch, draws), self.memory["teacher"], statistics)
                 for _ in range(config.views)
             ]
             features = [view.features for view in views if view.features is not None]
@@ -120,7 +120,7 @@ class MeanTeacher(GradientMethod):
         return None
 
 
-def stochastic(
+def restore_at_random(
     student: dict[str, Tensor], anchor: dict[str, Tensor], p: float, draws: torch.Generator, joint_lora: bool
 ) -> dict[str, Tensor]:
     """Each entry from `anchor` with probability p; a LoRA pair by rank-one components if `joint_lora`."""

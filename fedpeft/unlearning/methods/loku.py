@@ -38,7 +38,7 @@ from torch import Tensor
 from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.optimizers.base import make_layout, make_optimizer
-from fedpeft.clients.train import batches, on_device, per_sample_loss, set_gradients
+from fedpeft.clients.train import index_batches, on_device, per_sample_loss, set_gradients
 from fedpeft.config import ClientConfig, option
 from fedpeft.data.encode import Encoded
 from fedpeft.merging.arithmetic import combine
@@ -78,7 +78,7 @@ class LoKU(UnlearningMethod):
         start = case.started({})
         if self.config.fila:
             kinds = [
-                some(data, self.config.fisher_records, case.config.run.seed, name)
+                draw_some(data, self.config.fisher_records, case.config.run.seed, name)
                 for name, data in (("forget", case.forget), ("retain", case.retain))
             ]
             fisher = sum(map(len, kinds))
@@ -96,7 +96,7 @@ class LoKU(UnlearningMethod):
         model = case.model
         factors: dict[str, Tensor] = {}
         for site, value in forget.items():
-            B, A = fila(
+            B, A = split_fila(
                 model.base.weight(site).cpu(),
                 value,
                 retain[site],
@@ -116,7 +116,7 @@ class LoKU(UnlearningMethod):
         rng = numpy_generator(case.config.run.seed, "unlearn", "batches")
         keep = endless(len(case.retain), rng)
         pieces = list(
-            batches(len(case.forget), replace(client, local_steps=None, local_epochs=self.config.epochs), rng)
+            index_batches(len(case.forget), replace(client, local_steps=None, local_epochs=self.config.epochs), rng)
         )
         looks = max(1, len(pieces) // (LOOKS * self.config.epochs))
         passes = 0
@@ -164,7 +164,7 @@ def hinge_of(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tenso
     return inverted_hinge(*model.base.objective.pair(model.logits(inputs).float(), labels))
 
 
-def fila(weight: Tensor, forget: Tensor, retain: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+def split_fila(weight: Tensor, forget: Tensor, retain: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The factors B [out, r] and A [r, in] that a weight [out, in] is best kept in, where `forget` outweighs `retain`.
 
     s B A is the best approximation of the weight of this rank, its rows weighted by d. float64.
@@ -203,7 +203,7 @@ def fisher_information(model: Adapted, data: Encoded) -> dict[str, Tensor]:
     return {site: value / len(data) for site, value in total.items()}
 
 
-def some(data: Encoded, most: int, seed: int, name: str) -> Encoded:
+def draw_some(data: Encoded, most: int, seed: int, name: str) -> Encoded:
     """At most so many of the records, drawn."""
     if len(data) <= most:
         return data

@@ -27,7 +27,7 @@ from fedpeft.merging.arithmetic import combine
 from fedpeft.seeds import derive
 from fedpeft.state import AdapterState
 from fedpeft.unlearning.method import Case, Outcome, UnlearningMethod
-from fedpeft.unlearning.methods.loku import some
+from fedpeft.unlearning.methods.loku import draw_some
 
 GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
@@ -58,7 +58,7 @@ class Negation(UnlearningMethod):
         strength = self.config.strength or self.choose(case, start, tuned)
         note = f"lambda is {strength:g}"
         passes = self.config.epochs * len(case.forget)
-        return Outcome(negate(case.adapter, start, tuned, strength), steps, passes, (note,))
+        return Outcome(negate_task(case.adapter, start, tuned, strength), steps, passes, (note,))
 
     def choose(self, case: Case, start: AdapterState, tuned: AdapterState) -> float:
         """The strength, by records that were trained on or held out.
@@ -66,13 +66,13 @@ class Negation(UnlearningMethod):
         Raises:
             RunError: the weakest is too strong.
         """
-        control = some(case.retain, self.config.records, case.config.run.seed, "control")
+        control = draw_some(case.retain, self.config.records, case.config.run.seed, "control")
         tokens = case.config.run.evaluate_tokens
         case.write(case.adapter)
         least, found = self.config.keep * evaluate(case.model, control, tokens=tokens)["accuracy"], None
         for number, strength in enumerate(GRID):
             progress.step("rounds", number, len(GRID))
-            case.write(negate(case.adapter, start, tuned, strength))
+            case.write(negate_task(case.adapter, start, tuned, strength))
             if evaluate(case.model, control, tokens=tokens)["accuracy"] < least:
                 continue
             found = strength
@@ -86,6 +86,6 @@ class Negation(UnlearningMethod):
         return found
 
 
-def negate(run: AdapterState, start: AdapterState, tuned: AdapterState, strength: float) -> AdapterState:
+def negate_task(run: AdapterState, start: AdapterState, tuned: AdapterState, strength: float) -> AdapterState:
     """run - strength (tuned - start), exact in the products; the rank is that of both."""
     return combine([(1.0, run), (-strength, tuned), (strength, start)])
