@@ -25,8 +25,8 @@ class Records:
 
     Attributes:
         inputs: N texts (`Texts` where they come from files; a conversation is the text that
-            `conversations.dump_turns` makes of its turns), or images [N, H, W, C], uint8 or float32 in [0, 1]; a list of [H, W, C] where they differ in
-            size; `Pictures` where they are files or bytes.
+            `conversations.dump_turns` makes of its turns), or images [N, H, W, C], uint8 or float32 in [0, 1]; a list
+            of [H, W, C] where they differ in size; `Pictures` where they are files or bytes.
         labels: int64 [N], indices into `label_names`; zeros where records have no class of their own (language
             modelling, and where there are `targets`).
         columns: natural columns (strings or numbers), each [N].
