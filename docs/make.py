@@ -19,7 +19,7 @@ from typing import Any
 
 from fedpeft import registry
 from fedpeft.adapters.peft_types import CANNOT, EXACT
-from fedpeft.adapters.peft_types import measured as measured_types
+from fedpeft.adapters.peft_types import read_measured as measured_types
 from fedpeft.cli import catalogue
 from fedpeft.config import Config, ContinualConfig, default_of
 from fedpeft.config.option import INFINITY
