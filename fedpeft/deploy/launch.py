@@ -37,7 +37,9 @@ def main(arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     log_lines("" if role == "run" else f"{role}: ")
     if role == "superlink":
-        superlink(rest)
+        from fedpeft.deploy.coordinator.flower import run_superlink
+
+        run_superlink(rest)
     elif role == "face":
         from fedpeft.deploy.coordinator.face import main as face
 
@@ -76,14 +78,6 @@ def follow(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def superlink(arguments: list[str]) -> None:
-    """Be Flower's SuperLink."""
-    from fedpeft.deploy.coordinator.flower import flower_superlink
-
-    sys.argv = ["flower-superlink", *arguments]
-    flower_superlink()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ site:        site.yaml policy.yaml ca.crt site.key site.pub status.json owed/ le
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import secrets
@@ -112,11 +112,9 @@ class Server:
         found = [path for path in self.runs.glob("*") if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (path / "resolved.yaml").stat().st_mtime)
 
-    @staticmethod
-    def flower_number(folder: Path) -> int:
-        """Flower's number of the run that works on this folder; 0 if it was never submitted."""
-        file = folder / "flower.json"
-        return int(json.loads(file.read_text())["run_id"]) if file.exists() else 0
+    def run_with(self, number: int) -> Path | None:
+        """The folder of the run with this number."""
+        return next((folder for folder in self.all_runs() if number_of(folder.name) == number), None)
 
     def site_keys(self) -> dict[str, bytes]:
         """Name -> public key, in PEM, of every site; a file that is no key, or another site's, is said, and lets nobody
@@ -167,6 +165,11 @@ def site(path: Path) -> Site:
     require_name(settings.name, "site.name")
     settings.server = join(*parse_endpoint(settings.server, "site.server"))
     return Site(path.absolute(), settings)
+
+
+def number_of(run: str) -> int:
+    """The number that a run's messages carry, 64 bits as Flower's have; the same whenever its process begins anew."""
+    return int.from_bytes(hashlib.sha256(run.encode()).digest()[:8], "big")
 
 
 def require_name(name: str, key: str) -> None:

@@ -26,8 +26,8 @@ from fedpeft.deploy import settings
 from fedpeft.deploy.address import answers
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.flower import start_run_request
 from fedpeft.deploy.site import site
+from fedpeft.simulations.benchmarks import stock_runs
 
 SITES = ("one", "two")
 ROUNDS = 12
@@ -221,8 +221,8 @@ def stock_flower(root: Path) -> dict[str, Any]:
                 "stock/client.py": CLIENT.encode(),
                 "stock/server.py": server_code.encode(),
             }
-            number = control.client.StartRun(start_run_request(files, {})).run_id
-            while control.run_status(number) != "finished":
+            number = stock_runs.start_run(control.client, files)
+            while not stock_runs.is_finished(control.client, number):
                 time.sleep(1)
     rounds = [float(line) for line in (root / "rounds").read_text().split()]
     return {"tensors": TENSORS, "rounds_s": rounds, "median_s": statistics.median(rounds)}

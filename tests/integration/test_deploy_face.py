@@ -21,9 +21,9 @@ from flwr.proto.node_pb2 import Node
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.coordinator import daemon, server
 from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.flower import Task, take_task
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.processes import end_children
+from fedpeft.flower import empty_run
 from support.deployed import alive, free_ports, until
 
 
@@ -75,12 +75,7 @@ def test_messages_reach_a_waiting_site_and_the_superlink_may_be_killed(place):
     caller = Caller(root, made)
     node = caller.activate()
     control = Control(made, insecure=False)
-    control.start_run("run-1")
-    ca = (made.path / "ca.crt").read_bytes()
-    runtime = daemon.executor_client(made.control, ca, (made.path / "secret").read_bytes())
-    _, token = until(lambda: take_task(runtime), "the run's task")
-    task = Task(made.control, ca, token)
-    post = Post(task.run, task.nodes, root)
+    post = Post(empty_run(settings.number_of("run-1")), control.online, root)
     Clerk(made.path, post)
     arrived, got = [], []
 

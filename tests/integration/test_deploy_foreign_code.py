@@ -10,11 +10,8 @@ import pytest
 import yaml
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
-from flwr.common.serde import fab_to_proto, run_from_proto
-from flwr.proto.control_pb2 import StartRunRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
-from flwr.supercore.constant import TaskType
-from flwr.supercore.fab import Fab
+from flwr.common.serde import run_from_proto
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
@@ -24,6 +21,7 @@ from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.processes import end_children
+from fedpeft.simulations.benchmarks import stock_runs
 from support.deployed import LABELS, TRAIN, Deployment, until, write_records
 
 PROJECT = """
@@ -78,19 +76,17 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
     made, server, control = taken_over
     marker = tmp_path / "was-here"
     code = f"open({str(marker)!r}, 'w').close()\nfrom flwr.clientapp import ClientApp\napp = ClientApp()\n"
-    fab = build_fab_from_files(
-        {"pyproject.toml": PROJECT.encode(), "evil/__init__.py": code.encode(), "evil/app.py": code.encode()}
-    )[0]
-    (tmp_path / "evil.fab").write_bytes(fab)
+    files = {"pyproject.toml": PROJECT.encode(), "evil/__init__.py": code.encode(), "evil/app.py": code.encode()}
+    (tmp_path / "evil.fab").write_bytes(build_fab_from_files(files)[0])
     home = {**settings.environment(tmp_path / "elsewhere")}
     subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "evil.fab")], env=home, check=True, timeout=60)
     assert marker.exists()  # Flower's own client does run it
     marker.unlink()
 
-    control.client.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", fab, {}))))
-    hostile = daemon.Coordinator(server, False, {})
-    task = hostile.runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-    grid = HttpGrid(server.control, False, (made.coordinator / "ca.crt").read_bytes(), token=task.token)
+    stock_runs.start_run(control.client, files)
+    ca = (made.coordinator / "ca.crt").read_bytes()
+    executor = stock_runs.connect_executor(server.control, ca, (made.coordinator / "secret").read_bytes())
+    grid = HttpGrid(server.control, False, ca, token=stock_runs.take_token(executor))
     given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     grid.set_run(run_from_proto(given.run))
     identity = {"_run_id": given.run.run_id, "_node_id": given.context.node_id, "_task_id": given.task_id}
@@ -112,9 +108,8 @@ def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, mon
 def test_nobody_without_the_secret_is_given_work(taken_over):
     """Another user of the coordinator's machine reaches the port, but is handed no task."""
     _, server, control = taken_over
-    stranger = daemon.Coordinator(server, False, {})
-    control.start_run("run-1")
-    stranger.runtime._interceptors = stranger.runtime._interceptors[:1]
+    stock_runs.start_run(control.client, {"pyproject.toml": PROJECT.encode(), "evil/__init__.py": b""})
+    stranger = stock_runs.connect_executor(server.control, (server.path / "ca.crt").read_bytes(), b"guessed")
     with pytest.raises(httpx.HTTPStatusError) as refused:
-        stranger.runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+        stock_runs.take_token(stranger)
     assert refused.value.response.status_code == 401

@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord
+from flwr.common.serde import run_from_proto
+from flwr.proto.runtime_pb2 import PullTaskInputRequest, SendTaskHeartbeatRequest
 from flwr.superlink.grid.http_grid import HttpGrid
 from peft import get_peft_model_state_dict
 
 from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.flower import Task, start_run_request, take_task
 from fedpeft.deploy.processes import end_children
+from fedpeft.flower import identify
+from fedpeft.simulations.benchmarks import stock_runs
 from fedpeft.strategies import FedSVD
 from support import stock_app
 from support.deployed import Deployment, free_ports, until, write_records
@@ -41,10 +44,10 @@ clientapp = "stock.app:client"
 """
 
 
-def beat(held):
-    """As the coordinator does for its runs."""
+def beat(client):
+    """Or Flower gives the task up."""
     with contextlib.suppress(Exception):
-        while held.beat():
+        while client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success:
             time.sleep(5)
 
 
@@ -81,15 +84,15 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
         until(lambda: [one.status for one in control.nodes()] == ["online"] * 2, "both nodes", 120)
         app = Path(stock_app.__file__).read_bytes()
         files = {"pyproject.toml": PROJECT.encode(), "stock/__init__.py": b"", "stock/app.py": app}
-        control.client.StartRun(start_run_request(files, {}))
+        stock_runs.start_run(control.client, files)
         ca = (made.coordinator / "ca.crt").read_bytes()
-        runtime = daemon.executor_client(server.control, ca, (made.coordinator / "secret").read_bytes())
-        _, token = until(lambda: take_task(runtime), "the run's task")
-        task = Task(server.control, ca, token)
+        executor = stock_runs.connect_executor(server.control, ca, (made.coordinator / "secret").read_bytes())
+        token = until(lambda: stock_runs.take_token(executor), "the run's task")
         grid = HttpGrid(server.control, False, ca, token=token)
-        grid.set_run(task.run)
-        held = daemon.HeldTask(server.control, ca, token)
-        threading.Thread(target=beat, args=(held,), daemon=True).start()
+        given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+        identify(given.run.run_id, given.context.node_id, given.task_id)
+        grid.set_run(run_from_proto(given.run))
+        threading.Thread(target=beat, args=(grid._runtime_client,), daemon=True).start()
         start = ArrayRecord(get_peft_model_state_dict(stock_app.build()))
         result = FedSVD().start(grid, start, num_rounds=1, timeout=400)
     finally:

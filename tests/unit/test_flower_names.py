@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FleetApi
+from fedpeft.deploy.coordinator.fleet import FleetApi
+from fedpeft.deploy.coordinator.flower import FLEET_METHODS
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
@@ -21,7 +22,13 @@ PUBLIC = {
     "flwr.serverapp.strategy",
     "flwr.simulation",
 }
-PLACES = ("fedpeft/flower.py", "fedpeft/deploy/flower.py", "fedpeft/deploy/coordinator/flower.py")
+PLACES = (
+    "fedpeft/flower.py",
+    "fedpeft/deploy/flower.py",
+    "fedpeft/deploy/coordinator/flower.py",
+    "fedpeft/deploy/coordinator/fleet.py",
+    "simulations/benchmarks/stock_runs.py",
+)
 # Not imported by name: what is read, called or set of what is imported.
 ATTRIBUTES = (
     ("flwr.app", "Metadata.ttl"),
@@ -35,15 +42,9 @@ ATTRIBUTES = (
     ("flwr.supercore.control", "ControlHttpClient.RegisterNode"),
     ("flwr.supercore.control", "ControlHttpClient.UnregisterNode"),
     ("flwr.supercore.control", "ControlHttpClient.StartRun"),
-    ("flwr.supercore.control", "ControlHttpClient.StopRun"),
     ("flwr.supercore.runtime", "RuntimeHttpClient.AcquireTask"),
-    ("flwr.supercore.runtime", "RuntimeHttpClient.PullTaskInput"),
-    ("flwr.supercore.runtime", "RuntimeHttpClient.PushTaskOutput"),
-    ("flwr.supercore.runtime", "RuntimeHttpClient.SendTaskHeartbeat"),
-    ("flwr.supercore.runtime", "RuntimeHttpClient.GetNodes"),
     ("flwr.server.superlink.linkstate", "SqlLinkState.get_node_id_by_public_key"),
     ("flwr.server.superlink.linkstate", "SqlLinkState.get_node_info"),
-    ("flwr.server.superlink.linkstate", "SqlLinkState.get_run_status"),
     ("flwr.server.superlink.linkstate", "SqlLinkState.object_store"),
 )
 

@@ -26,7 +26,8 @@ from fedpeft.deploy.coordinator.flower import (
     PullMessagesRequest,
     PullMessagesResponse,
 )
-from fedpeft.flower import empty_run, identify
+from fedpeft.deploy.flower import RUN_ENDED
+from fedpeft.flower import empty_run
 
 NODE = 7
 
@@ -37,7 +38,7 @@ class Flower:
     """
 
     def __init__(self):
-        self.asked, self.messages, self.delay_s, self.refusal, self.there, self.working = [], [], 0.0, None, False, ()
+        self.asked, self.messages, self.delay_s, self.refusal, self.there = [], [], 0.0, None, False
 
     def call(self, method, body, key):
         self.asked.append((method, body, key))
@@ -60,9 +61,6 @@ class Flower:
 
     def online(self, key):
         return NODE if self.there else None
-
-    def works_on(self, run):
-        return run in self.working
 
 
 @pytest.fixture
@@ -208,25 +206,26 @@ def test_flower_s_refusal_is_told_as_it_is(rig, flower):
 
 
 def test_a_call_of_a_run_that_is_being_started_again_waits_and_one_of_another_goes_to_flower(rig, flower):
-    """Flower would take the answer of a run whose process is away, and nobody would ever see it."""
+    """Flower knows nothing of runs of ours, and nobody would ever see what it took of one whose process is away."""
     passing, folder, place = rig
-    (folder / "runs" / "run-1").mkdir()
-    (folder / "runs" / "run-1" / "resolved.yaml").touch()
-    (folder / "runs" / "run-1" / "flower.json").write_text('{"run_id": 5}')
-    flower.working = (5, 6)
+    run = folder / "runs" / "run-1"
+    run.mkdir()
+    (run / "resolved.yaml").touch()
+    ours = of_run("PullObject", settings.number_of("run-1"))
     with pytest.raises(relay.Refusal, match="being started") as refused:
-        asyncio.run(passing.call("PullObject", of_run("PullObject"), headers(place)))
+        asyncio.run(passing.call("PullObject", ours, headers(place)))
     assert refused.value.status == 503 and not flower.asked
     assert asyncio.run(passing.call("PullObject", of_run("PullObject", 6), headers(place))) == b"answer"
-    flower.working = (6,)  # it has ended: Flower says so
-    assert asyncio.run(passing.call("PullObject", of_run("PullObject"), headers(place))) == b"answer"
+    server.put_status(run, state="stopped")
+    with pytest.raises(relay.Refusal, match="has ended") as refused:
+        asyncio.run(passing.call("PullObject", ours, headers(place)))
+    assert json.loads(refused.value.said)["code"] == RUN_ENDED and len(flower.asked) == 1
 
 
 def test_a_pull_waits_and_ends_as_soon_as_a_run_has_a_message(rig, flower, monkeypatch):
     passing, folder, place = rig
     monkeypatch.setattr(relay, "LOOK_S", 1e6)  # nobody looks: who waits has to be told
     monkeypatch.setattr(relay, "WAIT_S", 1e6)
-    identify(5, 1, 0)
     box = post.Post(empty_run(5), list, folder)
 
     async def play():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import ssl
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedpeft import config as configs
-from fedpeft.deploy import keys, settings
+from fedpeft.deploy import keys, processes, settings
 from fedpeft.deploy.coordinator import daemon, server
 from fedpeft.deploy.coordinator import run as runs
 from fedpeft.errors import InputError, RunError
@@ -177,31 +176,22 @@ def test_all_sites_have_one_base_so_auto_is_float32_and_that_is_said(folder, mon
 
 def test_a_coordinator_on_a_full_disk_starts_no_run_says_so_once_and_goes_on(folder, monkeypatch, caplog):
     put_run(folder, "alpha-1", at=1000, state="submitted")
-    started, stopped = [], []
-
-    def start(name):
-        started.append(name)
-        return len(started)
-
+    started = []
+    monkeypatch.setattr(daemon.Child, "start", lambda child: started.append(child.role))
     coordinator = daemon.Coordinator(settings.server(folder), True, {})
-    coordinator.control = SimpleNamespace(start_run=start, stop_run=stopped.append, run_status=lambda number: "pending")
-    coordinator.runtime = None
-    monkeypatch.setattr(daemon, "take_task", lambda client: None)
     monkeypatch.setattr(daemon, "write_bytes", Full(0))
     logging.getLogger("fedpeft").propagate = True
     with caplog.at_level(logging.INFO, "fedpeft"):
         for _ in range(3):
+            coordinator.checked = -daemon.CHECK_S
             coordinator.step()
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "flower.json: no space left on device; make room" in caplog.text
-    assert started == ["alpha-1"] and stopped == [1]  # what Flower began is none of which nothing is known
+    assert [record.levelname for record in caplog.records] == ["ERROR"] and not started
+    assert "alpha-1/begun: no space left on device; make room" in caplog.text
     monkeypatch.setattr(daemon, "write_bytes", Full(9))
-    coordinator.full, coordinator.checked = -daemon.FULL_S, -daemon.CHECK_S
-    coordinator.step()
-    assert json.loads((folder / "runs" / "alpha-1" / "flower.json").read_text()) == {"run_id": 2}
-    coordinator.checked = -daemon.CHECK_S
-    coordinator.step()
-    assert len(started) == 2 and stopped == [1]
+    for _ in range(2):
+        coordinator.full, coordinator.checked = -daemon.FULL_S, -daemon.CHECK_S
+        coordinator.step()
+    assert started == ["run alpha-1"]
 
 
 @pytest.mark.parametrize(("number", "state"), [(errno.ENOSPC, "running"), (errno.EACCES, "failed")])
@@ -209,11 +199,7 @@ def test_a_run_without_room_pauses_and_with_another_trouble_of_the_disk_fails_in
     folder, monkeypatch, caplog, number, state
 ):
     place = put_run(folder, "alpha-1", at=1000, state="running")
-    ends = []
-    held = SimpleNamespace(run=None, nodes=list, end=ends.append)
-    monkeypatch.setattr(runs, "Task", lambda *given: held)
     monkeypatch.setattr(runs, "Clerk", lambda *given: None)
-    monkeypatch.setenv("FEDPEFT_TASK_TOKEN", "x")
 
     def play(*given):
         raise OSError(number, os.strerror(number), "metrics.jsonl")
@@ -222,20 +208,24 @@ def test_a_run_without_room_pauses_and_with_another_trouble_of_the_disk_fails_in
     logging.getLogger("fedpeft").propagate = True
     runs.main(folder, "alpha-1", "insecure")
     assert server.get_status(place)["state"] == state
-    assert "metrics.jsonl: " in ends[0] and "Traceback" not in caplog.text and "metrics.jsonl" in caplog.text
+    assert "metrics.jsonl: " in caplog.text and "Traceback" not in caplog.text
 
 
-def test_a_run_that_ends_at_once_is_started_again_after_a_longer_pause_each_time(folder, monkeypatch):
-    coordinator = daemon.Coordinator(settings.server(folder), True, {})
-    now = [1000.0]
-    monkeypatch.setattr(daemon.time, "monotonic", lambda: now[0])
+def test_a_process_that_ends_at_once_is_started_again_after_a_longer_pause_each_time(monkeypatch):
+    now, child = [1000.0], processes.Child("run alpha-1", ["false"], {})
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        processes.subprocess, "Popen", lambda *given, **named: SimpleNamespace(poll=lambda: 1, returncode=1)
+    )
+    child.start()
     waits = []
     for _ in range(8):
-        child, begun = SimpleNamespace(begun=now[0]), now[0]
-        while not coordinator.rested("alpha-1", child):
+        begun = child.begun
+        while child.begun == begun:
             now[0] += 0.5
-        waits.append(now[0] - begun)
-    assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    child = SimpleNamespace(begun=now[0])
-    now[0] += daemon.STEADY_S + 1
-    assert coordinator.rested("alpha-1", child) and coordinator.pauses_s["alpha-1"] == 1.0
+            child.keep()
+        waits.append(child.begun - begun)
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    now[0] += processes.STEADY_S + 1
+    child.keep()
+    assert child.begun == now[0] and child.pause_s == 1.0

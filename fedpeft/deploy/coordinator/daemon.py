@@ -1,8 +1,7 @@
 """`fedpeft server start`: the SuperLink, a process for every run at work, and what brings both back.
 
-This process takes Flower's place as the executor of runs: what the SuperLink hands out is a run's name, and what is
-started for it is the installed fedpeft. A run whose process or SuperLink ended is started again from its last
-checkpoint; Flower itself has no such thing.
+A run that has not ended has a process, which is started again from its last checkpoint when it ended before its time;
+Flower itself has no such thing. Nothing of Flower is imported before all of them are on their way.
 """
 
 from __future__ import annotations
@@ -14,28 +13,28 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-
-import httpx
+from typing import TYPE_CHECKING
 
 from fedpeft import folders
 from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import server as commands
-from fedpeft.deploy.coordinator.control import Control
-from fedpeft.deploy.coordinator.flower import HeldTask, executor_client, take_task
-from fedpeft.deploy.processes import LONGEST_PAUSE_S, STEADY_S, Child, end_children, launch_command
+from fedpeft.deploy.processes import Child, end_children, launch_command
 from fedpeft.deploy.settings import Server
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explain_error, write_bytes
 
+if TYPE_CHECKING:
+    from fedpeft.deploy.coordinator.control import Control
+
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
-TELL_S = 10.0  # between words to Flower that its runs are worked on
 FULL_S = 10.0  # after the disk was full
 DAY_S = 86_400.0
-CHECK_S = 1.0  # between looks at sites and runs that were added, stopped or broken off
+CHECK_S = 0.5  # between looks at sites and runs that were added, stopped or broken off
 START_S = 60.0
-BEFORE = ("pending", "starting")
 INSECURE = (
     "INSECURE: no TLS and no authentication. Anyone who reaches port %d can read every update and pose as a "
     "site. For tests on one machine only."
@@ -63,6 +62,8 @@ def serve(path: Path, insecure: bool = False) -> None:
         try:
             for child in fleet:
                 child.start()
+            with logged():
+                coordinator.look_at_runs()  # what is to go on loads while the SuperLink does
             _wait_for(server, fleet)
             log.info(
                 "coordinator ready: sites reach it at %s; %d sites added.",
@@ -141,44 +142,39 @@ def logged() -> Iterator[None]:
 
 
 class Coordinator:
-    """Hands runs to processes, and brings back those that ended before their time."""
+    """Lets sites in, and sees to it that each run that has not ended has its process."""
 
     def __init__(self, server: Server, insecure: bool, env: dict[str, str]) -> None:
         self.server, self.insecure, self.env = server, insecure, env
         self.children: dict[str, Child] = {}
-        self.held: dict[str, HeldTask] = {}
-        self.told = -TELL_S
-        self.control = Control(server, insecure)
-        self.root = None if insecure else (server.path / "ca.crt").read_bytes()
-        self.runtime = executor_client(server.control, self.root, (server.path / "secret").read_bytes())
-        self.checked = -CHECK_S
+        self.checked, self.full = -CHECK_S, -FULL_S
         self.sites: dict[str, str] = {}
         self.refusal = ""  # of a site, which has been said
-        self.submitted: set[str] = set()
-        self.pauses_s: dict[str, float] = {}
-        self.full = -FULL_S
+
+    @cached_property
+    def control(self) -> Control:
+        """The SuperLink's Control API."""
+        from fedpeft.deploy.coordinator.control import Control
+
+        return Control(self.server, self.insecure)
 
     def step(self) -> None:
-        """Look once for work. A SuperLink that does not answer is waited for, and so is room on the disk."""
-        self.tell()  # first, whatever hinders the rest: a run at work must not be given up
-        if time.monotonic() - self.full < FULL_S:
+        """Look at runs and sites if it is time. A SuperLink that does not answer is waited for, and so is room."""
+        now = time.monotonic()
+        if now - self.checked <= CHECK_S or now - self.full < FULL_S:
             return
+        self.checked = now
         try:
-            if time.monotonic() - self.checked > CHECK_S:
-                self.checked = time.monotonic()
-                self.register()
-                self.look_at_runs()
-            self.take()
-        except httpx.HTTPStatusError as error:
-            log.error("the SuperLink refuses: %s", error)
-        except httpx.HTTPError as error:
-            log.debug("the SuperLink does not answer: %s", error)
+            self.look_at_runs()
+            self.register()
         except OSError as error:
             log.error("%s No run is started until then.", explain_error(error))
-            self.full = time.monotonic()
+            self.full = now
 
     def register(self) -> None:
-        """Let sites in that were added, and put out those that were removed. What is refused holds up no run."""
+        """Let sites in that were added, and put out those that were removed."""
+        import httpx
+
         if self.insecure or self.sites == self.server.sites():
             return
         try:
@@ -187,105 +183,34 @@ class Coordinator:
             if str(error) != self.refusal:
                 log.error("the SuperLink refuses a site; it is asked again and again: %s", error)
             self.refusal = str(error)
+        except httpx.HTTPError as error:
+            log.debug("the SuperLink does not answer: %s", error)
         else:
             self.sites, self.refusal = self.server.sites(), ""
 
-    def take(self) -> None:
-        """Start the process of a run that Flower has ready."""
-        task = take_task(self.runtime)
-        if task is None:
-            return
-        number, token = task
-        name = self.named(number)
-        if name is None:  # submitted by somebody else on this machine; its code is not run
-            log.warning("run %d is none of this coordinator's and is ignored.", number)
-            self.control.stop_run(number)
-            return
-        folder = self.server.runs / name
-        env = {**self.env, "FEDPEFT_TASK_TOKEN": token}  # not in the arguments, which every user can read
-        child = Child(
-            f"run {name}",
-            launch_command("run", self.server.path, name, mode(self.insecure)),
-            env,
-            folder / "log.txt",
-        )
-        child.start()  # if it cannot be started nothing is held, and Flower offers the run again
-        self.children[name] = child
-        # By this process, not by the run's: on a busy machine that one loads longer than Flower waits for it.
-        self.held[name] = HeldTask(self.server.control, self.root, token)
-        self.held[name].beat()
-        log.info("run %s: started.", name)
-
     def look_at_runs(self) -> None:
-        """Submit new runs and those that nobody works on any more; after a start that is all that have not ended."""
+        """Start the processes of new runs and of those that were broken off; end those of runs that have ended."""
         for folder in self.server.all_runs():
-            name, number = folder.name, self.server.flower_number(folder)
-            child = self.children.get(name)
-            alive = child is not None and child.process is not None and child.process.poll() is None
-            if commands.get_status(folder)["state"] in commands.ENDED:
-                if child is not None:
-                    self.drop(name)
-                    self.control.stop_run(number)
-                continue
-            if alive or (child is None and name in self.submitted and self.control.run_status(number) in BEFORE):
-                continue
-            if child is not None and not self.rested(name, child):
-                continue
-            if number:
-                log.warning("run %s: goes on from its last checkpoint.", name)
-                self.control.stop_run(number)
-            self.drop(name)
-            self.submit(folder)
+            name, ended = folder.name, commands.get_status(folder)["state"] in commands.ENDED
+            if ended and name in self.children:
+                end_children([self.children.pop(name)])
+            elif not ended and name in self.children:
+                self.children[name].keep()
+            elif not ended:
+                self.children[name] = self.begin(folder)
 
-    def rested(self, name: str, child: Child) -> bool:
-        """Whether a run whose process ended may be started again: after a longer pause each time."""
-        lasted = time.monotonic() - child.begun
-        pause_s = 0.0 if lasted > STEADY_S else self.pauses_s.get(name, 0.0)
-        if lasted < pause_s:
-            return False
-        self.pauses_s[name] = min(LONGEST_PAUSE_S, 2 * pause_s or 1.0)
-        return True
+    def begin(self, folder: Path) -> Child:
+        """The process of a run.
 
-    def submit(self, folder: Path) -> None:
-        """Have Flower start a run, and note its number, without which the run would be taken for somebody else's.
-
-        Another number each time: Flower cannot start a run again, so it gets a new one of the same name.
+        Raises:
+            OSError: there is no room for what it would write.
         """
-        number = self.control.start_run(folder.name)
-        try:
-            write_bytes(folder / "flower.json", json.dumps({"run_id": number}).encode())
-        except OSError:
-            self.control.stop_run(number)
-            raise
-        self.submitted.add(folder.name)
-
-    def tell(self) -> None:
-        """Tell Flower, now and then, of every run at work; one that it has given up is begun again, in place of its
-        process.
-        """
-        if time.monotonic() - self.told <= TELL_S:
-            return
-        self.told = time.monotonic()
-        for name in list(self.held):
-            ended = commands.get_status(self.server.runs / name)["state"] in commands.ENDED
-            try:
-                if not ended and not self.held[name].beat():
-                    log.warning("run %s: the SuperLink has given it up.", name)
-                    self.drop(name)
-            except httpx.HTTPError as error:
-                log.debug("the SuperLink does not answer: %s", error)
-
-    def drop(self, name: str) -> None:
-        """End a run's process if there is one, and tell Flower no longer that it is worked on."""
-        if name in self.children:
-            end_children([self.children.pop(name)])
-            self.held.pop(name).close()
-
-    def named(self, number: int) -> str | None:
-        """The run that was last submitted under Flower's number."""
-        return next(
-            (folder.name for folder in self.server.all_runs() if self.server.flower_number(folder) == number), None
-        )
+        write_bytes(folder / "begun", f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
+        command = launch_command("run", self.server.path, folder.name, mode(self.insecure))
+        child = Child(f"run {folder.name}", command, self.env, folder / "log.txt")
+        child.start()
+        log.info("run %s: started.", folder.name)
+        return child
 
 
 @contextmanager

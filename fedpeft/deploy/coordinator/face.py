@@ -23,7 +23,8 @@ import grpc.aio
 import uvicorn
 
 from fedpeft.deploy import address, settings
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FLEET_SERVICE, PROTOBUF, FleetApi, Refusal
+from fedpeft.deploy.coordinator.fleet import FleetApi
+from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FLEET_SERVICE, PROTOBUF, Refusal
 from fedpeft.deploy.coordinator.relay import PATHS, Relay
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server

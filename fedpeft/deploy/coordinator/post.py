@@ -31,7 +31,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.deploy import flower
 from fedpeft.deploy.coordinator.flower import FLEET_METHODS, Refusal, error_reply
-from fedpeft.flower import ErrorCode, Run
+from fedpeft.flower import ErrorCode, Run, identify
 from fedpeft.foreign import shown
 
 log = logging.getLogger("fedpeft")
@@ -39,6 +39,7 @@ FRAME = struct.Struct(">IIQB")  # bytes that follow, call, node or status, metho
 BELL = 0  # no call: a node has a message
 METHODS = ("PullMessages", "PullObject", "PushMessages", "PushObject", "ConfirmMessageReceived")
 PLACE = "post"  # a file in the coordinator's folder: the port of the face's counter
+SERVER = 1  # Flower's number of the node that messages to sites are from
 AGAIN_S = 0.1
 WAIT_S = 1.0  # for an answer, at a time
 AWAY_S = 5.0  # between looks for sites that went away
@@ -116,6 +117,7 @@ class Post(Grid):
 
     def __init__(self, run: Run, nodes: Callable[[], Iterable[Any]], folder: Path) -> None:
         self.made_for, self.nodes, self.folder = run, nodes, folder
+        identify(run.run_id, SERVER, 0)
         self.letters: dict[str, Letter] = {}
         self.of: dict[int, dict[str, Letter]] = defaultdict(dict)  # the same by nodes
         self.boxes: dict[int, list[str]] = defaultdict(list)  # ids of messages that were not handed out, by nodes

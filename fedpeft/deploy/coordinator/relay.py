@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import binascii
 import contextlib
-import json
 import logging
 from base64 import b64decode
 from collections import defaultdict
@@ -27,7 +26,6 @@ from fedpeft.deploy.coordinator.flower import (
     FLEET_METHODS,
     LATEST_S,
     OLDEST_S,
-    UNKNOWN_KEY,
     DeactivateNodeRequest,
     PullMessagesRequest,
     PullMessagesResponse,
@@ -35,7 +33,8 @@ from fedpeft.deploy.coordinator.flower import (
     is_signed,
 )
 from fedpeft.deploy.coordinator.post import METHODS
-from fedpeft.deploy.flower import DecodeError, path_of
+from fedpeft.deploy.coordinator.server import ENDED, get_status
+from fedpeft.deploy.flower import RUN_ENDED, UNKNOWN_KEY, DecodeError, path_of
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
 
@@ -65,9 +64,6 @@ class Fleet(Protocol):
 
     def online(self, key: bytes) -> int | None:
         """The same if that counts as connected."""
-
-    def works_on(self, run: int) -> bool:
-        """Whether a run has neither ended nor is unknown."""
 
 
 @dataclass
@@ -157,8 +153,8 @@ class Relay:
                 f"{-LATEST_S:g} to {OLDEST_S:g} s are taken.",
             )
         if key not in self.registered():
-            said = {"code": UNKNOWN_KEY, "public_message": "Failed to activate SuperNode: its key is not registered."}
-            raise Refusal(HTTPStatus.PRECONDITION_FAILED, json.dumps(said))
+            said = "Failed to activate SuperNode: its key is not registered."
+            raise Refusal.numbered(HTTPStatus.PRECONDITION_FAILED, UNKNOWN_KEY, said)
         if (stamp, headers[SIGNATURE]) != self.lines[key].proof:
             if not is_signed(key, stamp, signature):
                 raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid signature.")
@@ -200,8 +196,9 @@ class Relay:
         if run in self.counter.runs:
             await self.require_own(line, asked.node.node_id, key)
             return await self.counter.call(run, method, line.node, body)
-        # Flower would take it, and no process would ever see it.
-        if self.is_ours(run) and await self.work(self.fleet.works_on, run):
+        if (folder := self.server.run_with(run)) is not None:
+            if get_status(folder)["state"] in ENDED:
+                raise Refusal.numbered(HTTPStatus.FORBIDDEN, RUN_ENDED, "the run has ended.")
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the run is being started.")
         return await self.work(self.fleet.call, method, body, key)
 
@@ -210,10 +207,6 @@ class Relay:
         if not self.insecure and node != line.node and node != await self.work(self.fleet.node_of, key):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid node ID.")
         line.node, self.nodes[node] = node, line
-
-    def is_ours(self, run: int) -> bool:
-        """Whether a run of Flower's is one of this coordinator's."""
-        return any(self.server.flower_number(folder) == run for folder in self.server.all_runs())
 
     async def pull(self, line: Line, body: bytes, key: bytes) -> bytes:
         """The answer to a pull, which waits for a message; an older one of the same site ends without."""

@@ -1,15 +1,14 @@
 """The server's side of one run: the same rounds as a simulation's, over Flower's Grid, from the last checkpoint on.
 
-python -m fedpeft.deploy.launch run FOLDER PARENT NAME   (FEDPEFT_TASK_TOKEN: Flower's token for the task)
+python -m fedpeft.deploy.launch run FOLDER PARENT NAME MODE
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,13 @@ from fedpeft.data.encode import encode
 from fedpeft.data.wording import require_asked
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import bare
-from fedpeft.deploy.coordinator.flower import Task
+from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import explain_error
+from fedpeft.flower import empty_run
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import identity, loop
 from fedpeft.run.world import World
@@ -44,16 +44,13 @@ def main(folder: Path, name: str, mode: str) -> None:
     """Work on a run until it is done, and say how it ended in its folder."""
     server = settings.server(folder)
     run, insecure = server.run(name), mode == "insecure"
-    # Out of the environment, which children would inherit.
-    token = os.environ.pop("FEDPEFT_TASK_TOKEN")
-    root = None if insecure else (folder / "ca.crt").read_bytes()
-    task = Task(server.control, root, token)
-    reason = ""
     try:
-        post = Post(task.run, task.nodes, run)
-        Clerk(folder, post)
-        play(run, post, None if insecure else server.sites)
-        put_status(run, state="done")
+        # A process of a coordinator that was killed misses it soon. Until then sites' calls are not for this one.
+        with folders.alone(run, patience_s=ORPHAN_S), closing(Control(server, insecure)) as control:
+            post = Post(empty_run(settings.number_of(name)), control.online, run)
+            Clerk(folder, post)
+            play(run, post, None if insecure else server.sites)
+            put_status(run, state="done")
     except Exception as error:  # whatever it is, the run's folder must say so, or it would be tried for ever
         reason, pauses = explain(error), isinstance(error, OSError) and error.errno in NO_ROOM
         if not reason:
@@ -64,7 +61,6 @@ def main(folder: Path, name: str, mode: str) -> None:
         # is started again until there is: its last checkpoint is whole.
         if not pauses and get_status(run)["state"] not in ENDED:
             put_status(run, state="failed", reason=reason)
-    task.end(reason)
 
 
 def explain(error: Exception) -> str:
@@ -80,11 +76,6 @@ def play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None)
     Args:
         registered: sites that may take part; None asks each node for its name (without authentication).
     """
-    with folders.alone(run, patience_s=ORPHAN_S):  # a process of a coordinator that was killed misses it soon
-        return _play_run(run, grid, registered)
-
-
-def _play_run(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None) -> dict[str, Any]:
     config = configs.load(run / "resolved.yaml")
     world, labels = world_of(config, run)
     tests = {} if config.data.test is None else {"test records": world.test.fingerprint}
