@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,24 @@ from fedpeft.errors import InputError
 from fedpeft.run import identity
 from fedpeft.run.start import require_sent, write_start
 from fedpeft.run.world import World, find_device
+from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build as build_strategy
+
+LEDGER = Path("ledger") / "server.jsonl"  # in a run's folder: the server's own
+
+
+class LaterWorld(World):
+    """A world of which there are config and strategy; the rest is loaded when some of it is first asked for."""
+
+    def __init__(self, config: Config, strategy: FederatedStrategy, load: Callable[[], World]) -> None:
+        self.config, self.strategy, self.load = config, strategy, load
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here for what is not there, so each field at most once.
+        if name not in World.__dataclass_fields__:
+            raise AttributeError(name)
+        self.__dict__ |= {**vars(self.load()), "strategy": self.strategy}
+        return self.__dict__[name]
 
 
 def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = None, name: str | None = None) -> World:
@@ -34,7 +53,7 @@ def bare(config: Config, run: Path, labels: list[str], ledger: Path | None = Non
     torch.set_num_threads(config.run.threads)
     model = build_adapted(config.model, config.adapter, len(labels), config.run.seed).to(find_device(config.run.device))
     content = write_start(config, model, labels)
-    strategy = build_strategy(config, len(labels), ledger=run / "ledger" / "server.jsonl")
+    strategy = build_strategy(config, len(labels), ledger=run / LEDGER)
     start = strategy.initial(model.state(), config.run.seed)
     if config.adapter.start is not None:
         identity.hold(run, content, config)

@@ -198,8 +198,7 @@ class Session:
         steady and every round will be played, else one a round.
         """
         world, federation = self.world, self.federation
-        tested = len(world.test) and not world.strategy.keeps  # else there is no single model, or nothing to test it on
-        evaluate = partial(results.score, world) if tested else None
+        evaluate = None if world.strategy.keeps else partial(results.score, world)  # where there is a single model
         at_once = federation.steady and world.config.run.patience is None and self.traffic is None
         if self.traffic is not None:
             self.traffic.require_room(world.strategy, server)

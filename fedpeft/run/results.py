@@ -32,8 +32,10 @@ log = logging.getLogger("fedpeft")
 def score(world: World, server: ServerState) -> dict[str, Any]:
     """What is measured of the global model on the server's test set, after what may be the last round also `by_class`.
 
-    In a sequence of tasks it is accuracy and loss on the records of the classes so far.
+    In a sequence of tasks it is accuracy and loss on the records of the classes so far. Nothing without a test set.
     """
+    if not len(world.test):
+        return {}
     if world.config.continual.body is not None:
         return sequence.score(world, server)
     world.local.model.write(server.adapter)

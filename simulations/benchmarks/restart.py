@@ -3,25 +3,26 @@
     python -m fedpeft.simulations.benchmarks.restart OUT [TIMES]
 
 Two sites on loopback as in `deploy_overhead`, which stay. Of each restart, the seconds until the coordinator says that
-it is ready, until the run's process has its model, and until the next round begins. Writes OUT/restart.json.
+it is ready, until the next round begins, and until it ends; and the CPU seconds that the coordinator's processes have
+used when it begins, all together and the run's own, which other work on the machine changes less. Writes
+OUT/restart.json.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedpeft.deploy import settings
+from fedpeft.deploy.address import answers
 from fedpeft.deploy.coordinator import server as commands
 from fedpeft.errors import RunError
 from fedpeft.simulations.benchmarks.deploy_overhead import CONFIG, SITES, prepared, running
@@ -29,7 +30,7 @@ from fedpeft.simulations.benchmarks.deploy_overhead import CONFIG, SITES, prepar
 PATIENCE_S, LOOK_S = 300.0, 0.02
 BETWEEN = 3  # rounds from a restart to the next kill
 CLI = [sys.executable, "-m", "fedpeft.cli.main"]
-LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) .*goes on after round", re.M)
+READY, GOES_ON = "coordinator ready", "goes on after round"
 
 
 def main(root: Path, times: int) -> dict[str, Any]:
@@ -70,17 +71,44 @@ def start(root: Path, coordinator: Path) -> subprocess.Popen[bytes]:
 
 def restarted(root: Path, coordinator: Path, folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, float]]:
     """Start it again: the process, and the seconds to each step."""
-    log, before = root / "coordinator.log", len(rounds(folder))
-    ready = log.read_text(errors="replace").count("coordinator ready")
+    before, ready, resumed = (
+        len(rounds(folder)),
+        count(root / "coordinator.log", READY),
+        count(folder / "log.txt", GOES_ON),
+    )
     process, begun = start(root, coordinator), time.time()
-    until(lambda: log.read_text(errors="replace").count("coordinator ready") > ready, "the coordinator")
+    until(lambda: count(folder / "log.txt", GOES_ON) > resumed, "the run")
+    until(lambda: answers("127.0.0.1", settings.server(coordinator).settings.control_port), "the SuperLink")
+    spent = cpu_seconds(process)
+    until(lambda: count(root / "coordinator.log", READY) > ready, "the coordinator")
     ready_s = time.time() - begun
     until(lambda: len(rounds(folder)) > before, "the next round")
-    next_s = time.time() - begun - rounds(folder)[before]["seconds"]
-    said = LINE.findall((folder / "log.txt").read_text(errors="replace"))[-1]
-    loaded_s = datetime.strptime(said, "%Y-%m-%d %H:%M:%S,%f").timestamp() - begun
-    row = {"ready_s": ready_s, "model_s": loaded_s, "next_round_s": next_s, "load": os.getloadavg()[0]}
+    ended_s = time.time() - begun
+    row = {
+        "ready_s": ready_s,
+        "next_round_s": ended_s - rounds(folder)[before]["seconds"],
+        "its_end_s": ended_s,
+        "cpu_s": sum(spent.values()),
+        "run_cpu_s": spent.get("run", 0.0),
+        "load": os.getloadavg()[0],
+    }
     return process, {key: round(value, 2) for key, value in row.items()}
+
+
+def count(file: Path, words: str) -> int:
+    """How often a log says this."""
+    return file.read_text(errors="replace").count(words)
+
+
+def cpu_seconds(process: subprocess.Popen[bytes]) -> dict[str, float]:
+    """CPU seconds that a coordinator's processes have used, by their roles; its own as coordinator."""
+    spent = {}
+    for number in (process.pid, *children_of(process)):
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        words = Path(f"/proc/{number}/cmdline").read_text().split("\0")
+        role = words[words.index("fedpeft.deploy.launch") + 1] if "fedpeft.deploy.launch" in words else "coordinator"
+        spent[role] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+    return spent
 
 
 def rounds(folder: Path) -> list[dict[str, Any]]:
@@ -90,12 +118,16 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL a process and its children, the parent first."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [list(map(int, line.split())) for line in listed.splitlines()]
-    children = [number for number, parent in pairs if parent == process.pid]
-    for number in (process.pid, *children):
+    for number in (process.pid, *children_of(process)):
         os.kill(number, signal.SIGKILL)
     process.wait()
+
+
+def children_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Its children's process ids."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [list(map(int, line.split())) for line in listed.splitlines()]
+    return [number for number, parent in pairs if parent == process.pid]
 
 
 def until(done: Callable[[], bool], what: str) -> None:

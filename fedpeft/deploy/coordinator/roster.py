@@ -32,6 +32,7 @@ class SiteGrid(Grid):
             was asked meanwhile, and one that is late is heard, if only to say so.
         record: receives an event for every late reply.
         wait: returns when one of the messages that it is given was answered, or after a while.
+        ready: returns when answers may be read.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class SiteGrid(Grid):
         deadline_s: float | None,
         record: Record,
         wait: Callable[[list[str]], None],
+        ready: Callable[[], object] = lambda: None,
     ) -> None:
         self.grid, self.cover, self.deadline_s, self.record, self.wait = grid, cover, deadline_s, record, wait
+        self.ready = ready
         self.names: dict[int, str] = {}
         self.sent: dict[str, int] = {}
         self.late: dict[str, tuple[int, float]] = {}
@@ -82,6 +85,7 @@ class SiteGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        self.ready()
         self.look_for_late()
         names = list(message_ids)
         self.wait(names)

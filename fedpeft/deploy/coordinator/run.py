@@ -6,6 +6,7 @@ python -m fedpeft.deploy.launch run FOLDER PARENT NAME MODE
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -22,21 +23,24 @@ from fedpeft.data import source
 from fedpeft.data.encode import encode
 from fedpeft.data.wording import require_asked
 from fedpeft.deploy import envelope, settings
-from fedpeft.deploy.build import bare
+from fedpeft.deploy.build import LEDGER, LaterWorld, bare
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
+from fedpeft.deploy.envelope import Envelope
 from fedpeft.errors import InputError, RunError
-from fedpeft.files import explain_error
+from fedpeft.files import explain_error, write_bytes
 from fedpeft.flower import empty_run
 from fedpeft.record.metrics import Recorder
 from fedpeft.run import identity, loop
 from fedpeft.run.world import World
 from fedpeft.state import Needs
+from fedpeft.strategies.build import build as build_strategy
 
 log = logging.getLogger("fedpeft")
 ORPHAN_S = 10.0
+TOLD = "told.json"  # in a run's folder: the classes and the base model that its sites were told of
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -77,21 +81,52 @@ def play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None)
         registered: sites that may take part; None asks each node for its name (without authentication).
     """
     config = configs.load(run / "resolved.yaml")
+    world, cover = open_world(config, run)
+    recorder = Recorder(run / "metrics.jsonl")
+    # Whatever was sent meanwhile: no answer is read before the base model is known to be the run's.
+    sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, grid.wait, lambda: world.local)
+    roster = Roster(sites, registered, partial(waiting, run))
+    federation = loop.Federation(sites, roster, False, lambda number: sites.transferred_s())
+    return loop.run(world, run, recorder, lambda: nullcontext(federation), tell)
+
+
+def open_world(config: Config, run: Path) -> tuple[World, Envelope]:
+    """The world of a run, and what comes with each of its messages.
+
+    A run that goes on has both from its folder and its checkpoint, so that the next round is sent before the model is
+    loaded. It is loaded, and compared with what the run began with, when it is first asked for.
+    """
+    file = run / TOLD
+    if not file.exists():
+        world, cover = load_world(config, run)
+        write_bytes(file, json.dumps({"labels": cover.labels, "base": cover.base}).encode())
+        return world, cover
+    told = json.loads(file.read_text())
+    cover = Envelope(run.name, configs.to_yaml(config), tuple(told["labels"]), told["base"])
+
+    def load() -> World:
+        world, found = load_world(config, run)
+        if found != cover:
+            raise InputError(f"{file}: the run's sites were told of other classes or another base than there are now.")
+        return world
+
+    strategy = build_strategy(config, len(cover.labels), ledger=run / LEDGER)
+    return LaterWorld(config, strategy, load), cover
+
+
+def load_world(config: Config, run: Path) -> tuple[World, Envelope]:
+    """Model and test set of a run, which must be those that it began with, and what comes with each of its messages."""
     world, labels = world_of(config, run)
     tests = {} if config.data.test is None else {"test records": world.test.fingerprint}
     identity.hold(run, {"base model": identity.of_base(world.local.model.base, config), **tests}, config)
-    cover = envelope.Envelope(
+    cover = Envelope(
         run.name, configs.to_yaml(config), tuple(labels), envelope.base_fingerprint(world.local.model.base, config)
     )
     # Here, once: what sites would refuse must not cost a round of all of them.
     cover.require()
     if kept := say_what_is_kept(world):
         log.info(kept)
-    recorder = Recorder(run / "metrics.jsonl")
-    sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, grid.wait)
-    roster = Roster(sites, registered, partial(waiting, run))
-    federation = loop.Federation(sites, roster, False, lambda number: sites.transferred_s())
-    return loop.run(world, run, recorder, lambda: nullcontext(federation), tell)
+    return world, cover
 
 
 def say_what_is_kept(world: World) -> str:
