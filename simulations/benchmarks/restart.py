@@ -71,23 +71,20 @@ def start(root: Path, coordinator: Path) -> subprocess.Popen[bytes]:
 
 def restarted(root: Path, coordinator: Path, folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, float]]:
     """Start it again: the process, and the seconds to each step."""
-    before, ready, resumed = (
-        len(rounds(folder)),
-        count(root / "coordinator.log", READY),
-        count(folder / "log.txt", GOES_ON),
-    )
+    ready, resumed = count(root / "coordinator.log", READY), count(folder / "log.txt", GOES_ON)
     process, begun = start(root, coordinator), time.time()
     until(lambda: count(folder / "log.txt", GOES_ON) > resumed, "the run")
     until(lambda: answers("127.0.0.1", settings.server(coordinator).settings.control_port), "the SuperLink")
     spent = cpu_seconds(process)
     until(lambda: count(root / "coordinator.log", READY) > ready, "the coordinator")
     ready_s = time.time() - begun
-    until(lambda: len(rounds(folder)) > before, "the next round")
-    ended_s = time.time() - begun
+    # By time: what was recorded of a round after the last checkpoint comes again.
+    until(lambda: [event for event in rounds(folder) if event["time"] > begun], "the next round")
+    event = next(event for event in rounds(folder) if event["time"] > begun)
     row = {
         "ready_s": ready_s,
-        "next_round_s": ended_s - rounds(folder)[before]["seconds"],
-        "its_end_s": ended_s,
+        "next_round_s": event["time"] - begun - event["seconds"],
+        "its_end_s": event["time"] - begun,
         "cpu_s": sum(spent.values()),
         "run_cpu_s": spent.get("run", 0.0),
         "load": os.getloadavg()[0],
