@@ -79,7 +79,7 @@ def restarted(root: Path, coordinator: Path, folder: Path) -> tuple[subprocess.P
     until(lambda: count(root / "coordinator.log", READY) > ready, "the coordinator")
     ready_s = time.time() - begun
     # By time: what was recorded of a round after the last checkpoint comes again.
-    until(lambda: [event for event in rounds(folder) if event["time"] > begun], "the next round")
+    until(lambda: any(event["time"] > begun for event in rounds(folder)), "the next round")
     event = next(event for event in rounds(folder) if event["time"] > begun)
     row = {
         "ready_s": ready_s,

@@ -26,11 +26,11 @@ def made(tmp_path, monkeypatch):
     commands.init(tmp_path / "c", "localhost", 9092, 9093, "0.0.0.0")
     server = settings.server(tmp_path / "c")
     run = put_run(server, "run-1")
-    monkeypatch.setattr(daemon, "launch", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(daemon, "launch_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
     monkeypatch.setattr(daemon, "CHECK_S", -1.0)
     coordinator = daemon.Coordinator(server, True, {})
     yield coordinator, run
-    daemon.end(list(coordinator.children.values()))
+    daemon.end_children(list(coordinator.children.values()))
 
 
 def test_a_run_has_one_process_and_another_when_that_ended(made):

@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import ssl
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +47,26 @@ def test_last_is_the_run_that_was_submitted_last_whatever_its_name(folder):
     assert server.stop(folder, "last") == {"run": "alpha-2", "state": "stopped"}
     with pytest.raises(InputError, match="alpha-2 is stopped, not done"):
         server.fetch(folder, "last", folder.parent / "result")
+
+
+def test_a_stop_is_not_written_over_by_the_process_that_it_is_to_stop(folder, monkeypatch):
+    """Which writes its state at the start of every round."""
+    place = put_run(folder, "alpha-1", at=1000, state="running")
+    writes, stops = server.write_bytes, []
+
+    def write_slowly(path, data):
+        if not stops:
+            stops.append(threading.Thread(target=server.stop, args=(folder, "alpha-1")))
+            stops[0].start()
+            time.sleep(0.2)  # the stop comes while this is on its way to the disk
+        writes(path, data)
+
+    monkeypatch.setattr(server, "write_bytes", write_slowly)
+    runs.waiting(place, None)
+    stops[0].join()
+    assert server.get_status(place)["state"] == "stopped"
+    runs.waiting(place, "a site")
+    assert server.get_status(place)["state"] == "stopped"
 
 
 def rows(running, *statuses):

@@ -27,7 +27,7 @@ from fedpeft.deploy.build import LEDGER, LaterWorld, bare
 from fedpeft.deploy.coordinator.control import Control
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
-from fedpeft.deploy.coordinator.server import ENDED, get_status, put_status
+from fedpeft.deploy.coordinator.server import put_status
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import explain_error, write_bytes
@@ -61,9 +61,8 @@ def main(folder: Path, name: str, mode: str) -> None:
             log.exception("run %s", name)
             reason = str(error) or type(error).__name__
         log.error("run %s %s: %s", name, "pauses" if pauses else "failed", reason)
-        # A run that was stopped says so, whatever its process ran into on the way down. One for which there is no room
-        # is started again until there is: its last checkpoint is whole.
-        if not pauses and get_status(run)["state"] not in ENDED:
+        # One for which there is no room is started again until there is: its last checkpoint is whole.
+        if not pauses:
             put_status(run, state="failed", reason=reason)
 
 
@@ -152,9 +151,8 @@ def tell(event: dict[str, Any]) -> None:
 
 
 def waiting(run: Path, text: str | None) -> None:
-    """Write down what the run waits for; None when it goes on. A run that was stopped stays so."""
-    if get_status(run)["state"] not in ENDED:
-        put_status(run, **({"state": "waiting", "reason": text} if text else {"state": "running"}))
+    """Write down what the run waits for; None when it goes on."""
+    put_status(run, **({"state": "waiting", "reason": text} if text else {"state": "running"}))
 
 
 def world_of(config: Config, run: Path) -> tuple[World, list[str]]:

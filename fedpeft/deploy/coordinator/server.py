@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -214,9 +215,8 @@ def stop(path: Path, name: str) -> dict[str, Any]:
     """Stop a run; its last checkpoint and its record stay."""
     server = settings.server(path)
     folder = server.run(name)
-    if get_status(folder)["state"] in ENDED:
+    if not put_status(folder, state="stopped"):
         raise InputError(f"RUN: {folder.name} has ended ({get_status(folder)['state']}).")
-    put_status(folder, state="stopped")
     return {"run": folder.name, "state": "stopped"}
 
 
@@ -281,9 +281,22 @@ def state(server: Server) -> dict[str, Any] | None:
         return found
 
 
-def put_status(folder: Path, **values: Any) -> None:
-    """Replace a run's status.json, whole or not at all; what is not given is gone."""
-    write_bytes(folder / "status.json", (json.dumps(values) + "\n").encode())
+def put_status(folder: Path, **values: Any) -> bool:
+    """Replace a run's status.json, whole or not at all; what is not given is gone. False if the run has ended already.
+
+    A command and the run's process write it, so one waits for the other: a stop must not be written over.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if get_status(folder)["state"] in ENDED:
+            return False
+        write_bytes(folder / "status.json", (json.dumps(values) + "\n").encode())
+        return True
+    finally:
+        os.close(handle)
 
 
 def get_status(folder: Path) -> dict[str, Any]:
