@@ -15,13 +15,13 @@ ROUNDING := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gp
 	tests/integration/test_federated_continual.py tests/integration/test_engines.py tests/integration/test_resume.py \
 	tests/integration/test_kill_points.py tests/integration/test_secagg_rounds.py tests/conformance tests/claims
 
-.PHONY: demo test test-flower slow attack claims full kernels gpu lint docs checkpoint smoke clean
+.PHONY: demo test test-flower slow attack claims full kernels gpu browser lint docs checkpoint smoke clean
 
 demo: .venv/ready
 	$(BIN)/fedpeft simulate quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims and not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not attack and not claims and not full and not browser"
 
 # The oldest and the newest minor of Flower that pyproject.toml allows.
 test-flower: .venv/ready
@@ -49,6 +49,15 @@ kernels: .venv/ready
 
 gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
+
+# Chromium and its driver come from the system: apt-get install chromium chromium-driver.
+browser: .venv/ready .venv/axe/package/axe.min.js
+	$(BIN)/python -m pytest -m browser -o timeout=600
+
+.venv/axe/package/axe.min.js: .venv/ready
+	$(BIN)/python -m pip install --quiet "selenium>=4.30,<5"
+	mkdir -p .venv/axe
+	cd .venv/axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz
 
 smoke: .venv/ready
 	$(BIN)/python -m fedpeft.simulations.smoke

@@ -48,14 +48,12 @@ def page(states: list[State], parts: dict[str, str], wanted: str) -> str:
         '<p id="link" role="status">This page shows what has been recorded.</p>',
         '<p><button id="pause" type="button" aria-pressed="false">Pause</button></p>',
         "<noscript><p>Without scripts the page stands still: load it again to see what is new.</p></noscript>",
-        "<main>",
         *(_wrap_section(key, parts[key]) for key in top),
         "<h2>Clients and rounds</h2>",
         '<form role="search"><label for="client">Clients whose name contains</label> '
         f'<input id="client" name="client" type="search" maxlength="{LONGEST_NAME}" value="{html.escape(wanted)}"> '
         "<button>Show</button></form>",
         *(_wrap_section(key, inner) for key, inner in parts.items() if key not in top),
-        "</main>",
         f"<script>{asset('watch.js')}</script>",
     ]
     return html_page(f"watch: {title}", body, style(), '<link rel="icon" href="data:,">')
@@ -71,8 +69,8 @@ def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str,
     for place, state in enumerate(states):
         drawn[f"run-{place}-state"] = _show_head(state, len(states) == 1)
         drawn[f"run-{place}-tasks"] = _show_tasks(state)
-        drawn[f"run-{place}-clients"] = _show_clients(state, wanted)
         drawn[f"run-{place}-quarantine"] = _show_quarantine(state, wanted)
+        drawn[f"run-{place}-clients"] = _show_clients(state, wanted)
         drawn[f"run-{place}-rounds"] = _show_rounds(state)
     return drawn
 
@@ -184,7 +182,8 @@ def _show_head(state: State, alone: bool) -> str:
         rows = [
             [str(row["round"]), shown(row["reason"], LONGEST_REASON)] for row in state["failed_rounds"][-MOST_ROWS:]
         ]
-        lines += ["<h3>Rounds without a result</h3>", html_table(["round", "reason"], rows)]
+        level = "h2" if alone else "h3"
+        lines += [f"<{level}>Rounds without a result</{level}>", html_table(["round", "reason"], rows)]
     return "".join(lines)
 
 
@@ -282,7 +281,7 @@ def _show_quarantine(state: State, wanted: str) -> str:
     ]
     cut = f" The first {MOST_ROWS} are shown." if len(order) > MOST_ROWS else ""
     return (
-        f"<h3>Quarantined</h3><p>Updates of {len(bad)} clients were refused.{cut}</p>"
+        f"<h3>Quarantined</h3><p>Updates of {len(bad)} client{'s' * (len(bad) > 1)} were refused.{cut}</p>"
         f"{html_table(['client', 'rounds', 'last round', 'reason then'], rows)}"
     )
 

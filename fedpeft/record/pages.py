@@ -6,12 +6,20 @@ import base64
 import html
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8881; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8881; --shade: #8888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } .wide { overflow-x: auto; } summary { cursor: pointer; }
+th { font-weight: 600; } summary { cursor: pointer; }
+h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
+/* What is wider than the page scrolls; a shadow stands at the edge beyond which there is more. */
+.wide { overflow-x: auto; background:
+  linear-gradient(to right, Canvas 30%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, Canvas 30%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) right / .8rem 100% no-repeat scroll; }
+:focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
 img { display: block; max-width: 100%; background: #fff; border-radius: 6px; margin: 1rem 0; }
 pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; }
 .lead { font-size: 1.1rem; } .note { border-left: 3px solid #d55e00; padding-left: .8rem; }
@@ -28,8 +36,8 @@ def html_page(title: str, body: list[str], style: str = PAGE_STYLE, more_head: s
         f"<style>{style}</style>",
         *([more_head] if more_head else []),
     ]
-    top = ["<!doctype html>", '<html lang="en"><head>', *head, "</head><body>", f"<h1>{title}</h1>"]
-    return "\n".join([*top, *body, "</body></html>"]) + "\n"
+    top = ["<!doctype html>", '<html lang="en"><head>', *head, "</head><body><main>", f"<h1>{title}</h1>"]
+    return "\n".join([*top, *body, "</main></body></html>"]) + "\n"
 
 
 def html_table(heads: list[str], rows: list[list[str]]) -> str:
@@ -41,7 +49,12 @@ def html_table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _html_cells(tag: str, cells: list[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    tags = [tag if cell else "td" for cell in cells]  # a heading without text would be read out as one
+    return (
+        "<tr>"
+        + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for kind, cell in zip(tags, cells, strict=True))
+        + "</tr>"
+    )
 
 
 def html_note(text: str) -> str:
