@@ -8,72 +8,123 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.record.drawing import (
     COLORS,
     GREY,
+    GRID,
+    INK,
     accuracy_axis,
-    are_crowded,
     axes_of,
-    draw_bars,
+    crowded,
     name_ticks,
-    natural_key,
+    natural,
     percent_format,
-    quantile_of,
+    quantile,
     round_axis,
-    with_legends,
+    with_labels,
 )
 from fedpeft.record.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
     from fedpeft.record.run_folder import Run
 
+MOST_NAMED = 40  # clients whose names and bars can be told apart
+BLUE = (0.0, 0.447, 0.698)
+
 
 def clients_accuracy(run: Run) -> Figure | None:
-    """Spread of the clients' own accuracies over rounds, and all of them after the last evaluation."""
+    """Spread of the clients' own accuracies over rounds."""
+    spreads = _spreads(run)
+    if not spreads:
+        return None
+    figure, axes = axes_of("Each client on its own held-out records")
+    at = {share: [quantile(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
+    axes.fill_between(list(spreads), at[0], at[1], color=COLORS[0], alpha=0.15, linewidth=0, label="lowest to highest")
+    axes.fill_between(list(spreads), at[0.25], at[0.75], color=COLORS[0], alpha=0.35, linewidth=0, label="middle half")
+    axes.plot(list(spreads), at[0.5], "o-", color=COLORS[0], label="median")
+    accuracy_axis(axes)
+    round_axis(axes)
+    figure.legend(loc="outside lower left", ncols=3)
+    return figure
+
+
+def clients_at_the_end(run: Run) -> Figure | None:
+    """All clients' accuracies after the last evaluation, from lowest to highest."""
+    spreads = _spreads(run)
+    if not spreads:
+        return None
+    last = max(spreads)
+    figure, axes = axes_of(f"All {len(spreads[last])} clients after round {last}, each on its own held-out records")
+    axes.plot(range(1, len(spreads[last]) + 1), spreads[last], "o", color=COLORS[0], label="_clients")
+    median = quantile(spreads[last], 0.5)
+    axes.axhline(median, color=GREY, linestyle="--", linewidth=1.2, label=f"median ({percent(median)})")
+    accuracy_axis(axes)
+    round_axis(axes)
+    axes.set_xlabel("clients, from lowest to highest")
+    return with_labels(figure)
+
+
+def _spreads(run: Run) -> dict[int, list[float]]:
+    """Round -> the clients' accuracies, sorted."""
     spreads: dict[int, list[float]] = {}
     for event in run.of("clients_evaluated"):
         found = [result.get("accuracy") for result in event["clients"].values()]
         spreads[event["round"]] = sorted(value for value in found if value is not None)
-    spreads = {number: values for number, values in spreads.items() if values}
-    if not spreads:
+    return {number: values for number, values in spreads.items() if values}
+
+
+def epsilon_by_client(run: Run) -> Figure | None:
+    """What each client has spent, where that is not the same for all."""
+    clients = (run.summary.get("privacy") or {}).get("clients") or {}
+    spent = {name: clients[name]["epsilon"] for name in sorted(clients, key=natural)}
+    if len({round(value, 6) for value in spent.values()}) < 2:
         return None
-    last = max(spreads)
-    titles = ["Each client on its own held-out records", f"All {len(spreads[last])} clients after round {last}"]
-    figure, (over, final) = axes_of(titles)
-    at = {share: [quantile_of(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
-    over.fill_between(list(spreads), at[0], at[1], color=COLORS[0], alpha=0.15, linewidth=0, label="lowest to highest")
-    over.fill_between(list(spreads), at[0.25], at[0.75], color=COLORS[0], alpha=0.35, linewidth=0, label="middle half")
-    over.plot(list(spreads), at[0.5], "o-", color=COLORS[0], label="median")
-    median = at[0.5][-1]
-    final.plot(range(1, len(spreads[last]) + 1), spreads[last], "o", color=COLORS[0])
-    final.axhline(median, color=GREY, linestyle="--", linewidth=1.2, label=f"median ({percent(median)})")
-    for axes in (over, final):
-        accuracy_axis(axes)
-        round_axis(axes)
-    final.set_xlabel("clients, from lowest to highest")
-    return with_legends(figure)
+    figure, axes = axes_of("Epsilon spent by each client")
+    _bars(axes, spent)
+    axes.set_ylabel("epsilon")
+    return figure
+
+
+def clients_sizes(run: Run) -> Figure | None:
+    """How many records each client has."""
+    if run.split is None or run.hides_counts:
+        return None
+    sizes = {name: len(indices) for name, indices in run.split["clients"].items()}
+    figure, axes = axes_of(f"Records of the {len(sizes)} clients")
+    _bars(axes, sizes)
+    axes.set_ylabel("records")
+    return figure
+
+
+def _bars(axes: Axes, values: dict[str, float]) -> None:
+    """A bar for each client under its name; of more than can be told apart, from the most to the least."""
+    if len(values) <= MOST_NAMED:
+        axes.bar(range(len(values)), list(values.values()), color=COLORS[0], width=0.8)
+        name_ticks(axes.xaxis, list(values), upright=crowded(list(values)))
+        axes.set_xlabel("client")
+    else:  # one filled outline, as a bar is an object of its own
+        edges = [index + 0.5 for index in range(len(values) + 1)]
+        axes.stairs(sorted(values.values(), reverse=True), edges, fill=True, color=COLORS[0])
+        axes.set_xlabel("clients, from the most to the least")
+    axes.grid(axis="x", visible=False)
 
 
 def clients_by_label(run: Run) -> Figure | None:
-    """Records of each client, and how they divide over the labels: shares, so that small clients show as clearly."""
-    if run.split is None or run.hides_counts:
-        return None
-    names = list(run.split["clients"])
-    histogram = run.split.get("histogram") or {}
+    """How each client's records divide over the labels: shares, so that small clients show as clearly."""
+    histogram = (run.split or {}).get("histogram") or {}
     labels = [str(label) for label in histogram.get("labels", [])]  # none where the data have no classes
-    titles = [f"Records of the {len(names)} clients"]
-    if labels:
-        titles.append("Labels, as shares of a client's records")
-    figure, (top, *below) = axes_of(titles, heights=(0.7, min(2.0, 0.6 + 0.12 * len(labels)))[: len(titles)])
-    draw_bars(top, [len(indices) for indices in run.split["clients"].values()])
-    top.set_xlim(-0.5, len(names) - 0.5)
-    top.set_ylabel("records")
-    top.grid(axis="x", visible=False)
-    name_ticks(top.xaxis, names, upright=are_crowded(names))
-    if labels:
-        top.tick_params(labelbottom=False)
-        _label_shares(below[0], names, labels, histogram["counts"])
-    (below or [top])[0].set_xlabel("client")
+    if run.split is None or run.hides_counts or not labels:
+        return None
+    rows = list(zip(run.split["clients"], histogram["counts"], strict=True))
+    named = len(rows) <= MOST_NAMED
+    if not named:  # of many clients the pattern is what can be seen: by their largest class, the most one-sided first
+        rows.sort(key=lambda row: (row[1].index(max(row[1])), -max(row[1]) / max(1, sum(row[1]))))
+    figure, axes = axes_of("Labels, as shares of a client's records", min(2.2, 0.8 + 0.07 * len(labels)))
+    _label_shares(axes, [name for name, _ in rows], labels, [counts for _, counts in rows])
+    if not named:
+        axes.set_xticks([])
+    axes.set_xlabel("client" if named else f"{len(rows)} clients, by their most frequent label")
     return figure
 
 
@@ -84,9 +135,7 @@ def test_time(run: Run) -> Figure | None:
         return None
     rows = sorted(tta["clients"].items(), key=lambda item: item[1]["tta_accuracy"] - item[1]["source_accuracy"])
     height = min(3.0, max(0.8, 0.12 * len(rows)))
-    figure, (axes,) = axes_of(
-        [f"Each client's records clean, its stream as trained, and with {tta['method']}"], heights=(height,)
-    )
+    figure, axes = axes_of(f"Each client's records clean, its stream as trained, and with {tta['method']}", height)
     places = range(len(rows))
     before = [row["source_accuracy"] for _, row in rows]
     after = [row["tta_accuracy"] for _, row in rows]
@@ -99,13 +148,13 @@ def test_time(run: Run) -> Figure | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("accuracy")
     axes.xaxis.set_major_formatter(percent_format())
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
-def plot_participation(run: Run) -> Figure | None:
-    """Whose updates were used, cut by a robust rule, far beyond the others', or quarantined in which round; null when
-    all clients' were used in every round and nothing else can be said of them.
+def participation(run: Run) -> Figure | None:
+    """Whose updates were used, cut by a robust rule, far beyond the others', or quarantined in which round; null where
+    nothing was amiss.
     """
     rounds = run.of("round")
     used = [(event["round"], client) for event in rounds for client in event["clients"]]
@@ -120,9 +169,9 @@ def plot_participation(run: Run) -> Figure | None:
     }
     bad = [pair for pairs in marked.values() for pair in pairs]
     known = {client for _, client in used + bad} | set(run.split["clients"] if run.split else ())
-    if not used or (len(used) == len(known) * len(rounds) and not bad):
+    if not used or not bad:
         return None
-    names = sorted(known, key=natural_key)
+    names = sorted(known, key=natural)
     row = {name: index for index, name in enumerate(names)}
     last = max(at for at, _ in used + bad)
     grid = [[math.nan] * last for _ in names]
@@ -130,10 +179,10 @@ def plot_participation(run: Run) -> Figure | None:
         grid[row[client]][at - 1] = 0.6
     for at, client in marked["trimmed, clipped or not selected"]:
         grid[row[client]][at - 1] = 0.25
-    figure, (axes,) = axes_of(["Clients' updates"], heights=(min(2.4, 0.8 + 0.06 * len(names)),))
+    figure, axes = axes_of("Clients' updates", min(2.4, 0.9 + 0.06 * len(names)))
     _draw_rounds(axes, grid, f"used ({len(used)})")
     for (label, pairs), (look, color) in zip(
-        marked.items(), (("s", "#d0e1f2"), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
+        marked.items(), (("s", _shades()(0.25)), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
     ):
         if pairs:
             shown = [] if look == "s" else pairs  # marks stay visible where a cell is thinner than a pixel
@@ -143,7 +192,7 @@ def plot_participation(run: Run) -> Figure | None:
     name_ticks(axes.yaxis, names, most=25)
     axes.set_ylabel("client")
     round_axis(axes)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 
@@ -153,30 +202,38 @@ def _draw_rounds(axes: Axes, grid: list[list[float]], label: str) -> None:
     axes.imshow(
         grid,
         aspect="auto",
-        cmap="Blues",
+        cmap=_shades(),
         vmin=0,
         vmax=1,
         interpolation="nearest",
         extent=(0.5, last + 0.5, rows - 0.5, -0.5),
     )
-    axes.plot([], [], "s", color="#4a98c9", markersize=7, label=label)
+    axes.plot([], [], "s", color=_shades()(0.6), markersize=7, label=label)
     axes.grid(False)
     if rows <= 40:
-        axes.hlines([edge + 0.5 for edge in range(rows - 1)], 0.5, last + 0.5, color="white", linewidth=1)
+        axes.hlines([edge + 0.5 for edge in range(rows - 1)], 0.5, last + 0.5, color=GRID, linewidth=1)
+
+
+def _shades() -> Colormap:
+    """From nothing to our blue, so that no white lies on a dark page."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("shades", [(*BLUE, 0.0), (*BLUE, 1.0)])
 
 
 def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[list[int]]) -> None:
     """Heat map of `counts` [clients, labels], each client's scaled to sum to one; the counts where there is room."""
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     by_label = list(zip(*shares, strict=True))
-    mesh = axes.imshow(by_label, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    most = max(max(row) for row in shares) or 1.0
+    mesh = axes.imshow(by_label, aspect="auto", cmap=_shades(), vmin=0, vmax=most, interpolation="nearest")
     if len(names) <= 15 and len(labels) <= 12:
         for column, row in enumerate(counts):
             for line, count in enumerate(row):
-                color = "white" if shares[column][line] > 0.55 else "#333333"
+                color = "white" if shares[column][line] > 0.55 * most else INK
                 axes.text(column, line, str(count), ha="center", va="center", fontsize=8, color=color)
     axes.grid(False)
     axes.set_ylabel("label")
-    name_ticks(axes.xaxis, names, upright=are_crowded(names))
+    name_ticks(axes.xaxis, names, upright=crowded(names))
     name_ticks(axes.yaxis, labels, most=25)
     axes.figure.colorbar(mesh, ax=axes, format=percent_format(), pad=0.01)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ MB = 1e6  # bytes
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#5b5b5b")  # colour-blind safe
 DASHES = ("-", "--", "-.", ":")
 GREY = "#777777"
+INK, GRID = "#262626", "#e4e4e4"  # of all that is no data; a page puts its own in their place
 STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -34,12 +36,17 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
+    "axes.xmargin": 0.01,
+    "axes.facecolor": "none",
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
     "figure.constrained_layout.use": True,
     "figure.dpi": 130,
     "font.size": 10,
-    "grid.color": "#e4e4e4",
+    "grid.color": GRID,
     "legend.fontsize": 9,
-    "legend.framealpha": 0.85,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "svg.hashsalt": "fedpeft",
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
     "text.parse_math": False,  # client and folder names may hold a dollar sign
@@ -62,21 +69,76 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def axes_of(titles: list[str], heights: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """One axes a title, below each other with a height (in units of 3.2 inches) each, else beside each other."""
+def files(figure: Figure) -> dict[str, bytes]:
+    """The figure by file suffix: PNG on white, SVG and PDF on nothing. The same figure gives the same bytes."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # where all lies is settled; else each format would work it out again
+    made = {}
+    for suffix, look, metadata in (
+        ("png", {"facecolor": "white"}, {"Software": None}),
+        ("svg", {"facecolor": "none"}, {"Date": None, "Creator": None}),
+        ("pdf", {"facecolor": "none"}, {"CreationDate": None, "Creator": None, "Producer": None}),
+    ):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, metadata=metadata, **look)  # type: ignore[arg-type]
+        made[suffix] = buffer.getvalue()
+    return made
+
+
+def axes_of(title: str, height: float = 1.0) -> tuple[Figure, Axes]:
+    """A figure as wide as a column of a paper, or a phone; `height` is in units of 3.1 inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 3.2 * sum(heights)))
-    if len(heights) > 1:
-        grid = figure.subplots(len(titles), 1, squeeze=False, height_ratios=heights)
-    else:
-        grid = figure.subplots(1, len(titles), squeeze=False)
-    for axes, title in zip(grid.flat, titles, strict=True):
-        axes.set_title(title)
-    return figure, list(grid.flat)
+    figure = Figure(figsize=(5.2, 3.1 * height))
+    axes = figure.subplots()
+    axes.set_title("\n".join(textwrap.wrap(title, 62)))
+    return figure, axes
 
 
-def draw_line(
+def label_ends(axes: Axes) -> None:
+    """Write each line's label beside where it ends, in place of a legend; labels that would meet are moved apart.
+
+    The limits of the y axis must be settled.
+    """
+    from matplotlib.lines import Line2D
+
+    low, high = axes.get_ylim()
+    row = 0.05 * 3.1 / axes.figure.get_figheight()  # of the axes' height, a line of text
+    ends = []
+    for drawn in axes.lines:
+        values = [value for value in drawn.get_ydata() if math.isfinite(value)]
+        if values and not str(drawn.get_label()).startswith("_"):
+            text = textwrap.fill(str(drawn.get_label()), 22)
+            ends.append(((values[-1] - low) / (high - low), text, drawn))
+    ends.sort(key=lambda end: end[0])
+    places = moved_apart([end[0] for end in ends], [row * (1 + end[1].count("\n")) for end in ends])
+    for (_, text, drawn), at in zip(ends, places, strict=True):
+        look = {"color": drawn.get_color(), "linestyle": drawn.get_linestyle(), "linewidth": drawn.get_linewidth()}
+        axes.add_artist(Line2D([1.02, 1.07], [at, at], transform=axes.transAxes, clip_on=False, **look))
+        axes.text(1.09, at, text, transform=axes.transAxes, va="center", fontsize=8.5)
+
+
+def moved_apart(places: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Middles of boxes, moved so far that none meets another; as a whole they stay in [0, 1] where that has room.
+
+    Args:
+        places: from low to high.
+
+    >>> [round(place, 2) for place in moved_apart([0.5, 0.5, 0.95], [0.2, 0.2, 0.2])]
+    [0.5, 0.7, 0.9]
+    """
+    moved: list[float] = []
+    for place, height in zip(places, heights, strict=True):
+        least = moved[-1] + (heights[len(moved) - 1] + height) / 2 if moved else height / 2
+        moved.append(max(place, least))
+    top = 1.0
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], top - heights[index] / 2)
+        top = moved[index] - heights[index] / 2
+    return moved
+
+
+def line(
     axes: Axes,
     events: list[Event],
     key: str,
@@ -109,14 +171,6 @@ def frozen_line(axes: Axes, run: Run) -> None:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=label)
 
 
-def draw_bars(axes: Axes, heights: Sequence[float]) -> None:
-    """A bar for each client; for more than can be told apart one filled outline, as a bar is an object of its own."""
-    if len(heights) <= 400:
-        axes.bar(range(len(heights)), heights, color=COLORS[0], width=0.8)
-    else:
-        axes.stairs(heights, [index - 0.5 for index in range(len(heights) + 1)], fill=True, color=COLORS[0])
-
-
 def name_ticks(axis: Axis, names: list[str], *, most: int = 40, upright: bool = False) -> None:
     """Names at integer positions; every n-th where more than `most` would overlap."""
     shown = range(0, len(names), max(1, math.ceil(len(names) / most)))
@@ -124,9 +178,9 @@ def name_ticks(axis: Axis, names: list[str], *, most: int = 40, upright: bool = 
     axis.set_ticks(list(shown), labels, rotation=90 if upright else 0, fontsize=8)
 
 
-def are_crowded(names: list[str]) -> bool:
+def crowded(names: list[str]) -> bool:
     """Whether names beside each other would overlap."""
-    return sum(min(len(name), 18) + 2 for name in names) > 90
+    return sum(min(len(name), 18) + 2 for name in names) > 55
 
 
 def accuracy_axis(axes: Axes) -> None:
@@ -136,10 +190,10 @@ def accuracy_axis(axes: Axes) -> None:
 
 
 def percent_format() -> Any:
-    """A matplotlib formatter that shows 1.0 as 100 %."""
+    """A matplotlib formatter that shows 1.0 as "100 %"."""
     from matplotlib.ticker import PercentFormatter
 
-    return PercentFormatter(1.0)
+    return PercentFormatter(1.0, symbol=" %")
 
 
 def round_axis(axes: Axes) -> None:
@@ -150,11 +204,10 @@ def round_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def with_legends(figure: Figure) -> Figure:
-    """The same figure, with a legend on each axes that has something labelled."""
+def with_labels(figure: Figure) -> Figure:
+    """The same figure, with labels at the ends of its lines."""
     for axes in figure.axes:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+        label_ends(axes)
     return figure
 
 
@@ -163,7 +216,7 @@ def has_accuracy(run: Run) -> bool:
     return any(score["accuracy"] is not None for score in run.scores)
 
 
-def sum_traffic(rounds: list[Event], key: str) -> dict[int, float]:
+def cumulative(rounds: list[Event], key: str) -> dict[int, float]:
     """Round -> MB up to its end; 0 is before round 1."""
     total, sums = 0.0, {0: 0.0}
     for event in rounds:
@@ -172,7 +225,7 @@ def sum_traffic(rounds: list[Event], key: str) -> dict[int, float]:
     return sums
 
 
-def quantile_of(values: list[float], share: float) -> float:
+def quantile(values: list[float], share: float) -> float:
     """Of sorted values, by linear interpolation."""
     position = share * (len(values) - 1)
     low = math.floor(position)
@@ -180,6 +233,6 @@ def quantile_of(values: list[float], share: float) -> float:
     return values[low] + (values[high] - values[low]) * (position - low)
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts client-10 after client-9."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]

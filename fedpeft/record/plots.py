@@ -9,26 +9,30 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fedpeft.record.client_plots import clients_accuracy, clients_by_label, plot_participation, test_time
+from fedpeft.record.client_plots import (
+    clients_accuracy,
+    clients_at_the_end,
+    clients_by_label,
+    clients_sizes,
+    epsilon_by_client,
+    participation,
+    test_time,
+)
 from fedpeft.record.drawing import (
     COLORS,
     DASHES,
     GREY,
     accuracy_axis,
-    are_crowded,
     axes_of,
-    draw_bars,
-    draw_line,
+    cumulative,
     frozen_line,
     has_accuracy,
-    name_ticks,
-    natural_key,
+    line,
     round_axis,
-    sum_traffic,
-    with_legends,
+    with_labels,
 )
 from fedpeft.record.findings import SERVER
-from fedpeft.record.words import number, percent
+from fedpeft.record.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,15 +56,14 @@ def accuracy(run: Run) -> Figure | None:
         return None
     if run.summary.get("sequence"):
         return _plot_sequence(run)
-    figure, (axes,) = axes_of([f"Accuracy on the {run.summary['evaluated_on']}"], heights=(1.2,))
+    figure, axes = axes_of(f"Accuracy on the {run.summary['evaluated_on']}", 1.2)
     last = (run.summary["final"] or {}).get("accuracy")
     _plot_scores(axes, run, "accuracy", f"{run.summary['strategy']} (last {percent(last)})", COLORS[0])
     _plot_references(axes, run)
     frozen_line(axes, run)
     accuracy_axis(axes)
     round_axis(axes)
-    figure.legend(loc="outside lower center", ncols=2)  # too wide to lie on the curve
-    return figure
+    return with_labels(figure)
 
 
 def _plot_sequence(run: Run) -> Figure:
@@ -68,7 +71,7 @@ def _plot_sequence(run: Run) -> Figure:
     each task, as the points of two tasks are of unlike classes.
     """
     sequence = run.summary["sequence"]
-    figure, (axes,) = axes_of(["Accuracy on the test records of all classes seen so far"], heights=(1.2,))
+    figure, axes = axes_of("Accuracy on the test records of all classes seen so far", 1.3)
     ends, curve = sequence["rounds_of_tasks"], sequence["accuracy_by_task"]
     if ends:
         axes.plot(
@@ -105,17 +108,21 @@ def _plot_sequence(run: Run) -> Figure:
     accuracy_axis(axes)
     round_axis(axes)
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=16)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower left", ncols=1)  # two curves may end in one point
     return figure
 
 
-def _plot_scores(axes: Axes, run: Run, key: str, label: str, color: str, x: dict[int, float] | None = None) -> None:
-    """Scores over rounds, or over `x`; in a sequence a line for each task: two tasks' points are of unlike classes."""
-    scores = [score for score in run.scores if x is None or score["round"] in x]
+def _plot_scores(
+    axes: Axes, run: Run, key: str, label: str, color: str, x: dict[int, float] | None = None, first: int = 0
+) -> None:
+    """Scores from round `first` on over rounds, or over `x`; in a sequence a line for each task: two tasks' points are
+    of unlike classes.
+    """
+    scores = [score for score in run.scores if score["round"] >= first and (x is None or score["round"] in x)]
     sequence = run.summary.get("sequence")
     parts = [scores] if not sequence else _by_task(scores, sequence["rounds_of_tasks"])
     for index, part in enumerate(parts):
-        draw_line(axes, part, key, "_" if index else label, color, x=x)
+        line(axes, part, key, "_" if index else label, color, x=x)
 
 
 def _by_task(scores: list[Event], ends: list[int]) -> list[list[Event]]:
@@ -135,82 +142,59 @@ def _plot_references(axes: Axes, run: Run) -> None:
 
 def loss(run: Run) -> Figure | None:
     """Mean training loss of each round's clients, and the loss of the evaluated models."""
-    figure, (axes,) = axes_of(["Loss"])
-    draw_line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
-    _plot_scores(axes, run, "loss", run.summary["evaluated_on"], COLORS[0])
+    figure, axes = axes_of("Loss, from round 1")  # before any training it dwarfs all others
+    line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
+    _plot_scores(axes, run, "loss", run.summary["evaluated_on"], COLORS[0], first=1)
     axes.set_ylabel("mean loss")
     round_axis(axes)
-    return with_legends(figure) if axes.lines else None
+    return with_labels(figure) if axes.lines else None
 
 
 def communication(run: Run) -> Figure | None:
-    """Cumulative traffic over rounds, and the accuracy that the uploaded megabytes bought."""
+    """The accuracy that the uploaded megabytes bought; how many there were is a number of the summary."""
     rounds = run.of("round")
-    if not rounds:
+    if not rounds or not has_accuracy(run) or run.summary.get("sequence"):
         return None
-    one = has_accuracy(run) and not run.summary.get("sequence")
-    titles = ["Traffic, all clients together", *(["Accuracy against uploads"] if one else [])]
-    figure, (traffic, *bought) = axes_of(titles)
-    for key, label, color in (("bytes_up", "clients to server", 0), ("bytes_down", "server to clients", 1)):
-        sums = sum_traffic(rounds, key)
-        label = f"{label} ({number(max(sums.values()))} MB)"
-        traffic.plot(list(sums), list(sums.values()), color=COLORS[color], linestyle=DASHES[color], label=label)
-    traffic.set_ylabel("cumulative MB")
-    traffic.set_ylim(bottom=0)
-    round_axis(traffic)
-    for axes in bought:
-        draw_line(axes, run.scores, "accuracy", run.summary["strategy"], COLORS[0], x=sum_traffic(rounds, "bytes_up"))
-        frozen_line(axes, run)
-        accuracy_axis(axes)
-        axes.set_xlabel("cumulative MB, clients to server")
-    return with_legends(figure)
+    figure, axes = axes_of("Accuracy against uploads")
+    line(axes, run.scores, "accuracy", run.summary["strategy"], COLORS[0], x=cumulative(rounds, "bytes_up"))
+    frozen_line(axes, run)
+    accuracy_axis(axes)
+    axes.set_xlabel("MB, clients to server")
+    return with_labels(figure)
 
 
 def privacy(run: Run) -> Figure | None:
-    """Accuracy against the largest epsilon spent so far, and what each client has spent."""
+    """Accuracy against the largest epsilon spent so far."""
     section = run.summary.get("privacy") or {}
     spent = {event["round"]: event["epsilon_max"] for event in run.of("round") if event.get("epsilon_max") is not None}
     if not spent:
         return None
-    clients = section.get("clients") or {}
     protected = "client" if section.get("unit") == "client" else "record"
-    titles = [f"Accuracy against epsilon of one {protected}", *(["Epsilon spent by each client"] if clients else [])]
-    figure, (bought, *each) = axes_of(titles)
-    _plot_scores(bought, run, "accuracy", run.summary["strategy"], COLORS[0], x=spent)
+    figure, axes = axes_of(f"Accuracy against epsilon of one {protected}")
+    _plot_scores(axes, run, "accuracy", run.summary["strategy"], COLORS[0], x=spent)
     if not run.summary.get("sequence"):
-        frozen_line(bought, run)
-    accuracy_axis(bought)
-    bought.set_xlabel(f"largest epsilon so far, at delta {section.get('delta', 0):g}")
-    for axes in each:
-        names = sorted(clients, key=natural_key)
-        draw_bars(axes, [clients[name]["epsilon"] for name in names])
-        axes.set_ylim(bottom=0)
-        axes.grid(axis="x", visible=False)
-        name_ticks(axes.xaxis, names, upright=are_crowded(names))
-    return with_legends(figure)
+        frozen_line(axes, run)
+    accuracy_axis(axes)
+    axes.set_xlabel(f"largest epsilon so far, at delta {section.get('delta', 0):g}")
+    return with_labels(figure)
 
 
 def compared(runs: list[Run]) -> Figure:
-    """Accuracy of several runs over rounds and against uploads; one dashed line for each distinct frozen model."""
-    figure, (by_round, by_bytes) = axes_of(["Accuracy over rounds", "Accuracy against uploads"], heights=(1.2,))
+    """Accuracy of several runs over rounds; one dashed line for each distinct frozen model."""
+    figure, by_round = axes_of("Accuracy over rounds", 1.2)
     frozen: set[float | None] = {None}
     for index, run in enumerate(runs):
         color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
         last = percent((run.summary["final"] or {}).get("accuracy"))
         name = f" {run.label}" if run.label.startswith("_") else run.label  # matplotlib keeps _names out of legends
-        draw_line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
-        uploads = sum_traffic(run.of("round"), "bytes_up")
-        draw_line(by_bytes, run.scores, "accuracy", "", color, x=uploads, dashes=dashes)
+        line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
         baseline = (run.summary["baseline"] or {}).get("accuracy")
         if baseline not in frozen:
             frozen.add(baseline)
             frozen_line(by_round, run)
-            frozen_line(by_bytes, run)
-    for axes in (by_round, by_bytes):
-        accuracy_axis(axes)
+    accuracy_axis(by_round)
     round_axis(by_round)
-    by_bytes.set_xlabel("cumulative MB, clients to server")
-    figure.legend(*by_round.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(runs) + 1))
+    figure.legend(*by_round.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
@@ -221,9 +205,12 @@ PLOTS: dict[str, Callable[[Run], Figure | None]] = {
         test_time,
         loss,
         privacy,
+        epsilon_by_client,
         communication,
         clients_accuracy,
+        clients_at_the_end,
+        clients_sizes,
         clients_by_label,
-        plot_participation,
+        participation,
     )
 }

@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def passes(monkeypatch):
     """The number of records of each time that a model was asked."""
-    asked, score = [], reference._score_records_records
+    asked, score = [], reference._score_records
     monkeypatch.setattr(reference, "_score_records", lambda model, data: asked.append(len(data)) or score(model, data))
     return asked
 
@@ -123,5 +123,5 @@ def test_the_facts_have_no_name_of_a_place(job, tmp_path):
     config = configs.load({}, {**job, "data.partition": "iid"})
     world = load_world(config, tmp_path / "run")
     data = world.test_encoded
-    facts = reference._facts_of_scores_of_scores(config, world.local.model, data, data.stored)
+    facts = reference._facts_of_scores(config, world.local.model, data, data.stored)
     assert str(tmp_path) not in str(facts)

@@ -257,7 +257,7 @@ def test_fashion_mnist_images_come_through_bit_for_bit(tmp_path, monkeypatch):
 
 def test_a_glyph_is_cropped_scaled_and_centred():
     ink = np.full((48, 12), 200, dtype=np.uint8)
-    page = glyphs._centre_ink_ink(ink)
+    page = glyphs._centre_ink(ink)
     assert page.shape == (32, 32)
     rows, columns = np.flatnonzero(page.any(1)), np.flatnonzero(page.any(0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 27, 13, 18)
