@@ -9,20 +9,7 @@ import typer
 from rich.table import Table
 
 from fedpeft.cli import console
-
-MEASURES = {
-    "membership attack, AUC": "attack_auc",
-    "membership attack, advantage": "attack_advantage",
-    "accuracy on what is forgotten": "forget_accuracy",
-    "loss on what is forgotten": "forget_loss",
-    "accuracy on what is kept": "retain_accuracy",
-    "loss on what is kept": "retain_loss",
-    "accuracy on the test set": "test_accuracy",
-    "loss on the test set": "test_loss",
-    "distance to the retrained adapter": "distance",
-    "same answers as the retrained": "agreement",
-}
-MODELS = {"trained": "as trained", "unlearned": "unlearned", "retrained": "retrained"}
+from fedpeft.record import unlearned
 
 
 def unlearn(
@@ -47,29 +34,16 @@ def unlearn(
 
 def show(result: dict[str, Any]) -> None:
     """The table, what it cost, what privacy says of it, and the folder."""
-    asked, cost = result["asked"], result["cost"]
-    table = Table(title=f"without {asked['words']}, by {result['method']}")
-    table.add_column("")
-    for name in result["rows"]:
-        table.add_column(MODELS[name], justify="right")
-    for label, key in MEASURES.items():
-        table.add_row(label, *(_show_measure(key, row.get(key)) for row in result["rows"].values()))
+    heads, rows = unlearned.table(result)
+    table = Table(title=f"without {result['asked']['words']}, by {result['method']}")
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left")
+    for row in rows:
+        table.add_row(*row)
     console.out.print(table)
-    console.out.print(
-        f"attack: forgotten training records told from test records by their loss, .5 is not at all; "
-        f"{asked['forget_records']} records to forget, {asked['retain_records']} to keep, {asked['test_records']} of "
-        f"test; {cost['seconds']:.1f} s, {cost['steps']:,} steps, gradients of {cost['record_passes']:,} records",
-        style="dim",
-        markup=False,
-    )
+    console.out.print(f"{unlearned.ATTACK} {unlearned.cost_of(result)}", style="dim", markup=False)
     for line in result["privacy"]:
         console.out.print(line, style="yellow", markup=False, soft_wrap=True)
     for line in result["notes"]:
         console.out.print(f"- {line}.", markup=False, soft_wrap=True)
     console.out.print(result["out"], markup=False, soft_wrap=True)
-
-
-def _show_measure(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if key.endswith("accuracy") or key == "agreement" else f"{value:.3f}"

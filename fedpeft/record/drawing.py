@@ -103,12 +103,12 @@ def label_ends(axes: Axes) -> None:
     from matplotlib.lines import Line2D
 
     low, high = axes.get_ylim()
-    row = 0.05 * 3.1 / axes.figure.get_figheight()  # of the axes' height, a line of text
+    row = 0.075 * 3.1 / axes.figure.get_figheight()  # of the axes' height, a line of text
     ends = []
     for drawn in axes.lines:
         values = [value for value in drawn.get_ydata() if math.isfinite(value)]
         if values and not str(drawn.get_label()).startswith("_"):
-            text = textwrap.fill(str(drawn.get_label()), 22)
+            text = textwrap.fill(str(drawn.get_label()).replace(" %", "\u00a0%"), 22)
             ends.append(((values[-1] - low) / (high - low), text, drawn))
     ends.sort(key=lambda end: end[0])
     places = moved_apart([end[0] for end in ends], [row * (1 + end[1].count("\n")) for end in ends])
@@ -190,10 +190,10 @@ def accuracy_axis(axes: Axes) -> None:
 
 
 def percent_format() -> Any:
-    """A matplotlib formatter that shows 1.0 as "100 %"."""
-    from matplotlib.ticker import PercentFormatter
+    """A matplotlib formatter that shows 1.0 as "100 %", and no more digits than there are."""
+    from matplotlib.ticker import FuncFormatter
 
-    return PercentFormatter(1.0, symbol=" %")
+    return FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
 
 
 def round_axis(axes: Axes) -> None:

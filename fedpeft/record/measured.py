@@ -104,17 +104,10 @@ def html_measures(rows: dict[str, Any], classes: Event | None) -> list[str]:
     """The report's tables; nothing where accuracy and loss of the server are all that there is."""
     body = []
     if set(rows) - set(PLAIN) or any(row["clients"] for row in rows.values()):
-        heads = [
-            "measure",
-            "final",
-            "best",
-            "frozen model",
-            "mean of clients",
-            "worst client",
-            "10 % quantile",
-            "spread",
-        ]
-        body += ["<h2>Measures</h2>", html_table(heads, [_row_cells(row) for row in rows.values()])]
+        each = any(row["clients"] for row in rows.values())
+        heads = ["measure", "final", "best", "frozen model"]
+        heads += ["mean of clients", "worst client", "10 % quantile", "spread"] * each
+        body += ["<h2>Measures</h2>", html_table(heads, [_row_cells(row)[: len(heads)] for row in rows.values()])]
     if classes:
         names, matrix = classes["names"], classes["confusion"]
         cells = [

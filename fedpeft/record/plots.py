@@ -52,7 +52,7 @@ REFERENCES = {  # key of the baselines event -> what it is
 
 def accuracy(run: Run) -> Figure | None:
     """Accuracy over rounds, from the frozen model's, with the reference lines that were computed."""
-    if not has_accuracy(run):
+    if not has_accuracy(run) or not run.of("round"):
         return None
     if run.summary.get("sequence"):
         return _plot_sequence(run)

@@ -8,34 +8,31 @@ from __future__ import annotations
 
 import html
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.files import write_bytes
 from fedpeft.record import drawing, lead, metrics, plots
+from fedpeft.record.in_numbers import summary_rows
+from fedpeft.record.made import html_config, html_made, title_of
 from fedpeft.record.measured import html_measures
-from fedpeft.record.pages import html_folded, html_image, html_list, html_note, html_page, html_table
+from fedpeft.record.pages import html_figures, html_folded, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run, load
-from fedpeft.record.words import key_words, number, percent, show_points
+from fedpeft.record.unlearned import html_unlearned
+from fedpeft.record.words import number, percent, plain, points
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("fedpeft")
 MOST_ROWS = 1000  # of a table with a row for each client and round
-APART = (
-    "answers",
-    "privacy",
-    "continual",
-    "sequence",
-    "tta",
-    "headline",
-    "comparison",
-    "owner",
-    "measures",
-    "by_class",
-)  # have a place of their own
+FEW_ROUNDS = 20  # whose table stands open
 
 
 def write(run: str | Path) -> list[Path]:
-    """Draw the plots that the run has data for into `plots/`, and write `report.html`; the files written, page last.
+    """Draw the plots that the run has data for into `plots/`, as PNG, SVG and PDF, and write `report.html`; the files
+    written, page last.
 
     Raises:
         InputError: a file of the run is missing or broken; names it.
@@ -45,21 +42,30 @@ def write(run: str | Path) -> list[Path]:
     folder = run / "plots"
     folder.mkdir(exist_ok=True)
     images: dict[str, bytes] = {}
+    written: list[Path] = []
     with drawing.style():
         for name, draw in plots.PLOTS.items():
-            try:
-                figure = draw(loaded)
-            except Exception as error:  # one plot must not cost the page
-                log.warning("the plot %s could not be drawn: %s: %s", name, type(error).__name__, error)
-                figure = None
-            if figure is None:
-                (folder / f"{name}.png").unlink(missing_ok=True)  # left by a report of an earlier state of the run
-                continue
-            images[name] = drawing.png(figure)
-            write_bytes(folder / f"{name}.png", images[name])
+            for suffix, content in _draw_plot(name, draw, loaded).items():
+                if suffix == "svg":
+                    images[plain(name)] = content
+                written.append(folder / f"{name}.{suffix}")
+                write_bytes(written[-1], content)
+    for path in folder.iterdir():  # of an earlier state of the run
+        if path.stem in plots.PLOTS and path not in written:
+            path.unlink()
     page = run / "report.html"
     write_bytes(page, _run_page(loaded, images).encode())
-    return [*(folder / f"{name}.png" for name in images), page]
+    return [*written, page]
+
+
+def _draw_plot(name: str, draw: Callable[[Run], Figure | None], run: Run) -> dict[str, bytes]:
+    """By file suffix; nothing where the run has no data for it."""
+    try:
+        figure = draw(run)
+        return {} if figure is None else drawing.files(figure)
+    except Exception as error:  # one plot must not cost the page
+        log.warning("the plot %s could not be drawn: %s: %s", name, type(error).__name__, error)
+        return {}
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -71,28 +77,20 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     body = [f'<p class="lead">{html.escape(first)}</p>', *(f"<p>{html.escape(line)}</p>" for line in others)]
     if not run.ended:
         body.append(html_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
-    body += [html_note(line) for line in lead.list_warnings(summary)]
+    body += [html_note(line) for line in lead.warnings(summary)]
+    if summary.get("unlearning"):
+        body += html_unlearned(summary["unlearning"])
     if summary.get("tta"):
         body += _test_time(summary["tta"])
     if summary.get("sequence"):
         body += _show_sequence(summary)
-    body += html_measures(summary.get("measures") or {}, summary.get("by_class"))
-    facts = [
-        [key_words(key), _show_fact(key, value)]
-        for key, value in summary.items()
-        if not isinstance(value, list) and key not in APART and value not in (None, {})
-    ]
-    facts.append(["quarantined updates", str(len(summary["quarantined"]))])
-    body += ["<h2>Summary</h2>", html_table([], facts), "<h2>Plots</h2>"]
-    body += [html_image(key_words(name), image) for name, image in images.items()]
+    if images:
+        body += ["<h2>Figures</h2>", html_figures(images)]
+    if not summary.get("unlearning"):
+        body += html_measures(summary.get("measures") or {}, summary.get("by_class"))
+    body += ["<h2>Summary</h2>", html_table([], summary_rows(run))]
     if run.hides_counts:
-        body.append(
-            html_note(
-                "Each client's numbers of records and of labels are left out: the guarantee does not "
-                "cover them. They stand in the simulation's own split.json, which is not to be passed "
-                "on; privacy.release_metrics=true shows them here."
-            )
-        )
+        body.append(html_note(HIDDEN))
     if summary.get("skipped") and not run.hides_counts:
         body += _show_skipped(summary["skipped"])
     if summary.get("privacy"):
@@ -101,12 +99,17 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
         body += _show_tasks(summary["continual"])
     if summary.get("answers"):
         body += _show_answers(summary["answers"])
-    body += _show_updates(run)
-    if summary["quarantined"]:
-        rows = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
-        body += ["<h2>Quarantined updates</h2>", html_table(["round", "client", "reason"], rows)]
-    body += ["<h2>Rounds</h2>", html_rounds(run), "<h2>Config</h2>", f"<pre>{html.escape(run.config_text)}</pre>"]
-    return html_page(f"{summary['strategy']}: {run.label}", body)
+    body += [*_show_updates(run), *_show_quarantine(summary)]
+    if run.of("round"):
+        body += ["<h2>Rounds</h2>", html_rounds(run)]
+    body += [*html_made(run), *html_config(run)]
+    return html_page(f"{title_of(run)}: {run.label}", body)
+
+
+HIDDEN = (
+    "Each client's numbers of records and of labels are left out: the guarantee does not cover them. They stand in the "
+    "simulation's own split.json, which is not to be passed on; privacy.release_metrics=true shows them here."
+)
 
 
 def _test_time(tta: dict[str, Any]) -> list[str]:
@@ -120,7 +123,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
             percent(row["accuracy"]),
             percent(row["source_accuracy"]),
             percent(row["tta_accuracy"]),
-            show_points(row["tta_accuracy"] - row["source_accuracy"]),
+            points(row["tta_accuracy"] - row["source_accuracy"]),
         ]
         for name, row in tta["clients"].items()
     ]
@@ -132,7 +135,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
             percent(tta["accuracy"]),
             percent(tta["source_accuracy"]),
             percent(tta["tta_accuracy"]),
-            show_points(gain["gain"]),
+            points(gain["gain"]),
         ]
     )
     heads = ["client", "stream", "records", "clean", "as trained", f"with {tta['method']}", "gain"]
@@ -186,11 +189,11 @@ def _show_privacy(section: dict[str, Any]) -> list[str]:
     if section["outside"]:
         body += ["<p>Outside of the guarantee:</p>", html_list(section["outside"])]
     keys = [key for key, value in section.items() if not isinstance(value, list | dict) and key != "claim"]
-    body.append(html_table([], [[key_words(key), number(section[key])] for key in keys]))
+    body.append(html_table([], [[plain(key), number(section[key])] for key in keys]))
     if section["clients"]:
         heads = list(next(iter(section["clients"].values())))
         rows = [[name, *(number(row[key]) for key in heads)] for name, row in section["clients"].items()]
-        body.append(html_table(["client", *map(key_words, heads)], rows))
+        body.append(html_table(["client", *map(plain, heads)], rows))
     return body
 
 
@@ -253,7 +256,7 @@ def _show_updates(run: Run) -> list[str]:
 def _updates_of(event: metrics.Event) -> list[list[str]]:
     """Rows of one round."""
     norms, distances, at = event["update_norms"], event.get("update_distances", {}), str(event["round"])
-    middle = drawing.quantile_of(sorted(norms.values()), 0.5)
+    middle = drawing.quantile(sorted(norms.values()), 0.5)
     rows = []
     for name, norm in norms.items():
         times = norm / middle if middle else None
@@ -270,6 +273,27 @@ def _updates_of(event: metrics.Event) -> list[list[str]]:
             ]
         )
     return rows + [[at, name, "quarantined", "–", "–", "–", ""] for name in event["quarantined"]]
+
+
+def _show_quarantine(summary: dict[str, Any]) -> list[str]:
+    """A row for each client: in how many rounds its updates were refused, which, and why."""
+    if not summary["quarantined"]:
+        return []
+    by_client: dict[str, list[dict[str, Any]]] = {}
+    for entry in summary["quarantined"]:
+        by_client.setdefault(entry["client"], []).append(entry)
+    rows = []
+    for client, entries in sorted(by_client.items(), key=lambda item: (-len(item[1]), drawing.natural(item[0]))):
+        rounds = sorted({entry["round"] for entry in entries})
+        reasons = list(dict.fromkeys(entry["reason"] for entry in entries))
+        more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
+        rows.append([client, str(len(rounds)), lead.list_rounds(rounds), f"{reasons[-1]}{more}"])
+    each = [[str(entry[key]) for key in ("round", "client", "reason")] for entry in summary["quarantined"]]
+    return [
+        "<h2>Quarantined updates</h2>",
+        html_table(["client", "how often", "rounds", "reason"], rows),
+        html_folded(f"All {len(each)}, by round", html_table(["round", "client", "reason"], each[:MOST_ROWS])),
+    ]
 
 
 def html_rounds(run: Run) -> str:
@@ -294,33 +318,4 @@ def html_rounds(run: Run) -> str:
     if run.summary.get("sequence"):
         what = "accuracy of the classifier as trained, classes so far"
     heads = ["round", "updates used", "training loss", "loss", what, "MB up", "MB down", "seconds"]
-    return html_folded(f"{len(rows)} rounds", html_table(heads, rows))
-
-
-def _show_fact(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        shown = ((inner, item) for inner, item in value.items() if not isinstance(item, dict) and item is not None)
-        return ", ".join(f"{key_words(inner)} {_show_fact(inner, item)}" for inner, item in shown)
-    if isinstance(value, list):
-        return ", ".join(number(item) for item in value)
-    if key.startswith("bytes_"):
-        return f"{number(value)} ({number(value / drawing.MB)} MB)"
-    return show_cell(key, value)
-
-
-def show_cell(key: str, value: Any) -> str:
-    """A value of a summary or table, written by what its key says that it is."""
-    shares = (
-        "accuracy",
-        "standard_error",
-        "_logistic",
-        "largest_class",
-        "local",
-        "local_worst",
-        "central",
-        "constant",
-        "frozen_head",
-        "forgetting",
-        "gap",
-    )
-    return percent(value) if key.endswith(shares) and isinstance(value, float) else number(value)
+    return html_folded(f"{len(rows)} rounds", html_table(heads, rows), opened=len(rows) <= FEW_ROUNDS)

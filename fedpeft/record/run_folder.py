@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ LONGEST_NAME = 100  # bytes of an owner's
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read. `label` is its shortest name that no other run has, `split` null without split.json."""
+    """A run folder as read. `label` is its shortest name that no other run has, `split` null without split.json, and
+    `identity` what it ran on, as far as that was written down.
+    """
 
     path: Path
     label: str
@@ -28,6 +30,7 @@ class Run:
     summary: dict[str, Any]
     split: dict[str, Any] | None
     ended: bool
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[metrics.Event]:
         """All events of one kind, in the order in which they were recorded."""
@@ -57,7 +60,9 @@ def load(path: Path, label: str) -> Run:
         raise InputError(f"{path}: there is no such run folder.")
     config_text, config = read_config(path)
     events = metrics.read(path / "metrics.jsonl")
-    ended = any(event["event"] == "end" for event in events)
+    identity = read_object(path / "identity.json") if (path / "identity.json").exists() else {}
+    unlearned = "unlearning" in (identity.get("fingerprints") or {}) and (path / "summary.json").exists()
+    ended = unlearned or any(event["event"] == "end" for event in events)
     try:
         summary = metrics.summarise(events, config)
     except InputError as error:
@@ -69,7 +74,7 @@ def load(path: Path, label: str) -> Run:
     if split and (names := _find_owners(split)):
         events, summary = renamed(events, names), renamed(summary, names)
         split["clients"] = {names.get(client, client): part for client, part in split["clients"].items()}
-    return Run(path, label, events, config, config_text, summary, split, ended)
+    return Run(path, label, events, config, config_text, summary, split, ended, identity)
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import InputError
 from fedpeft.record import drawing, plots
-from fedpeft.record.findings import NAMES, find_comparable
-from fedpeft.record.pages import html_image, html_list, html_note, html_page, html_table
-from fedpeft.record.report import show_cell
-from fedpeft.record.run_folder import Run, label_runs, load
+from fedpeft.record.findings import NAMES, comparable
+from fedpeft.record.in_numbers import cell
+from fedpeft.record.made import flatten
+from fedpeft.record.pages import html_figures, html_list, html_note, html_page, html_table
+from fedpeft.record.run_folder import Run, labels, load
 from fedpeft.record.words import percent
 
 COLUMNS = {  # key of a table's row -> its head on the page
@@ -44,9 +44,9 @@ def compare(runs: list[Path], out: Path) -> Path:
     """
     loaded = load_all(runs)
     with drawing.style():
-        image = drawing.png(plots.compared(loaded))
+        image = drawing.files(plots.compared(loaded))["svg"]
     rows = _build_rows(loaded)
-    cells = [[show_cell(key, row[key]) for key in COLUMNS] for row in rows]
+    cells = [[cell(key, row[key]) for key in COLUMNS] for row in rows]
     body = [f'<p class="lead">{html.escape(ranking(loaded))}</p>']
     unlike = differences(loaded)
     if unlike:
@@ -57,7 +57,7 @@ def compare(runs: list[Path], out: Path) -> Path:
     body += ["<h2>Runs</h2>", html_table(list(COLUMNS.values()), cells)]
     body += [html_note(f"{run.label} has not ended.") for run in loaded if not run.ended]
     body += ["<h2>Baselines of each</h2>", *_baseline_rows(loaded)]
-    body += ["<h2>Accuracy</h2>", html_image("accuracy of all runs", image), "<h2>Config keys that differ</h2>"]
+    body += ["<h2>Accuracy</h2>", html_figures({"accuracy of all runs": image}), "<h2>Config keys that differ</h2>"]
     different = _config_differences(loaded)
     body.append(html_table(["key", *(run.label for run in loaded)], different) if different else "<p>None.</p>")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def load_all(runs: list[Path]) -> list[Run]:
     """The runs, with labels that tell them apart."""
     if not runs:
         raise InputError("report: no run folder given.")
-    return [load(run, label) for run, label in zip(runs, label_runs(runs), strict=True)]
+    return [load(run, label) for run, label in zip(runs, labels(runs), strict=True)]
 
 
 def common_round(runs: list[Run]) -> int | None:
@@ -188,7 +188,7 @@ def _baseline_rows(runs: list[Run]) -> list[str]:
     """A row for each model that no federation trained; columns are runs."""
     rows = []
     for key in NAMES:
-        values = [find_comparable(run.summary).get(key) for run in runs]
+        values = [comparable(run.summary).get(key) for run in runs]
         if any(value is not None for value in values):
             rows.append([NAMES[key], *map(percent, values)])
     return [html_table(["", *(run.label for run in runs)], rows)] if rows else ["<p>None was computed.</p>"]
@@ -196,15 +196,7 @@ def _baseline_rows(runs: list[Run]) -> list[str]:
 
 def _config_differences(runs: list[Run]) -> list[list[str]]:
     """Rows `key, value in each run` of the dotted config keys that are not the same in all runs."""
-    flat = [_flatten_tree(run.config) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for tree in flat for key in tree)
     rows = [[key, *(tree.get(key, "–") for tree in flat)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten_tree(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
-    return flat

@@ -13,7 +13,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def show_points(gain: float) -> str:
+def points(gain: float) -> str:
     """A difference of two shares, in percentage points.
 
     >>> points(-0.0312)
@@ -34,7 +34,23 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def show_duration(seconds: float) -> str:
+def size(count: float | None) -> str:
+    """Bytes as people say them, in powers of 1000.
+
+    >>> size(640), size(7_818), size(6_254_000), size(1.26e9)
+    ('640 bytes', '7.8 kB', '6.3 MB', '1.3 GB')
+    """
+    if count is None:
+        return "–"
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    units = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
+    unit, name = next((pair for pair in units if count < 1e3 * pair[0]), units[-1])
+    shown = count / unit
+    return f"{shown:.1f} {name}" if shown < 100 else f"{shown:.0f} {name}"
+
+
+def about(seconds: float) -> str:
     """A length of time as people say it.
 
     >>> about(12.4), about(150), about(9000)
@@ -45,6 +61,6 @@ def show_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def key_words(key: str) -> str:
+def plain(key: str) -> str:
     """A key as words: underscores become spaces."""
     return key.replace("_", " ")

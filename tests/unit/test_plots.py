@@ -30,21 +30,20 @@ def test_reference_lines_of_the_baselines_event(tmp_path):
     assert list(line(axes, "logistic regression on raw inputs").get_ydata()) == [0.5, 0.5]
 
 
-def test_loss_and_traffic_plots_hold_the_events_numbers(tmp_path):
+def test_loss_and_upload_plots_hold_the_events_numbers(tmp_path):
     figures = drawn(make_run(tmp_path / "run"))
     loss = figures["loss"].axes[0]
     assert line(loss, "clients'").get_ydata() == pytest.approx([2.1, 1.8, 1.5, 1.2, 0.9])
-    assert line(loss, "server test set").get_ydata() == pytest.approx([2.5, 2.2, 1.9, 1.6, 1.3, 1.0])
-    traffic, bought = figures["communication"].axes
-    assert line(traffic, "clients to server").get_ydata() == pytest.approx([0, 0.25, 0.5, 0.75, 1.0, 1.25])
-    assert line(traffic, "server to clients").get_ydata() == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2.0])
+    assert line(loss, "server test set").get_ydata() == pytest.approx([2.2, 1.9, 1.6, 1.3, 1.0]), "from round 1"
+    (bought,) = figures["communication"].axes
     x, y = line(bought, "fedit").get_data()
     assert x == pytest.approx([0, 0.25, 0.5, 0.75, 1.0, 1.25]) and y[-1] == pytest.approx(0.7)
 
 
 def test_the_histogram_shows_each_clients_shares(tmp_path):
-    figure = drawn(make_run(tmp_path / "run"))["clients_by_label"]
-    top, shares = figure.axes[:2]
+    figures = drawn(make_run(tmp_path / "run"))
+    (top,), (shares, bar) = figures["clients_sizes"].axes, figures["clients_by_label"].axes
+    assert bar.get_ylim() == pytest.approx((0, 2 / 3)), "the scale ends at the data"
     assert [bar.get_height() for bar in top.patches] == [3, 9, 15, 21]
     image = np.asarray(shares.images[0].get_array())  # [labels, clients]
     np.testing.assert_allclose(image[:, 1], [2 / 9, 3 / 9, 4 / 9])
@@ -56,8 +55,8 @@ def test_the_histogram_shows_each_clients_shares(tmp_path):
 def test_names_on_an_axis_never_crowd(tmp_path, clients, labels):
     run = make_run(tmp_path / "run", clients=clients, labels=[f"label {index}" for index in range(labels)], rounds=1)
     figure = drawn(run)["clients_by_label"]
-    shares = figure.axes[1]
-    assert 1 <= len(shares.get_xticks()) <= 40 and 1 <= len(shares.get_yticks()) <= 25
+    shares = figure.axes[0]
+    assert (1 <= len(shares.get_xticks()) <= 40) == (clients <= 40) and 1 <= len(shares.get_yticks()) <= 25
     figure.savefig(io.BytesIO())
     inside = figure.bbox.padded(1)
     boxes = [tick.get_window_extent() for tick in shares.get_xticklabels()]
@@ -90,13 +89,33 @@ def test_only_what_there_is_to_show_is_drawn(tmp_path):
 
 
 def test_data_without_classes_show_their_sizes_only(tmp_path):
-    figure = drawn(make_run(tmp_path / "run", labels=()))["clients_by_label"]
-    assert len(figure.axes) == 1 and figure.axes[0].get_xlabel() == "client"
+    figures = drawn(make_run(tmp_path / "run", labels=()))
+    assert "clients_by_label" not in figures and figures["clients_sizes"].axes[0].get_xlabel() == "client"
+
+
+def test_many_clients_are_drawn_as_what_they_have_in_common(tmp_path):
+    figures = drawn(make_run(tmp_path / "run", clients=200, rounds=1))
+    heights = figures["clients_sizes"].axes[0].patches[0].get_data().values
+    assert list(heights) == sorted(heights, reverse=True) and len(heights) == 200
+    image = np.asarray(figures["clients_by_label"].axes[0].images[0].get_array())
+    largest = image.argmax(axis=0)
+    assert list(largest) == sorted(largest), "clients stand by their most frequent label"
+
+
+def test_labels_stand_at_their_lines_and_never_on_each_other(tmp_path):
+    run = make_run(tmp_path / "run", gain=0.0)  # the curve and the frozen model's line are one
+    figure = drawn(run)["accuracy"]
+    figure.savefig(io.BytesIO())
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == 2 and boxes[0].y1 <= boxes[1].y0 and not figure.legends
+    inside = figure.bbox.padded(1)
+    assert all(inside.contains(*box.min) and inside.contains(*box.max) for box in boxes)
 
 
 def test_spread_over_the_clients_of_a_personalised_run(tmp_path):
     run = make_run(tmp_path / "run", personalised=True, clients=5)
-    over, final = drawn(run)["clients_accuracy"].axes
+    figures = drawn(run)
+    (over,), (final,) = figures["clients_accuracy"].axes, figures["clients_at_the_end"].axes
     assert line(over, "median").get_ydata() == pytest.approx([0.4] * 5)
     assert final.lines[0].get_ydata() == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
     assert "clients' held-out records" in drawn(run)["accuracy"].axes[0].get_title()
@@ -115,7 +134,8 @@ def test_images_repeat_exactly_and_follow_the_data(tmp_path):
     with matplotlib.rc_context({"lines.linewidth": 9, "figure.facecolor": "red"}):  # as a user's matplotlibrc would
         assert {path.name: path.read_bytes() for path in report.write(same)[:-1]} == before
     changed = {path.name for path in report.write(other)[:-1] if path.read_bytes() != before[path.name]}
-    assert changed == {"accuracy.png", "communication.png"}
+    names = ("accuracy", "communication")
+    assert changed == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg", "pdf")}
 
 
 @pytest.mark.parametrize("many", [9, 20])

@@ -30,7 +30,8 @@ def test_a_private_run_shows_accuracy_against_epsilon_and_what_each_client_spent
     section = {"unit": "sample", "delta": 1e-5, "claim": "each <record>", "outside": ["who took part"]}
     section["clients"] = clients
     run = make_run(tmp_path / "run", epsilon=0.7, extra={"privacy": section})
-    bought, each = drawn(run)["privacy"].axes
+    figures = drawn(run)
+    (bought,), (each,) = figures["privacy"].axes, figures["epsilon_by_client"].axes
     curve = line(bought, "fedit")
     assert list(curve.get_xdata()) == pytest.approx([0.7 * number for number in range(1, 6)])
     assert list(curve.get_ydata()) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
@@ -45,15 +46,24 @@ def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path
     run = make_run(tmp_path / "run", used=3, bad={2: ("client-0", "NaN")}, personalised=True)
     files = report.write(run)
     assert [path.relative_to(run).as_posix() for path in files] == [
-        *(f"plots/{name}.png" for name in plots.PLOTS if name not in ("privacy", "test_time")),
+        *(
+            f"plots/{name}.{suffix}"
+            for name in plots.PLOTS
+            if name not in ("privacy", "epsilon_by_client", "test_time")
+            for suffix in ("png", "svg", "pdf")
+        ),
         "report.html",
     ]
-    for path in files[:-1]:
+    for path in files[:-1:3]:
         image = pixels(path)
-        assert image.shape[1] > 800 and image.shape[0] > 200
+        assert image.shape[1] > 600 and image.shape[0] > 200
         assert len(np.unique(image)) > 50 and image.min() < 60 < 250 < image.max()
-    inlined = re.findall(r'src="data:image/png;base64,([^"]+)"', files[-1].read_text())
-    assert [base64.b64decode(text) for text in inlined] == [path.read_bytes() for path in files[:-1]]
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    inlined = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', files[-1].read_text())
+    for path, text in zip(files[1:-1:3], inlined, strict=True):
+        on_page, alone = base64.b64decode(text).decode(), path.read_text()
+        assert "#262626" in alone and "currentColor" not in alone, "a paper has no dark scheme"
+        assert on_page.count("currentColor") == alone.count("#262626") and "prefers-color-scheme" in on_page
 
 
 def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path, unpainted):
@@ -64,17 +74,22 @@ def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path, unp
     rows = cells(page)
     for row in (
         ["strategy", "fedit"],
-        ["trainable parameters", "7,818"],
-        ["bytes up", "1,250,000 (1.25 MB)"],
-        ["bytes down", "2,000,000 (2 MB)"],
-        ["seconds", "2.5"],
+        ["trained parameters of a client", "7,818"],
+        ["clients to server", "1.2 MB"],
+        ["server to clients", "2.0 MB"],
+        ["time of the rounds", "2.5 s"],
+        ["after the last round", "accuracy 70.0 %, loss 1 (round 5)"],
         ["device", "cpu-of-test"],
         ["quarantined updates", "1"],
+        ["client-2", "1", "round 3", "norm 9.1 is over 2"],
         ["3", "client-2", "norm 9.1 is over 2"],
         ["4", "4", "1.2", "1.3", "60.0 %", "0.25", "0.4", "0.5"],
     ):
         assert row in rows
+    assert "1 of 4 clients quarantined in round 3: client-2." in page
     assert "name: fedit" in page and "has not ended" not in page
+    assert ["strategy.name", "&quot;fedit&quot;"] not in rows, "the default"
+    assert ["data.clients", "4"] in rows and "<h1>FedIT, 4 clients: run</h1>" in page
     links = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]{4})', page)
     assert links and set(links) == {"data"}
     assert not re.search(r"<script|<link|<iframe|@import|url\(|//[a-z]", re.sub(r"base64,[^\"]+", "", page))
@@ -94,10 +109,10 @@ def test_a_client_is_named_by_its_owner_where_the_split_says_so(tmp_path, unpain
     figures = drawn(run)
     for name, axis in (
         ("participation", figures["participation"].axes[0].yaxis),
-        ("clients_by_label", figures["clients_by_label"].axes[1].xaxis),
+        ("clients_by_label", figures["clients_by_label"].axes[0].xaxis),
     ):
         assert {label.get_text() for label in axis.get_ticklabels()} == set(names), name
-    heights = [bar.get_height() for bar in figures["clients_by_label"].axes[0].patches]
+    heights = [bar.get_height() for bar in figures["clients_sizes"].axes[0].patches]
     assert heights == [3, 9, 15, 21, 27], "each beside its own records"
     report.write(run)
     rows = cells((run / "report.html").read_text())
