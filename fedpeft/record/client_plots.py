@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.record.drawing import (
@@ -97,7 +98,7 @@ def clients_sizes(run: Run) -> Figure | None:
     return figure
 
 
-def _bars(axes: Axes, values: dict[str, float]) -> None:
+def _bars(axes: Axes, values: Mapping[str, float]) -> None:
     """A bar for each client under its name; of more than can be told apart, from the most to the least."""
     if len(values) <= MOST_NAMED:
         axes.bar(range(len(values)), list(values.values()), color=COLORS[0], width=0.8)

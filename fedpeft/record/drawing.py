@@ -100,21 +100,24 @@ def label_ends(axes: Axes) -> None:
 
     The limits of the y axis must be settled.
     """
+    import numpy as np
     from matplotlib.lines import Line2D
 
     low, high = axes.get_ylim()
-    row = 0.075 * 3.1 / axes.figure.get_figheight()  # of the axes' height, a line of text
+    figure: Any = axes.get_figure(root=True)
+    row = 0.075 * 3.1 / figure.get_figheight()  # of the axes' height, a line of text
     ends = []
     for drawn in axes.lines:
-        values = [value for value in drawn.get_ydata() if math.isfinite(value)]
+        values = [value for value in np.asarray(drawn.get_ydata(), float).tolist() if math.isfinite(value)]
         if values and not str(drawn.get_label()).startswith("_"):
             text = textwrap.fill(str(drawn.get_label()).replace(" %", "\u00a0%"), 22)
             ends.append(((values[-1] - low) / (high - low), text, drawn))
     ends.sort(key=lambda end: end[0])
     places = moved_apart([end[0] for end in ends], [row * (1 + end[1].count("\n")) for end in ends])
     for (_, text, drawn), at in zip(ends, places, strict=True):
-        look = {"color": drawn.get_color(), "linestyle": drawn.get_linestyle(), "linewidth": drawn.get_linewidth()}
-        axes.add_artist(Line2D([1.02, 1.07], [at, at], transform=axes.transAxes, clip_on=False, **look))
+        key = Line2D([1.02, 1.07], [at, at], transform=axes.transAxes, clip_on=False, color=drawn.get_color())
+        key.set(linestyle=drawn.get_linestyle(), linewidth=drawn.get_linewidth())
+        axes.add_artist(key)
         axes.text(1.09, at, text, transform=axes.transAxes, va="center", fontsize=8.5)
 
 

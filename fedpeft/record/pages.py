@@ -25,6 +25,7 @@ h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem 2rem; }
 img { display: block; width: 100%; max-width: 36rem; }
+img.paper { width: auto; max-width: 100%; background: #fff; border-radius: 6px; margin: 1rem 0; }
 pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; }
 .lead { font-size: 1.1rem; } .note { border-left: 3px solid #d55e00; padding-left: .8rem; }
 """
@@ -66,6 +67,13 @@ def _html_cell(tag: str, cell: str) -> str:
 def html_note(text: str) -> str:
     """A paragraph set apart by a coloured bar; the text is escaped."""
     return f'<p class="note">{html.escape(text)}</p>'
+
+
+def html_image(name: str, data: bytes) -> str:
+    """A PNG file's bytes as an image inside the page; `name` is read out in its place."""
+    return (
+        f'<img class="paper" alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    )
 
 
 def html_figures(images: dict[str, bytes]) -> str:

@@ -45,6 +45,11 @@ FORMS = {
     "qa": "questions and answers",
     "preference": "preferences (chosen and rejected answers)",
 }
+UNLEARNED = {  # kind of what was asked -> what may be told of it
+    "client": "all records of one client",
+    "task": "one task of the sequence",
+    "records": "some of the training records",
+}
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,9 @@ def _facts_table(exported: Exported, summary: dict[str, Any]) -> list[list[str]]
         ["client", f"{work} a round, batches of {client.batch_size}, {client.optimizer}, rate {client.lr:g}"],
         ["adapter", _describe_adapter(config)],
     ]
+    if summary.get("unlearning"):
+        result = summary["unlearning"]
+        rows.append(["unlearned", f"{UNLEARNED[result['asked']['kind']]}, by {result['method']}"])
     if exported.config.continual.body:
         rows.append(["tasks", f"{config.continual.tasks}, one after another, by {config.continual.body}"])
     return rows

@@ -59,6 +59,9 @@ def export(
         RunError: the model cannot be written.
     """
     run, to = folders.run_folder(run), Path(to)
+    for flag, chosen in (("merge", merge), ("best", best)):
+        if not isinstance(chosen, bool):
+            raise InputError(f"{flag}={chosen!r}: give True or False.")
     for flag, text in (("--base", base), ("--license", license)):
         if text is not None and not (text.strip() and text.isprintable()):
             raise InputError(f"{flag} {text!r}: no name. Leave it out, or give one line of text.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def parse_numbers(flag: str, text: str | None) -> list[float] | None:
 
 
 def _to_numbers(flag: str, numbers: Sequence[float] | None, count: int) -> list[float] | None:
-    if numbers is not None and len(numbers) != count:
+    if numbers is None:
+        return None
+    if isinstance(numbers, str) or not all(
+        isinstance(value, Real) and not isinstance(value, bool) for value in numbers
+    ):
+        raise InputError(f"{flag}: {numbers!r}: give a list of numbers, one for each adapter.")
+    if len(numbers) != count:
         raise InputError(f"{flag}: {len(numbers)} {flag.lstrip('-')} for {count} adapters.")
-    return None if numbers is None else list(numbers)
+    return [float(value) for value in numbers]

@@ -85,7 +85,15 @@ def find_client(name: str, parts: Mapping[str, Sequence[int]]) -> Asked:
         raise InputError(registry.unknown("--client", name, parts))
     if len(parts) == 1:
         raise InputError(f"--client {name}: it is the run's only client, so nothing is left to learn from.")
-    return Asked(CLIENT, name, np.sort(np.array(parts[name])), f"client {name}")
+    return Asked(CLIENT, name, np.sort(np.array(parts[name])), _say_client(name))
+
+
+def _say_client(name: str) -> str:
+    """
+    >>> _say_client("client-003"), _say_client("north")
+    ('client-003', 'client north')
+    """
+    return name if name.lower().startswith("client") else f"client {name}"
 
 
 def find_task(number: int, config: Config, train: Records) -> Asked:

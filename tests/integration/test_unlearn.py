@@ -239,7 +239,7 @@ def test_what_is_refused(fedpeft, runs, run, retrained, tmp_path):
     assert "epoch: 'epoch' is not known" in refused(run, "epoch=3", "--client", "client-001")
     assert "not a run folder" in refused(tmp_path, "--client", "client-001")
     said = refused(run, "--client", "client-000", "--against", retrained["out"])
-    assert "retrained without client client-001" in said and "here client client-000" in said
+    assert "retrained without client-001" in said and "here client-000" in said
     said = refused(run, "--client", "client-000", "--against", runs["fedit"])
     assert "not what `fedpeft unlearn --method retrain` has made" in said
     less = unlearn(run, client="client-000", options=["epochs=1"], out=tmp_path / "less")

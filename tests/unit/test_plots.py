@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fedpeft.record import plots, report, side_by_side
+from fedpeft.record import drawing, plots, report, side_by_side
 from support.run_folders import drawn, line, make_run
 
 
@@ -104,8 +104,9 @@ def test_many_clients_are_drawn_as_what_they_have_in_common(tmp_path):
 
 def test_labels_stand_at_their_lines_and_never_on_each_other(tmp_path):
     run = make_run(tmp_path / "run", gain=0.0)  # the curve and the frozen model's line are one
-    figure = drawn(run)["accuracy"]
-    figure.savefig(io.BytesIO())
+    with drawing.style():
+        figure = drawn(run)["accuracy"]
+        figure.savefig(io.BytesIO())
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert len(boxes) == 2 and boxes[0].y1 <= boxes[1].y0 and not figure.legends
     inside = figure.bbox.padded(1)
