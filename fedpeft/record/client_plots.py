@@ -12,12 +12,12 @@ from fedpeft.record.drawing import (
     GRID,
     INK,
     accuracy_axis,
+    are_crowded,
     axes_of,
-    crowded,
     name_ticks,
-    natural,
+    natural_key,
     percent_format,
-    quantile,
+    quantile_of,
     round_axis,
     with_labels,
 )
@@ -36,11 +36,11 @@ BLUE = (0.0, 0.447, 0.698)
 
 def clients_accuracy(run: Run) -> Figure | None:
     """Spread of the clients' own accuracies over rounds."""
-    spreads = _spreads(run)
+    spreads = _collect_spreads(run)
     if not spreads:
         return None
     figure, axes = axes_of("Each client on its own held-out records")
-    at = {share: [quantile(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
+    at = {share: [quantile_of(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
     axes.fill_between(list(spreads), at[0], at[1], color=COLORS[0], alpha=0.15, linewidth=0, label="lowest to highest")
     axes.fill_between(list(spreads), at[0.25], at[0.75], color=COLORS[0], alpha=0.35, linewidth=0, label="middle half")
     axes.plot(list(spreads), at[0.5], "o-", color=COLORS[0], label="median")
@@ -52,13 +52,13 @@ def clients_accuracy(run: Run) -> Figure | None:
 
 def clients_at_the_end(run: Run) -> Figure | None:
     """All clients' accuracies after the last evaluation, from lowest to highest."""
-    spreads = _spreads(run)
+    spreads = _collect_spreads(run)
     if not spreads:
         return None
     last = max(spreads)
     figure, axes = axes_of(f"All {len(spreads[last])} clients after round {last}, each on its own held-out records")
     axes.plot(range(1, len(spreads[last]) + 1), spreads[last], "o", color=COLORS[0], label="_clients")
-    median = quantile(spreads[last], 0.5)
+    median = quantile_of(spreads[last], 0.5)
     axes.axhline(median, color=GREY, linestyle="--", linewidth=1.2, label=f"median ({percent(median)})")
     accuracy_axis(axes)
     round_axis(axes)
@@ -66,7 +66,7 @@ def clients_at_the_end(run: Run) -> Figure | None:
     return with_labels(figure)
 
 
-def _spreads(run: Run) -> dict[int, list[float]]:
+def _collect_spreads(run: Run) -> dict[int, list[float]]:
     """Round -> the clients' accuracies, sorted."""
     spreads: dict[int, list[float]] = {}
     for event in run.of("clients_evaluated"):
@@ -78,11 +78,11 @@ def _spreads(run: Run) -> dict[int, list[float]]:
 def epsilon_by_client(run: Run) -> Figure | None:
     """What each client has spent, where that is not the same for all."""
     clients = (run.summary.get("privacy") or {}).get("clients") or {}
-    spent = {name: clients[name]["epsilon"] for name in sorted(clients, key=natural)}
+    spent = {name: clients[name]["epsilon"] for name in sorted(clients, key=natural_key)}
     if len({round(value, 6) for value in spent.values()}) < 2:
         return None
     figure, axes = axes_of("Epsilon spent by each client")
-    _bars(axes, spent)
+    _draw_bars(axes, spent)
     axes.set_ylabel("epsilon")
     return figure
 
@@ -93,16 +93,16 @@ def clients_sizes(run: Run) -> Figure | None:
         return None
     sizes = {name: len(indices) for name, indices in run.split["clients"].items()}
     figure, axes = axes_of(f"Records of the {len(sizes)} clients")
-    _bars(axes, sizes)
+    _draw_bars(axes, sizes)
     axes.set_ylabel("records")
     return figure
 
 
-def _bars(axes: Axes, values: Mapping[str, float]) -> None:
+def _draw_bars(axes: Axes, values: Mapping[str, float]) -> None:
     """A bar for each client under its name; of more than can be told apart, from the most to the least."""
     if len(values) <= MOST_NAMED:
         axes.bar(range(len(values)), list(values.values()), color=COLORS[0], width=0.8)
-        name_ticks(axes.xaxis, list(values), upright=crowded(list(values)))
+        name_ticks(axes.xaxis, list(values), upright=are_crowded(list(values)))
         axes.set_xlabel("client")
     else:  # one filled outline, as a bar is an object of its own
         edges = [index + 0.5 for index in range(len(values) + 1)]
@@ -153,7 +153,7 @@ def test_time(run: Run) -> Figure | None:
     return figure
 
 
-def participation(run: Run) -> Figure | None:
+def plot_participation(run: Run) -> Figure | None:
     """Whose updates were used, cut by a robust rule, far beyond the others', or quarantined in which round; null where
     nothing was amiss.
     """
@@ -172,7 +172,7 @@ def participation(run: Run) -> Figure | None:
     known = {client for _, client in used + bad} | set(run.split["clients"] if run.split else ())
     if not used or not bad:
         return None
-    names = sorted(known, key=natural)
+    names = sorted(known, key=natural_key)
     row = {name: index for index, name in enumerate(names)}
     last = max(at for at, _ in used + bad)
     grid = [[math.nan] * last for _ in names]
@@ -183,7 +183,7 @@ def participation(run: Run) -> Figure | None:
     figure, axes = axes_of("Clients' updates", min(2.4, 0.9 + 0.06 * len(names)))
     _draw_rounds(axes, grid, f"used ({len(used)})")
     for (label, pairs), (look, color) in zip(
-        marked.items(), (("s", _shades()(0.25)), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
+        marked.items(), (("s", _make_shades()(0.25)), ("^", COLORS[4]), ("x", COLORS[1])), strict=True
     ):
         if pairs:
             shown = [] if look == "s" else pairs  # marks stay visible where a cell is thinner than a pixel
@@ -203,19 +203,19 @@ def _draw_rounds(axes: Axes, grid: list[list[float]], label: str) -> None:
     axes.imshow(
         grid,
         aspect="auto",
-        cmap=_shades(),
+        cmap=_make_shades(),
         vmin=0,
         vmax=1,
         interpolation="nearest",
         extent=(0.5, last + 0.5, rows - 0.5, -0.5),
     )
-    axes.plot([], [], "s", color=_shades()(0.6), markersize=7, label=label)
+    axes.plot([], [], "s", color=_make_shades()(0.6), markersize=7, label=label)
     axes.grid(False)
     if rows <= 40:
         axes.hlines([edge + 0.5 for edge in range(rows - 1)], 0.5, last + 0.5, color=GRID, linewidth=1)
 
 
-def _shades() -> Colormap:
+def _make_shades() -> Colormap:
     """From nothing to our blue, so that no white lies on a dark page."""
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -227,7 +227,7 @@ def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     by_label = list(zip(*shares, strict=True))
     most = max(max(row) for row in shares) or 1.0
-    mesh = axes.imshow(by_label, aspect="auto", cmap=_shades(), vmin=0, vmax=most, interpolation="nearest")
+    mesh = axes.imshow(by_label, aspect="auto", cmap=_make_shades(), vmin=0, vmax=most, interpolation="nearest")
     if len(names) <= 15 and len(labels) <= 12:
         for column, row in enumerate(counts):
             for line, count in enumerate(row):
@@ -235,6 +235,6 @@ def _label_shares(axes: Axes, names: list[str], labels: list[str], counts: list[
                 axes.text(column, line, str(count), ha="center", va="center", fontsize=8, color=color)
     axes.grid(False)
     axes.set_ylabel("label")
-    name_ticks(axes.xaxis, names, upright=crowded(names))
+    name_ticks(axes.xaxis, names, upright=are_crowded(names))
     name_ticks(axes.yaxis, labels, most=25)
     axes.figure.colorbar(mesh, ax=axes, format=percent_format(), pad=0.01)

@@ -141,7 +141,7 @@ def moved_apart(places: Sequence[float], heights: Sequence[float]) -> list[float
     return moved
 
 
-def line(
+def draw_line(
     axes: Axes,
     events: list[Event],
     key: str,
@@ -181,7 +181,7 @@ def name_ticks(axis: Axis, names: list[str], *, most: int = 40, upright: bool = 
     axis.set_ticks(list(shown), labels, rotation=90 if upright else 0, fontsize=8)
 
 
-def crowded(names: list[str]) -> bool:
+def are_crowded(names: list[str]) -> bool:
     """Whether names beside each other would overlap."""
     return sum(min(len(name), 18) + 2 for name in names) > 55
 
@@ -219,7 +219,7 @@ def has_accuracy(run: Run) -> bool:
     return any(score["accuracy"] is not None for score in run.scores)
 
 
-def cumulative(rounds: list[Event], key: str) -> dict[int, float]:
+def sum_traffic(rounds: list[Event], key: str) -> dict[int, float]:
     """Round -> MB up to its end; 0 is before round 1."""
     total, sums = 0.0, {0: 0.0}
     for event in rounds:
@@ -228,7 +228,7 @@ def cumulative(rounds: list[Event], key: str) -> dict[int, float]:
     return sums
 
 
-def quantile(values: list[float], share: float) -> float:
+def quantile_of(values: list[float], share: float) -> float:
     """Of sorted values, by linear interpolation."""
     position = share * (len(values) - 1)
     low = math.floor(position)
@@ -236,6 +236,6 @@ def quantile(values: list[float], share: float) -> float:
     return values[low] + (values[high] - values[low]) * (position - low)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that puts client-10 after client-9."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]

@@ -7,7 +7,7 @@ from typing import Any
 from fedpeft.record import drawing, lead
 from fedpeft.record.findings import NAMES
 from fedpeft.record.run_folder import Run
-from fedpeft.record.words import number, percent, plain, size
+from fedpeft.record.words import key_words, number, percent, size
 
 APART = (
     "answers",
@@ -66,7 +66,7 @@ def summary_rows(run: Run) -> list[list[str]]:
         ["quarantined updates", number(len(summary["quarantined"]))],
     ]
     rows += [
-        [plain(key), _show_fact(key, value)]
+        [key_words(key), _show_fact(key, value)]
         for key, value in summary.items()
         if not isinstance(value, list) and key not in APART and value not in (None, {})
     ]
@@ -96,7 +96,7 @@ def _baselines_of(summary: dict[str, Any]) -> list[tuple[str, float]]:
 def _show_fact(key: str, value: Any) -> str:
     if isinstance(value, dict):
         shown = ((inner, item) for inner, item in value.items() if not isinstance(item, dict) and item is not None)
-        return ", ".join(f"{plain(inner)} {_show_fact(inner, item)}" for inner, item in shown)
+        return ", ".join(f"{key_words(inner)} {_show_fact(inner, item)}" for inner, item in shown)
     if isinstance(value, list):
         return ", ".join(number(item) for item in value)
     if key.startswith("bytes_"):

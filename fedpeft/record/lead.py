@@ -6,15 +6,15 @@ from typing import Any
 
 from fedpeft.record import unlearned
 from fedpeft.record.findings import FROZEN, NAMES, SERVER
-from fedpeft.record.measured import shown
-from fedpeft.record.words import number, percent, points
+from fedpeft.record.measured import show_measure
+from fedpeft.record.words import number, percent, show_points
 
 MOST_NAMES = 5  # in a sentence
 SEEDED = "seeded: not private"
 FAR_RULE = "over 10 times the median norm of the other clients' updates in a round"
 
 
-def headline(summary: dict[str, Any], config: dict[str, Any]) -> str:
+def write_headline(summary: dict[str, Any], config: dict[str, Any]) -> str:
     """All sentences in one line: what a guarantee costs, then what was asked for, then what it is compared with."""
     return " ".join(sentences(summary, config))
 
@@ -34,7 +34,7 @@ def sentences(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return [*lines, *_say_metric(summary), *_say_score(summary, config), *_say_compared(summary), *ends]
 
 
-def warnings(summary: dict[str, Any]) -> list[str]:
+def list_warnings(summary: dict[str, Any]) -> list[str]:
     """One for all clients whose updates were refused, and one for each whose update was far beyond the others'."""
     far = [_say_far(row) for row in summary.get("updates", []) if row["far_rounds"]]
     return [*_say_quarantined(summary), *far]
@@ -96,7 +96,7 @@ def _test_time(tta: dict[str, Any] | None) -> list[str]:
     gain, clients = gains(tta), len(tta["clients"])
     return [
         f"On the clients' streams: as trained {percent(tta['source_accuracy'])}, with {tta['method']} "
-        f"{percent(tta['tta_accuracy'])}: {points(gain['gain'])}; {gain['better']} of {clients} clients better, "
+        f"{percent(tta['tta_accuracy'])}: {show_points(gain['gain'])}; {gain['better']} of {clients} clients better, "
         f"{gain['same']} the same, {gain['worse']} worse ({number(gain['rows'])} rows)."
     ]
 
@@ -138,13 +138,14 @@ def _say_sequence(summary: dict[str, Any]) -> list[str]:
         f"Accuracy {_say_accuracy(summary)} on {classes} after task {done} of {tasks}, by the head "
         f"{sequence['head'] or 'of the config'}"
     )
-    lines = [f"{text}, forgetting {points(forgetting).lstrip('+')}." if forgetting is not None else f"{text}."]
+    lines = [f"{text}, forgetting {show_points(forgetting).lstrip('+')}." if forgetting is not None else f"{text}."]
     frozen = sequence["frozen_head_accuracy"]
     if frozen is not None and done == tasks:
         lost = sequence["frozen_head_forgetting"]
-        beside = f", forgetting {points(lost).lstrip('+')}" if lost is not None else ""
+        beside = f", forgetting {show_points(lost).lstrip('+')}" if lost is not None else ""
         lines.append(
-            f"The frozen model with the same head has {percent(frozen)}{beside}: {points(final['accuracy'] - frozen)}."
+            f"The frozen model with the same head has {percent(frozen)}{beside}: "
+            f"{show_points(final['accuracy'] - frozen)}."
         )
     return [*lines, *_say_compared(summary), *([alone] if alone else [])]
 
@@ -184,11 +185,11 @@ def _say_metric(summary: dict[str, Any]) -> list[str]:
     if row["final"] is None and not row["clients"]:
         return [f"{words}: not defined after the last round."]
     if row["final"] is None:
-        return [f"{words}: {shown(row, row['clients']['mean'])}, mean of {row['clients']['clients']} clients."]
-    frozen = f"; the frozen model has {shown(row, row['frozen'])}" if row["frozen"] is not None else ""
+        return [f"{words}: {show_measure(row, row['clients']['mean'])}, mean of {row['clients']['clients']} clients."]
+    frozen = f"; the frozen model has {show_measure(row, row['frozen'])}" if row["frozen"] is not None else ""
     return [
-        f"{words}: {shown(row, row['final'])} on the {summary['evaluated_on']} after round {summary['final']['round']}"
-        f"{frozen}."
+        f"{words}: {show_measure(row, row['final'])} on the {summary['evaluated_on']} after round "
+        f"{summary['final']['round']}{frozen}."
     ]
 
 
@@ -224,7 +225,7 @@ def _say_compared(summary: dict[str, Any]) -> list[str]:
             )
         lines.append(
             f"Best without federation: {named(found['baseline'], summary)}, {percent(found['accuracy'])}: "
-            f"{points(found['gap'])}."
+            f"{show_points(found['gap'])}."
         )
     baseline = summary["baseline"] or {}
     if baseline.get("accuracy") is not None and not summary.get("sequence") and (found or {}).get("baseline") != FROZEN:

@@ -15,7 +15,7 @@ from fedpeft.record.client_plots import (
     clients_by_label,
     clients_sizes,
     epsilon_by_client,
-    participation,
+    plot_participation,
     test_time,
 )
 from fedpeft.record.drawing import (
@@ -24,11 +24,11 @@ from fedpeft.record.drawing import (
     GREY,
     accuracy_axis,
     axes_of,
-    cumulative,
+    draw_line,
     frozen_line,
     has_accuracy,
-    line,
     round_axis,
+    sum_traffic,
     with_labels,
 )
 from fedpeft.record.findings import SERVER
@@ -122,7 +122,7 @@ def _plot_scores(
     sequence = run.summary.get("sequence")
     parts = [scores] if not sequence else _by_task(scores, sequence["rounds_of_tasks"])
     for index, part in enumerate(parts):
-        line(axes, part, key, "_" if index else label, color, x=x)
+        draw_line(axes, part, key, "_" if index else label, color, x=x)
 
 
 def _by_task(scores: list[Event], ends: list[int]) -> list[list[Event]]:
@@ -143,7 +143,7 @@ def _plot_references(axes: Axes, run: Run) -> None:
 def loss(run: Run) -> Figure | None:
     """Mean training loss of each round's clients, and the loss of the evaluated models."""
     figure, axes = axes_of("Loss, from round 1")  # before any training it dwarfs all others
-    line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
+    draw_line(axes, run.of("round"), "train_loss", "clients' training records, while training", COLORS[1])
     _plot_scores(axes, run, "loss", run.summary["evaluated_on"], COLORS[0], first=1)
     axes.set_ylabel("mean loss")
     round_axis(axes)
@@ -156,7 +156,7 @@ def communication(run: Run) -> Figure | None:
     if not rounds or not has_accuracy(run) or run.summary.get("sequence"):
         return None
     figure, axes = axes_of("Accuracy against uploads")
-    line(axes, run.scores, "accuracy", run.summary["strategy"], COLORS[0], x=cumulative(rounds, "bytes_up"))
+    draw_line(axes, run.scores, "accuracy", run.summary["strategy"], COLORS[0], x=sum_traffic(rounds, "bytes_up"))
     frozen_line(axes, run)
     accuracy_axis(axes)
     axes.set_xlabel("MB, clients to server")
@@ -187,7 +187,7 @@ def compared(runs: list[Run]) -> Figure:
         color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
         last = percent((run.summary["final"] or {}).get("accuracy"))
         name = f" {run.label}" if run.label.startswith("_") else run.label  # matplotlib keeps _names out of legends
-        line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
+        draw_line(by_round, run.scores, "accuracy", f"{name} ({last})", color, dashes=dashes)
         baseline = (run.summary["baseline"] or {}).get("accuracy")
         if baseline not in frozen:
             frozen.add(baseline)
@@ -199,7 +199,7 @@ def compared(runs: list[Run]) -> Figure:
 
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {
-    plot.__name__: plot
+    plot.__name__.removeprefix("plot_"): plot
     for plot in (
         accuracy,
         test_time,
@@ -211,6 +211,6 @@ PLOTS: dict[str, Callable[[Run], Figure | None]] = {
         clients_at_the_end,
         clients_sizes,
         clients_by_label,
-        participation,
+        plot_participation,
     )
 }

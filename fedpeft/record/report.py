@@ -20,7 +20,7 @@ from fedpeft.record.measured import html_measures
 from fedpeft.record.pages import html_figures, html_folded, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run, load
 from fedpeft.record.unlearned import html_unlearned
-from fedpeft.record.words import number, percent, plain, points
+from fedpeft.record.words import key_words, number, percent, show_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def write(run: str | Path) -> list[Path]:
         for name, draw in plots.PLOTS.items():
             for suffix, content in _draw_plot(name, draw, loaded).items():
                 if suffix == "svg":
-                    images[plain(name)] = content
+                    images[key_words(name)] = content
                 written.append(folder / f"{name}.{suffix}")
                 write_bytes(written[-1], content)
     for path in folder.iterdir():  # of an earlier state of the run
@@ -77,7 +77,7 @@ def _run_page(run: Run, images: dict[str, bytes]) -> str:
     body = [f'<p class="lead">{html.escape(first)}</p>', *(f"<p>{html.escape(line)}</p>" for line in others)]
     if not run.ended:
         body.append(html_note(f"This run has not ended; this is its state after round {summary['rounds']}."))
-    body += [html_note(line) for line in lead.warnings(summary)]
+    body += [html_note(line) for line in lead.list_warnings(summary)]
     if summary.get("unlearning"):
         body += html_unlearned(summary["unlearning"])
     if summary.get("tta"):
@@ -123,7 +123,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
             percent(row["accuracy"]),
             percent(row["source_accuracy"]),
             percent(row["tta_accuracy"]),
-            points(row["tta_accuracy"] - row["source_accuracy"]),
+            show_points(row["tta_accuracy"] - row["source_accuracy"]),
         ]
         for name, row in tta["clients"].items()
     ]
@@ -135,7 +135,7 @@ def _test_time(tta: dict[str, Any]) -> list[str]:
             percent(tta["accuracy"]),
             percent(tta["source_accuracy"]),
             percent(tta["tta_accuracy"]),
-            points(gain["gain"]),
+            show_points(gain["gain"]),
         ]
     )
     heads = ["client", "stream", "records", "clean", "as trained", f"with {tta['method']}", "gain"]
@@ -189,11 +189,11 @@ def _show_privacy(section: dict[str, Any]) -> list[str]:
     if section["outside"]:
         body += ["<p>Outside of the guarantee:</p>", html_list(section["outside"])]
     keys = [key for key, value in section.items() if not isinstance(value, list | dict) and key != "claim"]
-    body.append(html_table([], [[plain(key), number(section[key])] for key in keys]))
+    body.append(html_table([], [[key_words(key), number(section[key])] for key in keys]))
     if section["clients"]:
         heads = list(next(iter(section["clients"].values())))
         rows = [[name, *(number(row[key]) for key in heads)] for name, row in section["clients"].items()]
-        body.append(html_table(["client", *map(plain, heads)], rows))
+        body.append(html_table(["client", *map(key_words, heads)], rows))
     return body
 
 
@@ -256,7 +256,7 @@ def _show_updates(run: Run) -> list[str]:
 def _updates_of(event: metrics.Event) -> list[list[str]]:
     """Rows of one round."""
     norms, distances, at = event["update_norms"], event.get("update_distances", {}), str(event["round"])
-    middle = drawing.quantile(sorted(norms.values()), 0.5)
+    middle = drawing.quantile_of(sorted(norms.values()), 0.5)
     rows = []
     for name, norm in norms.items():
         times = norm / middle if middle else None
@@ -283,7 +283,7 @@ def _show_quarantine(summary: dict[str, Any]) -> list[str]:
     for entry in summary["quarantined"]:
         by_client.setdefault(entry["client"], []).append(entry)
     rows = []
-    for client, entries in sorted(by_client.items(), key=lambda item: (-len(item[1]), drawing.natural(item[0]))):
+    for client, entries in sorted(by_client.items(), key=lambda item: (-len(item[1]), drawing.natural_key(item[0]))):
         rounds = sorted({entry["round"] for entry in entries})
         reasons = list(dict.fromkeys(entry["reason"] for entry in entries))
         more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""

@@ -8,11 +8,11 @@ from typing import Any
 
 from fedpeft.errors import InputError
 from fedpeft.record import drawing, plots
-from fedpeft.record.findings import NAMES, comparable
+from fedpeft.record.findings import NAMES, find_comparable
 from fedpeft.record.in_numbers import cell
 from fedpeft.record.made import flatten
 from fedpeft.record.pages import html_figures, html_list, html_note, html_page, html_table
-from fedpeft.record.run_folder import Run, labels, load
+from fedpeft.record.run_folder import Run, label_runs, load
 from fedpeft.record.words import percent
 
 COLUMNS = {  # key of a table's row -> its head on the page
@@ -80,7 +80,7 @@ def load_all(runs: list[Path]) -> list[Run]:
     """The runs, with labels that tell them apart."""
     if not runs:
         raise InputError("report: no run folder given.")
-    return [load(run, label) for run, label in zip(runs, labels(runs), strict=True)]
+    return [load(run, label) for run, label in zip(runs, label_runs(runs), strict=True)]
 
 
 def common_round(runs: list[Run]) -> int | None:
@@ -188,7 +188,7 @@ def _baseline_rows(runs: list[Run]) -> list[str]:
     """A row for each model that no federation trained; columns are runs."""
     rows = []
     for key in NAMES:
-        values = [comparable(run.summary).get(key) for run in runs]
+        values = [find_comparable(run.summary).get(key) for run in runs]
         if any(value is not None for value in values):
             rows.append([NAMES[key], *map(percent, values)])
     return [html_table(["", *(run.label for run in runs)], rows)] if rows else ["<p>None was computed.</p>"]

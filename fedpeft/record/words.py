@@ -13,7 +13,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def points(gain: float) -> str:
+def show_points(gain: float) -> str:
     """A difference of two shares, in percentage points.
 
     >>> points(-0.0312)
@@ -50,7 +50,7 @@ def size(count: float | None) -> str:
     return f"{shown:.1f} {name}" if shown < 100 else f"{shown:.0f} {name}"
 
 
-def about(seconds: float) -> str:
+def show_duration(seconds: float) -> str:
     """A length of time as people say it.
 
     >>> about(12.4), about(150), about(9000)
@@ -61,6 +61,6 @@ def about(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def plain(key: str) -> str:
+def key_words(key: str) -> str:
     """A key as words: underscores become spaces."""
     return key.replace("_", " ")

@@ -215,3 +215,9 @@ def test_aggregate_refuses_other_inputs(fedpeft, tmp_path, sites):
 def test_one_folder_in_place_of_a_list_is_refused(make, tmp_path):
     with pytest.raises(fedpeft.InputError, match="/a/folder is one folder; give a list of them"):
         make("fedit" if make is fedpeft.aggregate else "running_average", "/a/folder", tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", [["a"], "1", [True]])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, sites, weights):
+    with pytest.raises(fedpeft.InputError, match=r"--weights: .*: give a list of numbers, one for each adapter"):
+        fedpeft.aggregate("fedit", [sites[0]], tmp_path / "out", weights=weights)

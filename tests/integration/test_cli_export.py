@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft.adapters import folder
+from fedpeft.errors import InputError
 from fedpeft.models.loading import mean_pool
+from fedpeft.run.export import export
 from fedpeft.run.world import load_world
 
 IMAGE = "data:image/png;base64,"
@@ -136,3 +138,5 @@ def test_export_refuses(fedpeft, tmp_path, runs):
     assert done.code == 2 and "this is not a run folder" in done.err
     done = fedpeft("export", runs["fedit"], "--to", runs["fedex"])
     assert done.code == 2 and "is not an empty folder" in done.err
+    with pytest.raises(InputError, match="merge='no': give True or False"):
+        export(runs["fedit"], tmp_path / "out", merge="no")

@@ -288,3 +288,30 @@ def test_runs_that_cannot_be_compared(tmp_path):
         side_by_side.table([])
     with pytest.raises(InputError, match="more than once"):
         side_by_side.compare([run, tmp_path / "run" / ".." / "run"], tmp_path / "c.html")
+
+
+ROW = {"forget_accuracy": 0.9, "retain_accuracy": 0.95, "test_accuracy": 0.9, "attack_auc": 0.5, "distance": None}
+UNLEARNED = {
+    "run": "/runs/clinic",
+    "method": "loku",
+    "asked": {"kind": "client", "name": "north", "words": "client north"},
+    "rows": {"trained": ROW, "unlearned": {**ROW, "forget_accuracy": 0.1, "attack_auc": 0.25}},
+    "cost": {"seconds": 9.15, "steps": 60, "record_passes": 1896},
+    "privacy": ["no <guarantee>"],
+    "notes": ["it went too far"],
+}
+UNLEARNED["asked"] |= {"forget_records": 40, "retain_records": 1160, "test_records": 597}
+
+
+def test_the_report_of_an_unlearned_run_says_what_it_still_knows(tmp_path):
+    run = make_run(tmp_path / "less", rounds=0, end=False)
+    (run / "summary.json").write_text(json.dumps({"unlearning": UNLEARNED}))
+    identity = {"versions": {"python": "3.11"}, "fingerprints": {"unlearning": {"reruns": False}}}
+    (run / "identity.json").write_text(json.dumps(identity))
+    page = report.write(run)[-1].read_text()
+    assert '<p class="lead">Unlearned: client north, by loku, from the run /runs/clinic.</p>' in page
+    assert "Membership attack, AUC 0.250 (was 0.500); accuracy on what is forgotten 10.0 % (was 90.0 %)" in page
+    assert ["accuracy on what is forgotten", "90.0 %", "10.0 %"] in cells(page)
+    assert "no &lt;guarantee&gt;" in page and "<li>It went too far.</li>" in page and "not ended" not in page
+    assert "fedpeft unlearn /runs/clinic --method loku --client north" in page and "<h2>Rounds" not in page
+    assert ["versions", "python 3.11"] in cells(page) and "without client north: less</h1>" in page

@@ -151,7 +151,7 @@ def test_a_client_far_beyond_the_others_is_named_everywhere(treated, tmp_path, m
     state = "trimmed in 99 % of its values" if treated else "used"
     assert f"<td>3</td><td><b>south</b></td><td>{state}</td><td>4,500</td><td>2,250</td><td>0.5</td>" in page
     assert "<b>south" not in (run / "report.html").read_text()  # escaped there
-    marks = plots.participation(run_folder.load(run, "run")).axes[0].lines
+    marks = plots.PLOTS["participation"](run_folder.load(run, "run")).axes[0].lines
     assert any(line.get_label() == "far beyond the others' (2)" for line in marks)
 
 
@@ -220,7 +220,7 @@ def test_sites_keep_their_names_in_tables_plots_and_quarantine(tmp_path, monkeyp
     assert f"<td>2</td><td>{SITES[1]}</td><td>A has NaN</td>" in page and "client-0" not in page
     assert f"quarantined: {SITES[1]} in round 2" in terminal(run, monkeypatch)
     loaded = run_folder.load(run, "run")
-    for figure, axis in ((plots.clients_by_label(loaded), "x"), (plots.participation(loaded), "y")):
+    for figure, axis in ((plots.clients_by_label(loaded), "x"), (plots.PLOTS["participation"](loaded), "y")):
         axes = figure.axes[-2 if axis == "x" else 0]
         labels = axes.get_xticklabels() if axis == "x" else axes.get_yticklabels()
         assert {label.get_text() for label in labels} == set(SITES)
