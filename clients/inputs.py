@@ -43,6 +43,8 @@ def draw_records(model: Adapted, like: Encoded, length: int) -> Encoded:
     for name, value in form.items():
         if "attention_mask" not in form:
             made[name] = torch.randn((DRAWN, *value.shape[1:]), generator=generator).to(value.dtype)
+        elif value.is_floating_point():  # in place of tokens, what layers have made of them
+            made[name] = torch.randn((DRAWN, length, *value.shape[2:]), generator=generator).to(value.dtype)
         else:
             known = {"input_ids": ids, "attention_mask": mask}
             other = model.base.objective.draw_input

@@ -126,8 +126,8 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Res
 
 def _run_world(config: Config, run: Path, on_event: loop.Listener) -> Result:
     world = load_world(config, run)
-    open_grid, fit = partial(_open_grid, world, run), partial(fit_baselines, world)
-    return Result(loop.run(world, run, Recorder(run / "metrics.jsonl"), open_grid, on_event, fit))
+    fit = partial(fit_baselines, world)
+    return Result(loop.run(world, run, Recorder(run / "metrics.jsonl"), partial(open_grid, world, run), on_event, fit))
 
 
 def fit_baselines(world: World) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def fit_baselines(world: World) -> dict[str, Any]:
 
 
 @contextmanager
-def _open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
+def open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
     """The clients of this machine, or of a Ray cluster, as long as the rounds last."""
     config = world.config
     nodes: dict[int, dict[str, bool | int | float | str]] = {

@@ -191,7 +191,11 @@ class Adapted:
 
 def build(model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int) -> Adapted:
     """Load the base, inject the adapter; fresh weights are a function of `seed` alone."""
-    base = load_base(model, labels, seed)
+    return adapt(load_base(model, labels, seed), adapter, seed)
+
+
+def adapt(base: Base, adapter: AdapterConfig, seed: int) -> Adapted:
+    """Inject an adapter into a base that is there already, and is changed by it."""
     method: Adapter = configs.method(
         "adapters", adapter.name, {key: value for key, value in adapter.options.items()}, "adapter"
     )

@@ -240,6 +240,47 @@ def bench_unlearn(
         console.emit(result, as_json, unlearn.show)
 
 
+@bench_app.command("adapters")
+def bench_adapters(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    sets: Annotated[
+        str, typer.Option(help="texts, characters, which are prepared before; with commas between; all by default.")
+    ] = "",
+    adapters: Annotated[
+        str, typer.Option(help="Parameterisations beside LoRA, with commas between; all by default.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each at its best rate.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What parameterisations reach at LoRA's upload on real encoders, each at its own rate, without and with DP."""
+    with _open_folder("adapters", out, own=(*CELLS, "run")) as out:
+        from fedpeft.simulations.benchmarks import adapters as bench
+
+        result = bench.run(
+            out, _split_list(sets), _split_list(adapters), shortened.seeds(seeds, 2), quick, console.note
+        )
+        console.emit(result, as_json, bench.show)
+
+
+@bench_app.command("dtype")
+def bench_dtype(
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished cells in it are not run again.")],
+    sets: Annotated[
+        str, typer.Option(help="texts, characters, which are prepared before; with commas between; all by default.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each cell.")] = 5,
+    quick: Annotated[bool, typer.Option(help="A small version, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy and loss over a frozen base in bfloat16 beside the same runs in float32, without and with DP."""
+    with _open_folder("dtype", out, own=(*CELLS, "run")) as out:
+        from fedpeft.simulations.benchmarks import dtype
+
+        result = dtype.run(out, _split_list(sets), shortened.seeds(seeds, 2), quick, console.note)
+        console.emit(result, as_json, dtype.show)
+
+
 @contextmanager
 def _open_folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Path]:
     """The folder of a benchmark's results, held by this process; says at once that there is life.

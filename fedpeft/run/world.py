@@ -13,6 +13,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.clients.app import Local
 from fedpeft.clients.guard import Guard
@@ -83,6 +84,24 @@ def load_world(config: Config, run: Path) -> World:
         config,
     )
     train_encoded, test_encoded = (with_reference(config, model, part, cache) for part in (train_encoded, test_encoded))
+    return make_world(config, run, model, (train, test), (train_encoded, test_encoded))
+
+
+def make_world(
+    config: Config,
+    run: Path,
+    model: Adapted,
+    records: tuple[Records, Records],
+    encoded: tuple[Encoded, Encoded],
+) -> World:
+    """The world of a model and records that are there already; its split is read from, or written to, the run folder.
+
+    Args:
+        records: to train on and to test on.
+        encoded: the same ones as the model takes them.
+    """
+    (train, test), (train_encoded, test_encoded) = records, encoded
+    labels = len(train.label_names)
     parts = client_split(config, train, run)
     strategy = build_strategy(config, labels, list(parts), run / "ledger" / "server.jsonl")
     sequence = find_sequence(strategy)

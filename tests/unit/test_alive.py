@@ -45,6 +45,8 @@ LONG = {
     "bench memory": (["--out", FOLDER], "fedpeft.simulations.benchmarks.memory.run"),
     "bench tta": (["--out", FOLDER], "fedpeft.simulations.benchmarks.tta.run"),
     "bench unlearn": (["--out", FOLDER], "fedpeft.simulations.benchmarks.unlearn.run"),
+    "bench adapters": (["--out", FOLDER], "fedpeft.simulations.benchmarks.adapters.run"),
+    "bench dtype": (["--out", FOLDER], "fedpeft.simulations.benchmarks.dtype.run"),
     "bench continual": (["--out", FOLDER], "fedpeft.simulations.benchmarks.continual.run"),
     "server sites": (["{tmp}", "--wait", "2"], "fedpeft.deploy.coordinator.server.await_sites"),
     "server run": (["{tmp}", CONFIG], "fedpeft.deploy.coordinator.server.run"),

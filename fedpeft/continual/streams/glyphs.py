@@ -53,16 +53,29 @@ class Glyphs(StreamSource):
         test: int = option(50, "test records a class, at most", low=1)
 
     def records(self, seed: int) -> Material:
-        cache.about("glyphs")
-        whole = source.load(DataConfig(source="glyphs"), TASK, 0)
-        settings = {**SHAPE, "epochs": EPOCHS, "batch": BATCH, "rate": RATE, "version": VERSION}
-        weights = cache.tensors("vit", "glyphs", settings, lambda: pretrain(text_fonts(whole)))
+        whole, weights = read_characters()
         chosen = []
-        for which, part in zip(("train", "test"), whole, strict=True):
-            shown = part.take(np.flatnonzero(part.columns["package"] == DISPLAY))
-            count = getattr(self.config, which)
-            chosen.append(encode(shown.take(per_class(shown.labels, count, seed, which)), None, TASK, 1))
-        return Material(chosen[0], chosen[1], _wrap_base(weights), LAYERS, label_names=whole[0].label_names)
+        for which, part in zip(("train", "test"), map(take_display_fonts, whole), strict=True):
+            places = per_class(part.labels, getattr(self.config, which), seed, which)
+            chosen.append(encode(part.take(places), None, TASK, 1))
+        return Material(chosen[0], chosen[1], make_base(weights), LAYERS, label_names=whole[0].label_names)
+
+
+def read_characters() -> tuple[tuple[Records, Records], dict[str, Tensor]]:
+    """Training and test characters in all fonts, and the weights of the ViT that was pre-trained on text fonts.
+
+    Raises:
+        InputError: `glyphs` is not prepared.
+    """
+    cache.about("glyphs")
+    whole = source.load(DataConfig(source="glyphs"), TASK, 0)
+    settings = {**SHAPE, "epochs": EPOCHS, "batch": BATCH, "rate": RATE, "version": VERSION}
+    return whole, cache.tensors("vit", "glyphs", settings, lambda: pretrain(text_fonts(whole)))
+
+
+def take_display_fonts(part: Records) -> Records:
+    """The characters whose fonts the ViT has not seen."""
+    return part.take(np.flatnonzero(part.columns["package"] == DISPLAY))
 
 
 def text_fonts(parts: tuple[Records, Records]) -> tuple[Tensor, Tensor]:
@@ -116,7 +129,8 @@ def _build_vit() -> Any:
     )
 
 
-def _wrap_base(weights: dict[str, Tensor]) -> Base:
+def make_base(weights: dict[str, Tensor]) -> Base:
+    """The ViT of these weights with its head, frozen."""
     model = _build_vit()
     model.load_state_dict(weights)
     model.requires_grad_(False).eval()

@@ -90,16 +90,16 @@ class _Given(nn.Module):
         return inputs_embeds
 
 
-def lower_half(base: Base) -> Any:
+def lower_half(base: Base, layers: int = LOWER) -> Any:
     """A copy of a BERT with its first layers only."""
     half: Any = copy.deepcopy(base.backbone)
-    half.encoder.layer, half.pooler = half.encoder.layer[:LOWER], None
+    half.encoder.layer, half.pooler = half.encoder.layer[:layers], None
     return half
 
 
-def upper_half(base: Base) -> Base:
+def upper_half(base: Base, layers: int = LOWER) -> Base:
     """The base without its first layers and its unused pooler; its inputs are `inputs_embeds` and `attention_mask`."""
     model: Any = base.backbone
-    model.encoder.layer, model.embeddings, model.pooler = model.encoder.layer[LOWER:], _Given(), None
-    whole = base.forward
-    return replace(base, forward=lambda batch: whole({**batch, "inputs_embeds": batch["inputs_embeds"].float()}))
+    model.encoder.layer, model.embeddings, model.pooler = model.encoder.layer[layers:], _Given(), None
+    whole, dtype = base.forward, model.dtype
+    return replace(base, forward=lambda batch: whole({**batch, "inputs_embeds": batch["inputs_embeds"].to(dtype)}))
