@@ -43,7 +43,6 @@ T = TypeVar("T")
 log = logging.getLogger("fedpeft")
 Request = tuple[str, AdapterState, Instructions]  # client, what it received and was told
 VERIFIED = 32  # tokens of the texts that gradients are verified on, if the model takes as many
-COHORT_TOKENS = {"cpu": 2048}  # of one pass; other devices take 16384
 
 
 @dataclass
@@ -220,8 +219,6 @@ class Local:
     def _together(self, cohort: list[Opened]) -> list[Done] | None:
         """Train a cohort; None where clients have to be trained one after another, which is said once."""
         tokens = self.config.run.cohort_tokens
-        if tokens is None:
-            tokens = COHORT_TOKENS.get(next(iter(self.model.parameters.values())).device.type, 16384)
         if len(cohort) < 2 or tokens == 0:
             return None
         trains = cohort[0].told.trains

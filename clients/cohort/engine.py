@@ -6,8 +6,9 @@ all rows in one backward pass and updates the matrix with one optimizer, which a
 optimizers. Under DP-SGD each sample carries its own copy of its client's factors: their gradients are the per-sample
 gradients, clipped and summed per client. A client that has taken its steps leaves; the others go on.
 
-Jobs are taken in chunks of so many clients that a step has at most `tokens` tokens, and a step whose batch comes out
-longer, or uneven in length, is taken in pieces whose gradients add up. So memory does not grow with the number of jobs.
+Jobs are taken in chunks of so many clients that a step has no more tokens than there is room for (`room`), and a step
+whose batch comes out longer, or uneven in length, is taken in pieces whose gradients add up. So memory does not grow
+with the number of jobs.
 
 Layers of the last block that work for tokens nobody reads are spared them (`fedpeft.adapters.tail`), here as in
 `clients.train`.
@@ -31,6 +32,7 @@ from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.chunk import Chunk, Done, Job
 from fedpeft.clients.cohort.layers import Pass, layers_of, with_factors
 from fedpeft.clients.cohort.passes import token_counts
+from fedpeft.clients.cohort.room import most_tokens, shared_tokens
 from fedpeft.clients.optimizers.base import count_of
 from fedpeft.clients.train import find_taught
 from fedpeft.config import ClientConfig
@@ -53,12 +55,13 @@ def why_not_cohort(model: Adapted, trains: Sequence[str]) -> str | None:
 
 
 def train_cohort(
-    model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int
+    model: Adapted, jobs: list[Job], trains: Sequence[str], config: ClientConfig, tokens: int | None = None
 ) -> list[Done]:
     """What `model.write(job.start)` and `train` do, of all jobs; the model's own values stay as they are.
 
     Args:
-        tokens: that a pass over the model should have, padding included; a chunk has at least one client.
+        tokens: that a pass over the model should have, padding included; a chunk has at least one client. None is what
+            there is room for.
 
     Raises:
         InputError: the model cannot be trained so (`cannot`, or a layer that does not keep samples apart).
@@ -74,20 +77,28 @@ def train_cohort(
     done: dict[int, Done] = {}
     model.training_mode()
     try:
-        with first_token(model, jobs[0].data), with_factors(found, now):
-            for chunk in _split_chunks(model, jobs, config, tokens):
-                results = Chunk(model, [jobs[index] for index in chunk], trains, config, tokens, now).run()
-                done |= dict(zip(chunk, results, strict=True))
-                progress.step("clients", len(done), len(jobs))
+        with first_token(model, jobs[0].data):
+            widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
+            most = most_tokens(model) if tokens is None else tokens
+            shared = shared_tokens(model, jobs[0].data, tuple(trains), max(widths)) if tokens is None else tokens
+            with with_factors(found, now):
+                for chunk in _split_chunks(jobs, widths, config, shared):
+                    own = most if len(chunk) == 1 else shared
+                    results = Chunk(model, [jobs[index] for index in chunk], trains, config, own, now).run()
+                    done |= dict(zip(chunk, results, strict=True))
+                    progress.step("clients", len(done), len(jobs))
     finally:
         model.base.backbone.eval()
     return [done[index] for index in range(len(jobs))]
 
 
-def _split_chunks(model: Adapted, jobs: list[Job], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
-    """Indices of jobs that train together: like ones in steps and length, those with the most steps first."""
+def _split_chunks(jobs: list[Job], widths: list[int], config: ClientConfig, tokens: int) -> Iterator[list[int]]:
+    """Indices of jobs that train together: like ones in steps and length, those with the most steps first.
+
+    Args:
+        widths: tokens of a long record of each job.
+    """
     sizes = [min(config.micro_batch or config.batch_size, len(job.data)) for job in jobs]
-    widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
     kinds = [_kind_of_job(job, config) for job in jobs]
     # Most steps first, as those that go on are a chunk's first rows.
     order = sorted(range(len(jobs)), key=lambda i: (kinds[i], -jobs[i].steps(config), -widths[i]))

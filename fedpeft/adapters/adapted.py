@@ -56,7 +56,8 @@ class Adapted:
 
     `compete` names the classes whose logits count; None is all. The others' are NEVER, so low that softmax gives them
     exactly 0, and finite, so that entropies are too. `tail` are the layers that need one token only; None until
-    `models.tail` has looked for them.
+    `adapters.tail` has looked for them. `kept` is what a training pass keeps of each token, in bytes, by trained roles
+    and tokens of a record, as far as `clients.cohort.room` has counted it.
 
     Adapter and head are float32 whatever the dtype of the base.
 
@@ -72,6 +73,7 @@ class Adapted:
         self.originals: dict[str, Tensor] = {}
         self.compete: list[int] | None = None
         self.tail: list[nn.Module] | None = None
+        self.kept: dict[tuple[tuple[str, ...], int], float] = {}
         if train_head:
             for name, module in base.heads.items():
                 module.register_forward_pre_hook(_as_own_dtype)

@@ -153,7 +153,8 @@ class RunConfig:
     cohort_tokens: int | None = option(
         None,
         "tokens (or image patches) of a pass over many clients together; 0 trains "
-        "one after another; null is 2048 on a CPU, 16384 elsewhere",
+        "one after another; null is 2048 on a CPU and 16384 elsewhere, and fewer where a pass would keep "
+        "more than 256 MiB, 4 GiB elsewhere",
         low=0,
     )
     evaluate_tokens: int = option(
