@@ -19,14 +19,12 @@ from support.cohort_jobs import AB, ADAMW, ALL, EVEN, make_jobs
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Random models whose vocabulary is that of the tokenizer, and whose layers are wide beside an adapter of rank 1."""
-    sizes = {"WIDTH": 128}
+    """Random models with layers that are wide beside an adapter of rank 1."""
 
     @functools.cache
     def folder(kind):
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in sizes.items():
-                patch.setattr(small, name, value)
+            patch.setattr(small, "WIDTH", 128)
             return small.save(kind, tmp_path_factory.mktemp(kind))
 
     return folder
