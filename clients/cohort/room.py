@@ -57,7 +57,7 @@ def shared_tokens(model: Adapted, like: Encoded, trains: tuple[str, ...], width:
             log.warning("a pass has up to %d tokens, as what it keeps cannot be counted: %s", most, error)
             model.kept[trains, width] = 0.0
     fitting = int(min(most, room / max(model.kept[trains, width], room / most)))
-    return 2 ** (max(1, fitting).bit_length() - 1)
+    return int(2 ** (max(1, fitting).bit_length() - 1))
 
 
 def count_kept(model: Adapted, like: Encoded, trains: tuple[str, ...], width: int) -> float:
@@ -68,13 +68,15 @@ def count_kept(model: Adapted, like: Encoded, trains: tuple[str, ...], width: in
         for root in model.base.modules
         for value in (*root.parameters(), *root.buffers())
     }
-    kept: dict[int, tuple[int, Tensor]] = {}  # by storage, which lives on in the tensor: no other gets its place
+    kept: dict[int, Tensor] = {}  # by storage, which lives on in the tensor: no other gets its place
 
     def note(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes(), value
-        return value
+        """There is no way back to hand the value to, and with its graph it would hold itself for ever."""
+        bare = value.detach()
+        place = bare.untyped_storage().data_ptr()
+        if place not in held:
+            kept[place] = bare
+        return bare
 
     model.train_roles(trains)
     record = drawn(model, like, width).view(np.arange(1))
@@ -83,13 +85,13 @@ def count_kept(model: Adapted, like: Encoded, trains: tuple[str, ...], width: in
         # Dropout keeps its masks, and no draw of a client may hang on whether something was counted.
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.autograd.graph.saved_tensors_hooks(note, lambda value: value),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda bare: bare),
         ):
             per_sample_loss(model, *on_device(record, np.arange(1), device))
     finally:
         for key, trained in training.items():
             model.parameters[key].requires_grad_(trained)
-    sizes = [size for size, _ in kept.values()]
+    sizes = [value.untyped_storage().nbytes() for value in kept.values()]
     return (sum(sizes) + 2 * max(sizes, default=0)) / int(token_counts(model, record)[0])
 
 

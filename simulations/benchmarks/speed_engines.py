@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.engine import train_cohort
-from fedpeft.clients.local import COHORT_TOKENS
 from fedpeft.clients.train import on_device, train
 from fedpeft.models.attention import hold_scores, longest_faster
 from fedpeft.models.base import Base
@@ -81,11 +80,11 @@ class Ours:
         tokens: int | None = None,
     ) -> None:
         self.model, self.dp = adapted(name, device, base or dtype), dp
-        self.tokens = COHORT_TOKENS.get(device.type, 16384) if tokens is None else tokens
+        self.tokens = tokens
 
     def __call__(self, work: Work) -> Ends:
         jobs = [work.job(client, self.dp) for client in range(len(work.data))]
-        if self.tokens:
+        if self.tokens != 0:
             return [done.after for done in train_cohort(self.model, jobs, TRAINS, work.config, self.tokens)]
         ends, start = [], AdapterState(work.start, self.model.sites)
         for job in jobs:
