@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.passes import token_counts
-from fedpeft.clients.inputs import drawn
+from fedpeft.clients.inputs import draw_records
 from fedpeft.clients.train import on_device, per_sample_loss
 from fedpeft.data.encode import Encoded
 from fedpeft.models.agreement import FAILURES
@@ -79,7 +79,7 @@ def count_kept(model: Adapted, like: Encoded, trains: tuple[str, ...], width: in
         return bare
 
     model.train_roles(trains)
-    record = drawn(model, like, width).view(np.arange(1))
+    record = draw_records(model, like, width).view(np.arange(1))
     device = _device(model)
     try:
         # Dropout keeps its masks, and no draw of a client may hang on whether something was counted.

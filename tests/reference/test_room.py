@@ -42,7 +42,7 @@ def allocated(work) -> tuple[int, int]:
 def step(model, length, trains):
     """A training pass of one drawn record, there and back."""
     trained = model.train_roles(trains)
-    batch = room.drawn(model, small.texts(2, not model.base.objective.headed), length).batch(np.arange(1))
+    batch = room.draw_records(model, small.texts(2, not model.base.objective.headed), length).batch(np.arange(1))
     return lambda: torch.autograd.grad(per_sample_loss(model, *batch).sum(), list(trained.values()))
 
 
