@@ -32,11 +32,11 @@ class StateFile:
     """States that are all written before the first is read.
 
     Args:
-        folder: on the disk that has the room.
+        folder: on the disk that has the room; without one, states stay in memory as they are.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as this object is there
+    def __init__(self, folder: str | Path | None) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder) if folder else None  # noqa: SIM115 - as long as this object
         self.starts: dict[int, int] = {}  # of values in the file, by the ids of their forms
         self.forms: list[AdapterState] = []  # so that no other object gets their ids
 
@@ -46,6 +46,8 @@ class StateFile:
         Raises:
             OSError: there is no room.
         """
+        if self.file is None:
+            return state
         form = state.map(lambda value: value.to("meta"))
         form = replace(form, extra={key: value.to("meta") for key, value in state.extra.items()})
         self.starts[id(form)] = self.file.tell()
@@ -58,6 +60,8 @@ class StateFile:
 
     def get(self, form: AdapterState) -> AdapterState:
         """A state that was put, bit for bit; its tensors are views of the file, and what is written to them is not."""
+        if self.file is None:
+            return form
         start = self.starts[id(form)]
 
         def read(value: Tensor) -> Tensor:
@@ -70,6 +74,7 @@ class StateFile:
     @cached_property
     def mapped(self) -> Tensor:
         """All bytes of the file."""
+        assert self.file is not None
         self.file.flush()
         if not self.file.tell():
             return torch.empty(0, dtype=torch.uint8)

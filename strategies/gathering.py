@@ -31,15 +31,15 @@ def gather_updates(
     With `rules.folder` the tensors of an update go to the disk as soon as it is checked, and are mapped when all are
     there: what then takes sums has no two of them in memory.
     """
-    names, file = {roster[client]: client for client in sent}, StateFile(rules.folder) if rules.folder else None
+    names, file = {roster[client]: client for client in sent}, StateFile(rules.folder)
 
     def read(node: int, reply: Message | None) -> Update:
         update = read_update(strategy, server, sent, names[node], reply, rules, codec)
-        return update if file is None else replace(update, adapter=file.put(update.adapter))
+        return replace(update, adapter=file.put(update.adapter))
 
     answers = asking.ask_nodes(grid, "train", contents, rules.deadline_s, read)
     updates, bad = sort_answers({names[node]: answer for node, answer in answers.items()})
-    return [update if file is None else replace(update, adapter=file.get(update.adapter)) for update in updates], bad
+    return [replace(update, adapter=file.get(update.adapter)) for update in updates], bad
 
 
 def read_update(

@@ -245,7 +245,7 @@ class Session:
                 self.federation.grid,
                 self.federation.codec,
                 sequence.require_sequence(self.world.strategy),
-                replace(rules_of(config), clients=count),
+                replace(rules_of(config), clients=count, folder=None if self.federation.steady else self.folder),
                 self.record,
                 number,
                 *what,

@@ -25,7 +25,7 @@ from fedpeft.run.world import World
 from fedpeft.state import AdapterState, ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.sequence import exchange
-from fedpeft.strategies.sequence.base import KEEP, NEW, PAST
+from fedpeft.strategies.sequence.base import KEEP, NEW, PAST, add_tensors
 from fedpeft.strategies.sequence.build import head_needs_sums, make_head
 from fedpeft.strategies.sequence.sequence import TASK, TaskSequence, find_sequence
 
@@ -109,7 +109,7 @@ def close_task(
         form = {key: tuple(value.shape) for key, value in nothing.items()}
         for view, adapter in views.items():
             answers = ask(server.round, "head", view, adapter, form)
-            for key, value in exchange.add_sums(answers).items():
+            for key, value in add_tensors(tensors for tensors, _ in answers).items():
                 # A view that is new has had the features of the first one until now, and so its sums.
                 old = memory.get(f"{SUMS}{view}|{key}", server.memory.get(f"{SUMS}online|{key}"))
                 memory[f"{SUMS}{view}|{key}"] = value if old is None else old + value

@@ -82,14 +82,13 @@ class Stages:
         )
         near = {client: [other for other in near[client] if other in sealed] for client in sealed}
         held = {client: [sealed[other][client] for other in near[client]] for client in sealed}
-        file = StateFile(self.rules.folder) if self.rules.folder else None
-
+        file = StateFile(self.rules.folder)
         vectors = self.ask(
             2,
             {client: {"names": near[client], "sealed": held[client]} for client in sealed},
             lambda client, reply: AdapterState({RECORD: torch.from_numpy(vector(reply, size).view(np.int32))}),
             contents,
-            (lambda masked: masked) if file is None else file.put,
+            file.put,
         )
         uploaded = {client: [client, *(other for other in near[client] if other in vectors)] for client in vectors}
         silent = {client: [other for other in near[client] if other not in vectors] for client in vectors}
@@ -101,7 +100,7 @@ class Stages:
         )
         total = np.zeros(size, dtype=masking.WORD)
         for client, masked in vectors.items():
-            words = (masked if file is None else file.get(masked))[RECORD].numpy().view(masking.WORD)
+            words = file.get(masked)[RECORD].numpy().view(masking.WORD)
             total += words - masking.stream(self.secret(client, shares), size)
         for client in sorted({other for others in silent.values() for other in others}):
             secret = self.secret(client, shares)

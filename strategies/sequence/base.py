@@ -16,9 +16,11 @@ What it is given and returns is public under DP, or noised: everything here is p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fedpeft.state import AdapterState, ServerState
@@ -91,7 +93,7 @@ class ServerBody:
         return {}
 
     def merge_sketches(self, sketches: list[Tensors], weights: list[float]) -> Tensors:
-        """The sketch of all clients' records.
+        """The sketch of all clients' records; each of theirs is in memory as long as it is looked at.
 
         Args:
             weights: of the clients, as of their updates.
@@ -147,3 +149,15 @@ def recall_tensors(server: ServerState, suffix: str = "") -> Tensors:
         for key, value in server.memory.items()
         if key.startswith(KEEP) and key.endswith(suffix)
     }
+
+
+def add_tensors(parts: Iterable[Tensors]) -> Tensors:
+    """The sum by name, in float64: one part after the other in their order, no two of which need be in memory."""
+    total: Tensors = {}
+    for tensors in parts:
+        for key, value in tensors.items():
+            if key in total:
+                total[key] += value
+            else:
+                total[key] = value.to(torch.float64, copy=True)
+    return total

@@ -8,17 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from flwr.app import Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from fedpeft.state import AdapterState, RoundFailed, Rules
+from fedpeft.state_file import StateFile
 from fedpeft.strategies import asking, opening, wire
 from fedpeft.strategies.instructions import Instructions
+from fedpeft.strategies.sequence.base import Tensors
 from fedpeft.strategies.sequence.sequence import TaskSequence
 
 log = logging.getLogger("fedpeft")
 Record = Callable[[dict[str, Any]], None]
-Answers = list[tuple[dict[str, Tensor], float]]
+Answers = list[tuple[Tensors, float]]
 
 
 def ask_for_sums(
@@ -35,6 +37,8 @@ def ask_for_sums(
 ) -> Answers:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
+    With `rules.folder` they are on the disk, as updates are (`gathering`).
+
     Args:
         number: round whose task is meant: the first one for a sketch of its records, the last one for a head.
         what: "head", or one of the body's `sketches`.
@@ -48,9 +52,13 @@ def ask_for_sums(
     task = sequence.curriculum.task(number)
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
     content = {node: codec.content(adapter, message) for node in roster.values()}
-    answers = asking.ask_nodes(
-        grid, "query.sums", content, rules.deadline_s, lambda _, reply: read_sums(reply, number, form)
-    )
+    file = StateFile(rules.folder)
+
+    def read(node: int, reply: Message | None) -> tuple[AdapterState, float]:
+        sums, weight = read_sums(reply, number, form)
+        return file.put(sums), weight
+
+    answers = asking.ask_nodes(grid, "query.sums", content, rules.deadline_s, read)
     about = {"round": number, "task": task, "sums": what}
     found, names = [], []
     for client in sorted(roster):
@@ -59,7 +67,8 @@ def ask_for_sums(
             log.warning("task %d: no %s sums from %s: %s", task, what, client, answer)
             record({"event": "sums_missing", **about, "client": client, "reason": str(answer)})
         else:
-            found.append(answer)
+            sums, weight = answer
+            found.append((file.get(sums).extra, weight))
             names.append(client)
     needed = math.ceil(rules.quorum * len(roster))
     if len(found) < needed:
@@ -67,14 +76,14 @@ def ask_for_sums(
             f"task {task}: sums from {len(found)} of {len(roster)} clients, but run.quorum="
             f"{rules.quorum} needs {needed}."
         )
-    sent = sum(value.numel() * value.element_size() for tensors, _ in found for value in tensors.values())
+    sent = sum(value.nbytes for tensors, _ in found for value in tensors.values())
     traffic = {"bytes_up": sent, "bytes_down": adapter.nbytes * len(roster)}
     record({"event": "sums", **about, "view": view, "clients": names, **traffic})
     return found
 
 
-def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], float]:
-    """Tensors of one reply by name, and its weight.
+def read_sums(reply: Message | None, number: int, form: dict[str, tuple[int, ...]]) -> tuple[AdapterState, float]:
+    """A state that has the tensors of one reply beside it, and its weight.
 
     Raises:
         BadReply: an error, of another form or round, or not finite.
@@ -100,10 +109,4 @@ def read_sums(reply: Any, number: int, form: dict[str, tuple[int, ...]]) -> tupl
     for name, value in answer.extra.items():
         if not torch.isfinite(value).all():
             raise wire.BadReply(f"{name} has NaN or inf")
-    return answer.extra, weight
-
-
-def add_sums(answers: Answers) -> dict[str, Tensor]:
-    """The sum over clients: that of all their records."""
-    first = answers[0][0]
-    return {key: torch.stack([tensors[key].double() for tensors, _ in answers]).sum(0) for key in first}
+    return answer, weight

@@ -38,6 +38,7 @@ from fedpeft.strategies.sequence.base import (
     Place,
     ServerBody,
     Tensors,
+    add_tensors,
     fold_into_base,
     recall_tensors,
     remember_tensors,
@@ -106,7 +107,7 @@ class GeneralServerBody(ServerBody):
 
     def merge_sketches(self, sketches: list[Tensors], weights: list[float]) -> Tensors:
         """The sum over all records, whatever the weights of updates are."""
-        return {key: torch.stack([tensors[key].double() for tensors in sketches]).sum(0) for key in sketches[0]}
+        return add_tensors(sketches)
 
     def trained(self, roles: tuple[str, ...], place: Place) -> tuple[str, ...]:
         if not self.central.moves_in(place.task):

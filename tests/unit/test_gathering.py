@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,10 @@ from fedpeft.flower import empty_run, identify
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState
 from fedpeft.state_file import StateFile
 from fedpeft.strategies.build import build
+from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.rules.fedit import FedIT
+from fedpeft.strategies.sequence import exchange
+from fedpeft.strategies.sequence.base import add_tensors
 from fedpeft.strategies.wire import PACKED
 
 RUN, WIDE = 5, 2**17  # values of a factor: an answer has 1 MiB
@@ -96,6 +100,92 @@ def play(folder: Path, nodes: list[int], name: str = "fedit", kept: Path | None 
     )
     after = strategy.run(grid, strategy.initial(made(0), 0), rules, codec=codec)
     return after.adapter, grid.most
+
+
+class Live:
+    """How many of the answers that were read are still there, by their tensors: the most at any time."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def watch(self, values) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(next(iter(values)), self.forget)
+
+    def forget(self) -> None:
+        self.now -= 1
+
+
+@pytest.mark.parametrize("sites", [5, 60])
+def test_no_more_answers_of_a_round_are_held_than_one_is_read(tmp_path, monkeypatch, sites):
+    live, read = Live(), PACKED.read
+
+    def watch(*given):
+        state, metrics = read(*given)
+        live.watch(state.tensors.values())
+        return state, metrics
+
+    monkeypatch.setattr(sys.modules[__name__], "WIDE", 64)
+    monkeypatch.setattr(type(PACKED), "read", lambda codec, *given: watch(*given))
+    nodes = list(range(1, sites + 1))
+    play(tmp_path, nodes, kept=tmp_path)
+    assert live.most <= 2 and live.now == 0
+    play(tmp_path, nodes)
+    assert live.most == sites
+
+
+@pytest.mark.parametrize("sites", [5, 60])
+def test_no_more_sums_of_a_task_are_held_than_one_is_read(tmp_path, monkeypatch, sites):
+    """And they are added one after the other."""
+    live, form = Live(), {"x": (4,)}
+    nodes = {f"site-{number:02d}": number for number in range(1, sites + 1)}
+    read = exchange.read_sums
+
+    def watch(*given):
+        state, weight = read(*given)
+        live.watch(state.extra.values())
+        return state, weight
+
+    monkeypatch.setattr(exchange, "read_sums", watch)
+    sequence = SimpleNamespace(
+        curriculum=SimpleNamespace(task=lambda number: 0), make_lesson=lambda task: Instructions(1).learn
+    )
+    codec = SimpleNamespace(roster=lambda grid, expected: nodes, content=PACKED.content)
+    identify(RUN, 1, 0)
+
+    def ask(folder):
+        rules = Rules(rounds=1, folder=folder)
+        return exchange.ask_for_sums(
+            Summing(), codec, sequence, rules, lambda event: None, 1, "head", "online", made(0), form
+        )
+
+    held = add_tensors(tensors for tensors, _ in ask(tmp_path))
+    assert live.most <= 2 and live.now == 0 and os.listdir(tmp_path) == []
+    assert torch.equal(held["x"], torch.full((4,), sum(nodes.values()), dtype=torch.float64))
+    answers = ask(None)
+    assert live.most == sites and torch.equal(add_tensors(tensors for tensors, _ in answers)["x"], held["x"])
+    assert torch.equal(answers[0][0]["x"], torch.ones(4))  # what is added to is none of the answers
+
+
+class Summing:
+    """Sites that answer with their number, one after the other."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, Message] = {}
+
+    def push_messages(self, messages):
+        for message in messages:
+            name = f"message-{len(self.messages)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.messages[name] = message
+            yield name
+
+    def pull_messages(self, names):
+        for name in names:
+            message = self.messages.pop(name)
+            sums = AdapterState({}, extra={"x": torch.full((4,), float(message.metadata.dst_node_id))})
+            yield Message(PACKED.reply(sums, {"num-examples": 1.0}, 1), reply_to=message)
 
 
 def measure_memory(folder: Path) -> tuple[int, int, int]:

@@ -199,8 +199,8 @@ def test_sums_are_opened_as_updates_are(flower_run):
     def read(content):
         return exchange.read_sums(Message(content, reply_to=Message(RecordDict({}), 7, "query.sums")), 1, FORM)
 
-    tensors, weight = read(sums())
-    assert {key: tuple(value.shape) for key, value in tensors.items()} == FORM and weight == 5.0
+    state, weight = read(sums())
+    assert {key: tuple(value.shape) for key, value in state.extra.items()} == FORM and weight == 5.0
     hostile = [
         sums(0),
         sums(n=None),
