@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 from fedpeft import config as configs
+from fedpeft.adapters import folder
 from fedpeft.data import source, split
+from fedpeft.privacy.ledger import Ledger
 from fedpeft.simulations.run import simulate
 
 FEDPEFT = [sys.executable, "-m", "fedpeft.cli.main"]
@@ -32,6 +34,7 @@ TRAIN = {
     "run": {"rounds": 3, "seed": 1},
 }
 POLICY = "unit: sample\nmax_delta: 0.01\nseeded_noise: true\nunbounded: [max_epsilon, max_rounds, records]\n"
+STEADY = ("privacy.randomness=seeded", "run.quorum=1.0", "run.deadline_s=600")  # of a run that can be repeated
 NAMES = [split.client_name(index) for index in range(3)]
 COUNTS = dict(zip(NAMES, (60, 50, 40), strict=True))
 
@@ -91,6 +94,31 @@ def three_sites(root, policy=POLICY, words=WORDS):
         yield made
     finally:
         made.close()
+
+
+def start_sites(made, names, port=None):
+    """A coordinator and sites with 30 records each, at work; `port` leads to the coordinator's by another way."""
+    made.start("coordinator")
+    for seed, name in enumerate(names):
+        write_records(made.root / f"{name}.csv", 30, seed)
+        made.add_site(name, made.root / f"{name}.csv")
+        if port is not None:
+            file = made.root / name / "site.yaml"
+            file.write_text(file.read_text().replace(f":{made.port}", f":{port}"))
+    made.ready()
+    for name in names:
+        made.start(name)
+
+
+def read_results(made, run, names):
+    """The adapter's bits, the numbers of the rounds, and what each site has spent: each round once."""
+    tensors = folder.load(made.coordinator / "runs" / run / "adapter").tensors
+    spent = {}
+    for name in names:
+        entries = [one for one in Ledger(made.root / name / "ledger" / f"{name}.jsonl").entries() if one.run == run]
+        spent[name] = [(entry.round, entry.release) for entry in entries]
+    bits = {key: value.numpy().tobytes() for key, value in tensors.items()}
+    return bits, [event["round"] for event in made.rounds(run)], spent
 
 
 def free_ports(count):

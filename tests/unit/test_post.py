@@ -109,7 +109,6 @@ def test_a_site_cannot_read_or_answer_what_is_another_s(box):
 
 
 def test_objects_are_what_their_ids_say_and_no_more_than_was_to_be_expected(box, monkeypatch):
-    monkeypatch.setattr(post, "ROOM", 0)
     send(box)
     message = fetch(box)
     box.of[NORTH][message.metadata.message_id].room = 2000

@@ -19,10 +19,10 @@ GONE = "the run is being started again."
 
 
 class Run:
-    """One connection, and the calls that wait for an answer over it."""
+    """One connection, and the calls that wait for an answer over it, by numbers that begin again after 2^32."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self.writer, self.numbers = writer, itertools.count(BELL + 1)
+        self.writer, self.numbers = writer, itertools.count()
         self.waiting: dict[int, asyncio.Future[bytes]] = {}
 
 
@@ -97,7 +97,7 @@ class Counter:
         run = self.runs.get(number)
         if run is None:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, GONE)
-        call = next(run.numbers) & 0xFFFFFFFF or next(run.numbers)
+        call = BELL + 1 + next(run.numbers) % (2**32 - 1)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         run.waiting[call] = future
         run.writer.write(FRAME.pack(len(body), call, node, METHODS.index(method)) + body)

@@ -10,27 +10,25 @@ A frame is its length, the number of a call, a number of what it is (a node, or 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import os
 import socket
 import struct
-import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.deploy import flower
 from fedpeft.deploy.coordinator.flower import FLEET_METHODS, Refusal, error_reply
+from fedpeft.deploy.coordinator.letter import TIMES, Letter
 from fedpeft.flower import ErrorCode, Run, identify
 from fedpeft.foreign import shown
 
@@ -43,68 +41,7 @@ SERVER = 1  # Flower's number of the node that messages to sites are from
 AGAIN_S = 0.1
 WAIT_S = 1.0  # for an answer, at a time
 AWAY_S = 5.0  # between looks for sites that went away
-OBJECTS = 100_000  # of one answer
-ROOM, TIMES = 256 * 2**20, 4  # bytes of one answer: so many, and so many times those of the message
-
-
-@dataclass
-class Letter:
-    """A message to a site without its content, and its answer as far as that has come.
-
-    Attributes:
-        came: where in `file`, which has no name, objects of the answer begin, and their bytes.
-    """
-
-    message: Message
-    request: Any
-    objects: dict[str, bytes]
-    until: float
-    reply: Any = None
-    tree: Any = None
-    file: IO[bytes] | None = None
-    came: dict[str, tuple[int, int]] = field(default_factory=dict)
-    room: int = ROOM
-    missing: list[str] = field(default_factory=list)  # objects of the answer that have not come
-
-    @property
-    def node(self) -> int:
-        """Whom it is to."""
-        return int(self.message.metadata.dst_node_id)
-
-    def begin(self, reply: Any, tree: Any) -> None:
-        """Take the answer without its objects, in place of one that did not come whole."""
-        self.reply, self.tree, self.file, self.came = reply, tree, None, {}
-        self.missing = list(dict.fromkeys(flower.object_ids(tree)))
-
-    def size(self) -> int:
-        """Bytes of the answer that have come."""
-        return sum(next(reversed(self.came.values()), (0, 0)))
-
-    def put(self, name: str, content: bytes, folder: Path) -> None:
-        """Take an object of the answer to the disk.
-
-        Raises:
-            OSError: there is no room; another time there may be.
-        """
-        if self.file is None:
-            self.file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 - as long as the letter is there
-        start = self.size()  # where the last one ended that came whole
-        self.file.seek(start)
-        if self.file.write(content) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        self.came[name] = start, len(content)
-        self.missing.remove(name)
-
-    def objects_of_answer(self) -> dict[str, bytes]:
-        """The answer's objects, by their ids."""
-        if self.file is None:
-            return {}
-        self.file.seek(0)
-        return {name: self.file.read(size) for name, (_, size) in self.came.items()}
-
-    def answered(self) -> bool:
-        """Whether all of the answer is there."""
-        return self.tree is not None and not self.missing
+OBJECTS, ENVELOPE = 10_000, 2**16  # objects of one answer; bytes of what an answer is without its content
 
 
 class Post(Grid):
@@ -222,6 +159,22 @@ class Post(Grid):
             self.boxes[letter.node].remove(name)
         return letter.message
 
+    def offer_again(self) -> list[int]:
+        """Hand out anew what may have been lost with a connection: what was handed out, and its site has not shown. The
+        nodes for which there is something.
+        """
+        with self.changed:
+            for name, letter in self.letters.items():
+                if not letter.shown and name not in self.boxes[letter.node]:
+                    self.boxes[letter.node].append(name)
+            return [node for node, box in self.boxes.items() if box]
+
+    def note_shown(self, letter: Letter, name: str) -> None:
+        """The site has the message, and needs it no more."""
+        letter.shown = True
+        if name in self.boxes[letter.node]:
+            self.boxes[letter.node].remove(name)
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError("a run pulls its answers itself")
 
@@ -244,6 +197,9 @@ class Post(Grid):
 
     def PullMessages(self, node: int, asked: Any) -> Any:
         """A message that this node has not got yet."""
+        for name in asked.message_ids[:1]:
+            if name in self.of[node]:
+                self.note_shown(self.of[node][name], name)
         made = flower.answer_type("PullMessages")()
         if box := self.boxes[node]:
             letter = self.letters[box.pop(0)]
@@ -253,7 +209,10 @@ class Post(Grid):
 
     def PullObject(self, node: int, asked: Any) -> Any:
         """A part of a message to this node."""
-        found = next((one for one in self.of[node].values() if asked.object_id in one.objects), None)
+        held = ((name, one) for name, one in self.of[node].items() if asked.object_id in one.objects)
+        name, found = next(held, ("", None))
+        if found is not None:
+            self.note_shown(found, name)
         content = found.objects[asked.object_id] if found else b""
         there = found is not None
         kind = flower.answer_type("PullObject")
@@ -266,12 +225,17 @@ class Post(Grid):
         kind = flower.answer_type("PushMessages")
         if letter is None or letter.node != node or reply.metadata.src_node_id != node:
             return kind()
-        if sum(1 for _ in flower.object_ids(tree)) > OBJECTS:
+        if next(islice(flower.object_ids(tree), OBJECTS, None), None) is not None:
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer in more than {OBJECTS} objects.")
+        if reply.ByteSize() > ENVELOPE:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {ENVELOPE} bytes beside the objects.")
+        self.note_shown(letter, reply.metadata.reply_to_message_id)
         if not letter.answered() and (letter.tree is None or letter.tree.object_id != tree.object_id):
             letter.begin(reply, tree)
         known = letter.tree.object_id == tree.object_id
-        return kind(objects_to_push=letter.missing if known else [], session_id=reply.metadata.reply_to_message_id)
+        return kind(
+            objects_to_push=list(letter.missing) if known else [], session_id=reply.metadata.reply_to_message_id
+        )
 
     def PushObject(self, node: int, asked: Any) -> Any:
         """Whether a part of an answer was taken."""
@@ -334,7 +298,7 @@ class Clerk:
                     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     line.sendall(hello((self.folder / "secret").read_bytes(), self.post.run.run_id))
                     self.line = line
-                    for node in list(self.post.boxes):
+                    for node in self.post.offer_again():
                         self.ring(node)
                     self.work(line)
             except (OSError, ValueError) as error:
@@ -358,6 +322,9 @@ class Clerk:
                 made = self.post.answer(METHODS[method], node, body)
             except Refusal as refusal:
                 status, made = refusal.status, refusal.said.encode()
+            except Exception as error:  # of a call that somebody made to end this thread, and with it the run
+                log.error("a call of node %d cannot be answered: %s", node, shown(repr(error)))
+                status, made = HTTPStatus.INTERNAL_SERVER_ERROR, b"the coordinator cannot answer this call."
             self.send(line, FRAME.pack(len(made), call, status, method) + made)
 
     def ring(self, node: int) -> None:

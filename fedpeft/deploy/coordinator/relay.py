@@ -41,9 +41,9 @@ from fedpeft.deploy.settings import Server
 log = logging.getLogger("fedpeft")
 PATHS = {path_of(name): name for name in FLEET_METHODS}
 KEY, STAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"  # over gRPC two of them end in -bin
-LARGE = {"PushMessages", "PushObject"}  # the others name things
+LARGE = {"PushObject"}  # the others name things
 SMALL_CALL = 2**20  # bytes
-CALLS_AT_ONCE = 32  # of one site
+CALLS_AT_ONCE, BYTES_AT_ONCE = 32, 2 * LARGEST_CALL  # of one site
 WAIT_S = 20.0  # of a pull, when there is no message
 LOOK_S = 1.0  # between looks at Flower for messages of which nobody told us; longer when many sites wait
 LOOKS_PER_S = 10
@@ -71,6 +71,7 @@ class Line:
     """What is open with one site."""
 
     calls: int = 0
+    bytes: int = 0  # of these calls
     pulls: int = 0
     message: bytes = b""  # the last pull's answer, until the site shows that it has it
     name: str = ""
@@ -114,7 +115,9 @@ class Relay:
         line = self.lines[key]
         if line.calls >= CALLS_AT_ONCE:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has {CALLS_AT_ONCE} calls open.")
-        line.calls += 1
+        if line.bytes + len(body) > BYTES_AT_ONCE:
+            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has calls of {line.bytes} bytes open.")
+        line.calls, line.bytes = line.calls + 1, line.bytes + len(body)
         try:
             if method == "PullMessages":
                 return await self.pull(line, body, key)
@@ -126,7 +129,7 @@ class Relay:
                 return await self.of_a_run(method, line, body, key)
             return await self.work(self.fleet.call, method, body, key)
         finally:
-            line.calls -= 1
+            line.calls, line.bytes = line.calls - 1, line.bytes - len(body)
 
     def admit(self, method: str, size: int, headers: Mapping[str, str]) -> bytes:
         """The key of a call's site; refuse it by its size in bytes or by its identity.
@@ -188,13 +191,9 @@ class Relay:
 
     async def of_a_run(self, method: str, line: Line, body: bytes, key: bytes) -> bytes:
         """The answer to a call that names its run: by the process that works on it, else by Flower."""
-        try:
-            asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
-            run = asked.messages_list[0].metadata.run_id if method == "PushMessages" else asked.run_id
-        except (DecodeError, IndexError) as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+        run, node = named_in(method, body)
         if run in self.counter.runs:
-            await self.require_own(line, asked.node.node_id, key)
+            await self.require_own(line, node, key)
             return await self.counter.call(run, method, line.node, body)
         if (folder := self.server.run_with(run)) is not None:
             if get_status(folder)["state"] in ENDED:
@@ -260,3 +259,17 @@ class Relay:
         """Have the pull of a site look at once."""
         if (line := self.nodes.get(node)) is not None:
             line.wake.set()
+
+
+def named_in(method: str, body: bytes) -> tuple[int, int]:
+    """The run and the node that a call is of. What is read for that, which may be many times the bytes, goes at once.
+
+    Raises:
+        Refusal: it is no such call.
+    """
+    try:
+        asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
+        run = asked.messages_list[0].metadata.run_id if method == "PushMessages" else asked.run_id
+    except (DecodeError, IndexError) as error:
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+    return int(run), int(asked.node.node_id)
