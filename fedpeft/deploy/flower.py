@@ -19,19 +19,21 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.fleet_pb2 import DESCRIPTOR, PullMessagesResponse, PushMessagesRequest
-from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.proto.message_pb2 import Message as MessageMessage
 from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import ConfigRecord, MetricRecord
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictMessage
+from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from google.protobuf.message import DecodeError
 
+from fedpeft.deploy import bounds
 from fedpeft.flower import ErrorCode, identify
 
 __all__ = [
     "DecodeError",
-    "FleetStub",
     "Message",
     "Node",
     "PullMessagesResponse",
@@ -46,6 +48,16 @@ FRESH_S = 20.0  # of a signature
 SIGNED: dict[Any, tuple[float, list[tuple[str, str | bytes]]]] = {}  # by keys: when, and the identity
 Objects = Callable[[str], bytes]
 METHODS = DESCRIPTOR.services_by_name["Fleet"].methods_by_name
+# Of objects by their names: what must hold of their bytes before Flower builds them.
+BOUNDS: dict[str, Callable[[bytes], None]] = {
+    "Message": lambda body: bounds.require_few(body, MessageMessage.DESCRIPTOR),
+    "ConfigRecord": lambda body: bounds.require_few(body, ConfigRecord.DESCRIPTOR),
+    "MetricRecord": lambda body: bounds.require_few(body, MetricRecord.DESCRIPTOR),
+    "RecordDict": bounds.require_short,
+    "ArrayRecord": bounds.require_short,
+    "Array": bounds.require_pieces_once,
+    "ArrayChunk": lambda body: None,
+}
 
 
 def request(method: str, node: Node | None, **fields: Any) -> Any:
@@ -57,6 +69,11 @@ def request(method: str, node: Node | None, **fields: Any) -> Any:
 def path_of(method: str) -> str:
     """Where a method of the Fleet API is called over HTTP."""
     return f"/v1/fleet/{re.sub(r'(?<!^)(?=[A-Z])', '-', method).lower()}"
+
+
+def grpc_path_of(method: str) -> str:
+    """Where a method of the Fleet API is called over gRPC."""
+    return f"/{METHODS[method].containing_service.full_name}/{method}"
 
 
 def answer_type(method: str) -> Any:
@@ -123,7 +140,19 @@ def inflated(pulled: PullMessagesResponse, contents: dict[str, bytes]) -> Messag
 
 
 def put_together(root: str, contents: dict[str, bytes]) -> Message:
-    """The message with this id, from its objects."""
+    """The message with this id, from its objects.
+
+    Raises:
+        ValueError: one of them would become much more than it is, or is of no known kind.
+        Exception: Flower's, of objects that are no message.
+    """
+    for content in contents.values():
+        head, _, body = content.partition(HEAD_BODY_DIVIDER)
+        bounds.require_short(head)
+        name = head.decode().partition(HEAD_VALUE_DIVIDER)[0]
+        if name not in BOUNDS:
+            raise ValueError(f"an object is of no known kind: {name}")
+        BOUNDS[name](body)
     message = cast(Message, inflate_object_from_contents(root, contents))
     message.metadata.__dict__["_message_id"] = root  # an object does not hold its own hash
     return message
@@ -148,8 +177,9 @@ def content_from_bytes(whole: bytes) -> RecordDict:
     """The inverse of `content_to_bytes`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or would become much more than it is.
     """
+    bounds.require_few(whole, RecordDictMessage.DESCRIPTOR)
     try:
         return recorddict_from_proto(RecordDictMessage.FromString(whole))
     except DecodeError as error:

@@ -82,9 +82,10 @@ class LightSite:
         """The answer to a call, which is made again until there is one."""
         while True:
             try:
-                stub = flower.FleetStub(self.channel)
-                request = flower.request(method, self.node, **fields)
-                return await getattr(stub, method)(request, metadata=flower.identity(self.key), timeout=60)
+                ask = self.channel.unary_unary(flower.grpc_path_of(method))
+                request = flower.request(method, self.node, **fields).SerializeToString()
+                answer = await ask(request, metadata=flower.identity(self.key), timeout=60)
+                return flower.answer_type(method).FromString(answer)
             except grpc.aio.AioRpcError as error:
                 if flower.error_number(str(error.details())) == flower.RUN_ENDED:
                     raise

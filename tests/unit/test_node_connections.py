@@ -259,7 +259,7 @@ def test_an_answer_that_is_packed_is_not_unpacked(site, packed):
 
 
 def test_an_answer_is_read_up_to_a_bound(site, monkeypatch):
-    monkeypatch.setattr(link, "LARGEST", 10)
+    monkeypatch.setattr(link, "SMALL", 10)
     state = State()
     state.before["ActivateNode"] = [Fault(500, "x" * 1000)]
     with closing(HttpStandIn(state)) as server:
@@ -267,3 +267,18 @@ def test_an_answer_is_read_up_to_a_bound(site, monkeypatch):
         with pytest.raises(link.Failure, match="more than 10 bytes"):
             made.call("ActivateNode", flower.request("ActivateNode", None, public_key=b""), 5.0)
         made.close()
+
+
+@pytest.mark.parametrize("kind", [GrpcStandIn, HttpStandIn])
+def test_an_answer_that_only_names_things_is_read_up_to_a_bound_and_the_node_goes_on(site, caplog, kind):
+    state = State()
+    pulled = state.PullMessages
+
+    def bomb(request, key):
+        state.PullMessages = pulled
+        return flower.PullMessagesResponse.FromString(b"\x1a\x80\x80\x80\x01" + b"\x12\x00" * 2**20)
+
+    state.PullMessages = bomb
+    with at_work(site, state, kind):
+        exchange(site, state, "next")
+    assert f"more than {link.SMALL} bytes" in caplog.text and "Traceback" not in caplog.text

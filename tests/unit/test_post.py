@@ -117,6 +117,10 @@ def test_objects_are_what_their_ids_say_and_no_more_than_was_to_be_expected(box,
         bring(box, request, {name: b"x" for name in objects})
     with pytest.raises(Refusal, match="more than 2000 bytes"):
         bring(box, *answer(message, "x" * 3000))
+    with pytest.raises(Refusal, match="beside the objects"):
+        request, objects = answer(message)
+        request.messages_list[0].error.reason = "x" * post.ENVELOPE
+        bring(box, request, objects)
     monkeypatch.setattr(post, "OBJECTS", 2)
     with pytest.raises(Refusal, match="objects"):
         bring(box, *answer(message))

@@ -97,13 +97,15 @@ def test_a_site_that_was_killed_is_let_in_again_without_a_wait(rig, flower):
         asyncio.run(passing.call("ActivateNode", b"", headers(place)))
 
 
-def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
+def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower, monkeypatch):
     passing, _, place = rig
     with pytest.raises(relay.Refusal, match="at most 1048576") as refused:
         asyncio.run(passing.call("GetRun", bytes(2**20 + 1), headers(place)))
     assert refused.value.status == 413
     large = of_run("PushObject", object_content=bytes(2**20 + 1))
     assert asyncio.run(passing.call("PushObject", large, headers(place))) == b"answer"
+    with pytest.raises(relay.Refusal, match="at most 1048576"):  # each of two bytes is 50 when read
+        asyncio.run(passing.call("PushMessages", bytes(2**20 + 1), headers(place)))
 
     async def crowd():
         flower.delay_s = 0.2
@@ -113,6 +115,15 @@ def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
     refused = [answer for answer in asyncio.run(crowd()) if isinstance(answer, relay.Refusal)]
     assert len(refused) == 3 and {refusal.status for refusal in refused} == {429}
     assert asyncio.run(passing.call("GetRun", b"", headers(place)))  # they are counted off again
+
+    async def flood():
+        calls = [passing.call("PushObject", large, headers(place)) for _ in range(5)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    monkeypatch.setattr(relay, "BYTES_AT_ONCE", 3 * len(large))
+    refused = [str(answer) for answer in asyncio.run(flood()) if isinstance(answer, relay.Refusal)]
+    assert len(refused) == 2 and all("bytes open" in said for said in refused)
+    assert asyncio.run(passing.call("PushObject", large, headers(place))) == b"answer"
 
 
 def test_flower_s_refusal_is_told_as_it_is(rig, flower):

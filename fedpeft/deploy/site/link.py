@@ -16,10 +16,11 @@ import httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedpeft.deploy import flower
+from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Site
 from fedpeft.foreign import shown
 
-LARGEST = 2**31 - 1  # bytes of one answer; Flower cuts what it sends into objects of a few MB
+LARGEST, SMALL = {"PullObject": LARGEST_CALL}, 2**20  # bytes of one answer; all but an object only names things
 CHANNEL = [  # a half-open connection is found within 30 s, and a coordinator that comes back within two
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -27,8 +28,8 @@ CHANNEL = [  # a half-open connection is found within 30 s, and a coordinator th
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.max_receive_message_length", LARGEST),
-    ("grpc.max_send_message_length", LARGEST),
+    ("grpc.max_receive_message_length", LARGEST_CALL),
+    ("grpc.max_send_message_length", LARGEST_CALL),
 ]
 CAUSES = (  # what an answer has in it, in lower case, and what that means
     (
@@ -110,8 +111,8 @@ class GrpcLink:
     def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
         channel = self.channel
         try:
-            stub = flower.FleetStub(channel)
-            return getattr(stub, method)(request, metadata=flower.identity(self.key, shift_s), timeout=within_s)
+            ask, who = channel.unary_unary(flower.grpc_path_of(method)), flower.identity(self.key, shift_s)
+            return read_answer(method, ask(request.SerializeToString(), metadata=who, timeout=within_s))
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._renew_channel(channel)
@@ -145,28 +146,44 @@ class HttpLink:
             with self.client.stream(
                 "POST", flower.path_of(method), content=request.SerializeToString(), headers=headers, timeout=within_s
             ) as answer:
-                content = _as_sent(answer)
+                content = _as_sent(method, answer)
                 if answer.status_code != httpx.codes.OK:
                     raise Failure(f"HTTP {answer.status_code}", content.decode("utf-8", "replace"))
-                return flower.answer_type(method).FromString(content)
+                return read_answer(method, content)
         except (httpx.HTTPError, RuntimeError) as error:  # the latter of a client that another thread has closed
             raise Failure(type(error).__name__, str(error)) from error
-        except flower.DecodeError as error:
-            raise Failure("HTTP 200", f"no protobuf message: {error}") from error
 
     def close(self) -> None:
         self.client.close()
 
 
-def _as_sent(answer: httpx.Response) -> bytes:
+def read_answer(method: str, content: bytes) -> Any:
+    """The message that an answer is.
+
+    Raises:
+        Failure: it is none, or larger than one of this method may be.
+    """
+    require_size(method, len(content))
+    try:
+        return flower.answer_type(method).FromString(content)
+    except flower.DecodeError as error:
+        raise Failure("INTERNAL", f"no protobuf message: {error}") from error
+
+
+def require_size(method: str, size: int) -> None:
+    """Raise Failure for an answer of more bytes than one of this method may have."""
+    if size > (largest := LARGEST.get(method, SMALL)):
+        raise Failure("OUT_OF_RANGE", f"the answer has more than {largest} bytes.")
+
+
+def _as_sent(method: str, answer: httpx.Response) -> bytes:
     """The body of an answer, never unpacked: a few bytes could become as many as this machine has."""
     if (packed := answer.headers.get("content-encoding", "identity")) != "identity":
         raise Failure(f"HTTP {answer.status_code}", f"the answer is packed by {packed}, which was not asked for.")
     content = bytearray()
     for part in answer.iter_raw():
         content += part
-        if len(content) > LARGEST:
-            raise Failure("HTTP 413", f"the answer has more than {LARGEST} bytes.")
+        require_size(method, len(content))
     return bytes(content)
 
 
