@@ -71,7 +71,7 @@ class Line:
     """What is open with one site."""
 
     calls: int = 0
-    bytes: int = 0  # of these calls
+    open_bytes: int = 0  # of these calls
     pulls: int = 0
     message: bytes = b""  # the last pull's answer, until the site shows that it has it
     name: str = ""
@@ -115,9 +115,9 @@ class Relay:
         line = self.lines[key]
         if line.calls >= CALLS_AT_ONCE:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has {CALLS_AT_ONCE} calls open.")
-        if line.bytes + len(body) > BYTES_AT_ONCE:
-            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has calls of {line.bytes} bytes open.")
-        line.calls, line.bytes = line.calls + 1, line.bytes + len(body)
+        if line.open_bytes + len(body) > BYTES_AT_ONCE:
+            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has calls of {line.open_bytes} bytes open.")
+        line.calls, line.open_bytes = line.calls + 1, line.open_bytes + len(body)
         try:
             if method == "PullMessages":
                 return await self.pull(line, body, key)
@@ -129,7 +129,7 @@ class Relay:
                 return await self.of_a_run(method, line, body, key)
             return await self.work(self.fleet.call, method, body, key)
         finally:
-            line.calls, line.bytes = line.calls - 1, line.bytes - len(body)
+            line.calls, line.open_bytes = line.calls - 1, line.open_bytes - len(body)
 
     def admit(self, method: str, size: int, headers: Mapping[str, str]) -> bytes:
         """The key of a call's site; refuse it by its size in bytes or by its identity.
