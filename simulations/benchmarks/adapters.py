@@ -52,7 +52,7 @@ def _peft(kind: str, rank: str = "", ranks: dict[str, int] | None = None, **opti
 
 
 def _both(rank: int) -> dict[str, int]:
-    return dict.fromkeys(encoders.STEPS, rank)
+    return dict.fromkeys(encoders.SCHEDULES, rank)
 
 
 FORMS = {
@@ -82,7 +82,7 @@ def run(
     """Run what is missing into `out`/cells, and write results.json and adapters.png.
 
     Args:
-        sets, adapters: names of `encoders.STEPS` and of FORMS; none is all. LoRA is always there, to be compared with.
+        sets, adapters: names of `encoders.SCHEDULES` and of FORMS; none is all. LoRA is always there.
         seeds: runs of each at its best rate; two at least.
         quick: two rates, two rounds, few records: shows that the benchmark works, says nothing about adapters.
 
@@ -94,7 +94,7 @@ def run(
     for name in adapters:
         if name not in FORMS:
             raise InputError(registry.unknown("--adapters", name, FORMS))
-    names, chosen = list(dict.fromkeys((LORA, *(adapters or FORMS)))), list(sets or encoders.STEPS)
+    names, chosen = list(dict.fromkeys((LORA, *(adapters or FORMS)))), list(sets or encoders.SCHEDULES)
     settings = {name: encoders.load_setting(name, True, quick) for name in chosen}
     rates = RATES[1:3] if quick else RATES
     progress, rows = Progress(tell, 2 * len(chosen) * len(names) * (len(rates) + seeds)), list[Row]()

@@ -25,7 +25,7 @@ def run(out: Path, sets: Sequence[str] = (), seeds: int = 5, quick: bool = False
     """Run what is missing into `out`/cells, and write results.json.
 
     Args:
-        sets: names of `encoders.STEPS`; none is all.
+        sets: names of `encoders.SCHEDULES`; none is all.
         seeds: runs of each cell; two at least.
         quick: two rounds, few records: shows that the benchmark works, says nothing about dtypes.
 
@@ -34,7 +34,7 @@ def run(out: Path, sets: Sequence[str] = (), seeds: int = 5, quick: bool = False
     """
     if seeds < 2:
         raise InputError(f"seeds={seeds}: a paired difference needs two seeds at least.")
-    chosen = list(sets or encoders.STEPS)
+    chosen = list(sets or encoders.SCHEDULES)
     settings = {name: encoders.load_setting(name, False, quick) for name in chosen}
     progress, rows = Progress(tell, 2 * len(chosen) * seeds * len(DTYPES)), []
     for name in chosen:
