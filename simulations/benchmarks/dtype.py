@@ -18,7 +18,7 @@ from fedpeft.simulations.benchmarks.federated_report import equal, paired, selec
 
 DTYPES = ("float32", "bfloat16")
 RATES = (0.004, 0.016)  # without and with DP
-LORA = {"adapter.r": 8, "adapter.alpha": 16}
+LORA = {"adapter.r": 8, "adapter.alpha": 16, "run.rounds": 4}
 
 
 def run(out: Path, sets: Sequence[str] = (), seeds: int = 5, quick: bool = False, tell: Tell = silent) -> Row:
@@ -49,8 +49,8 @@ def run(out: Path, sets: Sequence[str] = (), seeds: int = 5, quick: bool = False
                         progress.skip()
                     else:
                         changes = {
-                            **encoders.schedule_of(name, private, quick),
                             **LORA,
+                            **encoders.schedule_of(name, private, quick),
                             "client.lr": RATES[private],
                             "model.dtype": dtype,
                             "run.seed": seed,
