@@ -96,8 +96,9 @@ def check(config: Config) -> None:
         needing = next(layer for layer in list_layers(strategy) if type(layer).plain_sgd)
         raise InputError(
             f"client.optimizer={client.optimizer}, client.momentum={client.momentum:g}, client.max_grad_norm="
-            f"{client.max_grad_norm}: the {needing.client_half.sends} of {name_of(needing)} need plain SGD. Set "
-            "client.optimizer=sgd, client.momentum=0 and client.max_grad_norm=null."
+            f"{client.max_grad_norm}: the {needing.client_half.sends} of {name_of(needing)} need plain SGD, as only "
+            "of its steps the way over their rates is a mean gradient. Set client.optimizer=sgd, client.momentum=0 and "
+            "client.max_grad_norm=null."
         )
     if strategy.keeps and config.data.holdout == 0:
         raise InputError(

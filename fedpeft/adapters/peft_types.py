@@ -125,11 +125,18 @@ def require_options(name: str, given: dict[str, Any]) -> None:
             )
     start = str(given.get("init_lora_weights"))
     if start.startswith((*FROM_DATA, "loftq")):
-        why = "is for a quantized base" if start == "loftq" else "looks at records before any privacy is paid for"
-        raise InputError(
-            f"adapter.options.init_lora_weights={start}: this start {why}. Take pissa, olora, orthogonal, mica, "
-            "gaussian, or leave it out."
-        )
+        if start == "loftq":
+            why = (
+                "begins with what weights lose as they are quantized, which nobody knows of a base that is loaded in "
+                "few bits (model.quantization); of another, peft would round the weights in place. Take orthogonal, "
+                "gaussian, or leave it out"
+            )
+        else:
+            why = (
+                "looks at records before any privacy is paid for. Take pissa, olora, orthogonal, mica, gaussian, or "
+                "leave it out"
+            )
+        raise InputError(f"adapter.options.init_lora_weights={start}: this start {why}.")
     times = start.partition("_niter_")[2]
     if times and not (times.isdecimal() and 0 < int(times[:9]) <= MOST_ITERATIONS):
         raise InputError(

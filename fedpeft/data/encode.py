@@ -201,6 +201,12 @@ def _encode_cached(
     return Encoded.over(objective.arrange(open_tokens(folder, made["tokens"]), tokenizer), notes, made["end"])
 
 
+def explain_silence(data: Encoded) -> str:
+    """What is to be said of records of which none has something to predict: all that was left out or cut of them."""
+    reasons = f" ({'; '.join(map(str, data.skipped))})" if data.skipped else ""
+    return f"none of {len(data)} texts has a token to predict{reasons}"
+
+
 def fingerprint_of(processor: Any) -> str:
     """sha256 of all that decides what a tokenizer makes of a text, without what a call leaves in it."""
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ from fedpeft.config import Config, DataConfig
 from fedpeft.continual import curriculum
 from fedpeft.data import from_python, source, split
 from fedpeft.data.cache import FOLDER, Cache
-from fedpeft.data.encode import Encoded, encode
+from fedpeft.data.encode import Encoded, encode, explain_silence
 from fedpeft.data.partition import Column
 from fedpeft.data.records import Records
 from fedpeft.data.skipped import Skipped
@@ -68,7 +68,7 @@ def load_world(config: Config, run: Path) -> World:
     train_encoded = encode(train, processor, config.model.task, length, "training texts", cache)
     test_encoded = encode(test, processor, config.model.task, length, "test texts", cache)
     if not len(test_encoded.teaching()):
-        raise InputError("data.test: no test text has two tokens, so there is nothing to evaluate.")
+        raise InputError(f"data.test: {explain_silence(test_encoded)}, so there is nothing to evaluate.")
     agreement.require_records(model.base, train_encoded, "data.source")
     agreement.require_records(model.base, test_encoded, "data.test")
     # Before the first round: a resumed run must not go on with another model or other records under the same name.
@@ -146,8 +146,8 @@ def hold_out(
         mine = np.array(indices)[teaches[indices]]
         if not len(mine):
             raise InputError(
-                f"data.partition: none of the {len(indices)} texts of {client} has two tokens, so nothing "
-                "can be predicted. Give it longer ones, or split the data otherwise."
+                f"data.partition: none of the {len(indices)} texts of {client} has a token to predict. Give it others, "
+                "or split the data otherwise."
             )
         # By the client's name, so that a real site draws the same order for its own records.
         order = numpy_generator(config.run.seed, "holdout", client).permutation(mine)

@@ -25,7 +25,7 @@ from fedpeft.clients.reference import with_reference
 from fedpeft.config import Config
 from fedpeft.data import source
 from fedpeft.data.cache import Cache
-from fedpeft.data.encode import Encoded, encode
+from fedpeft.data.encode import Encoded, encode, explain_silence
 from fedpeft.deploy import envelope, flower, parcel, settings
 from fedpeft.deploy.build import bare
 from fedpeft.deploy.envelope import Envelope
@@ -189,7 +189,7 @@ def load_data(config: Config, name: str, processor: Any, cache: Cache | None = N
     encoded = encode(records, processor, config.model.task, config.model.max_length, cache=cache)
     teaching = encoded.teaching()
     if not len(teaching):
-        raise InputError(f"data.source: no text of {config.data.source} has two tokens: nothing to predict.")
+        raise InputError(f"data.source: {config.data.source}: {explain_silence(encoded)}.")
     order = numpy_generator(config.run.seed, "holdout", name).permutation(teaching)
     kept = int(len(order) * config.data.holdout)
     return encoded.view(order[kept:]), encoded.view(order[:kept])
