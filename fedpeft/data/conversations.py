@@ -31,6 +31,7 @@ Turn = tuple[str, str]  # role (system, user or assistant) and content
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
 SYSTEMS = ("system", "system_prompt")
+GIVEN = "given"  # third of a turn of the assistant that stands in a prompt
 HALVES = {*ASKED, *PARTNERS, *SYSTEMS, "problem"}  # columns that are a part of a conversation
 
 
@@ -82,10 +83,12 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
     return _check_turns([*_read_system(row), ("user", asked), ("assistant", _require_string(row["output"], "output"))])
 
 
-def _read_completion(row: Mapping[str, Any]) -> list[Turn]:
-    return _check_turns(
-        _read_system(row) + _read_said(row, "prompt", "user") + _read_said(row, "completion", "assistant")
-    )
+def _read_completion(row: Mapping[str, Any]) -> list[Any]:
+    """Answers in the prompt are given, as TRL has it: they are marked, and not learned."""
+    asked = _read_system(row) + _read_said(row, "prompt", "user")
+    turns = _check_turns(asked + _read_said(row, "completion", "assistant"))
+    given = [(*turn, GIVEN) if turn[0] == "assistant" else turn for turn in turns[: len(asked)]]
+    return [*given, *turns[len(asked) :]]
 
 
 def _read_qa(row: Mapping[str, Any]) -> list[Turn]:
@@ -372,11 +375,16 @@ def dump_turns(turns: Sequence[Any]) -> str:
 
 
 def parse_turns(text: str) -> list[Turn]:
-    """The turns of a text that `dump` has made."""
-    return [(role, content) for role, content in json.loads(text)]
+    """The turns of a text that `dump_turns` has made."""
+    return [(role, content) for role, content, *_ in json.loads(text)]
+
+
+def count_given(text: str) -> int:
+    """How many turns of a text that `dump_turns` has made come before the first of which something may be learned."""
+    return max((place for place, turn in enumerate(json.loads(text), 1) if turn[2:] == [GIVEN]), default=0)
 
 
 def parse_pair(text: str) -> tuple[list[Turn], list[Turn]]:
-    """The turns of the chosen and of the rejected conversation of a text that `dump` has made."""
+    """The turns of the chosen and of the rejected conversation of a text that `dump_turns` has made."""
     chosen, rejected = json.loads(text)
     return [(role, content) for role, content in chosen], [(role, content) for role, content in rejected]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.data import templates
-from fedpeft.data.conversations import Turn, count_shared, parse_pair, parse_turns
+from fedpeft.data.conversations import Turn, count_given, count_shared, parse_pair, parse_turns
 from fedpeft.data.encode import CUT, cut_blocks, shorten_row, type_of
 from fedpeft.data.ragged import Ragged, RaggedWriter
 from fedpeft.data.records import Records
@@ -128,7 +128,8 @@ def encode_conversations(
     for block in cut_blocks(records.inputs):
         rows = []
         conversations = [parse_turns(text) for text in block]
-        for turns, written in zip(conversations, encoder.write(conversations), strict=True):
+        since = [count_given(text) for text in block]
+        for turns, written in zip(conversations, encoder.write(conversations, since), strict=True):
             rows.append(encoder.cut(written, repr(turns[0][1][:40]), number))
             number += 1
         ids.extend([row for row, _ in rows])

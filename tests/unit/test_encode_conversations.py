@@ -77,6 +77,17 @@ def test_question_and_answer_are_learned_from_as_such_and_not_on_the_question_al
     assert tokenizer.decode(learned(encode(everything, tokenizer, "causal-lm", 64), 0)) == "2+2?\n4<eos>"
 
 
+def test_answers_in_a_prompt_are_given_and_not_learned(tmp_path):
+    said = [{"role": role, "content": content} for role, content in (("user", "a?"), ("assistant", "b"))]
+    rows = [{"prompt": [*said, said[0]], "completion": said[1:]}, {"messages": [*said, *said]}]
+    tokenizer, learned_of = byte_tokenizer(), []
+    for number, row in enumerate(rows):
+        data = encode(read(write(tmp_path, [row], f"{number}.jsonl"), template="plain"), tokenizer, "causal-lm", 64)
+        assert tokenizer.decode(data.inputs["input_ids"][0]) == "a?\nb<eos>a?\nb<eos>"
+        learned_of.append(tokenizer.decode(learned(data, 0)))
+    assert learned_of == ["b<eos>", "b<eos>b<eos>"]
+
+
 def test_the_columns_of_a_conversation_are_no_natural_columns_and_others_are(tmp_path):
     records = read(write(tmp_path, [{"prompt": "a", "completion": "b", "ward": "x", "label": 3}]))
     assert list(records.columns) == ["ward"] and records.wording.form == "completion"
