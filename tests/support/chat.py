@@ -113,16 +113,33 @@ def tokenizer(kind: str, bos: bool = False) -> Any:
         kind: of `JINJA`, or "" for one without a template.
         bos: it puts its mark of a beginning before a text by itself.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([CORPUS], trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    return _with_marks(made, kind, bos)
+
+
+def fixed_tokenizer(kind: str, merges: list[str]) -> Any:
+    """As `tokenizer`, with these merges and the numbers that follow from them: whatever a trainer would make."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(first + second for first, second in pairs)]
+    made = Tokenizer(models.BPE({word: number for number, word in enumerate(dict.fromkeys(words))}, pairs))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _with_marks(made, kind, bos=False)
+
+
+def _with_marks(made: Any, kind: str, bos: bool) -> Any:
+    from tokenizers import AddedToken, decoders
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     start, end, more = MARKS[kind] if kind else ("<s>", "</s>", [])
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator([CORPUS], trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
     made.add_special_tokens([AddedToken(word, special=True) for word in ("<pad>", start, end, *more)])
     if bos:
         made.post_processor = TemplateProcessing(

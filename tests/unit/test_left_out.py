@@ -79,7 +79,10 @@ def test_texts_with_nothing_to_predict_are_no_ones_records(endless, tmp_path, ca
             tmp_path,
             "none",
         )
-    with pytest.raises(InputError, match=r"none of 3 texts has a token to predict \(.*3 of 3 test texts have nothing to predict.*nothing to eval"):
+    with pytest.raises(
+        InputError,
+        match=r"none of 3 texts has a token to predict \(.*3 of 3 test texts have nothing to predict.*nothing to eval",
+    ):
         here(
             {
                 **LANGUAGE,
