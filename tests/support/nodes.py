@@ -33,13 +33,13 @@ def key_of(site):
 
 
 @contextmanager
-def at_work(site, state, kind=GrpcStandIn, ask=replied, wrap=lambda made: made):
+def at_work(site, state, kind=GrpcStandIn, ask=replied, wrap=lambda made: made, registers=False):
     """A node that takes part meanwhile."""
     state.keys = [flower.public_bytes(key_of(site))]
     server = kind(state)
     site.settings.server = f"127.0.0.1:{server.port}"
     made = {GrpcStandIn: link.GrpcLink, HttpStandIn: link.HttpLink}[kind](site.settings.server, key_of(site), None)
-    working = node.Node(site, wrap(made), ask)
+    working = node.Node(site, wrap(made), ask, registers)
     thread = threading.Thread(target=working.run, daemon=True)
     thread.start()
     try:

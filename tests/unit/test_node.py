@@ -14,7 +14,7 @@ import pytest
 
 from fedpeft.deploy import flower
 from fedpeft.deploy.site import node, owed
-from support.fleet import METHODS, Fault, HttpStandIn, State, replied
+from support.fleet import METHODS, NODE, Fault, GrpcStandIn, HttpStandIn, State, replied
 from support.nodes import at_work, exchange, fast, key_of, site, until
 
 __all__ = ["fast", "site"]  # fixtures
@@ -58,6 +58,18 @@ def test_every_http_error_once_in_every_kind_of_call(site, when):
             exchange(site, state, f"{status} " * 50)
             until(lambda: not any(getattr(state, when).values()))
         assert len(state.replies) == len(HTTP_STATUSES)
+
+
+@pytest.mark.parametrize("kind", [GrpcStandIn, HttpStandIn])
+def test_a_site_that_registers_itself_does_so_and_leaves_whatever_its_calls_are_answered_with(site, kind):
+    state, statuses = State(), STATUSES if kind is GrpcStandIn else HTTP_STATUSES
+    state.before = {method: [Fault(status) for status in statuses] for method in ("RegisterNode", "ActivateNode")}
+    state.after = {method: [Fault(status) for status in statuses] for method in ("ActivateNode", "DeactivateNode")}
+    state.RegisterNode = lambda request, key: flower.answer_type("RegisterNode")(node_id=NODE)
+    with at_work(site, state, kind, registers=True):
+        exchange(site, state, "registered")
+        assert not any(state.before.values()) and state.calls.count("RegisterNode") == len(statuses) + 1
+    assert json.loads((site.path / "status.json").read_text())["state"] == "stopped"
 
 
 def test_a_pull_that_waits_at_the_coordinator_is_made_again_at_once_and_brings_a_message_without_delay(

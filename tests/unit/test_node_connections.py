@@ -110,6 +110,31 @@ def test_an_identity_is_signed_anew_after_a_while_and_whenever_the_clock_jumps(s
     assert flower.identity(key, 60.0) != made[-1] != flower.identity(key)  # a shifted one is kept for nobody
 
 
+@pytest.mark.parametrize("kind", [GrpcStandIn, HttpStandIn])
+def test_a_clock_that_jumps_holds_up_and_loses_nothing_and_is_said(site, monkeypatch, caplog, kind):
+    """Forth, back, and right again; every call in between is refused, and so is what a site that has trained brings."""
+    ahead_s, signed, state, asked = [0.0], flower.signed, State(), []
+    monkeypatch.setattr(flower, "time", SimpleNamespace(time=lambda: time.time() + ahead_s[0]))
+    monkeypatch.setattr(flower, "signed", lambda key, shift_s: signed(key, shift_s + ahead_s[0]))
+
+    def train(owed):
+        asked.append(owed.path.name)
+        ahead_s[0] = jumps.pop()
+        replied(owed)
+
+    jumps = [-3600.0, 3600.0]
+    with at_work(site, state, kind, ask=train):
+        for _ in range(2):
+            caplog.clear()
+            name = state.send("trained before the jump")
+            until(lambda: "Set this machine's clock" in caplog.text)
+            time.sleep(0.1)
+            assert name not in state.replies
+            ahead_s[0] = 0.0
+            until(lambda name=name: name in state.done())
+    assert len(asked) == len(state.replies) == 2
+
+
 def test_a_call_that_is_under_way_when_the_site_stops_is_no_trouble(site, caplog):
     entered, closed = threading.Event(), threading.Event()
 
