@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,56 @@ def test_objects_are_what_their_ids_say_and_no_more_than_was_to_be_expected(box,
         bring(box, *answer(message))
     with pytest.raises(Refusal, match="no request"):
         box.answer("PushObject", NORTH, b"\xff\xff")
+
+
+def test_calls_of_broken_bytes_are_refused_in_a_sentence_and_change_nothing(box):
+    """Each honest call of an exchange with bits turned, bytes cut off, doubled or in another's place; 3,000 of them."""
+    chance, name = random.Random(7), send(box)
+    message = fetch(box)
+    request, objects = answer(message)
+    node, trees = flower.Node(node_id=NORTH), list(request.message_object_trees)
+    fields = {"run_id": RUN, "session_id": name}
+    honest = [
+        ("PullMessages", flower.request("PullMessages", node, message_ids=[name])),
+        ("PullObject", flower.request("PullObject", node, run_id=RUN, object_id=name)),
+        (
+            "PushMessages",
+            flower.request("PushMessages", node, messages_list=request.messages_list, message_object_trees=trees),
+        ),
+        *(
+            ("PushObject", flower.request("PushObject", node, object_id=key, object_content=content, **fields))
+            for key, content in objects.items()
+        ),
+        ("ConfirmMessageReceived", flower.request("ConfirmMessageReceived", node, run_id=RUN, message_object_id=name)),
+    ]
+    bodies = [(method, made.SerializeToString()) for method, made in honest]
+    refused = 0
+    for _ in range(3000):
+        method, body = chance.choice(bodies)
+        broken = bytearray(body)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(broken) + 1)
+            match chance.randrange(4):
+                case 0:
+                    broken[at : at + 1] = bytes([chance.randrange(256)])
+                case 1:
+                    del broken[at : at + chance.randint(1, 40)]
+                case 2:
+                    broken[at:at] = broken[chance.randrange(len(broken) + 1) :][:100]
+                case 3:
+                    broken += chance.choice(bodies)[1]
+        try:
+            box.answer(chance.choice([method, chance.choice(bodies)[0]]), NORTH, bytes(broken))
+        except Refusal as refusal:
+            assert refusal.said.isprintable() and refusal.said.endswith(".")
+            refused += 1
+    assert refused > 100
+    for reply in box.pull_messages([name]):  # pieces of honest calls may have put the honest answer together
+        assert reply.content["config"]["text"] == "back"
+        return
+    assert (
+        bring(box, request, objects) != [] and next(iter(box.pull_messages([name]))).content["config"]["text"] == "back"
+    )
 
 
 def test_an_answer_that_cannot_be_put_together_is_an_error_that_takes_no_other_with_it(box):

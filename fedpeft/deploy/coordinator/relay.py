@@ -195,7 +195,7 @@ class Relay:
         if run in self.counter.runs:
             await self.require_own(line, node, key)
             return await self.counter.call(run, method, line.node, body)
-        if (folder := self.server.run_with(run)) is not None:
+        if (folder := await self.work(self.server.run_with, run)) is not None:
             if get_status(folder)["state"] in ENDED:
                 raise Refusal.numbered(HTTPStatus.FORBIDDEN, RUN_ENDED, "the run has ended.")
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the run is being started.")
