@@ -19,6 +19,8 @@ log = logging.getLogger("fedpeft")
 GRACE_S = 4.0
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0  # a process that ran so long is started again without a pause
+NO_ROOM = os.EX_IOERR  # the code of a process whose disk is full, on which its own log lies
+WHY = {NO_ROOM: ", for its disk is full: make room there"}
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Child:
             self.pause_s = 0.0
         if lasted < self.pause_s:
             return
-        log.warning("%s ended with code %s; it is started again.", self.role, self.process.returncode)
+        code = self.process.returncode
+        log.warning("%s ended with code %s%s; it is started again.", self.role, code, WHY.get(code, ""))
         # Longer each time, or what ends at once would be started again without a pause.
         self.pause_s = min(LONGEST_PAUSE_S, 2 * self.pause_s or 1.0)
         self.start()

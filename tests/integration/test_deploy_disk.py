@@ -41,6 +41,11 @@ def fill(folder):
     return file
 
 
+def log_of(made, what):
+    """What it has said, without the line breaks of a terminal."""
+    return " ".join(made.log(what).split())
+
+
 def all_logs(made, run):
     """What coordinator, sites, and the processes below them have said."""
     inside = [*(made.coordinator / "logs").glob("*.log"), made.coordinator / "runs" / run / "log.txt"]
@@ -62,14 +67,13 @@ def test_a_full_disk_pauses_a_run_and_room_lets_it_end_as_if_nothing_had_been(tm
             until(lambda: made.rounds(run), "the first round", 120)
             filler = fill(disk)
             if end == "coordinator":
-                until(lambda: "it is started again" in made.log("coordinator"), "the end of the run's process", 120)
+                until(lambda: "its disk is full: make room there" in log_of(made, end), "the sentence", 120)
                 path = made.root / "train.yaml"
                 said = made.call("server", "run", made.coordinator, path, "--detach", code=1)
                 assert "no space left on device; make room on that disk" in said and said.count("\n") == 1
             else:
                 until(lambda: any(one["event"] == "round_failed" for one in made.events(run)), "a failed round", 120)
-                said = " ".join(made.log(end).split())  # the terminal breaks lines
-                assert "no space left on device; make room on that disk" in said
+                assert "no space left on device; make room on that disk" in log_of(made, end)
             reached = len(made.rounds(run))
             assert reached < ROUNDS and made.state(run) in ("running", "waiting")
             filler.unlink()

@@ -29,6 +29,7 @@ from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import put_status
 from fedpeft.deploy.envelope import Envelope
+from fedpeft.deploy.processes import NO_ROOM
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import explain_error, write_bytes
 from fedpeft.flower import empty_run
@@ -41,7 +42,7 @@ from fedpeft.strategies.build import build as build_strategy
 log = logging.getLogger("fedpeft")
 ORPHAN_S = 10.0
 TOLD = "told.json"  # in a run's folder: the classes and the base model that its sites were told of
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(folder: Path, name: str, mode: str) -> None:
@@ -56,14 +57,15 @@ def main(folder: Path, name: str, mode: str) -> None:
             play(run, post, None if insecure else server.sites)
             put_status(run, state="done")
     except Exception as error:  # whatever it is, the run's folder must say so, or it would be tried for ever
-        reason, pauses = explain(error), isinstance(error, OSError) and error.errno in NO_ROOM
+        reason, pauses = explain(error), isinstance(error, OSError) and error.errno in FULL
         if not reason:
             log.exception("run %s", name)
             reason = str(error) or type(error).__name__
         log.error("run %s %s: %s", name, "pauses" if pauses else "failed", reason)
         # One for which there is no room is started again until there is: its last checkpoint is whole.
-        if not pauses:
-            put_status(run, state="failed", reason=reason)
+        if pauses:
+            raise SystemExit(NO_ROOM) from error
+        put_status(run, state="failed", reason=reason)
 
 
 def explain(error: Exception) -> str:
