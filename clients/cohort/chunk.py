@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.clients.cohort.layers import Pass
+from fedpeft.adapters.grouped import Pass
 from fedpeft.clients.cohort.passes import Piece, assemble_batch, cut_passes, token_counts
 from fedpeft.clients.cohort.rows import flatten_rows, frozen_parameter, shrink_optimizer
 from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate

@@ -1,7 +1,7 @@
 """Many clients trained at once over one frozen base, exactly: each ends where `clients.train` would have ended.
 
 The trained values of K clients are the rows of one matrix [K, P]. A step runs the batches of all clients through the
-model as one, every layer with the factors of the client that a sample is of (`layers`), takes the gradient of
+model as one, every layer with the factors of the client that a sample is of (`adapters.grouped`), takes the gradient of
 all rows in one backward pass and updates the matrix with one optimizer, which acts on every entry alone and so is K
 optimizers. Under DP-SGD each sample carries its own copy of its client's factors: their gradients are the per-sample
 gradients, clipped and summed per client. A client that has taken its steps leaves; the others go on.
@@ -28,9 +28,9 @@ import numpy as np
 
 from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.grouped import Pass, find_layers, with_parameters
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.chunk import Chunk, Done, Job
-from fedpeft.clients.cohort.layers import Pass, layers_of, with_factors
 from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.cohort.room import most_tokens, shared_tokens
 from fedpeft.clients.optimizers.base import count_of
@@ -48,7 +48,7 @@ def why_not_cohort(model: Adapted, trains: Sequence[str]) -> str | None:
     if not model.form.select(trains).tensors:
         return f"no parameter has a role of {', '.join(trains)}"
     try:
-        layers_of(model)
+        find_layers(model.base.modules, model.parameters)
     except InputError as error:
         return str(error)
     return None
@@ -73,7 +73,7 @@ def train_cohort(
     problem = why_not_cohort(model, trains)
     if problem:
         raise InputError(f"run.engine=cohort: {problem}.")
-    found, now = layers_of(model), Pass()
+    found, now = find_layers(model.base.modules, model.parameters), Pass()
     done: dict[int, Done] = {}
     model.training_mode()
     try:
@@ -81,7 +81,7 @@ def train_cohort(
             widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
             most = most_tokens(model) if tokens is None else tokens
             shared = shared_tokens(model, jobs[0].data, tuple(trains), max(widths)) if tokens is None else tokens
-            with with_factors(found, now):
+            with with_parameters(found, now):
                 for chunk in _split_chunks(jobs, widths, config, shared):
                     own = most if len(chunk) == 1 else shared
                     results = Chunk(model, [jobs[index] for index in chunk], trains, config, own, now).run()

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from fedpeft.state import AdapterState, StateMismatch
+from fedpeft.adapters.factored import find_method, tensors_at
+from fedpeft.state import FROZEN, AdapterState, StateMismatch
 
 
 def flatten_adapter(adapter: AdapterState) -> AdapterState:
@@ -16,7 +17,8 @@ def flatten_adapter(adapter: AdapterState) -> AdapterState:
 
         s B A + residual_B residual_A = s [B, residual_B / s] [A; residual_A],
 
-    so that the rank grows and the scaling stays. Tensors keep the dtype of B and A.
+    so that the rank grows and the scaling stays. Tensors keep the dtype of B and A. Adapters of ours say themselves
+    which B and A theirs are (`factored.Factored.fold`).
 
     >>> from fedpeft.state import AdaptedLayer
     >>> ones = {name: torch.ones(shape) for name, shape in (("q/A", (1, 3)), ("q/B", (2, 1)), ("q/R", (1, 1)))}
@@ -25,6 +27,7 @@ def flatten_adapter(adapter: AdapterState) -> AdapterState:
     >>> {key: list(value.shape) for key, value in plain.tensors.items()}
     {'q/A': [3, 3], 'q/B': [2, 3]}
     """
+    adapter = _fold_factored(adapter)
     tensors, sites = dict(adapter.tensors), dict(adapter.sites)
     for site in adapter.lora_sites():
         keys = [f"{site}/A", f"{site}/B"]
@@ -44,6 +47,20 @@ def flatten_adapter(adapter: AdapterState) -> AdapterState:
             left = left.double() / adapter.sites[site].scaling
             tensors[keys[1]] = torch.cat([tensors[keys[1]], left.to(B.dtype)], dim=1)
             tensors[keys[0]] = torch.cat([A, right.to(A.dtype)], dim=0)
+    return AdapterState(tensors, sites)
+
+
+def _fold_factored(adapter: AdapterState) -> AdapterState:
+    tensors, sites = dict(adapter.tensors), dict(adapter.sites)
+    for site, layer in adapter.sites.items():
+        if (method := find_method(layer.kind)) is None:
+            continue
+        own = tensors_at(adapter, site)
+        B, A = method.fold({role: value.double() for role, value in own.items()}, (layer.shape[0], layer.shape[1]))
+        for role in own:
+            tensors.pop(f"{site}.{role}/{FROZEN}" if role in method.drawn else f"{site}/{role}")
+        tensors |= {f"{site}/A": A.float().contiguous(), f"{site}/B": B.float().contiguous()}
+        sites[site] = replace(layer, kind="lora")
     return AdapterState(tensors, sites)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.grouped import OwnLayer
 from fedpeft.data.encode import Encoded
 
 log = logging.getLogger("fedpeft")
@@ -69,7 +70,7 @@ def find_tail(model: Adapted, data: Encoded) -> list[nn.Module]:
         seen.append((module, x))
         return (x, *args[1:])
 
-    kinds = (nn.Linear, nn.LayerNorm, BaseTunerLayer)
+    kinds = (nn.Linear, nn.LayerNorm, BaseTunerLayer, OwnLayer)
     alone = [module for root in model.base.modules for module in root.modules() if isinstance(module, kinds)]
     inside = {part for module in alone for part in module.modules() if part is not module}  # parts of adapters' layers
     handles = [module.register_forward_pre_hook(note) for module in alone if module not in inside]

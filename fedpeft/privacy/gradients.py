@@ -6,9 +6,11 @@ inputs and the gradients at the outputs of those layers are needed, and no weigh
 The products are stored: for LoRA they are small, r (in + out) a sample, and the usual trick of norms without products
 (ghost clipping) costs more than it saves here.
 
-Where another module owns a parameter, every sample has a backward pass of its own: slow, and exact for whatever
-autograd can differentiate. (torch.func's vmap is quicker, but cannot run transformers' text models, whose masks depend
-on data, nor many adapters of peft.) Models that mix samples are beyond both; `verify` finds them.
+Where other modules own parameters too, each with a rule for groups of samples (`adapters.grouped`: norms, scales,
+DoRA, our own layers), every sample gets its own copy of the parameters in one pass. Where one has no rule, every sample
+has a backward pass of its own: slow, and exact for whatever autograd can differentiate. (torch.func's vmap is quicker,
+but cannot run transformers' text models, whose masks depend on data, nor many adapters of peft.) Models that mix
+samples are beyond all three; `verify` finds them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedpeft.adapters.grouped import Layer, Pass, copy_for_groups, find_layers, with_parameters
 from fedpeft.errors import InputError
 
 Inputs = dict[str, Tensor]
@@ -46,6 +49,9 @@ def per_sample_gradients(
     layers = linear_owners(modules, parameters)
     if layers is not None:
         return _gradients_analytic(layers, parameters, loss, inputs, labels, rows)
+    grouped = ruled_owners(modules, parameters)
+    if grouped is not None:
+        return _gradients_of_copies(grouped, parameters, loss, inputs, labels, rows)
     alone = [_gradient_alone(parameters, loss, inputs, labels, index) for index in range(len(labels))]
     return torch.stack([gradient for gradient, _ in alone]), torch.stack([value for _, value in alone])
 
@@ -69,6 +75,34 @@ def linear_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Paramet
                     return None
                 layers.setdefault(module, name)
     return layers
+
+
+def ruled_owners(modules: Iterable[nn.Module], parameters: dict[str, nn.Parameter]) -> list[Layer] | None:
+    """The layers that own the parameters, if all of them have a rule for groups of samples."""
+    try:
+        return find_layers(modules, parameters)
+    except InputError:
+        return None
+
+
+def _gradients_of_copies(
+    layers: list[Layer],
+    parameters: dict[str, nn.Parameter],
+    loss: Loss,
+    inputs: Inputs,
+    labels: Tensor,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    count = len(labels)
+    leaves = copy_for_groups(parameters, count)
+    with with_parameters(layers, Pass(count * rows, count, leaves)):
+        losses = loss(inputs, labels)
+        slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    parts = [
+        (torch.zeros_like(leaf) if slope is None else slope).reshape(count, -1)
+        for leaf, slope in zip(leaves.values(), slopes, strict=True)
+    ]
+    return torch.cat([part.to(parts[0].dtype) for part in parts], dim=1), losses.detach()
 
 
 def _gradients_analytic(

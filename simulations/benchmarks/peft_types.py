@@ -27,7 +27,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.models.loading import load
-from fedpeft.privacy.gradients import linear_owners
+from fedpeft.privacy.gradients import linear_owners, ruled_owners
 
 ROLES, LABELS, LENGTH = ("peft", "head"), 4, 12
 MODEL = ModelConfig(name="tiny-bert", task="sequence-classification")
@@ -88,7 +88,8 @@ def per_sample(model: Adapted) -> str:
             verify_gradients(model, Encoded(inputs(), torch.arange(LABELS)), ROLES, LENGTH)
         except InputError:
             return "none"
-    return "alone" if linear_owners(model.base.modules, model.train_roles(ROLES)) is None else "together"
+    parts = model.base.modules, model.train_roles(ROLES)
+    return "alone" if linear_owners(*parts) is None and ruled_owners(*parts) is None else "together"
 
 
 def write(path: Path = MEASURED) -> None:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft.adapters.grouped import Pass, find_layers, with_parameters
 from fedpeft.clients.cohort.engine import train_cohort, why_not_cohort
-from fedpeft.clients.cohort.layers import Pass, layers_of, with_factors
 from fedpeft.clients.rates import Clock
 from fedpeft.clients.train import per_sample_loss
 from fedpeft.errors import InputError
@@ -237,7 +237,7 @@ def test_per_sample_gradients_are_autograds(build, kind, method):
     data = records(kind, 5, 0)
     inputs, labels = data.batch(np.arange(5))
     leaves = {key: value.detach().expand(5, *value.shape).clone().requires_grad_() for key, value in trained.items()}
-    with with_factors(layers_of(model), Pass(5, 5, leaves)):
+    with with_parameters(find_layers(model.base.modules, model.parameters), Pass(5, 5, leaves)):
         losses = per_sample_loss(model, inputs, labels)
         mine = torch.cat([slope.flatten(1) for slope in torch.autograd.grad(losses.sum(), list(leaves.values()))], 1)
     hooks, each = per_sample_gradients(
@@ -347,6 +347,7 @@ def test_what_cannot_be_batched_is_named(build, tmp_path):
 
 def test_layer_that_does_not_keep_samples_apart_is_named(build):
     model = build()
-    found, now = layers_of(model), Pass(rows=2, groups=2, values=dict(model.parameters))
-    with with_factors(found, now), pytest.raises(InputError, match="rows"):
+    now = Pass(rows=2, groups=2, values=dict(model.parameters))
+    found = find_layers(model.base.modules, model.parameters)
+    with with_parameters(found, now), pytest.raises(InputError, match="rows"):
         found[0].module(torch.zeros(6, small.WIDTH, dtype=torch.float64))

@@ -51,7 +51,7 @@ def single(data):
 
 def roles_of(method, adapted):
     """The role sets that strategies train, and all roles."""
-    return [*ROLE_SETS.get(method, []), tuple({adapted.form.role(key) for key in adapted.form.tensors})]
+    return [*ROLE_SETS.get(method, []), tuple({adapted.form.role(key) for key in adapted.parameters})]
 
 
 def batch(data):

@@ -146,12 +146,12 @@ def test_plain_lora_through_peft_is_plain_lora_in_a_cohort_too(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "options", "together"),
-    [("LORA", {}, True), ("LORA", {"use_dora": True}, False), ("IA3", {}, False), ("PEANUT", {}, False)],
+    [("LORA", {}, True), ("LORA", {"use_dora": True}, True), ("IA3", {}, True), ("PEANUT", {}, False)],
 )
-def test_only_plain_lora_trains_in_a_cohort(name, options, together, tmp_path):
+def test_what_has_a_rule_trains_in_a_cohort(name, options, together, tmp_path):
     model = adapted(small.save("bert", tmp_path), name, options)
     reason = why_not_cohort(model, ("peft", "head"))
-    assert (reason is None) == together and (together or "is not a plain LoRA layer" in str(reason))
+    assert (reason is None) == together and (together or "has no rule for many clients" in str(reason))
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ".*classifier"}, {"modules_to_save": ["classifier"]}])

@@ -195,6 +195,9 @@ def test_starts_that_move_the_base_are_refused(start):
 
 @pytest.mark.parametrize("name", registry.names("adapters"))
 def test_each_adapter_is_put_over_it(quantized, name):
+    if getattr(registry.load("adapters", name), "moves", False) and name != "nlora":
+        refused({"adapter": name}, NF4, f"adapter.name={name} moves the base weights", "model.quantization=nf4")
+        return
     model = small.adapted(quantized[0], "llama", {"quantization": "nf4"}, method=name)
     model.write(small.randomised(model))
     inputs = small.inputs("llama")

@@ -1,0 +1,54 @@
+"""Adapters of ours but LoRA: options under which each is tried, and small models that have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedpeft import registry
+from fedpeft.adapters.factored import Factored
+from fedpeft.state import AdapterState
+from support import small_models as small
+
+# Every one with its defaults, and options that make another adapter of it; at rank 4 on layers of 16 x 16.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "nlora": [{"init": "block"}, {"train": "core"}, {"init": "block", "train": "core"}],
+    "nola": [{"train": "beta"}],
+    "bd_lora": [{"blocks": 4}],
+    "ravan": [{"heads": 1}],
+}
+OWN = [name for name in registry.names("adapters") if issubclass(registry.load("adapters", name), Factored)]
+CASES = [(name, options) for name in OWN for options in ({}, *VARIANTS.get(name, []))]
+# Of which an average of adapters is exact: what trains is linear in them.
+LINEAR = ("paca", "svfit", "ravan")
+LINEAR_BY_OPTIONS = (
+    ("nlora", {"train": "core"}),
+    ("nlora", {"init": "block", "train": "core"}),
+    ("nola", {"train": "beta"}),
+)
+
+
+def is_linear(name: str, options: dict[str, Any]) -> bool:
+    """Whether a change of the weight is linear in what trains."""
+    return name in LINEAR or (name, options) in LINEAR_BY_OPTIONS
+
+
+def roles_of(name: str) -> tuple[str, ...]:
+    """What trains."""
+    return (*registry.load("adapters", name).averages, "head")
+
+
+def adapted(path: Any, name: str, options: dict[str, Any], kind: str = "bert", **section: Any):
+    return small.adapted(path, kind, method=name, r=4, alpha=8.0, options=options, **section)
+
+
+def moved(model: Any, name: str, seed: int = 1, scale: float = 0.2) -> AdapterState:
+    """The state with all that trains moved at random."""
+    draw, state = torch.Generator().manual_seed(seed), model.state()
+    return state.replace(
+        {
+            key: value + scale * torch.randn(value.shape, generator=draw, dtype=value.dtype)
+            for key, value in state.select(roles_of(name)).tensors.items()
+        }
+    )
