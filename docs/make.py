@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import registry
+from fedpeft.adapters.averages import read_own
 from fedpeft.adapters.peft_types import CANNOT, EXACT
 from fedpeft.adapters.peft_types import read_measured as measured_types
 from fedpeft.cli import catalogue
@@ -90,6 +91,17 @@ def peft_types() -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)
 
 
+def own_adapters() -> str:
+    """What was measured of our own adapters as Markdown."""
+    rows = [["adapter", "options", "bytes up", "average", "gradient of one record", "trains in a cohort"], ["---"] * 6]
+    for row in read_own():
+        options = ", ".join(f"`{key}={value}`" for key, value in row["options"].items())
+        off = "exact" if row["average"] < EXACT else f"{row['average']:.0%} off"
+        way = {"together": "in one pass", "alone": "in a pass of its own"}[row["per_sample"]]
+        rows.append([f"`{row['name']}`", options, f"{4 * row['values']:,}", off, way, "yes" if row["cohort"] else "no"])
+    return "\n".join(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)
+
+
 def peft_refused() -> str:
     """Why the others of peft's tuners cannot be had, as Markdown."""
     rows = [["type", "cannot be had, since"], ["---"] * 2, *([f"`{name}`", why] for name, why in CANNOT.items())]
@@ -147,6 +159,7 @@ MADE = {
     "keys": keys,
     "other_names": partial(other_names, OTHERS),
     "other_values": partial(other_names, VALUES),
+    "own_adapters": own_adapters,
     "peft_types": peft_types,
     "peft_refused": peft_refused,
 }

@@ -78,9 +78,19 @@ class Factored(Configured):
         """The name that it is registered under: that of its file."""
         return cls.__module__.rpartition(".")[2]
 
+    @classmethod
+    def notes(cls) -> list[str]:
+        """What `fedpeft show` says of its averages."""
+        from fedpeft.adapters.averages import describe_own
+
+        return describe_own(cls.kind())
+
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         """Put a layer around each target."""
+        from fedpeft.adapters.averages import warn_of_error
+
         kind = self.kind()
+        warn_of_error(config)
         scale = config.alpha / (config.r**0.5 if config.rslora else config.r)
         parameters, sites, fixed = dict[str, nn.Parameter](), dict[str, AdaptedLayer](), Tensors()
         base.backbone.requires_grad_(False)

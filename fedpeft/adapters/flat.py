@@ -23,7 +23,7 @@ def flatten_adapter(adapter: AdapterState) -> AdapterState:
     >>> from fedpeft.state import AdaptedLayer
     >>> ones = {name: torch.ones(shape) for name, shape in (("q/A", (1, 3)), ("q/B", (2, 1)), ("q/R", (1, 1)))}
     >>> residual = {"q/residual_A": torch.ones(2, 3), "q/residual_B": torch.ones(2, 2)}
-    >>> plain = flat(AdapterState(ones | residual, {"q": AdaptedLayer("lora_sb", (2, 3), 2.0)}))
+    >>> plain = flatten_adapter(AdapterState(ones | residual, {"q": AdaptedLayer("lora_sb", (2, 3), 2.0)}))
     >>> {key: list(value.shape) for key, value in plain.tensors.items()}
     {'q/A': [3, 3], 'q/B': [2, 3]}
     """

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
-from fedpeft.adapters import folder
+from fedpeft import registry
+from fedpeft.adapters import averages, folder
 from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.clients import test_time
 from fedpeft.clients.train import evaluate
@@ -64,6 +65,12 @@ def _describe_texts(world: World) -> dict[str, str] | None:
     }
 
 
+def _find_average_error(world: World) -> float | None:
+    """How far the rule's average of adapters is off the average of what they do; None where it averages no adapter."""
+    takes = registry.load("strategies", world.config.strategy.name).takes_any_adapter
+    return averages.find_error(world.config.adapter) if takes else None
+
+
 def finish(
     world: World, server: ServerState, run: Path, best: Best | None = None, traffic: Traffic | None = None
 ) -> dict[str, Any]:
@@ -95,6 +102,7 @@ def finish(
         "tta": test_time.describe(config, events),
         "secure_aggregation": terms.describe(config) if config.secagg.enabled else None,
         "wrap": [name for name, _ in config.strategy.wrappers],
+        "average_error": _find_average_error(world),
         "texts": _describe_texts(world),
         "selected": None if best is None else best.describe(server.round),
         "traffic": None if traffic is None else traffic.describe(server.round),

@@ -64,31 +64,37 @@ def make(name: str, options: Row) -> Adapted:
     return build(MODEL, AdapterConfig(name="peft", options={"type": name, "options": options}), LABELS, 0)
 
 
-@torch.no_grad()
 def measure(name: str, options: Row) -> Row:
     """The row of one type."""
-    model = make(name, options)
+    return {"type": name, "options": options, **measure_model(make(name, options), ROLES)}
+
+
+@torch.no_grad()
+def measure_model(model: Adapted, roles: tuple[str, ...]) -> Row:
+    """What is measured of an untrained adapter.
+
+    Args:
+        roles: of what trains, the head last.
+    """
     model.write(model.state())
     start = float((model.logits(inputs()) - load(MODEL, LABELS, 0).forward(inputs())).abs().max())
     return {
-        "type": name,
-        "options": options,
         "start": float(f"{start:.1e}"),
-        "values": model.form.select(ROLES[:1]).parameters,
-        "average": float(f"{measure_average(model, inputs(), ROLES[:1]):.2g}"),
-        "per_sample": per_sample(model),
-        "cohort": why_not_cohort(model, ROLES) is None,
+        "values": model.form.select(roles[:-1]).parameters,
+        "average": float(f"{measure_average(model, inputs(), roles[:-1]):.2g}"),
+        "per_sample": find_way(model, roles),
+        "cohort": why_not_cohort(model, roles) is None,
     }
 
 
-def per_sample(model: Adapted) -> str:
+def find_way(model: Adapted, roles: tuple[str, ...]) -> str:
     """How the gradient of one record is had: in one pass, in one of its own, or not."""
     with torch.enable_grad():
         try:
-            verify_gradients(model, Encoded(inputs(), torch.arange(LABELS)), ROLES, LENGTH)
+            verify_gradients(model, Encoded(inputs(), torch.arange(LABELS)), roles, LENGTH)
         except InputError:
             return "none"
-    parts = model.base.modules, model.train_roles(ROLES)
+    parts = model.base.modules, model.train_roles(roles)
     return "alone" if linear_owners(*parts) is None and ruled_owners(*parts) is None else "together"
 
 

@@ -23,6 +23,7 @@ from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.engine import train_cohort
 from fedpeft.clients.train import on_device, train
+from fedpeft.config import AdapterConfig
 from fedpeft.models.attention import hold_scores, longest_faster
 from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks.speed_work import LORA, Work, backbone
@@ -33,7 +34,7 @@ TRAINS = ["A", "B", "head"]
 Ends = list[dict[str, Tensor]]  # trained tensors of each client, by our names, on the CPU
 
 
-def adapted(name: str, device: torch.device, dtype: torch.dtype) -> Adapted:
+def adapted(name: str, device: torch.device, dtype: torch.dtype, section: AdapterConfig = LORA) -> Adapted:
     """Our model. Adapter and head are float32, or float64 where the base is."""
     model = backbone(name).to(dtype).requires_grad_(False).eval()
     if dtype == torch.bfloat16 and device.type == "cpu":
@@ -48,7 +49,7 @@ def adapted(name: str, device: torch.device, dtype: torch.dtype) -> Adapted:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        injected = configs.method("adapters", LORA.name, {}, "adapter").inject(base, LORA, 0)
+        injected = configs.method("adapters", section.name, section.options, "adapter").inject(base, section, 0)
     made = Adapted(base, injected, train_head=True).to(device)
     if dtype == torch.float64:
         model.double()
