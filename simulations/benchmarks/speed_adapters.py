@@ -21,7 +21,6 @@ import torch
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.clients.cohort.engine import train_cohort
-from fedpeft.clients.local import COHORT_TOKENS
 from fedpeft.clients.train import on_device
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import RunError
@@ -58,14 +57,14 @@ CASES: dict[str, AdapterConfig] = {
 class Way:
     """One way to train all clients of a work."""
 
-    def __init__(self, model: Adapted, roles: list[str], tokens: int, dp: bool) -> None:
-        self.model, self.roles, self.tokens, self.dp = model, roles, tokens, dp
+    def __init__(self, model: Adapted, roles: list[str], together: bool, dp: bool) -> None:
+        self.model, self.roles, self.together, self.dp = model, roles, together, dp
 
     def __call__(self, work: Work) -> Ends:
-        if not self.tokens:
+        if not self.together:
             return [self._loop(work, client) for client in range(len(work.data))]
         jobs = [work.job(client, self.dp) for client in range(len(work.data))]
-        return [done.after for done in train_cohort(self.model, jobs, self.roles, work.config, self.tokens)]
+        return [done.after for done in train_cohort(self.model, jobs, self.roles, work.config, None)]
 
     def _loop(self, work: Work, client: int) -> dict[str, torch.Tensor]:
         state = AdapterState(work.start, self.model.sites)
@@ -87,10 +86,8 @@ def make_ways(section: AdapterConfig, model: str, dtype: torch.dtype) -> tuple[d
     made = adapted(model, CPU, dtype, section)
     own = getattr(configs.method("adapters", section.name, section.options, "adapter"), "averages", ("A", "B"))
     roles = [role for role in (*own, "head") if made.form.select([role]).tensors]
-    tokens = COHORT_TOKENS["cpu"]
-    ways = {name: Way(made, roles, size, dp) for name, size, dp in (("loop", 0, False), ("cohort", tokens, False))}
-    ways["cohort-dp"] = Way(made, roles, tokens, True)
-    return ways, made.state()
+    ways = {"loop": Way(made, roles, False, False), "cohort": Way(made, roles, True, False)}
+    return {**ways, "cohort-dp": Way(made, roles, True, True)}, made.state()
 
 
 def require_same(name: str) -> None:
