@@ -41,6 +41,7 @@ from fedpeft.adapters.peft_types import (
     read_measured,
 )
 from fedpeft.config import AdapterConfig, Configured, option
+from fedpeft.config.short_names import SHORT
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
 from fedpeft.models.targets import linear_layers, resolve
@@ -71,6 +72,7 @@ class Peft(Configured):
         exact = [row["type"] for row in read_measured() if row["average"] < EXACT and not row["options"]]
         return [
             f"types: {', '.join(allowed_types())}",
+            f"short names, as in adapter=ia3: {', '.join(SHORT)}",
             f"averages are exact of {', '.join(exact)}; docs/methods.md has what was measured of all",
             *(f"not {name}: {why}" for name, why in CANNOT.items()),
         ]

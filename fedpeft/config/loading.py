@@ -26,6 +26,7 @@ from fedpeft.config.schema import (
     default_of,
     options_of,
 )
+from fedpeft.config.short_names import expand_name
 from fedpeft.errors import InputError
 
 AUGMENTATIONS = ("crop", "flip", "colour")
@@ -210,6 +211,8 @@ def _named_sections(tree: dict[str, Any]) -> dict[str, Any]:
         node = tree.get(parents[0]) if parents else tree
         if isinstance(node, dict) and isinstance(node.get(last), str) and not values.is_null(node[last]):
             node[last] = {method_section.key: node[last]}
+    if isinstance(tree.get("adapter"), dict):
+        tree["adapter"] = expand_name(tree["adapter"])
     return tree
 
 

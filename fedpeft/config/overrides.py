@@ -13,6 +13,7 @@ from typing import Any
 from fedpeft import registry
 from fedpeft.config import values
 from fedpeft.config.schema import METHOD_SECTIONS, Config, options_of
+from fedpeft.config.short_names import SHORT
 from fedpeft.errors import InputError
 
 log = logging.getLogger("fedpeft")
@@ -73,7 +74,13 @@ def _expand_names(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         value = values.structure(value, key) if key in sections else value
         if key in METHOD_SECTIONS and isinstance(value, str) and not values.is_null(value):
             key = f"{key}.{METHOD_SECTIONS[key].key}"
-        yield key, values.unquoted(value) if key.endswith((".name", ".method", ".body")) else value
+        value = values.unquoted(value) if key.endswith((".name", ".method", ".body")) else value
+        if key == "adapter.name" and value in SHORT:
+            kind, options = SHORT[value]
+            yield from ((key, "peft"), ("adapter.type", kind))
+            yield from ((f"adapter.options.{name}", chosen) for name, chosen in options.items())
+        else:
+            yield key, value
 
 
 def _rename_entry(tree: dict[str, Any], path: str, name: str | None) -> None:

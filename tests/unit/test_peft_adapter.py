@@ -13,6 +13,7 @@ from fedpeft import registry
 from fedpeft.adapters import folder, peft_types
 from fedpeft.adapters.peft_types import average_error, fits_hint
 from fedpeft.clients.cohort.engine import why_not_cohort
+from fedpeft.config.short_names import SHORT
 from fedpeft.errors import InputError, RunError
 from fedpeft.run.world import load_world
 from fedpeft.state import RunContext
@@ -70,6 +71,31 @@ def test_options_are_typed_from_the_command_line_and_dropped_with_their_type():
 def test_keys_of_lora_are_refused_under_the_name_that_peft_has_for_them(key, value, theirs):
     with pytest.raises(InputError, match=rf"adapter\.{key}={value} .* adapter\.options\.{theirs}="):
         configs.load({"adapter": {"name": "peft", key: value}})
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_name_is_a_type_of_peft_and_its_options(name):
+    kind, options = SHORT[name]
+    wanted = {"type": kind, "options": options}
+    for read in (
+        configs.load({"adapter": name}),
+        configs.load({"adapter": {"name": name}}),
+        configs.load({}, [f"adapter={name}"]),
+        configs.load({"adapter": {"name": "lora", "r": 4}}, [f"adapter.name={name}"]),
+    ):
+        assert (read.adapter.name, read.adapter.options) == ("peft", wanted)
+        assert configs.from_yaml(configs.to_yaml(read)) == read
+
+
+def test_options_beside_a_short_name_are_those_of_its_type():
+    read = configs.load({}, ["adapter=dora", "adapter.options.r=16", "adapter.target_modules=[query]"])
+    assert read.adapter.options == {"type": "LORA", "options": {"use_dora": True, "r": 16}}
+    read = configs.load({"adapter": {"name": "dora", "options": {"r": 16}}}, ["adapter.options.lora_alpha=32"])
+    assert read.adapter.options["options"] == {"use_dora": True, "r": 16, "lora_alpha": 32}
+    other = configs.load(configs.to_tree(read), ["adapter=ia3"])
+    assert other.adapter.options == {"type": "IA3", "options": {}}
+    with pytest.raises(InputError, match=r"adapter\.name"):
+        configs.load({"adapter": "ia33"})
 
 
 def test_targets_are_given_once():
