@@ -173,7 +173,7 @@ def check(config: Config) -> None:
 def fits_hint(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, as an annotation names it; whole numbers are numbers too.
 
-    >>> fits(3, float), fits(True, int), fits(["q"], list[str] | None), fits("niter_4", Literal["niter_[n]"])
+    >>> fits_hint(3, float), fits_hint(True, int), fits_hint(["q"], list[str] | None), fits_hint("niter_4", Literal["niter_[n]"])
     (True, False, True, True)
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
