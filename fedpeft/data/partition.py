@@ -230,5 +230,5 @@ def _require_records(records: int, clients: int, least: int) -> None:
     if clients * least > records:
         raise InputError(
             f"data.clients={clients}: at least {least} records each need {clients * least}, the training set has "
-            f"{records}. {records // least} clients are possible."
+            f"{records}. {records // least} clients are possible; data.partition.min_examples is the {least}."
         )

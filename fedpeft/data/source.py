@@ -196,6 +196,7 @@ def _read_tables(source: str, key: str, reading: Reading) -> tables.Tables:
 def _build_records(table: tables.Table, config: DataConfig, task: str, cache: Cache | None = None) -> Records:
     objective = load_objective(task)
     kind = objective.records
+    columns.require_named(table, {"text": config.text, "image": config.image, "label": config.label})
     if kind == "image":
         _require_kind(kind if columns.find_column(table, "image", config.image) else "text", task, table.where)
     if objective.says == "answers" and config.text is None:

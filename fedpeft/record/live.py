@@ -46,6 +46,7 @@ class Client:
     late: int = 0
     failed: str | None = None
     accuracy: float | None = None
+    epsilon: float | None = None
     treated: str | None = None
 
     @property
@@ -151,6 +152,9 @@ class Follower:
             client.rounds, client.last_round = client.rounds + 1, number
         for name in event.get("far_updates", {}):
             self._client(name).far += 1
+        for name, spent in (event.get("epsilon_by_client") or {}).items():
+            if name in self.clients:
+                self.clients[name].epsilon = float(spent)
         for name, what in event.get("treated", {}).items():
             self._client(name).treated = str(what)
         kept = {key: value for key, value in event.items() if not isinstance(value, dict | list)}
@@ -318,6 +322,8 @@ def follow(runs: Iterable[Path]) -> list[Follower]:
         InputError: a folder is no run's, or is named twice.
     """
     paths = [folders.run_folder(run) for run in runs]
+    if not paths:
+        return []
     if len(paths) > MOST_RUNS:
         raise InputError(f"RUN: {len(paths)} run folders; at most {MOST_RUNS} can be told apart on one page.")
     return [Follower(path, label) for path, label in zip(paths, run_folder.label_runs(paths), strict=True)]

@@ -26,6 +26,7 @@ MOST_NOTES = 3  # that stand open
 NBSP = "\u00a0"
 LONGEST_NAME, LONGEST_REASON = 100, 300  # bytes
 State = dict[str, Any]
+NONE: list[State] = []
 
 
 @cache
@@ -41,9 +42,11 @@ def style() -> str:
 
 def page(states: list[State], parts: dict[str, str], wanted: str) -> str:
     """The whole page; `wanted` is what the names of the clients shown contain."""
-    title = states[0]["run"] if len(states) == 1 else f"{len(states)} runs"
+    count = {0: "no run yet", 1: states[0]["run"] if states else ""}
+    title = count.get(len(states), f"{len(states)} runs")
     # Of one run what is to be known first comes first; several are put side by side before that.
-    top = ["run-0-state"] * (len(states) == 1) + ["runs", "charts"]
+    sites = [key for key in parts if key.startswith("coordinator-")]
+    top = [*["run-0-state"] * (len(states) == 1), *sites, *["runs", "charts"] * bool(states)]
     body = [
         '<p id="link" role="status">This page shows what has been recorded.</p>',
         '<p><button id="pause" type="button" aria-pressed="false">Pause</button></p>',
@@ -63,9 +66,15 @@ def _wrap_section(key: str, inner: str) -> str:
     return f'<section data-part="{key}">{inner}</section>'
 
 
-def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str, str]:
-    """HTML by part. The keys are the same for all states of the same runs."""
-    drawn = {"runs": _show_runs(states, runs), "charts": _show_charts(states)}
+def parts(states: list[State], runs: list[Run | None], wanted: str, fleets: list[State] = NONE) -> dict[str, str]:
+    """HTML by part. The keys are the same for all states of the same runs.
+
+    Args:
+        fleets: the coordinators among what is watched.
+    """
+    drawn = {f"coordinator-{place}": _show_sites(fleet, states) for place, fleet in enumerate(fleets)}
+    if states:
+        drawn |= {"runs": _show_runs(states, runs), "charts": _show_charts(states)}
     for place, state in enumerate(states):
         drawn[f"run-{place}-state"] = _show_head(state, len(states) == 1)
         drawn[f"run-{place}-tasks"] = _show_tasks(state)
@@ -73,6 +82,31 @@ def parts(states: list[State], runs: list[Run | None], wanted: str) -> dict[str,
         drawn[f"run-{place}-clients"] = _show_clients(state, wanted)
         drawn[f"run-{place}-rounds"] = _show_rounds(state)
     return drawn
+
+
+def _show_sites(fleet: State, states: list[State]) -> str:
+    """Whether the coordinator runs; each site, those that are away first, and when it last answered in these runs."""
+    lines = [f"<h2>Sites of {html.escape(fleet['path'])}</h2>"]
+    if not fleet["running"]:
+        lines.append(html_note(shown(fleet["problem"] or "The coordinator is not running.", LONGEST_REASON)))
+    online = sum(row["status"] == "online" for row in fleet["sites"])
+    lines.append(f"<p>{online} of {len(fleet['sites'])} sites are connected.</p>")
+    if fleet["runs"] > len(states):
+        lines.append(f"<p>The newest {len(states)} of {fleet['runs']} runs are shown.</p>")
+    if not states:
+        lines.append("<p>No run has been submitted yet.</p>")
+    rows = []
+    for row in sorted(fleet["sites"], key=lambda row: (row["status"] == "online", row["name"]))[:MOST_ROWS]:
+        known = [state["clients"][row["name"]] for state in states if row["name"] in state["clients"]]
+        seen = max((client["seen"] for client in known if client["seen"] is not None), default=None)
+        away = {"online": "connected", "unknown": "not heard of"}.get(row["status"], row["status"])
+        since = f" since {_show_clock(row['online_until'])}" if row["online_until"] else ""
+        rows.append([shown(row["name"], LONGEST_NAME), away + since, _show_clock(seen)])
+    if rows:
+        lines.append(html_table(["site", "state", "last answered"], rows))
+    if len(fleet["sites"]) > MOST_ROWS:
+        lines.append(f"<p>{MOST_ROWS} of {number(len(fleet['sites']))} sites are shown, those that are away first.</p>")
+    return "".join(lines)
 
 
 # All runs -------------------------------------------------------------------------------------------------------------
@@ -220,6 +254,7 @@ def _show_clients(state: State, wanted: str) -> str:
         f"{number(quantile_of(counts, 0.5))} (median), {counts[-1]} (most).</p>"
     )
     scored = any(row.get("accuracy") is not None for row in clients.values())
+    private = any(row.get("epsilon") is not None for row in clients.values())
     order = sorted(clients, key=lambda name: (-_rank_oddity(clients[name]), name))
     rows = [
         [
@@ -228,6 +263,7 @@ def _show_clients(state: State, wanted: str) -> str:
             _remarks_on(row),
             "–" if row["last_round"] is None else str(row["last_round"]),
             _show_clock(row["seen"]),
+            *([number(row.get("epsilon"))] if private else []),
             *([percent(row.get("accuracy"))] if scored else []),
         ]
         for name, row in ((name, clients[name]) for name in order[:MOST_ROWS])
@@ -236,10 +272,8 @@ def _show_clients(state: State, wanted: str) -> str:
         lines.append(
             f"<p>{MOST_ROWS} of {number(len(order))} are shown, those that stand out first; name others above.</p>"
         )
-    accuracy = ["accuracy on its own records"] if scored else []
-    return "".join(
-        [*lines, html_table(["client", "took part", "remarks", "last in round", "last seen", *accuracy], rows)]
-    )
+    more = ["epsilon"] * private + ["accuracy on its own records"] * scored
+    return "".join([*lines, html_table(["client", "took part", "remarks", "last in round", "last seen", *more], rows)])
 
 
 def _rank_oddity(row: dict[str, Any]) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import folders
+from fedpeft.files import read_object
 from fedpeft.record import lead, metrics, run_folder
 
 if TYPE_CHECKING:
@@ -65,6 +66,23 @@ class Result(dict[str, Any]):
         lines = [*lead.sentences(run.summary, run.config), *lead.list_warnings(run.summary)]
         page = f"<p>{html.escape(str(self.folder / 'report.html'))}</p>"
         return "\n".join([*(f"<p>{html.escape(line)}</p>" for line in lines), report.html_rounds(run), page])
+
+
+def load_ended(run: str | Path) -> Result | None:
+    """The result of a run that has ended as its config says, with all that it leaves; None of any other.
+
+    Raises:
+        InputError: a file of it cannot be read; names it.
+    """
+    path = Path(run).expanduser()
+    needed = ("resolved.yaml", "summary.json", "metrics.jsonl", "adapter", "report.html")
+    if not all((path / name).exists() for name in needed):
+        return None
+    last = metrics.read(path / "metrics.jsonl")[-1]
+    rounds = (run_folder.read_config(path)[1].get("run") or {}).get("rounds")
+    if last["event"] != "end" or last.get("round") != rounds:
+        return None
+    return Result(read_object(path / "summary.json"), out=str(path.resolve()))
 
 
 def load(run: str | Path) -> Result:

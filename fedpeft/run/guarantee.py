@@ -12,12 +12,13 @@ from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
 
 
-def epsilon_spent(here: World, number: int | None = None) -> dict[str, float]:
-    """`epsilon_max`, the most that any client has spent up to round `number`, under sample-level DP."""
+def epsilon_spent(here: World, number: int | None = None) -> dict[str, Any]:
+    """Under sample-level DP what each client has spent up to round `number`, and `epsilon_max`, the most of any."""
     if here.config.privacy.unit != "sample":
         return {}
     table = here.local.guard.spending(list(here.local.train_data), number)
-    return {"epsilon_max": max(row["epsilon"] for row in table.values())}
+    spent = {client: row["epsilon"] for client, row in table.items()}
+    return {"epsilon_max": max(spent.values()), "epsilon_by_client": spent}
 
 
 def section(here: World) -> dict[str, Any] | None:

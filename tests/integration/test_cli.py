@@ -164,7 +164,7 @@ def test_resume_of_no_run(fedpeft, tmp_path):
         (["simulate", "fedit", "adapter.target_modules=[nothing]"], "adapter.target_modules: no linear layer"),
         (["validate", "fedit", "adapter=lora_sb"], "adapter.name"),
         (["list", "strategy"], "Did you mean 'strategies'?"),
-        (["show", "fedsdv"], "Did you mean 'fedsvd'?"),
+        (["show", "fedsdv"], "Did you mean 'fedsvd'"),
         (["data", "prepare", "debain"], "Did you mean 'debian'?"),
         (["report", "no-such-run"], "no-such-run"),
     ],

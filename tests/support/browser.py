@@ -141,6 +141,19 @@ class Browser:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(base64.b64decode(shot["data"]))
 
+    def pixels_of_first_image(self) -> tuple[int, int]:
+        """Of the first image as shown: the red of its corner, and that of its ink, which lies farthest from it."""
+        from io import BytesIO
+
+        import numpy as np
+        from PIL import Image
+
+        (first, *_) = self.driver.find_elements("tag name", "img")
+        red = np.asarray(Image.open(BytesIO(first.screenshot_as_png)).convert("RGB"))[..., 0].astype(int)
+        corner = red[0, 0]
+        grey = red[:, : red.shape[1] // 5]  # the axis' names: letters in ink, no data
+        return int(corner), int(grey.flat[np.abs(grey - corner).argmax()])
+
     def problems(self) -> list[str]:
         """All that is wrong with the page as it stands."""
         return [*self.console(), *self.violations(), *self.overflow()]

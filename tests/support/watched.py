@@ -62,7 +62,7 @@ def dead_process() -> int:
 
 def state(watched: Watched) -> dict[str, Any]:
     """Of the only run."""
-    (only,) = watched.states()
+    (only,) = watched.states()["runs"]
     return only
 
 

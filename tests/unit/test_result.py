@@ -10,6 +10,8 @@ import PIL.Image
 import pytest
 
 import fedpeft
+from fedpeft.record.result import load_ended
+from support.run_folders import make_run
 
 TINY = {
     **{"run.rounds": 2, "run.baselines": False, "run.clients_per_round": None, "data.clients": 4},
@@ -99,3 +101,18 @@ def test_folders_are_aggregated_from_python_with_numbers_and_options(result, tmp
         fedpeft.aggregate("fedit", [adapter, adapter], tmp_path / "other", weights=[1])
     with pytest.raises(fedpeft.InputError, match="'nothing' is not known"):
         fedpeft.aggregate("fedsvd", [adapter], tmp_path / "other", {"nothing": 1})
+
+
+def test_only_a_run_that_has_ended_as_its_config_says_counts_as_ended(tmp_path):
+    run = make_run(tmp_path / "run", rounds=3)
+    (run / "adapter").mkdir()
+    (run / "report.html").write_text("")
+    config = (run / "resolved.yaml").read_text()
+    (run / "resolved.yaml").write_text(f"{config}  rounds: 3\n")
+    done = load_ended(run)
+    assert done is not None and done["rounds"] == 3 and done.folder == run
+    (run / "resolved.yaml").write_text(f"{config}  rounds: 5\n")
+    assert load_ended(run) is None, "its config asks for more rounds now"
+    (run / "resolved.yaml").write_text(f"{config}  rounds: 3\n")
+    (run / "adapter").rmdir()
+    assert load_ended(run) is None and load_ended(tmp_path) is None

@@ -96,18 +96,23 @@ def add_site(path: Path, name: str, public_key: str) -> dict[str, Any]:
 
 
 def sites(path: Path) -> dict[str, Any]:
-    """Every site that was added, and whether it is connected."""
+    """Every site that was added, whether it is connected, and until when, in unix seconds, it was one that is not."""
     server = settings.server(path)
-    running, online = state(server), {}
+    running = state(server)
+    known: dict[str, Any] = {}
     if running:
         from fedpeft.deploy.coordinator.control import connect_once
 
         with connect_once(server, running["insecure"]) as control:
-            online = {node.name: node.status for node in control.nodes()}
-    return {
-        "running": bool(running),
-        "sites": [{"name": name, "status": online.get(name, "unknown")} for name in server.sites()],
-    }
+            known = {node.name: node for node in control.nodes()}
+    return {"running": bool(running), "sites": [_site_row(name, known.get(name)) for name in server.sites()]}
+
+
+def _site_row(name: str, node: Any) -> dict[str, Any]:
+    if node is None:
+        return {"name": name, "status": "unknown", "online_until": None}
+    away = node.status == "offline" and node.online_until > 0
+    return {"name": name, "status": node.status, "online_until": node.online_until if away else None}
 
 
 def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float = 0.5) -> dict[str, Any]:
