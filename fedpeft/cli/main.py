@@ -285,6 +285,7 @@ def chat(
     from fedpeft.run import chat as chats
     from fedpeft.run.trained import open_trained
 
+    chats.require_settings(overrides or [])
     trained = open_trained(model, overrides or [])
     chats.require_language_model(trained, history)
     for question, answer in chats.answers(trained, _read_lines("> "), max_new_tokens, history, console.fail):

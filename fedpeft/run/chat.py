@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fedpeft.data.conversations import Turn
 from fedpeft.errors import InputError
 from fedpeft.run.generations import generate_answers
 from fedpeft.run.predict import Asker
 from fedpeft.run.trained import Trained
+
+
+def require_settings(overrides: Sequence[str]) -> None:
+    """Refuse a question in the place of overrides."""
+    for text in overrides:
+        if "=" not in text:
+            raise InputError(
+                f"'{text}': behind the model stand overrides, key=value. Questions are lines of the input: type them "
+                "once it runs, or pipe them in (echo 'QUESTION' | fedpeft chat MODEL)."
+            )
 
 
 def require_language_model(trained: Trained, history: bool) -> None:

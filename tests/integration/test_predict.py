@@ -233,3 +233,8 @@ def test_refusals(fedpeft, runs, tmp_path):
 def test_an_answer_of_no_token_is_refused(tmp_path, most):
     with pytest.raises(InputError, match=f"--max-new-tokens {most}: an answer needs room"):
         predict(tmp_path, tmp_path, tmp_path / "out.csv", {}, most)
+
+
+def test_a_question_behind_the_model_is_refused_with_how_to_ask(fedpeft, tmp_path):
+    done = fedpeft("chat", tmp_path / "run", "What is 2 + 2?")
+    assert done.code == 2 and "Questions are lines of the input" in " ".join(done.err.split())
