@@ -8,7 +8,7 @@
     VERA        W x + b * B (d * A x), A and B frozen
     DELORA      W x + B (lambda / (r |a_i| |b_i|) * A (|w| * x))
     MISS        W x + M^T (sum of the blocks of x); W x + M x of fewer rows, repeated (mini)
-    FOURIERFT   W x + s Re IDFT(S IDFT(x)): two transforms of x and n entries, where peft makes the dense weight
+    FOURIERFT   W x + s Re IDFT(S IDFT(x)): two transforms of x and n entries; of many rows the dense weight, as in peft
     SHIRA       W x + s S x, S of n entries
 
 A layer that is switched off, merged or has several adapters has no rule, nor has dropout in front of DoRA.
@@ -159,10 +159,16 @@ def _apply_miss(module: Any, x: Tensor, own: Values) -> Tensor:
 def _apply_fourierft(module: Any, x: Tensor, own: Values) -> Tensor:
     spectrum = own["fourierft_spectrum.default"].unsqueeze(-2)
     rows, columns = module.indices[DEFAULT].to(x.device)
-    y = module.base_layer(x)
+    y, scale, out = module.base_layer(x), module.fourierft_scaling[DEFAULT], module.out_features
+    if x.shape[-2] * len(rows) > out * x.shape[-1]:
+        # Of many rows the entries would be more work, and more to keep, than the dense weight of each group.
+        places = rows * x.shape[-1] + columns
+        dense = spectrum.new_zeros(*spectrum.shape[:-2], out * x.shape[-1]).index_add(-1, places, spectrum.squeeze(-2))
+        weight = torch.fft.ifft2(dense.unflatten(-1, (out, -1))).real
+        return (y + scale * (x.to(weight.dtype) @ weight.mT)).to(y.dtype)  # type: ignore[no-any-return]
     picked = torch.fft.ifft(x.to(spectrum.dtype), dim=-1)[..., columns] * spectrum
-    bins = picked.new_zeros(*x.shape[:-1], module.out_features).index_add(-1, rows, picked)
-    return (y + module.fourierft_scaling[DEFAULT] * torch.fft.ifft(bins, dim=-1).real).to(y.dtype)  # type: ignore[no-any-return]
+    bins = picked.new_zeros(*x.shape[:-1], out).index_add(-1, rows, picked)
+    return (y + scale * torch.fft.ifft(bins, dim=-1).real).to(y.dtype)  # type: ignore[no-any-return]
 
 
 def _apply_shira(module: Any, x: Tensor, own: Values) -> Tensor:
