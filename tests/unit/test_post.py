@@ -100,6 +100,17 @@ def test_an_answer_that_did_not_come_whole_gives_way_to_another_and_a_whole_one_
     assert reply.content["config"]["text"] == "second"
 
 
+def test_a_site_that_asks_for_an_older_message_of_the_same_content_is_given_the_newer_one_too(box):
+    """A run that was started again asks anew: parts of what its sites still have from before are parts of that too."""
+    name = send(box)
+    own = box.letters[name].objects
+    assert len(own) == 3
+    for part in own.keys() - {name}:
+        assert call(box, "PullObject", run_id=RUN, object_id=part).object_found
+    assert not call(box, "PullObject", run_id=RUN, object_id="0" * 64).object_found  # the older message itself
+    assert fetch(box).content["config"]["text"] == "hello"
+
+
 def test_a_site_cannot_read_or_answer_what_is_another_s(box):
     name = send(box)
     message = fetch(box)

@@ -209,10 +209,10 @@ class Post(Grid):
 
     def PullObject(self, node: int, asked: Any) -> Any:
         """A part of a message to this node."""
-        held = ((name, one) for name, one in self.of[node].items() if asked.object_id in one.objects)
-        name, found = next(held, ("", None))
-        if found is not None:
-            self.note_shown(found, name)
+        # By its own object alone: the others may be of an older message with the same content, from before a restart.
+        if (mine := self.of[node].get(asked.object_id)) is not None:
+            self.note_shown(mine, asked.object_id)
+        found = next((one for one in self.of[node].values() if asked.object_id in one.objects), None)
         content = found.objects[asked.object_id] if found else b""
         there = found is not None
         kind = flower.answer_type("PullObject")
