@@ -7,6 +7,7 @@ is in `fedpeft.flower`. tests/unit/test_flower_names.py lists each private name,
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from flwr import __version__
+from flwr.app import ConfigRecord as PublicConfigRecord
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
@@ -45,6 +47,7 @@ __all__ = [
 HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away
 KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED = 23, 2004, 2007  # Flower's numbers of errors
 FRESH_S = 20.0  # of a signature
+ALONG, ALONG_BYTES = "fedpeft.objects", 2**16  # a record with a message's objects, and the most of them
 SIGNED: dict[Any, tuple[float, list[tuple[str, str | bytes]]]] = {}  # by keys: when, and the identity
 Objects = Callable[[str], bytes]
 METHODS = DESCRIPTOR.services_by_name["Fleet"].methods_by_name
@@ -156,6 +159,27 @@ def put_together(root: str, contents: dict[str, bytes]) -> Message:
     message = cast(Message, inflate_object_from_contents(root, contents))
     message.metadata.__dict__["_message_id"] = root  # an object does not hold its own hash
     return message
+
+
+def send_along(message: Any, objects: dict[str, bytes]) -> None:
+    """Let small objects of a message travel in the call that names it, as each of them costs a call otherwise.
+
+    Flower leaves `content` of a message empty, and reads nothing of it: its content is in the objects.
+    """
+    if sum(map(len, objects.values())) <= ALONG_BYTES:
+        message.content.CopyFrom(recorddict_to_proto(RecordDict({ALONG: PublicConfigRecord({**objects})})))
+
+
+def take_along(message: Any) -> dict[str, bytes]:
+    """The objects that travelled with a message, which then has none; what is not what its id says is left out."""
+    found = {
+        entry.key: bytes(entry.value.bytes)
+        for item in message.content.items
+        if item.key == ALONG
+        for entry in item.config_record.items
+    }
+    message.ClearField("content")
+    return {name: content for name, content in found.items() if hashlib.sha256(content).hexdigest() == name}
 
 
 def deflated(reply: Message) -> tuple[PushMessagesRequest, Objects]:

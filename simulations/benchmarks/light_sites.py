@@ -116,14 +116,17 @@ class LightSite:
     async def answer(self, pulled: Any) -> None:
         """Fetch a message, answer it, and bring the answer back."""
         run = pulled.messages_list[0].metadata.run_id
-        contents = {}
-        for name in dict.fromkeys(flower.object_ids(pulled.message_object_trees[0])):
+        contents, names = flower.take_along(pulled.messages_list[0]), flower.object_ids(pulled.message_object_trees[0])
+        along = bool(contents)
+        for name in set(names) - set(contents):
             contents[name] = (await self.call("PullObject", run_id=run, object_id=name)).object_content
         message = flower.inflated(pulled, contents)
         if self.late_s and message.metadata.message_type.startswith("train"):
             await asyncio.sleep(self.late_s)
         request, objects = flower.deflated(self.reply(message, flower.context_of(pulled)))
         reply, tree = request.messages_list[0], request.message_object_trees[0]
+        if along:
+            flower.send_along(reply, {name: objects(name) for name in flower.object_ids(tree)})
         taken = await self.call("PushMessages", messages_list=[reply], message_object_trees=[tree])
         for name in taken.objects_to_push:
             fields = {"run_id": run, "object_id": name, "object_content": objects(name)}

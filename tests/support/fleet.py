@@ -50,6 +50,7 @@ class State:
         self.replies, self.pending, self.confirmed = {}, {}, []
         self.before, self.after, self.calls = {}, {}, []
         self.session, self.ended, self.name, self.wait_s = 0, False, None, 0.0
+        self.along = False  # small objects travel in the calls that name them, as to and from a run of ours
 
     def send(self, text, ttl=3600.0):
         """A message with this text for the node; its id."""
@@ -116,7 +117,10 @@ class State:
             self.handed = self.waiting.pop(0)
         message, tree = self.handed or (None, None)
         found = {"messages_list": [message], "message_object_trees": [tree]} if message else {}
-        return flower.answer_type("PullMessages")(**found)
+        answer = flower.answer_type("PullMessages")(**found)
+        if message and self.along:
+            flower.send_along(answer.messages_list[0], {name: self.objects[name] for name in flower.object_ids(tree)})
+        return answer
 
     def running(self):
         if self.ended:
@@ -133,6 +137,8 @@ class State:
     def PushMessages(self, request, key):
         self.running()
         (reply,), (tree,) = request.messages_list, request.message_object_trees
+        assert self.along or not reply.HasField("content")  # to Flower's server that would mean something else
+        self.objects |= flower.take_along(reply)
         first = self.replies.setdefault(reply.metadata.reply_to_message_id, (reply, tree))
         if first[1].object_id != tree.object_id:
             raise AssertionError("another reply to the same message")

@@ -36,6 +36,16 @@ def test_messages_are_answered_one_after_another_and_confirmed_when_the_answer_i
     assert json.loads((site.path / "status.json").read_text())["state"] == "stopped"
 
 
+def test_small_objects_come_and_go_with_the_call_that_names_them(site):
+    state = State()
+    state.along = True
+    with at_work(site, state):
+        exchange(site, state, "small")
+        assert not {"PullObject", "PushObject"} & set(state.calls)
+        exchange(site, state, "large " * flower.ALONG_BYTES)
+        assert {"PullObject", "PushObject"} <= set(state.calls)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_every_grpc_status_once_in_every_kind_of_call(site, when):
     state = State()

@@ -84,7 +84,7 @@ def test_a_message_goes_to_its_site_once_and_comes_back_once(box):
     assert reply.content["config"]["text"] == "back" and reply.metadata.reply_to_message_id == name
     assert list(box.pull_messages([name])) == []
     # A site whose last call was answered by nobody makes it again, and is told that all is well.
-    assert bring(box, request, objects) == [] and call(box, "ConfirmMessageReceived", run_id=RUN) is not None
+    assert bring(box, request, objects) == []
     assert not box.letters and not any(box.of.values())
 
 
@@ -205,6 +205,49 @@ def test_an_answer_that_cannot_be_put_together_is_an_error_that_takes_no_other_w
     assert not replies[names[0]].has_error() and replies[names[1]].error.code == ErrorCode.UNKNOWN
     said = replies[names[1]].error.reason
     assert "unreadable" in said and said.isprintable() and len(said.encode()) <= 2048
+
+
+def test_a_small_message_takes_its_objects_along_and_so_may_its_answer(box):
+    name = send(box)
+    pulled = call(box, "PullMessages")
+    parts = flower.take_along(pulled.messages_list[0])
+    assert set(parts) == set(flower.object_ids(pulled.message_object_trees[0]))
+    assert not pulled.messages_list[0].content.items
+    request, objects = answer(flower.inflated(pulled, parts))
+    first = next(iter(objects))
+    odd = {**objects, first: b"another", hashlib.sha256(b"strange").hexdigest(): b"strange"}
+    flower.send_along(request.messages_list[0], odd)
+    trees = [request.message_object_trees[0]]
+    taken = call(box, "PushMessages", messages_list=request.messages_list, message_object_trees=trees)
+    assert list(taken.objects_to_push) == [first] and not list(box.pull_messages([name]))  # is not what its id says
+    flower.send_along(request.messages_list[0], objects)
+    assert not call(
+        box, "PushMessages", messages_list=request.messages_list, message_object_trees=trees
+    ).objects_to_push
+    (reply,) = box.pull_messages([name])
+    assert reply.content["config"]["text"] == "back"
+
+
+def test_a_large_message_does_not(box):
+    send(box, "x" * (flower.ALONG_BYTES + 1))
+    pulled = call(box, "PullMessages")
+    assert not pulled.messages_list[0].content.items
+    assert call(box, "PullObject", object_id=pulled.message_object_trees[0].object_id).object_available
+
+
+def test_what_an_answer_takes_along_has_no_more_room_than_what_it_brings(box):
+    name = send(box)
+    message = flower.inflated(pulled := call(box, "PullMessages"), flower.take_along(pulled.messages_list[0]))
+    box.letters[name].room = 100
+    request, objects = answer(message, "y" * 1000)
+    flower.send_along(request.messages_list[0], objects)
+    with pytest.raises(Refusal, match="more than 100 bytes"):
+        call(
+            box,
+            "PushMessages",
+            messages_list=request.messages_list,
+            message_object_trees=request.message_object_trees,
+        )
 
 
 def test_what_will_not_be_answered_is_an_error(box):

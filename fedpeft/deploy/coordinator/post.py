@@ -35,7 +35,7 @@ from fedpeft.foreign import shown
 log = logging.getLogger("fedpeft")
 FRAME = struct.Struct(">IIQB")  # bytes that follow, call, node or status, method
 BELL = 0  # no call: a node has a message
-METHODS = ("PullMessages", "PullObject", "PushMessages", "PushObject", "ConfirmMessageReceived")
+METHODS = ("PullMessages", "PullObject", "PushMessages", "PushObject")
 PLACE = "post"  # a file in the coordinator's folder: the port of the face's counter
 SERVER = 1  # Flower's number of the node that messages to sites are from
 AGAIN_S = 0.1
@@ -204,6 +204,7 @@ class Post(Grid):
         if box := self.boxes[node]:
             letter = self.letters[box.pop(0)]
             made.messages_list.append(letter.request.messages_list[0])
+            flower.send_along(made.messages_list[0], letter.objects)
             made.message_object_trees.append(letter.request.message_object_trees[0])
         return made
 
@@ -221,6 +222,7 @@ class Post(Grid):
     def PushMessages(self, node: int, asked: Any) -> Any:
         """What is still missing of an answer; nothing of one that nobody waits for."""
         reply, tree = asked.messages_list[0], asked.message_object_trees[0]
+        along = flower.take_along(reply)
         letter = self.letters.get(reply.metadata.reply_to_message_id)
         kind = flower.answer_type("PushMessages")
         if letter is None or letter.node != node or reply.metadata.src_node_id != node:
@@ -233,6 +235,8 @@ class Post(Grid):
         if not letter.answered() and (letter.tree is None or letter.tree.object_id != tree.object_id):
             letter.begin(reply, tree)
         known = letter.tree.object_id == tree.object_id
+        for name in [name for name in along if known and name in letter.missing]:
+            self.take_object(letter, name, along[name])
         return kind(
             objects_to_push=list(letter.missing) if known else [], session_id=reply.metadata.reply_to_message_id
         )
@@ -248,16 +252,16 @@ class Post(Grid):
         content = bytes(asked.object_content)
         if hashlib.sha256(content).hexdigest() != asked.object_id:
             raise Refusal(HTTPStatus.BAD_REQUEST, "an object is not what its id says.")
-        if letter.size() + len(content) > letter.room:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer of more than {letter.room} bytes.")
-        letter.put(asked.object_id, content, self.folder)
-        if letter.answered():
-            self.changed.notify_all()
+        self.take_object(letter, asked.object_id, content)
         return kind(stored=True)
 
-    def ConfirmMessageReceived(self, node: int, asked: Any) -> Any:
-        """Nothing is to be done: an answer is there when all of it is."""
-        return flower.answer_type("ConfirmMessageReceived")()
+    def take_object(self, letter: Letter, name: str, content: bytes) -> None:
+        """Take a part of an answer, unless that becomes too large; tell who waits when all of it is there."""
+        if letter.size() + len(content) > letter.room:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer of more than {letter.room} bytes.")
+        letter.put(name, content, self.folder)
+        if letter.answered():
+            self.changed.notify_all()
 
 
 def whole(name: str, letter: Letter) -> Message:

@@ -48,7 +48,8 @@ WAIT_S = 20.0  # of a pull, when there is no message
 LOOK_S = 1.0  # between looks at Flower for messages of which nobody told us; longer when many sites wait
 LOOKS_PER_S = 10
 REPEATS = 3  # of one message
-SHOWS = {"GetRun", "GetFab", "PullObject", "PushMessages", "PushObject", "ConfirmMessageReceived"}
+CONFIRM = "ConfirmMessageReceived"
+SHOWS = {"GetRun", "GetFab", "PullObject", "PushMessages", "PushObject", CONFIRM}
 THREADS = 4  # at work on Flower's state, of which one writes at a time
 T = TypeVar("T")
 
@@ -125,7 +126,7 @@ class Relay:
                 return await self.activate(body, key)
             if method in SHOWS:
                 line.settle()
-            if method in METHODS:
+            if method in (*METHODS, CONFIRM):
                 return await self.of_a_run(method, line, body, key)
             return await self.work(self.fleet.call, method, body, key)
         finally:
@@ -194,6 +195,8 @@ class Relay:
         run, node = named_in(method, body)
         if run in self.counter.runs:
             await self.require_own(line, node, key)
+            if method == CONFIRM:  # nothing is to be done: an answer is there when all of it is
+                return b""
             return await self.counter.call(run, method, line.node, body)
         if (folder := await self.work(self.server.run_with, run)) is not None:
             if get_status(folder)["state"] in ENDED:

@@ -206,7 +206,7 @@ class Node:
         until = deadline_of(data)
         try:
             if owed.answered() or self.answer(owed, until):
-                self.push(*owed.reply(), until)
+                self.push(*owed.reply(), until, bool(owed.along))
             self.insist("ConfirmMessageReceived", until, run_id=data.run_id, message_object_id=owed.path.name)
         except Gone as error:
             log.info("a message needs no answer any more: %s", error)
@@ -240,7 +240,9 @@ class Node:
             yield from pool.map(lambda name: self.fetch(owed, name, until), owed.names[start : start + AT_ONCE])
 
     def fetch(self, owed: Owed, name: str, until: float) -> bytes:
-        """One object of a message, as soon as the coordinator has it."""
+        """One object of a message, as soon as the coordinator has it, unless it came with the message."""
+        if name in owed.along:
+            return owed.along[name]
         run = owed.pulled.messages_list[0].metadata.run_id
         while True:
             answer = self.insist("PullObject", until, run_id=run, object_id=name)
@@ -250,10 +252,14 @@ class Node:
                 raise Gone("the coordinator has dropped it.")
             self.stopping.wait(POLL_S)
 
-    def push(self, request: flower.PushMessagesRequest, objects: flower.Objects, until: float) -> None:
-        """Bring an answer and all of its objects to the coordinator."""
+    def push(
+        self, request: flower.PushMessagesRequest, objects: flower.Objects, until: float, along: bool = False
+    ) -> None:
+        """Bring an answer and all of its objects to the coordinator; `along` if it takes them in one call."""
         reply, tree = request.messages_list[0], request.message_object_trees[0]
         names = set(flower.object_ids(tree))
+        if along:
+            flower.send_along(reply, {name: objects(name) for name in names})
 
         def bring(name: str) -> bool:
             fields = {"run_id": reply.metadata.run_id, "object_id": name, "object_content": objects(name)}

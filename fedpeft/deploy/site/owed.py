@@ -34,6 +34,7 @@ class Owed:
         self.path = path
         self.pulled = PullMessagesResponse.FromString((path / "pulled").read_bytes())
         self.names = names_in(self.pulled)
+        self.along = flower.take_along(self.pulled.messages_list[0])
 
     @classmethod
     def take(cls, folder: Path, pulled: PullMessagesResponse) -> Owed:
