@@ -6,11 +6,15 @@ Flower's public interface is flwr.app, flwr.clientapp and flwr.serverapp; no oth
 
 from __future__ import annotations
 
+from typing import Any
+
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode, SType
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["ErrorCode", "Run", "SType", "empty_run", "identify"]
+__all__ = ["ErrorCode", "OwnGrid", "Run", "SType", "empty_run", "identify"]
 
 
 def identify(run: int, node: int, task: int) -> None:
@@ -21,3 +25,25 @@ def identify(run: int, node: int, task: int) -> None:
 def empty_run(number: int) -> Run:
     """A run of which nothing is known but its number."""
     return Run.create_empty(number)
+
+
+class OwnGrid(Grid):
+    """What our grids have in common: their run, and messages made as they are asked for. Answers are pulled."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        raise NotImplementedError("a strategy of ours pulls its answers itself")

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from fedpeft.clients.app import CohortApp
-from fedpeft.flower import ErrorCode, Run, empty_run, identify
+from fedpeft.flower import ErrorCode, OwnGrid, empty_run, identify
 from fedpeft.simulations.workers import Outcome, Pool, Worker, handle_message
 
 SERVER_NODE = 1
@@ -32,7 +31,7 @@ class Node:
     state: RecordDict
 
 
-class LocalGrid(Grid):
+class LocalGrid(OwnGrid):
     """Nodes that run one ClientApp here.
 
     Args:
@@ -53,6 +52,7 @@ class LocalGrid(Grid):
         share: int = 256,
         start: Callable[[Callable[[], ClientApp], int], Worker] = Worker,
     ) -> None:
+        super().__init__(empty_run(RUN_ID))
         identify(RUN_ID, SERVER_NODE, SERVER_NODE)
         self.nothing = RecordDict()  # one for all nodes that keep nothing, as apps get copies
         self.nodes = {node: Node(config, self.nothing) for node, config in nodes.items()}
@@ -61,19 +61,6 @@ class LocalGrid(Grid):
         self.app = None if workers else make_app()
         self.ids = itertools.count(1)
         self.queue: dict[str, Message] = {}
-        self._run = empty_run(RUN_ID)
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)

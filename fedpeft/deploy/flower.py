@@ -44,6 +44,7 @@ __all__ = [
     "remove_content_from_message",
 ]
 
+PROTOBUF = "application/protobuf"  # of bodies over HTTP
 HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away
 KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED = 23, 2004, 2007  # Flower's numbers of errors
 FRESH_S = 20.0  # of a signature

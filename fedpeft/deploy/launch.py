@@ -8,6 +8,7 @@ worker      what has model and data at a site
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import resource
@@ -17,6 +18,12 @@ import threading
 import time
 from pathlib import Path
 
+ROLES = {
+    "superlink": "fedpeft.deploy.coordinator.flower:run_superlink",
+    "face": "fedpeft.deploy.coordinator.face:main",
+    "run": "fedpeft.deploy.coordinator.run:main",
+    "worker": "fedpeft.deploy.site.worker:main",
+}
 POLL_S = 0.5
 DEBUG = "FEDPEFT_DEBUG"
 FILES = 65_536  # that a process may have open at once: each site is a connection, and its answer a file
@@ -36,24 +43,8 @@ def main(arguments: list[str]) -> None:
         wanted = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     log_lines("" if role == "run" else f"{role}: ")
-    if role == "superlink":
-        from fedpeft.deploy.coordinator.flower import run_superlink
-
-        run_superlink(rest)
-    elif role == "face":
-        from fedpeft.deploy.coordinator.face import main as face
-
-        face(Path(folder), *rest)
-    elif role == "run":
-        from fedpeft.deploy.coordinator.run import main as play
-
-        play(Path(folder), *rest)
-    elif role == "worker":
-        from fedpeft.deploy.site.worker import main as worker
-
-        worker(Path(folder), *rest)
-    else:
-        raise SystemExit(f"unknown role {role}")
+    module, act = ROLES[role].split(":")
+    getattr(importlib.import_module(module), act)(Path(folder), *rest)
 
 
 def log_lines(who: str) -> None:

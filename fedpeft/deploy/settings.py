@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
-from fedpeft import folders, foreign
+from fedpeft import foreign
 from fedpeft.config.option import option
 from fedpeft.deploy.address import join, parse_endpoint, parse_host, parse_listen
 from fedpeft.deploy.keys import pem
@@ -179,22 +178,6 @@ def require_name(name: str, key: str) -> None:
             f"{key}: '{name}' is not a name: up to 63 letters, digits, dots, hyphens and underscores, the "
             "first a letter or digit."
         )
-
-
-def new_folder(path: Path) -> Path:
-    """Make a private folder for one of these.
-
-    Raises:
-        InputError: it exists and is not empty.
-    """
-    folder = folders.empty(path, "DIR", "").path
-    folder.chmod(0o700)
-    return folder
-
-
-def new_secret() -> bytes:
-    """What a process must know to be given work by the SuperLink."""
-    return secrets.token_bytes(32)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 from fedpeft.deploy import settings
 from fedpeft.deploy.address import answers
 from fedpeft.deploy.coordinator import server as commands
-from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import Control
 from fedpeft.deploy.site import site
 from fedpeft.simulations.benchmarks import stock_runs
 

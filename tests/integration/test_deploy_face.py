@@ -20,7 +20,7 @@ from flwr.proto.node_pb2 import Node
 
 from fedpeft.deploy import address, keys, settings
 from fedpeft.deploy.coordinator import daemon, server
-from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import Control
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.processes import end_children
 from fedpeft.flower import empty_run

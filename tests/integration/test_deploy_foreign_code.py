@@ -18,7 +18,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedpeft import config as configs
 from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
-from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import Control
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.processes import end_children
 from fedpeft.simulations.benchmarks import stock_runs

@@ -294,6 +294,8 @@ def test_private_files_are_their_owner_s_alone(tmp_path):
 
 
 class FakeGrid:
+    run = None
+
     """Nodes as Flower reports them; replies are what the test puts in."""
 
     def __init__(self):

@@ -20,7 +20,7 @@ from peft import get_peft_model_state_dict
 
 from fedpeft.deploy import address, settings
 from fedpeft.deploy.coordinator import daemon
-from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import Control
 from fedpeft.deploy.processes import end_children
 from fedpeft.flower import identify
 from fedpeft.simulations.benchmarks import stock_runs

@@ -10,10 +10,11 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.coordinator import relay, server
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, PullMessagesRequest, PullMessagesResponse
+from fedpeft.deploy.flower import METHODS
 
 NODE = 7
 
@@ -88,5 +89,5 @@ def pulled(*received):
 
 def of_run(method, run=5, node=NODE, **fields):
     """A call that is of a run."""
-    kind = FLEET_METHODS[method].input_type._concrete_class
+    kind = METHODS[method].input_type._concrete_class
     return kind(node={"node_id": node}, run_id=run, **fields).SerializeToString()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.deploy.coordinator.fleet import FleetApi
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS
+from fedpeft.deploy.flower import METHODS
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
@@ -71,10 +71,10 @@ def test_flower_has_what_we_use_of_its_private_parts(module, name):
 
 
 def test_each_method_of_the_fleet_api_has_its_function_with_the_parts_that_we_have():
-    for name in FLEET_METHODS:
+    for name in METHODS:
         wanted = inspect.signature(FleetApi.handler(name)).parameters
         assert next(iter(wanted)) == "request" and {*wanted} <= {"request", "state", "store", "enable_supernode_auth"}
-    assert len(FLEET_METHODS) == 12
+    assert len(METHODS) == 12
 
 
 def test_nothing_else_imports_flower_s_private_parts():

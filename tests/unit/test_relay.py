@@ -12,11 +12,11 @@ import grpc
 import grpc.aio
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.message_pb2 import PullObjectResponse
 
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.coordinator import face, post, relay, server
-from fedpeft.deploy.coordinator.flower import DeactivateNodeRequest
 from fedpeft.deploy.flower import RUN_ENDED
 from fedpeft.flower import empty_run
 from support.relayed import NODE, flower, headers, named, of_run, pulled, rig

@@ -27,7 +27,7 @@ from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explain_error, write_bytes
 
 if TYPE_CHECKING:
-    from fedpeft.deploy.coordinator.control import Control
+    from fedpeft.deploy.coordinator.flower import Control
 
 log = logging.getLogger("fedpeft")
 POLL_S = 0.25
@@ -100,34 +100,14 @@ def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> list[Child]
 
 def superlink_options(server: Server, insecure: bool) -> list[str]:
     """The SuperLink's command line. It is on loopback with all of its APIs; sites reach the Fleet API by the face."""
-    chosen, folder = server.settings, server.path
-    tls = (
-        ["--insecure"]
-        if insecure
-        else [
-            "--ssl-ca-certfile",
-            str(folder / "ca.crt"),
-            "--ssl-certfile",
-            str(folder / "server.crt"),
-            "--ssl-keyfile",
-            str(folder / "server.key"),
-            "--enable-supernode-auth",
-        ]
-    )
-    return [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(chosen.control_port),
-        *tls,
-        "--database",
-        str(server.database(insecure)),
-        "--isolation",
-        "process",
-        "--superexec-auth-secret-file",
-        str(folder / "secret"),
-        "--disable-runtime-dependency-installation",
-    ]
+    folder, options = server.path, {"host": "127.0.0.1", "port": server.settings.control_port}
+    options |= {"database": server.database(insecure), "isolation": "process"}
+    options |= {"superexec-auth-secret-file": folder / "secret"}
+    if not insecure:
+        names = {"ssl-ca-certfile": "ca.crt", "ssl-certfile": "server.crt", "ssl-keyfile": "server.key"}
+        options |= {option: folder / name for option, name in names.items()}
+    flags = ["--insecure" if insecure else "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    return [*flags, *(f"--{option}={value}" for option, value in options.items())]
 
 
 @contextmanager
@@ -154,7 +134,7 @@ class Coordinator:
     @cached_property
     def control(self) -> Control:
         """The SuperLink's Control API."""
-        from fedpeft.deploy.coordinator.control import Control
+        from fedpeft.deploy.coordinator.flower import Control
 
         return Control(self.server, self.insecure)
 

@@ -22,9 +22,9 @@ import grpc
 import grpc.aio
 import uvicorn
 
-from fedpeft.deploy import address, settings
+from fedpeft.deploy import address, flower, settings
 from fedpeft.deploy.coordinator.fleet import FleetApi
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, FLEET_SERVICE, PROTOBUF, Refusal
+from fedpeft.deploy.coordinator.flower import Refusal
 from fedpeft.deploy.coordinator.relay import PATHS, Relay
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
@@ -102,8 +102,8 @@ class Methods(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
         self.handlers = {
-            f"/{FLEET_SERVICE}/{name}": (name, grpc.unary_unary_rpc_method_handler(answerer(relay, name)))
-            for name in FLEET_METHODS
+            flower.grpc_path_of(name): (name, grpc.unary_unary_rpc_method_handler(answerer(relay, name)))
+            for name in flower.METHODS
         }
 
     def service(self, handler_call_details: Any) -> Any:
@@ -183,7 +183,7 @@ def door(relay: Relay) -> Callable[[dict[str, Any], Receive, Send], Awaitable[No
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             status: int = HTTPStatus.OK
-            kind, content = PROTOBUF, await passed(relay, scope, headers, receive)
+            kind, content = flower.PROTOBUF, await passed(relay, scope, headers, receive)
         except Refusal as refusal:
             status, kind = refusal.status, "application/json"
             said = refusal.said

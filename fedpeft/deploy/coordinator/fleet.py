@@ -23,8 +23,7 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, Refusal
-from fedpeft.deploy.flower import DecodeError
+from fedpeft.deploy.coordinator.flower import Refusal, read_request
 
 LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 NO_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
@@ -72,10 +71,7 @@ class FleetApi:
         Raises:
             Refusal: by Flower, with its number, or there is no answer.
         """
-        try:
-            asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
-        except DecodeError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+        asked = read_request(method, body)
         handler = self.handler(method)
         wanted = inspect.signature(handler).parameters
         try:

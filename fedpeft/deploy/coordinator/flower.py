@@ -1,53 +1,42 @@
-"""What the coordinator's processes use of Flower beyond its public interface: its Control API, names of its Fleet API.
+"""What the coordinator's processes use of Flower beyond its public interface: the Control API of its SuperLink.
 
 Private, and so listed and tried by tests/unit/test_flower_names.py: the messages of its APIs (flwr.proto) and the HTTP
 client of its operators (flwr.supercore). What needs Flower's server is in `coordinator.fleet`.
 
 The SuperLink registers sites and knows which are connected. Runs of fedpeft are none of its runs: their messages are in
-their own processes (`post`), and their names and states in their folders.
+their own processes (`post`), and their names and states in their folders. It has no user accounts: who reaches its port
+may submit runs. It is bound to 127.0.0.1, and what is submitted is never executed: nobody takes it from the SuperLink.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
 
+import httpx
 from flwr.app import Error, Message, Metadata
 from flwr.app.message.message import make_message
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
-from flwr.proto.fleet_pb2 import DESCRIPTOR, DeactivateNodeRequest, PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-__all__ = [
-    "FLEET_METHODS",
-    "FLEET_SERVICE",
-    "LATEST_S",
-    "OLDEST_S",
-    "PROTOBUF",
-    "ControlHttpClient",
-    "DeactivateNodeRequest",
-    "ListNodesRequest",
-    "NodeInfo",
-    "NodeStatus",
-    "PullMessagesRequest",
-    "PullMessagesResponse",
-    "Refusal",
-    "RegisterNodeRequest",
-    "UnregisterNodeRequest",
-    "control_client",
-    "error_reply",
-    "is_signed",
-    "run_superlink",
-]
-FLEET_SERVICE = DESCRIPTOR.services_by_name["Fleet"].full_name
-FLEET_METHODS = DESCRIPTOR.services_by_name["Fleet"].methods_by_name
-PROTOBUF = PROTOBUF_MEDIA_TYPE
+from fedpeft.deploy.flower import METHODS, DecodeError
+from fedpeft.deploy.settings import Server
+from fedpeft.errors import RunError
+
+log = logging.getLogger("fedpeft")
 LATEST_S, OLDEST_S = SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE  # of a signature's time
+RETRY_S = 0.1  # while the SuperLink is being started
 
 
 class Refusal(Exception):
@@ -63,17 +52,24 @@ class Refusal(Exception):
         return cls(status, json.dumps({"code": number, "public_message": said}))
 
 
-def run_superlink(arguments: list[str]) -> None:
-    """Be Flower's SuperLink, with the options of its command line."""
+def read_request(method: str, body: bytes) -> Any:
+    """The request of a call to the Fleet API.
+
+    Raises:
+        Refusal: it is none.
+    """
+    try:
+        return METHODS[method].input_type._concrete_class.FromString(body)
+    except DecodeError as error:
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
+
+
+def run_superlink(folder: Path, *arguments: str) -> None:
+    """Be Flower's SuperLink, with the options of its command line; it is told of the folder in these."""
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     sys.argv = ["flower-superlink", *arguments]
     flower_superlink()
-
-
-def control_client(place: str, root: bytes | None) -> ControlHttpClient:
-    """The API of operators at HOST:PORT; without a root certificate not over TLS."""
-    return ControlHttpClient.from_server_address(place, root is None, root, [])
 
 
 def error_reply(about: Metadata, error: Error) -> Message:
@@ -84,3 +80,68 @@ def error_reply(about: Metadata, error: Error) -> Message:
 def is_signed(key: bytes, text: str, signature: bytes) -> bool:
     """Whether the holder of a key, which is given as Flower keeps it, has signed the text."""
     return verify_signature(bytes_to_public_key(key), text.encode(), signature)
+
+
+class Control:
+    """A connection to the running coordinator."""
+
+    def __init__(self, server: Server, insecure: bool) -> None:
+        self.server = server
+        root = None if insecure else (server.path / "ca.crt").read_bytes()
+        self.client = ControlHttpClient.from_server_address(server.control, root is None, root, [])
+
+    def nodes(self) -> list[NodeInfo]:
+        """The SuperLink's nodes that have not been unregistered, online or not."""
+        answer = self.client.ListNodes(ListNodesRequest())
+        return [node for node in answer.nodes_info if node.status != NodeStatus.UNREGISTERED]
+
+    def online(self) -> list[NodeInfo]:
+        """The nodes that count as connected, as soon as the SuperLink answers."""
+        while True:
+            try:
+                return [node for node in self.nodes() if node.status == NodeStatus.ONLINE]
+            except httpx.TransportError as error:
+                log.debug("the SuperLink does not answer: %s", error)
+                time.sleep(RETRY_S)
+
+    def register(self, name: str, key: bytes) -> None:
+        """Let the holder of this public key, in PEM, connect under the name."""
+        self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+    def unregister(self, node: int) -> None:
+        """Shut a node out; the SuperLink keeps it, as unregistered."""
+        self.client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+    def register_missing(self) -> None:
+        """Make the SuperLink's sites those of the folder."""
+        nodes, wanted = self.nodes(), set(self.server.site_keys().items())
+        for node in nodes:
+            # Key and name together: a site that made a new key is another one to the SuperLink.
+            if node.public_key and node.name and (node.name, node.public_key) not in wanted:
+                self.unregister(node.node_id)
+        known = {(node.name, node.public_key) for node in nodes}
+        for name, key in sorted(wanted - known):
+            self.register(name, key)
+
+    def close(self) -> None:
+        """Close the HTTP connection; the coordinator goes on."""
+        self.client.close()
+
+
+@contextmanager
+def connect_once(server: Server, insecure: bool) -> Iterator[Control]:
+    """A connection for one command.
+
+    Raises:
+        RunError: the coordinator does not answer.
+    """
+    control = Control(server, insecure)
+    try:
+        yield control
+    except httpx.HTTPError as error:
+        raise RunError(
+            f"the coordinator does not answer on {server.control}: {error}. Is `fedpeft server start "
+            f"{server.path}` running?"
+        ) from error
+    finally:
+        control.close()

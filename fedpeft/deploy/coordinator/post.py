@@ -23,13 +23,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Error, Message
 
 from fedpeft.deploy import flower
-from fedpeft.deploy.coordinator.flower import FLEET_METHODS, Refusal, error_reply
+from fedpeft.deploy.coordinator.flower import Refusal, error_reply, read_request
 from fedpeft.deploy.coordinator.letter import TIMES, Letter
-from fedpeft.flower import ErrorCode, Run, identify
+from fedpeft.flower import ErrorCode, OwnGrid, Run, identify
 from fedpeft.foreign import shown
 
 log = logging.getLogger("fedpeft")
@@ -44,7 +43,7 @@ AWAY_S = 5.0  # between looks for sites that went away
 OBJECTS, ENVELOPE = 10_000, 2**16  # objects of one answer; bytes of what an answer is without its content
 
 
-class Post(Grid):
+class Post(OwnGrid):
     """Flower's Grid for one run, whose sites' calls it answers itself.
 
     Args:
@@ -53,7 +52,8 @@ class Post(Grid):
     """
 
     def __init__(self, run: Run, nodes: Callable[[], Iterable[Any]], folder: Path) -> None:
-        self.made_for, self.nodes, self.folder = run, nodes, folder
+        super().__init__(run)
+        self.nodes, self.folder = nodes, folder
         identify(run.run_id, SERVER, 0)
         self.letters: dict[str, Letter] = {}
         self.of: dict[int, dict[str, Letter]] = defaultdict(dict)  # the same by nodes
@@ -61,18 +61,6 @@ class Post(Grid):
         self.changed = threading.Condition()
         self.looked, self.away = time.monotonic(), set[int]()
         self.ring: Callable[[int], None] = lambda node: None
-
-    def set_run(self, run: Run) -> None:
-        self.made_for = run
-
-    @property
-    def run(self) -> Run:
-        return self.made_for
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_nodes(self) -> Iterable[Any]:
         return self.nodes()
@@ -175,9 +163,6 @@ class Post(Grid):
         if name in self.boxes[letter.node]:
             self.boxes[letter.node].remove(name)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError("a run pulls its answers itself")
-
     def answer(self, method: str, node: int, body: bytes) -> bytes:
         """The answer to the call of a node.
 
@@ -186,9 +171,8 @@ class Post(Grid):
         """
         with self.changed:
             try:
-                asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
-                made = getattr(self, method)(node, asked)
-            except (flower.DecodeError, IndexError) as error:
+                made = getattr(self, method)(node, read_request(method, body))
+            except IndexError as error:
                 raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
             except OSError as error:
                 said = f"the coordinator's disk: {error.strerror}."

@@ -19,27 +19,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedpeft.deploy import flower
 from fedpeft.deploy.coordinator.counter import Counter
-from fedpeft.deploy.coordinator.flower import (
-    FLEET_METHODS,
-    LATEST_S,
-    OLDEST_S,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PullMessagesResponse,
-    Refusal,
-    is_signed,
-)
+from fedpeft.deploy.coordinator.flower import LATEST_S, OLDEST_S, Refusal, is_signed, read_request
 from fedpeft.deploy.coordinator.post import METHODS
 from fedpeft.deploy.coordinator.server import ENDED, get_status
-from fedpeft.deploy.flower import RUN_ENDED, UNKNOWN_KEY, DecodeError, path_of
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
 
+if TYPE_CHECKING:
+    from fedpeft.deploy.coordinator.fleet import FleetApi
+
 log = logging.getLogger("fedpeft")
-PATHS = {path_of(name): name for name in FLEET_METHODS}
+PATHS = {flower.path_of(name): name for name in flower.METHODS}
 KEY, STAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"  # over gRPC two of them end in -bin
 LARGE = {"PushObject"}  # the others name things
 SMALL_CALL = 2**20  # bytes
@@ -52,19 +46,6 @@ CONFIRM = "ConfirmMessageReceived"
 SHOWS = {"GetRun", "GetFab", "PullObject", "PushMessages", "PushObject", CONFIRM}
 THREADS = 4  # at work on Flower's state, of which one writes at a time
 T = TypeVar("T")
-
-
-class Fleet(Protocol):
-    """What answers calls: `flower.FleetApi`."""
-
-    def call(self, method: str, body: bytes, key: bytes) -> bytes:
-        """The answer to a call of who holds this key; raises Refusal."""
-
-    def node_of(self, key: bytes) -> int | None:
-        """The number of the key's node."""
-
-    def online(self, key: bytes) -> int | None:
-        """The same if that counts as connected."""
 
 
 @dataclass
@@ -95,7 +76,7 @@ class Relay:
         insecure: any key will do, as for Flower.
     """
 
-    def __init__(self, server: Server, insecure: bool, fleet: Fleet) -> None:
+    def __init__(self, server: Server, insecure: bool, fleet: FleetApi) -> None:
         self.server, self.insecure, self.fleet = server, insecure, fleet
         self.pool = ThreadPoolExecutor(THREADS)
         self.lines: dict[bytes, Line] = defaultdict(Line)
@@ -158,7 +139,7 @@ class Relay:
             )
         if key not in self.registered():
             said = "Failed to activate SuperNode: its key is not registered."
-            raise Refusal.numbered(HTTPStatus.PRECONDITION_FAILED, UNKNOWN_KEY, said)
+            raise Refusal.numbered(HTTPStatus.PRECONDITION_FAILED, flower.UNKNOWN_KEY, said)
         if (stamp, headers[SIGNATURE]) != self.lines[key].proof:
             if not is_signed(key, stamp, signature):
                 raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid signature.")
@@ -183,10 +164,10 @@ class Relay:
         try:
             return await self.work(self.fleet.call, "ActivateNode", body, key)
         except Refusal as refusal:
-            node = await self.work(self.fleet.online, key) if str(UNKNOWN_KEY) in refusal.said else None
+            node = await self.work(self.fleet.online, key) if str(flower.UNKNOWN_KEY) in refusal.said else None
             if node is None:
                 raise
-            leave = DeactivateNodeRequest(node_id=node).SerializeToString()
+            leave = flower.request("DeactivateNode", None, node_id=node).SerializeToString()
             await self.work(self.fleet.call, "DeactivateNode", leave, key)
             return await self.work(self.fleet.call, "ActivateNode", body, key)
 
@@ -200,7 +181,7 @@ class Relay:
             return await self.counter.call(run, method, line.node, body)
         if (folder := await self.work(self.server.run_with, run)) is not None:
             if get_status(folder)["state"] in ENDED:
-                raise Refusal.numbered(HTTPStatus.FORBIDDEN, RUN_ENDED, "the run has ended.")
+                raise Refusal.numbered(HTTPStatus.FORBIDDEN, flower.RUN_ENDED, "the run has ended.")
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the run is being started.")
         return await self.work(self.fleet.call, method, body, key)
 
@@ -212,10 +193,7 @@ class Relay:
 
     async def pull(self, line: Line, body: bytes, key: bytes) -> bytes:
         """The answer to a pull, which waits for a message; an older one of the same site ends without."""
-        try:
-            asked = PullMessagesRequest.FromString(body)
-        except DecodeError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "no request of PullMessages.") from error
+        asked = read_request("PullMessages", body)
         await self.require_own(line, asked.node.node_id, key)
         line.pulls += 1
         mine, received = line.pulls, set(asked.message_ids)
@@ -251,7 +229,7 @@ class Relay:
             if not answer and clock() - line.looked >= self.look_s():
                 line.looked = clock()
                 answer = await self.work(self.fleet.call, "PullMessages", body, key)
-            messages = PullMessagesResponse.FromString(answer).messages_list
+            messages = flower.PullMessagesResponse.FromString(answer).messages_list
             if not messages:
                 return b""
             line.looked = -1e9  # there may be another
@@ -270,9 +248,9 @@ def named_in(method: str, body: bytes) -> tuple[int, int]:
     Raises:
         Refusal: it is no such call.
     """
+    asked = read_request(method, body)
     try:
-        asked = FLEET_METHODS[method].input_type._concrete_class.FromString(body)
         run = asked.messages_list[0].metadata.run_id if method == "PushMessages" else asked.run_id
-    except (DecodeError, IndexError) as error:
+    except IndexError as error:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
     return int(run), int(asked.node.node_id)

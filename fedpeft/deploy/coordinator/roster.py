@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedpeft.deploy import parcel
 from fedpeft.deploy.coordinator.flower import error_reply
 from fedpeft.deploy.envelope import Envelope
 from fedpeft.deploy.keys import pem
-from fedpeft.flower import ErrorCode, Run
+from fedpeft.flower import ErrorCode, OwnGrid
 from fedpeft.foreign import shown
 from fedpeft.strategies.wire import Packed
 
@@ -24,7 +24,7 @@ FROM_SITES = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.CLIENT_APP_CRASHE
 Record = Callable[[dict[str, Any]], None]
 
 
-class SiteGrid(Grid):
+class SiteGrid(OwnGrid):
     """A Grid over real sites.
 
     Args:
@@ -44,6 +44,7 @@ class SiteGrid(Grid):
         wait: Callable[[list[str]], None],
         ready: Callable[[], object] = lambda: None,
     ) -> None:
+        super().__init__(grid.run)
         self.grid, self.cover, self.deadline_s, self.record, self.wait = grid, cover, deadline_s, record, wait
         self.ready = ready
         self.names: dict[int, str] = {}
@@ -51,18 +52,6 @@ class SiteGrid(Grid):
         self.late: dict[str, tuple[int, float]] = {}
         self.looked = 0.0
         self.transfer_s = {"push_s": 0.0, "pull_s": 0.0}
-
-    def set_run(self, run: Run) -> None:
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        return self.grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return self.grid.get_node_ids()
@@ -123,9 +112,6 @@ class SiteGrid(Grid):
             self.record({"event": "late", "client": site, "error": said})
         # Those whose message has expired are given up, or the list would grow with every round.
         self.late = {name: (node, until) for name, (node, until) in self.late.items() if self.looked < until}
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self.grid.send_and_receive(messages, timeout=timeout)
 
 
 def unpacked(reply: Message) -> Message:

@@ -24,7 +24,7 @@ from fedpeft.data.encode import encode
 from fedpeft.data.wording import require_asked
 from fedpeft.deploy import envelope, settings
 from fedpeft.deploy.build import LEDGER, LaterWorld, bare
-from fedpeft.deploy.coordinator.control import Control
+from fedpeft.deploy.coordinator.flower import Control
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.coordinator.roster import Roster, SiteGrid
 from fedpeft.deploy.coordinator.server import put_status

@@ -41,7 +41,7 @@ def init(
     with folders.filled(path, "DIR") as draft:  # whole or not at all, whatever the disk says
         draft.parent.chmod(0o700)
         keys.certificates(draft, host)
-        keys.write_mode(draft / "secret", settings.new_secret(), keys.PRIVATE)
+        keys.write_mode(draft / "secret", secrets.token_bytes(32), keys.PRIVATE)
         for name in ("sites", "runs", "logs"):
             (draft / name).mkdir()
         write_bytes(draft / "server.yaml", values.written(tree).encode())
@@ -101,7 +101,7 @@ def sites(path: Path) -> dict[str, Any]:
     running = state(server)
     known: dict[str, Any] = {}
     if running:
-        from fedpeft.deploy.coordinator.control import connect_once
+        from fedpeft.deploy.coordinator.flower import connect_once
 
         with connect_once(server, running["insecure"]) as control:
             known = {node.name: node for node in control.nodes()}

@@ -139,8 +139,7 @@ class HttpLink:
         self.client = httpx.Client(base_url=f"http{'s' if ca else ''}://{server}", verify=trusted)
 
     def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
-        kind = "application/protobuf"
-        headers = {"content-type": kind, "accept": kind, "accept-encoding": "identity"}
+        headers = {"content-type": flower.PROTOBUF, "accept": flower.PROTOBUF, "accept-encoding": "identity"}
         headers |= flower.identity_headers(self.key, shift_s)
         try:
             with self.client.stream(

@@ -74,12 +74,14 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
         raise InputError(f"--ca: no file {ca}. It is the coordinator's ca.crt.")
     if data is not None and not Path(data).exists():
         _require_made(data)
-    folder = settings.new_folder(path)
-    line = keys.site_keys(folder)
-    if ca is not None:
-        shutil.copyfile(ca, folder / "ca.crt")
-    write_bytes(folder / "site.yaml", values.written(tree).encode())
-    write_bytes(folder / "policy.yaml", POLICY.encode())
+    with folders.filled(path, "DIR") as draft:  # whole or not at all
+        folder = draft.parent
+        folder.chmod(0o700)
+        line = keys.site_keys(draft)
+        if ca is not None:
+            shutil.copyfile(ca, draft / "ca.crt")
+        write_bytes(draft / "site.yaml", values.written(tree).encode())
+        write_bytes(draft / "policy.yaml", POLICY.encode())
     return {
         "folder": str(folder),
         "public_key": line,
