@@ -179,7 +179,8 @@ def take_along(message: Any) -> dict[str, bytes]:
         if item.key == ALONG
         for entry in item.config_record.items
     }
-    message.ClearField("content")
+    if message.HasField("content"):  # which stays, empty: Flower takes a message without any for none
+        del message.content.items[:]
     return {name: content for name, content in found.items() if hashlib.sha256(content).hexdigest() == name}
 
 
