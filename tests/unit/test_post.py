@@ -146,7 +146,9 @@ def test_calls_of_broken_bytes_are_refused_in_a_sentence_and_change_nothing(box)
     message = fetch(box)
     request, objects = answer(message)
     node, trees = flower.Node(node_id=NORTH), list(request.message_object_trees)
-    fields = {"run_id": RUN, "session_id": name}
+    fields, laden = {"run_id": RUN, "session_id": name}, type(request.messages_list[0])()
+    laden.CopyFrom(request.messages_list[0])
+    flower.send_along(laden, objects)
     honest = [
         ("PullMessages", flower.request("PullMessages", node, message_ids=[name])),
         ("PullObject", flower.request("PullObject", node, run_id=RUN, object_id=name)),
@@ -158,7 +160,7 @@ def test_calls_of_broken_bytes_are_refused_in_a_sentence_and_change_nothing(box)
             ("PushObject", flower.request("PushObject", node, object_id=key, object_content=content, **fields))
             for key, content in objects.items()
         ),
-        ("ConfirmMessageReceived", flower.request("ConfirmMessageReceived", node, run_id=RUN, message_object_id=name)),
+        ("PushMessages", flower.request("PushMessages", node, messages_list=[laden], message_object_trees=trees)),
     ]
     bodies = [(method, made.SerializeToString()) for method, made in honest]
     refused = 0
