@@ -2,10 +2,9 @@
 
     W = U S V^T,   W' = (W - s U_r diag(S_r) V_r^T) + s B diag(d) A,   B_0 = U_r, d_0 = S_r / s, A_0 = V_r
 
-The start is taken off the base, so that the untrained model is the base. `adapter.penalty=sorsa` keeps B and A near
-orthonormal.
+The start is taken off the base, so that the untrained model is the base.
 
-Deviations: d_0 = S_r / s, so that the part that trains is that of W whatever adapter.alpha is; s = 1 in the paper.
+Deviations: the paper's penalty, which keeps B and A near orthonormal, is left out: they move freely. d_0 = S_r / s, so that the part that trains is that of W whatever adapter.alpha is; s = 1 in the paper.
 """
 
 from __future__ import annotations

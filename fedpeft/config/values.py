@@ -115,8 +115,10 @@ def to_annotation(value: Any, kind: str, key: str) -> Any:
     Raises:
         InputError: it is none; `key` is blamed.
 
-    >>> typed(Plain("1.10"), "str", "x"), typed(Plain("1.10"), "float", "x"), typed(Plain("[no,01]"), "list[str]", "x")
-    ('1.10', 1.1, ['no', '01'])
+    >>> to_annotation(Plain("1.10"), "str", "x"), to_annotation(Plain("1.10"), "float", "x")
+    ('1.10', 1.1)
+    >>> to_annotation(Plain("[no,01]"), "list[str]", "x")
+    ['no', '01']
     """
     bases = [part.strip() for part in kind.split("|")]
     base = " | ".join(part for part in bases if part != "None")

@@ -10,7 +10,7 @@ tensors a change was made of.
     >>> model.layers
     ('0',)
     >>> x = {"x": torch.ones(5, 2)}
-    >>> moved = model.features(x, {"0": dense(torch.ones(3, 2))}) - model.features(x)
+    >>> moved = model.features(x, {"0": add_dense(torch.ones(3, 2))}) - model.features(x)
     >>> moved.round(decimals=4).unique().tolist()
     [2.0]
 """

@@ -2,8 +2,9 @@
 
 >>> import numpy as np
 >>> image = np.linspace(0, 1, 64).reshape(8, 8)
->>> bad = corrupt(image, "contrast", 5, np.random.default_rng(0))
->>> bad.shape, bool(np.ptp(bad) < 0.2), bool((corrupt(image, "clean", 0, np.random.default_rng(0)) == image).all())
+>>> bad = corrupt_image(image, "contrast", 5, np.random.default_rng(0))
+>>> same = corrupt_image(image, "clean", 0, np.random.default_rng(0))
+>>> bad.shape, bool(np.ptp(bad) < 0.2), bool((same == image).all())
 ((8, 8), True, True)
 """
 

@@ -71,7 +71,7 @@ def cut_runs(lengths: np.ndarray, most: int, tokens: int) -> Iterator[np.ndarray
     """Places 0 to N - 1 in runs of at most `most` that have at most so many tokens when they are padded to one length,
     or are one record.
 
-    >>> [run.tolist() for run in runs(np.array([2, 2, 5, 1, 1, 9]), 3, 8)]
+    >>> [run.tolist() for run in cut_runs(np.array([2, 2, 5, 1, 1, 9]), 3, 8)]
     [[0, 1], [2], [3, 4], [5]]
     """
     start = width = 0

@@ -9,7 +9,7 @@ of, and `split` makes of a batch what the two halves of the model get. Labels th
 
     >>> import torch
     >>> row = {"input_ids": torch.tensor([[8, 9, 5, 6, 7, 0]]), PART: torch.tensor([[1, 1, 2, 2, 2, 0]])}
-    >>> halves = split({**row, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, start=3, filler=0)
+    >>> halves = split_inputs({**row, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, start=3, filler=0)
     >>> halves["input_ids"].tolist(), halves["decoder_input_ids"].tolist()
     ([[5, 6, 7]], [[3, 8]])
 """

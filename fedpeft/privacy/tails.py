@@ -20,7 +20,7 @@ LEAST = 1e-300
 def alarm_limit(count: int = 1) -> float:
     """Standard errors that the largest of `count` numbers passes with probability ALARM at most, of either sign.
 
-    >>> round(limit(), 2), round(limit(1000), 2)
+    >>> round(alarm_limit(), 2), round(alarm_limit(1000), 2)
     (4.89, 6.11)
     """
     return -float(torch.special.ndtri(torch.tensor(ALARM / 2 / max(1, count), dtype=torch.float64)))

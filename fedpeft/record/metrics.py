@@ -6,7 +6,7 @@ model before any training. `time` and `seconds` are the only values that a resum
 JSON has no NaN and no infinity. A number that is not finite is written as null, and `<key>_nonfinite` beside it says
 what it was ("nan", "inf" or "-inf"); inside a list it is only null.
 
-    >>> finite({"loss": float("nan"), "accuracy": 0.5})
+    >>> make_finite({"loss": float("nan"), "accuracy": 0.5})
     {'loss': None, 'loss_nonfinite': 'nan', 'accuracy': 0.5}
 """
 

@@ -16,7 +16,7 @@ def percent(value: float | None) -> str:
 def show_points(gain: float) -> str:
     """A difference of two shares, in percentage points.
 
-    >>> points(-0.0312)
+    >>> show_points(-0.0312)
     '-3.1 points'
     """
     shown = f"{100 * gain:+.1f}"
@@ -53,7 +53,7 @@ def size(count: float | None) -> str:
 def show_duration(seconds: float) -> str:
     """A length of time as people say it.
 
-    >>> about(12.4), about(150), about(9000)
+    >>> show_duration(12.4), show_duration(150), show_duration(9000)
     ('12 s', '2 min', '2.5 h')
     """
     if seconds < 90:

@@ -112,8 +112,8 @@ def write(exported: Exported) -> str:
 def shareable_name(name: str, embedded: bool = False) -> str:
     """What others may be told of a model's name: a hub id, or a name of fedpeft's, as it is; of a path its last part.
 
-    >>> shareable("HuggingFaceTB/SmolLM2-135M"), shareable("/home/ada/models/letters"), shareable("smollm2")
-    ('HuggingFaceTB/SmolLM2-135M', 'letters', 'smollm2')
+    >>> shareable_name("HuggingFaceTB/SmolLM2-135M"), shareable_name("/home/ada/models/letters")
+    ('HuggingFaceTB/SmolLM2-135M', 'letters')
     """
     if embedded or (HUB_ID.fullmatch(name) and not Path(name).exists()):
         return name

@@ -9,7 +9,7 @@ chance: the retrained model's, on the same records, is what to compare with.
 The audit of DP (`fedpeft.privacy.audit`) bounds epsilon by canaries that a fair coin puts in, which these records are
 not: they were all in. So it says nothing here, and is not used.
 
-    >>> attack(np.array([0.1, 0.3]), np.array([0.2, 0.4]), np.ones(2))
+    >>> membership_attack(np.array([0.1, 0.3]), np.array([0.2, 0.4]), np.ones(2))
     (0.75, 0.5)
 """
 

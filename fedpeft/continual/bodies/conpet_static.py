@@ -9,9 +9,9 @@ It stores all records of all tasks: in a federation they stay with their client,
 Deviations: the authors split an epoch's batches 0.8 : 0.2 into training and validation and keep the best epoch; here
 all train and the last epoch is kept. They take AdamW with clipping; here every body has the learner's Adam.
 
-    >>> from fedpeft.continual.parts.replay import draw
+    >>> from fedpeft.continual.parts.replay import draw_replay
     >>> import numpy as np
-    >>> draw(np.random.default_rng(0), [3, 3], 4).tasks.tolist()
+    >>> draw_replay(np.random.default_rng(0), [3, 3], 4).tasks.tolist()
     [1, 1, 0, 0]
 """
 

@@ -13,9 +13,9 @@ are summed over entries as in that code, so they grow with tasks, rank and layer
 (0 to 5 in the authors' scripts).
 
     >>> import torch
-    >>> from fedpeft.continual.parts.lora import overlap
+    >>> from fedpeft.continual.parts.lora import sum_overlap
     >>> old = torch.tensor([[1.0, 0.0, 0.0]])
-    >>> overlap(torch.tensor([[3.0, 4.0, 0.0]]), [(old.T, old)]).item()
+    >>> sum_overlap(torch.tensor([[3.0, 4.0, 0.0]]), [(old.T, old)]).item()
     3.0
 """
 

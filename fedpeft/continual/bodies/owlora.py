@@ -11,9 +11,9 @@ layer is in the way of SD-LoRA, and what the paper says of whole slides (multipl
 quote its numbers beside this.
 
     >>> import torch
-    >>> from fedpeft.continual.bodies.owlora import weighted
+    >>> from fedpeft.continual.bodies.owlora import weigh_pairs
     >>> ones = torch.ones(1, 1)
-    >>> B, A = weighted([(ones, ones), (ones, 3 * ones)], torch.tensor([0.5]))
+    >>> B, A = weigh_pairs([(ones, ones), (ones, 3 * ones)], torch.tensor([0.5]))
     >>> (B @ A).item()
     3.5
 """

@@ -12,7 +12,8 @@ puts the old name back when it is called, and the attention's own patch checks t
 
     >>> import torch
     >>> q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 3, 2), torch.ones(1, 1, 3, 2)   # one head, 3 tokens
-    >>> attend(q, k, v, torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1, 2), 10.0), None, 1.0).flatten().tolist()
+    >>> K, V = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1, 2), 10.0)
+    >>> attend_calibrated(q, k, v, K, V, None, 1.0).flatten().tolist()
     [10.75, 10.75]
 """
 

@@ -38,7 +38,7 @@ def draw_replay(rng: np.random.Generator, sizes: Sequence[int], count: int) -> D
     Raises:
         InputError: `count` is below 2.
 
-    >>> drawn = draw(np.random.default_rng(0), [5, 900, 30], 6)
+    >>> drawn = draw_replay(np.random.default_rng(0), [5, 900, 30], 6)
     >>> drawn.tasks[:3].tolist(), bool((drawn.tasks[3:] < 2).all()), len(set(drawn.rows[:3].tolist()))
     ([2, 2, 2], True, 3)
     """

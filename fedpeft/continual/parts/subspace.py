@@ -5,7 +5,7 @@ columns Q with C the sum of all Q Q^T, such that 0 <= C - S S^T <= (sum of delta
 and their errors add.
 
     >>> M = torch.tensor([[1.0], [0.0]])
-    >>> project(torch.tensor([[3.0, 4.0], [5.0, 6.0]]), M).tolist()
+    >>> project_out(torch.tensor([[3.0, 4.0], [5.0, 6.0]]), M).tolist()
     [[0.0, 0.0], [5.0, 6.0]]
     >>> S, delta = sketch(torch.zeros(2, 1), torch.diag(torch.tensor([2.0, 1.0])), "next")
     >>> (S.abs() ** 2).round().tolist(), round(delta, 4)

@@ -16,9 +16,9 @@ threshold was picked on a digits-C stream in batches of 32, by how many branches
 one corruption was not checked, and other data, batches or encoders need another threshold.
 
     >>> import torch
-    >>> route(torch.tensor([1.0, 1.0]), [torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0])], 0.9)
+    >>> route_code(torch.tensor([1.0, 1.0]), [torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0])], 0.9)
     (1, 1.0)
-    >>> route(torch.tensor([1.0, 1.0]), [torch.tensor([1.0, -1.0])], 0.9)
+    >>> route_code(torch.tensor([1.0, 1.0]), [torch.tensor([1.0, -1.0])], 0.9)
     (None, 0.0)
 """
 

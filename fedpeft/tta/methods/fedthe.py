@@ -27,7 +27,7 @@ of a batch stop when the norm of its whole gradient is below 1e-5.
 
     >>> heads = torch.tensor([[[4.0, 0.0], [0.5, 0.0]]])                    # both say class 0, the global head for sure
     >>> near = torch.tensor([[1.0, 1.0]])
-    >>> [round(value, 2) for value in mixing(heads, near, 20, 0.1)[0].tolist()]
+    >>> [round(value, 2) for value in mixing_weights(heads, near, 20, 0.1)[0].tolist()]
     [0.96, 0.04]
 """
 

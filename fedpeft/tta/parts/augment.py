@@ -1,10 +1,11 @@
 """Views of a batch, all drawn from one generator: one draw is shared by the whole batch (noise aside).
 
 >>> import torch
->>> from fedpeft.tta.deployed import size
+>>> from fedpeft.tta.deployed import batch_size
 >>> images = torch.rand(3, 1, 8, 8)
->>> view = augment("image", images, torch.Generator().manual_seed(0))
->>> tuple(view.shape), bool(view.equal(images)), bool(augment("identity", images, torch.Generator()).equal(images))
+>>> view = augment_batch("image", images, torch.Generator().manual_seed(0))
+>>> same = augment_batch("identity", images, torch.Generator())
+>>> tuple(view.shape), bool(view.equal(images)), bool(same.equal(images))
 ((3, 1, 8, 8), False, True)
 """
 
