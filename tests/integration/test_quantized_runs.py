@@ -101,6 +101,8 @@ def test_the_export_says_the_same_over_the_same_base_in_stock_peft(few_bits, tin
         wanted = here.local.model.logits(batch)
     done = fedpeft("export", run, "--to", tmp_path / "adapter")
     assert done.code == 0 and "kept as nf4: load it so" in caplog.text
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "bitsandbytes keeps it in nf4: load it so" in card and "has not answered before" in card
     kind = transformers.AutoModelForCausalLM
     base = kind.from_pretrained(checkpoint, **loading_settings("nf4"))
     stock = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").train()  # without dropout; see models.quantized
@@ -110,6 +112,7 @@ def test_the_export_says_the_same_over_the_same_base_in_stock_peft(few_bits, tin
         assert (plain(**batch).logits - wanted).abs().max() > 0.01  # another base: what the sentence is for
     done = fedpeft("export", run, "--to", tmp_path / "merged", "--merge")
     assert done.code == 0 and "merged into its dequantised weights" in caplog.text
+    assert "bitsandbytes keeps it" not in (tmp_path / "merged" / "README.md").read_text()
     merged = kind.from_pretrained(tmp_path / "merged").eval()
     assert merged.config.to_dict().get("quantization_config") is None and merged.dtype == torch.float32
     with torch.no_grad():
