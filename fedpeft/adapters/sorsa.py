@@ -4,7 +4,8 @@
 
 The start is taken off the base, so that the untrained model is the base.
 
-Deviations: the paper's penalty, which keeps B and A near orthonormal, is left out: they move freely. d_0 = S_r / s, so that the part that trains is that of W whatever adapter.alpha is; s = 1 in the paper.
+Deviations: the paper's penalty, which keeps B and A near orthonormal, is left out: they move freely. d_0 = S_r / s,
+so that the part that trains is that of W whatever adapter.alpha is; s = 1 in the paper.
 """
 
 from __future__ import annotations
