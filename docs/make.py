@@ -1,4 +1,5 @@
-"""make.py fills docs/: tables of methods, continual, commands and keys from the code, and two figures.
+"""make.py fills docs/: tables of methods, continual, commands and keys from the code, and two figures; and what
+`fedpeft show` says of every method (`fedpeft/assets/methods.json`).
 
     python docs/make.py
 
@@ -144,6 +145,11 @@ def _allowed(meta: Mapping[str, Any]) -> str:
     return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if abs(bound) < INFINITY)
 
 
+def described() -> str:
+    """What `fedpeft show` says of every entry of the registry, as JSON."""
+    return json.dumps(catalogue.describe_all(), indent=1, ensure_ascii=False) + "\n"
+
+
 def with_tables(page: str) -> str:
     """The page with every block between `<!-- table KIND -->` and `<!-- end -->` made anew."""
 
@@ -237,5 +243,6 @@ def drawing(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 if __name__ == "__main__":
     for page in (METHODS, CONTINUAL, COMMANDS, KEYS):
         page.write_text(with_tables(page.read_text()))
+    catalogue.DESCRIBED.write_text(described())
     draw(FIGURE)
     draw_sites(SITES)

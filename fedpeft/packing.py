@@ -40,7 +40,7 @@ def pack_state(state: AdapterState) -> tuple[np.ndarray, str]:
 
     The array has the tensors' dtype when they share one (bfloat16 as an int16 view), else it is their bytes as uint8.
     """
-    values = [value.detach().cpu().contiguous().reshape(-1) for value in state.payload]
+    values = [value.detach().cpu().reshape(-1) for value in state.payload]
     # The empty one is for a state without tensors, which `cat` alone refuses.
     flat = (
         torch.cat(values)
@@ -52,14 +52,22 @@ def pack_state(state: AdapterState) -> tuple[np.ndarray, str]:
 
 def manifest_of(state: AdapterState) -> str:
     """What tells the tensors of a packed array apart."""
-    listed = {
-        part: [
-            [key, str(value.dtype).removeprefix("torch."), list(value.shape)]
-            for key, value in getattr(state, part).items()
-        ]
-        for part in PARTS
+    listed = [
+        tuple((key, value.dtype, tuple(value.shape)) for key, value in getattr(state, part).items()) for part in PARTS
+    ]
+    return _write_manifest(*listed, tuple(state.sites.items()))
+
+
+Listed = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+
+
+@lru_cache(maxsize=16)  # all clients of a round have one form, or a few
+def _write_manifest(tensors: Listed, extra: Listed, sites: tuple[tuple[str, AdaptedLayer], ...]) -> str:
+    parts = {
+        part: [[key, str(dtype).removeprefix("torch."), list(shape)] for key, dtype, shape in listed]
+        for part, listed in zip(PARTS, (tensors, extra), strict=True)
     }
-    return json.dumps({**listed, "sites": {name: vars(site) for name, site in state.sites.items()}})
+    return json.dumps({**parts, "sites": {name: vars(site) for name, site in sites}})
 
 
 def packed_form(form: AdapterState) -> tuple[str, int]:
@@ -143,6 +151,8 @@ def unpack_state(array: np.ndarray, manifest: str | AdapterState) -> AdapterStat
     form = read_form(manifest) if isinstance(manifest, str) else manifest
     if array.nbytes != form.nbytes:
         raise StateMismatch(f"array has {array.nbytes} bytes, its manifest describes {form.nbytes}.")
+    if _one_dtype(form) and array.dtype.itemsize == form.payload[0].itemsize:
+        return _unpack_alike(array, form)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     raw = torch.from_numpy(array.copy() if not array.flags.writeable else array).reshape(-1).view(torch.uint8)
     start = 0
@@ -151,3 +161,14 @@ def unpack_state(array: np.ndarray, manifest: str | AdapterState) -> AdapterStat
             parts[part][key] = raw[start : start + value.nbytes].clone().view(value.dtype).reshape(value.shape)
             start += value.nbytes
     return AdapterState(**parts, sites=form.sites)
+
+
+def _unpack_alike(array: np.ndarray, form: AdapterState) -> AdapterState:
+    """`unpack` where all tensors have one dtype: cut in one go, then a copy of each piece."""
+    flat = torch.from_numpy(array.copy() if not array.flags.writeable else array)
+    flat = flat.reshape(-1).view(form.payload[0].dtype)
+    pieces = iter(flat.split([value.numel() for value in form.payload]))
+    tensors, extra = (
+        {key: next(pieces).view(value.shape).clone() for key, value in getattr(form, part).items()} for part in PARTS
+    )
+    return AdapterState(tensors, form.sites, extra)

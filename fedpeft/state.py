@@ -91,16 +91,18 @@ class AdapterState:
     def select(self, roles: Iterable[str]) -> AdapterState:
         """The tensors whose role is one of `roles`; sites and `extra` stay, so that nothing loses its meaning."""
         roles = set(roles)
-        return replace(self, tensors={key: value for key, value in self.tensors.items() if self.role(key) in roles})
+        tensors = {key: value for key, value in self.tensors.items() if self.role(key) in roles}
+        return AdapterState(tensors, self.sites, self.extra)
 
     def without(self, roles: Iterable[str]) -> AdapterState:
         """The tensors whose role is none of `roles`; sites and `extra` stay, as in `select`."""
         roles = set(roles)
-        return replace(self, tensors={key: value for key, value in self.tensors.items() if self.role(key) not in roles})
+        tensors = {key: value for key, value in self.tensors.items() if self.role(key) not in roles}
+        return AdapterState(tensors, self.sites, self.extra)
 
     def beside(self, extra: dict[str, Tensor]) -> AdapterState:
         """A copy that also takes these tensors along."""
-        return replace(self, extra={**self.extra, **extra})
+        return AdapterState(self.tensors, self.sites, {**self.extra, **extra})
 
     def replace(self, tensors: dict[str, Tensor] | AdapterState) -> AdapterState:
         """A copy with these tensors put in, or added; of another state also what travels beside it."""

@@ -79,19 +79,20 @@ class LocalGrid(OwnGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """In this process: handle the first of these messages now. With workers: the replies that have come in."""
-        wanted = [name for name in message_ids if name in self.queue]
+        wanted = (name for name in message_ids if name in self.queue)
         if self.pool:
-            return [self.finish(name, outcome) for name, outcome in self.pool.finished(wanted)]
-        if not wanted:
+            return [self.finish(name, outcome) for name, outcome in self.pool.finished(list(wanted))]
+        first = next(wanted, None)
+        if first is None:
             return []
         assert self.app is not None  # there are no workers
-        if isinstance(self.app, CohortApp) and wanted[0] not in self.shown:
-            waiting = wanted[: self.share]
+        if isinstance(self.app, CohortApp) and first not in self.shown:
+            waiting = [first, *itertools.islice(wanted, self.share - 1)]
             # Copies of the contexts: what a client changes while it prepares must not be kept before it has answered.
             self.app.prepare([(self.queue[name], self.context(self.queue[name])) for name in waiting])
             self.shown = set(waiting)
-        message = self.queue[wanted[0]]
-        return [self.finish(wanted[0], handle_message(self.app, message, self.context(message)))]
+        message = self.queue[first]
+        return [self.finish(first, handle_message(self.app, message, self.context(message)))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         from fedpeft.strategies.asking import collect_replies

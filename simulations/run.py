@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 
 from fedpeft import config as configs
 from fedpeft import extras, folders, registry
@@ -140,6 +142,17 @@ def fit_baselines(world: World) -> dict[str, Any]:
     return {**fitted, **trained_baselines(world)}
 
 
+@dataclass(frozen=True)
+class Known(wire.Packed):
+    """fedpeft's client app on nodes that this process has made: nobody is asked for a name, as 100,000 would be."""
+
+    nodes: dict[str, int]
+
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
+        """Client name -> node id."""
+        return self.nodes
+
+
 @contextmanager
 def open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
     """The clients of this machine, or of a Ray cluster, as long as the rounds last."""
@@ -155,7 +168,8 @@ def open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
     try:
         grid = LocalGrid(make_app, nodes, config.run.workers, config.run.threads, share, **options)
         try:
-            yield loop.Federation(grid, wire.PACKED, True, partial(guarantee.epsilon_spent, world))
+            codec = Known({name: index + 2 for index, name in enumerate(world.local.train_data)})
+            yield loop.Federation(grid, codec, True, partial(guarantee.epsilon_spent, world))
         finally:
             grid.close()
     finally:

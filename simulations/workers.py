@@ -160,7 +160,8 @@ class Pool:
                 worker.get_ready()
             elif worker.jobs:
                 done.append((worker.jobs[0][0], self._wait_outcome(worker)))
-        return [(name, outcome) for name, outcome in done if name in names]
+        wanted = set(names)
+        return [(name, outcome) for name, outcome in done if name in wanted]
 
     def cancel(self, names: list[str]) -> None:
         """Give these jobs up: those that wait are dropped, a worker at one of them is replaced."""

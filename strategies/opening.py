@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from flwr.app import Array, RecordDict
 from numpy.lib import format as npy
 
@@ -99,7 +100,12 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int
 
 
 def packed(
-    content: RecordDict, longest: int, check: Callable[[AdapterState], None], also: tuple[str, ...] = ()
+    content: RecordDict,
+    longest: int,
+    check: Callable[[AdapterState], None],
+    also: tuple[str, ...] = (),
+    *,
+    finite: bool = False,
 ) -> tuple[AdapterState, Instructions]:
     """Adapter and instructions of a message of ours.
 
@@ -107,6 +113,7 @@ def packed(
         longest: bytes of its manifest.
         check: raises for a form (a state without values) that was not to be sent; called before any value is read.
         also: records that may be there beside `arrays` and `config`.
+        finite: no tensor may have a NaN or inf.
 
     Raises:
         BadMessage: anything in it is of another kind, name or size.
@@ -125,7 +132,18 @@ def packed(
     with blame_message("task"):
         told = Instructions.from_json(read_json(_read_text(config, "task"), "the task", TASK_BYTES))
     with blame_message("arrays"):
-        return unpack_state(values, form), told
+        state = unpack_state(values, form)
+        # All values at once first: of small tensors the calls take longer than the values.
+        if finite and not (values.dtype.kind == "f" and np.isfinite(values).all()):
+            require_finite(state)
+        return state, told
+
+
+def require_finite(state: AdapterState) -> None:
+    """Raise BadMessage for a tensor that has NaN or inf; it names the first."""
+    for key, value in (*state.tensors.items(), *state.extra.items()):
+        if not torch.isfinite(value).all():
+            raise BadMessage(f"{key} has NaN or inf")
 
 
 def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:

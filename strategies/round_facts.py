@@ -51,8 +51,10 @@ def of_single(sent: dict[str, AdapterState], updates: list[Update], roles: list[
         return {}
     moved = [(update.adapter.select(roles), sent[update.client]) for update in updates]
     names = [update.client for update in updates]
-    norms = [after.distance(before) for after, before in moved]
-    distances = _measure_distances(moved)
+    if _have_same_shapes([after for after, _ in moved]):
+        norms, distances = _measure_moves(moved)
+    else:
+        norms, distances = [after.distance(before) for after, before in moved], []
     return {
         "update_norms": _by_name(names, norms),
         "update_distances": _by_name(names, distances),
@@ -67,12 +69,19 @@ def far(norms: dict[str, float]) -> dict[str, float | None]:
     {'c': 600.0}
     """
     found: dict[str, float | None] = {}
-    values = np.array(list(norms.values()))
-    for index, (name, norm) in enumerate(norms.items()):
-        others = float(np.median(np.delete(values, index))) if len(values) > 1 else norm
+    values = np.sort(np.array(list(norms.values())))
+    for name, norm in norms.items():
+        others = _median_without(values, int(np.searchsorted(values, norm))) if len(values) > 1 else norm
         if norm > FAR * others:
             found[name] = _round_value(norm / others) if others > 0 else None
     return found
+
+
+def _median_without(ordered: np.ndarray, place: int) -> float:
+    """Median of sorted values but for the one at `place`."""
+    left = len(ordered) - 1
+    low, high = (ordered[middle + (middle >= place)] for middle in ((left - 1) // 2, left // 2))
+    return float((low + high) / 2)
 
 
 def told(number: int, facts: dict[str, Any], treated: dict[str, str], known: set[str]) -> dict[str, Any]:
@@ -100,30 +109,39 @@ def beyond(times: float | None) -> str:
     return "moved where the others did not" if times is None else f"is {times:.4g} times as long as the others' median"
 
 
-def _measure_distances(moved: list[tuple[AdapterState, AdapterState]]) -> list[float]:
-    """Of every move to their coordinate-wise median, some columns at a time; empty where shapes differ."""
-    first = moved[0][0]
-    if any(
-        {key: value.shape for key, value in after.tensors.items()}
-        != {key: value.shape for key, value in first.tensors.items()}
-        for after, _ in moved
-    ):
-        return []
-    squares, width = torch.zeros(len(moved), dtype=torch.float64), max(1, VALUES // len(moved))
-    for key, value in first.tensors.items():
+def _have_same_shapes(states: list[AdapterState]) -> bool:
+    first = {key: value.shape for key, value in states[0].tensors.items()}
+    return all({key: value.shape for key, value in state.tensors.items()} == first for state in states)
+
+
+def _measure_moves(moved: list[tuple[AdapterState, AdapterState]]) -> tuple[list[float], list[float]]:
+    """L2 norm of every move, and its distance to the coordinate-wise median of all, some columns at a time."""
+    norms, distances = torch.zeros(2, len(moved), dtype=torch.float64)
+    width = max(1, VALUES // len(moved))
+    for key, value in moved[0][0].tensors.items():
         for start in range(0, value.numel(), width):
             part = slice(start, start + width)
-            moves = torch.stack(
-                [after[key].flatten()[part].double() - before[key].flatten()[part].double() for after, before in moved]
-            ).cpu()
-            squares += (moves - coordinate_median(moves)).square().sum(1)
-    return squares.sqrt().tolist()
+            moves = _stack_rows([after[key] for after, _ in moved], part)
+            moves -= _stack_rows([before[key] for _, before in moved], part)
+            norms += moves.square().sum(1)
+            distances += (moves - coordinate_median(moves)).square().sum(1)
+    return norms.sqrt().tolist(), distances.sqrt().tolist()
+
+
+def _stack_rows(values: list[Tensor], part: slice) -> Tensor:
+    """A piece of each, flat, as the rows of a matrix in float64 on the CPU; one row where all are the same tensor."""
+    chosen = values[:1] if all(value is values[0] for value in values) else values
+    return torch.stack([value.flatten()[part] for value in chosen]).cpu().double()
 
 
 def coordinate_median(values: Tensor) -> Tensor:
     """Median over the first dimension; of an even number, the mean of the two in the middle."""
-    ordered, count = values.sort(dim=0).values, values.shape[0]
-    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+    low, high = (len(values) - 1) // 2, len(values) // 2
+    columns = np.array(values.reshape(len(values), -1).cpu().numpy().T, order="C")
+    # Of a copy, and not sorted: all that is asked for are the one or two in the middle.
+    columns.partition(sorted({low, high}), axis=1)
+    middle = torch.from_numpy((columns[:, low] + columns[:, high]) / 2)
+    return middle.reshape(values.shape[1:]).to(values.device)
 
 
 def _by_name(names: list[str], values: list[float]) -> dict[str, float]:

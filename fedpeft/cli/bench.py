@@ -109,6 +109,26 @@ def bench_memory(
         console.emit(memory.run(out, _parse_numbers("clients", clients), console.note), as_json, memory.show)
 
 
+@bench_app.command("scale")
+def bench_scale(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    axes: Annotated[
+        str,
+        typer.Option(
+            help="What grows, with commas between: clients, asked, records, rank, tokens, layers, classes, tasks; all "
+            "by default."
+        ),
+    ] = "",
+    quick: Annotated[bool, typer.Option(help="Small sizes, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Seconds and memory of a run as its clients, model, records or tasks grow, with the exponent of each."""
+    with _open_folder("scale", out) as out:
+        from fedpeft.simulations.benchmarks import scale
+
+        console.emit(scale.run(out, _split_list(axes), quick, console.note), as_json, scale.show)
+
+
 @bench_app.command("sites")
 def bench_sites(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],

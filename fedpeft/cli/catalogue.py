@@ -1,12 +1,17 @@
-"""`fedpeft list` and `fedpeft show` read what a config can name from the registry and the classes themselves."""
+"""`fedpeft list` and `fedpeft show` say what a config can name: from the registry and the classes themselves.
+
+The package's own entries are read from `assets/methods.json`, which `python docs/make.py` writes from the classes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
@@ -15,6 +20,7 @@ from fedpeft.config import schema
 from fedpeft.config.option import INFINITY
 from fedpeft.errors import InputError
 
+DESCRIBED = Path(__file__).parents[1] / "assets" / "methods.json"
 TABLES = (
     "strategies",
     "objectives",
@@ -62,7 +68,28 @@ def describe(name: str) -> dict[str, Any]:
         raise InputError(_say_unknown(name))
     table, *others = found
     also = [f"{other}/{entry}" for other in others]
-    return {"table": table, **_describe_row(table, entry), **_describe_entry(table, entry), "also": also}
+    about = _read_described(table, entry) or {**_describe_row(table, entry), **_describe_entry(table, entry)}
+    return {"table": table, **about, "also": also}
+
+
+def describe_all() -> dict[str, dict[str, Any]]:
+    """Every entry of the package's own registry as `table/name`, in full: what `python docs/make.py` writes down."""
+    return {
+        f"{table}/{entry}": {**_describe_row(table, entry), **_describe_entry(table, entry)}
+        for table in TABLES
+        for entry in registry.TABLES.get(table, ())
+    }
+
+
+def _read_described(table: str, entry: str) -> dict[str, Any] | None:
+    """What is written down of an entry, for which no method and so no torch is imported; None where nothing is.
+
+    Nothing is where another package has added entries, which may be among the values that an option takes.
+    """
+    if any(len(_names_in(kind)) != len(registry.TABLES[kind]) for kind in TABLES if kind in registry.TABLES):
+        return None
+    found: dict[str, dict[str, Any]] = json.loads(DESCRIBED.read_text())
+    return found.get(f"{table}/{entry}")
 
 
 def _say_unknown(name: str) -> str:

@@ -262,15 +262,17 @@ def _require_known(accountant: str) -> None:
         raise InputError(unknown("--accountant", accountant, ACCOUNTANTS))
 
 
+ALLOWED = {  # above, up to, in words
+    "sample_rate": (0.0, 1.0, "in (0, 1]"),
+    "delta": (0.0, math.nextafter(1.0, 0.0), "in (0, 1)"),
+    "steps": (0.5, MOST_STEPS, f"a whole number from 1 to {MOST_STEPS:g}"),
+    "noise_multiplier": (LEAST_NOISE * (1 - 1e-9), MOST_NOISE, f"from {LEAST_NOISE:g} to {MOST_NOISE:g}"),
+    "epsilon": (0.0, 1e15, "above 0"),
+}
+
+
 def _check_values(**values: float) -> None:
-    bounds = {
-        "sample_rate": (0.0, 1.0, "in (0, 1]"),
-        "delta": (0.0, math.nextafter(1.0, 0.0), "in (0, 1)"),
-        "steps": (0.5, MOST_STEPS, f"a whole number from 1 to {MOST_STEPS:g}"),
-        "noise_multiplier": (LEAST_NOISE * (1 - 1e-9), MOST_NOISE, f"from {LEAST_NOISE:g} to {MOST_NOISE:g}"),
-        "epsilon": (0.0, 1e15, "above 0"),
-    }
     for name, value in values.items():
-        low, high, allowed = bounds[name]
+        low, high, allowed = ALLOWED[name]
         if not low < value <= high or (name == "steps" and value != int(value)):  # not a number is in no range
             raise InputError(f"--{name.replace('_', '-')}: {value} is not allowed; it must be {allowed}.")

@@ -54,6 +54,9 @@ class Entry:
         return self.sample_rate, self.noise_multiplier, self.steps
 
 
+NAMES = tuple(item.name for item in fields(Entry))
+
+
 @dataclass(frozen=True)
 class Budget:
     """The largest epsilon at this delta, and the accountant that decides."""
@@ -75,7 +78,11 @@ class Ledger:
         Raises:
             InputError: a line in the middle of the file is damaged: what was spent is no longer known.
         """
-        return self._read() if self.path.exists() else []
+        try:
+            with open(self.path, "rb", buffering=0) as file:  # a run may have 100,000 of them
+                return self._read(file.read())
+        except FileNotFoundError:
+            return []
 
     def spent(self, delta: float, accountant: str = "pld") -> float:
         """Epsilon of everything reserved so far."""
@@ -137,7 +144,7 @@ class Ledger:
             yield
 
     def _append(self, entry: Entry) -> None:
-        line = json.dumps({**asdict(entry), "time": round(time.time(), 3)}) + "\n"
+        line = line_of(entry)
         with blame_file(self.path), self.path.open("r+b") as file:
             content = file.read()
             file.seek(content.rfind(b"\n") + 1)  # a torn last line was never acted upon
@@ -148,13 +155,13 @@ class Ledger:
         # The first line makes the file, whose name has to be on the disk as well.
         sync_folder(self.path.parent)
 
-    def _read(self) -> list[Entry]:
-        lines = self.path.read_bytes().split(b"\n")
+    def _read(self, content: bytes) -> list[Entry]:
         entries = []
-        for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
+        # After the last newline: nothing, or a torn line.
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 values: dict[str, Any] = json.loads(line)
-                entry = Entry(**{item.name: values[item.name] for item in fields(Entry)})
+                entry = Entry(*[values[name] for name in NAMES])
                 require_release(*entry.release)
                 entries.append(entry)
             except (ValueError, KeyError, TypeError) as error:
@@ -162,6 +169,11 @@ class Ledger:
                     f"{self.path}: line {number} is damaged, so what was spent is not known: {error!r}."
                 ) from error
         return entries
+
+
+def line_of(entry: Entry) -> str:
+    """The entry as a line of the file, with the time of now."""
+    return json.dumps({**asdict(entry), "time": round(time.time(), 3)}) + "\n"
 
 
 def client_of(account: str) -> str:
@@ -205,28 +217,28 @@ def read_account(path: Path, delta: float, accountant: str = "pld") -> dict[str,
     Raises:
         InputError: there is no ledger.
     """
-    folder = path / "ledger" if path.is_dir() else path.parent
-    files = sorted(folder.glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
-    if not files:
-        raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
+    whole = path.is_dir()
+    folder = path / "ledger" if whole else path.parent
     client = client_of(path.stem)
-    beside = [ledger for ledger in accounts_of(folder, client) if ledger.path != path]
-    accounts = accounts_in(folder) if path.is_dir() else {client: [Ledger(path), *beside]}
+    if whole:
+        accounts = accounts_in(folder)
+    elif path.is_file():
+        beside = [ledger for ledger in accounts_of(folder, client) if ledger.path != path]
+        accounts = {client: [Ledger(path), *beside]}
+    else:
+        accounts = {}
+    if not accounts:
+        raise InputError(f"{path}: neither a ledger file nor a run folder with ledger/*.jsonl.")
     table: dict[str, Any] = {}
     largest = 0.0
     for ledgers in accounts.values():
-        read = {ledger.path: ledger.entries() for ledger in ledgers}
-        for file, entries in read.items():
-            if path.is_dir() or file == path:
-                table[file.stem] = _describe_entries(entries, delta, accountant)
-        costs = (_cost_of(found, delta, accountant) for found in list_exposures(list(read.values())))
+        read = [ledger.entries() for ledger in ledgers]
+        for ledger, entries in zip(ledgers, read, strict=True):
+            if whole or ledger.path == path:
+                table[ledger.path.stem] = _describe_entries(entries, delta, accountant)
+        costs = (_cost_of(found, delta, accountant) for found in list_exposures(read))
         largest = max(largest, *costs)
-    return {
-        "delta": delta,
-        "accountant": accountant,
-        "ledgers": {file.stem: table[file.stem] for file in files},
-        "epsilon_max": largest,
-    }
+    return {"delta": delta, "accountant": accountant, "ledgers": dict(sorted(table.items())), "epsilon_max": largest}
 
 
 def _describe_entries(entries: list[Entry], delta: float, accountant: str) -> dict[str, Any]:

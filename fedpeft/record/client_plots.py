@@ -106,7 +106,9 @@ def _draw_bars(axes: Axes, values: Mapping[str, float]) -> None:
         axes.set_xlabel("client")
     else:  # one filled outline, as a bar is an object of its own
         edges = [index + 0.5 for index in range(len(values) + 1)]
-        axes.stairs(sorted(values.values(), reverse=True), edges, fill=True, color=COLORS[0])
+        heights = sorted(values.values(), reverse=True)
+        # Not `stairs`, which measures a patch edge by edge: seconds for 100,000 clients.
+        axes.fill_between(edges, [*heights, heights[-1]], step="post", color=COLORS[0], linewidth=0)
         axes.set_xlabel("clients, from the most to the least")
     axes.grid(axis="x", visible=False)
 

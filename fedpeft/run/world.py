@@ -32,8 +32,8 @@ from fedpeft.data.wording import require_asked
 from fedpeft.errors import InputError
 from fedpeft.models import agreement
 from fedpeft.run import identity
+from fedpeft.run.shares import Shares, hold_out
 from fedpeft.run.start import write_start
-from fedpeft.seeds import numpy_generator
 from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build as build_strategy
@@ -106,59 +106,27 @@ def make_world(
     strategy = build_strategy(config, labels, list(parts), run / "ledger" / "server.jsonl")
     sequence = find_sequence(strategy)
     start = strategy.initial(model.state(), config.run.seed)
-    own, held = hold_out(config, parts, train_encoded)
+    own, held, counts = hold_out(config, parts, train_encoded)
     # Two checkpoints are kept, and the older may be resumed from: client state has to reach as far back.
     store = Store(run / "clients", history=2 * config.run.checkpoint_every + 1)
     guard = Guard(config, run / "ledger", identity.name_of(run))
     plan = None if sequence is None else sequence.curriculum
-    tasks = (
-        [own]
-        if plan is None
-        else [
-            {client: plan.of(train.labels[mine], task) for client, mine in own.items()}
+    tasks = [counts]
+    if plan is not None:  # every task has an account, and so a plan, of its own
+        tasks = [
+            {client: len(plan.of(train.labels[mine], task)) for client, mine in own.items()}
             for task in range(len(plan.groups))
         ]
-    )
-    for part in tasks:  # every task has an account, and so a plan, of its own
-        guard.require({client: len(mine) for client, mine in part.items() if len(mine)})
-    train_data, holdout = ({client: train_encoded.view(mine) for client, mine in part.items()} for part in (own, held))
+    for each in tasks:
+        guard.require({client: count for client, count in each.items() if count})
+    train_data = Shares(parts, lambda client: train_encoded.view(own[client]))
+    holdout = Shares(parts, lambda client: train_encoded.view(held[client]))
     local = Local(config, model, start.adapter, train_data, holdout, store, guard)
     if guard.private:
         # Now, and not in the first round: a model that mixes records cannot be trained privately at all.
         local.require_apart(train_encoded)
     found = train.skipped + train_encoded.skipped + test_encoded.skipped + split.left_out(run / "split.json")
     return World(config, strategy, local, start, train, test, train_encoded, test_encoded, found)
-
-
-def hold_out(
-    config: Config, parts: dict[str, list[int]], data: Encoded
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Each client's records to train on and to be scored on, by number; texts that teach nothing are in neither.
-
-    Raises:
-        InputError: a client would have none of one kind.
-    """
-    own: dict[str, np.ndarray] = {}
-    held: dict[str, np.ndarray] = {}
-    teaches = np.zeros(len(data), dtype=bool)
-    teaches[data.teaching()] = True
-    for client, indices in parts.items():
-        mine = np.array(indices)[teaches[indices]]
-        if not len(mine):
-            raise InputError(
-                f"data.partition: none of the {len(indices)} texts of {client} has a token to predict. Give it others, "
-                "or split the data otherwise."
-            )
-        # By the client's name, so that a real site draws the same order for its own records.
-        order = numpy_generator(config.run.seed, "holdout", client).permutation(mine)
-        kept = int(len(order) * config.data.holdout)
-        if config.data.holdout and not 0 < kept < len(order):
-            raise InputError(
-                f"data.holdout={config.data.holdout}: {client} has {len(order)} records, of which {kept} would be "
-                "held out."
-            )
-        own[client], held[client] = order[kept:], order[:kept]
-    return own, held
 
 
 @functools.lru_cache(maxsize=1)

@@ -43,6 +43,7 @@ LONG = {
     "bench sites": (["--out", FOLDER], "fedpeft.simulations.benchmarks.sites.run"),
     "bench speed": (["--out", FOLDER], "fedpeft.simulations.benchmarks.speed.run"),
     "bench memory": (["--out", FOLDER], "fedpeft.simulations.benchmarks.memory.run"),
+    "bench scale": (["--out", FOLDER], "fedpeft.simulations.benchmarks.scale.run"),
     "bench tta": (["--out", FOLDER], "fedpeft.simulations.benchmarks.tta.run"),
     "bench unlearn": (["--out", FOLDER], "fedpeft.simulations.benchmarks.unlearn.run"),
     "bench adapters": (["--out", FOLDER], "fedpeft.simulations.benchmarks.adapters.run"),

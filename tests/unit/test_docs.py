@@ -118,6 +118,10 @@ def test_every_registered_method_is_in_its_table(make):
     assert make.with_tables(page) == page, "python docs/make.py writes the tables of docs/methods.md anew"
 
 
+def test_what_show_says_of_every_method_is_written_down(make):
+    assert make.described() == make.catalogue.DESCRIBED.read_text(), "python docs/make.py writes it anew"
+
+
 def test_every_body_says_whether_a_federation_can_run_it(make):
     page = make.CONTINUAL.read_text()
     assert make.with_tables(page) == page, "python docs/make.py writes the table of docs/continual.md anew"

@@ -69,8 +69,8 @@ MAY_LOAD = {  # a command -> what it may load of what is costly
     "list strategies": set(),
     "list": {"numpy"},
     "show data": {"numpy"},
-    "show partitioners/iid": {"numpy"},
-    "show bodies/coso": {"numpy", "torch", "safetensors"},
+    "show partitioners/iid": set(),
+    "show bodies/coso": set(),
     "validate quickstart": {"numpy", "torch", "safetensors", "flwr"},
 }
 LIGHT = (

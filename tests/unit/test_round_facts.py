@@ -135,3 +135,12 @@ def test_a_server_that_must_not_say_what_it_sees_says_nothing():
     assert ClientDP.facts(None, None, sent, updates) == {}
     assert round_facts.of_single(sent, [Update("all clients", 1.0, updates[0].adapter)], ["A"]) == {}
     assert round_facts.told(1, {}, {"c0": "not selected"}, set()) == {}
+
+
+def test_a_median_leaves_its_values_in_their_order():
+    for shape in ((5,), (6,), (6, 3), (5, 2, 2)):
+        values = torch.randn(shape, dtype=torch.float64)
+        before = values.clone()
+        ordered = values.sort(dim=0).values
+        middle = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+        assert torch.equal(round_facts.coordinate_median(values), middle) and torch.equal(values, before)
