@@ -106,8 +106,8 @@ def write(exported: Exported) -> str:
     if kept is not None and not exported.merged:
         parts.append(
             f"It was trained over this base as bitsandbytes keeps it in {kept}: load it so for the same answers, and "
-            "put the adapter on a base that has not answered before. On some CPUs bitsandbytes repacks the weights at a "
-            "base's first answer, and an adapter put on it later computes with wrong ones.\n"
+            "put the adapter on a base that has not answered before. On some CPUs bitsandbytes repacks the weights at "
+            "a base's first answer, and an adapter put on it later computes with wrong ones.\n"
         )
     if exported.objective.headed:
         # As JSON no name, which is whatever the data had, can end its line and so the block.
