@@ -42,8 +42,6 @@ class Progress:
             )
             self.bar.start()
             self.task = self.bar.add_task(LOADING, total=None)
-        elif not self.quiet:
-            console.note(LOADING)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -62,6 +60,8 @@ class Progress:
             self.folder = Path(event["path"])
             if not (self.quiet or event["given"]):
                 console.note(f"run folder {self.folder}")
+            if not (self.quiet or self.bar):
+                console.note(LOADING)
             return
         if self.quiet:
             return

@@ -62,6 +62,7 @@ def test_every_argument_has_its_help(capsys):
 def test_a_round_says_which_how_long_and_how_long_all_others_will_take(capsys):
     event = {"event": "round", "clients": ["a", "b"], "train_loss": 0.5, "accuracy": 0.25}
     with rounds.Progress(quiet=False) as progress:
+        progress({"event": "folder", "path": "runs/one", "given": True})
         progress({"event": "start", "rounds": 20, "strategy": "fedit", "clients": 2, "trainable_parameters": 10})
         progress({**event, "round": 3, "seconds": 0.9})
         progress({**event, "round": 20, "seconds": 0.9})
