@@ -10,6 +10,8 @@ import pytest
 from fedpeft.deploy import keys, settings
 from fedpeft.deploy.coordinator import daemon
 from fedpeft.deploy.coordinator import server as commands
+from fedpeft.deploy.processes import Child, end_children
+from fedpeft.errors import RunError
 
 
 def put_run(server, name, state="submitted"):
@@ -102,3 +104,36 @@ def test_a_key_that_two_sites_have_is_the_first_one_s(made, caplog):
         (folder / f"{name}.pub").write_text(line)
     assert list(coordinator.server.site_keys()) == ["north"]
     assert "south.pub: the key of north, which has it already" in caplog.text
+
+
+KILLED_ONCE = """
+import os, pathlib, signal, sys, time
+if not (flag := pathlib.Path(sys.argv[1])).exists():
+    flag.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_what_is_killed_while_a_coordinator_starts_is_started_again_and_what_fails_ends_the_start(
+    tmp_path, monkeypatch
+):
+    killed = Child("face", [sys.executable, "-c", KILLED_ONCE, str(tmp_path / "flag")], {})
+    failed, begun = Child("face", [sys.executable, "-c", "raise SystemExit(1)"], {}), set()
+
+    def answers(host, port):
+        begun.add(killed.begun)
+        return len(begun) == 2
+
+    monkeypatch.setattr(daemon, "ports", lambda server: [("localhost", 1)])
+    monkeypatch.setattr(daemon.address, "answers", answers)
+    killed.start()
+    try:
+        daemon._wait_for(None, [killed])
+        assert killed.process.poll() is None
+    finally:
+        end_children([killed])
+    monkeypatch.setattr(daemon.address, "answers", lambda host, port: False)
+    failed.start()
+    with pytest.raises(RunError, match="the face does not come up"):
+        daemon._wait_for(None, [failed])

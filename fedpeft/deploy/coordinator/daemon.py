@@ -221,10 +221,14 @@ def mode(insecure: bool) -> str:
 
 
 def _wait_for(server: Server, children: list[Child]) -> None:
+    """Wait until the ports answer; one that was killed meanwhile is started again, one that failed ends the start."""
     until = time.monotonic() + START_S
     for host, port in ports(server):
         while not address.answers(host, port):
             for child in children:
-                if child.process is None or child.process.poll() is not None or time.monotonic() > until:
+                code = None if child.process is None else child.process.poll()
+                if code is not None and code < 0:
+                    child.keep()
+                elif code is not None or child.process is None or time.monotonic() > until:
                     raise RunError(f"the {child.role} does not come up; see {child.output}.")
             time.sleep(0.2)
