@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedpeft.objectives.base import load_objective
@@ -12,13 +13,16 @@ from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
 
 
-def epsilon_spent(here: World, number: int | None = None) -> dict[str, Any]:
-    """Under sample-level DP what each client has spent up to round `number`, and `epsilon_max`, the most of any."""
+def spent_in_round(here: World, event: Mapping[str, Any]) -> dict[str, Any]:
+    """Under sample-level DP, for the event of a round: `epsilon_max`, the most that any client has spent so far, and
+    `epsilon_by_client` of those that this round asked. The others' has not changed, and there may be very many.
+    """
     if here.config.privacy.unit != "sample":
         return {}
-    table = here.local.guard.spending(list(here.local.train_data), number)
-    spent = {client: row["epsilon"] for client, row in table.items()}
-    return {"epsilon_max": max(spent.values()), "epsilon_by_client": spent}
+    table = here.local.guard.spending(list(here.local.train_data), event["round"])
+    asked = sorted({*event["clients"], *event["quarantined"]} & table.keys())
+    most = max(row["epsilon"] for row in table.values())
+    return {"epsilon_max": most, "epsilon_by_client": {client: table[client]["epsilon"] for client in asked}}
 
 
 def section(here: World) -> dict[str, Any] | None:

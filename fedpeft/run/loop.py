@@ -52,13 +52,13 @@ class Federation:
         codec: what messages hold, and who is there.
         steady: every client is there from the first round to the last, as in a simulation. Sites come and go: they are
             asked for before every round, a quorum is enough after the first, and a round that failed is tried again.
-        describe_round: what is added to the event of a round, by its number.
+        describe_round: what is added to the event of a round.
     """
 
     grid: Grid
     codec: wire.Packed
     steady: bool
-    describe_round: Callable[[int], dict[str, float]]
+    describe_round: Callable[[Event], dict[str, Any]]
 
 
 def run(
@@ -270,7 +270,7 @@ class Session:
 
     def record_round(self, event: Event) -> None:
         """Record an event; a round's also with what the federation knows of that round."""
-        about = self.federation.describe_round(event["round"]) if event["event"] == "round" else {}
+        about = self.federation.describe_round(event) if event["event"] == "round" else {}
         if self.best is not None:
             self.best.hear(event)
         if self.traffic is not None:

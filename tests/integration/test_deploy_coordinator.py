@@ -25,7 +25,7 @@ def test_a_round_that_failed_is_tried_again_and_in_the_end_given_up(tmp_path, mo
     events, answers = [], iter([RoundFailed("one"), RoundFailed("two"), 7])
 
     def session(steady):
-        return loop.Session(None, tmp_path, loop.Federation(None, PACKED, steady, lambda number: {}), events.append)
+        return loop.Session(None, tmp_path, loop.Federation(None, PACKED, steady, lambda event: {}), events.append)
 
     def act():
         answer = next(answers)

@@ -13,7 +13,7 @@ from fedpeft import config as configs
 from fedpeft.clients.guard import Guard
 from fedpeft.privacy.accounting import compose_epsilon
 from fedpeft.privacy.ledger import Budget, Entry
-from fedpeft.run.guarantee import epsilon_spent, list_outside, section
+from fedpeft.run.guarantee import list_outside, section, spent_in_round
 from fedpeft.strategies.build import build
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 from support.allowed import opened
@@ -52,6 +52,7 @@ def here(folder: Path, settings: dict[str, Any], releases: dict[str, list[tuple[
     )
 
 
+ROUND: dict[str, Any] = {"round": 10, "clients": ["client-000", "client-001"], "quarantined": {}}
 TWO = {"client-000": [(0.1, 2.0, 2)], "client-001": [(0.1, 1.0, 2), (0.1, 1.0, 2)]}
 
 
@@ -123,7 +124,7 @@ def test_no_regression_is_fitted_to_texts_that_are_to_be_continued(tmp_path):
 
 
 def test_a_run_without_privacy_claims_nothing(tmp_path):
-    assert section(here(tmp_path, NONE, {})) is None and epsilon_spent(here(tmp_path, NONE, {})) == {}
+    assert section(here(tmp_path, NONE, {})) is None and spent_in_round(here(tmp_path, NONE, {}), ROUND) == {}
 
 
 def test_the_section_of_sample_level_privacy(tmp_path):
@@ -172,18 +173,21 @@ def test_the_section_of_client_level_privacy(tmp_path):
 # Epsilon by round -----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_spent_is_that_of_the_client_that_spent_most(tmp_path):
-    assert epsilon_spent(here(tmp_path, SAMPLE, TWO)) == {
-        "epsilon_max": compose_epsilon(((0.1, 1.0, 4),), DELTA, "rdp")
-    }
+def test_a_round_says_what_those_that_it_asked_have_spent_and_the_most_of_any(tmp_path):
+    world, most = here(tmp_path, SAMPLE, TWO), compose_epsilon(((0.1, 1.0, 4),), DELTA, "rdp")
+    whole = spent_in_round(world, {**ROUND, "clients": ["client-001"], "quarantined": {"client-000": "late"}})
+    assert whole["epsilon_max"] == whole["epsilon_by_client"]["client-001"] == most
+    assert 0 < whole["epsilon_by_client"]["client-000"] < most
+    part = spent_in_round(world, {**ROUND, "clients": ["client-000"]})
+    assert part == {"epsilon_max": most, "epsilon_by_client": {"client-000": whole["epsilon_by_client"]["client-000"]}}
 
 
 def test_nothing_released_is_nothing_spent(tmp_path):
-    assert epsilon_spent(here(tmp_path, SAMPLE, {"client-000": []})) == {"epsilon_max": 0.0}
+    assert spent_in_round(here(tmp_path, SAMPLE, {"client-000": []}), ROUND)["epsilon_max"] == 0.0
 
 
 def test_client_level_privacy_is_accounted_by_the_strategy(tmp_path):
-    assert epsilon_spent(here(tmp_path, CLIENT, TWO)) == {}
+    assert spent_in_round(here(tmp_path, CLIENT, TWO), ROUND) == {}
 
 
 def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):

@@ -87,7 +87,7 @@ def play(run: Path, grid: Post, registered: Callable[[], dict[str, str]] | None)
     # Whatever was sent meanwhile: no answer is read before the base model is known to be the run's.
     sites = SiteGrid(grid, cover, config.run.deadline_s, recorder.record, grid.wait, lambda: world.local)
     roster = Roster(sites, registered, partial(waiting, run))
-    federation = loop.Federation(sites, roster, False, lambda number: sites.transferred_s())
+    federation = loop.Federation(sites, roster, False, lambda event: sites.transferred_s())
     return loop.run(world, run, recorder, lambda: nullcontext(federation), tell)
 
 
