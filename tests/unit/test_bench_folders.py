@@ -68,7 +68,7 @@ def test_lines_say_how_many_are_done_and_how_long_the_rest_takes(monkeypatch):
     ("seconds", "text"), [(0.2, "0 s"), (89, "89 s"), (95, "2 min"), (3600, "60 min"), (7200, "2.0 h")]
 )
 def test_times_are_written_in_a_fitting_unit(seconds, text):
-    assert cells.about(seconds) == text
+    assert cells.show_duration(seconds) == text
 
 
 def test_a_bench_speaks_before_it_works_and_json_has_stdout_for_itself(measured, tmp_path):

@@ -149,7 +149,7 @@ def test_only_trained_roles_are_expected_and_changed():
 
 def test_what_clients_are_sent_alike_is_packed_once_and_each_has_records_of_its_own(monkeypatch):
     calls = []
-    monkeypatch.setattr(wire, "pack", lambda state: calls.append(state) or packing.pack_state(state))
+    monkeypatch.setattr(wire, "pack_state", lambda state: calls.append(state) or packing.pack_state(state))
     other = replace(START, sites={name: replace(site, scaling=9.0) for name, site in START.sites.items()})
     moved = START.map(lambda value: value + 1)
     sent = {"a": START, "b": START.select(["A", "B", "head"]), "c": other, "d": moved}
