@@ -87,10 +87,7 @@ def simulate(
             if handed:
                 from_python.write(config.data, run, data, test)
                 faults.check(config.run, settle_clients(config, run))
-            # Resolved: a resumed run must not see a shipped config or a default that has changed since.
-            said = settle_dtype(config)
-            text = f"# {said}\n{configs.to_yaml(config)}" if said else configs.to_yaml(config)
-            write_bytes(run / "resolved.yaml", text.encode())
+            _write_resolved(config, run)
             identity.begin(run)
             return _run_world(config, run, tell)
         except InputError:
@@ -99,6 +96,15 @@ def simulate(
                     shutil.rmtree(run / from_python.FOLDER, ignore_errors=True)
                 made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
             raise
+
+
+def _write_resolved(config: Config, run: Path) -> None:
+    """Write the config with everything that it leaves open: a resumed run must not see a shipped config or a default
+    that has changed since.
+    """
+    said = settle_dtype(config)
+    text = f"# {said}\n{configs.to_yaml(config)}" if said else configs.to_yaml(config)
+    write_bytes(run / "resolved.yaml", text.encode())
 
 
 def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Result:

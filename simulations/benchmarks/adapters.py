@@ -106,17 +106,7 @@ def run(
                 rows += tried + [work.cell(find_better(tried)["lr"], seed, "test") for seed in range(seeds)]
     options = [f"--sets {','.join(sets)}"] if sets else []
     options += [f"--adapters {','.join(adapters)}"] if adapters else []
-    results: Row = {
-        "reproduce": " ".join(
-            ["fedpeft bench adapters --out DIR", *options, f"--seeds {seeds}", *(["--quick"] if quick else [])]
-        ),
-        "seeds": seeds,
-        "quick": quick,
-        "versions": cells.versions(),
-        "table": table(rows),
-        "rows": rows,
-    }
-    cells.write(out / "results.json", results)
+    results = cells.write_results(out, "adapters", options, seeds, quick, table(rows), rows)
     _draw(out / "adapters.png", results["table"])
     return results
 

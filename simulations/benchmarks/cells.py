@@ -13,7 +13,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -125,6 +125,22 @@ def read(path: Path, key: Row) -> Row | None:
 def write(path: Path, row: Row) -> None:
     """Write a cell's row whole or not at all; a NaN or inf in it is a ValueError."""
     files.write_bytes(path, (json.dumps(row, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_results(
+    out: Path, name: str, options: Sequence[str], seeds: int, quick: bool, table: list[Row], rows: list[Row]
+) -> Row:
+    """Write results.json of a benchmark over seeds, and return its content: the command that makes it again, table and
+    rows.
+
+    Args:
+        options: of the command, as it was called, but for --out, --seeds and --quick.
+    """
+    command = [f"fedpeft bench {name} --out DIR", *options, f"--seeds {seeds}", *(["--quick"] if quick else [])]
+    results: Row = {"reproduce": " ".join(command), "seeds": seeds, "quick": quick, "versions": versions()}
+    results |= {"table": table, "rows": rows}
+    write(out / "results.json", results)
+    return results
 
 
 def versions() -> dict[str, str]:

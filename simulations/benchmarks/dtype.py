@@ -59,17 +59,8 @@ def run(out: Path, sets: Sequence[str] = (), seeds: int = 5, quick: bool = False
                         cells.write(path, row)
                         progress(f"{place}: {row['accuracy']:.1f} %, loss {row['loss']:.4f}")
                     rows.append(row)
-    named = f" --sets {','.join(sets)}" if sets else ""
-    results: Row = {
-        "reproduce": f"fedpeft bench dtype --out DIR{named} --seeds {seeds}{' --quick' if quick else ''}",
-        "seeds": seeds,
-        "quick": quick,
-        "versions": cells.versions(),
-        "table": table(rows),
-        "rows": rows,
-    }
-    cells.write(out / "results.json", results)
-    return results
+    options = [f"--sets {','.join(sets)}"] if sets else []
+    return cells.write_results(out, "dtype", options, seeds, quick, table(rows), rows)
 
 
 def table(rows: list[Row]) -> list[Row]:

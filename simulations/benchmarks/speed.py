@@ -121,14 +121,19 @@ def run(
     asked = {"models": models, "clients": clients, "batch": batch, "engines": names}
     options = {"repeats": repeats, "seq": seq, "steps": steps}
     results = {**describe(asked, options, quick, where), "largest_difference": distance, "rows": rows}
+    _write_results(out, results)
+    return results
+
+
+def _write_results(out: Path, results: Row) -> None:
+    """results.json, this machine's table, and the figure."""
     files.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     slug = re.sub(r"[^a-z0-9]+", "-", results["machine"].lower()).strip("-")
     files.write_bytes(out / f"{slug}.md", speed_limit.markdown(results).encode())
     from fedpeft.record import drawing
 
     with drawing.style():
-        files.write_bytes(out / "speed.png", drawing.png(figure(rows)))
-    return results
+        files.write_bytes(out / "speed.png", drawing.png(figure(results["rows"])))
 
 
 def _race_cells(

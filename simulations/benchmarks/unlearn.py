@@ -94,15 +94,8 @@ def run(out: Path, sets: tuple[str, ...] = (), seeds: int = 3, quick: bool = Fal
                     progress(f"{name} {way} seed {seed}: {row['cost']['seconds']:.1f} s")
                 rows.append(row)
             shutil.rmtree(out / "runs", ignore_errors=True)
-    results: Row = {
-        "reproduce": f"fedpeft bench unlearn --out DIR --seeds {seeds}{' --quick' if quick else ''}",
-        "seeds": seeds,
-        "quick": quick,
-        "versions": cells.versions(),
-        "table": table(rows),
-        "rows": rows,
-    }
-    cells.write(out / "results.json", results)
+    options = [f"--sets {','.join(sets)}"] if sets else []
+    results = cells.write_results(out, "unlearn", options, seeds, quick, table(rows), rows)
     _draw(out / "unlearn.png", results["table"])
     return results
 

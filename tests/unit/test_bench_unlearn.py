@@ -19,6 +19,7 @@ def test_a_quick_grid_and_what_is_gone_on_with(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert not done.exception, done.output
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results["reproduce"] == "fedpeft bench unlearn --out DIR --sets digits --seeds 1 --quick"
     models = ["as trained", "retrained", "loku", "negation"]
     assert [line["model"] for line in results["table"]] == models
     assert results["table"][1]["distance"][0] < 1e-6 < results["table"][0]["distance"][0]
