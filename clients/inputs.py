@@ -123,6 +123,7 @@ def _find_good(model: Adapted, data: Encoded) -> Tensor:
     """Whether the model can take each record, bool [N]."""
     labels, tokens = data.labels, by_token(data.labels)
     if labels.is_floating_point():
+        # Regression: numbers, of which any finite one is right.
         good = torch.isfinite(labels).all(1)
     else:
         most = model.base.classes if model.base.objective.headed else words_of(model)

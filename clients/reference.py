@@ -137,6 +137,7 @@ def _score_records(model: Adapted, data: Encoded) -> Tensor:
     device = next(iter(model.parameters.values())).device
     model.base.backbone.eval()
     teaching = np.intersect1d(data.teaching(), _find_known(model, data))
+    # The longest first: what does not fit into memory is found out at once.
     order = teaching[np.argsort(-data.lengths[teaching], kind="stable")]
     labels = torch.full_like(stored.labels_of(None), torch.nan)
     done = 0

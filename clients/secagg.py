@@ -273,6 +273,7 @@ class Member:
             (after.cpu().double() - before.cpu().double()).reshape(-1)
             for after, before in zip(update.payload, start.payload, strict=True)
         ]
+        # In float64 and as one vector: every client must put the same coordinate into the same place of the sum.
         change = torch.cat(changes).numpy()
         if not np.isfinite(change).all():
             raise RunError("its update has NaN or inf; it is not sent.")

@@ -109,6 +109,7 @@ def mix_replay(data: Encoded, told: Instructions, config: ClientConfig, seed: in
         return None
     labels, rng = data.labels.numpy(), seeds.numpy_generator(seed, "replay")
     new = np.flatnonzero(np.isin(labels, learn.classes))
+    # By task: each earlier task has the same share of a batch, however many records it left.
     old = [found for group in learn.groups[:-1] if len(found := np.flatnonzero(np.isin(labels, group)))]
     if not old:
         log.info("task %s: a client has no records of earlier tasks, so it replays none", learn.task)
@@ -117,6 +118,7 @@ def mix_replay(data: Encoded, told: Instructions, config: ClientConfig, seed: in
     steps = config.local_steps or -(-len(new) // size) * (config.local_epochs or 1)
     fresh = -(-size // 2)
     passes = [rng.permutation(new) for _ in range(-(-steps * fresh // len(new)))]
+    # Enough whole passes for all steps, so that every new record is seen before one comes again.
     line = iter(np.concatenate(passes))
     order = []
     for _ in range(steps):

@@ -239,6 +239,7 @@ def private_steps(
         noised = plan.noised_mean(total, source)
         pieces = noised.split([parameter.numel() for parameter in parameters.values()])
         by_name = {key: piece.view_as(parameters[key]) for key, piece in zip(parameters, pieces, strict=True)}
+        # After the noise, which falls on every entry: what must not move does not move by noise either.
         for key, rows in model.still().items():
             if key in by_name:
                 by_name[key][rows] = 0

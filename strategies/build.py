@@ -120,6 +120,7 @@ def _require_still_base(config: Config, strategy: FederatedStrategy) -> None:
     from fedpeft.strategies.sequence.sequence import TaskSequence
     from fedpeft.strategies.wrappers.wrapper import name_of
 
+    # An adapter's start may move the base too (PiSSA takes its leading components out).
     adapter = registry.load("adapters", config.adapter.name, "adapter.name")
     moving = adapter.moving_start(config.adapter.options) if hasattr(adapter, "moving_start") else None
     mover = next((layer for layer in list_layers(strategy) if layer.changes_base), None)

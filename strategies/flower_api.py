@@ -98,6 +98,7 @@ def aggregate_train(
     if last is None:
         raise RunError("aggregate_train was called before configure_train.")
     answered: dict[str, Message | None] = dict.fromkeys(last.sent)
+    # A stock app hands over whatever came: strangers are left out, and who answers twice is refused.
     for reply in replies:
         if (client := str(reply.metadata.src_node_id)) in answered:
             first = answered[client] is None

@@ -78,6 +78,7 @@ def train_cohort(
     model.training_mode()
     try:
         with first_token(model, jobs[0].data):
+            # Typical, not longest: one long record would make every chunk small, and a pass is cut by tokens anyway.
             widths = [int(np.quantile(token_counts(model, job.data), TYPICAL)) if len(job.data) else 1 for job in jobs]
             most = most_tokens(model) if tokens is None else tokens
             shared = shared_tokens(model, jobs[0].data, tuple(trains), max(widths)) if tokens is None else tokens

@@ -254,6 +254,7 @@ class Classifier:
 
     def __init__(self, classes: int, width: int, seed: int, lr: float) -> None:
         rows = torch.randn(classes, width, generator=seeds.torch_generator(seed, "classifier"))
+        # Nearly zero, so that no class is ahead; not zero, or the first step would not reach the body.
         self.weight, self.bias, self.lr = make_leaf(rows * 1e-3), make_leaf(torch.zeros(classes)), lr
         self.restart_optimizer()
 

@@ -141,6 +141,7 @@ class Learner:
 
     def _begin(self) -> None:
         self.body.feed(self.task, self.stream.tasks[self.task], self.stream.seen(self.task))
+        # Without boundaries a body must not learn that a task began, not even by its optimizer.
         if self.task == 0 or self.stream.boundaries:
             self.body.start()
             self.classifier.restart_optimizer()
@@ -148,6 +149,7 @@ class Learner:
     def _step(self, step: int) -> None:
         inputs, labels = self.body.batch(step)
         moves = self.body.body_trains(step)
+        # Where the body rests, the classifier alone learns, and the features need no graph.
         with torch.set_grad_enabled(moves):
             features = self.model.features(inputs, self.body.change())
         logits = self.classifier(features)
@@ -164,6 +166,7 @@ class Learner:
         }
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for value, gradient in zip(leaves.values(), gradients, strict=True):
+            # Zeros, not None: Adam leaves out what has no gradient, and its moments would fall behind the others'.
             value.grad = torch.zeros_like(value) if gradient is None else gradient
         if moves:
             self.body.after_backward()
@@ -275,6 +278,7 @@ class Learner:
             for view, kept in own.items():
                 head = self.heads[name].setdefault(view, self._head(name, self.options[name]))
                 head.load(kept)
+        # A state from before the first task has index -1, and a body needs some task to be loaded at.
         last = min(max(state["body"]["index"], 0), len(self.stream.tasks) - 1)
         self.body.load(state["body"], self.stream.tasks[last])
 

@@ -70,6 +70,7 @@ def glyph_net(kind: str, classes: int, seed: int = 0) -> Base:
         raise InputError(registry.unknown("net", kind, INPUTS))
     net = copy.deepcopy(_load_pretrained(kind, seed))
     with torch.random.fork_rng(devices=[]):
+        # Of the pre-training's seed, not of the run's: the network is one for all runs that are compared.
         torch.manual_seed(seeds.derive(seed, "head"))
         net.classifier = nn.Linear(WIDTH, classes)
     net.requires_grad_(False).eval()

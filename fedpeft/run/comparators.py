@@ -72,6 +72,7 @@ def frozen_head(here: World) -> dict[str, Any]:
         if made is None:
             scores = only_classes(test[1], seen)
         else:
+            # Added task by task, as a run does: the frozen features never change, so no sum has to be made twice.
             made.update(_head_sums(here, plan.of(here.train.labels, task)), seen)
             scores = made.scores(_shape_features(here, test[0]), None)
         right = (scores.argmax(-1) == test[2]).numpy()

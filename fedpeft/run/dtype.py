@@ -39,6 +39,7 @@ def settle_dtype(config: Config) -> str:
 
 
 def _settle_dtype(config: Config) -> str:
+    # Tried on the config itself: what refuses bfloat16 is spread over many checks.
     config.model.dtype = "bfloat16"
     try:
         configs.check(config)

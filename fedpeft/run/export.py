@@ -200,6 +200,7 @@ def _choose_adapter(run: Path, config: Config, best: bool, number: int | None) -
             "adapter of each client."
         )
     with tempfile.TemporaryDirectory() as made:
+        # In the form that a next round would send, as the run's own folder is.
         adapter = flatten_adapter(strategy.before_round(state).adapter)
         about = folder.about(run / "adapter")
         if any(layer.kind == "peft" for layer in adapter.sites.values()):

@@ -77,6 +77,7 @@ class Monitor:
         signs = [name for name, true in limits.items() if true]
         if signs:
             self.alarms.append({"batch": self.batches - 1, "signs": signs})
+            # A new window, or the next batch would alarm again for the same predictions.
             self.recent = self.recent[:0]
         return signs
 

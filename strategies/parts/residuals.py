@@ -25,6 +25,7 @@ def with_change(server: ServerState, changes: dict[str, tuple[Tensor, Tensor]]) 
         if f"{site}/residual_B" in old:
             B = torch.cat([old[f"{site}/residual_B"].double(), B.double()], dim=1)
             A = torch.cat([old[f"{site}/residual_A"].double(), A.double()], dim=0)
+        # Only then: a compression costs a decomposition, and below that rank a stack is smaller than the dense matrix.
         if B.shape[1] > min(B.shape[0], A.shape[1]):
             B, A = lowrank.compress(B, A)
         dtype = torch.float64 if old[f"{site}/B"].dtype == torch.float64 else torch.float32

@@ -42,6 +42,7 @@ class HetLoRA(FederatedStrategy):
         for site in server.adapter.lora_sites():
             pairs = [(update.adapter[f"{site}/B"], update.adapter[f"{site}/A"]) for update in updates]
             norms = [float(lowrank.norm(B, A)) for B, A in pairs]
+            # Before anyone has moved all norms are zero, and would weigh nothing.
             weights = norms if sum(norms) > 0 else shares
             B = torch.zeros_like(server.adapter[f"{site}/B"], dtype=torch.float64)
             A = torch.zeros_like(server.adapter[f"{site}/A"], dtype=torch.float64)
@@ -50,6 +51,7 @@ class HetLoRA(FederatedStrategy):
                 B[:, :rank] += Bk.double() * (weight / sum(weights))
                 A[:rank] += Ak.double() * (weight / sum(weights))
             highest = max(Ak.shape[0] for _, Ak in pairs)
+            # Rows that nobody trained stay as drawn: as zeros they could never be learned, since B is zero there too.
             A[highest:] = server.adapter[f"{site}/A"][highest:].double()
             tensors |= {f"{site}/B": B, f"{site}/A": A}
         return server.with_tensors(tensors)

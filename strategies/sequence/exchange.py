@@ -61,6 +61,7 @@ def ask_for_sums(
     answers = asking.ask_nodes(grid, "query.sums", content, rules.deadline_s, read)
     about = {"round": number, "task": task, "sums": what}
     found, names = [], []
+    # By name, as sums must round alike in every run.
     for client in sorted(roster):
         answer = answers[roster[client]]
         if isinstance(answer, wire.BadReply):

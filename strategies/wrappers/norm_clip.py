@@ -43,6 +43,7 @@ class NormClip(Wrapper):
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
         beside = names_that_add_up(self.inner, server)
         norms = torch.stack([self._move(server, update, beside).norm() for update in updates])
+        # The median of norms: half of the clients may lie about theirs before it is in their hands.
         bound = float(coordinate_median(norms)) if self.config.bound is None else self.config.bound
         self.treated = {
             update.client: f"clipped to {100 * bound / norm:.3g} % of its length"

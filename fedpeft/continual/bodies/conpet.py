@@ -49,6 +49,7 @@ from fedpeft.continual.model import Change, Inputs, low_rank
 from fedpeft.continual.parts import lora, replay
 from fedpeft.data.encode import Encoded
 
+# Finite: where a record's own expert is not asked, its loss must be a number.
 NOT_ASKED = -100.0
 Tensors = dict[str, Tensor]
 
@@ -83,6 +84,7 @@ class ConPET(Body):
             return
         before = self._part("selector")
         fresh = self._fresh(rows=self.index + 1, purpose="selector")
+        # The selector goes on; of what was drawn only the new task's row stays.
         for name, value in before.items():
             if name in ("weight", "bias"):
                 fresh[name][: len(value)] = value
@@ -91,6 +93,7 @@ class ConPET(Body):
         self.parameters = {f"selector/{name}": make_leaf(value) for name, value in fresh.items()}
 
     def after_step(self, step: int) -> None:
+        # The second stage trains other tensors, to which the selector's moments mean nothing.
         if self.index and step + 1 == self.steps() // 2:
             self._put_by()
             self._begin_expert()
@@ -170,6 +173,7 @@ class ConPET(Body):
         count, rows = len(self._list_experts()), len(next(iter(inputs.values())))
         if count == 1:
             return torch.ones(rows, 1, dtype=torch.bool)
+        # While the selector trains, the new task has a row in its head and no expert yet.
         return asked(self._expert_logits("selector", inputs)[:, :count], self.config.top, forced)
 
     def _expert_logits(self, name: str, inputs: Inputs) -> Tensor:

@@ -161,6 +161,7 @@ class CoSO(Body):
         """New directions. A second moment turns as the diagonal of a covariance does, so it stays positive."""
         adapters = self.memory["adapters"]
         if self.config.rotate_moments:
+            # What the old directions do not share with the new ones has no place in them, and is dropped.
             rotation = P.T @ adapters[f"{layer}/P"]
             adapters[f"{layer}/m"] = rotation @ adapters[f"{layer}/m"]
             adapters[f"{layer}/v"] = rotation**2 @ adapters[f"{layer}/v"]
@@ -193,6 +194,7 @@ class CoSO(Body):
 
     def stored(self) -> dict[str, int]:
         """Without sketch, directions and moments, which serve one task."""
+        # Taken out for the count alone, and put back.
         whole = self.memory
         lasting = {key: value for key, value in whole["adapters"].items() if key.startswith("delta/")}
         self.memory = {**whole, "statistics": {}, "adapters": lasting}

@@ -78,6 +78,7 @@ class EWC(FormBody):
         return total
 
     def end_task(self, statistics: dict[str, Tensor]) -> None:
+        # Over all parameters at once: a layer that matters less than others must stay so.
         mean = sum(float(value.sum()) for value in statistics.values()) / sum(v.numel() for v in statistics.values())
         for key, value in self.parameters.items():
             before = self.memory["statistics"].get(f"{key}/F", torch.zeros_like(value))

@@ -43,6 +43,7 @@ class FactorCoSO(Body):
         bases, adapters = self.memory["bases"], self.memory["adapters"]
         for layer in self.model.layers:
             m, n = self.model.base.shape(layer)
+            # The frozen A lies under its own name, so the finished pair is put by here and not in `parts.lora`.
             if self.index > 0:
                 A, B = adapters.pop(f"now/{layer}/A"), self.parameters[f"{layer}/B"].detach().clone()
                 adapters[f"past/{self.index - 1}/{layer}/A"], adapters[f"past/{self.index - 1}/{layer}/B"] = A, B

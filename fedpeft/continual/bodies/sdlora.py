@@ -48,6 +48,7 @@ class SDLoRA(Body):
     def begin_task(self) -> None:
         lora.put_by(self)
         kept = self.memory["adapters"]
+        # Before the new pair is drawn: the last one becomes a direction, whose magnitude keeps its product.
         for layer in self.model.layers if self.index else ():
             key = f"past/{self.index - 1}/{layer}"
             kept[f"{key}/B"], new = direction(kept[f"{key}/B"], kept[f"{key}/A"], self._scale_of())

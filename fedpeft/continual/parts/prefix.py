@@ -113,6 +113,7 @@ def attend_calibrated(
     own = query @ K.transpose(2, 3) * scaling
     weights = torch.cat([scores, own], dim=-1).float().softmax(-1)
     tokens, prefix = weights.split([scores.shape[-1], own.shape[-1]], dim=-1)
+    # The calibration: without it tokens, which are many, leave a prefix hardly any mass, and so no gradient.
     prefix = prefix / prefix.sum(-1, keepdim=True).clamp(min=SMALLEST)
     done: Tensor = tokens @ value.float() + prefix @ V.float()
     return done.to(query.dtype)

@@ -81,6 +81,7 @@ def labelled(model: Adapted, data: Encoded, choose: Callable[[Tensor], Tensor]) 
         elif labels.is_floating_point():
             labels[index] = PULLS[choose](logits[0].float())
         elif model.base.objective.causal:
+            # What a causal model says at a token is of the next one.
             labels[index, 1 : len(answer)] = answer[:-1]
         else:
             labels[index, : len(answer)] = answer

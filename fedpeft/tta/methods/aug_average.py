@@ -45,6 +45,7 @@ class AugAverage(TTAMethod):
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         config = self.config
+        # One sample has no variance over the batch to speak of.
         statistics = batch_statistics(config.bn_alpha) if batch_size(batch) > 1 else None
         draws = self.generator("views")
         views = [

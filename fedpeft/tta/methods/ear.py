@@ -106,6 +106,7 @@ class EAR(GradientMethod):
         gradients, reason = self.finite_gradients(scores.entropy(outputs.logits).mean(), leaves)
         if reason is not None:
             return reason
+        # Made only now, since a batch that taught nothing must leave no domain behind.
         if place is None:
             branches.append(
                 {"code": torch.zeros_like(outputs.extra["code"]), "student": self._start(), "moments": optim.fresh()}

@@ -130,6 +130,7 @@ class TestTimeFedTHE(TTAMethod):
         features = _detach_features(plain)
         history = moving_history(features, self.memory.get("history"), config.rate)
         blended = torch.lerp(history, features, config.share)
+        # Smoothed over the stream: a single sample says little of whose distribution it is from.
         far = torch.stack([(blended - prepared[name]).norm(dim=1) for name in ("everyone", "own")], 1)
         heads = torch.stack([plain.logits, _logits_of(features, prepared["head"])], 1)
         weights = mixing_weights(heads, far, config.steps, config.lr)

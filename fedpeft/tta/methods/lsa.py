@@ -79,6 +79,7 @@ class LabelShiftAdapter(WrappedMethod):
             draws = seeds.torch_generator(self.seed, "tta", "lsa", number)
             rows = torch.randint(len(labels), (config.batch,), generator=draws).to(labels.device)
             d = float(torch.rand((), generator=draws)) * 2 * RANGE - RANGE
+            # Imbalances of all degrees, from none to the reverse, so that whichever the target has was trained for.
             target = scores.on_simplex(prior**d, 0.0)
             leaves: dict[str, Tensor] = {name: torch.nn.Parameter(value) for name, value in network.items()}
             with torch.enable_grad():

@@ -116,6 +116,7 @@ class PETAL(MeanTeacher):
         chosen = data if config.fisher == "data" else whole
         fisher = {name: value.square() for name, value in chosen.items()}
         for name, value in fisher.items():
+            # Rows of tokens that did not come have no gradient, and would all count as unimportant.
             if isinstance(self.model.slots[name][0][0], nn.Embedding):
                 fisher[name] = value.masked_fill((data[name] == 0).all(-1, keepdim=True), torch.nan)
         masks = smallest(fisher, config.restore, draws, config.per_tensor)

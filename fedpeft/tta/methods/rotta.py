@@ -147,6 +147,7 @@ def offer(items: list[Item], item: Item, capacity: int, classes: int) -> list[It
     def score(entry: Item) -> float:
         return float(1 / (1 + math.exp(-entry["age"] / capacity)) + entry["uncertainty"] / math.log(classes))
 
+    # A class at its share gives up one of its own; a full memory one of its largest classes; else there is room.
     held = Counter(entry["label"] for entry in items)
     rivals: list[int] | None = None
     if held[item["label"]] >= capacity / classes:

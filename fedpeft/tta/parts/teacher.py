@@ -78,6 +78,7 @@ class MeanTeacher(GradientMethod):
         config, statistics = self.config, self.statistics(batch)
         anchor = self.forward(batch, self.anchor(), statistics)
         threshold = config.threshold if config.threshold is not None else self.prepared["threshold"]
+        # Only far from the source, where one view is not to be trusted: the mean of many costs a pass each.
         if float(anchor.prediction.max(-1).values.mean()) < threshold:
             draws = self.generator("views")
             views = [
