@@ -245,11 +245,12 @@ def valid(result: dict[str, Any]) -> None:
 
 
 def valid_line(result: dict[str, Any]) -> None:
-    """Print what a config is of, in a line, and that it is valid."""
+    """Print what a config is of, in a line, and that it is valid, as far as can be seen without its model and data."""
     tree = result["config"]
     strategy, model, data = tree["strategy"]["name"], tree["model"]["name"], tree["data"]["source"]
     out.print(f"{strategy}, {model}, {data}, {tree['run']['rounds']} rounds:", markup=False, end=" ", soft_wrap=True)
-    out.print("valid", style="bold green")
+    out.print("valid", style="bold green", end=". ")
+    out.print("Model and data were not opened.")
 
 
 def comparison(result: dict[str, Any]) -> None:
