@@ -1,6 +1,7 @@
 """The local step loop: what a client does with an adapter, its data and its task.
 
     for each step:  g = gradient of the mean per-sample loss, or of DP-SGD (fedpeft.privacy.plan)
+                    g += R'(theta),  where the adapter has a penalty R
                     g += mu (theta - theta_0) + offset,  where the method's client half has them
                     optimizer step at its rate (`rates`; a new optimizer every round, its state too unless it is kept)
 
@@ -105,6 +106,9 @@ def train(
         gradients_of_steps = steps_to_take(model, data, parameters, config, seed, private, in_order)
         # Rates first: past the last one no noise is drawn. A private round of fewer steps is for the audit to judge.
         for rate, (gradients, loss) in zip(rates, gradients_of_steps, strict=private is None):
+            if model.penalty is not None:
+                for key, pull in model.penalty.gradients(parameters, model.parameters).items():
+                    gradients[key] = gradients[key] + pull
             set_gradients(parameters, gradients, start, config, proximal, offset)
             set_rate(optimizer, rate)
             optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedpeft.adapters.penalties.base import find_penalty
 from fedpeft.clients import rates
 from fedpeft.clients.optimizers.base import find_optimizer
 from fedpeft.config import Config
@@ -18,6 +19,18 @@ def check(config: Config) -> None:
             f"client.optimizer={client.optimizer} steps A and B of a layer by each other, but strategy "
             f"{config.strategy.name} over adapter.name={config.adapter.name} does not train both in every round. Take "
             "fedit over lora, or another optimizer."
+        )
+    penalty = find_penalty(config.adapter)
+    if penalty is not None and any(not {*penalty.roles} & {*roles} for roles in _roles_trained_first(config)):
+        raise InputError(
+            f"adapter.penalty={config.adapter.penalty} is over {', '.join(penalty.roles)}, of which strategy "
+            f"{config.strategy.name} over adapter.name={config.adapter.name} does not train one in every round. Take "
+            "fedit over lora or sorsa, or set adapter.penalty=null."
+        )
+    if penalty is not None and config.adapter.client_ranks:
+        raise InputError(
+            f"adapter.penalty={config.adapter.penalty}: clients of lower ranks (adapter.client_ranks) have zeros in "
+            "the ranks that they lack, which it would be over too. Set adapter.client_ranks=null."
         )
     if client.keep_optimizer:
         _require_lasting_state(config)

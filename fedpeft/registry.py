@@ -71,6 +71,11 @@ TABLES: dict[str, dict[str, str]] = {
         "bd_lora": "fedpeft.adapters.bd_lora:BDLoRA",
         "ravan": "fedpeft.adapters.ravan:RAVAN",
     },
+    "penalties": {
+        "sorsa": "fedpeft.adapters.penalties.sorsa:SORSAPenalty",
+        "kasa": "fedpeft.adapters.penalties.kasa:KaSAPenalty",
+        "pego": "fedpeft.adapters.penalties.pego:PEGOPenalty",
+    },
     "optimizers": {
         "adamw": "fedpeft.clients.optimizers.adamw:AdamW",
         "sgd": "fedpeft.clients.optimizers.sgd:SGD",

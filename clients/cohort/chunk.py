@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.grouped import Pass
+from fedpeft.adapters.penalties.base import Penalised
 from fedpeft.clients.cohort.passes import Piece, assemble_batch, cut_passes, token_counts
 from fedpeft.clients.cohort.rows import flatten_rows, frozen_parameter, shrink_optimizer
 from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate
@@ -218,6 +219,8 @@ class Chunk:
             if self.still is not None:
                 # After the noise, which falls on every entry.
                 total[:, self.still] = 0
+        if self.model.penalty is not None:
+            self._add_penalty(self.model.penalty, total, values)
         if self.start is not None:
             total += self.mu[:active] * (values - self.start[:active])
         if self.offset is not None:
@@ -227,6 +230,18 @@ class Chunk:
             norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
             total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
+
+    def _add_penalty(self, penalty: Penalised, total: Tensor, values: Tensor) -> None:
+        """Add the penalty's gradient at each row's values to its row, in place."""
+        fixed = {key: value[: len(values)] if own else value for key, (value, own) in self.frozen.items()}
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        views = {
+            key: part.unflatten(1, shape)
+            for (key, shape), part in zip(self.shapes.items(), values.split(sizes, dim=1), strict=True)
+        }
+        places = dict(zip(self.shapes, total.split(sizes, dim=1), strict=True))
+        for key, pull in penalty.gradients(views, fixed).items():
+            places[key] += pull.flatten(1)
 
     def _weight_of(self, job: Job, index: np.ndarray) -> int:
         """What a client's summed losses of a step are divided by: its records, or their tokens."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft import config as configs
 from fedpeft import seeds
+from fedpeft.adapters.penalties.base import Penalised, bind_penalty
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.data.ragged import cut_runs
@@ -57,7 +58,8 @@ class Adapted:
     `compete` names the classes whose logits count; None is all. The others' are NEVER, so low that softmax gives them
     exactly 0, and finite, so that entropies are too. `tail` are the layers that need one token only; None until
     `adapters.tail` has looked for them. `kept` is what a training pass keeps of each token, in bytes, by trained roles
-    and tokens of a record, as far as `clients.cohort.room` has counted it.
+    and tokens of a record, as far as `clients.cohort.room` has counted it. `penalty` is a term of the loss over the
+    factors; None is none.
 
     Adapter and head are float32 whatever the dtype of the base.
 
@@ -74,6 +76,7 @@ class Adapted:
         self.compete: list[int] | None = None
         self.tail: list[nn.Module] | None = None
         self.kept: dict[tuple[tuple[str, ...], int], float] = {}
+        self.penalty: Penalised | None = None
         if train_head:
             for name, module in base.heads.items():
                 module.register_forward_pre_hook(_as_own_dtype)
@@ -204,7 +207,9 @@ def adapt(base: Base, adapter: AdapterConfig, seed: int) -> Adapted:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "adapter"))
         injected = method.inject(base, adapter, seed)
-    return Adapted(base, injected, adapter.train_head)
+    adapted = Adapted(base, injected, adapter.train_head)
+    adapted.penalty = bind_penalty(adapter, base, adapted.form)
+    return adapted
 
 
 def _as_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

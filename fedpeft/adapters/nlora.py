@@ -8,8 +8,9 @@ alone, r^2 values a layer, in which a change is linear, so an average of clients
 biased as LoRA's is, and a core more.
 
 Deviations: a start that is not zero, which the public code leaves standing, is taken off the base, so that the
-untrained model is the base. The pseudo-inverse of the corner is left out, as there. With `init: kaiming` and
-`train: core`, B is Kaiming-uniform and N zero, since with B zero nothing would train.
+untrained model is the base. The pseudo-inverse of the corner, which is Nystroem's, is left out, as it is there (in a
+comment). With `init: kaiming` and `train: core`, B is Kaiming-uniform and N zero, since with B zero nothing would
+train.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ that every client draws from the run's seed, and are in no message and in no sta
 
 dW is bilinear in (a, b): an average of both is biased. `train: beta` trains b alone, from a drawn A: then it is exact.
 
+The equations and starts are those of the authors' code for GPT; their code for images begins with a_k = b_k = 1 / K,
+which is no start from the base.
+
 Deviations: K is `adapter.options.basis`, 64 a factor here where the paper has 1024 for large models.
 """
 

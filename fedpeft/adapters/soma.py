@@ -1,12 +1,13 @@
-"""SoMA: the minor part of the frozen weight's SVD trains. Yun et al., arXiv 2412.04077.
+"""SoMA: the minor part of the frozen weight's SVD trains. Yun et al. 2025, arXiv 2412.04077.
 
     W = U S V^T,   W' = (W - s B_0 A_0) + s B A,   B_0 = U_{-r} sqrt(S_{-r} / s),   A_0 = sqrt(S_{-r} / s) V_{-r}
 
 the r smallest singular values: what a pretrained model has least of is what a task may change. The start is taken off
-the base, so that the untrained model is the base. An average is biased as PiSSA's is.
+the base, so that the untrained model is the base. An average is biased as PiSSA's is. The paper's first version calls
+it SoRA.
 
-Deviations: the first blocks are not left out by itself (adapter.target_modules names layers), and weight decay is what
-client.weight_decay says.
+Deviations: the first blocks are not left out by itself (adapter.target_modules names layers), weight decay is what
+client.weight_decay says, and the biases of the layers, which train in the authors' code by default, are frozen.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@
 
 The start is taken off the base, so that the untrained model is the base.
 
-Deviations: the paper's penalty, which keeps B and A near orthonormal, is left out: they move freely. d_0 = S_r / s,
-so that the part that trains is that of W whatever adapter.alpha is; s = 1 in the paper.
+The paper's penalty, which keeps B and A near orthonormal, is `adapter.penalty=sorsa`, here as with other adapters;
+without it they move freely.
+
+Deviations: d_0 = S_r / s, so that the part that trains is that of W whatever adapter.alpha is; the authors' code has
+d_0 = S_r and takes s times it off the base, which is the same at their default, s = 1.
 """
 
 from __future__ import annotations

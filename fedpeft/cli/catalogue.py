@@ -25,6 +25,7 @@ TABLES = (
     "strategies",
     "objectives",
     "adapters",
+    "penalties",
     "optimizers",
     "datasets",
     "partitioners",

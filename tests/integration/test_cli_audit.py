@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fedpeft.privacy.plan import Plan
 from fedpeft.run.audit import audit, rounds_seen
@@ -39,6 +40,23 @@ def test_it_passes(fedpeft, tiny_options, vit_folder):
     assert result["claim"]["asked"] is None and result["false_alarm"] == 1e-6 and result["limits"]
     assert result["seen"]["engines"] == ["alone", "cohort"] and result["seen"]["of"] == len(result["seen"]["clients"])
     assert all(set(check) == {"name", "measured", "allowed", "passed", "what"} for check in result["checks"])
+
+
+def test_a_penalty_is_no_part_of_what_is_clipped_and_noised(fedpeft, tiny_options, vit_folder, monkeypatch):
+    for part in ("sensitivity", "public_seed", "empty", "streams"):  # which take long, and have no optimizer steps
+        monkeypatch.setattr(audit.Audit, part, lambda subject: [])
+    pulled = ["adapter.penalty=sorsa", "adapter.penalty_options.gamma=5"]
+    done = fedpeft("audit", "quickstart", *tiny_options, *PRIVATE, f"model.name={vit_folder}", *pulled, "--json")
+    assert done.code == 0 and done.json["passed"], [one for one in done.json["checks"] if not one["passed"]]
+    # Not known to the audit, the same pull would be a sum that is not clipped.
+    monkeypatch.setattr("fedpeft.adapters.penalties.base.Penalised.gradients", shift_all)
+    done = fedpeft("audit", "quickstart", *tiny_options, *PRIVATE, f"model.name={vit_folder}", *pulled, "--json")
+    assert done.code == 1
+
+
+def shift_all(penalised, trained, others):
+    """Another pull each time that it is asked for: what training has and what the audit takes off differ."""
+    return {key: torch.randn_like(value) for key, value in trained.items()}
 
 
 def test_a_failure_is_shown_and_ends_with_code_1(fedpeft, tiny_options, vit_folder, monkeypatch):

@@ -167,7 +167,7 @@ QUESTIONS: dict[str, tuple[str, tuple[Collection[str], ...]]] = {
     "does it draw?": ("partitioners", (RANDOM_SPLITS, SPLITS_BY_DATA)),
 }
 # Tables of which conformance tests take every entry there is, and those that hold parts of others.
-TAKEN_WHOLE = ("adapters", "datasets", "mergers", "unlearning", "trackers")
+TAKEN_WHOLE = ("adapters", "penalties", "datasets", "mergers", "unlearning", "trackers")
 PARTS = ("server_bodies", "checks")
 
 

@@ -250,6 +250,12 @@ class Rounds:
             return torch.full((len(self.moving),), math.nan, dtype=torch.float64)
         released = step.released.double().cpu()
         trained = self.local.model.form.select(self.told.trains).tensors
+        if self.local.model.penalty is not None:
+            parts = step.before.split(list(self.sizes.values()))
+            at = {key: part.view(value.shape) for (key, value), part in zip(trained.items(), parts, strict=True)}
+            pulls = self.local.model.penalty.gradients(at, one.visit.start.tensors)
+            flat = [pulls.get(key, torch.zeros(value.shape)).flatten() for key, value in trained.items()]
+            released = released - torch.cat(flat).double()
         for half in one.halves:
             if mu := half.proximal(one.visit):
                 released = released - mu * (step.before - one.steps[0].before).double().cpu()

@@ -1,0 +1,1 @@
+"""Terms of the loss that keep an adapter near something: `adapter.penalty` names one."""
