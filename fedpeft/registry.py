@@ -70,6 +70,10 @@ TABLES: dict[str, dict[str, str]] = {
         "soma": "fedpeft.adapters.soma:SoMA",
         "bd_lora": "fedpeft.adapters.bd_lora:BDLoRA",
         "ravan": "fedpeft.adapters.ravan:RAVAN",
+        "loldu": "fedpeft.adapters.loldu:LoLDU",
+        "salt": "fedpeft.adapters.salt:SALT",
+        "loca": "fedpeft.adapters.loca:LoCA",
+        "orthogonal_adaptation": "fedpeft.adapters.orthogonal_adaptation:OrthogonalAdaptation",
     },
     "penalties": {
         "sorsa": "fedpeft.adapters.penalties.sorsa:SORSAPenalty",

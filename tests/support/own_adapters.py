@@ -17,15 +17,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nola": [{"train": "beta"}],
     "bd_lora": [{"blocks": 4}],
     "ravan": [{"heads": 1}],
+    "svfit": [{"energy": 1.0}],
+    "salt": [{"train": "values"}],
+    "orthogonal_adaptation": [{"slot": 2}],
 }
 OWN = [name for name in registry.names("adapters") if issubclass(registry.load("adapters", name), Factored)]
 CASES = [(name, options) for name in OWN for options in ({}, *VARIANTS.get(name, []))]
 # Of which an average of adapters is exact: what trains is linear in them.
-LINEAR = ("paca", "svfit", "ravan")
+LINEAR = ("paca", "svfit", "ravan", "loldu", "loca", "orthogonal_adaptation")
 LINEAR_BY_OPTIONS = (
     ("nlora", {"train": "core"}),
     ("nlora", {"init": "block", "train": "core"}),
     ("nola", {"train": "beta"}),
+    ("salt", {"train": "values"}),
 )
 
 

@@ -7,9 +7,10 @@ A_i A_j^T = 0 in different slots, so on an input in the span of A_i's rows the o
 sum keeps every task as it was there. A layer of width n has floor(n / r) slots. O follows from a seed and the name of
 the site: clients and tasks agree on it without sending it.
 
-`initial` freezes an adapter's A to a slot before training; the merger refuses adapters whose A overlap, since the sum
-then means nothing. `tolerance` is the largest allowed cosine between a row of one A and a row of another; raise it for
-bases of independent random rows, which overlap by O(sqrt(r / n)).
+`adapter=orthogonal_adaptation adapter.slot=i` trains so; `initial` freezes an adapter's A to a slot before training.
+The merger refuses adapters whose A overlap, since the sum then means nothing. `tolerance` is the largest allowed cosine
+between a row of one A and a row of another; raise it for bases of independent random rows, which overlap by
+O(sqrt(r / n)).
 
 Row blocks come from QR of Gaussian columns drawn block by block, of which slot i needs the first (i + 1) r only:
 O(n (i + 1)^2 r^2), not O(n^3). Deviation: the paper fixes B in Delta W = A B^T; peft's A is that B^T.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import seeds
+from fedpeft.adapters.orthogonal_adaptation import orthonormalise_last
 from fedpeft.config import option
 from fedpeft.errors import InputError
 from fedpeft.merging.base import Merger, Numbers, State, Tensors, append
@@ -103,6 +105,4 @@ def rows(width: int, rank: int, slot: int, seed: int, site: str) -> Tensor:
         )
         for block in range(slot + 1)
     ]
-    Q, R = torch.linalg.qr(torch.cat(blocks, dim=1))
-    last: Tensor = (Q * R.diagonal().sign())[:, slot * rank :]
-    return last.T.contiguous()
+    return orthonormalise_last(blocks)
