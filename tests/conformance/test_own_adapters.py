@@ -127,7 +127,7 @@ def test_the_products_are_those_of_the_factors_that_it_folds_to(name, options, p
 def test_averages_are_exact_where_it_says_so(name, options, path):
     model = adapted(path, name, options)
     error = measure_average(model, small.inputs("bert"), registry.load("adapters", name).averages)
-    assert error < EXACT if is_linear(name, options) else error > 0.02
+    assert error < EXACT if is_linear(name, options) else error > 2 * EXACT
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
