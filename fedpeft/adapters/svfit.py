@@ -67,7 +67,7 @@ class SVFit(Factored):
 def count_leading(S: Tensor, energy: float) -> int:
     """The smallest number of singular values [k], largest first, whose squares are this share of all.
 
-    >>> count_leading(torch.tensor([3.0, 1.0, 0.1]), 0.9), count_leading(torch.tensor([3.0, 1.0, 0.1]), 1.0)
+    >>> count_leading(torch.tensor([3.0, 1.0, 0.1]), 0.8), count_leading(torch.tensor([3.0, 1.0, 0.1]), 1.0)
     (1, 3)
     """
     shares = S.double().square().cumsum(0) / S.double().square().sum()
