@@ -49,7 +49,7 @@ class SALT(Factored):
 
     def least(self, weight: Tensor) -> int:
         """One less than there are, where others train too."""
-        return super().least(weight) - (self.config.train == "all")
+        return super().least(weight) - int(self.config.train == "all")
 
     @classmethod
     def fold(cls, own: Values, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
