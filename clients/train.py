@@ -23,7 +23,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.passes import token_counts
-from fedpeft.clients.optimizers.base import make_layout, make_optimizer, read_state, set_rate, write_state
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, read_state, set_rate, settle, write_state
 from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.config import ClientConfig
 from fedpeft.data.encode import Encoded
@@ -115,6 +115,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             losses += loss
             steps += 1
+        settle(optimizer)
     model.base.backbone.eval()
     if moments is not None:
         moments.update(read_state(optimizer, parameters))

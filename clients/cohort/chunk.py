@@ -18,7 +18,7 @@ from fedpeft.adapters.grouped import Pass
 from fedpeft.adapters.penalties.base import Penalised
 from fedpeft.clients.cohort.passes import Piece, assemble_batch, cut_passes, token_counts
 from fedpeft.clients.cohort.rows import flatten_rows, frozen_parameter, shrink_optimizer
-from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate
+from fedpeft.clients.optimizers.base import STEP, count_of, kinds_of, make_layout, make_optimizer, set_rate, settle
 from fedpeft.clients.rates import ONE_ROUND, Clock
 from fedpeft.clients.train import Private, count_targets, index_batches, per_sample_loss, steps_of
 from fedpeft.config import ClientConfig
@@ -131,11 +131,19 @@ class Chunk:
                 optimizer.step()
                 if step == 0:  # with all rows; those that leave stay in these tensors as they were
                     state = {**optimizer.state[weights]}
+            if any(self.steps):
+                self._settle(optimizer, weights, state)
         values, losses = self.values.cpu(), (self.losses.cpu() / self.seen.cpu().double()).tolist()
         return [
             Done(self._values_after(job, values[k]), steps, loss if steps else math.nan, self._read_state(k, state))
             for k, (job, steps, loss) in enumerate(zip(self.jobs, self.steps, losses, strict=True))
         ]
+
+    def _settle(self, optimizer: torch.optim.Optimizer, weights: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Leave what is sent in the rows of all clients that took steps, those that have left among them."""
+        weights.data, weights.grad = self.values[: sum(steps > 0 for steps in self.steps)], None
+        optimizer.state[weights] = state
+        settle(optimizer)
 
     def _write_state(self, optimizer: torch.optim.Optimizer, weights: nn.Parameter) -> None:
         """Let the optimizer go on from what clients kept; whoever kept nothing begins at zero, as a new one does."""

@@ -16,6 +16,9 @@ same for all rows. An elementwise rule of torch is right as it is. A rule that s
 some roles unlike others, is a `Stacked`: it steps on [K, ...] views of each named tensor, in both forms, by products
 that are batched over the clients.
 
+Weights are what the next gradient is taken at. An optimizer that sends something else (an average of where it has been)
+is a `Settling`, and puts that there when the round is over (`settle`).
+
 The rate of a step is set from outside (`set_rate`). Gradients come with all that is added to them. Under DP-SGD they
 are noised before an optimizer sees them, so what one computes or keeps of them costs no privacy; it sees no record.
 """
@@ -51,6 +54,13 @@ class Layout:
 
     shapes: Mapping[str, torch.Size]
     scales: Mapping[str, float]
+
+
+class Settling(torch.optim.Optimizer):
+    """One whose weights are not yet what a client sends while steps are taken."""
+
+    def settle(self) -> None:
+        """Put what is sent into the weights, of all rows that there are."""
 
 
 class ClientOptimizer(Configured):
@@ -104,6 +114,12 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """Leave in the weights what a client sends; whoever takes steps does this after the last one."""
+    if isinstance(optimizer, Settling):
+        optimizer.settle()
 
 
 def write_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], kept: Tensors) -> None:

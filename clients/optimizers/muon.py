@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,32 +35,58 @@ COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ROLES = ("A", "B", "R")
 
 
-class Muon(ClientOptimizer):
-    """Momentum of each factor, its singular values made equal; AdamW for the head."""
+@dataclass
+class MomentumConfig(AdamConfig):
+    """Options of what steps a matrix by its momentum made even; beta1, beta2 and eps are of AdamW, for the head."""
 
-    paper = "Jordan et al. 2024, kellerjordan.github.io/posts/muon"
+    decay: float = option(0.95, "mu, decay of the momentum", low=0, high=0.9999)
+    nesterov: bool = option(True, "Nesterov's form of the momentum")
+    iterations: int = option(5, "of Newton-Schulz", low=1, high=20)
 
-    @dataclass
-    class Config(AdamConfig):
-        decay: float = option(0.95, "mu, decay of the momentum", low=0, high=0.9999)
-        nesterov: bool = option(True, "Nesterov's form of the momentum")
-        iterations: int = option(5, "of Newton-Schulz", low=1, high=20)
+
+class EvenMomentum(ClientOptimizer):
+    """Steps factors and cores as matrices, each by a momentum of its own kind; the head by AdamW."""
+
+    Config: ClassVar[type] = MomentumConfig
+
+    def move_matrix(self, tensor: Moving, lr: float, weight_decay: float, step: int) -> None:
+        """Step a factor [K, rows, columns] of K clients, in place; `exp_avg_sq` is free for what it keeps."""
+        raise NotImplementedError
+
+    def find_momentum(self, tensor: Moving) -> Tensor:
+        """N [K, rows, columns], the momentum or Nesterov's form of it; moves the momentum."""
+        mean = tensor.state["exp_avg"].lerp_(tensor.gradient, 1 - self.config.decay)
+        return tensor.gradient.lerp(mean, self.config.decay) if self.config.nesterov else mean
 
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         config = self.config
 
         def move(tensors: dict[str, Moving], lr: float, step: int) -> None:
             for name, tensor in tensors.items():
-                tensor.value.mul_(1 - lr * client.weight_decay)
                 if name.rpartition("/")[2] in ROLES:
-                    mean = tensor.state["exp_avg"].lerp_(tensor.gradient, 1 - config.decay)
-                    ahead = tensor.gradient.lerp(mean, config.decay) if config.nesterov else mean
-                    rows, columns = ahead.shape[1:]
-                    tensor.value.sub_(lr * max(1.0, rows / columns) ** 0.5 * even_out(ahead, config.iterations))
+                    self.move_matrix(tensor, lr, client.weight_decay, step)
                 else:
+                    tensor.value.mul_(1 - lr * client.weight_decay)
                     tensor.value.sub_(lr * adam_direction(tensor, step, config.beta1, config.beta2, config.eps))
 
         return Stacked(weights, client.lr, layout, ("exp_avg", "exp_avg_sq"), move)
+
+
+class Muon(EvenMomentum):
+    """Momentum of each factor, its singular values made equal; AdamW for the head."""
+
+    paper = "Jordan et al. 2024, kellerjordan.github.io/posts/muon"
+
+    def move_matrix(self, tensor: Moving, lr: float, weight_decay: float, step: int) -> None:
+        ahead = self.find_momentum(tensor)
+        tensor.value.mul_(1 - lr * weight_decay)
+        tensor.value.sub_(lr * scale_of_shape(ahead) * even_out(ahead, self.config.iterations))
+
+
+def scale_of_shape(matrices: Tensor) -> float:
+    """sqrt(max(1, rows / columns)), by which Muon lengthens the steps of tall matrices [K, rows, columns]."""
+    rows, columns = matrices.shape[1:]
+    return max(1.0, float(rows / columns)) ** 0.5
 
 
 def even_out(matrices: Tensor, iterations: int) -> Tensor:

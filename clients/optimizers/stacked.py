@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft.clients.optimizers.base import STEP, ClientOptimizer, Layout
+from fedpeft.clients.optimizers.base import STEP, ClientOptimizer, Layout, Settling
 from fedpeft.config import ClientConfig
 
 
@@ -25,37 +25,55 @@ class Moving:
 Moves = Callable[[dict[str, Moving], float, int], None]  # tensors by name, the rate, and the number of the step from 1
 
 
-class Stacked(torch.optim.Optimizer):
+class Stacked(Settling):
     """Calls `move` for every step, alone with K = 1.
 
     Args:
         kinds: what is kept of each tensor from step to step, zero at first; without any, no steps are counted.
+        last: leaves in the values what is sent, when the steps have been taken.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], lr: float, layout: Layout, kinds: Sequence[str], move: Moves):
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],
+        lr: float,
+        layout: Layout,
+        kinds: Sequence[str],
+        move: Moves,
+        last: Callable[[dict[str, Moving]], None] | None = None,
+    ):
         super().__init__(weights, {"lr": lr})
-        self.layout, self.kinds, self.move = layout, kinds, move
+        self.layout, self.kinds, self.move, self.last = layout, kinds, move, last
         self.alone = [weight.shape for weight in weights] == list(layout.shapes.values())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of all clients."""
         [group] = self.param_groups
-        tensors: dict[str, Moving] = {}
         count = 0
-        for place, weight in enumerate(group["params"]):
+        for weight in group["params"] if self.kinds else ():
             state = self.state[weight]
-            if self.kinds:
-                for kind in self.kinds:
-                    state.setdefault(kind, torch.zeros_like(weight))
-                state[STEP] = state.get(STEP, torch.tensor(0.0)) + 1
-                count = int(state[STEP])
-            views = [
-                self._view_rows(value, place) for value in (weight, weight.grad, *(state[kind] for kind in self.kinds))
-            ]
-            for name, value, gradient, *kept in zip(views[0], *(view.values() for view in views), strict=True):
-                tensors[name] = Moving(value, gradient, dict(zip(self.kinds, kept, strict=True)))
-        self.move(tensors, group["lr"], count)
+            for kind in self.kinds:
+                state.setdefault(kind, torch.zeros_like(weight))
+            state[STEP] = state.get(STEP, torch.tensor(0.0)) + 1
+            count = int(state[STEP])
+        self.move(self._view_tensors(), group["lr"], count)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Leave in the weights what is sent; nothing has to be done where no step was taken."""
+        if self.last is not None and self.state:
+            self.last(self._view_tensors())
+
+    def _view_tensors(self) -> dict[str, Moving]:
+        tensors: dict[str, Moving] = {}
+        for place, weight in enumerate(self.param_groups[0]["params"]):
+            gradient = weight if weight.grad is None else weight.grad  # none is read when the round is over
+            kept = (self.state[weight][kind] for kind in self.kinds)
+            views = [self._view_rows(value, place) for value in (weight, gradient, *kept)]
+            for name, value, grad, *rest in zip(views[0], *(view.values() for view in views), strict=True):
+                tensors[name] = Moving(value, grad, dict(zip(self.kinds, rest, strict=True)))
+        return tensors
 
     def _view_rows(self, value: Tensor, place: int) -> dict[str, Tensor]:
         shapes = self.layout.shapes
@@ -128,9 +146,14 @@ class Gram:
         return self.vectors @ (self.vectors.mT @ right / self.values[:, :, None])
 
 
-def adam_direction(tensor: Moving, step: int, beta1: float, beta2: float, eps: float) -> Tensor:
-    """Adam's mean gradient over its root mean square, both bias-corrected; moves the moments."""
+def adam_direction(tensor: Moving, step: int, beta1: float, beta2: float, eps: float, nesterov: bool = False) -> Tensor:
+    """Adam's mean gradient over its root mean square, both bias-corrected; moves the moments.
+
+    Args:
+        nesterov: take the mean as it will be if the gradient comes once more, as AdamP's option of that name does.
+    """
     mean, square = tensor.state["exp_avg"], tensor.state["exp_avg_sq"]
     mean.lerp_(tensor.gradient, 1 - beta1)
     square.mul_(beta2).addcmul_(tensor.gradient, tensor.gradient, value=1 - beta2)
-    return (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+    ahead = tensor.gradient.lerp(mean, beta1) if nesterov else mean
+    return (ahead / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)

@@ -142,7 +142,10 @@ APART = {
 }
 # Optimizers whose steps are torch's own, and those that are compared with their equations in float64.
 OF_TORCH = ("adamw", "sgd")
-BY_HAND = ("lora_plus", "lora_pro", "riemannian", "muon")
+BY_HAND = (
+    *("lora_plus", "lora_pro", "riemannian", "muon", "normuon", "namo", "namo_d", "root"),
+    *("adamp", "sgdp", "schedule_free", "classp"),
+)
 RANDOM_SPLITS = ("iid", "dirichlet", "shards", "quantity")
 SPLITS_BY_DATA = ("column",)
 

@@ -26,6 +26,15 @@ from fedpeft.config import option
 from fedpeft.continual.parts.forms import FormBody, FormConfig
 
 
+@dataclass
+class Threshold:
+    """Options of the rule, wherever it runs."""
+
+    threshold: float = option(1e-6, "squared gradients up to this move nothing", low=0)
+    power: float = option(1.0, "p of the accumulated |g|^p and of its root", above=0)
+    eps: float = option(1e-5, "added to the accumulated sum", above=0)
+
+
 class CLASSP(FormBody):
     """Thresholded steps that get smaller with all that a weight has moved."""
 
@@ -36,10 +45,8 @@ class CLASSP(FormBody):
     )
 
     @dataclass
-    class Config(FormConfig):
-        threshold: float = option(1e-6, "squared gradients up to this move nothing", low=0)
-        power: float = option(1.0, "p of the accumulated |g|^p and of its root", above=0)
-        eps: float = option(1e-5, "added to the accumulated sum", above=0)
+    class Config(Threshold, FormConfig):
+        """Those of the rule and of what it moves."""
 
     def begin_task(self) -> None:
         super().begin_task()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, set_rate, settle
 from fedpeft.config import ClientConfig, Config
 from fedpeft.privacy.audit import Check
 from fedpeft.privacy.plan import Plan
@@ -97,6 +97,7 @@ def _stray_of(one: Seen, client: ClientConfig) -> float:
         weights.grad = step.released.clone()[None]
         set_rate(optimizer, rate)
         optimizer.step()
+    settle(optimizer)
     parts = [
         one.start.replace(
             dict(

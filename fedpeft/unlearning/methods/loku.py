@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fedpeft import progress
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.clients.optimizers.base import make_layout, make_optimizer
+from fedpeft.clients.optimizers.base import make_layout, make_optimizer, settle
 from fedpeft.clients.train import index_batches, on_device, per_sample_loss, set_gradients
 from fedpeft.config import ClientConfig, option
 from fedpeft.data.encode import Encoded
@@ -136,6 +136,7 @@ class LoKU(UnlearningMethod):
                 progress.step("rounds", number, len(pieces))
                 if number % looks == 0 and case.is_forgotten():
                     break
+            settle(optimizer)
         model.base.backbone.eval()
         return number, passes, number < len(pieces)
 
