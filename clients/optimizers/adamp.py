@@ -43,7 +43,7 @@ class ProjectionConfig:
 
     delta: float = option(0.1, "d: a cosine below d / sqrt(size) counts as a right angle", low=0)
     decay_ratio: float = option(0.1, "weight decay where a step is projected, over that elsewhere", low=0, high=1)
-    eps: float = option(1e-8, "added to the root of the mean square, and to lengths of weights", above=0)
+    eps: float = option(1e-8, "added to lengths of weights, and in AdamP to the root of the mean square", above=0)
 
 
 class AdamP(ClientOptimizer):

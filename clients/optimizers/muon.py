@@ -19,6 +19,7 @@ Deviations: torch iterates in bfloat16, this in the dtype of the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -86,7 +87,7 @@ class Muon(EvenMomentum):
 def scale_of_shape(matrices: Tensor) -> float:
     """sqrt(max(1, rows / columns)), by which Muon lengthens the steps of tall matrices [K, rows, columns]."""
     rows, columns = matrices.shape[1:]
-    return max(1.0, float(rows / columns)) ** 0.5
+    return math.sqrt(max(1.0, rows / columns))
 
 
 def even_out(matrices: Tensor, iterations: int) -> Tensor:

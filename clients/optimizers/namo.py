@@ -26,6 +26,7 @@ steps with beta2 = 0.999, as elsewhere here, where theirs is 0.95.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class NormConfig(MomentumConfig):
 class NAMO(EvenMomentum):
     """Muon whose step has the length of Adam's ratio of norms; AdamW for the head."""
 
-    paper = "Zhang 2026, arXiv 2602.17080"
+    paper = "Zhang et al. 2026, arXiv 2602.17080"
     Config = NormConfig
 
     def find_lengths(self, ahead: Tensor, tensor: Moving, step: int) -> Tensor:
@@ -62,8 +63,9 @@ class NAMO(EvenMomentum):
         mean = tensor.state["exp_avg_sq"].mul_(config.norm_decay).add_((1 - config.norm_decay) * squared)
         # Of the first place: it is inside what a client of a lower rank keeps.
         mean = mean[:, :1, : squared.shape[2]]
-        corrected = (1 - config.norm_decay**step) ** 0.5 / (1 - config.decay**step)
-        return corrected * ahead.square().sum(over, keepdim=True).sqrt() / (mean.sqrt() + config.eps)
+        correction: float = math.sqrt(1 - config.norm_decay**step) / (1 - config.decay**step)
+        ratio: Tensor = ahead.square().sum(over, keepdim=True).sqrt() / (mean.sqrt() + config.eps)
+        return correction * ratio
 
     def move_matrix(self, tensor: Moving, lr: float, weight_decay: float, step: int) -> None:
         ahead = self.find_momentum(tensor)

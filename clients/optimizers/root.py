@@ -5,6 +5,8 @@
 
 C is N without its soft-thresholded part N - C, in which the paper sees the outliers of noisy gradients.
 
+`nesterov=false` is the paper's algorithm; its code has Nesterov's form, the default here.
+
 Deviations, from the authors' code: it has Newton-Schulz coefficients of its own for four shapes of large weights,
 Muon's otherwise; no factor is of these shapes, so Muon's are taken. Its momentum is a sum, M = mu M + G and
 N = G + mu M: 1 / (1 - mu) times this one, which neither the cut nor Newton-Schulz sees. Newton-Schulz in the dtype of
