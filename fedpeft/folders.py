@@ -100,10 +100,15 @@ def run_folder(path: Path | str) -> Path:
     return run
 
 
+def list_complete_rounds(run: Path) -> list[int]:
+    """Rounds of which the run has a checkpoint, in their order; whether it can be read is not looked at."""
+    names = (path.name.removeprefix("round-") for path in (run / "checkpoints").glob("round-*"))
+    return sorted({int(name.partition(".")[0]) for name in names})  # a second state of a round ends in .1
+
+
 def advice(run: Path) -> str:
     """How a run that was broken off goes on."""
-    names = (path.name.removeprefix("round-") for path in (run / "checkpoints").glob("round-*"))
-    rounds = sorted(int(name.partition(".")[0]) for name in names)  # a second state of a round ends in .1
+    rounds = list_complete_rounds(run)
     if not rounds:
         return f"No round was complete, so nothing can be resumed. What there is lies in {run}."
     return f"The last complete round is {rounds[-1]}. Go on with: fedpeft resume {shlex.quote(_shorten_path(run))}"

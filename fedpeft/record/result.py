@@ -82,6 +82,9 @@ def load_ended(run: str | Path) -> Result | None:
     rounds = (run_folder.read_config(path)[1].get("run") or {}).get("rounds")
     if last["event"] != "end" or last.get("round") != rounds:
         return None
+    # Where the last state is gone, its round is done again, by a base and data that are compared first.
+    if folders.list_complete_rounds(path)[-1:] != [rounds]:
+        return None
     return Result(read_object(path / "summary.json"), out=str(path.resolve()))
 
 

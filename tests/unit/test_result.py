@@ -109,6 +109,8 @@ def test_only_a_run_that_has_ended_as_its_config_says_counts_as_ended(tmp_path):
     (run / "report.html").write_text("")
     config = (run / "resolved.yaml").read_text()
     (run / "resolved.yaml").write_text(f"{config}  rounds: 3\n")
+    assert load_ended(run) is None, "the state of its last round is gone"
+    (run / "checkpoints" / "round-000003").mkdir(parents=True)
     done = load_ended(run)
     assert done is not None and done["rounds"] == 3 and done.folder == run
     (run / "resolved.yaml").write_text(f"{config}  rounds: 5\n")
