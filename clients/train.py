@@ -284,8 +284,13 @@ def on_device(data: Encoded, index: np.ndarray, device: torch.device) -> tuple[d
 
 
 def per_sample_loss(model: Adapted, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Loss [N] of each sample, as the model's objective has it."""
-    return model.base.objective.losses(*_predict_targets(model, inputs, labels))
+    """Loss [N] of each sample, as the model's objective has it, with what the adapter's penalty has of its scores."""
+    scores, targets = _predict_targets(model, inputs, labels)
+    losses = model.base.objective.losses(scores, targets)
+    if model.over_scores is None:
+        return losses
+    before, _ = model.base.objective.pair(model.bare_logits(inputs).to(scores.dtype), labels)
+    return losses + model.over_scores.losses(scores, before, targets)
 
 
 def count_targets(model: Adapted, labels: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fedpeft.adapters.penalties.base import find_penalty
+from fedpeft import registry
+from fedpeft.adapters.penalties.base import OverFactors, OverScores, find_penalty
 from fedpeft.clients import rates
 from fedpeft.clients.optimizers.base import find_optimizer
 from fedpeft.config import Config
 from fedpeft.errors import InputError
+from fedpeft.objectives.tokens import TokenObjective
 
 
 def check(config: Config) -> None:
@@ -20,18 +22,7 @@ def check(config: Config) -> None:
             f"{config.strategy.name} over adapter.name={config.adapter.name} does not train both in every round. Take "
             "fedit over lora, or another optimizer."
         )
-    penalty = find_penalty(config.adapter)
-    if penalty is not None and any(not {*penalty.roles} & {*roles} for roles in _roles_trained_first(config)):
-        raise InputError(
-            f"adapter.penalty={config.adapter.penalty} is over {', '.join(penalty.roles)}, of which strategy "
-            f"{config.strategy.name} over adapter.name={config.adapter.name} does not train one in every round. Take "
-            "fedit over lora or sorsa, or set adapter.penalty=null."
-        )
-    if penalty is not None and config.adapter.client_ranks:
-        raise InputError(
-            f"adapter.penalty={config.adapter.penalty}: clients of lower ranks (adapter.client_ranks) have zeros in "
-            "the ranks that they lack, which it would be over too. Set adapter.client_ranks=null."
-        )
+    _require_penalty_fits(config)
     if client.keep_optimizer:
         _require_lasting_state(config)
     rates.require(client, config.run.rounds)
@@ -42,6 +33,36 @@ def check(config: Config) -> None:
             f"client.micro_batch={client.micro_batch} is a part of client.batch_size={client.batch_size}, and above "
             "it. Lower it, or set it to null."
         )
+
+
+def _require_penalty_fits(config: Config) -> None:
+    """Refuse a penalty that has nothing to act on, or nothing to compare with."""
+    adapter, strategy = config.adapter, config.strategy.name
+    penalty = find_penalty(adapter)
+    if isinstance(penalty, OverFactors):
+        if any(not {*penalty.roles} & {*roles} for roles in _roles_trained_first(config)):
+            reason = f"it is over {', '.join(penalty.roles)}, of which strategy {strategy} over adapter.name="
+            reason += f"{adapter.name} does not train one in every round. Take fedit over lora or sorsa"
+        elif adapter.client_ranks:
+            reason = "clients of lower ranks (adapter.client_ranks) have zeros in the ranks that they lack, which it "
+            reason += "would be over too. Set adapter.client_ranks=null"
+        else:
+            return
+    elif isinstance(penalty, OverScores):
+        from fedpeft.strategies.build import build
+
+        moving = getattr(registry.load("adapters", adapter.name), "moving_start", lambda options: None)
+        if not issubclass(registry.load("objectives", config.model.task), TokenObjective):
+            reason = "it compares what a language model says with what it said before it was trained, and model.task="
+            reason += f"{config.model.task} has no such words. Set model.task=causal-lm"
+        elif (what := moving(adapter.options)) or build(config).changes_base:
+            reason = f"{what or f'strategy {strategy}'} moves the base weights, so that the base alone is not what it "
+            reason += "was before training. Take fedit over lora"
+        else:
+            return
+    else:
+        return
+    raise InputError(f"adapter.penalty={adapter.penalty}: {reason}, or set adapter.penalty=null.")
 
 
 def _require_lasting_state(config: Config) -> None:

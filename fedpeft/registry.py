@@ -79,6 +79,7 @@ TABLES: dict[str, dict[str, str]] = {
         "sorsa": "fedpeft.adapters.penalties.sorsa:SORSAPenalty",
         "kasa": "fedpeft.adapters.penalties.kasa:KaSAPenalty",
         "pego": "fedpeft.adapters.penalties.pego:PEGOPenalty",
+        "ba_lora": "fedpeft.adapters.penalties.ba_lora:BALoRAPenalty",
     },
     "optimizers": {
         "adamw": "fedpeft.clients.optimizers.adamw:AdamW",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fedpeft import config as configs
 from fedpeft import seeds
-from fedpeft.adapters.penalties.base import Penalised, bind_penalty
+from fedpeft.adapters.grouped import without_adapter
+from fedpeft.adapters.penalties.base import OverScores, Penalised, bind_penalty, find_penalty
 from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.data.encode import Encoded
 from fedpeft.data.ragged import cut_runs
@@ -59,7 +60,7 @@ class Adapted:
     exactly 0, and finite, so that entropies are too. `tail` are the layers that need one token only; None until
     `adapters.tail` has looked for them. `kept` is what a training pass keeps of each token, in bytes, by trained roles
     and tokens of a record, as far as `clients.cohort.room` has counted it. `penalty` is a term of the loss over the
-    factors; None is none.
+    factors, `over_scores` one of each record over its scores; None is none.
 
     Adapter and head are float32 whatever the dtype of the base.
 
@@ -77,6 +78,7 @@ class Adapted:
         self.tail: list[nn.Module] | None = None
         self.kept: dict[tuple[tuple[str, ...], int], float] = {}
         self.penalty: Penalised | None = None
+        self.over_scores: OverScores | None = None
         if train_head:
             for name, module in base.heads.items():
                 module.register_forward_pre_hook(_as_own_dtype)
@@ -162,6 +164,12 @@ class Adapted:
         return self._among_competing(self.base.forward(batch))
 
     @torch.no_grad()
+    def bare_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of a batch by the base alone, without dropout; the head is the one that there is."""
+        with without_adapter(self.base.modules):
+            return self.logits(batch)
+
+    @torch.no_grad()
     def features(self, data: Encoded, size: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Features [N, D], logits [N, labels] and labels [N] of all records in order, in batches, on the CPU."""
         device = next(self.base.head.parameters()).device
@@ -209,6 +217,8 @@ def adapt(base: Base, adapter: AdapterConfig, seed: int) -> Adapted:
         injected = method.inject(base, adapter, seed)
     adapted = Adapted(base, injected, adapter.train_head)
     adapted.penalty = bind_penalty(adapter, base, adapted.form)
+    penalty = find_penalty(adapter)
+    adapted.over_scores = penalty if isinstance(penalty, OverScores) else None
     return adapted
 
 

@@ -183,11 +183,35 @@ def with_parameters(found: list[Layer], now: Pass) -> Iterator[None]:
             vars(layer.module)["forward"] = lambda x, *_, layer=layer, **__: layer.forward(now, x)
         yield
     finally:
-        for layer, old in zip(found, before, strict=True):
-            if old is None:
-                vars(layer.module).pop("forward", None)
-            else:
-                vars(layer.module)["forward"] = old
+        _put_back([layer.module for layer in found], before)
+
+
+@contextmanager
+def without_adapter(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let every adapted layer compute as the frozen one in it, in evaluation mode, also inside `with_parameters`."""
+    every = [module for root in modules for module in root.modules()]
+    adapted = [module for module in every if isinstance(getattr(module, "base_layer", None), nn.Module)]
+    before = [vars(module).get("forward") for module in adapted]
+    training = [module for module in every if module.training]
+    try:
+        for module in training:
+            module.training = False
+        for module in adapted:
+            vars(module)["forward"] = lambda x, *_, inner=module.base_layer, **__: inner(x)
+        yield
+    finally:
+        _put_back(adapted, before)
+        for module in training:
+            module.training = True
+
+
+def _put_back(modules: Iterable[nn.Module], before: Iterable[Any]) -> None:
+    """Give modules the `forward` that their instances had, or none of their own."""
+    for module, old in zip(modules, before, strict=True):
+        if old is None:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = old
 
 
 def copy_for_groups(parameters: Mapping[str, Tensor], groups: int) -> dict[str, Tensor]:

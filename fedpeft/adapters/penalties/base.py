@@ -1,12 +1,16 @@
-r"""What a penalty is: a term of the loss that is a function of the adapter's factors alone.
+r"""What a penalty is: a term of the loss beside the task's. `adapter.penalty` names it, and there are two kinds.
 
-    loss(theta; records) + R(theta),   R = mean over layers of the method's `value`
+    over scores      loss_i(theta) + P(scores of record i; scores of record i by the base alone)
+    over factors     loss(theta; records) + R(theta),   R = mean over layers of the method's `value`
 
-`adapter.penalty` names it. A new one is a file here and a line in `fedpeft.registry`: a subclass of `Penalty` with its
-options in `Config` (they stand under `adapter.penalty_options`).
+A new one is a file here and a line in `fedpeft.registry`: a subclass of `OverScores` or `OverFactors` with its options
+in `Config` (they stand under `adapter.penalty_options`). A term that sees records together, as a covariance or a
+singular value over a batch does, is neither: under DP one record would move what others' losses are.
 
-Under sample-level DP its gradient is added after the noise, and is neither clipped nor noised. This costs nothing:
-with g_t the t-th noised sum that is released, and z public,
+A term over scores is a part of its own record's loss, and is clipped with it.
+
+Of a term over factors, under sample-level DP, the gradient is added after the noise, and is neither clipped nor
+noised. This costs nothing: with g_t the t-th noised sum that is released, and z public,
 
     theta_0 = z,   theta_{t+1} = step(theta_t, g_t + R'(theta_t)),   so by induction theta_t = f_t(z, g_0 ... g_{t-1})
 
@@ -14,8 +18,8 @@ and R'(theta_t), a function of theta_t, is one of values that have been released
 client sends is post-processing of g_0, g_1, ..., and the account is that of the same steps without a penalty. Nor is
 the pull bent by the clipping of a record, as it would be if it were a part of each record's loss.
 
-In a cohort values have a dimension of clients in front, and every client gets its own gradient: a `value` is written
-for the last two dimensions (`own["A"].mT`). The loss that a round reports is that of the records, without R.
+In a cohort factors have a dimension of clients in front, and every client gets its own gradient: a `value` is written
+for the last two dimensions (`own["A"].mT`). The loss that a round reports has P, and not R.
 """
 
 from __future__ import annotations
@@ -38,6 +42,24 @@ SMOOTH = 1e-3
 
 
 class Penalty(Configured):
+    """A term of the loss."""
+
+
+class OverScores(Penalty):
+    """A term of each record's loss over what the model says of the record, and the base alone would say."""
+
+    def losses(self, scores: Tensor, before: Tensor, targets: Tensor) -> Tensor:
+        """The term [N] of each record, which must not depend on the others in its batch.
+
+        Args:
+            scores: of each token among all words [N, T, K].
+            before: those of the base alone, without a gradient.
+            targets: [N, T], IGNORE where nothing is predicted.
+        """
+        raise NotImplementedError
+
+
+class OverFactors(Penalty):
     """A term of the loss over the factors of each layer.
 
     Attributes:
@@ -70,9 +92,9 @@ class Penalty(Configured):
 
 
 class Penalised:
-    """A penalty with the layers of a model that it is over."""
+    """A penalty over factors with the layers of a model that it is over."""
 
-    def __init__(self, penalty: Penalty, base: Base, form: AdapterState) -> None:
+    def __init__(self, penalty: OverFactors, base: Base, form: AdapterState) -> None:
         self.penalty, self.base = penalty, base
         self.keys: dict[str, dict[str, str]] = {}
         for site in form.lora_sites():
@@ -111,7 +133,7 @@ def find_penalty(adapter: AdapterConfig) -> Penalty | None:
 
 
 def bind_penalty(adapter: AdapterConfig, base: Base, form: AdapterState) -> Penalised | None:
-    """The config's penalty over the layers of a model.
+    """The config's penalty over factors with the layers of a model; None where it has none.
 
     Args:
         form: the adapter's tensors.
@@ -120,7 +142,7 @@ def bind_penalty(adapter: AdapterConfig, base: Base, form: AdapterState) -> Pena
         InputError: the adapter has not the tensors that it is over.
     """
     penalty = find_penalty(adapter)
-    return None if penalty is None else Penalised(penalty, base, form)
+    return Penalised(penalty, base, form) if isinstance(penalty, OverFactors) else None
 
 
 def say_name(penalty: Penalty) -> str:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpeft.adapters.grouped import Values
-from fedpeft.adapters.penalties.base import Penalty, lack_orthonormality
+from fedpeft.adapters.penalties.base import OverFactors, lack_orthonormality
 from fedpeft.config import option
 
 
-class KaSAPenalty(Penalty):
+class KaSAPenalty(OverFactors):
     """Singular values stay small, and the factors around them near orthonormal."""
 
     paper = "Wang et al. 2024, arXiv 2412.06071"

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from fedpeft.adapters.grouped import Values
-from fedpeft.adapters.penalties.base import Penalty, say_name
+from fedpeft.adapters.penalties.base import OverFactors, say_name
 from fedpeft.config import option
 from fedpeft.errors import InputError
 
 
-class PEGOPenalty(Penalty):
+class PEGOPenalty(OverFactors):
     """Parts of an adapter stay orthogonal to the base weight and to each other."""
 
     paper = "Hu et al. 2024, arXiv 2407.15085"

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpeft.adapters.grouped import Values
-from fedpeft.adapters.penalties.base import Penalty, lack_orthonormality
+from fedpeft.adapters.penalties.base import OverFactors, lack_orthonormality
 from fedpeft.config import option
 
 
-class SORSAPenalty(Penalty):
+class SORSAPenalty(OverFactors):
     """The rows of A and the columns of B stay near orthonormal."""
 
     paper = "Cao 2024, arXiv 2409.00055"
