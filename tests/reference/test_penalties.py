@@ -196,6 +196,14 @@ def test_under_dp_all_that_a_penalty_reads_of_records_has_been_released(
     assert not all(torch.equal(value, start[key]) for key, value in found[0][0].items())
 
 
+def test_a_run_goes_on_bit_for_bit_and_its_adapter_is_another_one(ends_alike, tiny, tmp_path):
+    pulled = {"adapter": {"name": "sorsa", "penalty": "sorsa", "penalty_options": {"gamma": 5.0}}, "run.rounds": 2}
+    ends_alike(pulled)
+    tiny("free", {"adapter": "sorsa", "run.rounds": 2})
+    folders = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "free")]
+    assert folders[0] != folders[1]
+
+
 def test_sorsas_penalty_draws_factors_back_to_orthonormal(make):
     model = make("sorsa", "sorsa", {"gamma": 1.0})
     trains, start = start_of(model, "sorsa")
@@ -225,7 +233,7 @@ def test_a_factor_that_does_not_train_is_read_and_stays(make):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"name": "ia3", "penalty": "pego"}, r"adapter\.penalty=pego is over A, B, of which strategy fedit over"),
+        ({"name": "ia3", "penalty": "pego"}, r"adapter\.penalty=pego: it is over A, B, of which strategy fedit over"),
         ({"penalty": "sorsaa"}, r"adapter\.penalty: 'sorsaa' is not known\. Did you mean 'sorsa'"),
         ({"penalty": "pego", "penalty_options": {"group": 2}}, r"adapter\.penalty_options\.group"),
         ({"penalty": "sorsa", "penalty_options": {"gamma": 0}}, r"adapter\.penalty_options\.gamma"),
