@@ -215,8 +215,9 @@ def draw_sites(path: Path) -> None:
         left, right = figure.subplots(1, 2)
         left.plot(found["round"], found["seconds"], color="#2f6d9e", label="seconds")
         left.plot(found["round"], found["CPU s"], color="#b0543c", label="CPU seconds of the coordinator")
-        for name, color in (("run", "#2f6d9e"), ("face", "#b0543c"), ("SuperLink", "#6b8e3d")):
-            right.plot(found["round"], found[f"{name} MB"], color=color, label=f"{name} (MB)")
+        sizes = [name for name in found if name.endswith(" MB")]
+        for name, color in zip(sizes, ("#2f6d9e", "#b0543c", "#6b8e3d"), strict=False):
+            right.plot(found["round"], found[name], color=color, label=f"{name.removesuffix(' MB')} (MB)")
         for axes in (left, right):
             axes.set_ylim(0)
             axes.set_xlabel("round")

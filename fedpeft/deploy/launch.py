@@ -1,13 +1,13 @@
 """One child process of a deployment: `python -m fedpeft.deploy.launch ROLE FOLDER PARENT_PID ...`.
 
-superlink   Flower's own program, with the options that a deployment needs
-face        what sites reach of the coordinator
-run         the server's side of one run
-worker      what has model and data at a site
+fleet    what sites reach of the coordinator, and Flower's own server behind it
+run      the server's side of one run
+worker   what has model and data at a site
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 
 ROLES = {
-    "superlink": "fedpeft.deploy.coordinator.flower:run_superlink",
-    "face": "fedpeft.deploy.coordinator.face:main",
+    "fleet": "fedpeft.deploy.coordinator.face:main",
     "run": "fedpeft.deploy.coordinator.run:main",
     "worker": "fedpeft.deploy.site.worker:main",
 }
@@ -31,7 +30,7 @@ LARGEST_CALL = 32 * 2**20  # bytes; what a site sends comes in objects of at mos
 
 
 def main(arguments: list[str]) -> None:
-    """Run one role of a deployment: superlink, face, run or worker.
+    """Run one role of a deployment: fleet, run or worker.
 
     Args:
         arguments: role, folder, process id of the parent (with which this process ends), and the role's own.
@@ -44,7 +43,11 @@ def main(arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     log_lines("" if role == "run" else f"{role}: ")
     module, act = ROLES[role].split(":")
-    getattr(importlib.import_module(module), act)(Path(folder), *rest)
+    gc.disable()  # what is imported stays: to look through it again and again is a tenth of the time that it takes
+    begin = getattr(importlib.import_module(module), act)
+    gc.freeze()
+    gc.enable()
+    begin(Path(folder), *rest)
 
 
 def log_lines(who: str) -> None:

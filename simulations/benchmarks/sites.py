@@ -25,7 +25,7 @@ PROCESSES = 4
 NEIGHBOURS = 10  # of a site in secure sums
 DEADLINE_S, LATE_BY_S = 60.0, 5.0
 PATIENCE_S, LOOK_S = 900.0, 1.0  # for sites to connect
-ROLES = ("run", "face", "superlink")
+ROLES = ("run", "fleet")
 Row = dict[str, Any]
 
 

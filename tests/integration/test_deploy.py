@@ -240,7 +240,7 @@ def connected(deployment, name, seconds=60):
 
 @pytest.mark.slow
 def test_a_run_outlives_everything_that_is_killed(deployment):
-    """Worker, client process, site, SuperLink, run and coordinator, each by SIGKILL, in one run."""
+    """Worker, client process, site, fleet process, run and coordinator, each by SIGKILL, in one run."""
     run = deployment.submit(
         TREE, "privacy.randomness=seeded", "run.rounds=100", "run.deadline_s=15", "privacy.planned_rounds=100"
     )
@@ -270,9 +270,7 @@ def test_a_run_outlives_everything_that_is_killed(deployment):
     all_again()
     assert [(entry.run, entry.round, entry.request) for entry in ledger.entries()][: len(before)] == before
 
-    deployment.kill("coordinator", "superlink")
-    rounds_after(2)
-    deployment.kill("coordinator", "face")
+    deployment.kill("coordinator", "fleet")
     rounds_after(2)
     deployment.kill("coordinator", "run")
     rounds_after(2)

@@ -59,8 +59,7 @@ def taken_over(tmp_path):
     made.add_site("clinic", tmp_path / "own.csv")
     server = settings.server(made.coordinator)
     fleet = daemon.fleet_of(server, False, settings.environment(made.coordinator))
-    for child in fleet:
-        child.start()
+    fleet.start()
     control = Control(server, insecure=False)
     try:
         until(lambda: all(address.answers(*place) for place in daemon.ports(server)), "the SuperLink")
@@ -69,7 +68,7 @@ def taken_over(tmp_path):
         yield made, server, control
     finally:
         made.close()
-        end_children(fleet)
+        end_children([fleet])
 
 
 def test_the_app_that_a_coordinator_sends_is_never_run(taken_over, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Whatever is killed, a run of eight sites ends by itself with adapter and ledgers of the run that nobody disturbed.
 
-SIGKILL reaches nodes and workers of the sites, and the run, the face, the SuperLink and the coordinator above them, one
+SIGKILL reaches nodes and workers of the sites, and the run, the fleet process and the coordinator above them, one
 by one and a few at a time. A node or coordinator is started again by the test, as systemd would; all others are brought
 back by their own parents.
 """
@@ -19,7 +19,7 @@ import pytest
 from support.deployed import LABELS, STEADY, TRAIN, Deployment, alive, children, read_results, start_sites, until
 
 SITES = [f"site-{index}" for index in range(8)]
-VICTIMS = ("site", "worker", "run", "face", "superlink", "coordinator")
+VICTIMS = ("site", "worker", "run", "fleet", "coordinator")
 ROUNDS, AT_ONCE = 10, 3
 TREE = {**TRAIN, "data": {"labels": LABELS}}
 

@@ -64,8 +64,7 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
     env = settings.environment(made.coordinator)
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     fleet = daemon.fleet_of(server, False, env)
-    for child in fleet:
-        child.start()
+    fleet.start()
     node = None
     try:
         until(lambda: all(address.answers(*place) for place in daemon.ports(server)), "the ports")
@@ -100,7 +99,7 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
             node.terminate()
             node.wait(20)
         made.close()
-        end_children(fleet)
+        end_children([fleet])
         print((tmp_path / "stock.log").read_text()[-3000:])
     moved = result.arrays.to_torch_state_dict()
     before = start.to_torch_state_dict()

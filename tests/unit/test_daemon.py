@@ -118,8 +118,8 @@ time.sleep(60)
 def test_what_is_killed_while_a_coordinator_starts_is_started_again_and_what_fails_ends_the_start(
     tmp_path, monkeypatch
 ):
-    killed = Child("face", [sys.executable, "-c", KILLED_ONCE, str(tmp_path / "flag")], {})
-    failed, begun = Child("face", [sys.executable, "-c", "raise SystemExit(1)"], {}), set()
+    killed = Child("fleet", [sys.executable, "-c", KILLED_ONCE, str(tmp_path / "flag")], {})
+    failed, begun = Child("fleet", [sys.executable, "-c", "raise SystemExit(1)"], {}), set()
 
     def answers(host, port):
         begun.add(killed.begun)
@@ -129,11 +129,11 @@ def test_what_is_killed_while_a_coordinator_starts_is_started_again_and_what_fai
     monkeypatch.setattr(daemon.address, "answers", answers)
     killed.start()
     try:
-        daemon._wait_for(None, [killed])
+        daemon._wait_for(None, killed)
         assert killed.process.poll() is None
     finally:
         end_children([killed])
     monkeypatch.setattr(daemon.address, "answers", lambda host, port: False)
     failed.start()
-    with pytest.raises(RunError, match="the face does not come up"):
-        daemon._wait_for(None, [failed])
+    with pytest.raises(RunError, match="the fleet does not come up"):
+        daemon._wait_for(None, failed)

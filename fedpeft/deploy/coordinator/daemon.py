@@ -1,4 +1,4 @@
-"""`fedpeft server start`: the SuperLink, a process for every run at work, and what brings both back.
+"""`fedpeft server start`: what sites reach, a process for every run at work, and what brings both back.
 
 A run that has not ended has a process, which is started again from its last checkpoint when it ended before its time;
 Flower itself has no such thing. Nothing of Flower is imported before all of them are on their way.
@@ -60,10 +60,9 @@ def serve(path: Path, insecure: bool = False) -> None:
         fleet = fleet_of(server, insecure, env)
         coordinator = Coordinator(server, insecure, env)
         try:
-            for child in fleet:
-                child.start()
             with logged():
-                coordinator.look_at_runs()  # what is to go on loads while the SuperLink does
+                coordinator.look_at_runs()  # what is to go on takes longest to load
+            fleet.start()
             _wait_for(server, fleet)
             log.info(
                 "coordinator ready: sites reach it at %s; %d sites added.",
@@ -72,8 +71,7 @@ def serve(path: Path, insecure: bool = False) -> None:
             )
             looked = time.monotonic()
             while True:
-                for child in fleet:
-                    child.keep()
+                fleet.keep()
                 with logged():
                     coordinator.step()
                 if not insecure and time.monotonic() - looked > DAY_S:
@@ -84,18 +82,15 @@ def serve(path: Path, insecure: bool = False) -> None:
         except Stopped:
             log.info("coordinator stops; runs go on when it is started again.")
         finally:
-            end_children([*fleet, *coordinator.children.values()])
+            end_children([fleet, *coordinator.children.values()])
 
 
-def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> list[Child]:
-    """What sites talk to: the SuperLink, and the face before it. Each may end and come back without the other."""
-    commands = {
-        "superlink": launch_command("superlink", server.path, *superlink_options(server, insecure)),
-        "face": launch_command("face", server.path, mode(insecure)),
-    }
+def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> Child:
+    """What sites talk to: the face, and the SuperLink behind it."""
+    command = launch_command("fleet", server.path, mode(insecure), *superlink_options(server, insecure))
     # Of gRPC nothing: it writes a line for every handshake that fails, and anybody can make those.
     quiet = {**env, "FLWR_LOG_LEVEL": "WARNING", "GRPC_VERBOSITY": "NONE"}
-    return [Child(role, command, quiet, server.path / "logs" / f"{role}.log") for role, command in commands.items()]
+    return Child("fleet", command, quiet, server.path / "logs" / "fleet.log")
 
 
 def superlink_options(server: Server, insecure: bool) -> list[str]:
@@ -220,15 +215,14 @@ def mode(insecure: bool) -> str:
     return "insecure" if insecure else "tls"
 
 
-def _wait_for(server: Server, children: list[Child]) -> None:
-    """Wait until the ports answer; one that was killed meanwhile is started again, one that failed ends the start."""
+def _wait_for(server: Server, child: Child) -> None:
+    """Wait until the ports answer; what was killed meanwhile is started again, what failed ends the start."""
     until = time.monotonic() + START_S
     for host, port in ports(server):
         while not address.answers(host, port):
-            for child in children:
-                code = None if child.process is None else child.process.poll()
-                if code is not None and code < 0:
-                    child.keep()
-                elif code is not None or child.process is None or time.monotonic() > until:
-                    raise RunError(f"the {child.role} does not come up; see {child.output}.")
+            code = None if child.process is None else child.process.poll()
+            if code is not None and code < 0:
+                child.keep()
+            elif code is not None or child.process is None or time.monotonic() > until:
+                raise RunError(f"the {child.role} does not come up; see {child.output}.")
             time.sleep(0.2)

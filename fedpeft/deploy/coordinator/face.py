@@ -2,8 +2,10 @@
 
 gRPC with the Fleet methods alone, and, where `http_port` is set, the same by POST for sites behind a web proxy and for
 Flower's own nodes. Both end here and go on through `relay.Relay`; neither Control nor Runtime API can be reached.
+Flower's SuperLink, which has these on loopback, is in the same process: it takes a second to import, and has little to
+do once it is there.
 
-python -m fedpeft.deploy.launch face FOLDER PARENT MODE
+python -m fedpeft.deploy.launch fleet FOLDER PARENT MODE OPTIONS
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import ssl
+import threading
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -23,7 +27,7 @@ import grpc.aio
 import uvicorn
 
 from fedpeft.deploy import address, flower, settings
-from fedpeft.deploy.coordinator.fleet import FleetApi
+from fedpeft.deploy.coordinator.fleet import FleetApi, run_superlink
 from fedpeft.deploy.coordinator.flower import Refusal
 from fedpeft.deploy.coordinator.relay import PATHS, Relay
 from fedpeft.deploy.launch import LARGEST_CALL
@@ -60,13 +64,25 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
-def main(folder: Path, mode: str) -> None:
+def main(folder: Path, mode: str, *options: str) -> None:
     """Serve until the process is ended.
 
     Args:
         mode: tls or insecure.
+        options: of the SuperLink's command line.
     """
-    asyncio.run(serve(settings.server(folder), mode == "insecure"))
+    server = settings.server(folder)
+    threading.Thread(target=serve_or_end, args=(server, mode == "insecure"), daemon=True).start()
+    run_superlink(*options)
+
+
+def serve_or_end(server: Server, insecure: bool) -> None:
+    """Serve sites; where that fails, end the process, which is then started again."""
+    try:
+        asyncio.run(serve(server, insecure))
+    except BaseException:
+        log.exception("sites cannot be served")
+    os._exit(1)
 
 
 async def serve(server: Server, insecure: bool) -> None:

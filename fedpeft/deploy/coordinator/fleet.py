@@ -1,4 +1,4 @@
-"""Flower's Fleet API on the state of its SuperLink: private as all in `coordinator.flower`, and a second to import.
+"""Flower's SuperLink, and its Fleet API on the same state: private as all in `coordinator.flower`, a second to import.
 
 What sites call is answered by Flower's own functions in the process that they reach, on the state that the SuperLink
 has too: over HTTP a call costs a multiple of that.
@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import sqlite3
+import sys
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from flwr.supercore.constant import NodeStatus
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.cli.flower_superlink import flower_superlink
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.servicer.fleet import fleet_handlers
 
@@ -27,6 +29,12 @@ from fedpeft.deploy.coordinator.flower import Refusal, read_request
 
 LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 NO_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+
+def run_superlink(*arguments: str) -> None:
+    """Be Flower's SuperLink, with the options of its command line."""
+    sys.argv = ["flower-superlink", *arguments]
+    flower_superlink()
 
 
 def disk_trouble(error: Exception, database: Path) -> OSError | None:

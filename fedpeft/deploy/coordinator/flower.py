@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -62,14 +60,6 @@ def read_request(method: str, body: bytes) -> Any:
         return METHODS[method].input_type._concrete_class.FromString(body)
     except DecodeError as error:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"no request of {method}.") from error
-
-
-def run_superlink(folder: Path, *arguments: str) -> None:
-    """Be Flower's SuperLink, with the options of its command line; it is told of the folder in these."""
-    from flwr.superlink.cli.flower_superlink import flower_superlink
-
-    sys.argv = ["flower-superlink", *arguments]
-    flower_superlink()
 
 
 def error_reply(about: Metadata, error: Error) -> Message:

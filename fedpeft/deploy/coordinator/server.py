@@ -209,11 +209,10 @@ def status(path: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def logs(path: Path, name: str | None) -> str:
-    """The log of a run, or those of the SuperLink and of the face before it."""
+    """The log of a run, or that of what sites reach."""
     server = settings.server(path)
-    logs = server.path / "logs"
-    files = [server.run(name) / "log.txt"] if name else [logs / "superlink.log", logs / "face.log"]
-    return "".join(file.read_text(errors="replace") for file in files if file.exists())
+    file = server.run(name) / "log.txt" if name else server.path / "logs" / "fleet.log"
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def stop(path: Path, name: str) -> dict[str, Any]:
