@@ -26,6 +26,7 @@ class Flower:
 
     def __init__(self):
         self.asked, self.messages, self.delay_s, self.refusal, self.there = [], [], 0.0, None, False
+        self.looks = 0
 
     def call(self, method, body, key):
         self.asked.append((method, body, key))
@@ -42,6 +43,10 @@ class Flower:
         if self.messages:
             answer.messages_list.add().metadata.message_id = self.messages.pop(0)
         return answer.SerializeToString()
+
+    def nodes_with_messages(self):
+        self.looks += 1
+        return {NODE} if self.messages else set()
 
     def node_of(self, key):
         return NODE
@@ -83,8 +88,8 @@ def named(content):
     return messages[0].metadata.message_id if messages else None
 
 
-def pulled(*received):
-    return PullMessagesRequest(message_ids=received, node={"node_id": NODE}).SerializeToString()
+def pulled(*received, node=NODE):
+    return PullMessagesRequest(message_ids=received, node={"node_id": node}).SerializeToString()
 
 
 def of_run(method, run=5, node=NODE, **fields):

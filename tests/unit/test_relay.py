@@ -164,7 +164,7 @@ def test_a_pull_waits_and_ends_as_soon_as_a_run_has_a_message(rig, flower, monke
         while not passing.counter.runs:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.15)
-        assert not waiting.done() and len(flower.asked) == 1
+        assert not waiting.done() and flower.looks == 1
         (name,) = box.push_messages([Message(RecordDict(), NODE, "train")])
         assert named(await asyncio.wait_for(waiting, 60)) == name
         part = await passing.call("PullObject", of_run("PullObject", object_id=name), headers(place))
@@ -177,7 +177,7 @@ def test_a_pull_waits_and_ends_as_soon_as_a_run_has_a_message(rig, flower, monke
 
     answer = asyncio.run(play())
     assert answer.object_available and b"Message" in answer.object_content
-    assert len(flower.asked) == 1
+    assert flower.looks == 1 and not flower.asked
 
 
 def test_a_process_without_the_secret_is_no_run(rig):
@@ -197,20 +197,52 @@ def test_a_message_that_nobody_told_of_is_looked_for_and_a_pull_ends_without_one
     monkeypatch.setattr(relay, "LOOK_S", 0.05)
     monkeypatch.setattr(relay, "WAIT_S", 0.3)
     assert asyncio.run(passing.call("PullMessages", pulled(), headers(place))) == b""
-    assert len(flower.asked) >= 3
+    assert flower.looks >= 3 and not flower.asked
 
     async def play():
+        monkeypatch.setattr(relay, "WAIT_S", 20.0)
         waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
         await asyncio.sleep(0.1)
         flower.messages.append("m1")
         return named(await waiting)
 
-    assert asyncio.run(play()) == "m1"
+    assert asyncio.run(play()) == "m1" and len(flower.asked) == 1
+
+
+def test_one_look_at_flower_is_for_all_who_wait(rig, flower, monkeypatch):
+    passing, folder, place = rig
+    monkeypatch.setattr(relay, "LOOK_S", 0.1)
+    monkeypatch.setattr(relay, "WAIT_S", 20.0)
+    nodes = {}
+    for number in range(12):
+        (place / f"site-{number}").mkdir()
+        line = keys.site_keys(place / f"site-{number}")
+        server.add_site(folder, f"site-{number}", line)
+        nodes[keys.pem(line)] = 100 + number
+    flower.node_of = nodes.get
+
+    async def play():
+        calls = [
+            asyncio.create_task(
+                passing.call("PullMessages", pulled(node=100 + number), headers(place / f"site-{number}"))
+            )
+            for number in range(12)
+        ]
+        while len(passing.nodes) < 12:
+            await asyncio.sleep(0.01)
+        before = flower.looks
+        while flower.looks < before + 3:
+            await asyncio.sleep(0.01)
+        assert not flower.asked
+        flower.messages, flower.nodes_with_messages = ["m1"], lambda: {105} if flower.messages else set()
+        assert named(await calls[5]) == "m1" and [method for method, _, _ in flower.asked] == ["PullMessages"]
+        assert not any(call.done() for call in calls[:5] + calls[6:])
+
+    asyncio.run(play())
 
 
 def test_a_message_is_given_again_until_the_site_shows_that_it_has_it(rig, flower, monkeypatch):
     passing, _, place = rig
-    monkeypatch.setattr(relay, "WAIT_S", 0.05)
     flower.messages += ["m1", "m2", "m3", "m4"]
 
     def pull(*received):

@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import logging
 import re
 import sqlite3
 import sys
+import time
+from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +30,9 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 
 from fedpeft.deploy.coordinator.flower import Refusal, read_request
 
+log = logging.getLogger("fedpeft")
+# Of Flower's own tables, as its pull of one node takes from them.
+WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = '' AND created_at + ttl > ?"
 LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 NO_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
@@ -114,6 +120,15 @@ class FleetApi:
     def node_of(self, key: bytes) -> int | None:
         """Flower's number of the node with this key."""
         return self.state.get_node_id_by_public_key(key)
+
+    def nodes_with_messages(self) -> set[int]:
+        """The nodes for which Flower has a message that it has not handed out; none while it cannot be asked."""
+        try:
+            with closing(sqlite3.connect(f"{self.database.as_uri()}?mode=ro", uri=True)) as state:
+                return {node % 2**64 for (node,) in state.execute(WAITING, (time.time(),))}
+        except sqlite3.Error as error:
+            log.debug("no look at Flower's messages: %s", error)
+            return set()
 
     def online(self, key: bytes) -> int | None:
         """Flower's number of a node that counts as connected; None if the key has none."""

@@ -39,8 +39,7 @@ LARGE = {"PushObject"}  # the others name things
 SMALL_CALL = 2**20  # bytes
 CALLS_AT_ONCE, BYTES_AT_ONCE = 32, 2 * LARGEST_CALL  # of one site
 WAIT_S = 20.0  # of a pull, when there is no message
-LOOK_S = 1.0  # between looks at Flower for messages of which nobody told us; longer when many sites wait
-LOOKS_PER_S = 10
+LOOK_S = 1.0  # between looks at Flower, for all who wait, for messages of which nobody told us
 REPEATS = 3  # of one message
 CONFIRM = "ConfirmMessageReceived"
 SHOWS = {"GetRun", "GetFab", "PullObject", "PushMessages", "PushObject", CONFIRM}
@@ -59,7 +58,7 @@ class Line:
     name: str = ""
     repeats: int = 0
     node: int = 0  # Flower's number of it
-    looked: float = -1e9  # when Flower was asked for a message last
+    at_flower: bool = False  # there may be a message of a run that is not ours
     proof: tuple[str, str] = ("", "")  # time and signature that were looked at last, and are good
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # there is a message, or a newer pull
@@ -83,6 +82,7 @@ class Relay:
         self.nodes: dict[int, Line] = {}
         self.counter = Counter(server.path, self.wake)
         self.known: tuple[int, frozenset[bytes]] = (-1, frozenset())
+        self.looks: asyncio.Future[None] | None = None
 
     async def call(self, method: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         """The answer to a call.
@@ -198,6 +198,8 @@ class Relay:
         line.pulls += 1
         mine, received = line.pulls, set(asked.message_ids)
         line.wake.set()
+        if self.looks is None or self.looks.done():
+            self.looks = asyncio.create_task(self.look())
         clock = asyncio.get_running_loop().time
         until = clock() + WAIT_S
         while mine == line.pulls:
@@ -208,12 +210,17 @@ class Relay:
             if answer or left_s <= 0:
                 return answer
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(line.wake.wait(), min(self.look_s(), left_s))
+                await asyncio.wait_for(line.wake.wait(), left_s)
         return b""
 
-    def look_s(self) -> float:
-        """Seconds between a site's looks at Flower for messages that are of no run at work."""
-        return max(LOOK_S, len(self.lines) / LOOKS_PER_S)
+    async def look(self) -> None:
+        """Look at Flower for messages, now and then, and wake whom they are to."""
+        while True:
+            for node in await self.work(self.fleet.nodes_with_messages):
+                if (line := self.nodes.get(node)) is not None:
+                    line.at_flower = True
+                    line.wake.set()
+            await asyncio.sleep(LOOK_S)
 
     async def take(self, line: Line, received: set[str], body: bytes, key: bytes) -> bytes:
         """A site's message: the one that its last pull got, if that was lost, or the next; empty if none."""
@@ -225,14 +232,12 @@ class Relay:
                 log.warning("a message was handed out %d times, and its site does not show it.", 1 + REPEATS)
             line.settle()
             answer = await self.counter.pull(line.node, body)
-            clock = asyncio.get_running_loop().time
-            if not answer and clock() - line.looked >= self.look_s():
-                line.looked = clock()
+            if not answer and line.at_flower:
+                line.at_flower = False
                 answer = await self.work(self.fleet.call, "PullMessages", body, key)
             messages = flower.PullMessagesResponse.FromString(answer).messages_list
             if not messages:
                 return b""
-            line.looked = -1e9  # there may be another
             line.message, line.name = answer, messages[0].metadata.message_id
             return answer
 
