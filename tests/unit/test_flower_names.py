@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,24 @@ def test_nothing_else_imports_flower_s_private_parts():
     files = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert not [name for name in files - {*PLACES} if private(ROOT / name)]
     assert len(NAMES) > 40
+
+
+def test_a_look_at_flower_s_messages_sees_what_its_pull_would_take(tmp_path):
+    """One look for all nodes, of Flower's own table; what is delivered or has expired is not there for either."""
+    api, now = FleetApi(tmp_path / "state.db", insecure=True), time.time()
+    assert api.nodes_with_messages() == set()
+    rows = {2**64 - 5: ("", now), 7: ("", now), 8: ("2026-11-29T00:00:00+00:00", now), 9: ("", now - 100)}
+    with closing(sqlite3.connect(api.database)) as state, state:
+        for node, (delivered, created) in rows.items():
+            signed = node - 2**64 if node >= 2**63 else node
+            state.execute(
+                "INSERT INTO message_ins (message_id, dst_node_id, delivered_at, created_at, ttl) "
+                "VALUES (?, ?, ?, ?, 50)",
+                (str(node), signed, delivered, created),
+            )
+    assert api.nodes_with_messages() == {2**64 - 5, 7}
+    for node in rows:  # Flower takes them, and finds that they are of no run
+        assert api.state.get_message_ins(node, 1) == []
+    assert api.nodes_with_messages() == set()
+    api.database.unlink()
+    assert api.nodes_with_messages() == set()
