@@ -124,7 +124,9 @@ def server_status(
 @server_app.command("logs")
 def server_logs(
     folder: Dir,
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Name, or last; default is what sites reach.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Name, or last; default: what sites reach.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a run, or of what sites reach."""
