@@ -75,9 +75,7 @@ class AdapterConfig:
         "folder of an adapter to go on from, a run's or peft's LoRA, of this form; null draws a fresh one",
         path=True,
     )
-    penalty: str | None = option(
-        None, "registered term of the loss over the adapter's factors; null is none", table="penalties"
-    )
+    penalty: str | None = option(None, "registered term of the loss beside the task's; null is none", table="penalties")
     penalty_options: dict[str, Any] = option(
         {}, "options of the penalty named above", options_of=("penalties", "penalty")
     )

@@ -116,6 +116,8 @@ def _plain_config(config: Config, adapter: AdapterState) -> Config:
         options={},
         start=None,
         client_ranks=None,
+        penalty=None,
+        penalty_options={},
         target_modules=sorted(adapter.lora_sites()),
         train_head=any(site.kind == "head" for site in adapter.sites.values()),
     )

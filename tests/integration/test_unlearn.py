@@ -332,3 +332,11 @@ def test_runs_that_cannot_be_unlearned_from(tmp_path, monkeypatch, config, more,
     with pytest.raises(InputError, match=words):
         unlearn(tmp_path / "run", client=client, out=tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_runs_penalty_is_none_of_unlearnings(root):
+    """KaSA's is over singular values, which the plain LoRA that unlearns does not have."""
+    small = {**LEARNED, "client.local_epochs": 1, "run.rounds": 1, "adapter": {"name": "sorsa", "penalty": "kasa"}}
+    simulate("quickstart", small, root / "pulled")
+    found = unlearn(root / "pulled", "negation", client="client-001", out=root / "negated")
+    assert found["method"] == "negation"
