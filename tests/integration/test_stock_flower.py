@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from fedpeft.errors import InputError
 from fedpeft.simulations.grid import LocalGrid
+from fedpeft.strategies import prepare_client
+from support.guides import COMMANDS
 
 SOURCE = Path(__file__).parents[1] / "support" / "stock_app.py"
 SIMULATE = """
@@ -79,6 +85,52 @@ def test_fedsvd_runs_under_flowers_own_simulation(app, tmp_path):
     check_fedsvd(app, load_file(tmp_path / "arrays.safetensors"))
 
 
+def test_the_app_of_the_docs_runs_as_it_stands_there(app, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(
+        r"<!-- this app is run by the tests -->\n```python no-run\n(.*?)```", COMMANDS.read_text(), re.S
+    )
+    names: dict = {}
+    exec(compile(code, "commands.md", "exec"), names)  # as a reader would run it
+    names["server"](grid(types.SimpleNamespace(client=names["client"])), None)
+    check_fedsvd(app, torch.load(tmp_path / "adapter.pt"))
+    assert "was trained" not in caplog.text
+
+
+def message_of(app, trains):
+    arrays = ArrayRecord(get_peft_model_state_dict(app.build()))
+    return types.SimpleNamespace(content=RecordDict({"arrays": arrays, "config": ConfigRecord({"trains": trains})}))
+
+
+def test_a_prepared_client_trains_what_the_round_trains_and_nothing_else(app):
+    model, other = app.build(), app.build()
+    for value in model.parameters():
+        value.data.add_(1.0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for trains, wanted in ((["B", "head"], {"lora_B", "classifier"}), (["A"], {"lora_A"})):  # RoLoRA's turn
+        trained = {id(value) for value in prepare_client(model, message_of(app, trains))}
+        names = {name for name, value in model.named_parameters() if id(value) in trained}
+        assert names == {name for name, value in model.named_parameters() if value.requires_grad}
+        assert {kind for kind in ("lora_A", "lora_B", "classifier") for name in names if kind in name} == wanted
+        assert all(any(kind in name for kind in wanted) for name in names)
+    sent = get_peft_model_state_dict(other)
+    assert all(torch.equal(value, sent[name]) for name, value in get_peft_model_state_dict(model).items())
+    frozen = "base_model.model.vit.embeddings.cls_token"
+    assert torch.equal(dict(model.named_parameters())[frozen], before[frozen])
+
+
+def test_what_does_not_fit_a_client_is_refused_by_name(app):
+    message = message_of(app, ["B", "head"])
+    with pytest.raises(InputError, match="no `arrays` with a config `trains`"):
+        prepare_client(app.build(), types.SimpleNamespace(content=RecordDict({})))
+    model = app.build()
+    model.base_model.model.vit.embeddings.cls_token.requires_grad_(True)
+    with pytest.raises(InputError, match=r"trains \S+cls_token, which is not sent"):
+        prepare_client(model, message)
+    with pytest.raises(InputError, match=r"the model has no \S+lora_"):
+        prepare_client(torch.nn.Linear(2, 2).requires_grad_(False), message)
+
+
 def test_the_same_app_runs_on_our_grid(app):
     app.main(grid(app), None)
     check_fedsvd(app, app.RESULT[0].arrays.to_torch_state_dict())
@@ -86,8 +138,6 @@ def test_the_same_app_runs_on_our_grid(app):
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
 def test_a_stock_strategy_runs_on_our_grid(app, strategy):
-    from flwr.app import ArrayRecord
-
     start = ArrayRecord(get_peft_model_state_dict(app.build()))
     result = strategy(fraction_evaluate=0.0, min_available_nodes=3, min_train_nodes=3).start(
         grid(app), start, num_rounds=2
@@ -99,7 +149,6 @@ def test_a_stock_strategy_runs_on_our_grid(app, strategy):
 
 
 def test_flowers_own_wrapper_goes_around_a_strategy(app):
-    from flwr.app import ArrayRecord
     from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as Clipping
 
     from fedpeft.strategies import FFALoRA
