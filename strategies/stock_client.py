@@ -32,8 +32,8 @@ def prepare_client(model: Module, message: Message) -> list[Parameter]:
         InputError: the message is of no strategy of ours, an array is none of the model's, or the model trains what
             nobody sends.
     """
-    told = message.content.config_records.get("config", {}).get("trains")
-    arrays = message.content.array_records.get("arrays")
+    arrays, config = message.content.array_records.get("arrays"), message.content.config_records.get("config")
+    told = None if config is None else config.get("trains")
     if arrays is None or not isinstance(told, list):
         raise InputError(
             "prepare_client: the message has no `arrays` with a config `trains`, as fedpeft's strategies send."

@@ -39,6 +39,13 @@ def note(message: str) -> None:
     err.print(message, markup=False, soft_wrap=True)
 
 
+def logged(level: str, text: str, style: str) -> None:
+    """A line of a log, unbroken where it is longer than the terminal is wide."""
+    alive.spoke()
+    err.print(f"{level:<8}", style=style, end=" ")
+    err.print(text, markup=False, soft_wrap=True)
+
+
 def run_result(summary: dict[str, Any]) -> None:
     """What a reader takes away, first; then the table, traffic, sections of its own kind, warnings and paths."""
     out.print(summary["headline"], style="bold", markup=False, soft_wrap=True)

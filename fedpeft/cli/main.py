@@ -21,6 +21,7 @@ from fedpeft.cli import alive, console, hints, rounds, sharing
 from fedpeft.cli.bench import bench_app
 from fedpeft.cli.data import data_app
 from fedpeft.cli.deploy import server_app, site_app
+from fedpeft.cli.logged import Logged
 from fedpeft.cli.privacy import privacy_app
 from fedpeft.cli.unlearning import unlearn
 from fedpeft.errors import InputError, RunError, Stopped
@@ -338,16 +339,15 @@ def _at_home(argument: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad config or input, 1 failed at run time, 130 Ctrl-C, 143 SIGTERM."""
-    from rich.logging import RichHandler
-
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower's default is to report
 
-    handler = RichHandler(console=console.err, show_time=False, show_path=False, markup=False)
+    words = [_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)]
+    command = _command_of(words)
+    handler = Logged(resident=command in alive.RESIDENT)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
-        words = [_at_home(text) for text in (sys.argv[1:] if arguments is None else arguments)]
-        with stopped_by_signals(), _watch_command(words):
+        with stopped_by_signals(), _watch_command(command):
             hints.refuse_config_options(words, app)
             app(words, prog_name="fedpeft")
     except InputError as error:
@@ -362,14 +362,19 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         console.note(f"{'interrupted' if stop.number == signal.SIGINT else 'terminated'}. {stop.advice}".strip())
         sys.exit(128 + stop.number)
+    finally:
+        handler.sum_up()
 
 
-def _watch_command(words: list[str]) -> AbstractContextManager[None]:
-    """Signs of life of the command that these words call, on standard error; a terminal has bars and notes instead."""
-    if console.err.is_terminal:
-        return nullcontext()
+def _command_of(words: list[str]) -> str:
+    """The name of the command that these words call, that of its group before it."""
     groups = {group.name for group in app.registered_groups}
-    return alive.watched(" ".join(words[: 2 if words[:1] and words[0] in groups else 1]), console.note)
+    return " ".join(words[: 2 if words[:1] and words[0] in groups else 1])
+
+
+def _watch_command(command: str) -> AbstractContextManager[None]:
+    """Signs of life of a command, on standard error; a terminal has bars and notes instead."""
+    return nullcontext() if console.err.is_terminal else alive.watched(command, console.note)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import folders
-from fedpeft.cli import console
+from fedpeft.cli import console, logged
 from fedpeft.errors import RunError, Stopped
 from fedpeft.files import explain_error
 from fedpeft.record.words import show_duration
@@ -47,6 +47,7 @@ class Progress:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.bar:
             self.bar.stop()
+        logged.sum_up()
         if isinstance(error, KeyboardInterrupt):
             error = Stopped(signal.SIGINT)
         if isinstance(error, Stopped):
