@@ -77,6 +77,7 @@ checkpoint: .venv/ready
 # A torch that is already there (a GPU machine's) is used; otherwise the pinned build is installed first, so that no
 # dependency pulls another.
 .venv/ready: pyproject.toml
+	@echo "Setting up .venv with the tools for tests and docs: 2.6 GB, some minutes (pip install . alone is 1.9 GB)."
 	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

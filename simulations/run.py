@@ -26,7 +26,7 @@ from fedpeft.record.metrics import Recorder
 from fedpeft.record.result import Result
 from fedpeft.run import comparators, guarantee, identity, loop
 from fedpeft.run.dtype import settle_dtype
-from fedpeft.run.world import World, load_records, load_world, settle_clients
+from fedpeft.run.world import World, find_device, load_records, load_world, settle_clients
 from fedpeft.simulations import faults
 from fedpeft.simulations.baselines import attempt_fit, baselines
 from fedpeft.simulations.grid import LocalGrid
@@ -88,7 +88,7 @@ def simulate(
                 from_python.write(config.data, run, data, test)
                 faults.check(config.run, settle_clients(config, run))
             _write_resolved(config, run)
-            identity.begin(run)
+            identity.begin(run, str(find_device(config.run.device)))
             return _run_world(config, run, tell)
         except InputError:
             if not (run / "metrics.jsonl").exists():  # nothing was trained: the command, mended, may use the folder

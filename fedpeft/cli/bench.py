@@ -16,7 +16,8 @@ from fedpeft.errors import InputError, Stopped
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes results.json, a table and plots.")
 
-CELLS = ("cells", "manifests", "sources", "state", "results.json", "report.html", "*.png")  # what is gone on with
+# What is gone on with.
+CELLS = ("cells", "manifests", "sources", "state", "results.json", "report.html", "*.png", "*.svg", "*.pdf")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpeft.cli import alive
+from fedpeft.record.words import show_seconds, size
 
 PIPE_WIDTH = 200  # where nobody looks at a terminal: lines of a table are not broken
 out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
@@ -72,8 +73,8 @@ def run_result(summary: dict[str, Any]) -> None:
     count = f", n = {summary['test_records']:,}" if summary.get("test_records") else ""
     out.print(f"evaluated on {summary['evaluated_on']}{count}{pooled}", style="dim")
     out.print(
-        f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down, {summary['seconds']:.1f} "
-        f"s, {summary['trainable_parameters']:,} trained parameters a client"
+        f"{size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, {show_seconds(summary['seconds'])} in "
+        f"rounds, {summary['trainable_parameters']:,} trained parameters a client"
     )
     if privacy := summary.get("privacy"):
         protected = "record" if privacy["unit"] == "sample" else "client"

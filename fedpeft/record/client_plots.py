@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,9 @@ BLUE = (0.0, 0.447, 0.698)
 
 
 def clients_accuracy(run: Run) -> Figure | None:
-    """Spread of the clients' own accuracies over rounds."""
+    """Spread of the clients' own accuracies over rounds; null where it was taken once."""
     spreads = _collect_spreads(run)
-    if not spreads:
+    if len(spreads) < 2:
         return None
     figure, axes = axes_of("Each client on its own held-out records")
     at = {share: [quantile_of(values, share) for values in spreads.values()] for share in (0, 0.25, 0.5, 0.75, 1)}
@@ -131,6 +132,36 @@ def clients_by_label(run: Run) -> Figure | None:
     return figure
 
 
+def clients_skew(run: Run) -> Figure | None:
+    """Of many clients, how one-sided each one's records are; null of few, whose labels are seen one by one."""
+    counts = ((run.split or {}).get("histogram") or {}).get("counts") or []
+    if len(counts) <= MOST_NAMED or run.hides_counts or not counts[0]:
+        return None
+    shares = {str(index): max(row) / max(1, sum(row)) for index, row in enumerate(counts)}
+    middle = quantile_of(sorted(shares.values()), 0.5)
+    figure, axes = axes_of(f"A client's most frequent label, as a share of its records (median {percent(middle)})")
+    _draw_bars(axes, shares)
+    axes.yaxis.set_major_formatter(percent_format())
+    axes.set_ylabel("share")
+    return figure
+
+
+def clients_rounds(run: Run) -> Figure | None:
+    """Of many clients, how many took part in how many rounds; null of few."""
+    rounds = run.of("round")
+    names = set(run.split["clients"] if run.split else ()) | {name for event in rounds for name in event["clients"]}
+    if not rounds or len(names) <= MOST_NAMED:
+        return None
+    took = Counter(name for event in rounds for name in event["clients"])
+    often = Counter(took[name] for name in names)
+    figure, axes = axes_of(f"Rounds, of {len(rounds)}, in which a client's update was used")
+    axes.bar(list(often), list(often.values()), color=COLORS[0], width=0.8)
+    axes.grid(axis="x", visible=False)
+    round_axis(axes)
+    axes.set(xlabel="rounds", ylabel="clients")
+    return figure
+
+
 def test_time(run: Run) -> Figure | None:
     """Each client's accuracy on its clean records, and on its stream as trained and adapted, sorted by the gain."""
     tta = run.summary.get("tta")
@@ -190,7 +221,8 @@ def plot_participation(run: Run) -> Figure | None:
         if pairs:
             shown = [] if look == "s" else pairs  # marks stay visible where a cell is thinner than a pixel
             places = [at for at, _ in shown], [row[client] for _, client in shown]
-            size: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.6, "clip_on": False}
+            # A line without points, if not clipped, counts as one at the corner of the figure: the axes would shrink.
+            size: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.6, "clip_on": not shown}
             axes.plot(*places, look, color=color, label=f"{label} ({len(pairs)})", **size)
     name_ticks(axes.yaxis, names, most=25)
     axes.set_ylabel("client")

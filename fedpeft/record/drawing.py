@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fedpeft.record.run_folder import Run
 
 MB = 1e6  # bytes
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#5b5b5b")  # colour-blind safe
+# Told apart by the colour-blind, and seen on white as on a dark page.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9a5bb0", "#707070")
 DASHES = ("-", "--", "-.", ":")
 GREY = "#777777"
 INK, GRID = "#262626", "#e4e4e4"  # of all that is no data; a page puts its own in their place
@@ -91,7 +92,7 @@ def axes_of(title: str, height: float = 1.0) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(5.2, 3.1 * height))
     axes = figure.subplots()
-    axes.set_title("\n".join(textwrap.wrap(title, 62)))
+    axes.set_title("\n".join(textwrap.wrap(title, 52)))
     return figure, axes
 
 
@@ -119,6 +120,25 @@ def label_ends(axes: Axes) -> None:
         key.set(linestyle=drawn.get_linestyle(), linewidth=drawn.get_linewidth())
         axes.add_artist(key)
         axes.text(1.09, at, text, transform=axes.transAxes, va="center", fontsize=8.5)
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each point's label right of the axes, at its height or moved so far that none meets another, and a thin
+    line from the point to it. The limits of the axes must be settled.
+
+    Args:
+        points: x, y and label, in data coordinates.
+    """
+    figure: Any = axes.get_figure(root=True)
+    row = 0.16 / figure.get_figheight() / axes.get_position().height  # of the axes' height, a line of text
+    shares = [tuple(axes.transAxes.inverted().transform(axes.transData.transform(point[:2]))) for point in points]
+    order = sorted(range(len(points)), key=lambda index: shares[index][1])
+    places = moved_apart([shares[index][1] for index in order], [row] * len(order))
+    for index, at in zip(order, places, strict=True):
+        (x, y), text = shares[index], points[index][2]
+        line = axes.plot([x, 1.03], [y, at], color=GREY, linewidth=0.5, alpha=0.6, transform=axes.transAxes)
+        line[0].set(clip_on=False, zorder=1)
+        axes.text(1.04, at, text, transform=axes.transAxes, va="center", fontsize=8.5)
 
 
 def moved_apart(places: Sequence[float], heights: Sequence[float]) -> list[float]:
@@ -204,7 +224,7 @@ def round_axis(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def with_labels(figure: Figure) -> Figure:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.record import drawing, lead
+from fedpeft.record import lead
 from fedpeft.record.findings import NAMES
 from fedpeft.record.run_folder import Run
-from fedpeft.record.words import key_words, number, percent, size
+from fedpeft.record.words import key_words, number, percent, show_seconds, size
 
 APART = (
     "answers",
@@ -61,7 +61,8 @@ def summary_rows(run: Run) -> list[list[str]]:
         *([words, percent(value)] for words, value in _baselines_of(summary)),
         ["clients to server", size(summary["bytes_up"] or None)],
         ["server to clients", size(summary["bytes_down"] or None)],
-        ["time of the rounds", f"{number(summary['seconds'])} s" if summary["rounds"] else "–"],
+        ["time of the rounds", show_seconds(summary["seconds"]) if summary["rounds"] else "–"],
+        ["from start to end", show_seconds(run.wall_seconds)],
         ["epsilon, the most of any client", number(summary["epsilon_max"])],
         ["quarantined updates", number(len(summary["quarantined"]))],
     ]
@@ -100,7 +101,7 @@ def _show_fact(key: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(number(item) for item in value)
     if key.startswith("bytes_"):
-        return f"{number(value)} ({number(value / drawing.MB)} MB)"
+        return size(value)
     return cell(key, value)
 
 

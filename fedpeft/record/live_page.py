@@ -15,11 +15,11 @@ from typing import Any
 
 from fedpeft.foreign import shown
 from fedpeft.record import side_by_side
-from fedpeft.record.drawing import MB, quantile_of
+from fedpeft.record.drawing import quantile_of
 from fedpeft.record.line_chart import Line, svg_lines
 from fedpeft.record.pages import PAGE_STYLE, html_folded, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run
-from fedpeft.record.words import number, percent, show_duration
+from fedpeft.record.words import number, percent, show_seconds, size
 
 MOST_ROWS = 100  # clients on a page at a time
 MOST_NOTES = 3  # that stand open
@@ -123,10 +123,8 @@ def _show_runs(states: list[State], runs: list[Run | None]) -> str:
         "clients that took part": _taking_part,
         "quarantined at least once": lambda s: str(sum(row["quarantined"] > 0 for row in s["clients"].values())),
         "epsilon, the most of any client": lambda s: number(s["epsilon_max"]),
-        "MB up, MB down": lambda s: ", ".join(
-            "–" if s[key] is None else number(s[key] / MB) for key in ("bytes_up", "bytes_down")
-        ),
-        "a round takes": lambda s: "–" if s["seconds_per_round"] is None else _show_duration(s["seconds_per_round"]),
+        "up, down": lambda s: ", ".join(size(s[key]) for key in ("bytes_up", "bytes_down")),
+        "a round takes": lambda s: show_seconds(s["seconds_per_round"]),
         "begun": lambda s: _show_clock(s["begun"]),
         "last event": lambda s: _show_clock(s["last_event"]),
         "expected end": lambda s: _show_clock(s["expected_end"]),
@@ -148,11 +146,7 @@ def _word_for(state: State) -> str:
 
 def _taking_part(state: State) -> str:
     seen = sum(row["rounds"] > 0 for row in state["clients"].values())
-    return f"{seen} of {state['expected_clients']}" if state["expected_clients"] else "–"
-
-
-def _show_duration(seconds: float) -> str:
-    return f"{number(seconds)} s" if seconds < 10 else show_duration(seconds)
+    return f"{seen:,} of {state['expected_clients']:,}" if state["expected_clients"] else "–"
 
 
 def _show_clock(at: float | None) -> str:
@@ -185,7 +179,12 @@ def _show_charts(states: list[State]) -> str:
         for key, title in titles.items()
     ]
     if not any(figures):
-        return "<h2>Curves</h2><p>No round has been recorded yet.</p>"
+        none = (
+            "No round has been measured: there are neither scores nor losses."
+            if any(state["played"] for state in states)
+            else "No round has been recorded yet."
+        )
+        return f"<h2>Curves</h2><p>{none}</p>"
     return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
 
 
@@ -332,12 +331,12 @@ def _show_rounds(state: State) -> str:
             number(row.get("train_loss")),
             number(row.get("used")),
             number(row.get("refused")),
-            *("–" if row.get(key) is None else number(row[key] / MB) for key in ("bytes_up", "bytes_down")),
-            number(row.get("seconds")),
+            *(size(row.get(key)) for key in ("bytes_up", "bytes_down")),
+            show_seconds(row.get("seconds")),
             number(row.get("epsilon_max")),
         ]
         for row in reversed(played)
     ]
     heads = ["round", "accuracy", "loss", "training loss", "updates used", "quarantined"]
-    heads += ["MB up", "MB down", "seconds", "epsilon"]
+    heads += ["up", "down", "time", "epsilon"]
     return html_folded(f"The last {len(rows)} rounds, newest first", html_table(heads, rows))

@@ -13,7 +13,6 @@ from fedpeft import config as configs
 from fedpeft.errors import InputError
 from fedpeft.record.pages import html_folded, html_table
 from fedpeft.record.run_folder import Run
-from fedpeft.record.words import show_duration
 
 CHOSEN = ("strategy.name", "adapter.name", "client.optimizer")  # shown where they are not the default
 NAMES = {"fedsvd": "FedSVD", "fedit": "FedIT", "fedavg": "FedAvg", "fedprox": "FedProx", "fedex": "FedEx-LoRA"}
@@ -44,12 +43,8 @@ def html_made(run: Run) -> list[str]:
     asked = run.summary.get("unlearning")
     rows = [
         ["begun", time.strftime("%d %b %Y %H:%M", time.localtime(times[0])) if times and not asked else ""],
-        [
-            "from start to end",
-            show_duration(times[-1] - times[0]) if run.ended and len(times) > 1 and not asked else "",
-        ],
         ["versions", ", ".join(f"{name} {version}" for name, version in versions.items())],
-        ["device", str(section.get("device") or "")],
+        ["device", str(run.identity.get("device") or section.get("device") or "")],
         ["model", " ".join(str(model[key]) for key in ("name", "task", "dtype") if model.get(key))],
         ["data", ", test ".join(str(data[key]) for key in ("source", "test") if data.get(key))],
         ["command", _command_of(run)],

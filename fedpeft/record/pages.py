@@ -25,7 +25,7 @@ h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem 2rem; }
 img { display: block; width: 100%; max-width: 36rem; }
-img.paper { width: auto; max-width: 100%; background: #fff; border-radius: 6px; margin: 1rem 0; }
+img.whole { width: auto; max-width: max(100%, 40rem); }
 pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; }
 .lead { font-size: 1.1rem; } .note { border-left: 3px solid #d55e00; padding-left: .8rem; }
 """
@@ -61,7 +61,7 @@ def _html_cells(tag: str, cells: list[str]) -> str:
 def _html_cell(tag: str, cell: str) -> str:
     if not cell:
         return "<td></td>"  # a heading without text would be read out as one
-    return f"<{tag}>{html.escape(cell)}</{tag}>"
+    return f"<{tag}>{html.escape(cell).replace(' ± ', '&nbsp;±&nbsp;')}</{tag}>"
 
 
 def html_note(text: str) -> str:
@@ -69,11 +69,10 @@ def html_note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def html_image(name: str, data: bytes) -> str:
-    """A PNG file's bytes as an image inside the page; `name` is read out in its place."""
-    return (
-        f'<img class="paper" alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-    )
+def html_whole(name: str, data: bytes) -> str:
+    """An SVG file in its own size, which scrolls where the page is narrower; `name` is read out in its place."""
+    image = f'<img class="whole" alt="{html.escape(name)}" src="{_inline_svg(data)}">'
+    return f'<div class="wide" tabindex="0">{image}</div>'
 
 
 def html_figures(images: dict[str, bytes]) -> str:

@@ -20,7 +20,7 @@ from fedpeft.record.measured import html_measures
 from fedpeft.record.pages import html_figures, html_folded, html_list, html_note, html_page, html_table
 from fedpeft.record.run_folder import Run, load
 from fedpeft.record.unlearned import html_unlearned
-from fedpeft.record.words import key_words, number, percent, show_points
+from fedpeft.record.words import key_words, number, percent, show_points, show_seconds, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -309,13 +309,13 @@ def html_rounds(run: Run) -> str:
                 number(event.get("train_loss")),
                 number(score.get("loss")),
                 percent(score.get("accuracy")),
-                number(event["bytes_up"] / drawing.MB),
-                number(event["bytes_down"] / drawing.MB),
-                number(event["seconds"]),
+                size(event["bytes_up"]),
+                size(event["bytes_down"]),
+                show_seconds(event["seconds"]),
             ]
         )
     what = "accuracy"
     if run.summary.get("sequence"):
         what = "accuracy of the classifier as trained, classes so far"
-    heads = ["round", "updates used", "training loss", "loss", what, "MB up", "MB down", "seconds"]
+    heads = ["round", "updates used", "training loss", "loss", what, "up", "down", "time"]
     return html_folded(f"{len(rows)} rounds", html_table(heads, rows), opened=len(rows) <= FEW_ROUNDS)

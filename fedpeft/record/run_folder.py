@@ -44,6 +44,13 @@ class Run:
         return [first, *scores] if first and first["evaluated_on"] == where else scores
 
     @property
+    def wall_seconds(self) -> float | None:
+        """From the first event to the last of a run that has ended; what was unlearned has the time of another."""
+        times = [event["time"] for event in self.events if isinstance(event.get("time"), int | float)]
+        known = self.ended and len(times) > 1 and "unlearning" not in self.summary
+        return times[-1] - times[0] if known else None
+
+    @property
     def hides_counts(self) -> bool:
         """Whether a guarantee covers the records, but not what their numbers by client and label would tell."""
         section = self.config.get("privacy") or {}

@@ -61,6 +61,21 @@ def show_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def show_seconds(seconds: float | None) -> str:
+    """A length of time as `show_duration` has it, and shorter ones to a digit that differs.
+
+    >>> show_seconds(0.34), show_seconds(3.881), show_seconds(87)
+    ('0.3 s', '3.9 s', '87 s')
+    >>> show_seconds(0.0123)
+    '12 ms'
+    """
+    if seconds is None:
+        return "–"
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 10 else show_duration(seconds)
+
+
 def key_words(key: str) -> str:
     """A key as words: underscores become spaces."""
     return key.replace("_", " ")

@@ -37,9 +37,10 @@ UNLEARNING = "unlearning"  # of a folder that `fedpeft unlearn` has made: what w
 PACKAGES = ("fedpeft", "torch", "transformers", "peft")
 
 
-def begin(run: Path) -> None:
+def begin(run: Path, device: str | None = None) -> None:
     """Write the run's name and what it runs on."""
-    _write_identity(run, {"name": run.name, "versions": versions(), "fingerprints": {}})
+    found = {} if device is None else {"device": device}
+    _write_identity(run, {"name": run.name, "versions": versions(), **found, "fingerprints": {}})
 
 
 def name_of(run: Path) -> str:

@@ -16,12 +16,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft import __version__, files, progress, registry
 from fedpeft import config as configs
 from fedpeft.errors import InputError
+from fedpeft.record import drawing
 from fedpeft.record.words import show_duration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
@@ -166,12 +170,14 @@ def plus_minus(value: float | None) -> str:
 
 
 def publish(
-    out: Path, name: str, figures: Callable[[Row], dict[str, bytes]], page: Callable[[Row, dict[str, bytes]], str]
+    out: Path, name: str, figures: Callable[[Row], dict[str, Figure]], page: Callable[[Row, dict[str, bytes]], str]
 ) -> list[Path]:
-    """Draw a benchmark's plots and write report.html from `out`/results.json alone; the files written, page last.
+    """Draw a benchmark's plots, as PNG, SVG and PDF, and write report.html from `out`/results.json alone; the files
+    written, page last.
 
     Args:
         name: of the command, fedpeft bench NAME.
+        page: makes the page of the results and the plots as SVG.
 
     Raises:
         InputError: there are no results.
@@ -180,11 +186,17 @@ def publish(
     if not path.is_file():
         raise InputError(f"{path}: there are no results; run fedpeft bench {name} --out {out}.")
     results = json.loads(path.read_text())
-    images = figures(results)
-    for image, data in images.items():
-        files.write_bytes(out / f"{image}.png", data)
+    images: dict[str, bytes] = {}
+    written: list[Path] = []
+    with drawing.style():
+        for image, figure in figures(results).items():
+            made = drawing.files(figure)
+            images[image] = made["svg"]
+            for suffix, content in made.items():
+                written.append(out / f"{image}.{suffix}")
+                files.write_bytes(written[-1], content)
     files.write_bytes(out / "report.html", page(results, images).encode())
-    return [*(out / f"{image}.png" for image in images), out / "report.html"]
+    return [*written, out / "report.html"]
 
 
 def label(name: str) -> str:

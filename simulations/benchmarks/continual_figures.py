@@ -11,25 +11,29 @@ from fedpeft.simulations.benchmarks.cells import label
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*<>"
+MOST_NUMBERS = 10  # tasks whose numbers can be read in a matrix
 FILLINGS = ("full", "none", "left", "bottom")
 Row = dict[str, Any]
 
 
-def figures(results: Row) -> dict[str, bytes]:
-    """PNG images by name: accuracy over tasks, forgetting against bytes, heat maps of the matrices."""
+def figures(results: Row) -> dict[str, Figure]:
+    """By name: accuracy over tasks, forgetting against bytes, heat maps of the matrices."""
     ran = [row for row in results["rows"] if not row["refused"]]
     if not ran:
         return {}
-    with drawing.style():
-        drawn = {"tasks": over_tasks(ran), "forgetting": against_bytes(results["summary"]), "matrices": matrices(ran)}
-        return {name: drawing.png(figure) for name, figure in drawn.items() if figure is not None}
+    drawn = {"tasks": over_tasks(ran), "forgetting": against_bytes(results["summary"]), "matrices": matrices(ran)}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def over_tasks(ran: list[Row]) -> Figure:
-    """Accuracy on the tasks seen, after each task, mean over seeds; a panel a head."""
+    """Accuracy on the tasks seen, after each task, mean over seeds and a band of one standard deviation; a panel a
+    head.
+    """
+    import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -42,13 +46,11 @@ def over_tasks(ran: list[Row]) -> Figure:
             curves = [accuracy_curve(row["right"], row["tests"]) for row in select(ran, body=body, head=head)]
             if curves:
                 color, dashes = _look(number)
-                axes.plot(
-                    range(1, len(curves[0]) + 1),
-                    100 * sum(curves) / len(curves),
-                    color=color,
-                    linestyle=dashes,
-                    label=label(body),
-                )
+                tasks, middle = range(1, len(curves[0]) + 1), 100 * np.mean(curves, axis=0)
+                axes.plot(tasks, middle, color=color, linestyle=dashes, label=label(body))
+                if len(curves) > 1:
+                    band = 100 * np.std(curves, axis=0, ddof=1)
+                    axes.fill_between(tasks, middle - band, middle + band, color=color, alpha=0.15, linewidth=0)
         axes.set_title(head)
         axes.set_xlabel("tasks learned")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,7 +94,7 @@ def against_bytes(rows: list[Row]) -> Figure | None:
 
 
 def matrices(ran: list[Row]) -> Figure:
-    """Accuracy on each task (columns) after each task (rows), mean over seeds; white lies in the future."""
+    """Accuracy in % on each task (columns) after each task (rows), mean over seeds; nothing lies in the future."""
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -111,6 +113,8 @@ def matrices(ran: list[Row]) -> Figure:
             if own:
                 R = np.mean(own, axis=0)
                 mesh = axes.imshow(np.where(np.tri(len(R), dtype=bool), R, math.nan), vmin=0, vmax=1, cmap="viridis")
+                if len(R) <= MOST_NUMBERS:
+                    _write_numbers(axes, R)
             else:
                 axes.set_axis_off()
             if body == bodies[0]:
@@ -118,6 +122,15 @@ def matrices(ran: list[Row]) -> Figure:
     if mesh is not None:
         figure.colorbar(mesh, ax=grid, format=PercentFormatter(1.0), shrink=min(1.0, 3 / len(bodies)))
     return figure
+
+
+def _write_numbers(axes: Axes, R: Any) -> None:
+    """Percent in each cell of a matrix [tasks, tasks], as large as a cell has room for."""
+    size = min(7.0, 34.0 / len(R))
+    for row, values in enumerate(R):
+        for column, value in enumerate(values[: row + 1]):
+            color = "white" if value < 0.6 else "black"  # viridis is dark below
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=size, color=color)
 
 
 def _look(number: int) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import math
 from html import escape
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedpeft.continual.matrix import NAMES
 from fedpeft.record import pages, words
@@ -15,13 +15,11 @@ from fedpeft.simulations.benchmarks.cells import percent, plus_minus, publish, s
 from fedpeft.simulations.benchmarks.continual_figures import figures
 from fedpeft.simulations.benchmarks.federated_report import distinct, select
 
-if TYPE_CHECKING:
-    pass
-
-SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry", "learning_acc")  # fit a terminal
+SHORT = ("acc_micro", "aia_micro", "a_auc", "forgetting_chaudhry")  # fit a terminal
 AGAINST = "against frozen"
 FITTED = ("lda", "ranpac")
-COSTS = ("kB", "passes", "CPU s")
+DECIDING = (AGAINST, "kB")  # what decides between methods comes first
+COSTS = ("passes", "CPU s")
 LEGEND = (
     "Accuracies in %, ± standard deviation over seeds. acc_micro: all test records after the last task; "
     "aia_micro: mean over tasks of the accuracy on what was seen; a_auc: that weighted by records, for streams "
@@ -159,17 +157,17 @@ def heads_of(rows: list[Row], names: tuple[str, ...]) -> list[str]:
 
 
 def line(row: Row, names: list[str]) -> list[str]:
-    """The texts of a row: body, head, metrics, costs."""
+    """The texts of a row: body, head, what decides, metrics, costs."""
     if row["refused"]:
-        return [row["body"], row["head"], "refused", *["–"] * (len(names) + len(COSTS))]
+        return [row["body"], row["head"], "refused", *["–"] * (1 + len(names) + len(COSTS))]
     scores = ["–" if row["metrics"][name] is None else percent(row["metrics"][name], row["sd"][name]) for name in names]
     difference = "–" if row.get("difference") is None else f"{100 * row['difference']:+.1f}"
     return [
         row["body"],
         row["head"],
-        *scores,
         difference + plus_minus(row.get("difference_error")),
         f"{row['bytes'] / 1000:,.1f}",
+        *scores,
         f"{row['passes']:.3g}",
         f"{row['train_cpu_s']:.1f}",
     ]
@@ -178,20 +176,10 @@ def line(row: Row, names: list[str]) -> list[str]:
 def lines(rows: list[Row]) -> list[str]:
     """The table as text: a body's name in a line of its own, its heads below."""
     names = heads_of(rows, SHORT)
-    heads = ["", *names, *COSTS]
-    above = [
-        ["", *(name.partition("_")[0] for name in names), *[""] * len(COSTS)],
-        ["", *(name.partition("_")[2] for name in names), *COSTS],
-    ]
-    texts = [
-        [
-            text
-            for head, text in zip(["", *names, AGAINST, *COSTS], line(row, names)[1:], strict=True)
-            if head != AGAINST
-        ]
-        for row in rows
-    ]
-    widths = [max(len(text[place]) for text in [*above, *texts]) for place in range(len(heads))]
+    heads = [*AGAINST.split(), "", "kB", *(half for name in names for half in name.split("_", 1))]
+    above = [["", *heads[0::2], *[""] * len(COSTS)], ["", *heads[1::2], *COSTS]]
+    texts = [line(row, names)[1:] for row in rows]
+    widths = [max(len(text[place]) for text in [*above, *texts]) for place in range(len(above[0]))]
     found = [_padded(text, widths) for text in above]
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         if number == 0 or row["body"] != rows[number - 1]["body"]:
@@ -206,9 +194,6 @@ def _padded(text: list[str], widths: list[int]) -> str:
         for place, (part, width) in enumerate(zip(text, widths, strict=True))
     ]
     return " ".join([f"  {first}", *rest])
-
-
-# Plots ----------------------------------------------------------------------------------------------------------------
 
 
 # Page -----------------------------------------------------------------------------------------------------------------
@@ -226,17 +211,17 @@ def page(results: Row, images: dict[str, bytes]) -> str:
     titles = {
         "tasks": "Accuracy over tasks",
         "forgetting": "Forgetting against bytes kept",
-        "matrices": "Accuracy on each task (columns) after each task (rows)",
+        "matrices": "Accuracy in % on each task (columns) after each task (rows), mean over seeds",
     }
     body = [
         f'<p class="lead">{escape(sentence(rows))}</p>',
         f"<p>{escape(headline(results))}. {escape(results['summary_of_stream'])}.</p>",
         *map(pages.html_note, notes(results)),
-        pages.html_table(["body", "head", *names, AGAINST, *COSTS], [line(row, names) for row in rows]),
+        pages.html_table(["body", "head", *DECIDING, *names, *COSTS], [line(row, names) for row in rows]),
         f"<p>{escape(LEGEND)}</p>",
     ]
     for name, image in images.items():
-        body += [f"<h2>{titles[name]}</h2>", pages.html_image(titles[name], image)]
+        body += [f"<h2>{titles[name]}</h2>", pages.html_whole(titles[name], image)]
     body += [
         "<h2>What is kept</h2>",
         _kept(rows),

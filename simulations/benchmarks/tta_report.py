@@ -67,7 +67,28 @@ def summary(rows: list[Row]) -> list[Row]:
                     **(_means(ran, source) if ran else {}),
                 }
             )
+    for _, own in cells(found):
+        ran = [row for row in own if not row["refused"]]
+        if ran:
+            best = min(ran, key=lambda row: row["error"])
+            best["level"] = [row["method"] for row in ran if row is not best and _is_level(rows, row, best)]
     return found
+
+
+def _is_level(rows: list[Row], row: Row, best: Row) -> bool:
+    """Whether a method is no more than two standard errors behind the best, paired by seed; of one seed, if equal."""
+    where = {"stream": row["stream"], "model": row["model"]}
+    errors = {
+        one["method"]: {
+            each["seed"]: each["error"] for each in select(rows, method=one["method"], **where) if not each["refused"]
+        }
+        for one in (row, best)
+    }
+    first, second = errors[row["method"]], errors[best["method"]]
+    pairs = [first[seed] - second[seed] for seed in first if seed in second]
+    deviation = spread(pairs)
+    allowed = 0.0 if deviation is None else 2 * deviation / math.sqrt(len(pairs))
+    return bool(pairs) and mean(pairs) <= allowed
 
 
 def cells(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
@@ -103,6 +124,8 @@ def show(results: Row) -> None:
     """Print a table for every stream and source model, notes on its methods, and the command that makes them."""
     from fedpeft.cli.console import out
 
+    for text in notes(results):
+        out.print(text, markup=False, soft_wrap=True)
     for where, own in cells(results["summary"]):
         out.print(f"{where['stream']}, {where['model']}, {results['seeds']} seeds", markup=False, style="bold")
         out.print(_table(own))
@@ -163,8 +186,31 @@ def note(row: Row) -> str:
     return "; ".join(found)
 
 
+def notes(results: Row) -> list[str]:
+    """What holds of all numbers, in the terminal and on the page."""
+    quick = "A quick version: it shows that the benchmark runs and says nothing of methods."
+    return [RULES, *([quick] if results["quick"] else [])]
+
+
+def lead(rows: list[Row]) -> str:
+    """The answer first: of one stream and model its sentence, of several a clause each."""
+    found = [(where, own) for where, own in cells(rows) if any(not row["refused"] for row in own)]
+    if len(found) == 1:
+        return sentence(found[0][1])
+    clauses = []
+    for where, own in found:
+        ran = [row for row in own if not row["refused"]]
+        best, source = min(ran, key=lambda row: row["error"]), select(ran, method="source")[0]
+        level = f" (level: {', '.join(best['level'])})" if best.get("level") else ""
+        clauses.append(
+            f"{where['stream']}, {where['model']}: {best['method']}{level}, {100 * best['error']:.1f} % of errors, "
+            f"without adaptation {100 * source['error']:.1f} %"
+        )
+    return f"Lowest error. {'; '.join(clauses)}."
+
+
 def sentence(own: list[Row]) -> str:
-    """What a reader takes away of one stream and model."""
+    """What a reader takes away of one stream and model: the best, who is level with it, and who is worse than none."""
     ran = [row for row in own if not row["refused"]]
     best, source = min(ran, key=lambda row: row["error"]), select(ran, method="source")[0]
     worse = [
@@ -172,8 +218,9 @@ def sentence(own: list[Row]) -> str:
         for row in ran
         if row["difference_error"] is not None and row["difference"] > 2 * row["difference_error"] > 0
     ]
+    level = f"; within two standard errors of it: {', '.join(best['level'])}" if best.get("level") else ""
     text = (
-        f"Lowest error: {best['method']}, {100 * best['error']:.1f} %; without adaptation "
+        f"Lowest error: {best['method']}, {100 * best['error']:.1f} %{level}; without adaptation "
         f"{100 * source['error']:.1f} %."
     )
     return text + (f" Worse than no adaptation by more than two standard errors: {', '.join(worse)}." if worse else "")
@@ -182,22 +229,22 @@ def sentence(own: list[Row]) -> str:
 # Plots ----------------------------------------------------------------------------------------------------------------
 
 
-def figures(results: Row) -> dict[str, bytes]:
-    """PNG images by name: over the stream, and against cost, for every stream and source model."""
+def figures(results: Row) -> dict[str, Figure]:
+    """By name: over the stream, and against cost, for every stream and source model."""
     drawn = {}
-    with drawing.style():
-        for number, (where, own) in enumerate(cells(results["rows"])):
-            ran = [row for row in own if not row["refused"]]
-            if ran:
-                title = f"{where['stream']}, {where['model']}"
-                drawn[f"stream-{number}"] = drawing.png(over(title, ran))
-                drawn[f"cost-{number}"] = drawing.png(against_cost(title, select(results["summary"], **where)))
+    for number, (where, own) in enumerate(cells(results["rows"])):
+        ran = [row for row in own if not row["refused"]]
+        if ran:
+            title = f"{where['stream']}, {where['model']}"
+            drawn[f"stream-{number}"] = over(title, ran)
+            drawn[f"cost-{number}"] = against_cost(title, select(results["summary"], **where))
     return drawn
 
 
 def over(title: str, ran: list[Row]) -> Figure:
     """Error of the last 256 rows of the same domain, mean over seeds, with the domains' borders."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4.6))
     axes = figure.subplots()
@@ -212,6 +259,7 @@ def over(title: str, ran: list[Row]) -> Figure:
         if len(ran[0]["segments"]) <= 20:
             axes.text(first - 0.3, 1.01, name, transform=axes.get_xaxis_transform(), rotation=30, fontsize=8)
     axes.set(xlabel="batch", ylabel="error in %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -234,9 +282,10 @@ def against_cost(title: str, own: list[Row]) -> Figure:
     """Error against rows forwarded per row answered; filled where the method takes gradients."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 4.2))
+    ran = [row for row in own if not row["refused"]]
+    figure = Figure(figsize=(8.5, max(4.2, 1.4 + 0.17 * len(ran))))
     axes = figure.subplots()
-    for index, row in enumerate(row for row in own if not row["refused"]):
+    for index, row in enumerate(ran):
         color, _, _ = _look(index, row["method"])
         axes.errorbar(
             row["rows"],
@@ -245,21 +294,21 @@ def against_cost(title: str, own: list[Row]) -> Figure:
             fmt="o",
             markersize=7,
             color=color,
-            markerfacecolor=color if row["backwards"] else "white",
-            label=label(row["method"]),
+            markerfacecolor=color if row["backwards"] else "none",
         )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # powers would need mathematical type
     axes.set(xlabel="rows forwarded per row answered (filled: gradients too)", ylabel="error in %")
     axes.set_title(title)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    axes.set_ylim(axes.get_ylim())
+    drawing.label_points(axes, [(row["rows"], 100 * row["error"], row["method"]) for row in ran])
     return figure
 
 
 def _look(index: int, method: str) -> tuple[str, str, float]:
     """Colour, dashes and width of a method's line; the source model is thick and grey."""
     if method == "source":
-        return "#222222", "-", 2.6
+        return drawing.INK, "-", 2.6
     turn, place = divmod(index, len(drawing.COLORS))
     return drawing.COLORS[place], drawing.DASHES[turn % len(drawing.DASHES)], 1.4
 
@@ -274,19 +323,20 @@ def write(out: Path) -> list[Path]:
 
 def page(results: Row, images: dict[str, bytes]) -> str:
     """One HTML page that loads nothing from elsewhere."""
-    body = [pages.html_note(RULES)]
-    if results["quick"]:
-        body.append(pages.html_note("A quick version: it shows that the benchmark runs and says nothing of methods."))
-    for number, (where, own) in enumerate(cells(results["summary"])):
+    body = [f'<p class="lead">{escape(lead(results["summary"]))}</p>', *map(pages.html_note, notes(results))]
+    found = list(cells(results["summary"]))
+    for number, (where, own) in enumerate(found):
         runs = select(results["rows"], **where)
+        said = [f"{row['method']}: {line(row)[-1]}" for row in own if line(row)[-1]]
         name = escape(f"{where['stream']}, {where['model']}")
         body += [
             f"<h2>{name}</h2>",
-            f"<p>{escape(sentence(own))}</p>",
-            pages.html_table(list(HEADS), [line(row) for row in own]),
+            *([f"<p>{escape(sentence(own))}</p>"] if len(found) > 1 else []),
+            pages.html_table(list(HEADS[:-1]), [line(row)[:-1] for row in own]),
+            *([pages.html_list(said)] if said else []),
         ]
         body += [
-            pages.html_image(what, images[key])
+            pages.html_whole(what, images[key])
             for key, what in ((f"stream-{number}", "error over the stream"), (f"cost-{number}", "error against cost"))
             if key in images
         ]

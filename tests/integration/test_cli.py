@@ -87,7 +87,7 @@ def test_simulate_for_people_shows_rounds_table_and_paths(fedpeft, tmp_path, tin
     for text in (
         "no adaptation (round 0)",
         "federated, final",
-        "MB up",
+        " up, ",
         "quarantined: client-001 in 2 rounds",
         f"{tmp_path}/run/report.html",
     ):

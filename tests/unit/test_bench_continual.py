@@ -301,9 +301,12 @@ def test_the_page_is_made_of_results_alone(hand, tmp_path, monkeypatch):
     (tmp_path / "copy").mkdir()
     shutil.copy(tmp_path / "run" / "results.json", tmp_path / "copy")
     files = continual_report.write(tmp_path / "copy")
-    assert [path.name for path in files] == ["tasks.png", "forgetting.png", "matrices.png", "report.html"]
+    drawn = [f"{name}.{suffix}" for name in ("tasks", "forgetting", "matrices") for suffix in ("png", "svg", "pdf")]
+    assert [path.name for path in files] == [*drawn, "report.html"]
     page = files[-1].read_text()
-    assert page == (tmp_path / "run" / "report.html").read_text() and page.count("data:image/png") == 3
+    assert page == (tmp_path / "run" / "report.html").read_text() and page.count("data:image/svg") == 3
+    heads = page.partition("<table>")[2].partition("</tr>")[0]
+    assert heads.index("against frozen") < heads.index("kB") < heads.index("acc_micro")  # what decides comes first
     assert "http" not in page and "fedpeft bench continual --stream hand" in page and "ranpac:features=20" in page
     with pytest.raises(InputError, match="there are no results"):
         continual_report.write(tmp_path)

@@ -52,7 +52,7 @@ def test_means_and_paired_differences_by_hand():
     assert ranpac["difference"] == pytest.approx(-0.1) and continual_report.reference(found) == lda
     assert (x["bytes"], x["passes"], x["train_cpu_s"], x["parameters"]) == (150, 1.0, 4.0, 5)
     assert y["refused"] == "no" and y["seeds"] == 0
-    assert continual_report.line(x, ["acc_micro"]) == ["x", "linear", "85.0 ± 0.0", "+10.0 ± 5.0", "0.1", "1", "4.0"]
+    assert continual_report.line(x, ["acc_micro"]) == ["x", "linear", "+10.0 ± 5.0", "0.1", "85.0 ± 0.0", "1", "4.0"]
 
 
 def test_the_sentence_says_what_beats_the_frozen_model():

@@ -279,11 +279,24 @@ def test_means_and_paired_differences_by_hand():
     assert math.isclose(x["difference"], -0.2) and math.isclose(x["difference_error"], 0.1)
     assert (x["forwards"], x["backwards"], x["rows"], x["copies"], x["skipped"]) == (2.0, 0.5, 2.0, 0.5, 0.25)
     assert y["refused"] == "no" and y["seeds"] == 0
-    assert tta_report.sentence([source, x, y]) == "Lowest error: x, 40.0 %; without adaptation 60.0 %."
+    assert tta_report.lead([source, x, y]) == tta_report.sentence([source, x, y])
     worse = tta_report.summary([*rows[:2], row("x", 0, 0.6), row("x", 1, 0.81)])
     assert "two standard errors: x" in tta_report.sentence(worse)
     assert tta_report.summary(rows[:1])[0]["error_sd"] is None
     assert tta_report.line(x)[:3] == ["x", "40.0 ± 0.0", "-20.0 ± 10.0"] and "25 %" in tta_report.note(x)
+
+
+def test_who_is_level_with_the_best_is_said():
+    def errors(method, *values):
+        return [row(method, seed, value) for seed, value in enumerate(values)]
+
+    rows = [*errors("source", 0.5, 0.52, 0.51), *errors("x", 0.4, 0.41, 0.42), *errors("y", 0.42, 0.41, 0.41)]
+    found = tta_report.summary([*rows, *errors("z", 0.44, 0.45, 0.46)])
+    assert [row.get("level") for row in found] == [None, ["y"], None, None]  # z is behind in each seed by as much
+    wanted = "Lowest error: x, 41.0 %; within two standard errors of it: y; without adaptation 51.0 %."
+    assert tta_report.sentence(found) == wanted
+    one = tta_report.summary([row("source", 0, 0.5), row("x", 0, 0.4), row("y", 0, 0.4), row("z", 0, 0.41)])
+    assert one[1]["level"] == ["y"]  # one seed has no error: only what is equal is level
 
 
 def test_the_curve_is_averaged_within_a_domain(monkeypatch):
@@ -297,9 +310,16 @@ def test_the_page_is_made_of_results_alone(hand, tmp_path):
     (tmp_path / "copy").mkdir()
     shutil.copy(tmp_path / "run" / "results.json", tmp_path / "copy")
     files = tta_report.write(tmp_path / "copy")
-    assert [path.name for path in files] == ["stream-0.png", "cost-0.png", "stream-1.png", "cost-1.png", "report.html"]
+    drawn = [
+        f"{name}.{suffix}"
+        for number in (0, 1)
+        for name in (f"stream-{number}", f"cost-{number}")
+        for suffix in ("png", "svg", "pdf")
+    ]
+    assert [path.name for path in files] == [*drawn, "report.html"]
     page = files[-1].read_text()
-    assert page == (tmp_path / "run" / "report.html").read_text() and page.count("data:image/png") == 4
+    assert page == (tmp_path / "run" / "report.html").read_text() and page.count("data:image/svg") == 4
+    assert '<p class="lead">Lowest error. hand, norms: ' in page and "; hand, layers: " in page
     assert "http" not in page and "Nothing was tuned on a test stream" in page and "hand, layers" in page
     with pytest.raises(InputError, match="there are no results"):
         tta_report.write(tmp_path)

@@ -90,6 +90,14 @@ def test_the_version_is_that_of_the_module(wheel):
     assert f"version: {fedpeft.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_importing_the_wheel_warns_of_nothing(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import fedpeft; print(fedpeft.__file__)"
+    asked = [sys.executable, "-I", "-W", "error", "-c", code, str(tmp_path)]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(str(tmp_path))
+
+
 def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = """

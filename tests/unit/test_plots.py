@@ -76,6 +76,25 @@ def test_participation_marks_who_was_used_and_who_was_quarantined(tmp_path):
     assert names == [f"client-{index}" for index in range(12)]  # client-10 after client-9
 
 
+def test_the_axes_of_participation_fill_the_figure_whatever_is_marked(tmp_path):
+    """A mark that is only named in the legend takes no room."""
+    run = make_run(tmp_path / "run", clients=12, used=3, bad={2: ("client-1", "NaN")})
+    events = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    bottoms = []
+    for treated in ({}, {"client-0": "trimmed"}):
+        changed = [{**event, "treated": treated} if event["event"] == "round" else event for event in events]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in changed))
+        figure = drawn(run)["participation"]
+        figure.draw_without_rendering()
+        bottoms.append(figure.axes[0].get_position().y0)
+    assert bottoms[1] < bottoms[0] + 0.1  # at most a row of the legend more
+
+
+def test_one_evaluation_of_the_clients_has_no_curve(tmp_path):
+    figures = drawn(make_run(tmp_path / "run", personalised=True, rounds=1))
+    assert "clients_accuracy" not in figures and "clients_at_the_end" in figures
+
+
 def test_only_what_there_is_to_show_is_drawn(tmp_path):
     run = make_run(tmp_path / "run")
     assert not {"participation", "clients_accuracy"} & set(drawn(run))  # all took part, none was evaluated
@@ -101,6 +120,17 @@ def test_many_clients_are_drawn_as_what_they_have_in_common(tmp_path):
     image = np.asarray(figures["clients_by_label"].axes[0].images[0].get_array())
     largest = image.argmax(axis=0)
     assert list(largest) == sorted(largest), "clients stand by their most frequent label"
+    skew = figures["clients_skew"].axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert skew.max() == pytest.approx(2 / 3) and "clients_skew" not in drawn(make_run(tmp_path / "few"))
+
+
+def test_how_often_many_clients_took_part_counts_those_who_never_did(tmp_path):
+    bars = drawn(make_run(tmp_path / "run", clients=50, used=20, bad={2: ("client-1", "NaN")}))["clients_rounds"].axes[
+        0
+    ]
+    found = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in bars.patches}
+    assert found == {0: 30, 4: 1, 5: 19}
+    assert "clients_rounds" not in drawn(make_run(tmp_path / "few", clients=40))
 
 
 def test_labels_stand_at_their_lines_and_never_on_each_other(tmp_path):

@@ -49,7 +49,7 @@ def test_files_written_are_real_images_and_the_page_holds_the_same_ones(tmp_path
         *(
             f"plots/{name}.{suffix}"
             for name in plots.PLOTS
-            if name not in ("privacy", "epsilon_by_client", "test_time")
+            if name not in ("privacy", "epsilon_by_client", "test_time", "clients_rounds", "clients_skew")
             for suffix in ("png", "svg", "pdf")
         ),
         "report.html",
@@ -83,9 +83,10 @@ def test_the_page_has_the_numbers_and_loads_nothing_from_elsewhere(tmp_path, unp
         ["quarantined updates", "1"],
         ["client-2", "1", "round 3", "norm 9.1 is over 2"],
         ["3", "client-2", "norm 9.1 is over 2"],
-        ["4", "4", "1.2", "1.3", "60.0 %", "0.25", "0.4", "0.5"],
+        ["4", "4", "1.2", "1.3", "60.0 %", "250 kB", "400 kB", "0.5 s"],
     ):
         assert row in rows
+    assert any(row[0] == "from start to end" and row[1].endswith(" ms") for row in rows if row)
     assert "1 of 4 clients quarantined in round 3: client-2." in page
     assert "name: fedit" in page and "has not ended" not in page
     assert ["strategy.name", "&quot;fedit&quot;"] not in rows, "the default"
