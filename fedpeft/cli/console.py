@@ -271,7 +271,7 @@ def comparison(result: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for key in rows[0]:
         style = "bold" if key == "run" else None
-        table.add_row(key.replace("_", " "), *(_show_fact(key, row[key]) for row in rows), style=style)
+        table.add_row(key.removeprefix("mb_").replace("_", " "), *(_show_fact(key, row[key]) for row in rows), style=style)
     out.print(table)
     out.print(result["report"], markup=False, soft_wrap=True)
 
@@ -279,6 +279,10 @@ def comparison(result: dict[str, Any]) -> None:
 def _show_fact(key: str, value: Any) -> str:
     if value is None:
         return "-"
+    if key.startswith("mb_"):
+        return size(1e6 * value)
+    if key == "seconds":
+        return show_seconds(value)
     if isinstance(value, float):
         return f"{value:.1%}" if key.endswith(("accuracy", "standard_error")) else f"{value:.4g}"
     return str(value)

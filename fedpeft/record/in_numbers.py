@@ -107,6 +107,10 @@ def _show_fact(key: str, value: Any) -> str:
 
 def cell(key: str, value: Any) -> str:
     """A value of a summary or table, written by what its key says that it is."""
+    if key.startswith("mb_"):
+        return size(None if value is None else 1e6 * value)
+    if key == "seconds":
+        return show_seconds(value)
     shares = (
         "accuracy",
         "standard_error",

@@ -28,9 +28,9 @@ COLUMNS = {  # key of a table's row -> its head on the page
     "standard_error": "± standard error",
     "last_rounds_accuracy": "mean of the last rounds",
     "best_accuracy": "best accuracy",
-    "mb_up": "MB up",
-    "mb_down": "MB down",
-    "seconds": "seconds",
+    "mb_up": "up",
+    "mb_down": "down",
+    "seconds": "time of the rounds",
     "epsilon_max": "epsilon",
     "evaluated_on": "evaluated on",
 }

@@ -51,6 +51,16 @@ def test_a_command_s_arguments_config_and_overrides_are_right(words, tmp_path, m
         configs.load(context.params["config"], context.params["overrides"] or [])
 
 
+CHANGES = re.findall(r"^\| .+? \| `([a-z_.]+=.+)` \|$", (ROOT / "docs" / "tutorial_csv.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_what_the_tutorial_says_to_change_is_taken(words, tmp_path):
+    assert len(CHANGES) >= 4
+    (tmp_path / "wards.yaml").write_text(dict(FILES)["wards.yaml"])
+    configs.load(str(tmp_path / "wards.yaml"), words.split())
+
+
 def test_results_go_to_folders_of_their_own():
     outs = [words[words.index(flag) + 1] for words in ALL for flag in ("--out", "--to") if flag in words]
     outs += [out for guide in GUIDES for out in re.findall(r'out="([^"]+)"', guide.read_text())]
