@@ -270,8 +270,8 @@ def comparison(result: dict[str, Any]) -> None:
             out.print(f"differ in {line}", style="yellow", markup=False, soft_wrap=True)
     table = Table(show_header=False)
     for key in rows[0]:
-        style = "bold" if key == "run" else None
-        table.add_row(key.removeprefix("mb_").replace("_", " "), *(_show_fact(key, row[key]) for row in rows), style=style)
+        name, style = key.removeprefix("mb_").replace("_", " "), "bold" if key == "run" else None
+        table.add_row(name, *(_show_fact(key, row[key]) for row in rows), style=style)
     out.print(table)
     out.print(result["report"], markup=False, soft_wrap=True)
 
