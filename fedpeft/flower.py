@@ -6,6 +6,7 @@ Flower's public interface is flwr.app, flwr.clientapp and flwr.serverapp; no oth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -39,6 +40,9 @@ class OwnGrid(Grid):
     @property
     def run(self) -> Run:
         return self._run
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node.node_id for node in self.get_nodes()]
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None

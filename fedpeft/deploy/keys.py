@@ -24,6 +24,10 @@ DAYS, AUTHORITY_DAYS = 5 * 365, 20 * 365  # of a server's certificate and of its
 ISSUER = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft coordinator's authority")])
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PRIVATE, PUBLIC = 0o600, 0o644
+NOT_FOR = (  # an authority's key
+    *("content_commitment", "key_encipherment", "data_encipherment"),
+    *("key_agreement", "encipher_only", "decipher_only"),
+)
 
 
 def certificates(folder: Path, host: str) -> None:
@@ -73,17 +77,7 @@ def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _of_authority(key: ec.EllipticCurvePrivateKey) -> bytes:
-    usage = x509.KeyUsage(
-        digital_signature=True,
-        key_cert_sign=True,
-        crl_sign=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    usage = x509.KeyUsage(digital_signature=True, key_cert_sign=True, crl_sign=True, **dict.fromkeys(NOT_FOR, False))
     return (
         _build_certificate(ISSUER, key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

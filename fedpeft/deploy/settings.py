@@ -166,6 +166,11 @@ def site(path: Path) -> Site:
     return Site(path.absolute(), settings)
 
 
+def make_absolute(name: str | None) -> Any:
+    """The absolute path where a name, of a model or data set, is that of a file or folder here."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
 def number_of(run: str) -> int:
     """The number that a run's messages carry, 64 bits as Flower's have; the same whenever its process begins anew."""
     return int.from_bytes(hashlib.sha256(run.encode()).digest()[:8], "big")

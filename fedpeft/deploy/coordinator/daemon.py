@@ -35,6 +35,7 @@ FULL_S = 10.0  # after the disk was full
 DAY_S = 86_400.0
 CHECK_S = 0.5  # between looks at sites and runs that were added, stopped or broken off
 START_S = 60.0
+MODES = ("tls", "insecure")  # how a child process is told
 INSECURE = (
     "INSECURE: no TLS and no authentication. Anyone who reaches port %d can read every update and pose as a "
     "site. For tests on one machine only."
@@ -54,8 +55,9 @@ def serve(path: Path, insecure: bool = False) -> None:
             log.warning(INSECURE, server.settings.port)
         else:
             commands.require_certificates(server)
-        for place in ports(server):
-            require_free(*place)
+        for host, port in ports(server):
+            if address.answers(host, port):
+                raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
         env = settings.environment(server.path)
         fleet = fleet_of(server, insecure, env)
         coordinator = Coordinator(server, insecure, env)
@@ -87,7 +89,7 @@ def serve(path: Path, insecure: bool = False) -> None:
 
 def fleet_of(server: Server, insecure: bool, env: dict[str, str]) -> Child:
     """What sites talk to: the face, and the SuperLink behind it."""
-    command = launch_command("fleet", server.path, mode(insecure), *superlink_options(server, insecure))
+    command = launch_command("fleet", server.path, MODES[insecure], *superlink_options(server, insecure))
     # Of gRPC nothing: it writes a line for every handshake that fails, and anybody can make those.
     quiet = {**env, "FLWR_LOG_LEVEL": "WARNING", "GRPC_VERBOSITY": "NONE"}
     return Child("fleet", command, quiet, server.path / "logs" / "fleet.log")
@@ -181,7 +183,7 @@ class Coordinator:
             OSError: there is no room for what it would write.
         """
         write_bytes(folder / "begun", f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
-        command = launch_command("run", self.server.path, folder.name, mode(self.insecure))
+        command = launch_command("run", self.server.path, folder.name, MODES[self.insecure])
         child = Child(f"run {folder.name}", command, self.env, folder / "log.txt")
         child.start()
         log.info("run %s: started.", folder.name)
@@ -202,17 +204,6 @@ def ports(server: Server) -> list[tuple[str, int]]:
     chosen = server.settings
     public = [port for port in (chosen.port, chosen.http_port) if port is not None]
     return [("127.0.0.1", chosen.control_port), *((address.own_address(chosen.listen), port) for port in public)]
-
-
-def require_free(host: str, port: int) -> None:
-    """Raise InputError if something listens on a port of this machine."""
-    if address.answers(host, port):
-        raise InputError(f"port {port} is in use. Change it in server.yaml; sites must know the Fleet port.")
-
-
-def mode(insecure: bool) -> str:
-    """How a child process is told whether there is TLS."""
-    return "insecure" if insecure else "tls"
 
 
 def _wait_for(server: Server, child: Child) -> None:

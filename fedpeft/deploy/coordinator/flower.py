@@ -94,24 +94,16 @@ class Control:
                 log.debug("the SuperLink does not answer: %s", error)
                 time.sleep(RETRY_S)
 
-    def register(self, name: str, key: bytes) -> None:
-        """Let the holder of this public key, in PEM, connect under the name."""
-        self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-
-    def unregister(self, node: int) -> None:
-        """Shut a node out; the SuperLink keeps it, as unregistered."""
-        self.client.UnregisterNode(UnregisterNodeRequest(node_id=node))
-
     def register_missing(self) -> None:
         """Make the SuperLink's sites those of the folder."""
         nodes, wanted = self.nodes(), set(self.server.site_keys().items())
         for node in nodes:
             # Key and name together: a site that made a new key is another one to the SuperLink.
             if node.public_key and node.name and (node.name, node.public_key) not in wanted:
-                self.unregister(node.node_id)
+                self.client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))  # it is kept, as unregistered
         known = {(node.name, node.public_key) for node in nodes}
         for name, key in sorted(wanted - known):
-            self.register(name, key)
+            self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
     def close(self) -> None:
         """Close the HTTP connection; the coordinator goes on."""

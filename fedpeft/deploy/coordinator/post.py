@@ -65,9 +65,6 @@ class Post(OwnGrid):
     def get_nodes(self) -> Iterable[Any]:
         return self.nodes()
 
-    def get_node_ids(self) -> Iterable[int]:
-        return [node.node_id for node in self.get_nodes()]
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Ids of the messages, which sites can pull from now on."""
         names = []

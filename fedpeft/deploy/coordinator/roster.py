@@ -53,9 +53,6 @@ class SiteGrid(OwnGrid):
         self.looked = 0.0
         self.transfer_s = {"push_s": 0.0, "pull_s": 0.0}
 
-    def get_node_ids(self) -> Iterable[int]:
-        return self.grid.get_node_ids()
-
     def get_nodes(self) -> Iterable[Any]:
         return self.grid.get_nodes()
 

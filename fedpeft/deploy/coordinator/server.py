@@ -105,14 +105,12 @@ def sites(path: Path) -> dict[str, Any]:
 
         with connect_once(server, running["insecure"]) as control:
             known = {node.name: node for node in control.nodes()}
-    return {"running": bool(running), "sites": [_site_row(name, known.get(name)) for name in server.sites()]}
-
-
-def _site_row(name: str, node: Any) -> dict[str, Any]:
-    if node is None:
-        return {"name": name, "status": "unknown", "online_until": None}
-    away = node.status == "offline" and node.online_until > 0
-    return {"name": name, "status": node.status, "online_until": node.online_until if away else None}
+    rows: list[dict[str, Any]] = [{"name": name, "status": "unknown", "online_until": None} for name in server.sites()]
+    for row in rows:
+        if node := known.get(row["name"]):
+            away = node.status == "offline" and node.online_until > 0
+            row |= {"status": node.status, "online_until": node.online_until if away else None}
+    return {"running": bool(running), "sites": rows}
 
 
 def await_sites(path: Path, count: int, patience_s: float = 120.0, poll_s: float = 0.5) -> dict[str, Any]:
@@ -184,8 +182,7 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
             f"continual.body={checked.continual.body}: what is forgotten is counted on the coordinator's "
             "own test set. Set data.test."
         )
-    _make_absolute(checked.data, "test")
-    _make_absolute(checked.adapter, "start")
+    checked.data.test, checked.adapter.start = map(settings.make_absolute, (checked.data.test, checked.adapter.start))
     foreign.read_yaml(configs.to_yaml(checked), "CONFIG")  # as every site will
     name = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     settings.require_name(name, "CONFIG")
@@ -343,9 +340,3 @@ def _run_status(folder: Path) -> dict[str, Any]:
         }
     )
     return shown
-
-
-def _make_absolute(section: Any, key: str) -> None:
-    value = getattr(section, key)
-    if value and Path(value).exists():
-        setattr(section, key, str(Path(value).absolute()))

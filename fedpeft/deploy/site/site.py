@@ -62,8 +62,8 @@ def init(path: Path, name: str, server: str, ca: Path | None, data: str | None, 
     tree: dict[str, Any] = {
         "name": name,
         "server": server,
-        "model": _make_absolute(model),
-        "data": {"source": _make_absolute(data) if data else None, "text": None, "image": None, "label": None},
+        "model": settings.make_absolute(model),
+        "data": {"source": settings.make_absolute(data or None), "text": None, "image": None, "label": None},
         "device": "auto",
         "threads": 1,
     }
@@ -383,7 +383,3 @@ def _check_clock(site: Site, found: dict[str, Any]) -> str:
     if behind > SKEW_S:
         raise RunError(f"{behind:.0f} s behind the coordinator's; keep it within {SKEW_S:g} s (NTP)")
     return f"{behind:.0f} s behind the coordinator's" if behind >= 1 else "within 1 s to 5 s of the coordinator's"
-
-
-def _make_absolute(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
