@@ -94,7 +94,7 @@ def train(
     parameters = model.train_roles(trains)
     device = next(iter(parameters.values())).device
     start = {key: value.detach().clone() for key, value in parameters.items()}
-    optimizer = make_optimizer(list(parameters.values()), config, make_layout(model, parameters))
+    optimizer = make_optimizer(list(parameters.values()), config, make_layout(model, parameters, model.parameters))
     if moments:
         write_state(optimizer, parameters, moments)
     rates = clock.rates(config, steps_of(len(data), config, in_order))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedpeft import registry
 from fedpeft.adapters.penalties.base import OverFactors, OverScores, find_penalty
 from fedpeft.clients import rates
-from fedpeft.clients.optimizers.base import find_optimizer
+from fedpeft.clients.optimizers.base import ClientOptimizer, find_optimizer
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.objectives.tokens import TokenObjective
@@ -16,12 +16,7 @@ def check(config: Config) -> None:
     client = config.client
     optimizer = find_optimizer(client)
     optimizer.require(client)
-    if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in _roles_trained_first(config)):
-        raise InputError(
-            f"client.optimizer={client.optimizer} steps A and B of a layer by each other, but strategy "
-            f"{config.strategy.name} over adapter.name={config.adapter.name} does not train both in every round. Take "
-            "fedit over lora, or another optimizer."
-        )
+    _require_roles_fit(config, optimizer)
     _require_penalty_fits(config)
     if client.keep_optimizer:
         _require_lasting_state(config)
@@ -32,6 +27,22 @@ def check(config: Config) -> None:
         raise InputError(
             f"client.micro_batch={client.micro_batch} is a part of client.batch_size={client.batch_size}, and above "
             "it. Lower it, or set it to null."
+        )
+
+
+def _require_roles_fit(config: Config, optimizer: ClientOptimizer) -> None:
+    """Refuse an optimizer that needs A and B to train together, or B alone, where a round does not train these."""
+    names = f"client.optimizer={config.client.optimizer}", f"strategy {config.strategy.name} over adapter.name="
+    rounds = _roles_trained_first(config) if optimizer.pairs_factors or optimizer.reads_fixed_A else set()
+    if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in rounds):
+        raise InputError(
+            f"{names[0]} steps A and B of a layer by each other, but {names[1]}{config.adapter.name} does not train both "
+            "in every round. Take fedit over lora, or another optimizer."
+        )
+    if optimizer.reads_fixed_A and any("A" in roles or "B" not in roles for roles in rounds):
+        raise InputError(
+            f"{names[0]} steps B by an A that stays, but {names[1]}{config.adapter.name} trains A, or no B. Take "
+            "ffa_lora over lora, or another optimizer."
         )
 
 

@@ -96,6 +96,7 @@ TABLES: dict[str, dict[str, str]] = {
         "sgdp": "fedpeft.clients.optimizers.sgdp:SGDP",
         "schedule_free": "fedpeft.clients.optimizers.schedule_free:ScheduleFree",
         "classp": "fedpeft.clients.optimizers.classp:CLASSP",
+        "lora_fa": "fedpeft.clients.optimizers.lora_fa:LoRAFA",
     },
     "datasets": {
         "digits": "fedpeft.data.digits:Digits",

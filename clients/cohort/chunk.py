@@ -81,14 +81,15 @@ class Chunk:
         self.model, self.jobs, self.config, self.tokens, self.now = model, jobs, config, tokens, now
         own = {key: value.detach() for key, value in model.parameters.items()}
         trained = {key: own[key] for key in model.form.select(trains).tensors}
-        self.layout = make_layout(model, trained)
-        self.shapes = self.layout.shapes
         self.device = next(iter(own.values())).device
         starts = [{**own, **job.start} for job in jobs]
         self.values = flatten_rows(starts, trained)
         self.frozen = {
-            key: frozen_parameter([start[key] for start in starts], own[key]) for key in own if key not in self.shapes
+            key: frozen_parameter([start[key] for start in starts], own[key]) for key in own if key not in trained
         }
+        shared = {key: value for key, (value, of_each) in self.frozen.items() if not of_each}
+        self.layout = make_layout(model, trained, shared)
+        self.shapes = self.layout.shapes
         self.lengths = [token_counts(model, job.data) for job in jobs]
         self.steps = [job.steps(config) for job in jobs]
         self.draws = [self._draw_records(job) for job in jobs]

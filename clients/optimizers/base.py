@@ -26,7 +26,7 @@ are noised before an optimizer sees them, so what one computes or keeps of them 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -50,10 +50,12 @@ class Layout:
     Attributes:
         shapes: by name, `site/role`.
         scales: s of a site's product s B A, by site.
+        fixed: what does not train and is the same for all clients, by name; what is a client's own is not there.
     """
 
     shapes: Mapping[str, torch.Size]
     scales: Mapping[str, float]
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Settling(torch.optim.Optimizer):
@@ -68,9 +70,11 @@ class ClientOptimizer(Configured):
 
     Attributes:
         pairs_factors: it needs A and B of a site to train together.
+        reads_fixed_A: it needs an A that stays, and B to train without it.
     """
 
     pairs_factors: ClassVar[bool] = False
+    reads_fixed_A: ClassVar[bool] = False
 
     def require(self, client: ClientConfig) -> None:
         """Raise InputError where a key of the section contradicts this optimizer: one but `sgd` takes no momentum."""
@@ -102,11 +106,12 @@ def make_optimizer(weights: Sequence[nn.Parameter], client: ClientConfig, layout
     return find_optimizer(client).make(weights, client, layout)
 
 
-def make_layout(model: Adapted, trained: Mapping[str, Tensor]) -> Layout:
-    """The layout of what trains of a model."""
+def make_layout(model: Adapted, trained: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Layout:
+    """The layout of what trains of a model; of `values`, by name, it has those that do not train as they now are."""
     return Layout(
         {key: value.shape for key, value in trained.items()},
         {name: site.scaling for name, site in model.sites.items()},
+        {key: value.detach() for key, value in values.items() if key not in trained},
     )
 
 

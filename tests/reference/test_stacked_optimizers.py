@@ -123,3 +123,28 @@ def test_what_pairs_factors_needs_both(name, strategy):
 def test_those_without_state_keep_none():
     with pytest.raises(InputError, match=r"client\.keep_optimizer=true: client\.optimizer=lora_pro"):
         load({}, {"client.optimizer": "lora_pro", "client.keep_optimizer": True})
+
+
+def test_lora_fa_is_adamw_on_the_projected_gradient():
+    start, gradients = drawn(0), [drawn(1), drawn(2), drawn(3)]
+    found, A = after("lora_fa", start, gradients), start["q/A"]
+    projected = [one["q/B"] @ torch.linalg.inv(A @ A.T) / SCALE**2 for one in gradients]
+    near(found["q/B"], adam(start["q/B"], projected, RATE), 1e-7)
+    near(found["head/weight"], adam(start["head/weight"], [one["head/weight"] for one in gradients], RATE))
+    assert found["q/A"] is A
+
+
+def test_lora_fa_steps_as_the_whole_weight_projected_on_the_rows_of_a():
+    """As AdamW divides its lengths away, seen at a first step with a large eps, which is then one of SGD."""
+    start, whole = drawn(0), torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    A = start["q/A"]
+    found = after("lora_fa", start, [{**drawn(1), "q/B": SCALE * whole @ A.T}], {"weight_decay": 0.0}, eps=1e6)
+    moved = SCALE * (start["q/B"] - found["q/B"]) @ A * 1e6 / RATE
+    near(moved, whole @ A.T @ torch.linalg.inv(A @ A.T) @ A, 1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["fedit", "rolora"])
+def test_lora_fa_needs_an_a_that_stays(strategy):
+    with pytest.raises(InputError, match=rf"client\.optimizer=lora_fa.*strategy {strategy}.*ffa_lora"):
+        load({}, {"strategy": strategy, "client.optimizer": "lora_fa"})
+    assert load({}, {"strategy": "ffa_lora", "client.optimizer": "lora_fa"}).client.optimizer == "lora_fa"

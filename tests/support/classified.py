@@ -144,7 +144,7 @@ APART = {
 OF_TORCH = ("adamw", "sgd")
 BY_HAND = (
     *("lora_plus", "lora_pro", "riemannian", "muon", "normuon", "namo", "namo_d", "root"),
-    *("adamp", "sgdp", "schedule_free", "classp"),
+    *("adamp", "sgdp", "schedule_free", "classp", "lora_fa"),
 )
 RANDOM_SPLITS = ("iid", "dirichlet", "shards", "quantity")
 SPLITS_BY_DATA = ("column",)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from fedpeft import registry
 from fedpeft.clients.optimizers.base import Layout, make_optimizer, settle
 from fedpeft.config import ClientConfig
 
@@ -32,13 +35,26 @@ def config_of(name, client=None, **options):
     )
 
 
+def layout_of(name):
+    """LAYOUT, or for one that needs an A that stays, what it then trains and A as drawn."""
+    if not registry.load("optimizers", name).reads_fixed_A:
+        return LAYOUT
+    shapes = {key: shape for key, shape in LAYOUT.shapes.items() if not key.endswith("/A")}
+    return replace(LAYOUT, shapes=shapes, fixed={"q/A": drawn(0)["q/A"]})
+
+
+def parameters_of(name, values):
+    """Those of the values that an optimizer trains."""
+    return {key: nn.Parameter(values[key].clone()) for key in layout_of(name).shapes}
+
+
 def after(name, start, gradients, client=None, **options):
     """Values that are sent after a step for each of the gradients; `client` are further keys of its section."""
-    weights = {key: nn.Parameter(value.clone()) for key, value in start.items()}
-    optimizer = make_optimizer(list(weights.values()), config_of(name, client, **options), LAYOUT)
+    weights = parameters_of(name, start)
+    optimizer = make_optimizer(list(weights.values()), config_of(name, client, **options), layout_of(name))
     take_steps(optimizer, weights, gradients)
     settle(optimizer)
-    return {key: weight.detach() for key, weight in weights.items()}
+    return {**start, **{key: weight.detach() for key, weight in weights.items()}}
 
 
 def take_steps(optimizer, weights, gradients):

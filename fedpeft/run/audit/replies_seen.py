@@ -89,7 +89,7 @@ def _stray_of(one: Seen, client: ClientConfig) -> float:
         return math.inf
     start = one.start.select(one.told.trains).tensors
     weights = nn.Parameter(_flatten_state(start, one.steps[0].before)[None])
-    optimizer = make_optimizer([weights], client, make_layout(one.visit.model, start))
+    optimizer = make_optimizer([weights], client, make_layout(one.visit.model, start, one.start.tensors))
     begin = weights.detach().clone()
     for step, rate in zip(one.steps, one.visit.clock.rates(client, len(one.steps)), strict=True):
         if step.released.shape != weights.shape[1:]:

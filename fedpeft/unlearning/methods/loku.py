@@ -111,7 +111,7 @@ class LoKU(UnlearningMethod):
         model, client = case.model, self._client(case.config.client)
         parameters = model.train_roles({start.role(key) for key in start.tensors})
         device = next(iter(parameters.values())).device
-        optimizer = make_optimizer(list(parameters.values()), client, make_layout(model, parameters))
+        optimizer = make_optimizer(list(parameters.values()), client, make_layout(model, parameters, model.parameters))
         begun = {key: value.detach().clone() for key, value in parameters.items()}
         rng = numpy_generator(case.config.run.seed, "unlearn", "batches")
         keep = endless(len(case.retain), rng)
