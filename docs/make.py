@@ -25,7 +25,7 @@ from fedpeft.adapters.peft_types import read_measured as measured_types
 from fedpeft.cli import catalogue
 from fedpeft.config import Config, ContinualConfig, default_of
 from fedpeft.config.option import INFINITY
-from fedpeft.other_names import OTHERS, VALUES
+from fedpeft.other_names import OTHERS, REFUSED, VALUES
 from fedpeft.strategies.sequence.build import make_body
 from fedpeft.strategies.sequence.general import GeneralServerBody
 
@@ -109,6 +109,13 @@ def peft_refused() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def optimizers_refused() -> str:
+    """Why some published optimizers cannot be had, as Markdown."""
+    rows = [["name", "cannot be had, since"], ["---"] * 2]
+    rows += [[f"`{name}`", why] for name, why in REFUSED["client.optimizer"].items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def other_names(table: dict[str, tuple[str, str, str]]) -> str:
     """Keys, or values, of other tools as Markdown, beside ours."""
     rows = [["theirs", "whose", "ours", "mind"], ["---"] * 4]
@@ -163,6 +170,7 @@ def with_tables(page: str) -> str:
 MADE = {
     "federations": federations,
     "keys": keys,
+    "optimizers_refused": optimizers_refused,
     "other_names": partial(other_names, OTHERS),
     "other_values": partial(other_names, VALUES),
     "own_adapters": own_adapters,

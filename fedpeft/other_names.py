@@ -143,6 +143,24 @@ VALUES: dict[str, tuple[str, str, str]] = {
     "vicuna_v1.1": (OPEN, "vicuna", ""),
 }
 
+# Key -> published values of it that are not had here, and why.
+REFUSED: dict[str, dict[str, str]] = {
+    "client.optimizer": {
+        "lisa": "it saves memory of whole weights, by leaving most layers out for some steps. An adapter's moments are "
+        "those of its factors, a step takes the gradients of all layers of all clients, and all layers are sent. "
+        "adapter.target_modules chooses layers for good",
+        "owlore": "it samples layers as LISA does, for the same memory, by the outliers of whole weights. "
+        "adapter.target_modules chooses layers for good",
+        "dct_adamw": "it saves moments of a whole weight by keeping those of its projection on r columns. A factor has "
+        "only r rows or columns itself, so its moments are as small already. Take adamw",
+        "trion": "it is Muon on a momentum of rank r, and the momentum of a factor is one. Take muon",
+        "paged_adamw": "it moves moments that do not fit from the GPU to memory and back. Those of an adapter are 8 "
+        "bytes for each value that trains, and bitsandbytes does not page without a GPU. Take adamw",
+        "adamw8bit": "bitsandbytes keeps one scale for 256 neighbouring values, in a cohort at times of two clients, "
+        "and what it saves of an adapter is 6 bytes for each value that trains. Take adamw",
+    },
+}
+
 
 def ours(key: str) -> str | None:
     """A sentence that says which key of ours this is; None if it is nobody's.
@@ -171,6 +189,16 @@ def value(theirs: str, allowed: Iterable[str]) -> str | None:
     if not name or name not in allowed:
         return None
     return f"That is {_genitive_of(whose)} name; here it is {name}{f' ({note})' * bool(note)}."
+
+
+def why_refused(key: str, name: str) -> str | None:
+    """A sentence that says why a published value of a key is not had here; None where it is not known either.
+
+    >>> why_refused("client.optimizer", "Trion")
+    'It is refused: it is Muon on a momentum of rank r, and the momentum of a factor is one. Take muon.'
+    """
+    why = REFUSED.get(key, {}).get(name.lower().replace("-", "_"))
+    return why and f"It is refused: {why}."
 
 
 def _genitive_of(name: str) -> str:

@@ -274,5 +274,6 @@ def unknown(key: str, given: object, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     near = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f"Did you mean '{near[0]}'?" if near else ""
-    hint = f" {other_names.value(str(given), allowed) or hint}".rstrip()
+    better = other_names.why_refused(key, str(given)) or other_names.value(str(given), allowed)
+    hint = f" {better or hint}".rstrip()
     return f"{key}: '{given}' is not known.{hint} Allowed: {', '.join(allowed)}."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import config as configs
-from fedpeft import registry
+from fedpeft import other_names, registry
 from fedpeft.config import schema
 from fedpeft.config.option import INFINITY
 from fedpeft.errors import InputError
@@ -103,6 +103,9 @@ def _say_unknown(name: str) -> str:
                 beside = ", and `fedpeft list partitioners` its values"
             key = f"{section.name}.{name.rpartition('.')[2]}"
             return f"show: {name} is a key of a config, {key}. `fedpeft show {section.name}` has it{beside}."
+    for key in other_names.REFUSED:
+        if why := other_names.why_refused(key, name):
+            return f"show: {name} is no value of {key}. {why}"
     near = difflib.get_close_matches(name, [entry for table in TABLES for entry in _names_in(table)], n=3)
     hint = f" Did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
     return f"show: '{name}' is not known.{hint} `fedpeft list` has all names."

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fedpeft.cli.catalogue import describe
 from fedpeft.clients.optimizers.base import Layout, make_optimizer, set_rate
+from fedpeft.clients.optimizers.muon import even_out
 from fedpeft.config import ClientConfig, load
 from fedpeft.errors import InputError
+from fedpeft.other_names import REFUSED
 from fedpeft.registry import names
 from support.classified import OF_TORCH
 
@@ -71,3 +74,25 @@ def test_what_contradicts_itself_is_refused(client, words):
 
 def test_those_of_today_come_first():
     assert names("optimizers")[:2] == ["adamw", "sgd"]
+
+
+@pytest.mark.parametrize("name", REFUSED["client.optimizer"])
+def test_a_published_one_that_makes_no_sense_here_is_refused_with_the_reason(name):
+    why = REFUSED["client.optimizer"][name]
+    assert name not in names("optimizers") and len(why) > 60
+    with pytest.raises(InputError) as error:
+        load({}, {"client.optimizer": name.upper()})
+    assert f"client.optimizer: '{name.upper()}' is not known. It is refused: {why}. Allowed: adamw" in str(error.value)
+    with pytest.raises(InputError, match=f"show: {name} is no value of client.optimizer. It is refused"):
+        describe(name)
+
+
+def test_a_factor_has_nothing_for_muon_on_a_projection_to_leave_out():
+    """What `trion` is refused for: of a factor's momentum the projection on as many columns of the DCT is all of it."""
+    draw = torch.Generator().manual_seed(0)
+    momentum, r = torch.randn(1, 3, 16, generator=draw, dtype=torch.float64), 3
+    angles = torch.outer(torch.arange(r) + 0.5, torch.arange(r)) * (torch.pi / r)
+    basis = torch.cos(angles).double() * (2 / r) ** 0.5
+    basis[:, 0] /= 2**0.5
+    through = basis @ even_out(basis.T @ momentum, 5)
+    assert float((through - even_out(momentum, 5)).abs().max()) < 1e-6
