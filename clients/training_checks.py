@@ -32,18 +32,17 @@ def check(config: Config) -> None:
 
 def _require_roles_fit(config: Config, optimizer: ClientOptimizer) -> None:
     """Refuse an optimizer that needs A and B to train together, or B alone, where a round does not train these."""
-    names = f"client.optimizer={config.client.optimizer}", f"strategy {config.strategy.name} over adapter.name="
-    rounds = _roles_trained_first(config) if optimizer.pairs_factors or optimizer.reads_fixed_A else set()
+    if not (optimizer.pairs_factors or optimizer.reads_fixed_A):
+        return
+    rounds = _roles_trained_first(config)
+    where = f"strategy {config.strategy.name} over adapter.name={config.adapter.name}"
     if optimizer.pairs_factors and any(not {"A", "B"} <= {*roles} for roles in rounds):
-        raise InputError(
-            f"{names[0]} steps A and B of a layer by each other, but {names[1]}{config.adapter.name} does not train both "
-            "in every round. Take fedit over lora, or another optimizer."
-        )
-    if optimizer.reads_fixed_A and any("A" in roles or "B" not in roles for roles in rounds):
-        raise InputError(
-            f"{names[0]} steps B by an A that stays, but {names[1]}{config.adapter.name} trains A, or no B. Take "
-            "ffa_lora over lora, or another optimizer."
-        )
+        reason = f"steps A and B of a layer by each other, but {where} does not train both in every round. Take fedit"
+    elif optimizer.reads_fixed_A and any("A" in roles or "B" not in roles for roles in rounds):
+        reason = f"steps B by an A that stays, but {where} trains A, or no B. Take ffa_lora"
+    else:
+        return
+    raise InputError(f"client.optimizer={config.client.optimizer} {reason} over lora, or another optimizer.")
 
 
 def _require_penalty_fits(config: Config) -> None:
