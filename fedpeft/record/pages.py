@@ -14,7 +14,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } td { min-width: 3.6rem; } summary { cursor: pointer; }
+th { font-weight: 600; vertical-align: bottom; } td { min-width: 3.6rem; } summary { cursor: pointer; }
 h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
 /* What is wider than the page scrolls; a shadow stands at the edge beyond which there is more. */
 .wide { overflow-x: auto; background:
