@@ -74,6 +74,7 @@ TABLES: dict[str, dict[str, str]] = {
         "salt": "fedpeft.adapters.salt:SALT",
         "loca": "fedpeft.adapters.loca:LoCA",
         "orthogonal_adaptation": "fedpeft.adapters.orthogonal_adaptation:OrthogonalAdaptation",
+        "bottleneck": "fedpeft.adapters.bottleneck:Bottleneck",
     },
     "penalties": {
         "sorsa": "fedpeft.adapters.penalties.sorsa:SORSAPenalty",

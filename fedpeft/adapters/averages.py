@@ -13,7 +13,7 @@ from typing import Any
 
 from fedpeft import registry
 from fedpeft.adapters import peft_types
-from fedpeft.adapters.factored import Factored
+from fedpeft.adapters.placed import Placed, find_placed
 from fedpeft.config import AdapterConfig
 
 log = logging.getLogger("fedpeft")
@@ -21,9 +21,8 @@ OWN = Path(__file__).parents[1] / "assets" / "own_adapters.json"
 
 
 def method_names() -> list[str]:
-    """Our adapters that are a product of low rank and that a plain average takes, in the registry's order."""
-    loaded = {name: registry.load("adapters", name) for name in registry.names("adapters")}
-    return [name for name, cls in loaded.items() if isinstance(cls, type) and issubclass(cls, Factored)]
+    """Our adapters that a plain average takes, in the registry's order."""
+    return [name for name in registry.names("adapters") if find_placed(name) is not None]
 
 
 def read_own() -> list[dict[str, Any]]:
@@ -60,12 +59,12 @@ def warn_of_error(adapter: AdapterConfig) -> None:
         )
 
 
-def describe_own(name: str) -> list[str]:
+def describe_own(method: type[Placed]) -> list[str]:
     """What was measured of an adapter of ours, a line for each choice of options."""
     lines = []
     for row in read_own():
-        if row["name"] == name:
+        if row["name"] == method.kind():
             options = "".join(f" {key}={value}" for key, value in row["options"].items())
             off = "exact" if row["average"] < peft_types.EXACT else f"{row['average']:.0%} off what it should be"
             lines.append(f"an average{options and f' with{options}'} is {off}")
-    return [*lines, "trains in a cohort; gradients of records come in one pass; leaves a plain LoRA; strategy fedit"]
+    return [*lines, f"trains in a cohort; gradients of records come in one pass; {method.leaves}; strategy fedit"]

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 
 from fedpeft.adapters.factored import find_method, tensors_at
+from fedpeft.adapters.placed import find_placed
 from fedpeft.state import FROZEN, AdapterState, StateMismatch
 
 
 def flatten_adapter(adapter: AdapterState) -> AdapterState:
-    """The same change of every weight, s B A, in the roles A and B only; tensors of another tuner of peft stay.
+    """The same change of every weight, s B A, in the roles A and B only; what is no such product stays as it is.
 
     A core is folded, s B R A = s (B R) A, and a residual appended,
 
@@ -30,6 +31,8 @@ def flatten_adapter(adapter: AdapterState) -> AdapterState:
     adapter = _fold_factored(adapter)
     tensors, sites = dict(adapter.tensors), dict(adapter.sites)
     for site in adapter.lora_sites():
+        if find_placed(sites[site].kind) is not None:
+            continue
         keys = [f"{site}/A", f"{site}/B"]
         if sites[site].kind == "peft":
             keys = [f"model.{site}.lora_{factor}.weight/peft" for factor in "AB"]

@@ -24,6 +24,7 @@ from fedpeft.adapters.peft_files import (
     require_plain_lora,
     saved_module,
 )
+from fedpeft.adapters.placed import OWN
 from fedpeft.errors import InputError
 from fedpeft.files import read_object, write_bytes, write_tensors
 from fedpeft.objectives.base import load_objective
@@ -51,23 +52,26 @@ def save(
         pooled_head: the head is fedpeft's mean-pooled one, no module of the base: it goes to head.safetensors only.
         revision: of the base, where it has one.
         modules: full names of the modules that a head is in; None is the part of each name before the first dot.
-        settings: the config of another tuner than plain LoRA (`Injected.folder`).
+        settings: the config of another tuner than plain LoRA (`Injected.folder`), of ours with the names of `placed`.
 
     Raises:
         InputError: there is nothing to save.
     """
     tensors: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
+    placed = settings is not None and settings["peft_type"].startswith(OWN)
     for key, value in adapter.tensors.items():
         site, _, role = key.rpartition("/")
         kind = adapter.sites[site].kind if site in adapter.sites else "peft"
         if kind == "head":
             head[f"{site}.{role}"] = value
+        elif placed:
+            tensors[f"{site}.{role}"] = value
         else:
             tensors[f"base_model.{site}" if kind == "peft" else f"{PREFIX}{site}.lora_{role}.weight"] = value
     config = dict(_plain_lora(adapter, folder) if settings is None else settings)
     saved = config.get("modules_to_save") or []
-    if head and not pooled_head:
+    if head and not (pooled_head or placed):
         saved = [*saved, *(modules or sorted({key.split(".")[0] for key in head}))]
         tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
     config |= {
@@ -166,7 +170,7 @@ def load(folder: Path) -> AdapterState:
     for name, value in weights.items():
         tensors["/".join(named_parameter(folder, name, saved))] = value
     if (folder / HEAD).exists():
-        head = _read_tensors(folder / HEAD)
+        head = read_tensors(folder / HEAD)
         require_numbers(folder, head)
         for name, value in head.items():
             site, _, role = name.rpartition(".")
@@ -197,8 +201,8 @@ def describe_head(about: dict[str, Any]) -> str:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     pickled = folder / "adapter_model.bin"
     if not (folder / WEIGHTS).exists() and pickled.exists():
-        return _read_tensors(pickled)
-    return _read_tensors(folder / WEIGHTS)
+        return read_tensors(pickled)
+    return read_tensors(folder / WEIGHTS)
 
 
 def _weight_names(folder: Path) -> list[str]:
@@ -211,7 +215,12 @@ def _weight_names(folder: Path) -> list[str]:
         raise InputError(f"{folder / WEIGHTS}: not readable: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     try:
         # An old peft file is a pickle: without `weights_only` it could run code.
         return torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)

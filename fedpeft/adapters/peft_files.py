@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedpeft.adapters.placed import OWN
 from fedpeft.errors import InputError
 
 PREFIX = "base_model.model."
@@ -56,6 +57,12 @@ def require_plain_lora(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         InputError: another method, or a field that changes the function or is not known.
     """
+    if str(config.get("peft_type")).startswith(OWN):
+        raise InputError(
+            f"{folder}: peft_type is {config['peft_type']!r}, an adapter of fedpeft's that is no product of factors: "
+            "it cannot be merged, aggregated offline, unlearned or gone on from. `fedpeft predict` and `chat` open it "
+            "as it is."
+        )
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read.")
     for name in sorted(set(config) - UNDERSTOOD):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -38,11 +39,12 @@ def linear_layers(base: Base) -> dict[str, nn.Module]:
     }
 
 
-def resolve(base: Base, wanted: list[str] | None) -> list[str]:
+def resolve(base: Base, wanted: list[str] | None, places: tuple[tuple[str, ...], ...] = ATTENTION) -> list[str]:
     """Full names of the modules to adapt, sorted.
 
     Args:
-        wanted: name endings, `["all-linear"]`, or None for the attention's query and value projections.
+        wanted: name endings, `["all-linear"]`, or None for those of `places`.
+        places: groups of endings; the first of which a model has all. ATTENTION is query and value projections.
 
     Raises:
         InputError: an ending matches no linear layer; the message lists those there are.
@@ -52,15 +54,15 @@ def resolve(base: Base, wanted: list[str] | None) -> list[str]:
     if wanted == ["all-linear"]:
         return sorted(layers)
     if wanted is None:
-        wanted = next((list(group) for group in ATTENTION if set(group) <= set(endings)), None)
+        wanted = next((list(group) for group in places if all(_find(layers, ending) for ending in group)), None)
         if wanted is None:
             raise InputError(
-                f"adapter.target_modules: no known attention projection in {type(base.backbone).__name__}; "
+                f"adapter.target_modules: no layer that is known by name in {type(base.backbone).__name__}; "
                 f"name some of its linear layers: {', '.join(endings)}, or [all-linear]."
             )
     chosen = []
     for ending in wanted:
-        found = [name for name in layers if name == ending or name.endswith(f".{ending}")]
+        found = _find(layers, ending)
         if not found:
             raise InputError(
                 f"adapter.target_modules: no linear layer of {type(base.backbone).__name__} ends in '{ending}'. "
@@ -68,6 +70,10 @@ def resolve(base: Base, wanted: list[str] | None) -> list[str]:
             )
         chosen += found
     return sorted(set(chosen))
+
+
+def _find(layers: Iterable[str], ending: str) -> list[str]:
+    return [name for name in layers if name == ending or name.endswith(f".{ending}")]
 
 
 def lora_layers(base: Base, config: AdapterConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedpeft import __version__
 from fedpeft.adapters import folder
+from fedpeft.adapters.placed_folder import write_loading_lines
 from fedpeft.config import Config
 from fedpeft.data import prepare
 from fedpeft.data.readers import ENDINGS
@@ -82,6 +83,12 @@ class Exported:
         """What the model was trained to do."""
         return load_objective(self.config.model.task)
 
+    @property
+    def own_lines(self) -> list[str] | None:
+        """What puts an adapter over its base `model` that stock peft has no tuner for; None of all others."""
+        headed = self.objective.headed and not self.pooled and self.config.adapter.train_head
+        return None if self.merged else write_loading_lines(self.config.adapter, headed)
+
 
 def write(exported: Exported) -> str:
     """The card of an exported folder.
@@ -132,19 +139,25 @@ def front_matter(exported: Exported) -> str:
     from huggingface_hub import ModelCardData
 
     config = exported.config
-    pooled_name = "sentence-transformers" if exported.merged else "peft"
     tags = ["fedpeft", "federated-learning", *([] if exported.merged else [config.adapter.name])]
     if config.privacy.unit != "none":
         tags.append("differential-privacy")
     datasets = [config.data.source] if _is_on_hub(config) else None
     return ModelCardData(
         base_model=exported.base if HUB_ID.fullmatch(exported.base) and not Path(exported.base).exists() else None,
-        library_name=pooled_name if exported.pooled else "transformers" if exported.merged else "peft",
+        library_name=_name_library(exported),
         pipeline_tag=None if exported.pooled else PIPELINES.get(exported.objective.auto_class),
         license=exported.license,
         datasets=datasets,
         tags=tags,
     ).to_yaml()
+
+
+def _name_library(exported: Exported) -> str:
+    """What loads the folder, as the hub calls it."""
+    if exported.merged:
+        return "sentence-transformers" if exported.pooled else "transformers"
+    return "peft" if exported.own_lines is None else "transformers"
 
 
 def _is_on_hub(config: Config) -> bool:
@@ -262,16 +275,26 @@ def usage_snippet(exported: Exported) -> str:
     kind = exported.objective.auto_class
     inputs, use = _usage_lines(exported)
     imports = [kind, *inputs]
+    own = exported.own_lines
+    where = "this folder, or the name of its repo" if own is None else "this folder"
     return "\n".join(
         [
-            *([] if exported.merged else ["from peft import PeftModel"]),
+            *_loader_imports(exported),
             f"from transformers import {', '.join(sorted(imports))}",
             "",
-            'here = "."  # this folder, or the name of its repo',
+            f'here = "."  # {where}',
             f"model = {_loading_expression(exported, kind)}.eval()",
+            *(own or []),
             *use,
         ]
     )
+
+
+def _loader_imports(exported: Exported) -> list[str]:
+    """What an adapter is loaded with."""
+    if exported.own_lines is not None:
+        return ["import functools", "", "import torch", "from safetensors.torch import load_file"]
+    return [] if exported.merged else ["from peft import PeftModel"]
 
 
 def _loading_expression(exported: Exported, kind: str) -> str:
@@ -280,6 +303,8 @@ def _loading_expression(exported: Exported, kind: str) -> str:
     if exported.merged:
         return f"{kind}.from_pretrained(here{code})"
     outputs = f", num_labels={len(exported.names)}" if exported.objective.headed and not exported.pooled else ""
+    if exported.own_lines is not None:
+        return f"{kind}.from_pretrained({_quote_base(exported)}{outputs}{code})"
     return f"PeftModel.from_pretrained({kind}.from_pretrained({_quote_base(exported)}{outputs}{code}), here)"
 
 
@@ -340,16 +365,17 @@ def _usage_lines(exported: Exported) -> tuple[list[str], list[str]]:
 
 def _pooled_usage(exported: Exported) -> str:
     length = exported.config.model.max_length
+    own = exported.own_lines
+    imports = ["import torch", *_loader_imports(exported), "from safetensors.torch import load_file"]
     return "\n".join(
         [
-            "import torch",
-            *([] if exported.merged else ["from peft import PeftModel"]),
-            "from safetensors.torch import load_file",
+            *(imports if own is None else _loader_imports(exported)),
             "from transformers import AutoModel, AutoTokenizer",
             "",
             'here = "."  # this folder',
             f'tokenizer, head = {_tokenizer_expression(exported)}, load_file(f"{{here}}/{folder.HEAD}")',
             f"model = {_loading_expression(exported, 'AutoModel')}.eval()",
+            *(own or []),
             f'batch = tokenizer(["A text."], return_tensors="pt", padding=True, truncation=True, max_length={length})',
             'mask = batch["attention_mask"].unsqueeze(-1)',
             "mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)",

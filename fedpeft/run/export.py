@@ -69,6 +69,7 @@ def export(
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
     with folders.filled(to, "--to") as draft, _choose_adapter(run, config, best, round) as (source, number):
+        merged = folder.load(source) if merge else None  # before the base: not every adapter merges
         loaded = _load_base(run, config, names, needed=merge)
         exported = Exported(
             run,
@@ -83,8 +84,8 @@ def export(
         )
         form = (read_object(run / "summary.json").get("texts") or {}).get("form")
         settings = None if loaded is None else companions.write_processor(draft, loaded, config, form)
-        if merge and loaded is not None:
-            _write_merged(exported, loaded, source, settings, draft, to)
+        if merged is not None and loaded is not None:
+            _write_merged(exported, loaded, merged, source, settings, draft, to)
         else:
             _copy_adapter(source, draft, exported.base)
         _say_quantization(exported)
@@ -119,9 +120,11 @@ def _copy_adapter(source: Path, draft: Path, base: str) -> None:
     write_bytes(draft / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
-def _write_merged(exported: Exported, base: Base, source: Path, settings: Any, draft: Path, to: Path) -> None:
+def _write_merged(
+    exported: Exported, base: Base, adapter: AdapterState, source: Path, settings: Any, draft: Path, to: Path
+) -> None:
     base.make_dense()
-    merge_into(base, folder.load(source))
+    merge_into(base, adapter)
     if settings is not None:
         base.backbone.generation_config = settings
     try:
@@ -157,6 +160,11 @@ def _notes_on(exported: Exported, base: Base | None) -> list[str]:
     notes = []
     if base is None:
         notes.append("it has no tokenizer, as the base model is not on this machine")
+    if not exported.merged and exported.own_lines is not None:
+        notes.append(
+            f"stock peft has no {exported.config.adapter.name}: README.md has the lines that load the folder, and "
+            "`fedpeft predict` opens it"
+        )
     if exported.pooled and exported.merged:
         notes.append(
             "its head is fedpeft's mean-pooled one: sentence-transformers loads it whole, README.md has ten lines that "
@@ -203,7 +211,7 @@ def _choose_adapter(run: Path, config: Config, best: bool, number: int | None) -
         # In the form that a next round would send, as the run's own folder is.
         adapter = flatten_adapter(strategy.before_round(state).adapter)
         about = folder.about(run / "adapter")
-        if any(layer.kind == "peft" for layer in adapter.sites.values()):
+        if any(layer.kind not in ("lora", "head") for layer in adapter.sites.values()):
             about["settings"] = folder.settings_of(run / "adapter")
         folder.save(adapter, Path(made), **about)
         yield Path(made), state.round

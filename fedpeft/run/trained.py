@@ -1,6 +1,7 @@
 """A trained model, opened for use: a run's, or an adapter folder's over the base model that it names.
 
-The adapter is merged into its base in float32, so what answers is one plain model, whatever strategy has made it.
+The adapter is merged into its base in float32, so what answers is one plain model, whatever strategy has made it; one
+that is no product of LoRA factors (`adapters.placed_folder`) is put around its layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft import folders, registry
-from fedpeft.adapters import folder
+from fedpeft.adapters import folder, placed_folder
 from fedpeft.config import Config
 from fedpeft.config.overrides import parse_overrides
 from fedpeft.errors import InputError
@@ -64,15 +65,19 @@ def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> 
             f"{path}: a run over a sequence of tasks (continual.body={config.continual.body}) answers by its head "
             f"{config.continual.head}, which is not in its adapter folder. Its accuracy is in summary.json."
         )
-    state = folder.load(adapter)
+    section = placed_folder.read_section(adapter)
+    state = folder.load(adapter) if section is None else placed_folder.load(adapter, section)
     names = _output_names(run, state, config, path)
     base = loading.load(config.model, len(names), config.run.seed)
     if run is not None:
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
     # What was added to a base in half precision, or in few bits, by merging would be rounded away.
     base.make_dense(torch.float32)
-    _require_fit(adapter, state, base)
-    merge_into(base, state)
+    if section is None:
+        _require_fit(adapter, state, base)
+        merge_into(base, state)
+    else:
+        placed_folder.put_into(base, adapter, section, state)
     base.to(find_device(config.run.device))
     for module in base.modules:
         module.eval()

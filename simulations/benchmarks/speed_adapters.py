@@ -47,6 +47,8 @@ CASES: dict[str, AdapterConfig] = {
     "core, r = 32": AdapterConfig(name="nlora", r=32, alpha=32.0, options={"train": "core"}),
     "RAVAN, 4 cores": AdapterConfig(name="ravan", r=8, alpha=8.0),
     "SVFit, r = 64": AdapterConfig(name="svfit", r=64, alpha=64.0),
+    "bottleneck": AdapterConfig(name="bottleneck", r=8, alpha=8.0),
+    "bottleneck beside": AdapterConfig(name="bottleneck", r=8, alpha=8.0, options={"place": "parallel"}),
     "norms": _of_peft("LN_TUNING"),
     "VeRA": _of_peft("VERA", r=64),
     "MiSS": _of_peft("MISS", r=8),

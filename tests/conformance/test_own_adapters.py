@@ -1,17 +1,19 @@
-"""Every adapter of ours that is a product of low rank does all that an adapter must."""
+"""Every adapter of ours does all that an adapter must."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from fedpeft import config as configs
 from fedpeft import registry
-from fedpeft.adapters import folder
+from fedpeft.adapters import folder, placed_folder
 from fedpeft.adapters.factored import tensors_at
 from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.adapters.peft_measure import measure_average
@@ -26,8 +28,9 @@ from fedpeft.strategies.rules.fedit import FedIT
 from support import per_sample
 from support import small_models as small
 from support.cohort_jobs import SGD, UNEVEN, check, private, records
-from support.own_adapters import CASES, OWN, adapted, is_linear, moved, roles_of
+from support.own_adapters import CASES, FACTORED, OWN, PLACED, adapted, is_linear, moved, roles_of
 
+READER = {"load_file": load_file}
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}
 
 
@@ -91,7 +94,7 @@ def test_a_state_goes_through_message_and_average(name, options, path):
         torch.testing.assert_close(after[key], (both[0][key] + both[1][key]) / 2)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), FACTORED)
 def test_its_folder_is_a_plain_lora_that_stock_peft_loads_and_merges(name, options, path, tmp_path):
     model = adapted(path, name, options)
     state = moved(model, name)
@@ -111,7 +114,41 @@ def test_its_folder_is_a_plain_lora_that_stock_peft_loads_and_merges(name, optio
     torch.testing.assert_close(base.forward(inputs), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(("name", "options"), PLACED)
+def test_a_folder_of_its_own_comes_back_bit_for_bit_and_has_lines_that_load_it(name, options, kind, tmp_path):
+    path = small.save(kind, tmp_path / "base")
+    model = adapted(path, name, options, kind)
+    state = moved(model, name)
+    model.write(state)
+    inputs, task = small.inputs(kind), model.base.task
+    wanted = model.logits(inputs)
+    folder.save(flatten_adapter(state), tmp_path / "out", base=str(path), task=task, settings=model.folder)
+    section = placed_folder.read_section(tmp_path / "out")
+    back = placed_folder.load(tmp_path / "out", section)
+    assert back.sha256() == state.sha256()
+    again = load(small.ModelConfig(name=str(path), task=task), small.LABELS, 0)
+    placed_folder.put_into(again, tmp_path / "out", section, back)
+    assert torch.equal(again.forward(inputs), wanted)
+    plain = load(small.ModelConfig(name=str(path), task=task), small.LABELS, 0)
+    assert float((wanted - plain.forward(inputs)).detach().abs().max()) > 1e-2
+    lines = "\n".join(placed_folder.write_loading_lines(section, with_head=bool(plain.heads)))
+    exec(lines, {"here": tmp_path / "out", "model": plain.backbone, "torch": torch, "functools": functools, **READER})
+    torch.testing.assert_close(plain.forward(inputs), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "options"), PLACED)
+def test_who_wants_a_product_of_factors_is_told_that_there_is_none(name, options, path, tmp_path):
+    model = adapted(path, name, options)
+    folder.save(model.state(), tmp_path, base=str(path), task=small.TEXT, settings=model.folder)
+    with pytest.raises(InputError, match=r"cannot be merged, aggregated offline, unlearned or gone on from"):
+        folder.load(tmp_path)
+    plain = small.transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    with pytest.raises(KeyError, match=f"FEDPEFT_{name.upper()}"):
+        PeftModel.from_pretrained(plain, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "options"), FACTORED)
 def test_the_products_are_those_of_the_factors_that_it_folds_to(name, options, path):
     cls = registry.load("adapters", name)
     model = adapted(path, name, options)
@@ -161,6 +198,16 @@ def test_a_run_goes_on_bit_for_bit(name, options, ends_alike):
 def test_a_rank_that_no_layer_has_is_refused_by_its_key(name, path):
     with pytest.raises(InputError, match=r"adapter\.r=500"):
         small.adapted(path, "bert", method=name, r=500)
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_a_bottleneck_stands_behind_attention_and_feed_forward_network(kind, tmp_path):
+    model = adapted(small.save(kind, tmp_path), "bottleneck", {}, kind)
+    first = model.base.backbone.config.num_hidden_layers
+    assert len(model.form.lora_sites()) == 2 * first
+    width = model.base.backbone.config.hidden_size
+    assert {model.base.shape(site)[0] for site in model.form.lora_sites()} == {width}
+    assert len({model.base.shape(site)[1] for site in model.form.lora_sites()}) == 2  # the wider is the network's
 
 
 def test_bases_of_few_bits_refuse_starts_that_move_them():

@@ -1,4 +1,4 @@
-"""Adapters of ours but LoRA: options under which each is tried, and small models that have one."""
+"""Adapters of ours but LoRA and LoRA-SB: options under which each is tried, and small models that have one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fedpeft import registry
-from fedpeft.adapters.factored import Factored
+from fedpeft.adapters.factored import find_method
+from fedpeft.adapters.placed import find_placed
 from fedpeft.state import AdapterState
 from support import small_models as small
 
@@ -20,9 +21,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "svfit": [{"energy": 1.0}],
     "salt": [{"train": "values"}],
     "orthogonal_adaptation": [{"slot": 2}],
+    "bottleneck": [{"place": "parallel", "activation": "gelu"}],
 }
-OWN = [name for name in registry.names("adapters") if issubclass(registry.load("adapters", name), Factored)]
+OWN = [name for name in registry.names("adapters") if find_placed(name) is not None]
 CASES = [(name, options) for name in OWN for options in ({}, *VARIANTS.get(name, []))]
+# Those that are no product of low rank, and those that are.
+PLACED = [case for case in CASES if find_method(case[0]) is None]
+FACTORED = [case for case in CASES if case not in PLACED]
 # Of which an average of adapters is exact: what trains is linear in them.
 LINEAR = ("paca", "svfit", "ravan", "loldu", "loca", "orthogonal_adaptation")
 LINEAR_BY_OPTIONS = (
