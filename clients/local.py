@@ -196,6 +196,7 @@ class Local:
             in_order=mixed is not None,
             clock=clock,
             moments=moments_of(kept) if self.config.client.keep_optimizer else None,
+            thin=self.model.thinning(start, seed),
         )
 
     def _finish_visit(self, opened: Opened, done: Done | Exception | None = None) -> Answer:

@@ -10,6 +10,7 @@ What is added to a private gradient afterwards depends on noised or public value
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
-from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.adapted import Adapted, Thinning
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.optimizers.base import make_layout, make_optimizer, read_state, set_rate, settle, write_state
@@ -70,6 +71,7 @@ def train(
     in_order: bool = False,
     clock: Clock = ONE_ROUND,
     moments: dict[str, Tensor] | None = None,
+    thin: Thinning | None = None,
 ) -> tuple[int, float]:
     """Train the parameters of these roles in place.
 
@@ -82,6 +84,7 @@ def train(
         clock: the round, which a schedule of rates goes by.
         moments: state of the optimizer to begin with, as `optimizers.base.read_state` has it; replaced by that at the
             end. None begins with none and keeps none.
+        thin: what the adapter multiplies values by in each step.
 
     Returns:
         Steps taken and mean loss (of private steps: of the records that were drawn and whose loss is finite; it is not
@@ -104,6 +107,8 @@ def train(
     with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
         gradients_of_steps = steps_to_take(model, data, parameters, config, seed, private, in_order)
+        if thin is not None:
+            gradients_of_steps = thin_steps(gradients_of_steps, parameters, thin)
         # Rates first: past the last one no noise is drawn. A private round of fewer steps is for the audit to judge.
         for rate, (gradients, loss) in zip(rates, gradients_of_steps, strict=private is None):
             if model.penalty is not None:
@@ -137,6 +142,25 @@ def steps_to_take(
         return private_steps(model, data, parameters, config, private, device)
     rng = None if in_order else seeds.numpy_generator(seed, "batches")
     return plain_steps(model, data, parameters, config, rng, device)
+
+
+def thin_steps(steps: Iterator[Gradients], parameters: dict[str, nn.Parameter], thin: Thinning) -> Iterator[Gradients]:
+    """The gradients of f(m theta), which are m f'(m theta); after the noise too, which falls on every entry."""
+    for number in itertools.count():
+        shares = {key: share.to(parameters[key]) for key, share in thin(number).items() if key in parameters}
+        whole = {key: parameters[key].detach().clone() for key in shares}
+        try:
+            with torch.no_grad():
+                for key, share in shares.items():
+                    parameters[key].mul_(share)
+            gradients, losses = next(steps)
+        except StopIteration:
+            return
+        finally:
+            with torch.no_grad():
+                for key, value in whole.items():
+                    parameters[key].copy_(value)
+        yield {key: value * shares[key] if key in shares else value for key, value in gradients.items()}, losses
 
 
 def mean_loss(losses: list[Tensor], private: Private | None) -> float:

@@ -75,6 +75,7 @@ TABLES: dict[str, dict[str, str]] = {
         "loca": "fedpeft.adapters.loca:LoCA",
         "orthogonal_adaptation": "fedpeft.adapters.orthogonal_adaptation:OrthogonalAdaptation",
         "bottleneck": "fedpeft.adapters.bottleneck:Bottleneck",
+        "dylora": "fedpeft.adapters.dylora:DyLoRA",
     },
     "penalties": {
         "sorsa": "fedpeft.adapters.penalties.sorsa:SORSAPenalty",

@@ -71,7 +71,8 @@ def train_alone(world: World, client: str, data: Encoded, config: ClientConfig) 
         seed = seeds.derive(run.seed, "round", number, "client", client)
         roles = world.strategy.trained(replace(server, round=number - 1))
         shown = draw_anew(world.config, data, seed)
-        train(model, shown, roles, config, seed, clock=Clock(number, run.rounds), moments=moments)
+        thin = model.thinning(server.adapter, seed)
+        train(model, shown, roles, config, seed, clock=Clock(number, run.rounds), moments=moments, thin=thin)
 
 
 def evaluated(world: World, data: Encoded) -> dict[str, float]:

@@ -80,7 +80,8 @@ def check(config: Config) -> None:
     count = config.run.clients_per_round or config.data.clients
     if count is not None:  # else as many as the records have groups, which is known once they are read
         require_clients(strategy, count)
-    if strategy.adapter != config.adapter.name:
+    adapter = registry.load("adapters", config.adapter.name, "adapter.name")
+    if strategy.adapter != getattr(adapter, "rules_of", config.adapter.name):
         raise InputError(
             f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
             f"Set adapter.name={strategy.adapter}."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
-from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.adapted import Adapted, Thinning
 from fedpeft.adapters.grouped import Pass
 from fedpeft.adapters.penalties.base import Penalised
 from fedpeft.clients.cohort.passes import Piece, assemble_batch, cut_passes, token_counts
@@ -34,8 +34,8 @@ class Job:
     Attributes:
         start: adapter tensors to start from, by parameter name; ranks may be below the model's. What is not named
             keeps the model's value.
-        seed, proximal, offset, private, in_order, clock, moments: as of `clients.train.train`, but moments stay what
-            they are.
+        seed, proximal, offset, private, in_order, clock, moments, thin: as of `clients.train.train`, but moments stay
+            what they are.
     """
 
     start: dict[str, Tensor]
@@ -47,6 +47,7 @@ class Job:
     in_order: bool = False
     clock: Clock = ONE_ROUND
     moments: dict[str, Tensor] | None = None
+    thin: Thinning | None = None
 
     def steps(self, config: ClientConfig) -> int:
         """Steps that it takes."""
@@ -55,7 +56,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What `train` takes beside model, data, roles, config, seed and moments."""
-        return {key: getattr(self, key) for key in ("proximal", "offset", "private", "in_order", "clock")}
+        return {key: getattr(self, key) for key in ("proximal", "offset", "private", "in_order", "clock", "thin")}
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Chunk:
             for step in range(max(self.steps)):
                 active = sum(steps > step for steps in self.steps)
                 shrink_optimizer(optimizer, weights, active)
-                weights.grad = self._find_gradient(weights.detach())
+                weights.grad = self._find_gradient(weights.detach(), step)
                 set_rate(optimizer, rates[step])
                 optimizer.step()
                 if step == 0:  # with all rows; those that leave stay in these tensors as they were
@@ -192,8 +193,40 @@ class Chunk:
             for (key, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def _find_gradient(self, values: Tensor) -> Tensor:
+    def _find_gradient(self, values: Tensor, step: int) -> Tensor:
         """What the optimizer gets: the gradient of every row's loss, or of its DP-SGD, and what is added to it."""
+        active, shares = len(values), self._shares_of(step, len(values))
+        if shares is None:
+            total = self._sum_slopes(values)
+        else:  # after the noise too, which falls on every entry
+            total = shares * self._sum_slopes(shares * values)
+        if self.model.penalty is not None:
+            self._add_penalty(self.model.penalty, total, values)
+        if self.start is not None:
+            total += self.mu[:active] * (values - self.start[:active])
+        if self.offset is not None:
+            total += self.offset[:active]
+        if self.config.max_grad_norm is not None:
+            # With the 1e-6 of torch's `clip_grad_norm_`, which `train` calls.
+            norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+            total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        return total
+
+    def _shares_of(self, step: int, active: int) -> Tensor | None:
+        """What the adapter multiplies every row's values by in this step; None is 1."""
+        if self.jobs[0].thin is None:
+            return None
+        rows = self.values.new_ones(active, self.values.shape[1])
+        for row, job in zip(rows, self.jobs, strict=False):
+            shares = {} if job.thin is None else job.thin(step)
+            parts = row.split([shape.numel() for shape in self.shapes.values()])
+            for (key, shape), part in zip(self.shapes.items(), parts, strict=True):
+                if key in shares:
+                    part.view(shape).mul_(shares[key].to(part))
+        return rows
+
+    def _sum_slopes(self, values: Tensor) -> Tensor:
+        """The gradient of every row's loss, or of its DP-SGD with its noise."""
         active = len(values)
         drawn = [next(draw) for draw in self.draws[:active]]
         counts = np.array([self._weight_of(job, index) for job, index in zip(self.jobs, drawn, strict=False)])
@@ -228,16 +261,6 @@ class Chunk:
             if self.still is not None:
                 # After the noise, which falls on every entry.
                 total[:, self.still] = 0
-        if self.model.penalty is not None:
-            self._add_penalty(self.model.penalty, total, values)
-        if self.start is not None:
-            total += self.mu[:active] * (values - self.start[:active])
-        if self.offset is not None:
-            total += self.offset[:active]
-        if self.config.max_grad_norm is not None:
-            # With the 1e-6 of torch's `clip_grad_norm_`, which `train` calls.
-            norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-            total *= (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         return total
 
     def _add_penalty(self, penalty: Penalised, total: Tensor, values: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +25,10 @@ NEVER = -1e4
 TOKENS = 2**15  # of a pass for features
 
 
+# Of a step's number: by parameter name, what values are multiplied by while its gradient is taken.
+Thinning = Callable[[int], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Injected:
     """What an adapter put into the backbone: parameters by `site/role`, and sites by the name of their layer.
@@ -32,12 +36,15 @@ class Injected:
     Attributes:
         fixed: what a state has beside the parameters, by `site/role`: it never trains.
         folder: adapter_config.json of its folder, but for base, task and head; None is plain LoRA's.
+        thin: of an adapter that trains a part of itself in each step; takes what a client starts from, and the seed
+            of its round.
     """
 
     parameters: dict[str, nn.Parameter]
     sites: dict[str, AdaptedLayer]
     fixed: dict[str, Tensor] = field(default_factory=dict)
     folder: dict[str, Any] | None = None
+    thin: Callable[[AdapterState, int], Thinning] | None = None
 
 
 class Adapter(Protocol):
@@ -46,6 +53,7 @@ class Adapter(Protocol):
     Attributes:
         averages: roles of what trains, where a plain average takes them whatever they mean; a class without it is for
             the rules that name it.
+        rules_of: the registered adapter whose rules take it, where it has the same tensors; its own name otherwise.
         moving_start: of a class that can begin by moving the base weights: from its options what says so, or None.
     """
 
@@ -72,7 +80,7 @@ class Adapted:
         self.base = base
         self.parameters = dict(injected.parameters)
         self.sites = dict(injected.sites)
-        self.fixed, self.folder = injected.fixed, injected.folder
+        self.fixed, self.folder, self.thin = injected.fixed, injected.folder, injected.thin
         self.originals: dict[str, Tensor] = {}
         self.compete: list[int] | None = None
         self.tail: list[nn.Module] | None = None
@@ -136,6 +144,10 @@ class Adapted:
         for key, parameter in self.parameters.items():
             parameter.requires_grad_(key in chosen)
         return {key: self.parameters[key] for key in chosen}
+
+    def thinning(self, start: AdapterState, seed: int) -> Thinning | None:
+        """What each step of a round trains of the adapter, from its start and its seed; None is all of it."""
+        return None if self.thin is None else self.thin(start, seed)
 
     def still(self) -> dict[str, Tensor]:
         """Rows of the last layer, by parameter name, whose classes do not compete: no record has a gradient there.

@@ -36,7 +36,7 @@ def find_error(adapter: AdapterConfig) -> float | None:
 
     For moves of 0.3 standard deviations (`peft_measure`): about layers and one size of move, not about accuracy.
     """
-    if adapter.name == "lora":
+    if getattr(registry.load("adapters", adapter.name), "rules_of", adapter.name) == "lora":
         return peft_types.average_error("LORA", {})
     if adapter.name == "peft":
         return peft_types.average_error(adapter.options["type"], adapter.options["options"])

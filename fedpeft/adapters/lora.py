@@ -5,6 +5,8 @@ A [r, in] is Kaiming-uniform (a = sqrt 5), B [out, r] zero, as peft draws them.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedpeft.adapters.adapted import Injected
 from fedpeft.config import AdapterConfig
 from fedpeft.models.base import Base
@@ -15,7 +17,7 @@ from fedpeft.state import AdaptedLayer
 class Lora:
     """Low-rank factors A and B beside linear layers."""
 
-    paper = "Hu et al. 2021, arXiv 2106.09685"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         layers = lora_layers(base, config)

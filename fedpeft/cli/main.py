@@ -233,12 +233,15 @@ def export(
     ] = None,
     base: Annotated[str | None, typer.Option(help="What others call the base model, as its id on the hub.")] = None,
     license_id: Annotated[str | None, typer.Option("--license", help="For the model card, as apache-2.0.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The first ranks alone, of an adapter whose ranks are nested (dylora).", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's adapter, or with --merge the whole model, with all that others need to use it."""
     from fedpeft.run.export import export as run
 
-    console.emit(run(run_dir, to, merge, best, round_number, base, license_id), as_json, sharing.exported)
+    console.emit(run(run_dir, to, merge, best, round_number, base, license_id, rank), as_json, sharing.exported)
 
 
 @app.command()

@@ -66,6 +66,7 @@ class Exported:
         names: of the head's outputs; ["all"] without a head.
         processor: there is a tokenizer, or processor of images, in the folder.
         license: of the result, where the user has said it.
+        rank: the first so many ranks alone.
     """
 
     run: Path
@@ -77,6 +78,7 @@ class Exported:
     names: list[str]
     processor: bool
     license: str | None = None
+    rank: int | None = None
 
     @property
     def objective(self) -> Objective:
@@ -196,7 +198,7 @@ def _facts_table(exported: Exported, summary: dict[str, Any]) -> list[list[str]]
         ["rounds", f"{rounds}{state}"],
         ["strategy", ", inside ".join(config.strategy.names)],
         ["client", f"{work} a round, batches of {client.batch_size}, {client.optimizer}, rate {client.lr:g}"],
-        ["adapter", _describe_adapter(config)],
+        ["adapter", _describe_adapter(config, exported.rank)],
     ]
     if summary.get("unlearning"):
         result = summary["unlearning"]
@@ -206,10 +208,11 @@ def _facts_table(exported: Exported, summary: dict[str, Any]) -> list[list[str]]
     return rows
 
 
-def _describe_adapter(config: Config) -> str:
+def _describe_adapter(config: Config, rank: int | None) -> str:
     if config.adapter.name == "peft":
         return f"peft's {config.adapter.options['type']}"
-    return f"{config.adapter.name}, rank {config.adapter.r}, alpha {config.adapter.alpha:g}"
+    part = "" if rank is None else f"the first {rank} of "
+    return f"{config.adapter.name}, {part}rank {config.adapter.r}, alpha {config.adapter.alpha:g}"
 
 
 def _describe_data(exported: Exported, summary: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from fedpeft.run.best import Best
 from fedpeft.run.card import Exported, shareable_name
 from fedpeft.state import AdapterState
 from fedpeft.strategies.build import build
+from fedpeft.strategies.parts.ranks import prefix
 
 log = logging.getLogger("fedpeft")
 
@@ -41,6 +42,7 @@ def export(
     round: int | None = None,
     base: str | None = None,
     license: str | None = None,
+    rank: int | None = None,
 ) -> dict[str, Any]:
     """Write a folder that others can use: adapter or merged model, tokenizer or processor with template, model card.
 
@@ -53,6 +55,7 @@ def export(
         round: likewise that of a checkpoint which is still there.
         base: what others call the base model; None is the config's name for it, of a local folder its own name.
         license: of the result, for its card.
+        rank: the first so many ranks of an adapter whose ranks are nested, in place of all.
 
     Raises:
         InputError: `run` has no finished adapter, its base has become another model, or `to` is not empty.
@@ -68,7 +71,11 @@ def export(
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
-    with folders.filled(to, "--to") as draft, _choose_adapter(run, config, best, round) as (source, number):
+    with (
+        folders.filled(to, "--to") as draft,
+        _choose_adapter(run, config, best, round) as (whole, number),
+        _cut_ranks(whole, config, rank) as source,
+    ):
         merged = folder.load(source) if merge else None  # before the base: not every adapter merges
         loaded = _load_base(run, config, names, needed=merge)
         exported = Exported(
@@ -81,6 +88,7 @@ def export(
             names,
             loaded is not None and loaded.processor is not None,
             license,
+            rank,
         )
         form = (read_object(run / "summary.json").get("texts") or {}).get("form")
         settings = None if loaded is None else companions.write_processor(draft, loaded, config, form)
@@ -215,6 +223,33 @@ def _choose_adapter(run: Path, config: Config, best: bool, number: int | None) -
             about["settings"] = folder.settings_of(run / "adapter")
         folder.save(adapter, Path(made), **about)
         yield Path(made), state.round
+
+
+@contextmanager
+def _cut_ranks(source: Path, config: Config, rank: int | None) -> Iterator[Path]:
+    """The adapter folder, or one of the first ranks of it."""
+    if rank is None:
+        yield source
+        return
+    nested = [name for name in registry.names("adapters") if getattr(registry.load("adapters", name), "nested", False)]
+    if config.adapter.name not in nested:
+        raise InputError(
+            f"--rank {rank}: the first ranks of adapter.name={config.adapter.name} alone are no adapter; those of "
+            f"{', '.join(nested)} are. `fedpeft merge --method lora_squeeze rank={rank} --out NEW_FOLDER {source}` "
+            "finds the best adapter of that rank."
+        )
+    adapter = folder.load(source)
+    highest = max(map(adapter.rank, adapter.lora_sites()))
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(highest, config.adapter.r):
+        raise InputError(f"--rank {rank}: the adapter has ranks 1 to {config.adapter.r}.")
+    if highest > config.adapter.r:
+        raise InputError(
+            f"--rank {rank}: strategy {config.strategy.name} has moved the base weights, which the adapter folder has "
+            "as further ranks; the first ones alone are not what was trained. Leave --rank out."
+        )
+    with tempfile.TemporaryDirectory() as made:
+        folder.save(prefix(adapter, rank), Path(made), **folder.about(source))
+        yield Path(made)
 
 
 def _find_state(run: Path, config: Config, best: bool, round_number: int | None) -> Path:
