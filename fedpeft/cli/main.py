@@ -26,6 +26,7 @@ from fedpeft.cli.privacy import privacy_app
 from fedpeft.cli.unlearning import unlearn
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explain_error
+from fedpeft.uncollected import uncollected
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,7 +66,9 @@ def simulate(
 ) -> None:
     """Run a federation on this machine."""
     from fedpeft.config import parse_overrides, shortened
-    from fedpeft.simulations.run import simulate as run
+
+    with uncollected():
+        from fedpeft.simulations.run import simulate as run
 
     given = shortened.rounds(config, parse_overrides(overrides or []))
     with rounds.Progress(quiet=as_json) as progress:
@@ -85,8 +88,8 @@ def resume(
         console.note(f"{run_dir}: the run has ended, after round {done['rounds']}. This is what it came to:")
         console.emit(done, as_json, console.run_result)
         return
-    from fedpeft.simulations.run import resume as run
-
+    with uncollected():
+        from fedpeft.simulations.run import resume as run
     with rounds.Progress(quiet=as_json) as progress:
         summary = run(run_dir, progress)
     console.emit(summary, as_json, console.run_result)

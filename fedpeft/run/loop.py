@@ -76,7 +76,7 @@ def run(
         recorder: of its events.
         open_federation: opens the way to the clients, which costs processes; called where rounds are left.
         on_event: receives every event that is recorded, and `resume` where the run goes on.
-        fit_baselines: test accuracies of what needs no federation, to stand beside the run's.
+        fit_baselines: test accuracies of what needs no federation, to stand beside the run's; fitted after round 1.
 
     Raises:
         RoundFailed: too few clients answered, as often as a round may be tried.
@@ -95,7 +95,7 @@ def run(
 
         if server is None:
             recorder.path.unlink(missing_ok=True)  # of a process that ended before its first checkpoint
-            server = begin(world, record, fit_baselines)
+            server = begin(world, record)
         else:
             recorder.resume(server.round, sequence.find_unfinished(server))
             on_event({"event": "resume", "round": server.round, "rounds": world.config.run.rounds})
@@ -104,14 +104,14 @@ def run(
         # Otherwise only the results are missing: a kill came after the last checkpoint, and no process is needed.
         if not is_complete(world, server, best, traffic):
             with open_federation() as federation:
-                server = Session(world, folder, federation, record, best, traffic).play(server)
+                server = Session(world, folder, federation, record, fit_baselines, best, traffic).play(server)
         record({"event": "end", "round": server.round})
         summary = results.finish(world, server, folder, best, traffic)
         trackers.take(folder)
     return summary
 
 
-def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, Any]]) -> ServerState:
+def begin(world: World, record: Listener) -> ServerState:
     """The state before round 1; what the run is, and how good the model is before it, are recorded."""
     config, start, objective = world.config, world.start, world.local.model.base.objective
     measures = PLAIN if config.continual.body else objective.all_measures
@@ -133,7 +133,6 @@ def begin(world: World, record: Listener, fit_baselines: Callable[[], dict[str, 
     )
     if len(world.test):
         record({"event": "evaluate", "round": 0, **results.score(world, start)})
-        record({"event": "baselines", **comparators.constant(world), **fit_baselines()})
     return start
 
 
@@ -184,6 +183,7 @@ class Session:
     folder: Path
     federation: Federation
     record: Listener
+    fit_baselines: Callable[[], dict[str, Any]] = dict
     best: Best | None = None
     traffic: Traffic | None = None
 
@@ -276,6 +276,9 @@ class Session:
         if self.traffic is not None:
             self.traffic.hear(event)
         self.record({**event, **about})
+        # After the first round, which needs none of it, and before its checkpoint: a run that goes on has it.
+        if event["event"] in ("round", "round_dropped") and event["round"] == 1 and len(self.world.test):
+            self.record({"event": "baselines", **comparators.constant(self.world), **self.fit_baselines()})
 
     def is_exhausted(self, server: ServerState) -> bool:
         """Whether the run ends before its last round."""

@@ -38,6 +38,7 @@ from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build as build_strategy
 from fedpeft.strategies.sequence.sequence import find_sequence
+from fedpeft.uncollected import uncollected
 
 
 @dataclass
@@ -55,6 +56,7 @@ class World:
     skipped: tuple[Skipped, ...] = ()
 
 
+@uncollected()
 def load_world(config: Config, run: Path) -> World:
     """The world of a resolved config; its split is read from, or written to, the run folder."""
     torch.set_num_threads(config.run.threads)

@@ -29,6 +29,7 @@ LAYERS = (
         "files",
         "folders",
         "foreign",
+        "uncollected",
     },
     {"state", "state_file", "packing", "flower"},
     {"record"},
@@ -242,6 +243,26 @@ except SystemExit as end:
 
 def test_a_run_has_loaded_nothing_of_its_models_baselines_and_report_before_it_begins():
     assert loaded("import sys; import fedpeft.simulations.run") == {"numpy", "torch", "safetensors", "flwr"}
+
+
+def test_a_run_has_loaded_no_more_than_its_model_needs_when_its_first_round_begins():
+    """No scikit-learn, pandas, torchmetrics or matplotlib: what they are for comes after a round."""
+    code = """
+import sys, tempfile
+from fedpeft.simulations.grid import LocalGrid
+from fedpeft.simulations.run import simulate
+def push_messages(self, messages):
+    raise EOFError
+LocalGrid.push_messages = push_messages
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        simulate("quickstart", {"data.limit": 60, "data.clients": 2, "run.clients_per_round": 2}, folder + "/run")
+    except EOFError:
+        pass
+"""
+    needed = {"numpy", "torch", "transformers", "peft", "safetensors", "tokenizers", "flwr", "omegaconf"}
+    by_transformers = {"scipy", "PIL", "jinja2", "bitsandbytes"}
+    assert loaded(code) <= needed | by_transformers
 
 
 def test_bare_folders_refuse_to_be_imported():
