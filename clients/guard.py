@@ -166,7 +166,7 @@ class Guard:
         return bounds.lifetime(self.config), [
             entry
             for ledger in accounts_of(self.folder, client)
-            if ledger.path.stem != account
+            if ledger.account != account
             for entry in ledger.entries()
         ]
 
@@ -182,7 +182,7 @@ class Guard:
 
         In a sequence of tasks epsilon is that of the task that cost most: a record is in one task only.
         """
-        privacy, table, kept = self.config.privacy, {}, accounts_in(self.folder)
+        privacy, table, kept = self.config.privacy, {}, accounts_in(self.folder, frozenset(clients))
         for client in clients:
             accounts = [
                 [entry for entry in ledger.entries() if until is None or entry.run != self.run or entry.round <= until]

@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -29,8 +29,10 @@ from typing import Any
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import blame_file, sync_folder
 from fedpeft.privacy.accounting import Release, compose_epsilon, require_release
+from fedpeft.uncollected import uncollected
 
 TASK = "+task-"  # between a client and a task in the name of an account
+SUFFIX = ".jsonl"
 
 
 class BudgetExhausted(RunError):
@@ -67,10 +69,24 @@ class Budget:
 
 
 class Ledger:
-    """The releases of one party's data, over all its runs."""
+    """The releases of one party's data, over all its runs.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        file: need not be there yet.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = str(file)  # no Path: to make one takes as long as to read the file, and a run may have 100,000
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.file)
+
+    @property
+    def account(self) -> str:
+        """Its name: a client, or a client and a task."""
+        return os.path.basename(self.file).removesuffix(SUFFIX)
 
     def entries(self) -> list[Entry]:
         """All reservations, oldest first.
@@ -79,10 +95,14 @@ class Ledger:
             InputError: a line in the middle of the file is damaged: what was spent is no longer known.
         """
         try:
-            with open(self.path, "rb", buffering=0) as file:  # a run may have 100,000 of them
-                return self._read(file.read())
+            file = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)  # a third of what Python's `open` takes
         except FileNotFoundError:
             return []
+        try:
+            content = b"".join(iter(lambda: os.read(file, 1 << 16), b""))
+        finally:
+            os.close(file)
+        return self._read(content)
 
     def spent(self, delta: float, accountant: str = "pld") -> float:
         """Epsilon of everything reserved so far."""
@@ -160,13 +180,13 @@ class Ledger:
         # After the last newline: nothing, or a torn line.
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
-                values: dict[str, Any] = json.loads(line)
+                values: dict[str, Any] = json.loads(line.decode())
                 entry = Entry(*[values[name] for name in NAMES])
                 require_release(*entry.release)
                 entries.append(entry)
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{self.path}: line {number} is damaged, so what was spent is not known: {error!r}."
+                    f"{self.file}: line {number} is damaged, so what was spent is not known: {error!r}."
                 ) from error
         return entries
 
@@ -183,16 +203,19 @@ def client_of(account: str) -> str:
 
 def accounts_of(folder: Path, client: str) -> list[Ledger]:
     """All accounts of a client: its own, and one for each task."""
-    tasks = sorted(folder.glob(f"{glob.escape(client + TASK)}*.jsonl"))
-    return [Ledger(folder / f"{client}.jsonl"), *map(Ledger, tasks)]
+    tasks = sorted(folder.glob(f"{glob.escape(client + TASK)}*{SUFFIX}"))
+    return [Ledger(folder / f"{client}{SUFFIX}"), *map(Ledger, tasks)]
 
 
-def accounts_in(folder: Path) -> dict[str, list[Ledger]]:
-    """`accounts_of` every client that has one. The folder, which may have very many files, is looked through once."""
+def accounts_in(folder: Path, clients: Container[str] | None = None) -> dict[str, list[Ledger]]:
+    """`accounts_of` every client that has one, or of these. The folder, which may have very many files, is looked
+    through once.
+    """
     found: dict[str, list[Ledger]] = defaultdict(list)
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if name.endswith(".jsonl"):
-            found[client_of(name.removesuffix(".jsonl"))].append(Ledger(folder / name))
+        client = client_of(name.removesuffix(SUFFIX))
+        if name.endswith(SUFFIX) and (clients is None or client in clients):
+            found[client].append(Ledger(f"{folder}/{name}"))
     return found
 
 
@@ -202,6 +225,8 @@ def list_exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
     A run over tasks has an account for each, and a record is in one of them. In which one it was in another run, that
     may have cut its tasks elsewhere, nobody has written down, so all releases of the other runs count.
     """
+    if len(accounts) == 1:  # as most have
+        return accounts
     runs = [{entry.run for entry in entries} for entries in accounts]
     run = max(set().union(*runs), key=lambda name: (sum(name in found for found in runs), name), default="")
     others = [entry for entries in accounts for entry in entries if entry.run != run]
@@ -209,6 +234,7 @@ def list_exposures(accounts: list[list[Entry]]) -> list[list[Entry]]:
     return [[*entries, *others] for entries in own if entries] or [others]
 
 
+@uncollected()
 def read_account(path: Path, delta: float, accountant: str = "pld") -> dict[str, Any]:
     """What one ledger, or each of a run folder's, holds and costs; JSON-ready.
 
@@ -235,9 +261,8 @@ def read_account(path: Path, delta: float, accountant: str = "pld") -> dict[str,
         read = [ledger.entries() for ledger in ledgers]
         for ledger, entries in zip(ledgers, read, strict=True):
             if whole or ledger.path == path:
-                table[ledger.path.stem] = _describe_entries(entries, delta, accountant)
-        costs = (_cost_of(found, delta, accountant) for found in list_exposures(read))
-        largest = max(largest, *costs)
+                table[ledger.account] = _describe_entries(entries, delta, accountant)
+        largest = max(largest, *(_cost_of(found, delta, accountant) for found in list_exposures(read)))
     return {"delta": delta, "accountant": accountant, "ledgers": dict(sorted(table.items())), "epsilon_max": largest}
 
 
