@@ -98,6 +98,7 @@ class Body:
         self.optimizer: torch.optim.Optimizer | None = None
         self.index = -1
         self.surveyed: dict[str, Tensor] | None = None
+        self.joined: dict[str, tuple[int, Any]] = {}  # by layer, of a task: what follows from `memory`, and is no state
         self.task: Task | None = None
         self.seen: list[int] = []
 
@@ -193,6 +194,7 @@ class Body:
         """Go on from a `state` in the middle of `task`."""
         state = copy.deepcopy(state)
         self.index, self.seen, self.memory, self.task = state["index"], state["seen"], state["memory"], task
+        self.joined = {}
         self.parameters = {key: make_leaf(value) for key, value in state["parameters"].items()}
         self.restart_optimizer()
         if self.optimizer is not None:

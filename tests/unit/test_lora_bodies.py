@@ -131,6 +131,19 @@ def test_olora_adds_all_pairs_and_freezes_the_old_ones():
     assert torch.allclose(one.body.change()["0"](x, y), y + x @ dense.T, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["olora", "inflora"])
+@pytest.mark.parametrize(("r", "dense"), [(1, False), (2, True)])
+def test_what_was_put_by_is_one_matrix_where_that_is_less_work(name, r, dense):
+    body = stepped(learner(name, {"r": r, "alpha": 3.0}), tasks=2, steps=2).body
+    x, y = torch.randn(4, 6), torch.randn(4, 7)
+    added = body.change()["0"](x, y) - y
+    assert isinstance(body.joined["0"][1], torch.Tensor) == dense  # pairs of 2 x 2 x (6 + 7) numbers, or 7 x 6
+    pairs = [*lora.past(body, "0"), (body.parameters["0/B"], body.parameters["0/A"])]
+    expected = 3.0 / r * sum(x @ A.T @ B.T for B, A in pairs)
+    assert len(pairs) == 3 and float(expected.detach().norm()) > 1e-3
+    assert torch.allclose(added, expected, atol=1e-5)
+
+
 def test_owlora_weights_start_at_one_and_train():
     one = stepped(learner("owlora"), tasks=2)
     begun(one)

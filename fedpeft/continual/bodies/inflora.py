@@ -38,7 +38,7 @@ from torch import Tensor
 
 from fedpeft.config import LEARNER, option
 from fedpeft.continual.body import Body, make_leaf
-from fedpeft.continual.model import Change, low_rank
+from fedpeft.continual.model import Change
 from fedpeft.continual.parts import lora
 from fedpeft.data.encode import Encoded
 
@@ -74,11 +74,7 @@ class InfLoRA(Body):
             self.parameters[f"{layer}/B"] = make_leaf(torch.zeros(m, self.config.r))
 
     def change(self) -> Change:
-        pairs = {layer: lora.past(self, layer) for layer in self.model.layers}
-        for layer in self.model.layers if self.parameters else ():
-            pairs[layer].append((self.parameters[f"{layer}/B"], self.parameters[f"{layer}/A"]))
-        scale = self.config.alpha / self.config.r
-        return {layer: low_rank(*lora.side_by_side(own), scale) for layer, own in pairs.items() if own}
+        return lora.sum_tasks(self, self.config.alpha / self.config.r)
 
     def statistics(self, data: Encoded) -> dict[str, Tensor]:
         """`layer/G` [n, n]: sums of x x^T over all tokens, in float64."""

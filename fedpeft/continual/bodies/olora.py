@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedpeft.config import option
 from fedpeft.continual.body import Body, Classifier
-from fedpeft.continual.model import Change, Inputs, low_rank
+from fedpeft.continual.model import Change, Inputs
 from fedpeft.continual.parts import lora
 
 
@@ -53,12 +53,7 @@ class OLoRA(Body):
         lora.begin(self, self.config.r, self.index)
 
     def change(self) -> Change:
-        scale = self.config.alpha / self.config.r
-        return {
-            layer: low_rank(*lora.side_by_side([*lora.past(self, layer), self._factor_pair(layer)]), scale)
-            for layer in self.model.layers
-            if self.parameters
-        }
+        return lora.sum_tasks(self, self.config.alpha / self.config.r)
 
     def penalty(self, inputs: Inputs, labels: Tensor, features: Tensor, classifier: Classifier) -> Tensor | None:
         terms = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.continual.body import Body, make_leaf
+from fedpeft.continual.model import Change, add_dense, low_rank, sum_changes
 
 
 def draw_A(width: int, r: int, generator: torch.Generator) -> Tensor:
@@ -44,6 +45,35 @@ def past(body: Body, layer: str) -> list[tuple[Tensor, Tensor]]:
 def side_by_side(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One pair [B_1 ... B_k], [A_1; ...; A_k] whose product is the sum of the pairs' products."""
     return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs])
+
+
+def sum_tasks(body: Body, scale: float) -> Change:
+    """W -> W + scale times the sum of B A over all tasks, those that were put by and the one that trains.
+
+    What was put by stays side by side while that is less work than the sum of its products, which is one matrix
+    [out, in]: from there on the hundredth task costs what the tenth does.
+    """
+    patches = {}
+    for layer in body.model.layers:
+        if body.joined.get(layer, (None,))[0] != body.index:
+            body.joined[layer] = body.index, _join_pairs(past(body, layer))
+        joined = body.joined[layer][1]
+        pairs = [(body.parameters[f"{layer}/B"], body.parameters[f"{layer}/A"])] if body.parameters else []
+        changes = [{layer: add_dense(scale * joined)}] if isinstance(joined, Tensor) else []
+        pairs = [joined, *pairs] if isinstance(joined, tuple) else pairs
+        changes += [{layer: low_rank(*side_by_side(pairs), scale)}] if pairs else []
+        patches |= sum_changes(*changes)
+    return patches
+
+
+def _join_pairs(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | Tensor | None:
+    """One pair, or the product [out, in] where it is less work to multiply with; None of none."""
+    if not pairs:
+        return None
+    B, A = side_by_side(pairs)
+    if B.numel() + A.numel() <= len(B) * A.shape[1]:
+        return B, A
+    return (B.double() @ A.double()).to(A.dtype)
 
 
 def sum_overlap(A: Tensor, pairs: list[tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Tensor:
