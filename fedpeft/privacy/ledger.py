@@ -86,7 +86,7 @@ class Ledger:
     @property
     def account(self) -> str:
         """Its name: a client, or a client and a task."""
-        return os.path.basename(self.file).removesuffix(SUFFIX)
+        return os.path.splitext(os.path.basename(self.file))[0]
 
     def entries(self) -> list[Entry]:
         """All reservations, oldest first.
