@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.continual.body import Body, make_leaf
-from fedpeft.continual.model import Change, add_dense, low_rank, sum_changes
+from fedpeft.continual.model import Change, Patch, add_dense, low_rank, sum_changes
 
 
 def draw_A(width: int, r: int, generator: torch.Generator) -> Tensor:
@@ -53,7 +53,7 @@ def sum_tasks(body: Body, scale: float) -> Change:
     What was put by stays side by side while that is less work than the sum of its products, which is one matrix
     [out, in]: from there on the hundredth task costs what the tenth does.
     """
-    patches = {}
+    patches: dict[str, Patch] = {}
     for layer in body.model.layers:
         if body.joined.get(layer, (None,))[0] != body.index:
             body.joined[layer] = body.index, _join_pairs(past(body, layer))
