@@ -1,8 +1,4 @@
-"""scikit-learn's `digits`: small, real and easy. It shows that things run; it is no evidence for a method.
-
-The file is read where scikit-learn has it, without scikit-learn: with all that it loads, that is a second before the
-first round of every run on digits.
-"""
+"""scikit-learn's `digits`: small, real and easy. It shows that things run; it is no evidence for a method."""
 
 from __future__ import annotations
 
@@ -46,6 +42,8 @@ class Digits:
 
 def find_table() -> Path:
     """The file of scikit-learn's digits: a row a digit, 64 counts and what it is.
+
+    It is read without scikit-learn, which with all that it loads is a second before the first round of every such run.
 
     Raises:
         InputError: the installed scikit-learn does not have it where it was.
