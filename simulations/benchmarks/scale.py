@@ -54,8 +54,6 @@ QUICK = {
 }
 WHY = {
     ("tokens", "round s"): "attention compares every token with every other",
-    ("tasks", "inflora: last task s"): "the test set of every task passes through the adapters of all tasks",
-    ("tasks", "olora: last task s"): "the test set of every task passes through the adapters of all tasks",
     ("tokens", "peak MB"): "attention's weights, of which the backward pass keeps one a pair of tokens",
 }
 
