@@ -16,6 +16,8 @@ from support.cohort_jobs import ADAMW, ALL, FEW, HEAVY, WIDE, make_jobs, private
 
 EXACT = 1e-12
 NESTEROV = replace(HEAVY, optimizer_options={"nesterov": True})
+NAMO_D, CLASSP = (replace(ADAMW, optimizer=name) for name in ("namo_d", "classp"))
+KEEPING = {"adamw": ADAMW, "nesterov": NESTEROV, "namo_d": NAMO_D, "classp": CLASSP}
 
 
 def worst(some, others):
@@ -46,7 +48,7 @@ def test_two_rounds_are_one_of_twice_the_steps(build, config):
 
 
 @pytest.mark.parametrize("noisy", [False, True], ids=["plain", "private"])
-@pytest.mark.parametrize("config", [ADAMW, NESTEROV], ids=["adamw", "nesterov"])
+@pytest.mark.parametrize("config", KEEPING.values(), ids=KEEPING)
 def test_a_cohort_goes_on_as_each_client_would(build, config, noisy):
     """Clients have taken part unequally often, one never, and take unlike numbers of steps."""
     model, config = (

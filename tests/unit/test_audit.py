@@ -130,6 +130,21 @@ def test_the_real_code_passes(here, tmp_path, monkeypatch):
     assert result["seen"]["engines"] == ["alone", "cohort"] and len(result["seen"]["clients"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), [("fedit", "schedule_free"), ("ffa_lora", "lora_fa")], ids=["average", "fixed factor"]
+)
+def test_an_update_follows_the_steps_of_an_optimizer_that_sends_an_average_or_reads_what_stays(
+    tmp_path, monkeypatch, strategy, optimizer
+):
+    monkeypatch.setattr(rounds_seen, "VALUES", 4_000)
+    monkeypatch.setattr(rounds_seen, "ROWS", 32)
+    model = str(small.save("vit", tmp_path / "vit"))
+    tree = {**SETTING, "model.name": model, "client.optimizer": optimizer, "strategy.name": strategy}
+    checks = audit.Audit(load_world(configs.load({}, tree), tmp_path / "run"), tmp_path / "audit").part("rounds")
+    [update] = [check for check in checks if check.name == "update"]
+    assert update.passed and update.measured < 1e-4, update
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLE))
 def test_it_catches(name, failing, monkeypatch):
     part, check, seed = FAULTS[name]
