@@ -61,7 +61,7 @@ class NAMO(EvenMomentum):
         squared = tensor.gradient.square().sum(over, keepdim=True)
         # One number a matrix or column, in all of its places: state has the form of the weights.
         mean = tensor.state["exp_avg_sq"].mul_(config.norm_decay).add_((1 - config.norm_decay) * squared)
-        # Of the first place: it is inside what a client of a lower rank keeps.
+        # All rows of it say the same, and of NAMO all columns.
         mean = mean[:, :1, : squared.shape[2]]
         correction: float = math.sqrt(1 - config.norm_decay**step) / (1 - config.decay**step)
         ratio: Tensor = ahead.square().sum(over, keepdim=True).sqrt() / (mean.sqrt() + config.eps)
