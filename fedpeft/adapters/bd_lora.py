@@ -1,4 +1,4 @@
-"""BD-LoRA: one factor of LoRA is block-diagonal. arXiv 2510.23346.
+"""BD-LoRA: one factor of LoRA is block-diagonal. Wang et al. 2025, arXiv 2510.23346.
 
     W' = W + s blockdiag(B_1, ..., B_n) A,   A [r, in],   B_j [out / n, r / n]
 
@@ -24,7 +24,7 @@ from fedpeft.errors import InputError
 class BDLoRA(Factored):
     """LoRA whose B is block-diagonal."""
 
-    paper = "arXiv 2510.23346"
+    paper = "Wang et al. 2025, arXiv 2510.23346"
     averages = ("A", "B")
 
     @dataclass
