@@ -96,15 +96,17 @@ def three_sites(root, policy=POLICY, words=WORDS):
         made.close()
 
 
-def start_sites(made, names, port=None):
+def start_sites(made, names, port=None, over_http=False):
     """A coordinator and sites with 30 records each, at work; `port` leads to the coordinator's by another way."""
     made.start("coordinator")
     for seed, name in enumerate(names):
         write_records(made.root / f"{name}.csv", 30, seed)
         made.add_site(name, made.root / f"{name}.csv")
+        if over_http:
+            made.over_http(name)
         if port is not None:
-            file = made.root / name / "site.yaml"
-            file.write_text(file.read_text().replace(f":{made.port}", f":{port}"))
+            file, there = made.root / name / "site.yaml", made.http_port if over_http else made.port
+            file.write_text(file.read_text().replace(f":{there}", f":{port}"))
     made.ready()
     for name in names:
         made.start(name)
