@@ -205,6 +205,10 @@ class RoundDropped(RoundFailed):
     """Updates may have been sent, and no sum that counts came of them: its number is not tried again."""
 
 
+class StillMasked(RoundDropped):
+    """Updates were sent under masks of which none was removed: the round may begin anew while its clients are there."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One client's checked reply: what it uploaded, its weight (> 0) and its metrics.
@@ -264,7 +268,8 @@ class Rules:
     """How rounds are run: the config's `run` section. `clients` is how many nodes must have joined before round 1.
 
     `secagg` is the exchange of a round under secure aggregation, None in the clear. `folder` is where the updates of a
-    round are kept while they are gathered, None where they are in this process's memory anyway.
+    round are kept while they are gathered, None where they are in this process's memory anyway. `again` is how often a
+    round of secure sums begins anew that has lost too many before a mask was removed.
     """
 
     rounds: int
@@ -278,3 +283,4 @@ class Rules:
     evaluate_clients: bool = False
     secagg: Exchange | None = None
     folder: Path | None = None
+    again: int = 0

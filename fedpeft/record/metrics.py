@@ -31,12 +31,13 @@ log = logging.getLogger("fedpeft")
 
 Event = dict[str, Any]
 CLIENTS = "clients' held-out records"
+CHECKPOINTED = ("round", "round_dropped")  # what a checkpoint may follow
 
 
 class Recorder:
     """Appends events to a file, opened for each, so that a killed process loses at most the line it was writing.
 
-    A round's event is also forced to the disk: a checkpoint written after it is never ahead of the record.
+    The event that ends a round is also forced to the disk: a checkpoint written after it is never ahead of the record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +56,7 @@ class Recorder:
         with blame_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             # Only these cost a sync: all others that are lost come again with their round.
-            if event["event"] == "round":
+            if event["event"] in CHECKPOINTED:
                 file.flush()
                 os.fsync(file.fileno())
         self._mine = True
@@ -77,7 +78,7 @@ class Recorder:
                 break
             if not again(event):
                 kept.append(event)
-        reached = max((event["round"] for event in kept if event["event"] == "round"), default=0)
+        reached = max((event["round"] for event in kept if event["event"] in CHECKPOINTED), default=0)
         if reached < number:
             raise InputError(f"{self.path}: ends in round {reached}; the checkpoint is of round {number}.")
         write_bytes(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())

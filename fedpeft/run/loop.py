@@ -41,6 +41,7 @@ Listener = Callable[[Event], None]
 T = TypeVar("T")
 TRIES = 5  # of one round, before a run over clients that come and go is given up
 PAUSE_S = 10.0  # between two of them
+AGAIN = 2  # times that a round of secure sums begins anew there, with new masks, before its number is given up
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ class Session:
             last = number if full else until
             kept = None if federation.steady else self.folder
             rules = replace(rules_of(world.config), rounds=last, clients=self.count_awaited(number), folder=kept)
+            rules = rules if federation.steady else replace(rules, again=AGAIN)
             # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
             server = self.attempt(
                 number,

@@ -6,7 +6,8 @@
     3 unmask         who uploaded and who did not -> shares of the seeds of those that did, of the keys of the others
 
 A client that does not answer, or wrongly, is out of the later stages. One that uploaded stays in the sum; the masks of
-one that did not are in its neighbours' uploads, from stage 1 on, and are removed by its key.
+one that did not are in its neighbours' uploads, from stage 1 on, and are removed by its key. Where too few are left for
+the quorum no mask is removed, as the sum would count for nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.state import AdapterState, RoundDropped, RoundFailed, Rules
+from fedpeft.state import AdapterState, RoundDropped, RoundFailed, Rules, StillMasked
 from fedpeft.state_file import StateFile
 from fedpeft.strategies import asking, opening, wire
 from fedpeft.strategies.secagg import masking
@@ -58,7 +59,8 @@ class Stages:
             contents: what each client would be sent in the clear.
 
         Raises:
-            RoundFailed: too few clients were left in a stage; RoundDropped once updates may have been sent.
+            RoundFailed: too few clients were left in a stage; RoundDropped once updates may have been sent, StillMasked
+                as long as no client was asked to help remove a mask.
         """
         graph = neighbour_circle(list(contents), self.plan.neighbours)
         keys = self.ask(
@@ -152,12 +154,11 @@ class Stages:
             else:
                 answers[client] = answer[0]
                 self.bytes_up += answer[1]
-        if len(answers) < self.plan.fewest:
-            key = "threshold" if self.plan.fewest == self.plan.threshold else "min_clients"
-            raise self.failed(
-                stage,
-                f"{len(answers)} of {len(self.nodes)} clients are left, but secagg.{key} needs {self.plan.fewest}",
-            )
+        quorum = math.ceil(self.rules.quorum * len(self.nodes)) if stage < len(NAMES) - 1 else 0
+        if len(answers) < (needed := max(self.plan.fewest, quorum)):
+            key = "secagg.threshold" if needed == self.plan.threshold else "secagg.min_clients"
+            key = key if needed == self.plan.fewest else f"run.quorum={self.rules.quorum}"
+            raise self.failed(stage, f"{len(answers)} of {len(self.nodes)} clients are left, but {key} needs {needed}")
         return answers
 
     def secret(self, client: str, shares: dict[str, dict[str, bytes]]) -> bytes:
@@ -173,7 +174,7 @@ class Stages:
         reasons = "; ".join(f"{client}: {reason}" for client, reason in self.without_upload([]).items())
         where = f"round {self.number}: secure aggregation, stage {stage} ({NAMES[stage]})"
         # Before stage 2 nothing of an update is on the way, so the same round may be tried again.
-        kind = RoundFailed if stage < 2 else RoundDropped
+        kind = (RoundFailed, RoundFailed, StillMasked, RoundDropped)[stage]
         return kind(f"{where}: {what}. {reasons}".rstrip())
 
     def without_upload(self, uploaded: list[str]) -> dict[str, str]:

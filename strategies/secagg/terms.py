@@ -11,9 +11,10 @@ own seed, s_ij the key that i and j agree on. `secagg_stages` has the four stage
 update, the plain mean over the clients that uploaded: it may need sums only, and weights are uniform.
 
 Two sums that differ in one client tell its update by subtraction. So a client gives shares for one set of clients for
-one start state and round (`clients.secagg`), and a round that failed once updates may have been sent is dropped: the
-next one has a new number, and with it fresh batches. One client can upload anything: a sum outside of what the clips of
-all allow drops the round; within it, it can shift a coordinate of the sum by up to (n - 1) clip and nobody sees it.
+one start state and round (`clients.secagg`). A round that failed under its masks begins anew with others, and what was
+sent before stays hidden. One that failed when masks may have been removed is dropped: the next one has a new number,
+and with it fresh batches. One client can upload anything: a sum outside of what the clips of all allow drops the round;
+within it, it can shift a coordinate of the sum by up to (n - 1) clip and nobody sees it.
 
 Deviations: keys are not signed, so this holds against a server that follows the protocol and tries to learn more, not
 against one that invents clients. The graph is a circle in random order, drawn by the operating system's generator. The
@@ -28,6 +29,7 @@ dropped out cannot both reach it.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,12 +42,14 @@ from flwr.serverapp import Grid
 from fedpeft import registry
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import AdapterState, Exchange, Needs, Rules, ServerState, Update
+from fedpeft.state import AdapterState, Exchange, Needs, Rules, ServerState, StillMasked, Update
 from fedpeft.strategies.base import FederatedStrategy
 from fedpeft.strategies.build import build
 from fedpeft.strategies.secagg import masking
 from fedpeft.strategies.secagg.stages import Stages
 from fedpeft.strategies.wrappers.wrapper import Wrapper, name_of
+
+log = logging.getLogger("fedpeft")
 
 
 @dataclass(frozen=True)
@@ -205,10 +209,16 @@ class SecAgg:
         for client in clients:
             if any(not torch.equal(value, sent[client][key]) for key, value in start.tensors.items()):
                 raise RunError(f"{client} is sent other values than {clients[0]}: their changes have no common start.")
-        stages = Stages(grid, {client: roster[client] for client in clients}, plan, server.round + 1, rules)
-        total, uploaded = stages.run(
-            {client: contents[roster[client]] for client in clients}, sum(value.numel() for value in start.payload)
-        )
+        nodes, size = {client: roster[client] for client in clients}, sum(value.numel() for value in start.payload)
+        for left in reversed(range(1 + rules.again)):
+            stages = Stages(grid, nodes, plan, server.round + 1, rules)
+            try:
+                total, uploaded = stages.run({client: contents[node] for client, node in nodes.items()}, size)
+                break
+            except StillMasked as error:
+                if not left:
+                    raise
+                log.warning("%s It begins anew, with new masks.", error)
         try:
             mean = masking.dequantise(total, len(uploaded), plan.clip, plan.bits)
         except ValueError as error:

@@ -97,7 +97,7 @@ def exchanged(own: Config, after: dict[str, AdapterState], number: int = 1, **fa
     return play(grid, own, number), grid
 
 
-def play(grid: Watched, own: Config, number: int = 1):
+def play(grid: Watched, own: Config, number: int = 1, **rules):
     strategy, server = FedIT(), ServerState(START, round=number - 1)
     server, sent, contents = strategy.plan(server, grid.roster, Rules(rounds=number), PACKED)
-    return make_exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=number))
+    return make_exchange(own)(grid, grid.roster, strategy, server, sent, contents, Rules(rounds=number, **rules))

@@ -13,7 +13,7 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from fedpeft.deploy import settings
 from fedpeft.deploy.coordinator import post, relay
 from fedpeft.flower import empty_run, identify
-from support.relayed import NODE, flower, headers, named, of_run, pulled, rig
+from support.relayed import NODE, call, flower, headers, named, of_run, pulled, rig
 
 __all__ = ["flower", "rig"]  # fixtures
 RUN = 5
@@ -55,7 +55,7 @@ def test_what_a_face_had_when_it_was_killed_is_handed_out_by_the_next_one(rig, f
         return relay.Relay(settings.server(folder), False, flower)
 
     async def pull(through, *received):
-        return named(await asyncio.wait_for(through.call("PullMessages", pulled(*received), headers(place)), 30))
+        return named(await asyncio.wait_for(call(through, "PullMessages", pulled(*received), headers(place)), 30))
 
     async def play():
         clerk = post.Clerk(folder, box)
@@ -64,7 +64,7 @@ def test_what_a_face_had_when_it_was_killed_is_handed_out_by_the_next_one(rig, f
             assert await pull(passing) == first
         async with opened(another()) as next_one:
             assert await pull(next_one) == first
-            await next_one.call("PullObject", of_run("PullObject", object_id=first), headers(place))
+            await call(next_one, "PullObject", of_run("PullObject", object_id=first), headers(place))
         async with opened(another()) as next_one:  # the site has shown that it has it
             second = send(box)
             assert await pull(next_one) == second
@@ -85,14 +85,14 @@ def test_a_site_that_hangs_up_again_and_again_gets_every_message_once(rig, box):
         sent, got = [], []
         async with opened(passing):
             for number in range(40):
-                waiting = asyncio.create_task(passing.call("PullMessages", pulled(*got[-1:]), headers(place)))
+                waiting = asyncio.create_task(call(passing, "PullMessages", pulled(*got[-1:]), headers(place)))
                 await asyncio.sleep(0.001 * (number % 7))
                 if number % 2:
                     sent.append(send(box))
                 await asyncio.sleep(0.001 * (number % 3))
                 waiting.cancel()
                 if sent != got:
-                    answer = passing.call("PullMessages", pulled(*got[-1:]), headers(place))
+                    answer = call(passing, "PullMessages", pulled(*got[-1:]), headers(place))
                     got.append(named(await asyncio.wait_for(answer, 30)))
         assert len(sent) == 20 and got == sent
         clerk.close()
@@ -109,7 +109,7 @@ def test_numbers_of_calls_begin_again_after_the_largest_that_fits(rig, box):
         async with opened(passing):
             passing.counter.runs[RUN].numbers = itertools.count(2**32 - 4)
             for _ in range(8):
-                part = await passing.call("PullObject", of_run("PullObject", object_id=name), headers(place))
+                part = await call(passing, "PullObject", of_run("PullObject", object_id=name), headers(place))
                 assert PullObjectResponse.FromString(part).object_available
         clerk.close()
 
@@ -129,9 +129,9 @@ def test_a_call_that_a_run_cannot_answer_is_refused_and_the_next_one_is_answered
         async with opened(passing):
             box.PullObject = fail
             with pytest.raises(relay.Refusal, match="cannot answer this call") as refused:
-                await passing.call("PullObject", of_run("PullObject"), headers(place))
+                await call(passing, "PullObject", of_run("PullObject"), headers(place))
             assert refused.value.status == 500
-            assert await passing.call("PullObject", of_run("PullObject"), headers(place)) is not None
+            assert await call(passing, "PullObject", of_run("PullObject"), headers(place)) is not None
         clerk.close()
 
     asyncio.run(play())

@@ -163,6 +163,14 @@ def test_resume_keeps_lines_as_they_were_and_drops_the_end(tmp_path):
     assert (tmp_path / "m").read_text().splitlines() == lines[:-1]
 
 
+def test_a_run_goes_on_after_a_round_that_was_dropped(tmp_path):
+    """Its checkpoint has the number of the dropped round, and no event of that number is a round's."""
+    whole = [*run_events(rounds=2), {"event": "round_dropped", "round": 3, "reason": "an upload was damaged"}]
+    recorded(tmp_path / "m", whole)
+    Recorder(tmp_path / "m").resume(3)
+    assert without_time(read(tmp_path / "m")) == without_time(whole)
+
+
 def test_resume_refuses_a_record_that_is_behind_the_checkpoint(tmp_path):
     recorded(tmp_path / "m", run_events(rounds=2))
     with pytest.raises(InputError, match="ends in round 2; the checkpoint is of round 3"):

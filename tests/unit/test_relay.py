@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from base64 import b64decode, b64encode
@@ -19,21 +20,21 @@ from fedpeft.deploy import keys, settings
 from fedpeft.deploy.coordinator import face, post, relay, server
 from fedpeft.deploy.flower import RUN_ENDED
 from fedpeft.flower import empty_run
-from support.relayed import NODE, flower, headers, named, of_run, pulled, rig
+from support.relayed import NODE, call, flower, headers, named, of_run, pulled, rig
 
 __all__ = ["flower", "rig"]  # fixtures
 
 
 def test_a_call_goes_on_as_it_is_with_the_key_that_it_was_signed_by(rig, flower):
     passing, _, place = rig
-    assert asyncio.run(passing.call("GetRun", b"body", headers(place))) == b"answer"
+    assert asyncio.run(call(passing, "GetRun", b"body", headers(place))) == b"answer"
     assert flower.asked == [("GetRun", b"body", keys.pem((place / "site.pub").read_text()))]
 
 
 def test_a_call_of_another_s_node_is_refused(rig, flower):
     passing, _, place = rig
     with pytest.raises(relay.Refusal, match="node") as refused:
-        asyncio.run(passing.call("PullMessages", pulled().replace(bytes([NODE]), b"\x08"), headers(place)))
+        asyncio.run(call(passing, "PullMessages", pulled().replace(bytes([NODE]), b"\x08"), headers(place)))
     assert refused.value.status == 401 and not flower.asked
 
 
@@ -51,7 +52,7 @@ def test_an_identity_that_is_not_a_site_s_never_reaches_flower(rig, flower, chan
     passing, _, place = rig
     later = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
     with pytest.raises(relay.Refusal, match=words) as refused:
-        asyncio.run(passing.call("GetRun", b"", {**headers(place), "flwr-timestamp": later, **change}))
+        asyncio.run(call(passing, "GetRun", b"", {**headers(place), "flwr-timestamp": later, **change}))
     assert refused.value.status == status and not flower.asked
 
 
@@ -59,7 +60,7 @@ def test_a_site_that_was_not_added_yet_learns_of_its_clock_first(rig, flower):
     passing, _, place = rig
     old = headers(place, -400, **{"flwr-public-key": b64encode(b"stranger").decode()})
     with pytest.raises(relay.Refusal, match="timestamp") as refused:
-        asyncio.run(passing.call("RegisterNode", b"", old))
+        asyncio.run(call(passing, "RegisterNode", b"", old))
     assert refused.value.status == 401 and not flower.asked
 
 
@@ -67,10 +68,10 @@ def test_a_site_that_was_not_added_yet_learns_of_its_clock_first(rig, flower):
 def test_a_clock_may_be_as_far_off_as_flower_allows(rig, shift_s, taken):
     passing, _, place = rig
     if taken:
-        assert asyncio.run(passing.call("GetRun", b"", headers(place, shift_s)))
+        assert asyncio.run(call(passing, "GetRun", b"", headers(place, shift_s)))
     else:
         with pytest.raises(relay.Refusal, match="timestamp"):
-            asyncio.run(passing.call("GetRun", b"", headers(place, shift_s)))
+            asyncio.run(call(passing, "GetRun", b"", headers(place, shift_s)))
 
 
 def test_a_site_that_is_added_is_let_in_at_once_and_its_old_key_is_not(rig, tmp_path):
@@ -78,59 +79,83 @@ def test_a_site_that_is_added_is_let_in_at_once_and_its_old_key_is_not(rig, tmp_
     other = tmp_path / "other"
     line = keys.site_keys(other)
     with pytest.raises(relay.Refusal) as refused:
-        asyncio.run(passing.call("ActivateNode", b"", headers(other)))
+        asyncio.run(call(passing, "ActivateNode", b"", headers(other)))
     assert json.loads(refused.value.said)["code"] == 2004  # Flower's word for it, which its own nodes know
     server.add_site(folder, "north", line)
-    assert asyncio.run(passing.call("ActivateNode", b"", headers(other))) == b"answer"
+    assert asyncio.run(call(passing, "ActivateNode", b"", headers(other))) == b"answer"
     with pytest.raises(relay.Refusal, match="not registered"):
-        asyncio.run(passing.call("ActivateNode", b"", headers(place)))
+        asyncio.run(call(passing, "ActivateNode", b"", headers(place)))
 
 
 def test_a_site_that_was_killed_is_let_in_again_without_a_wait(rig, flower):
     passing, _, place = rig
     flower.there = True
-    assert asyncio.run(passing.call("ActivateNode", b"", headers(place))) == b"answer"
+    assert asyncio.run(call(passing, "ActivateNode", b"", headers(place))) == b"answer"
     left = [body for method, body, _ in flower.asked if method == "DeactivateNode"]
     assert [DeactivateNodeRequest.FromString(body).node_id for body in left] == [NODE]
     flower.refusal = relay.Refusal(412, '{"code": 2004}')
     with pytest.raises(relay.Refusal, match="2004"):
-        asyncio.run(passing.call("ActivateNode", b"", headers(place)))
+        asyncio.run(call(passing, "ActivateNode", b"", headers(place)))
 
 
-def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower, monkeypatch):
+def test_calls_that_are_too_large_or_too_many_are_refused(rig, flower):
     passing, _, place = rig
     with pytest.raises(relay.Refusal, match="at most 1048576") as refused:
-        asyncio.run(passing.call("GetRun", bytes(2**20 + 1), headers(place)))
+        asyncio.run(call(passing, "GetRun", bytes(2**20 + 1), headers(place)))
     assert refused.value.status == 413
     large = of_run("PushObject", object_content=bytes(2**20 + 1))
-    assert asyncio.run(passing.call("PushObject", large, headers(place))) == b"answer"
+    assert asyncio.run(call(passing, "PushObject", large, headers(place))) == b"answer"
     with pytest.raises(relay.Refusal, match="at most 1048576"):  # each of two bytes is 50 when read
-        asyncio.run(passing.call("PushMessages", bytes(2**20 + 1), headers(place)))
+        asyncio.run(call(passing, "PushMessages", bytes(2**20 + 1), headers(place)))
 
     async def crowd():
         flower.delay_s = 0.2
-        calls = [passing.call("GetRun", b"", headers(place)) for _ in range(relay.CALLS_AT_ONCE + 3)]
+        calls = [call(passing, "GetRun", b"", headers(place)) for _ in range(relay.CALLS_AT_ONCE + 3)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     refused = [answer for answer in asyncio.run(crowd()) if isinstance(answer, relay.Refusal)]
     assert len(refused) == 3 and {refusal.status for refusal in refused} == {429}
-    assert asyncio.run(passing.call("GetRun", b"", headers(place)))  # they are counted off again
+    assert all("32 calls open" in str(refusal) for refusal in refused)
+    assert asyncio.run(call(passing, "GetRun", b"", headers(place)))  # they are counted off again
 
-    async def flood():
-        calls = [passing.call("PushObject", large, headers(place)) for _ in range(5)]
-        return await asyncio.gather(*calls, return_exceptions=True)
 
-    monkeypatch.setattr(relay, "BYTES_AT_ONCE", 3 * len(large))
-    refused = [str(answer) for answer in asyncio.run(flood()) if isinstance(answer, relay.Refusal)]
-    assert len(refused) == 2 and all("bytes open" in said for said in refused)
-    assert asyncio.run(passing.call("PushObject", large, headers(place))) == b"answer"
+def test_few_of_a_site_s_calls_are_read_at_a_time_and_another_s_do_not_wait(rig, flower, monkeypatch):
+    """What is not read stays with its sender. A site that brings objects slowly can still say that it is there."""
+    passing, folder, place = rig
+    server.add_site(folder, "south", keys.site_keys(folder / "south"))
+    monkeypatch.setattr(relay, "READ_S", 0.5)
+    reading = []
+
+    async def never():
+        reading.append(1)
+        await asyncio.sleep(60)
+
+    async def flood(method):
+        calls = [call(passing, method, never, headers(place)) for _ in range(relay.CALLS_AT_ONCE - 1)]
+        slow = asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        assert len(reading) == relay.READ_AT_ONCE
+        others = [call(passing, "PushObject", of_run("PushObject"), headers(folder / "south"))]
+        if method == "PushObject":
+            others.append(call(passing, "GetRun", b"", headers(place)))
+        assert await asyncio.wait_for(asyncio.gather(*others), 0.3) == [b"answer"] * len(others)
+        await asyncio.sleep(0.6)
+        assert len(reading) == 2 * relay.READ_AT_ONCE  # the first ones took too long
+        slow.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await slow
+
+    for method in ("PushObject", "GetRun"):
+        reading.clear()
+        asyncio.run(flood(method))
+        passing.lines.clear()
 
 
 def test_flower_s_refusal_is_told_as_it_is(rig, flower):
     passing, _, place = rig
     flower.refusal = relay.Refusal(403, '{"code": 2007, "public_message": "no"}')
     with pytest.raises(relay.Refusal) as refused:
-        asyncio.run(passing.call("GetRun", b"", headers(place)))
+        asyncio.run(call(passing, "GetRun", b"", headers(place)))
     assert (refused.value.status, json.loads(refused.value.said)["code"]) == (403, 2007)
 
 
@@ -142,12 +167,12 @@ def test_a_call_of_a_run_that_is_being_started_again_waits_and_one_of_another_go
     (run / "resolved.yaml").touch()
     ours = of_run("PullObject", settings.number_of("run-1"))
     with pytest.raises(relay.Refusal, match="being started") as refused:
-        asyncio.run(passing.call("PullObject", ours, headers(place)))
+        asyncio.run(call(passing, "PullObject", ours, headers(place)))
     assert refused.value.status == 503 and not flower.asked
-    assert asyncio.run(passing.call("PullObject", of_run("PullObject", 6), headers(place))) == b"answer"
+    assert asyncio.run(call(passing, "PullObject", of_run("PullObject", 6), headers(place))) == b"answer"
     server.put_status(run, state="stopped")
     with pytest.raises(relay.Refusal, match="has ended") as refused:
-        asyncio.run(passing.call("PullObject", ours, headers(place)))
+        asyncio.run(call(passing, "PullObject", ours, headers(place)))
     assert json.loads(refused.value.said)["code"] == RUN_ENDED and len(flower.asked) == 1
 
 
@@ -160,16 +185,16 @@ def test_a_pull_waits_and_ends_as_soon_as_a_run_has_a_message(rig, flower, monke
     async def play():
         await passing.counter.open()
         clerk = post.Clerk(folder, box)
-        waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        waiting = asyncio.create_task(call(passing, "PullMessages", pulled(), headers(place)))
         while not passing.counter.runs:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.15)
         assert not waiting.done() and flower.looks == 1
         (name,) = box.push_messages([Message(RecordDict(), NODE, "train")])
         assert named(await asyncio.wait_for(waiting, 60)) == name
-        part = await passing.call("PullObject", of_run("PullObject", object_id=name), headers(place))
+        part = await call(passing, "PullObject", of_run("PullObject", object_id=name), headers(place))
         with pytest.raises(relay.Refusal, match="node"):
-            await passing.call("PullObject", of_run("PullObject", node=8, object_id=name), headers(place))
+            await call(passing, "PullObject", of_run("PullObject", node=8, object_id=name), headers(place))
         clerk.close()
         while passing.counter.runs:
             await asyncio.sleep(0.01)
@@ -196,12 +221,12 @@ def test_a_message_that_nobody_told_of_is_looked_for_and_a_pull_ends_without_one
     passing, _, place = rig
     monkeypatch.setattr(relay, "LOOK_S", 0.05)
     monkeypatch.setattr(relay, "WAIT_S", 0.3)
-    assert asyncio.run(passing.call("PullMessages", pulled(), headers(place))) == b""
+    assert asyncio.run(call(passing, "PullMessages", pulled(), headers(place))) == b""
     assert flower.looks >= 3 and not flower.asked
 
     async def play():
         monkeypatch.setattr(relay, "WAIT_S", 20.0)
-        waiting = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        waiting = asyncio.create_task(call(passing, "PullMessages", pulled(), headers(place)))
         await asyncio.sleep(0.1)
         flower.messages.append("m1")
         return named(await waiting)
@@ -224,7 +249,7 @@ def test_one_look_at_flower_is_for_all_who_wait(rig, flower, monkeypatch):
     async def play():
         calls = [
             asyncio.create_task(
-                passing.call("PullMessages", pulled(node=100 + number), headers(place / f"site-{number}"))
+                call(passing, "PullMessages", pulled(node=100 + number), headers(place / f"site-{number}"))
             )
             for number in range(12)
         ]
@@ -246,11 +271,11 @@ def test_a_message_is_given_again_until_the_site_shows_that_it_has_it(rig, flowe
     flower.messages += ["m1", "m2", "m3", "m4"]
 
     def pull(*received):
-        return named(asyncio.run(passing.call("PullMessages", pulled(*received), headers(place))))
+        return named(asyncio.run(call(passing, "PullMessages", pulled(*received), headers(place))))
 
     assert [pull(), pull(), pull("another")] == ["m1"] * 3
     assert pull("m1") == "m2"
-    asyncio.run(passing.call("PullObject", of_run("PullObject"), headers(place)))  # as Flower's own node shows it
+    asyncio.run(call(passing, "PullObject", of_run("PullObject"), headers(place)))  # as Flower's own node shows it
     assert pull() == "m3"
     assert [pull() for _ in range(relay.REPEATS + 1)] == ["m3"] * relay.REPEATS + ["m4"]  # not for ever
 
@@ -261,16 +286,16 @@ def test_what_flower_hands_out_while_a_site_hangs_up_is_not_lost(rig, flower):
 
     async def play():
         flower.messages, flower.delay_s = ["m1"], 0.2
-        broken = asyncio.create_task(passing.call("PullMessages", pulled(), headers(place)))
+        broken = asyncio.create_task(call(passing, "PullMessages", pulled(), headers(place)))
         await asyncio.sleep(0.1)
         broken.cancel()
-        assert named(await passing.call("PullMessages", pulled(), headers(place))) == "m1"
+        assert named(await call(passing, "PullMessages", pulled(), headers(place))) == "m1"
 
         flower.delay_s = 0.0
-        older = asyncio.create_task(passing.call("PullMessages", pulled("m1"), headers(place)))
+        older = asyncio.create_task(call(passing, "PullMessages", pulled("m1"), headers(place)))
         await asyncio.sleep(0.1)
         flower.messages = ["m2"]
-        newer = await passing.call("PullMessages", pulled("m1"), headers(place))
+        newer = await call(passing, "PullMessages", pulled("m1"), headers(place))
         assert named(newer) == "m2" and await asyncio.wait_for(older, 1) == b""
 
     asyncio.run(play())
@@ -285,7 +310,7 @@ def test_a_stranger_is_refused_before_a_byte_of_its_message_is_read(rig, flower)
     chosen = settings.server(folder)
     chosen.settings.port = port
 
-    async def call(signed):
+    async def push(signed):
         opened = face.grpc_server(passing, chosen, insecure=True)
         await opened.start()
         metadata = [
@@ -294,16 +319,16 @@ def test_a_stranger_is_refused_before_a_byte_of_its_message_is_read(rig, flower)
             if name.startswith("flwr-")
         ]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            push = channel.stream_unary("/flwr.proto.Fleet/PushObject")(metadata=metadata, timeout=20)
+            calling = channel.stream_unary("/flwr.proto.Fleet/PushObject")(metadata=metadata, timeout=20)
             try:
-                await push  # nothing is ever sent
+                await calling  # nothing is ever sent
             except grpc.aio.AioRpcError as error:
                 return error
             finally:
                 await opened.stop(None)
 
     stranger = {**headers(place), "flwr-public-key": b64encode(b"stranger").decode()}
-    error = asyncio.run(call(stranger))
+    error = asyncio.run(push(stranger))
     assert error.code() == grpc.StatusCode.FAILED_PRECONDITION and "not registered" in error.details()
 
 

@@ -8,7 +8,7 @@ from flwr.app import Array
 
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.errors import InputError, RunError
-from fedpeft.state import DROPPED, RoundDropped, RoundFailed, Rules, ServerState
+from fedpeft.state import DROPPED, RoundDropped, RoundFailed, Rules, ServerState, StillMasked
 from fedpeft.strategies.rules.fedit import FedIT
 from fedpeft.strategies.secagg.stages import RECORD
 from fedpeft.strategies.secagg.terms import Terms, check, make_exchange
@@ -75,6 +75,42 @@ def test_a_client_that_starts_anew_remembers_what_it_gave():
     other.local.store = grid.local.store
     with pytest.raises(RoundDropped, match="were given before"):
         asked(other, own, ALL[:4])
+
+
+@pytest.mark.parametrize("fault", ["dies", "late"])
+def test_a_round_that_lost_an_upload_begins_anew_under_other_masks(fault):
+    """Of the first try nothing is ever unmasked, so that the sum is the only one of this start state."""
+    own, after = config(), updates(5)
+    whole = play(Watched(own, after), own)[0][0].adapter
+    grid = Watched(own, after, **{fault: {"client-001": 2}})
+    ask, uploads = grid.finish, []
+
+    def finish(name, outcome):
+        reply = ask(name, outcome)
+        stage, client, *_ = grid.seen[-1]
+        if stage == 2 and not reply.has_error():
+            uploads.append((client, reply.content["arrays"]["adapter"].numpy().tobytes()))
+        if stage == 2 and client == ALL[-1]:
+            assert len(uploads) >= 4 and not grid.replies(3)
+            grid.dies, grid.late = {}, {}
+        return reply
+
+    grid.finish = finish
+    (update,), bad, _ = play(grid, own, quorum=1.0, again=1)
+    assert update.adapter.sha256() == whole.sha256() and not bad
+    assert len(uploads) == len(set(uploads)) == 9  # no client's second upload is its first
+    assert len([1 for stage, *_ in grid.seen if stage == 3]) == 5
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, RoundFailed), (1, RoundFailed), (2, StillMasked)])
+def test_no_mask_is_removed_for_a_sum_that_the_quorum_does_not_count(stage, kind):
+    own, after = config(), updates(5)
+    grid = Watched(own, after, dies={"client-001": stage})
+    with pytest.raises(RoundFailed, match=r"4 of 5 clients are left, but run.quorum=1.0 needs 5") as failed:
+        play(grid, own, quorum=1.0, again=1)
+    assert type(failed.value) is kind and not grid.replies(3)
+    assert len(grid.replies(2)) == (4 if stage == 2 else 0)  # of less than an upload nobody is asked to train
+    assert play(Watched(own, after, dies={"client-001": 3}), own, quorum=1.0)[0][0].count == 5
 
 
 def test_no_shares_leave_before_the_set_is_on_the_disk(monkeypatch):

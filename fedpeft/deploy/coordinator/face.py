@@ -25,11 +25,12 @@ from typing import Any
 import grpc
 import grpc.aio
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedpeft.deploy import address, flower, settings
 from fedpeft.deploy.coordinator.fleet import FleetApi, run_superlink
 from fedpeft.deploy.coordinator.flower import Refusal
-from fedpeft.deploy.coordinator.relay import PATHS, Relay
+from fedpeft.deploy.coordinator.relay import PATHS, Relay, require_size
 from fedpeft.deploy.launch import LARGEST_CALL
 from fedpeft.deploy.settings import Server
 
@@ -39,6 +40,7 @@ STATUS: dict[int, Any] = {
     HTTPStatus.UNAUTHORIZED: grpc.StatusCode.UNAUTHENTICATED,
     HTTPStatus.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
     HTTPStatus.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    HTTPStatus.REQUEST_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     HTTPStatus.CONFLICT: grpc.StatusCode.FAILED_PRECONDITION,
     HTTPStatus.PRECONDITION_FAILED: grpc.StatusCode.FAILED_PRECONDITION,
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: grpc.StatusCode.OUT_OF_RANGE,  # always; RESOURCE_EXHAUSTED passes
@@ -52,6 +54,8 @@ OPTIONS = [
     ("grpc.max_receive_message_length", LARGEST_CALL),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.max_connection_idle_ms", 300_000),  # a site calls more often, whatever it is at
+    ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -59,6 +63,7 @@ OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 CALLS = 4096  # of all sites together
+HEAD_S = 10.0  # from one call over HTTP to the next, or the connection ends
 POLL_S = 0.05
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -113,49 +118,27 @@ def grpc_server(relay: Relay, server: Server, insecure: bool) -> grpc.aio.Server
 
 
 class Methods(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The Fleet methods. A call's identity is looked at before its message is read."""
+    """The Fleet methods, each as of a stream: a handler begins before anything of its message has been read."""
 
     def __init__(self, relay: Relay) -> None:
-        self.relay = relay
         self.handlers = {
-            flower.grpc_path_of(name): (name, grpc.unary_unary_rpc_method_handler(answerer(relay, name)))
+            flower.grpc_path_of(name): grpc.stream_unary_rpc_method_handler(answerer(relay, name))
             for name in flower.METHODS
         }
 
     def service(self, handler_call_details: Any) -> Any:
         """What handles a call; of a method that is none of these, nothing."""
-        name, handler = self.handlers.get(handler_call_details.method, ("", None))
-        if handler is None:
-            return None
-        try:
-            self.relay.admit(name, 0, headers_of(handler_call_details.invocation_metadata))
-        except Refusal as refusal:
-            return grpc.stream_unary_rpc_method_handler(refuser(refusal))  # as of a stream, of which nothing is read
-        return handler
+        return self.handlers.get(handler_call_details.method)
 
 
-def refuser(refusal: Refusal) -> Callable[[Any, Any], Awaitable[None]]:
-    """What answers a call with a refusal and reads nothing of it."""
-
-    async def answer(_: Any, context: Any) -> None:
-        await refuse(context, refusal)
-
-    return answer
-
-
-async def refuse(context: Any, refusal: Refusal) -> None:
-    """End a call with the status of a refusal."""
-    await context.abort(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN), refusal.said)
-
-
-def answerer(relay: Relay, method: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
+def answerer(relay: Relay, method: str) -> Callable[[Any, Any], Awaitable[bytes]]:
     """What answers one method over gRPC; messages stay bytes."""
 
-    async def answer(body: bytes, context: Any) -> bytes:
+    async def answer(messages: Any, context: Any) -> bytes:
         try:
-            return await relay.call(method, body, headers_of(context.invocation_metadata()))
+            return await relay.call(method, lambda: anext(messages, b""), headers_of(context.invocation_metadata()))
         except Refusal as refusal:
-            await refuse(context, refusal)
+            await context.abort(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN), refusal.said)
             raise
 
     return answer
@@ -170,6 +153,36 @@ def headers_of(metadata: Any) -> dict[str, str]:
     }
 
 
+class Prompt(H11Protocol):  # its heads are bounded, those of uvicorn's other protocol not
+    """A connection over HTTP that makes room for others, or ends after a while, as long as nobody calls by it."""
+
+    since = 0.0
+    seen: object = None  # the call that was the newest at the last look
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) >= CALLS:
+            idle = [one for one in self.connections if isinstance(one, Prompt) and one.since and not one.serves()]
+            for oldest in sorted(idle, key=lambda one: one.since)[:1]:
+                oldest.transport.abort()
+                self.connections.discard(oldest)
+        self.since = self.loop.time()
+        self.loop.call_later(HEAD_S, self.look)
+
+    def serves(self) -> bool:
+        """Whether a call came whose answer has not gone."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def look(self) -> None:
+        """End it if no call has come since the last look."""
+        if self.transport.is_closing():
+            return
+        if self.seen is self.cycle and not self.serves():
+            self.transport.abort()
+        self.seen = self.cycle
+        self.loop.call_later(HEAD_S, self.look)
+
+
 def http_server(relay: Relay, server: Server, insecure: bool) -> uvicorn.Server:
     """The Fleet paths, bound to `http_port`."""
     config = uvicorn.Config(
@@ -181,6 +194,7 @@ def http_server(relay: Relay, server: Server, insecure: bool) -> uvicorn.Server:
         log_level="warning",
         limit_concurrency=CALLS,
         server_header=False,
+        http=Prompt,
         ws="none",
         timeout_graceful_shutdown=1,  # calls that wait are made again
         ssl_certfile=None if insecure else str(server.path / "server.crt"),
@@ -212,19 +226,21 @@ def door(relay: Relay) -> Callable[[dict[str, Any], Receive, Send], Awaitable[No
 
 
 async def passed(relay: Relay, scope: dict[str, Any], headers: Mapping[str, str], receive: Receive) -> bytes:
-    """The answer to one HTTP request. Its identity is looked at before its body is read."""
+    """The answer to one HTTP request."""
     method = PATHS.get(scope["path"])
     if method is None or scope["method"] != "POST":
         raise Refusal(HTTPStatus.NOT_FOUND, "only the Fleet API is here: POST to /v1/fleet/...")
+
+    async def read() -> bytes:
+        body, more = bytearray(), True
+        while more:
+            part = await receive()
+            if part["type"] == "http.disconnect":
+                raise Refusal(HTTPStatus.BAD_REQUEST, "the connection ended.")
+            body += part.get("body", b"")
+            require_size(method, len(body))
+            more = part.get("more_body", False)
+        return bytes(body)
+
     size = headers.get("content-length", "0")
-    relay.admit(method, int(size) if size.isascii() and size.isdigit() else 0, headers)
-    body = bytearray()
-    while True:
-        part = await receive()
-        if part["type"] == "http.disconnect":
-            raise Refusal(HTTPStatus.BAD_REQUEST, "the connection ended.")
-        body += part.get("body", b"")
-        if len(body) > LARGEST_CALL:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST_CALL} bytes.")
-        if not part.get("more_body"):
-            return await relay.call(method, bytes(body), headers)
+    return await relay.call(method, read, headers, int(size) if size.isascii() and size.isdigit() else 0)

@@ -1,9 +1,10 @@
 """Hands sites' calls to the run that they are of, or to Flower's Fleet API, over whichever transport they came.
 
-A call is refused before Flower sees it if its key is not registered, its signature is false or old, it is too large, or
-its site has too many calls open; and then if it is of another node than its key's. Nothing is kept but what is on its
-way: the message that a site's last pull got, until the site shows that it has it. A site whose connection broke in
-between is given it once more; Flower itself hands out a message only once.
+A call is refused before anything of it is read if its key is not registered, its signature is false or old, it is too
+large, or its site has too many calls open; and then if it is of another node than its key's. Few of a site's calls are
+read at a time. Nothing is kept but what is on its way: the message that a site's last pull got, until the site shows
+that it has it. A site whose connection broke in between is given it once more; Flower itself hands out a message only
+once.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import asyncio
 import binascii
 import contextlib
 import logging
+from asyncio import Semaphore
 from base64 import b64decode
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +40,8 @@ PATHS = {flower.path_of(name): name for name in flower.METHODS}
 KEY, STAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"  # over gRPC two of them end in -bin
 LARGE = {"PushObject"}  # the others name things
 SMALL_CALL = 2**20  # bytes
-CALLS_AT_ONCE, BYTES_AT_ONCE = 32, 2 * LARGEST_CALL  # of one site
+CALLS_AT_ONCE, READ_AT_ONCE = 32, 4  # of one site; of its calls that may be large, and of the others
+READ_S = 300.0  # for one call
 WAIT_S = 20.0  # of a pull, when there is no message
 LOOK_S = 1.0  # between looks at Flower, for all who wait, for messages of which nobody told us
 REPEATS = 3  # of one message
@@ -52,7 +56,6 @@ class Line:
     """What is open with one site."""
 
     calls: int = 0
-    open_bytes: int = 0  # of these calls
     pulls: int = 0
     message: bytes = b""  # the last pull's answer, until the site shows that it has it
     name: str = ""
@@ -61,6 +64,7 @@ class Line:
     at_flower: bool = False  # there may be a message of a run that is not ours
     proof: tuple[str, str] = ("", "")  # time and signature that were looked at last, and are good
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turns: dict[bool, Semaphore] = field(default_factory=lambda: defaultdict(partial(Semaphore, READ_AT_ONCE)))
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # there is a message, or a newer pull
 
     def settle(self) -> None:
@@ -84,44 +88,58 @@ class Relay:
         self.known: tuple[int, frozenset[bytes]] = (-1, frozenset())
         self.looks: asyncio.Future[None] | None = None
 
-    async def call(self, method: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    async def call(
+        self, method: str, read: Callable[[], Awaitable[bytes]], headers: Mapping[str, str], size: int = 0
+    ) -> bytes:
         """The answer to a call.
 
         Args:
+            read: reads the call's message, of which nothing has been read yet.
             headers: lower-case names; those of Flower go with the call.
+            size: bytes of the message, as far as they are told ahead.
 
         Raises:
             Refusal: by this process or by Flower.
         """
-        key = self.admit(method, len(body), headers)
+        key, large = self.admit(headers), method in LARGE
+        require_size(method, size)
         line = self.lines[key]
         if line.calls >= CALLS_AT_ONCE:
-            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has {CALLS_AT_ONCE} calls open.")
-        if line.open_bytes + len(body) > BYTES_AT_ONCE:
-            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"this site has calls of {line.open_bytes} bytes open.")
-        line.calls, line.open_bytes = line.calls + 1, line.open_bytes + len(body)
+            said = f"this site has {CALLS_AT_ONCE} calls open; no site may have more at once."
+            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, said)
+        line.calls += 1
         try:
-            if method == "PullMessages":
-                return await self.pull(line, body, key)
-            if method == "ActivateNode":
-                return await self.activate(body, key)
-            if method in SHOWS:
-                line.settle()
-            if method in (*METHODS, CONFIRM):
-                return await self.of_a_run(method, line, body, key)
-            return await self.work(self.fleet.call, method, body, key)
+            async with line.turns[large]:
+                try:
+                    body = await asyncio.wait_for(read(), READ_S)
+                except TimeoutError as error:
+                    said = f"{method}: not all of it came within {READ_S:g} s."
+                    raise Refusal(HTTPStatus.REQUEST_TIMEOUT, said) from error
+                require_size(method, len(body))
+                if large:  # its bytes are in memory until it is answered
+                    return await self.answer(method, line, body, key)
+            return await self.answer(method, line, body, key)
         finally:
-            line.calls, line.open_bytes = line.calls - 1, line.open_bytes - len(body)
+            line.calls -= 1
 
-    def admit(self, method: str, size: int, headers: Mapping[str, str]) -> bytes:
-        """The key of a call's site; refuse it by its size in bytes or by its identity.
+    async def answer(self, method: str, line: Line, body: bytes, key: bytes) -> bytes:
+        """The answer to a call that was read."""
+        if method == "PullMessages":
+            return await self.pull(line, body, key)
+        if method == "ActivateNode":
+            return await self.activate(body, key)
+        if method in SHOWS:
+            line.settle()
+        if method in (*METHODS, CONFIRM):
+            return await self.of_a_run(method, line, body, key)
+        return await self.work(self.fleet.call, method, body, key)
+
+    def admit(self, headers: Mapping[str, str]) -> bytes:
+        """The key of a call's site.
 
         Raises:
-            Refusal: why.
+            Refusal: why it has none.
         """
-        largest = LARGEST_CALL if method in LARGE else SMALL_CALL
-        if size > largest:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{method}: {size} bytes; at most {largest}.")
         if self.insecure:
             return headers.get(KEY, "").encode()
         try:
@@ -245,6 +263,13 @@ class Relay:
         """Have the pull of a site look at once."""
         if (line := self.nodes.get(node)) is not None:
             line.wake.set()
+
+
+def require_size(method: str, size: int) -> None:
+    """Refuse a call of more bytes than one of this method may have."""
+    largest = LARGEST_CALL if method in LARGE else SMALL_CALL
+    if size > largest:
+        raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{method}: {size} bytes; at most {largest}.")
 
 
 def named_in(method: str, body: bytes) -> tuple[int, int]:
