@@ -88,7 +88,7 @@ def test_a_run_ends_as_if_nothing_had_been_killed(tmp_path, way):
     sums = f"secagg.enabled={json.dumps(way == 'secure sums')}"
     options = (*STEADY, f"run.rounds={ROUNDS}", f"privacy.planned_rounds={ROUNDS}", sums)
     try:
-        start_sites(made, SITES, over_http=way == "http")
+        start_sites(made, SITES, over_http=SITES if way == "http" else ())
         undisturbed = made.submit(TREE, *options)
         made.wait(undisturbed, 1200)
         wanted = read_results(made, undisturbed, SITES)

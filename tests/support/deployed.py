@@ -96,17 +96,22 @@ def three_sites(root, policy=POLICY, words=WORDS):
         made.close()
 
 
-def start_sites(made, names, port=None, over_http=False):
-    """A coordinator and sites with 30 records each, at work; `port` leads to the coordinator's by another way."""
+def start_sites(made, names, over_http=(), through=None):
+    """A coordinator and sites with 30 records each, at work.
+
+    Args:
+        over_http: those that call over HTTP.
+        through: ports of the coordinator, and those by which sites reach them.
+    """
     made.start("coordinator")
     for seed, name in enumerate(names):
         write_records(made.root / f"{name}.csv", 30, seed)
         made.add_site(name, made.root / f"{name}.csv")
-        if over_http:
+        if name in over_http:
             made.over_http(name)
-        if port is not None:
-            file, there = made.root / name / "site.yaml", made.http_port if over_http else made.port
-            file.write_text(file.read_text().replace(f":{there}", f":{port}"))
+        file = made.root / name / "site.yaml"
+        for port, other in (through or {}).items():
+            file.write_text(file.read_text().replace(f":{port}", f":{other}"))
     made.ready()
     for name in names:
         made.start(name)
