@@ -12,7 +12,7 @@ import json
 import re
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from flwr import __version__
@@ -46,12 +46,13 @@ __all__ = [
 
 PROTOBUF = "application/protobuf"  # of bodies over HTTP
 HEARTBEAT_S = 30.0  # within twice this a node that is silent counts as away
-KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED = 23, 2004, 2007  # Flower's numbers of errors
+KEY_IN_USE, UNKNOWN_KEY, RUN_ENDED, NO_RUN = 23, 2004, 2007, 2008  # Flower's numbers of errors
 FRESH_S = 20.0  # of a signature
 ALONG, ALONG_BYTES = "fedpeft.objects", 2**16  # a record with a message's objects, and the most of them
 SIGNED: dict[Any, tuple[float, list[tuple[str, str | bytes]]]] = {}  # by keys: when, and the identity
 Objects = Callable[[str], bytes]
-METHODS = DESCRIPTOR.services_by_name["Fleet"].methods_by_name
+FLEET = DESCRIPTOR.services_by_name["Fleet"]
+METHODS = FLEET.methods_by_name
 # Of objects by their names: what must hold of their bytes before Flower builds them.
 BOUNDS: dict[str, Callable[[bytes], None]] = {
     "Message": lambda body: bounds.require_few(body, MessageMessage.DESCRIPTOR),
@@ -77,7 +78,7 @@ def path_of(method: str) -> str:
 
 def grpc_path_of(method: str) -> str:
     """Where a method of the Fleet API is called over gRPC."""
-    return f"/{METHODS[method].containing_service.full_name}/{method}"
+    return f"/{FLEET.full_name}/{method}"
 
 
 def answer_type(method: str) -> Any:
@@ -122,12 +123,12 @@ def signed(key: Any, shift_s: float) -> list[tuple[str, str | bytes]]:
     ]
 
 
-def identity_headers(key: Any, shift_s: float = 0.0) -> dict[str, str]:
-    """The same over HTTP, where bytes are in base64."""
-    found = identity(key, shift_s)
+def headers_of(identity: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
+    """The same as it is over HTTP, where bytes are in base64."""
     return {
         name.removesuffix("-bin"): b64encode(value).decode() if isinstance(value, bytes) else value
-        for name, value in found
+        for name, value in identity
+        if name.startswith("flwr-")
     }
 
 

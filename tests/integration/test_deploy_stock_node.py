@@ -26,7 +26,7 @@ from fedpeft.flower import identify
 from fedpeft.simulations.benchmarks import stock_runs
 from fedpeft.strategies import FedSVD
 from support import stock_app
-from support.deployed import Deployment, free_ports, until, write_records
+from support.deployed import LABELS, TRAIN, Deployment, free_ports, until, write_records
 
 PROJECT = """
 [project]
@@ -51,18 +51,55 @@ def beat(client):
             time.sleep(5)
 
 
+def start_stock_node(made, env):
+    """Flower's own node, as site `stock` of a deployment."""
+    command = [
+        str(Path(sys.executable).parent / "flower-supernode"),
+        *("--superlink", f"localhost:{made.http_port}", "--root-certificates", str(made.coordinator / "ca.crt")),
+        *("--auth-supernode-private-key", str(made.root / "stock" / "site.key")),
+        *("--port", str(free_ports(1)[0]), "--node-config", "partition-id=0 num-partitions=1"),
+    ]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**env, "PATH": path, "FLWR_HOME": str(made.root / "flwr")}
+    with (made.root / "stock.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_of_fedpeft_goes_on_without_a_stock_node_that_it_asks(tmp_path):
+    """Which would be waited for, as it is connected: no round of this run has a deadline."""
+    made = Deployment(tmp_path)
+    for seed, name in enumerate(("ours", "stock")):
+        write_records(tmp_path / f"{name}.csv", 30, seed)
+        made.add_site(name, tmp_path / f"{name}.csv")
+    made.start("coordinator")
+    made.ready()
+    made.start("ours")
+    node = start_stock_node(made, settings.environment(made.coordinator))
+    try:
+        run = made.submit({**TRAIN, "data": {"labels": LABELS}}, "run.rounds=2")
+        made.wait(run, 300)
+        assert [event["clients"] for event in made.rounds(run)] == [["ours"]] * 2
+        assert all("asks for an app" in event["quarantined"]["stock"] for event in made.rounds(run))
+        assert node.poll() is None
+        assert "not in `RUNNING` status" in (tmp_path / "stock.log").read_text()
+    finally:
+        node.terminate()
+        node.wait(20)
+        made.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
     """Ours is connected too; it runs no app that comes from elsewhere, and says so."""
     made = Deployment(tmp_path)
-    (node_port,) = free_ports(1)
     write_records(tmp_path / "own.csv", 20, 0)
     for name in ("ours", "stock"):
         made.add_site(name, tmp_path / "own.csv")
     server = settings.server(made.coordinator)
     env = settings.environment(made.coordinator)
-    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     fleet = daemon.fleet_of(server, False, env)
     fleet.start()
     node = None
@@ -71,15 +108,7 @@ def test_a_stock_node_takes_part_by_http_beside_one_of_ours(tmp_path):
         control = Control(server, insecure=False)
         control.register_missing()
         made.start("ours")
-        command = [
-            str(Path(sys.executable).parent / "flower-supernode"),
-            *("--superlink", f"localhost:{made.http_port}", "--root-certificates", str(made.coordinator / "ca.crt")),
-            *("--auth-supernode-private-key", str(tmp_path / "stock" / "site.key")),
-            *("--port", str(node_port), "--node-config", "partition-id=0 num-partitions=1"),
-        ]
-        with (tmp_path / "stock.log").open("wb") as log:
-            env["FLWR_HOME"] = str(tmp_path / "flwr")
-            node = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        node = start_stock_node(made, env)
         until(lambda: [one.status for one in control.nodes()] == ["online"] * 2, "both nodes", 120)
         app = Path(stock_app.__file__).read_bytes()
         files = {"pyproject.toml": PROJECT.encode(), "stock/__init__.py": b"", "stock/app.py": app}

@@ -83,13 +83,14 @@ def headers(place, shift_s=0.0, **changed):
     return {**found, **changed}
 
 
-def call(passing, method, body, fields):
-    """One call of a site whose message is there."""
+async def call(passing, method, body, fields):
+    """The answer to a call of a site whose message is there, or comes by `body`."""
 
     async def read():
         return body
 
-    return passing.call(method, read, fields)
+    async with passing.call(method, body if callable(body) else read, fields) as content:
+        return content
 
 
 def named(content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from types import SimpleNamespace
 
@@ -70,6 +71,19 @@ def bring(box, request, objects, node=NORTH, count=None):
         ).stored
         for name in wanted
     ]
+
+
+def test_a_node_that_asks_for_an_app_is_waited_for_no_more(box, monkeypatch):
+    """Flower's own gets no run, and ignores the message; the run hears that, and who else was asked still answers."""
+    monkeypatch.setattr(post, "AWAY_S", 0.0)
+    mine, other = send(box), send(box, node=SOUTH)
+    assert fetch(box) is not None
+    with pytest.raises(Refusal, match="no app") as refused:
+        call(box, "GetRun", run_id=RUN)
+    assert refused.value.status == 403 and json.loads(refused.value.said)["code"] == flower.NO_RUN
+    (reply,) = box.pull_messages([mine, other])
+    assert reply.metadata.reply_to_message_id == mine and reply.error.reason == post.FOREIGN
+    assert fetch(box, SOUTH) is not None
 
 
 def test_a_message_goes_to_its_site_once_and_comes_back_once(box):

@@ -16,8 +16,8 @@ import logging
 import os
 import ssl
 import threading
-from base64 import b64encode
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ OPTIONS = [
     ("grpc.max_receive_message_length", LARGEST_CALL),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.http2.bdp_probe", 0),  # or of each stream all comes that the network carries, whether it is read or not
     ("grpc.max_connection_idle_ms", 300_000),  # a site calls more often, whatever it is at
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_metadata_size", 16 * 1024),
@@ -105,9 +106,10 @@ async def serve(server: Server, insecure: bool) -> None:
 
 
 def grpc_server(relay: Relay, server: Server, insecure: bool) -> grpc.aio.Server:
-    """The Fleet methods, bound to the Fleet port."""
+    """The Fleet methods, bound to the Fleet port; each as of streams, so that `answerer` reads its message."""
     face = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS)
-    face.add_generic_rpc_handlers((Methods(relay),))
+    handlers = {name: grpc.stream_stream_rpc_method_handler(answerer(relay, name)) for name in flower.METHODS}
+    face.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(flower.FLEET.full_name, handlers),))
     place = address.join(server.settings.listen, server.settings.port)
     if insecure:
         face.add_insecure_port(place)
@@ -117,40 +119,23 @@ def grpc_server(relay: Relay, server: Server, insecure: bool) -> grpc.aio.Server
     return face
 
 
-class Methods(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The Fleet methods, each as of a stream: a handler begins before anything of its message has been read."""
+def answerer(relay: Relay, method: str) -> Callable[[Any, Any], Awaitable[None]]:
+    """What answers one method over gRPC, and waits until the answer is taken; messages stay bytes."""
 
-    def __init__(self, relay: Relay) -> None:
-        self.handlers = {
-            flower.grpc_path_of(name): grpc.stream_unary_rpc_method_handler(answerer(relay, name))
-            for name in flower.METHODS
-        }
+    async def answer(_: Any, context: Any) -> None:
+        async def read() -> bytes:
+            # Not by the iterator, whose cycle of references would keep a message until the collector comes by.
+            message = await context.read()
+            return b"" if message is grpc.aio.EOF else bytes(message)
 
-    def service(self, handler_call_details: Any) -> Any:
-        """What handles a call; of a method that is none of these, nothing."""
-        return self.handlers.get(handler_call_details.method)
-
-
-def answerer(relay: Relay, method: str) -> Callable[[Any, Any], Awaitable[bytes]]:
-    """What answers one method over gRPC; messages stay bytes."""
-
-    async def answer(messages: Any, context: Any) -> bytes:
         try:
-            return await relay.call(method, lambda: anext(messages, b""), headers_of(context.invocation_metadata()))
-        except Refusal as refusal:
-            await context.abort(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN), refusal.said)
-            raise
+            async with relay.call(method, read, flower.headers_of(context.invocation_metadata() or ())) as content:
+                await context.write(content)
+        except Refusal as refusal:  # not by `abort`, which keeps its exception, and so what was read, likewise
+            context.set_code(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN))
+            context.set_details(refusal.said)
 
     return answer
-
-
-def headers_of(metadata: Any) -> dict[str, str]:
-    """A call's identity as it is written over HTTP, where bytes are in base64."""
-    return {
-        name.removesuffix("-bin"): b64encode(value).decode() if isinstance(value, bytes) else value
-        for name, value in metadata or ()
-        if name.startswith("flwr-")
-    }
 
 
 class Prompt(H11Protocol):  # its heads are bounded, those of uvicorn's other protocol not
@@ -211,36 +196,38 @@ def door(relay: Relay) -> Callable[[dict[str, Any], Receive, Send], Awaitable[No
 
     async def answer(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        size = headers.get("content-length", "0")
         try:
-            status: int = HTTPStatus.OK
-            kind, content = flower.PROTOBUF, await passed(relay, scope, headers, receive)
+            method = PATHS.get(scope["path"])
+            if method is None or scope["method"] != "POST":
+                raise Refusal(HTTPStatus.NOT_FOUND, "only the Fleet API is here: POST to /v1/fleet/...")
+            read = partial(read_body, method, receive)
+            stated = int(size) if size.isascii() and size.isdigit() else 0
+            async with relay.call(method, read, headers, stated) as content:
+                await put(send, HTTPStatus.OK, flower.PROTOBUF, content)
         except Refusal as refusal:
-            status, kind = refusal.status, "application/json"
-            said = refusal.said
-            content = (said if said.startswith("{") else json.dumps({"detail": said})).encode()
-        fields = [(b"content-type", kind.encode()), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": int(status), "headers": fields})
-        await send({"type": "http.response.body", "body": content})
+            said = refusal.said if refusal.said.startswith("{") else json.dumps({"detail": refusal.said})
+            await put(send, refusal.status, "application/json", said.encode())
 
     return answer
 
 
-async def passed(relay: Relay, scope: dict[str, Any], headers: Mapping[str, str], receive: Receive) -> bytes:
-    """The answer to one HTTP request."""
-    method = PATHS.get(scope["path"])
-    if method is None or scope["method"] != "POST":
-        raise Refusal(HTTPStatus.NOT_FOUND, "only the Fleet API is here: POST to /v1/fleet/...")
+async def put(send: Send, status: int, kind: str, content: bytes) -> None:
+    """Send an answer, and return when the network has taken it."""
+    fields = [(b"content-type", kind.encode()), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": int(status), "headers": fields})
+    await send({"type": "http.response.body", "body": content, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
 
-    async def read() -> bytes:
-        body, more = bytearray(), True
-        while more:
-            part = await receive()
-            if part["type"] == "http.disconnect":
-                raise Refusal(HTTPStatus.BAD_REQUEST, "the connection ended.")
-            body += part.get("body", b"")
-            require_size(method, len(body))
-            more = part.get("more_body", False)
-        return bytes(body)
 
-    size = headers.get("content-length", "0")
-    return await relay.call(method, read, headers, int(size) if size.isascii() and size.isdigit() else 0)
+async def read_body(method: str, receive: Receive) -> bytes:
+    """The body of an HTTP request, as long as it may be one of this method."""
+    body, more = bytearray(), True
+    while more:
+        part = await receive()
+        if part["type"] == "http.disconnect":
+            raise Refusal(HTTPStatus.BAD_REQUEST, "the connection ended.")
+        body += part.get("body", b"")
+        require_size(method, len(body))
+        more = part.get("more_body", False)
+    return bytes(body)

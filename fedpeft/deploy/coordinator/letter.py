@@ -24,6 +24,7 @@ class Letter:
         came: where in `file`, which has no name, objects of the answer begin, and their bytes.
         missing: objects of the answer that have not come, as keys in their order.
         shown: the site has shown that it has the message.
+        foreign: its node runs apps, and answers nothing that is of none.
     """
 
     message: Message
@@ -37,6 +38,7 @@ class Letter:
     room: int = ROOM
     missing: dict[str, None] = field(default_factory=dict)
     shown: bool = False
+    foreign: bool = False
 
     @property
     def node(self) -> int:

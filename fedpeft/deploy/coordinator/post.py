@@ -34,12 +34,13 @@ from fedpeft.foreign import shown
 log = logging.getLogger("fedpeft")
 FRAME = struct.Struct(">IIQB")  # bytes that follow, call, node or status, method
 BELL = 0  # no call: a node has a message
-METHODS = ("PullMessages", "PullObject", "PushMessages", "PushObject")
+METHODS = ("PullMessages", "PullObject", "PushMessages", "PushObject", "GetRun")
 PLACE = "post"  # a file in the coordinator's folder: the port of the face's counter
 SERVER = 1  # Flower's number of the node that messages to sites are from
 AGAIN_S = 0.1
 WAIT_S = 1.0  # for an answer, at a time
 AWAY_S = 5.0  # between looks for sites that went away
+FOREIGN = "its node is Flower's own, and asks for an app, which a run of fedpeft has not"
 OBJECTS, ENVELOPE = 10_000, 2**16  # objects of one answer; bytes of what an answer is without its content
 
 
@@ -127,12 +128,13 @@ class Post(OwnGrid):
             for name, letter in list(self.letters.items()):
                 expired = self.looked > letter.until
                 gone = name in wanted and letter.node in self.away & before
-                if letter.answered() or not (expired or gone):
+                if letter.answered() or not (expired or gone or letter.foreign):
                     continue
                 message = self.forget(name)
                 if name in wanted:
                     code = ErrorCode.MESSAGE_UNAVAILABLE if expired else ErrorCode.NODE_UNAVAILABLE
-                    reason = "the message has expired" if expired else "the site is not connected any more"
+                    away = FOREIGN if letter.foreign else "the site is not connected any more"
+                    reason = "the message has expired" if expired else away
                     errors.append(Message(Error(code, reason), reply_to=message))
         return errors
 
@@ -235,6 +237,12 @@ class Post(OwnGrid):
             raise Refusal(HTTPStatus.BAD_REQUEST, "an object is not what its id says.")
         self.take_object(letter, asked.object_id, content)
         return kind(stored=True)
+
+    def GetRun(self, node: int, asked: Any) -> Any:
+        """Nothing, as there is no app: who asks for one has got a message, and cannot answer it."""
+        for letter in self.of[node].values():
+            letter.foreign = True
+        raise Refusal.numbered(HTTPStatus.FORBIDDEN, flower.NO_RUN, "a run of fedpeft has no app.")
 
     def take_object(self, letter: Letter, name: str, content: bytes) -> None:
         """Take a part of an answer, unless that becomes too large; tell who waits when all of it is there."""

@@ -16,7 +16,7 @@ import logging
 from asyncio import Semaphore
 from base64 import b64decode
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,7 +40,7 @@ PATHS = {flower.path_of(name): name for name in flower.METHODS}
 KEY, STAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"  # over gRPC two of them end in -bin
 LARGE = {"PushObject"}  # the others name things
 SMALL_CALL = 2**20  # bytes
-CALLS_AT_ONCE, READ_AT_ONCE = 32, 4  # of one site; of its calls that may be large, and of the others
+CALLS_AT_ONCE, READ_AT_ONCE = 32, 2  # of one site; of its calls that may be large, and of the others
 READ_S = 300.0  # for one call
 WAIT_S = 20.0  # of a pull, when there is no message
 LOOK_S = 1.0  # between looks at Flower, for all who wait, for messages of which nobody told us
@@ -88,10 +88,11 @@ class Relay:
         self.known: tuple[int, frozenset[bytes]] = (-1, frozenset())
         self.looks: asyncio.Future[None] | None = None
 
+    @contextlib.asynccontextmanager
     async def call(
         self, method: str, read: Callable[[], Awaitable[bytes]], headers: Mapping[str, str], size: int = 0
-    ) -> bytes:
-        """The answer to a call.
+    ) -> AsyncIterator[bytes]:
+        """The answer to a call, which counts as open until its answer is taken.
 
         Args:
             read: reads the call's message, of which nothing has been read yet.
@@ -101,7 +102,7 @@ class Relay:
         Raises:
             Refusal: by this process or by Flower.
         """
-        key, large = self.admit(headers), method in LARGE
+        key = self.admit(headers)
         require_size(method, size)
         line = self.lines[key]
         if line.calls >= CALLS_AT_ONCE:
@@ -109,18 +110,22 @@ class Relay:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, said)
         line.calls += 1
         try:
-            async with line.turns[large]:
-                try:
-                    body = await asyncio.wait_for(read(), READ_S)
-                except TimeoutError as error:
-                    said = f"{method}: not all of it came within {READ_S:g} s."
-                    raise Refusal(HTTPStatus.REQUEST_TIMEOUT, said) from error
-                require_size(method, len(body))
-                if large:  # its bytes are in memory until it is answered
-                    return await self.answer(method, line, body, key)
-            return await self.answer(method, line, body, key)
+            yield await self.read_and_answer(method, read, line, key)
         finally:
             line.calls -= 1
+
+    async def read_and_answer(self, method: str, read: Callable[[], Awaitable[bytes]], line: Line, key: bytes) -> bytes:
+        """The answer to a call of which nothing has been read yet, when it is its turn."""
+        async with line.turns[method in LARGE]:
+            try:
+                body = await asyncio.wait_for(read(), READ_S)
+            except TimeoutError as error:
+                said = f"{method}: not all of it came within {READ_S:g} s."
+                raise Refusal(HTTPStatus.REQUEST_TIMEOUT, said) from error
+            require_size(method, len(body))
+            if method in LARGE:  # its bytes are in memory until then
+                return await self.answer(method, line, body, key)
+        return await self.answer(method, line, body, key)
 
     async def answer(self, method: str, line: Line, body: bytes, key: bytes) -> bytes:
         """The answer to a call that was read."""

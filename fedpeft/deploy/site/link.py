@@ -140,7 +140,7 @@ class HttpLink:
 
     def call(self, method: str, request: Any, within_s: float, shift_s: float = 0.0) -> Any:
         headers = {"content-type": flower.PROTOBUF, "accept": flower.PROTOBUF, "accept-encoding": "identity"}
-        headers |= flower.identity_headers(self.key, shift_s)
+        headers |= flower.headers_of(flower.identity(self.key, shift_s))
         try:
             with self.client.stream(
                 "POST", flower.path_of(method), content=request.SerializeToString(), headers=headers, timeout=within_s
