@@ -209,8 +209,8 @@ class Session:
             full = self.traffic is not None and not self.traffic.has_room(world.strategy, server, rounds=2)
             last = number if full else until
             kept = None if federation.steady else self.folder
-            rules = replace(rules_of(world.config), rounds=last, clients=self.count_awaited(number), folder=kept)
-            rules = rules if federation.steady else replace(rules, again=AGAIN)
+            again, clients = 0 if federation.steady else AGAIN, self.count_awaited(number)
+            rules = replace(rules_of(world.config), rounds=last, clients=clients, folder=kept, again=again)
             # Sites come and go, so each round asks anew who is there; one that is tried again must not repeat others.
             server = self.attempt(
                 number,
