@@ -32,7 +32,7 @@ MOST = (4 * relay.READ_AT_ONCE + 2) * LARGEST_CALL // MB
 
 @pytest.fixture
 def place(tmp_path):
-    """SuperLink and face of a coordinator that knows north, which is hostile, and south."""
+    """The fleet process of a coordinator that knows north, which is hostile, and south."""
     port, control_port, http_port = free_ports(3)
     folder = tmp_path / "coordinator"
     server.init(folder, "localhost", port, control_port, "127.0.0.1", http_port)
@@ -40,14 +40,13 @@ def place(tmp_path):
         server.add_site(folder, name, keys.site_keys(tmp_path / name))
     made = settings.server(folder)
     fleet = daemon.fleet_of(made, False, settings.environment(made.path))
-    for child in fleet:
-        child.start()
+    fleet.start()
     try:
         until(lambda: all(address.answers(*at) for at in daemon.ports(made)), "the ports")
         Control(made, insecure=False).register_missing()
-        yield tmp_path, made, fleet[1].process.pid
+        yield tmp_path, made, fleet.process.pid
     finally:
-        end_children(fleet)
+        end_children([fleet])
 
 
 class South(threading.Thread):
