@@ -76,6 +76,7 @@ TABLES: dict[str, dict[str, str]] = {
         "orthogonal_adaptation": "fedpeft.adapters.orthogonal_adaptation:OrthogonalAdaptation",
         "bottleneck": "fedpeft.adapters.bottleneck:Bottleneck",
         "dylora": "fedpeft.adapters.dylora:DyLoRA",
+        "shared_private": "fedpeft.adapters.shared_private:SharedPrivate",
     },
     "penalties": {
         "sorsa": "fedpeft.adapters.penalties.sorsa:SORSAPenalty",

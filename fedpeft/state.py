@@ -252,6 +252,7 @@ class RunContext:
         client_ranks: by client, where they differ from the server's.
         ledger: file that client-level privacy writes every release to before it is used.
         adapter: name of the adapter, and `averages`, its roles that any plain average takes.
+        keeps: of its roles those that stay with each client.
     """
 
     weighting: str = "examples"
@@ -261,6 +262,7 @@ class RunContext:
     ledger: Path | None = None
     adapter: str = "lora"
     averages: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class FederatedStrategy(Configured, Strategy):
         super().__init__(**options)
         self.context = context
         if self.takes_any_adapter and context.averages:
-            self.adapter, self.trains = context.adapter, (*context.averages, "head")
+            self.adapter, self.keeps = context.adapter, (*self.keeps, *context.keeps)
+            self.trains = (*context.averages, *context.keeps, "head")
 
     # What a strategy defines ---------------------------------------------------------------------------------------
 

@@ -30,9 +30,16 @@ def build(
     section = config.strategy
     names = clients or [client_name(index) for index in range(config.data.clients or 0)]
     ranks = dict(zip(names, itertools.cycle(config.adapter.client_ranks or ()), strict=False))
-    averages = getattr(registry.load("adapters", config.adapter.name, "adapter.name"), "averages", ())
+    adapter = registry.load("adapters", config.adapter.name, "adapter.name")
     context = RunContext(
-        section.weighting, config.data.clients, ranks, config.run.seed, ledger, config.adapter.name, averages
+        section.weighting,
+        config.data.clients,
+        ranks,
+        config.run.seed,
+        ledger,
+        config.adapter.name,
+        getattr(adapter, "averages", ()),
+        getattr(adapter, "keeps", ()),
     )
     strategy = make_named(section.name, section.options, "strategy", context=context)
     for entry in section.wrap:

@@ -53,6 +53,7 @@ class Adapter(Protocol):
     Attributes:
         averages: roles of what trains, where a plain average takes them whatever they mean; a class without it is for
             the rules that name it.
+        keeps: roles of what trains and stays with each client, likewise.
         rules_of: the registered adapter whose rules take it, where it has the same tensors; its own name otherwise.
         moving_start: of a class that can begin by moving the base weights: from its options what says so, or None.
     """

@@ -36,13 +36,15 @@ class Placed(Configured):
     """A parameterisation of layers.
 
     Attributes:
-        averages: roles of what trains.
+        averages: roles of what trains and is averaged.
+        keeps: roles of what trains and stays with each client.
         drawn: names of what every client draws itself.
         places: where adapter.target_modules is null, endings of layers' names; the first of which a model has all.
         leaves: what a run leaves, in words.
     """
 
     averages: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[tuple[str, ...]] = ()
     drawn: ClassVar[tuple[str, ...]] = ()
     places: ClassVar[tuple[tuple[str, ...], ...]] = ATTENTION
     leaves: ClassVar[str] = "leaves a folder of its own, which `fedpeft predict` opens and stock peft does not"
@@ -148,11 +150,12 @@ class PlacedLayer(OwnLayer):
         super().__init__(base_layer)
         self.method, self.shape, self.scale = method, shape, scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        trains = (*method.averages, *method.keeps)
         for name, value in tensors.items():
             if name in method.drawn:
                 self.register_buffer(name, value, persistent=False)
             else:
-                self.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=name in method.averages))
+                self.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=name in trains))
 
     def act(self, x: Tensor, own: Values) -> Tensor:
         """Outputs [..., n, out] of inputs [..., n, in]."""

@@ -80,8 +80,8 @@ def test_a_state_goes_through_message_and_average(name, options, path):
     model.write(state)
     model.write(state)  # twice is once
     assert model.state().sha256() == state.sha256()
-    strategy = FedIT(context=RunContext(adapter=name, averages=cls.averages))
-    assert strategy.trains == roles_of(name)
+    strategy = FedIT(context=RunContext(adapter=name, averages=cls.averages, keeps=cls.keeps))
+    assert strategy.trains == roles_of(name) and strategy.keeps == cls.keeps
     server = ServerState(state)
     sent = strategy.broadcast(server, "a")
     received, told = wire.Packed.open(wire.PACKED.content(sent, strategy.instructions(server)))
@@ -90,7 +90,9 @@ def test_a_state_goes_through_message_and_average(name, options, path):
     assert not any(key.endswith("/frozen") for key in sent.tensors)
     both = [moved(model, name, seed).select(roles_of(name)) for seed in (2, 3)]
     after = strategy.aggregate(server, [Update(who, 1.0, one) for who, one in zip("ab", both, strict=True)]).adapter
-    for key in both[0].tensors:
+    assert not sent.select(cls.keeps).tensors
+    assert all(torch.equal(after[key], state[key]) for key in state.select(cls.keeps).tensors)
+    for key in both[0].without(cls.keeps).tensors:
         torch.testing.assert_close(after[key], (both[0][key] + both[1][key]) / 2)
 
 
@@ -191,7 +193,7 @@ def test_a_cohort_is_one_after_another_and_records_have_their_own_gradients(name
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_run_goes_on_bit_for_bit(name, options, ends_alike):
-    ends_alike({"adapter": {"name": name, **options}, "run.rounds": 2})
+    ends_alike({"adapter": {"name": name, **options}, "run.rounds": 2, "data.holdout": 0.2})
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -45,7 +45,8 @@ def is_linear(name: str, options: dict[str, Any]) -> bool:
 
 def roles_of(name: str) -> tuple[str, ...]:
     """What trains."""
-    return (*registry.load("adapters", name).averages, "head")
+    cls = registry.load("adapters", name)
+    return (*cls.averages, *cls.keeps, "head")
 
 
 def adapted(path: Any, name: str, options: dict[str, Any], kind: str = "bert", **section: Any):
