@@ -197,7 +197,7 @@ def without_adapter(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module in training:
             module.training = False
         for module in adapted:
-            vars(module)["forward"] = lambda x, *_, inner=module.base_layer, **__: inner(x)
+            vars(module)["forward"] = lambda *args, inner=module.base_layer, **options: inner(*args, **options)
         yield
     finally:
         _put_back(adapted, before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedpeft import config as configs
+from fedpeft import registry
 from fedpeft.clients.cohort.engine import Job
 from fedpeft.clients.train import per_sample_loss, train
 from fedpeft.errors import InputError
@@ -16,7 +17,7 @@ from support import small_models as small
 from support.cohort_jobs import SGD, UNEVEN, check, private, records
 
 WEIGHTS = {"consistency": 0.7, "diversity": 0.4}
-CASES = [("gpt2", "lora"), ("llama", "paca")]
+CASES = [("gpt2", "lora"), ("llama", "paca"), ("llama", "bottleneck")]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def make(tmp_path):
 
 
 def trained_of(adapter):
-    return ["D"] if adapter == "paca" else ["A", "B"]
+    return ["A", "B"] if adapter == "lora" else list(registry.load("adapters", adapter).averages)
 
 
 def start_of(model, adapter, seed=1):
