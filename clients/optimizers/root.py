@@ -27,6 +27,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedpeft.clients.optimizers.muon import EvenMomentum, MomentumConfig, even_out
 from fedpeft.clients.optimizers.stacked import Moving
 from fedpeft.config import option
@@ -44,7 +46,18 @@ class ROOT(EvenMomentum):
 
     def move_matrix(self, tensor: Moving, lr: float, weight_decay: float, step: int) -> None:
         ahead, config = self.find_momentum(tensor), self.config
-        limit = ahead.abs().flatten(1).quantile(config.quantile, dim=1)[:, None, None]
+        limit = find_quantile(ahead.abs().flatten(1), config.quantile)[:, None, None]
         tensor.value.mul_(1 - lr * weight_decay)
         size = lr * config.scale * max(ahead.shape[1:]) ** 0.5
         tensor.value.sub_(size * even_out(ahead.clamp(-limit, limit), config.iterations))
+
+
+def find_quantile(values: Tensor, quantile: float) -> Tensor:
+    """The quantile [K] of each row of [K, n], linear between two values, as torch.quantile has it.
+
+    Only the values above it are sorted: torch.quantile, which sorts all, took five times as long.
+    """
+    place = quantile * (values.shape[1] - 1)
+    low = int(place)
+    largest = values.topk(values.shape[1] - low, dim=1).values
+    return largest[:, -1].lerp(largest[:, max(-2, -largest.shape[1])], place - low)
