@@ -6,6 +6,7 @@ come one by one; what a worker that ended had not answered goes to others, but f
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ import shutil
 import signal
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -28,8 +29,10 @@ from fedpeft.errors import RunError
 from fedpeft.files import explain_error
 from fedpeft.flower import ErrorCode
 
+log = logging.getLogger("fedpeft")
 POLL_S = 0.05
 SHM = Path("/dev/shm")
+LOSSES = 3  # machines that may be lost with a client before it is given up: it may be what ends them
 LITTLE = 16e6  # bytes of it
 Answer = tuple[Message, RecordDict | None]
 Outcome = Answer | str
@@ -39,6 +42,13 @@ Job = tuple[str, Message, Context]  # a name of ours, and what the ClientApp is 
 @dataclass(frozen=True)
 class Broken:
     """In place of an outcome: the machine, on which all clients are, cannot go on, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """In place of an outcome: the machine of a worker is gone, and no client is to blame."""
 
     reason: str
 
@@ -71,7 +81,11 @@ class Channel:
 
 
 class Worker:
-    """One process and the pipe to it. The process says once that it is ready, then answers its jobs in order."""
+    """One process and the pipe to it. The process says once that it is ready, then answers its jobs in order.
+
+    Attributes:
+        share: the jobs that it was given together; `jobs` are those of them that it has not answered.
+    """
 
     def __init__(self, make_app: Callable[[], ClientApp], threads: int) -> None:
         # A fork would take torch's threads and locks in whatever state they are.
@@ -88,6 +102,7 @@ class Worker:
         # Else this process would hold the other end open, and never see the worker's end.
         theirs.close()
         self.ready = False
+        self.share: list[Job] = []
         self.jobs: deque[Job] = deque()
 
     def get_ready(self) -> None:
@@ -135,6 +150,7 @@ class Pool:
         self.jobs: deque[Job] = deque()
         self.shares: deque[list[Job]] = deque()
         self.workers: list[Worker] = []
+        self.losses = Counter[str]()  # by the name of a job, machines that were lost with it
         try:
             for _ in range(workers):
                 self.workers.append(start())
@@ -159,7 +175,9 @@ class Pool:
             if not worker.ready:
                 worker.get_ready()
             elif worker.jobs:
-                done.append((worker.jobs[0][0], self._wait_outcome(worker)))
+                name, outcome = worker.jobs[0][0], self._wait_outcome(worker)
+                if outcome is not None:
+                    done.append((name, outcome))
         wanted = set(names)
         return [(name, outcome) for name, outcome in done if name in wanted]
 
@@ -177,19 +195,38 @@ class Pool:
         for worker in self.workers:
             worker.end()
 
-    def _wait_outcome(self, worker: Worker) -> Outcome:
+    def _wait_outcome(self, worker: Worker) -> Outcome | None:
+        """Of the worker's first job; None where it will be done again by another."""
         try:
-            outcome: Outcome | Broken = worker.pipe.recv()
+            outcome: Outcome | Broken | Lost | None = worker.pipe.recv()
         except (EOFError, ConnectionError):
             outcome = worker.death()
             if not isinstance(outcome, Broken):
                 # Without the first: it was being worked on, and would end the next process too.
                 self._replace_worker(worker, list(worker.jobs)[1:])
         else:
-            worker.jobs.popleft()
+            if isinstance(outcome, Lost):
+                outcome = self._begin_again(worker, outcome)
+            else:
+                worker.jobs.popleft()
         if isinstance(outcome, Broken):
             raise RunError(outcome.reason)
         return outcome
+
+    def _begin_again(self, worker: Worker, lost: Lost) -> Outcome | None:
+        """Have another worker train the share of one whose machine is gone; None, or why its first job is given up.
+
+        The whole share, those that were answered among them: who trains together decides how sums are rounded. Nobody
+        waits for what was answered, so that the second answer is dropped.
+        """
+        first = worker.jobs[0][0]
+        self.losses[first] += 1
+        if self.losses[first] < LOSSES:
+            log.warning("%s Its %d clients are trained again elsewhere.", lost.reason, len(worker.jobs))
+            self._replace_worker(worker, worker.share)
+            return None
+        self._replace_worker(worker, list(worker.jobs)[1:])
+        return f"{LOSSES} machines were lost while it was trained, one after another: {lost.reason}"
 
     def _hand_out(self) -> None:
         # So that every worker has a share.
@@ -199,7 +236,8 @@ class Pool:
         idle = [worker for worker in self.workers if worker.ready and not worker.jobs]
         while idle and self.shares:
             worker = idle.pop(0)
-            worker.jobs = deque(self.shares.popleft())
+            worker.share = self.shares.popleft()
+            worker.jobs = deque(worker.share)
             worker.pipe.send([(message, context) for _, message, context in worker.jobs])
 
     def _replace_worker(self, worker: Worker, left: list[Job]) -> None:

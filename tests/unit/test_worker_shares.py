@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 from collections import deque
+from functools import partial
 
 import pytest
 
-from fedpeft.simulations.workers import Channel, Pool, end_with_parent
+from fedpeft import config as configs
+from fedpeft.simulations.run import load_app
+from fedpeft.simulations.workers import LOSSES, Channel, Lost, Pool, end_with_parent
 
 
 class Fake:
@@ -20,7 +24,7 @@ class Fake:
     def __init__(self):
         ours, self.theirs = multiprocessing.Pipe()
         self.pipe = Channel(ours)
-        self.ready, self.jobs = True, deque()
+        self.ready, self.jobs, self.share = True, deque(), []
 
     def get_ready(self):
         self.ready = True
@@ -103,3 +107,57 @@ def alive(number):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def answer(worker, *outcomes):
+    for outcome in outcomes:
+        Channel(worker.theirs).send(outcome)
+
+
+def test_the_whole_share_of_a_lost_machine_is_trained_elsewhere():
+    pool = Pool(Fake, 2)
+    for number in range(4):
+        pool.submit(str(number), number, None)
+    names = ["0", "1", "2", "3"]
+    pool.finished(names)
+    lost, other = pool.workers
+    assert (lost.given(), other.given()) == ([0, 1], [2, 3])
+    answer(lost, ("a", None), Lost("A node is gone."))
+    answer(other, ("c", None), ("d", None))
+    done = {}
+    while len(done) < 3:
+        done |= dict(pool.finished([name for name in names if name not in done]))
+    assert done == {"0": ("a", None), "2": ("c", None), "3": ("d", None)}
+    pool.finished(["1"])  # hands out what was left
+    again = next(worker for worker in pool.workers if worker.jobs)
+    assert lost not in pool.workers and again.given() == [0, 1]  # 0 too: who trains together decides how sums round
+    answer(again, ("a", None), ("b", None))
+    found = []
+    while not found:
+        found = pool.finished(["1"])
+    assert found == [("1", ("b", None))]  # the second answer of 0 is nobody's
+    pool.close()
+
+
+def test_a_client_that_is_lost_with_machine_after_machine_is_given_up():
+    pool = Pool(Fake, 1)
+    for number in range(2):
+        pool.submit(str(number), number, None)
+    found = []
+    for _ in range(LOSSES):
+        while not pool.workers[0].jobs:
+            pool.finished(["0", "1"])
+        answer(pool.workers[0], Lost("A node is gone."))
+        while pool.workers[0].jobs and not found:
+            found += pool.finished(["0", "1"])
+    assert [name for name, _ in found] == ["0"] and "3 machines were lost" in found[0][1]
+    pool.finished(["1"])
+    assert [name for name, *_ in pool.workers[0].jobs] == ["1"]
+    pool.close()
+
+
+def test_a_worker_is_told_where_records_are_and_not_given_them(tmp_path):
+    (tmp_path / "many.csv").write_text("text,label\n" + "some words,one\nother words,two\n" * 10_000)
+    config = configs.load("text", {"data.source": str(tmp_path / "many.csv"), "data.clients": 2})
+    told = pickle.dumps(partial(load_app, config, tmp_path / "run"))  # all that goes to an actor before its messages
+    assert str(tmp_path / "many.csv").encode() in told and len(told) < 10_000
