@@ -40,7 +40,7 @@ log = logging.getLogger("fedpeft")
 JOIN_DEADLINE_S = 120.0
 ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
 OWN = 2**30  # bytes of a manifest that is not foreign
-ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(.*?)>(?=$| at )")  # an exception as Flower writes it
+ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(.*?)>(?=$| at )", re.DOTALL)  # an exception as Flower writes it
 SLACK = 4096  # bytes of a foreign one, so that a tensor too many can be named
 
 

@@ -85,6 +85,7 @@ def test_all_wrong_columns_are_in_one_error():
     ("given", "said"),
     [
         ("<class 'RuntimeError'>:<'Injected crash'>", "RuntimeError: 'Injected crash'"),
+        ("<class 'ray.exceptions.ActorDiedError'>:<'It died\n\tat once.'>", "ActorDiedError: 'It died\n\tat once.'"),
         ("<class 'a.b.Odd'>:<'x > y'> at faults.py:50", "Odd: 'x > y' at faults.py:50"),
         ("plain words", "plain words"),
     ],
