@@ -244,8 +244,8 @@ def check(config: Config) -> None:
             f"client.max_grad_norm={client.max_grad_norm:g}: with privacy.unit=sample every record's "
             "gradient is clipped by privacy.clip. Set client.max_grad_norm=null."
         )
-    if config.adapter.client_ranks:
+    if unequal := config.unequal_ranks:
         raise InputError(
-            f"adapter.client_ranks={config.adapter.client_ranks}: with privacy.unit=sample noise would "
-            "fill the rows that a lower rank lacks. Set adapter.client_ranks=null."
+            f"{unequal}: with privacy.unit=sample noise would fill the rows that a lower rank lacks. Set "
+            f"{unequal.partition('=')[0]}=null."
         )

@@ -112,10 +112,9 @@ def _require_fresh_is_not_needed(config: Config) -> None:
             "Merge the folder into the base model (`fedpeft export RUN --merge`) and give that as model.name, or set "
             "adapter.start=null."
         )
-    if config.adapter.client_ranks:
+    if unequal := config.unequal_ranks.partition("=")[0]:
         raise InputError(
-            f"{where}: clients of lower ranks (adapter.client_ranks) would begin from a part of it. Set "
-            "adapter.client_ranks=null."
+            f"{where}: clients of lower ranks ({unequal}) would begin from a part of it. Set {unequal}=null."
         )
 
 

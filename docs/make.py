@@ -20,9 +20,9 @@ from typing import Any
 
 from fedpeft import registry
 from fedpeft.adapters.averages import read_own
-from fedpeft.adapters.peft_types import CANNOT, EXACT
+from fedpeft.adapters.peft_types import CANNOT
 from fedpeft.adapters.peft_types import read_measured as measured_types
-from fedpeft.cli import catalogue
+from fedpeft.cli import adapter_facts, catalogue
 from fedpeft.config import Config, ContinualConfig, default_of
 from fedpeft.config.option import INFINITY
 from fedpeft.other_names import OTHERS, REFUSED, VALUES
@@ -78,29 +78,39 @@ def federations() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def peft_types() -> str:
-    """What was measured of peft's tuners as Markdown, and why the others cannot be had."""
-    rows = [["type", "options", "start", "bytes up", "average", "gradient of one record", "trains in a cohort"]]
-    rows += [["---"] * 7]
-    ways = {"together": "in one pass", "alone": "in a pass of its own", "none": "refused"}
-    for row in measured_types():
-        options = ", ".join(f"{key}={json.dumps(value)[:20]}" for key, value in row["options"].items())
-        off = "exact" if row["average"] < EXACT else f"{row['average']:.0%} off"
-        start = "exact" if row["start"] < 1e-5 else f"{row['start']:.1g}"
-        cells = [f"`{row['type']}`", options and f"`{options}`", start, f"{4 * row['values']:,}", off]
-        rows.append([*cells, ways[row["per_sample"]], "yes" if row["cohort"] else "no"])
-    return "\n".join(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)
-
-
 def own_adapters() -> str:
     """What was measured of our own adapters as Markdown."""
-    rows = [["adapter", "options", "bytes up", "average", "gradient of one record", "trains in a cohort"], ["---"] * 6]
-    for row in read_own():
-        options = ", ".join(f"`{key}={value}`" for key, value in row["options"].items())
-        off = "exact" if row["average"] < EXACT else f"{row['average']:.0%} off"
-        way = {"together": "in one pass", "alone": "in a pass of its own"}[row["per_sample"]]
-        rows.append([f"`{row['name']}`", options, f"{4 * row['values']:,}", off, way, "yes" if row["cohort"] else "no"])
-    return "\n".join(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)
+    return _measured_rows("adapter", [(row["name"], row) for row in read_own()])
+
+
+def tuners() -> str:
+    """What was measured of peft's tuners as Markdown."""
+    return _measured_rows("type", [(row["type"], row) for row in measured_types()])
+
+
+def _measured_rows(kind: str, rows: list[tuple[str, dict[str, Any]]]) -> str:
+    cells = [(name, adapter_facts.write_cells(row)) for name, row in rows]
+    heads = list(cells[0][1])
+    lines = [[kind, *heads], ["---"] * (1 + len(heads))]
+    for name, of in cells:
+        marked = {key: f"`{of[key]}`" if of[key] else "" for key in ("options", "a layer sends")}
+        lines.append([f"`{name}`", *(of | marked).values()])
+    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+
+
+def companions() -> str:
+    """What adapters go with, as Markdown: a row for each answer of the checks, with all who have it."""
+    found: dict[str, list[str]] = {}
+    for key, about in catalogue.describe_all().items():
+        table, _, name = key.partition("/")
+        if "works_with" in about:
+            whose = "peft's " * (table == "tuners" and name in registry.names("adapters"))
+            found.setdefault(json.dumps(about["works_with"]), []).append(f"{whose}`{name}`")
+    heads = list(json.loads(next(iter(found))))
+    rows = [["adapters", *heads], ["---"] * (1 + len(heads))]
+    for text, names in found.items():
+        rows.append([", ".join(names), *(", ".join(each) or "none" for each in json.loads(text).values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def peft_refused() -> str:
@@ -174,7 +184,8 @@ MADE = {
     "other_names": partial(other_names, OTHERS),
     "other_values": partial(other_names, VALUES),
     "own_adapters": own_adapters,
-    "peft_types": peft_types,
+    "companions": companions,
+    "tuners": tuners,
     "peft_refused": peft_refused,
 }
 

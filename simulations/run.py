@@ -26,6 +26,7 @@ from fedpeft.record.metrics import Recorder
 from fedpeft.record.result import Result
 from fedpeft.run import comparators, guarantee, identity, loop
 from fedpeft.run.dtype import settle_dtype
+from fedpeft.run.ranks import settle_ranks
 from fedpeft.run.world import World, find_device, load_records, load_world, settle_clients
 from fedpeft.simulations import faults
 from fedpeft.simulations.baselines import attempt_fit, baselines
@@ -102,9 +103,8 @@ def _write_resolved(config: Config, run: Path) -> None:
     """Write the config with everything that it leaves open: a resumed run must not see a shipped config or a default
     that has changed since.
     """
-    said = settle_dtype(config)
-    text = f"# {said}\n{configs.to_yaml(config)}" if said else configs.to_yaml(config)
-    write_bytes(run / "resolved.yaml", text.encode())
+    said = [text for text in (settle_dtype(config), settle_ranks(config, run)) if text]
+    write_bytes(run / "resolved.yaml", "\n".join([*(f"# {text}" for text in said), configs.to_yaml(config)]).encode())
 
 
 def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Result:

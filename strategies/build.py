@@ -93,10 +93,10 @@ def check(config: Config) -> None:
             f"strategy.name={name} works on adapter.name={strategy.adapter}, not {config.adapter.name}. "
             f"Set adapter.name={strategy.adapter}."
         )
-    if config.adapter.client_ranks and not strategy.unequal_ranks:
+    if config.unequal_ranks and not strategy.unequal_ranks:
         able = [other for other in registry.names("strategies") if registry.load("strategies", other).unequal_ranks]
         raise InputError(
-            f"adapter.client_ranks={config.adapter.client_ranks}: strategy {name} needs equal ranks. "
+            f"{config.unequal_ranks}: strategy {name} needs equal ranks. "
             f"Strategies for unequal ranks: {', '.join(able)}."
         )
     client = config.client

@@ -13,16 +13,10 @@ from typing import Any
 
 from fedpeft import registry
 from fedpeft.adapters import peft_types
-from fedpeft.adapters.placed import Placed, find_placed
 from fedpeft.config import AdapterConfig
 
 log = logging.getLogger("fedpeft")
 OWN = Path(__file__).parents[1] / "assets" / "own_adapters.json"
-
-
-def method_names() -> list[str]:
-    """Our adapters that a plain average takes, in the registry's order."""
-    return [name for name in registry.names("adapters") if find_placed(name) is not None]
 
 
 def read_own() -> list[dict[str, Any]]:
@@ -57,14 +51,3 @@ def warn_of_error(adapter: AdapterConfig) -> None:
             adapter.name,
             "not known to be how far" if error is None else f"{error:.0%}",
         )
-
-
-def describe_own(method: type[Placed]) -> list[str]:
-    """What was measured of an adapter of ours, a line for each choice of options."""
-    lines = []
-    for row in read_own():
-        if row["name"] == method.kind():
-            options = "".join(f" {key}={value}" for key, value in row["options"].items())
-            off = "exact" if row["average"] < peft_types.EXACT else f"{row['average']:.0%} off what it should be"
-            lines.append(f"an average{options and f' with{options}'} is {off}")
-    return [*lines, f"trains in a cohort; gradients of records come in one pass; {method.leaves}; strategy fedit"]

@@ -29,10 +29,10 @@ def measure_average(model: Adapted, inputs: dict[str, Tensor], roles: tuple[str,
         roles: of what trains.
     """
     model.base.backbone.eval()
-    start, layers = model.state(), _find_layers(model)
+    start, layers = model.state(), find_layers(model)
     model.write(start.without(("residual_A", "residual_B")))  # layer(x) is the bare model's
     calls = _record_calls(model, inputs, layers)
-    moved = [_move_randomly(start, roles, seed * CLIENTS + client) for client in range(CLIENTS)]
+    moved = [move_randomly(start, roles, seed * CLIENTS + client) for client in range(CLIENTS)]
     mean = start.replace(
         {key: torch.stack([state[key] for state in moved]).mean(0) for key in start.select(roles).tensors}
     )
@@ -47,7 +47,8 @@ def measure_average(model: Adapted, inputs: dict[str, Tensor], roles: tuple[str,
     return math.sqrt(off / sum(float(want.square().sum()) for want in wanted))
 
 
-def _find_layers(model: Adapted) -> list[nn.Module]:
+def find_layers(model: Adapted) -> list[nn.Module]:
+    """The adapted layers, in the order of the model."""
     return [
         module for module in model.base.backbone.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)
     ]
@@ -65,7 +66,8 @@ def _record_calls(
     return calls
 
 
-def _move_randomly(start: AdapterState, roles: tuple[str, ...], seed: int) -> AdapterState:
+def move_randomly(start: AdapterState, roles: tuple[str, ...], seed: int) -> AdapterState:
+    """The state with all of these roles moved by SCALE of each tensor's standard deviation, or by SCALE."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, value in start.select(roles).tensors.items():

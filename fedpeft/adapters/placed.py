@@ -89,10 +89,8 @@ class Placed(Configured):
 
     @classmethod
     def notes(cls) -> list[str]:
-        """What `fedpeft show` says of its averages."""
-        from fedpeft.adapters.averages import describe_own
-
-        return describe_own(cls)
+        """What `fedpeft show` says of it beside what was measured."""
+        return [cls.leaves]
 
     def inject(self, base: Base, config: AdapterConfig, seed: int) -> Injected:
         """Put a layer around each target."""

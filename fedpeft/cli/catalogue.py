@@ -16,6 +16,7 @@ from typing import Any
 
 from fedpeft import config as configs
 from fedpeft import other_names, registry
+from fedpeft.cli import adapter_facts
 from fedpeft.config import schema
 from fedpeft.config.option import INFINITY
 from fedpeft.errors import InputError
@@ -25,6 +26,7 @@ TABLES = (
     "strategies",
     "objectives",
     "adapters",
+    "tuners",
     "penalties",
     "optimizers",
     "datasets",
@@ -74,11 +76,13 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def describe_all() -> dict[str, dict[str, Any]]:
-    """Every entry of the package's own registry as `table/name`, in full: what `python docs/make.py` writes down."""
+    """Every entry of the package's own registry, and every tuner of peft's, as `table/name`, in full: what
+    `python docs/make.py` writes down.
+    """
     return {
         f"{table}/{entry}": {**_describe_row(table, entry), **_describe_entry(table, entry)}
         for table in TABLES
-        for entry in registry.TABLES.get(table, ())
+        for entry in (_names_in(table) if table == "tuners" else registry.TABLES.get(table, ()))
     }
 
 
@@ -116,6 +120,8 @@ def _names_in(table: str) -> list[str]:
         return list(configs.shipped_configs())
     if table == "sections":
         return [item.name for item in dataclasses.fields(configs.Config)]
+    if table == "tuners":
+        return adapter_facts.tuner_names()
     if table == "models":
         return list(registry.EMBEDDED)
     if table == "recipes":
@@ -131,6 +137,9 @@ def _describe_row(table: str, name: str, short: bool = False) -> dict[str, Any]:
         return {"name": name, "summary": text.splitlines()[0].lstrip("# ")}
     if table == "sections":
         return {"name": name, "summary": "config section"}
+    if table == "tuners":
+        measured = adapter_facts.write_brief(adapter_facts.rows_of_tuner(name))
+        return {"name": name, "summary": adapter_facts.summarise_tuner(name), **measured}
     if table == "models":
         return {"name": name, "summary": f"embedded, for {registry.EMBEDDED[name]}"}
     if table == "recipes":
@@ -138,6 +147,8 @@ def _describe_row(table: str, name: str, short: bool = False) -> dict[str, Any]:
 
         return {"name": name, "summary": recipes()[name]}
     row: dict[str, Any] = {"name": name, "summary": registry.summary(table, name)}
+    if table == "adapters":
+        row |= adapter_facts.write_brief(adapter_facts.rows_of_own(name))
     if short:
         return row
     cls = registry.load(table, name)
@@ -158,6 +169,8 @@ def _describe_entry(table: str, name: str) -> dict[str, Any]:
         return {"options": [*_describe_options(keys), *([_describe_partition()] if name == "data" else [])]}
     if table in ("models", "recipes"):
         return {}
+    if table == "tuners":
+        return adapter_facts.describe_tuner(name)
     cls = registry.load(table, name)
     notes = []
     if table == "strategies":
@@ -176,8 +189,10 @@ def _describe_entry(table: str, name: str) -> dict[str, Any]:
             if cls.stays_central
             else f"in a federation: continual.body={name}",
         ]
+    facts: dict[str, Any] = {}
     if table == "adapters":
-        notes = [] if not hasattr(cls, "notes") else cls.notes()
+        facts = adapter_facts.describe_adapter(adapter_facts.rows_of_own(name), {"name": name})
+        notes = cls.notes() if hasattr(cls, "notes") else []
     if table == "heads":
         notes = [f"classes that compete in the training loss: {cls.loss}"]
     if table == "streams":
@@ -190,6 +205,7 @@ def _describe_entry(table: str, name: str) -> dict[str, Any]:
     return {
         "options": list(_describe_options(configs.options_of(cls))),
         "paper": getattr(cls, "paper", ""),
+        **facts,
         "notes": notes,
         "description": description,
     }

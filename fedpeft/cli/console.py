@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedpeft.cli import alive
@@ -208,7 +209,9 @@ def aggregate_result(result: dict[str, Any]) -> None:
 
 
 def listing(tables: dict[str, Any]) -> None:
-    """Print a table for each kind; its rows are mappings with `name` and, where there is one, `summary`."""
+    """Print a table for each kind; its rows are mappings with `name` and, where there is one, `summary`; adapters also
+    with what was measured of them.
+    """
     if len(tables) > 1:
         out.print("  ".join(f"{name} {len(rows)}" for name, rows in tables.items()), style="dim")
         out.print("one of them: fedpeft list TABLE; one entry: fedpeft show NAME\n", style="dim")
@@ -216,8 +219,11 @@ def listing(tables: dict[str, Any]) -> None:
         table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("name", style="bold")
         table.add_column("what it is")
+        measured = [key for key in ("average", "a layer sends") if any(key in row for row in rows)]
+        for key in measured:
+            table.add_column(key)
         for row in rows:
-            table.add_row(row["name"], row.get("summary", ""))
+            table.add_row(row["name"], row.get("summary", ""), *(row.get(key, "") for key in measured))
         out.print(table)
         out.print()
 
@@ -230,6 +236,10 @@ def entry(result: dict[str, Any]) -> None:
             out.print(f"{key}: {result[key]}", markup=False)
     for line in result.get("notes", []):
         out.print(line, markup=False)
+    for what, names in result.get("works_with", {}).items():
+        out.print(f"{what}: {', '.join(names) or 'none'}", markup=False)
+    if result.get("measured"):
+        _print_measured(result["measured"])
     if result.get("also"):
         out.print(f"of the same name: {', '.join(result['also'])}", markup=False)
     if result.get("options"):
@@ -242,6 +252,22 @@ def entry(result: dict[str, Any]) -> None:
     if result.get("description"):
         out.print()
         out.print(result["description"].partition("\n    >>>")[0], markup=False, soft_wrap=True)
+
+
+def _print_measured(rows: list[dict[str, Any]]) -> None:
+    from fedpeft.cli.adapter_facts import write_cells
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        cells = write_cells(row)
+        for head in cells if row is rows[0] else ():
+            table.add_column(head)
+        table.add_row(*map(escape, cells.values()))
+    out.print(table)
+    out.print(
+        "i and o are inputs and outputs of a layer, bytes what a client sends of tiny-bert in a round beside the head",
+        style="dim",
+    )
 
 
 def valid(result: dict[str, Any]) -> None:
@@ -258,7 +284,16 @@ def valid_line(result: dict[str, Any]) -> None:
     strategy, model, data = tree["strategy"]["name"], tree["model"]["name"], tree["data"]["source"]
     out.print(f"{strategy}, {model}, {data}, {tree['run']['rounds']} rounds:", markup=False, end=" ", soft_wrap=True)
     out.print("valid", style="bold green", end=". ")
-    out.print("Model and data were not opened.")
+    if (traffic := result.get("traffic")) is None:
+        out.print("Model and data were not opened.")
+        return
+    out.print(
+        f"In a round each of {traffic['clients']} clients sends {traffic['up']:,} bytes, {traffic['up_head']:,} of "
+        f"them of the head, and is sent {traffic['down']:,}: {traffic['round_mb']:.3g} MB a round, "
+        f"{traffic['run_mb']:.3g} MB in {tree['run']['rounds']} rounds.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def comparison(result: dict[str, Any]) -> None:

@@ -173,13 +173,21 @@ def validate(
     config: ConfigName,
     overrides: Overrides = None,
     whole: Annotated[bool, typer.Option("--show", help="Print the config with every default written out.")] = False,
+    traffic: Annotated[
+        bool, typer.Option("--traffic", help="Load model and labels too, and say what a client sends and is sent.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a config without loading a model or data."""
     from fedpeft import config as configs
 
-    tree = configs.to_tree(configs.load(config, overrides or []))
-    console.emit({"valid": True, "config": tree}, as_json, console.valid if whole else console.valid_line)
+    checked = configs.load(config, overrides or [])
+    result = {"valid": True, "config": configs.to_tree(checked)}
+    if traffic:
+        from fedpeft.run.traffic import count_round
+
+        result["traffic"] = count_round(checked)
+    console.emit(result, as_json, console.valid if whole else console.valid_line)
 
 
 @app.command()

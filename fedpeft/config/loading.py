@@ -142,6 +142,8 @@ def check(config: Config) -> None:
         raise InputError(
             f"adapter.client_ranks={adapter.client_ranks}: every rank must be between 1 and adapter.r={adapter.r}."
         )
+    if client.memory_mb is not None:
+        _check_memory(config)
     twice = sorted({name for name in data.labels or () if (data.labels or []).count(name) > 1})
     if twice or data.labels == []:
         what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
@@ -156,6 +158,16 @@ def check(config: Config) -> None:
         raise InputError(registry.unknown("data.augment", wrong[0], AUGMENTATIONS))
     for name in registry.names("checks"):
         registry.load("checks", name)(config)
+
+
+def _check_memory(config: Config) -> None:
+    memory, ranks = config.client.memory_mb or [], config.adapter.client_ranks
+    if ranks is not None:
+        raise InputError(
+            f"client.memory_mb={memory} finds what adapter.client_ranks={ranks} gives. Set one of them to null."
+        )
+    if not memory or not all(0 < each < math.inf for each in memory):
+        raise InputError(f"client.memory_mb={memory}: every client has more than 0 MB; null sets no limit.")
 
 
 def _check_trained_baselines(config: Config) -> None:

@@ -69,6 +69,11 @@ class ClientConfig:
         None, "take a step's examples in pieces of so many, whose gradients add up: less memory, the same step", low=1
     )
     max_grad_norm: float | None = option(None, "clip the gradient of a step to this norm", above=0)
+    memory_mb: list[float] | None = option(
+        None,
+        "MB that training may take at a client, memory_mb[i mod length] of client i, beside Python and its libraries: "
+        "each has the largest rank <= adapter.r that fits, which stands in resolved.yaml as adapter.client_ranks",
+    )
     loss_weighting: str = option(
         "record",
         "of a language model: record, a batch's loss is the mean over its records of the mean over each one's tokens; "
@@ -236,6 +241,13 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tta: TTAConfig = field(default_factory=TTAConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
+
+    @property
+    def unequal_ranks(self) -> str:
+        """The key and value by which ranks of clients may differ; empty where they do not."""
+        if self.client.memory_mb is not None:
+            return f"client.memory_mb={self.client.memory_mb}"
+        return f"adapter.client_ranks={self.adapter.client_ranks}" if self.adapter.client_ranks else ""
 
 
 @dataclass(frozen=True)

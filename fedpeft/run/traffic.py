@@ -1,4 +1,5 @@
-"""`run.max_traffic_mb`: a run stops, with what is reached, before the round that would move more bytes than allowed.
+"""`run.max_traffic_mb`: a run stops, with what is reached, before the round that would move more bytes than allowed;
+and `fedpeft validate --traffic`: what a round of a config would move.
 
 What rounds have moved is read from their events, so a resumed run counts as one that was not interrupted. A round to
 come is taken to move what the adapter says, or as much as the largest round before it, whichever is more.
@@ -10,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpeft.adapters.adapted import build as build_adapted
 from fedpeft.config import Config
 from fedpeft.errors import InputError
 from fedpeft.record import metrics
+from fedpeft.run.world import cache_of, data_key, load_records, settle_clients
 from fedpeft.state import ServerState
 from fedpeft.strategies.base import FederatedStrategy
+from fedpeft.strategies.build import build as build_strategy
 
 MB = 10**6
 Event = dict[str, Any]
@@ -28,6 +32,35 @@ def check(config: Config) -> None:
             f"run.max_traffic_mb={limit:g}: with continual.body={body} a run that stops early has not seen all tasks. "
             "Set it to null, and fewer run.rounds or continual.tasks."
         )
+
+
+def count_round(config: Config) -> dict[str, Any]:
+    """Bytes of a client in the first round, up, up of the head, and down; and MB of all that are asked, of a round and
+    of the run. The model is loaded, and of the data what says how many labels and clients there are.
+
+    What protects a round comes on top (masks and keys of secure aggregation); a client of a lower rank moves less.
+
+    Raises:
+        InputError: model or data cannot be had.
+    """
+    place = Path("runs/new")  # where a run of this config would be, beside its cache
+    clients = len(settle_clients(config, place))
+    labels = len(load_records(data_key(config), cache_of(config, place))[0].label_names)
+    model = build_adapted(config.model, config.adapter, labels, config.run.seed)
+    strategy = build_strategy(config, labels)
+    server = strategy.before_round(strategy.initial(model.state(), config.run.seed))
+    taken = server.adapter.select(strategy.uploads(server))
+    up, down = taken.nbytes, strategy.broadcast(server, "").nbytes
+    asked = min(clients, config.run.clients_per_round or clients)
+    round_mb = asked * (up + down) / MB
+    return {
+        "clients": asked,
+        "up": up,
+        "up_head": taken.select(("head",)).nbytes,
+        "down": down,
+        "round_mb": round_mb,
+        "run_mb": config.run.rounds * round_mb,
+    }
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Local training by adapters that are not LoRA: a loop over clients, the cohort, and the cohort with DP-SGD.
 
-    python -m fedpeft.simulations.benchmarks.speed_adapters OUT.json [REPEATS]
+    python -m fedpeft.simulations.benchmarks.speed_adapters OUT.json [REPEATS [ADAPTER;...]]
 
 The loop is what everybody has: the values of a client are written into the model, AdamW steps on autograd's gradient,
 they are taken out. Of IA3, DoRA, VeRA, FourierFT, MiSS and norms the layers are peft's own, of the others ours, which
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,6 +50,11 @@ CASES: dict[str, AdapterConfig] = {
     "SVFit, r = 64": AdapterConfig(name="svfit", r=64, alpha=64.0),
     "bottleneck": AdapterConfig(name="bottleneck", r=8, alpha=8.0),
     "bottleneck beside": AdapterConfig(name="bottleneck", r=8, alpha=8.0, options={"place": "parallel"}),
+    "NLoRA": AdapterConfig(name="nlora", r=8, alpha=8.0),
+    "NOLA, 64 a factor": AdapterConfig(name="nola", r=8, alpha=8.0),
+    "SORSA": AdapterConfig(name="sorsa", r=8, alpha=8.0),
+    "SoMA": AdapterConfig(name="soma", r=8, alpha=8.0),
+    "BD-LoRA": AdapterConfig(name="bd_lora", r=8, alpha=8.0),
     "norms": _of_peft("LN_TUNING"),
     "VeRA": _of_peft("VERA", r=64),
     "MiSS": _of_peft("MISS", r=8),
@@ -128,11 +134,11 @@ def _ratio(top: list[float], bottom: list[float]) -> float:
     return median(one / other for one, other in zip(top, bottom, strict=True))
 
 
-def write(path: Path, repeats: int = 5) -> None:
-    """All rows, a line each, as they come."""
+def write(path: Path, repeats: int = 5, names: Sequence[str] = tuple(CASES)) -> None:
+    """A row of each adapter, a line each, as they come."""
     torch.set_num_threads(1)
     rows: list[str] = []
-    for name in CASES:
+    for name in names:
         require_same(name)
         for batch in BATCHES:
             rows.append(json.dumps(measure(name, batch, repeats)))
@@ -141,4 +147,5 @@ def write(path: Path, repeats: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    chosen = sys.argv[3].split(";") if len(sys.argv) > 3 else tuple(CASES)
+    write(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5, chosen)

@@ -147,11 +147,8 @@ def _check_strategy(config: Config) -> None:
             f"run.max_update_norm={config.run.max_update_norm:g}: under secagg.enabled=true the server "
             "sees no single update to measure. Set run.max_update_norm=null; secagg.clip bounds updates."
         )
-    if config.adapter.client_ranks:
-        raise InputError(
-            f"adapter.client_ranks={config.adapter.client_ranks}: updates of unequal ranks cannot be "
-            "summed. Set adapter.client_ranks=null."
-        )
+    if unequal := config.unequal_ranks:
+        raise InputError(f"{unequal}: updates of unequal ranks cannot be summed. Set {unequal.partition('=')[0]}=null.")
 
 
 def describe(config: Config) -> str:

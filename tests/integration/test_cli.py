@@ -291,6 +291,15 @@ def test_show(fedpeft, table, name):
     assert all(option["name"] in text for option in entry.get("options", []))
 
 
+def test_list_and_show_say_what_was_measured_of_an_adapter(fedpeft):
+    row = next(line for line in fedpeft("list", "adapters").out.splitlines() if line.startswith("nola "))
+    assert "76% off" in row and "2 basis" in row
+    text = fedpeft("show", "nola").out
+    assert "wrappers: fedprox" in text and "privacy: sample, client" in text and "secure aggregation: fedit" in text
+    (line,) = (line for line in text.splitlines() if line.startswith('train="beta"'))
+    assert "exact" in line and line.split()[-3:] == ["pass", "yes", "yes"]
+
+
 def test_show_gives_options_as_users_write_them(fedpeft):
     options = {row["name"]: row for row in fedpeft("show", "lora_fair", "--json").json["options"]}
     assert options["lambda"]["default"] == configs.load({"strategy": "lora_fair"}).strategy.options.get("lambda")

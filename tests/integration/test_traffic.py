@@ -89,3 +89,22 @@ def test_a_limit_below_one_round_is_refused_with_its_size(whole, tmp_path):
 def test_a_run_over_tasks_takes_no_limit():
     with pytest.raises(InputError, match=r"run\.max_traffic_mb=1: with continual\.body=\w+ a run that stops early"):
         configs.load("continual", ["run.max_traffic_mb=1"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter.name": "paca"},
+        {"strategy": "fed_sb", "adapter.name": "lora_sb", "adapter.r": 3},
+        {"strategy": "flora"},
+    ],
+)
+def test_validate_counts_the_bytes_that_a_run_then_moves(fedpeft, changes, tmp_path):
+    changes = {**TINY, **changes, "run.rounds": 1}
+    run = simulate("quickstart", changes, out=tmp_path / "run")
+    written = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
+    said = fedpeft("validate", "quickstart", *written, "--traffic", "--json").json["traffic"]
+    assert (run["bytes_up"], run["bytes_down"]) == (2 * said["up"], 2 * said["down"])
+    assert 0 < said["up_head"] < said["up"] and said["clients"] == 2
+    assert said["round_mb"] == said["run_mb"] == 2 * (said["up"] + said["down"]) / 1e6
+    assert f"sends {said['up']:,} bytes" in fedpeft("validate", "quickstart", *written, "--traffic").out

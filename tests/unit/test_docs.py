@@ -116,7 +116,7 @@ def test_every_registered_method_is_in_its_table(make):
     shown = set(re.findall(r"<!-- table (\w+) -->", page))
     assert shown == set(make.catalogue.TABLES) - {"sections"} | {
         "own_adapters",
-        "peft_types",
+        "companions",
         "peft_refused",
         "optimizers_refused",
     }

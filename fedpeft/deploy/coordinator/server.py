@@ -173,8 +173,8 @@ def run(path: Path, config: str, overrides: list[str]) -> dict[str, Any]:
             "model.dtype=auto: float32. Each site computes on a machine of its own, and all must have one base; set "
             "model.dtype=bfloat16 if all sites are faster in it."
         )
-    if checked.adapter.client_ranks:
-        raise InputError("adapter.client_ranks: given by the order of simulated clients; sites have names.")
+    if unequal := checked.unequal_ranks.partition("=")[0]:
+        raise InputError(f"{unequal}: given by the order of simulated clients; sites have names.")
     if checked.run.faults:
         raise InputError("run.faults: a simulation only.")
     if checked.continual.body is not None and checked.data.test is None:
