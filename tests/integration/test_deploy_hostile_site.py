@@ -189,7 +189,7 @@ def test_as_many_connections_as_there_may_be_that_dribble_their_heads_over_http(
         grown, _ = attack(place, act)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (now, most))
-    assert grown < face.CALLS // 4  # 256 KiB, which asyncio has for the TLS of each; half of that is used
+    assert grown < face.CALLS // 4  # 256 KiB, which asyncio has for the TLS of each
 
 
 def taken(line):
