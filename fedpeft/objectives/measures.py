@@ -1,17 +1,7 @@
 """What an evaluation says beside accuracy and loss: each objective names its own, from tables like `CLASSES`.
 
-Of N records and K classes (or labels), with p the probabilities [N, K] and a class k against all others:
-
-    F1_k      2 |right k| / (|answered k| + |is k|)
-    AUROC_k   the share of pairs of a record of k and another in which p_k is higher for the first; a tie counts half
-    AP_k      the mean, over the records of k, of how many of those with a p_k at least as high are of k
-    ECE       sum over 15 bins of the highest p, of how far its mean is from the share of right answers, times the share
-              of records; a p of exactly 1 has a bin of its own
-
-which are torchmetrics' and scikit-learn's numbers (a test holds them equal) without either, as both cost most of a
-second to import, before the first round of every run. Sums are in float64.
-
-Predictions are collected batch by batch, 4 bytes for each record and class, so measures are for objectives with few
+A measure that torchmetrics has is computed by torchmetrics, which is imported where an evaluation ends and not before.
+Its predictions are collected batch by batch, 4 bytes for each record and class, so it is for objectives with few
 scores a record; what a language model is measured by follows from sums (`Objective.measure`), and nothing is kept.
 
     >>> scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
@@ -22,6 +12,7 @@ scores a record; what a language model is measured by follows from sums (`Object
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from fedpeft.objectives.base import Objective
@@ -60,86 +50,54 @@ class Measure:
         return {"words": self.words, "higher": self.higher, "share": self.share}
 
 
-Curve = Callable[[Tensor, Tensor], Tensor]  # p [N, K], who is of each class [N, K] -> a number for each class [K]
+def _one_against_the_rest(function: str) -> Callable[[Tensor, Tensor], float]:
+    """The mean over classes of a torchmetrics function; classes that none or all of the records have are left out."""
 
-
-def _auroc(predictions: Tensor, positive: Tensor) -> Tensor:
-    columns, mine = predictions.T.contiguous(), positive.T.double()
-    ordered = columns.sort().values
-    # Twice the mean rank of those that tie: the sum of ranks counts the pairs (Mann and Whitney 1947).
-    ranks = (torch.searchsorted(ordered, columns) + torch.searchsorted(ordered, columns, right=True) + 1).double()
-    count = mine.sum(1)
-    won = (ranks / 2 * mine).sum(1) - count * (count + 1) / 2
-    return won / (count * (len(predictions) - count))
-
-
-def _average_precision(predictions: Tensor, positive: Tensor) -> Tensor:
-    columns, mine = predictions.T.contiguous(), positive.T
-    ordered, order = columns.sort(descending=True)
-    of_class = mine.gather(1, order).cumsum(1)
-    # How many are at least as high, those that tie among them.
-    reached = len(predictions) - torch.searchsorted(ordered.flip(1), columns)
-    precision = of_class.gather(1, (reached - 1).clamp(min=0)).double() / reached
-    return (precision * mine).sum(1) / mine.sum(1)
-
-
-def _mean_where_defined(curve: Curve, predictions: Tensor, positive: Tensor) -> float:
-    """The mean over classes but those that none or all of the records have; NaN without any, or with a p that is."""
-    if predictions.isnan().any():
-        return math.nan
-    count = positive.sum(0)
-    return float(curve(predictions, positive)[(count > 0) & (count < len(positive))].mean())
-
-
-def _one_against_the_rest(curve: Curve) -> Callable[[Tensor, Tensor], float]:
     def compute(predictions: Tensor, targets: Tensor) -> float:
-        return _mean_where_defined(curve, predictions, F.one_hot(targets, predictions.shape[1]).bool())
+        count = targets.bincount(minlength=predictions.shape[1])
+        defined = (count > 0) & (count < len(targets))
+        return float(_by_torchmetrics(function, predictions, targets, average=None)[defined].mean())
 
     return compute
 
 
-def _f1(right: Tensor, answered: Tensor, there: Tensor) -> Tensor:
-    """0 where a class was neither there nor answered."""
-    return 2 * right.double() / (answered + there).clamp(min=1)
-
-
-def _f1_of_classes(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """F1 of each class, and whether it was there or answered."""
-    answers, count = predictions.argmax(1), predictions.shape[1]
-    right, answered, there = (
-        kind.bincount(minlength=count) for kind in (targets[answers == targets], answers, targets)
-    )
-    return _f1(right, answered, there), answered + there > 0
-
-
 def _macro_f1(predictions: Tensor, targets: Tensor) -> float:
-    each, defined = _f1_of_classes(predictions, targets)
-    return float(each[defined].mean())
+    return float(_by_torchmetrics("multiclass_f1_score", predictions, targets, average="macro"))
 
 
 def _calibration_error(predictions: Tensor, targets: Tensor) -> float:
-    confidence, answers = predictions.max(1)
-    inside = torch.bucketize(confidence, torch.linspace(0, 1, ECE_BINS + 1), right=True)
-    off = torch.zeros(ECE_BINS + 2, dtype=torch.float64)
-    # Means times counts are sums.
-    off.index_add_(0, inside, (answers == targets).double() - confidence.double())
-    return float(off.abs().sum() / len(targets))
+    return float(_by_torchmetrics("multiclass_calibration_error", predictions, targets, n_bins=ECE_BINS, norm="l1"))
 
 
 def by_class(predictions: Tensor, targets: Tensor) -> dict[str, Any]:
     """F1 of each class, and the confusion matrix: a row for each true class, a column for each answer; JSON-ready."""
-    count = predictions.shape[1]
-    confusion = (targets * count + predictions.argmax(1)).bincount(minlength=count**2).view(count, count)
-    return {"f1": _f1_of_classes(predictions, targets)[0].tolist(), "confusion": confusion.tolist()}
+    return {
+        "f1": _by_torchmetrics("multiclass_f1_score", predictions, targets, average=None).tolist(),
+        "confusion": _by_torchmetrics("multiclass_confusion_matrix", predictions, targets).tolist(),
+    }
+
+
+def _by_torchmetrics(function: str, predictions: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    """A classification function of torchmetrics, of probabilities [N, K] and classes [N]."""
+    from torchmetrics.functional import classification
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # classes without records, which are left out on purpose
+        value: Tensor = getattr(classification, function)(
+            predictions, targets, num_classes=predictions.shape[1], validate_args=False, **options
+        )
+    return value
 
 
 PLAIN = {"accuracy": Measure("accuracy"), "loss": Measure("loss", higher=False, share=False)}
 CLASSES = {
     "f1": Measure("F1, mean over classes", compute=_macro_f1),
-    "auroc": Measure("area under the ROC curve, each class against the rest", compute=_one_against_the_rest(_auroc)),
+    "auroc": Measure(
+        "area under the ROC curve, each class against the rest", compute=_one_against_the_rest("multiclass_auroc")
+    ),
     "average_precision": Measure(
         "average precision, each class against the rest",
-        compute=_one_against_the_rest(_average_precision),
+        compute=_one_against_the_rest("multiclass_average_precision"),
     ),
     "ece": Measure(f"expected calibration error, {ECE_BINS} bins", higher=False, compute=_calibration_error),
 }
@@ -171,28 +129,32 @@ NUMBERS = {
 }
 
 
-def _of_labels(curve: Curve) -> Callable[[Tensor, Tensor], float]:
-    def compute(predictions: Tensor, targets: Tensor) -> float:
-        return _mean_where_defined(curve, predictions, targets.long() == 1)
-
-    return compute
-
-
-def _f1_of_labels(dim: int | None) -> Callable[[Tensor, Tensor], float]:
-    """Of each label, then their mean; or, without a dimension, of all of them together."""
+def _of_labels(function: str, average: str | None) -> Callable[[Tensor, Tensor], float]:
+    """A multi-label function of torchmetrics; a mean over labels leaves out those that none or all records have, where
+    they are not defined.
+    """
 
     def compute(predictions: Tensor, targets: Tensor) -> float:
-        answers, there = predictions > 0.5, targets.long() == 1
-        return float(_f1((answers & there).sum(dim), answers.sum(dim), there.sum(dim)).mean())
+        from torchmetrics.functional import classification
+
+        targets, count = targets.long(), targets.sum(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # labels without records
+            value: Tensor = getattr(classification, function)(
+                predictions, targets, num_labels=targets.shape[1], average=average, validate_args=False
+            )
+        return float(value if average else value[(count > 0) & (count < len(targets))].mean())
 
     return compute
 
 
 SEVERAL = {
-    "f1_micro": Measure("F1 of all labels together", compute=_f1_of_labels(None)),
-    "f1": Measure("F1, mean over labels", compute=_f1_of_labels(0)),
-    "auroc": Measure("area under the ROC curve, mean over labels", compute=_of_labels(_auroc)),
-    "average_precision": Measure("average precision, mean over labels", compute=_of_labels(_average_precision)),
+    "f1_micro": Measure("F1 of all labels together", compute=_of_labels("multilabel_f1_score", "micro")),
+    "f1": Measure("F1, mean over labels", compute=_of_labels("multilabel_f1_score", "macro")),
+    "auroc": Measure("area under the ROC curve, mean over labels", compute=_of_labels("multilabel_auroc", None)),
+    "average_precision": Measure(
+        "average precision, mean over labels", compute=_of_labels("multilabel_average_precision", None)
+    ),
 }
 
 
@@ -219,8 +181,8 @@ class Tally:
         """The objective's `metrics`, and those of its measures that the records define."""
         found = self.objective.metrics(self.sums, self.samples)
         more = self.objective.further(self.sums, self.samples)
-        if self.collected:
-            together = self._together()
+        # Scores that are no numbers have no order; torchmetrics would rank them all the same.
+        if self.collected and not (together := self._together())[0].isnan().any():
             more |= {key: it.compute(*together) for key, it in self.objective.measures.items() if it.compute}
         return found | {key: value for key, value in more.items() if math.isfinite(value)}
 

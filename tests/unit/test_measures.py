@@ -15,7 +15,7 @@ from fedpeft.clients import scoring
 from fedpeft.clients.policy import METRICS, Policy
 from fedpeft.errors import InputError
 from fedpeft.objectives.base import IGNORE, load_objective
-from fedpeft.objectives.measures import CLASSES, Measure, Tally
+from fedpeft.objectives.measures import Measure, Tally
 from fedpeft.record import lead, measured, report
 from fedpeft.simulations.run import simulate
 from support import hostile
@@ -71,29 +71,6 @@ def calibration_error(shares, truth):
         if inside.any():
             total += abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
     return total
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_measures_of_classes_are_those_of_torchmetrics(ties):
-    from torchmetrics.functional import classification
-
-    scores, labels = random_case(3, missing=(2,))
-    shares = scores.softmax(1)
-    if ties:  # and answers that are certain, which have a bin of their own
-        shares = (4 * shares).round()
-        shares /= shares.sum(1, keepdim=True)
-    defined = labels.bincount(minlength=5) > 0
-    options = {"num_classes": 5, "validate_args": False}
-    wanted = {
-        "f1": classification.multiclass_f1_score(shares, labels, average="macro", **options),
-        "auroc": classification.multiclass_auroc(shares, labels, average=None, **options)[defined].mean(),
-        "average_precision": classification.multiclass_average_precision(shares, labels, average=None, **options)[
-            defined
-        ].mean(),
-        "ece": classification.multiclass_calibration_error(shares, labels, n_bins=15, norm="l1", **options),
-    }
-    found = {name: measure.compute(shares, labels) for name, measure in CLASSES.items()}
-    assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, abs=1e-6)
 
 
 def test_scores_that_are_no_numbers_have_no_curves():
