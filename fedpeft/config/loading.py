@@ -310,6 +310,12 @@ def _entry_options(of: tuple[str, str], name: Any, given: Any, key: str) -> Any:
     """Options of a registry entry, or a list of entries with options, each typed by the entry's own field."""
     if isinstance(given, list):
         return [_read_entry(of, entry, key) for entry in given]
+    if name is None:
+        named = f"{key.rpartition('.')[0]}.{of[1]}"
+        raise InputError(
+            f"{key}: options {', '.join(given)}, but {named}=null has none. Set {named} to one of "
+            f"{', '.join(registry.names(of[0]))}, or leave the options out."
+        )
     owner = registry.load(of[0], name, key)
     checked = read_options(owner, given, key)
     items = options_of(owner)

@@ -237,6 +237,10 @@ def test_a_factor_that_does_not_train_is_read_and_stays(make):
         ({"penalty": "sorsaa"}, r"adapter\.penalty: 'sorsaa' is not known\. Did you mean 'sorsa'"),
         ({"penalty": "pego", "penalty_options": {"group": 2}}, r"adapter\.penalty_options\.group"),
         ({"penalty": "sorsa", "penalty_options": {"gamma": 0}}, r"adapter\.penalty_options\.gamma"),
+        (
+            {"penalty_options": {"gamma": 1}},
+            r"adapter\.penalty_options: options gamma, but adapter\.penalty=null has none",
+        ),
         ({"penalty": "sorsa", "client_ranks": [2, 4]}, r"adapter\.client_ranks"),
     ],
 )
