@@ -38,6 +38,7 @@ class Bottleneck(Placed):
 
     paper = "Houlsby et al. 2019, arXiv 1902.00751; He et al. 2022, arXiv 2110.04366; AdaptFormer, arXiv 2205.13535"
     averages = ("D", "U", "d", "u")
+    affine = False
     # BERT and RoBERTa; DistilBERT; ViT; DeiT and others as they were; Llama and its like; GPT-2; T5; CLIP.
     places = (
         ("output.dense",),

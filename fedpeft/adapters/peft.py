@@ -44,7 +44,7 @@ from fedpeft.config import AdapterConfig, Configured, option
 from fedpeft.config.short_names import SHORT
 from fedpeft.errors import InputError
 from fedpeft.models.base import Base
-from fedpeft.models.targets import linear_layers, resolve
+from fedpeft.models.targets import find_norms, linear_layers, resolve
 from fedpeft.state import FROZEN, AdaptedLayer
 
 log = logging.getLogger("fedpeft")
@@ -119,7 +119,7 @@ class Peft(Configured):
             # Full names: by endings peft would also take layers of the head.
             options["target_modules"] = resolve(base, wanted)
         elif "target_modules" not in options and (wanted or name == "LN_TUNING"):
-            options["target_modules"] = wanted or _find_norms(base)
+            options["target_modules"] = wanted or find_norms(base)
         try:
             return cls(**options)
         except (ValueError, TypeError) as error:
@@ -191,12 +191,6 @@ def _undo_start(base: Base, before: dict[str, Tensor]) -> tuple[dict[str, Tensor
             residuals[f"{name}/residual_B"] = -places[name].scaling * B.float()
             base.weight(name).copy_(before[name])
     return residuals, places
-
-
-def _find_norms(base: Base) -> list[str]:
-    heads = {id(part) for head in base.heads.values() for part in head.modules()}
-    named = base.backbone.named_modules()
-    return [name for name, part in named if type(part).__name__.endswith("Norm") and id(part) not in heads]
 
 
 def _to_plain_value(value: Any) -> Any:

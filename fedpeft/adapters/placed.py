@@ -14,6 +14,7 @@ as they are, with the section of the config that they were trained by (`placed_f
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from fedpeft.adapters.adapted import Injected
 from fedpeft.adapters.grouped import OwnLayer, Values
 from fedpeft.config import AdapterConfig, Configured
 from fedpeft.errors import InputError
-from fedpeft.models.base import Base
+from fedpeft.models.base import Base, orient
 from fedpeft.models.targets import ATTENTION, resolve
 from fedpeft.state import FROZEN, AdaptedLayer
 
@@ -41,6 +42,7 @@ class Placed(Configured):
         drawn: names of what every client draws itself.
         places: where adapter.target_modules is null, endings of layers' names; the first of which a model has all.
         leaves: what a run leaves, in words.
+        affine: a layer of it computes W' x + b', so that it can be merged.
     """
 
     averages: ClassVar[tuple[str, ...]] = ()
@@ -48,6 +50,7 @@ class Placed(Configured):
     drawn: ClassVar[tuple[str, ...]] = ()
     places: ClassVar[tuple[tuple[str, ...], ...]] = ATTENTION
     leaves: ClassVar[str] = "leaves a folder of its own, which `fedpeft predict` opens and stock peft does not"
+    affine: ClassVar[bool] = True
 
     def start(self, weight: Tensor, r: int, scale: float, generator: torch.Generator) -> Tensors:
         """The tensors of a layer before training, by role or name.
@@ -58,6 +61,18 @@ class Placed(Configured):
             generator: of this layer's draws, on the CPU.
         """
         raise NotImplementedError
+
+    def start_at(self, base: Base, site: str, r: int, scale: float, generator: torch.Generator) -> Tensors:
+        """Likewise, of a layer of the base: for whoever needs more of it than its weight."""
+        return self.start(base.values(site).float(), r, scale, generator)
+
+    def find_sites(self, base: Base, wanted: list[str] | None) -> list[str]:
+        """Full names of the layers to adapt, sorted.
+
+        Args:
+            wanted: `adapter.target_modules`.
+        """
+        return resolve(base, wanted, self.places)
 
     def act(self, layer: PlacedLayer, x: Tensor, own: Values) -> Tensor:
         """Outputs [..., n, out] of inputs [..., n, in], with the layer's tensors in `own`."""
@@ -70,6 +85,15 @@ class Placed(Configured):
     def residual(self, tensors: Tensors, shape: tuple[int, int], scale: float) -> Tensors:
         """What the start has and the base shall lack, as factors by role; empty where it has nothing."""
         return {}
+
+    def merge(self, layer: PlacedLayer) -> None:
+        """Write W' and b' into the layer's frozen one, as they are found of what an affine layer computes."""
+        frozen, exact = layer.base_layer, copy.deepcopy(layer).double().eval()
+        one = torch.eye(layer.shape[1], dtype=torch.float64)
+        at_zero, at_one = exact(0 * one[:1]), exact(one)
+        orient(frozen, frozen.get_parameter("weight").data).copy_((at_one - at_zero).T)
+        if getattr(frozen, "bias", None) is not None:
+            frozen.get_parameter("bias").data.copy_(at_zero[0])
 
     def usage(self, scale: float) -> list[str] | None:
         """Lines of Python for whoever has no fedpeft: a forward hook `adapt(layer, args, y, own)` that computes with a
@@ -101,7 +125,7 @@ class Placed(Configured):
         scale = find_scale(config)
         parameters, sites, fixed = dict[str, nn.Parameter](), dict[str, AdaptedLayer](), Tensors()
         base.backbone.requires_grad_(False)
-        for site in resolve(base, config.target_modules, self.places):
+        for site in self.find_sites(base, config.target_modules):
             weight = base.values(site).float()
             if config.r > self.least(weight):
                 raise InputError(
@@ -109,8 +133,8 @@ class Placed(Configured):
                     f"has at most rank {self.least(weight)} there. Lower adapter.r, or leave the layer out of "
                     "adapter.target_modules."
                 )
-            tensors = self.start(weight, config.r, scale, seeds.torch_generator(seed, kind, site))
-            shape = (weight.shape[0], weight.shape[1])
+            tensors = self.start_at(base, site, config.r, scale, seeds.torch_generator(seed, kind, site))
+            shape = (weight.shape[0], weight.shape[-1])  # a norm has as many inputs as outputs
             layer = PlacedLayer(base.layer(site), self, tensors, shape, scale, config.dropout)
             parent, _, name = site.rpartition(".")
             setattr(base.backbone.get_submodule(parent), name, layer)

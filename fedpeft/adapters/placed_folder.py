@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedpeft import config as configs
 from fedpeft.adapters.adapted import Adapted, adapt
 from fedpeft.adapters.folder import CONFIG, HEAD, WEIGHTS, read_tensors
 from fedpeft.adapters.peft_files import require_numbers
-from fedpeft.adapters.placed import OWN, find_placed, find_scale
+from fedpeft.adapters.placed import OWN, PlacedLayer, find_placed, find_scale
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import InputError
 from fedpeft.files import read_object
@@ -68,6 +69,23 @@ def put_into(base: Base, folder: Path, section: AdapterConfig, state: AdapterSta
     return model
 
 
+def is_affine(section: AdapterConfig) -> bool:
+    """Whether layers of this adapter can be other weights and biases."""
+    cls = find_placed(section.name)
+    return cls is not None and cls.affine
+
+
+@torch.no_grad()
+def merge_into(base: Base, folder: Path, section: AdapterConfig) -> None:
+    """Write what an adapter does into weights, biases and heads of the base, all of them dense then."""
+    put_into(base, folder, section, load(folder, section))
+    base.make_dense()
+    for name, layer in [pair for pair in base.backbone.named_modules() if isinstance(pair[1], PlacedLayer)]:
+        layer.method.merge(layer)
+        parent, _, own = name.rpartition(".")
+        setattr(base.backbone.get_submodule(parent), own, layer.base_layer)
+
+
 def write_loading_lines(section: AdapterConfig, with_head: bool) -> list[str] | None:
     """Lines of Python that put the adapter of the folder `here` over its base `model`, without fedpeft.
 
@@ -86,7 +104,7 @@ def write_loading_lines(section: AdapterConfig, with_head: bool) -> list[str] | 
         *hook,
         "",
         'for layer in {name.rpartition(".")[0] for name in values}:',
-        f'    own = {{role: values[f"{{layer}}.{{role}}"] for role in {list(cls.averages)}}}',
+        "    own = {name.rpartition('.')[2]: value for name, value in values.items() if name.startswith(f'{layer}.')}",
         "    model.get_submodule(layer).register_forward_hook(functools.partial(adapt, own=own))",
         *([f'model.load_state_dict(load_file(f"{{here}}/{HEAD}"), strict=False)'] if with_head else []),
     ]

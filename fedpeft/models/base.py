@@ -124,8 +124,7 @@ class Base:
 
     def values(self, layer: str) -> Tensor:
         """The weight [out, in] of a layer to read, dequantised."""
-        module = self.layer(layer)
-        return dequantize(module) if is_quantized(module) else self.weight(layer)
+        return read_weight(self.layer(layer))
 
     def shape(self, layer: str) -> tuple[int, int]:
         """(outputs, inputs) of a layer."""
@@ -161,6 +160,11 @@ def catch_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a matrix product: `nn.Linear`, or transformers' Conv1D."""
     return isinstance(module, nn.Linear) or _stores_transposed(module)
+
+
+def read_weight(layer: nn.Module) -> Tensor:
+    """The weight [out, in] of a layer to read, dequantised."""
+    return dequantize(layer) if is_quantized(layer) else orient(layer, layer.get_parameter("weight").detach())
 
 
 def orient(layer: nn.Module, value: Tensor) -> Tensor:

@@ -39,6 +39,13 @@ def linear_layers(base: Base) -> dict[str, nn.Module]:
     }
 
 
+def find_norms(base: Base) -> list[str]:
+    """Names of the norms, in the order of the model; heads are left out."""
+    heads = {id(part) for head in base.heads.values() for part in head.modules()}
+    named = base.backbone.named_modules()
+    return [name for name, part in named if type(part).__name__.endswith("Norm") and id(part) not in heads]
+
+
 def resolve(base: Base, wanted: list[str] | None, places: tuple[tuple[str, ...], ...] = ATTENTION) -> list[str]:
     """Full names of the modules to adapt, sorted.
 

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from fedpeft import config as configs
 from fedpeft import folders, registry
-from fedpeft.adapters import folder
+from fedpeft.adapters import folder, placed_folder
 from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.config import Config
 from fedpeft.errors import InputError, RunError
@@ -76,7 +76,7 @@ def export(
         _choose_adapter(run, config, best, round) as (whole, number),
         _cut_ranks(whole, config, rank) as source,
     ):
-        merged = folder.load(source) if merge else None  # before the base: not every adapter merges
+        merge_folder = read_mergeable(source) if merge else None  # before the base: not every adapter merges
         loaded = _load_base(run, config, names, needed=merge)
         exported = Exported(
             run,
@@ -92,8 +92,9 @@ def export(
         )
         form = (read_object(run / "summary.json").get("texts") or {}).get("form")
         settings = None if loaded is None else companions.write_processor(draft, loaded, config, form)
-        if merged is not None and loaded is not None:
-            _write_merged(exported, loaded, merged, source, settings, draft, to)
+        if merge_folder is not None and loaded is not None:
+            merge_folder(loaded)
+            _write_merged(exported, loaded, source, settings, draft, to)
         else:
             _copy_adapter(source, draft, exported.base)
         _say_quantization(exported)
@@ -128,11 +129,7 @@ def _copy_adapter(source: Path, draft: Path, base: str) -> None:
     write_bytes(draft / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
-def _write_merged(
-    exported: Exported, base: Base, adapter: AdapterState, source: Path, settings: Any, draft: Path, to: Path
-) -> None:
-    base.make_dense()
-    merge_into(base, adapter)
+def _write_merged(exported: Exported, base: Base, source: Path, settings: Any, draft: Path, to: Path) -> None:
     if settings is not None:
         base.backbone.generation_config = settings
     try:
@@ -285,6 +282,24 @@ def label_names(path: Path) -> list[str]:
         return [str(name) for name in json.loads(path.read_text())["histogram"]["labels"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot read the run's label names: {error!r}") from error
+
+
+def read_mergeable(source: Path) -> Callable[[Base], None]:
+    """What writes the adapter of a folder into the weights of its base.
+
+    Raises:
+        InputError: it is no other weights.
+    """
+    section = placed_folder.read_section(source)
+    if section is not None and placed_folder.is_affine(section):
+        return lambda base: placed_folder.merge_into(base, source, section)
+    adapter = folder.load(source)
+
+    def merge_factors(base: Base) -> None:
+        base.make_dense()
+        merge_into(base, adapter)
+
+    return merge_factors
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.models.loading import load
 from fedpeft.privacy.gradients import linear_owners, ruled_owners
-from fedpeft.run.export import merge_into
+from fedpeft.run.export import read_mergeable
 from fedpeft.simulations.benchmarks.adapter_sizes import formula_of_type
 
 ROLES, LABELS, LENGTH = ("peft", "head"), 4, 12
@@ -119,7 +119,7 @@ def find_merge(model: Adapted, roles: tuple[str, ...]) -> str:
         folder.save(flatten_adapter(state), Path(place), base=MODEL.name, task=MODEL.task, settings=model.folder)
         try:
             base = load(MODEL, LABELS, 0)
-            merge_into(base, folder.load(Path(place)))
+            read_mergeable(Path(place))(base)
             if torch.allclose(base.forward(inputs()), wanted, atol=CLOSE):
                 return "export"
         except InputError:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fedpeft import registry
+from fedpeft.adapters.adapted import build
 from fedpeft.adapters.factored import tensors_at
 from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.adapters.svfit import count_leading
+from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.errors import InputError
 from fedpeft.merging.base import merge
 from fedpeft.models.loading import load
@@ -142,3 +144,83 @@ def test_runs_in_two_slots_add_up_and_two_in_one_are_refused(path):
         torch.testing.assert_close(change @ A.T, one.sites[site].scaling * B @ (A @ A.T), **CLOSE)
     with pytest.raises(InputError, match="overlaps an earlier one's"):
         merge("orthogonal_adaptation", [one, same])
+
+
+# Those that are no product of factors ---------------------------------------------------------------------------------
+
+
+def placed(path, name, options, **section):
+    """The model with all that trains moved, a bare one, and the tensors of each adapted layer, all in float64."""
+    model = adapted(path, name, options, **section)
+    state = moved(model, name)
+    model.write(state)
+    plain = load(small.ModelConfig(name=str(path), task=small.TEXT), small.LABELS, 0)
+    own = {site: {role: value.double() for role, value in tensors_at(state, site).items()} for site in model.form.sites}
+    return model.base.backbone.double(), plain.backbone.double(), {key: value for key, value in own.items() if value}
+
+
+def test_hydra_is_a_layer_of_the_weight_and_the_bias_that_it_says(path):
+    model, plain, own = placed(path, "hydra", {})
+    found = {site: tensors for site, tensors in own.items() if "A_p" in tensors}
+    assert len(found) == 4
+    for site, at in found.items():
+        layer = plain.get_submodule(site)
+        behind = torch.eye(16, dtype=torch.float64) + 2 * at["B_s"] @ at["A_s"]
+        W, b = behind @ layer.weight + 2 * at["B_p"] @ at["A_p"], behind @ layer.bias
+        x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(model.get_submodule(site)(x), x @ W.T + b)
+        assert float((W - layer.weight - 2 * at["B_p"] @ at["A_p"]).abs().max()) > 0.1  # both pairs count
+
+
+def test_difffit_trains_norms_biases_and_a_factor_behind_each_block(path):
+    model, plain, own = placed(path, "difffit", {}, target_modules=None)
+    places = {name for name, part in plain.named_modules() if getattr(part, "bias", None) is not None}
+    assert {site for site in own if "d" in own[site] or "g" in own[site]} == places - {"classifier"}
+    ends = {name for name in places if name.endswith("output.dense")}
+    assert len(ends) == 4 and {site for site in own if own[site].get("g", torch.zeros(2)).numel() == 1} == ends
+    with torch.no_grad():
+        for site in places - {"classifier"}:
+            layer, at = plain.get_submodule(site), own[site]
+            if "g" in at:  # of a norm for each output, of a block one for all
+                layer.weight *= 1 + (at["g"] if layer.weight.ndim == 1 else at["g"][0])
+                layer.bias *= 1 + at["g"]
+            layer.bias += at["d"]
+        plain.classifier.load_state_dict(model.classifier.state_dict())
+    inputs = small.inputs("bert")
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("int8", {}), ("nf4", {"group": 64})])
+def test_peqa_moves_the_scales_of_a_quantised_base_and_nothing_else(kind, options):
+    section = AdapterConfig(name="peqa", target_modules=["query", "output.dense"], options=options)
+    config = ModelConfig(name="tiny-bert", task=small.TEXT, quantization=kind)
+    model, other = build(config, section, small.LABELS, 0), load(config, small.LABELS, 0)
+    state = moved(model, "peqa").without(["head"])
+    model.write(model.state().replace(state.tensors))
+    for site in state.lora_sites():
+        weight, a = other.layer(site).weight, state[f"{site}/a"]
+        assert a.shape == (weight.SCB.shape[0], 1) if kind == "int8" else a.numel() == len(weight.quant_state.absmax)
+        one = torch.eye(other.shape(site)[1])
+        before, after = other.layer(site)(one), model.base.backbone.get_submodule(site)(one).detach()
+        if kind == "int8":
+            weight.SCB *= 1 + a[:, 0]
+        else:
+            weight.quant_state.absmax *= 1 + a.flatten()
+        scaled = other.layer(site)(one)
+        torch.testing.assert_close(after, scaled, atol=1e-7, rtol=1e-5)
+        assert float((before - scaled).norm()) > 0.1 * float(before.norm())
+
+
+def test_peqa_says_that_a_base_in_float_is_not_quantised(path, caplog):
+    adapted(path, "peqa", {"group": 5})
+    assert "peqa: model.quantization=null, so that the weights stay as they are" in caplog.text
+
+
+def test_a_group_of_inputs_has_a_scale_of_its_own(path):
+    model, plain, own = placed(path, "peqa", {"group": 5})
+    for site in (site for site, tensors in own.items() if "a" in tensors):
+        W, a = plain.get_submodule(site).weight, own[site]["a"]
+        assert a.shape == (16, 4)
+        scaled = torch.stack([W[:, i] * (1 + a[:, i // 5]) for i in range(16)], dim=1)
+        x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(model.get_submodule(site)(x), x @ scaled.T + plain.get_submodule(site).bias)

@@ -21,6 +21,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "svfit": [{"energy": 1.0}],
     "salt": [{"train": "values"}],
     "orthogonal_adaptation": [{"slot": 2}],
+    "peqa": [{"group": 5}],
     "bottleneck": [{"place": "parallel", "activation": "gelu"}],
 }
 OWN = [name for name in registry.names("adapters") if find_placed(name) is not None]
@@ -29,7 +30,8 @@ CASES = [(name, options) for name in OWN for options in ({}, *VARIANTS.get(name,
 PLACED = [case for case in CASES if find_method(case[0]) is None]
 FACTORED = [case for case in CASES if case not in PLACED]
 # Of which an average of adapters is exact: what trains is linear in them.
-LINEAR = ("paca", "svfit", "ravan", "loldu", "loca", "orthogonal_adaptation")
+LINEAR = ("paca", "svfit", "ravan", "loldu", "loca", "orthogonal_adaptation", "difffit", "peqa")
+WITHOUT_RANK = ("difffit", "peqa")
 LINEAR_BY_OPTIONS = (
     ("nlora", {"train": "core"}),
     ("nlora", {"init": "block", "train": "core"}),
@@ -49,7 +51,13 @@ def roles_of(name: str) -> tuple[str, ...]:
     return (*cls.averages, *cls.keeps, "head")
 
 
+# Without positions that turn keys, a bias of keys is the same for all scores of a softmax: its slope is rounding.
+WITHOUT_KEYS = ["query", "value", "dense", "LayerNorm"]
+
+
 def adapted(path: Any, name: str, options: dict[str, Any], kind: str = "bert", **section: Any):
+    if name == "difffit" and kind == "bert":
+        section = {"target_modules": WITHOUT_KEYS, **section}
     return small.adapted(path, kind, method=name, r=4, alpha=8.0, options=options, **section)
 
 
