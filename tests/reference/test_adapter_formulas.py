@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedpeft import registry
+from fedpeft.adapters import folder
 from fedpeft.adapters.adapted import build
 from fedpeft.adapters.factored import tensors_at
 from fedpeft.adapters.flat import flatten_adapter
@@ -14,6 +15,7 @@ from fedpeft.config import AdapterConfig, ModelConfig
 from fedpeft.errors import InputError
 from fedpeft.merging.base import merge
 from fedpeft.models.loading import load
+from fedpeft.run.export import read_mergeable
 from support import small_models as small
 from support.own_adapters import adapted, moved
 
@@ -188,6 +190,32 @@ def test_difffit_trains_norms_biases_and_a_factor_behind_each_block(path):
         plain.classifier.load_state_dict(model.classifier.state_dict())
     inputs = small.inputs("bert")
     torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_difffit_takes_norms_alone_and_refuses_what_it_has_no_place_at(path):
+    _, _, own = placed(path, "difffit", {}, target_modules=["LayerNorm"])
+    norms = {site: set(tensors) for site, tensors in own.items() if site != "classifier"}
+    assert len(norms) == 5 and all(roles == {"g", "d"} for roles in norms.values())
+    with pytest.raises(InputError, match=r"target_modules: no norm, .* ends in 'nowhere'. There are: LayerNorm, dense"):
+        adapted(path, "difffit", {}, target_modules=["nowhere"])
+
+
+def test_a_norm_that_adds_one_to_its_weight_trains_and_is_not_merged(tmp_path):
+    """Gemma's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(small.tokenizer())}
+        small.transformers.GemmaForCausalLM(small.transformers.GemmaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    small.tokenizer().save_pretrained(tmp_path / "base")
+    config = ModelConfig(name=str(tmp_path / "base"), task=small.LM)
+    model, inputs = build(config, AdapterConfig(name="difffit"), small.LABELS, 0), small.inputs("llama")
+    before = model.logits(inputs)
+    model.write(moved(model, "difffit"))
+    assert float((model.logits(inputs) - before).detach().abs().max()) > 1e-2
+    folder.save(model.state(), tmp_path / "out", base=config.name, task=small.LM, settings=model.folder)
+    with pytest.raises(InputError, match="GemmaRMSNorm is more than its weight times a norm"):
+        read_mergeable(tmp_path / "out")(load(config, small.LABELS, 0))
 
 
 @pytest.mark.parametrize(("kind", "options"), [("int8", {}), ("nf4", {"group": 64})])
