@@ -69,7 +69,7 @@ def describe(name: str) -> dict[str, Any]:
     found = [table for table in TABLES if (not slash or table == wanted) and entry in _names_in(table)]
     if not found:
         raise InputError(_say_unknown(name))
-    table, *others = found
+    table, *others = sorted(found, key="tuners".__eq__)  # peft's names come after ours
     also = [f"{other}/{entry}" for other in others]
     about = _read_described(table, entry) or {**_describe_row(table, entry), **_describe_entry(table, entry)}
     return {"table": table, **about, "also": also}

@@ -120,6 +120,7 @@ class Line(nn.Module):
         self.layer = nn.Linear(width, small.LABELS)
         self.base = SimpleNamespace(objective=load_objective(small.IMAGE), backbone=self, modules=[self.layer])
         self.parameters_ = {f"layer/{name}": value for name, value in self.layer.named_parameters()}
+        self.over_scores = None
 
     def logits(self, inputs):
         return self.layer(inputs["pixel_values"])
