@@ -22,6 +22,7 @@ from fedpeft.cli.bench import bench_app
 from fedpeft.cli.data import data_app
 from fedpeft.cli.deploy import server_app, site_app
 from fedpeft.cli.logged import Logged
+from fedpeft.cli.offline import aggregate, merge
 from fedpeft.cli.privacy import privacy_app
 from fedpeft.cli.unlearning import unlearn
 from fedpeft.errors import InputError, RunError, Stopped
@@ -39,12 +40,7 @@ app.add_typer(privacy_app, name="privacy")
 app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
-app.command()(unlearn)
 
-Base = Annotated[
-    str | None,
-    typer.Option(help="The base model of all, to be named in the result; says that unlike names mean one model."),
-]
 Model = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or an adapter folder.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer of a language model, in tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -95,55 +91,9 @@ def resume(
     console.emit(summary, as_json, console.run_result)
 
 
-@app.command()
-def aggregate(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="[KEY=VALUE]... ADAPTER_DIR...", help="Strategy options and peft folders.")
-    ],
-    strategy: Annotated[str, typer.Option(help="Registered strategy.")],
-    out: Annotated[Path, typer.Option(help="Folder of the result; new or empty.")],
-    weights: Annotated[str | None, typer.Option(help="Weight of each adapter, as 1,2,5; equal if left out.")] = None,
-    start: Annotated[
-        Path | None, typer.Option("--global", help="The global adapter that the clients started from.")
-    ] = None,
-    base: Base = None,
-    as_json: Json = False,
-) -> None:
-    """Aggregate peft adapter folders once, offline."""
-    from fedpeft.run.offline import aggregate_folders, parse_numbers
-
-    options, folders = options_and_folders(arguments)
-    numbers = parse_numbers("--weights", weights)
-    result = aggregate_folders(strategy, folders, out, options, numbers, start, base)
-    console.emit(result, as_json, console.aggregate_result)
-
-
-@app.command()
-def merge(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="[KEY=VALUE]... ADAPTER_DIR...", help="Merger options and peft folders, oldest first."),
-    ],
-    method: Annotated[str, typer.Option(help="Registered merger.")],
-    out: Annotated[Path, typer.Option(help="Folder of the result; new or empty.")],
-    numbers: Annotated[
-        str | None, typer.Option(help="A number for each adapter, as 1,-1: weights, losses; what the merger takes.")
-    ] = None,
-    base: Base = None,
-    as_json: Json = False,
-) -> None:
-    """Merge peft adapter folders that were trained one after another."""
-    from fedpeft.run.offline import merge_folders, parse_numbers
-
-    options, folders = options_and_folders(arguments)
-    result = merge_folders(method, folders, out, options, parse_numbers("--numbers", numbers), base)
-    console.emit(result, as_json, console.aggregate_result)
-
-
-def options_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Arguments `key=value` that are no existing path, and the paths."""
-    options = [text for text in arguments if "=" in text and not Path(text).exists()]
-    return options, [Path(text) for text in arguments if text not in options]
+app.command()(aggregate)
+app.command()(merge)
+app.command()(unlearn)
 
 
 @app.command("list")
