@@ -24,7 +24,7 @@ from fedpeft.deploy.coordinator.flower import Control
 from fedpeft.deploy.coordinator.post import Clerk, Post
 from fedpeft.deploy.processes import end_children
 from fedpeft.flower import empty_run
-from support.deployed import alive, free_ports, until
+from support.deployed import free_ports, until
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_messages_reach_a_waiting_site_also_after_a_kill(place):
 
     # What a run sends meanwhile is there when the face is back, and so is who is connected.
     fleet.process.kill()
-    until(lambda: not alive(fleet.process.pid), "the end of the face")
+    fleet.process.wait(30)  # for all of its threads, which hold its ports until then
     post.push_messages([Message(RecordDict(), node.node_id, "train")])
     fleet.start()
     until(lambda: all(address.answers(*at) for at in daemon.ports(made)), "the ports")
