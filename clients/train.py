@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted, Thinning
+from fedpeft.adapters.penalties.base import Penalised
 from fedpeft.adapters.tail import first_token
 from fedpeft.clients.cohort.passes import token_counts
 from fedpeft.clients.optimizers.base import make_layout, make_optimizer, read_state, set_rate, settle, write_state
@@ -106,14 +107,9 @@ def train(
     # Dropout draws from torch's global generator; forked, what runs before and after draws as if nothing had been.
     with first_token(model, data), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "dropout") if private is None else private.secret_seed())
-        gradients_of_steps = steps_to_take(model, data, parameters, config, seed, private, in_order)
-        if thin is not None:
-            gradients_of_steps = thin_steps(gradients_of_steps, parameters, thin)
+        gradients_of_steps = steps_to_take(model, data, parameters, config, seed, private, in_order, thin)
         # Rates first: past the last one no noise is drawn. A private round of fewer steps is for the audit to judge.
         for rate, (gradients, loss) in zip(rates, gradients_of_steps, strict=private is None):
-            if model.penalty is not None:
-                for key, pull in model.penalty.gradients(parameters, model.parameters).items():
-                    gradients[key] = gradients[key] + pull
             set_gradients(parameters, gradients, start, config, proximal, offset)
             set_rate(optimizer, rate)
             optimizer.step()
@@ -135,13 +131,18 @@ def steps_to_take(
     seed: int,
     private: Private | None,
     in_order: bool,
+    thin: Thinning | None,
 ) -> Iterator[Gradients]:
-    """The gradients of a round's steps, private or plain; arguments as of `train`."""
+    """The gradients of a round's steps, private or plain, with the adapter's penalty; arguments as of `train`."""
     device = next(iter(parameters.values())).device
     if private is not None:
-        return private_steps(model, data, parameters, config, private, device)
-    rng = None if in_order else seeds.numpy_generator(seed, "batches")
-    return plain_steps(model, data, parameters, config, rng, device)
+        steps = private_steps(model, data, parameters, config, private, device)
+    else:
+        rng = None if in_order else seeds.numpy_generator(seed, "batches")
+        steps = plain_steps(model, data, parameters, config, rng, device)
+    if thin is not None:
+        steps = thin_steps(steps, parameters, thin)
+    return steps if model.penalty is None else penalise_steps(steps, parameters, model.penalty, model.parameters)
 
 
 def thin_steps(steps: Iterator[Gradients], parameters: dict[str, nn.Parameter], thin: Thinning) -> Iterator[Gradients]:
@@ -161,6 +162,15 @@ def thin_steps(steps: Iterator[Gradients], parameters: dict[str, nn.Parameter], 
                 for key, value in whole.items():
                     parameters[key].copy_(value)
         yield {key: value * shares[key] if key in shares else value for key, value in gradients.items()}, losses
+
+
+def penalise_steps(
+    steps: Iterator[Gradients], parameters: dict[str, nn.Parameter], penalty: Penalised, others: dict[str, nn.Parameter]
+) -> Iterator[Gradients]:
+    """The gradients with the penalty's at the values of each step; after noise and clipping, as it reads no record."""
+    for gradients, losses in steps:
+        pulls = penalty.gradients(parameters, others)
+        yield {key: value + pulls[key] if key in pulls else value for key, value in gradients.items()}, losses
 
 
 def mean_loss(losses: list[Tensor], private: Private | None) -> float:

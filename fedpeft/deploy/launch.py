@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+from fedpeft.uncollected import uncollected
+
 ROLES = {
     "fleet": "fedpeft.deploy.coordinator.face:main",
     "run": "fedpeft.deploy.coordinator.run:main",
@@ -43,10 +45,9 @@ def main(arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     log_lines("" if role == "run" else f"{role}: ")
     module, act = ROLES[role].split(":")
-    gc.disable()  # what is imported stays: to look through it again and again is a tenth of the time that it takes
-    begin = getattr(importlib.import_module(module), act)
-    gc.freeze()
-    gc.enable()
+    with uncollected():
+        begin = getattr(importlib.import_module(module), act)
+        gc.freeze()  # nor is it looked through later
     begin(Path(folder), *rest)
 
 

@@ -62,12 +62,7 @@ def export(
         RunError: the model cannot be written.
     """
     run, to = folders.run_folder(run), Path(to)
-    for flag, chosen in (("merge", merge), ("best", best)):
-        if not isinstance(chosen, bool):
-            raise InputError(f"{flag}={chosen!r}: give True or False.")
-    for flag, text in (("--base", base), ("--license", license)):
-        if text is not None and not (text.strip() and text.isprintable()):
-            raise InputError(f"{flag} {text!r}: no name. Leave it out, or give one line of text.")
+    _require_flags({"merge": merge, "best": best}, {"--base": base, "--license": license})
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise InputError(f"{run}: no adapter/adapter_config.json; is it a run folder, and has the run finished?")
     config, names = configs.load(run / "resolved.yaml"), label_names(run / "split.json")
@@ -100,6 +95,15 @@ def export(
         _say_quantization(exported)
         write_bytes(draft / card.NAME, card.write(exported).encode())
         return {"model" if merge else "adapter": str(to), "notes": _notes_on(exported, loaded)}
+
+
+def _require_flags(chosen: dict[str, Any], texts: dict[str, str | None]) -> None:
+    for flag, value in chosen.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{flag}={value!r}: give True or False.")
+    for flag, text in texts.items():
+        if text is not None and not (text.strip() and text.isprintable()):
+            raise InputError(f"{flag} {text!r}: no name. Leave it out, or give one line of text.")
 
 
 def _load_base(run: Path, config: Config, names: list[str], needed: bool) -> Base | None:

@@ -201,9 +201,10 @@ def test_the_products_are_those_of_the_factors_that_it_folds_to(name, options, p
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_averages_are_exact_where_it_says_so(name, options, path):
-    model = adapted(path, name, options)
+    # On layers of 16 x 16 SALT's product hardly counts beside its values, unless it has most of the rank that is left.
+    model = adapted(path, name, {**options, "rank": 11} if name == "salt" else options)
     error = measure_average(model, small.inputs("bert"), registry.load("adapters", name).averages)
-    assert error < EXACT if is_linear(name, options) else error > 2 * EXACT
+    assert error < EXACT if is_linear(name, options) else error > 0.02
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

@@ -17,8 +17,7 @@ from fedpeft.clients.cohort.engine import Job, train_cohort
 from fedpeft.clients.train import train
 from fedpeft.errors import InputError
 from fedpeft.privacy.plan import Plan
-from support import own_adapters, per_sample
-from support import small_models as small
+from support import own_adapters
 from support.cohort_jobs import ADAMW, SGD, UNEVEN, check, private, records
 
 # Every penalty on adapters that have what it is over, with weights that are felt.
@@ -36,13 +35,7 @@ ONE_STEP = replace(SGD, local_steps=1)
 def make(tmp_path):
     def made(penalty, adapter, options, kind="bert"):
         section = {} if penalty is None else {"penalty": penalty, "penalty_options": options}
-        path = tmp_path / kind
-        path = path if path.exists() else small.save(kind, path)
-        model = small.adapted(path, kind, method=adapter, r=4, alpha=8.0, **section)
-        per_sample.as_double(model)
-        per_sample.without_dropout(model)
-        model.training_mode = lambda: None
-        return model
+        return own_adapters.in_double(tmp_path, kind, adapter, **section)
 
     return made
 

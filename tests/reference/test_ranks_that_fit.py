@@ -25,13 +25,7 @@ TOKENS = 32
 def wide(tmp_path_factory):
     """A model whose adapters of high ranks are no small part of it."""
 
-    @functools.cache
-    def folder(kind):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(small, "WIDTH", 128)
-            return small.save(kind, tmp_path_factory.mktemp(kind))
-
-    return folder
+    return functools.cache(lambda kind: small.save_wide(kind, tmp_path_factory.mktemp(kind)))
 
 
 def records(kind, count=8):

@@ -21,13 +21,7 @@ from support.cohort_jobs import AB, ADAMW, ALL, EVEN, make_jobs
 def wide(tmp_path_factory):
     """Random models with layers that are wide beside an adapter of rank 1."""
 
-    @functools.cache
-    def folder(kind):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(small, "WIDTH", 128)
-            return small.save(kind, tmp_path_factory.mktemp(kind))
-
-    return folder
+    return functools.cache(lambda kind: small.save_wide(kind, tmp_path_factory.mktemp(kind)))
 
 
 def allocated(work) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from fedpeft import registry
 from fedpeft.clients.cohort.engine import Job
 from fedpeft.clients.train import per_sample_loss, train
 from fedpeft.errors import InputError
-from support import per_sample
+from support import own_adapters, per_sample
 from support import small_models as small
 from support.cohort_jobs import SGD, UNEVEN, check, private, records
 
@@ -24,13 +24,7 @@ CASES = [("gpt2", "lora"), ("llama", "paca"), ("llama", "bottleneck")]
 def make(tmp_path):
     def made(kind, adapter, weights=WEIGHTS):
         section = {} if weights is None else {"penalty": "ba_lora", "penalty_options": weights}
-        path = tmp_path / kind
-        path = path if path.exists() else small.save(kind, path)
-        model = small.adapted(path, kind, method=adapter, r=4, alpha=8.0, **section)
-        per_sample.as_double(model)
-        per_sample.without_dropout(model)
-        model.training_mode = lambda: None
-        return model
+        return own_adapters.in_double(tmp_path, kind, adapter, **section)
 
     return made
 

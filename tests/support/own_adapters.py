@@ -10,6 +10,7 @@ from fedpeft import registry
 from fedpeft.adapters.factored import find_method
 from fedpeft.adapters.placed import find_placed
 from fedpeft.state import AdapterState
+from support import per_sample
 from support import small_models as small
 
 # Every one with its defaults, and options that make another adapter of it; at rank 4 on layers of 16 x 16.
@@ -59,6 +60,17 @@ def adapted(path: Any, name: str, options: dict[str, Any], kind: str = "bert", *
     if name == "difffit" and kind == "bert":
         section = {"target_modules": WITHOUT_KEYS, **section}
     return small.adapted(path, kind, method=name, r=4, alpha=8.0, options=options, **section)
+
+
+def in_double(folder: Any, kind: str, name: str, **section: Any):
+    """An adapter on a small model in float64, without dropout; the model is saved once in a folder."""
+    path = folder / kind
+    path = path if path.exists() else small.save(kind, path)
+    model = small.adapted(path, kind, method=name, r=4, alpha=8.0, **section)
+    per_sample.as_double(model)
+    per_sample.without_dropout(model)
+    model.training_mode = lambda: None
+    return model
 
 
 def moved(model: Any, name: str, seed: int = 1, scale: float = 0.2) -> AdapterState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -150,6 +151,12 @@ def save(name: str, folder: Path, seed: int = 0, whole: bool = True) -> Path:
     else:
         (masking_tokenizer() if name == "bert-mlm" else tokenizer()).save_pretrained(folder)
     return folder
+
+
+def save_wide(name: str, folder: Path) -> Path:
+    """As `save`, with layers that are wide beside an adapter of rank 1."""
+    with mock.patch.dict(globals(), WIDTH=128):
+        return save(name, folder)
 
 
 def adapted(

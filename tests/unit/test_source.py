@@ -239,6 +239,19 @@ def test_digits_have_their_fixed_test_set_in_the_unit_range():
     assert np.ptp(np.bincount(test.labels)) <= 3
 
 
+def test_digits_are_scikit_learns_and_their_test_set_is_what_it_draws():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    train, test = source.load(DataConfig(source="digits"), IMAGE, 0)
+    raw = load_digits()
+    drawn = train_test_split(np.arange(len(raw.target)), test_size=597, stratify=raw.target, random_state=0)
+    for part, index in zip((train, test), map(np.sort, drawn), strict=True):
+        assert np.array_equal(part.inputs[..., 0] * 16, raw.images[index])
+        assert np.array_equal(part.labels, raw.target[index])
+    assert train.label_names == [str(name) for name in raw.target_names]
+
+
 def test_docstrings_are_distinct_texts_of_every_library():
     train, test = source.load(DataConfig(source="docstrings"), TEXT, 0)
     assert not set(train.inputs) & set(test.inputs)
