@@ -44,7 +44,6 @@ from fedpeft.state import (
 from fedpeft.strategies import flower_api, round_facts, wire
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.strategies.evaluation import evaluate_clients
-from fedpeft.strategies.gathering import gather_updates
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.parts.frozen_factors import tell_drawn
 
@@ -227,7 +226,7 @@ class FederatedStrategy(Configured, Strategy):
         # 3. Send.  4. Wait until all answered, or the deadline.
         # 5. Check every reply; the bad ones are left out.
         if rules.secagg is None:
-            updates, bad = gather_updates(self, grid, server, roster, sent, contents, rules, codec)
+            updates, bad = wire.gather_updates(self, grid, server, roster, sent, contents, rules, codec)
             traffic = wire.traffic(sent, [update.adapter for update in updates])
         else:
             updates, bad, traffic = rules.secagg(grid, roster, self, server, sent, contents, rules)

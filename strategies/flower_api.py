@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedpeft.errors import RunError
-from fedpeft.state import AdapterState, Update
-from fedpeft.strategies import asking, wire
+from fedpeft.state import AdaptedLayer, AdapterState, Update
+from fedpeft.strategies import asking, opening, wire
 from fedpeft.strategies.client import client_halves, list_layers
-from fedpeft.strategies.gathering import read_update, sort_answers
+from fedpeft.strategies.instructions import Instructions
+from fedpeft.strategies.opening import blame_message
 
 if TYPE_CHECKING:
     from fedpeft.state import Rules, ServerState
@@ -29,12 +31,92 @@ Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 @dataclass(frozen=True)
+class Named:
+    """A stock Flower app: an array per tensor under peft's names; nodes are named by their id.
+
+    A reply may hold frozen tensors too, if they came back as they were sent.
+    """
+
+    names: dict[str, str]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, arrays: ArrayRecord, config: dict[str, Any]) -> tuple[Named, AdapterState]:
+        """The codec and the adapter of a peft state dict. What is not a LoRA factor is taken as head.
+
+        Raises:
+            RunError: there is no LoRA factor in it, or a factor misses its partner.
+        """
+        names, tensors, sites = {}, {}, {}
+        for name, array in arrays.items():
+            site, role = named_site(name)
+            names[f"{site}/{role}"] = name
+            tensors[f"{site}/{role}"] = torch.from_numpy(array.numpy())
+        for key in tensors:
+            site, _, role = key.rpartition("/")
+            if role in ("A", "B"):
+                if f"{site}/A" not in tensors or f"{site}/B" not in tensors:
+                    raise RunError(
+                        f"initial_arrays: {names[key]} has no partner; both LoRA factors of a module are needed."
+                    )
+                sites[site] = AdaptedLayer("lora", (tensors[f"{site}/B"].shape[0], tensors[f"{site}/A"].shape[1]))
+            else:
+                sites[site] = AdaptedLayer("head")
+        if not any(site.kind == "lora" for site in sites.values()):
+            raise RunError(f"initial_arrays: no lora_A / lora_B weights among {', '.join(list(names.values())[:3])}...")
+        return cls(names, config), AdapterState(tensors, sites)
+
+    def adapter(self, arrays: ArrayRecord, like: AdapterState) -> AdapterState:
+        """The inverse of `arrays`."""
+        tensors = {key: torch.from_numpy(arrays[name].numpy()) for key, name in self.names.items()}
+        return AdapterState(tensors, like.sites)
+
+    def arrays(self, adapter: AdapterState) -> ArrayRecord:
+        """The adapter's tensors under the names that the client app knows."""
+        return ArrayRecord({name: Array(adapter[key].numpy()) for key, name in self.names.items()})
+
+    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
+        return {str(node): node for node in wire.joined(grid, expected)}
+
+    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
+        config = {**self.config, "server-round": told.round, "trains": list(told.trains)}
+        return RecordDict({"arrays": self.arrays(adapter), "config": ConfigRecord(config)})
+
+    def read(
+        self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...], number: int
+    ) -> tuple[AdapterState, dict[str, float]]:
+        content = wire.opened(reply)
+        values = wire.metrics(content, strict=False)
+        keys = {name: key for key, name in self.names.items()}
+        found = [item for record in content.array_records.values() for item in record.items()]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, array in found:
+            if name not in keys:
+                raise wire.BadReply(f"unexpected array {name}")
+            if keys[name] in tensors:
+                raise wire.BadReply(f"array {name} comes twice")
+            like = sent[keys[name]].numpy()
+            with blame_message(f"array {name}", wire.BadReply):
+                given = opening.array(array, str(like.dtype), like.shape, f"array {name}")
+            # A view of the message's bytes may not be written to; torch wants memory that may.
+            tensors[keys[name]] = torch.from_numpy(given.copy())
+        wanted = sent.select(uploads)
+        for key, value in tensors.items():
+            if key not in wanted and not torch.equal(value, sent[key]):
+                raise wire.BadReply(
+                    f"{self.names[key]} was trained, but clients train only {', '.join(uploads)} in this round"
+                )
+        trained = {key: value for key, value in tensors.items() if key in wanted}
+        return wire.checked(AdapterState(trained, sent.sites), wanted), values
+
+
+@dataclass(frozen=True)
 class OpenRound:
     """A round between `configure_train` and `aggregate_train`, and the state from one round to the next."""
 
     server: ServerState
     sent: dict[str, AdapterState]
-    codec: wire.Named
+    codec: Named
     rules: Rules
 
 
@@ -105,16 +187,17 @@ def aggregate_train(
             answered[client] = reply if first else asking.refused(reply, "it answered one message twice")
 
     def read(client: str, reply: Message | None) -> Update:
-        return read_update(strategy, last.server, last.sent, client, reply, last.rules, last.codec)
+        return wire.read_update(strategy, last.server, last.sent, client, reply, last.rules, last.codec)
 
-    updates, bad = sort_answers({client: asking.read_or_refuse(read, client, answered[client]) for client in answered})
+    answers = {client: asking.read_or_refuse(read, client, reply) for client, reply in answered.items()}
+    updates, bad = wire.sort_answers(answers)
     server, event = strategy.conclude(last.server, updates, bad, last.rules, lambda event: None)
     return replace(last, server=server), _arrays_of(strategy, last.codec, server), _train_metrics(event)
 
 
 def _open_codec(
     strategy: FederatedStrategy, arrays: ArrayRecord, config: ConfigRecord | None, rounds: int, deadline_s: float | None
-) -> tuple[wire.Named, ServerState, Rules]:
+) -> tuple[Named, ServerState, Rules]:
     from fedpeft.state import Rules
 
     if strategy.changes_base or strategy.keeps:
@@ -132,7 +215,7 @@ def _open_codec(
     if hasattr(rule.config, "transport"):  # a stock app draws no factors from a seed
         rule.config = replace(rule.config, transport="dense")
     settings: dict[str, Any] = dict(config or {})
-    codec, adapter = wire.Named.of(arrays, settings)
+    codec, adapter = Named.of(arrays, settings)
     rules = Rules(
         rounds=rounds,
         seed=int(settings.get("seed", 0)),
@@ -143,9 +226,23 @@ def _open_codec(
     return codec, strategy.initial(adapter, rules.seed), rules
 
 
-def _arrays_of(strategy: FederatedStrategy, codec: wire.Named, server: ServerState) -> ArrayRecord:
+def _arrays_of(strategy: FederatedStrategy, codec: Named, server: ServerState) -> ArrayRecord:
     return codec.arrays(strategy.before_round(server).adapter)
 
 
 def _train_metrics(event: dict[str, Any]) -> MetricRecord:
     return MetricRecord({key: value for key, value in event.items() if key.startswith("train_")})
+
+
+def named_site(name: str) -> tuple[str, str]:
+    """Site and role of a peft parameter name.
+
+    >>> named_site("base_model.model.vit.q_proj.lora_A.default.weight")
+    ('vit.q_proj', 'A')
+    """
+    parts = [
+        part for part in name.removeprefix("base_model.model.").split(".") if part not in ("default", "modules_to_save")
+    ]
+    if len(parts) > 2 and parts[-2] in ("lora_A", "lora_B"):
+        return ".".join(parts[:-2]), parts[-2][-1]
+    return ".".join(parts[:-1]), parts[-1]

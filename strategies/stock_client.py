@@ -15,7 +15,7 @@ import torch
 from flwr.app import Message
 
 from fedpeft.errors import InputError
-from fedpeft.strategies.wire import named_site
+from fedpeft.strategies.flower_api import named_site
 
 if TYPE_CHECKING:
     from torch.nn import Module, Parameter

@@ -1,8 +1,8 @@
 """Adapter states as Flower messages, and the checks that every reply passes before it may be aggregated.
 
 What crosses the wire, each way: one ArrayRecord (ours: a single packed array, the adapter's values and then those of
-what travels beside it, which the manifest lists apart; a stock Flower app: an array per tensor),
-one ConfigRecord (ours: the manifest and the instructions as JSON), and on the way back one MetricRecord with
+what travels beside it, which the manifest lists apart; a stock Flower app: an array per tensor, `flower_api`), one
+ConfigRecord (ours: the manifest and the instructions as JSON), and on the way back one MetricRecord with
 `num-examples`.
 """
 
@@ -14,12 +14,11 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.lib import format as npy
@@ -29,23 +28,27 @@ from fedpeft.errors import RunError
 from fedpeft.flower import SType
 from fedpeft.foreign import shown
 from fedpeft.packing import manifest_of, pack_state
-from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
+from fedpeft.state import AdapterState, Rules, ServerState, StateMismatch, Update
+from fedpeft.state_file import StateFile
 from fedpeft.strategies import opening
 from fedpeft.strategies.asking import POLL_S, ask_nodes
 from fedpeft.strategies.asking import BadReply as BadReply
 from fedpeft.strategies.instructions import Instructions
 from fedpeft.strategies.opening import blame_message
 
+if TYPE_CHECKING:
+    from fedpeft.strategies.base import FederatedStrategy
+
 log = logging.getLogger("fedpeft")
 JOIN_DEADLINE_S = 120.0
 ROLL = 256  # nodes asked for their names at a time: a message of each of many would fill the memory
 OWN = 2**30  # bytes of a manifest that is not foreign
-ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(.*?)>(?=$| at )", re.DOTALL)  # an exception as Flower writes it
 SLACK = 4096  # bytes of a foreign one, so that a tensor too many can be named
+ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(.*?)>(?=$| at )", re.DOTALL)  # an exception as Flower writes it
 
 
 class Codec(Protocol):
-    """How clients are named and messages are written; `Packed` for fedpeft's client app, `Named` for others."""
+    """How clients are named and messages are written; `Packed` for our client app, `flower_api.Named` for others."""
 
     def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
         """Client name -> node id, once `expected` nodes have joined; None waits for one."""
@@ -149,86 +152,6 @@ class Packed:
         return replace(adapter, sites=sent.sites), values
 
 
-@dataclass(frozen=True)
-class Named:
-    """A stock Flower app: an array per tensor under peft's names; nodes are named by their id.
-
-    A reply may hold frozen tensors too, if they came back as they were sent.
-    """
-
-    names: dict[str, str]
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, arrays: ArrayRecord, config: dict[str, Any]) -> tuple[Named, AdapterState]:
-        """The codec and the adapter of a peft state dict. What is not a LoRA factor is taken as head.
-
-        Raises:
-            RunError: there is no LoRA factor in it, or a factor misses its partner.
-        """
-        names, tensors, sites = {}, {}, {}
-        for name, array in arrays.items():
-            site, role = named_site(name)
-            names[f"{site}/{role}"] = name
-            tensors[f"{site}/{role}"] = torch.from_numpy(array.numpy())
-        for key in tensors:
-            site, _, role = key.rpartition("/")
-            if role in ("A", "B"):
-                if f"{site}/A" not in tensors or f"{site}/B" not in tensors:
-                    raise RunError(
-                        f"initial_arrays: {names[key]} has no partner; both LoRA factors of a module are needed."
-                    )
-                sites[site] = AdaptedLayer("lora", (tensors[f"{site}/B"].shape[0], tensors[f"{site}/A"].shape[1]))
-            else:
-                sites[site] = AdaptedLayer("head")
-        if not any(site.kind == "lora" for site in sites.values()):
-            raise RunError(f"initial_arrays: no lora_A / lora_B weights among {', '.join(list(names.values())[:3])}...")
-        return cls(names, config), AdapterState(tensors, sites)
-
-    def adapter(self, arrays: ArrayRecord, like: AdapterState) -> AdapterState:
-        """The inverse of `arrays`."""
-        tensors = {key: torch.from_numpy(arrays[name].numpy()) for key, name in self.names.items()}
-        return AdapterState(tensors, like.sites)
-
-    def arrays(self, adapter: AdapterState) -> ArrayRecord:
-        """The adapter's tensors under the names that the client app knows."""
-        return ArrayRecord({name: Array(adapter[key].numpy()) for key, name in self.names.items()})
-
-    def roster(self, grid: Grid, expected: int | None) -> dict[str, int]:
-        return {str(node): node for node in joined(grid, expected)}
-
-    def content(self, adapter: AdapterState, told: Instructions) -> RecordDict:
-        config = {**self.config, "server-round": told.round, "trains": list(told.trains)}
-        return RecordDict({"arrays": self.arrays(adapter), "config": ConfigRecord(config)})
-
-    def read(
-        self, reply: Message | None, sent: AdapterState, uploads: tuple[str, ...], number: int
-    ) -> tuple[AdapterState, dict[str, float]]:
-        content = opened(reply)
-        values = metrics(content, strict=False)
-        keys = {name: key for key, name in self.names.items()}
-        found = [item for record in content.array_records.values() for item in record.items()]
-        tensors: dict[str, torch.Tensor] = {}
-        for name, array in found:
-            if name not in keys:
-                raise BadReply(f"unexpected array {name}")
-            if keys[name] in tensors:
-                raise BadReply(f"array {name} comes twice")
-            like = sent[keys[name]].numpy()
-            with blame_message(f"array {name}", BadReply):
-                given = opening.array(array, str(like.dtype), like.shape, f"array {name}")
-            # A view of the message's bytes may not be written to; torch wants memory that may.
-            tensors[keys[name]] = torch.from_numpy(given.copy())
-        wanted = sent.select(uploads)
-        for key, value in tensors.items():
-            if key not in wanted and not torch.equal(value, sent[key]):
-                raise BadReply(
-                    f"{self.names[key]} was trained, but clients train only {', '.join(uploads)} in this round"
-                )
-        trained = {key: value for key, value in tensors.items() if key in wanted}
-        return checked(AdapterState(trained, sent.sites), wanted), values
-
-
 PACKED = Packed()
 
 
@@ -244,20 +167,6 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     file = io.BytesIO()
     npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
     return file.getvalue()
-
-
-def named_site(name: str) -> tuple[str, str]:
-    """Site and role of a peft parameter name.
-
-    >>> named_site("base_model.model.vit.q_proj.lora_A.default.weight")
-    ('vit.q_proj', 'A')
-    """
-    parts = [
-        part for part in name.removeprefix("base_model.model.").split(".") if part not in ("default", "modules_to_save")
-    ]
-    if len(parts) > 2 and parts[-2] in ("lora_A", "lora_B"):
-        return ".".join(parts[:-2]), parts[-2][-1]
-    return ".".join(parts[:-1]), parts[-1]
 
 
 def joined(grid: Grid, expected: int | None) -> list[int]:
@@ -367,3 +276,66 @@ def traffic(sent: dict[str, AdapterState], received: list[AdapterState]) -> dict
         "bytes_down": sum(state.nbytes for state in sent.values()),
         "bytes_up": sum(state.nbytes for state in received),
     }
+
+
+def gather_updates(
+    strategy: FederatedStrategy,
+    grid: Grid,
+    server: ServerState,
+    roster: dict[str, int],
+    sent: dict[str, AdapterState],
+    contents: dict[int, RecordDict],
+    rules: Rules,
+    codec: Codec,
+) -> tuple[list[Update], dict[str, str]]:
+    """Ask clients to train; good updates sorted by client name, and the reason for each bad one.
+
+    With `rules.folder` the tensors of an update go to the disk as soon as it is checked, and are mapped when all are
+    there: what then takes sums has no two of them in memory.
+    """
+    names, file = {roster[client]: client for client in sent}, StateFile(rules.folder)
+
+    def read(node: int, reply: Message | None) -> Update:
+        update = read_update(strategy, server, sent, names[node], reply, rules, codec)
+        return replace(update, adapter=file.put(update.adapter))
+
+    answers = ask_nodes(grid, "train", contents, rules.deadline_s, read)
+    updates, bad = sort_answers({names[node]: answer for node, answer in answers.items()})
+    return [replace(update, adapter=file.get(update.adapter)) for update in updates], bad
+
+
+def read_update(
+    strategy: FederatedStrategy,
+    server: ServerState,
+    sent: dict[str, AdapterState],
+    client: str,
+    reply: Message | None,
+    rules: Rules,
+    codec: Codec,
+) -> Update:
+    """The update in a client's reply.
+
+    Raises:
+        BadReply: it may not be aggregated.
+    """
+    adapter, metrics = codec.read(reply, sent[client], strategy.uploads(server), server.round + 1)
+    limit = rules.max_update_norm
+    if limit is not None and (moved := adapter.distance(sent[client])) > limit:
+        raise BadReply(f"update norm {moved:.3g} is over run.max_update_norm={limit:g}")
+    count = metrics.pop("num-examples")
+    return Update(client, count if strategy.context.weighting == "examples" else 1.0, adapter, metrics)
+
+
+def sort_answers(answers: dict[str, Update | BadReply]) -> tuple[list[Update], dict[str, str]]:
+    """Good updates and the reason for each bad one, by client name: not as replies came in, as sums must round alike in
+    every run.
+    """
+    updates: list[Update] = []
+    bad: dict[str, str] = {}
+    for client in sorted(answers):
+        answer = answers[client]
+        if isinstance(answer, Update):
+            updates.append(answer)
+        else:
+            bad[client] = str(answer)
+    return updates, bad

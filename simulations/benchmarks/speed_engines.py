@@ -28,7 +28,7 @@ from fedpeft.models.attention import hold_scores, longest_faster
 from fedpeft.models.base import Base
 from fedpeft.simulations.benchmarks.speed_work import LORA, Work, backbone
 from fedpeft.state import AdapterState
-from fedpeft.strategies.wire import named_site
+from fedpeft.strategies.flower_api import named_site
 
 TRAINS = ["A", "B", "head"]
 Ends = list[dict[str, Tensor]]  # trained tensors of each client, by our names, on the CPU

@@ -37,7 +37,7 @@ def ask_for_sums(
 ) -> Answers:
     """Every client's tensors and weight, in the order of names. Clients without records of the task send none.
 
-    With `rules.folder` they are on the disk, as updates are (`gathering`).
+    With `rules.folder` they are on the disk, as updates are (`wire.gather_updates`).
 
     Args:
         number: round whose task is meant: the first one for a sketch of its records, the last one for a head.

@@ -15,7 +15,7 @@ from fedpeft.simulations import run as runs
 from fedpeft.state import AdaptedLayer, AdapterState, Rules, ServerState, Update
 from fedpeft.strategies import asking, client
 from fedpeft.strategies.client import ClientHalf, client_halves
-from fedpeft.strategies.gathering import read_update, sort_answers
+from fedpeft.strategies.wire import read_update, sort_answers
 from fedpeft.strategies.wrappers import atp, fedthe, krum, median, norm_clip, scaffold, wrapper
 
 HERE = "toy_strategy_of_a_test"

@@ -11,7 +11,7 @@ import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedpeft import config as configs
-from fedpeft.clients import requests, secagg
+from fedpeft.clients import app, secagg
 from fedpeft.clients.app import client_app
 from fedpeft.clients.policy import Policy, Refused
 from fedpeft.deploy import envelope, settings
@@ -98,11 +98,11 @@ def test_every_hostile_request_is_refused_in_a_sentence(kind, asked):
 
 
 def test_the_message_that_they_are_made_from_is_opened_whatever_a_strategy_sends_beside_the_adapter():
-    received, task = requests.opened(message(metrics={}), START)
+    received, task = app.open_request(message(metrics={}), START)
     assert received.sha256() == START.sha256() and task == Instructions(1)
     beside = START.beside({f"control:{key}": value for key, value in START.tensors.items()})
     beside = beside.replace({"q/residual_B": START["q/A"].new_ones(3, 3), "q/residual_A": START["q/A"].new_ones(3, 4)})
-    assert requests.opened(PACKED.content(beside, Instructions(1)), START)[0].sha256() == beside.sha256()
+    assert app.open_request(PACKED.content(beside, Instructions(1)), START)[0].sha256() == beside.sha256()
 
 
 @pytest.mark.parametrize(

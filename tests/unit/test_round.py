@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
 from fedpeft import packing
-from fedpeft.clients import requests
+from fedpeft.clients import app
 from fedpeft.errors import RunError
 from fedpeft.state import Rules, RunContext, ServerState
 from fedpeft.strategies import wire
@@ -157,11 +157,11 @@ def test_what_clients_are_sent_alike_is_packed_once_and_each_has_records_of_its_
     assert len(calls) == 3  # a and b are the same tensors; c is scaled otherwise, d has other values
     assert made["a"] == made["b"] == PACKED.content(START, Instructions(1)) != made["d"]
     assert all(PACKED.open(made[name])[0].sites == state.sites for name, state in sent.items())
-    assert requests.identity_of(made["a"]) == requests.identity_of(made["b"])
-    assert len({requests.identity_of(content) for content in made.values()}) == 3
+    assert app.identity_of(made["a"]) == app.identity_of(made["b"])
+    assert len({app.identity_of(content) for content in made.values()}) == 3
     made["a"].config_records["config"]["task"] = "{}"
     assert made["b"] == PACKED.content(START, Instructions(1))
-    assert requests.identity_of(made["a"]) != requests.identity_of(made["b"])
+    assert app.identity_of(made["a"]) != app.identity_of(made["b"])
 
 
 def test_an_array_that_says_that_its_bytes_are_others_is_not_the_same_message():
@@ -170,7 +170,7 @@ def test_an_array_that_says_that_its_bytes_are_others_is_not_the_same_message():
     changed = RecordDict(
         {**content, "arrays": ArrayRecord({"adapter": Array("int32", array.shape, array.stype, array.data)})}
     )
-    assert requests.identity_of(content) != requests.identity_of(changed)
+    assert app.identity_of(content) != app.identity_of(changed)
 
 
 def picks(nodes: dict[str, int], seed: int, rounds: int = 6) -> dict[int, list[str]]:

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord
 from fedpeft.errors import RunError
 from fedpeft.packing import pack_state, unpack_state
 from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch, from_dict, to_dict
-from fedpeft.strategies.wire import Named, named_site
+from fedpeft.strategies.flower_api import Named, named_site
 
 
 def bits(value: torch.Tensor) -> bytes:

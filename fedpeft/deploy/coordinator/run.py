@@ -133,7 +133,7 @@ def load_world(config: Config, run: Path) -> tuple[World, Envelope]:
 def say_what_is_kept(world: World) -> str:
     """How much of the sites' updates a rule has in memory at once that needs more than their sum; else empty.
 
-    A sum is added up from the disk (`strategies.gathering`).
+    A sum is added up from the disk (`strategies.wire`).
     """
     strategy, config = world.strategy, world.config
     if strategy.needs is Needs.SUM:
