@@ -42,12 +42,14 @@ class TaskSequence(Wrapper):
         moved = self.body.begin(server, self.place(server.round + 1), self.context.seed, sketches)
         if self.body.changes_A:
             fresh = self.inner.initial(moved.adapter, self.context.seed)
-            # The strategy's own memory anew, the body's as it is: what fits old factors means nothing in new ones.
+            # The strategy's own memory anew, the body's as it is: what fits old factors means nothing in new ones. That
+            # goes for moments of a server optimizer too, which are made in its first round and so are not in `fresh`.
+            bodys = {key: value for key, value in moved.memory.items() if key.startswith(KEEP)}
             moved = replace(
                 moved,
                 adapter=fresh.adapter,
-                memory={**moved.memory, **fresh.memory},
-                numbers={**moved.numbers, **fresh.numbers},
+                memory={**bodys, **fresh.memory},
+                numbers={**moved.numbers, **fresh.numbers},  # in which client-level privacy, outside, has its clip
             )
         return replace(moved, numbers={**moved.numbers, TASK: task})
 

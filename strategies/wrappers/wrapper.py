@@ -121,8 +121,8 @@ def merge_updates(updates: list[Update], cut: int, name: str) -> tuple[list[Upda
     require_equal_shapes(updates, name)
     first, count = updates[0].adapter, len(updates)
     tensors, extra, outside, differ = {}, {}, torch.zeros(count, dtype=torch.int64), 0
-    for name in first.extra:  # coordinate by coordinate too: a rate or a control of one client may be anything
-        extra[name] = _trimmed_mean([update.adapter.extra[name] for update in updates], cut)[0]
+    for key in first.extra:  # coordinate by coordinate too: a rate or a control of one client may be anything
+        extra[key] = _trimmed_mean([update.adapter.extra[key] for update in updates], cut)[0]
     for key in first.tensors:
         values = torch.stack([update.adapter[key].double() for update in updates])
         tensors[key], ordered, kept = _trimmed_mean(list(values), cut)

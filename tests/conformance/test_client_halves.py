@@ -153,6 +153,7 @@ def test_a_median_takes_each_of_both_by_itself():
     ]
     (merged,) = median.Median(atp.ATP()).transform(START, three)
     assert float(merged.adapter["q/B"]) == 2.0 and float(merged.adapter.extra["rates:q/B"]) == 1.0
+    assert merged.client == "median"  # what a layer inside says of it names the statistic, not a tensor beside it
 
 
 def test_krum_measures_adapters_and_what_adds_up_like_them():

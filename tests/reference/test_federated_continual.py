@@ -135,6 +135,24 @@ def test_beginning_a_task_changes_no_function(body, rule, options):
                 assert np.linalg.norm(again - dense.effective(before.adapter, site)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("body", "wrap", "options"),
+    [
+        ("factor_coso", "fedadam", {"side": "in"}),
+        ("merging", "fedyogi", {}),
+        ("coso", "fedadagrad", {"basis": "random", "side": "in"}),
+    ],
+)
+def test_a_server_optimizer_begins_anew_where_the_factors_do(body, wrap, options):
+    """Moments of the last task's factors would push the new ones along directions that mean something else in them."""
+    strategy = learning(body, "fedit", wrap=wrap, **options)
+    for task, (ended, began, (first, *_)) in enumerate(sequence(strategy, dense.fresh(RANK, shapes=SHAPES))):
+        assert any(key.startswith(f"{wrap}/") for key in ended.memory) == (task > 0)
+        bodys = {key: value for key, value in began.memory.items() if key.startswith("continual:")}
+        alone = dense.play(strategy, replace(began, memory=bodys), began.adapter, WEIGHTS).server.adapter
+        assert all(torch.equal(first.server.adapter[key], value) for key, value in alone.tensors.items())
+
+
 @pytest.mark.parametrize("rule", ["fedsvd", "ffa_lora", "fedit"])
 def test_factor_coso_uploads_B_and_the_head_alone(rule):
     """The docstring: A is frozen within a task, and uploads are B (and the head)."""
