@@ -35,7 +35,7 @@ from fedpeft.state import AdapterState
 from fedpeft.strategies.client import ClientHalf
 from fedpeft.tta.deployed import Deployed, deploy
 from fedpeft.tta.method import TTAMethod, make
-from fedpeft.tta.parts.wrapped import WrappedMethod
+from fedpeft.tta.parts.gradient import GradientMethod
 from fedpeft.tta.play import run_stream
 
 PER_CLIENT, SEQUENCE = "per_client", "sequence"
@@ -155,11 +155,12 @@ def require(config: Config, model: Adapted) -> None:
             "work on images in [0, 1] that go in as they are. Set tta.corruption=clean."
         )
     trained = {id(parameter) for parameter in model.parameters.values()}
-    both = [name for name in _find_adapted(method, deployed) if id(deployed.tensor(name)) in trained]
-    if tta.keep and both:
+    both = [name for name in method.holds() if id(deployed.tensor(name)) in trained] if tta.keep else []
+    if both:
+        way = ", or tta.adapt=norm_affine" if isinstance(method, GradientMethod) else ""
         raise InputError(
-            f"tta.keep=true: {tta.method} adapts {both[0]}, which the rounds train: what was kept would "
-            "undo the new round's values. Set tta.keep=false, or tta.adapt=norm_affine."
+            f"tta.keep=true: {tta.method} keeps {both[0]}, which the rounds train: what was kept would "
+            f"undo the new round's values. Set tta.keep=false{way}."
         )
 
 
@@ -229,13 +230,6 @@ def describe(config: Config, events: list[dict[str, Any]]) -> dict[str, Any] | N
 def _make_named(config: Config, deployed: Deployed, seed: int) -> TTAMethod:
     assert config.tta.method is not None
     return make(config.tta.method, deployed, config.tta.options, seed)
-
-
-def _find_adapted(method: TTAMethod, deployed: Deployed) -> list[str]:
-    """Tensors that a method (or the one below it) adapts; not those that it forgets after each batch."""
-    own = getattr(method.config, "adapt", None)
-    names = [] if own is None or method.forgets else deployed.select(own)
-    return names + (_find_adapted(method.base, deployed) if isinstance(method, WrappedMethod) else [])
 
 
 def _update_state(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

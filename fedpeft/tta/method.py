@@ -106,10 +106,12 @@ class TTAMethod(Configured):
 
     # What a method defines.
 
-    @property
-    def forgets(self) -> bool:
-        """Whether what it adapts is put back after each batch."""
-        return False
+    def holds(self) -> list[str]:
+        """Names of the model's tensors whose values it keeps from batch to batch and answers with, moved or as copies.
+
+        A model whose tensors of these names have changed meanwhile would not be heard.
+        """
+        return []
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         """Predictions for a batch without a change of state; a graph is kept when `learn`."""

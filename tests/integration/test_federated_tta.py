@@ -259,6 +259,24 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
     )
 
 
+RATES = {"strategy.wrap": ["atp"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tta.method": "memo", "tta.views": 2},  # puts all back after each sample
+        {"tta.method": "itta", "tta.adapt": "all", "tta.align_steps": 1},  # moves scales and shifts of its own
+        {"tta.method": "t3a", "adapter.train_head": False},
+        {"tta.method": "atp", **RATES},
+    ],
+    ids=["memo", "itta", "t3a", "atp"],
+)
+def test_what_keeps_nothing_that_the_rounds_train_may_go_on(changes, tiny, tmp_path):
+    tiny("run", {**HELD, "run.rounds": 1, "data.clients": 2, "tta.keep": True, **changes})
+    assert list((tmp_path / "run").rglob("tta-*.pt"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -277,6 +295,11 @@ def test_atp_learns_rates_averages_them_and_uses_them(tiny, tmp_path):
         ({"tta.keep": True, "tta.adapt": "lora"}, "which the rounds train"),
         (
             {"tta.keep": True, "tta.method": "rdumb", "tta.base": "tent", "tta.base_options": {"adapt": "all"}},
+            "which the rounds train",
+        ),
+        ({"tta.keep": True, "tta.method": "t3a"}, r"t3a keeps classifier.weight, which the rounds train.*false\.$"),
+        (
+            {"tta.keep": True, "tta.method": "atp", "tta.mode": "online", "tta.adapt": "norm_affine", **RATES},
             "which the rounds train",
         ),
         (

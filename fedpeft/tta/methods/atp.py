@@ -78,9 +78,9 @@ class TestTimeATP(TTAMethod):
     needs_source: str = "labels"
     pairs_with = "atp"
 
-    @property
-    def forgets(self) -> bool:
-        return bool(self.config.mode == "batch")
+    def holds(self) -> list[str]:
+        """Any, where batches do not all start at the source: rates that are received are of tensors of the server's."""
+        return list(self.model.slots) if self.config.mode == "online" else []
 
     def receive(self, rates: dict[str, float]) -> None:
         """Take rates that were learned elsewhere, by tensor name, and start afresh.

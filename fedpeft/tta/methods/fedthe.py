@@ -83,10 +83,6 @@ class TestTimeFedTHE(TTAMethod):
     needs_source: str = "labels"
     pairs_with = "fedthe"
 
-    @property
-    def forgets(self) -> bool:
-        return True
-
     def __init__(self, model: Any, seed: int = 0, **options: Any) -> None:
         super().__init__(model, seed, **options)
         self.model.require_head()

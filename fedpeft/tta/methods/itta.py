@@ -114,6 +114,10 @@ class ITTA(GradientMethod):
         self.forward(source.batch(np.arange(1))[0], hooks={name: seen(name) for name in self.blocks})
         return found
 
+    def holds(self) -> list[str]:
+        """None: scales and shifts are beside the model's tensors, and `adapt` says whose gradients align the loss."""
+        return []
+
     def _fresh(self) -> dict[str, Any]:
         scale = {f"{name}/w": torch.ones(count) for name, count in self.prepared["channels"].items()}
         shift = {f"{name}/b": torch.zeros(count) for name, count in self.prepared["channels"].items()}

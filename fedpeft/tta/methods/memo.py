@@ -50,6 +50,10 @@ class MEMO(GradientMethod):
     paper = "Zhang et al. 2021, arXiv 2110.09506"
     min_batch: ClassVar[int] = 1
 
+    def holds(self) -> list[str]:
+        """None: every sample starts at the source model."""
+        return []
+
     def _fresh(self) -> dict[str, Any]:
         return {}
 

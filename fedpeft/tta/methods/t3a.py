@@ -47,6 +47,12 @@ class T3A(WrappedMethod):
     Config: ClassVar[Any] = T3AConfig
     paper = "Iwasawa and Matsuo 2021, NeurIPS"
 
+    def holds(self) -> list[str]:
+        """The head, whose rows are the first supports, and what the base holds."""
+        head = self.model.require_head()
+        own = [name for name, places in self.model.slots.items() if any(part is head for part, _ in places)]
+        return [*own, *super().holds()]
+
     def _fresh(self) -> dict[str, Any]:
         weight, bias = self.model.head_parameters()
         weight = weight.detach().clone()

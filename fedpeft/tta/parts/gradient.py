@@ -39,6 +39,10 @@ class GradientMethod(TTAMethod):
     def _names(self) -> list[str]:
         return self.model.select(self.config.adapt)
 
+    def holds(self) -> list[str]:
+        """What it adapts."""
+        return self._names()
+
     def _start(self) -> dict[str, Tensor]:
         """The adaptable tensors before the first batch."""
         return self.model.tensors(self._names())

@@ -31,6 +31,10 @@ class WrappedMethod(TTAMethod):
         self.base = make(config.base, model, config.base_options, seeds.derive(seed, "base"), key="base")
         super().__init__(model, seed, **options)
 
+    def holds(self) -> list[str]:
+        """What the base holds."""
+        return self.base.holds()
+
     def _needs(self) -> str:
         return max(super()._needs(), self.base.needs_source, key=NEEDS.index)
 
