@@ -139,11 +139,12 @@ def score(world: World, server: ServerState) -> dict[str, float]:
     if len(mine) == 0:
         return {"accuracy": float("nan"), "loss": float("nan"), "test_records": 0, "classes": len(seen)}
     right, loss = 0, 0.0
+    # An ensemble's scores are no distribution. Asked once: views of a merging body are merged, and folded, at every look.
+    single = len(sequence.body.views(server)) == 1
     for scores, labels in score_batches(world, sequence, server, data.view(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())
-        if len(sequence.body.views(server)) == 1:
+        if single:
             loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
-    single = len(sequence.body.views(server)) == 1  # an ensemble's scores are no distribution
     return {
         "accuracy": right / len(mine),
         "loss": loss / len(mine) if single else float("nan"),
