@@ -139,7 +139,7 @@ def score(world: World, server: ServerState) -> dict[str, float]:
     if len(mine) == 0:
         return {"accuracy": float("nan"), "loss": float("nan"), "test_records": 0, "classes": len(seen)}
     right, loss = 0, 0.0
-    # An ensemble's scores are no distribution. Asked once: views of a merging body are merged, and folded, at every look.
+    # An ensemble's scores are no distribution. Asked once: views of a merging body are merged and folded at every look.
     single = len(sequence.body.views(server)) == 1
     for scores, labels in score_batches(world, sequence, server, data.view(mine), seen, None):
         right += int((scores.argmax(-1) == labels).sum())

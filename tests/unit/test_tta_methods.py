@@ -18,6 +18,7 @@ from fedpeft.tta.deployed import batch_statistics, deploy
 from fedpeft.tta.method import make
 from fedpeft.tta.methods import eata, em_prior, lame, sar
 from fedpeft.tta.parts import optim, scores
+from fedpeft.tta.parts.augment import augment_batch
 from support import tta_parts as parts
 
 
@@ -355,3 +356,15 @@ def test_sar_restarts_relative_to_the_number_of_classes():
         assert method.memory["entropy"] is None and method.memory["moments"]["steps"] == 0
     assert method.cost["resets"] == 3
     assert not parts.method("sar", parts.conv()).cost["resets"]
+
+
+def test_a_view_of_a_text_keeps_the_token_that_a_language_model_answers_after():
+    """A view without it would ask for that token itself, and teach it as the answer; wherever the padding is."""
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    batch = {"input_ids": torch.arange(18).view(3, 6), "attention_mask": mask}
+    views = [
+        augment_batch("tokens", batch, torch.Generator().manual_seed(seed))["attention_mask"] for seed in range(99)
+    ]
+    assert all((view[[0, 1, 2], [3, 5, 0]] == 1).all() and (view <= mask).all() for view in views)
+    hidden = 1 - torch.stack(views).float().mean(0)
+    assert 0.02 < hidden[0, 1] < 0.25 and 0.02 < hidden[1, 3] < 0.25 and hidden[0, 0] == 0

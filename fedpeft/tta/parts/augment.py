@@ -29,7 +29,8 @@ def augment_batch(kind: str, batch: Batch, generator: torch.Generator) -> Batch:
     """One view of a batch.
 
     `image`, `image_flip` (also mirrored) and `small_image` (milder geometry) take the image tensor [N, C, H, W] and
-    leave the rest of the batch as it is; `tokens` hides a tenth of the attended tokens of `input_ids` [N, T].
+    leave the rest of the batch as it is; `tokens` hides a tenth of the attended tokens of `input_ids` [N, T], never the
+    first or the last.
 
     Raises:
         InputError: the batch has nothing of this kind.
@@ -93,7 +94,11 @@ def _drop_tokens(batch: Batch, generator: torch.Generator) -> Batch:
         raise InputError("augment=tokens: the batch must have input_ids and attention_mask.")
     mask = batch["attention_mask"]
     kept = (torch.rand(mask.shape, generator=generator) >= DROP).to(mask)
-    kept[:, 0] = 1  # the first token stays: models pool it, and a row must not become empty
+    # The ends stay: an encoder answers by its first token, a language model by what follows the last real one. Without
+    # that one a view would ask for another word.
+    kept[:, 0] = 1
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+    kept[torch.arange(len(mask), device=mask.device), last] = 1
     return {**batch, "attention_mask": mask * kept}
 
 
