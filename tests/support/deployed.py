@@ -155,6 +155,7 @@ class Deployment:
         self.root = root
         self.port, self.control_port, self.http_port = free_ports(3)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.begun: dict[str, int] = {}
         self.coordinator = root / "coordinator"
         self.call(
             "server",
@@ -212,15 +213,17 @@ class Deployment:
         """Start the coordinator, or a site by name."""
         kind, folder = ("server", self.coordinator) if what == "coordinator" else ("site", self.root / what)
         log = (self.root / f"{what}.log").open("ab")
+        self.begun[what] = log.tell()  # a log goes on over restarts: what an earlier process said is not this one's
         command = [*FEDPEFT, kind, "start", str(folder), *options]
         self.processes[what] = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.root, start_new_session=True)
         log.close()
 
-    def log(self, what):
-        return (self.root / f"{what}.log").read_text(errors="replace")
+    def log(self, what, begun=0):
+        """What was said on the terminal, from a byte on."""
+        return (self.root / f"{what}.log").read_bytes()[begun:].decode(errors="replace")
 
     def ready(self):
-        until(lambda: "coordinator ready" in self.log("coordinator"), "the coordinator", 60)
+        until(lambda: "coordinator ready" in self.log("coordinator", self.begun["coordinator"]), "the coordinator", 120)
 
     def pids(self, what, role):
         """Process ids of a role below the coordinator or a site."""
