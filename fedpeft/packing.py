@@ -19,19 +19,8 @@ from fedpeft.state import AdaptedLayer, AdapterState, StateMismatch
 if TYPE_CHECKING:
     import numpy as np
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.uint8,
-        torch.bool,
-    )
-}
+NAMES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 PARTS = ("tensors", "extra")  # of a state, in the order in which they are packed
 
 

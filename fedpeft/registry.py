@@ -251,6 +251,11 @@ def names(kind: str) -> list[str]:
     return list(table(kind))
 
 
+def is_extended() -> bool:
+    """Whether another package has added entries."""
+    return any(table(kind).keys() != entries.keys() for kind, entries in TABLES.items())
+
+
 def load(kind: str, name: str, key: str | None = None) -> Any:
     """The object registered as `name`; `key` is the config key to blame when there is none."""
     entries = table(kind)

@@ -65,6 +65,7 @@ class FederatedStrategy(Configured, Strategy):
             state over rounds (server optimizers, control variates) needs it.
         plain_sgd: whether its client half is only right with plain SGD as the local optimizer.
         client_half: what the method does at a client beside training.
+        inner: the strategy that it goes around.
         needs_start: whether the rule measures updates against what was sent, so that finished adapters can only be
             aggregated together with the adapter that they started from.
         robust: whether it bounds what single updates can do to the aggregate.
@@ -81,6 +82,7 @@ class FederatedStrategy(Configured, Strategy):
     plain_sgd: bool = False
     needs_start: bool = False
     wraps: ClassVar[bool] = False
+    inner: FederatedStrategy | None = None
     robust: ClassVar[bool] = False
     takes_fixed_factor: ClassVar[bool] = False
     takes_any_adapter: ClassVar[bool] = False
@@ -132,6 +134,9 @@ class FederatedStrategy(Configured, Strategy):
     def facts(self, server: ServerState, sent: dict[str, AdapterState], updates: list[Update]) -> dict[str, Any]:
         """What the round's event says of single updates."""
         return round_facts.of_single(sent, updates, list(self.uploads(server)))
+
+    def require_clients(self, count: int) -> None:
+        """Raise InputError if it needs more updates than a round of this many clients has."""
 
     def treatments(self) -> dict[str, str]:
         """Clients that the last `aggregate` cut, clipped or left out, and how; for the record alone."""

@@ -147,6 +147,5 @@ def _require_still_base(config: Config, strategy: FederatedStrategy) -> None:
 def require_clients(strategy: FederatedStrategy | None, count: int) -> None:
     """Refuse a rule, however deep inside, that needs more updates than a round can have."""
     while strategy is not None:
-        if hasattr(strategy, "require_clients"):
-            strategy.require_clients(count)
-        strategy = getattr(strategy, "inner", None)
+        strategy.require_clients(count)
+        strategy = strategy.inner

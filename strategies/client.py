@@ -109,7 +109,7 @@ class ClientHalf:
 
 def list_layers(strategy: FederatedStrategy) -> list[FederatedStrategy]:
     """The rule and what is around it, from the inside out."""
-    inner = getattr(strategy, "inner", None)
+    inner = strategy.inner
     return [*([] if inner is None else list_layers(inner)), strategy]
 
 

@@ -91,7 +91,7 @@ def _read_described(table: str, entry: str) -> dict[str, Any] | None:
 
     Nothing is where another package has added entries, which may be among the values that an option takes.
     """
-    if any(len(_names_in(kind)) != len(registry.TABLES[kind]) for kind in TABLES if kind in registry.TABLES):
+    if registry.is_extended():
         return None
     found: dict[str, dict[str, Any]] = json.loads(DESCRIBED.read_text())
     return found.get(f"{table}/{entry}")

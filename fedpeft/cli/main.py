@@ -28,6 +28,7 @@ from fedpeft.cli.unlearning import unlearn
 from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import explain_error
 from fedpeft.uncollected import uncollected
+from fedpeft.unimported import try_without
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,7 +132,8 @@ def validate(
     """Check a config without loading a model or data."""
     from fedpeft import config as configs
 
-    checked = configs.load(config, overrides or [])
+    tree = configs.read(config, overrides or [])
+    checked = try_without(lambda: configs.complete(tree))
     result = {"valid": True, "config": configs.to_tree(checked)}
     if traffic:
         from fedpeft.run.traffic import count_round

@@ -45,15 +45,26 @@ def load(
     Raises:
         InputError: naming the key, what was given, what is allowed and the nearest valid key.
     """
+    return complete(read(source, overrides, foreign))
+
+
+def read(
+    source: str | Path | dict[str, Any], overrides: Sequence[str] | dict[str, Any] = (), foreign: bool = False
+) -> dict[str, Any]:
+    """The tree of a config with its overrides, for `complete`; arguments and errors are those of `load`."""
     tree = source if isinstance(source, dict) else _read_mapping(find(source))
     tree = _named_sections(tree)
     given = parse_overrides(overrides)
     apply_overrides(tree, given)
     _count_by_column(tree, given)
     try:
-        tree = values.interpolated(tree, to_tree(Config()), foreign)
+        return values.interpolated(tree, to_tree(Config()), foreign)
     except InputError as error:
         raise error if isinstance(source, dict) else InputError(f"{find(source)}: {error}") from error
+
+
+def complete(tree: dict[str, Any]) -> Config:
+    """The config of a tree that `read` has made, with all defaults, checked; errors are those of `load`."""
     config: Config = build(Config, tree, "")
     check(config)
     return config

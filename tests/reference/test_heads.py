@@ -69,7 +69,7 @@ def test_ncm_is_the_nearest_mean(distance):
 def test_ranpac_is_ridge_regression_on_random_features():
     """scores = h (H^T H + ridge I)^-1 H^T Y by least squares on stacked rows, the ridge in units of the mean square."""
     head, scores, features, labels = head_of("ranpac", {"features": 40, "ridge": 0.03})
-    H, Y = (features @ head.projection).relu(), torch.nn.functional.one_hot(labels, 6).double()
+    H, Y = (features @ head.drawn[0]).relu(), torch.nn.functional.one_hot(labels, 6).double()
     ridge = 0.03 * (H**2).sum(0).mean()
     stacked = torch.cat([H, ridge.sqrt() * torch.eye(40).double()]), torch.cat([Y, torch.zeros(40, 6)])
     assert torch.allclose(scores, H @ torch.linalg.lstsq(*stacked).solution, atol=1e-8)
@@ -78,7 +78,7 @@ def test_ranpac_is_ridge_regression_on_random_features():
 def test_ranpac_chooses_its_ridge_on_the_records_it_holds_out():
     """Among all decades the one with the smallest squared error on held-out rows of a fit on the others."""
     head, _, features, labels = head_of("ranpac", {"features": 40})
-    H, Y = (features @ head.projection).relu(), torch.nn.functional.one_hot(labels, 6).double()
+    H, Y = (features @ head.drawn[0]).relu(), torch.nn.functional.one_hot(labels, 6).double()
     held = head.held_out(features)
     assert 5 <= int(held.sum()) <= 35
 

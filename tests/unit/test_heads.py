@@ -110,7 +110,7 @@ def test_ncm_by_hand():
 def test_ranpac_is_the_ridge_solution_in_numpy():
     features, labels = data()
     head = fitted(RanPAC(C, D, 0, features=60, ridge=0.1), [(features, labels)])
-    h = np.maximum(features.double().numpy() @ head.projection.numpy(), 0)
+    h = np.maximum(features.double().numpy() @ head.drawn[0].numpy(), 0)
     gram = h.T @ h
     expected = np.linalg.solve(gram + 0.1 * np.trace(gram) / 60 * np.eye(60), h.T @ np.eye(C)[labels.numpy()])
     assert np.abs(head.solution.numpy() - expected).max() < 1e-9
@@ -122,7 +122,7 @@ def test_ranpac_takes_the_ridge_that_is_best_on_the_held_out_rows(noise):
     features, labels = data(noise=noise)
     head = fitted(RanPAC(C, D, 0, features=60), [(features, labels)])
     held = head.held_out(features).numpy()
-    h = np.maximum(features.double().numpy() @ head.projection.numpy(), 0)
+    h = np.maximum(features.double().numpy() @ head.drawn[0].numpy(), 0)
     y = np.eye(C)[labels.numpy()]
     errors = []
     for ridge in RIDGES:

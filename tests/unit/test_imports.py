@@ -30,6 +30,7 @@ LAYERS = (
         "folders",
         "foreign",
         "uncollected",
+        "unimported",
     },
     {"state", "state_file", "packing", "flower"},
     {"record"},
@@ -72,7 +73,8 @@ MAY_LOAD = {  # a command -> what it may load of what is costly
     "show data": {"numpy"},
     "show partitioners/iid": set(),
     "show bodies/coso": set(),
-    "validate quickstart": {"numpy", "torch", "safetensors", "flwr"},
+    "validate quickstart": {"numpy"},
+    "validate continual": {"numpy"},
 }
 LIGHT = (
     "fedpeft",
@@ -85,6 +87,7 @@ LIGHT = (
     "fedpeft.files",
     "fedpeft.folders",
     "fedpeft.foreign",
+    "fedpeft.unimported",
     "fedpeft.cli.alive",
     "fedpeft.cli.console",
     "fedpeft.progress",

@@ -28,6 +28,7 @@ the same at every scale (authors: 1e-8 to 1e8, M = 10,000). A tie, and too few r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,10 +65,14 @@ class RanPAC(Head):
 
     def __init__(self, classes: int, width: int, seed: int, **options: Any) -> None:
         super().__init__(classes, width, seed, **options)
-        draw = seeds.torch_generator(seed, "ranpac")
-        self.projection = torch.randn(width, self.config.features, generator=draw, dtype=torch.float64)
-        self.probe = F.normalize(torch.randn(width, generator=draw, dtype=torch.float64), dim=0)
         self.ridge = 0.0
+
+    @cached_property
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """The projection [width, M], and the unit vector [width] of `held_out`: not drawn to check a config."""
+        draw = seeds.torch_generator(self.seed, "ranpac")
+        projection = torch.randn(self.width, self.config.features, generator=draw, dtype=torch.float64)
+        return projection, F.normalize(torch.randn(self.width, generator=draw, dtype=torch.float64), dim=0)
 
     def statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         features = features.double()
@@ -81,7 +86,7 @@ class RanPAC(Head):
 
     def held_out(self, features: Tensor) -> Tensor:
         """Which rows [N] belong to the fold that chooses the ridge: a pseudo-random fifth, by the row alone."""
-        angle = F.normalize(features.double(), dim=1) @ self.probe
+        angle = F.normalize(features.double(), dim=1) @ self.drawn[1]
         return (angle * WAVES) % 1 < HELD
 
     def solve(self) -> None:
@@ -96,7 +101,7 @@ class RanPAC(Head):
         return only_classes(self._project_features(features.double()) @ self.solution, self.known)
 
     def _project_features(self, features: Tensor) -> Tensor:
-        return (features @ self.projection).relu()
+        return (features @ self.drawn[0]).relu()
 
     def _choose_ridge(self) -> float:
         """The ridge with the smallest squared error on the held-out fold."""
