@@ -165,7 +165,7 @@ def load(folder: Path) -> AdapterState:
     """
     config = read_object(folder / CONFIG)
     require_plain_lora(folder, config)
-    weights, saved, tensors = _read_weights(folder), config.get("modules_to_save") or [], {}
+    weights, saved, tensors = read_weights(folder), config.get("modules_to_save") or [], {}
     require_numbers(folder, weights)
     for name, value in weights.items():
         tensors["/".join(named_parameter(folder, name, saved))] = value
@@ -198,7 +198,12 @@ def describe_head(about: dict[str, Any]) -> str:
     return "a mean-pooled one of fedpeft's" if about["pooled_head"] else "the base model's"
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder, also of one that an old peft has written.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
     pickled = folder / "adapter_model.bin"
     if not (folder / WEIGHTS).exists() and pickled.exists():
         return read_tensors(pickled)
@@ -207,7 +212,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _weight_names(folder: Path) -> list[str]:
     if not (folder / WEIGHTS).exists():
-        return list(_read_weights(folder))
+        return list(read_weights(folder))
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             return list(file.keys())

@@ -47,8 +47,30 @@ UNDERSTOOD = {
     "task_type",
     "use_rslora",
 }
+EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # what switches a field off
 # Initialisations that move the base weights: the factors alone are not the adapter then.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def find_unread(config: dict[str, Any]) -> str | None:
+    """What in a folder's config says that the factors B A, scaled, are not the whole change; None where they are."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type is {config.get('peft_type')!r}; only LORA adapters can be read"
+    for name in sorted(set(config) - UNDERSTOOD):
+        if config[name] not in EMPTY:
+            return f"{name} is set ({str(config[name])[:60]}); only plain LoRA factors can be read"
+    if config.get("bias", "none") != "none":
+        return f"bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'"
+    return None
+
+
+def require_base_unmoved(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a config of LoRA whose start has moved the base weights: the folder's file does not say to where."""
+    if str(config.get("init_lora_weights")).startswith(MOVES_BASE):
+        raise InputError(
+            f"{folder}: init_lora_weights={config['init_lora_weights']!r} moves the base weights. Save it as a plain "
+            "LoRA first (peft: save_pretrained with path_initial_model_for_weight_conversion)."
+        )
 
 
 def require_plain_lora(folder: Path, config: dict[str, Any]) -> None:
@@ -63,22 +85,9 @@ def require_plain_lora(folder: Path, config: dict[str, Any]) -> None:
             "it cannot be merged, aggregated offline, unlearned or gone on from. `fedpeft predict` and `chat` open it "
             "as it is."
         )
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read.")
-    for name in sorted(set(config) - UNDERSTOOD):
-        if config[name] not in (None, False, "", [], {}):
-            raise InputError(
-                f"{folder}: {name} is set ({str(config[name])[:60]}); only plain LoRA factors can be read."
-            )
-    if config.get("bias", "none") != "none":
-        raise InputError(
-            f"{folder}: bias={config['bias']!r}: trained biases of the base cannot be read; only bias='none'."
-        )
-    if str(config.get("init_lora_weights")).startswith(MOVES_BASE):
-        raise InputError(
-            f"{folder}: init_lora_weights={config['init_lora_weights']!r} moves the base weights. Save it as a plain "
-            "LoRA first (peft: save_pretrained with path_initial_model_for_weight_conversion)."
-        )
+    if (unread := find_unread(config)) is not None:
+        raise InputError(f"{folder}: {unread}. `fedpeft predict` and `chat` open it as it is.")
+    require_base_unmoved(folder, config)
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise InputError(f"{folder}: adapter_config.json: lora_alpha is {alpha!r}; expected a number.")

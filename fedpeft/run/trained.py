@@ -1,7 +1,8 @@
 """A trained model, opened for use: a run's, or an adapter folder's over the base model that it names.
 
 The adapter is merged into its base in float32, so what answers is one plain model, whatever strategy has made it; one
-that is no product of LoRA factors (`adapters.placed_folder`) is put around its layers.
+that is no product of LoRA factors is put around its layers (`adapters.placed_folder`, and of peft's own tuners
+`adapters.peft_folder`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from fedpeft import config as configs
 from fedpeft import folders, registry
-from fedpeft.adapters import folder, placed_folder
+from fedpeft.adapters import folder, peft_folder, placed_folder
 from fedpeft.config import Config
 from fedpeft.config.overrides import parse_overrides
 from fedpeft.errors import InputError
@@ -66,18 +67,30 @@ def open_trained(path: Path, overrides: Sequence[str] | dict[str, Any] = ()) -> 
             f"{config.continual.head}, which is not in its adapter folder. Its accuracy is in summary.json."
         )
     section = placed_folder.read_section(adapter)
-    state = folder.load(adapter) if section is None else placed_folder.load(adapter, section)
+    other = section is None and peft_folder.needs_peft(adapter)
+    if section is not None:
+        state = placed_folder.load(adapter, section)
+    else:
+        state = peft_folder.read_modules(adapter) if other else folder.load(adapter)
     names = _output_names(run, state, config, path)
     base = loading.load(config.model, len(names), config.run.seed)
     if run is not None:
         identity.hold(run, {"base model": identity.of_base(base, config)}, config)
     # What was added to a base in half precision, or in few bits, by merging would be rounded away.
     base.make_dense(torch.float32)
-    if section is None:
+    if section is not None:
+        placed_folder.put_into(base, adapter, section, state)
+    else:
+        # A module beside the head is a copy of its own: written into a base that ties its weights it would move two.
+        heads = {name: layer for name, layer in state.sites.items() if layer.kind == "head"}
+        beside = {name for name in heads if name.partition(".")[0] not in base.heads and name in base.named_modules}
+        if other or beside:
+            peft_folder.put_into(base, adapter)
+            heads = {name: layer for name, layer in heads.items() if name not in beside}
+            kept = {key: value for key, value in state.tensors.items() if key.rpartition("/")[0] in heads}
+            state = AdapterState(kept, heads)
         _require_fit(adapter, state, base)
         merge_into(base, state)
-    else:
-        placed_folder.put_into(base, adapter, section, state)
     base.to(find_device(config.run.device))
     for module in base.modules:
         module.eval()
@@ -125,8 +138,8 @@ def _output_names(run: Path | None, state: AdapterState, config: Config, path: P
         return ["all"]
     if run is not None and (run / "split.json").is_file():
         return label_names(run / "split.json")
-    last = [value for key, value in state.tensors.items() if state.role(key) == "head" and key.endswith("/bias")]
-    names = config.data.labels or [str(place) for place in range(len(last[-1]) if last else 0)]
+    rows = [len(value) for key, value in state.tensors.items() if state.role(key) == "head" and value.ndim == 2]
+    names = config.data.labels or [str(place) for place in range(rows[-1] if rows else 0)]
     if not names:
         raise InputError(f"{path}: nobody says what the classes are. Give them in their order: data.labels=[no,yes].")
     return names

@@ -16,6 +16,7 @@ from fedpeft.adapters import folder, peft_types
 from fedpeft.adapters.flat import flatten_adapter
 from fedpeft.adapters.peft_measure import measure_average
 from fedpeft.models.loading import fingerprint, load
+from fedpeft.run.trained import open_trained
 from fedpeft.simulations.benchmarks import peft_types as measuring
 from fedpeft.state import ServerState, Update
 from fedpeft.strategies import wire
@@ -173,6 +174,9 @@ def require_stock_peft(model, state, path, out):
     model.base.backbone.eval()
     inputs = small.inputs("bert")
     torch.testing.assert_close(stock(**inputs).logits, model.logits(inputs), **CLOSE)
+    names = ",".join(str(place) for place in range(small.LABELS))
+    opened = open_trained(out, [f"model.task={small.TEXT}", f"data.labels=[{names}]"])
+    torch.testing.assert_close(opened.base.forward(inputs), stock(**inputs).logits, **CLOSE)
     saved = load_file(out / folder.WEIGHTS)
     for key, value in flatten_adapter(state).tensors.items():
         site, _, role = key.rpartition("/")
