@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Fleet:
     @staticmethod
     def is_at(path: Path) -> bool:
         """Whether there is a coordinator's folder."""
-        return (path.expanduser() / "server.yaml").is_file()
+        return Path(os.path.expanduser(path), "server.yaml").is_file()
 
     def runs(self) -> list[Path]:
         """Folders of the newest runs, newest first."""

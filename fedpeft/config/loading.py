@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def complete(tree: dict[str, Any]) -> Config:
 
 def find(source: str | Path) -> Path:
     """The file of a config given by path or by shipped name."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return path
     shipped = shipped_configs() | job_configs()
@@ -149,13 +151,15 @@ def check(config: Config) -> None:
         )
     if run.engine == "ray" and run.workers == 0:
         run.workers = 1
-    if adapter.client_ranks is not None and not all(1 <= rank <= adapter.r for rank in adapter.client_ranks):
+    ranks = adapter.client_ranks
+    if ranks is not None and not (ranks and all(1 <= rank <= adapter.r for rank in ranks)):
         raise InputError(
-            f"adapter.client_ranks={adapter.client_ranks}: every rank must be between 1 and adapter.r={adapter.r}."
+            f"adapter.client_ranks={ranks}: every rank must be between 1 and adapter.r={adapter.r}; null gives all "
+            "clients that one."
         )
     if client.memory_mb is not None:
         _check_memory(config)
-    twice = sorted({name for name in data.labels or () if (data.labels or []).count(name) > 1})
+    twice = sorted(name for name, count in Counter(data.labels).items() if count > 1)
     if twice or data.labels == []:
         what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
         raise InputError(f"data.labels={data.labels}: {what}. Every class has one name; null takes the source's.")
@@ -353,7 +357,7 @@ def _read_value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     if not meta or value is None:
         return value
     if meta["path"]:
-        return str(Path(value).expanduser()) if value.startswith("~") else value
+        return os.path.expanduser(value)  # not pathlib's, which raises RuntimeError for ~NOBODY
     allowed = choices_of(item)
     if allowed and str(value) not in allowed:
         raise InputError(registry.unknown(key, value, allowed))

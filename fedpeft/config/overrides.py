@@ -85,10 +85,10 @@ def _expand_names(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _rename_entry(tree: dict[str, Any], path: str, name: str | None) -> None:
     *parents, last = path.split(".")
-    node = tree.setdefault(parents[0], {}) if parents else tree
-    section, key = node.get(last) or {}, METHOD_SECTIONS[path].key
-    old = section.get(key, name)
-    if isinstance(section, dict) and old != name:
+    node, key = tree.get(parents[0]) if parents else tree, METHOD_SECTIONS[path].key
+    section = node.get(last) if isinstance(node, dict) else None
+    # A section that is empty, or none, has nothing to drop; `apply_overrides` refuses one that is no mapping.
+    if isinstance(node, dict) and isinstance(section, dict) and (old := section.get(key, name)) != name:
         common = {item.name for item in dataclasses.fields(METHOD_SECTIONS[path].config)} - {"options"}
         _say_dropped(f"{path}.{key}", name, old, [item for item in section if item not in common])
         node[last] = {item: value for item, value in section.items() if item in common}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,14 @@ def _to_typed_entries(value: Any, base: str) -> Any:
 def _to_number(value: Any, base: str) -> int | float | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
-        return float(value) if base == "float" else value if isinstance(value, int) else None
-    if isinstance(value, str) and base == "int" and INTEGER.fullmatch(value):
-        return int(value)
-    if isinstance(value, str) and base == "float" and FLOAT.fullmatch(value):
-        return float(re.sub(r"\.(?=inf|nan)", "", value, flags=re.IGNORECASE))
+    # Python refuses 1_ and 1__0, whole numbers of over 4,300 digits, and those that no float holds.
+    with suppress(ValueError, OverflowError):
+        if isinstance(value, int | float):
+            return float(value) if base == "float" else value if isinstance(value, int) else None
+        if isinstance(value, str) and base == "int" and INTEGER.fullmatch(value):
+            return int(value)
+        if isinstance(value, str) and base == "float" and FLOAT.fullmatch(value):
+            return float(re.sub(r"\.(?=inf|nan)", "", value, flags=re.IGNORECASE))
     return None
 
 

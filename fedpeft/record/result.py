@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def load_ended(run: str | Path) -> Result | None:
     Raises:
         InputError: a file of it cannot be read; names it.
     """
-    path = Path(run).expanduser()
+    path = Path(os.path.expanduser(run))
     needed = ("resolved.yaml", "summary.json", "metrics.jsonl", "adapter", "report.html")
     if not all((path / name).exists() for name in needed):
         return None

@@ -43,6 +43,32 @@ def test_an_option_beside_a_new_name_belongs_to_the_new_method_in_any_order():
     ).data.partition.options == {"shards_per_client": 2}
 
 
+@pytest.mark.parametrize(
+    ("tree", "override"),
+    [
+        ({"data": None}, "data.partition=iid"),
+        ({"data": {"partition": None}}, "data.partition=iid"),
+        ({"strategy": None}, "strategy=fedit"),
+        ({}, "data.partition=iid"),
+    ],
+)
+def test_a_section_that_is_empty_in_the_file_takes_an_override_of_its_name(tree, override):
+    config = load(tree, [override])
+    assert override in (f"data.partition={config.data.partition.name}", f"strategy={config.strategy.name}")
+
+
+@pytest.mark.parametrize(
+    ("tree", "override", "where"),
+    [
+        ({"data": "mine.csv"}, "data.partition=iid", "data"),
+        ({"data": {"partition": ["iid"]}}, "data.partition=shards", "data.partition"),
+        ({"strategy": ["fedit"]}, "strategy=fedsvd", "strategy"),
+    ],
+)
+def test_a_section_that_is_none_in_the_file_is_refused_where_an_override_goes_into_it(tree, override, where):
+    refused(tree, [override], f": {where} is a value, not a section.")
+
+
 def test_a_string_for_a_section_is_its_name():
     config = load({"strategy": "fedsvd", "adapter": "lora", "data": {"partition": "iid"}})
     assert (config.strategy.name, config.adapter.name, config.data.partition.name) == ("fedsvd", "lora", "iid")

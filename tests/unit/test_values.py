@@ -269,3 +269,26 @@ def test_too_few_clients_for_a_trimmed_mean_are_refused_before_the_first_round(c
 def test_a_section_in_one_line_replaces_the_files():
     config = load({"strategy": {"name": "lora_fair", "lambda": 3.0}}, ["strategy={name: fedsvd, every: 02}"])
     assert config.strategy.name == "fedsvd" and config.strategy.options["every"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("run.rounds", "1_"),
+        ("run.rounds", "1__0"),
+        ("run.rounds", "9" * 5000),
+        ("client.lr", "1_.5"),
+        ("client.lr", 10**400),
+    ],
+    ids=["an underscore", "two underscores", "5,000 digits", "a fraction", "400 digits"],
+)
+def test_what_looks_like_a_number_and_is_none_for_python_is_refused_by_its_key(key, given):
+    with pytest.raises(InputError, match=f"^{key}: .* is not a valid (int|float)"):
+        load({}, {key: Plain(given) if isinstance(given, str) else given})
+    assert load({}, ["data.format={delimiter: 1_}"]).data.format == {"delimiter": "1_"}  # no field has its type
+
+
+def test_the_home_folder_of_nobody_stays_a_name_and_is_refused_where_a_file_is_looked_for():
+    assert load({}, ["data.source=~nobody-of-this-name/a.csv"]).data.source == "~nobody-of-this-name/a.csv"
+    with pytest.raises(InputError, match=r"CONFIG: no file ~nobody-of-this-name/a\.yaml"):
+        load("~nobody-of-this-name/a.yaml")
