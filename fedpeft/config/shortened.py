@@ -30,7 +30,7 @@ def rounds(source: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     if most is None:
         return given
     config = configs.load(source, given)
-    tasks = config.continual.tasks if config.continual.body is not None else 1
+    tasks = config.continual.learned if config.continual.body is not None else 1
     kept = max(tasks, most - most % tasks)
     if kept >= config.run.rounds:
         return given

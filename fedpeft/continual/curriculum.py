@@ -16,6 +16,7 @@ import numpy as np
 
 from fedpeft.config.schema import ContinualConfig
 from fedpeft.continual.stream import group_classes
+from fedpeft.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ def make_curriculum(config: ContinualConfig, classes: int, rounds: int, seed: in
     without those that are left out.
 
     Raises:
-        InputError: more tasks than classes.
+        InputError: more tasks than classes, or none that is learned.
     """
+    if not set(config.leave_out) < set(range(config.tasks)):
+        raise InputError(
+            f"continual.leave_out={config.leave_out}: tasks are numbered from 0 to {config.tasks - 1} "
+            "(continual.tasks), and one at least is learned."
+        )
     parts = group_classes(classes, config.tasks, seed, config.shuffle, "continual.tasks")
     kept = [tuple(part) for task, part in enumerate(parts) if task not in config.leave_out]
     return Curriculum(tuple(kept), rounds // config.learned)

@@ -147,9 +147,9 @@ def find_comparable(summary: dict[str, Any]) -> dict[str, float]:
     if sequence is not None:
         if sequence["tasks_done"] < sequence["tasks"]:
             return {}  # the others know all classes
-        rows = {
-            key: given.get(key) for key in (FROZEN_HEAD, "frozen_logistic", "pixels_or_words_logistic", "largest_class")
-        }
+        # Of all classes too, and so not to be compared where a task is left out for good.
+        whole = () if sequence["left_out"] else ("frozen_logistic", "pixels_or_words_logistic", "largest_class")
+        rows = {key: given.get(key) for key in (FROZEN_HEAD, *whole)}
     else:
         baseline = summary["baseline"] or {}
         if baseline.get("evaluated_on") == summary["evaluated_on"]:
@@ -174,7 +174,8 @@ def _find_sequence(
     """
     tasks = [event for event in events if event["event"] == "task"]
     section = config.get("continual") or {}
-    done, planned = len(tasks), int(section.get("tasks") or len(tasks))
+    done, left_out = len(tasks), len(set(section.get("leave_out") or ()))
+    planned = int(section.get("tasks") or done + left_out) - left_out
     curve = [
         sum(event["right"][: number + 1]) / max(1, sum(event["count"][: number + 1]))
         for number, event in enumerate(tasks)
@@ -191,6 +192,7 @@ def _find_sequence(
         "head": head,
         "tasks": planned,
         "tasks_done": done,
+        "left_out": left_out,
         "classes": sum(len(event["classes"]) for event in tasks),
         "accuracy_by_task": curve,
         "rounds_of_tasks": [event["round"] for event in tasks],

@@ -132,7 +132,7 @@ def _say_sequence(summary: dict[str, Any]) -> list[str]:
     if final is None:
         return ["No task has ended yet.", *([alone] if alone else [])]
     done, tasks = sequence["tasks_done"], sequence["tasks"]
-    classes = f"{'all ' if done == tasks else 'the '}{sequence['classes']} classes"
+    classes = f"{'all ' if done == tasks and not sequence['left_out'] else 'the '}{sequence['classes']} classes"
     forgetting = sequence["forgetting"]
     text = (
         f"Accuracy {_say_accuracy(summary)} on {classes} after task {done} of {tasks}, by the head "

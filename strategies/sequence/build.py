@@ -81,11 +81,6 @@ def check(config: Config) -> None:
     if section.body is None:
         return
     body = make_body(section)
-    if not set(section.leave_out) < set(range(section.tasks)):
-        raise InputError(
-            f"continual.leave_out={section.leave_out}: tasks are numbered from 0 to {section.tasks - 1} "
-            "(continual.tasks), and one at least is learned."
-        )
     if config.run.rounds % section.learned:
         raise InputError(
             f"continual.tasks={section.learned}: run.rounds={config.run.rounds} is not a multiple of it, "

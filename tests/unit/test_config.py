@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from fedpeft.config import load
@@ -254,3 +256,22 @@ def test_scaffold_takes_plain_sgd_only(wrap, change):
     bad = {**plain, **change} if change else {"strategy.wrap": wrap}
     with pytest.raises(InputError, match=r"client\.optimizer=(adamw|sgd).*Set client\.optimizer=sgd"):
         load({}, bad)
+
+
+def test_a_list_of_ranks_without_a_rank_is_refused():
+    refused({"strategy": "flora"}, {"adapter.client_ranks": []}, "adapter.client_ranks=[]", "null")
+
+
+def test_ten_thousand_class_names_are_looked_through_once():
+    """Counting each among all took a minute of CPU time for so many."""
+    names = [f"class-{number}" for number in range(50_000)]
+    began = time.process_time()
+    load({}, {"data.labels": names})
+    assert time.process_time() - began < 10
+    refused({}, {"data.labels": [*names, "class-7"]}, "class-7 stands there twice")
+
+
+@pytest.mark.parametrize("left_out", [[0, 1, 2, 3, 4], [0, 0, 7], [-1]])
+def test_a_sequence_learns_at_least_one_task_and_leaves_out_only_its_own(left_out):
+    changes = {"continual.body": "sequential", "continual.leave_out": left_out}
+    refused({}, changes, f"continual.leave_out={left_out}", "one at least is learned")

@@ -24,6 +24,7 @@ def unset(monkeypatch):
         ("continual", "2", {}, 5),  # five tasks, one round each
         ("continual", "14", {}, 10),
         ("continual", "7", {"continual.tasks": "2", "run.rounds": "8"}, 6),
+        ("continual", "7", {"continual.leave_out": [1, 3], "run.rounds": 9}, 6),  # three of five are learned
     ],
 )
 def test_rounds_are_cut_to_what_is_asked_for_and_tasks_stay_equal(config, most, given, kept, monkeypatch, caplog):

@@ -63,6 +63,17 @@ def sequence(tasks: int = 3) -> list[Event]:
 CONTINUAL = {"continual.body": "sequential", "continual.head": "ranpac", "continual.tasks": 3, "run.rounds": 6}
 
 
+def test_a_sequence_without_a_task_is_complete_and_compared_with_nothing_that_knows_its_classes(tmp_path, monkeypatch):
+    events = sequence()
+    events[2] |= {"frozen_logistic": 0.97, "pixels_or_words_logistic": 0.9}
+    run = written(tmp_path / "run", events, {**CONTINUAL, "continual.tasks": 4, "continual.leave_out": [1]})
+    summary, head = summary_of(run), first_line(page_of(run))
+    assert (summary["sequence"]["tasks"], summary["sequence"]["tasks_done"]) == (3, 3)
+    assert "on the 6 classes after task 3 of 3" in head
+    assert summary["comparison"]["baseline"] == "frozen_head" and summary["comparison"]["constant"] is None
+    assert "task 3 of 3" in terminal(run, monkeypatch)
+
+
 def test_a_sequence_leads_with_the_head_that_answers_over_all_classes(tmp_path, monkeypatch):
     run = written(tmp_path / "run", sequence(), CONTINUAL)
     summary, page = summary_of(run), page_of(run)
