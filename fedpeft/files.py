@@ -72,7 +72,7 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, it holds {type(found).__name__}.")

@@ -12,6 +12,7 @@ shown                  one line of at most 2 kB for logs, terminals and reports,
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ def read_json(text: str, what: str, longest: int) -> Any:
     """
     require_length(text, what, longest)
     try:
-        tree = json.loads(text, parse_constant=_no_constant)
+        tree = json.loads(text, parse_constant=_no_constant, parse_float=_read_float)
         require_plain(tree)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{what}: not readable as JSON: {shown(error)}") from error
@@ -143,6 +144,11 @@ def _require_plain(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEPTH:
             raise ValueError(f"it nests deeper than {DEPTH}")
+
+
+def _read_float(text: str) -> float:
+    """Python reads 1e999 as infinity, without a word."""
+    return value if math.isfinite(value := float(text)) else _no_constant(text)
 
 
 def _no_constant(name: str) -> Any:

@@ -111,3 +111,10 @@ def test_shown_is_at_most_two_kilobytes_and_says_that_it_is_cut(text):
     line = shown("begin " + text + " end")
     assert len(line.encode()) <= TEXT_BYTES and line.isprintable()
     assert line.startswith("begin ") and line.endswith(" end") and f"({len(text) + 10} characters)" in line
+
+
+def test_json_has_no_number_that_is_read_as_infinity():
+    assert read_json("[1e300, -2.5]", "x", 100) == [1e300, -2.5]
+    for text in ("[1e999]", '{"a": -1e999}', "Infinity", "NaN"):
+        with pytest.raises(InputError, match=r"^x: not readable as JSON: .* is no number of JSON"):
+            read_json(text, "x", 100)
