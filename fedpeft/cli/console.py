@@ -9,15 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fedpeft.cli import alive
 from fedpeft.record.words import show_seconds, size
 
 PIPE_WIDTH = 200  # where nobody looks at a terminal: lines of a table are not broken
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
-err = Console(stderr=True, highlight=False)
+# Nothing that is printed is rich's markup: names, paths and reasons come from users, and [a] or :b: in one is no style.
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH, **PLAIN)
+err = Console(stderr=True, **PLAIN)
 CLIENTS_SHOWN = 20  # rows of a table with one a client
 
 
@@ -30,27 +31,27 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]],
 
 
 def fail(message: str) -> None:
-    """Print an error on standard error; the message is shown as it is, not as markup."""
+    """Print an error on standard error."""
     err.print("error:", style="bold red", end=" ")
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(message, soft_wrap=True)
 
 
 def note(message: str) -> None:
     """A line that is no error, on standard error."""
     alive.spoke()
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(message, soft_wrap=True)
 
 
 def logged(level: str, text: str, style: str) -> None:
     """A line of a log, unbroken where it is longer than the terminal is wide."""
     alive.spoke()
     err.print(f"{level:<8}", style=style, end=" ")
-    err.print(text, markup=False, soft_wrap=True)
+    err.print(text, soft_wrap=True)
 
 
 def run_result(summary: dict[str, Any]) -> None:
     """What a reader takes away, first; then the table, traffic, sections of its own kind, warnings and paths."""
-    out.print(summary["headline"], style="bold", markup=False, soft_wrap=True)
+    out.print(summary["headline"], style="bold", soft_wrap=True)
     strategy = " + ".join([summary["strategy"], *summary["wrap"]])
     table = Table(
         title=f"{strategy} over {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}"
@@ -68,7 +69,7 @@ def run_result(summary: dict[str, Any]) -> None:
             reasons.append(f"{name}: not fitted: {row['reason']}")
     out.print(table)
     for line in reasons:
-        out.print(line, style="yellow", markup=False, soft_wrap=True)
+        out.print(line, style="yellow", soft_wrap=True)
     fitted = any(key.endswith("_logistic") for key in summary.get("baselines") or {})
     pooled = "; the logistic regressions see all clients' data pooled" if fitted else ""
     count = f", n = {summary['test_records']:,}" if summary.get("test_records") else ""
@@ -93,7 +94,7 @@ def run_result(summary: dict[str, Any]) -> None:
         out.print(text, style="dim")
     _named_clients(summary)
     for name in ("adapter", "report.html", "plots", "metrics.jsonl", "summary.json"):
-        out.print(f"{name:<14}{summary['out']}/{name}", markup=False, soft_wrap=True)
+        out.print(f"{name:<14}{summary['out']}/{name}", soft_wrap=True)
 
 
 def _model_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
@@ -138,18 +139,17 @@ def _named_clients(summary: dict[str, Any]) -> None:
     from fedpeft.record.lead import list_warnings
 
     for text in list_warnings(summary):
-        out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"warning: {text}", style="yellow", soft_wrap=True)
     for row in summary.get("updates", []):
         if row["treated_rounds"] and not row["far_rounds"]:
             out.print(
                 f"{row['client']}: {row['treated']} (in {len(row['treated_rounds'])} rounds)",
                 style="dim",
-                markup=False,
                 soft_wrap=True,
             )
     for client, rows in _by_client(summary["quarantined"]).items():
         often = f"in {len(rows)} rounds, last" if len(rows) > 1 else f"in round {rows[0]['round']}"
-        out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"quarantined: {client} {often}: {rows[-1]['reason']}", style="yellow", soft_wrap=True)
 
 
 def tasks(result: dict[str, Any]) -> None:
@@ -204,8 +204,8 @@ def aggregate_result(result: dict[str, Any]) -> None:
     name = result["strategy"] if "strategy" in result else result["method"]
     out.print(f"{name}: {result['adapters']} adapters, {result['sites']} modules, rank {result['rank']}")
     for note in result["notes"]:
-        out.print(note, style="yellow", markup=False)
-    out.print(result["out"], markup=False, soft_wrap=True)
+        out.print(note, style="yellow")
+    out.print(result["out"], soft_wrap=True)
 
 
 def listing(tables: dict[str, Any]) -> None:
@@ -233,15 +233,15 @@ def entry(result: dict[str, Any]) -> None:
     out.print(f"{result['name']} ({result['table']})", style="bold")
     for key in ("summary", "paper", "needs", "path"):
         if result.get(key):
-            out.print(f"{key}: {result[key]}", markup=False)
+            out.print(f"{key}: {result[key]}")
     for line in result.get("notes", []):
-        out.print(line, markup=False)
+        out.print(line)
     for what, names in result.get("works_with", {}).items():
-        out.print(f"{what}: {', '.join(names) or 'none'}", markup=False)
+        out.print(f"{what}: {', '.join(names) or 'none'}")
     if result.get("measured"):
         _print_measured(result["measured"])
     if result.get("also"):
-        out.print(f"of the same name: {', '.join(result['also'])}", markup=False)
+        out.print(f"of the same name: {', '.join(result['also'])}")
     if result.get("options"):
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("option", "default", "allowed", "meaning"):
@@ -251,7 +251,7 @@ def entry(result: dict[str, Any]) -> None:
         out.print(table)
     if result.get("description"):
         out.print()
-        out.print(result["description"].partition("\n    >>>")[0], markup=False, soft_wrap=True)
+        out.print(result["description"].partition("\n    >>>")[0], soft_wrap=True)
 
 
 def _print_measured(rows: list[dict[str, Any]]) -> None:
@@ -262,7 +262,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
         cells = write_cells(row)
         for head in cells if row is rows[0] else ():
             table.add_column(head)
-        table.add_row(*map(escape, cells.values()))
+        table.add_row(*cells.values())
     out.print(table)
     out.print(
         "i and o are inputs and outputs of a layer, bytes what a client sends of tiny-bert in a round beside the head",
@@ -274,7 +274,7 @@ def valid(result: dict[str, Any]) -> None:
     """Print a config as YAML with every default written out, and that it is valid."""
     import yaml
 
-    out.print(yaml.safe_dump(result["config"], sort_keys=False), markup=False, end="")
+    out.print(yaml.safe_dump(result["config"], sort_keys=False), end="")
     valid_line(result)
 
 
@@ -282,7 +282,7 @@ def valid_line(result: dict[str, Any]) -> None:
     """Print what a config is of, in a line, and that it is valid, as far as can be seen without its model and data."""
     tree = result["config"]
     strategy, model, data = tree["strategy"]["name"], tree["model"]["name"], tree["data"]["source"]
-    out.print(f"{strategy}, {model}, {data}, {tree['run']['rounds']} rounds:", markup=False, end=" ", soft_wrap=True)
+    out.print(f"{strategy}, {model}, {data}, {tree['run']['rounds']} rounds:", end=" ", soft_wrap=True)
     out.print("valid", style="bold green", end=". ")
     if (traffic := result.get("traffic")) is None:
         out.print("Model and data were not opened.")
@@ -291,7 +291,6 @@ def valid_line(result: dict[str, Any]) -> None:
         f"In a round each of {traffic['clients']} clients sends {traffic['up']:,} bytes, {traffic['up_head']:,} of "
         f"them of the head, and is sent {traffic['down']:,}: {traffic['round_mb']:.3g} MB a round, "
         f"{traffic['run_mb']:.3g} MB in {tree['run']['rounds']} rounds.",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -300,15 +299,15 @@ def comparison(result: dict[str, Any]) -> None:
     """One column a run: there are few runs and many numbers."""
     rows = result["runs"]
     if len(rows) > 1:
-        out.print(result["ranking"], style="bold", markup=False, soft_wrap=True)
+        out.print(result["ranking"], style="bold", soft_wrap=True)
         for line in result["differences"]:
-            out.print(f"differ in {line}", style="yellow", markup=False, soft_wrap=True)
+            out.print(f"differ in {line}", style="yellow", soft_wrap=True)
     table = Table(show_header=False)
     for key in rows[0]:
         name, style = key.removeprefix("mb_").replace("_", " "), "bold" if key == "run" else None
         table.add_row(name, *(_show_fact(key, row[key]) for row in rows), style=style)
     out.print(table)
-    out.print(result["report"], markup=False, soft_wrap=True)
+    out.print(result["report"], soft_wrap=True)
 
 
 def _show_fact(key: str, value: Any) -> str:
@@ -326,7 +325,7 @@ def _show_fact(key: str, value: Any) -> str:
 def pairs(result: dict[str, Any]) -> None:
     """Print a line `key: value` for each item, unbroken where it is longer than the terminal is wide."""
     for key, value in result.items():
-        out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+        out.print(f"{key}: {value}", soft_wrap=True)
 
 
 def privacy(result: dict[str, Any]) -> None:
@@ -337,7 +336,7 @@ def privacy(result: dict[str, Any]) -> None:
         table.add_row(key.replace("_", " "), shown, style=None if number else "bold")
     out.print(table)
     for line in result["assumptions"]:
-        out.print(f"- {line}", markup=False)
+        out.print(f"- {line}")
 
 
 def ledgers(result: dict[str, Any]) -> None:
@@ -379,16 +378,14 @@ def audit_result(result: dict[str, Any]) -> None:
         f"q = {claim['sample_rate']:.4g}, sigma = {claim['noise_multiplier']:.4g}; measured at least "
         f"{result['measured_epsilon']:.4g}",
         style="bold",
-        markup=False,
     )
     out.print(
         f"Seen: {len(seen['clients'])} of {seen['of']} clients ({', '.join(seen['clients'])}), rounds "
         f"{', '.join(map(str, seen['rounds']))}, trained {' and in a '.join(seen['engines'])}. A right program "
         f"fails a check in {result['false_alarm']:g} of audits at most.",
         style="dim",
-        markup=False,
     )
     for sentence in result["limits"]:
-        out.print(f"- {sentence}", style="dim", markup=False)
+        out.print(f"- {sentence}", style="dim")
     failed = [check["name"] for check in result["checks"] if not check["passed"]]
     out.print(f"failed: {', '.join(failed)}" if failed else "passed", style="bold red" if failed else "bold green")

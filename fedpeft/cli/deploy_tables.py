@@ -19,15 +19,15 @@ def checks(result: dict[str, Any]) -> None:
     """Print a line for each check: whether it passed, its name, and what was seen."""
     for row in result["checks"]:
         out.print("ok  " if row["ok"] else "FAIL", style="green" if row["ok"] else "bold red", end=" ")
-        out.print(f"{row['check']:<7} {row['seen']}", markup=False, soft_wrap=True)
+        out.print(f"{row['check']:<7} {row['seen']}", soft_wrap=True)
 
 
 def policies(result: dict[str, Any]) -> None:
     """Print what each policy file allows, in sentences under the file's path."""
     for entry in result["policies"]:
-        out.print(entry["file"], style="bold", markup=False, soft_wrap=True)
+        out.print(entry["file"], style="bold", soft_wrap=True)
         for line in entry["says"]:
-            out.print(f"  {line}", markup=False, soft_wrap=True)
+            out.print(f"  {line}", soft_wrap=True)
 
 
 def sites(result: dict[str, Any]) -> None:
@@ -53,9 +53,9 @@ def run(entry: dict[str, Any]) -> None:
     if "state" not in entry:
         console.pairs(entry)
         return
-    out.print(f"{entry['run']}  {_color_word(entry['state'])}  round {entry['round']} of {entry['rounds']}")
+    out.print(entry["run"], _color_word(entry["state"]), f"round {entry['round']} of {entry['rounds']}", sep="  ")
     if entry.get("reason"):
-        out.print(entry["reason"], markup=False, soft_wrap=True)
+        out.print(entry["reason"], soft_wrap=True)
     if entry.get("history"):
         out.print(rounds(entry["history"]))
 
@@ -70,7 +70,7 @@ def rounds(history: list[dict[str, Any]]) -> Table:
         table.add_row(
             str(event["round"]),
             ", ".join(event["clients"] or []),
-            Text(left or "-"),
+            left or "-",
             "-" if seconds is None else f"{seconds:.1f}",
             "-" if accuracy is None else f"{accuracy:.1%}",
         )
@@ -79,7 +79,7 @@ def rounds(history: list[dict[str, Any]]) -> Table:
 
 def text(result: dict[str, Any]) -> None:
     """Print a log as it is, with no line broken or coloured."""
-    out.print(result["log"], markup=False, highlight=False, soft_wrap=True, end="")
+    out.print(result["log"], highlight=False, soft_wrap=True, end="")
 
 
 class FleetWatch:
@@ -110,15 +110,14 @@ class FleetWatch:
         if self.live:
             self.live.update(rounds(self.history))
         elif event["event"] == "round":
-            console.err.print(f"round {event['round']}: {', '.join(event['clients'])}", markup=False)
+            console.err.print(f"round {event['round']}: {', '.join(event['clients'])}")
         elif event["event"] == "task":
             right, count = sum(event["right"][: event["task"] + 1]), sum(event["count"][: event["task"] + 1])
-            console.err.print(f"task {event['task']}: {right} of {count} right in all tasks so far", markup=False)
+            console.err.print(f"task {event['task']}: {right} of {count} right in all tasks so far")
         elif event["event"] in ("quarantine", "late", "round_failed", "sums_missing"):
             who, reason = event.get("client", ""), event.get("reason") or event.get("error") or "too late"
-            console.err.print(f"{event['event']} {who}: {reason}", markup=False, soft_wrap=True)
+            console.err.print(f"{event['event']} {who}: {reason}", soft_wrap=True)
 
 
-def _color_word(word: str) -> str:
-    color = COLORS.get(word)
-    return f"[{color}]{word}[/{color}]" if color else word
+def _color_word(word: str) -> Text:
+    return Text(word, COLORS.get(word, ""))

@@ -178,7 +178,7 @@ def watch(
         console.emit(watched.states(), True, console.pairs)
         return
     with watching.Server(watched, port) as server:
-        console.out.print(f"{server.url}  (Ctrl-C ends it)", markup=False, soft_wrap=True)
+        console.out.print(f"{server.url}  (Ctrl-C ends it)", soft_wrap=True)
         with suppress(Stopped):
             server.serve_forever()
 
@@ -288,7 +288,7 @@ def _read_lines(prompt: str) -> Iterator[str]:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         if sys.stdin.isatty():
-            console.err.print(prompt, end="", markup=False)
+            console.err.print(prompt, end="")
         line = sys.stdin.readline()
         if not line:
             return

@@ -41,9 +41,9 @@ def show(result: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*row)
     console.out.print(table)
-    console.out.print(f"{unlearned.ATTACK} {unlearned.cost_of(result)}", style="dim", markup=False)
+    console.out.print(f"{unlearned.ATTACK} {unlearned.cost_of(result)}", style="dim")
     for line in result["privacy"]:
-        console.out.print(line, style="yellow", markup=False, soft_wrap=True)
+        console.out.print(line, style="yellow", soft_wrap=True)
     for line in result["notes"]:
-        console.out.print(f"- {line}.", markup=False, soft_wrap=True)
-    console.out.print(result["out"], markup=False, soft_wrap=True)
+        console.out.print(f"- {line}.", soft_wrap=True)
+    console.out.print(result["out"], soft_wrap=True)

@@ -95,14 +95,14 @@ def show(results: Row) -> None:
     """Print the table, what was refused, and the command that makes it."""
     from fedpeft.cli.console import out
 
-    out.print(f"{headline(results)}", markup=False, style="bold")
+    out.print(f"{headline(results)}", style="bold")
     for text in lines(results["summary"]):
-        out.print(text, markup=False, soft_wrap=True)
+        out.print(text, soft_wrap=True)
     for line in notes(results):
-        out.print(line, markup=False, soft_wrap=True)
-    out.print(sentence(results["summary"]), markup=False, soft_wrap=True)
-    out.print(LEGEND, style="dim", markup=False)
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
+    out.print(sentence(results["summary"]), soft_wrap=True)
+    out.print(LEGEND, style="dim")
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)
 
 
 def headline(results: Row) -> str:

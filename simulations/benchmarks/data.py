@@ -286,10 +286,9 @@ def show(results: Row) -> None:
     for row in results["goals"]:
         out.print(
             f"{'met' if row['met'] else 'MISSED'}: {row['goal']}: {row['measured']:.2f}, at most {row['most']:g}",
-            markup=False,
             soft_wrap=True,
         )
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)
 
 
 def _shown(row: Row, key: str) -> str:

@@ -163,7 +163,7 @@ def show(results: Row) -> None:
     for table in tables(results):
         out.print(table)
         out.print()
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)
 
 
 def tables(results: Row) -> list[Table]:

@@ -130,4 +130,4 @@ def show(results: Row) -> None:
         )
     out.print(table)
     out.print(f"formula: the smallest run and {results['kb_per_client']:g} KB a client more", style="dim")
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)

@@ -204,4 +204,4 @@ def show(results: Row) -> None:
         table.add_row(*line)
     out.print(table)
     out.print("exponent: of all points; last: between the two largest; 1 is linear", style="dim")
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)

@@ -306,4 +306,4 @@ def show(results: dict[str, Any]) -> None:
         f"{results['adapter_bytes_all_clients'] / 1e9:.2f} GB",
         style="dim",
     )
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)

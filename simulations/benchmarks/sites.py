@@ -159,4 +159,4 @@ def show(result: Row) -> None:
     for row in result["rows"]:
         table.add_row(*(str(row[column]) for column in columns))
     out.print(table)
-    out.print(f"REPRODUCE: {result['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {result['reproduce']}", soft_wrap=True)

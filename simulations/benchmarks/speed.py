@@ -384,4 +384,4 @@ def show(results: Row) -> None:
         out.print(
             f"checked in float64 before timing: largest difference {results['largest_difference']:.0e}", style="dim"
         )
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)

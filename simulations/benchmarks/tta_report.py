@@ -125,17 +125,17 @@ def show(results: Row) -> None:
     from fedpeft.cli.console import out
 
     for text in notes(results):
-        out.print(text, markup=False, soft_wrap=True)
+        out.print(text, soft_wrap=True)
     for where, own in cells(results["summary"]):
-        out.print(f"{where['stream']}, {where['model']}, {results['seeds']} seeds", markup=False, style="bold")
+        out.print(f"{where['stream']}, {where['model']}, {results['seeds']} seeds", style="bold")
         out.print(_table(own))
         for row in own:
             if note(row):
-                out.print(f"{row['method']}: {note(row)}", markup=False)
-        out.print(sentence(own), markup=False)
+                out.print(f"{row['method']}: {note(row)}")
+        out.print(sentence(own))
         out.print()
-    out.print(LEGEND, style="dim", markup=False)
-    out.print(f"REPRODUCE: {results['reproduce']}", markup=False, soft_wrap=True)
+    out.print(LEGEND, style="dim")
+    out.print(f"REPRODUCE: {results['reproduce']}", soft_wrap=True)
 
 
 def _table(own: list[Row]) -> Table:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.cli import console
+from fedpeft.cli import console, deploy_tables
 
 SUMMARY: dict[str, Any] = {
     "strategy": "fedsvd",
@@ -50,3 +50,22 @@ def test_regressions_stand_in_the_table_and_are_explained_below(monkeypatch):
     lines = text.splitlines()
     for name, accuracy in (("frozen features", "87.5%"), ("pixels or words", "75.0%")):
         assert accuracy in next(line for line in lines if f"{name} + logistic regression" in line)
+
+
+ODD = ["run[lr=0.1]", "a[/b]", "[red]north[/red]", "memory_mb[i mod length]", "list[str] | None", "x:100:y", "[/INST]"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_are_printed_as_they_stand_in_lines_and_in_tables(name, monkeypatch):
+    """rich takes [a] for a style and :100: for a picture, and leaves out or refuses what it does not know."""
+    monkeypatch.setattr(console.out, "width", 200)
+    row = {"run": name, "strategy": "fedit"}
+    summary = {**SUMMARY, "baselines": {"largest_class": 0.5, "largest_class_name": name}, "headline": f"{name}: so."}
+    option = {"name": "a", "default": [], "allowed": name, "help": f"as {name}"}
+    sequence = {"body": "ewc", "head": "linear", "tasks": [[name]], "right": [[1]], "count": [1], "metrics": None}
+    with console.out.capture() as captured:
+        console.comparison({"runs": [row], "report": name})
+        console.run_result({**summary, "continual": sequence})
+        console.entry({"name": "x", "table": "tta", "options": [option]})
+        deploy_tables.sites({"running": True, "sites": [{"name": name, "status": "online"}]})
+    assert captured.get().count(name) == 8
