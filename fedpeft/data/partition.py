@@ -78,7 +78,7 @@ class Dirichlet:
         # A generator of its own: how often the shares are drawn again must not change the order.
         order = seeds.numpy_generator(seed, "partition", "order").permutation(len(labels))
         rng = seeds.numpy_generator(seed, "partition", "shares")
-        classes = [order[labels[order] == label] for label in np.unique(labels)]
+        classes = [order[places] for places in group_alike(labels[order])]
         best = 0
         for _ in range(TRIES):
             dealt = [self._deal_members(members, clients, rng) for members in classes]
@@ -148,9 +148,23 @@ class Column:
     def split(self, labels: np.ndarray, columns: Mapping[str, np.ndarray], clients: int, seed: int) -> list[np.ndarray]:
         owners = self.owners(columns, clients)
         values = columns[self.column]
-        parts = [np.flatnonzero(values == owner) for owner in owners]
+        owned = np.flatnonzero(has_values(values))
+        groups = [owned[places] for places in group_alike(values[owned])]
+        records = {values[places[0]]: places for places in groups}
+        parts = [records[owner] for owner in owners]
         skipped.say(find_unowned(self.column, values, parts))
         return parts
+
+
+def group_alike(values: np.ndarray) -> list[np.ndarray]:
+    """The places of each value, in their order, values from low to high.
+
+    >>> [places.tolist() for places in group_alike(np.array([7, 3, 7]))]
+    [[1], [0, 2]]
+    """
+    # One sort: to look for each value among all takes hours where 100,000 clients share a million records.
+    _, which, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(which, kind="stable"), np.cumsum(sizes)[:-1]) if len(values) else []
 
 
 def find_owners(values: np.ndarray, parts: Mapping[str, Sequence[int]]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from fedpeft import registry, seeds
 from fedpeft.config import DataConfig
 from fedpeft.data import answers, columns, conversations, photos, prepare, skipped, tables, tagged
 from fedpeft.data.cache import Cache, hash_code, hash_content
+from fedpeft.data.partition import group_alike
 from fedpeft.data.ragged import Texts
 from fedpeft.data.readers import ending_of
 from fedpeft.data.reading import Reading
@@ -332,8 +333,8 @@ def _order_stratified(labels: np.ndarray, seed: int, purpose: str) -> tuple[np.n
     """A random order whose every prefix has the whole's class shares, and each record's rank within its class."""
     rng = seeds.numpy_generator(seed, "data", purpose)
     place, rank = np.zeros(len(labels)), np.zeros(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    for alike in group_alike(labels):
+        members = rng.permutation(alike)
         rank[members] = np.arange(len(members))
         place[members] = (rank[members] + rng.random()) / len(members)
     return np.argsort(place, kind="stable"), rank

@@ -72,6 +72,24 @@ def test_column_groups_are_pure_and_largest_first(caplog):
     assert "2 of 7 records are in the 2 groups that are left out" in caplog.text
 
 
+def test_an_owner_is_not_looked_for_among_all_records():
+    """With 100,000 clients that is a comparison of each with every record: it took hours."""
+
+    class Owner(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Owner.compared += 1
+            return str(self) == str(other)
+
+        __hash__ = str.__hash__
+
+    values = np.array([Owner(f"ward-{number % 300}") for number in range(1500)], dtype=object)
+    parts = Column("ward").split(np.zeros(1500, dtype=np.int64), {"ward": values}, clients=300, seed=0)
+    assert sorted(map(tuple, parts)) == [tuple(range(first, 1500, 300)) for first in range(300)]
+    assert Owner.compared < 10 * 1500
+
+
 def test_column_refusals_say_how_many_groups_there_are():
     columns = {"site": np.array(["b", "a", "b", "c"])}
     with pytest.raises(InputError, match=r"has 3 groups.*Set data\.clients to at most 3"):
