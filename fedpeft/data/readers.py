@@ -32,6 +32,7 @@ BOMS = (  # longest first: UTF-32's begins with UTF-16's
 DELIMITERS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
 NEWLINE = re.compile(r"\r\n|\r|\n")  # not str.splitlines: a json string may hold U+2028 as it is
 LONGEST_FIELD = 2**31 - 1
+WIDE, SPARSE = 1000, 100  # columns, and cells for each value, from which on objects have no common keys
 PIECE = 2**20  # bytes that are read at a time
 
 
@@ -277,9 +278,9 @@ def _read_jsonl(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped
                 raise InputError(f"{path}: line {number} is {_name_kind(row)}; expected an object on every line.{more}")
             rows.append(row)
             if len(rows) == BLOCK:
-                spool.extend(_by_column(rows), len(rows))
+                spool.extend(by_column(path, rows), len(rows))
                 rows = []
-    spool.extend(_by_column(rows), len(rows))
+    spool.extend(by_column(path, rows), len(rows))
     return spool.finish(), ()
 
 
@@ -292,13 +293,13 @@ def _read_json(path: Path, folder: Path | None) -> tuple[Columns, tuple[Skipped,
         if not isinstance(row, dict):
             raise InputError(f"{path}: record {number} is {_name_kind(row)}; expected objects, one per record.")
     spool = Spool(folder)
-    spool.extend(_by_column(rows), len(rows))
+    spool.extend(by_column(path, rows), len(rows))
     return spool.finish(), ()
 
 
 def _parse_json(path: Path, text: str, what: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_require_distinct)
+        return json.loads(text, object_pairs_hook=require_distinct_keys)
     except (ValueError, RecursionError) as error:
         hint = " Objects on lines of their own are a .jsonl file." if "Extra data" in str(error) else ""
         if what != "the file" and text.lstrip().startswith(("[", "{")) and text.rstrip()[-1:] in "[{,":
@@ -306,7 +307,8 @@ def _parse_json(path: Path, text: str, what: str) -> Any:
         raise InputError(f"{path}: {what} is no JSON: {str(error) or 'nested too deep'}.{hint}") from error
 
 
-def _require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def require_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, as `json` asks for it; ValueError where a key is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -319,8 +321,19 @@ def _name_kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _by_column(rows: list[dict[str, Any]]) -> Columns:
-    names = dict.fromkeys(name for row in rows for name in row)
+def by_column(where: Path, rows: Sequence[dict[str, Any]]) -> Columns:
+    """Columns of objects, a column for each key, None where an object does not have it.
+
+    Raises:
+        InputError: nearly every object has keys of its own, so that the columns would be as many as the records.
+    """
+    names, values = dict.fromkeys(name for row in rows for name in row), sum(map(len, rows))
+    if len(names) > WIDE and len(names) * len(rows) > SPARSE * values:
+        raise InputError(
+            f"{where}: {len(rows)} records have {len(names)} different keys, {values / len(rows):.3g} each, and every "
+            f"key is a column: {', '.join(map(repr, list(names)[:3]))}, ... Are they names of records? Then write them "
+            'as a value, as {"id": "...", "text": "..."}.'
+        )
     return {name: [row.get(name) for row in rows] for name in names}
 
 

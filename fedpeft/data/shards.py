@@ -74,14 +74,13 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
             if column in record:
                 raise InputError(f"{root}: {name} is the column {column!r} of its record a second time. Rename one.")
             record[column] = value
-    names = dict.fromkeys(column for record in records.values() for column in record)
     if not records:
         raise InputError(
             f"{root}: no record in {', '.join(other[:5])}. A record's files share their name up to its first dot, and "
             f"the rest says what each is, as in 000017.jpg and 000017.cls; allowed are {', '.join(KINDS)}."
         )
     skipped = note_skipped(str(root), f"files of other endings than {', '.join(KINDS)} are left out", other)
-    return {name: [record.get(name) for record in records.values()] for name in names}, skipped
+    return readers.by_column(root, list(records.values())), skipped
 
 
 def joined(shards: list[dict[str, Sequence[Any]]]) -> dict[str, Sequence[Any]]:
@@ -111,7 +110,7 @@ def _read_class(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text("utf-8-sig"))
+    found = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=readers.require_distinct_keys)
     if not isinstance(found, dict):
         raise ValueError("expected an object, whose keys are columns.")
     return found

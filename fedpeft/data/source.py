@@ -175,7 +175,8 @@ def _read_cached(source: str, name: str, config: DataConfig, task: str, cache: C
 
 
 def _read_tables(source: str, key: str, reading: Reading) -> tables.Tables:
-    if prepare.canonical(source.partition("/")[0]) in prepare.RECIPES:
+    # A file named so is meant by its own path: debian/da is a part of a prepared set, debian/mine.csv none.
+    if prepare.canonical(source.partition("/")[0]) in prepare.RECIPES and not Path(source).is_file():
         reading.require("a prepared data set", source)
         return prepare.read(source)
     if tables.is_local(source, key):

@@ -191,6 +191,9 @@ def refusals():
     yield "pretty.jsonl", '{\n "text": "a"\n}', r"line 1 is no JSON.*one whole object"
     yield "number.jsonl", '{"text": "a"}\n\n7\n', "line 3 is a number"
     yield "twice.jsonl", '{"text": "a", "text": "b"}', "line 1 is no JSON: the key 'text' is there twice"
+    keys = [f'{{"user-{number}": "a text"}}' for number in range(3000)]
+    yield "keys.jsonl", "\n".join(keys), "3000 records have 3000 different keys, 1 each.*names of records"
+    yield "keys.json", f"[{', '.join(keys)}]", "3000 different keys"
     yield "deep.jsonl", "[" * 100_000, "line 1 is no JSON"
     yield "lines.json", '{"text": "a"}\n{"text": "b"}', r"no JSON: Extra data.*\.jsonl file"
     yield "table.json", '{"text": {"0": "a"}}', "found an object with the keys 'text'"
@@ -206,6 +209,14 @@ def test_what_is_no_such_file_is_refused_with_the_remedy(tmp_path, name, data, s
     with pytest.raises(InputError, match=said) as caught:
         load(tmp_path / name)
     assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_a_wide_table_of_objects_is_read(tmp_path):
+    """4,000 columns of which each record has half are a table, and no records under names of their own."""
+    rows = [{f"k{number}": "x" for number in range(first, 4000, 2)} for first in (0, 1)]
+    (tmp_path / "wide.jsonl").write_text("\n".join(map(json.dumps, rows * 3)))
+    columns, _ = read(tmp_path / "wide.jsonl")
+    assert len(columns) == 4000 and list(columns["k3"]) == [None, "x"] * 3
 
 
 def test_parquet_with_a_name_twice_is_refused(tmp_path):

@@ -103,6 +103,7 @@ def test_texts_have_classes_too(tmp_path):
         ({"json": b"[1]"}, "000000.json: not readable as json: expected an object"),
         ({"json": b"{"}, "000000.json: not readable as json"),
         ({"json": b"[" * 100_000}, "000000.json: not readable as json"),
+        ({"json": b'{"label": 1, "label": 0}'}, "the key 'label' is there twice"),
         ({"cls": b"1", "json": b'{"label": 2}'}, "000000.json is the column 'label' of its record a second time"),
         ({"cls": b"1", "jpg": picture(0, "jpeg")}, "is the column 'image' of its record a second time"),
     ],

@@ -41,6 +41,16 @@ def test_csv_columns_are_found_and_the_rest_kept(tmp_path):
             assert site == f"site{number % 3}"
 
 
+def test_a_file_in_a_folder_that_has_the_name_of_a_prepared_set_is_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDPEFT_DATA", str(tmp_path / "nothing-prepared"))
+    (tmp_path / "debian").mkdir()
+    animals(tmp_path / "debian")
+    assert read("debian/animals.csv")[0].label_names == ["cat", "dog"]
+    with pytest.raises(InputError, match="debian/da is not prepared"):
+        read("debian/da")
+
+
 def test_held_out_set_is_stratified_seeded_and_disjoint(tmp_path):
     path = animals(tmp_path, 80)
     train, test = read(path, test_fraction=0.25)
