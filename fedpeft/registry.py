@@ -20,6 +20,7 @@ from fedpeft import other_names
 from fedpeft.errors import InputError
 
 log = logging.getLogger("fedpeft")
+LISTED = 100  # names of a message: all of a table, and the first of 100,000 clients
 
 TABLES: dict[str, dict[str, str]] = {
     "strategies": {
@@ -287,4 +288,5 @@ def unknown(key: str, given: object, allowed: Iterable[str]) -> str:
     hint = f"Did you mean '{near[0]}'?" if near else ""
     better = other_names.why_refused(key, str(given)) or other_names.value(str(given), allowed)
     hint = f" {better or hint}".rstrip()
-    return f"{key}: '{given}' is not known.{hint} Allowed: {', '.join(allowed)}."
+    more = f" and {len(allowed) - LISTED:,} more" if len(allowed) > LISTED else ""
+    return f"{key}: '{given}' is not known.{hint} Allowed: {', '.join(allowed[:LISTED])}{more}."

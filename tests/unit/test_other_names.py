@@ -8,6 +8,7 @@ import peft
 import pytest
 import transformers
 
+from fedpeft import registry
 from fedpeft.clients.optimizers.adamw import AdamW
 from fedpeft.config import Config, load, options_of
 from fedpeft.errors import InputError
@@ -116,3 +117,10 @@ def test_a_value_is_suggested_only_where_it_is_allowed():
 def test_what_is_ours_is_no_foreign_key():
     assert load({}, {"client.weight_decay": 0.1, "client.max_grad_norm": 1.0, "adapter.r": 2}).adapter.r == 2
     assert sum(of == FLOWER for of, *_ in OTHERS.values()) > 4
+
+
+def test_of_very_many_names_the_first_are_listed_and_the_others_counted():
+    clients = [f"client-{number:03d}" for number in range(5000)]
+    said = registry.unknown("--client", "client-4321x", clients)
+    assert "Did you mean 'client-4321'?" in said
+    assert said.endswith("client-098, client-099 and 4,900 more.") and len(said) < 1500
