@@ -153,6 +153,8 @@ def report(
     from fedpeft.record import side_by_side
 
     if len(runs) == 1:
+        if out is not None:
+            raise InputError(f"--out {out}: of a comparison; the report of one run is {runs[0] / 'report.html'}.")
         reports.write(runs[0])
         path = runs[0] / "report.html"
     else:

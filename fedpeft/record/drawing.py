@@ -30,6 +30,11 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9a
 DASHES = ("-", "--", "-.", ":")
 GREY = "#777777"
 INK, GRID = "#262626", "#e4e4e4"  # of all that is no data; a page puts its own in their place
+SUFFIXES: dict[str, tuple[str, dict[str, Any]]] = {  # of a figure's files: its ground, and what would differ each time
+    "png": ("white", {"Software": None}),
+    "svg": ("none", {"Date": None, "Creator": None}),
+    "pdf": ("none", {"CreationDate": None, "Creator": None, "Producer": None}),
+}
 STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -75,13 +80,9 @@ def files(figure: Figure) -> dict[str, bytes]:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # where all lies is settled; else each format would work it out again
     made = {}
-    for suffix, look, metadata in (
-        ("png", {"facecolor": "white"}, {"Software": None}),
-        ("svg", {"facecolor": "none"}, {"Date": None, "Creator": None}),
-        ("pdf", {"facecolor": "none"}, {"CreationDate": None, "Creator": None, "Producer": None}),
-    ):
+    for suffix, (ground, metadata) in SUFFIXES.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, metadata=metadata, **look)  # type: ignore[arg-type]
+        figure.savefig(buffer, format=suffix, metadata=metadata, facecolor=ground)
         made[suffix] = buffer.getvalue()
     return made
 

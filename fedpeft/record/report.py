@@ -50,9 +50,9 @@ def write(run: str | Path) -> list[Path]:
                     images[key_words(name)] = content
                 written.append(folder / f"{name}.{suffix}")
                 write_bytes(written[-1], content)
-    for path in folder.iterdir():  # of an earlier state of the run
-        if path.stem in plots.PLOTS and path not in written:
-            path.unlink()
+    for path in (folder / f"{name}.{suffix}" for name in plots.PLOTS for suffix in drawing.SUFFIXES):
+        if path not in written:  # of an earlier state of the run
+            path.unlink(missing_ok=True)
     page = run / "report.html"
     write_bytes(page, _run_page(loaded, images).encode())
     return [*written, page]

@@ -68,8 +68,10 @@ def load(path: Path, label: str) -> Run:
     config_text, config = read_config(path)
     events = metrics.read(path / "metrics.jsonl")
     identity = read_object(path / "identity.json") if (path / "identity.json").exists() else {}
-    unlearned = "unlearning" in (identity.get("fingerprints") or {}) and (path / "summary.json").exists()
-    ended = unlearned or any(event["event"] == "end" for event in events)
+    # The end is recorded before the results are written, which takes minutes, or fails where the disk is full.
+    ended = (path / "summary.json").exists() and (
+        "unlearning" in (identity.get("fingerprints") or {}) or any(event["event"] == "end" for event in events)
+    )
     try:
         summary = metrics.summarise(events, config)
     except InputError as error:

@@ -168,6 +168,7 @@ def test_resume_of_no_run(fedpeft, tmp_path):
         (["show", "fedsdv"], "Did you mean 'fedsvd'"),
         (["data", "prepare", "debain"], "Did you mean 'debian'?"),
         (["report", "no-such-run"], "no-such-run"),
+        (["report", "a-run", "--out", "page.html"], "the report of one run is a-run/report.html"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
