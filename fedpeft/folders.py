@@ -27,6 +27,8 @@ from fedpeft.files import blame_file
 log = logging.getLogger("fedpeft")
 LOCK = ".lock"
 POLL_S = 0.05
+# Round, and which of its states. Other names are copies that file managers and synchronisation leave: round-000007 (1).
+CHECKPOINT = re.compile(r"round-([0-9]{6,9})(?:\.([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def run_folder(path: Path | str) -> Path:
 
 def list_complete_rounds(run: Path) -> list[int]:
     """Rounds of which the run has a checkpoint, in their order; whether it can be read is not looked at."""
-    names = (path.name.removeprefix("round-") for path in (run / "checkpoints").glob("round-*"))
-    return sorted({int(name.partition(".")[0]) for name in names})  # a second state of a round ends in .1
+    found = (CHECKPOINT.fullmatch(path.name) for path in (run / "checkpoints").glob("round-*") if path.is_dir())
+    return sorted({int(name[1]) for name in found if name})
 
 
 def advice(run: Path) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load as loads
 from safetensors.torch import save
 
+from fedpeft import folders
 from fedpeft.errors import InputError
 from fedpeft.files import sync_folder, write_bytes
 from fedpeft.state import from_dict, to_dict
@@ -120,7 +121,8 @@ def of_round(folder: Path, number: int) -> list[Path]:
 
 def _list_folders(folder: Path) -> list[Path]:
     """Checkpoints, the oldest state first."""
-    return sorted((path for path in folder.glob("round-*") if path.is_dir()), key=_place_of)
+    found = (path for path in folder.glob("round-*") if folders.CHECKPOINT.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=_place_of)
 
 
 def _place_of(path: Path) -> tuple[int, int]:

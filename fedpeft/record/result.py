@@ -79,9 +79,9 @@ def load_ended(run: str | Path) -> Result | None:
     needed = ("resolved.yaml", "summary.json", "metrics.jsonl", "adapter", "report.html")
     if not all((path / name).exists() for name in needed):
         return None
-    last = metrics.read(path / "metrics.jsonl")[-1]
+    events = metrics.read(path / "metrics.jsonl")
     rounds = (run_folder.read_config(path)[1].get("run") or {}).get("rounds")
-    if last["event"] != "end" or last.get("round") != rounds:
+    if not events or events[-1]["event"] != "end" or events[-1].get("round") != rounds:
         return None
     # Where the last state is gone, its round is done again, by a base and data that are compared first.
     if folders.list_complete_rounds(path)[-1:] != [rounds]:

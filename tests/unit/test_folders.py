@@ -19,7 +19,9 @@ from fedpeft import files, folders
 from fedpeft.data.partition import Column
 from fedpeft.data.split import client_names, is_name, owner_names
 from fedpeft.errors import InputError
+from fedpeft.record import checkpoint
 from fedpeft.simulations.workers import Broken, run_jobs
+from support.run_folders import make_run
 
 
 def made(tmp_path, name="a-fedit-seed0"):
@@ -224,3 +226,14 @@ def test_what_a_killed_process_left_goes_and_what_another_machine_makes_stays(tm
     with files.scratch_folder(tmp_path, "making"):
         assert not left.exists() and all((tmp_path / name).exists() for name in others)
     assert (tmp_path / f".making-node-{os.getpid()}-abc").exists()
+
+
+def test_copies_that_others_leave_beside_checkpoints_are_none_of_the_runs(tmp_path):
+    """As file managers and synchronisation name them; each would have ended `fedpeft resume` in a traceback."""
+    run = make_run(tmp_path / "run", rounds=2)
+    for name in ("round-000001", "round-000002.1", "round-000002 (copy)", "round-000003.sync-conflict", "round-new"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    (run / "checkpoints" / "round-000004").write_text("no folder")
+    assert checkpoint.rounds(run / "checkpoints") == [1, 2]
+    assert [path.name for path in checkpoint.of_round(run / "checkpoints", 2)] == ["round-000002.1"]
+    assert "The last complete round is 2." in folders.advice(run)

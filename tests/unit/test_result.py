@@ -116,5 +116,7 @@ def test_only_a_run_that_has_ended_as_its_config_says_counts_as_ended(tmp_path):
     (run / "resolved.yaml").write_text(f"{config}  rounds: 5\n")
     assert load_ended(run) is None, "its config asks for more rounds now"
     (run / "resolved.yaml").write_text(f"{config}  rounds: 3\n")
+    (run / "metrics.jsonl").write_text("")
+    assert load_ended(run) is None, "its record is empty, as after a power cut"
     (run / "adapter").rmdir()
     assert load_ended(run) is None and load_ended(tmp_path) is None
