@@ -144,6 +144,15 @@ def test_mlflow_has_one_run_with_numbers_parameters_and_files(run):
     assert {"summary.json", "report.html", "adapter/adapter_model.safetensors", "plots/accuracy.png"} <= files
 
 
+def test_mlflow_takes_keys_with_signs_that_it_has_not(tmp_path):
+    """As peft's rank_pattern has them: a regular expression for each layer."""
+    from mlflow import MlflowClient
+
+    tracker = registry.load("trackers", "mlflow")(tmp_path, "run", {"rank_pattern.^layers[.](0|1)": 4, "r": 8}, 0)
+    client = MlflowClient((tmp_path / "store").as_uri())
+    assert client.get_run(tracker.id).data.params == {"rank_pattern._layers_.__0_1_": "4", "r": "8"}
+
+
 def test_wandb_has_one_run_with_numbers_config_and_files(run):
     records = wandb_records(run / "trackers" / "wandb")
     identity = (run / "trackers" / "wandb" / "run_id").read_text()

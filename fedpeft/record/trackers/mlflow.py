@@ -40,7 +40,7 @@ class MLflowTracker(Tracker):
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         number = self.client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
         self.id = self.client.create_run(number, run_name=run).info.run_id
-        for part in _cut_batches(config):
+        for part in _cut_batches({plain_name(key): value for key, value in config.items()}):
             self.client.log_batch(self.id, params=[Param(key, str(value)[:LONGEST]) for key, value in part])
         write_bytes(known, self.id.encode())
 
