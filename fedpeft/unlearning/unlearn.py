@@ -15,7 +15,7 @@ from fedpeft import folders
 from fedpeft.adapters import folder
 from fedpeft.config import Config, PrivacyConfig, parse_overrides
 from fedpeft.data import split
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.files import read_object, write_bytes
 from fedpeft.record.metrics import make_finite, read
 from fedpeft.run import identity
@@ -92,12 +92,15 @@ def unlearn(
 
 @contextmanager
 def _remove_unfinished(made: folders.Made) -> Iterator[None]:
-    """Leave no folder behind of what was refused or failed before its first round."""
+    """Leave no folder behind of what was refused, stopped or failed before its first round."""
     try:
         yield
-    except (InputError, RunError):
-        if not (made.path / "metrics.jsonl").exists():
+    except BaseException as error:
+        begun = (made.path / "metrics.jsonl").exists()
+        if not begun:
             made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
+        elif isinstance(error, Stopped):
+            error.advice = folders.advice(made.path)
         raise
 
 

@@ -13,7 +13,7 @@ from fedpeft import config as configs
 from fedpeft import registry
 from fedpeft.adapters import folder
 from fedpeft.data.source import load
-from fedpeft.errors import InputError, RunError
+from fedpeft.errors import InputError, RunError, Stopped
 from fedpeft.record import report
 from fedpeft.record.metrics import Recorder
 from fedpeft.simulations.run import resume, simulate
@@ -266,17 +266,19 @@ def test_what_is_refused_late_leaves_no_folder(fedpeft, run, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("error, left", [(RunError, False), (KeyboardInterrupt, True)])
-def test_a_method_that_fails_or_is_killed_leaves_no_run(run, tmp_path, monkeypatch, error, left):
+@pytest.mark.parametrize("error, killed", [(RunError, False), (Stopped(15), False), (KeyboardInterrupt, True)])
+def test_a_method_that_fails_is_stopped_or_killed_leaves_no_run(run, tmp_path, monkeypatch, error, killed):
     """A half made folder with a config would be trained from its first round by `fedpeft resume`, without privacy."""
 
     def end(*_):
         raise error
 
     monkeypatch.setattr("fedpeft.unlearning.methods.negation.Negation.unlearn", end)
-    with pytest.raises(error):
+    if killed:  # nobody puts anything away
+        monkeypatch.setattr("fedpeft.folders.Made.undo", lambda *_: None)
+    with pytest.raises(type(error) if isinstance(error, Stopped) else error):
         unlearn(run, "negation", client="client-002", out=tmp_path / "half")
-    assert (tmp_path / "half").exists() == left and not (tmp_path / "half" / "resolved.yaml").exists()
+    assert (tmp_path / "half").exists() == killed and not (tmp_path / "half" / "resolved.yaml").exists()
 
 
 def test_a_retraining_that_was_killed_is_a_yardstick_once_it_is_resumed(run, retrained, tmp_path, monkeypatch):
@@ -285,12 +287,13 @@ def test_a_retraining_that_was_killed_is_a_yardstick_once_it_is_resumed(run, ret
     def stop(recorder, event):
         recorded(recorder, event)
         if event["event"] == "round" and event["round"] == 3:
-            raise KeyboardInterrupt
+            raise Stopped(2)
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "record", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped) as stopped:
             unlearn(run, "retrain", client="client-001", out=tmp_path / "without")
+    assert f"The last complete round is 2. Go on with: fedpeft resume {tmp_path / 'without'}" in stopped.value.advice
     with pytest.raises(InputError, match=r"it is not finished\. `fedpeft resume"):
         unlearn(run, client="client-001", against=tmp_path / "without", out=tmp_path / "less")
     resume(tmp_path / "without")
