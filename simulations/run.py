@@ -20,6 +20,7 @@ from fedpeft.clients.app import Local, client_app
 from fedpeft.config import Config
 from fedpeft.data import from_python
 from fedpeft.data.skipped import said_elsewhere
+from fedpeft.data.wording import TEMPLATES
 from fedpeft.errors import InputError
 from fedpeft.files import write_bytes
 from fedpeft.record.metrics import Recorder
@@ -202,16 +203,17 @@ def app_of(local: Local) -> ClientApp:
 
 def _make_absolute(config: Config) -> None:
     """Local paths as absolute ones, so that the run can be resumed from any folder."""
-    for section, key, table in (
-        (config.data, "source", "datasets"),
-        (config.data, "test", "datasets"),
-        (config.data, "split", ""),
-        (config.model, "name", ""),
-        (config.adapter, "start", ""),
-        (config.privacy, "policy", ""),
+    nothing: tuple[str, ...] = ()
+    for section, key, known in (
+        (config.data, "source", registry.names("datasets")),
+        (config.data, "test", registry.names("datasets")),
+        (config.data, "split", nothing),
+        (config.data, "template", TEMPLATES),
+        (config.model, "name", registry.EMBEDDED),
+        (config.adapter, "start", nothing),
+        (config.privacy, "policy", nothing),
     ):
         value = getattr(section, key)
-        known = registry.names(table) if table else registry.EMBEDDED
         if value and value not in known and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
     if config.data.cache is not None:  # which need not exist yet
