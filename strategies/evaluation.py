@@ -33,9 +33,8 @@ def evaluate_clients(
         RoundFailed: no client answered.
     """
     told = replace(strategy.instructions(server), round=server.round)  # of the round behind, not of the next one
-    contents = {
-        roster[client]: wire.PACKED.content(strategy.broadcast(server, client), told) for client in sorted(roster)
-    }
+    sent = {client: strategy.broadcast(server, client) for client in sorted(roster)}
+    contents = {roster[client]: content for client, content in wire.contents(wire.PACKED, sent, told).items()}
     scores = asking.ask_nodes(grid, "evaluate", contents, rules.deadline_s, lambda _, reply: wire.scores(reply))
     results = {}
     for client in sorted(roster):

@@ -51,14 +51,15 @@ def ask_for_sums(
     roster = codec.roster(grid, rules.clients)
     task = sequence.curriculum.task(number)
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
-    content = {node: codec.content(adapter, message) for node in roster.values()}
+    sent = dict.fromkeys(roster, adapter)
+    contents = {roster[client]: content for client, content in wire.contents(codec, sent, message).items()}
     file = StateFile(rules.folder)
 
     def read(node: int, reply: Message | None) -> tuple[AdapterState, float]:
         sums, weight = read_sums(reply, number, form)
         return file.put(sums), weight
 
-    answers = asking.ask_nodes(grid, "query.sums", content, rules.deadline_s, read)
+    answers = asking.ask_nodes(grid, "query.sums", contents, rules.deadline_s, read)
     about = {"round": number, "task": task, "sums": what}
     found, names = [], []
     # By name, as sums must round alike in every run.

@@ -160,7 +160,10 @@ def test_no_more_sums_of_a_task_are_held_than_one_is_read(tmp_path, monkeypatch,
             Summing(), codec, sequence, rules, lambda event: None, 1, "head", "online", made(0), form
         )
 
+    contents, packed = codec.content, []
+    codec.content = lambda adapter, told: packed.append(told) or contents(adapter, told)
     held = add_tensors(tensors for tensors, _ in ask(tmp_path))
+    assert len(packed) == 1  # the question too is in memory once
     assert live.most <= 2 and live.now == 0 and os.listdir(tmp_path) == []
     assert torch.equal(held["x"], torch.full((4,), sum(nodes.values()), dtype=torch.float64))
     answers = ask(None)

@@ -218,7 +218,7 @@ def test_too_few_nodes_is_an_error_not_an_endless_wait(monkeypatch):
 # Evaluation on clients -----------------------------------------------------------------------------------------------
 
 
-def test_client_evaluation_is_weighted_by_records():
+def test_client_evaluation_is_weighted_by_records(monkeypatch):
     def client(step: float, count: float, accuracy: float) -> Reply:
         train = good(step)
 
@@ -234,7 +234,10 @@ def test_client_evaluation_is_weighted_by_records():
         return reply
 
     clients = {"a": client(1.0, 10, 1.0), "b": client(1.0, 30, 0.0), "c": client(1.0, 30, -1.0)}
+    packed = []
+    monkeypatch.setattr(wire, "pack_state", lambda state: packed.append(state) or packing.pack_state(state))
     _, events, _ = run(clients, evaluate_clients=True)
+    assert len(packed) == 2 + 3  # once to train and once to evaluate, not once for each of three; and their replies
     failed, evaluated, done = events
     assert failed["event"] == "evaluation_failed" and failed["client"] == "c" and "no held-out" in failed["reason"]
     assert list(evaluated["clients"]) == ["a", "b"]
