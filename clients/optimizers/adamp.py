@@ -75,8 +75,9 @@ def project(tensor: Moving, direction: Tensor, config: ProjectionConfig) -> tupl
     value = tensor.value
     done = torch.zeros(len(value), *[1] * (value.ndim - 1), dtype=torch.bool, device=value.device)
     left, whole = direction, torch.ones_like(done, dtype=value.dtype)
-    if value.ndim < 3:
+    if value.ndim < 3:  # [K, n], K clients in front: a bias or a scale, no weight before a norm
         return left, whole
+    # Rows first: a tensor whose rows are all at right angles is not looked at as a whole any more.
     for read_vectors in (_read_rows, _read_whole):
         W, G, P = (read_vectors(each) for each in (value, tensor.gradient, direction))
         cosines = torch.cosine_similarity(G, W, dim=2, eps=config.eps).abs()

@@ -43,6 +43,7 @@ class CLASSP(ClientOptimizer):
 
         def move_all(tensors: dict[str, Moving], lr: float, step: int) -> None:
             for tensor in tensors.values():
+                # Before the rule and apart from it: values that the threshold keeps closed decay too.
                 tensor.value.mul_(1 - lr * client.weight_decay)
                 moved = tensor.state["moved"]
                 move(tensor.value, moved, tensor.gradient, lr, config.threshold, config.power, config.eps)

@@ -47,6 +47,7 @@ class LoRAFA(ClientOptimizer):
 
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         config = self.config
+        # Once a round: A stays, and so does its Gram matrix.
         grams = {
             name: Gram.of(layout.fixed[f"{site}/A"][None].to(weights[0]), config.damping)
             for name in layout.shapes

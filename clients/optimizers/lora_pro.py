@@ -46,4 +46,5 @@ class LoRAPro(PairedSGD):
         C = inner.vectors.mT @ (-down @ A.value.mT) @ outer.vectors
         X = inner.vectors @ (C / (inner.values[:, :, None] + outer.values[:, None, :])) @ outer.vectors.mT
         begins = (B.value == 0).all(dim=(1, 2), keepdim=True)  # a client's own business
+        # There `inner` is its damping alone: noise of DP in g_A, divided by that, would be all of the step.
         return torch.where(begins, A.gradient, down + X @ A.value), torch.where(begins, up, across - B.value @ X)

@@ -60,4 +60,5 @@ def find_quantile(values: Tensor, quantile: float) -> Tensor:
     place = quantile * (values.shape[1] - 1)
     low = int(place)
     largest = values.topk(values.shape[1] - low, dim=1).values
+    # At the quantile 1 there is a single value, which is both ends.
     return largest[:, -1].lerp(largest[:, max(-2, -largest.shape[1])], place - low)

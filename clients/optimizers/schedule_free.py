@@ -81,6 +81,7 @@ class ScheduleFree(ClientOptimizer):
                 square, lead = tensor.state["exp_avg_sq"], tensor.state["lead"]
                 square.mul_(beta2).addcmul_(tensor.gradient, tensor.gradient, value=1 - beta2)
                 direction = tensor.gradient / (square.sqrt() + eps) + client.weight_decay * tensor.value
+                # The weights before the lead, which they move by as it was.
                 tensor.value.add_(share * lead).sub_(rate * (1 - beta1 * (1 - share)) * direction)
                 lead.sub_(beta1 * rate * direction).mul_(1 - share)
 
@@ -98,4 +99,5 @@ def share_of(step: int, beta2: float) -> float:
     (1.0, 0.6)
     """
     total = step - beta2 * (1 - beta2**step) / (1 - beta2)
+    # The quotient is 1 there but for rounding, which would leave something of the start in the average.
     return 1.0 if step == 1 else (1 - beta2**step) / total

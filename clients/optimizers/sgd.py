@@ -33,6 +33,7 @@ class SGD(ClientOptimizer):
         nesterov: bool = option(False, "Nesterov's form of client.momentum")
 
     def require(self, client: ClientConfig) -> None:
+        # Not the base's check: this is the optimizer that client.momentum is of.
         if self.config.nesterov and not client.momentum:
             raise InputError(
                 "client.optimizer_options.nesterov=true is a form of momentum, and client.momentum=0. "

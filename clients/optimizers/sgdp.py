@@ -52,6 +52,7 @@ class SGDP(SGD):
                     mean = tensor.state["momentum_buffer"].mul_(mu).add_(tensor.gradient)
                     direction = tensor.gradient + mu * mean if config.nesterov else mean
                 direction, share = project(tensor, direction, config)
+                # Momentum makes steps 1 / (1 - mu) times as long in the end; decay keeps pace with them.
                 tensor.value.mul_(1 - lr * client.weight_decay * share / (1 - mu)).sub_(lr * direction)
 
         return Stacked(weights, client.lr, layout, ("momentum_buffer",) if mu else (), move)

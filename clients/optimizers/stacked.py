@@ -44,6 +44,7 @@ class Stacked(Settling):
     ):
         super().__init__(weights, {"lr": lr})
         self.layout, self.kinds, self.move, self.last = layout, kinds, move, last
+        # By their shapes and not by their number: a cohort of one client is a matrix [1, P] too.
         self.alone = [weight.shape for weight in weights] == list(layout.shapes.values())
 
     @torch.no_grad()
@@ -101,6 +102,7 @@ class PairedSGD(ClientOptimizer):
     def make(self, weights: Sequence[nn.Parameter], client: ClientConfig, layout: Layout) -> torch.optim.Optimizer:
         def move(tensors: dict[str, Moving], lr: float, step: int) -> None:
             steps = {name: tensor.gradient for name, tensor in tensors.items()}
+            # All directions before any value moves: each hangs on the other factor as it was.
             for site, (A, B) in pairs(tensors).items():
                 steps[f"{site}/A"], steps[f"{site}/B"] = self.directions(A, B, layout.scales[site])
             for name, tensor in tensors.items():
@@ -137,6 +139,7 @@ class Gram:
         # LAPACK refuses the whole batch for one client's NaN.
         identity = torch.eye(product.shape[1], dtype=product.dtype, device=product.device)
         values, vectors = torch.linalg.eigh(product.where(good[:, None, None], identity))
+        # Rounding leaves a singular matrix small eigenvalues below zero.
         values = values.clamp(min=0.0)
         rounding = 10 * torch.finfo(product.dtype).eps * product.shape[1] * values.sum(1, keepdim=True)
         return cls((values + damping + rounding).where(good[:, None], torch.nan), vectors)

@@ -77,6 +77,7 @@ class DyLoRA(Lora, Configured):
         highest = max(ranks.values())
 
         def thin(step: int) -> dict[str, Tensor]:
+            # numpy leaves the upper end out.
             drawn = int(seeds.numpy_generator(seed, "rank", step).integers(self.config.least, highest + 1))
             places = torch.arange(width or highest)
             mask = (places < drawn).float()

@@ -61,6 +61,7 @@ class LoCA(Factored):
         return left.to(own["a"]), right.to(own["a"]), columns.to(own["a"].device)
 
 
+# One for each layer: every pass asks for it again.
 @lru_cache(maxsize=256)
 def make_basis(number: int, n: int, out: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """c_p [n, out] and d_q [n, in] of the n places that a number stands for, and the q [n]; in float32 on the CPU."""

@@ -54,6 +54,7 @@ class NOLA(Factored):
         return (own["b"] @ Bs.flatten(1)).unflatten(-1, Bs.shape[1:]), A
 
 
+# One for each layer: every pass asks for it again.
 @lru_cache(maxsize=256)
 def make_basis(number: int, r: int, count: int, out: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """A_0 [r, in], A_k [K, r, in] and B_k [K, out, r], in float32 on the CPU."""

@@ -61,6 +61,7 @@ class PEQA(Placed):
     def start(self, weight: Tensor, r: int, scale: float, generator: torch.Generator) -> Tensors:
         """Zeros."""
         out, width = weight.shape
+        # Rounded up: the last group of a row may have fewer inputs.
         return {"a": torch.zeros(out, -(-width // (self.config.group or width)))}
 
     def least(self, weight: Tensor) -> int:

@@ -88,6 +88,8 @@ class Placed(Configured):
 
     def merge(self, layer: PlacedLayer) -> None:
         """Write W' and b' into the layer's frozen one, as they are found of what an affine layer computes."""
+        # An affine map is what it makes of zero and of the unit vectors; in evaluation mode, or dropout would be
+        # merged.
         frozen, exact = layer.base_layer, copy.deepcopy(layer).double().eval()
         one = torch.eye(layer.shape[1], dtype=torch.float64)
         at_zero, at_one = exact(0 * one[:1]), exact(one)
@@ -175,6 +177,7 @@ class PlacedLayer(OwnLayer):
         trains = (*method.averages, *method.keeps)
         for name, value in tensors.items():
             if name in method.drawn:
+                # In no state_dict: whoever loads the model draws it anew.
                 self.register_buffer(name, value, persistent=False)
             else:
                 self.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=name in trains))

@@ -63,6 +63,7 @@ def put_into(base: Base, folder: Path, section: AdapterConfig, state: AdapterSta
     Raises:
         InputError: the base does not have these layers, or not in these shapes.
     """
+    # Whatever the seed draws is overwritten by the folder's tensors.
     model = adapt(base, section, 0)
     model.form.require_same_form(AdapterState(state.tensors, model.form.sites), str(folder))
     model.write(state)

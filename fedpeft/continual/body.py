@@ -195,6 +195,7 @@ class Body:
         state = copy.deepcopy(state)
         self.index, self.seen, self.memory, self.task = state["index"], state["seen"], state["memory"], task
         self.joined = {}
+        # New leaves, so the optimizer is made anew on them before it gets its moments.
         self.parameters = {key: make_leaf(value) for key, value in state["parameters"].items()}
         self.restart_optimizer()
         if self.optimizer is not None:
@@ -289,6 +290,7 @@ def make_leaf(value: Tensor) -> Tensor:
 
 def only_classes(logits: Tensor, classes: list[int] | tuple[int, ...]) -> Tensor:
     """Logits with -inf for every class that is not in `classes`."""
+    # -inf, as softmax and argmax come next; `Adapted`, of whose logits entropies are taken, has a finite number.
     mask = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
     mask[list(classes)] = False
     return logits.masked_fill(mask, float("-inf"))

@@ -65,4 +65,5 @@ def make_curriculum(config: ContinualConfig, classes: int, rounds: int, seed: in
         )
     parts = group_classes(classes, config.tasks, seed, config.shuffle, "continual.tasks")
     kept = [tuple(part) for task, part in enumerate(parts) if task not in config.leave_out]
+    # Without a rest: other numbers of rounds are refused with the config.
     return Curriculum(tuple(kept), rounds // config.learned)

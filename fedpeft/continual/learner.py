@@ -96,6 +96,7 @@ class Learner:
                 f"head {wrong[0]}: body {body} predicts by itself; it goes with {', '.join(self.body.heads or ())}."
             )
         wanted = {views["online"].loss for views in self.heads.values()}
+        # Where tasks share classes, or nobody tells them apart, there are no classes of the task's own.
         if self.body.loss == "seen" or self.stream.scenario in ("domain", "blurry", "free"):
             return "seen"
         if len(wanted) > 1:
@@ -125,6 +126,7 @@ class Learner:
                 return self
             if self.step_number == 0:
                 self._begin()
+            # Seconds of the CPU: what else the machine does must not be in a comparison of bodies.
             begun = time.process_time()
             while self.step_number < self.body.steps():
                 if stop is not None and (stop := stop - 1) < 0:
@@ -295,6 +297,7 @@ class Learner:
             InputError: the file is no state, or one of other heads.
         """
         try:
+            # A state is plain data; without `weights_only` a file could run code.
             self.load(torch.load(path, weights_only=True))
         except (OSError, EOFError, RuntimeError, KeyError) as error:
             raise InputError(f"{path}: not a checkpoint of this run: {error}") from error

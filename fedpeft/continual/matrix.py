@@ -97,6 +97,7 @@ class _Matrix:
         self.initial, self.records = self._metric_row("initial", initial), self._metric_row("records", records)
         if self.initial is not None:
             self._require_counts("initial", self.initial)
+        # 0 / 0 of a task without test records is the NaN that it should be.
         with np.errstate(invalid="ignore"):
             self.R: np.ndarray = counts / self.tests
             self.before = None if self.initial is None else self.initial / self.tests

@@ -90,6 +90,7 @@ def add_dense(delta: Tensor) -> Patch:
 
 def low_rank(B: Tensor, A: Tensor, scale: float | Tensor = 1.0) -> Patch:
     """W -> W + scale B A, with B [out, r] and A [r, in]."""
+    # In the factors' dtype: the base may be in half precision, where small changes vanish.
     return lambda x, y: y + (scale * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
 
 
@@ -112,6 +113,7 @@ def _patch_output(patch: Patch) -> Callable[..., Any]:
     """A forward hook; a block that returns a tuple has its hidden states first."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        # Some architectures call their layers by keyword.
         x = args[0] if args else next(iter(kwargs.values()))
         return (patch(x, output[0]), *output[1:]) if isinstance(output, tuple) else patch(x, output)
 

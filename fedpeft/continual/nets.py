@@ -68,6 +68,7 @@ def glyph_net(kind: str, classes: int, seed: int = 0) -> Base:
     """
     if kind not in INPUTS:
         raise InputError(registry.unknown("net", kind, INPUTS))
+    # A copy: the cached net would keep the head of whoever asked first.
     net = copy.deepcopy(_load_pretrained(kind, seed))
     with torch.random.fork_rng(devices=[]):
         # Of the pre-training's seed, not of the run's: the network is one for all runs that are compared.
@@ -111,6 +112,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(len(x)))
+        # Whole batches only: the schedule had to be told how many steps there are.
         for start in range(0, len(x) - batch + 1, batch):
             chosen = order[start : start + batch]
             loss = F.cross_entropy(net(x[chosen]), labels[chosen])

@@ -19,7 +19,7 @@ import numpy as np
 
 LENGTH, KNOTS = 64, 16
 SIDE, FINE, POINTS = 8, 32, 48
-NOISE, SHIFT, STRETCH, SLOPE = 0.4, 3.0, 0.25, 0.75
+NOISE, SHIFT, STRETCH, SLOPE = 0.4, 3.0, 0.25, 0.75  # deviation; places of 64; share of the length; half the rise
 
 Warp = Callable[[np.ndarray], np.ndarray]
 
@@ -61,6 +61,7 @@ def coloured(count: int, correlation: float, rng: np.random.Generator) -> np.nda
     white = rng.normal(size=(count, LENGTH))
     found = white.copy()
     for place in range(1, LENGTH):
+        # The root keeps the deviation at 1, whatever the correlation is.
         found[:, place] = correlation * found[:, place - 1] + np.sqrt(1 - correlation**2) * white[:, place]
     return found
 
@@ -81,6 +82,7 @@ def curves(classes: int, rng: np.random.Generator) -> np.ndarray:
     for number in range(classes):
         ends = rng.uniform(-0.9, 0.9, (3, 3, 2))
         for curve in range(1, 3):
+            # A pen that mostly goes on where it is, and is sometimes lifted.
             if rng.random() < 0.7:
                 ends[curve, 0] = ends[curve - 1, 2]
         found[number] = np.concatenate([(1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c for a, b, c in ends])
@@ -90,6 +92,7 @@ def curves(classes: int, rng: np.random.Generator) -> np.ndarray:
 def drawings(points: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Images [N, 8, 8] in [0, 1], float32."""
     count = len(labels)
+    # 15 degrees, which leaves a drawing upright.
     angle = rng.uniform(-0.26, 0.26, count)
     size, shear = rng.uniform(0.75, 1.05, (count, 2)), rng.uniform(-0.3, 0.3, count)
     turn = np.stack([np.stack([np.cos(angle), -np.sin(angle)], -1), np.stack([np.sin(angle), np.cos(angle)], -1)], 1)
@@ -101,6 +104,7 @@ def drawings(points: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     ink = np.empty((count, FINE * FINE), dtype=np.float32)
     for row in range(count):
+        # |p - q|^2 by products: a table of all differences would be FINE^2 x POINTS x 2 for every record.
         apart = ((grid**2).sum(1)[:, None] - 2 * grid @ placed[row].T + (placed[row] ** 2).sum(1)[None]).min(1)
         ink[row] = apart < width[row] ** 2
     blocks = FINE // SIDE

@@ -162,6 +162,7 @@ def _hash_sets(train: Encoded, test: Encoded) -> str:
     digest = hashlib.sha256()
     for data in (train, test):
         for name, value in [*sorted(data.inputs.items()), ("labels", data.labels)]:
+            # Names, dtypes and shapes too: the bytes alone can be read as other records.
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -85,6 +85,7 @@ class Objective(Configured):
     @property
     def all_measures(self) -> dict[str, Measure]:
         """Accuracy, where there is one, loss, and the objective's `measures`."""
+        # Of no sample at all: only the keys are asked for.
         plain = self.metrics(defaultdict(int), 0)
         return {**{name: measure for name, measure in PLAIN.items() if name in plain}, **self.measures}
 

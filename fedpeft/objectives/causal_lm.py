@@ -103,8 +103,10 @@ class CausalLM(NextToken):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         rows = torch.arange(len(mask))
         length = mask.sum(1)
+        # Without an end token nothing is taken off: no id is -1.
         length = length - (ids[rows, length - 1] == (-1 if data.end is None else data.end)).long()
         shorter = mask * (torch.arange(mask.shape[1]) < (length - 1)[:, None])
+        # Out of the ids as well as of the mask: the answer must stand in no input.
         inputs |= {"attention_mask": shorter, "input_ids": ids * shorter}
         kept = length > 1
         return Encoded({name: value[kept] for name, value in inputs.items()}, ids[rows, length - 1][kept])

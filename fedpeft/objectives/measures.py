@@ -24,6 +24,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fedpeft.objectives.base import Objective
 
+# As torchmetrics has it unless told otherwise, so that numbers compare.
 ECE_BINS = 15
 MOST_CLASSES = 50  # with numbers of their own: an event stays small
 
@@ -119,6 +120,7 @@ def _r_squared(predictions: Tensor, targets: Tensor) -> float:
     """Mean over the numbers [N, K] that differ between records; NaN where none does."""
     spread = (targets.double() - targets.double().mean(0)).square().sum(0)
     missed = (predictions - targets).double().square().sum(0)
+    # A number that is the same for all records has nothing that could be explained.
     return float((1 - missed / spread)[spread > 0].mean())
 
 
@@ -175,6 +177,7 @@ class Tally:
             self.sums[key] += value
         self.samples += len(scores)
         if any(measure.compute for measure in self.objective.measures.values()):
+            # Off the device: these stay until the evaluation is over.
             self.collected.append((self.objective.predictions(scores).float().cpu(), targets.cpu()))
 
     def metrics(self) -> dict[str, float]:

@@ -113,6 +113,7 @@ class Preference(Objective):
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         nothing = targets.isnan().any(1)
+        # No NaN goes in: masked afterwards alone, the loss would be 0 and its slope still NaN.
         margins = self.margins(scores, targets.masked_fill(nothing[:, None], 0))
         return -F.logsigmoid(margins).masked_fill(nothing, 0)
 
@@ -138,10 +139,12 @@ def unfold_pairs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tenso
         inputs: each [N, W], PART among them.
     """
     part = inputs[PART] * inputs["attention_mask"]
+    # PART is 1 and 2 in the chosen conversation, 3 and 4 in the rejected one; what is even is the answer.
     sizes = torch.stack([((part == 1) | (part == 2)).sum(1), (part > 2).sum(1)], dim=1)
     starts = torch.stack([torch.zeros_like(sizes[:, 0]), sizes[:, 0]], dim=1).flatten()[:, None]
     places = torch.arange(max(1, int(sizes.max())), device=part.device)
     there = places < sizes.flatten()[:, None]
+    # Places behind the end of a row are masked below; until then `gather` must find something there.
     taken = (starts + places).clamp(max=part.shape[1] - 1)
     rows = {
         name: value.repeat_interleave(2, dim=0).gather(1, taken).masked_fill(~there, 0)

@@ -39,6 +39,7 @@ class Regression(Objective):
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Mean squared error over a text's own numbers [N]; one whose target is NaN counts 0."""
+        # The score itself in the place of NaN, without a graph: difference and slope are 0, and no NaN is in between.
         return (scores - targets.where(targets.isfinite(), scores.detach())).square().mean(1)
 
     def measure(self, scores: Tensor, targets: Tensor, losses: Tensor) -> dict[str, float]:

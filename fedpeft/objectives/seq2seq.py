@@ -79,6 +79,7 @@ class Seq2Seq(NextToken):
         columns: dict[str, Ragged | int] = {"input_ids": made["input_ids"], "attention_mask": 1, PART: made[PART]}
         notes = rows.say()
         skipped.say(notes)
+        # From the first place on: a decoder predicts that token too, from the mark of the start.
         tokens = Tokens(columns, {"input_ids": rows.filler}, made["labels"], since=0)
         return Encoded.over(tokens, notes, processor.eos_token_id)
 

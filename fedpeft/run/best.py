@@ -98,6 +98,7 @@ class Best:
         Raises:
             RunError: it was evaluated, and no client has sent the metric.
         """
+        # A round without any score was not evaluated (`run.evaluate_every`); one without this score is an error.
         if event["event"] != "round" or not any(key.startswith("client_") for key in event):
             return
         key = f"client_{self.metric}"
@@ -129,6 +130,7 @@ class Best:
         """Keep the state if it is the best so far; drop what no checkpoint goes back to."""
         if self.find_round(server.round) != server.round:
             return
+        # All stay for now: which of them a resume may still need is found out below.
         checkpoint.write(self.folder, server, keep=None)
         # A run that goes on from an older checkpoint has the best of that one still to beat.
         resumed = checkpoint.rounds(checkpoints)[-checkpoint.RESUMED :]

@@ -131,6 +131,7 @@ def shareable_name(name: str, embedded: bool = False) -> str:
     >>> shareable_name("HuggingFaceTB/SmolLM2-135M"), shareable_name("/home/ada/models/letters")
     ('HuggingFaceTB/SmolLM2-135M', 'letters')
     """
+    # A folder models/letters reads like a hub id too, and its path is nobody's business.
     if embedded or (HUB_ID.fullmatch(name) and not Path(name).exists()):
         return name
     return Path(name).name or Path(name).resolve().name
@@ -148,6 +149,7 @@ def front_matter(exported: Exported) -> str:
     return ModelCardData(
         base_model=exported.base if HUB_ID.fullmatch(exported.base) and not Path(exported.base).exists() else None,
         library_name=_name_library(exported),
+        # A pipeline would draw a random head in the place of a pooled one.
         pipeline_tag=None if exported.pooled else PIPELINES.get(exported.objective.auto_class),
         license=exported.license,
         datasets=datasets,
@@ -165,6 +167,7 @@ def _name_library(exported: Exported) -> str:
 def _is_on_hub(config: Config) -> bool:
     """Whether the records are a data set of the hub, as far as its name says; those of sites are their own."""
     source = config.data.source
+    # Prepared sets have names that read like hub ids, as vader/movie.
     known = prepare.canonical(source.partition("/")[0]) in prepare.RECIPES
     local = Path(source).exists() or source.lower().endswith(tuple(ENDINGS))
     return bool(config.run.engine != "sites" and HUB_ID.fullmatch(source) and not known and not local)

@@ -37,6 +37,7 @@ def write_processor(folder: Path, base: Base, config: Config, form: str | None) 
             encoder = base.objective.encoder_decoder
             template = templates.find_template(config.data.template, str(form), tokenizer, encoder)
             ends = templates.find_ends(template, tokenizer)
+            # Training encodes a text with the tokenizer's own mark in front; whoever applies a template adds none.
             tokenizer.chat_template = ("{{ bos_token }}" if template.start else "") + template.text
         start = None
         if base.objective.encoder_decoder:

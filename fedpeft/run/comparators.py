@@ -39,6 +39,7 @@ def constant(here: World) -> dict[str, Any]:
             ),
         }
     held, privacy = here.local.holdout, here.config.privacy
+    # It is made of the clients' labels, which no guarantee covers.
     covered = privacy.unit == "none" or privacy.release_metrics
     if here.config.data.holdout and held and covered:
         each = [_targets_of(here, held[client]).unique(return_counts=True)[1] for client in held]
@@ -90,6 +91,7 @@ def frozen_head(here: World) -> dict[str, Any]:
 def _head_sums(here: World, numbers: np.ndarray) -> dict[str, Tensor]:
     """The head's sums over those of these records that clients train on."""
     shares, made = here.local.train_data, sequence.new_head(here)
+    # Without what clients hold out: a run's head is not fitted on it either.
     own = np.intersect1d(numbers, np.concatenate([share.rows for share in shares.values()]))
     total: dict[str, Tensor] = {}
     for found, _, labels in here.local.model.features(here.train_encoded.view(own)):

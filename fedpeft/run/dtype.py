@@ -46,6 +46,7 @@ def _settle_dtype(config: Config) -> str:
     except InputError as error:
         config.model.dtype = "float32"
         return f"model.dtype=auto: float32, as in bfloat16 this config would be refused ({error})"
+    # Those of the run: with more of them another dtype may be the faster one.
     torch.set_num_threads(config.run.threads)
     where = find_device(config.run.device)
     shapes = loading.product_shapes(config.model)

@@ -241,6 +241,7 @@ def _cut_ranks(source: Path, config: Config, rank: int | None) -> Iterator[Path]
         )
     adapter = folder.load(source)
     highest = max(map(adapter.rank, adapter.lora_sites()))
+    # From Python anything comes, and True would be rank 1.
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(highest, config.adapter.r):
         raise InputError(f"--rank {rank}: the adapter has ranks 1 to {config.adapter.r}.")
     if highest > config.adapter.r:
@@ -312,6 +313,7 @@ def merge_into(base: Base, adapter: AdapterState) -> None:
     for site in adapter.lora_sites():
         change = adapter.sites[site].scaling * (adapter[f"{site}/B"].double() @ adapter[f"{site}/A"].double())
         weight = base.weight(site)
+        # Rounded once: in bfloat16 a small change would be lost to the rounding of each term.
         weight.copy_((weight.double() + change).to(weight.dtype))
     for key, value in adapter.tensors.items():
         if adapter.role(key) == "head":

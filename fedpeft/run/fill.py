@@ -24,6 +24,7 @@ def fill_in(trained: Trained, records: Records) -> list[dict[str, Any]]:
     tokenizer, device = base.processor, next(base.backbone.parameters()).device
     rows = []
     for number, text in enumerate(map(str, records.inputs), 1):
+        # Not verbose: too long a text gets our own error below, and not transformers' warning before it.
         tokens = tokenizer(text, return_tensors="pt", verbose=False)
         inputs = {name: tokens[name].to(device) for name in tokenizer.model_input_names if name in tokens}
         if inputs["input_ids"].shape[1] > longest:

@@ -179,6 +179,7 @@ def _batch_alike(
     Args:
         apart: a prompt takes none of the positions of its answer.
     """
+    # By length: beside a long prompt short ones are mostly padding, and the longest, which lack room, are last.
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     if apart:
         most, positions = most if positions is None else min(most, positions), None

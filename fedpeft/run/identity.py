@@ -31,7 +31,7 @@ from fedpeft.models.base import Base
 
 log = logging.getLogger("fedpeft")
 FILE = "identity.json"
-SOME = 64
+SOME = 64  # pictures
 CLOSE = 1e-4  # relative: processors of images round otherwise on another machine
 UNLEARNING = "unlearning"  # of a folder that `fedpeft unlearn` has made: what was asked, and whether it runs again
 PACKAGES = ("fedpeft", "torch", "transformers", "peft")
@@ -71,6 +71,7 @@ def hold(run: Path, found: dict[str, Any], config: Config) -> None:
                 run,
                 " and ".join(sorted(set(found) - set(known))),
             )
+        # What is there comes last and wins: the ledgers go by the name that the folder had when the run began.
         _write_identity(run, {"name": run.name, "versions": versions(), **tree, "fingerprints": {**known, **found}})
 
 

@@ -115,6 +115,7 @@ def run(
 def begin(world: World, record: Listener) -> ServerState:
     """The state before round 1; what the run is, and how good the model is before it, are recorded."""
     config, start, objective = world.config, world.start, world.local.model.base.objective
+    # A sequence of tasks is scored by `sequence.score`, which knows no others.
     measures = PLAIN if config.continual.body else objective.all_measures
     record(
         {

@@ -52,6 +52,7 @@ def aggregate_folders(
     about = folder.about_all([*paths, *([start] if start else [])], base)
     names = [str(path) for path in paths]
     result, notes = aggregate(rule, adapters, numbers, folder.load(start) if start else None, names)
+    # Finite adapters can have a sum that is not: nobody should get that as a result.
     require_numbers(out, result.tensors)
     with filled(out, "--out") as draft:
         folder.save(result, draft, **about)

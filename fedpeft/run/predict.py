@@ -149,6 +149,7 @@ class Asker:
                 "or give model.max_length=N if the model takes more."
             )
         encoder = self.template is not None and self.template.encoder
+        # What an encoder reads may fill all positions, as the answer has its own: True counts 1.
         if self.positions is not None and len(ids) >= self.positions + encoder:
             raise InputError(
                 f"{what}: has {len(ids)} tokens as a prompt, which leave no room for an answer: the model has "

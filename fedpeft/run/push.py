@@ -108,6 +108,7 @@ def _send_folder(folder: Path, paths: list[str], repo: str, private: bool) -> di
     name = None
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        # `exist_ok` takes a repo as it is, and a public one stays public.
         if private and not api.repo_info(name).private:
             raise RunError(
                 f"{name} is there already and public, so --private cannot hold, and nothing was sent. Make it private "

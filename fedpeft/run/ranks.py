@@ -92,6 +92,7 @@ def settle_ranks(config: Config, run: Path) -> str:
     need = count_need(model, data, build_strategy(config).trains, config.client)
     given = config.client.memory_mb
     ranks = [_fit_rank(need, memory, config) for memory in given]
+    # Once and for all: a run that goes on, perhaps on another machine, must keep its ranks.
     config.adapter.client_ranks, config.client.memory_mb = ranks, None
     said = f"client.memory_mb={_write(given)}: ranks {', '.join(map(str, ranks))}. {_describe(need)}"
     log.info("%s", said)
@@ -163,6 +164,7 @@ def _count_base(model: Adapted) -> int:
 
 def count_state(model: Adapted, trained: Mapping[str, nn.Parameter], client: ClientConfig) -> float:
     """Values that the optimizer keeps for each value that trains, after a step of it."""
+    # Copies, since a step with weight decay would move the model's own.
     weights = [nn.Parameter(torch.zeros_like(value)) for value in trained.values()]
     optimizer = make_optimizer(weights, client, make_layout(model, trained, model.parameters))
     for weight in weights:

@@ -200,6 +200,7 @@ def score_batches(
 ) -> list[tuple[Tensor, Tensor]]:
     """Scores [N, C] and labels [N] by batches."""
     model, by_view = world.local.model, {}
+    # View by view and not batch by batch, so that each adapter is written into the model once.
     for view, adapter in sequence.body.views(server).items():
         model.write(adapter)
         by_view[view] = [

@@ -72,6 +72,7 @@ def hold_out(
 
     def train_on(client: str) -> np.ndarray:
         order = order_records(client)
+        # The end of the one order whose beginning is held out: the two can never overlap.
         return order[len(order) - counts[client] :]
 
     def score_on(client: str) -> np.ndarray:

@@ -126,6 +126,7 @@ def _require_form(path: Path, start: AdapterState, form: AdapterState, config: C
                 f"adapter.start={path}: {site} is multiplied by {scaling:g}; by adapter.alpha={config.adapter.alpha:g} "
                 f"it would be by {ours.scaling:g}. Set adapter.alpha={alpha:g}."
             )
+    # A folder may be in half precision; what trains is float32.
     start.map(lambda value: value.float()).require_same_form(form, f"adapter.start={path}")
 
 

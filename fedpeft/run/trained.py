@@ -102,6 +102,7 @@ def _find_adapter(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise InputError(f"{path}: there is no such folder. Give a run folder or an adapter folder.")
     if (path / ADAPTER).is_file():
+        # RUN/adapter, or a client's RUN/adapter/clients/NAME.
         run = next((each for each in (path.parent, *path.parents[2:3]) if (each / "resolved.yaml").is_file()), None)
         return path, run
     run = folders.run_folder(path)
@@ -126,6 +127,7 @@ def _config_of(adapter: Path, about: dict[str, Any], overrides: Sequence[str] | 
             f"{adapter}: nobody says what the adapter is for. Give model.task, one of "
             f"{', '.join(registry.names('objectives'))}, behind it."
         )
+    # A shipped model lies in the installation, which is elsewhere on another machine.
     if Path(base).name in registry.EMBEDDED and Path(base).parent.name == "assets":
         base = Path(base).name
     pooling = {"pooling": "mean"} if about["pooled_head"] else {}

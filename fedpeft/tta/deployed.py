@@ -88,6 +88,7 @@ class Deployed:
             for name, change in (hooks or {}).items():
                 stack.callback(self.modules[name].register_forward_hook(_change_output(change)).remove)
             caught = stack.enter_context(catch_inputs(self.head)) if self.head is not None else []
+            # Entropies of a base in bfloat16 would have three digits.
             logits = self.forward(self.moved(batch)).float()
         return logits, (caught[-1].float() if caught else None)
 
@@ -159,6 +160,7 @@ class Deployed:
                 if any(norm in type(places[0][0]).__name__ for norm in NORMS)
             ]
         elif which == "lora":
+            # With a dot in front, which a module at the root does not have.
             names = [name for name in self.slots if ".lora_" in f".{name}"]
         elif which == "head":
             inside = {
@@ -209,6 +211,8 @@ class Deployed:
     def _with_statistics(self, statistics: Statistics) -> Iterator[None]:
         try:
             for name, part in self.norms.items():
+                # torch calls `self.forward`: an entry of the instance comes before the class, and its weights stay
+                # where they are.
                 part.__dict__["forward"] = _make_normaliser(name, part, statistics)
             yield
         finally:

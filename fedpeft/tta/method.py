@@ -302,6 +302,7 @@ class TTAMethod(Configured):
         return self.model.head.out_features
 
     def _restart(self) -> None:
+        # What is fresh may follow from source data (PETAL's mean), which are not there yet.
         self.memory = self._fresh() if self.ready else {}
         self.reason = None
 

@@ -65,12 +65,14 @@ def make_head(config: Config, classes: int, width: int) -> Head:
 
 def head_needs_sums(config: Config) -> bool:
     """Whether the config's head is fitted on sums over records, and so asks for them after every task."""
+    # Of any size: whether a class has statistics of its own does not hang on it.
     return type(make_head(config, 1, 1)).statistics is not Head.statistics
 
 
 def check(config: Config) -> None:
     """Refuse what a sequence of tasks cannot be run with, before anything is loaded."""
     section, privacy = config.continual, config.privacy
+    # First, and without a body too: noise for sums that nobody asks for would be a setting without effect.
     fitted = section.body is not None and head_needs_sums(config)
     if section.statistics_noise is not None and not (fitted and privacy.unit == "sample"):
         raise InputError(

@@ -133,6 +133,7 @@ def sketch_gradients(model: Adapted, data: Encoded, columns: int, inputs: bool) 
         inputs: sketch right singular directions (d = inputs) instead of left ones (d = outputs).
     """
     layers = {site: model.base.layer(site) for site in model.form.lora_sites()}
+    # The frozen weights themselves, for once: a factor's gradient sees no more directions than its rank.
     weights = {site: layer.get_parameter("weight") for site, layer in layers.items()}
     device = next(iter(weights.values())).device
     sketches: Tensors = {}

@@ -94,6 +94,7 @@ class GeneralServerBody(ServerBody):
         self.sketches = (PAST,) * ("statistics" in central.needs) + (NEW,) * central.surveys
 
     def require(self, adapter: AdapterState, tasks: int) -> None:
+        # Made for its own checks: a merger that cannot take such pairs says so before anything is trained.
         self._open(ServerState(adapter), 0, 0)
 
     def describe_sketch(self, adapter: AdapterState) -> dict[str, tuple[int, ...]]:
@@ -151,6 +152,7 @@ class GeneralServerBody(ServerBody):
         """The central body, whose pairs have the adapter's rank and scale."""
         site = adapter.lora_sites()[0]
         r = adapter.rank(site)
+        # The adapter's, over the body's options of these names, which are one learner's.
         pair = {"form": "lora", "r": r, "alpha": r * adapter.sites[site].scaling}
         options = {item.name: pair.get(item.name, getattr(self.config, item.name)) for item in fields(self.config)}
         return self.central(model, TrainConfig(), seed, **options)

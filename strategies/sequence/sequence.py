@@ -65,6 +65,7 @@ class TaskSequence(Wrapper):
         return self.body.trained(self.inner.trained(server), self.place(server.round + 1))
 
     def uploads(self, server: ServerState) -> tuple[str, ...]:
+        # Without trained roles that the body fixes in this round; what is sent though it does not train stays.
         trained, kept_back = self.trained(server), set(self.inner.trained(server))
         return tuple(role for role in self.inner.uploads(server) if role in trained or role not in kept_back)
 

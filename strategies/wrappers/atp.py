@@ -46,6 +46,7 @@ class ATPClient(ClientHalf):
     strategy: ATP
 
     def finish(self, visit: Visit, trained: AdapterState) -> tuple[Tensors, Tensors]:
+        # Rates are learned where they will be used, at what was received, and not at what this client made of it.
         visit.model.write(visit.start)
         deployed, rates = deploy(visit.model), received_rates(visit.received)
         names = {name: key for key, name in names_at(visit.model, deployed, rates).items()}
@@ -59,6 +60,7 @@ class ATPClient(ClientHalf):
             options.scale,
             visit.seed,
         )
+        # The model holds the trained adapter for the halves that come after this one.
         visit.model.write(visit.start.replace(trained))
         return {
             f"{RATES}{names[name]}": torch.tensor([value], dtype=torch.float32) for name, value in learned.items()

@@ -71,6 +71,7 @@ class ServerOptimizer(Wrapper):
 
     def offline(self, server: ServerState, updates: list[Update]) -> tuple[AdapterState, list[str]]:
         adapter, notes = self.inner.offline(server, updates)
+        # Over all tensors: finished adapters have no round that would say which of them trained.
         stepped = self._step(server, replace(server, adapter=adapter), server.adapter)
         return stepped.adapter, [*notes, f"{name_of(self)}: one server step from the start, with fresh moments."]
 

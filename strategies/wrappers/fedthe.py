@@ -45,6 +45,7 @@ class FedTHEClient(ClientHalf):
     alone = False
 
     def finish(self, visit: Visit, trained: AdapterState) -> tuple[Tensors, Tensors]:
+        # A cohort trains rows of a matrix, and leaves the model with values of its own.
         visit.model.write(visit.start.replace(trained))
         return {FEATURES: mean_feature(deploy(visit.model), visit.data).cpu()}, {}
 

@@ -65,6 +65,7 @@ class Krum(Wrapper):
         require_equal_shapes(updates, "krum")
         beside = names_that_add_up(self.inner, server)
         points = torch.stack([flatten_update(update, beside) for update in updates])
+        # Stable, as updates come in the order of names: of equal scores the first name's stays.
         order = scores(points, self.config.byzantine).argsort(stable=True)
         self.treated = {updates[index].client: "not selected" for index in sorted(order[self.config.keep :].tolist())}
         # Back in the order of names, in which sums are taken.

@@ -25,5 +25,6 @@ class Median(Wrapper):
     robust = True
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
+        # So that one value is left of an odd number, and the two in the middle of an even one.
         one, self.treated = merge_updates(updates, (len(updates) - 1) // 2, "median")
         return one

@@ -51,6 +51,7 @@ class NormClip(Wrapper):
             if norm > bound
         }
         return [
+            # A share of the way back, not of the way: at 0 an update stays what came, without rounding.
             self._shorten_update(server, update, beside, max(0.0, 1 - bound / norm) if norm > 0 else 0.0)
             for update, norm in zip(updates, norms.tolist(), strict=True)
         ]

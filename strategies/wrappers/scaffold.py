@@ -83,6 +83,7 @@ class Scaffold(Wrapper):
                 "strategy.wrap: scaffold steers every client towards one global model, but "
                 f"{name_of(innermost_rule(self))} leaves {', '.join(self.keeps)} with each client."
             )
+        # Controls have the server's shapes, and would not fit a client that trains the first rows of a factor alone.
         self.unequal_ranks = False
 
     def _server_controls(self, server: ServerState) -> dict[str, Tensor]:
@@ -111,6 +112,7 @@ class Scaffold(Wrapper):
         }
         memory = dict(after.memory)
         for name, value in self._server_controls(server).items():
+            # By `count`: where a median has merged updates, one control stands for several clients.
             total = sum(
                 (update.count * update.adapter.extra[name].double() for update in updates), torch.zeros_like(value)
             )

@@ -55,6 +55,7 @@ class TrimmedMean(Wrapper):
             )
 
     def transform(self, server: ServerState, updates: list[Update]) -> list[Update]:
+        # Of the updates that came, not of the clients that were asked: those that failed are no extreme values.
         cut = int(self.fraction * len(updates))
         if self.fraction and not cut:
             log.warning(

@@ -31,6 +31,7 @@ class Wrapper(FederatedStrategy):
     ) -> None:
         fedit = registry.load("strategies", "fedit")
         self.inner: FederatedStrategy = fedit(context=context) if inner is None else inner
+        # Of the strategy inside, whatever was given here: all layers know one run.
         super().__init__(context=self.inner.context, **options)
         self.treated: dict[str, str] = {}  # what `transform` last did to whom
         # One layer that looks at single updates is enough to rule out sums.
@@ -69,6 +70,7 @@ class Wrapper(FederatedStrategy):
 
     def treatments(self) -> dict[str, str]:
         inner = self.inner.treatments()
+        # A client may be clipped by one layer and left out by the next: neither is to hide the other.
         both = {client: f"{what}, {inner[client]}" for client, what in self.treated.items() if client in inner}
         return {**self.treated, **inner, **both}
 

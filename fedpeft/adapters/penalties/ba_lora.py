@@ -41,5 +41,6 @@ class BALoRAPenalty(OverScores):
         entropy = -(now.exp() * now).sum(-1)
         known = targets != IGNORE
         each = (self.config.consistency * divergence - self.config.diversity * entropy).masked_fill(~known, 0.0)
+        # 0 of a record with nothing to predict, not 0 / 0: under DP it stays in the batch.
         mean: Tensor = each.sum(1) / known.sum(1).clamp(min=1)
         return mean

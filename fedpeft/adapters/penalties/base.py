@@ -108,6 +108,7 @@ class Penalised:
             self.penalty.value({role: values[key] for role, key in keys.items()}, partial(self.base.values, site))
             for site, keys in self.keys.items()
         ]
+        # A layer of which nothing trains has no dimension of clients in front.
         return torch.stack(torch.broadcast_tensors(*each)).mean(0)
 
     def gradients(self, trained: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,6 +121,7 @@ class Penalised:
         leaves = {key: value.detach().requires_grad_() for key, value in trained.items() if key in read}
         with torch.enable_grad():
             fixed = {key: value.detach() for key, value in others.items() if key in read}
+            # The sum over clients: R of one reads no other's factors, so each gets its own gradient.
             slopes = torch.autograd.grad(self.total({**fixed, **leaves}).sum(), list(leaves.values()))
         return dict(zip(leaves, slopes, strict=True))
 

@@ -51,6 +51,7 @@ class PEGOPenalty(OverFactors):
     def value(self, own: Values, weight: Callable[[], Tensor]) -> Tensor:
         """Both terms."""
         A, B, n = own["A"], own["B"], self.config.groups
+        # Read anew in each step: a base in few bits is never in memory whole.
         W = weight().to(A.dtype)
         reached = (A @ W.mT).unflatten(-2, (n, -1))  # [..., n, r / n, out]
         parts = B.mT.unflatten(-2, (n, -1))

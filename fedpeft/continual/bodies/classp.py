@@ -75,5 +75,6 @@ class CLASSP(FormBody):
 def move(w: Tensor, a: Tensor, g: Tensor, lr: float, threshold: float, power: float, eps: float) -> None:
     """One step, in place."""
     open_ = g**2 > threshold
+    # a first: the rule divides by what it has become.
     a.add_(g.abs() ** power * open_)
     w.sub_(torch.where(open_, lr * g / (a + eps) ** (1 / power), 0.0))

@@ -111,6 +111,7 @@ class CoSO(Body):
     def begin_task(self) -> None:
         adapters = self.memory["adapters"]
         for layer in self.model.layers:
+            # W and M go on over the tasks; sketch, directions and moments are of one task.
             W = self.parameters.setdefault(f"{layer}/W", make_leaf(torch.zeros(*self.model.base.shape(layer))))
             rows, columns = self._turn_side(W).shape
             self.memory["bases"].setdefault(f"{layer}/M", W.new_zeros(rows, 0))
@@ -143,6 +144,7 @@ class CoSO(Body):
         refresh, feed = t % config.refresh == 0, t % (config.sketch_every or config.refresh) == 0
         if refresh or feed:
             draw = self.generator("svd", layer, self.index, t)
+            # One decomposition for both, of as many directions as the larger needs.
             U, sigma = left_singular(G, max(config.r1, config.r2), config.svd, draw)
         if refresh:
             self._turn_directions(layer, project_out(U[:, : config.r1], M).to(W.dtype))

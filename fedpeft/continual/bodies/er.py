@@ -62,6 +62,7 @@ class ER(FormBody):
         chosen = list(range(held))
         rng = seeds.numpy_generator(self.seed, "reservoir", self.index)
         for number, place in places(rng, offered, len(new), self.config.capacity):
+            # A slice: while there is room `place` is one behind the end, and this appends.
             chosen[place : place + 1] = [held + number]
         kept = pool.view(np.array(chosen))
         self.memory["raw"] = {"inputs": kept.inputs, "labels": kept.labels}

@@ -34,6 +34,7 @@ class Joint(FormBody):
             name: torch.cat([raw["inputs"][name], value]) if raw else value for name, value in task.train.inputs.items()
         }
         labels = torch.cat([raw["labels"], task.train.labels]) if raw else task.train.labels
+        # When the task comes, not when it is over: its own records are trained on too.
         self.memory["raw"] = {"inputs": inputs, "labels": labels}
 
     def records(self) -> Encoded:

@@ -46,6 +46,7 @@ class LwF(FormBody):
             return None
         classes = self.memory["numbers"]["old/classes"]
         with torch.no_grad():
+            # A second pass, over one base: the old model is only another change of it.
             before = self.model.features(inputs, self.changed({key: kept[f"old/{key}"] for key in self.parameters}))
             old = before @ kept["old/classifier/weight"].T + kept["old/classifier/bias"]
         lam: float = self.config.lam

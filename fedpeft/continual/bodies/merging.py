@@ -107,6 +107,7 @@ class Merging(Body):
         _, n = self.model.base.shape(layer)
         if self.config.start == "orthogonal":
             return rows(n, self.config.r, task, self.seed, layer).float()
+        # Without the task in its name: one draw for all tasks.
         return lora.draw_A(n, self.config.r, self.generator("A", layer))
 
     def _adapter_of(self, tensors: dict[str, Tensor]) -> AdapterState:

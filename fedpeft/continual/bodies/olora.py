@@ -63,6 +63,7 @@ class OLoRA(Body):
                 for layer in self.model.layers
             ]
         if self.config.lam2:
+            # Of B too, which is zero at first: torch takes 0 for the slope of a norm there.
             terms += [self.config.lam2 * value.norm() for value in self.parameters.values()]
         return torch.stack(terms).sum() if terms else None
 

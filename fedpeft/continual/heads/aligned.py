@@ -56,6 +56,7 @@ class Aligned(Head):
         count = self.sums["count"][label]
         mean = self.sums["sum"][label] / count
         covariance = self.sums["gram"][label] / count - torch.outer(mean, mean)
+        # One record has no spread, and a relative ridge of nothing leaves Cholesky nothing.
         scale = covariance.diagonal().mean().clamp(min=1e-12)
         return mean, covariance + self.config.ridge * scale * torch.eye(self.width, dtype=torch.float64)
 

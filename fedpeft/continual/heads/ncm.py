@@ -38,6 +38,7 @@ class NCM(Head):
 
     def solve(self) -> None:
         self.known = [label for label in self.seen if self.sums["count"][label] > 0]
+        # Of a class without records 0, not 0 / 0: it is not `known`, but its row is multiplied with like the others.
         mean = self.sums["sum"] / self.sums["count"].clamp(min=1)[:, None]
         if self.config.distance == "cosine":
             mean = F.normalize(mean, dim=1)

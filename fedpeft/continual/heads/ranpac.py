@@ -111,6 +111,7 @@ class RanPAC(Head):
             weights = _solve_ridge(self.sums["fit/gram"], self.sums["fit/cross"], ridge)
             # Without n, which is the same for all.
             errors.append(float(((gram @ weights - 2 * cross) * weights).sum()))
+        # The strongest is first in the list, so that it wins a tie.
         return RIDGES[errors.index(min(errors))]
 
 

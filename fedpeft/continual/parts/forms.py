@@ -98,6 +98,7 @@ def change(model: Plastic, leaves: Mapping[str, Tensor], scale: float = 1.0) -> 
         layer, _, role = key.rpartition("/")
         if role == "W":
             patches[layer] = add_dense(leaves[key])
+        # A and b are taken along with B and g: each pair is one change.
         elif role == "B":
             patches[layer] = low_rank(leaves[key], leaves[f"{layer}/A"], scale)
         elif role == "g":
@@ -112,6 +113,7 @@ def norms(model: Plastic) -> dict[str, int]:
     return {
         name: weight.numel()
         for name, module in model.base.backbone.named_modules()
+        # By name, as each family of models has a class of its own for it.
         if "Norm" in type(module).__name__
         and id(module) not in head
         and isinstance(weight := getattr(module, "weight", None), nn.Parameter)

@@ -55,6 +55,7 @@ def sum_tasks(body: Body, scale: float) -> Change:
     """
     patches: dict[str, Patch] = {}
     for layer in body.model.layers:
+        # Once a task, within which the past stays as it is.
         if body.joined.get(layer, (None,))[0] != body.index:
             body.joined[layer] = body.index, _join_pairs(past(body, layer))
         joined = body.joined[layer][1]

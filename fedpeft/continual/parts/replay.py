@@ -54,6 +54,7 @@ def draw_replay(rng: np.random.Generator, sizes: Sequence[int], count: int) -> D
 
 def gather(stores: Sequence[Encoded], drawn: Draw) -> tuple[Inputs, Tensor]:
     """The records of a draw, in its order; texts are cut to the longest of them."""
+    # Read task by task, then put back: `argsort` of an order is its inverse.
     order = np.argsort(drawn.tasks, kind="stable")
     parts = [stores[task].view(drawn.rows[drawn.tasks == task]) for task in np.unique(drawn.tasks)]
     tables = [part.inputs for part in parts]

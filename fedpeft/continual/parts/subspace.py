@@ -76,6 +76,7 @@ def _by_gram(G: Tensor) -> tuple[Tensor, Tensor]:
     m, n = G.shape
     values, vectors = torch.linalg.eigh(G @ G.T if m <= n else G.T @ G)
     sigma, vectors = values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+    # Where sigma is 0 the quotient means nothing; `left_singular` leaves these directions out.
     return (vectors, sigma) if m <= n else (G @ vectors / sigma.clamp(min=1e-300), sigma)
 
 

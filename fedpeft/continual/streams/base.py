@@ -119,6 +119,7 @@ def held_out(found: Material, seed: int) -> Material:
     domains = np.zeros_like(labels) if found.domains is None else found.domains[0]
     chosen = np.zeros(len(labels), dtype=bool)
     rng = seeds.numpy_generator(seed, "stream", "validation")
+    # Sorted: one generator draws for all, so their order is a part of what the seed means.
     for domain, label in sorted(set(zip(domains.tolist(), labels.tolist(), strict=True))):
         members = rng.permutation(np.flatnonzero((domains == domain) & (labels == label)))
         chosen[members[: round(HELD_OUT * len(members))]] = True
@@ -179,8 +180,10 @@ def load_labelled(
                 f"{', '.join(train.columns) or 'none'}."
             )
         values = [part.columns[column].astype(str) for part in (train, test)]
+        # Of both sets, so that a domain which one of them lacks is refused by its name, and not left out.
         names = sorted(set(values[0].tolist()) | set(values[1].tolist()))
         domains = (np.searchsorted(names, values[0]), np.searchsorted(names, values[1]))
+    # With a head of seed 0: the network is one for all seeds of a stream.
     base = loading.load(model, len(train.label_names), 0)
     encoded = [encode(part, base.processor, model.task, model.max_length) for part in (train, test)]
     return Material(encoded[0], encoded[1], base, layers, domains, names, train.label_names)

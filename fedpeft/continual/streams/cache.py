@@ -33,6 +33,7 @@ def tensors(
     """
     from safetensors.torch import load_file
 
+    # What the data were made from is a part of the hash: after `data prepare` of another version nothing old is read.
     facts = {other: about(other) for other in (name, *also)}
     digest = hashlib.sha256(json.dumps([facts, settings], sort_keys=True).encode()).hexdigest()[:16]
     path = prepare.home(name) / "cache" / f"{what}-{digest}.safetensors"

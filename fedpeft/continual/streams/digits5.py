@@ -33,6 +33,7 @@ class Digits5(StreamSource):
         from sklearn.model_selection import train_test_split
 
         parts = Digits().load()
+        # Channels before height and width, as the network takes them.
         images = np.concatenate([np.asarray(part.inputs) for part in parts]).transpose(0, 3, 1, 2)
         labels = np.concatenate([part.labels for part in parts])
         data = Encoded({"pixel_values": torch.from_numpy(np.ascontiguousarray(images))}, torch.from_numpy(labels))

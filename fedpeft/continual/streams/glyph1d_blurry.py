@@ -92,6 +92,7 @@ def scatter_labels(
         for label in np.unique(labels):
             members = rng.permutation(np.flatnonzero(labels == label))
             away = members[: round(blur * len(members))]
+            # An offset from 1 on, so that no record that is to be scattered comes with its own group after all.
             home[away] = (own[int(label)] + rng.integers(1, len(groups), len(away))) % len(groups)
     order = np.concatenate([rng.permutation(np.flatnonzero(home == number)) for number in range(len(groups))])
     return home, order.astype(np.int64)

@@ -57,6 +57,7 @@ class Glyphs(StreamSource):
         chosen = []
         for which, part in zip(("train", "test"), map(take_display_fonts, whole), strict=True):
             places = per_class(part.labels, getattr(self.config, which), seed, which)
+            # No processor and no length: images go in as they are.
             chosen.append(encode(part.take(places), None, TASK, 1))
         return Material(chosen[0], chosen[1], make_base(weights), LAYERS, label_names=whole[0].label_names)
 

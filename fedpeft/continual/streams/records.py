@@ -38,6 +38,7 @@ class OwnRecords(StreamSource):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        # An option here, where any data may come; every other stream is of one scenario.
         self.scenario = self.config.scenario
         if not load_objective(self.config.kind).classes:
             raise InputError(f"stream.kind={self.config.kind}: it has no classes, and tasks are made of them.")

@@ -42,6 +42,7 @@ class WordNet(StreamSource):
         max_length: int = option(24, "longest gloss in tokens; the end of longer ones is cut", low=4)
 
     def records(self, seed: int) -> Material:
+        # Both are asked for first: what is missing should be said before MiniLM is loaded.
         cache.about("wordnet"), cache.about("minilm")
         base = loading.load(ModelConfig(name="minilm", task=TASK, max_length=self.config.max_length), CLASSES, 0)
         settings = {
@@ -92,6 +93,7 @@ class _Given(nn.Module):
 
 def lower_half(base: Base, layers: int = LOWER) -> Any:
     """A copy of a BERT with its first layers only."""
+    # A copy: `upper_half` takes these layers off the base itself.
     half: Any = copy.deepcopy(base.backbone)
     half.encoder.layer, half.pooler = half.encoder.layer[:layers], None
     return half
@@ -101,5 +103,6 @@ def upper_half(base: Base, layers: int = LOWER) -> Base:
     """The base without its first layers and its unused pooler; its inputs are `inputs_embeds` and `attention_mask`."""
     model: Any = base.backbone
     model.encoder.layer, model.embeddings, model.pooler = model.encoder.layer[layers:], _Given(), None
+    # The cache is in half precision, the layers compute in their own.
     whole, dtype = base.forward, model.dtype
     return replace(base, forward=lambda batch: whole({**batch, "inputs_embeds": batch["inputs_embeds"].to(dtype)}))

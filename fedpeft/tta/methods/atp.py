@@ -118,6 +118,7 @@ class TestTimeATP(TTAMethod):
                 for name, gradient in self.gradients(loss, leaves).items():
                     size = gradient.numel() ** SCALES[scale]
                     step = float((gradient * moves.get(name, torch.zeros_like(gradient))).sum()) / size
+                    # Plus: theta moves by -a g, so the slope of the loss in a is -<g, dCE/dtheta>.
                     rates[name] += lr * step
         return rates
 

@@ -88,6 +88,7 @@ class EAR(GradientMethod):
         code = sign_codes(self._detached_features(plain), self.prepared).sum(0)
         known = [self.prepared["source"], *(branch["code"] for branch in branches)]
         full = len(branches) >= self.config.domains
+        # No cosine is below -1: with all places taken the nearest domain is the right one.
         place, _ = route_code(code, known, -1.0 if full else self.config.threshold)
         extra: dict[str, Any] = {"place": place, "code": code}
         if place == 0:

@@ -63,6 +63,7 @@ class EATA(GradientMethod):
             logits = self.forward(batch, leaves, self.statistics(batch), graph=True).logits
             gradients = self.gradients(F.cross_entropy(logits, logits.argmax(-1)), leaves)
             for name, value in gradients.items():
+                # Of the batch's mean gradient, weighted by its rows; single samples would need a backward pass each.
                 fisher[name] = fisher.get(name, torch.zeros_like(value)) + len(logits) * value.square()
             seen += len(logits)
         return {"fisher": {name: value / seen for name, value in fisher.items()}}

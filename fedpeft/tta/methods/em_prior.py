@@ -60,6 +60,7 @@ class EMPrior(WrappedMethod):
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:
         base = self.base._outputs(batch, learn)
         source, target = self.prepared["prior"], self.memory["prior"]
+        # The base's answer bit for bit, as long as there is nothing to correct.
         probs = base.prediction if target.equal(source) else posterior(base.prediction, target, source)
         return Outputs(base.logits, base.features, probs, {"base": base})
 

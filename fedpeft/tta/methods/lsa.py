@@ -96,6 +96,7 @@ class LabelShiftAdapter(WrappedMethod):
         base = self.base._outputs(batch, learn)
         assert base.features is not None  # there is a head
         weight, _ = self.model.head_parameters(self.base.memory.get("student"))
+        # The network has seen no imbalance beyond, and there may answer anything.
         d = max(-RANGE, min(RANGE, degree(self.memory["target"], self.prepared["prior"])))
         logits = adapted(base.logits.detach(), base.features.detach(), weight.detach(), self.prepared["network"], d)
         return Outputs(logits, base.features, None, {"base": base})

@@ -47,6 +47,7 @@ class RDumb(WrappedMethod):
 
     def _update(self, batch: Batch, outputs: Outputs) -> str | None:
         reason = self._learn_base(batch, outputs.extra["base"])
+        # By the base's count, which a restart does not set back.
         if reason is None and self.base.batches % self.config.period == 0:
             self.base.restart()
         return reason

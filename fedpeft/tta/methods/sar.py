@@ -51,6 +51,7 @@ class SAR(GradientMethod):
         names = super()._names()
         if self.config.adapt != "norm_affine":
             return names
+        # In the order of the model, which ends with the norms nearest the output.
         owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
         kept = set(owners[: math.ceil((1 - self.config.top) * len(owners))])
         return [name for name in names if name.rpartition(".")[0] in kept]

@@ -59,6 +59,7 @@ class T3A(WrappedMethod):
         return {
             "supports": weight,
             "labels": torch.arange(len(weight), device=weight.device),
+            # As a sample whose feature is the row itself would have: rows have to hold their places against samples.
             "entropy": scores.entropy(weight @ weight.T + bias.detach()),
         }
 

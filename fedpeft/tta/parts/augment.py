@@ -57,6 +57,7 @@ def _augment_image(images: Tensor, generator: torch.Generator, kind: str) -> Ten
     """
     if images.ndim != 4:
         raise InputError(f"augment: images must be [N, C, H, W], not {list(images.shape)}.")
+    # As many draws for every kind, so that the next view does not hang on this one's.
     draw = torch.rand(9, generator=generator).tolist()
     noise = torch.randn(images.shape, generator=generator).to(images)
     low, span = images.min(), (images.max() - images.min()).clamp(min=1e-6)
@@ -74,7 +75,7 @@ def _augment_image(images: Tensor, generator: torch.Generator, kind: str) -> Ten
     )
     grid = F.affine_grid(turn.expand(len(images), 2, 3).to(images), list(images.shape), align_corners=False)
     view = F.grid_sample(view, grid, padding_mode="border", align_corners=False)
-    view = _blur_images(view, 0.001 + 0.5 * size * draw[7])
+    view = _blur_images(view, 0.001 + 0.5 * size * draw[7])  # a deviation of 0 is divided by
     if kind == "image_flip" and draw[8] < 0.5:
         view = view.flip(-1)
     return ((view + 0.005 * noise) * span + low).to(images)

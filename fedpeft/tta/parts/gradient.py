@@ -56,6 +56,7 @@ class GradientMethod(TTAMethod):
 
     def leaves(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The student (or other tensors) as leaves of a new graph."""
+        # New ones for every pass: no graph reaches back into the batch before.
         return {name: torch.nn.Parameter(value) for name, value in (tensors or self.memory["student"]).items()}
 
     def _outputs(self, batch: Batch, learn: bool) -> Outputs:

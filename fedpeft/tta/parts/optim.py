@@ -35,6 +35,7 @@ def step(
     """
     moments["steps"] += 1
     first, second = moments["first"], moments["second"]
+    # The old dict stays as it is: a method goes back to it where a step is refused.
     new = dict(params)
     for name, gradient in gradients.items():
         if kind == "sgd":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TINY = 1e-30
+TINY = 1e-30  # a float32 whose logarithm is finite
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -27,6 +27,7 @@ def entropy_of(probs: Tensor) -> Tensor:
 
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy of the mean prediction of the rows."""
+    # The mean in logarithms: a class that all views rule out would be 0 otherwise, and its logarithm infinite.
     log_mean = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(len(logits))).log()
     return -(log_mean.exp() * log_mean).sum()
 

@@ -28,6 +28,7 @@ class WrappedMethod(TTAMethod):
     def __init__(self, model: Deployed, seed: int = 0, **options: Any) -> None:
         options = dict(options)
         config = self.Config(**options)
+        # Before the rest, which asks it what it needs. Another seed, or both would draw the same views.
         self.base = make(config.base, model, config.base_options, seeds.derive(seed, "base"), key="base")
         super().__init__(model, seed, **options)
 
