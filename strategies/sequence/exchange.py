@@ -51,8 +51,8 @@ def ask_for_sums(
     roster = codec.roster(grid, rules.clients)
     task = sequence.curriculum.task(number)
     message = Instructions(number, learn=sequence.make_lesson(task), sums=what, view=view)
-    sent = dict.fromkeys(roster, adapter)
-    contents = {roster[client]: content for client, content in wire.contents(codec, sent, message).items()}
+    made = wire.contents(codec, dict.fromkeys(roster, adapter), message)
+    contents = {roster[client]: content for client, content in made.items()}
     file = StateFile(rules.folder)
 
     def read(node: int, reply: Message | None) -> tuple[AdapterState, float]:
