@@ -1,11 +1,11 @@
-"""The config of a run: `schema` has its sections, `loading` fills and checks them, `values` says what a text means.
+"""The config of a run: `schema` has its sections, `loading` fills them, `checks` refuses, `values` reads texts.
 
 What methods and programs need of it is named here.
 """
 
+from fedpeft.config.checks import check
 from fedpeft.config.loading import (
     build,
-    check,
     complete,
     from_yaml,
     job_configs,

@@ -12,13 +12,13 @@ import copy
 import dataclasses
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedpeft import other_names, registry
 from fedpeft.config import values
+from fedpeft.config.checks import check
 from fedpeft.config.option import FEDERATION, INFINITY, LEARNER
 from fedpeft.config.overrides import apply_overrides, parse_overrides
 from fedpeft.config.schema import (
@@ -30,8 +30,6 @@ from fedpeft.config.schema import (
 )
 from fedpeft.config.short_names import expand_name
 from fedpeft.errors import InputError
-
-AUGMENTATIONS = ("crop", "flip", "colour")
 
 
 def load(
@@ -55,9 +53,11 @@ def read(
 ) -> dict[str, Any]:
     """The tree of a config with its overrides, for `complete`; arguments and errors are those of `load`."""
     tree = source if isinstance(source, dict) else _read_mapping(find(source))
+    # A copy, so that the caller's mapping stays; before the overrides, which go into sections.
     tree = _named_sections(tree)
     given = parse_overrides(overrides)
     apply_overrides(tree, given)
+    # After them: only then is it seen whether a number was given for the column that counts.
     _count_by_column(tree, given)
     try:
         return values.interpolated(tree, to_tree(Config()), foreign)
@@ -75,6 +75,7 @@ def complete(tree: dict[str, Any]) -> Config:
 def find(source: str | Path) -> Path:
     """The file of a config given by path or by shipped name."""
     path = Path(os.path.expanduser(source))
+    # A user's own file comes before a shipped config of its name.
     if path.is_file():
         return path
     shipped = shipped_configs() | job_configs()
@@ -127,81 +128,6 @@ def method(kind: str, name: str, options: dict[str, Any], key: str, **arguments:
     """An instance of the registered class `name` from its options (checked; `key` is blamed) and further arguments."""
     cls = registry.load(kind, name, f"{key}.name" if key else kind)
     return cls(**arguments, **read_options(cls, options, key))
-
-
-def check(config: Config) -> None:
-    """Refuse combinations that cannot work; each message names the keys and the way out."""
-    run, client, data, adapter = config.run, config.client, config.data, config.adapter
-    if (client.local_steps is None) == (client.local_epochs is None):
-        raise InputError(
-            f"client.local_steps={client.local_steps} and client.local_epochs={client.local_epochs}: give exactly "
-            "one (set the other to null)."
-        )
-    if data.clients is None and data.partition.name != "column" and data.split is None:
-        raise InputError(
-            f"data.clients=null: all groups of a column, but data.partition.name={data.partition.name}. "
-            "Give a number, or set data.partition.name=column and data.partition.column."
-        )
-    if run.clients_per_round is not None and data.clients is not None and run.clients_per_round > data.clients:
-        raise InputError(f"run.clients_per_round={run.clients_per_round} is more than data.clients={data.clients}.")
-    if run.deadline_s is not None and run.engine == "cohort" and run.workers == 0:
-        raise InputError(
-            f"run.deadline_s={run.deadline_s} needs run.workers >= 1 (or run.engine=ray): a client that blocks can "
-            "only be stopped by ending its process. Set run.workers=1."
-        )
-    if run.engine == "ray" and run.workers == 0:
-        run.workers = 1
-    ranks = adapter.client_ranks
-    if ranks is not None and not (ranks and all(1 <= rank <= adapter.r for rank in ranks)):
-        raise InputError(
-            f"adapter.client_ranks={ranks}: every rank must be between 1 and adapter.r={adapter.r}; null gives all "
-            "clients that one."
-        )
-    if client.memory_mb is not None:
-        _check_memory(config)
-    twice = sorted(name for name, count in Counter(data.labels).items() if count > 1)
-    if twice or data.labels == []:
-        what = f"{', '.join(twice)} stands there twice" if twice else "there is no name"
-        raise InputError(f"data.labels={data.labels}: {what}. Every class has one name; null takes the source's.")
-    if config.model.batched_attention and config.model.dtype == "float32":
-        raise InputError(
-            f"model.batched_attention={config.model.batched_attention}: of attention in bfloat16, and model.dtype is "
-            "float32. Leave it out, or set model.dtype=bfloat16 or auto."
-        )
-    _check_trained_baselines(config)
-    if wrong := [name for name in data.augment if name not in AUGMENTATIONS]:
-        raise InputError(registry.unknown("data.augment", wrong[0], AUGMENTATIONS))
-    for name in registry.names("checks"):
-        registry.load("checks", name)(config)
-
-
-def _check_memory(config: Config) -> None:
-    memory, ranks = config.client.memory_mb or [], config.adapter.client_ranks
-    if ranks is not None:
-        raise InputError(
-            f"client.memory_mb={memory} finds what adapter.client_ranks={ranks} gives. Set one of them to null."
-        )
-    if not memory or not all(0 < each < math.inf for each in memory):
-        raise InputError(f"client.memory_mb={memory}: every client has more than 0 MB; null sets no limit.")
-
-
-def _check_trained_baselines(config: Config) -> None:
-    names = config.run.trained_baselines
-    for name in names:
-        if name not in ("local", "central"):
-            raise InputError(registry.unknown("run.trained_baselines", name, ("local", "central")))
-        if names.count(name) > 1:
-            raise InputError(f"run.trained_baselines={names}: {name} stands there twice.")
-    if names and config.run.engine == "sites":
-        raise InputError(
-            f"run.trained_baselines={names}: they are trained where the clients' records are, and with real sites "
-            "those are not here. Set run.trained_baselines=[]."
-        )
-    if names and config.continual.body is not None:
-        raise InputError(
-            f"run.trained_baselines={names}: with continual.body={config.continual.body} records come task by task, "
-            "and a run is compared with the frozen model's head. Set run.trained_baselines=[]."
-        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -277,6 +203,7 @@ def build(cls: Any, tree: Any, path: str) -> Any:
     if section is not None and getattr(config, section.key) is not None:
         owner = registry.load(section.table, getattr(config, section.key), f"{path}.{section.key}")
         checked = read_options(owner, rest, path, also=list(items))
+        # As users write them: `lambda`, of the field `lambda_`.
         config.options = {key.rstrip("_"): value for key, value in checked.items()}
     elif rest:
         raise InputError(_unknown_key(next(iter(rest)), path, list(items)))
@@ -289,6 +216,7 @@ def read_options(owner: Any, given: dict[str, Any], path: str, also: Sequence[st
     Raises:
         InputError: one is not its own, or of its other kind of run, or out of bounds; `path` is the key to blame.
     """
+    # The one section of a federation that names a body; benchmarks ask for one learner's.
     kind = FEDERATION if path == "continual" else LEARNER
     items, every = options_of(owner, kind), options_of(owner)
     for key in given:
@@ -310,6 +238,7 @@ def _fill_fields(items: dict[str, dataclasses.Field[Any]], given: dict[str, Any]
         for key, item in items.items()
     }
     for key, item in items.items():
+        # In a second pass: what options may be hangs on a name beside them, which may be a later field.
         of = item.metadata.get("options_of")
         if not of or not found[item.name]:
             continue
@@ -334,6 +263,7 @@ def _entry_options(of: tuple[str, str], name: Any, given: Any, key: str) -> Any:
     owner = registry.load(of[0], name, key)
     checked = read_options(owner, given, key)
     items = options_of(owner)
+    # Without defaults, so that resolved.yaml has what was given; whoever makes the entry fills them in.
     return {option: checked[items[option].name] for option in given}
 
 
@@ -354,6 +284,7 @@ def _read_value(item: dataclasses.Field[Any], value: Any, key: str) -> Any:
     if meta and meta["options_of"] and meta["options_of"][0]:
         return _keep_untyped(value, str(item.type), key)
     value = values.to_annotation(value, str(item.type), key)
+    # The Config of another package may have plain fields, with a type and no bounds.
     if not meta or value is None:
         return value
     if meta["path"]:
@@ -372,6 +303,7 @@ def _keep_untyped(value: Any, kind: str, key: str) -> Any:
 
 
 def _require_within(value: Any, meta: Any, key: str) -> None:
+    # Where there is no bound, infinity lies within.
     finite = not isinstance(value, float) or math.isfinite(value)
     within = not isinstance(value, int | float) or (meta["low"] <= value <= meta["high"] and value > meta["above"])
     if not (finite and within):

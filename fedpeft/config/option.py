@@ -44,6 +44,7 @@ def option(
         "options_of": options_of,
         "only": only,
     }
+    # A dataclass refuses a list or mapping as a default, as all configs would share the one object.
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)

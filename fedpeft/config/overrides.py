@@ -39,6 +39,7 @@ def parse_overrides(given: Iterable[str] | dict[str, Any]) -> dict[str, Any]:
         key, separator, value = (part.strip() for part in text.partition("="))
         if not separator or not key:
             raise InputError(f"'{text}': an override is key=value, for example run.rounds=5.")
+        # What a shell leaves of KEY=$UNSET: neither null nor an empty text may be guessed.
         if not value:
             raise InputError(f"{key}=: there is no value. Write {key}=null for none, {key}=\"''\" for an empty text.")
         if pairs.get(key, value) != value:
@@ -55,11 +56,13 @@ def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
             if key == f"{path}.{section.key}":
                 _rename_entry(tree, path, value)
     for key, value in pairs:
+        # Before any value is put in: an option given beside a new name is the new entry's.
         _drop_options(tree, key, value)
     for key, value in pairs:
         node = tree
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
+            # A section of which all keys are commented out.
             node[parent] = {} if values.is_null(node.get(parent)) else node[parent]
             node = node[parent]
             if not isinstance(node, dict):
@@ -74,6 +77,7 @@ def _expand_names(pairs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         value = values.structure(value, key) if key in sections else value
         if key in METHOD_SECTIONS and isinstance(value, str) and not values.is_null(value):
             key = f"{key}.{METHOD_SECTIONS[key].key}"
+        # Here already, as it is looked up in tables before its field reads it.
         value = values.unquoted(value) if key.endswith((".name", ".method", ".body")) else value
         if key == "adapter.name" and value in SHORT:
             kind, options = SHORT[value]
@@ -88,6 +92,7 @@ def _rename_entry(tree: dict[str, Any], path: str, name: str | None) -> None:
     node, key = tree.get(parents[0]) if parents else tree, METHOD_SECTIONS[path].key
     section = node.get(last) if isinstance(node, dict) else None
     # A section that is empty, or none, has nothing to drop; `apply_overrides` refuses one that is no mapping.
+    # Options without a name beside them may be meant for the one that is given now.
     if isinstance(node, dict) and isinstance(section, dict) and (old := section.get(key, name)) != name:
         common = {item.name for item in dataclasses.fields(METHOD_SECTIONS[path].config)} - {"options"}
         _say_dropped(f"{path}.{key}", name, old, [item for item in section if item not in common])

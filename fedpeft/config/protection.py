@@ -65,6 +65,7 @@ class SecAggConfig:
 
     enabled: bool = option(False, "secure aggregation (SecAgg+): the server learns the sum of the updates, none alone")
     clip: float = option(1.0, "largest change of one coordinate in a round; larger ones are cut to it", above=0)
+    # Sums are modulo 2**32, and 30 bits leave room for four clients; how many may have part is checked with secagg.
     bits: int = option(22, "bits of the fixed-point value of one coordinate", low=8, high=30)
     threshold: float = option(
         0.6, "share of a client's neighbours that must stay for its masks to be removed", above=0, high=1

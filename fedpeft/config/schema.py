@@ -188,6 +188,7 @@ class RunConfig:
         "central, one on all clients' records",
     )
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
+    # Two at least: where the newest is damaged, a run goes on from the one before.
     keep_checkpoints: int | None = option(2, "newest checkpoints that are kept, to be exported; null is all", low=2)
     best: str | None = option(
         None, "measure by which the best round is kept apart, on clients' held-out records (data.holdout); null is none"

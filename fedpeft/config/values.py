@@ -18,7 +18,9 @@ from fedpeft.errors import InputError
 
 NULLS = ("null", "Null", "NULL", "~")
 TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# Decimal whatever it begins with: YAML 1.1 reads 010 as eight.
 INTEGER = re.compile(r"[-+]?\d[\d_]*")
+# Also 1e-5, which YAML 1.1 takes for a text, as it has no point.
 FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.?(inf|nan)", re.IGNORECASE)
 MERGE = "tag:yaml.org,2002:merge"
 
@@ -33,6 +35,7 @@ class _ScalarLoader(yaml.SafeLoader):  # type: ignore[misc]
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            # `<<` may stand several times: each takes in another mapping.
             if key.tag != MERGE and isinstance(key.value, str) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key.value}' is given twice", key.start_mark
@@ -46,9 +49,11 @@ def _construct_scalar(loader: _ScalarLoader, node: Any) -> str | None:
     text = str(loader.construct_scalar(node))
     if node.style is not None:
         return text
+    # `key:` with nothing behind it; between quotes nothing is an empty text.
     return Plain(text) if text else None
 
 
+# All others go, or 12:30 would be 750 before any field has seen it.
 _ScalarLoader.yaml_implicit_resolvers = {
     "<": [entry for entry in yaml.SafeLoader.yaml_implicit_resolvers["<"] if entry[0] == MERGE]
 }
@@ -77,6 +82,7 @@ def written(tree: dict[str, Any]) -> str:
 
 def structure(value: Any, key: str) -> Any:
     """A list or mapping written in one line, `[a, b]` or `{a: 1}`, with its scalars as typed; all else as it is."""
+    # Between quotes a text may begin with a bracket.
     if not (isinstance(value, Plain) and value.strip()[:1] in ("[", "{")):
         return value
     try:
@@ -98,6 +104,7 @@ def unquoted(value: Any) -> Any:
     if not isinstance(value, Plain):
         return value
     text = value.strip()
+    # By YAML, which knows the escapes, and sees that 'a' or 'b' is no text in quotes.
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         try:
             inner = yaml.load(text, Loader=_ScalarLoader)
@@ -139,6 +146,7 @@ def _to_type(value: Any, base: str) -> Any:
     if inner:
         fits = isinstance(value, dict if inner[1] == "dict" else list | tuple)
         return _to_typed_entries(value, inner[2]) if fits else None
+    # By the type itself, as True is an int too; a float would come back as 1.1 for 1.10.
     if base == "str":
         return str(value) if isinstance(value, str | Path) or type(value) is int else None
     if base == "bool":
@@ -187,6 +195,7 @@ def _guess_value(value: Any) -> Any:
     if re.match(r"[-+]?0\d", value):  # a number does not begin so
         return str(value)
     found = _to_number(value, "int")
+    # inf, nan and 1. end in no digit: where no field asks for a number they are names.
     found = _to_number(value, "float") if found is None and value[-1:].isdigit() else found
     return str(value) if found is None else found
 
@@ -215,9 +224,11 @@ def interpolated(tree: dict[str, Any], beside: dict[str, Any], foreign: bool = F
         if foreign:
             raise InputError(f"{key}: '{text}' is an interpolation, which would read what belongs to this machine.")
         try:
+            # Alone first, so that the key of a text that is no interpolation can be named.
             OmegaConf.create([str(text)])
         except OmegaConfBaseException as error:
             raise _refuse_unresolved(key, text, error) from error
+    # Defaults too: ${adapter.r} may name a key that the file leaves out.
     whole = OmegaConf.merge(OmegaConf.create(beside), OmegaConf.create(_to_bare(tree)))
     replaced: dict[str, Any] = _resolve_node(tree, whole, "")
     return replaced
@@ -229,6 +240,7 @@ def escaped(value: Any) -> Any:
         return {key: escaped(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [escaped(entry) for entry in value]
+    # OmegaConf takes two backslashes before `${` for one, so those that stand there are doubled.
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -241,6 +253,7 @@ def _resolve_node(value: Any, node: Any, key: str) -> Any:
 
 
 def _resolve_entry(entry: Any, node: Any, name: Any, key: str) -> Any:
+    # Not through OmegaConf, which would lose that it stood without quotes.
     if isinstance(entry, str) and "${" not in entry:
         return entry
     from omegaconf import OmegaConf
@@ -271,6 +284,7 @@ def _to_plain(value: Any) -> Any:
         return {str(key): _to_plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_to_plain(entry) for entry in value]
+    # Read by its field like what is typed: ${run.seed} may stand where a text is wanted, or a number.
     return Plain(value) if isinstance(value, str) else value
 
 
