@@ -111,6 +111,7 @@ def watched(name: str, say: Callable[[str], None], every_s: float | None = None)
 
     def speak() -> None:
         while not ended.wait(sign.until_due(pause_s)):
+            # Something else may have been said while this one waited.
             if not sign.until_due(pause_s):
                 sign.spoke = sign.clock()
                 say(sign.line())
@@ -123,6 +124,7 @@ def watched(name: str, say: Callable[[str], None], every_s: float | None = None)
             yield
         finally:
             ended.set()
+            # So that no sign of life comes after the command's last line.
             thread.join()
             _current.remove(sign)
 

@@ -32,6 +32,7 @@ def bench_federated(
     with _open_folder("federated", out) as out:
         from fedpeft.simulations.benchmarks import federated, federated_report
 
+        # A paired difference has no error with one run of each.
         result = federated.run(out, shortened.seeds(seeds, 2), quick, tell=console.note)
         console.emit(result, as_json, federated_report.show)
 
@@ -310,12 +311,14 @@ def _open_folder(name: str, out: Path, own: tuple[str, ...] = ()) -> Iterator[Pa
         own: names of results that are gone on with; none: the folder must be new or empty.
     """
     console.note(f"bench {name}: loading ...")
+    # There is no default name: --out has to be given.
     with folders.new(out, Path(), own=own) as made:
         try:
             yield made.path
         except BaseException as error:
             if isinstance(error, Stopped) and own:
                 error.advice = f"What is finished stays in {made.path}; the same command goes on with the rest."
+            # As far as the folder is empty: cells that are finished are gone on with.
             made.undo(folders.LOCK)
             raise
 

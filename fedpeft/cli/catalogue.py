@@ -200,6 +200,7 @@ def _describe_entry(table: str, name: str) -> dict[str, Any]:
     description = inspect.getdoc(inspect.getmodule(cls)) or ""
     if table == "bodies" and name in registry.names("server_bodies"):
         half = inspect.getmodule(registry.load("server_bodies", name))
+        # Without the example, which would stand between the two halves.
         central = description.partition("\n    >>>")[0]
         description = f"{central}\n\nIn a federation\n---------------\n\n{inspect.getdoc(half)}"
     return {

@@ -25,6 +25,7 @@ CLIENTS_SHOWN = 20  # rows of a table with one a client
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     """Print a command's result, as JSON or by `show`."""
     if as_json:
+        # Not by rich, which breaks lines; and not with NaN, which no other program reads as JSON.
         sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
     else:
         show(result)
@@ -70,6 +71,7 @@ def run_result(summary: dict[str, Any]) -> None:
     out.print(table)
     for line in reasons:
         out.print(line, style="yellow", soft_wrap=True)
+    # Who reads that a regression has more must know what it saw.
     fitted = any(key.endswith("_logistic") for key in summary.get("baselines") or {})
     pooled = "; the logistic regressions see all clients' data pooled" if fitted else ""
     count = f", n = {summary['test_records']:,}" if summary.get("test_records") else ""
@@ -141,6 +143,7 @@ def _named_clients(summary: dict[str, Any]) -> None:
     for text in list_warnings(summary):
         out.print(f"warning: {text}", style="yellow", soft_wrap=True)
     for row in summary.get("updates", []):
+        # Those that were far have had their line.
         if row["treated_rounds"] and not row["far_rounds"]:
             out.print(
                 f"{row['client']}: {row['treated']} (in {len(row['treated_rounds'])} rounds)",

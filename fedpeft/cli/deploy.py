@@ -98,6 +98,7 @@ def server_run(
     submitted = server.run(folder, config, overrides or [])
     if not detach:
         if not as_json:
+            # At once: whoever ends the watching needs the name to see it again.
             console.note(f"run {submitted['run']}: submitted.")
         with deploy_tables.FleetWatch(folder, submitted["run"], quiet=as_json) as watch:
             submitted |= server.wait(folder, submitted["run"], watch)

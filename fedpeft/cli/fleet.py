@@ -25,6 +25,7 @@ class Fleet:
 
         self.server = settings.server(path)
         self.path = self.server.path
+        # The first look asks at once.
         self._asked = -POLL_S
         self._state: dict[str, Any] = {}
 

@@ -42,6 +42,7 @@ def _options_of(words: list[str], app: typer.Typer) -> set[str]:
     """Options of the command that these words call; of an unknown one that of none."""
     command: Any = typer.main.get_command(app)
     known = {"--help", "--install-completion", "--show-completion"}
+    # One word more, or the options of the last command would not be looked at.
     for word in [*words, ""]:
         known |= {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
         below = getattr(command, "commands", {})

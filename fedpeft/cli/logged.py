@@ -48,6 +48,7 @@ class Logged(logging.Handler):
             if times:
                 where = f", last in {self.last[what]}" if self.last[what] else ""
                 console.logged("WARNING", f"{times} more times{where}: {what}", STYLES["WARNING"])
+        # A progress bar sums up when it ends, and `main` once more for what came after.
         self.again = {}
 
 

@@ -32,6 +32,7 @@ from fedpeft.unimported import try_without
 
 app = typer.Typer(
     no_args_is_help=True,
+    # typer's own tracebacks show local variables, which may be somebody's records.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Federated and continual fine-tuning of peft adapters.",
@@ -81,6 +82,7 @@ def resume(
     """Go on with a run after its last complete round."""
     from fedpeft.record import result
 
+    # Ahead of torch and the model, which nothing needs that is only shown again.
     if (done := result.load_ended(run_dir)) is not None:
         console.note(f"{run_dir}: the run has ended, after round {done['rounds']}. This is what it came to:")
         console.emit(done, as_json, console.run_result)
@@ -181,6 +183,7 @@ def watch(
         return
     with watching.Server(watched, port) as server:
         console.out.print(f"{server.url}  (Ctrl-C ends it)", soft_wrap=True)
+        # Ctrl-C is how it ends: no error, and exit code 0.
         with suppress(Stopped):
             server.serve_forever()
 
@@ -254,6 +257,7 @@ def chat(
     from fedpeft.run import chat as chats
     from fedpeft.run.trained import open_trained
 
+    # Before the model is loaded, which takes its time.
     chats.require_settings(overrides or [])
     trained = open_trained(model, overrides or [])
     chats.require_language_model(trained, history)
@@ -313,9 +317,12 @@ def main(arguments: list[str] | None = None) -> None:
     command = _command_of(words)
     handler = Logged(resident=command in alive.RESIDENT)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
+    # Of other packages only warnings; what ours say of a run they say at INFO.
     logging.getLogger("fedpeft").setLevel(logging.INFO)
     try:
+        # In this order, so that a signal ends the thread of the signs of life too.
         with stopped_by_signals(), _watch_command(command):
+            # Ahead of typer, which knows no key of a config.
             hints.refuse_config_options(words, app)
             app(words, prog_name="fedpeft")
     except InputError as error:
@@ -352,6 +359,7 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
 
+    # Python takes handlers in the main thread alone; `main` may be called from another one.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

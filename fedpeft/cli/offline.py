@@ -61,5 +61,6 @@ def merge(
 
 def options_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
     """Arguments `key=value` that are no existing path, and the paths."""
+    # A folder's name may hold a `=`: what is there is a folder.
     options = [text for text in arguments if "=" in text and not Path(text).exists()]
     return options, [Path(text) for text in arguments if text not in options]

@@ -47,7 +47,9 @@ class Progress:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.bar:
             self.bar.stop()
+        # After the bar, which would draw over it.
         logged.sum_up()
+        # From Python, where no handler of ours has made a `Stopped` of it.
         if isinstance(error, KeyboardInterrupt):
             error = Stopped(signal.SIGINT)
         if isinstance(error, Stopped):

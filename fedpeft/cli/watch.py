@@ -119,6 +119,7 @@ class Server(ThreadingHTTPServer):
         InputError: the port cannot be had.
     """
 
+    # A browser that still reads must not hold up the end.
     daemon_threads = True
 
     def __init__(self, watched: Watched, port: int = 0) -> None:
@@ -159,6 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse, before anything else is done, other methods than those that read, and other hosts than this one."""
         if not super().parse_request():
             return False
+        # All of them: of two, programs on the way may go by the other one.
         hosts = self.headers.get_all("Host", [])
         if self.command not in METHODS:
             self.send_error(HTTPStatus.METHOD_NOT_ALLOWED, explain=f"Only {' and '.join(METHODS)} are answered.")
@@ -172,6 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with one of the addresses."""
         path, _, query = self.path.partition("?")
         token, _, name = path.removeprefix("/").partition("/")
+        # In constant time, or it could be guessed sign by sign.
         known = hmac.compare_digest(token.encode(), self.server.token.encode())
         if not known or name not in KINDS or path != f"/{token}/{name}":
             self.send_error(HTTPStatus.NOT_FOUND, explain="The address of the page is the one that was printed.")
