@@ -58,6 +58,7 @@ def clients_at_the_end(run: Run) -> Figure | None:
         return None
     last = max(spreads)
     figure, axes = axes_of(f"All {len(spreads[last])} clients after round {last}, each on its own held-out records")
+    # No label is drawn that begins with a _: the title says what the points are.
     axes.plot(range(1, len(spreads[last]) + 1), spreads[last], "o", color=COLORS[0], label="_clients")
     median = quantile_of(spreads[last], 0.5)
     axes.axhline(median, color=GREY, linestyle="--", linewidth=1.2, label=f"median ({percent(median)})")
@@ -243,6 +244,7 @@ def _draw_rounds(axes: Axes, grid: list[list[float]], label: str) -> None:
         interpolation="nearest",
         extent=(0.5, last + 0.5, rows - 0.5, -0.5),
     )
+    # An image has no entry of its own in a legend.
     axes.plot([], [], "s", color=_make_shades()(0.6), markersize=7, label=label)
     axes.grid(False)
     if rows <= 40:

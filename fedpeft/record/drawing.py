@@ -52,6 +52,7 @@ STYLE = {
     "legend.fontsize": 9,
     "legend.frameon": False,
     "pdf.fonttype": 42,  # text stays text
+    # Else ids are drawn at random, and the same figure has other bytes each time.
     "svg.hashsalt": "fedpeft",
     "lines.linewidth": 1.8,
     "lines.markersize": 4,

@@ -107,6 +107,7 @@ def _find_perplexity(events: list[Event], found: dict[str, Any]) -> float | None
     rows = [row for row in rows if row.get("token_loss") is not None and row.get("test_tokens")]
     tokens = sum(row["test_tokens"] for row in rows)
     loss = sum(row["token_loss"] * row["test_tokens"] for row in rows) / tokens if tokens else math.inf
+    # exp is beyond a float from 710 on.
     return math.exp(loss) if loss < 700 else None
 
 
@@ -236,6 +237,7 @@ def _mean_forgetting(tasks: list[Event]) -> float | None:
     ]
     if len(rows) < 2:
         return None
+    # The best of before, without the end itself: a task that is best there has a forgetting below 0.
     lost = [max(row[task] for row in rows[task:-1]) - rows[-1][task] for task in range(len(rows) - 1)]
     value = sum(lost) / len(lost)
     return value if math.isfinite(value) else None

@@ -82,6 +82,7 @@ def _choose_scale(values: list[float] | list[int], start: float, stop: float, wh
     low, high = float(min(values)), float(max(values))
     if high == low:
         low, high = (low - 1, high + 1) if whole else (low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1))
+    # Five steps at most; 1e-9 keeps rounding from taking the next wider one, or the outermost tick.
     rough = (high - low) / 5
     size = 10 ** math.floor(math.log10(rough))
     step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= rough * (1 - 1e-9))
@@ -107,6 +108,7 @@ def _draw_grid(across: _Scale, up: _Scale, shares: bool) -> list[str]:
 def _draw_marks(line: Line, across: _Scale, up: _Scale) -> list[str]:
     """The line, and a dot at the end of each group, which may be all that it has."""
     every = math.ceil(len(line.points) / MOST_POINTS)
+    # Counted from the end, so that the newest point is always drawn.
     points = [point for place, point in enumerate(reversed(line.points)) if place % every == 0][::-1]
     marks = []
     for _, group in groupby(points, key=lambda point: point[2]):

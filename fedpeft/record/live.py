@@ -113,6 +113,7 @@ class Follower:
             self._end = line[-TAIL:]
             self._lines += 1
             try:
+                # Whatever a line holds, it is counted and said: the page, and other runs on it, go on.
                 self._hear(json.loads(line))
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 self._unread.append(self._lines)
@@ -181,6 +182,7 @@ class Follower:
         """In a word how the run is, and why. A coordinator's run has a file that says it; else its record does."""
         at_work = folders.at_work(self.path)
         said = self._coordinators_word()
+        # A coordinator's run may fail after its last round, while its results are written.
         if self._events_of("end") and said.get("state") not in ("failed", "stopped"):
             return "done", ""
         if said.get("state") in ("failed", "stopped", "submitted"):
@@ -234,6 +236,7 @@ class Follower:
         pace, planned = _pace_of(rounds), start.get("rounds")
         left = None
         if word in UNDER_WAY and pace is not None and isinstance(planned, int):
+            # From the last event on, not from now: a page on which nothing happened must read the same.
             left = rounds[-1]["time"] + pace * max(0, planned - number)
         summary = run.summary if run else {}
         shown: dict[str, Any] = metrics.make_finite(

@@ -164,6 +164,7 @@ def _show_charts(states: list[State]) -> str:
     if any(state["sequence"] for state in states):
         titles["accuracy"] = "accuracy of the classifier as trained, classes so far"
     metrics = [state["metric"] for state in states]
+    # One chart has one unit, so all runs must name the same measure.
     if metrics[0] and metrics == metrics[:1] * len(metrics):
         titles = {"metric": metrics[0]["words"], **titles}
     figures = [
@@ -246,6 +247,7 @@ def _show_clients(state: State, wanted: str) -> str:
     lines = [f"<h3>Clients: {_taking_part(state)} have taken part</h3>"]
     if not clients:
         return "".join([*lines, f"<p>{'No name contains this.' if wanted else 'None has been heard of yet.'}</p>"])
+    # Those that no event has named were in no round.
     silent = 0 if wanted else max(0, (state["expected_clients"] or 0) - len(clients))
     counts = sorted([0] * silent + [row["rounds"] for row in clients.values()])
     lines.append(

@@ -38,6 +38,7 @@ def title_of(run: Run) -> str:
 def html_made(run: Run) -> list[str]:
     """When, by what software, on what, from which data and model, and how to do it again."""
     data, model, section = (run.config.get(key) or {} for key in ("data", "model", "run"))
+    # Of what was unlearned they are those of the run that it was unlearned from.
     times = [event["time"] for event in run.events if isinstance(event.get("time"), int | float)]
     versions = run.identity.get("versions") or {}
     asked = run.summary.get("unlearning")

@@ -40,6 +40,7 @@ def table(events: list[Event], where: str, at: int | None) -> dict[str, Any]:
     rows = {}
     for name, about in (start.get("measures") or PLAIN).items():
         taken = {event["round"]: event.get(where + name) for event in evaluated}
+        # Round 0 is the frozen model, and never the best round of a run.
         known = {key: value for key, value in taken.items() if value is not None and key > 0}
         each = {client: row[name] for client, row in clients.items() if row.get(name) is not None}
         if not known and not each:

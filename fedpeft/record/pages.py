@@ -61,6 +61,7 @@ def _html_cells(tag: str, cells: list[str]) -> str:
 def _html_cell(tag: str, cell: str) -> str:
     if not cell:
         return "<td></td>"  # a heading without text would be read out as one
+    # A number and its error stay on one line.
     return f"<{tag}>{html.escape(cell).replace(' ± ', '&nbsp;±&nbsp;')}</{tag}>"
 
 

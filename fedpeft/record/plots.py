@@ -136,6 +136,7 @@ def _by_task(scores: list[Event], ends: list[int]) -> list[list[Event]]:
 
 def _plot_references(axes: Axes, run: Run) -> None:
     elsewhere = "" if run.summary["evaluated_on"] == SERVER else f", {SERVER}"
+    # The first two colours are those of the run's own lines.
     for color, (name, label) in zip(COLORS[2:], REFERENCES.items(), strict=False):
         value = run.summary["baselines"].get(name)
         if isinstance(value, int | float):

@@ -43,6 +43,7 @@ def write(run: str | Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     images: dict[str, bytes] = {}
     written: list[Path] = []
+    # Ahead of the page, which holds them.
     with drawing.style():
         for name, draw in plots.PLOTS.items():
             for suffix, content in _draw_plot(name, draw, loaded).items():
@@ -247,6 +248,7 @@ def _show_updates(run: Run) -> list[str]:
     if not rounds:
         return []
     rows = [row for event in rounds for row in _updates_of(event)]
+    # Of too many those that somebody may look for: what was not simply used, or was far.
     shown = rows if len(rows) <= MOST_ROWS else [row for row in rows if row[2] != "used" or row[6]][:MOST_ROWS]
     left = f" of {len(rows):,}, of clients that stand out; metrics.jsonl has all" if len(shown) < len(rows) else ""
     heads = ["round", "client", "update", "norm", "times the round's median", "distance to the median", ""]

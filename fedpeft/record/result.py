@@ -76,6 +76,7 @@ def load_ended(run: str | Path) -> Result | None:
         InputError: a file of it cannot be read; names it.
     """
     path = Path(os.path.expanduser(run))
+    # What was removed of them is made again by going on.
     needed = ("resolved.yaml", "summary.json", "metrics.jsonl", "adapter", "report.html")
     if not all((path / name).exists() for name in needed):
         return None

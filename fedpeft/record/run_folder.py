@@ -78,6 +78,8 @@ def load(path: Path, label: str) -> Run:
         raise InputError(f"{path / 'metrics.jsonl'}: {error}") from error
     if ended:
         written = read_object(path / "summary.json")
+        # What follows from the events is computed anew, so that runs of older versions have what pages of this one
+        # show.
         summary |= {key: value for key, value in written.items() if key not in summary}
     split = _read_split(path / "split.json") if (path / "split.json").exists() else None
     if split and (names := _find_owners(split)):
@@ -127,6 +129,7 @@ def _parse_yaml(path: Path, text: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     try:
+        # Not checked as a config: runs of other versions, and of packages that are not here, have reports too.
         tree: Any = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # OmegaConf and PyYAML errors share no base
         raise InputError(f"{path}: not readable as YAML: {error}") from error

@@ -87,6 +87,7 @@ def common_round(runs: list[Run]) -> int | None:
     """The last round that all runs evaluated on like classes; None where there is none, as between sequences."""
     if any(run.summary.get("sequence") for run in runs):
         return None
+    # Without round 0: before any training there is nothing to rank.
     shared = set.intersection(
         *({score["round"] for score in run.scores if score["accuracy"] is not None and score["round"]} for run in runs)
     )

@@ -26,6 +26,7 @@ ATTACK = "Attack: forgotten training records told from test records by their los
 
 def sentences(result: dict[str, Any]) -> list[str]:
     """What a reader takes away: what was to be forgotten, how far it is, and what that cost of the rest."""
+    # Retraining is its own yardstick, and has no row beside it.
     before, after = result["rows"]["trained"], result["rows"].get("unlearned") or result["rows"]["retrained"]
     lines = [f"Unlearned: {result['asked']['words']}, by {result['method']}, from the run {result['run']}."]
     compared = [

@@ -129,6 +129,7 @@ class Told:
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Remember that they were told."""
+        # By number, as those of one round come in several events.
         self.last |= dict.fromkeys(values, step)
         write_bytes(self.path, json.dumps(self.last).encode())
 
@@ -146,6 +147,7 @@ def track_run(config: Config, run: Path, after: int) -> Iterator[Trackers]:
     try:
         yield trackers
     except BaseException:
+        # Of Ctrl-C too, or it would be shown as at work for good.
         trackers.close(failed=True)
         raise
     trackers.close(failed=False)

@@ -26,6 +26,7 @@ class MLflowTracker(Tracker):
 
     def __init__(self, folder: Path, run: str, config: dict[str, Any], after: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its default is to report
+        # Newer ones refuse a store of files, which needs no server and no database, unless they are told so.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Param
@@ -40,6 +41,7 @@ class MLflowTracker(Tracker):
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         number = self.client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
         self.id = self.client.create_run(number, run_name=run).info.run_id
+        # A key may be a pattern of the user's, as those of peft's rank_pattern, with signs that MLflow refuses.
         for part in _cut_batches({plain_name(key): value for key, value in config.items()}):
             self.client.log_batch(self.id, params=[Param(key, str(value)[:LONGEST]) for key, value in part])
         write_bytes(known, self.id.encode())
