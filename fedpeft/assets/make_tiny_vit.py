@@ -43,6 +43,7 @@ def draw(digit: int, rng: np.random.Generator) -> np.ndarray:
     page.paste(
         ink, ((32 - ink.width) // 2 + int(rng.integers(-1, 2)), (32 - ink.height) // 2 + int(rng.integers(-1, 2)))
     )
+    # Black or white before means are taken, as those digits were.
     bitmap = (np.asarray(page) > 127).astype(np.float32)
     grey: np.ndarray = bitmap.reshape(8, 4, 8, 4).mean(axis=(1, 3))
     return grey
@@ -50,6 +51,7 @@ def draw(digit: int, rng: np.random.Generator) -> np.ndarray:
 
 def main(target: Path) -> None:
     """Train the model on drawn digits, print its loss and accuracy, and save it to the folder `target`."""
+    # More would sum in another order, and the checkpoint would be another one.
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)

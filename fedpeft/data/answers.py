@@ -119,6 +119,7 @@ def name_of(table: Table, name: str, number: int, value: Any, known: list[str] |
     Raises:
         InputError: it is none, or not a known one.
     """
+    # Data sets of the hub store numbers, whose names are in their features.
     if known and isinstance(value, int | np.integer) and 0 <= value < len(known):
         return known[int(value)]
     try:

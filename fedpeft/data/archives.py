@@ -50,6 +50,7 @@ def unpacked(path: Path) -> Iterator[tuple[Path, tuple[Skipped, ...]]]:
         InputError: it is no such archive, or one that is refused; names the member.
     """
     with tempfile.TemporaryDirectory(prefix="fedpeft-") as scratch:
+        # Resolved, as places inside are compared with it, and the folder for scratch may be a link.
         root = Path(scratch).resolve() / "archive"
         root.mkdir()
         damaged = _unpack_archive(path, root)
@@ -69,6 +70,7 @@ def _unpack_archive(path: Path, root: Path) -> list[str]:
     with closing(_unpack_zip(path) if ending_of(path) == ".zip" else _unpack_tar(path)) as members:
         for number, (name, size, file) in enumerate(members):
             member, total = PurePosixPath(name), total + (size or 0)
+            # A single name can make thousands of folders.
             names |= {member, *member.parents}
             if total > LARGEST or max(number + 1, len(names) - 1) > MOST:  # the folder of all is among the names
                 raise InputError(
@@ -171,6 +173,7 @@ def _unpack_zip(path: Path) -> Members:
         raise InputError(f"{path}: not readable as zip: {error}. Is it complete?") from error
     with archive:
         for member in archive.infolist():
+            # The upper half is the mode that Unix had; archives made elsewhere have 0 there.
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise InputError(f"{path}: the member {member.filename} is a link or device. Pack it without these.")

@@ -141,6 +141,7 @@ def checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:  # read, not mapped: mapped pages count as this process's memory
         while piece := file.read(PIECE):
+            # Against what a disk loses; who may write here could change the facts as well.
             value = zlib.crc32(piece, value)
     return value
 

@@ -152,6 +152,7 @@ def is_missing(value: Any) -> bool:
         return value.is_nan()
     return (
         value is None
+        # By name, as pandas need not be loaded to know that nothing of it is there.
         or type(value).__name__ in ("NAType", "NaTType")
         or (isinstance(value, float | np.floating) and math.isnan(value))
     )
@@ -324,6 +325,7 @@ def natural(values: Sequence[Any]) -> np.ndarray | None:
     kinds = {type(value) for value in there}
     if kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
         return _to_whole_numbers(values, len(there) == len(values))
+    # To Python True is a number; as owners, true and 1 are two.
     numbers = bool(kinds) and all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds)
     if numbers and all(isinstance(value, float | np.floating) or abs(value) < EXACT for value in there):
         return np.array([math.nan if is_missing(value) else value for value in values], dtype=np.float64)

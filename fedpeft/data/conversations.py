@@ -217,6 +217,7 @@ FORMS = (
     Form("completion", {"prompt": ("prompt",), "completion": ("completion",)}, _read_completion),
     Form("qa", {"question": ("question",), "answer": ("answer",)}, _read_qa),
 )
+# Preferences stay the first: `unanswered` leaves them out by their place.
 PAIRS = FORMS[:1]
 WHOLE = ("messages", "sharegpt")  # forms whose one column has all that was said
 
@@ -371,6 +372,7 @@ def read_rows(
 
 def dump_turns(turns: Sequence[Any]) -> str:
     """Turns, or both conversations of a preference, as one text."""
+    # Escapes would take two to three times the bytes of most scripts.
     return json.dumps(turns, ensure_ascii=False)
 
 

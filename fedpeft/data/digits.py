@@ -36,6 +36,7 @@ class Digits:
         images = (table[:, :-1].reshape(-1, SIDE, SIDE, 1) / 16).astype(np.float32)
         names = [str(digit) for digit in range(CLASSES)]
         records = Records(images, table[:, -1].astype(np.int64), names, {}, "image")
+        # The last byte has bits to spare.
         test = np.unpackbits(np.frombuffer(TEST, np.uint8), count=len(table)).astype(bool)
         return records.take(np.flatnonzero(~test)), records.take(np.flatnonzero(test))
 

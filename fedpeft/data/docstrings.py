@@ -95,6 +95,7 @@ def paragraphs(library: str) -> list[tuple[str, str]]:
 def _read_file_docstrings(path: Path) -> Iterator[str]:
     """First paragraphs, joined to one line, of the public definitions in a file."""
     try:
+        # As bytes, since a file says its own encoding.
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # template files of code generators
         return

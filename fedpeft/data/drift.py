@@ -238,6 +238,7 @@ def _render_pixels(plan: dict[str, Any]) -> np.ndarray:
         corrupt_image(images[image], name, severity, np.random.default_rng(noise))
         for image, name, severity, noise in rows
     ]
+    # Whole numbers, as last bits of floats differ between processors and the hash would too.
     return np.round(np.stack(made) * 255).astype(np.uint8)
 
 

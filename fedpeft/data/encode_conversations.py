@@ -84,6 +84,7 @@ class _Encoder:
         )
         if not any(learned[1:]):  # the first token is never predicted
             seen.silent.append(begin)
+            # A template may write nothing, and a row has at least one token.
             return [*written.ids, self.filler][:1], [False]
         return ids, learned
 

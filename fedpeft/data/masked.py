@@ -99,6 +99,7 @@ class MaskedTokens(Tokens):
         rng = seeds.numpy_generator(self.seed, "mask", ids.tobytes().hex())
         chance, kind = rng.random((2, len(ids)))
         words = rng.integers(0, self.vocabulary.size, len(ids))
+        # After all draws, so that what is drawn of a place does not hang on what is special.
         chance[np.isin(ids, self.vocabulary.special)] = np.inf
         hidden = np.flatnonzero(chance < CHOSEN)
         if not len(hidden) and np.isfinite(chance).any():

@@ -158,7 +158,9 @@ def look(data: bytes, bright: bool) -> Look:
         turned = quick and pictures.orientation(picture) in pictures.UPRIGHT
         if quick:
             picture.draft(picture.mode, (width // SMALLER, height // SMALLER))
+        # Opening has read the header alone.
         picture.load()
+    # Too large is not damaged: whoever asks names the record, and leaves nothing out.
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise
     except UnidentifiedImageError as error:

@@ -152,6 +152,7 @@ def _from_pillow(picture: Picture) -> Array:
     if picture.mode in COLOUR:
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     if picture.mode in DEEP:
+        # 65,535 / 255, so that white stays white.
         return np.round(np.asarray(picture).astype(np.float64) / 257).astype(np.uint8)[..., None]
     if picture.mode == "F":
         return _to_fractions(np.asarray(picture))[..., None]

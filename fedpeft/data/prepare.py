@@ -82,6 +82,7 @@ def prepare(name: str, source: Path | None = None, target: Path | None = None) -
     if source is not None and not source.is_dir():
         raise InputError(f"--from: no folder {source}.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, as a rename does not cross file systems.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         files = _find_sources(chosen, source, Path(scratch))
         built = Path(scratch) / "built"

@@ -224,6 +224,7 @@ def _name_sign(delimiter: str) -> str:
 def _split_rows(path: Path, delimiter: str, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
     """(line it starts on, fields) of each row. Text after a closing quote, or a quote never closed, is wrong."""
     reader = csv.reader(lines_of(path, encoding), delimiter=delimiter, strict=True)
+    # One number for all readers of the process, so it is put back below.
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         while True:
@@ -348,6 +349,7 @@ def parquet(path: Path, folder: Path | None = None) -> Columns:
         names = file.schema_arrow.names
         require_distinct(path, names)
         spool = Spool(folder)
+        # So that a file without rows has its columns.
         spool.extend({name: [] for name in names}, 0)
         for batch in file.iter_batches(BLOCK):
             spool.extend({name: _read_column(path, name, batch.column(name)) for name in names}, batch.num_rows)

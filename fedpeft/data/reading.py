@@ -56,6 +56,7 @@ class Reading:
         """
         form = parse_format(config.format)
         if key == "data.test":
+            # One key for two files, of which the other may be a parquet file.
             written = ending_of(Path(config.test or "")) in (*CSV, *ARCHIVES)
             return cls(form if written else {}, train_split=config.test_split, train_key="test_split")
         if config.train_split is not None and config.train_split == config.test_split and config.test is None:

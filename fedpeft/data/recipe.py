@@ -141,6 +141,7 @@ def _deb_data(path: Path) -> bytes:
         position += 60
         if name.startswith(b"data.tar"):
             return raw[position : position + size]
+        # ar puts every member at an even place.
         position += size + size % 2
     raise InputError(f"{path}: not a Debian package.")
 

@@ -80,6 +80,7 @@ class Records:
             digest.update(np.ascontiguousarray(self.inputs.hashes).data)
         elif isinstance(self.inputs, Texts):
             for block in self.inputs.raw():
+                # With lengths: "ab", "c" are other records than "a", "bc".
                 digest.update(b"".join(len(data).to_bytes(8, "big") + data for data in block))
         else:
             for value in self.inputs:
@@ -103,6 +104,7 @@ def save_records(records: Records, folder: Path) -> dict[str, Any]:
         ],
     }
     names = {kept["inputs"], *(file for _, kind, file in kept["columns"] if kind != "values")}
+    # The spool has written every column of the file, also those that no record needs.
     for path in folder.iterdir():
         if path.stem not in names:
             path.unlink()

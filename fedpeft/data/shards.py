@@ -71,6 +71,7 @@ def columns(root: Path) -> tuple[dict[str, Sequence[Any]], tuple[Skipped, ...]]:
             continue
         record = records.setdefault(str(name.with_name(key)), {})
         for column, value in _read_member(path, read).items():
+            # A picture may be there as jpg and as png, or its class in cls and in json.
             if column in record:
                 raise InputError(f"{root}: {name} is the column {column!r} of its record a second time. Rename one.")
             record[column] = value

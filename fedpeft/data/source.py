@@ -337,5 +337,6 @@ def _order_stratified(labels: np.ndarray, seed: int, purpose: str) -> tuple[np.n
     for alike in group_alike(labels):
         members = rng.permutation(alike)
         rank[members] = np.arange(len(members))
+        # Anywhere in its first step, or the first record of every class, however rare, would come before all others.
         place[members] = (rank[members] + rng.random()) / len(members)
     return np.argsort(place, kind="stable"), rank

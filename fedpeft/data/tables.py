@@ -233,6 +233,7 @@ def _read_split(found: datasets.Dataset, where: str, skipped: tuple[Skipped, ...
             found = found.cast_column(name, datasets.Image(decode=False))
     found = found.with_format(None)  # one saved with torch's would give tensors
     spool = readers.Spool()
+    # So that a set without records has its columns.
     spool.extend({name: [] for name in found.column_names}, 0)
     for batch in found.iter(BLOCK):
         spool.extend(batch, len(next(iter(batch.values()))))

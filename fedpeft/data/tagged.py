@@ -134,6 +134,7 @@ def _label_tokens(words: Sequence[str], tags: Sequence[int], spans: Sequence[tup
         end = start + len(word)
         while token < len(spans) and spans[token][1] <= start:
             token += 1
+        # A token has one tag, so the second word in it goes without, which is counted and said.
         if token < len(spans) and spans[token][0] < end:
             labels[token] = tag
             token += 1

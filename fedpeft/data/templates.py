@@ -84,6 +84,7 @@ class Template:
             text = tokenizer.apply_chat_template(
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=answering
             )
+        # Templates add up and index what they expect, so they fail with errors of Python's too.
         except (TemplateError, TypeError, ValueError) as error:
             raise NotWritten(f"the template {self.name} refuses it: {error}") from error
         return self.start + str(text)

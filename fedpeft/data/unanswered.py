@@ -175,6 +175,7 @@ def _read_questions(table: tables.Table, form: Form, held: Mapping[str, str]) ->
     for number in range(len(next(iter(table.columns.values())))):
         row = {key: table.columns[name][number] for key, name in held.items()}
         if answer is not None:
+            # The form asks for one, and the turns end before it.
             row[answer] = "."
         else:
             key = next(iter(form.needed))

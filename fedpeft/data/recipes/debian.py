@@ -36,9 +36,11 @@ class AptLists:
 
     def download(self, folder: Path) -> None:
         lists = folder / "lists"
+        # apt-get does not make it, and ends without.
         (lists / "partial").mkdir(parents=True)
         options = {
             "Dir::State::lists": lists,
+            # Else apt writes these into /var, which only root may.
             "Dir::Cache::pkgcache": folder / "pkgcache",
             "Dir::Cache::srcpkgcache": folder / "srcpkgcache",
             "Acquire::GzipIndexes": "false",

@@ -26,6 +26,7 @@ def draw(content: bytes) -> np.ndarray | None:
     """uint8 [62, 32, 32] of a font file, or None where a character is missing or empty."""
     from PIL import ImageFont
 
+    # The other engine is not in every build of Pillow, and would place glyphs otherwise.
     font = ImageFont.truetype(io.BytesIO(content), DRAWN, layout_engine=ImageFont.Layout.BASIC)
     missing = bytes(font.getmask(UNASSIGNED))
     glyphs = []

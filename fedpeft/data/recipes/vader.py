@@ -27,6 +27,7 @@ ENDING = "_GroundTruth.txt"
 def ratings(data: str, domain: str) -> Iterator[tuple[str, str, str, str]]:
     """(text, label, domain, document) of the snippets with a clear rating. Lines are id, mean rating, text."""
     for line in data.splitlines():
+        # The third part may have tabs itself.
         name, rating, text = line.split("\t", 2)
         if abs(float(rating)) > THRESHOLD and text.strip():
             yield (
@@ -45,6 +46,7 @@ def build(files: dict[str, Path], target: Path) -> dict[str, Any]:
     rows: list[tuple[str, str, str, str]] = []
     for name, content in tar_members(inner, lambda name: name.endswith(ENDING)):
         rows += ratings(content.decode("utf-8"), DOMAINS[Path(name).name.removesuffix(ENDING)])
+    # In an order of its own: that of the files in the archive is its packer's.
     frame = pandas.DataFrame(sorted(rows, key=lambda row: row[2]), columns=["text", "label", "domain", "document"])
     counts = write_parts(target, frame, [held_out(document) for document in frame["document"]])
     return {

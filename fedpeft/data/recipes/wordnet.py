@@ -24,6 +24,7 @@ VERBS = (
     "social stative weather"
 )
 NAMES = [*(f"noun.{name}" for name in NOUNS.split()), *(f"verb.{name}" for name in VERBS.split())]
+# 00 to 02 are adjectives and adverbs.
 LEXNAMES = {f"{number:02d}": name for number, name in enumerate(NAMES, 3)}
 FEWEST = 400
 
