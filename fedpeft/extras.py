@@ -22,6 +22,7 @@ EXTRAS = {  # package -> the extra that has it
 
 def require(package: str, what: str) -> None:
     """Refuse `what` where its package is not installed; says which extra has it."""
+    # Looked for and not imported, which takes seconds for some.
     if importlib.util.find_spec(package) is None:
         named = f'"fedpeft[{EXTRAS[package]}]"' if package in EXTRAS else package
         raise InputError(f"{what} needs the package {package}, which is not installed. Run: pip install {named}")

@@ -59,6 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file whole or not at all."""
     from safetensors.torch import save
 
+    # safetensors refuses what is a view with gaps.
     write_bytes(path, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata))
 
 
@@ -106,6 +107,7 @@ def scratch_folder(folder: Path, name: str) -> Iterator[Path]:
     ours = re.compile(
         re.escape(start) + r"([0-9]{1,9})-[^-]+"
     )  # whole: another machine's name may begin with this one's
+    # Of this machine only: whether a process of another one lives cannot be seen.
     for left in folder.glob(f".{name}-*"):
         if (found := ours.fullmatch(left.name)) and not _is_alive(int(found[1])):
             shutil.rmtree(left, ignore_errors=True)

@@ -62,6 +62,7 @@ class Made:
             draft = self.link.with_name(f".{self.path.name}.link")
             with contextlib.suppress(OSError):  # a file system without links
                 draft.symlink_to(self.path.name)
+                # By a rename, so that there is a link at any moment.
                 draft.replace(self.link)
 
 

@@ -114,6 +114,7 @@ def shown(text: object, longest: int = TEXT_BYTES) -> str:
     What the line is put into (HTML, a terminal's markup) has escapes of its own.
     """
     whole = str(text)
+    # Cut before it is escaped: a text from elsewhere may have gigabytes.
     line = _escape_text(whole[: longest + 1])
     if len(whole) <= longest and len(line.encode()) <= longest:
         return line
@@ -129,6 +130,7 @@ def _escape_text(text: str) -> str:
 
 def require_length(text: str, what: str, longest: int) -> None:
     """Raise InputError for a text of more bytes than `longest`; `what` is blamed."""
+    # Characters first, so that no copy is made of a text that is far too long.
     if len(text) > longest or len(text.encode(errors="replace")) > longest:
         raise InputError(f"{what}: {len(text)} characters; at most {longest} bytes are read.")
 

@@ -158,6 +158,8 @@ def _unpack_alike(array: np.ndarray, form: AdapterState) -> AdapterState:
     flat = flat.reshape(-1).view(form.payload[0].dtype)
     pieces = iter(flat.split([value.numel() for value in form.payload]))
     tensors, extra = (
-        {key: next(pieces).view(value.shape).clone() for key, value in getattr(form, part).items()} for part in PARTS
+        # A view would keep the whole message in memory.
+        {key: next(pieces).view(value.shape).clone() for key, value in getattr(form, part).items()}
+        for part in PARTS
     )
     return AdapterState(tensors, form.sites, extra)

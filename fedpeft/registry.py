@@ -244,6 +244,7 @@ def table(kind: str) -> dict[str, str]:
             "%s = %s (entry point of fedpeft.%s) is not used: fedpeft has %s itself. Give it another name.",
             *(name, found[name], kind, name),
         )
+    # Ours last, so that no other package can take the place of one of them.
     return {**found, **TABLES[kind]}
 
 

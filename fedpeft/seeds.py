@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def derive(root: int, *path: str | int) -> int:
     """Hash `root` and a path of names and numbers to an integer in [0, 2**63)."""
+    # As JSON, in which "round", 7 is no other path's text.
     text = json.dumps([root, *path], separators=(",", ":"))
+    # One bit less than eight bytes have, so that it fits a signed integer of 64.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -76,6 +76,7 @@ def robust_signature(
         share = 1.0
         if orthogonal:
             size = inner(clean, clean, site)
+            # Nothing lies along an adapter that changes nothing.
             share = inner(robust, clean, site) / size if size > 0 else 0.0
         tensors |= _stack_factors(site, robust, [(1.0, robust), (-share, clean)])
     return AdapterState(tensors, {site: robust.sites[site] for site in sites})

@@ -98,6 +98,7 @@ class Merger(configs.Configured, ABC):
         share = self.share(state, number)
         heads = {}
         for key, value in adapter.select(("head",)).tensors.items():
+            # A running mean, so that no head of an earlier adapter is kept.
             mean = state["tensors"].get(f"head:{key}", torch.zeros_like(value))
             heads[f"head:{key}"] = mean + share * (value - mean)
         tensors, numbers = self.update(state, adapter, number)
@@ -209,6 +210,7 @@ def assemble(state: State, tensors: Tensors) -> AdapterState:
         if not A.shape[0]:
             tensors = tensors | {f"{site}/B": B.new_zeros(B.shape[0], 1), f"{site}/A": A.new_zeros(1, A.shape[1])}
     form = state["numbers"]["form"]
+    # Copies, as safetensors refuses tensors that share memory.
     plain = {key: value.to(DTYPES[form[key][0]]).clone() for key, value in tensors.items()}
     return from_dict(plain, state["numbers"]["sites"])
 

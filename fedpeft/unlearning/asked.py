@@ -180,6 +180,7 @@ def content(records: Records, named: bool) -> list[bytes]:
             value = records.inputs[number]
             digest.update(value.encode() if isinstance(value, str) else pictures.as_bytes(value))
         if named:
+            # Apart from the input, which may end in what a label begins with.
             digest.update(b"\0" + records.label_names[records.labels[number]].encode())
         if records.targets is not None:
             digest.update(np.ascontiguousarray(records.targets[number]).data)

@@ -30,6 +30,7 @@ def sentences(config: Config, summary: dict[str, Any], asked: Asked, reruns: boo
     said = []
     covered = section.unit == "client" if asked.kind == CLIENT else section.unit == "sample"
     if covered and epsilon is not None:
+        # exp is beyond a float from 710 on, and tells nothing long before.
         factor = number(math.exp(epsilon)) if epsilon < math.log(1e6) else "over a million"
         whose = "this client's" if asked.kind == CLIENT else "each of these records'"
         said.append(

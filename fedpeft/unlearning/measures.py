@@ -73,6 +73,7 @@ def look(model: Adapted, data: Encoded, tokens: int) -> Seen:
         losses.append(objective.losses(scores, targets).double().cpu())
         if not targets.is_floating_point() and scores.ndim == targets.ndim + 1:
             answers.append(scores.argmax(-1)[targets != IGNORE].cpu())
+    # A text without a token to predict has no loss, and takes no part in the attack.
     found = np.full(len(data), np.nan)
     found[teaching[np.concatenate(order)]] = torch.cat(losses).numpy()
     return Seen(tally.metrics(), found, torch.cat(answers).numpy() if answers else np.empty(0))
@@ -116,6 +117,7 @@ def membership_attack(members: np.ndarray, others: np.ndarray, weights: np.ndarr
     Args:
         weights: what each of the others counts for.
     """
+    # A test record of a class that none to be forgotten has would be told apart by its class.
     known = ~np.isnan(others) & (weights > 0)
     others, weights, members = others[known], weights[known], np.sort(members[~np.isnan(members)])
     if not len(others) or not len(members):

@@ -75,6 +75,7 @@ class Case:
         """
         fresh = self.world.start.adapter
         tensors: dict[str, Tensor] = {}
+        # As a residual of the weights: the model's own factors have one rank, and this adapter any.
         for site in fresh.lora_sites():
             left = [adapter.sites[site].scaling * adapter[f"{site}/B"].double()]
             right = [adapter[f"{site}/A"].double()]

@@ -118,6 +118,7 @@ def _plain_config(config: Config, adapter: AdapterState) -> Config:
         client_ranks=None,
         penalty=None,
         penalty_options={},
+        # By their full names: an ending may fit layers that the run left alone.
         target_modules=sorted(adapter.lora_sites()),
         train_head=any(site.kind == "head" for site in adapter.sites.values()),
     )
@@ -163,4 +164,5 @@ def _find_alike(world: World, asked: Asked, parts: dict[str, list[int]]) -> np.n
     }[asked.kind]
     rows = [world.local.holdout[client].rows for client in owners]
     held = np.concatenate([np.empty(0, dtype=np.int64), *rows])
+    # A file may name records that are held out, which are no reference for themselves.
     return held if asked.kind == CLIENT else held[~np.isin(held, asked.numbers)]

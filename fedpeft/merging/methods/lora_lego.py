@@ -83,6 +83,7 @@ class LoRALego(Merger):
 
         if k == len(units):
             return torch.arange(k)
+        # scikit-learn takes no larger ones.
         seed = seeds.derive(self.config.seed, "lora_lego", site) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer distinct units than clusters

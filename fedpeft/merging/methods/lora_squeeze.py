@@ -59,6 +59,7 @@ class LoRASqueeze(Merger):
     def notes(self, state: State) -> list[str]:
         kept = total = 0.0
         for site, scaling in ((site, state["numbers"]["sites"][site]["scaling"]) for site in sites_of(state)):
+            # Sites may scale differently, and their shares are taken of one sum.
             values = lowrank.svd(*pair(state, site))[1].square() * scaling**2
             kept, total = kept + float(values[: self.config.rank].sum()), total + float(values.sum())
         return [f"rank {self.config.rank} keeps {kept / total:.2%} of the squared norm"] if total else []

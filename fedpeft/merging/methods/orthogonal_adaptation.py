@@ -60,6 +60,7 @@ class OrthogonalAdaptation(Merger):
 
     def _require_orthogonal(self, site: str, kept: Tensor, A: Tensor) -> None:
         width, used, rank = A.shape[1], kept.shape[0], A.shape[0]
+        # Whoever sets the tolerance to 1 asks for the sum whatever overlaps.
         if used + rank > width and self.config.tolerance < 1:
             raise InputError(
                 f"orthogonal_adaptation: {site} is {width} wide and {used} of its directions are taken: "

@@ -48,6 +48,7 @@ class TaskArithmetic(Merger):
 
     def finish(self, state: State) -> Tensors:
         return {
+            # On B alone, as on both factors it would be squared.
             key: value * (self.config.lambda_ if key.endswith("/B") else 1.0)
             for key, value in super().finish(state).items()
         }

@@ -123,6 +123,7 @@ class LoKU(UnlearningMethod):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive(case.config.run.seed, "unlearn", "dropout"))
             for number, mine in enumerate(pieces, 1):
+                # At each step: the look at what is forgotten leaves the model evaluating.
                 model.training_mode()
                 loss = hinge_of(model, *on_device(case.forget, mine, device)).mean()
                 passes += len(mine)

@@ -73,6 +73,7 @@ class Negation(UnlearningMethod):
         for number, strength in enumerate(GRID):
             progress.step("rounds", number, len(GRID))
             case.write(negate_task(case.adapter, start, tuned, strength))
+            # Accuracy need not fall evenly: a larger one may still be allowed.
             if evaluate(case.model, control, tokens=tokens)["accuracy"] < least:
                 continue
             found = strength

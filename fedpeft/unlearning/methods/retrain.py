@@ -26,6 +26,7 @@ class Retrain(UnlearningMethod):
     reruns = True
 
     def unlearn(self, case: Case, folder: Path) -> Outcome:
+        # The folder has config, split and fingerprints by now, as a run has that was broken off ahead of round 1.
         resume(folder)
         client, data = case.config.client, case.world.local.train_data
         sizes = {name: int((~np.isin(mine.rows, case.asked.numbers)).sum()) for name, mine in data.items()}
