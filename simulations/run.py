@@ -35,6 +35,7 @@ from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.ray_engine import start_ray, stop_ray
 from fedpeft.simulations.trained_baselines import trained_baselines
 from fedpeft.strategies import wire
+from fedpeft.uncollected import set_apart
 
 
 def simulate(
@@ -136,7 +137,9 @@ def resume(run: str | Path, on_event: loop.Listener = lambda event: None) -> Res
 def _run_world(config: Config, run: Path, on_event: loop.Listener) -> Result:
     world = load_world(config, run)
     fit = partial(fit_baselines, world)
-    return Result(loop.run(world, run, Recorder(run / "metrics.jsonl"), partial(open_grid, world, run), on_event, fit))
+    open_clients = partial(open_grid, world, run)
+    with set_apart():
+        return Result(loop.run(world, run, Recorder(run / "metrics.jsonl"), open_clients, on_event, fit))
 
 
 def fit_baselines(world: World) -> dict[str, Any]:

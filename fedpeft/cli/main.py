@@ -65,12 +65,12 @@ def simulate(
     """Run a federation on this machine."""
     from fedpeft.config import parse_overrides, shortened
 
-    with uncollected():
+    given = shortened.rounds(config, parse_overrides(overrides or []))
+    with uncollected():  # but for the rounds
         from fedpeft.simulations.run import simulate as run
 
-    given = shortened.rounds(config, parse_overrides(overrides or []))
-    with rounds.Progress(quiet=as_json) as progress:
-        summary = run(config, given, out, progress)
+        with rounds.Progress(quiet=as_json) as progress:
+            summary = run(config, given, out, progress)
     console.emit(summary, as_json, console.run_result)
 
 
@@ -87,10 +87,11 @@ def resume(
         console.note(f"{run_dir}: the run has ended, after round {done['rounds']}. This is what it came to:")
         console.emit(done, as_json, console.run_result)
         return
-    with uncollected():
+    with uncollected():  # but for the rounds
         from fedpeft.simulations.run import resume as run
-    with rounds.Progress(quiet=as_json) as progress:
-        summary = run(run_dir, progress)
+
+        with rounds.Progress(quiet=as_json) as progress:
+            summary = run(run_dir, progress)
     console.emit(summary, as_json, console.run_result)
 
 

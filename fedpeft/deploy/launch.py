@@ -7,7 +7,6 @@ worker   what has model and data at a site
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import os
@@ -45,9 +44,8 @@ def main(arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     log_lines("" if role == "run" else f"{role}: ")
     module, act = ROLES[role].split(":")
-    with uncollected():
+    with uncollected(for_good=True):
         begin = getattr(importlib.import_module(module), act)
-        gc.freeze()  # nor is it looked through later
     begin(Path(folder), *rest)
 
 

@@ -249,12 +249,13 @@ def test_a_run_has_loaded_nothing_of_its_models_baselines_and_report_before_it_b
 
 
 def test_a_run_has_loaded_no_more_than_its_model_needs_when_its_first_round_begins():
-    """No scikit-learn and no pandas: what they are for comes after a round."""
+    """No scikit-learn and no pandas: what they are for comes after a round. And no look for garbage goes through it."""
     code = """
-import sys, tempfile
+import gc, sys, tempfile
 from fedpeft.simulations.grid import LocalGrid
 from fedpeft.simulations.run import simulate
 def push_messages(self, messages):
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
     raise EOFError
 LocalGrid.push_messages = push_messages
 with tempfile.TemporaryDirectory() as folder:
