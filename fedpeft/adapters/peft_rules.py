@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft.adapters.grouped import LINEAR, Act, Rule, Values, add_product
+from fedpeft.adapters.grouped import LINEAR, Act, Rule, Values, add_low_rank, add_product
 from fedpeft.errors import InputError
 
 DEFAULT = "default"  # peft's name of the only adapter
@@ -64,10 +64,10 @@ def _apply_lora(module: Any, x: Tensor, own: Values) -> Tensor:
     A, B = own["lora_A.default.weight"], own["lora_B.default.weight" if core is None else "lora_B.default.1.weight"]
     y = module.base_layer(x)
     # As peft does: factors may be more precise than the base.
-    x = module.lora_dropout[DEFAULT](x.to(A.dtype)) @ A.mT
-    if core is not None:
-        x = x @ core.mT
-    return add_product(y.to(x.dtype), x, B, module.scaling[DEFAULT]).to(y.dtype)
+    x, scale = module.lora_dropout[DEFAULT](x.to(A.dtype)), module.scaling[DEFAULT]
+    if core is None:
+        return add_low_rank(y.to(x.dtype), x, A, B, scale).to(y.dtype)
+    return add_product(y.to(x.dtype), x @ A.mT @ core.mT, B, scale).to(y.dtype)
 
 
 def _is_dora(module: Any) -> bool:
@@ -83,7 +83,7 @@ def _apply_dora(module: Any, x: Tensor, own: Values) -> Tensor:
     scale, weight, bias = module.scaling[DEFAULT], module.base_layer.weight, module.base_layer.bias
     base = nn.functional.linear(x, weight)
     gain = (m / norm_rows(weight, A.detach(), B.detach(), scale)).unsqueeze(-2)
-    y = gain * add_product(base.to(A.dtype), x.to(A.dtype) @ A.mT, B, scale)
+    y = gain * add_low_rank(base.to(A.dtype), x.to(A.dtype), A, B, scale)
     return (y if bias is None else y + bias).to(base.dtype)
 
 
