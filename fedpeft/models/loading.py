@@ -27,6 +27,7 @@ from fedpeft.models import agreement, rates
 from fedpeft.models.attention import hold_scores
 from fedpeft.models.base import Base
 from fedpeft.models.embedded import has_embedded, make_embedded
+from fedpeft.models.products import hasten_products
 from fedpeft.models.quantized import (
     import_kernels,
     is_quantized,
@@ -80,6 +81,7 @@ def load(config: ModelConfig, labels: int, seed: int) -> Base:
         head = nn.Linear(model.config.hidden_size, labels) if pooled else None
     model.requires_grad_(False).eval()
     hold_scores(model, config.batched_attention or 0)
+    hasten_products(model)
     if config.gradient_checkpointing:
         _recompute_activations(model)
     if objective.problem_type is not None:

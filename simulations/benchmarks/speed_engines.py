@@ -26,6 +26,7 @@ from fedpeft.clients.train import on_device, train
 from fedpeft.config import AdapterConfig
 from fedpeft.models.attention import hold_scores, longest_faster
 from fedpeft.models.base import Base
+from fedpeft.models.products import hasten_products
 from fedpeft.simulations.benchmarks.speed_work import LORA, Work, backbone
 from fedpeft.state import AdapterState
 from fedpeft.strategies.flower_api import named_site
@@ -39,6 +40,7 @@ def adapted(name: str, device: torch.device, dtype: torch.dtype, section: Adapte
     model = backbone(name).to(dtype).requires_grad_(False).eval()
     if dtype == torch.bfloat16 and device.type == "cpu":
         hold_scores(model, longest_faster())
+    hasten_products(model)
     base = Base(
         model,
         lambda batch: model(**batch).logits,

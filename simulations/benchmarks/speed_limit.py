@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.models.base import is_linear, orient
+from fedpeft.models.products import multiply
 from fedpeft.simulations.benchmarks.speed_engines import Engine
 from fedpeft.simulations.benchmarks.speed_work import Work
 
@@ -67,9 +68,9 @@ def bare_seconds(products: Counter[Product], device: torch.device) -> float:
         best = float("inf")
         for _ in range(REPEATS + 1):  # the first warms up
             begun = clock()
-            x @ weight.T
+            multiply(x, weight)
             if product.backward:
-                slope @ weight
+                multiply(slope, weight.T)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             best = min(best, clock() - begun)
