@@ -129,7 +129,7 @@ class TaskSequence(Wrapper):
                 f"{name_of(inside)} gives them new coordinates, or another base, in every round. "
                 f"Strategies that do not: {self._find_able(lambda cls: cls.fixed_basis and not cls.changes_base)}."
             )
-        self._require_gradients(name)
+        self._require_lasting_gradients(name)
         if self.keeps:
             raise InputError(
                 f"continual.body={name}: strategy {name_of(inside)} leaves {', '.join(self.keeps)} with "
@@ -142,19 +142,8 @@ class TaskSequence(Wrapper):
                 "every task, which clients cannot draw from the run's seed. Set strategy.transport=dense."
             )
 
-    def _require_gradients(self, name: str) -> None:
-        """Refuse a wrapper that offsets gradients where the body leaves it none, or none that go on."""
-        if self.plain_sgd and self.trained(ServerState(AdapterState({}), round=self.curriculum.rounds)) == ("head",):
-            needing = next(layer for layer in list_layers(self.inner) if type(layer).plain_sgd)
-            way = (
-                "Set continual.frozen_rounds=0"
-                if hasattr(self.body.config, "frozen_rounds")
-                else (f"Take {name_of(needing)} out of strategy.wrap")
-            )
-            raise InputError(
-                f"continual.body={name}: some rounds train the head alone, which the "
-                f"{needing.client_half.sends} of {name_of(needing)} cannot. {way}."
-            )
+    def _require_lasting_gradients(self, name: str) -> None:
+        """Refuse a wrapper that offsets gradients by those of earlier rounds where a task has factors of its own."""
         if self.plain_sgd and self.body.changes_A:  # those that clients keep are of the last task's coordinates
             needing = next(layer for layer in list_layers(self.inner) if type(layer).plain_sgd)
             raise InputError(

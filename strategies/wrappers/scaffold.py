@@ -5,8 +5,8 @@
 
 The server sends c beside the adapter, one control for each trained tensor (`control:` and its name); clients send
 back c_k+ - c_k under the same names and keep c_k. agg is the strategy inside (its weights); controls take the plain
-mean. N is the number of all clients. Traffic doubles, and a control fits its coordinates only while they mean the same,
-hence strategies with a fixed basis only.
+mean. N is the number of all clients. The control of a tensor that rests in a round rests too. Traffic doubles, and a
+control fits its coordinates only while they mean the same, hence strategies with a fixed basis only.
 
 Deviations: none. Under a schedule of rates (steps eta) is their sum over the steps. With a local optimizer other than
 plain SGD (x - y) / (steps eta) is no longer a mean gradient, so the others are refused.
@@ -50,6 +50,9 @@ class ScaffoldClient(ClientHalf):
         known, new = _known_variate(visit), {}
         for name, control in known.items():
             key = name.removeprefix(CONTROL)
+            if key not in trained:  # a body of tasks lets it rest in this round, so that no gradient of it was met
+                new[name] = control
+                continue
             mean_gradient = (visit.start[key] - trained[key]) / visit.rates
             new[name] = control - visit.received.extra[name] + mean_gradient
         return {name: new[name] - control for name, control in known.items()}, new

@@ -73,6 +73,36 @@ def kept(server, ending):
     return {key: value for key, value in server.memory.items() if key.startswith("continual:") and key.endswith(ending)}
 
 
+@pytest.mark.parametrize("alone", [{}, ALONE], ids=["cohort", "one after another"])
+@pytest.mark.parametrize(
+    ("body", "resting", "rounds"),
+    [
+        ({"continual.body": "factor_coso", "continual.side": "out"}, ("/A",), range(1, 5)),
+        ({"continual.body": "fsa"}, ("/A", "/B"), range(3, 5)),
+    ],
+    ids=["factor_coso", "fsa"],
+)
+def test_control_variates_rest_where_a_body_lets_a_tensor_rest(go, tmp_path, body, resting, rounds, alone):
+    """Clients that could not say what they had met of a factor that does not train failed in every round."""
+    config = {**body, "continual.head": "linear", "strategy": {"name": "fedit", "wrap": ["scaffold"]}, **alone}
+    go("run", "continual", {**config, "run.keep_checkpoints": 9, "client.lr": 0.1})
+    states = {
+        number: checkpoint.read(path)
+        for number in range(1, 5)
+        for path in checkpoint.of_round(tmp_path / "run" / "checkpoints", number)[-1:]
+    }
+    assert not [event for event in read(tmp_path / "run" / "metrics.jsonl") if event["event"] == "quarantine"]
+    controls = {
+        number: {key: value for key, value in state.memory.items() if key.startswith("control:")}
+        for number, state in states.items()
+    }
+    for number, found in controls.items():
+        before = controls.get(number - 1, {})
+        for key, value in found.items():
+            still = torch.equal(value, before.get(key, torch.zeros_like(value)))
+            assert still == (key.endswith(resting) and number in rounds), (number, key)
+
+
 # One task ------------------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,16 @@ def test_the_new_control_by_hand():
     torch.testing.assert_close(half().gradient_offset(given)["q/A"], torch.tensor([0.5 - 1.0, -1.0 - 2.0]))
 
 
+def test_the_control_of_a_tensor_that_rests_rests_too():
+    """A body of tasks may fix a factor, or train the head alone for a round: nothing was met of the others."""
+    known = {"control:q/A": torch.tensor([1.0, 2.0]), "control:q/B": torch.tensor([5.0])}
+    start = AdapterState({"q/A": torch.tensor([3.0, 4.0]), "q/B": torch.tensor([7.0])})
+    given = visit(start, {"control:q/A": torch.tensor([0.5, -1.0]), "control:q/B": torch.tensor([0.5])}, known, steps=5)
+    sent, kept = half().finish(given, AdapterState({"q/B": torch.tensor([6.0])}))
+    assert torch.equal(sent["control:q/A"], torch.zeros(2)) and torch.equal(kept["control:q/A"], known["control:q/A"])
+    torch.testing.assert_close(kept["control:q/B"], torch.tensor([5.0 - 0.5 + 2.0]))
+
+
 def test_the_new_control_is_the_mean_gradient(tmp_path, monkeypatch):
     """With plain SGD, option II recovers the mean gradient that was met (theta_0 - theta = lr sum of g + c - c_k)."""
     model = small.adapted(small.save("bert", tmp_path / "bert"), "bert")
