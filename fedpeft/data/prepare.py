@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import __version__, progress, registry
+from fedpeft import __version__, folders, progress, registry
 from fedpeft.data import readers
 from fedpeft.data.recipe import Recipe, sha256
 from fedpeft.data.tables import Table, Tables
 from fedpeft.errors import InputError
+from fedpeft.files import read_object
 
 RECIPES = {
     "debian": "debian:SECTIONS",
@@ -34,6 +35,7 @@ RECIPES = {
     "efficientnet-lite0": "models:EFFICIENTNET_LITE0",
 }
 ABOUT = "dataset.json"
+KINDS = ("text", "image", "model")
 
 
 def recipes() -> dict[str, str]:
@@ -65,6 +67,20 @@ def home(name: str) -> Path:
     return Path(os.environ.get("FEDPEFT_DATA") or Path.home() / ".cache" / "fedpeft") / canonical(name)
 
 
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What `dataset.json` of a folder that `prepare` made says; None of any other folder.
+
+    Other tools give their data sets a file of this name too: of such a folder nothing may be taken, or replaced.
+    """
+    if not (folder / ABOUT).is_file():
+        return None
+    try:
+        found = read_object(folder / ABOUT)
+    except InputError:
+        return None
+    return found if canonical(str(found.get("name"))) in RECIPES and found.get("kind") in KINDS else None
+
+
 def prepare(name: str, source: Path | None = None, target: Path | None = None) -> Path:
     """Build a recipe's folder, whole or not at all; an earlier build of it is replaced.
 
@@ -76,8 +92,9 @@ def prepare(name: str, source: Path | None = None, target: Path | None = None) -
         InputError: a file or tool is missing, a hash is wrong, or the target holds something else.
     """
     chosen = recipe(name)
-    target = home(name) if target is None else target
-    if target.exists() and not (target / ABOUT).is_file() and (not target.is_dir() or any(target.iterdir())):
+    # Links followed: what they lead to is replaced, and a link itself cannot be.
+    target = folders.real(home(name) if target is None else target, "--to")
+    if target.exists() and read_about(target) is None and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and was not made by data prepare. Give another folder with --to.")
     if source is not None and not source.is_dir():
         raise InputError(f"--from: no folder {source}.")
@@ -125,10 +142,10 @@ def model(name: str) -> Path | None:
     if recipe(name).kind != "model":
         raise InputError(f"model.name: {name} is data, not a model. Use it as data.source={name}.")
     folder = home(name)
-    if not (folder / ABOUT).is_file():
+    about = read_about(folder)
+    if about is None:
         raise InputError(f"model.name: {name} is not prepared: there is no {folder}. Run: fedpeft data prepare {name}")
-    use = json.loads((folder / ABOUT).read_text()).get("use")
-    if use is not None:
+    if (use := about.get("use")) is not None:
         raise InputError(f"model.name: transformers' auto classes do not load {folder}. {use}")
     return folder
 
@@ -136,15 +153,17 @@ def model(name: str) -> Path | None:
 def read(source: str) -> Tables:
     """A prepared data set, or with NAME/PART one of its parts (debian/da)."""
     name, _, part = source.partition("/")
-    folder = home(name)
-    if not (folder / ABOUT).is_file():
-        raise InputError(f"{source} is not prepared: there is no {folder}. Run: fedpeft data prepare {name}")
-    return read_folder(folder, part)
+    found = read_folder(home(name), part)
+    if found is None:
+        raise InputError(f"{source} is not prepared: there is no {home(name)}. Run: fedpeft data prepare {name}")
+    return found
 
 
-def read_folder(folder: Path, part: str = "") -> Tables:
-    """The same from any folder that `prepare` made."""
-    about = json.loads((folder / ABOUT).read_text())
+def read_folder(folder: Path, part: str = "") -> Tables | None:
+    """The same from any folder that `prepare` made; None of another."""
+    about = read_about(folder)
+    if about is None:
+        return None
     if about["kind"] == "model":
         raise InputError(f"{folder} is a model, not data. {about.get('use', f'Use it as model.name={folder}.')}")
     parts = about.get("parts", [])

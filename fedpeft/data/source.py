@@ -180,10 +180,9 @@ def _read_tables(source: str, key: str, reading: Reading) -> tables.Tables:
         reading.require("a prepared data set", source)
         return prepare.read(source)
     if tables.is_local(source, key):
-        prepared = (Path(source) / prepare.ABOUT).is_file()
-        if prepared:
+        if (prepared := prepare.read_folder(Path(source))) is not None:
             reading.require("a prepared data set", source)
-            return prepare.read_folder(Path(source))
+            return prepared
         return tables.local(source, reading=reading)
     try:
         return tables.hub(source, reading)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas
 import pytest
+from PIL import Image
 
 from fedpeft.config import DataConfig
 from fedpeft.data import prepare, recipe, source
@@ -102,6 +103,14 @@ def test_a_foreign_folder_is_never_replaced_and_an_own_one_is(wordnet_deb, tmp_p
         prepare.prepare("wordnet", wordnet_deb.parent, target)
     assert (target / "letter.txt").read_text() == "keep"
     (target / "letter.txt").unlink()
+    (target / "scan.nii").write_text("keep")  # a data set of another tool, whose description has the same name
+    for theirs in ('{"name": "hippocampus", "labels": {"0": "background"}}', "[]", "no json"):
+        (target / "dataset.json").write_text(theirs)
+        with pytest.raises(InputError, match="was not made by data prepare"):
+            prepare.prepare("wordnet", wordnet_deb.parent, target)
+    assert (target / "scan.nii").read_text() == "keep"
+    (target / "scan.nii").unlink()
+    (target / "dataset.json").unlink()
     prepare.prepare("wordnet", wordnet_deb.parent, target)
     (target / "stale").write_text("")
     prepare.prepare("wordnet", wordnet_deb.parent, target)
@@ -295,3 +304,22 @@ def test_every_recipe_is_listed_with_a_summary_a_licence_and_pinned_files():
         chosen = prepare.recipe(name)
         assert 20 < len(chosen.summary) < 130 and chosen.license and chosen.kind in ("text", "image", "model")
         assert all(len(item.sha256) == 16 for item in chosen.sources if isinstance(item, recipe.Package))
+
+
+def test_a_build_goes_where_a_link_leads(wordnet_deb, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for _ in range(2):
+        assert prepare.prepare("wordnet", wordnet_deb.parent, tmp_path / "link") == tmp_path / "disk"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "train.parquet").is_file()
+
+
+def test_a_folder_of_pictures_may_have_a_description_of_the_name_of_ours(tmp_path):
+    for label in ("cat", "dog"):
+        for number in range(4):
+            path = tmp_path / "pets" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 20 * number + 100, np.uint8)).save(path)
+    (tmp_path / "pets" / "dataset.json").write_text('{"name": "pets", "labels": ["cat", "dog"]}')
+    config = DataConfig(source=str(tmp_path / "pets"))
+    assert source.load(config, "image-classification", 0)[0].label_names == ["cat", "dog"]
