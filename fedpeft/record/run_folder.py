@@ -74,8 +74,9 @@ def load(path: Path, label: str) -> Run:
     )
     try:
         summary = metrics.summarise(events, config)
-    except InputError as error:
-        raise InputError(f"{path / 'metrics.jsonl'}: {error}") from error
+    except (InputError, LookupError, TypeError, AttributeError) as error:
+        said = error if isinstance(error, InputError) else f"an event is not as runs record it: {error!r}"
+        raise InputError(f"{path / 'metrics.jsonl'}: {said}") from error
     if ended:
         written = read_object(path / "summary.json")
         # What follows from the events is computed anew, so that runs of older versions have what pages of this one

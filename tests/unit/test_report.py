@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedpeft.errors import InputError
 from fedpeft.record import metrics, plots, report, side_by_side
-from support.run_folders import drawn, line, make_run
+from support.run_folders import a_round, drawn, line, make_run, start
 
 
 def pixels(path):
@@ -270,6 +270,10 @@ def test_compare_says_when_accuracies_are_not_comparable_or_a_run_has_not_ended(
     assert "personal has not ended." in page and "global has not ended" not in page
 
 
+# Somebody has taken a number out of a line.
+EDITED = "".join(json.dumps(event) + "\n" for event in (start(["a"]), {**a_round(1, ["a"]), "bytes_up": None}))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -279,6 +283,7 @@ def test_compare_says_when_accuracies_are_not_comparable_or_a_run_has_not_ended(
         ("metrics.jsonl", None, r"metrics\.jsonl: cannot be read"),
         ("metrics.jsonl", "{}\n", r"metrics\.jsonl: line 1 is not an event"),
         ("metrics.jsonl", "", r"metrics\.jsonl: .*no start event"),
+        ("metrics.jsonl", EDITED, r"metrics\.jsonl: an event is not as runs record it"),
         ("summary.json", "[]", r"summary\.json: expected a JSON object"),
         ("split.json", "{", r"split\.json: not readable as JSON"),
         ("split.json", "{}", r"split\.json: `clients`"),
