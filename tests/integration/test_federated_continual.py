@@ -79,8 +79,9 @@ def kept(server, ending):
     [
         ({"continual.body": "factor_coso", "continual.side": "out"}, ("/A",), range(1, 5)),
         ({"continual.body": "fsa"}, ("/A", "/B"), range(3, 5)),
+        ({"continual.body": "frozen"}, ("/A", "/B"), range(1, 5)),
     ],
-    ids=["factor_coso", "fsa"],
+    ids=["factor_coso", "fsa", "frozen"],
 )
 def test_control_variates_rest_where_a_body_lets_a_tensor_rest(go, tmp_path, body, resting, rounds, alone):
     """Clients that could not say what they had met of a factor that does not train failed in every round."""

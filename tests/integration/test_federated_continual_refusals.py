@@ -97,11 +97,6 @@ REFUSED = {
         r"body=merging: what a task trains must stay in the factors, but strategy flora .*do not: fedit",
     ),
     "rests": ("continual", {"continual.body": "fsa", "strategy": "fedex"}, r"continual\.body=fsa: .*fedex"),
-    "rests-controls": (
-        "continual",
-        {"continual.body": "frozen", "strategy": "fedit", "strategy.wrap": ["scaffold"]},
-        r"body=frozen: .*Take scaffold out of strategy\.wrap",
-    ),
     "new-factors": (
         "continual_coso",
         {"strategy.wrap": ["scaffold"], "client.optimizer": "sgd"},
