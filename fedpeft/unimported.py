@@ -135,4 +135,5 @@ class _StandIn(ModuleType):
         raise Used(self.__name__)
 
     __instancecheck__ = __subclasscheck__ = __bool__ = __iter__ = __len__ = __repr__ = __str__ = __format__ = _use
-    __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = _use
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = _use
+    __hash__ = ModuleType.__hash__  # lost with `__eq__`; a table may have dtypes as its keys
