@@ -55,6 +55,9 @@ def load(config: DataConfig, task: str, seed: int, cache: Cache | None = None) -
         first, second = _read_source(config.test, "data.test", config, task, cache)
         test = _align_labels(second or first, train.label_names)
         notes += test.skipped
+        if Path(config.test).is_file() and Path(config.test).resolve() == Path(config.source).resolve():
+            what = "records of the test set are those that are learned from, so a score is none of what is new"
+            notes += (Skipped("data.test", what, len(test), len(test)),)
     elif test is not None:
         test = _align_labels(test, train.label_names)
     else:

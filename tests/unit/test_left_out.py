@@ -96,8 +96,8 @@ def test_texts_with_nothing_to_predict_are_no_ones_records(endless, tmp_path, ca
 
 def test_a_run_says_once_what_it_leaves_out_and_whose_a_client_is(tmp_path, caplog):
     texts = [f"letter {i}" + " and so on" * (i % 4 == 0) for i in range(24)]
-    source = letters(tmp_path / "a.jsonl", texts, [2**53, 2**53 + 1, None] * 8)
-    summary = simulate({}, {**LANGUAGE, "data.source": source, "data.test": source}, tmp_path / "run")
+    source, test = (letters(tmp_path / name, texts, [2**53, 2**53 + 1, None] * 8) for name in ("a.jsonl", "b.jsonl"))
+    summary = simulate({}, {**LANGUAGE, "data.source": source, "data.test": test}, tmp_path / "run")
     said = [(entry["count"], entry["total"], entry["where"]) for entry in summary["skipped"]]
     cut = (6, 24, "model.max_length=12")
     assert said == [cut, cut, (8, 24, "data.partition.column=site")]

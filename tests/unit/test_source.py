@@ -149,6 +149,17 @@ def test_broken_files_are_refused_by_name(tmp_path):
         read(tmp_path / "missing.csv")
 
 
+def test_a_test_set_that_is_learned_from_is_said(tmp_path, caplog):
+    path = animals(tmp_path)
+    (tmp_path / "link.csv").symlink_to("animals.csv")
+    train, test = read(path, test=str(tmp_path / "link.csv"))
+    assert len(train) == len(test) == 40
+    assert "data.test: 40 of 40 records of the test set are those that are learned from" in caplog.text
+    assert train.skipped[-1].where == "data.test"
+    (tmp_path / "other").mkdir()
+    assert not read(path, test=animals(tmp_path / "other"))[0].skipped
+
+
 def test_test_file_is_aligned_by_label_name(tmp_path):
     train_path = animals(tmp_path)
     test_path = write_csv(tmp_path / "test.csv", ["x,dog,s", "y,dog,s"])
