@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +236,16 @@ EMBEDDED = {
 
 
 @cache
+def entries_of_others() -> dict[str, EntryPoints]:
+    """Entry points of other packages by group. Every installed package may have a file of them: they are read once."""
+    points = entry_points()
+    return {group: points.select(group=group) for group in points.groups if group.startswith("fedpeft.")}
+
+
+@cache
 def table(kind: str) -> dict[str, str]:
     """All entries of one table, other packages' entry points included."""
-    found = {point.name: point.value for point in entry_points(group=f"fedpeft.{kind}")}
+    found = {point.name: point.value for point in entries_of_others().get(f"fedpeft.{kind}", ())}
     for name in found.keys() & TABLES[kind].keys():
         log.warning(
             "%s = %s (entry point of fedpeft.%s) is not used: fedpeft has %s itself. Give it another name.",
@@ -255,7 +262,7 @@ def names(kind: str) -> list[str]:
 
 def is_extended() -> bool:
     """Whether another package has added entries."""
-    return any(table(kind).keys() != entries.keys() for kind, entries in TABLES.items())
+    return bool(entries_of_others())
 
 
 def load(kind: str, name: str, key: str | None = None) -> Any:

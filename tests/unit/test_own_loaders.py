@@ -38,11 +38,13 @@ def install(tmp_path, monkeypatch):
         about.mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: clinic\nVersion: 1\n")
         (about / "entry_points.txt").write_text("[fedpeft.datasets]\nclinic_letters = clinic.letters:load\n")
+        registry.entries_of_others.cache_clear()
         registry.table.cache_clear()
 
     yield put
     for name in ("clinic", "clinic.letters"):
         sys.modules.pop(name, None)
+    registry.entries_of_others.cache_clear()
     registry.table.cache_clear()
 
 
@@ -133,6 +135,7 @@ def test_a_name_that_is_taken_is_said(install, tmp_path, caplog):
     install("def load():\n    pass\n")
     points = tmp_path / "clinic-1.dist-info" / "entry_points.txt"
     points.write_text("[fedpeft.datasets]\ndigits = clinic.letters:load\n")
+    registry.entries_of_others.cache_clear()
     registry.table.cache_clear()
     assert registry.table("datasets")["digits"] == "fedpeft.data.digits:Digits"
     assert "digits = clinic.letters:load (entry point of fedpeft.datasets) is not used" in caplog.text

@@ -34,9 +34,11 @@ def package(tmp_path, monkeypatch):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: partway\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[fedpeft.strategies]\n{name} = {value}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    registry.entries_of_others.cache_clear()
     registry.table.cache_clear()
     yield name
     sys.modules.pop("partway", None)
+    registry.entries_of_others.cache_clear()
     registry.table.cache_clear()
 
 

@@ -188,6 +188,6 @@ def test_what_a_function_refuses_stands_and_other_errors_are_found_again(heavy):
 
 
 def test_methods_of_another_package_are_checked_with_torch(heavy, monkeypatch):
-    monkeypatch.setattr(registry, "table", lambda kind: {**registry.TABLES[kind], "mine": "mine:Mine"})
+    monkeypatch.setattr(registry, "entries_of_others", lambda: {"fedpeft.strategies": ["mine"]})
     function, calls = count_calls(lambda: __import__("heavy").Net.size)
     assert try_without(function, ("heavy",)) == 3 and len(calls) == 1
