@@ -105,17 +105,17 @@ def main(out: Path, stock: bool) -> dict[str, Any]:
     return result
 
 
-def prepared(root: Path) -> Path:
-    """A coordinator's folder and two sites' that it knows."""
+def prepared(root: Path, text: str = "word", model: str = "tiny-bert") -> Path:
+    """A coordinator's folder and two sites' that it knows, of 16 records each that begin with `text`."""
     coordinator = root / "coordinator"
     port = free_port()
     commands.init(coordinator, "localhost", port, free_port(), "127.0.0.1")
     for name in SITES:
         with (root / f"{name}.csv").open("w", newline="") as file:
-            rows = [[f"word {index}", "yes" if index % 2 else "no"] for index in range(16)]
+            rows = [[f"{text} {index}", "yes" if index % 2 else "no"] for index in range(16)]
             csv.writer(file).writerows([["text", "label"], *rows])
         data = str(root / f"{name}.csv")
-        site.init(root / name, name, f"localhost:{port}", coordinator / "ca.crt", data, "tiny-bert")
+        site.init(root / name, name, f"localhost:{port}", coordinator / "ca.crt", data, model)
         (root / name / "policy.yaml").write_text("unit: none\nunbounded: [max_epsilon, max_rounds, records]\n")
         commands.add_site(coordinator, name, str(root / name / "site.pub"))
     return coordinator

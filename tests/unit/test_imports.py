@@ -269,6 +269,31 @@ with tempfile.TemporaryDirectory() as folder:
     assert loaded(code) <= needed | by_transformers | by_measures
 
 
+def test_a_sites_node_has_loaded_no_more_than_it_speaks_with():
+    code = "import sys; import fedpeft.cli.deploy, fedpeft.deploy.site.site, fedpeft.deploy.site.node"
+    assert loaded(code) == {"numpy", "flwr"}  # numpy by Flower
+
+
+def test_a_sites_worker_has_loaded_no_more_than_its_model_needs_when_it_has_trained():
+    """All that is costly here is of torch, transformers and peft: DEPLOY.md says what a site's memory is."""
+    code = f"""
+import sys, tempfile
+from pathlib import Path
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "integration")!r}]
+from flwr.supercore.task_identity import TaskIdentity
+from test_deploy_site import Rig
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+with tempfile.TemporaryDirectory() as folder:
+    rig = Rig(Path(folder))
+    rig.policy(unit="none")
+    rig.begin({{"privacy.unit": "none"}})
+    assert not (reply := rig.ask()).has_error(), reply.error
+"""
+    needed = {"numpy", "torch", "transformers", "peft", "safetensors", "tokenizers", "flwr"}
+    by_transformers, by_the_coordinators_half = {"scipy", "PIL", "jinja2", "bitsandbytes"}, {"omegaconf"}
+    assert loaded(code) <= needed | by_transformers | by_the_coordinators_half
+
+
 def test_bare_folders_refuse_to_be_imported():
     code = f"""
 import importlib, sys

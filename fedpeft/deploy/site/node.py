@@ -27,6 +27,7 @@ from fedpeft.deploy.processes import Child
 from fedpeft.deploy.settings import Site
 from fedpeft.deploy.site.link import Failure, Link
 from fedpeft.deploy.site.owed import Owed, read_owed
+from fedpeft.deploy.site.spare import release_freed
 from fedpeft.errors import RunError
 from fedpeft.files import explain_error, write_bytes
 
@@ -67,7 +68,7 @@ class Node:
         self.key, self.node = flower.public_bytes(link.key), flower.Node()
         self.stopping, self.lock = threading.Event(), threading.Lock()
         self.last: list[str] = []  # what was pulled last: a coordinator that keeps count sees what got lost on its way
-        self.trouble, self.told, self.noted, self.failed = "", 0.0, 0.0, False
+        self.trouble, self.told, self.noted, self.failed, self.spare = "", 0.0, 0.0, False, False
         self.state: dict[str, Any] = {"state": "starting", "server": site.settings.server, "answered": None}
 
     def insist(self, method: str, until: float = float("inf"), **fields: Any) -> Any:
@@ -184,9 +185,13 @@ class Node:
         begun = time.monotonic()
         pulled = self.insist("PullMessages", message_ids=self.last)
         if not pulled.messages_list:
+            if self.spare:
+                release_freed()
+                self.spare = False
             if time.monotonic() - begun < WAITED_S:
                 self.stopping.wait(POLL_S * random.uniform(0.8, 1.2))
             return
+        self.spare = True
         self.last = [pulled.messages_list[0].metadata.message_id]
         try:
             owed = Owed.take(self.site.path / "owed", pulled)

@@ -7,6 +7,8 @@ fedpeft. From the server come tensors, a task and a config (`envelope`).
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import time
@@ -33,6 +35,7 @@ from fedpeft.deploy.settings import Site
 from fedpeft.deploy.site.node import ANSWERED, FAILED, READY, UNTOLD
 from fedpeft.deploy.site.owed import Owed
 from fedpeft.deploy.site.site import LABELS, load_model
+from fedpeft.deploy.site.spare import release_freed
 from fedpeft.errors import InputError, RunError
 from fedpeft.files import explain_error, write_bytes
 from fedpeft.flower import ErrorCode
@@ -45,6 +48,7 @@ from fedpeft.strategies.instructions import Instructions
 
 log = logging.getLogger("fedpeft")
 RUNS = 4  # at work at once
+IDLE_S = 1.0  # without a message, after which memory that is free is given back
 CACHES = 4  # of what the records become, which the coordinator has a say in: each is as large as the records
 
 
@@ -258,12 +262,14 @@ def main(folder: Path, pipe: str) -> None:
     except Exception as error:
         say(error, "the model cannot be loaded, so this site does not take part; it is tried again")
         raise SystemExit(1) from None
+    release_freed()  # that model is gone
+    gc.freeze()  # what importing it has made stays, and is not looked through later
     resident = Resident(site)
     log.info("ready.")
     node.send_bytes(READY)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the node ended
+        while True:
             owed = Owed(Path(node.recv_bytes().decode()))
             node.send_bytes(answer(resident, owed))
-        except (EOFError, OSError):
-            return
+            if not node.poll(IDLE_S):
+                release_freed()
