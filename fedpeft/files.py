@@ -80,6 +80,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that people write, without its byte order mark.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}. Save it as UTF-8; a file "
+            "that Windows' PowerShell has written: Get-Content FILE | Set-Content -Encoding utf8 NEW."
+        ) from error
+
+
 def sync_folder(path: Path) -> None:
     """Have the disk keep a folder's entries: a file renamed into it then outlives a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -128,6 +145,8 @@ def _is_alive(process: int) -> bool:
 def explain_error(error: OSError) -> str:
     """An OSError as a sentence: the file, what is wrong, and what to do where that is known."""
     reason = error.strerror or str(error)
-    where = f"{error.filename}: " if error.filename else ""
     remedy = FULL.get(error.errno or 0)
+    # Of a copy the second file is the one that was to be written.
+    file = (remedy and error.filename2) or error.filename
+    where = f"{file}: " if file else ""
     return f"{where}{reason[:1].lower()}{reason[1:]}{f'; {remedy}' if remedy else ''}."

@@ -113,7 +113,9 @@ def advice(run: Path) -> str:
     """How a run that was broken off goes on."""
     rounds = list_complete_rounds(run)
     if not rounds:
-        return f"No round was complete, so nothing can be resumed. What there is lies in {run}."
+        if not (run / "resolved.yaml").is_file():
+            return f"Nothing has begun. What there is lies in {run}."
+        return f"No round was complete. Begin again with: fedpeft resume {shlex.quote(_shorten_path(run))}"
     return f"The last complete round is {rounds[-1]}. Go on with: fedpeft resume {shlex.quote(_shorten_path(run))}"
 
 
@@ -171,13 +173,14 @@ def _require_empty(folder: Path, flag: str, hint: str, own: Sequence[str] = ()) 
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise InputError(f"{flag}: {folder} is a file. Give a new folder{hint.format(folder)}.")
+        raise InputError(f"{flag}: {folder} is a file. Give a new folder.")
     other = [
         entry.name
         for entry in folder.iterdir()
         if entry.name != LOCK and not any(fnmatchcase(entry.name, pattern) for pattern in own)
     ]
     if other:
+        hint = hint if (folder / "resolved.yaml").is_file() else ""
         what = "not empty" if hint else "not an empty folder"
         if own:
             what = f"not a folder of this benchmark's results: {min(other)} is in it"

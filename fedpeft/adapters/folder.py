@@ -110,9 +110,20 @@ def _plain_lora(adapter: AdapterState, folder: Path) -> dict[str, Any]:
     }
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        InputError: there is none, or none that can be read; of a run's folder with where its adapter is.
+    """
+    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).is_file():
+        raise InputError(f"{folder}: a run folder, and no adapter itself. Its adapter is {folder / 'adapter'}.")
+    return read_object(folder / CONFIG)
+
+
 def about(folder: Path) -> dict[str, Any]:
     """What `save` is told beside the adapter, as an existing peft folder has it."""
-    config = read_object(folder / CONFIG)
+    config = read_config(folder)
     kind, saved = config.get("task_type"), config.get("modules_to_save") or []
     found = (saved_module(name.removeprefix(PREFIX), saved) for name in _weight_names(folder)) if saved else ()
     return {
@@ -126,7 +137,7 @@ def about(folder: Path) -> dict[str, Any]:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """The config of an existing folder without what `about` says of it: `save` takes it for another tuner's."""
-    config, heads = read_object(folder / CONFIG), about(folder)["modules"] or []
+    config, heads = read_config(folder), about(folder)["modules"] or []
     return {**config, "modules_to_save": [name for name in config.get("modules_to_save") or [] if name not in heads]}
 
 
@@ -163,7 +174,7 @@ def load(folder: Path) -> AdapterState:
     Raises:
         InputError: a file is missing or damaged, the adapter is not plain LoRA, or a value is not finite.
     """
-    config = read_object(folder / CONFIG)
+    config = read_config(folder)
     require_plain_lora(folder, config)
     weights, saved, tensors = read_weights(folder), config.get("modules_to_save") or [], {}
     require_numbers(folder, weights)

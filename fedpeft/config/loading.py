@@ -30,6 +30,7 @@ from fedpeft.config.schema import (
 )
 from fedpeft.config.short_names import expand_name
 from fedpeft.errors import InputError
+from fedpeft.files import read_text
 
 
 def load(
@@ -144,11 +145,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {error}") from error
-    tree = values.read(text, str(path))
+    tree = values.read(read_text(path), str(path))
     if values.is_null(tree):
         return {}
     if not isinstance(tree, dict):

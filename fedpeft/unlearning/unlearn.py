@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from fedpeft.adapters import folder
 from fedpeft.config import Config, PrivacyConfig, parse_overrides
 from fedpeft.data import split
 from fedpeft.errors import InputError, RunError, Stopped
-from fedpeft.files import read_object, write_bytes
+from fedpeft.files import explain_error, read_object, write_bytes
 from fedpeft.record.metrics import make_finite, read
 from fedpeft.run import identity
 from fedpeft.state import AdapterState
@@ -73,14 +74,14 @@ def unlearn(
     case = open_case(run, config, way, asking.seeker(config, client, task, records))
     # Before anything is trained: another request's yardstick is none.
     yardstick = None if against is None else _open_yardstick(Path(against), case)
-    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made, _remove_unfinished(made):
+    with folders.new(out, Path("runs") / f"{run.name}-{method}") as made, _remove_unfinished(made, way.reruns):
         # A method that does not rerun begins the folder when it is done: what a kill leaves is then no run, which
         # `resume` would train from its first round.
         done = None if way.reruns else _carry_out(way, case, made.path)
         _begin_folder(case, way, made.path)
         if done is not None:
             _write_outcome(case, done[0], made.path)
-    with _remove_unfinished(made):
+    with _remove_unfinished(made, way.reruns):
         outcome, seconds = done or _carry_out(way, case, made.path)
     made.point()
     result = _describe_outcome(case, method, way, outcome, seconds, outcome.adapter if way.reruns else yardstick)
@@ -91,16 +92,21 @@ def unlearn(
 
 
 @contextmanager
-def _remove_unfinished(made: folders.Made) -> Iterator[None]:
-    """Leave no folder behind of what was refused, stopped or failed before its first round."""
+def _remove_unfinished(made: folders.Made, reruns: bool) -> Iterator[None]:
+    """Leave no folder behind of what was refused, stopped or failed: of a run, before its first round."""
+    begun = ["resolved.yaml", identity.FILE, "split.json", folders.LOCK]
     try:
         yield
     except BaseException as error:
-        begun = (made.path / "metrics.jsonl").exists()
-        if not begun:
-            made.undo("resolved.yaml", identity.FILE, "split.json", folders.LOCK)
+        if not reruns:
+            shutil.rmtree(made.path / "adapter", ignore_errors=True)
+            made.undo(*begun, "metrics.jsonl", SUMMARY)
+        elif not (made.path / "metrics.jsonl").exists():
+            made.undo(*begun)
         elif isinstance(error, Stopped):
             error.advice = folders.advice(made.path)
+        elif isinstance(error, OSError):
+            raise RunError(f"{explain_error(error)} {folders.advice(made.path)}") from error
         raise
 
 

@@ -125,6 +125,25 @@ def test_a_folder_that_is_not_empty_is_refused(fedpeft, runs, tiny_options):
     assert (runs["fedit"] / "resolved.yaml").read_text() == before
 
 
+def test_only_a_run_can_be_gone_on_with(fedpeft, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for place in (tmp_path, tmp_path / "mine"):
+        done = fedpeft("simulate", "quickstart", "--out", place)
+        assert done.code == 2 and done.err.endswith("Give a new folder.") and "resume" not in done.err
+
+
+def test_a_run_in_the_place_of_its_adapter_is_told_where_that_is(fedpeft, runs, tmp_path):
+    for command in (("aggregate", "--strategy", "fedit"), ("merge", "--method", "opcm")):
+        done = fedpeft(*command, runs["fedit"], runs["fedit"], "--out", tmp_path / "out")
+        assert done.code == 2 and f"Its adapter is {runs['fedit'] / 'adapter'}." in done.err
+
+
+def test_a_config_that_is_not_utf8_is_told_how_to_become_it(fedpeft, tmp_path):
+    (tmp_path / "c.yaml").write_text("run: {rounds: 2}\r\n", encoding="utf-16")
+    done = fedpeft("validate", tmp_path / "c.yaml")
+    assert done.code == 2 and "is not UTF-8: byte 0xff at 0. Save it as UTF-8" in done.err
+
+
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_resume_of_a_finished_run_says_the_same_again(fedpeft, runs, arguments):
     before = json.loads((runs["fedit"] / "summary.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedpeft import registry
 from fedpeft.adapters import folder
 from fedpeft.data.source import load
 from fedpeft.errors import InputError, RunError, Stopped
+from fedpeft.files import write_bytes
 from fedpeft.record import report
 from fedpeft.record.metrics import Recorder
 from fedpeft.simulations.run import resume, simulate
@@ -279,6 +281,22 @@ def test_a_method_that_fails_is_stopped_or_killed_leaves_no_run(run, tmp_path, m
     with pytest.raises(type(error) if isinstance(error, Stopped) else error):
         unlearn(run, "negation", client="client-002", out=tmp_path / "half")
     assert (tmp_path / "half").exists() == killed and not (tmp_path / "half" / "resolved.yaml").exists()
+
+
+@pytest.mark.parametrize("full", ["adapter_config.json", "metrics.jsonl", "summary.json"])
+def test_a_full_disk_leaves_no_half_of_a_result(run, tmp_path, monkeypatch, full):
+    """A config without an adapter would be taken for what `unlearn` has finished."""
+
+    def fill(path, content):
+        if path.name == full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_bytes(path, content)
+
+    for module in ("fedpeft.adapters.folder", "fedpeft.unlearning.unlearn"):
+        monkeypatch.setattr(f"{module}.write_bytes", fill)
+    with pytest.raises(OSError, match="No space left"):
+        unlearn(run, "negation", client="client-002", options=["epochs=1"], out=tmp_path / "half")
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_retraining_that_was_killed_is_a_yardstick_once_it_is_resumed(run, retrained, tmp_path, monkeypatch):

@@ -141,6 +141,13 @@ def test_a_file_that_cannot_be_written_stays_as_it_was_and_is_named(tmp_path, mo
     assert sentence.startswith(f"{tmp_path / 'file'}: {os.strerror(number).lower()}; ")
 
 
+def test_of_a_copy_the_full_disk_is_that_of_the_copy():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/read/file", None, "/full/file")
+    assert files.explain_error(error).startswith("/full/file: ")
+    missing = OSError(errno.ENOENT, os.strerror(errno.ENOENT), "/read/file", None, "/full/file")
+    assert files.explain_error(missing).startswith("/read/file: ")
+
+
 @pytest.mark.parametrize(
     ("error", "machine"),
     [
