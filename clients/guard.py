@@ -132,13 +132,21 @@ class Guard:
         """The releases of this run in the client's accounts, none of which failed; None without privacy."""
         if not self.private:
             return None
+        return frozenset(
+            entry.request
+            for entries in self.accounts_of_run(client)
+            for entry in entries
+            if entry.run == self.run and not entry.request.startswith(FAILED)
+        )
+
+    def accounts_of_run(self, client: str) -> list[list[Entry]]:
+        """What stands in each account of the client that this run may write to; those that are not there are left
+        out.
+        """
         # By name: to look for them in the folder of very many clients would take longer than a round.
         tasks = self.config.continual.learned if self.config.continual.body is not None else 0
         accounts = [client, *(f"{client}{TASK}{task}" for task in range(tasks))]
-        entries = [entry for account in accounts for entry in self.ledger(account).entries()]
-        return frozenset(
-            entry.request for entry in entries if entry.run == self.run and not entry.request.startswith(FAILED)
-        )
+        return [entries for account in accounts if (entries := self.ledger(account).entries())]
 
     def _release(
         self, account: str, number: int, name: str, plan: Plan, sums: float | None
@@ -174,28 +182,26 @@ class Guard:
         """The ledger of an account, which is a client or a client and a task; its file need not be there."""
         return Ledger(self.folder / f"{account}.jsonl")
 
-    def spending(self, clients: list[str], until: int | None = None) -> dict[str, dict[str, Any]]:
-        """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier.
-
-        Args:
-            until: the last round of this run that counts; a run that was resumed may have counted later ones before.
-
-        In a sequence of tasks epsilon is that of the task that cost most: a record is in one task only.
+    def epsilon(self, accounts: list[list[Entry]]) -> float:
+        """What the entries of a client's accounts cost. In a sequence of tasks it is that of the task that cost most: a
+        record is in one task only.
         """
-        privacy, table, kept = self.config.privacy, {}, accounts_in(self.folder, frozenset(clients))
+        privacy = self.config.privacy
+        return max(
+            compose_epsilon(tuple(entry.release for entry in entries), privacy.delta, privacy.accountant)
+            for entries in list_exposures(accounts or [[]])
+        )
+
+    def spending(self, clients: list[str]) -> dict[str, dict[str, Any]]:
+        """What each client has spent: epsilon, delta, steps, rounds, sample_rate, noise_multiplier."""
+        table, kept = {}, accounts_in(self.folder, frozenset(clients))
         for client in clients:
-            accounts = [
-                [entry for entry in ledger.entries() if until is None or entry.run != self.run or entry.round <= until]
-                for ledger in kept.get(client, ())
-            ]
+            accounts = [ledger.entries() for ledger in kept.get(client, ())]
             entries = [entry for account in accounts for entry in account]
             steps = [entry for entry in entries if entry.sample_rate < 1] or entries
             table[client] = {
-                "epsilon": max(
-                    compose_epsilon(tuple(entry.release for entry in found), privacy.delta, privacy.accountant)
-                    for found in list_exposures(accounts)
-                ),
-                "delta": privacy.delta,
+                "epsilon": self.epsilon(accounts),
+                "delta": self.config.privacy.delta,
                 "steps": sum(entry.steps for entry in steps),
                 "rounds": len({(entry.run, entry.round) for entry in entries}),
                 "sample_rate": max((entry.sample_rate for entry in steps), default=None),

@@ -179,7 +179,7 @@ def open_grid(world: World, run: Path) -> Iterator[loop.Federation]:
         grid = LocalGrid(make_app, nodes, config.run.workers, config.run.threads, share, **options)
         try:
             codec = Known({name: index + 2 for index, name in enumerate(world.local.train_data)})
-            yield loop.Federation(grid, codec, True, partial(guarantee.spent_in_round, world))
+            yield loop.Federation(grid, codec, True, guarantee.Spent(world).describe_round)
         finally:
             grid.close()
     finally:

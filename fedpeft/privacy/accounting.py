@@ -69,7 +69,7 @@ def compose_epsilon(releases: tuple[Release, ...], delta: float, accountant: str
     """
     _require_known(accountant)
     _check_values(delta=delta)
-    for release in releases:
+    for release in dict.fromkeys(releases):  # once each kind, as a client's rounds are alike
         require_release(*release)
     return _compose_releases(_merge_releases(releases), delta, accountant)
 

@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,11 @@ class Ledger:
             BudgetExhausted: it would pass a budget; nothing is written.
         """
         with self._lock_file():
-            # Looked up under the lock: two processes with one release must not both find it missing.
-            if once and entry in self.entries():
+            # Read under the lock: two processes with one release must not both find it missing.
+            known = self.entries()
+            if once and entry in known:
                 return
-            self.require(entry, budget, plan, lifetime, beside)
+            _require_budgets(known, entry, budget, plan, lifetime, beside)
             self._append(entry)
 
     def require(
@@ -146,14 +147,7 @@ class Ledger:
         beside: Sequence[Entry] = (),
     ) -> None:
         """Raise BudgetExhausted if `reserve` would; writes nothing."""
-        entries = [*self.entries(), entry]
-        own = [item for item in entries if item.run == entry.run]
-        # The budget was planned for these very steps, so its costly computation would say yes.
-        if not (plan is not None and _is_within(own, plan)):
-            _require_within(own, budget, "this run")
-        if lifetime is not None:
-            elsewhere = [item for item in beside if item.run != entry.run]
-            _require_within([*elsewhere, *entries], lifetime, "all runs together")
+        _require_budgets(self.entries(), entry, budget, plan, lifetime, beside)
 
     @contextmanager
     def _lock_file(self) -> Iterator[None]:
@@ -180,10 +174,7 @@ class Ledger:
         # After the last newline: nothing, or a torn line.
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
-                values: dict[str, Any] = json.loads(line.decode())
-                entry = Entry(*[values[name] for name in NAMES])
-                require_release(*entry.release)
-                entries.append(entry)
+                entries.append(_read_line(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{self.file}: line {number} is damaged, so what was spent is not known: {error!r}."
@@ -191,9 +182,17 @@ class Ledger:
         return entries
 
 
+@lru_cache(maxsize=2**14)  # a client's ledger is read several times a round, and but for the last line it is as it was
+def _read_line(line: bytes) -> Entry:
+    values: dict[str, Any] = json.loads(line.decode())
+    entry = Entry(*[values[name] for name in NAMES])
+    require_release(*entry.release)
+    return entry
+
+
 def line_of(entry: Entry) -> str:
     """The entry as a line of the file, with the time of now."""
-    return json.dumps({**asdict(entry), "time": round(time.time(), 3)}) + "\n"
+    return json.dumps({**vars(entry), "time": round(time.time(), 3)}) + "\n"
 
 
 def client_of(account: str) -> str:
@@ -280,6 +279,25 @@ def _cost_of(entries: list[Entry], delta: float, accountant: str) -> float:
 
 
 _composed_once = lru_cache(maxsize=1024)(compose_epsilon)  # very many clients spend alike
+
+
+def _require_budgets(
+    known: list[Entry],
+    entry: Entry,
+    budget: Budget,
+    plan: Release | None,
+    lifetime: Budget | None,
+    beside: Sequence[Entry],
+) -> None:
+    """Raise BudgetExhausted if the entry, after those that are known, would pass a budget (`Ledger.reserve`)."""
+    entries = [*known, entry]
+    own = [item for item in entries if item.run == entry.run]
+    # The budget was planned for these very steps, so its costly computation would say yes.
+    if not (plan is not None and _is_within(own, plan)):
+        _require_within(own, budget, "this run")
+    if lifetime is not None:
+        elsewhere = [item for item in beside if item.run != entry.run]
+        _require_within([*elsewhere, *entries], lifetime, "all runs together")
 
 
 def _require_within(entries: list[Entry], budget: Budget, what: str) -> None:

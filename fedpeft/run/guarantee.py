@@ -1,4 +1,4 @@
-"""A simulated run says of its privacy: epsilon in each round's event, and the `privacy` section of its summary."""
+"""A simulated run says of its privacy: epsilon in each round (`Spent`), and the `privacy` section of its summary."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpeft.objectives.base import load_objective
+from fedpeft.privacy.ledger import accounts_in
 from fedpeft.privacy.plan import RELATION
 from fedpeft.run.world import World
 from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
@@ -13,16 +14,45 @@ from fedpeft.strategies.wrappers.client_dp import ClientDP, describe
 RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and not private"}
 
 
-def spent_in_round(here: World, event: Mapping[str, Any]) -> dict[str, Any]:
-    """Under sample-level DP, for the event of a round: `epsilon_max`, the most that any client has spent so far, and
-    `epsilon_by_client` of those that this round asked. The others' has not changed, and there may be very many.
+class Spent:
+    """Under sample-level DP, what clients have spent by each round of a run, kept from one round to the next.
+
+    A ledger is read again where it may have grown: of the clients that the round asked. All are read where that is not
+    known: before the first round here (the run may have been resumed), after a round that left no event, and where a
+    task begins, as all clients may have given sums since.
     """
-    if here.config.privacy.unit != "sample":
-        return {}
-    table = here.local.guard.spending(list(here.local.train_data), event["round"])
-    asked = sorted({*event["clients"], *event["quarantined"]} & table.keys())
-    most = max(row["epsilon"] for row in table.values())
-    return {"epsilon_max": most, "epsilon_by_client": {client: table[client]["epsilon"] for client in asked}}
+
+    def __init__(self, here: World) -> None:
+        self.here, self.last = here, -1
+        self.epsilons: dict[str, float] = {}  # of the clients that have spent
+        self.again: set[str] = set()
+
+    def describe_round(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """For the event of a round: `epsilon_max`, the most that any client has spent so far, and `epsilon_by_client`
+        of those that this round asked. The others' has not changed, and there may be very many.
+        """
+        if self.here.config.privacy.unit != "sample":
+            return {}
+        number, guard, clients = event["round"], self.here.local.guard, self.here.local.train_data
+        asked = sorted({*event["clients"], *event["quarantined"]} & clients.keys())
+        if number == self.last + 1 and (number - 1) % guard.rounds:
+            read = {client: guard.accounts_of_run(client) for client in sorted({*asked, *self.again})}
+        else:
+            kept = accounts_in(guard.folder, clients)
+            read = {client: [ledger.entries() for ledger in ledgers] for client, ledgers in kept.items()}
+        # Whoever did not answer in time may still have spent, a moment after this.
+        self.again = {*event["quarantined"]} & clients.keys()
+        for client, accounts in read.items():
+            # Before it was resumed the run may have counted rounds that are still to come.
+            so_far = [[one for one in entries if one.run != guard.run or one.round <= number] for entries in accounts]
+            if so_far != accounts:
+                self.again.add(client)
+            self.epsilons[client] = guard.epsilon(so_far)
+        self.last = number
+        return {
+            "epsilon_max": max(self.epsilons.values(), default=0.0),
+            "epsilon_by_client": {client: self.epsilons.get(client, 0.0) for client in asked},
+        }
 
 
 def section(here: World) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ import pytest
 from fedpeft import config as configs
 from fedpeft.clients.guard import Guard
 from fedpeft.privacy.accounting import compose_epsilon
-from fedpeft.privacy.ledger import Budget, Entry
-from fedpeft.run.guarantee import list_outside, section, spent_in_round
+from fedpeft.privacy.ledger import Budget, Entry, Ledger
+from fedpeft.run.guarantee import Spent, list_outside, section
 from fedpeft.strategies.build import build
 from fedpeft.strategies.wrappers.client_dp import ClientDP
 from support.allowed import opened
@@ -124,7 +124,7 @@ def test_no_regression_is_fitted_to_texts_that_are_to_be_continued(tmp_path):
 
 
 def test_a_run_without_privacy_claims_nothing(tmp_path):
-    assert section(here(tmp_path, NONE, {})) is None and spent_in_round(here(tmp_path, NONE, {}), ROUND) == {}
+    assert section(here(tmp_path, NONE, {})) is None and Spent(here(tmp_path, NONE, {})).describe_round(ROUND) == {}
 
 
 def test_the_section_of_sample_level_privacy(tmp_path):
@@ -175,19 +175,20 @@ def test_the_section_of_client_level_privacy(tmp_path):
 
 def test_a_round_says_what_those_that_it_asked_have_spent_and_the_most_of_any(tmp_path):
     world, most = here(tmp_path, SAMPLE, TWO), compose_epsilon(((0.1, 1.0, 4),), DELTA, "rdp")
-    whole = spent_in_round(world, {**ROUND, "clients": ["client-001"], "quarantined": {"client-000": "late"}})
+    spent = Spent(world)
+    whole = spent.describe_round({**ROUND, "clients": ["client-001"], "quarantined": {"client-000": "late"}})
     assert whole["epsilon_max"] == whole["epsilon_by_client"]["client-001"] == most
     assert 0 < whole["epsilon_by_client"]["client-000"] < most
-    part = spent_in_round(world, {**ROUND, "clients": ["client-000"]})
+    part = spent.describe_round({**ROUND, "round": 11, "clients": ["client-000"]})
     assert part == {"epsilon_max": most, "epsilon_by_client": {"client-000": whole["epsilon_by_client"]["client-000"]}}
 
 
 def test_nothing_released_is_nothing_spent(tmp_path):
-    assert spent_in_round(here(tmp_path, SAMPLE, {"client-000": []}), ROUND)["epsilon_max"] == 0.0
+    assert Spent(here(tmp_path, SAMPLE, {"client-000": []})).describe_round(ROUND)["epsilon_max"] == 0.0
 
 
 def test_client_level_privacy_is_accounted_by_the_strategy(tmp_path):
-    assert spent_in_round(here(tmp_path, CLIENT, TWO), ROUND) == {}
+    assert Spent(here(tmp_path, CLIENT, TWO)).describe_round(ROUND) == {}
 
 
 def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):
@@ -201,3 +202,83 @@ def test_a_run_spends_as_it_goes_and_says_so(tiny, tmp_path):
     assert summary["epsilon_max"] == by_round[1] == max(row["epsilon"] for row in clients)
     assert set(summary["baselines"]) == {"largest_class", "largest_class_name"}
     assert not any("regression" in line for line in summary["privacy"]["outside"])
+
+
+# Epsilon by round is kept from one round to the next ------------------------------------------------------------------
+
+
+def reserve(world, client, number, sigma=1.0, account=None):
+    entry = Entry("run", number, f"{client} {number} {sigma}", 0.1, sigma, 2)
+    world.local.guard.ledger(account or client).reserve(entry, Budget(1000.0, DELTA, "rdp"))
+
+
+def asked_in(number, clients, late=()):
+    return {"round": number, "clients": list(clients), "quarantined": dict.fromkeys(late, "late")}
+
+
+def twelve(tmp_path, **settings):
+    return here(tmp_path, {**SAMPLE, "run.rounds": 30, **settings}, {f"client-{k:03d}": [] for k in range(12)})
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The accounts that were read, in their order."""
+    found: list[str] = []
+    true = Ledger.entries
+
+    def entries(ledger):
+        found.append(ledger.account)
+        return true(ledger)
+
+    monkeypatch.setattr(Ledger, "entries", entries)
+    return found
+
+
+def test_a_round_reads_the_ledgers_of_those_that_it_asked_and_no_others(tmp_path, reads):
+    world = twelve(tmp_path)
+    names, spent = list(world.local.train_data), Spent(world)
+    for client in names:
+        reserve(world, client, 1, sigma=1.0 if client == names[0] else 2.0)
+    reads.clear()
+    most = spent.describe_round(asked_in(1, names))["epsilon_max"]
+    assert reads == names
+    for number in range(2, 8):
+        for client in names[number : number + 2]:
+            reserve(world, client, number, sigma=5.0)
+        reads.clear()
+        found = spent.describe_round(asked_in(number, [names[number]], [names[number + 1]]))
+        assert reads == names[number : number + 2]  # who was late in the round before is asked again in this one
+        assert found["epsilon_max"] == most and len(found["epsilon_by_client"]) == 2
+
+
+def test_what_is_kept_from_round_to_round_is_what_reading_all_again_would_say(tmp_path):
+    """Clients that are late spend after the event, rounds are dropped, and the run has been further than it is now."""
+    world = twelve(tmp_path)
+    names, spent = list(world.local.train_data), Spent(world)
+    for client in names[:3]:  # by a process that was killed in round 3
+        for number in (1, 2, 3):
+            reserve(world, client, number, sigma=0.5)
+    for number in range(1, 20):
+        answered, late = names[number % 5 :: 5], [names[(number + 1) % 12]]
+        for client in answered:
+            reserve(world, client, number, sigma=1 + number % 3)
+        if number % 6 == 0:  # dropped: no event
+            continue
+        event = asked_in(number, answered, late)
+        assert spent.describe_round(event) == Spent(world).describe_round(event), number
+        for client in late:
+            reserve(world, client, number, sigma=0.7)
+
+
+def test_sums_of_all_clients_are_in_the_first_round_of_the_task_that_follows(tmp_path):
+    body = {"continual.body": "frozen", "continual.head": "lda", "continual.tasks": 3, "run.rounds": 6}
+    world = twelve(tmp_path, **body, **{"continual.statistics_noise": 1.0})
+    names, spent = list(world.local.train_data), Spent(world)
+    for number in range(1, 5):
+        if number == 3:
+            reserve(world, names[7], 2, 0.6, f"{names[7]}+task-0")
+        reserve(world, names[number], number, 3.0, f"{names[number]}+task-{(number - 1) // 2}")
+        event = asked_in(number, [names[number]])
+        found = spent.describe_round(event)
+        assert found == Spent(world).describe_round(event), number
+    assert found["epsilon_max"] == compose_epsilon(((0.1, 0.6, 2),), DELTA, "rdp")
