@@ -153,13 +153,12 @@ def unpack_state(array: np.ndarray, manifest: str | AdapterState) -> AdapterStat
 
 
 def _unpack_alike(array: np.ndarray, form: AdapterState) -> AdapterState:
-    """`unpack` where all tensors have one dtype: cut in one go, then a copy of each piece."""
-    flat = torch.from_numpy(array.copy() if not array.flags.writeable else array)
-    flat = flat.reshape(-1).view(form.payload[0].dtype)
-    pieces = iter(flat.split([value.numel() for value in form.payload]))
-    tensors, extra = (
-        # A view would keep the whole message in memory.
-        {key: next(pieces).view(value.shape).clone() for key, value in getattr(form, part).items()}
-        for part in PARTS
-    )
-    return AdapterState(tensors, form.sites, extra)
+    """`unpack` where all tensors have one dtype: a copy of each piece, cut by numpy, which is quicker than torch."""
+    flat, dtype, start = array.reshape(-1), form.payload[0].dtype, 0
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for part in PARTS:
+        for key, value in getattr(form, part).items():
+            end = start + value.numel()
+            parts[part][key] = torch.from_numpy(flat[start:end].reshape(value.shape).copy()).view(dtype)
+            start = end
+    return AdapterState(**parts, sites=form.sites)

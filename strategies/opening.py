@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.lib import format as npy
 
 from fedpeft.flower import SType
@@ -25,6 +25,7 @@ from fedpeft.packing import packed_form, read_form, unpack_state
 from fedpeft.state import AdapterState, StateMismatch
 from fedpeft.strategies.instructions import Instructions
 
+T = TypeVar("T")
 PARTS = ("arrays", "config")  # records of every message that has an adapter
 HEADER_BYTES = 4096  # of an npy file; ours have 128
 TASK_BYTES = 2**20
@@ -120,7 +121,7 @@ def packed(
     """
     with blame_message("message"):
         require_names(content, (*PARTS, *(name for name in also if name in content)), "records")
-        arrays, config = _record_of(content.array_records, "arrays"), _record_of(content.config_records, "config")
+        arrays, config = _record_of(content, "arrays", ArrayRecord), _record_of(content, "config", ConfigRecord)
         require_names(config, ("manifest", "task"), "config")
     with blame_message("arrays"):
         require_names(arrays, ("adapter",), "arrays")
@@ -130,7 +131,7 @@ def packed(
         dtype, count = packed_form(form)
         values = array(arrays["adapter"], dtype, (count,), "the adapter's array")
     with blame_message("task"):
-        told = Instructions.from_json(read_json(_read_text(config, "task"), "the task", TASK_BYTES))
+        told = _read_task(_read_text(config, "task"))
     with blame_message("arrays"):
         state = unpack_state(values, form)
         # All values at once first: of small tensors the calls take longer than the values.
@@ -155,10 +156,12 @@ def metrics(content: RecordDict, strict: bool = True) -> dict[str, float]:
     Raises:
         BadMessage: too many, another kind of value or name, or not finite.
     """
-    found = dict(content.metric_records.items())
-    if strict:
-        found = {"metrics": found["metrics"]} if "metrics" in found else {}
-    items = [(key, value) for record in found.values() for key, value in record.items()]
+    found = [
+        record
+        for name, record in content.items()
+        if isinstance(record, MetricRecord) and (name == "metrics" or not strict)
+    ]
+    items = [(key, value) for record in found for key, value in record.items()]
     if len(items) > METRICS:
         raise BadMessage(f"{len(items)} metrics; at most {METRICS} are read")
     # First: the other metrics of no record are NaN.
@@ -185,10 +188,16 @@ def _read_metric(key: str, value: Any) -> float:
     return float(value)
 
 
-def _record_of(records: Mapping[str, Any], name: str) -> Any:
-    if name not in records:
+def _record_of(content: RecordDict, name: str, kind: type[T]) -> T:
+    record = content[name]  # not through Flower's views by kind, which are built anew each time
+    if not isinstance(record, kind):
         raise BadMessage(f"record {name} is of another kind")
-    return records[name]
+    return record
+
+
+@lru_cache(maxsize=16)  # all clients of a round are told the same, and say the same
+def _read_task(text: str) -> Instructions:
+    return Instructions.from_json(read_json(text, "the task", TASK_BYTES))
 
 
 def _read_text(record: Mapping[str, Any], key: str) -> str:

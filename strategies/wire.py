@@ -101,7 +101,7 @@ class Packed:
         return RecordDict(
             {
                 "arrays": ArrayRecord({"adapter": write_array(flat)}),
-                "config": ConfigRecord({"manifest": manifest, "task": json.dumps(told.to_json())}),
+                "config": ConfigRecord({"manifest": manifest, "task": _write_task(told)}),
             }
         )
 
@@ -153,6 +153,11 @@ class Packed:
 
 
 PACKED = Packed()
+
+
+@lru_cache(maxsize=16)  # all clients of a round are told the same, and say the same
+def _write_task(told: Instructions) -> str:
+    return json.dumps(told.to_json())
 
 
 def write_array(values: np.ndarray) -> Array:
