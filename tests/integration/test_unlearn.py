@@ -81,7 +81,9 @@ def root_of(result):
 def test_a_method_forgets_the_client_and_keeps_the_others(fedpeft, run, retrained, tmp_path, name):
     before = folder.load(run / "adapter").sha256()
     arguments = ["--client", "client-001", "--method", name, "--against", retrained["out"], "--out", tmp_path / "less"]
-    done = fedpeft("unlearn", run, *arguments, "--json")
+    # Negation's own choice ends as soon as the client's few held-out records are no less known, be it by little.
+    stated = {"negation": ["strength=0.4"]}.get(name, [])
+    done = fedpeft("unlearn", run, *stated, *arguments, "--json")
     assert done.code == 0, done.err
     result = done.json
     trained, found, yardstick = (result["rows"][key] for key in ("trained", "unlearned", "retrained"))
@@ -120,6 +122,8 @@ def test_the_result_is_a_run_like_any_other(fedpeft, run, tmp_path):
     # And again: of what is left, another client.
     again = unlearn(tmp_path / "less", "negation", client="client-002", options={"epochs": 1}, out=tmp_path / "fewer")
     assert again["asked"]["retain_records"] == 32
+    assert again["rows"]["unlearned"]["forget_loss"] > again["rows"]["trained"]["forget_loss"]
+    assert any("lambda is 0." in note or "lambda is 1" in note for note in again["notes"])
 
 
 def test_a_client_that_is_known_better_afterwards_is_said(tmp_path):
