@@ -10,9 +10,10 @@ from fedpeft.strategies.wire import PACKED
 def test_a_reason_with_markup_is_shown_as_it_is():
     from rich.console import Console
 
+    from fedpeft.cli import console as terminal
     from fedpeft.cli import deploy_tables
 
-    console = Console(record=True, width=120)
+    console = Console(record=True, width=120, **terminal.PLAIN)
     console.print(deploy_tables.rounds([{"round": 1, "clients": ["a"], "quarantined": {"b": "[/red] [link=x]y"}}]))
     assert "b: [/red] [link=x]y" in console.export_text()
 
