@@ -24,6 +24,7 @@ def neighbours(model: Adapted, data: Encoded, count: int) -> Iterator[tuple[Enco
     or of one token; no label, and so no gradient.
     """
     first, last = data.view(np.arange(1)), data.view(np.array([len(data) - 1]))
+    # Without the last, which is the one that is added.
     many = data.view(np.arange(min(count, len(data) - 1)))
     sets = [data.view(np.arange(0)), labelled(model, first, best), labelled(model, many, best), many]
     more = [
@@ -41,6 +42,7 @@ def gradients(clip: float, width: int = 64) -> list[tuple[Tensor, list[Tensor]]]
     """Cases as per-sample gradients [N, P]: aligned ones of several norms, and an adversary's against them."""
     axis, corner = torch.eye(1, width) * clip, torch.full((1, width), -clip)
     adversary = [-1e6 * axis, -axis, corner, 1e-3 * axis, math.nan * axis, math.inf * corner, 0.0 * axis]
+    # Norms below, at and far above the clip.
     alike = [(size * axis).repeat(count, 1) for size in (1e-2, 1.0, 1e3) for count in (0, 1, 20)]
     return [(some, [torch.cat([some, one]) for one in adversary]) for some in alike]
 
@@ -99,6 +101,7 @@ def extreme(record: Encoded) -> list[Encoded]:
     """A record with inputs that no honest client has."""
     inputs, labels = record.inputs, record.labels
     if "attention_mask" in inputs:
+        # Ids are places in a table and cannot be scaled; how many of them count can be changed.
         mask = inputs["attention_mask"]
         first = torch.zeros_like(mask)
         first[:, 0] = 1

@@ -158,6 +158,7 @@ class Rounds:
         return {key: int(part.sum()) for key, part in zip(self.sizes, kept, strict=True) if bool(part.any())}
 
     def _count_runs(self, way: Way) -> int:
+        # A small adapter needs more steps to show as many values of noise.
         rows = max(ROWS, -(-VALUES // int(self.moving.sum())))
         return max(1, -(-rows // (len(way.clients) * way.rounds * self.steps)))
 
@@ -175,6 +176,7 @@ class Rounds:
                 local = self.seen_local(config, folder, round_, watch, way.changed)
                 requests = self.requests(way, round_)
                 found.append(round_of(local, engine, watch, requests))
+                # A request that comes again has to get the same answer; once shows it.
                 if number == 0 and way.name == "real":
                     again = round_of(local, engine, watch, requests)
                     found[-1] = [replace(one, again=other) for one, other in zip(found[-1], again, strict=True)]
@@ -207,6 +209,7 @@ class Rounds:
         mine = self.origins[client][:32]
         rows = self._gradients_at(client, mine, self._flatten_state(start), self.plans[client])
         norm = float(torch.linalg.vector_norm(rows, dim=1).nan_to_num(0.0, 0.0, 0.0).median())
+        # Never above the config's own; with no gradient at all there is nothing to cut.
         return min(self.plans[client].clip, norm / 2) or self.plans[client].clip
 
     # Judging steps ---------------------------------------------------------------------------------------------------
@@ -246,10 +249,12 @@ class Rounds:
 
     def _find_added(self, one: Seen, step: Step) -> Tensor:
         """A step's private gradient: what the optimizer got without the pulls that strategies add to it."""
+        # Not the parameters that the audit knows. No check takes NaN for a pass.
         if len(step.released) != len(self.moving):
             return torch.full((len(self.moving),), math.nan, dtype=torch.float64)
         released = step.released.double().cpu()
         trained = self.local.model.form.select(self.told.trains).tensors
+        # Penalties, and what halves add, come after the noise and are no part of what it protects.
         if self.local.model.penalty is not None:
             parts = step.before.split(list(self.sizes.values()))
             at = {key: part.view(value.shape) for (key, value), part in zip(trained.items(), parts, strict=True)}
@@ -271,9 +276,11 @@ class Rounds:
         total = torch.zeros(len(self.moving), dtype=torch.float64)
         if plan is None or len(step.drawn) == 0 or len(step.before) != len(total):
             return total
+        # 64 at a time: a row is as long as all that trains, in double precision.
         for part in np.array_split(step.drawn, -(-len(step.drawn) // 64)):
             rows = self._gradients_at(one.client, part, step.before, plan)
             norms = torch.linalg.vector_norm(rows, dim=1)
+            # As the mechanism does: a norm that float32 cannot hold has no weight.
             factors = torch.where(norms < 1e30, (plan.clip / (norms + 1e-6)).clamp(max=1.0), 0.0)
             total += factors @ rows.masked_fill(factors[:, None] == 0, 0.0)
         return total / plan.expected_batch

@@ -42,12 +42,14 @@ def checks(here: World, clients: list[str], engines: list[str], folder: Path) ->
         """Noise and samples, a row for each engine and client, [rows, values]."""
         seen = [one for engine in engines for one in rounds.run(engine, still, number, config.run.seed)[0]]
         guard = Guard(config, folder / "source", "audit")
+        # At a half each record's draw tells most of its stream.
         plan = replace(rounds.plans[clients[0]], sample_rate=0.5)
         samples = -np.ones((len(clients), SAMPLES), dtype=np.float32)
         for row, client in zip(samples, clients, strict=True):
             row[plan.sample(SAMPLES, guard.source(client, 1))] = 1.0
         return np.stack([rounds.noise_of(one, still).numpy().ravel() for one in seen]), samples
 
+    # A forked process cannot use a device that its parent has opened.
     on_cpu = next(iter(here.local.model.parameters.values())).device.type == "cpu"
     answers = [told(0), told(1), *((in_child(told, number) if on_cpu else told(number)) for number in (2, 3))]
     if any(answer is None for answer in answers):
@@ -86,10 +88,12 @@ def _compare_parts(name: str, parts: list[np.ndarray], where: str) -> Check:
 
 def in_child(work: Callable[[int], T], number: int) -> T | None:
     """What `work(number)` returns in a forked process; None if it does not answer."""
+    # Not spawned: it has to go on from the state of every generator that is here.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send_result, args=(sender, work, number))
     child.start()
+    # This end too, or a child that dies would be waited for instead of read as an end of file.
     sender.close()
     try:
         found: T | None = receiver.recv() if receiver.poll(PATIENCE_S) else None

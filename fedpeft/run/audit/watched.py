@@ -96,6 +96,7 @@ class Watch:
     def __enter__(self) -> Watch:
         watch = self
 
+        # An optimizer has a matrix and no names; the order of a chunk's jobs is that of its rows.
         class NamedPart(cohort.Chunk):  # type: ignore[misc, name-defined]  # whatever stands there now
             def run(self: Chunk) -> list[Done]:
                 watch.rows = [getattr(job.data, "client", "") for job in self.jobs]
@@ -132,6 +133,7 @@ class Watch:
 
     def _add_step(self, client: str, before: Tensor, released: Tensor) -> None:
         drawn, mask = self.data[client].forget() if client in self.data else (np.empty(0, dtype=np.int64), None)
+        # Copies, as the step that comes next writes into both.
         self.steps[client].append(Step(before.clone(), released.clone(), drawn, mask))
 
 
@@ -140,6 +142,7 @@ def without_dropout() -> Iterator[None]:
     """Dropout lets everything through: it is random, and differs between a batch and its samples."""
     attention = functional.scaled_dot_product_attention
 
+    # Named as torch has it: models give the rate by place or by keyword.
     def whole(
         query: Tensor,
         key: Tensor,

@@ -111,6 +111,7 @@ class ITTA(GradientMethod):
 
             return look
 
+        # One record: shapes are asked for, not values.
         self.forward(source.batch(np.arange(1))[0], hooks={name: seen(name) for name in self.blocks})
         return found
 
@@ -165,22 +166,27 @@ def find_blocks(model: Deployed) -> list[str]:
         longest = max(found, key=len, default=[])
         if len(longest) > 1:
             count = min(BLOCKS, len(longest))
+            # The last of each quarter.
             return [longest[round((number + 1) * len(longest) / count) - 1] for number in range(count)]
     raise InputError("itta: the model has no list of blocks; name them, blocks=[...].")
 
 
 def consistency(f: dict[str, Tensor], difference: Tensor) -> Tensor:
     """mean (f(difference) - f(0))^2 for rows [N, D]; `w` and `b` are [depth, D]."""
+    # f(0) in the same pass, as one row more.
     values = torch.cat([difference, torch.zeros_like(difference[:1])])
     for layer, (w, b) in enumerate(zip(f["w"], f["b"], strict=True)):
+        # None before the first map: a difference has both signs.
         values = w * (F.relu(values) if layer else values) + b
     return (values[:-1] - values[-1]).square().mean()
 
 
 def alignment(regular: Tensor, task: Tensor, tensors: list[Tensor]) -> Tensor:
     """0.1 x mean squared difference of the two losses' standardised gradients over `tensors`."""
+    # The graph is kept for the second call; these slopes are constants of the loss.
     wanted = torch.autograd.grad(task, tensors, retain_graph=True, allow_unused=True)
     given = torch.autograd.grad(regular, tensors, create_graph=True, allow_unused=True)
+    # A tensor that one of the two losses does not reach has no slope to be compared.
     pairs = [
         (mine, theirs.detach())
         for mine, theirs in zip(given, wanted, strict=True)
@@ -206,6 +212,7 @@ def mix_style(hidden: Tensor, draws: np.random.Generator) -> Tensor:
             "network or a transformer."
         )
     variance, mean = torch.var_mean(hidden.detach(), axes, correction=0, keepdim=True)
+    # A channel that is the same everywhere has no spread to be divided by.
     spread = (variance + 1e-6).sqrt()
     order = torch.from_numpy(draws.permutation(len(hidden))).to(hidden.device)
     weight = torch.from_numpy(draws.beta(MIX, MIX, len(hidden))).to(hidden).reshape(-1, *([1] * (hidden.ndim - 1)))
@@ -214,6 +221,7 @@ def mix_style(hidden: Tensor, draws: np.random.Generator) -> Tensor:
 
 
 def _channel_axis(hidden: Tensor) -> int:
+    # [N, C, H, W] of a convolution; a transformer has its channels last.
     return 1 if hidden.ndim == 4 else -1
 
 
@@ -236,6 +244,7 @@ def _features_of(outputs: Outputs) -> Tensor:
 
 def _standardise_gradients(gradients: list[Tensor]) -> Tensor:
     """All entries in one row, with mean 0 and variance 1; equal ones become 0."""
+    # Over all tensors at once: a tensor of small slopes stays small beside the others.
     flat = torch.cat([value.flatten() for value in gradients])
     flat = flat - flat.mean()
     spread = flat.square().mean().sqrt()

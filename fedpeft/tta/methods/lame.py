@@ -98,13 +98,16 @@ def affinity(kind: str, features: Tensor, k: int, symmetric: bool = True, psd: b
     if symmetric:
         W = (W + W.T) / 2
     if symmetric and psd:
+        # In double precision, or rounding could leave W short of semi-definite.
         W = W - min(0.0, float(torch.linalg.eigvalsh(W.double())[0])) * torch.eye(rows).to(W)
+        # Never up: that would be a larger lambda.
         W = W * (k / W.sum(-1).max()).clamp(max=1)
     return W
 
 
 def solve(probs: Tensor, W: Tensor, weight: float, max_iterations: int, tolerance: float) -> tuple[Tensor, int]:
     """Y [N, K] and the steps it took."""
+    # p stays that of the base in all steps, and only Y moves.
     log_p, Y = scores.log(probs), probs
     steps = 0
     while steps < max_iterations:
