@@ -17,7 +17,8 @@ RANDOMNESS = {"os": "operating system", "seeded": "seeded, so reproducible and n
 class Spent:
     """Under sample-level DP, what clients have spent by each round of a run, kept from one round to the next.
 
-    A ledger is read again where it may have grown: of the clients that the round asked. All are read where that is not
+    A ledger is read again where it may have grown: of the clients that the round asked, and of those that
+    were late and have spent nothing since. All are read where that is not
     known: before the first round here (the run may have been resumed), after a round that left no event, and where a
     task begins, as all clients may have given sums since.
     """
@@ -26,6 +27,7 @@ class Spent:
         self.here, self.last = here, -1
         self.epsilons: dict[str, float] = {}  # of the clients that have spent
         self.again: set[str] = set()
+        self.late: dict[str, int] = {}  # the round that a client did not answer in time, until its ledger has it
 
     def describe_round(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """For the event of a round: `epsilon_max`, the most that any client has spent so far, and `epsilon_by_client`
@@ -35,18 +37,22 @@ class Spent:
             return {}
         number, guard, clients = event["round"], self.here.local.guard, self.here.local.train_data
         asked = sorted({*event["clients"], *event["quarantined"]} & clients.keys())
+        self.late |= dict.fromkeys({*event["quarantined"]} & clients.keys(), number)
         if number == self.last + 1 and (number - 1) % guard.rounds:
-            read = {client: guard.accounts_of_run(client) for client in sorted({*asked, *self.again})}
+            read = {client: guard.accounts_of_run(client) for client in sorted({*asked, *self.again, *self.late})}
         else:
             kept = accounts_in(guard.folder, clients)
             read = {client: [ledger.entries() for ledger in ledgers] for client, ledgers in kept.items()}
-        # Whoever did not answer in time may still have spent, a moment after this.
-        self.again = {*event["quarantined"]} & clients.keys()
+        self.again = set()
         for client, accounts in read.items():
             # Before it was resumed the run may have counted rounds that are still to come.
             so_far = [[one for one in entries if one.run != guard.run or one.round <= number] for entries in accounts]
             if so_far != accounts:
                 self.again.add(client)
+            # Whoever did not answer in time may still spend, in this round or many later.
+            since = self.late.get(client, number + 1)
+            if any(one.run == guard.run and since <= one.round <= number for entries in so_far for one in entries):
+                del self.late[client]
             self.epsilons[client] = guard.epsilon(so_far)
         self.last = number
         return {

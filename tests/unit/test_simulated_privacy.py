@@ -270,6 +270,21 @@ def test_what_is_kept_from_round_to_round_is_what_reading_all_again_would_say(tm
             reserve(world, client, number, sigma=0.7)
 
 
+def test_a_client_that_spends_many_rounds_after_it_was_late_is_counted_once_it_has(tmp_path, reads):
+    world = twelve(tmp_path)
+    names, spent = list(world.local.train_data), Spent(world)
+    for number in range(1, 8):
+        if number == 5:
+            reserve(world, names[9], 2, sigma=0.6)
+        reserve(world, names[0], number)
+        event = asked_in(number, [names[0]], [names[9]] if number == 2 else ())
+        reads.clear()
+        found = spent.describe_round(event)
+        assert (names[9] in reads) == (2 <= number <= 5)
+        assert found == Spent(world).describe_round(event), number
+    assert found["epsilon_max"] == compose_epsilon(((0.1, 0.6, 2),), DELTA, "rdp")
+
+
 def test_sums_of_all_clients_are_in_the_first_round_of_the_task_that_follows(tmp_path):
     body = {"continual.body": "frozen", "continual.head": "lda", "continual.tasks": 3, "run.rounds": 6}
     world = twelve(tmp_path, **body, **{"continual.statistics_noise": 1.0})
